@@ -1,0 +1,139 @@
+"""The public function: check the arguments, choose an implementation, call it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
+from pallas_kernels.span_decode.reference import reference_attention, xla_attention
+
+IMPLEMENTATIONS = ("reference", "xla")
+FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def span_decode_attention(
+    q: jax.Array,
+    k_pool: Pool,
+    v_pool: Pool,
+    slots: jax.Array,
+    counts: jax.Array,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of one query per sequence over exactly the KV rows that `slots` names.
+
+    Args:
+      q: `[B, N, H]` queries, bfloat16, float16 or float32. Query head `n` reads kv head
+        `n // (N // K)`.
+      k_pool, v_pool: `[P, K, H]` rows in the dtype of `q`, or two `QuantizedPool`s.
+      slots: int32 `[B, A]`, the rows each sequence attends to, in any order. What stands beyond
+        `counts[b]` is never used. A row listed twice counts twice. Ids outside `[0, P)` are
+        clamped to it, so that no id can read foreign memory.
+      counts: int32 `[B]`, how many slots of each sequence are in use; clamped to `[0, A]`.
+        Zero gives an output of zeros.
+      scale: factor on the scores, `1 / sqrt(H)` unless given; a static number.
+      implementation: None for the best one that the default device supports, or one of
+        `IMPLEMENTATIONS`.
+      interpret: run a Pallas implementation in its interpreter (tests on machines without a GPU).
+
+    Returns:
+      `[B, N, H]` in the dtype of `q`.
+
+    Raises:
+      ValueError: the arguments do not fit together.
+      NotImplementedError: the named implementation cannot do this, or a gradient was asked for.
+    """
+    _validate(q, k_pool, v_pool, slots, counts, implementation)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    if implementation is None:
+        implementation = _best_implementation(q, k_pool, slots)
+    elif reason := unsupported_reason(implementation, q, k_pool, slots, interpret=interpret):
+        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+    return _attend(implementation, float(scale), interpret, q, k_pool, v_pool, slots, counts)
+
+
+def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, slots: jax.Array, *, interpret: bool = False) -> str | None:
+    """Why `implementation` cannot compute this on the default device; None when it can."""
+    del q, k_pool, slots, interpret
+    if implementation in ("reference", "xla"):
+        return None
+    raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
+
+
+def expected_bytes(q: jax.Array, k_pool: Pool, num_named_rows: int) -> int:
+    """Bytes that must move: the named K and V rows and their ids once, queries in, outputs out.
+
+    `num_named_rows` is `counts.sum()`. Dense attention moves the same with every row of every
+    sequence in place of the named ones.
+    """
+    values = pool_values(k_pool)
+    row_bytes = values.shape[1] * values.shape[2] * values.dtype.itemsize
+    if isinstance(k_pool, QuantizedPool):
+        row_bytes += values.shape[1] * k_pool.scales.dtype.itemsize
+    return num_named_rows * (2 * row_bytes + 4) + 2 * q.size * q.dtype.itemsize
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _attend(implementation, scale, interpret, q, k_pool, v_pool, slots, counts):
+    del interpret
+    if implementation == "reference":
+        return reference_attention(q, k_pool, v_pool, slots, counts, scale=scale)
+    return xla_attention(q, k_pool, v_pool, slots, counts, scale=scale)
+
+
+@_attend.defjvp
+def _no_gradient(*_):
+    raise NotImplementedError(
+        "span_decode_attention has no gradient: it is a decoding kernel; train with masked attention over whole sequences"
+    )
+
+
+def _best_implementation(q, k_pool, slots) -> str:
+    del q, k_pool, slots
+    return "xla"
+
+
+def _validate(q, k_pool, v_pool, slots, counts, implementation) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS} or None")
+    quantized = isinstance(k_pool, QuantizedPool)
+    if quantized != isinstance(v_pool, QuantizedPool):
+        raise ValueError("k_pool and v_pool must both be quantized, or neither")
+    keys, values = pool_values(k_pool), pool_values(v_pool)
+    for name, array, rank, letters in (
+        ("q", q, 3, "[B, N, H]"),
+        ("k_pool", keys, 3, "[P, K, H]"),
+        ("slots", slots, 2, "[B, A]"),
+        ("counts", counts, 1, "[B]"),
+    ):
+        if array.ndim != rank:
+            raise ValueError(f"{name} must be {letters}, got shape {array.shape}")
+    batch, num_heads, head_size = q.shape
+    num_rows, num_kv_heads, pool_head_size = keys.shape
+    if keys.shape != values.shape or keys.dtype != values.dtype:
+        raise ValueError(f"k_pool and v_pool must agree, got {keys.dtype}{list(keys.shape)} and {values.dtype}{list(values.shape)}")
+    if q.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+    if quantized:
+        for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+            if pool.values.dtype != jnp.int8 or pool.scales.dtype != jnp.float32:
+                raise ValueError(f"{name} must hold int8 values and float32 scales, got {pool.values.dtype} and {pool.scales.dtype}")
+            if pool.scales.shape != (num_rows, num_kv_heads):
+                raise ValueError(f"{name}.scales must be [P, K] = {[num_rows, num_kv_heads]}, got {list(pool.scales.shape)}")
+    elif keys.dtype != q.dtype:
+        raise ValueError(f"q is {q.dtype} but the pools are {keys.dtype}: cast one of them")
+    if pool_head_size != head_size:
+        raise ValueError(f"q has head size {head_size}, the pools have {pool_head_size}")
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"the {num_heads} query heads must be a multiple of the {num_kv_heads} kv heads")
+    if num_rows == 0:
+        raise ValueError("the pools must have at least one row")
+    if slots.dtype != jnp.int32 or counts.dtype != jnp.int32:
+        raise ValueError(f"slots and counts must be int32, got {slots.dtype} and {counts.dtype}")
+    if slots.shape[0] != batch or counts.shape[0] != batch:
+        raise ValueError(f"q, slots and counts must share the batch size, got {batch}, {slots.shape[0]} and {counts.shape[0]}")
