@@ -1,0 +1,691 @@
+"""Arithmetic expressions: parser, oracle of gold responses, verifier, and the endless streams of examples.
+
+The grammar of prompts and responses is the span protocol's, section 5:
+
+    ((51+75)-(95*3))
+    <bos><seg:3>(<seg:1>(51+75)<seg:3>-<seg:2>(95*3)<seg:3>)<solve>
+    <seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159<eos>
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import operator
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from data import workers
+from data.vocab import Vocab, check_json
+
+Labelling = Literal["tree", "none"]
+Split = Literal["train", "test"]
+
+MAX_DIGITS = 640  # the longest integer that every setting of Python converts to and from text
+CHUNK_EXAMPLES = 512  # the unit of random state, and of a worker's work
+
+_APPLY: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "negate": 3}
+_TOO_LARGE = 10**MAX_DIGITS
+_LEXEME = re.compile(r"[0-9]+|\S")
+_STEP = re.compile(r"(-?[0-9]+)([-+*])(-?[0-9]+)=(-?[0-9]+)")
+_ANSWER = re.compile(rf"=(-?[0-9]{{1,{MAX_DIGITS}}})\Z")
+
+
+class ExpressionError(ValueError):
+    """Text that is not an expression; `column` (from 1) is where reading stopped."""
+
+    def __init__(self, column: int, problem: str) -> None:
+        super().__init__(f"column {column}: {problem}")
+        self.column = column
+
+
+# ---------------------------------------------------------------------------------------------- expressions
+
+
+@dataclasses.dataclass(frozen=True)
+class Expression:
+    """A binary expression in postfix order: leaves are integers, operations are `+`, `-` or `*`.
+
+    `((51+75)-(95*3))` is `(51, 75, "+", 95, 3, "*", "-")`. Iterating gives the nodes in post-order, the
+    order in which the protocol numbers operations; no depth is too deep.
+    """
+
+    postfix: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        depth = 0
+        for node in self.postfix:
+            depth += 1 if type(node) is int else -1
+            if depth < 1 or type(node) is not int and node not in _APPLY:
+                raise ValueError(f"not a postfix expression at {node!r}: expected integers and + - * of two operands")
+        if depth != 1:
+            raise ValueError(f"a postfix expression of {depth} values: expected one")
+
+    def __iter__(self) -> Iterator[int | str]:
+        return iter(self.postfix)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def num_ops(self) -> int:
+        return len(self.postfix) // 2
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The canonical text: every operation in parentheses, no spaces."""
+        return _infix(self.postfix)
+
+    @property
+    def value(self) -> int:
+        """The exact value. ValueError where a value on the way has more than `MAX_DIGITS` digits."""
+        return _steps(self)[-1].value if self.num_ops else int(self.postfix[0])
+
+
+def _infix(postfix: Iterable[int | str]) -> str:
+    stack: list[str] = []
+    for node in postfix:
+        if type(node) is int:
+            stack.append(str(node))
+        else:
+            right = stack.pop()
+            stack[-1] = f"({stack[-1]}{node}{right})"
+    return stack[0]
+
+
+def parse(text: str) -> Expression:
+    """Reads ordinary infix: `+ - *`, precedence, left associativity, parentheses, unary minus, spaces.
+
+    A minus before a number makes a negative leaf; before anything else, `-x` is `0-x`. Numbers are integers of at
+    most `MAX_DIGITS` digits. Takes any depth and length (a shunting yard, no recursion).
+
+    Raises:
+      ExpressionError: a ValueError with the column (from 1) at which the text stops being an expression.
+    """
+    output: list[int | str] = []
+    waiting: list[tuple[str, int, int]] = []  # (operator or parenthesis, column, where its operand starts in output)
+
+    def reduce(precedence: int) -> None:
+        while waiting and _PRECEDENCE.get(waiting[-1][0], 0) >= precedence:
+            symbol, _, start = waiting.pop()
+            if symbol != "negate":
+                output.append(symbol)
+            elif len(output) == start + 1:
+                output[start] = -int(output[start])
+            else:
+                output.insert(start, 0)
+                output.append("-")
+
+    operand_expected = True
+    for match in _LEXEME.finditer(text):
+        lexeme, column = match.group(), match.start() + 1
+        if operand_expected:
+            if lexeme in ("(", "-"):
+                waiting.append(("negate" if lexeme == "-" else "(", column, len(output)))
+                continue
+            if not ("0" <= lexeme[0] <= "9"):
+                raise ExpressionError(column, f'expected a number or "(", found {_quoted(lexeme)}')
+            if len(lexeme) > MAX_DIGITS:
+                raise ExpressionError(column, f"a number of {len(lexeme)} digits; at most {MAX_DIGITS} are read")
+            output.append(int(lexeme))
+            operand_expected = False
+        elif lexeme in _APPLY:
+            reduce(_PRECEDENCE[lexeme])
+            waiting.append((lexeme, column, len(output)))
+            operand_expected = True
+        elif lexeme == ")":
+            reduce(1)
+            if not waiting:
+                raise ExpressionError(column, 'found ")" without "("')
+            waiting.pop()
+        else:
+            raise ExpressionError(column, f"expected an operator (+ - *), found {_quoted(lexeme)}")
+    if operand_expected:
+        raise ExpressionError(len(text) + 1, 'expected a number or "(", found the end')
+    reduce(1)
+    if waiting:
+        raise ExpressionError(waiting[-1][1], 'found "(" that is never closed')
+    return Expression(tuple(output))
+
+
+def _quoted(lexeme: str) -> str:
+    shown = lexeme if len(lexeme) <= 24 else lexeme[:21] + "..."
+    return f'"{shown}"' if shown.isprintable() else ascii(shown)
+
+
+# --------------------------------------------------------------------------------------------------- oracle
+
+
+class _Step(NamedTuple):
+    """One operation with the values of its operands; `left_step` and `right_step` index the steps they come from."""
+
+    symbol: str
+    left: int
+    left_step: int | None
+    right: int
+    right_step: int | None
+    value: int
+
+
+def _steps(expression: Expression) -> list[_Step]:
+    steps: list[_Step] = []
+    stack: list[tuple[int, int | None]] = []
+    for node in expression.postfix:
+        if type(node) is int:
+            stack.append((node, None))
+            continue
+        right, right_step = stack.pop()
+        left, left_step = stack.pop()
+        value = _APPLY[node](left, right)  # type: ignore[index]
+        if not -_TOO_LARGE < value < _TOO_LARGE:
+            raise ValueError(f"operation {len(steps) + 1} has a value of more than {MAX_DIGITS} digits")
+        stack.append((value, len(steps)))
+        steps.append(_Step(node, left, left_step, right, right_step, value))  # type: ignore[arg-type]
+    return steps
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """A prompt and its gold response.
+
+    `token_ids` is int32 [n]; the first `prompt_tokens` of them, `<solve>` included, are the prompt. The operations
+    carry the labels `first_label`, `first_label + 1`, ... in post-order.
+    """
+
+    expression: Expression
+    token_ids: npt.NDArray[np.int32]
+    prompt_tokens: int
+    first_label: int
+    labelling: Labelling
+
+    @property
+    def prompt_ids(self) -> npt.NDArray[np.int32]:
+        return self.token_ids[: self.prompt_tokens]
+
+    @property
+    def response_ids(self) -> npt.NDArray[np.int32]:
+        return self.token_ids[self.prompt_tokens :]
+
+
+def encode(
+    expression: Expression | str, *, vocab: Vocab = Vocab(), labelling: Labelling = "tree", first_label: int = 1
+) -> Example:
+    """The oracle: prompt and gold response of an expression (parsed first when it is text).
+
+    `labelling="tree"` tags each operation's own tokens in the prompt with its label; `"none"` leaves the whole
+    expression in the sink. The response is the same for both: a step per operation, in post-order, that names the
+    operands which are themselves operations.
+
+    Raises:
+      ValueError: not an expression, an expression without operators, more operations than labels from
+        `first_label` on, or a value of more than `MAX_DIGITS` digits.
+    """
+    expression, first_label = _checked(expression, vocab, labelling, first_label)
+    token_ids = _prompt(expression, vocab, labelling, first_label)
+    prompt_tokens = len(token_ids)
+    ids = vocab.ids
+    for label, step in enumerate(_steps(expression), first_label):
+        token_ids.append(vocab.seg_base + label)
+        if step.left_step is not None:
+            token_ids.append(vocab.ref_base + first_label + step.left_step)
+        if step.right_step is not None:
+            token_ids.append(vocab.ref_base + first_label + step.right_step)
+        token_ids += [ids[c] for c in f"{step.left}{step.symbol}{step.right}={step.value}"]
+    token_ids.append(vocab.eos_id)
+    return Example(expression, np.array(token_ids, np.int32), prompt_tokens, first_label, labelling)
+
+
+def encode_prompt(
+    expression: Expression | str, *, vocab: Vocab = Vocab(), labelling: Labelling = "tree", first_label: int = 1
+) -> npt.NDArray[np.int32]:
+    """The prompt of `encode` alone, int32 [n], ending in `<solve>`; the same errors, but for large values."""
+    expression, first_label = _checked(expression, vocab, labelling, first_label)
+    return np.array(_prompt(expression, vocab, labelling, first_label), np.int32)
+
+
+def _checked(
+    expression: Expression | str, vocab: Vocab, labelling: Labelling, first_label: int
+) -> tuple[Expression, int]:
+    if isinstance(expression, str):
+        expression = parse(expression)
+    _check_labelling(labelling)
+    if not expression.num_ops:
+        raise ValueError(f"nothing to evaluate: {_quoted(expression.text)} has no operator")
+    first_label = operator.index(first_label)
+    if first_label < 1:
+        raise ValueError(f"first_label is {first_label}: expected at least 1 (label 0 is the sink)")
+    if first_label + expression.num_ops > vocab.num_labels:
+        raise ValueError(
+            f"{expression.num_ops} operators from label {first_label} on need labels up to "
+            f"{first_label + expression.num_ops - 1}, but the last one is {vocab.num_labels - 1}"
+        )
+    return expression, first_label
+
+
+def _check_labelling(labelling: str) -> None:
+    if labelling not in get_args(Labelling):
+        raise ValueError(f"labelling is {labelling!r}: expected one of {', '.join(get_args(Labelling))}")
+
+
+def _prompt(expression: Expression, vocab: Vocab, labelling: Labelling, first_label: int) -> list[int]:
+    ids = vocab.ids
+    if labelling == "none":
+        return [vocab.bos_id, *(ids[c] for c in expression.text), vocab.solve_id]
+    # Read backwards: parentheses close in post-order, so the k-th ")" from the left belongs to operation k, and
+    # every other token to the innermost open one. A tag goes wherever the owner changes.
+    reversed_ids = [vocab.solve_id]
+    label = first_label + expression.num_ops
+    owners: list[int] = []
+    tagged = 0  # the owner of the run of tokens that is still to get its tag
+    for character in reversed(expression.text):
+        if character == ")":
+            label -= 1
+            owners.append(label)
+        if owners[-1] != tagged:
+            if tagged:
+                reversed_ids.append(vocab.seg_base + tagged)
+            tagged = owners[-1]
+        reversed_ids.append(ids[character])
+        if character == "(":
+            owners.pop()
+    reversed_ids += [vocab.seg_base + tagged, vocab.bos_id]
+    reversed_ids.reverse()
+    return reversed_ids
+
+
+# ------------------------------------------------------------------------------------------------- verifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What is right and wrong with a response.
+
+    answer: the value that the last step ends in, None where there is none.
+    answer_right: it is the value of the expression.
+    steps_right: every operation evaluated, in order, with the right operands, operator, value and label, nothing
+      else written, and `<eos>` at the end.
+    spans_right: one step per operation, and each names exactly the operands that are operations.
+    first_wrong_step: index (from 0) of the first step that is wrong, missing or one too many. None where there is
+      none: `steps_right`, or nothing but `<eos>` is missing.
+    num_steps: steps that the response opens.
+    message: one line for people.
+    """
+
+    answer: int | None
+    answer_right: bool
+    steps_right: bool
+    spans_right: bool
+    first_wrong_step: int | None
+    num_steps: int
+    message: str
+
+
+class _Written(NamedTuple):
+    """A step as read in a response: its label, the labels it names, and everything else as text."""
+
+    label: int
+    named: frozenset[int]
+    body: str
+
+
+def verify(
+    expression: Expression | str,
+    response: str | Iterable[int],
+    *,
+    vocab: Vocab = Vocab(),
+    labelling: Labelling = "tree",
+    first_label: int = 1,
+) -> Verdict:
+    """Checks a response, step by step, with Python integers.
+
+    `response` is text or token ids; whatever follows `<eos>`, and padding without one, is ignored. No response is
+    malformed enough to raise: what cannot be read is a wrong step.
+
+    Raises:
+      ValueError: the expression itself is not one that `encode` takes.
+    """
+    expression, first_label = _checked(expression, vocab, labelling, first_label)
+    stray, written, ended = _read_response(response, vocab)
+    answer_text = _answer_text(stray, written)
+    answer_value = None if answer_text is None else int(answer_text)
+
+    problems: dict[int, str] = {}  # of evaluation, by step
+    wrong_spans: dict[int, str] = {}
+    if stray:
+        problems[0] = f"{_quoted(stray)} stands before the first step"
+    operands: list[tuple[int, int | None]] = []  # (value, label) of what the next operations consume
+    index = 0
+    for node in expression:
+        if type(node) is int:
+            operands.append((node, None))
+            continue
+        right, left = operands.pop(), operands.pop()
+        label = first_label + index
+        value = left[0] + right[0] if node == "+" else left[0] - right[0] if node == "-" else left[0] * right[0]
+        if abs(value) >= _TOO_LARGE:
+            raise ValueError(f"operation {index + 1} has a value of more than {MAX_DIGITS} digits")
+        operands.append((value, label))
+        if index < len(written):
+            step = written[index]
+            if problem := _problem(step, label, left[0], str(node), right[0], value):
+                problems.setdefault(index, problem)
+            minimal = {child for child in (left[1], right[1]) if child is not None}
+            if step.named != minimal:
+                wrong_spans[index] = f"names {_labels(step.named)}, the minimal span is {_labels(minimal)}"
+        else:
+            problems.setdefault(index, "missing")
+        index += 1
+    if len(written) > index:
+        problems.setdefault(index, f"one too many: the expression has {index}")
+
+    first_wrong_step = min(problems, default=None)
+    if first_wrong_step is not None:
+        message = f"step {first_wrong_step + 1}: {problems[first_wrong_step]}"
+    elif not ended:
+        message = "every step is right, but <eos> is missing"
+    elif wrong_spans:
+        message = "every step is right, but step {}: {}".format(min(wrong_spans) + 1, wrong_spans[min(wrong_spans)])
+    else:
+        message = f"all {index} steps and spans are right"
+    return Verdict(
+        answer=answer_value,
+        answer_right=answer_value == operands[0][0],
+        steps_right=first_wrong_step is None and ended,
+        spans_right=len(written) == index and not wrong_spans,
+        first_wrong_step=first_wrong_step,
+        num_steps=len(written),
+        message=message,
+    )
+
+
+def answer(response: str | Iterable[int], *, vocab: Vocab = Vocab()) -> str | None:
+    """The value that a response (text or ids) ends in, as written: what follows the last step's `=`, or None."""
+    stray, written, _ = _read_response(response, vocab)
+    return _answer_text(stray, written)
+
+
+def _answer_text(stray: str, written: list[_Written]) -> str | None:
+    match = _ANSWER.search(written[-1].body if written else stray)
+    return match[1] if match else None
+
+
+def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[str, list[_Written], bool]:
+    """Cuts a response into (text before the first step, steps, whether `<eos>` ends it)."""
+    if isinstance(response, str):
+        tokens = [token for _, token in vocab.split(response)]
+    else:
+        ids = map(operator.index, response)
+        tokens = [vocab.tokens[i] if 0 <= i < vocab.size else f"<id:{i:#x}>" for i in ids]
+    ended = "<eos>" in tokens
+    if ended:
+        del tokens[tokens.index("<eos>") :]
+    while tokens and tokens[-1] == "<pad>":
+        tokens.pop()
+
+    cuts = [i for i, token in enumerate(tokens) if _label(token, "<seg:", vocab) is not None]
+    written = []
+    for start, stop in itertools.pairwise([*cuts, len(tokens)]):
+        refs = [_label(token, "<ref:", vocab) for token in tokens[start + 1 : stop]]
+        body = [token for token, ref in zip(tokens[start + 1 : stop], refs, strict=True) if ref is None]
+        label = vocab.ids[tokens[start]] - vocab.seg_base
+        written.append(_Written(label, frozenset(ref for ref in refs if ref is not None), "".join(body)))
+    return "".join(tokens[: cuts[0]] if cuts else tokens), written, ended
+
+
+def _label(token: str, family: str, vocab: Vocab) -> int | None:
+    if not token.startswith(family) or token not in vocab.ids:
+        return None
+    return (vocab.ids[token] - vocab.seg_base) % vocab.num_labels
+
+
+def _problem(step: _Written, label: int, left: int, symbol: str, right: int, value: int) -> str | None:
+    """What is wrong with the evaluation that a step writes, or None."""
+    if step.label != label:
+        return f"carries label {step.label}, expected {label}"
+    match = _STEP.fullmatch(step.body)
+    # Comparing as text refuses leading zeros and a negative zero, and never converts an endless number.
+    if match and match[1] == str(left) and match[2] == symbol and match[3] == str(right) and match[4] == str(value):
+        return None
+    return f"expected {_quoted(f'{left}{symbol}{right}={value}')}, found {_quoted(step.body)}"
+
+
+def _labels(labels: Iterable[int]) -> str:
+    shown = sorted(labels)
+    return "nothing" if not shown else ", ".join(map(str, shown[:8])) + (", ..." if len(shown) > 8 else "")
+
+
+# -------------------------------------------------------------------------------------------------- streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The distributions of a corpus.
+
+    min_ops, max_ops: the number of operators is uniform between them, both included.
+    uniform_weight, balanced_weight, left_comb_weight: relative frequency of the tree shapes: any binary tree with the
+      same probability; operators halved at every node; every right operand a leaf.
+    max_digits: the number of digits of a leaf is uniform in 1..max_digits, then its value among those it allows.
+    negative_fraction: of the leaves that are not 0, the share with a minus.
+    max_value: no value on the way is larger in magnitude; each operator is uniform among those that keep to this.
+    labelling: see `encode`.
+    num_labels: of the vocabulary; an example's labels are consecutive from a uniform offset in 1..num_labels - ops.
+    """
+
+    min_ops: int = 2
+    max_ops: int = 22
+    uniform_weight: float = 0.6
+    balanced_weight: float = 0.2
+    left_comb_weight: float = 0.2
+    max_digits: int = 2
+    negative_fraction: float = 0.1
+    max_value: int = 999
+    labelling: Labelling = "tree"
+    num_labels: int = 512
+
+    def __post_init__(self) -> None:
+        Vocab(self.num_labels)
+        if not 1 <= self.min_ops <= self.max_ops:
+            raise ValueError(f"min_ops is {self.min_ops} and max_ops {self.max_ops}: expected 1 <= min_ops <= max_ops")
+        if self.max_ops >= self.num_labels:
+            raise ValueError(f"max_ops is {self.max_ops}: {self.num_labels} labels allow at most {self.num_labels - 1}")
+        for name in ("uniform_weight", "balanced_weight", "left_comb_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0")
+        if not any(self.shape_weights):
+            raise ValueError("every shape weight is 0: expected one above 0")
+        if not 0 <= self.negative_fraction <= 1:
+            raise ValueError(f"negative_fraction is {self.negative_fraction}: expected 0 to 1")
+        if not 1 <= self.max_digits <= 100:
+            raise ValueError(f"max_digits is {self.max_digits}: expected 1 to 100")
+        if not 10**self.max_digits <= self.max_value + 1 <= 10**MAX_DIGITS:
+            raise ValueError(
+                f"max_value is {self.max_value}: expected at least the largest operand, {10**self.max_digits - 1}, "
+                f"and at most {MAX_DIGITS} digits"
+            )
+        _check_labelling(self.labelling)
+
+    @property
+    def shape_weights(self) -> tuple[float, float, float]:
+        """Relative frequency of uniform, balanced and left comb trees."""
+        return (self.uniform_weight, self.balanced_weight, self.left_comb_weight)
+
+    @property
+    def vocab(self) -> Vocab:
+        return Vocab(self.num_labels)
+
+
+def split_of(expression: Expression) -> Split:
+    """The split that an expression belongs to, by a hash of its text: an eighth of all expressions is "test"."""
+    return "test" if zlib.crc32(expression.text.encode()) % 8 == 0 else "train"
+
+
+def stream(
+    corpus: Corpus, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0
+) -> Iterator[Example]:
+    """Endless examples of a corpus, from number `start` on.
+
+    Example i depends on (corpus, seed, split, i) alone, and the splits share no expression. With `num_workers`
+    processes the examples are the same; closing the iterator ends the processes.
+
+    Raises:
+      ValueError: a split, start or number of workers that there is not.
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"split is {split!r}: expected one of {', '.join(get_args(Split))}")
+    if start < 0:
+        raise ValueError(f"start is {start}: expected at least 0")
+    first_chunk, skipped = divmod(start, CHUNK_EXAMPLES)
+    chunks = workers.ordered(functools.partial(_chunk, corpus, seed, split), first_chunk, num_workers)
+    return _flatten(chunks, skipped)
+
+
+def _flatten(chunks: Iterator[list[Example]], skipped: int) -> Iterator[Example]:
+    with contextlib.closing(chunks):
+        for chunk in chunks:
+            yield from chunk[skipped:]
+            skipped = 0
+
+
+def _chunk(corpus: Corpus, seed: int, split: Split, number: int) -> list[Example]:
+    # random.Random: Python promises the same random() from the same text for all versions, and it is many times
+    # faster than numpy for one number at a time. Nothing but random() is used.
+    uniform = random.Random(f"arithmetic/{seed}/{split}/{number}").random
+    vocab = corpus.vocab
+    examples = []
+    for _ in range(CHUNK_EXAMPLES):
+        num_ops = corpus.min_ops + int(uniform() * (corpus.max_ops - corpus.min_ops + 1))
+        expression = _draw(corpus, num_ops, uniform)
+        while split_of(expression) != split:
+            expression = _draw(corpus, num_ops, uniform)
+        first_label = 1 + int(uniform() * (corpus.num_labels - num_ops))
+        examples.append(encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=first_label))
+    return examples
+
+
+def _draw(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Expression:
+    """A random expression of `num_ops` operators; `uniform` draws from [0, 1)."""
+    bound = corpus.max_value
+    postfix: list[int | str] = []
+    values: list[int] = []
+    for is_operation in _draw_shape(corpus, num_ops, uniform):
+        if not is_operation:
+            digits = 1 + int(uniform() * corpus.max_digits)
+            smallest = 10 ** (digits - 1) if digits > 1 else 0
+            leaf = smallest + int(uniform() * (10**digits - smallest))
+            if uniform() < corpus.negative_fraction:
+                leaf = -leaf
+            postfix.append(leaf)
+            values.append(leaf)
+            continue
+        right, left = values.pop(), values.pop()
+        # Of two values within the bound, either the sum or the difference is within it too.
+        allowed = [
+            (symbol, value)
+            for symbol, value in (("+", left + right), ("-", left - right), ("*", left * right))
+            if -bound <= value <= bound
+        ]
+        symbol, value = allowed[int(uniform() * len(allowed))]
+        postfix.append(symbol)
+        values.append(value)
+    return Expression(tuple(postfix))
+
+
+def _draw_shape(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Sequence[bool]:
+    """A tree in postfix order: False for a leaf, True for an operation."""
+    uniform_weight, balanced_weight, left_comb_weight = corpus.shape_weights
+    threshold = uniform() * (uniform_weight + balanced_weight + left_comb_weight)
+    if threshold < uniform_weight:
+        return _uniform_shape(num_ops, uniform)
+    if threshold < uniform_weight + balanced_weight:
+        return _balanced_shape(num_ops)
+    return _left_comb_shape(num_ops)
+
+
+def _uniform_shape(num_ops: int, uniform: Callable[[], float]) -> list[bool]:
+    """Every binary tree of `num_ops` operations with the same probability.
+
+    Cycle lemma (Dvoretzky and Motzkin, 1947): of the rotations of a sequence of n operations and n + 1 leaves,
+    exactly one is a tree in postfix order, so a uniform sequence gives a uniform tree.
+    """
+    operations, leaves = num_ops, num_ops + 1
+    sequence: list[bool] = []
+    depth = lowest = start = 0
+    while operations or leaves:
+        is_operation = uniform() * (operations + leaves) < operations
+        sequence.append(is_operation)
+        if is_operation:
+            operations -= 1
+            depth -= 1
+            if depth <= lowest:
+                lowest, start = depth, len(sequence)
+        else:
+            leaves -= 1
+            depth += 1
+    return sequence[start:] + sequence[:start]
+
+
+@functools.lru_cache(maxsize=1024)
+def _balanced_shape(num_ops: int) -> tuple[bool, ...]:
+    if num_ops == 0:
+        return (False,)
+    return (*_balanced_shape(num_ops // 2), *_balanced_shape((num_ops - 1) // 2), True)
+
+
+def _left_comb_shape(num_ops: int) -> list[bool]:
+    return [False, *[False, True] * num_ops]
+
+
+# ----------------------------------------------------------------------------------------------------- task
+
+_TASK_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ArithmeticTask:
+    """What a model directory needs to know of this corpus to turn an expression into ids and a response into words."""
+
+    vocab: Vocab = Vocab()
+    labelling: Labelling = "tree"
+
+    name = "arithmetic"
+
+    def __post_init__(self) -> None:
+        _check_labelling(self.labelling)
+
+    def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
+        """Expression -> prompt, int32 [n], labels from 1 on. ValueError: not an expression, or too few labels."""
+        return encode_prompt(text, vocab=self.vocab, labelling=self.labelling)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Ids [n] -> their written form."""
+        return self.vocab.decode(token_ids)
+
+    def answer(self, response_ids: Iterable[int]) -> str | None:
+        """The value that a response ends in, or None."""
+        return answer(response_ids, vocab=self.vocab)
+
+    def verify(self, text: str, response_ids: Iterable[int]) -> Verdict:
+        """What is right and wrong with a response to `encode_prompt(text)`."""
+        return verify(text, response_ids, vocab=self.vocab, labelling=self.labelling)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for `from_json`."""
+        return {
+            "task": self.name,
+            "version": _TASK_VERSION,
+            "labelling": self.labelling,
+            "vocab": self.vocab.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "ArithmeticTask":
+        """The inverse of `to_json`. ValueError: unknown or missing keys, another task or version."""
+        check_json(fields, "task", {"task": cls.name, "version": _TASK_VERSION}, ("labelling", "vocab"))
+        return cls(vocab=Vocab.from_json(fields["vocab"]), labelling=fields["labelling"])

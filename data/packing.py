@@ -1,0 +1,156 @@
+"""Packs examples into fixed [B, T] batches: several a row, each with its own segment and its own positions."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Batch(NamedTuple):
+    """One batch of packed examples, and where the data goes on after it.
+
+    token_ids      int32 [B, T]  padded with `pad_id`
+    segment_ids    int32 [B, T]  0 is padding, 1, 2, ... the examples within the row: no token may see another's
+    positions      int32 [B, T]  rotary positions, from 0 in every example; padding has 0
+    target_mask    bool  [B, T]  True where the token is one to predict: the response, `<eos>` included
+    next_example   number of the first example that is in no batch yet: packing resumes from it exactly
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    segment_ids: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    target_mask: npt.NDArray[np.bool_]
+    next_example: int
+
+
+class PackableExample(Protocol):
+    """What packing needs of an example of any corpus: int32 [n] ids, the first `prompt_tokens` of them the prompt."""
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+
+
+class PackingVocab(Protocol):
+    """What packing needs of a vocabulary: a `data.vocab.Vocab` has it, and so has a SpanVocab."""
+
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def seg_base(self) -> int: ...
+    @property
+    def num_labels(self) -> int: ...
+
+
+def pack(
+    examples: Iterable[PackableExample],
+    vocab: PackingVocab,
+    *,
+    batch_size: int,
+    sequence_tokens: int,
+    start: int = 0,
+    gap_scales: Sequence[int] = (),
+    gap_seed: int = 0,
+) -> Iterator[Batch]:
+    """Packs examples, the first of which has number `start`, into batches of `batch_size` rows (B) of T tokens.
+
+    A batch takes as many examples as the next ones in order allow, none left out, and arranges them in its rows. So
+    a batch depends on nothing but the examples from its first on: `pack(stream(start=n), start=n)`, with n the
+    `next_example` of a batch, continues exactly. When the examples end, the last batch has what is left.
+
+    Args:
+      sequence_tokens: T, the length of a row.
+      gap_scales: none, or scales of which each example draws one, s: at each of its `<seg>` tokens the rotary
+        position then jumps by a uniform number in 0..2s. Draws depend on (gap_seed, number of the example) alone.
+
+    Raises:
+      ValueError: an example longer than a row, or sizes or scales out of range.
+    """
+    if batch_size < 1 or sequence_tokens < 1:
+        raise ValueError(f"a batch of {batch_size} rows of {sequence_tokens} tokens: expected at least 1 of each")
+    if any(scale < 0 for scale in gap_scales):
+        raise ValueError(f"gap_scales are {tuple(gap_scales)}: expected numbers of at least 0")
+    return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, tuple(gap_scales), gap_seed)
+
+
+def _batches(
+    examples: Iterator[PackableExample],
+    vocab: PackingVocab,
+    batch_size: int,
+    sequence_tokens: int,
+    start: int,
+    gap_scales: tuple[int, ...],
+    gap_seed: int,
+) -> Iterator[Batch]:
+    ahead: list[PackableExample] = []  # read, in no batch yet
+    total_tokens = 0
+    while True:
+        while total_tokens <= batch_size * sequence_tokens:
+            example = next(examples, None)
+            if example is None:
+                break
+            if len(example.token_ids) > sequence_tokens:
+                raise ValueError(
+                    f"example {start + len(ahead)} has {len(example.token_ids)} tokens, a row only {sequence_tokens}"
+                )
+            ahead.append(example)
+            total_tokens += len(example.token_ids)
+        if not ahead:
+            return
+        lengths = [len(example.token_ids) for example in ahead]
+        num_taken = len(ahead)
+        while (rows := _arrange(lengths[:num_taken], batch_size, sequence_tokens)) is None:
+            num_taken -= 1
+
+        shape = (batch_size, sequence_tokens)
+        batch = Batch(
+            token_ids=np.full(shape, vocab.pad_id, np.int32),
+            segment_ids=np.zeros(shape, np.int32),
+            positions=np.zeros(shape, np.int32),
+            target_mask=np.zeros(shape, np.bool_),
+            next_example=start + num_taken,
+        )
+        for row, members in enumerate(rows):
+            begin = 0
+            for segment, index in enumerate(members, 1):
+                example, end = ahead[index], begin + lengths[index]
+                batch.token_ids[row, begin:end] = example.token_ids
+                batch.segment_ids[row, begin:end] = segment
+                batch.positions[row, begin:end] = np.arange(lengths[index], dtype=np.int32)
+                if gap_scales:
+                    gaps = _gaps(example.token_ids, vocab, gap_scales, (gap_seed, start + index))
+                    batch.positions[row, begin:end] += gaps
+                batch.target_mask[row, begin + example.prompt_tokens : end] = True
+                begin = end
+        start += num_taken
+        total_tokens -= sum(lengths[:num_taken])
+        del ahead[:num_taken]
+        yield batch
+
+
+def _arrange(lengths: list[int], num_rows: int, row_tokens: int) -> list[list[int]] | None:
+    """Best fit, longest first: the indices that each row gets, or None where they do not all fit."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    free = np.full(num_rows, row_tokens)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        left = free - lengths[index]
+        row = int(np.where(left < 0, row_tokens, left).argmin())
+        if left[row] < 0:
+            return None
+        free[row] = left[row]
+        rows[row].append(index)
+    return rows
+
+
+def _gaps(
+    token_ids: npt.NDArray[np.int32], vocab: PackingVocab, scales: tuple[int, ...], seed: tuple[int, int]
+) -> npt.NDArray[np.int32]:
+    """How far each rotary position, int32 [n], moves up."""
+    generator = np.random.default_rng(seed)
+    scale = scales[generator.integers(len(scales))]
+    is_seg = (token_ids >= vocab.seg_base) & (token_ids < vocab.seg_base + vocab.num_labels)
+    jumps = np.zeros(len(token_ids), np.int32)
+    jumps[is_seg] = generator.integers(0, 2 * scale + 1, size=int(is_seg.sum()))
+    return np.cumsum(jumps, dtype=np.int32)

@@ -1,0 +1,143 @@
+"""The small built-in vocabulary: structural tokens, sixteen characters, and two families of labels."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+CHARACTERS = "0123456789+-*()="
+MAX_LABELS = 65_536
+
+_STRUCTURAL = ("<pad>", "<bos>", "<eos>", "<solve>")
+_TOKEN = re.compile(r"<[a-z]+(?::[0-9]+)?>|\S")
+_JSON_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocab:
+    """Token ids of the arithmetic corpus: structural tokens, characters, `<seg:k>`, then `<ref:k>`.
+
+    The characters' ids do not depend on `num_labels`, and each label family is contiguous, so a
+    label is `id - base` (span protocol, section 1).
+    """
+
+    num_labels: int = 512
+
+    def __post_init__(self) -> None:
+        if type(self.num_labels) is not int or not 2 <= self.num_labels <= MAX_LABELS:
+            raise ValueError(f"num_labels is {self.num_labels!r}: expected an integer from 2 to {MAX_LABELS}")
+
+    @property
+    def pad_id(self) -> int:
+        return 0
+
+    @property
+    def bos_id(self) -> int:
+        return 1
+
+    @property
+    def eos_id(self) -> int:
+        return 2
+
+    @property
+    def solve_id(self) -> int:
+        return 3
+
+    @property
+    def seg_base(self) -> int:
+        return len(_STRUCTURAL) + len(CHARACTERS)
+
+    @property
+    def ref_base(self) -> int:
+        return self.seg_base + self.num_labels
+
+    @property
+    def size(self) -> int:
+        return self.ref_base + self.num_labels
+
+    @functools.cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The written form of every token; the index is the id."""
+        labels = range(self.num_labels)
+        return (*_STRUCTURAL, *CHARACTERS, *(f"<seg:{k}>" for k in labels), *(f"<ref:{k}>" for k in labels))
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of every written token."""
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    def span_ids(self) -> dict[str, int]:
+        """The keyword arguments of `selfspan_jax.spans.SpanVocab`."""
+        return {
+            "pad_id": self.pad_id,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "solve_id": self.solve_id,
+            "seg_base": self.seg_base,
+            "ref_base": self.ref_base,
+            "num_labels": self.num_labels,
+        }
+
+    def split(self, text: str) -> list[tuple[int, str]]:
+        """Cuts written tokens apart: (0-based offset, token), known to the vocabulary or not; white space is dropped."""
+        return [(match.start(), match.group()) for match in _TOKEN.finditer(text)]
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Tokens written one after the other (`<bos><seg:3>(51+75)`; spaces ignored) -> int32 [n].
+
+        Raises:
+          ValueError: something is not a token of this vocabulary; names the column.
+        """
+        token_ids = []
+        for offset, token in self.split(text):
+            if token not in self.ids:
+                raise ValueError(f"column {offset + 1}: {token[:24]!r} is not a token of the vocabulary")
+            token_ids.append(self.ids[token])
+        return np.array(token_ids, np.int32)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Ids [n] -> their written form without spaces, the inverse of `encode`.
+
+        Raises:
+          ValueError: an id lies outside the vocabulary.
+        """
+        token_ids = [int(i) for i in token_ids]
+        for position, i in enumerate(token_ids):
+            if not 0 <= i < self.size:
+                raise ValueError(f"id {i} at position {position} is outside the vocabulary of {self.size} tokens")
+        return "".join(self.tokens[i] for i in token_ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for `from_json`."""
+        return {"kind": "characters", "version": _JSON_VERSION, "num_labels": self.num_labels}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Vocab":
+        """The inverse of `to_json`.
+
+        Raises:
+          ValueError: a key or a version that this code does not know, or a missing one.
+        """
+        check_json(fields, "vocabulary", {"kind": "characters", "version": _JSON_VERSION}, ("num_labels",))
+        return cls(num_labels=fields["num_labels"])
+
+
+def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> None:
+    """Checks that a JSON object has exactly the keys expected, and the fixed ones the values expected.
+
+    Raises:
+      ValueError: names `what`, the offending key or value, and what is allowed.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{what}: expected a JSON object, found {type(fields).__name__}")
+    allowed = {*fixed, *free}
+    if wrong := sorted(map(str, set(fields) ^ allowed)):
+        state = "unknown" if wrong[0] not in allowed else "missing"
+        raise ValueError(f"{what}: {state} key {wrong[0]!r}; expected exactly {', '.join(sorted(allowed))}")
+    for key, value in fixed.items():
+        if type(fields[key]) is not type(value) or fields[key] != value:
+            raise ValueError(f"{what}: {key} is {fields[key]!r}; this version of selfspan reads {value!r}")
