@@ -1,0 +1,1 @@
+"""selfspan: a language model that chooses its own attention span, and decodes faster for it."""

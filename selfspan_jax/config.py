@@ -1,0 +1,181 @@
+"""Everything a model and its training depend on, as frozen dataclasses, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, TypeVar, get_args
+
+from selfspan_jax import spans
+
+T = TypeVar("T")
+Attention = Literal["span", "dense", "window"]
+
+
+def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}; allowed: {allowed}")
+
+
+def _require_positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        _require(getattr(config, field) > 0, config, field, "numbers above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-like decoder and the attention it is trained with."""
+
+    hidden_size: int
+    """D, width of the residual stream."""
+    intermediate_size: int
+    """F, width of the feed-forward layer."""
+    num_layers: int
+    num_heads: int
+    """N, query heads."""
+    num_kv_heads: int
+    """K, key and value heads; a divisor of num_heads."""
+    head_size: int = 64
+    """H."""
+    max_context_tokens: int = 2048
+    """The longest sequence, prompt and response together, that decoding accepts."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position frequencies."""
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    """Share the input embedding with the output layer."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and matrix products; parameters are float32."""
+    remat: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about 30% more time."""
+    mask: Literal["span", "dense"] = "span"
+    """Mask of training: what the model's own span tokens name, or everything before (the dense control)."""
+    header_view: spans.HeaderView = "span"
+    """What span tokens of the response see: no more than other tokens, also the prompt, or all."""
+    prompt_view: spans.PromptView = "local"
+    """What prompt tokens see: their label, the sink and a window (local), or everything before (causal)."""
+    prompt_window_tokens: int = 16
+    """Width of the local prompt window, in tokens."""
+
+    def __post_init__(self):
+        _require_positive(self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size")
+        _require_positive(self, "max_context_tokens", "rope_theta", "rms_norm_eps")
+        _require(self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads", f"divisors of num_heads={self.num_heads}")
+        _require(self.head_size % 2 == 0, self, "head_size", "even numbers (rotary positions turn pairs)")
+        _require(self.compute_dtype in ("bfloat16", "float32"), self, "compute_dtype", "bfloat16, float32")
+        _require(self.mask in ("span", "dense"), self, "mask", "span, dense")
+        spans.check_views(self.header_view, self.prompt_view, self.prompt_window_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained: AdamW, linear warm-up and cosine decay, gradients clipped by their global norm."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Of the initial parameters, the data order and the position gaps."""
+    batch_size: int = 64
+    """Rows of a step, over all accumulation steps."""
+    sequence_tokens: int = 512
+    """T, tokens of a row; several examples share one."""
+    accumulation_steps: int = 1
+    """Parts a step's batch is computed in, one after the other: less memory, the same gradient."""
+    learning_rate: float = 1e-3
+    """Peak, reached after the warm-up."""
+    warmup_steps: int = 200
+    final_learning_rate_fraction: float = 0.02
+    """Of the peak, reached at the last step."""
+    weight_decay: float = 0.05
+    """On matrices; norms and embeddings are not decayed."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient."""
+    gap_scales: tuple[int, ...] = (0, 1, 4, 16, 64)
+    """At each <seg> the rotary position jumps by up to twice a scale, drawn per example from these; 0 alone for no gaps."""
+    checkpoint_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    eval_every_steps: int = 1000
+    eval_examples: int = 128
+    """Fresh test expressions decoded and verified at each evaluation."""
+    log_every_steps: int = 20
+
+    def __post_init__(self):
+        _require_positive(self, "steps", "batch_size", "sequence_tokens", "accumulation_steps", "learning_rate", "clip_norm")
+        _require_positive(self, "checkpoint_every_steps", "keep_checkpoints", "eval_every_steps", "log_every_steps")
+        _require(self.seed >= 0, self, "seed", "0 and above")
+        _require(self.eval_examples >= 0, self, "eval_examples", "0 and above")
+        _require(0 <= self.warmup_steps <= self.steps, self, "warmup_steps", f"0 to steps={self.steps}")
+        _require(self.batch_size % self.accumulation_steps == 0, self, "accumulation_steps", f"divisors of batch_size={self.batch_size}")
+        _require(0 <= self.final_learning_rate_fraction <= 1, self, "final_learning_rate_fraction", "0 to 1")
+        _require(0 <= self.beta1 < 1, self, "beta1", "0 to below 1")
+        _require(0 <= self.beta2 < 1, self, "beta2", "0 to below 1")
+        _require(self.weight_decay >= 0, self, "weight_decay", "0 and above")
+        _require(bool(self.gap_scales) and min(self.gap_scales) >= 0, self, "gap_scales", "one or more numbers, 0 and above")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How tokens are chosen and what they may read."""
+
+    attention: Attention = "span"
+    """span: what the model names; dense: everything before; window: the first tokens and the most recent ones."""
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens whose probabilities add up to this."""
+    sink_tokens: int = 4
+    """First tokens that "window" always sees."""
+    window_tokens: int = 128
+    """Most recent tokens that "window" sees, the current one included."""
+    implementation: Literal["reference", "xla", "triton", "mosaic"] | None = None
+    """Of the decode attention kernel; None takes the best that the device has."""
+
+    def __post_init__(self):
+        _require(self.attention in get_args(Attention), self, "attention", ", ".join(get_args(Attention)))
+        _require_positive(self, "max_new_tokens", "window_tokens")
+        _require(self.temperature >= 0, self, "temperature", "0 and above")
+        _require(0 < self.top_p <= 1, self, "top_p", "above 0, up to 1")
+        _require(self.sink_tokens >= 0, self, "sink_tokens", "0 and above")
+
+
+def from_json(config_type: type[T], values: dict) -> T:
+    """A config from what `dataclasses.asdict` wrote of it. Unknown and missing keys are refused."""
+    name = config_type.__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected an object, found {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(fields)}")
+    if missing := sorted(fields.keys() - values.keys()):
+        raise ValueError(f"{name}: {', '.join(missing)} missing")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return config_type(**values)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model and its training; the corpus it is meant for has the same name in `train.py`."""
+
+    model: ModelConfig
+    training: TrainConfig
+
+
+PRESETS = {
+    "arithmetic-tiny": Preset(
+        ModelConfig(hidden_size=256, intermediate_size=512, num_layers=8, num_heads=4, num_kv_heads=2),
+        TrainConfig(steps=10_000, batch_size=64, learning_rate=2e-3),
+    ),
+    "arithmetic-small": Preset(
+        ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4),
+        TrainConfig(steps=10_000, batch_size=128, learning_rate=1e-3),
+    ),
+    "arithmetic-base": Preset(
+        ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12),
+        TrainConfig(steps=20_000, batch_size=256, learning_rate=6e-4, warmup_steps=500),
+    ),
+}

@@ -1,0 +1,295 @@
+"""The span protocol: which earlier tokens a token attends to, as the tokens themselves say it.
+
+One definition, twice in JAX: `attention_mask` for whole sequences (training, prefill) and `SpanState` for one token at a
+time (decoding). They agree token for token, and with the reference automaton in the tests.
+
+The automaton, per sequence; each token first updates the state, then its query attends under the updated state:
+
+    label = 0; named = {}; in_response = False
+    first <solve>       -> in_response = True; label = 0; named = {}
+    <seg:k>             -> label = k; in a response also named = {}
+    <ref:k>, response   -> named |= {k}
+    after <eos>         -> nothing changes any more
+
+A token carries the label that stands after its own update. A response token attends to the tokens before it (itself
+included) that carry label 0, its own label or a named one; header tokens (`<seg>`, `<ref>` of a response) may look wider.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+HeaderView = Literal["span", "prompt", "all"]
+PromptView = Literal["causal", "local"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanVocab:
+    """The ids of the structural tokens. Label k is `seg_base + k` when opened and `ref_base + k` when named."""
+
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    solve_id: int
+    seg_base: int
+    ref_base: int
+    num_labels: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) < 0:
+                raise ValueError(f"SpanVocab: {field.name} is {value}; ids and sizes are not negative")
+        if self.num_labels < 2:
+            raise ValueError(f"SpanVocab: num_labels is {self.num_labels}; at least 2 are needed, label 0 being the sink")
+        families = (range(self.seg_base, self.seg_base + self.num_labels), range(self.ref_base, self.ref_base + self.num_labels))
+        singles = (self.pad_id, self.bos_id, self.eos_id, self.solve_id)
+        distinct = {*singles, *families[0], *families[1]}
+        if len(distinct) != len(singles) + 2 * self.num_labels:
+            raise ValueError(f"SpanVocab: ids overlap: {self}")
+
+    def seg_id(self, label: int) -> int:
+        return self._in_family(self.seg_base, label)
+
+    def ref_id(self, label: int) -> int:
+        return self._in_family(self.ref_base, label)
+
+    def _in_family(self, base: int, label: int) -> int:
+        if not 0 <= label < self.num_labels:
+            raise ValueError(f"label {label} is outside 0..{self.num_labels - 1}")
+        return base + label
+
+    def label_of(self, token_ids: Int[Array, "..."], base: int) -> Int[Array, "..."]:
+        """The label k where a token is `base + k`, -1 where it is of no such family."""
+        label = token_ids - base
+        return jnp.where((label >= 0) & (label < self.num_labels), label, -1)
+
+
+def check_views(header_view: str, prompt_view: str, prompt_window_tokens: int) -> None:
+    if header_view not in get_args(HeaderView):
+        raise ValueError(f"header_view is {header_view!r}; allowed: {', '.join(get_args(HeaderView))}")
+    if prompt_view not in get_args(PromptView):
+        raise ValueError(f"prompt_view is {prompt_view!r}; allowed: {', '.join(get_args(PromptView))}")
+    if prompt_window_tokens < 1:
+        raise ValueError(f"prompt_window_tokens is {prompt_window_tokens}; at least 1 is needed, the token itself")
+
+
+class TokenRoles(NamedTuple):
+    """What the automaton makes of each token of whole sequences; every field is [..., T]."""
+
+    labels: Int[Array, "... T"]  # the label that the token carries
+    is_response: Bool[Array, "... T"]  # after the first <solve>
+    is_header: Bool[Array, "... T"]  # a <seg> or <ref> of the response
+    in_response: Bool[Array, "... T"]  # the automaton's flag after this token: also true of the first <solve>
+    ended: Bool[Array, "... T"]  # <eos> has been read
+    solve_index: Int[Array, "... T"]  # index of the last <solve> that began a response, -1 before it
+    step_index: Int[Array, "... T"]  # index of the token that opened the current step
+    names: Int[Array, "... T"]  # the label that this token adds to the span, -1 for none
+    segment_start: Int[Array, "... T"]  # index of the first token of the sequence
+
+
+def token_roles(token_ids: Int[Array, "... T"], vocab: SpanVocab, segment_ids: Int[Array, "... T"] | None = None) -> TokenRoles:
+    """Runs the automaton over whole sequences, all tokens at once.
+
+    `segment_ids` marks several sequences packed in one row by different numbers; the automaton starts anew at each.
+    """
+    axis = token_ids.ndim - 1
+    index = jax.lax.broadcasted_iota(jnp.int32, token_ids.shape, axis)
+
+    def last(event):  # index of the last event at or before each token, -1 before the first
+        return jax.lax.cummax(jnp.where(event, index, -1), axis=axis)
+
+    first = index == 0
+    if segment_ids is not None:
+        first |= segment_ids != jnp.roll(segment_ids, 1, axis=axis)
+    segment_start = last(first)
+    is_eos = token_ids == vocab.eos_id
+    last_eos = last(is_eos)
+    ended = last_eos >= segment_start
+    before = jnp.where(first, -1, jnp.roll(last_eos, 1, axis=axis))
+    active = before < segment_start  # no <eos> before this token in its sequence
+
+    opens = jnp.where(active, vocab.label_of(token_ids, vocab.seg_base), -1)
+    solves = active & (token_ids == vocab.solve_id)
+    last_solve = last(solves)
+    in_response = last_solve >= segment_start
+    previous_solve = jnp.where(first, -1, jnp.roll(last_solve, 1, axis=axis))
+    first_solve = solves & (previous_solve < segment_start)
+    names = jnp.where(active & in_response, vocab.label_of(token_ids, vocab.ref_base), -1)
+
+    relabels = first | first_solve | (opens >= 0)
+    labels = jnp.take_along_axis(jnp.maximum(opens, 0), last(relabels), axis=axis)
+    is_response = in_response & ~first_solve
+    is_structural = (vocab.label_of(token_ids, vocab.seg_base) >= 0) | (vocab.label_of(token_ids, vocab.ref_base) >= 0)
+    solve_index = last(first_solve)
+    return TokenRoles(
+        labels=labels,
+        is_response=is_response,
+        is_header=is_response & is_structural,
+        in_response=in_response,
+        ended=ended,
+        solve_index=jnp.where(solve_index >= segment_start, solve_index, -1),
+        step_index=last(first_solve | (in_response & (opens >= 0))),
+        names=names,
+        segment_start=segment_start,
+    )
+
+
+def attention_mask(
+    token_ids: Int[Array, "... T"],
+    vocab: SpanVocab,
+    *,
+    header_view: HeaderView = "span",
+    prompt_view: PromptView = "causal",
+    prompt_window_tokens: int = 16,
+    segment_ids: Int[Array, "... T"] | None = None,
+) -> Bool[Array, "... T T"]:
+    """The mask under which a span model is trained and prefilled: `[..., t, s]` is True where token t may attend to token s.
+
+    Args:
+      token_ids: any integers; malformed sequences are never an error.
+      vocab: the structural ids.
+      header_view: what `<seg>` and `<ref>` tokens of a response see: no more than others ("span"), also the prompt, or all.
+      prompt_view: what prompt tokens see: everything before ("causal"), or their own label, the sink and the last
+        `prompt_window_tokens` tokens ("local").
+      segment_ids: sequences packed in one row, told apart by number; none attends to another.
+
+    Raises: ValueError for an unknown view.
+    """
+    check_views(header_view, prompt_view, prompt_window_tokens)
+    roles = token_roles(token_ids, vocab, segment_ids)
+
+    def query(x):  # [..., T] -> [..., T, 1]
+        return x[..., :, None]
+
+    def key(x):  # [..., T] -> [..., 1, T]
+        return x[..., None, :]
+
+    num_tokens = token_ids.shape[-1]
+    t = jnp.arange(num_tokens, dtype=jnp.int32)
+    distance = jnp.broadcast_to(query(t) - key(t), (*token_ids.shape, num_tokens))
+    own = (key(roles.labels) == 0) | (key(roles.labels) == query(roles.labels))
+    # The last token at or before t that names the label of s; it counts when the step of t had begun by then.
+    naming = jnp.where(query(roles.names) == key(roles.labels), query(jnp.broadcast_to(t, token_ids.shape)), -1)
+    named = jax.lax.cummax(naming, axis=naming.ndim - 2) >= query(roles.step_index)
+    response = own | named
+    if header_view == "all":
+        response |= query(roles.is_header)
+    elif header_view == "prompt":
+        response |= query(roles.is_header) & (key(jnp.broadcast_to(t, token_ids.shape)) <= query(roles.solve_index))
+    if prompt_view == "causal":
+        prompt = jnp.ones_like(own)
+    else:
+        prompt = own | (distance < prompt_window_tokens)
+    causal = (distance >= 0) & (key(roles.segment_start) == query(roles.segment_start))
+    return causal & jnp.where(query(roles.is_response), response, prompt)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SpanState:
+    """The automaton of B sequences while they are decoded, with room for A tokens each.
+
+    `token_labels[b, s]` is the label carried by token s of sequence b, -1 where there is no token yet.
+    """
+
+    label: Int[Array, "B"]
+    named: Bool[Array, "B L"]
+    in_response: Bool[Array, "B"]
+    ended: Bool[Array, "B"]
+    solve_index: Int[Array, "B"]  # index of the first <solve>, -1 before it
+    token_labels: Int[Array, "B A"]
+    num_tokens: Int[Array, "B"]
+    unresolved_refs: Int[Array, "B"]  # <ref:k> so far that named a label which no token carried
+    # of the latest token
+    is_response: Bool[Array, "B"]
+    is_header: Bool[Array, "B"]
+
+    @classmethod
+    def of_prefix(cls, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], vocab: SpanVocab, capacity: int) -> SpanState:
+        """The state after the first `lengths[b]` tokens of each row; what follows them is ignored. An empty prefix is a start."""
+        batch, num_tokens = token_ids.shape
+        if num_tokens > capacity:
+            raise ValueError(f"{num_tokens} tokens do not fit in a capacity of {capacity}")
+        index = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), token_ids.shape)
+        inside = index < lengths[:, None]
+        roles = token_roles(token_ids, vocab)
+        empty = lengths == 0
+        at = jnp.maximum(lengths - 1, 0)[:, None]
+
+        def latest(x):
+            return jnp.take_along_axis(x, at, axis=1)[:, 0]
+
+        def per_label(labels, counted):  # [B, T] -> [B, L], how many counted tokens have each label
+            row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], labels.shape)
+            zeros = jnp.zeros((batch, vocab.num_labels), jnp.int32)
+            return zeros.at[row, jnp.where(counted, labels, vocab.num_labels)].add(1, mode="drop")
+
+        names = inside & (roles.names >= 0)
+        named = per_label(roles.names, names & (index > latest(roles.step_index)[:, None])) > 0
+        resolved = jnp.any(jnp.tril(roles.labels[:, None, :] == roles.names[:, :, None]), axis=2)
+        token_labels = jnp.full((batch, capacity), -1, jnp.int32)
+        return cls(
+            label=jnp.where(empty, 0, latest(roles.labels)),
+            named=named & ~empty[:, None],
+            in_response=latest(roles.in_response) & ~empty,
+            ended=latest(roles.ended) & ~empty,
+            solve_index=jnp.where(empty, -1, latest(roles.solve_index)),
+            token_labels=token_labels.at[:, :num_tokens].set(jnp.where(inside, roles.labels, -1)),
+            num_tokens=lengths,
+            unresolved_refs=jnp.sum(names & ~resolved, axis=1, dtype=jnp.int32),
+            is_response=latest(roles.is_response) & ~empty,
+            is_header=latest(roles.is_header) & ~empty,
+        )
+
+    def advance(self, tokens: Int[Array, "B"], vocab: SpanVocab) -> SpanState:
+        """The state after one more token in every sequence."""
+        alive = ~self.ended
+        opens = jnp.where(alive, vocab.label_of(tokens, vocab.seg_base), -1)
+        refers = vocab.label_of(tokens, vocab.ref_base)
+        first_solve = alive & (tokens == vocab.solve_id) & ~self.in_response
+        in_response = self.in_response | first_solve
+        label = jnp.where(first_solve, 0, jnp.where(opens >= 0, opens, self.label))
+        names = jnp.where(alive & in_response, refers, -1)
+
+        keeps = ~(first_solve | (in_response & (opens >= 0)))
+        all_labels = jnp.arange(vocab.num_labels, dtype=jnp.int32)
+        named = (self.named & keeps[:, None]) | (all_labels[None, :] == names[:, None])
+
+        row = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        token_labels = self.token_labels.at[row, self.num_tokens].set(label, mode="drop")
+        unresolved = (names >= 0) & ~jnp.any(token_labels == names[:, None], axis=1)
+        is_response = in_response & ~first_solve
+        return SpanState(
+            label=label,
+            named=named,
+            in_response=in_response,
+            ended=self.ended | (tokens == vocab.eos_id),
+            solve_index=jnp.where(first_solve, self.num_tokens, self.solve_index),
+            token_labels=token_labels,
+            num_tokens=self.num_tokens + 1,
+            unresolved_refs=self.unresolved_refs + unresolved.astype(jnp.int32),
+            is_response=is_response,
+            is_header=is_response & ((vocab.label_of(tokens, vocab.seg_base) >= 0) | (refers >= 0)),
+        )
+
+    def visible(self, *, header_view: HeaderView, prompt_view: PromptView, prompt_window_tokens: int) -> Bool[Array, "B A"]:
+        """Which tokens the latest token of each sequence may attend to, itself included."""
+        check_views(header_view, prompt_view, prompt_window_tokens)
+        index = jnp.arange(self.token_labels.shape[1], dtype=jnp.int32)[None, :]
+        is_token = index < self.num_tokens[:, None]
+        own = (self.token_labels == 0) | (self.token_labels == self.label[:, None])
+        response = own | jnp.take_along_axis(self.named, jnp.maximum(self.token_labels, 0), axis=1)
+        if header_view == "all":
+            response |= self.is_header[:, None]
+        elif header_view == "prompt":
+            response |= self.is_header[:, None] & (index <= self.solve_index[:, None])
+        if prompt_view == "causal":
+            prompt = is_token
+        else:
+            prompt = own | (self.num_tokens[:, None] - 1 - index < prompt_window_tokens)
+        return is_token & jnp.where(self.is_response[:, None], response, prompt)

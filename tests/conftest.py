@@ -1,0 +1,19 @@
+"""Strict JAX for every test, and GPU tests only where there is a GPU."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples in every run: a test that fails in CI fails here.
+hypothesis.settings.register_profile("selfspan", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("selfspan")
+
+
+def pytest_collection_modifyitems(items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and jax.default_backend() != "gpu":
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,222 @@
+"""Invariant 2, the central one: decoding token by token gives the logits of one forward under the mask. And the two drivers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfspan_jax import decoding
+from selfspan_jax.config import DecodeConfig
+from tests.selfspan_jax.models import random_model, reference_logits
+from tests.selfspan_jax.reference import Reference
+from tests.selfspan_jax.streams import NAMED, VIEWS, VOCAB, VOCAB_SIZE, streams
+
+VIEW_IDS = ["-".join(map(str, views.values())) for views in VIEWS]
+MODELS = [random_model(**views) for views in VIEWS]
+LENGTH, MAX_PROMPT = 24, 10
+# float32 rounding: gather and einsum order differ between the two paths. Measured worst over all tests here: 2e-5.
+TOLERANCE = 1e-4
+
+
+def padded(rows, length, fill):
+    return np.array([[*row[:length], *[fill] * (length - len(row))] for row in rows], np.int32)
+
+
+def assert_decodes_like_one_forward(model, rows, prompt_lengths, masks, config):
+    """Feeds each row after its own prompt, token by token, and compares every step's logits with one masked forward."""
+    expected = reference_logits(model, rows, masks)
+    prompts = padded([row[:n] for row, n in zip(rows, prompt_lengths)], MAX_PROMPT, VOCAB_SIZE - 1)  # garbage after the prompts
+    state = decoding.prefill(model, prompts, np.array(prompt_lengths, np.int32), config)
+    ended = np.array([VOCAB.eos_id in row[:0] for row in rows])
+    for step in range(LENGTH - max(prompt_lengths)):
+        at = np.array(prompt_lengths) + step
+        for b in np.flatnonzero(~ended):
+            np.testing.assert_allclose(state.logits[b], expected[b, at[b] - 1], atol=TOLERANCE, rtol=TOLERANCE, err_msg=f"{b} {step}")
+        tokens = np.array([row[i] for row, i in zip(rows, at)])
+        state = decoding.feed(model, state, tokens, config)
+        for b in np.flatnonzero(~ended):
+            rows_read = np.sort(np.asarray(state.slots.rows[b, : state.slots.counts[b]]))
+            np.testing.assert_array_equal(rows_read, state.cache.table[b][np.flatnonzero(masks[b][at[b]])])
+        ended |= tokens == VOCAB.eos_id  # a sequence that is done is no longer computed
+    return state
+
+
+SPAN = DecodeConfig(attention="span", max_new_tokens=LENGTH)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=VIEW_IDS)
+def test_named_streams_decode_like_one_forward(model):
+    views = {key: getattr(model.config, key) for key in VIEWS[0]}
+    rows = padded([token_ids for token_ids, _ in NAMED.values()], LENGTH, fill=4)
+    masks = [np.array(Reference(row, VOCAB, **views).mask()) for row in rows]
+    prompt_lengths = [1 + i % MAX_PROMPT for i in range(len(rows))]
+    assert_decodes_like_one_forward(model, rows, prompt_lengths, masks, SPAN)
+
+
+@given(
+    batch=st.lists(streams(LENGTH), min_size=4, max_size=4),
+    prompt_lengths=st.lists(st.integers(1, MAX_PROMPT), min_size=4, max_size=4),
+    model=st.sampled_from(MODELS),
+)
+@settings(max_examples=60)
+def test_any_streams_decode_like_one_forward(batch, prompt_lengths, model):
+    views = {key: getattr(model.config, key) for key in VIEWS[0]}
+    masks = [np.array(Reference(row, VOCAB, **views).mask()) for row in batch]
+    assert_decodes_like_one_forward(model, np.array(batch, np.int32), prompt_lengths, masks, SPAN)
+
+
+@pytest.mark.parametrize("attention", ["dense", "window"])
+def test_baseline_policies_decode_like_one_forward(attention):
+    config = DecodeConfig(attention=attention, max_new_tokens=LENGTH, sink_tokens=2, window_tokens=5)
+    rows = padded([token_ids for token_ids, _ in NAMED.values()], LENGTH, fill=4)
+    t, s = np.indices((LENGTH, LENGTH))
+    mask = (s <= t) if attention == "dense" else (s <= t) & ((t - s < 5) | (s < 2))
+    prompt_lengths = [1 + i % MAX_PROMPT for i in range(len(rows))]
+    assert_decodes_like_one_forward(MODELS[0], rows, prompt_lengths, [mask] * len(rows), config)
+
+
+def test_the_tolerance_has_teeth():
+    """One token more or less in one query's span must exceed the tolerance, else the tests above prove nothing."""
+    row = np.array([padded([NAMED["specification"][0]], LENGTH, 4)[0]])
+    mask = np.array(Reference(row[0], VOCAB).mask())
+    model = MODELS[0]
+    right = reference_logits(model, row, [mask])
+    smallest = np.inf
+    for t in range(2, LENGTH):
+        for s in range(t):
+            changed = mask.copy()
+            changed[t, s] ^= True
+            wrong = reference_logits(model, row, [changed])
+            smallest = min(smallest, np.abs(wrong[0, t] - right[0, t]).max())
+    assert smallest > 10 * TOLERANCE
+
+
+PROMPTS = [NAMED["specification"][0][:14], NAMED["reopened"][0][:8], [1, 10, 4, 3]]
+PROMPT_IDS = padded(PROMPTS, 14, 0)
+LENGTHS = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+
+
+def generate_by_whole_forwards(model, prompt, steps):
+    """Greedy decoding without a cache: one forward under the reference mask per token."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        width = len(prompt) + steps
+        masks = [np.array(Reference([*tokens, *[0] * (width - len(tokens))], VOCAB, header_view=model.config.header_view,
+                                    prompt_view=model.config.prompt_view,
+                                    prompt_window_tokens=model.config.prompt_window_tokens).mask())]  # fmt: skip
+        logits = reference_logits(model, padded([tokens], width, 0), masks)[0, len(tokens) - 1]
+        tokens.append(int(np.argmax(logits)))
+        if tokens[-1] == VOCAB.eos_id:
+            break
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("model", MODELS[::4], ids=VIEW_IDS[::4])
+def test_generate_is_greedy_decoding_without_a_cache(model):
+    config = DecodeConfig(max_new_tokens=12)
+    state = decoding.generate(model, PROMPT_IDS, LENGTHS, config)
+    for b, prompt in enumerate(PROMPTS):
+        expected = generate_by_whole_forwards(model, prompt, 12)
+        assert list(np.asarray(state.new_tokens[b]))[: len(expected)] == expected
+        assert set(np.asarray(state.new_tokens[b])[len(expected) :]) <= {VOCAB.pad_id}
+
+
+def test_attended_counts_are_those_of_the_mask():
+    model, config = MODELS[0], DecodeConfig(max_new_tokens=12)
+    state = decoding.generate(model, PROMPT_IDS, LENGTHS, config)
+    for b, prompt in enumerate(PROMPTS):
+        tokens = [*prompt, *np.asarray(state.new_tokens[b])]
+        views = {key: getattr(model.config, key) for key in VIEWS[0]}
+        mask = np.array(Reference(tokens, VOCAB, **views).mask())
+        end = tokens.index(VOCAB.eos_id) + 1 if VOCAB.eos_id in tokens else len(tokens)
+        expected = mask.sum(axis=1)[len(prompt) : end]
+        np.testing.assert_array_equal(state.num_attended[b][: len(expected)], expected)
+        assert not np.any(state.num_attended[b][len(expected) :])
+
+
+@pytest.mark.parametrize("attention", ["span", "dense", "window"])
+def test_stream_gives_what_generate_gives(attention):
+    config = DecodeConfig(attention=attention, max_new_tokens=11, temperature=0.7)
+    state = decoding.generate(MODELS[0], PROMPT_IDS, LENGTHS, config, jax.random.key(3))
+    chunks = list(decoding.stream(MODELS[0], PROMPT_IDS, LENGTHS, config, jax.random.key(3), chunk_tokens=4))
+    streamed = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
+    np.testing.assert_array_equal(streamed, state.new_tokens[:, : streamed.shape[1]])
+    np.testing.assert_array_equal(
+        np.concatenate([chunk.num_attended for chunk in chunks], axis=1), state.num_attended[:, : streamed.shape[1]]
+    )
+    assert streamed.shape[1] == int(state.num_steps)
+
+
+def test_sequences_of_a_batch_do_not_touch_each_other():
+    config = DecodeConfig(max_new_tokens=10)
+    together = decoding.generate(MODELS[4], PROMPT_IDS, LENGTHS, config)
+    for b, prompt in enumerate(PROMPTS):
+        alone = decoding.generate(MODELS[4], np.array([prompt], np.int32), LENGTHS[b : b + 1], config)
+        np.testing.assert_array_equal(together.new_tokens[b], alone.new_tokens[0])
+        np.testing.assert_array_equal(together.num_attended[b], alone.num_attended[0])
+
+
+def test_decoding_stops_at_eos_and_stays_stopped():
+    """Sequences end at different steps; the loop ends with the last of them."""
+    model, config = MODELS[0], DecodeConfig(max_new_tokens=12)
+    state = decoding.prefill(model, PROMPT_IDS, LENGTHS, config)
+    state = decoding.feed(model, state, np.array([2, 4, 4]), config)
+    frozen = jax.tree.map(np.asarray, (state.span, state.cache.pools))
+    assert list(np.asarray(state.done)) == [True, False, False]
+    state = decoding.feed(model, state, np.array([4, 2, 4]), config)
+    state = decoding.feed(model, state, np.array([10, 16, 2]), config)
+    assert np.all(state.done)
+    for field, before in vars(frozen[0]).items():
+        np.testing.assert_array_equal(getattr(state.span, field)[0], before[0], err_msg=field)
+    own_rows = np.asarray(state.cache.table[0])
+    for (k_before, v_before), (k, v) in zip(frozen[1], state.cache.pools):
+        np.testing.assert_array_equal(np.asarray(k)[own_rows], k_before[own_rows])
+        np.testing.assert_array_equal(np.asarray(v)[own_rows], v_before[own_rows])
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (2.0, 0.9)])
+def test_tokens_are_drawn_with_the_stated_probabilities(temperature, top_p):
+    logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+    probabilities = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    kept, mass = np.zeros(6, bool), 0.0
+    for token in np.argsort(-probabilities):
+        if mass < top_p:
+            kept[token] = True
+        mass += probabilities[token]
+    probabilities = probabilities * kept / (probabilities * kept).sum()
+    config = DecodeConfig(temperature=temperature, top_p=top_p)
+    drawn = decoding.choose(jnp.broadcast_to(jnp.array(logits, jnp.float32), (40_000, 6)), jax.random.key(0), config)
+    frequencies = np.bincount(drawn, minlength=6) / 40_000
+    # four standard deviations of a binomial share of 40,000 draws are at most 0.01
+    np.testing.assert_allclose(frequencies, probabilities, atol=0.01)
+    assert not np.any(frequencies[~kept])
+
+
+def test_the_same_key_gives_the_same_tokens_and_another_key_others():
+    config = DecodeConfig(max_new_tokens=10, temperature=1.5)
+    first, again, other = (
+        np.asarray(decoding.generate(MODELS[0], PROMPT_IDS, LENGTHS, config, jax.random.key(key)).new_tokens) for key in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "lengths", "changes", "message"),
+    [
+        ([[1, 3]], [0], {}, "prompt lengths from 0"),
+        ([[1, 3]], [3], {}, "prompt lengths from 3"),
+        ([[1, 20]], [2], {}, "the model knows 0 to 19"),
+        ([[1, -1]], [2], {}, "token ids from -1"),
+        ([1, 3], [2], {}, "expected"),
+        ([[1, 3]], [2], dict(max_new_tokens=63), "context of 64 tokens"),
+    ],
+)
+def test_prompts_that_the_model_cannot_take_are_refused(token_ids, lengths, changes, message):
+    config = dataclasses.replace(DecodeConfig(max_new_tokens=4), **changes)
+    with pytest.raises(ValueError, match=message):
+        decoding.prefill(MODELS[0], np.array(token_ids), np.array(lengths), config)
