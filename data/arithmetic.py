@@ -15,14 +15,14 @@ import operator
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from data import workers
-from data.vocab import Vocab, check_json
+from data.vocab import DEFAULT_VOCAB, Vocab, check_json
 
 Labelling = Literal["tree", "none"]
 Split = Literal["train", "test"]
@@ -63,7 +63,7 @@ class Expression:
         depth = 0
         for node in self.postfix:
             depth += 1 if type(node) is int else -1
-            if depth < 1 or type(node) is not int and node not in _APPLY:
+            if depth < 1 or (type(node) is not int and node not in _APPLY):
                 raise ValueError(f"not a postfix expression at {node!r}: expected integers and + - * of two operands")
         if depth != 1:
             raise ValueError(f"a postfix expression of {depth} values: expected one")
@@ -214,9 +214,7 @@ class Example:
         return self.token_ids[self.prompt_tokens :]
 
 
-def encode(
-    expression: Expression | str, *, vocab: Vocab = Vocab(), labelling: Labelling = "tree", first_label: int = 1
-) -> Example:
+def encode(expression: Expression | str, *, vocab: Vocab = DEFAULT_VOCAB, labelling: Labelling = "tree", first_label: int = 1) -> Example:
     """The oracle: prompt and gold response of an expression (parsed first when it is text).
 
     `labelling="tree"` tags each operation's own tokens in the prompt with its label; `"none"` leaves the whole
@@ -243,16 +241,14 @@ def encode(
 
 
 def encode_prompt(
-    expression: Expression | str, *, vocab: Vocab = Vocab(), labelling: Labelling = "tree", first_label: int = 1
+    expression: Expression | str, *, vocab: Vocab = DEFAULT_VOCAB, labelling: Labelling = "tree", first_label: int = 1
 ) -> npt.NDArray[np.int32]:
     """The prompt of `encode` alone, int32 [n], ending in `<solve>`; the same errors, but for large values."""
     expression, first_label = _checked(expression, vocab, labelling, first_label)
     return np.array(_prompt(expression, vocab, labelling, first_label), np.int32)
 
 
-def _checked(
-    expression: Expression | str, vocab: Vocab, labelling: Labelling, first_label: int
-) -> tuple[Expression, int]:
+def _checked(expression: Expression | str, vocab: Vocab, labelling: Labelling, first_label: int) -> tuple[Expression, int]:
     if isinstance(expression, str):
         expression = parse(expression)
     _check_labelling(labelling)
@@ -339,7 +335,7 @@ def verify(
     expression: Expression | str,
     response: str | Iterable[int],
     *,
-    vocab: Vocab = Vocab(),
+    vocab: Vocab = DEFAULT_VOCAB,
     labelling: Labelling = "tree",
     first_label: int = 1,
 ) -> Verdict:
@@ -391,7 +387,7 @@ def verify(
     elif not ended:
         message = "every step is right, but <eos> is missing"
     elif wrong_spans:
-        message = "every step is right, but step {}: {}".format(min(wrong_spans) + 1, wrong_spans[min(wrong_spans)])
+        message = f"every step is right, but step {min(wrong_spans) + 1}: {wrong_spans[min(wrong_spans)]}"
     else:
         message = f"all {index} steps and spans are right"
     return Verdict(
@@ -405,7 +401,7 @@ def verify(
     )
 
 
-def answer(response: str | Iterable[int], *, vocab: Vocab = Vocab()) -> str | None:
+def answer(response: str | Iterable[int], *, vocab: Vocab = DEFAULT_VOCAB) -> str | None:
     """The value that a response (text or ids) ends in, as written: what follows the last step's `=`, or None."""
     stray, written, _ = _read_response(response, vocab)
     return _answer_text(stray, written)
@@ -468,14 +464,17 @@ def _labels(labels: Iterable[int]) -> str:
 class Corpus:
     """The distributions of a corpus.
 
-    min_ops, max_ops: the number of operators is uniform between them, both included.
-    uniform_weight, balanced_weight, left_comb_weight: relative frequency of the tree shapes: any binary tree with the
-      same probability; operators halved at every node; every right operand a leaf.
-    max_digits: the number of digits of a leaf is uniform in 1..max_digits, then its value among those it allows.
-    negative_fraction: of the leaves that are not 0, the share with a minus.
-    max_value: no value on the way is larger in magnitude; each operator is uniform among those that keep to this.
-    labelling: see `encode`.
-    num_labels: of the vocabulary; an example's labels are consecutive from a uniform offset in 1..num_labels - ops.
+    Attributes:
+      min_ops: Fewest operators; their number is uniform between the two bounds.
+      max_ops: Most operators.
+      uniform_weight: Relative frequency of trees drawn from all binary trees with the same probability.
+      balanced_weight: Relative frequency of trees whose operators are halved at every node.
+      left_comb_weight: Relative frequency of trees in which every right operand is a leaf.
+      max_digits: Most digits of a leaf; their number is uniform from 1 on, and the leaf among those that have it.
+      negative_fraction: Share of the leaves other than 0 that get a minus.
+      max_value: No value on the way is larger in magnitude; every operator is uniform among those that keep to this.
+      labelling: "tree" tags the prompt with labels, "none" leaves it in the sink.
+      num_labels: Labels of the vocabulary; an example uses consecutive ones from a uniform offset.
     """
 
     min_ops: int = 2
@@ -526,9 +525,7 @@ def split_of(expression: Expression) -> Split:
     return "test" if zlib.crc32(expression.text.encode()) % 8 == 0 else "train"
 
 
-def stream(
-    corpus: Corpus, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0
-) -> Iterator[Example]:
+def stream(corpus: Corpus, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0) -> Generator[Example, None, None]:
     """Endless examples of a corpus, from number `start` on.
 
     Example i depends on (corpus, seed, split, i) alone, and the splits share no expression. With `num_workers`
@@ -546,7 +543,7 @@ def stream(
     return _flatten(chunks, skipped)
 
 
-def _flatten(chunks: Iterator[list[Example]], skipped: int) -> Iterator[Example]:
+def _flatten(chunks: Generator[list[Example], None, None], skipped: int) -> Generator[Example, None, None]:
     with contextlib.closing(chunks):
         for chunk in chunks:
             yield from chunk[skipped:]
@@ -587,9 +584,7 @@ def _draw(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Express
         right, left = values.pop(), values.pop()
         # Of two values within the bound, either the sum or the difference is within it too.
         allowed = [
-            (symbol, value)
-            for symbol, value in (("+", left + right), ("-", left - right), ("*", left * right))
-            if -bound <= value <= bound
+            (symbol, value) for symbol, value in (("+", left + right), ("-", left - right), ("*", left * right)) if -bound <= value <= bound
         ]
         symbol, value = allowed[int(uniform() * len(allowed))]
         postfix.append(symbol)
@@ -651,7 +646,7 @@ _TASK_VERSION = 1
 class ArithmeticTask:
     """What a model directory needs to know of this corpus to turn an expression into ids and a response into words."""
 
-    vocab: Vocab = Vocab()
+    vocab: Vocab = DEFAULT_VOCAB
     labelling: Labelling = "tree"
 
     name = "arithmetic"
@@ -685,7 +680,7 @@ class ArithmeticTask:
         }
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "ArithmeticTask":
+    def from_json(cls, fields: object) -> "ArithmeticTask":
         """The inverse of `to_json`. ValueError: unknown or missing keys, another task or version."""
-        check_json(fields, "task", {"task": cls.name, "version": _TASK_VERSION}, ("labelling", "vocab"))
-        return cls(vocab=Vocab.from_json(fields["vocab"]), labelling=fields["labelling"])
+        checked = check_json(fields, "task", {"task": cls.name, "version": _TASK_VERSION}, ("labelling", "vocab"))
+        return cls(vocab=Vocab.from_json(checked["vocab"]), labelling=checked["labelling"])

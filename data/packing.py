@@ -92,9 +92,7 @@ def _batches(
             if example is None:
                 break
             if len(example.token_ids) > sequence_tokens:
-                raise ValueError(
-                    f"example {start + len(ahead)} has {len(example.token_ids)} tokens, a row only {sequence_tokens}"
-                )
+                raise ValueError(f"example {start + len(ahead)} has {len(example.token_ids)} tokens, a row only {sequence_tokens}")
             ahead.append(example)
             total_tokens += len(example.token_ids)
         if not ahead:
@@ -144,9 +142,7 @@ def _arrange(lengths: list[int], num_rows: int, row_tokens: int) -> list[list[in
     return rows
 
 
-def _gaps(
-    token_ids: npt.NDArray[np.int32], vocab: PackingVocab, scales: tuple[int, ...], seed: tuple[int, int]
-) -> npt.NDArray[np.int32]:
+def _gaps(token_ids: npt.NDArray[np.int32], vocab: PackingVocab, scales: tuple[int, ...], seed: tuple[int, int]) -> npt.NDArray[np.int32]:
     """How far each rotary position, int32 [n], moves up."""
     generator = np.random.default_rng(seed)
     scale = scales[generator.integers(len(scales))]

@@ -116,18 +116,21 @@ class Vocab:
         return {"kind": "characters", "version": _JSON_VERSION, "num_labels": self.num_labels}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Vocab":
+    def from_json(cls, fields: object) -> "Vocab":
         """The inverse of `to_json`.
 
         Raises:
           ValueError: a key or a version that this code does not know, or a missing one.
         """
-        check_json(fields, "vocabulary", {"kind": "characters", "version": _JSON_VERSION}, ("num_labels",))
-        return cls(num_labels=fields["num_labels"])
+        checked = check_json(fields, "vocabulary", {"kind": "characters", "version": _JSON_VERSION}, ("num_labels",))
+        return cls(num_labels=checked["num_labels"])
 
 
-def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> None:
-    """Checks that a JSON object has exactly the keys expected, and the fixed ones the values expected.
+DEFAULT_VOCAB = Vocab()
+
+
+def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> Mapping[str, Any]:
+    """Returns a JSON object, having checked that it has exactly the keys expected, and the fixed ones the values expected.
 
     Raises:
       ValueError: names `what`, the offending key or value, and what is allowed.
@@ -141,3 +144,4 @@ def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterab
     for key, value in fixed.items():
         if type(fields[key]) is not type(value) or fields[key] != value:
             raise ValueError(f"{what}: {key} is {fields[key]!r}; this version of selfspan reads {value!r}")
+    return fields

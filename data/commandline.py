@@ -1,0 +1,76 @@
+"""Command lines whose errors are for people: exit status 2 and one plain line, never a box, never a traceback."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import tyro
+
+# Where a ValueError is an input check of ours. From anywhere else it is a bug, and keeps its traceback.
+_OURS = ("__main__", "data", "decode", "pallas_kernels", "selfspan_jax", "train")
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with status 2 and one line on stderr."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(config_type: Any, argv: Sequence[str] | None = None, /, **tyro_options: Any) -> Any:
+    """`tyro.cli` with one-line errors: an instance of `config_type`, from `argv` (the process's own by default).
+
+    `config_type` is a dataclass, a union of them (subcommands), or a callable that does no work of its own. Wrong
+    arguments, a ValueError of a `__post_init__` among them, end the program with status 2 and one line on stderr;
+    `--help` prints and ends it with 0.
+    """
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(config_type, args=argv, **tyro_options)
+    except SystemExit as exit:
+        if exit.code != 2:
+            sys.stderr.write(captured.getvalue())
+            raise
+    except ValueError as error:
+        fail(str(error))
+    fail(_unboxed(captured.getvalue()))
+
+
+def _unboxed(box: str) -> str:
+    """The message in one of tyro's boxes: a title, the problem, sections of advice, and where the help is."""
+    lines = [line.strip("│╭╮╰╯─ ") if line.startswith(("│", "╭")) else line.strip("╰╯─ ") for line in box.splitlines()]
+    title, sections = lines[0], " ".join(line or "\0" for line in lines[1:]).split("\0")
+    problem, *advice = [section.strip() for section in sections if section.strip()]
+    problem = problem.rstrip(".")
+    if title != "Value error" and not problem.lower().startswith(title.lower()):
+        problem = f"{title}: {problem}"
+    similar = [section.partition(":")[2].split() for section in advice if section.startswith("Arguments similar to")]
+    hints = [f"did you mean {words[0]}?" for words in similar if words]
+    hints += [section[0].lower() + section[1:] for section in advice if section.startswith(("For full helptext", "Available"))]
+    return "; ".join([problem, *hints])
+
+
+@contextlib.contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Turns what a user can get wrong into status 2 and one line; for the body of a `main`.
+
+    That is: a ValueError or NotImplementedError that our own code raises, and files that are missing, in the way, not
+    directories or not permitted. An interrupt from the keyboard ends with status 130 and one line.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+    except (ValueError, NotImplementedError) as error:
+        traceback = error.__traceback__
+        while traceback and traceback.tb_next:
+            traceback = traceback.tb_next
+        module = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
+        if module.partition(".")[0] not in _OURS:
+            raise
+        fail(str(error))
