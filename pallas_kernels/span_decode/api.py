@@ -6,10 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.span_decode import triton
+from pallas_kernels.span_decode.heuristics import triton_config
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
 from pallas_kernels.span_decode.reference import reference_attention, xla_attention
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "triton")
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -48,21 +50,36 @@ def span_decode_attention(
       NotImplementedError: the named implementation cannot do this, or a gradient was asked for.
     """
     _validate(q, k_pool, v_pool, slots, counts, implementation)
+    if q.size == 0 or slots.shape[1] == 0:
+        return jnp.zeros(q.shape, q.dtype)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     if implementation is None:
-        implementation = _best_implementation(q, k_pool, slots)
-    elif reason := unsupported_reason(implementation, q, k_pool, slots, interpret=interpret):
+        implementation = _best_implementation(q, k_pool)
+    elif reason := unsupported_reason(implementation, q, k_pool, interpret=interpret):
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
     return _attend(implementation, float(scale), interpret, q, k_pool, v_pool, slots, counts)
 
 
-def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, slots: jax.Array, *, interpret: bool = False) -> str | None:
+def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, *, interpret: bool = False) -> str | None:
     """Why `implementation` cannot compute this on the default device; None when it can."""
-    del q, k_pool, slots, interpret
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
     if implementation in ("reference", "xla"):
         return None
-    raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
+    if not interpret and (reason := _device_reason(80)):
+        return reason
+    return triton.unsupported_reason(q, k_pool)
+
+
+def _device_reason(least_capability: int) -> str | None:
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"needs a CUDA device, the default device is a {device.platform} (interpret=True runs anywhere)"
+    capability = int(device.compute_capability.replace(".", ""))
+    if capability < least_capability:
+        return f"needs compute capability {least_capability / 10}, {device.device_kind} has {capability / 10}"
+    return None
 
 
 def expected_bytes(q: jax.Array, k_pool: Pool, num_named_rows: int) -> int:
@@ -80,7 +97,11 @@ def expected_bytes(q: jax.Array, k_pool: Pool, num_named_rows: int) -> int:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _attend(implementation, scale, interpret, q, k_pool, v_pool, slots, counts):
-    del interpret
+    values = pool_values(k_pool)
+    if implementation == "triton":
+        num_kv_heads, head_size = values.shape[1:]
+        config = triton_config(q.shape[0], num_kv_heads, head_size * values.dtype.itemsize, slots.shape[1])
+        return triton.triton_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)
     if implementation == "reference":
         return reference_attention(q, k_pool, v_pool, slots, counts, scale=scale)
     return xla_attention(q, k_pool, v_pool, slots, counts, scale=scale)
@@ -93,9 +114,8 @@ def _no_gradient(*_):
     )
 
 
-def _best_implementation(q, k_pool, slots) -> str:
-    del q, k_pool, slots
-    return "xla"
+def _best_implementation(q: jax.Array, k_pool: Pool) -> str:
+    return "xla" if unsupported_reason("triton", q, k_pool) else "triton"
 
 
 def _validate(q, k_pool, v_pool, slots, counts, implementation) -> None:

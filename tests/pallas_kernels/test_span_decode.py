@@ -1,20 +1,46 @@
-"""Every implementation against a float64 oracle, within measured error budgets."""
+"""Every implementation against a float64 oracle, within measured error budgets.
+
+On a machine without a GPU the Pallas kernels run in the interpreter and are lowered for CUDA;
+with one, the tests marked `gpu` run the same cases on it.
+"""
+
+import contextlib
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from pallas_kernels import QuantizedPool, quantize_pool, span_decode_attention
 
+from pallas_kernels import (
+    QuantizedPool,
+    expected_bytes,
+    quantize_pool,
+    span_decode_attention,
+    unsupported_reason,
+)
+from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.cases import CASES, Case, Problem, make_problem
+from pallas_kernels.span_decode.heuristics import TritonConfig, triton_config
 
-ON_ANY_MACHINE = [("reference", False), ("xla", False)]
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+CASE = {case.name: case for case in CASES}
+FLOAT32 = [("reference", False), ("xla", False), ("triton", True)]
+FLOAT32 += [pytest.param(name, False, marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("xla", "triton")]
+KERNELS = [("triton", True)]
+KERNELS += [pytest.param(name, False, marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("triton",)]
 
 
 @pytest.fixture(autouse=True)
 def strict_numerics():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+# The oracle, and how wrong an implementation may be.
 
 
 def oracle(problem: Problem) -> np.ndarray:
@@ -32,36 +58,235 @@ def oracle(problem: Problem) -> np.ndarray:
     return out
 
 
+def plain_attention(problem: Problem, dtype) -> np.ndarray:
+    """What attention written down in `dtype` gives: products and weights rounded to it, softmax in float32."""
+    q, k_pool, v_pool = (x.astype(dtype).astype(np.float32) for x in (problem.q, problem.k_pool, problem.v_pool))
+    out = np.zeros(q.shape)
+    group = q.shape[1] // k_pool.shape[1]
+    scale = q.shape[2] ** -0.5 if problem.scale is None else problem.scale
+    for b, count in enumerate(problem.counts):
+        rows = problem.slots[b, :count]
+        for n in range(q.shape[1] if count else 0):
+            scores = (k_pool[rows, n // group] @ q[b, n]).astype(dtype).astype(np.float32) * np.float32(scale)
+            weights = np.exp(scores - scores.max())
+            weights = (weights / weights.sum()).astype(dtype).astype(np.float32)
+            out[b, n] = (weights @ v_pool[rows, n // group]).astype(dtype)
+    return out
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def within_budget(out: np.ndarray, problem: Problem, dtype) -> bool:
+    """RMS error below twice that of plain attention in the same dtype on the same input."""
+    exact = oracle(problem)
+    return rms(out - exact) < 2 * rms(plain_attention(problem, dtype) - exact)
+
+
 def round_to(problem: Problem, dtype) -> Problem:
-    """The same problem with floats that `dtype` can hold, so that only the kernel's error is seen."""
-    rounded = [np.asarray(x).astype(dtype).astype(np.float64) for x in (problem.q, problem.k_pool, problem.v_pool)]
-    return Problem(*rounded, problem.slots, problem.counts, problem.scale)
+    """The same problem in numbers that `dtype` can hold, so that only the computation's error is seen."""
+    q, k_pool, v_pool = (x.astype(dtype).astype(np.float64) for x in (problem.q, problem.k_pool, problem.v_pool))
+    return dataclasses.replace(problem, q=q, k_pool=k_pool, v_pool=v_pool)
 
 
-def run(problem: Problem, dtype, implementation, interpret=False):
+def run(problem: Problem, dtype, implementation, interpret=False, pool=lambda pool: pool) -> np.ndarray:
     q, k_pool, v_pool = (jnp.asarray(x, dtype) for x in (problem.q, problem.k_pool, problem.v_pool))
-
-    @jax.jit
-    def attend(q, k_pool, v_pool, slots, counts):
-        return span_decode_attention(
-            q,
-            k_pool,
-            v_pool,
-            slots,
-            counts,
-            scale=problem.scale,
-            implementation=implementation,
-            interpret=interpret,
-        )
-
-    out = attend(q, k_pool, v_pool, jnp.asarray(problem.slots), jnp.asarray(problem.counts))
+    attend = functools.partial(span_decode_attention, scale=problem.scale, implementation=implementation, interpret=interpret)
+    out = jax.jit(attend)(q, pool(k_pool), pool(v_pool), jnp.asarray(problem.slots), jnp.asarray(problem.counts))
     assert out.dtype == q.dtype and out.shape == q.shape
-    return np.asarray(out, np.float64)
+    return np.asarray(out).astype(np.float64)
 
 
-@pytest.mark.parametrize("implementation, interpret", ON_ANY_MACHINE)
+@pytest.mark.parametrize("implementation, interpret", FLOAT32)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float32_matches_oracle(case: Case, implementation, interpret):
+def test_float32_matches_oracle(case, implementation, interpret):
     problem = round_to(make_problem(case), np.float32)
     out = run(problem, jnp.float32, implementation, interpret)
     np.testing.assert_allclose(out, oracle(problem), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("implementation, interpret", [("xla", False), *KERNELS])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["gqa_3", "head_128", "batch_1"])
+def test_half_precision_within_budget(name, dtype, implementation, interpret):
+    problem = round_to(make_problem(CASE[name]), dtype)
+    assert within_budget(run(problem, dtype, implementation, interpret), problem, dtype)
+
+
+def dequantized(problem: Problem) -> Problem:
+    """The problem whose rows are what the int8 rows stand for."""
+
+    def through_int8(rows):
+        pool = quantize_pool(jnp.asarray(rows, jnp.float32))
+        return np.asarray(pool.values, np.float64) * np.asarray(pool.scales, np.float64)[..., None]
+
+    named = ~np.isnan(problem.k_pool)
+    k_pool, v_pool = (np.where(named, through_int8(np.where(named, x, 0.0)), np.nan) for x in (problem.k_pool, problem.v_pool))
+    return dataclasses.replace(problem, k_pool=k_pool, v_pool=v_pool)
+
+
+@pytest.mark.parametrize("implementation, interpret", [("reference", False), ("xla", False), *KERNELS])
+@pytest.mark.parametrize("name", ["gqa_3", "batch_1"])
+def test_int8_pools(name, implementation, interpret):
+    problem = round_to(make_problem(CASE[name]), ml_dtypes.bfloat16)
+    out = run(problem, ml_dtypes.bfloat16, implementation, interpret, pool=quantize_pool)
+    assert within_budget(out, dequantized(problem), ml_dtypes.bfloat16)
+    # Rounding the rows costs more than the computation: measured 0.9% of the output's RMS.
+    exact = oracle(problem)
+    assert rms(out - exact) < 0.02 * rms(exact)
+
+
+def test_quantize_pool_rounds_to_half_a_step():
+    pool = jax.random.normal(jax.random.key(0), (32, 2, 64)) * 3.0
+    pool = pool.at[5].set(0.0)
+    quantized = quantize_pool(pool)
+    restored = quantized.values.astype(jnp.float32) * quantized.scales[..., None]
+    step = quantized.scales[..., None]
+    assert jnp.all(jnp.abs(restored - pool) <= 0.5001 * step)
+    assert jnp.all(restored[5] == 0)
+
+
+SABOTAGE = {
+    "swapped K and V": lambda p: dataclasses.replace(p, k_pool=p.v_pool, v_pool=p.k_pool),
+    "one row too few": lambda p: dataclasses.replace(p, counts=p.counts - 1),
+    "scale off by 2%": lambda p: dataclasses.replace(p, scale=1.02 * p.q.shape[2] ** -0.5),
+    "another sequence's rows": lambda p: dataclasses.replace(p, slots=p.slots[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_budget_has_teeth(name):
+    case = Case("teeth", "equal counts, so that rows can be swapped", (64, 64), head_size=128)
+    problem = round_to(make_problem(case), ml_dtypes.bfloat16)
+    out = run(SABOTAGE[name](problem), ml_dtypes.bfloat16, "xla")
+    assert not within_budget(out, problem, ml_dtypes.bfloat16)
+    assert not within_budget(np.zeros_like(out), problem, ml_dtypes.bfloat16)
+    assert within_budget(run(problem, ml_dtypes.bfloat16, "xla"), problem, ml_dtypes.bfloat16)
+
+
+# What callers may get wrong.
+
+
+@pytest.mark.parametrize("implementation, interpret", [("xla", False), *KERNELS])
+def test_hostile_slots_and_counts(implementation, interpret):
+    """Ids outside the pool are clamped, counts are clamped to the capacity, repeated rows count twice."""
+    problem = round_to(make_problem(Case("hostile", "", (40, 40, 40), capacity=40, num_rows=128)), np.float32)
+    problem.k_pool[np.isnan(problem.k_pool)] = 1.0
+    problem.v_pool[np.isnan(problem.v_pool)] = 2.0
+    problem.slots[0, :3] = (-7, 2**31 - 1, 128)
+    problem.slots[1, :40] = problem.slots[1, 0]
+    clean = dataclasses.replace(problem, slots=np.clip(problem.slots, 0, 127))
+    hostile = dataclasses.replace(problem, counts=np.asarray([2**31 - 1, 40, 41], np.int32))
+    out = run(hostile, jnp.float32, implementation, interpret)
+    np.testing.assert_allclose(out, oracle(clean), atol=2e-6, rtol=2e-5)
+    hostile = dataclasses.replace(problem, counts=np.asarray([-1, -(2**31), 0], np.int32))
+    assert not run(hostile, jnp.float32, implementation, interpret).any()
+
+
+def arguments(batch=2, heads=4, kv_heads=2, head_size=64, rows=16, capacity=8, dtype=jnp.float32):
+    """Arrays that fit together, by name."""
+    pool = jnp.ones((rows, kv_heads, head_size), dtype)
+    slots, counts = jnp.zeros((batch, capacity), jnp.int32), jnp.ones((batch,), jnp.int32)
+    return {"q": jnp.ones((batch, heads, head_size), dtype), "k_pool": pool, "v_pool": pool, "slots": slots, "counts": counts}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": jnp.ones((2, 4, 1, 64))}, r"q must be \[B, N, H\]"),
+        ({"q": jnp.ones((2, 3, 64))}, "3 query heads must be a multiple of the 2 kv heads"),
+        ({"q": jnp.ones((2, 4, 32))}, "head size 32, the pools have 64"),
+        ({"q": jnp.ones((2, 4, 64), jnp.bfloat16)}, "q is bfloat16 but the pools are float32"),
+        ({"q": jnp.ones((2, 4, 64), jnp.int32)}, "q must be bfloat16, float16 or float32"),
+        ({"v_pool": jnp.ones((9, 2, 64))}, "k_pool and v_pool must agree"),
+        ({"slots": jnp.ones((2, 8))}, "slots and counts must be int32"),
+        ({"slots": jnp.zeros((3, 8), jnp.int32)}, "share the batch size, got 2, 3 and 2"),
+        ({"k_pool": QuantizedPool(jnp.ones((16, 2, 64), jnp.int8), jnp.ones((16, 2)))}, "both be quantized"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    named = arguments() | change
+    positional = [named.pop(name) for name in ("q", "k_pool", "v_pool", "slots", "counts")]
+    with pytest.raises(ValueError, match=message):
+        span_decode_attention(*positional, **named)
+
+
+def test_gradient_is_refused():
+    _, *rest = arguments().values()
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.grad(lambda q: span_decode_attention(q, *rest).sum())(arguments()["q"])
+
+
+def test_backend_says_what_it_cannot_do():
+    odd = arguments(head_size=96)
+    assert "head size must be 32, 64, 128 or 256, got 96" in unsupported_reason("triton", odd["q"], odd["k_pool"], interpret=True)
+    with pytest.raises(NotImplementedError, match="'triton': head size"):
+        span_decode_attention(*odd.values(), implementation="triton", interpret=True)
+    np.testing.assert_array_equal(span_decode_attention(*odd.values()), 1.0)  # None picks one that can
+
+
+@pytest.mark.parametrize("shape", [{"batch": 0}, {"capacity": 0}])
+def test_nothing_to_do(shape):
+    args = arguments(**shape)
+    out = span_decode_attention(*args.values())
+    assert out.shape == args["q"].shape and not out.any()
+
+
+def test_expected_bytes():
+    args = arguments(batch=2, heads=4, kv_heads=2, head_size=64, dtype=jnp.bfloat16)
+    assert expected_bytes(args["q"], args["k_pool"], 10) == 10 * (2 * 2 * 64 * 2 + 4) + 2 * 2 * 4 * 64 * 2
+    quantized = quantize_pool(args["k_pool"])
+    assert expected_bytes(args["q"], quantized, 10) == 10 * (2 * 2 * (64 + 4) + 4) + 2 * 2 * 4 * 64 * 2
+
+
+# The Triton kernel's own matters: dealing out the work, and lowering for CUDA without a GPU.
+
+
+@pytest.mark.parametrize("splits", [1, 3, 40])
+@pytest.mark.parametrize("counts", [(96, 2, 0, 5, 1), (48, 48, 48), (0, 0, 0)])
+def test_triton_deals_out_every_row_once(counts, splits):
+    """The parts of each sequence cover its rows, are no longer than its fair share, and fit the grid."""
+    config = TritonConfig(tile_rows=16, num_warps=4, num_stages=2, splits=splits)
+    _, dealt, parts, ends = triton._deal(jnp.asarray(counts, jnp.int32), len(counts), 96, config)
+    np.testing.assert_array_equal(dealt[: len(counts)], counts)
+    assert ends[-1] == parts.sum() <= triton.max_parts(len(counts), splits)
+    fair_rows = max(-(-sum(counts) // (splits * len(counts))), config.tile_rows)
+    for count, num_parts in zip(counts, parts.tolist(), strict=False):
+        assert num_parts == max(1, -(-count // fair_rows))
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu, id="gpu")])
+@pytest.mark.parametrize("config", [TritonConfig(16, 4, 2, 5), TritonConfig(128, 8, 2, 1)], ids=str)
+def test_triton_settings_do_not_change_the_answer(config, interpret):
+    problem = round_to(make_problem(CASE["ragged"]), np.float32)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (problem.q, problem.k_pool, problem.v_pool))
+    attend = functools.partial(triton.triton_attention, scale=0.125, config=config, interpret=interpret)
+    out = attend(*arrays, jnp.asarray(problem.slots), jnp.asarray(problem.counts))
+    np.testing.assert_allclose(out, oracle(problem), atol=2e-6, rtol=2e-5)
+
+
+def cuda_lowering(function, *args) -> str:
+    """The program that a CUDA machine would compile, made on any machine."""
+    device = contextlib.nullcontext()
+    if hasattr(jax.sharding, "AbstractDevice"):
+        h200 = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+        device = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200))
+    with device:
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("pool_dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", ["gqa_3", "head_256", "batch_1"])
+def test_triton_lowers_for_cuda(name, pool_dtype):
+    case = CASE[name]
+    batch, rows, kv_heads, head_size = len(case.counts), case.num_rows, case.num_kv_heads, case.head_size
+    q = jax.ShapeDtypeStruct((batch, case.num_heads, head_size), jnp.bfloat16 if pool_dtype == jnp.int8 else pool_dtype)
+    pool = jax.ShapeDtypeStruct((rows, kv_heads, head_size), pool_dtype)
+    if pool_dtype == jnp.int8:
+        pool = QuantizedPool(pool, jax.ShapeDtypeStruct((rows, kv_heads), jnp.float32))
+    slots, counts = jax.ShapeDtypeStruct((batch, case.capacity), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    config = triton_config(batch, kv_heads, head_size * jnp.dtype(pool_dtype).itemsize, case.capacity)
+    attend = functools.partial(triton.triton_attention, scale=0.1, config=config)
+    assert cuda_lowering(attend, q, pool, pool, slots, counts).count("__gpu$xla.gpu.triton") in (1, 2)

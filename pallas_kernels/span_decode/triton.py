@@ -1,0 +1,254 @@
+"""Sparse decode attention as a Pallas kernel with the Triton lowering (Ampere and newer).
+
+For query head `n` of sequence `b`, with kv head `k = n // G` and named rows `r_i = slots[b, i]`:
+
+    out[b, n] = sum_i softmax_i(scale * q[b, n] . K[r_i, k]) V[r_i, k],   i < counts[b]
+
+Why it exists: XLA gathers rows into a copy (each byte read, written, and read again, for all A
+slots whatever `counts` says). Here every named row is read once, by the program that uses it, and
+nothing else is: `expected_bytes()` in and out.
+
+How: a program owns one kv head and a run of one sequence's named rows. It gathers tiles of K and V
+rows through shared memory and keeps a running softmax in float32. The G query heads of the kv head
+share the tile on the matrix unit, where they take up 16 rows, so K and V are read once for all.
+
+Balance: the programs are dealt out by `counts`, on the device. A sequence gets as many programs as
+its share of the batch's named rows deserves, at least one, so a long sequence beside short ones is
+spread over the machine. `counts` is read again by every program, which is cheaper than a kernel
+that plans for them. The parts of a divided sequence are put together by a second kernel, by
+log-sum-exp; an undivided one is finished by its only program.
+
+Numerics: scores, softmax and sums in float32; the weights are rounded to the dtype of `q` for the
+second product, as plain attention in that dtype does. float32 pools use IEEE products.
+Int8 pools are widened to the dtype of `q` (which is exact), their scales multiply the scores and
+the weights in float32.
+
+Seen on JAX 0.10.2 and 0.11.2. JAX 0.11 deprecates this lowering.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.span_decode.heuristics import TritonConfig
+from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
+
+MATRIX_ROWS = 16  # the fewest rows that a matrix product has on the matrix unit
+LOG2_E = 1.4426950408889634
+
+
+def unsupported_reason(q: jax.Array, k_pool: Pool) -> str | None:
+    """Why these kernels cannot run on such arrays; None when they can."""
+    head_size, values = q.shape[2], pool_values(k_pool)
+    if head_size not in (32, 64, 128, 256):
+        return f"head size must be 32, 64, 128 or 256, got {head_size}"
+    if q.shape[1] // values.shape[1] > 64:
+        return f"at most 64 query heads per kv head, got {q.shape[1] // values.shape[1]}"
+    if values.dtype == jnp.int8 and 2**31 <= values.size <= 2**32:
+        # Pallas counts elements of arrays up to 4 GiB in 32 bits, which only int8 arrays overflow.
+        return f"int8 pools between 2 and 4 GiB overflow 32-bit offsets, got {values.size} bytes"
+    return None
+
+
+def triton_attention(
+    q: jax.Array,
+    k_pool: Pool,
+    v_pool: Pool,
+    slots: jax.Array,
+    counts: jax.Array,
+    *,
+    scale: float,
+    config: TritonConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """Run the kernel; shapes as in `span_decode_attention`, already checked."""
+    batch, num_heads, head_size = q.shape
+    num_kv_heads = pool_values(k_pool).shape[1]
+    num_parts = max_parts(batch, config.splits)
+    scales = ()
+    if isinstance(k_pool, QuantizedPool) and isinstance(v_pool, QuantizedPool):
+        scales = (k_pool.scales, v_pool.scales)
+        k_pool, v_pool = k_pool.values, v_pool.values
+
+    out, *parts = pl.pallas_call(
+        functools.partial(_attend_kernel, scale=scale, config=config),
+        grid=(num_kv_heads, num_parts),
+        out_shape=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((num_parts, num_heads, head_size), jnp.float32),
+            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name="span_decode_attend",
+    )(q, k_pool, v_pool, slots, counts, *scales)
+    if num_parts == batch:  # one part each: nothing to combine
+        return out
+    return pl.pallas_call(
+        functools.partial(_combine_kernel, config=config, capacity=slots.shape[1]),
+        grid=(num_heads, batch),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        input_output_aliases={0: 0},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="span_decode_combine",
+    )(out, *parts, counts)
+
+
+def max_parts(batch: int, splits: int) -> int:
+    """How many parts `_deal` can make of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
+    return batch * splits + batch - 1
+
+
+def _deal(counts_ref, batch: int, capacity: int, config: TritonConfig):
+    """Divide the named rows of the batch into parts of about equal size.
+
+    Returns int32 `[next power of two of B]`: the sequences' indices, their counts, the number of
+    parts of each and the running total of those. A sequence has at least one part, which may be
+    empty, and no more than one sequence's mean share / `splits` rows to a part.
+    """
+    sequences = jnp.arange(pl.next_power_of_2(batch), dtype=jnp.int32)
+    counts = counts_ref[jnp.minimum(sequences, batch - 1)]
+    counts = jnp.where(sequences < batch, jnp.clip(counts, 0, capacity), 0)
+    part_rows = jnp.maximum(pl.cdiv(jnp.sum(counts), batch * config.splits), config.tile_rows)
+    parts = jnp.where(sequences < batch, jnp.maximum(pl.cdiv(counts, part_rows), 1), 0)
+    return sequences, counts, parts, jnp.cumsum(parts)
+
+
+def _attend_kernel(
+    q_ref,  # [B, N, H]
+    k_ref,  # [P, K, H]
+    v_ref,  # [P, K, H]
+    slots_ref,  # int32 [B, A]
+    counts_ref,  # int32 [B]
+    *refs,  # (k_scale_ref, v_scale_ref: [P, K], only for int8 pools), then the outputs:
+    # out_ref [B, N, H], part_out_ref [parts, N, H], part_max_ref, part_sum_ref [parts, N]
+    scale: float,
+    config: TritonConfig,
+):
+    *scale_refs, out_ref, part_out_ref, part_max_ref, part_sum_ref = refs
+    batch, num_heads, head_size = q_ref.shape
+    num_rows, num_kv_heads, _ = k_ref.shape
+    group = num_heads // num_kv_heads
+    kv_head, part = pl.program_id(0), pl.program_id(1)
+
+    sequences, counts, parts, ends = _deal(counts_ref, batch, slots_ref.shape[1], config)
+    b = jnp.sum((ends <= part).astype(jnp.int32))
+
+    @pl.when(b < batch)
+    def _():
+        def of_b(x):
+            return jnp.sum(jnp.where(sequences == b, x, 0))
+
+        count, num_parts = of_b(counts), of_b(parts)
+        index = part - (of_b(ends) - num_parts)  # of this part among those of its sequence
+        base, extra = count // num_parts, count % num_parts
+        start = index * base + jnp.minimum(index, extra)
+        stop = start + base + (index < extra).astype(jnp.int32)
+
+        # The group fills up the matrix unit's rows with copies of its last head. They compute and
+        # store what that head does, which saves masks where G is no power of two.
+        heads = kv_head * group + jnp.minimum(jnp.arange(_group_rows(group), dtype=jnp.int32), group - 1)
+        q = q_ref[b, heads, :]  # [rows, H]
+
+        def tile_slots(tile):
+            # Past the end the last named row is read again, so nothing unnamed is ever touched.
+            positions = start + tile * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32)
+            rows = slots_ref[b, jnp.maximum(jnp.minimum(positions, stop - 1), 0)]
+            return jnp.clip(rows, 0, num_rows - 1)
+
+        def step(tile, carry):
+            # The ids are loaded a tile ahead: the compiler then treats the rows as plain loads and
+            # keeps num_stages - 1 tiles of them in flight; of a chain of loads it keeps half as many.
+            rows, running_max, running_sum, acc = carry
+            next_rows = tile_slots(tile + 1)
+            offsets = tile * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32)
+            named = start + offsets < stop
+            keys = k_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
+            scores = _dot(q, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
+            if scale_refs:
+                scores *= scale_refs[0][rows, kv_head][None, :]
+            scores = jnp.where(named[None, :], scores, -jnp.inf)
+            new_max = jnp.maximum(running_max, jnp.max(scores, axis=1))
+            weights = jnp.exp2(scores - new_max[:, None])
+            decay = jnp.exp2(running_max - new_max)
+            running_sum = running_sum * decay + jnp.sum(weights, axis=1)
+            if scale_refs:
+                weights *= scale_refs[1][rows, kv_head][None, :]
+            values = v_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
+            acc = acc * decay[:, None] + _dot(weights.astype(q.dtype), values, ((1,), (0,)))
+            return next_rows, new_max, running_sum, acc
+
+        _, running_max, running_sum, acc = jax.lax.fori_loop(
+            0,
+            pl.cdiv(stop - start, config.tile_rows),
+            step,
+            (
+                tile_slots(0),
+                jnp.full(heads.shape, -jnp.inf, jnp.float32),
+                jnp.zeros(heads.shape, jnp.float32),
+                jnp.zeros((heads.shape[0], head_size), jnp.float32),
+            ),
+        )
+
+        @pl.when(num_parts == 1)
+        def _():
+            total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
+            out_ref[b, heads, :] = (acc / total[:, None]).astype(out_ref.dtype)
+
+        @pl.when(num_parts > 1)
+        def _():
+            part_out_ref[part, heads, :] = acc
+            part_max_ref[part, heads] = running_max
+            part_sum_ref[part, heads] = running_sum
+
+
+def _combine_kernel(
+    _,  # the output of _attend_kernel, which out_ref is
+    part_out_ref,  # [parts, N, H]
+    part_max_ref,  # [parts, N]
+    part_sum_ref,  # [parts, N]
+    counts_ref,  # int32 [B]
+    out_ref,  # [B, N, H]
+    *,
+    config: TritonConfig,
+    capacity: int,
+):
+    """out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the parts i of a sequence."""
+    head, b = pl.program_id(0), pl.program_id(1)
+    batch, head_size = out_ref.shape[0], out_ref.shape[2]
+    sequences, _, parts, ends = _deal(counts_ref, batch, capacity, config)
+    num_parts = jnp.sum(jnp.where(sequences == b, parts, 0))
+    first = jnp.sum(jnp.where(sequences == b, ends, 0)) - num_parts
+
+    @pl.when(num_parts > 1)
+    def _():
+        tile = 16
+
+        def step(i, carry):
+            running_max, running_sum, acc = carry
+            index = i * tile + jnp.arange(tile, dtype=jnp.int32)
+            rows = first + jnp.minimum(index, num_parts - 1)
+            peaks = jnp.where(index < num_parts, part_max_ref[rows, head], -jnp.inf)
+            new_max = jnp.maximum(running_max, jnp.max(peaks))
+            weights, decay = jnp.exp2(peaks - new_max), jnp.exp2(running_max - new_max)
+            acc = acc * decay + jnp.sum(weights[:, None] * part_out_ref[rows, head, :], axis=0)
+            running_sum = running_sum * decay + jnp.sum(weights * part_sum_ref[rows, head])
+            return new_max, running_sum, acc
+
+        init = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((head_size,), jnp.float32))
+        _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_parts, tile), step, init)
+        out_ref[b, head, :] = (acc / total).astype(out_ref.dtype)
+
+
+def _group_rows(group: int) -> int:
+    return max(MATRIX_ROWS, pl.next_power_of_2(group))
+
+
+def _dot(a, b, contracting):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)
