@@ -60,11 +60,11 @@ _COMMANDS = Annotated[Arithmetic, tyro.conf.subcommand("arithmetic")] | Annotate
 
 
 def main(argv: list[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half written directory is removed
     with commandline.errors_for_people():
         command: Arithmetic = commandline.parse(_COMMANDS, argv, prog="python -m data", description=__doc__)
         write_arithmetic(command)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half written directory is removed
     main()

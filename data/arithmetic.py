@@ -228,13 +228,13 @@ def encode(expression: Expression | str, *, vocab: Vocab = DEFAULT_VOCAB, labell
     expression, first_label = _checked(expression, vocab, labelling, first_label)
     token_ids = _prompt(expression, vocab, labelling, first_label)
     prompt_tokens = len(token_ids)
-    ids = vocab.ids
-    for label, step in enumerate(_steps(expression), first_label):
-        token_ids.append(vocab.seg_base + label)
+    ids, first_seg, first_ref = vocab.ids, vocab.seg_base + first_label, vocab.ref_base + first_label
+    for number, step in enumerate(_steps(expression)):
+        token_ids.append(first_seg + number)
         if step.left_step is not None:
-            token_ids.append(vocab.ref_base + first_label + step.left_step)
+            token_ids.append(first_ref + step.left_step)
         if step.right_step is not None:
-            token_ids.append(vocab.ref_base + first_label + step.right_step)
+            token_ids.append(first_ref + step.right_step)
         token_ids += [ids[c] for c in f"{step.left}{step.symbol}{step.right}={step.value}"]
     token_ids.append(vocab.eos_id)
     return Example(expression, np.array(token_ids, np.int32), prompt_tokens, first_label, labelling)
@@ -271,7 +271,7 @@ def _check_labelling(labelling: str) -> None:
 
 
 def _prompt(expression: Expression, vocab: Vocab, labelling: Labelling, first_label: int) -> list[int]:
-    ids = vocab.ids
+    ids, seg_base = vocab.ids, vocab.seg_base
     if labelling == "none":
         return [vocab.bos_id, *(ids[c] for c in expression.text), vocab.solve_id]
     # Read backwards: parentheses close in post-order, so the k-th ")" from the left belongs to operation k, and
@@ -286,12 +286,12 @@ def _prompt(expression: Expression, vocab: Vocab, labelling: Labelling, first_la
             owners.append(label)
         if owners[-1] != tagged:
             if tagged:
-                reversed_ids.append(vocab.seg_base + tagged)
+                reversed_ids.append(seg_base + tagged)
             tagged = owners[-1]
         reversed_ids.append(ids[character])
         if character == "(":
             owners.pop()
-    reversed_ids += [vocab.seg_base + tagged, vocab.bos_id]
+    reversed_ids += [seg_base + tagged, vocab.bos_id]
     reversed_ids.reverse()
     return reversed_ids
 
@@ -474,7 +474,7 @@ class Corpus:
       negative_fraction: Share of the leaves other than 0 that get a minus.
       max_value: No value on the way is larger in magnitude; every operator is uniform among those that keep to this.
       labelling: "tree" tags the prompt with labels, "none" leaves it in the sink.
-      num_labels: Labels of the vocabulary; an example uses consecutive ones from a uniform offset.
+      num_labels: Labels of the vocabulary; an example uses consecutive ones from a random offset.
     """
 
     min_ops: int = 2
@@ -561,7 +561,10 @@ def _chunk(corpus: Corpus, seed: int, split: Split, number: int) -> list[Example
         expression = _draw(corpus, num_ops, uniform)
         while split_of(expression) != split:
             expression = _draw(corpus, num_ops, uniform)
-        first_label = 1 + int(uniform() * (corpus.num_labels - num_ops))
+        # Uniform over every place where the labels overlap the vocabulary, then moved inside: the outermost labels, 1
+        # among them, are as frequent as the others (drawn inside at once, label 1 would be seen a twelfth as often).
+        first_label = 2 - num_ops + int(uniform() * (corpus.num_labels + num_ops - 2))
+        first_label = min(max(first_label, 1), corpus.num_labels - num_ops)
         examples.append(encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=first_label))
     return examples
 

@@ -14,42 +14,33 @@ _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "
 _LENGTH_BIN_TOKENS = 32
 
 
-def attended_tokens(token_ids: Iterable[int], vocab: Vocab) -> npt.NDArray[np.int64]:
-    """How many tokens each token of the response attends to, itself included, int64 [response tokens].
+def attended_tokens(example: Example, vocab: Vocab) -> npt.NDArray[np.int64]:
+    """How many tokens each token of a gold response attends to, itself included, int64 [response tokens].
 
-    The span protocol's automaton (sections 2 and 7) for header_view="span", prompt_view="causal". The number only grows
-    by one while a step is written, so this takes constant time a token.
+    The span protocol's automaton (sections 2 and 7) for header_view="span", prompt_view="causal". Between structural
+    tokens the number grows by one a token, so only those are looked at one by one.
     """
-    carried: collections.Counter[int] = collections.Counter()  # label -> tokens that carry it
-    named: set[int] = set()  # what the current step sees, its own label and the sink included
-    in_response = ended = False
-    label = attended = 0
-    counts = []
-    for token in token_ids:
-        is_seg = vocab.seg_base <= token < vocab.seg_base + vocab.num_labels
-        if ended:
-            pass
-        elif token == vocab.solve_id and not in_response:
-            in_response, label, named = True, 0, {0}
-            carried[0] += 1
-            attended = carried[0]
-            continue
-        elif is_seg:
-            label = token - vocab.seg_base
+    token_ids, seg_base, ref_base = example.token_ids, vocab.seg_base, vocab.ref_base
+    structural = np.flatnonzero((token_ids == vocab.solve_id) | (token_ids >= seg_base))
+    carried: dict[int, int] = collections.defaultdict(int)  # label -> tokens before `begin` that carry it
+    named: set[int] = set()  # what the current step sees: the sink, its own label, and those it names
+    label = begin = attended = 0
+    offsets = []  # attended - position, from each structural token to the next
+    for position, token in zip(structural.tolist(), token_ids[structural].tolist(), strict=True):
+        carried[label] += position - begin
+        attended += position - begin
+        begin = position
+        if token < ref_base:
+            label = max(token - seg_base, 0)  # <solve> opens the sink
             named = {0, label}
-            attended = sum(carried[k] for k in named)
-        elif in_response and vocab.ref_base <= token < vocab.ref_base + vocab.num_labels:
-            ref = token - vocab.ref_base
-            if ref not in named:
-                named.add(ref)
-                attended += carried[ref]
-        elif token == vocab.eos_id and in_response:
-            ended = True
-        carried[label] += 1
-        attended += 1
-        if in_response:
-            counts.append(attended)
-    return np.array(counts, np.int64)
+            attended = 1 + carried[0] + (carried[label] if label else 0)
+        elif token - ref_base not in named:
+            named.add(token - ref_base)
+            attended += carried[token - ref_base]
+        offsets.append(attended - position)
+    lengths = np.diff(structural, append=len(token_ids))
+    counts = np.repeat(np.array(offsets), lengths) + np.arange(structural[0], len(token_ids))
+    return counts[example.prompt_tokens - structural[0] :]
 
 
 class Statistics:
@@ -80,7 +71,7 @@ class Statistics:
         self._depth[depth] += 1
         self._shapes["left comb"] += is_left_comb
         self._shapes["least depth"] += depth == example.expression.num_ops.bit_length()
-        attended = attended_tokens(example.token_ids.tolist(), self._vocab)
+        attended = attended_tokens(example, self._vocab)
         self._attended_fractions += float((attended / np.arange(example.prompt_tokens + 1, length + 1)).sum())
         self._attended_tokens += int(attended.sum())
         self._most_attended_tokens = max(self._most_attended_tokens, int(attended.max(initial=0)))

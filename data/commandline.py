@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -10,6 +11,12 @@ import tyro
 
 # Where a ValueError is an input check of ours. From anywhere else it is a bug, and keeps its traceback.
 _OURS = ("__main__", "data", "decode", "pallas_kernels", "selfspan_jax", "train")
+
+
+# tyro's boxes: borders at both ends of a line, rules between the sections and around the title; where the encoding has
+# no lines to draw with there are no borders, and the rules are dashes.
+_BORDER = re.compile(r"^[│ ]+|[│ ]+$", re.MULTILINE)
+_RULE = re.compile(r"^╭─+|─+╮$|^╰?(?:─{3,}|-{3,})╯?$", re.MULTILINE)
 
 
 def fail(message: str) -> NoReturn:
@@ -40,9 +47,8 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, /, **tyro_options
 
 def _unboxed(box: str) -> str:
     """The message in one of tyro's boxes: a title, the problem, sections of advice, and where the help is."""
-    lines = [line.strip("│╭╮╰╯─ ") if line.startswith(("│", "╭")) else line.strip("╰╯─ ") for line in box.splitlines()]
-    title, sections = lines[0], " ".join(line or "\0" for line in lines[1:]).split("\0")
-    problem, *advice = [section.strip() for section in sections if section.strip()]
+    title, *sections = [" ".join(section.split()) for section in _RULE.split(_BORDER.sub("", box)) if section.strip()]
+    problem, *advice = sections or [title]
     problem = problem.rstrip(".")
     if title != "Value error" and not problem.lower().startswith(title.lower()):
         problem = f"{title}: {problem}"

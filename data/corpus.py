@@ -6,6 +6,7 @@ A directory holds what `datasets.load_from_disk` reads, `card.json` (how it was 
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -39,11 +40,14 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place when the body ends well, and vanishes when it does not.
 
     Raises:
-      FileExistsError: `path` exists and is not an empty directory.
+      FileExistsError, NotADirectoryError: `path` exists and is not an empty directory, or lies below a file.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty directory: choose another, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(f"{error.filename} is a file: expected a directory to write {path.name} in") from None
     temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.partial")
     temporary.mkdir()
     try:
@@ -60,7 +64,7 @@ def write(path: Path, examples: Iterable[arithmetic.Example], task: arithmetic.A
       description: goes into the card as it is: at least "command", "num_examples" and "distributions".
 
     Raises:
-      FileExistsError: `path` exists and is not an empty directory.
+      FileExistsError, NotADirectoryError: see `new_directory`.
     """
     with new_directory(path) as directory:
         statistics = card.Statistics(task.vocab)
@@ -74,16 +78,30 @@ def write(path: Path, examples: Iterable[arithmetic.Example], task: arithmetic.A
                 blocks.append(datasets.Dataset.from_dict(columns, features=_FEATURES))
                 columns = {name: [] for name in _FEATURES}
         blocks.append(datasets.Dataset.from_dict(columns, features=_FEATURES))
-        dataset = datasets.concatenate_datasets(blocks)
-        dataset.save_to_disk(directory)
         fields = {
             **_FIXED,
             "task": task.to_json(),
             **description,
             "statistics": statistics.to_json(),
         }
+        dataset = datasets.concatenate_datasets(blocks)
+        fingerprint = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
+        with _no_progress_bar():
+            dataset.select_columns(list(_FEATURES), new_fingerprint=fingerprint).save_to_disk(directory)
         (directory / "card.json").write_text(json.dumps(fields, indent=2) + "\n")
         (directory / "README.md").write_text(card.readme(fields))
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """`datasets` draws its bars even where there is no terminal."""
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
 
 
 def _row(example: arithmetic.Example) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def pack(
         raise ValueError(f"a batch of {batch_size} rows of {sequence_tokens} tokens: expected at least 1 of each")
     if any(scale < 0 for scale in gap_scales):
         raise ValueError(f"gap_scales are {tuple(gap_scales)}: expected numbers of at least 0")
+    if gap_seed < 0 or start < 0:
+        raise ValueError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
     return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, tuple(gap_scales), gap_seed)
 
 

@@ -51,7 +51,7 @@ def _from_workers(function: Callable[[int], T], start: int, num_workers: int) ->
     try:
         for i in range(num_workers):
             process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN],
+                [sys.executable, "-P", "-c", _MAIN],  # -P: the current directory may hold anything
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,

@@ -1,0 +1,151 @@
+"""Wrong input ends with status 2 and one line; the real command in a process of its own where that matters."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import commandline
+from data.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "data", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def assert_one_line(capsys, *expected):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+    assert not set("│╭╰─") & set(err)
+    for words in expected:
+        assert words in err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["arithmetic"]),
+        (["geometry"], ["geometry", "subcommands: arithmetic"]),
+        (["arithmetic"], ["--out"]),
+        (["arithmetic", "--out", "{tmp}/x", "--num-examples", "many"], ["--num-examples", "'many'"]),
+        (["arithmetic", "--out", "{tmp}/x", "--num-example", "3"], ["--num-example", "did you mean --num-examples?"]),
+        (["arithmetic", "--out", "{tmp}/x", "--split", "dev"], ["'dev'", "train", "test"]),
+        (["arithmetic", "--out", "{tmp}/x", "--num-examples", "0"], ["--num-examples is 0: expected at least 1"]),
+        (["arithmetic", "--out", "{tmp}/x", "--min-ops", "0"], ["min_ops is 0", "expected 1 <= min_ops <= max_ops"]),
+        (["arithmetic", "--out", "{tmp}/x", "--max-ops", "600"], ["max_ops is 600", "at most 511"]),
+        (["arithmetic", "--out", "{tmp}/x", "--max-value", "5"], ["max_value is 5"]),
+        (["arithmetic", "--out", "{tmp}/x", "--workers", "-1"], ["workers is -1"]),
+        (["arithmetic", "--out", "{tmp}"], ["{tmp} exists and is not an empty directory"]),
+        (["arithmetic", "--out", "{tmp}/file"], ["{tmp}/file exists and is not an empty directory"]),
+        (["arithmetic", "--out", "{tmp}/file/x"], ["{tmp}/file", "directory"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys, words, expected):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(SystemExit) as caught:
+        main([word.format(tmp=tmp_path) for word in words])
+    assert caught.value.code == 2
+    assert_one_line(capsys, *(words.format(tmp=tmp_path) for words in expected))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "kept")]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["arithmetic", "--help"]])
+def test_help_goes_to_stdout_with_status_0(capsys, words):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    assert "usage: python -m data" in out and err == ""
+    if words == ["arithmetic", "--help"]:
+        for default in ("--num-examples INT", "(default: 1000)", "--max-value INT", "(default: 999)", "(required)"):
+            assert default in out
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = 3
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}:\nexpected at least 0")
+
+
+def test_parse_takes_any_config(capsys):
+    assert commandline.parse(Settings, ["--steps", "4"]) == Settings(4)
+    with pytest.raises(SystemExit, match="2"):
+        commandline.parse(Settings, ["--steps", "-4"])
+    assert_one_line(capsys, "steps is -4: expected at least 0")
+
+
+def test_fail_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        commandline.fail("two\n lines")
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_file_errors_are_one_line(tmp_path, capsys):
+    for path, function in (
+        (tmp_path / "absent", lambda path: path.read_text()),
+        (tmp_path, lambda path: path.read_text()),
+        (tmp_path, lambda path: path.mkdir()),
+        (Path(__file__) / "below", lambda path: path.mkdir()),
+    ):
+        with pytest.raises(SystemExit, match="2"), commandline.errors_for_people():
+            function(path)
+        assert_one_line(capsys, str(path))
+
+
+def test_bugs_keep_their_traceback():
+    for bug in (lambda: {}["key"], lambda: np.random.default_rng(-1), lambda: int("x" * 3)):
+        with pytest.raises((KeyError, ValueError)), contextlib.ExitStack() as stack:
+            stack.enter_context(commandline.errors_for_people())
+            bug()
+
+
+def test_a_value_error_of_the_project_is_one_line(capsys):
+    from data.arithmetic import parse
+
+    with pytest.raises(SystemExit, match="2"), commandline.errors_for_people():
+        parse("1+")
+    assert_one_line(capsys, 'column 3: expected a number or "(", found the end')
+
+
+def test_an_interrupt_is_status_130(capsys):
+    with pytest.raises(SystemExit, match="130"), commandline.errors_for_people():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.slow
+def test_the_command_itself(tmp_path):
+    done = command("arithmetic", "--num-examples", 20, "--out", tmp_path / "corpus")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    again = command("arithmetic", "--num-examples", 20, "--out", tmp_path / "corpus")
+    assert again.returncode == 2
+    assert again.stderr == f"error: {tmp_path}/corpus exists and is not an empty directory: choose another, or remove it first\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_leaves_nothing(tmp_path, sent, status):
+    words = ["arithmetic", "--num-examples", "1000000", "--workers", "1", "--out", str(tmp_path / "corpus")]
+    with subprocess.Popen([sys.executable, "-m", "data", *words], cwd=ROOT, stderr=subprocess.PIPE) as process:
+        while not os.listdir(tmp_path):
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert os.listdir(tmp_path) == []
+    assert b"Traceback" not in errors

@@ -1,0 +1,176 @@
+import collections
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.arithmetic import Corpus, stream
+from data.packing import pack
+from data.vocab import Vocab
+
+QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+VOCAB = Vocab()
+GAP_SCALES = (0, 1, 4, 16, 64)
+
+
+@dataclasses.dataclass
+class Made:
+    """An example of given lengths whose tokens tell where they come from."""
+
+    token_ids: np.ndarray
+    prompt_tokens: int
+
+
+def made(lengths):
+    rng = np.random.default_rng(0)
+    return [Made(rng.integers(1, VOCAB.size, n).astype(np.int32), int(rng.integers(1, n))) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return list(itertools.islice(stream(Corpus(), seed=0), 3000))
+
+
+def unpack(batch):
+    """(token_ids, positions, target_mask) of every segment, checking that segments are contiguous and from 1 on."""
+    for row in range(len(batch.token_ids)):
+        segments = batch.segment_ids[row]
+        used = int((segments > 0).sum())
+        assert (segments[used:] == 0).all() and (np.diff(segments[:used]) >= 0).all()
+        assert sorted(set(segments[:used].tolist())) == list(range(1, segments.max() + 1))
+        padding = segments == 0
+        assert (batch.token_ids[row, padding] == VOCAB.pad_id).all()
+        assert not batch.positions[row, padding].any() and not batch.target_mask[row, padding].any()
+        for segment in range(1, segments.max() + 1):
+            inside = segments == segment
+            yield batch.token_ids[row, inside], batch.positions[row, inside], batch.target_mask[row, inside]
+
+
+def check(batch, expected):
+    """The batch holds exactly these examples, each whole and alone in its segment."""
+    left = collections.Counter(example.token_ids.tobytes() for example in expected)
+    prompt_tokens = {example.token_ids.tobytes(): example.prompt_tokens for example in expected}
+    for token_ids, positions, target_mask in unpack(batch):
+        left[token_ids.tobytes()] -= 1
+        assert positions.tolist() == list(range(len(token_ids)))
+        assert target_mask.tolist() == [t >= prompt_tokens[token_ids.tobytes()] for t in range(len(token_ids))]
+    assert not any(left.values())
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) and np.asarray(x).dtype == np.asarray(y).dtype for x, y in zip(a, b, strict=True))
+
+
+def test_dtypes_and_shapes(examples):
+    batch = next(pack(examples, VOCAB, batch_size=4, sequence_tokens=512))
+    assert [array.dtype for array in batch[:4]] == [np.int32, np.int32, np.int32, np.bool_]
+    assert {array.shape for array in batch[:4]} == {(4, 512)}
+    assert type(batch.next_example) is int
+
+
+def test_every_example_is_packed_once_in_order_of_batches(examples):
+    start = 1000
+    for batch in pack(examples, VOCAB, batch_size=16, sequence_tokens=512, start=start):
+        check(batch, examples[start - 1000 : batch.next_example - 1000])
+        assert batch.next_example > start
+        start = batch.next_example
+    assert start == 1000 + len(examples)
+
+
+@QUICK
+@given(st.lists(st.integers(2, 20), max_size=60), st.integers(1, 4))
+def test_any_lengths(lengths, batch_size):
+    found = made(lengths)
+    start = 0
+    for batch in pack(found, VOCAB, batch_size=batch_size, sequence_tokens=20):
+        check(batch, found[start : batch.next_example])
+        start = batch.next_example
+    assert start == len(found)
+
+
+def test_the_target_is_the_response(examples):
+    batch = next(pack(examples, VOCAB, batch_size=4, sequence_tokens=512))
+    for token_ids, _, target_mask in unpack(batch):
+        solve = token_ids.tolist().index(VOCAB.solve_id)
+        assert not target_mask[: solve + 1].any() and target_mask[solve + 1 :].all()
+        assert token_ids[target_mask][-1] == VOCAB.eos_id
+
+
+@pytest.mark.parametrize("gap_scales", [(), GAP_SCALES])
+def test_resuming_is_exact(gap_scales):
+    options = {"batch_size": 8, "sequence_tokens": 512, "gap_scales": gap_scales, "gap_seed": 3}
+    batches = list(itertools.islice(pack(stream(Corpus(), seed=5), VOCAB, **options), 12))
+    for done in (1, 4, 11):
+        start = batches[done - 1].next_example
+        resumed = pack(stream(Corpus(), seed=5, start=start), VOCAB, start=start, **options)
+        for expected, found in zip(batches[done:], resumed, strict=False):
+            assert same(expected, found)
+
+
+@pytest.mark.parametrize(("batch_size", "least"), [(16, 0.92), (64, 0.97)])
+def test_rows_are_well_filled(batch_size, least):
+    batches = itertools.islice(pack(stream(Corpus(), seed=0), VOCAB, batch_size=batch_size, sequence_tokens=512), 8)
+    assert np.mean([(batch.segment_ids > 0).mean() for batch in batches]) > least
+
+
+def test_gaps_open_at_seg_tokens_only_and_belong_to_the_example(examples):
+    options = {"sequence_tokens": 512, "gap_scales": GAP_SCALES, "gap_seed": 1}
+    known = {example.token_ids.tobytes(): number for number, example in enumerate(examples)}
+    largest_jumps, positions_of = {}, {}
+    for batch in pack(examples, VOCAB, batch_size=32, **options):
+        for token_ids, positions, _ in unpack(batch):
+            jumps = np.diff(positions, prepend=-1) - 1
+            is_seg = (token_ids >= VOCAB.seg_base) & (token_ids < VOCAB.ref_base)
+            assert (jumps >= 0).all() and not jumps[~is_seg].any()
+            number = known[token_ids.tobytes()]
+            positions_of[number] = positions
+            if is_seg.sum() > 30:
+                largest_jumps[number] = int(jumps.max())
+    # With more than 30 draws from 0..2s, the largest tells the scale.
+    scales = collections.Counter(next(s for s in GAP_SCALES if largest <= 2 * s) for largest in largest_jumps.values())
+    assert set(scales) == set(GAP_SCALES)
+    assert all(abs(count / scales.total() - 0.2) < 0.06 for count in scales.values())
+
+    start = 700
+    for batch in itertools.islice(pack(examples[start:], VOCAB, batch_size=3, start=start, **options), 5):
+        for token_ids, positions, _ in unpack(batch):
+            assert np.array_equal(positions, positions_of[known[token_ids.tobytes()]])
+    other = next(pack(examples, VOCAB, batch_size=32, **{**options, "gap_seed": 2}))
+    assert not np.array_equal(other.positions, next(pack(examples, VOCAB, batch_size=32, **options)).positions)
+
+
+def test_gap_sizes_are_uniform(examples):
+    counts = collections.Counter()
+    for batch in pack(examples[:600], VOCAB, batch_size=8, sequence_tokens=512, gap_scales=(2,)):
+        for token_ids, positions, _ in unpack(batch):
+            is_seg = (token_ids >= VOCAB.seg_base) & (token_ids < VOCAB.ref_base)
+            counts.update((np.diff(positions, prepend=-1) - 1)[is_seg].tolist())
+    assert set(counts) == {0, 1, 2, 3, 4}
+    assert all(abs(count / counts.total() - 0.2) < 0.02 for count in counts.values())
+
+
+def test_an_example_longer_than_a_row_is_named():
+    packed = pack(made([5, 6, 21]), VOCAB, batch_size=2, sequence_tokens=20, start=40)
+    with pytest.raises(ValueError, match=r"^example 42 has 21 tokens, a row only 20$"):
+        next(packed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "a batch of 0 rows of 8 tokens"),
+        ({"sequence_tokens": 0}, "a batch of 2 rows of 0 tokens"),
+        ({"gap_scales": (1, -1)}, r"gap_scales are \(1, -1\)"),
+        ({"gap_seed": -1}, "gap_seed is -1"),
+    ],
+)
+def test_sizes_are_checked_before_anything_is_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        pack(iter(()), VOCAB, **{"batch_size": 2, "sequence_tokens": 8, **options})
+
+
+def test_no_examples_no_batches():
+    assert list(pack([], VOCAB, batch_size=2, sequence_tokens=8)) == []
