@@ -52,8 +52,9 @@ def _unboxed(box: str) -> str:
     problem = problem.rstrip(".")
     if title != "Value error" and not problem.lower().startswith(title.lower()):
         problem = f"{title}: {problem}"
-    similar = [section.partition(":")[2].split() for section in advice if section.startswith("Arguments similar to")]
-    hints = [f"did you mean {words[0]}?" for words in similar if words]
+    close = [section for section in advice if section.startswith(("Arguments similar to", "Perhaps you meant"))]
+    options = {option for section in close for option in re.findall(r" (--[\w-]+)", section.partition(":")[2])} - {"--help"}
+    hints = [f"did you mean {' or '.join(sorted(options))}?"] if options else []
     hints += [section[0].lower() + section[1:] for section in advice if section.startswith(("For full helptext", "Available"))]
     return "; ".join([problem, *hints])
 
