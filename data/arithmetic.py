@@ -10,7 +10,6 @@ The grammar of prompts and responses is the span protocol's, section 5:
 import contextlib
 import dataclasses
 import functools
-import itertools
 import operator
 import random
 import re
@@ -34,7 +33,6 @@ _APPLY: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "negate": 3}
 _TOO_LARGE = 10**MAX_DIGITS
 _LEXEME = re.compile(r"[0-9]+|\S")
-_STEP = re.compile(r"(-?[0-9]+)([-+*])(-?[0-9]+)=(-?[0-9]+)")
 _ANSWER = re.compile(rf"=(-?[0-9]{{1,{MAX_DIGITS}}})\Z")
 
 
@@ -324,11 +322,11 @@ class Verdict:
 
 
 class _Written(NamedTuple):
-    """A step as read in a response: its label, the labels it names, and everything else as text."""
+    """A step as read in a response: its label, the labels it names, and all its other tokens."""
 
     label: int
-    named: frozenset[int]
-    body: str
+    named: set[int]
+    body: list[str]
 
 
 def verify(
@@ -355,7 +353,7 @@ def verify(
     problems: dict[int, str] = {}  # of evaluation, by step
     wrong_spans: dict[int, str] = {}
     if stray:
-        problems[0] = f"{_quoted(stray)} stands before the first step"
+        problems[0] = f"{_quoted(''.join(stray))} stands before the first step"
     operands: list[tuple[int, int | None]] = []  # (value, label) of what the next operations consume
     index = 0
     for node in expression:
@@ -407,13 +405,13 @@ def answer(response: str | Iterable[int], *, vocab: Vocab = DEFAULT_VOCAB) -> st
     return _answer_text(stray, written)
 
 
-def _answer_text(stray: str, written: list[_Written]) -> str | None:
-    match = _ANSWER.search(written[-1].body if written else stray)
+def _answer_text(stray: list[str], written: list[_Written]) -> str | None:
+    match = _ANSWER.search("".join(written[-1].body if written else stray))
     return match[1] if match else None
 
 
-def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[str, list[_Written], bool]:
-    """Cuts a response into (text before the first step, steps, whether `<eos>` ends it)."""
+def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[list[str], list[_Written], bool]:
+    """Cuts a response into (tokens before the first step, steps, whether `<eos>` ends it)."""
     if isinstance(response, str):
         tokens = [token for _, token in vocab.split(response)]
     else:
@@ -422,17 +420,21 @@ def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[str, li
     ended = "<eos>" in tokens
     if ended:
         del tokens[tokens.index("<eos>") :]
-    while tokens and tokens[-1] == "<pad>":
+    while not ended and tokens and tokens[-1] == "<pad>":
         tokens.pop()
 
-    cuts = [i for i, token in enumerate(tokens) if _label(token, "<seg:", vocab) is not None]
-    written = []
-    for start, stop in itertools.pairwise([*cuts, len(tokens)]):
-        refs = [_label(token, "<ref:", vocab) for token in tokens[start + 1 : stop]]
-        body = [token for token, ref in zip(tokens[start + 1 : stop], refs, strict=True) if ref is None]
-        label = vocab.ids[tokens[start]] - vocab.seg_base
-        written.append(_Written(label, frozenset(ref for ref in refs if ref is not None), "".join(body)))
-    return "".join(tokens[: cuts[0]] if cuts else tokens), written, ended
+    stray: list[str] = []
+    written: list[_Written] = []
+    for token in tokens:
+        if (label := _label(token, "<seg:", vocab)) is not None:
+            written.append(_Written(label, set(), []))
+        elif not written:
+            stray.append(token)
+        elif (ref := _label(token, "<ref:", vocab)) is not None:
+            written[-1].named.add(ref)
+        else:
+            written[-1].body.append(token)
+    return stray, written, ended
 
 
 def _label(token: str, family: str, vocab: Vocab) -> int | None:
@@ -445,11 +447,9 @@ def _problem(step: _Written, label: int, left: int, symbol: str, right: int, val
     """What is wrong with the evaluation that a step writes, or None."""
     if step.label != label:
         return f"carries label {step.label}, expected {label}"
-    match = _STEP.fullmatch(step.body)
-    # Comparing as text refuses leading zeros and a negative zero, and never converts an endless number.
-    if match and match[1] == str(left) and match[2] == symbol and match[3] == str(right) and match[4] == str(value):
-        return None
-    return f"expected {_quoted(f'{left}{symbol}{right}={value}')}, found {_quoted(step.body)}"
+    # Compared as text: that refuses leading zeros and a negative zero, and never converts an endless number.
+    expected, found = f"{left}{symbol}{right}={value}", "".join(step.body)
+    return None if found == expected else f"expected {_quoted(expected)}, found {_quoted(found)}"
 
 
 def _labels(labels: Iterable[int]) -> str:

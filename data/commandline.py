@@ -50,7 +50,7 @@ def _unboxed(box: str) -> str:
     title, *sections = [" ".join(section.split()) for section in _RULE.split(_BORDER.sub("", box)) if section.strip()]
     problem, *advice = sections or [title]
     problem = problem.rstrip(".")
-    if title != "Value error" and not problem.lower().startswith(title.lower()):
+    if title != "Value error" and not problem.lower().startswith(title.lower().split()[0]):
         problem = f"{title}: {problem}"
     close = [section for section in advice if section.startswith(("Arguments similar to", "Perhaps you meant"))]
     options = {option for section in close for option in re.findall(r" (--[\w-]+)", section.partition(":")[2])} - {"--help"}

@@ -83,11 +83,11 @@ def main() -> None:
     """The whole life of a worker: reads its work from stdin, writes every `stride`-th chunk to stdout."""
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes to stderr, not between the chunks
-    function, number, stride = pickle.load(sys.stdin.buffer)
     try:
+        function, number, stride = pickle.load(sys.stdin.buffer)
         while True:
             pickle.dump(function(number), pipe, protocol=pickle.HIGHEST_PROTOCOL)
             pipe.flush()
             number += stride
-    except BrokenPipeError:
+    except (BrokenPipeError, EOFError):
         os._exit(0)  # the parent is gone; a normal exit would flush the pipe once more
