@@ -110,7 +110,7 @@ def parse(text: str) -> Expression:
     output: list[int | str] = []
     waiting: list[tuple[str, int, int]] = []  # (operator or parenthesis, column, where its operand starts in output)
 
-    def reduce(precedence: int) -> None:
+    def apply_waiting(precedence: int) -> None:
         while waiting and _PRECEDENCE.get(waiting[-1][0], 0) >= precedence:
             symbol, _, start = waiting.pop()
             if symbol != "negate":
@@ -135,11 +135,11 @@ def parse(text: str) -> Expression:
             output.append(int(lexeme))
             operand_expected = False
         elif lexeme in _APPLY:
-            reduce(_PRECEDENCE[lexeme])
+            apply_waiting(_PRECEDENCE[lexeme])
             waiting.append((lexeme, column, len(output)))
             operand_expected = True
         elif lexeme == ")":
-            reduce(1)
+            apply_waiting(1)
             if not waiting:
                 raise ExpressionError(column, 'found ")" without "("')
             waiting.pop()
@@ -147,7 +147,7 @@ def parse(text: str) -> Expression:
             raise ExpressionError(column, f"expected an operator (+ - *), found {_quoted(lexeme)}")
     if operand_expected:
         raise ExpressionError(len(text) + 1, 'expected a number or "(", found the end')
-    reduce(1)
+    apply_waiting(1)
     if waiting:
         raise ExpressionError(waiting[-1][1], 'found "(" that is never closed')
     return Expression(tuple(output))

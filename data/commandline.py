@@ -36,8 +36,8 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, /, **tyro_options
     try:
         with contextlib.redirect_stderr(captured):
             return tyro.cli(config_type, args=argv, **tyro_options)
-    except SystemExit as exit:
-        if exit.code != 2:
+    except SystemExit as end:
+        if end.code != 2:
             sys.stderr.write(captured.getvalue())
             raise
     except ValueError as error:

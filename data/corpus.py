@@ -61,7 +61,7 @@ def write(path: Path, examples: Iterable[arithmetic.Example], task: arithmetic.A
     """Writes the examples and their card to a new directory; the same input gives the same bytes.
 
     Args:
-      description: goes into the card as it is: at least "command", "num_examples" and "distributions".
+      description: goes into the card as it is: at least "command", "num_examples", "split" and "distributions".
 
     Raises:
       FileExistsError, NotADirectoryError: see `new_directory`.
@@ -78,12 +78,7 @@ def write(path: Path, examples: Iterable[arithmetic.Example], task: arithmetic.A
                 blocks.append(datasets.Dataset.from_dict(columns, features=_FEATURES))
                 columns = {name: [] for name in _FEATURES}
         blocks.append(datasets.Dataset.from_dict(columns, features=_FEATURES))
-        fields = {
-            **_FIXED,
-            "task": task.to_json(),
-            **description,
-            "statistics": statistics.to_json(),
-        }
+        fields = {**_FIXED, "task": task.to_json(), **description, "statistics": statistics.to_json()}
         dataset = datasets.concatenate_datasets(blocks)
         fingerprint = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
         with _no_progress_bar():
@@ -178,7 +173,7 @@ def load(path: Path | str) -> StoredCorpus:
             raise ValueError("expected a JSON object")
         check_json({key: fields.get(key) for key in _FIXED}, "card", _FIXED, ())
         task = arithmetic.ArithmeticTask.from_json(fields.get("task"))
-        dataset = datasets.load_from_disk(str(path), keep_in_memory=False)
+        dataset = datasets.load_from_disk(str(path))
     except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a corpus directory that this version reads, or it is damaged: {error}") from error
     if not isinstance(dataset, datasets.Dataset) or dataset.features != _FEATURES:
