@@ -315,6 +315,7 @@ def test_verdict_of_the_gold_response():
         (EXAMPLE_RESPONSE + "<pad><pad>", (-159, True, True, True, None, 3)),
         (EXAMPLE_RESPONSE + "<seg:9>garbage", (-159, True, True, True, None, 3)),
         (EXAMPLE_RESPONSE.replace("<eos>", "<solve><eos>"), (None, False, False, True, 2, 3)),
+        ("<ref:1>" + EXAMPLE_RESPONSE, (-159, True, False, True, 0, 3)),
         ("5" + EXAMPLE_RESPONSE, (-159, True, False, True, 0, 3)),
         ("<solve>" + EXAMPLE_RESPONSE, (-159, True, False, True, 0, 3)),
         (EXAMPLE_RESPONSE.replace("<eos>", "<seg:4><ref:3>-159+0=-159<eos>"), (-159, True, False, False, 3, 4)),
@@ -365,7 +366,8 @@ def test_every_single_token_mutation_is_caught_in_its_step(tree, data):
         return vocab.seg_base <= i < vocab.ref_base
 
     def without_refs(tokens):
-        return [i for i in tokens if i < vocab.ref_base]
+        """But for one that stands before the first step, where it belongs to none."""
+        return tokens[:1] + [i for i in tokens[1:] if i < vocab.ref_base]
 
     def steps_of(tokens):
         """Each step's tokens but its refs, the stray ones before the first step first."""
