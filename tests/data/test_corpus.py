@@ -1,6 +1,7 @@
 """Dataset directories and their cards, through the command line in this process; the real command in test_commandline."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import re
@@ -114,6 +115,14 @@ def test_attended_tokens_follow_the_automaton(labelling):
     for example in itertools.islice(stream(Corpus(labelling=labelling, num_labels=64), seed=1), 60):
         expected = [len(positions) for positions in automaton(example.token_ids.tolist(), vocab)]
         assert attended_tokens(example, vocab).tolist() == expected
+
+
+@pytest.mark.parametrize("refs", ["<ref:0>", "<ref:3>", "<ref:1><ref:1>", "<ref:9>", "<ref:2><ref:0><ref:1><ref:2>"])
+def test_naming_what_is_seen_already_adds_nothing(refs):
+    vocab = Vocab(16)
+    token_ids = vocab.encode(f"<bos><seg:3>(<seg:1>(1+2)<seg:3>*<seg:2>(3-4)<seg:3>)<solve><seg:1>1<seg:2>{refs}2<seg:3>{refs}3<eos>")
+    example = dataclasses.replace(encode("1+2"), token_ids=token_ids, prompt_tokens=token_ids.tolist().index(vocab.solve_id) + 1)
+    assert attended_tokens(example, vocab).tolist() == [len(positions) for positions in automaton(token_ids.tolist(), vocab)]
 
 
 def test_attended_fraction_of_the_card(directory, expected):
