@@ -168,7 +168,7 @@ class Preset:
 PRESETS = {
     "arithmetic-tiny": Preset(
         ModelConfig(hidden_size=256, intermediate_size=512, num_layers=8, num_heads=4, num_kv_heads=2),
-        TrainConfig(steps=10_000, batch_size=64, learning_rate=2e-3),
+        TrainConfig(steps=8_000, batch_size=64, learning_rate=2e-3),
     ),
     "arithmetic-small": Preset(
         ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4),

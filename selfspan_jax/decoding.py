@@ -230,6 +230,11 @@ def generate(
     return _jit_run(*nnx.split(model), state, jnp.int32(config.max_new_tokens), config)
 
 
+def compile_generate(model: Decoder, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], config: DecodeConfig) -> None:
+    """Compiles what `generate` runs for prompts of this shape, so that its next call can be timed."""
+    jax.block_until_ready(_jit_run(*nnx.split(model), prefill(model, token_ids, lengths, config), jnp.int32(0), config))
+
+
 class Chunk(NamedTuple):
     """New tokens of every sequence, as they stream; padding after a sequence's end."""
 

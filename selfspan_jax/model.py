@@ -114,7 +114,6 @@ class Decoder(nnx.Module):
         self.embed_tokens = nnx.Embed(
             vocab_size,
             config.hidden_size,
-            dtype=jnp.dtype(config.compute_dtype),
             embedding_init=nnx.initializers.normal(0.02),
             rngs=rngs,
         )
@@ -131,7 +130,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Hidden states after the last norm, and each layer's cache as `attend` left it."""
         angles = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
-        x = self.embed_tokens(token_ids)
+        # Rounded after the lookup: its gradient is a scatter with many hits per row, which GPUs add up in float32 only.
+        x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
 
         def run(layer: Layer, x, angles, cache):
             return layer(x, angles, attend, cache)

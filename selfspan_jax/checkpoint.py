@@ -1,0 +1,187 @@
+"""Two kinds of files: a finished model (safetensors and JSON, for others to load) and a run's training state (Orbax, to resume).
+
+A finished model is a directory:
+
+    config.json         architecture, attention views, ids of the structural tokens
+    model.safetensors   parameters under Llama's names and layout ([out, in]), bfloat16 where the model computes in it
+    vocab.json          the task: how text becomes ids
+    README.md           the card: how it was trained and what it scores
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from selfspan_jax.config import ModelConfig, from_json
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import SpanVocab
+
+_FORMAT = {"format": "selfspan model", "version": 1}
+
+
+# ------------------------------------------------------------------------------------------------ finished models
+
+
+class Tensor(NamedTuple):
+    """A parameter of the decoder under its name in a file."""
+
+    name: str
+    path: tuple[Any, ...]
+    transposed: bool  # a linear map: ours is [in, out], Llama's [out, in]
+    shape: tuple[int, ...]  # as in the file
+
+
+def tensors(model: Decoder) -> Iterator[Tensor]:
+    """All parameters by Llama's names: `model.layers.0.self_attn.q_proj.weight` and so on."""
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        *owners, leaf = map(str, path)
+        name = ".".join([*owners, "weight"])
+        transposed = leaf == "kernel"
+        shape = tuple(reversed(variable.shape)) if transposed else tuple(variable.shape)
+        yield Tensor(name if owners == ["lm_head"] else f"model.{name}", path, transposed, shape)
+
+
+def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str) -> None:
+    """Writes a finished model, whole or not at all.
+
+    Args:
+      task: what `vocab.json` is to say: the task's own `to_json`.
+      card: Markdown for people.
+
+    Raises: FileExistsError if the directory exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists: choose another, or remove it first")
+    config = {
+        **_FORMAT,
+        "model": dataclasses.asdict(model.config),
+        "vocab_size": model.vocab_size,
+        "span_vocab": dataclasses.asdict(model.vocab),
+    }
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    arrays = {}
+    for tensor in tensors(model):
+        array = flat[tensor.path][...].astype(model.config.compute_dtype)
+        arrays[tensor.name] = array.T if tensor.transposed else array
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        save_file(arrays, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "model.safetensors").chmod(0o644)  # the library keeps it to its owner
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "vocab.json").write_text(json.dumps(task, indent=2) + "\n")
+        (partial / "README.md").write_text(card)
+        os.rename(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_model(directory: Path) -> tuple[Decoder, dict[str, Any]]:
+    """A finished model and what its `vocab.json` says.
+
+    Names and shapes are compared with the config before a tensor is read.
+
+    Raises:
+      FileNotFoundError: no such directory, or a file of it is missing.
+      ValueError: a file that is not what it should be, or tensors that do not fit the config.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such checkpoint directory")
+    for file in ("config.json", "vocab.json", "model.safetensors"):
+        if not (directory / file).is_file():
+            raise FileNotFoundError(f"{directory}: not a checkpoint, {file} is missing")
+    config, task = _read_json(directory / "config.json"), _read_json(directory / "vocab.json")
+    if {key: config.get(key) for key in _FORMAT} != _FORMAT:
+        raise ValueError(f"{directory / 'config.json'}: expected format {_FORMAT['format']!r} version {_FORMAT['version']}")
+    if missing := {"model", "vocab_size", "span_vocab"} - config.keys():
+        raise ValueError(f"{directory / 'config.json'}: {', '.join(sorted(missing))} missing")
+    try:
+        model_config, vocab = from_json(ModelConfig, config["model"]), from_json(SpanVocab, config["span_vocab"])
+        vocab_size = config["vocab_size"]
+        if not isinstance(vocab_size, int):
+            raise ValueError(f"vocab_size is {vocab_size!r}, not a whole number")
+        abstract = nnx.eval_shape(lambda: Decoder(model_config, vocab=vocab, vocab_size=vocab_size, rngs=nnx.Rngs(0)))
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+    return _with_tensors(abstract, directory / "model.safetensors"), task
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _with_tensors(abstract: Decoder, file: Path) -> Decoder:
+    wanted = {tensor.name: tensor for tensor in tensors(abstract)}
+    try:
+        with safe_open(file, "flax") as found:
+            names = set(found.keys())
+            if absent := sorted(wanted.keys() - names):
+                raise ValueError(f"{file}: {len(absent)} tensors missing, {absent[0]} among them")
+            if extra := sorted(names - wanted.keys()):
+                raise ValueError(f"{file}: {len(extra)} tensors that the config does not know, {extra[0]} among them")
+            for name, tensor in wanted.items():
+                if (shape := tuple(found.get_slice(name).get_shape())) != tensor.shape:
+                    raise ValueError(f"{file}: {name} is {list(shape)}, but the config asks for {list(tensor.shape)}")
+            flat = []
+            for tensor in wanted.values():
+                array = found.get_tensor(tensor.name).astype(jnp.float32)
+                flat.append((tensor.path, nnx.Param(array.T if tensor.transposed else array)))
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file ({error})") from error
+    graph, _ = nnx.split(abstract)
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+# ------------------------------------------------------------------------------------------------- training state
+
+
+class TrainingCheckpoints:
+    """The last `keep` states of a run, each written in the background and visible only when whole (Orbax)."""
+
+    def __init__(self, directory: Path, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, next_example: int) -> None:
+        """Begins to write the state after `step` steps, with the data position; waits only for the write before it."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_example": next_example}))
+        self._manager.save(step, args=args)
+
+    def restore(self, like: Any) -> tuple[Any, int]:
+        """The latest state, with the structure, shapes and placement of `like`, and its data position."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)), data=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(self._manager.latest_step(), args=args)
+        return restored.state, restored.data["next_example"]
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,144 @@
+"""What a model is worth: the answers, steps and spans that are right, what it attended to, and right answers per second."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from selfspan_jax import decoding
+from selfspan_jax.config import Attention, DecodeConfig
+from selfspan_jax.lm import Output, SpanLM
+
+
+class Verdict(Protocol):
+    """What a task's verifier says of a response."""
+
+    @property
+    def answer_right(self) -> bool: ...
+    @property
+    def steps_right(self) -> bool: ...
+    @property
+    def spans_right(self) -> bool: ...
+    @property
+    def message(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One evaluated prompt."""
+
+    output: Output
+    verdict: Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Over a set of prompts. Accuracies and fractions are between 0 and 1."""
+
+    num_examples: int
+    answer_accuracy: float
+    """The final value is right."""
+    step_accuracy: float
+    """All steps are right."""
+    span_accuracy: float
+    """All named sets are the minimal ones."""
+    attended_fraction: float
+    """Mean over response tokens of |attended| / (t + 1)."""
+    attended_tokens: float
+    """Mean over response tokens of |attended|."""
+    finished_fraction: float
+    """Responses that ended by themselves."""
+
+    @classmethod
+    def of(cls, results: Sequence[Result]) -> Scores:
+        """Raises ValueError for no results: their mean is not a number."""
+        if not results:
+            raise ValueError("no results to score")
+
+        def share(values) -> float:
+            return float(np.mean([bool(value) for value in values]))
+
+        contexts = [np.arange(out.prompt_tokens + 1, len(out.token_ids) + 1) for out in (r.output for r in results)]
+        attended = np.concatenate([result.output.num_attended for result in results])
+        return cls(
+            num_examples=len(results),
+            answer_accuracy=share(result.verdict.answer_right for result in results),
+            step_accuracy=share(result.verdict.steps_right for result in results),
+            span_accuracy=share(result.verdict.spans_right for result in results),
+            attended_fraction=float(np.mean(attended / np.concatenate(contexts))),
+            attended_tokens=float(np.mean(attended)),
+            finished_fraction=share(result.output.finished for result in results),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results in the order of the prompts, and the seconds that prefill and decoding took, compilation apart."""
+
+    results: tuple[Result, ...]
+    decode_seconds: float
+    compile_seconds: float
+
+    @property
+    def problems_per_second(self) -> float:
+        """Right answers per second of decoding."""
+        return sum(result.verdict.answer_right for result in self.results) / self.decode_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(Scores.of(self.results)),
+            "problems_per_second": self.problems_per_second,
+            "decode_seconds": self.decode_seconds,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def evaluate(
+    lm: SpanLM,
+    prompts: Sequence[str],
+    *,
+    verify: Callable[[str, np.ndarray], Verdict],
+    attention: Attention = "span",
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Evaluation:
+    """Decodes prompts greedily, all batches of one shape, and judges the responses.
+
+    Args:
+      verify: the task's verdict on (prompt, response ids).
+    """
+    ids = [lm.task.encode_prompt(prompt) for prompt in prompts]
+    batch_size = min(batch_size, len(ids))
+    width = lm.padded(ids)[0].shape[1]
+    config = DecodeConfig(attention=attention, max_new_tokens=max_new_tokens)
+    order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # alike lengths end at about the same step
+    results: dict[int, Result] = {}
+    seconds = compile_seconds = 0.0
+    bar = tqdm(total=len(ids), desc=f"decode ({attention})", unit="prompt", disable=None if progress else True)
+    with bar:
+        for start in range(0, len(ids), batch_size):
+            chosen = order[start : start + batch_size]
+            filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]  # the last batch repeats a prompt, for one shape
+            token_ids, lengths = lm.padded([ids[i] for i in filled])
+            token_ids = np.pad(token_ids, ((0, 0), (0, width - token_ids.shape[1])), constant_values=lm.model.vocab.pad_id)
+            if start == 0:
+                began = time.perf_counter()
+                decoding.compile_generate(lm.model, token_ids, lengths, config)
+                compile_seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            state = jax.block_until_ready(decoding.generate(lm.model, token_ids, lengths, config))
+            seconds += time.perf_counter() - began
+            tokens, attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
+            unresolved = np.asarray(state.span.unresolved_refs)
+            for b, i in enumerate(chosen):
+                output = lm.output(prompts[i], ids[i], tokens[b], attended[b], attention, int(unresolved[b]))
+                results[i] = Result(output, verify(prompts[i], output.response_ids))
+            bar.update(len(chosen))
+    return Evaluation(tuple(results[i] for i in range(len(ids))), seconds, compile_seconds)

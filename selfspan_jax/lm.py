@@ -1,0 +1,276 @@
+"""SpanLM: a model and its task behind one face, for notebooks and command lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+
+from selfspan_jax import checkpoint, decoding
+from selfspan_jax.attention import masked_attention, sequence_mask
+from selfspan_jax.config import Attention, DecodeConfig
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import token_roles
+
+_PROMPT_MULTIPLE = 64  # prompts are padded to multiples of this, so that few lengths are compiled
+_DEFAULT_NEW_TOKENS = 1024
+
+
+class Task(Protocol):
+    """How a corpus turns text into ids and back. Packages offer theirs under the entry point `selfspan.tasks`."""
+
+    def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:
+        """Ids up to and including `<solve>`. Raises ValueError for text that is no prompt."""
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def answer(self, response_ids: Sequence[int]) -> str | None: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Task: ...
+
+
+def installed_tasks() -> dict[str, type[Task]]:
+    """The tasks that installed packages offer, this project among them (`pip install -e .`)."""
+    return {entry.name: entry.load() for entry in metadata.entry_points(group="selfspan.tasks")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a response: the label that it opens, the labels that it names, and what it writes."""
+
+    label: int
+    refs: tuple[int, ...]
+    text: str
+    attended_tokens: float
+    """Tokens that the step's own tokens attended to, on average."""
+
+    def __str__(self) -> str:
+        return f"<seg:{self.label}>{''.join(f'<ref:{ref}>' for ref in self.refs)}{self.text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A response, what it says and what each of its tokens read."""
+
+    prompt: str
+    text: str
+    """The response as written, span tokens included."""
+    answer: str | None
+    """What the task reads as the response's answer; None where it has none."""
+    steps: tuple[Step, ...]
+    token_ids: Int[np.ndarray, "T"]
+    """Prompt and response."""
+    prompt_tokens: int
+    num_attended: Int[np.ndarray, "R"]
+    """For each response token, how many tokens it attended to, itself included."""
+    attention: Attention
+    finished: bool
+    """False where decoding stopped at the token limit instead of `<eos>`."""
+    unresolved_refs: int
+    """`<ref:k>` tokens that named a label which no token carried."""
+    lm: SpanLM = dataclasses.field(repr=False)
+
+    @property
+    def response_ids(self) -> Int[np.ndarray, "R"]:
+        return self.token_ids[self.prompt_tokens :]
+
+    @property
+    def attended_fraction(self) -> float:
+        """Mean over response tokens of |attended| / (t + 1); dense decoding has 1."""
+        return float(np.mean(self.num_attended / np.arange(self.prompt_tokens + 1, len(self.token_ids) + 1)))
+
+    def plot(self):
+        """A matplotlib figure of the mask under which this was decoded."""
+        from selfspan_jax import viz  # matplotlib takes a second to import, and most uses draw nothing
+
+        return viz.plot_mask(self.lm.mask(self.token_ids, self.attention), self.lm.token_texts(self.token_ids), self.prompt_tokens)
+
+
+class SpanLM:
+    """A decoder and the task that it was trained for."""
+
+    def __init__(self, model: Decoder, task: Task):
+        self.model = model
+        self.task = task
+
+    @classmethod
+    def load(cls, directory: str | Path, tasks: Mapping[str, type[Task]] | None = None) -> SpanLM:
+        """Loads a finished model.
+
+        Args:
+          directory: as `train.py` writes it.
+          tasks: what can turn text into ids, by the name that a checkpoint has for it; by default the installed ones.
+
+        Raises: FileNotFoundError, ValueError with one line that says what is wrong with the directory.
+        """
+        model, fields = checkpoint.load_model(Path(directory))
+        tasks = installed_tasks() if tasks is None else tasks
+        if (name := fields.get("task")) not in tasks:
+            known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
+            raise ValueError(f"{directory}: of task {name!r}; {known}")
+        return cls(model, tasks[name].from_json(fields))
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> Output: ...
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[Output]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        attention: Attention = "span",
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        implementation: str | None = None,
+    ) -> Output | list[Output]:
+        """Decodes a prompt, or several in one batch.
+
+        Args:
+          prompts: text of the task (for arithmetic: expressions).
+          attention: "span" reads what the model names, "dense" everything, "window" first and recent tokens.
+          max_new_tokens: default: what the model's context leaves, 1,024 at the most.
+          temperature, top_p, seed: 0 is greedy; see DecodeConfig.
+
+        Raises: ValueError for a prompt that the task cannot read, or that is too long for the model's context.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            return []
+        ids = [self.task.encode_prompt(text) for text in texts]
+        token_ids, lengths = self.padded(ids)
+        config = DecodeConfig(
+            attention=attention,
+            max_new_tokens=self._room(lengths) if max_new_tokens is None else max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            implementation=implementation,
+        )
+        state = decoding.generate(self.model, token_ids, lengths, config, jax.random.key(seed))
+        tokens, attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
+        unresolved = np.asarray(state.span.unresolved_refs)
+        outputs = [
+            self.output(text, prompt, tokens[b], attended[b], attention, int(unresolved[b]))
+            for b, (text, prompt) in enumerate(zip(texts, ids, strict=True))
+        ]
+        return outputs[0] if isinstance(prompts, str) else outputs
+
+    def stream(self, prompt: str, *, chunk_tokens: int = 8, **options: Any) -> Iterator[str]:
+        """The text of one response as it is decoded. Options as for `generate`."""
+        token_ids, lengths = self.padded([self.task.encode_prompt(prompt)])
+        seed = options.pop("seed", 0)
+        if options.get("max_new_tokens") is None:
+            options["max_new_tokens"] = self._room(lengths)
+        chunks = decoding.stream(self.model, token_ids, lengths, DecodeConfig(**options), jax.random.key(seed), chunk_tokens=chunk_tokens)
+        for chunk in chunks:
+            yield self.task.decode(chunk.tokens[0, : _num_written(chunk.tokens[0], self.model.vocab.eos_id)])
+
+    def logits(self, token_ids: Int[np.ndarray, "T"], attention: Attention = "span") -> Float[np.ndarray, "T V"]:
+        """Scores of the next token after each token, float32, in one forward under the mask of a policy."""
+        token_ids = self._checked(token_ids)
+        return np.asarray(_forward(self.model, jnp.asarray(token_ids)[None], attention)[0])
+
+    def mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention = "span") -> np.ndarray:
+        """bool [T, T]: which token attends to which."""
+        ids = jnp.asarray(self._checked(token_ids))[None]
+        return np.asarray(sequence_mask(ids, self.model.vocab, self.model.config, attention)[0])
+
+    def token_texts(self, token_ids: Int[np.ndarray, "T"]) -> list[str]:
+        """The written form of each token."""
+        return [self.task.decode([int(token)]) for token in token_ids]
+
+    def padded(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+        """Prompts of different lengths as one array and their lengths. Raises ValueError for one beyond the context."""
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        context = self.model.config.max_context_tokens
+        if lengths.max() >= context:
+            raise ValueError(f"the prompt is {lengths.max()} tokens long, but the model's context is {context}, response included")
+        width = min(-(-int(lengths.max()) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE, context)
+        token_ids = np.full((len(prompts), width), self.model.vocab.pad_id, np.int32)
+        for row, prompt in zip(token_ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return token_ids, lengths
+
+    def _room(self, lengths: Int[np.ndarray, "B"]) -> int:
+        return min(self.model.config.max_context_tokens - int(lengths.max()), _DEFAULT_NEW_TOKENS)
+
+    def _checked(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
+        token_ids = np.asarray(token_ids, np.int32)
+        config = dataclasses.replace(DecodeConfig(), max_new_tokens=1)
+        if token_ids.ndim != 1 or not len(token_ids):
+            raise ValueError(f"token ids of shape {token_ids.shape}; expected [T], at least one")
+        decoding.check_prompts(self.model, token_ids[None], np.array([len(token_ids) - 1 or 1]), config)
+        return token_ids
+
+    def output(
+        self,
+        prompt: str,
+        prompt_ids: Int[np.ndarray, "T"],
+        new_tokens: Int[np.ndarray, "M"],
+        num_attended: Int[np.ndarray, "M"],
+        attention: Attention,
+        unresolved_refs: int,
+    ) -> Output:
+        """What `generate` returns for one sequence of a decoded batch."""
+        eos_id = self.model.vocab.eos_id
+        written = _num_written(new_tokens, eos_id)
+        response = new_tokens[:written]
+        token_ids = np.concatenate([prompt_ids, response])
+        return Output(
+            prompt=prompt,
+            text=self.task.decode(response),
+            answer=self.task.answer(response),
+            steps=self._steps(token_ids, len(prompt_ids), num_attended[:written]),
+            token_ids=token_ids,
+            prompt_tokens=len(prompt_ids),
+            num_attended=num_attended[:written],
+            attention=attention,
+            finished=bool(written and response[-1] == eos_id),
+            unresolved_refs=unresolved_refs,
+            lm=self,
+        )
+
+    def _steps(self, token_ids, prompt_tokens: int, num_attended) -> tuple[Step, ...]:
+        roles = jax.tree.map(np.asarray, token_roles(jnp.asarray(token_ids), self.model.vocab))
+        steps = []
+        for start in np.unique(roles.step_index[prompt_tokens:]):
+            indices = prompt_tokens + np.flatnonzero(roles.step_index[prompt_tokens:] == start)
+            if roles.is_header[start]:
+                body = [token_ids[i] for i in indices if not roles.is_header[i] and token_ids[i] != self.model.vocab.eos_id]
+                steps.append(
+                    Step(
+                        label=int(roles.labels[start]),
+                        refs=tuple(int(name) for name in roles.names[indices] if name >= 0),
+                        text=self.task.decode(body),
+                        attended_tokens=float(np.mean(num_attended[indices - prompt_tokens])),
+                    )
+                )
+        return tuple(steps)
+
+
+def _num_written(new_tokens: Int[np.ndarray, "M"], eos_id: int) -> int:
+    """Tokens up to and including the first `<eos>`."""
+    ends = np.flatnonzero(new_tokens == eos_id)
+    return int(ends[0]) + 1 if len(ends) else len(new_tokens)
+
+
+@functools.partial(nnx.jit, static_argnames=("attention",))
+def _forward(model: Decoder, token_ids, attention: Attention):
+    mask = sequence_mask(token_ids, model.vocab, model.config, attention)
+    positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
+    hidden, _ = model(token_ids, positions, lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache))
+    return model.logits(hidden)

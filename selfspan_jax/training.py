@@ -1,0 +1,296 @@
+"""Training: the state, one pure step, and the loop around it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from tensorboard.summary import Writer
+from tqdm import tqdm
+
+from selfspan_jax.attention import masked_attention, sequence_mask
+from selfspan_jax.checkpoint import TrainingCheckpoints
+from selfspan_jax.config import TrainConfig
+from selfspan_jax.model import Decoder
+
+
+class Batch(Protocol):
+    """What training needs of its data: rows of packed examples, as arrays [B, T], and where the data goes on after them."""
+
+    @property
+    def token_ids(self) -> Int[np.ndarray, "B T"]: ...
+    @property
+    def segment_ids(self) -> Int[np.ndarray, "B T"]:
+        """Examples of a row, told apart by number; 0 is padding."""
+
+    @property
+    def positions(self) -> Int[np.ndarray, "B T"]:
+        """Rotary positions."""
+
+    @property
+    def target_mask(self) -> Bool[np.ndarray, "B T"]:
+        """True where the token is to be predicted."""
+
+    @property
+    def next_example(self) -> int: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeviceBatch:
+    """The arrays of a batch, on the device."""
+
+    token_ids: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    target_mask: Bool[Array, "B T"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> DeviceBatch:
+        return cls(*(jnp.asarray(getattr(batch, field.name)) for field in dataclasses.fields(cls)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    params: nnx.State
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate_fraction * config.learning_rate
+    )
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW (1711.05101) on clipped gradients; only the matrices of the layers decay."""
+
+    def decays(params):
+        return jax.tree.map_with_path(lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(learning_rate(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decays),
+    )
+
+
+def initial_state(model: Decoder, config: TrainConfig) -> tuple[nnx.GraphDef, TrainState]:
+    graph, params = nnx.split(model, nnx.Param)
+    return graph, TrainState(params, optimizer(config).init(params), jnp.zeros((), jnp.int32))
+
+
+def loss_sums(model: Decoder, batch: DeviceBatch) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Cross-entropy of the targets, summed over them, with their number and how many are predicted right."""
+    mask = sequence_mask(batch.token_ids, model.vocab, model.config, model.config.mask, segment_ids=batch.segment_ids)
+    hidden, _ = model(batch.token_ids, batch.positions, lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache))
+    logits = model.logits(hidden[:, :-1])
+    targets, weights = batch.token_ids[:, 1:], batch.target_mask[:, 1:].astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    loss = jnp.sum(losses * weights)
+    return loss, {"loss": loss, "right": jnp.sum(right * weights), "targets": jnp.sum(weights)}
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames=("state",))
+def train_step(graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, config: TrainConfig) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step on the mean loss over all targets of the batch, computed in `config.accumulation_steps` parts."""
+
+    def gradients(params, part):
+        return jax.grad(lambda params: loss_sums(nnx.merge(graph, params), part), has_aux=True)(params)
+
+    if config.accumulation_steps == 1:
+        grads, sums = gradients(state.params, batch)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(config.accumulation_steps, -1, *x.shape[1:]), batch)
+        shapes = jax.eval_shape(gradients, state.params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        add = functools.partial(jax.tree.map, jnp.add)
+        (grads, sums), _ = jax.lax.scan(lambda total, part: (add(total, gradients(state.params, part)), None), zeros, parts)
+    targets = jnp.maximum(sums["targets"], 1.0)
+    grads = jax.tree.map(lambda grad: grad / targets, grads)
+    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    metrics = {
+        "loss": sums["loss"] / targets,
+        "token_accuracy": sums["right"] / targets,
+        "gradient_norm": optax.global_norm(grads),
+        "learning_rate": learning_rate(config)(state.step),
+    }
+    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+
+class TrainingDiverged(ValueError):
+    """The loss is no longer a number."""
+
+
+class MetricsLog:
+    """Scalars of a run as JSON lines and TensorBoard events. Lines after the step that a run resumes from are dropped."""
+
+    def __init__(self, run_dir: Path, resumed_step: int):
+        self._file = run_dir / "metrics.jsonl"
+        kept = []
+        if self._file.exists():
+            for line in self._file.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+                    if json.loads(line)["step"] <= resumed_step:
+                        kept.append(line + "\n")
+        partial = self._file.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self._file)
+        self._lines = self._file.open("a", buffering=1)
+        self._events = Writer(str(run_dir / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._events.close()
+
+
+def prefetched(batches: Iterator[Batch], ahead: int = 4) -> Iterator[tuple[Batch, DeviceBatch]]:
+    """Batches with their device copies, made by a thread that stays a few batches ahead. Its errors are raised here."""
+    ready: queue.Queue[Any] = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(item) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put((batch, DeviceBatch.of(batch)))
+                if stopped.is_set():
+                    return
+            put(StopIteration())
+        except BaseException as error:  # handed to the thread that waits for batches
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="batches")
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), BaseException):
+            yield item
+        if not isinstance(item, StopIteration):
+            raise item
+    finally:
+        stopped.set()
+        thread.join()
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+def train(
+    model: Decoder,
+    config: TrainConfig,
+    *,
+    batches_from: Callable[[int], Iterator[Batch]],
+    run_dir: Path,
+    evaluate: Callable[[Decoder], Mapping[str, float]] | None = None,
+) -> Decoder:
+    """Trains a model, or goes on where `run_dir` has a checkpoint; the end is the same, bit for bit.
+
+    Args:
+      batches_from: the endless batches whose first example has the given number.
+      evaluate: scores of a model, logged every `config.eval_every_steps` and at the end.
+
+    Returns: the trained model. Raises: TrainingDiverged with the step at which the loss was no longer finite.
+    """
+    graph, state = initial_state(model, config)
+    checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
+    next_example = 0
+    if checkpoints.latest_step is not None:
+        state, next_example = checkpoints.restore(state)
+    first_step = int(state.step)
+    log = MetricsLog(run_dir, first_step)
+    batches = prefetched(batches_from(next_example))
+    bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=None)
+    window = _Window()
+    try:
+        for step in range(first_step + 1, config.steps + 1):
+            waited = time.perf_counter()
+            batch, on_device = next(batches)
+            waited = time.perf_counter() - waited
+            previous = window.latest
+            state, metrics = train_step(graph, state, on_device, config)
+            window.add(step, metrics, int(np.count_nonzero(batch.segment_ids)), waited)
+            if previous:  # fetched while this step runs
+                _check_finite(*previous)
+            bar.update()
+            saves = step % config.checkpoint_every_steps == 0 or step == config.steps
+            evaluates = evaluate is not None and (step % config.eval_every_steps == 0 or step == config.steps)
+            if saves or evaluates or step % config.log_every_steps == 0:
+                _check_finite(step, metrics)
+                values = window.close()
+                log.write(step, values)
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
+            if saves:
+                checkpoints.save(step, state, batch.next_example)
+            if evaluates:
+                scores = evaluate(nnx.merge(graph, state.params))
+                log.write(step, {f"eval/{name}": value for name, value in scores.items()})
+                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+                window.restart()
+    finally:
+        bar.close()
+        batches.close()
+        log.close()
+        checkpoints.close()
+    return nnx.merge(graph, state.params)
+
+
+class _Window:
+    """The steps since the last line of the log."""
+
+    def __init__(self):
+        self.latest: tuple[int, dict[str, Array]] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0, 0.0, 0
+
+    def add(self, step: int, metrics: dict[str, Array], tokens: int, waited: float) -> None:
+        self.latest = (step, metrics)
+        self._tokens += tokens
+        self._waited += waited
+        self._steps += 1
+
+    def close(self) -> dict[str, float]:
+        """The latest metrics with the speed of the window; waits for the device, so that the speed is true."""
+        assert self.latest is not None
+        values = {name: float(value) for name, value in self.latest[1].items()}
+        seconds = time.perf_counter() - self._start
+        values |= {
+            "tokens_per_second": self._tokens / seconds,
+            "steps_per_second": self._steps / seconds,
+            "input_wait_fraction": self._waited / seconds,
+        }
+        self.restart()
+        return values
+
+
+def _check_finite(step: int, metrics: dict[str, Array]) -> None:
+    if not math.isfinite(loss := float(metrics["loss"])):
+        raise TrainingDiverged(f"the loss is {loss} at step {step}; the run resumes from its last checkpoint")

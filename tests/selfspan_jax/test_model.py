@@ -1,0 +1,204 @@
+"""The decoder against Llama written out in numpy (float64), and gradients against what the mask lets through (invariant 3)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from selfspan_jax import checkpoint
+from selfspan_jax.attention import masked_attention
+from selfspan_jax.config import PRESETS, ModelConfig
+from selfspan_jax.model import Decoder
+from tests.selfspan_jax.models import TINY, forward, random_model
+from tests.selfspan_jax.reference import Reference
+from tests.selfspan_jax.streams import NAMED, VIEWS, VOCAB, VOCAB_SIZE
+
+
+def llama(weights, config, token_ids, positions, mask):
+    """Logits [T, V] of one sequence, as Llama's reference code computes them: x @ W.T, pairs (i, i + H/2), repeated kv heads."""
+
+    def norm(x, name):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps) * weights[name]
+
+    def heads(x, name, count):
+        return (x @ weights[name].T).reshape(len(token_ids), count, config.head_size).transpose(1, 0, 2)
+
+    def rope(x):
+        inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_size, 2) / config.head_size)
+        angles = np.concatenate([np.outer(positions, inverse)] * 2, axis=-1)
+        half = config.head_size // 2
+        return x * np.cos(angles) + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * np.sin(angles)
+
+    x = weights["model.embed_tokens.weight"][token_ids]
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}."
+        y = norm(x, layer + "input_layernorm.weight")
+        q = rope(heads(y, layer + "self_attn.q_proj.weight", config.num_heads))
+        k = rope(heads(y, layer + "self_attn.k_proj.weight", config.num_kv_heads))
+        v = heads(y, layer + "self_attn.v_proj.weight", config.num_kv_heads)
+        k, v = (np.repeat(z, config.num_heads // config.num_kv_heads, axis=0) for z in (k, v))
+        scores = np.where(mask, q @ k.transpose(0, 2, 1) / np.sqrt(config.head_size), -np.inf)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out = (shares / shares.sum(axis=-1, keepdims=True)) @ v
+        x = x + out.transpose(1, 0, 2).reshape(len(token_ids), -1) @ weights[layer + "self_attn.o_proj.weight"].T
+        y = norm(x, layer + "post_attention_layernorm.weight")
+        gate = y @ weights[layer + "mlp.gate_proj.weight"].T
+        up = y @ weights[layer + "mlp.up_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ weights[layer + "mlp.down_proj.weight"].T
+    head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    return norm(x, "model.norm.weight") @ weights[head].T
+
+
+def weights_of(model):
+    """float64 arrays by Llama's names."""
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    arrays = {tensor.name: (np.asarray(flat[tensor.path][...], np.float64), tensor.transposed) for tensor in checkpoint.tensors(model)}
+    return {name: array.T if transposed else array for name, (array, transposed) in arrays.items()}
+
+
+def logits_of(model, token_ids, positions, mask):
+    mask = jnp.asarray(mask)[None]
+    hidden, _ = model(
+        jnp.asarray(token_ids, jnp.int32)[None],
+        jnp.asarray(positions, jnp.int32)[None],
+        lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache),
+    )
+    return np.asarray(model.logits(hidden)[0])
+
+
+SHAPES = {
+    "grouped": dict(),
+    "one kv head": dict(num_kv_heads=1),
+    "a kv head each": dict(num_kv_heads=4),
+    "untied": dict(tie_embeddings=False),
+    "other base and eps": dict(rope_theta=500.0, rms_norm_eps=1e-2),
+    "remat": dict(remat=True),
+}
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_the_decoder_is_llama(changes):
+    model = random_model(seed=1, **changes)
+    for layer in model.layers:  # scales of 1 would hide a norm that forgets its scale
+        layer.input_layernorm.scale[...] = jnp.linspace(0.5, 1.5, 32)
+        layer.post_attention_layernorm.scale[...] = jnp.linspace(1.5, 0.5, 32)
+    model.norm.scale[...] = jnp.linspace(0.7, 1.3, 32)
+    token_ids = np.array(NAMED["specification"][0])
+    positions = np.cumsum(np.arange(len(token_ids)) % 7)  # with gaps
+    mask = np.array(Reference(token_ids, VOCAB).mask())
+    expected = llama(weights_of(model), model.config, token_ids, positions, mask)
+    # float32 against float64, measured at 3e-6 of the logits' scale of about 10.
+    np.testing.assert_allclose(logits_of(model, token_ids, positions, mask), expected, atol=1e-4)
+    assert np.abs(expected).max() > 1
+
+
+@pytest.mark.parametrize("changes", [dict(rope_theta=9_000.0), dict(rms_norm_eps=1e-2)])
+def test_the_comparison_with_llama_has_teeth(changes):
+    model = random_model(seed=1)
+    token_ids = np.array(NAMED["specification"][0])
+    mask = np.tri(len(token_ids), dtype=bool)
+    positions = 5 * np.arange(len(token_ids))
+    wrong = llama(weights_of(model), dataclasses.replace(model.config, **changes), token_ids, positions, mask)
+    assert np.abs(logits_of(model, token_ids, positions, mask) - wrong).max() > 1e-3
+
+
+def test_bfloat16_differs_by_its_rounding_and_no_more():
+    """Same weights, both precisions; the error must be that of bfloat16 (2^-9 relative per rounding), not that of a bug."""
+    exact, rounded = random_model(), random_model(compute_dtype="bfloat16")
+    token_ids = np.array([NAMED["specification"][0]], np.int32)
+    mask = jnp.tri(token_ids.shape[1], dtype=bool)[None]
+    expected, found = (np.asarray(forward(model, jnp.asarray(token_ids), mask)) for model in (exact, rounded))
+    assert found.dtype == np.float32
+    relative = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-4 < relative < 3e-2  # measured 0.9e-2
+
+
+def test_parameters_are_float32_and_activations_what_the_config_says():
+    model = random_model(compute_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype("float32")}
+    hidden, _ = model(jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 4), jnp.int32), lambda q, k, v, cache: (q, cache))
+    assert hidden.dtype == jnp.bfloat16 and model.logits(hidden).dtype == jnp.float32
+
+
+def test_remat_changes_no_gradient():
+    token_ids = jnp.array([NAMED["specification"][0]], jnp.int32)
+    mask = jnp.tri(token_ids.shape[1], dtype=bool)[None]
+    gradients = [
+        nnx.grad(lambda model: jnp.sum(jnp.square(forward(model, token_ids, mask))))(random_model(remat=remat)) for remat in (False, True)
+    ]
+    for plain, recomputed in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(plain, recomputed, rtol=1e-4, atol=1e-4 * float(jnp.abs(plain).max()))
+
+
+def influence(model, token_ids, mask):
+    """bool [T, T]: does the derivative of the last hidden state at t with respect to the embedding at s differ from exactly zero?"""
+    vocab_size, width = model.embed_tokens.embedding.shape
+    num_tokens = len(token_ids)
+    table = model.embed_tokens.embedding[...][token_ids]  # every position its own row, so that rows are positions
+    graph, params = nnx.split(model, nnx.Param)
+
+    def hidden_states(rows):
+        replaced = dict(nnx.to_flat_state(params))
+        replaced["embed_tokens", "embedding"] = nnx.Param(jnp.zeros((vocab_size, width)).at[:num_tokens].set(rows))
+        copy = nnx.merge(graph, nnx.from_flat_state(list(replaced.items())))
+        ids = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+        hidden, _ = copy(ids, ids, lambda q, k, v, cache: (masked_attention(q, k, v, jnp.asarray(mask)[None]), cache))
+        return hidden[0]
+
+    jacobian = jax.jit(jax.jacrev(hidden_states))(table)  # [T, D, T, D]
+    return np.asarray(jnp.any(jacobian != 0, axis=(1, 3)))
+
+
+@pytest.mark.parametrize("views", VIEWS, ids=["-".join(map(str, views.values())) for views in VIEWS])
+def test_gradients_flow_along_chains_of_the_mask_and_nowhere_else(views):
+    """Exactly zero where no chain of at most num_layers steps leads, and not zero where one does."""
+    model = random_model(**views)
+    token_ids = NAMED["span widens late"][0][:12]
+    reference = Reference(token_ids, VOCAB, **views)
+    mask = np.array(reference.mask())
+    found = influence(model, np.array(token_ids), mask)
+    reachable = np.array([[s in reference.reaches(t) for s in range(12)] for t in range(12)])
+    within_depth = np.linalg.matrix_power(mask.astype(int) + np.eye(12, dtype=int), model.config.num_layers) > 0
+    assert not np.any(found & ~reachable)
+    np.testing.assert_array_equal(found, within_depth)
+
+
+def test_presets_have_the_sizes_that_they_are_named_for():
+    sizes = {}
+    for name, preset in PRESETS.items():
+        model = nnx.eval_shape(lambda config=preset.model: Decoder(config, vocab=VOCAB, vocab_size=1042, rngs=nnx.Rngs(0)))
+        sizes[name] = model.num_parameters
+    assert sizes["arithmetic-tiny"] == pytest.approx(5e6, rel=0.05)
+    assert sizes["arithmetic-small"] == pytest.approx(25e6, rel=0.05)
+    assert sizes["arithmetic-base"] == pytest.approx(110e6, rel=0.05)
+
+
+def test_every_parameter_is_a_leaf_of_its_own_layer():
+    """Stacked layers would be sliced in every decode step."""
+    names = [tensor.name for tensor in checkpoint.tensors(random_model())]
+    assert len(names) == len(set(names)) == 2 * 9 + 2
+    assert "model.layers.1.self_attn.q_proj.weight" in names and "model.norm.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_kv_heads=3), "num_kv_heads is 3; allowed: divisors of num_heads=4"),
+        (dict(head_size=7), "head_size is 7; allowed: even"),
+        (dict(num_layers=0), "num_layers is 0"),
+        (dict(mask="sparse"), "mask is 'sparse'; allowed: span, dense"),
+        (dict(header_view="none"), "header_view is 'none'; allowed: span, prompt, all"),
+        (dict(compute_dtype="float16"), "compute_dtype is 'float16'"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**TINY, **changes})
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 19, but the structural tokens need ids up to 19"):
+        Decoder(ModelConfig(**TINY), vocab=VOCAB, vocab_size=VOCAB_SIZE - 1, rngs=nnx.Rngs(0))

@@ -1,0 +1,181 @@
+"""Trains a span model: data, model, optimizer, restore, loop.
+
+    python train.py arithmetic-tiny --run-dir runs/tiny
+
+A run directory that holds a checkpoint is resumed; a run that was killed ends bit-identical to one that was not.
+The finished model is in RUN_DIR/model, metrics are in RUN_DIR/metrics.jsonl and RUN_DIR/tensorboard.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import tyro
+from flax import nnx
+
+from data import arithmetic, commandline, packing
+from selfspan_jax import checkpoint, training
+from selfspan_jax.config import PRESETS, ModelConfig, TrainConfig
+from selfspan_jax.evaluation import Scores, evaluate
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import SpanVocab
+
+CORPORA = {
+    "arithmetic-tiny": arithmetic.Corpus(min_ops=2, max_ops=12),
+    "arithmetic-small": arithmetic.Corpus(min_ops=2, max_ops=22),
+    "arithmetic-base": arithmetic.Corpus(min_ops=2, max_ops=22),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run. Defaults are those of the preset."""
+
+    run_dir: Path
+    """Where checkpoints, metrics and the finished model go; resumed when it holds a checkpoint."""
+    model: ModelConfig
+    training: TrainConfig
+    corpus: arithmetic.Corpus
+    data: Path | None = None
+    """A corpus directory written by `python -m data arithmetic`; by default examples are generated as they are needed."""
+    workers: int = max(1, min(16, (os.cpu_count() or 2) - 1))
+    """Processes that generate examples; the data does not depend on it."""
+
+    def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; allowed: 0 and above")
+
+    def identity(self) -> dict:
+        """What decides the result: a run directory is resumed only by the same."""
+        decides = {"model": self.model, "training": self.training, "corpus": self.corpus}
+        values = {name: dataclasses.asdict(config) for name, config in decides.items()}
+        return json.loads(json.dumps({**values, "data": str(self.data.absolute()) if self.data else None}))
+
+
+def claim(run: Run) -> None:
+    """Makes the run directory, or checks that it is one of this very run. Raises ValueError that names the differences."""
+    file = run.run_dir / "run.json"
+    if not file.exists():
+        if run.run_dir.exists() and any(run.run_dir.iterdir()):
+            raise ValueError(f"{run.run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(run.identity(), indent=2) + "\n")
+        os.replace(partial, file)
+        return
+    there, here = json.loads(file.read_text()), run.identity()
+    differences = [
+        f"{key} is {old[key]!r} there, {new[key]!r} here"
+        for old, new in [(there, {"data": here["data"]}), *((there[part], here[part]) for part in ("model", "training", "corpus"))]
+        for key in new
+        if old.get(key) != new[key]
+    ]
+    if differences:
+        raise ValueError(f"{run.run_dir} holds a run of another config: {'; '.join(differences)}")
+
+
+def batches(run: Run) -> tuple[Callable[[int], Iterator[packing.Batch]], arithmetic.ArithmeticTask]:
+    """The training data from any example on, and the task that it is of."""
+    if run.data is None:
+        task = arithmetic.ArithmeticTask(run.corpus.vocab, run.corpus.labelling)
+
+        def stream(start: int):
+            return arithmetic.stream(run.corpus, seed=run.training.seed, split="train", start=start, num_workers=run.workers)
+    else:
+        from data import corpus  # the datasets library takes seconds to import
+
+        stored = corpus.load(run.data)
+        task = stored.task
+
+        def stream(start: int):
+            return stored.stream(seed=run.training.seed, start=start)
+
+    def batches_from(start: int) -> Iterator[packing.Batch]:
+        return packing.pack(
+            stream(start),
+            task.vocab,
+            batch_size=run.training.batch_size,
+            sequence_tokens=run.training.sequence_tokens,
+            start=start,
+            gap_scales=run.training.gap_scales,
+            gap_seed=run.training.seed,
+        )
+
+    return batches_from, task
+
+
+def score(model: Decoder, task: arithmetic.ArithmeticTask, run: Run, num_examples: int) -> dict[str, float]:
+    """Decodes fresh expressions of the test stream and verifies the responses."""
+    stream = arithmetic.stream(run.corpus, seed=run.training.seed, split="test")
+    examples = list(itertools.islice(stream, num_examples))
+    evaluation = evaluate(
+        SpanLM(model, task),
+        [example.expression.text for example in examples],
+        verify=task.verify,
+        attention=model.config.mask,
+        max_new_tokens=max(len(example.response_ids) for example in examples) + 16,
+        batch_size=128,
+        progress=True,
+    )
+    return dataclasses.asdict(Scores.of(evaluation.results))
+
+
+def card(run: Run, model: Decoder, preset: str, scores: dict[str, float]) -> str:
+    """The README of a finished model."""
+    lines = [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in scores.items()]
+    device = jax.devices()[0].device_kind
+    return (
+        f"# {preset}\n\nA span model of {model.num_parameters:,} parameters, trained by `train.py` of selfspan.\n\n"
+        f"```\npython train.py {shlex.join(shown_arguments(sys.argv[1:]))}\n```\n\n"
+        f"{run.training.steps:,} steps of {run.training.batch_size} x {run.training.sequence_tokens} tokens, "
+        f"jax {jax.__version__} on {device}.\n\n"
+        f"Scores on fresh expressions of {run.corpus.min_ops} to {run.corpus.max_ops} operators, decoded greedily by the model itself "
+        f"(attention: {run.model.mask}):\n\n" + "\n".join(lines) + "\n\n"
+        "`config.json` has the architecture, `vocab.json` the task.\n\n"
+        f"```json\n{json.dumps(run.identity(), indent=2)}\n```\n"
+    )
+
+
+def shown_arguments(arguments: list[str]) -> list[str]:
+    """The command line without this machine's paths."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in arguments]
+
+
+def main() -> None:
+    defaults = {
+        name: Run(run_dir=tyro.MISSING, model=preset.model, training=preset.training, corpus=CORPORA[name])
+        for name, preset in PRESETS.items()
+    }
+    command = tyro.extras.subcommand_type_from_defaults(defaults, prefix_names=False)
+    run: Run = commandline.parse(command, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    preset = sys.argv[1]
+    with commandline.errors_for_people():
+        batches_from, task = batches(run)
+        claim(run)
+        model = Decoder(
+            run.model,
+            vocab=SpanVocab(**task.vocab.span_ids()),
+            vocab_size=task.vocab.size,
+            rngs=nnx.Rngs(run.training.seed),
+        )
+        print(f"{preset}: {model.num_parameters:,} parameters on {jax.devices()[0].device_kind}, {run.training.steps:,} steps")
+        if (run.run_dir / "model").exists():
+            print(f"this run is finished: {run.run_dir / 'model'}")
+            return
+        num_examples = run.training.eval_examples
+        evaluation = (lambda model: score(model, task, run, num_examples)) if num_examples else None
+        model = training.train(model, run.training, batches_from=batches_from, run_dir=run.run_dir, evaluate=evaluation)
+        scores = score(model, task, run, max(num_examples, 128)) if num_examples else {}
+        checkpoint.save_model(run.run_dir / "model", model, task.to_json(), card(run, model, preset, scores))
+        print(f"finished: {run.run_dir / 'model'}")
+
+
+if __name__ == "__main__":
+    main()
