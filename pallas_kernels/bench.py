@@ -120,6 +120,8 @@ class Workload:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _chain(attend, rounds, q, pools, lists):
+    attend = jax.jit(attend)  # traced once for all lists
+
     def body(_, q):
         for arrays in lists:
             q = attend(q, *pools, *arrays)

@@ -6,12 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.span_decode import triton
-from pallas_kernels.span_decode.heuristics import triton_config
+from pallas_kernels.span_decode import mosaic, triton
+from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
 from pallas_kernels.span_decode.reference import reference_attention, xla_attention
 
-IMPLEMENTATIONS = ("reference", "xla", "triton")
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -67,9 +67,10 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, *, inter
         raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
     if implementation in ("reference", "xla"):
         return None
-    if not interpret and (reason := _device_reason(80)):
+    module, least_capability = (triton, 80) if implementation == "triton" else (mosaic, 90)
+    if not interpret and (reason := _device_reason(least_capability)):
         return reason
-    return triton.unsupported_reason(q, k_pool)
+    return module.unsupported_reason(q, k_pool, interpret)
 
 
 def _device_reason(least_capability: int) -> str | None:
@@ -95,19 +96,23 @@ def expected_bytes(q: jax.Array, k_pool: Pool, num_named_rows: int) -> int:
     return num_named_rows * (2 * row_bytes + 4) + 2 * q.size * q.dtype.itemsize
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # so that a model's layers trace it once
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _attend(implementation, scale, interpret, q, k_pool, v_pool, slots, counts):
-    values = pool_values(k_pool)
+    batch, head_size = q.shape[0], q.shape[2]
+    num_kv_heads, item_bytes = pool_values(k_pool).shape[1], pool_values(k_pool).dtype.itemsize
     if implementation == "triton":
-        num_kv_heads, head_size = values.shape[1:]
-        config = triton_config(q.shape[0], num_kv_heads, head_size * values.dtype.itemsize, slots.shape[1])
+        config = triton_config(batch, num_kv_heads, head_size * item_bytes, slots.shape[1])
         return triton.triton_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)
+    if implementation == "mosaic":
+        config = mosaic_config(batch, num_kv_heads, head_size, slots.shape[1])
+        return mosaic.mosaic_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)
     if implementation == "reference":
         return reference_attention(q, k_pool, v_pool, slots, counts, scale=scale)
     return xla_attention(q, k_pool, v_pool, slots, counts, scale=scale)
 
 
-@_attend.defjvp
+@_attend.__wrapped__.defjvp
 def _no_gradient(*_):
     raise NotImplementedError(
         "span_decode_attention has no gradient: it is a decoding kernel; train with masked attention over whole sequences"

@@ -34,6 +34,8 @@ CASES = (
     Case("head_256", "the largest head size", (18, 40), 2, 1, 256),
     Case("batch_1", "one sequence, so its rows are split over programs", (96,), 8, 2),
     Case("ragged", "one long sequence beside short ones", (96, 2, 0, 5, 1, 3, 2), 2, 2),
+    Case("kv_8", "a whole block of kv heads, which Mosaic needs", (19, 0, 8), 16, 8, 64),
+    Case("kv_16", "two such blocks, and several parts of each sequence", (9, 33), 16, 16, 128, capacity=33),
     Case("odd_capacity", "a capacity that no tile divides", (37, 36, 1), capacity=37),
     Case("scale", "a scale other than 1/sqrt(H)", (40, 20), scale=0.3),
 )

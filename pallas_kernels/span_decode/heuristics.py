@@ -20,3 +20,17 @@ def triton_config(batch: int, num_kv_heads: int, head_bytes: int, capacity: int)
     wanted = (2 * MULTIPROCESSORS) // (batch * num_kv_heads)
     splits = max(1, min(wanted, capacity // tile_rows))
     return TritonConfig(tile_rows, num_warps=4, num_stages=3, splits=splits)
+
+
+class MosaicConfig(NamedTuple):
+    """Static settings of the Mosaic-GPU kernel."""
+
+    tile_rows: int  # rows of 8 kv heads that a program copies at once
+    num_stages: int  # tiles in flight
+    splits: int  # parts that every sequence is divided into
+
+
+def mosaic_config(batch: int, num_kv_heads: int, head_size: int, capacity: int) -> MosaicConfig:
+    """Settings for a static shape."""
+    wanted = MULTIPROCESSORS * (128 // head_size) // (batch * num_kv_heads // 8)
+    return MosaicConfig(tile_rows=8, num_stages=5, splits=max(1, min(wanted, capacity // 64)))

@@ -37,11 +37,13 @@ from pallas_kernels.span_decode.heuristics import TritonConfig
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
 
 MATRIX_ROWS = 16  # the fewest rows that a matrix product has on the matrix unit
+COMBINE_PARTS = 32  # read at once when parts are put together
 LOG2_E = 1.4426950408889634
 
 
-def unsupported_reason(q: jax.Array, k_pool: Pool) -> str | None:
+def unsupported_reason(q: jax.Array, k_pool: Pool, interpret: bool) -> str | None:
     """Why these kernels cannot run on such arrays; None when they can."""
+    del interpret
     head_size, values = q.shape[2], pool_values(k_pool)
     if head_size not in (32, 64, 128, 256):
         return f"head size must be 32, 64, 128 or 256, got {head_size}"
@@ -93,7 +95,7 @@ def triton_attention(
         grid=(num_heads, batch),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         input_output_aliases={0: 0},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
         interpret=interpret,
         name="span_decode_combine",
     )(out, *parts, counts)
@@ -107,16 +109,19 @@ def max_parts(batch: int, splits: int) -> int:
 def _deal(counts_ref, batch: int, capacity: int, config: TritonConfig):
     """Divide the named rows of the batch into parts of about equal size.
 
-    Returns int32 `[next power of two of B]`: the sequences' indices, their counts, the number of
-    parts of each and the running total of those. A sequence has at least one part, which may be
-    empty, and no more than one sequence's mean share / `splits` rows to a part.
+    Returns how many rows a part may have, and for each sequence, padded to a power of two, how many
+    parts it has: at least one, which may be empty. A sequence of mean length has `splits` parts.
     """
     sequences = jnp.arange(pl.next_power_of_2(batch), dtype=jnp.int32)
-    counts = counts_ref[jnp.minimum(sequences, batch - 1)]
-    counts = jnp.where(sequences < batch, jnp.clip(counts, 0, capacity), 0)
+    counts = jnp.clip(counts_ref[jnp.minimum(sequences, batch - 1)], 0, capacity)
+    counts = jnp.where(sequences < batch, counts, 0)
     part_rows = jnp.maximum(pl.cdiv(jnp.sum(counts), batch * config.splits), config.tile_rows)
-    parts = jnp.where(sequences < batch, jnp.maximum(pl.cdiv(counts, part_rows), 1), 0)
-    return sequences, counts, parts, jnp.cumsum(parts)
+    parts = jnp.where(sequences < batch, _num_parts(counts, part_rows), 0)
+    return part_rows, sequences, parts
+
+
+def _num_parts(count, part_rows):
+    return jnp.maximum(pl.cdiv(count, part_rows), 1)
 
 
 def _attend_kernel(
@@ -136,16 +141,14 @@ def _attend_kernel(
     group = num_heads // num_kv_heads
     kv_head, part = pl.program_id(0), pl.program_id(1)
 
-    sequences, counts, parts, ends = _deal(counts_ref, batch, slots_ref.shape[1], config)
-    b = jnp.sum((ends <= part).astype(jnp.int32))
+    part_rows, sequences, parts = _deal(counts_ref, batch, slots_ref.shape[1], config)
+    b = jnp.sum((jnp.cumsum(parts) <= part).astype(jnp.int32))
 
     @pl.when(b < batch)
     def _():
-        def of_b(x):
-            return jnp.sum(jnp.where(sequences == b, x, 0))
-
-        count, num_parts = of_b(counts), of_b(parts)
-        index = part - (of_b(ends) - num_parts)  # of this part among those of its sequence
+        count = jnp.clip(counts_ref[b], 0, slots_ref.shape[1])
+        num_parts = _num_parts(count, part_rows)
+        index = part - jnp.sum(jnp.where(sequences < b, parts, 0))  # of this part among those of its sequence
         base, extra = count // num_parts, count % num_parts
         start = index * base + jnp.minimum(index, extra)
         stop = start + base + (index < extra).astype(jnp.int32)
@@ -221,17 +224,16 @@ def _combine_kernel(
     """out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the parts i of a sequence."""
     head, b = pl.program_id(0), pl.program_id(1)
     batch, head_size = out_ref.shape[0], out_ref.shape[2]
-    sequences, _, parts, ends = _deal(counts_ref, batch, capacity, config)
-    num_parts = jnp.sum(jnp.where(sequences == b, parts, 0))
-    first = jnp.sum(jnp.where(sequences == b, ends, 0)) - num_parts
+    part_rows, sequences, parts = _deal(counts_ref, batch, capacity, config)
+    num_parts = _num_parts(jnp.clip(counts_ref[b], 0, capacity), part_rows)
 
     @pl.when(num_parts > 1)
     def _():
-        tile = 16
+        first = jnp.sum(jnp.where(sequences < b, parts, 0))
 
         def step(i, carry):
             running_max, running_sum, acc = carry
-            index = i * tile + jnp.arange(tile, dtype=jnp.int32)
+            index = i * COMBINE_PARTS + jnp.arange(COMBINE_PARTS, dtype=jnp.int32)
             rows = first + jnp.minimum(index, num_parts - 1)
             peaks = jnp.where(index < num_parts, part_max_ref[rows, head], -jnp.inf)
             new_max = jnp.maximum(running_max, jnp.max(peaks))
@@ -241,7 +243,7 @@ def _combine_kernel(
             return new_max, running_sum, acc
 
         init = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((head_size,), jnp.float32))
-        _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_parts, tile), step, init)
+        _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_parts, COMBINE_PARTS), step, init)
         out_ref[b, head, :] = (acc / total).astype(out_ref.dtype)
 
 

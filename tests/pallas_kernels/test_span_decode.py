@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import (
     QuantizedPool,
@@ -21,9 +22,9 @@ from pallas_kernels import (
     span_decode_attention,
     unsupported_reason,
 )
-from pallas_kernels.span_decode import triton
+from pallas_kernels.span_decode import mosaic, triton
 from pallas_kernels.span_decode.cases import CASES, Case, Problem, make_problem
-from pallas_kernels.span_decode.heuristics import TritonConfig, triton_config
+from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig, mosaic_config, triton_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -32,6 +33,10 @@ FLOAT32 = [("reference", False), ("xla", False), ("triton", True)]
 FLOAT32 += [pytest.param(name, False, marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("xla", "triton")]
 KERNELS = [("triton", True)]
 KERNELS += [pytest.param(name, False, marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("triton",)]
+
+
+NEEDS_INTERPRETER = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="JAX 0.10 cannot interpret Mosaic GPU")
+MOSAIC = [pytest.param(True, marks=NEEDS_INTERPRETER, id="interpret"), pytest.param(False, marks=pytest.mark.gpu, id="gpu")]
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +117,25 @@ def test_float32_matches_oracle(case, implementation, interpret):
 def test_half_precision_within_budget(name, dtype, implementation, interpret):
     problem = round_to(make_problem(CASE[name]), dtype)
     assert within_budget(run(problem, dtype, implementation, interpret), problem, dtype)
+
+
+@pytest.mark.parametrize("interpret", MOSAIC)
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name, splits", [("kv_8", 1), ("kv_16", 2)])
+def test_mosaic_within_budget(name, splits, dtype, interpret):
+    problem = round_to(make_problem(CASE[name]), dtype)
+    arrays = (jnp.asarray(x, dtype) for x in (problem.q, problem.k_pool, problem.v_pool))
+    config, scale = MosaicConfig(tile_rows=8, num_stages=3, splits=splits), problem.q.shape[2] ** -0.5
+    attend = functools.partial(mosaic.mosaic_attention, scale=scale, config=config, interpret=interpret)
+    out = jax.jit(attend)(*arrays, jnp.asarray(problem.slots), jnp.asarray(problem.counts))
+    assert within_budget(np.asarray(out).astype(np.float64), problem, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["kv_8", "kv_16"])
+def test_mosaic_through_the_public_function(name):
+    problem = round_to(make_problem(CASE[name]), ml_dtypes.bfloat16)
+    assert within_budget(run(problem, ml_dtypes.bfloat16, "mosaic"), problem, ml_dtypes.bfloat16)
 
 
 def dequantized(problem: Problem) -> Problem:
@@ -246,13 +270,13 @@ def test_expected_bytes():
 
 @pytest.mark.parametrize("splits", [1, 3, 40])
 @pytest.mark.parametrize("counts", [(96, 2, 0, 5, 1), (48, 48, 48), (0, 0, 0)])
-def test_triton_deals_out_every_row_once(counts, splits):
-    """The parts of each sequence cover its rows, are no longer than its fair share, and fit the grid."""
+def test_triton_deals_out_the_rows_fairly(counts, splits):
+    """Each sequence has the parts that its rows deserve, at least one, and all parts fit the grid."""
     config = TritonConfig(tile_rows=16, num_warps=4, num_stages=2, splits=splits)
-    _, dealt, parts, ends = triton._deal(jnp.asarray(counts, jnp.int32), len(counts), 96, config)
-    np.testing.assert_array_equal(dealt[: len(counts)], counts)
-    assert ends[-1] == parts.sum() <= triton.max_parts(len(counts), splits)
+    part_rows, _, parts = triton._deal(jnp.asarray(counts, jnp.int32), len(counts), 96, config)
+    assert parts.sum() <= triton.max_parts(len(counts), splits)
     fair_rows = max(-(-sum(counts) // (splits * len(counts))), config.tile_rows)
+    assert part_rows == fair_rows
     for count, num_parts in zip(counts, parts.tolist(), strict=False):
         assert num_parts == max(1, -(-count // fair_rows))
 
@@ -277,16 +301,36 @@ def cuda_lowering(function, *args) -> str:
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def shapes(case: Case, dtype, pool_dtype):
+    """The arguments of a case as shapes, for lowering."""
+    batch, rows, kv_heads, head_size = len(case.counts), case.num_rows, case.num_kv_heads, case.head_size
+    q, pool = (batch, case.num_heads, head_size), jax.ShapeDtypeStruct((rows, kv_heads, head_size), pool_dtype)
+    if pool_dtype == jnp.int8:
+        pool = QuantizedPool(pool, jax.ShapeDtypeStruct((rows, kv_heads), jnp.float32))
+    slots, counts = jax.ShapeDtypeStruct((batch, case.capacity), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return jax.ShapeDtypeStruct(q, dtype), pool, pool, slots, counts
+
+
 @pytest.mark.parametrize("pool_dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("name", ["gqa_3", "head_256", "batch_1"])
 def test_triton_lowers_for_cuda(name, pool_dtype):
     case = CASE[name]
-    batch, rows, kv_heads, head_size = len(case.counts), case.num_rows, case.num_kv_heads, case.head_size
-    q = jax.ShapeDtypeStruct((batch, case.num_heads, head_size), jnp.bfloat16 if pool_dtype == jnp.int8 else pool_dtype)
-    pool = jax.ShapeDtypeStruct((rows, kv_heads, head_size), pool_dtype)
-    if pool_dtype == jnp.int8:
-        pool = QuantizedPool(pool, jax.ShapeDtypeStruct((rows, kv_heads), jnp.float32))
-    slots, counts = jax.ShapeDtypeStruct((batch, case.capacity), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
-    config = triton_config(batch, kv_heads, head_size * jnp.dtype(pool_dtype).itemsize, case.capacity)
+    args = shapes(case, jnp.bfloat16 if pool_dtype == jnp.int8 else pool_dtype, pool_dtype)
+    config = triton_config(len(case.counts), case.num_kv_heads, case.head_size * jnp.dtype(pool_dtype).itemsize, case.capacity)
     attend = functools.partial(triton.triton_attention, scale=0.1, config=config)
-    assert cuda_lowering(attend, q, pool, pool, slots, counts).count("__gpu$xla.gpu.triton") in (1, 2)
+    assert cuda_lowering(attend, *args).count("__gpu$xla.gpu.triton") in (1, 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", ["kv_8", "kv_16"])
+def test_mosaic_lowers_for_cuda(name, dtype):
+    case = CASE[name]
+    config = mosaic_config(len(case.counts), case.num_kv_heads, case.head_size, case.capacity)
+    attend = functools.partial(mosaic.mosaic_attention, scale=0.1, config=config)
+    assert "mosaic_gpu" in cuda_lowering(attend, *shapes(case, dtype, dtype))
+
+
+def test_mosaic_says_what_it_cannot_do():
+    four, eight = arguments(dtype=jnp.bfloat16, heads=4, kv_heads=4), arguments(dtype=jnp.float32, heads=8, kv_heads=8)
+    assert "multiple of 8, got 4" in mosaic.unsupported_reason(four["q"], four["k_pool"], False)
+    assert "bfloat16 or float16, got float32" in mosaic.unsupported_reason(eight["q"], eight["k_pool"], False)

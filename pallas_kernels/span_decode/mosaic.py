@@ -1,0 +1,220 @@
+"""Sparse decode attention as a Pallas Mosaic-GPU kernel (Hopper and newer).
+
+The formula, the bytes and the numerics are those of the Triton kernel (triton.py).
+
+How: a program owns 8 kv heads and a part of one sequence's named rows. The 8 heads of a row stand
+next to each other in the pool, so one TMA copy moves a row: 2 KiB at H 128, where one head
+alone would be 256 bytes and the copy engine would be the limit. In shared memory the (row, head)
+pairs of a tile are the 128 keys of an ordinary flash-attention step, and all query heads of the 8
+kv heads are its 64 queries (unused ones are garbage that is never stored); a mask keeps the
+pairs of a query's own kv head. That wastes seven eighths of the matrix unit, which a decode step
+leaves idle anyway, and in return single rows land in swizzled tiles: 8 rows are the
+least that such a tile can be cut into. A warpgroup issues copies, a warpgroup computes.
+
+The rows of a sequence are divided evenly over `splits` programs, whatever the other sequences
+have; the parts are put together by log-sum-exp in plain JAX.
+
+Why the query group is not the small side N of the product: then key rows would be the rows M of
+the accumulator, the softmax would reduce across warps, and the weights would have to
+go through shared memory to become an operand again.
+
+Seen on JAX 0.10.2 and 0.11.2 (lowering), 0.11.2 (runs).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.span_decode.heuristics import MosaicConfig
+from pallas_kernels.span_decode.pool import Pool, QuantizedPool
+
+KV_HEADS = 8  # of a program: swizzled tiles are cut at multiples of 8 rows
+QUERIES = 64  # the fewest rows of a warpgroup's matrix product
+LOG2_E = 1.4426950408889634
+
+
+def unsupported_reason(q: jax.Array, k_pool: Pool, interpret: bool) -> str | None:
+    """Why this kernel cannot run on such arrays; None when it can."""
+    if interpret and not hasattr(plgpu, "InterpretGPUParams"):
+        return f"JAX {jax.__version__} cannot interpret it, 0.11 can"
+    if isinstance(k_pool, QuantizedPool):
+        return "int8 pools are only in triton"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype must be bfloat16 or float16, got {q.dtype}"
+    if q.shape[2] not in (64, 128):
+        return f"head size must be 64 or 128, got {q.shape[2]}"
+    if k_pool.shape[1] % KV_HEADS:
+        return f"the number of kv heads must be a multiple of {KV_HEADS}, got {k_pool.shape[1]}"
+    if (group := q.shape[1] // k_pool.shape[1]) > QUERIES // KV_HEADS:
+        return f"at most {QUERIES // KV_HEADS} query heads per kv head, got {group}"
+    return None
+
+
+def mosaic_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    slots: jax.Array,
+    counts: jax.Array,
+    *,
+    scale: float,
+    config: MosaicConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """Run the kernel; shapes as in `span_decode_attention`, already checked."""
+    batch, num_heads, head_size = q.shape
+    num_kv_heads = k_pool.shape[1]
+    keys = config.tile_rows * KV_HEADS
+    splits = config.splits
+
+    def tiled(shape, dtype):
+        transforms = (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, scale=scale, config=config),
+        out_type=(
+            jax.ShapeDtypeStruct((batch, splits, num_heads, head_size), jnp.float32),
+            jax.ShapeDtypeStruct((batch, splits, num_heads), jnp.float32),
+        ),
+        grid=(num_kv_heads // KV_HEADS, splits, batch),
+        grid_names=("head_block", "split", "sequence"),
+        num_threads=2,
+        thread_name="warpgroup",
+        scratch_types=(
+            tiled((QUERIES, head_size), q.dtype),
+            tiled((config.num_stages, keys, head_size), q.dtype),
+            tiled((config.num_stages, keys, head_size), q.dtype),
+            tiled((QUERIES, keys), q.dtype),
+            tiled((QUERIES, head_size), jnp.dtype(jnp.float32)),
+            plgpu.SMEM((QUERIES,), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=config.tile_rows, num_barriers=config.num_stages),
+            plgpu.Barrier(num_arrivals=config.tile_rows, num_barriers=config.num_stages),
+            plgpu.Barrier(num_barriers=config.num_stages),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+    )
+    part_out, part_lse = kernel(q, k_pool, v_pool, slots, jnp.clip(counts, 0, slots.shape[1]))
+    peak = jnp.max(part_lse, axis=1, keepdims=True)
+    weights = jnp.exp2(part_lse - jnp.where(peak > -jnp.inf, peak, 0.0))
+    total = jnp.sum(weights, axis=1)
+    out = jnp.sum(part_out * weights[..., None], axis=1)
+    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+
+
+def _kernel(
+    q_ref,  # [B, N, H]
+    k_ref,  # [P, K, H]
+    v_ref,  # [P, K, H]
+    slots_ref,  # int32 [B, A]
+    counts_ref,  # int32 [B]
+    out_ref,  # float32 [B, splits, N, H]
+    lse_ref,  # float32 [B, splits, N]
+    q_smem,  # [64, H]
+    k_smem,  # [stages, tile * 8, H]
+    v_smem,  # [stages, tile * 8, H]
+    weights_smem,  # [64, tile * 8]
+    out_smem,  # float32 [64, H]
+    lse_smem,  # float32 [64]
+    q_ready,
+    k_ready,  # [stages]
+    v_ready,  # [stages]
+    consumed,  # [stages]
+    *,
+    scale: float,
+    config: MosaicConfig,
+):
+    num_rows, num_kv_heads, head_size = k_ref.shape
+    group = q_ref.shape[1] // num_kv_heads
+    heads, keys, stages = KV_HEADS * group, config.tile_rows * KV_HEADS, config.num_stages
+    b, split = jax.lax.axis_index("sequence"), jax.lax.axis_index("split")
+    first_head = jax.lax.axis_index("head_block") * heads
+    first_kv_head = jax.lax.axis_index("head_block") * KV_HEADS
+
+    count = counts_ref[b]
+    base, extra = jax.lax.div(count, config.splits), jax.lax.rem(count, config.splits)
+    start = split * base + jnp.minimum(split, extra)
+    stop = start + base + (split < extra).astype(jnp.int32)
+    num_tiles = jax.lax.div(stop - start + (config.tile_rows - 1), config.tile_rows)
+
+    @pl.when(jax.lax.axis_index("warpgroup") == 1)
+    def _copy():
+        plgpu.set_max_registers(40, action="decrease")
+        plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first_head, heads)], q_smem.at[pl.ds(0, heads)], q_ready)
+
+        @pl.loop(0, num_tiles)
+        def _tile(tile):
+            stage = jax.lax.rem(tile, stages)
+
+            @pl.when(tile >= stages)
+            def _():
+                plgpu.barrier_wait(consumed.at[stage])
+
+            # Past the end the last named row is copied again, so nothing unnamed is ever touched.
+            positions = [jnp.minimum(start + tile * config.tile_rows + i, stop - 1) for i in range(config.tile_rows)]
+            rows = [jnp.clip(slots_ref[b, position], 0, num_rows - 1) for position in positions]
+            for pool_ref, smem, ready in ((k_ref, k_smem, k_ready), (v_ref, v_smem, v_ready)):
+                for i, row in enumerate(rows):
+                    plgpu.copy_gmem_to_smem(
+                        pool_ref.at[row, pl.ds(first_kv_head, KV_HEADS)],
+                        smem.at[stage, pl.ds(i * KV_HEADS, KV_HEADS)],
+                        ready.at[stage],
+                    )
+
+    @pl.when(jax.lax.axis_index("warpgroup") == 0)
+    def _attend():
+        plgpu.set_max_registers(232, action="increase")
+        plgpu.barrier_wait(q_ready)
+        by_query = plgpu.Layout.WGMMA.reduce(1)
+        query = plgpu.broadcasted_iota(jnp.int32, (QUERIES, keys), 0, layout=plgpu.Layout.WGMMA)
+        key = plgpu.broadcasted_iota(jnp.int32, (QUERIES, keys), 1, layout=plgpu.Layout.WGMMA)
+        own_head = jax.lax.div(query, group) == jax.lax.rem(key, KV_HEADS)
+        row = jax.lax.div(key, KV_HEADS)
+
+        def step(tile, carry):
+            running_max, running_sum, acc = carry
+            stage = jax.lax.rem(tile, stages)
+            plgpu.barrier_wait(k_ready.at[stage])
+
+            def multiply_keys(scores_ref):
+                plgpu.wgmma(scores_ref, q_smem, k_smem.at[stage].transpose((1, 0)))
+                return scores_ref[...]
+
+            scores = pl.run_scoped(multiply_keys, plgpu.ACC((QUERIES, keys), jnp.float32)) * (scale * LOG2_E)
+            named = row < stop - start - tile * config.tile_rows
+            scores = jnp.where(own_head & named, scores, -jnp.inf)
+            new_max = jnp.maximum(running_max, jnp.max(scores, axis=1))
+            weights = jnp.exp2(scores - jax.lax.broadcast_in_dim(new_max, scores.shape, [0]))
+            decay = jnp.exp2(running_max - new_max)
+            running_sum = running_sum * decay + jnp.sum(weights, axis=1)
+            acc *= jax.lax.broadcast_in_dim(decay, acc.shape, [0])
+            weights_smem[...] = weights.astype(q_ref.dtype)
+            plgpu.commit_smem()
+            plgpu.barrier_wait(v_ready.at[stage])
+
+            def multiply_values(acc_ref):
+                plgpu.wgmma(acc_ref, weights_smem, v_smem.at[stage])
+                return acc_ref[...]
+
+            acc += pl.run_scoped(multiply_values, plgpu.ACC((QUERIES, head_size), jnp.float32))
+            plgpu.barrier_arrive(consumed.at[stage])
+            return new_max, running_sum, acc
+
+        init = (
+            plgpu.layout_cast(jnp.full((QUERIES,), -jnp.inf, jnp.float32), by_query),
+            plgpu.layout_cast(jnp.zeros((QUERIES,), jnp.float32), by_query),
+            plgpu.layout_cast(jnp.zeros((QUERIES, head_size), jnp.float32), plgpu.Layout.WGMMA),
+        )
+        peak, total, acc = jax.lax.fori_loop(0, num_tiles, step, init)
+        divisor = jnp.where(total > 0, total, 1.0)  # a part without rows: 0 / 1
+        out_smem[...] = acc / jax.lax.broadcast_in_dim(divisor, acc.shape, [0])
+        lse_smem[...] = peak + jnp.log2(total)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, heads)], out_ref.at[b, split, pl.ds(first_head, heads)])
+        plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, heads)], lse_ref.at[b, split, pl.ds(first_head, heads)])
+        plgpu.wait_smem_to_gmem(0)
