@@ -1,7 +1,7 @@
 """Packs examples into fixed [B, T] batches: several a row, each with its own segment and its own positions."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +75,13 @@ def pack(
     if gap_seed < 0 or start < 0:
         raise ValueError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
     return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, tuple(gap_scales), gap_seed)
+
+
+def pack_stream(
+    stream: Callable[..., Iterable[PackableExample]], vocab: PackingVocab, *, start: int = 0, **options: Any
+) -> Iterator[Batch]:
+    """`pack` of `stream(start=start)`: all that a process needs to make the batches from an example on. Options as there."""
+    return pack(stream(start=start), vocab, start=start, **options)
 
 
 def _batches(

@@ -1,4 +1,4 @@
-"""Chunks of data computed by worker processes, in order.
+"""Data computed ahead by worker processes: chunks by several, in order, or a whole iterator by one.
 
 The workers are fresh interpreters rather than `multiprocessing` ones: those would import the parent's main module
 again, JAX included (spawn), or copy a process with JAX's threads in it (fork). Each worker owns a pipe that only the
@@ -6,19 +6,26 @@ parent reads. Writing blocks while the parent is busy, which bounds the look-ahe
 once the parent is gone, however it died, which ends the worker.
 """
 
+import functools
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 _MAX_WORKERS = 256
 _ROOT = str(Path(__file__).resolve().parent.parent)
 _MAIN = "from data import workers; workers.main()"
+
+
+class _Failure(NamedTuple):
+    """What a worker sends in place of a result: the text of a ValueError."""
+
+    message: str
 
 
 def ordered(function: Callable[[int], T], start: int, num_workers: int) -> Generator[T, None, None]:
@@ -30,26 +37,37 @@ def ordered(function: Callable[[int], T], start: int, num_workers: int) -> Gener
       num_workers: processes that compute ahead; 0 computes here, when asked.
 
     Raises:
-      ValueError: a number of workers that cannot be.
+      ValueError: a number of workers that cannot be; (on iterating) what the function raised.
       RuntimeError: (on iterating) a worker ended.
     """
     if not 0 <= num_workers <= _MAX_WORKERS:
         raise ValueError(f"the number of workers is {num_workers}: expected 0 to {_MAX_WORKERS}")
-    return _from_workers(function, start, num_workers) if num_workers else _here(function, start)
+    if num_workers == 0:
+        return _strided(function, start, 1)
+    return _from_workers([functools.partial(_strided, function, start + i, num_workers) for i in range(num_workers)])
 
 
-def _here(function: Callable[[int], T], number: int) -> Generator[T, None, None]:
+def remote(iterable: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
+    """Yields what `iterable()` does, computed ahead by a process of its own, which may have workers in turn.
+
+    `iterable` pickles (a partial of a module's function) and does not end. Raises as `ordered` does.
+    """
+    return _from_workers([iterable])
+
+
+def _strided(function: Callable[[int], T], number: int, stride: int) -> Generator[T, None, None]:
     while True:
         yield function(number)
-        number += 1
+        number += stride
 
 
-def _from_workers(function: Callable[[int], T], start: int, num_workers: int) -> Generator[T, None, None]:
+def _from_workers(iterables: list[Callable[[], Iterable[T]]]) -> Generator[T, None, None]:
+    """One item of each in turn, each in a process."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, environment.get("PYTHONPATH"))))
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for i in range(num_workers):
+        for iterable in iterables:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _MAIN],  # -P: the current directory may hold anything
                 stdin=subprocess.PIPE,
@@ -60,16 +78,18 @@ def _from_workers(function: Callable[[int], T], start: int, num_workers: int) ->
             processes.append(process)
             assert process.stdin
             with process.stdin as pipe:
-                pickle.dump((function, start + i, num_workers), pipe)
+                pickle.dump(iterable, pipe)
         number = 0
         while True:
-            process = processes[number % num_workers]
+            process = processes[number % len(processes)]
             assert process.stdout
             try:
-                chunk = pickle.load(process.stdout)
+                item = pickle.load(process.stdout)
             except (EOFError, pickle.UnpicklingError):
                 raise RuntimeError(f"a data worker ended with exit status {process.wait()}") from None
-            yield chunk
+            if isinstance(item, _Failure):
+                raise ValueError(item.message)
+            yield item
             number += 1
     finally:
         for process in processes:
@@ -80,14 +100,19 @@ def _from_workers(function: Callable[[int], T], start: int, num_workers: int) ->
 
 
 def main() -> None:
-    """The whole life of a worker: reads its work from stdin, writes every `stride`-th chunk to stdout."""
+    """The whole life of a worker: reads from stdin what to iterate over, writes the items to stdout."""
     pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints goes to stderr, not between the chunks
+    os.dup2(2, 1)  # whatever prints goes to stderr, not between the items
     try:
-        function, number, stride = pickle.load(sys.stdin.buffer)
-        while True:
-            pickle.dump(function(number), pipe, protocol=pickle.HIGHEST_PROTOCOL)
+        for item in _guarded(pickle.load(sys.stdin.buffer)):
+            pickle.dump(item, pipe, protocol=pickle.HIGHEST_PROTOCOL)
             pipe.flush()
-            number += stride
     except (BrokenPipeError, EOFError):
         os._exit(0)  # the parent is gone; a normal exit would flush the pipe once more
+
+
+def _guarded(iterable: Callable[[], Iterable[T]]) -> Iterator[T | _Failure]:
+    try:
+        yield from iterable()
+    except ValueError as error:
+        yield _Failure(str(error))

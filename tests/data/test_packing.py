@@ -1,5 +1,7 @@
 import collections
+import contextlib
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import packing, workers
 from data.arithmetic import Corpus, stream
 from data.packing import pack
 from data.vocab import Vocab
@@ -174,3 +177,28 @@ def test_sizes_are_checked_before_anything_is_read(options, message):
 
 def test_no_examples_no_batches():
     assert list(pack([], VOCAB, batch_size=2, sequence_tokens=8)) == []
+
+
+def test_batches_packed_by_another_process_are_the_same():
+    corpus = Corpus(max_ops=6)
+    make = functools.partial(
+        packing.pack_stream,
+        functools.partial(stream, corpus, seed=0, num_workers=1),
+        corpus.vocab,
+        batch_size=4,
+        sequence_tokens=256,
+        gap_scales=(0, 4),
+        start=7,
+    )
+    here = pack(stream(corpus, seed=0, start=7), corpus.vocab, batch_size=4, sequence_tokens=256, gap_scales=(0, 4), start=7)
+    with contextlib.closing(workers.remote(make)) as batches:
+        for expected, there in zip(itertools.islice(here, 3), batches):
+            for name, array in expected._asdict().items():
+                np.testing.assert_array_equal(getattr(there, name), array, err_msg=name)
+
+
+def test_what_goes_wrong_in_the_process_is_raised_here():
+    corpus = Corpus(max_ops=6)
+    make = functools.partial(packing.pack_stream, functools.partial(stream, corpus, seed=0), corpus.vocab, batch_size=2, sequence_tokens=20)
+    with pytest.raises(ValueError, match="a row only 20"):
+        next(workers.remote(make))
