@@ -322,10 +322,10 @@ def tune_shape(shape: Shape, seed: int) -> list[dict]:
     workload, results = Workload.make(shape, seed), []
     chosen = triton_config(len(shape.lengths), shape.num_kv_heads, 2 * shape.head_size, shape.capacity)
     tried = {chosen: None}
-    for tile_rows, num_warps in ((32, 2), (32, 4), (64, 2), (64, 8), (128, 4), (128, 8)):
-        tried[chosen._replace(tile_rows=tile_rows, num_warps=num_warps)] = None
-    tried |= {chosen._replace(num_stages=stages): None for stages in (2, 4)}
-    tried |= {chosen._replace(splits=max(1, round(chosen.splits * factor))): None for factor in (0.5, 2, 4)}
+    others = ((64, 2, 3), (64, 4, 3), (64, 2, 4), (32, 2, 3), (32, 2, 4), (32, 1, 4), (16, 1, 4), (16, 2, 5))
+    for tile_rows, num_warps, num_stages in others:
+        tried[TritonConfig(tile_rows, num_warps, num_stages, chosen.splits)] = None
+    tried |= {chosen._replace(splits=max(1, round(chosen.splits * factor))): None for factor in (0.5, 2)}
     lists = {case: workload.lists(seed, *case) for case in ((1.0, "all"), (0.1, "tokens"), (0.02, "tokens"))}
     for config in tried:
         attend = functools.partial(triton_attention, scale=shape.head_size**-0.5, config=TritonConfig(*config))

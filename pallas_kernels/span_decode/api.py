@@ -1,6 +1,7 @@
 """The public function: check the arguments, choose an implementation, call it."""
 
 import functools
+import importlib.util
 import math
 
 import jax
@@ -11,7 +12,7 @@ from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
 from pallas_kernels.span_decode.reference import reference_attention, xla_attention
 
-IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic", "jax_triton")
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -67,6 +68,14 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, *, inter
         raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
     if implementation in ("reference", "xla"):
         return None
+    if implementation == "jax_triton":
+        if interpret:
+            return "it has no interpreter"
+        if isinstance(k_pool, QuantizedPool):
+            return "int8 pools are only in triton"
+        if not importlib.util.find_spec("jax_triton"):
+            return "needs the package jax-triton"
+        return _device_reason(80) or triton.unsupported_reason(q, k_pool, interpret)
     module, least_capability = (triton, 80) if implementation == "triton" else (mosaic, 90)
     if not interpret and (reason := _device_reason(least_capability)):
         return reason
@@ -101,9 +110,13 @@ def expected_bytes(q: jax.Array, k_pool: Pool, num_named_rows: int) -> int:
 def _attend(implementation, scale, interpret, q, k_pool, v_pool, slots, counts):
     batch, head_size = q.shape[0], q.shape[2]
     num_kv_heads, item_bytes = pool_values(k_pool).shape[1], pool_values(k_pool).dtype.itemsize
-    if implementation == "triton":
+    if implementation in ("triton", "jax_triton"):
         config = triton_config(batch, num_kv_heads, head_size * item_bytes, slots.shape[1])
-        return triton.triton_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)
+        if implementation == "triton":
+            return triton.triton_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)
+        from pallas_kernels.span_decode import jax_triton  # an extra: imported by those who ask for it
+
+        return jax_triton.jax_triton_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config)
     if implementation == "mosaic":
         config = mosaic_config(batch, num_kv_heads, head_size, slots.shape[1])
         return mosaic.mosaic_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)

@@ -19,7 +19,7 @@ def triton_config(batch: int, num_kv_heads: int, head_bytes: int, capacity: int)
     tile_rows = max(16, min(64, 16384 // head_bytes))
     wanted = (2 * MULTIPROCESSORS) // (batch * num_kv_heads)
     splits = max(1, min(wanted, capacity // tile_rows))
-    return TritonConfig(tile_rows, num_warps=4, num_stages=3, splits=splits)
+    return TritonConfig(tile_rows, num_warps=2, num_stages=3, splits=splits)
 
 
 class MosaicConfig(NamedTuple):

@@ -7,6 +7,7 @@ with one, the tests marked `gpu` run the same cases on it.
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 CASE = {case.name: case for case in CASES}
 FLOAT32 = [("reference", False), ("xla", False), ("triton", True)]
 FLOAT32 += [pytest.param(name, False, marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("xla", "triton")]
-KERNELS = [("triton", True)]
-KERNELS += [pytest.param(name, False, marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("triton",)]
+FLOAT32 += [
+    pytest.param(
+        *("jax_triton", False),
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="an extra")],
+        id="jax_triton-gpu",
+    )
+]
+KERNELS = [("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu, id="triton-gpu")]
 
 
 NEEDS_INTERPRETER = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="JAX 0.10 cannot interpret Mosaic GPU")
