@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.span_decode.heuristics import TritonConfig
-from pallas_kernels.span_decode.triton import COMBINE_PARTS, LOG2_E, MATRIX_ROWS, max_parts
+from pallas_kernels.span_decode.triton import LOG2_E, MATRIX_ROWS, combine_tile, max_parts
 
 
 def jax_triton_attention(
@@ -57,15 +57,17 @@ def jax_triton_attention(
     )
     if num_parts == batch:  # one part each: nothing to combine
         return out
+    columns, read_parts = combine_tile(batch, num_heads, head_size)
     return jax_triton.triton_call(
         *(out, *parts, counts),
         kernel=combine_kernel,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(num_heads, batch),
+        grid=(num_heads, batch, head_size // columns),
         num_warps=2,
         num_stages=1,
         input_output_aliases={0: 0},
-        combine_parts=COMBINE_PARTS,
+        own_columns=columns,
+        read_parts=read_parts,
         **sizes,
     )
 
@@ -175,7 +177,8 @@ def combine_kernel(
     head_size: tl.constexpr,
     tile_rows: tl.constexpr,
     splits: tl.constexpr,
-    combine_parts: tl.constexpr,
+    own_columns: tl.constexpr,
+    read_parts: tl.constexpr,
 ):
     head, b = tl.program_id(0), tl.program_id(1)
     part_rows, sequences, parts = deal(counts_ptr, batch, padded_batch, capacity, tile_rows, splits)
@@ -183,12 +186,12 @@ def combine_kernel(
     num_parts = num_parts_of(count, part_rows)
     if num_parts > 1:
         first = tl.sum(tl.where(sequences < b, parts, 0))
-        columns = tl.arange(0, head_size)
+        columns = tl.program_id(2) * own_columns + tl.arange(0, own_columns)
         running_max = tl.full([1], float("-inf"), tl.float32)
         running_sum = tl.zeros([1], tl.float32)
-        acc = tl.zeros([head_size], tl.float32)
-        for i in range(0, tl.cdiv(num_parts, combine_parts)):
-            index = i * combine_parts + tl.arange(0, combine_parts)
+        acc = tl.zeros([own_columns], tl.float32)
+        for i in range(0, tl.cdiv(num_parts, read_parts)):
+            index = i * read_parts + tl.arange(0, read_parts)
             valid = index < num_parts
             rows = (first + index) * num_heads + head
             peaks = tl.load(part_max_ptr + rows, mask=valid, other=float("-inf"))

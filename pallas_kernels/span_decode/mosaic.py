@@ -69,6 +69,7 @@ def mosaic_attention(
     num_kv_heads = k_pool.shape[1]
     keys = config.tile_rows * KV_HEADS
     splits = config.splits
+    out_dtype = q.dtype if splits == 1 else jnp.dtype(jnp.float32)
 
     def tiled(shape, dtype):
         transforms = (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
@@ -77,7 +78,7 @@ def mosaic_attention(
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale, config=config),
         out_type=(
-            jax.ShapeDtypeStruct((batch, splits, num_heads, head_size), jnp.float32),
+            jax.ShapeDtypeStruct((batch, splits, num_heads, head_size), out_dtype),
             jax.ShapeDtypeStruct((batch, splits, num_heads), jnp.float32),
         ),
         grid=(num_kv_heads // KV_HEADS, splits, batch),
@@ -89,7 +90,7 @@ def mosaic_attention(
             tiled((config.num_stages, keys, head_size), q.dtype),
             tiled((config.num_stages, keys, head_size), q.dtype),
             tiled((QUERIES, keys), q.dtype),
-            tiled((QUERIES, head_size), jnp.dtype(jnp.float32)),
+            tiled((QUERIES, head_size), out_dtype),
             plgpu.SMEM((QUERIES,), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=config.tile_rows, num_barriers=config.num_stages),
@@ -100,11 +101,15 @@ def mosaic_attention(
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
     part_out, part_lse = kernel(q, k_pool, v_pool, slots, jnp.clip(counts, 0, slots.shape[1]))
-    peak = jnp.max(part_lse, axis=1, keepdims=True)
-    weights = jnp.exp2(part_lse - jnp.where(peak > -jnp.inf, peak, 0.0))
-    total = jnp.sum(weights, axis=1)
-    out = jnp.sum(part_out * weights[..., None], axis=1)
-    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+    if splits == 1:
+        return part_out[:, 0]
+    # Spelled out over the parts, this is one elementwise pass for XLA; as sums over an axis it is three.
+    lses, outs = ([x[:, i] for i in range(splits)] for x in (part_lse, part_out))
+    peak = functools.reduce(jnp.maximum, lses)
+    weights = [jnp.exp2(lse - jnp.where(peak > -jnp.inf, peak, 0.0)) for lse in lses]
+    total = sum(weights[1:], weights[0])
+    weighted = [weight[..., None] * out for weight, out in zip(weights, outs, strict=True)]
+    return (sum(weighted[1:], weighted[0]) / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
 
 
 def _kernel(
@@ -113,13 +118,13 @@ def _kernel(
     v_ref,  # [P, K, H]
     slots_ref,  # int32 [B, A]
     counts_ref,  # int32 [B]
-    out_ref,  # float32 [B, splits, N, H]
+    out_ref,  # [B, splits, N, H], float32 if there are several splits
     lse_ref,  # float32 [B, splits, N]
     q_smem,  # [64, H]
     k_smem,  # [stages, tile * 8, H]
     v_smem,  # [stages, tile * 8, H]
     weights_smem,  # [64, tile * 8]
-    out_smem,  # float32 [64, H]
+    out_smem,  # [64, H]
     lse_smem,  # float32 [64]
     q_ready,
     k_ready,  # [stages]
@@ -144,20 +149,21 @@ def _kernel(
 
     @pl.when(jax.lax.axis_index("warpgroup") == 1)
     def _copy():
-        plgpu.set_max_registers(40, action="decrease")
         plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first_head, heads)], q_smem.at[pl.ds(0, heads)], q_ready)
 
-        @pl.loop(0, num_tiles)
-        def _tile(tile):
+        def tile_slots(tile):
+            # Past the end the last named row is copied again, so nothing unnamed is ever touched.
+            positions = [jnp.minimum(start + tile * config.tile_rows + i, stop - 1) for i in range(config.tile_rows)]
+            return tuple(jnp.clip(slots_ref[b, jnp.maximum(position, 0)], 0, num_rows - 1) for position in positions)
+
+        def copy_tile(tile, rows):
             stage = jax.lax.rem(tile, stages)
+            next_rows = tile_slots(tile + 1)  # on their way while this tile's copies are issued
 
             @pl.when(tile >= stages)
             def _():
                 plgpu.barrier_wait(consumed.at[stage])
 
-            # Past the end the last named row is copied again, so nothing unnamed is ever touched.
-            positions = [jnp.minimum(start + tile * config.tile_rows + i, stop - 1) for i in range(config.tile_rows)]
-            rows = [jnp.clip(slots_ref[b, position], 0, num_rows - 1) for position in positions]
             for pool_ref, smem, ready in ((k_ref, k_smem, k_ready), (v_ref, v_smem, v_ready)):
                 for i, row in enumerate(rows):
                     plgpu.copy_gmem_to_smem(
@@ -165,10 +171,12 @@ def _kernel(
                         smem.at[stage, pl.ds(i * KV_HEADS, KV_HEADS)],
                         ready.at[stage],
                     )
+            return next_rows
+
+        jax.lax.fori_loop(0, num_tiles, copy_tile, tile_slots(0))
 
     @pl.when(jax.lax.axis_index("warpgroup") == 0)
     def _attend():
-        plgpu.set_max_registers(232, action="increase")
         plgpu.barrier_wait(q_ready)
         by_query = plgpu.Layout.WGMMA.reduce(1)
         query = plgpu.broadcasted_iota(jnp.int32, (QUERIES, keys), 0, layout=plgpu.Layout.WGMMA)
@@ -212,7 +220,7 @@ def _kernel(
         )
         peak, total, acc = jax.lax.fori_loop(0, num_tiles, step, init)
         divisor = jnp.where(total > 0, total, 1.0)  # a part without rows: 0 / 1
-        out_smem[...] = acc / jax.lax.broadcast_in_dim(divisor, acc.shape, [0])
+        out_smem[...] = (acc / jax.lax.broadcast_in_dim(divisor, acc.shape, [0])).astype(out_smem.dtype)
         lse_smem[...] = peak + jnp.log2(total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, heads)], out_ref.at[b, split, pl.ds(first_head, heads)])

@@ -33,11 +33,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.span_decode.heuristics import TritonConfig
+from pallas_kernels.span_decode.heuristics import MULTIPROCESSORS, TritonConfig
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
 
 MATRIX_ROWS = 16  # the fewest rows that a matrix product has on the matrix unit
-COMBINE_PARTS = 32  # read at once when parts are put together
 LOG2_E = 1.4426950408889634
 
 
@@ -90,9 +89,10 @@ def triton_attention(
     )(q, k_pool, v_pool, slots, counts, *scales)
     if num_parts == batch:  # one part each: nothing to combine
         return out
+    columns, read_parts = combine_tile(batch, num_heads, head_size)
     return pl.pallas_call(
-        functools.partial(_combine_kernel, config=config, capacity=slots.shape[1]),
-        grid=(num_heads, batch),
+        functools.partial(_combine_kernel, config=config, capacity=slots.shape[1], columns=columns, read_parts=read_parts),
+        grid=(num_heads, batch, head_size // columns),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         input_output_aliases={0: 0},
         compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
@@ -104,6 +104,16 @@ def triton_attention(
 def max_parts(batch: int, splits: int) -> int:
     """How many parts `_deal` can make of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
     return batch * splits + batch - 1
+
+
+def combine_tile(batch: int, num_heads: int, head_size: int) -> tuple[int, int]:
+    """How many columns of a head a program of `_combine_kernel` owns, and how many parts it reads at once.
+
+    With few sequences each has many parts, and narrow programs read them in one go; with many there
+    are programs enough, and most find nothing to do.
+    """
+    columns = 32 if batch * num_heads < 2 * MULTIPROCESSORS else min(head_size, 128)
+    return columns, 4096 // columns
 
 
 def _deal(counts_ref, batch: int, capacity: int, config: TritonConfig):
@@ -220,10 +230,13 @@ def _combine_kernel(
     *,
     config: TritonConfig,
     capacity: int,
+    columns: int,
+    read_parts: int,
 ):
     """out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the parts i of a sequence."""
     head, b = pl.program_id(0), pl.program_id(1)
-    batch, head_size = out_ref.shape[0], out_ref.shape[2]
+    own = pl.ds(pl.program_id(2) * columns, columns)
+    batch = out_ref.shape[0]
     part_rows, sequences, parts = _deal(counts_ref, batch, capacity, config)
     num_parts = _num_parts(jnp.clip(counts_ref[b], 0, capacity), part_rows)
 
@@ -233,18 +246,18 @@ def _combine_kernel(
 
         def step(i, carry):
             running_max, running_sum, acc = carry
-            index = i * COMBINE_PARTS + jnp.arange(COMBINE_PARTS, dtype=jnp.int32)
+            index = i * read_parts + jnp.arange(read_parts, dtype=jnp.int32)
             rows = first + jnp.minimum(index, num_parts - 1)
             peaks = jnp.where(index < num_parts, part_max_ref[rows, head], -jnp.inf)
             new_max = jnp.maximum(running_max, jnp.max(peaks))
             weights, decay = jnp.exp2(peaks - new_max), jnp.exp2(running_max - new_max)
-            acc = acc * decay + jnp.sum(weights[:, None] * part_out_ref[rows, head, :], axis=0)
+            acc = acc * decay + jnp.sum(weights[:, None] * part_out_ref[rows, head, own], axis=0)
             running_sum = running_sum * decay + jnp.sum(weights * part_sum_ref[rows, head])
             return new_max, running_sum, acc
 
-        init = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((head_size,), jnp.float32))
-        _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_parts, COMBINE_PARTS), step, init)
-        out_ref[b, head, :] = (acc / total).astype(out_ref.dtype)
+        init = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((columns,), jnp.float32))
+        _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_parts, read_parts), step, init)
+        out_ref[b, head, own] = (acc / total).astype(out_ref.dtype)
 
 
 def _group_rows(group: int) -> int:
