@@ -9,9 +9,9 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import cast
 
 import jax
-import tyro
 from tyro.conf import Positional
 
 from data import arithmetic, commandline
@@ -19,7 +19,10 @@ from selfspan_jax.config import Attention
 from selfspan_jax.evaluation import Evaluation, Scores, evaluate
 from selfspan_jax.lm import Output, SpanLM
 
-TASKS = {task.name: task for task in (arithmetic.ArithmeticTask,)}
+
+def load(checkpoint: Path) -> tuple[SpanLM, arithmetic.ArithmeticTask]:
+    lm = SpanLM.load(checkpoint, {arithmetic.ArithmeticTask.name: arithmetic.ArithmeticTask})
+    return lm, cast(arithmetic.ArithmeticTask, lm.task)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +49,14 @@ class Generate:
     """Write the response, its steps and what each token attended to into this file."""
 
     def run(self) -> None:
-        lm = SpanLM.load(self.checkpoint, TASKS)
+        lm, task = load(self.checkpoint)
         options = {name: getattr(self, name) for name in ("attention", "max_new_tokens", "temperature", "top_p", "seed")}
         if self.stream:
             for text in lm.stream(self.prompt, **options):
                 print(text, end="", flush=True)
             print()
         out = lm.generate(self.prompt, **options)
-        print(shown(out, lm.task.verify(self.prompt, out.response_ids)))
+        print(shown(out, task.verify(self.prompt, out.response_ids)))
         if self.json:
             write_json(self.json, {"checkpoint": self.checkpoint.name, **described(out)})
 
@@ -113,15 +116,15 @@ class Eval:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 and above")
 
     def run(self) -> None:
-        lm = SpanLM.load(self.checkpoint, TASKS)
+        lm, task = load(self.checkpoint)
         bounds = (self.ops, self.ops) if self.ops is not None else (self.min_ops, self.max_ops)
         labels = lm.model.vocab.num_labels
-        corpus = arithmetic.Corpus(min_ops=bounds[0], max_ops=bounds[1], labelling=lm.task.labelling, num_labels=labels)
+        corpus = arithmetic.Corpus(min_ops=bounds[0], max_ops=bounds[1], labelling=task.labelling, num_labels=labels)
         examples = list(itertools.islice(arithmetic.stream(corpus, seed=self.seed, split="test"), self.num_examples))
         evaluation = evaluate(
             lm,
             [example.expression.text for example in examples],
-            verify=lm.task.verify,
+            verify=task.verify,
             attention=self.attention,
             max_new_tokens=max(len(example.response_ids) for example in examples) + 16,
             batch_size=self.batch_size,

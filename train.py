@@ -7,6 +7,7 @@ The finished model is in RUN_DIR/model, metrics are in RUN_DIR/metrics.jsonl and
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import jax
 import tyro
 from flax import nnx
 
-from data import arithmetic, commandline, packing
+from data import arithmetic, commandline, packing, workers
 from selfspan_jax import checkpoint, training
 from selfspan_jax.config import PRESETS, ModelConfig, TrainConfig
 from selfspan_jax.evaluation import Scores, evaluate
@@ -46,7 +47,7 @@ class Run:
     data: Path | None = None
     """A corpus directory written by `python -m data arithmetic`; by default examples are generated as they are needed."""
     workers: int = max(1, min(16, (os.cpu_count() or 2) - 1))
-    """Processes that generate examples; the data does not depend on it."""
+    """Processes that generate examples, beside one that packs them; 0 for none. The data does not depend on it."""
 
     def __post_init__(self):
         if self.workers < 0:
@@ -54,9 +55,9 @@ class Run:
 
     def identity(self) -> dict:
         """What decides the result: a run directory is resumed only by the same."""
-        decides = {"model": self.model, "training": self.training, "corpus": self.corpus}
-        values = {name: dataclasses.asdict(config) for name, config in decides.items()}
-        return json.loads(json.dumps({**values, "data": str(self.data.absolute()) if self.data else None}))
+        values = dataclasses.asdict(self)
+        data = str(self.data.absolute()) if self.data else None
+        return json.loads(json.dumps({name: values[name] for name in ("model", "training", "corpus")} | {"data": data}))
 
 
 def claim(run: Run) -> None:
@@ -85,28 +86,27 @@ def batches(run: Run) -> tuple[Callable[[int], Iterator[packing.Batch]], arithme
     """The training data from any example on, and the task that it is of."""
     if run.data is None:
         task = arithmetic.ArithmeticTask(run.corpus.vocab, run.corpus.labelling)
-
-        def stream(start: int):
-            return arithmetic.stream(run.corpus, seed=run.training.seed, split="train", start=start, num_workers=run.workers)
+        stream: Callable[..., Iterator] = functools.partial(
+            arithmetic.stream, run.corpus, seed=run.training.seed, split="train", num_workers=run.workers
+        )
     else:
         from data import corpus  # the datasets library takes seconds to import
 
         stored = corpus.load(run.data)
         task = stored.task
-
-        def stream(start: int):
-            return stored.stream(seed=run.training.seed, start=start)
+        stream = functools.partial(stored.stream, seed=run.training.seed)
+    make = functools.partial(
+        packing.pack_stream,
+        stream,
+        task.vocab,
+        batch_size=run.training.batch_size,
+        sequence_tokens=run.training.sequence_tokens,
+        gap_scales=run.training.gap_scales,
+        gap_seed=run.training.seed,
+    )
 
     def batches_from(start: int) -> Iterator[packing.Batch]:
-        return packing.pack(
-            stream(start),
-            task.vocab,
-            batch_size=run.training.batch_size,
-            sequence_tokens=run.training.sequence_tokens,
-            start=start,
-            gap_scales=run.training.gap_scales,
-            gap_seed=run.training.seed,
-        )
+        return workers.remote(functools.partial(make, start=start)) if run.workers else make(start=start)
 
     return batches_from, task
 

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import span_decode_attention
 from selfspan_jax import spans
 from selfspan_jax.cache import SlotList
-from selfspan_jax.config import Attention, DecodeConfig, ModelConfig
+from selfspan_jax.config import Attention, DecodeConfig, Implementation, ModelConfig
 
-Implementation = Literal["xla", "cudnn"]
+SequenceImplementation = Literal["xla", "cudnn"]
 
 
 def sequence_mask(
@@ -47,7 +47,7 @@ def sequence_mask(
     return mask
 
 
-def default_implementation(q: Float[Array, "B T N H"]) -> Implementation:
+def default_implementation(q: Float[Array, "B T N H"]) -> SequenceImplementation:
     """cuDNN's fused kernel where it takes a mask (a GPU, half precision, even lengths), else XLA."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     return "cudnn" if jax.default_backend() == "gpu" and half and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0 else "xla"
@@ -58,7 +58,7 @@ def masked_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     mask: Bool[Array, "B T T"],
-    implementation: Implementation | None = None,
+    implementation: SequenceImplementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G. For training and prefill."""
     with jax.numpy_dtype_promotion("standard"):  # the library promotes its own scores
@@ -70,7 +70,7 @@ def cached_attention(
     k_pool: Float[Array, "P K H"],
     v_pool: Float[Array, "P K H"],
     slots: SlotList,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> Float[Array, "B 1 N H"]:
     """One query per sequence over the pool rows that its slot list names."""
     return span_decode_attention(q[:, 0], k_pool, v_pool, slots.rows, slots.counts, implementation=implementation)[:, None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from selfspan_jax import spans
 
 T = TypeVar("T")
 Attention = Literal["span", "dense", "window"]
+Implementation = Literal["reference", "xla", "triton", "mosaic"]  # of the decode attention kernel
 
 
 def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
@@ -129,7 +130,7 @@ class DecodeConfig:
     """First tokens that "window" always sees."""
     window_tokens: int = 128
     """Most recent tokens that "window" sees, the current one included."""
-    implementation: Literal["reference", "xla", "triton", "mosaic"] | None = None
+    implementation: Implementation | None = None
     """Of the decode attention kernel; None takes the best that the device has."""
 
     def __post_init__(self):
@@ -145,10 +146,10 @@ def from_json(config_type: type[T], values: dict) -> T:
     name = config_type.__name__
     if not isinstance(values, dict):
         raise ValueError(f"{name}: expected an object, found {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(config_type)}
-    if unknown := sorted(values.keys() - fields.keys()):
-        raise ValueError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(fields)}")
-    if missing := sorted(fields.keys() - values.keys()):
+    fields = {field.name for field in dataclasses.fields(cast(Any, config_type))}
+    if unknown := sorted(values.keys() - fields):
+        raise ValueError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
+    if missing := sorted(fields - values.keys()):
         raise ValueError(f"{name}: {', '.join(missing)} missing")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:

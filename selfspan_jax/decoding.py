@@ -187,9 +187,8 @@ def _jit_run(graph, params, state, until, config):
     )
 
 
-def check_prompts(model: Decoder, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], config: DecodeConfig) -> None:
+def check_prompts(model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig) -> None:
     """Raises ValueError for prompts that the model cannot take."""
-    token_ids, lengths = np.asarray(token_ids), np.asarray(lengths)
     if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
         raise ValueError(f"prompts of shape {token_ids.shape} with lengths of shape {lengths.shape}; expected [B, T] and [B]")
     if token_ids.size and not (0 <= token_ids.min() and token_ids.max() < model.vocab_size):
@@ -205,7 +204,7 @@ def check_prompts(model: Decoder, token_ids: Int[Array, "B T"], lengths: Int[Arr
 
 
 def prefill(
-    model: Decoder, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], config: DecodeConfig, key: PRNGKeyArray | None = None
+    model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig, key: PRNGKeyArray | None = None
 ) -> DecodeState:
     """Reads prompts: the first `lengths[b]` tokens of each row, at least one; the rest of a row is ignored.
 
@@ -217,20 +216,20 @@ def prefill(
     return _jit_prefill(graph, params, jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32), key, config)
 
 
-def feed(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], config: DecodeConfig) -> DecodeState:
+def feed(model: Decoder, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:
     """The state after one given token in every sequence. The state handed in is donated."""
     return _jit_feed(*nnx.split(model), state, jnp.asarray(tokens, jnp.int32), config)
 
 
 def generate(
-    model: Decoder, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], config: DecodeConfig, key: PRNGKeyArray | None = None
+    model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig, key: PRNGKeyArray | None = None
 ) -> DecodeState:
     """Decodes until every sequence has written `<eos>` or `config.max_new_tokens`, in one compiled loop."""
     state = prefill(model, token_ids, lengths, config, key)
     return _jit_run(*nnx.split(model), state, jnp.int32(config.max_new_tokens), config)
 
 
-def compile_generate(model: Decoder, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], config: DecodeConfig) -> None:
+def compile_generate(model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig) -> None:
     """Compiles what `generate` runs for prompts of this shape, so that its next call can be timed."""
     jax.block_until_ready(_jit_run(*nnx.split(model), prefill(model, token_ids, lengths, config), jnp.int32(0), config))
 
@@ -244,8 +243,8 @@ class Chunk(NamedTuple):
 
 def stream(
     model: Decoder,
-    token_ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    token_ids: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, "B"],
     config: DecodeConfig,
     key: PRNGKeyArray | None = None,
     *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from selfspan_jax import checkpoint, decoding
 from selfspan_jax.attention import masked_attention, sequence_mask
-from selfspan_jax.config import Attention, DecodeConfig
+from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import token_roles
 
@@ -31,9 +31,9 @@ class Task(Protocol):
     def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:
         """Ids up to and including `<solve>`. Raises ValueError for text that is no prompt."""
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode(self, token_ids: Iterable[int]) -> str: ...
 
-    def answer(self, response_ids: Sequence[int]) -> str | None: ...
+    def answer(self, response_ids: Iterable[int]) -> str | None: ...
 
     def to_json(self) -> dict[str, Any]: ...
 
@@ -117,7 +117,7 @@ class SpanLM:
         """
         model, fields = checkpoint.load_model(Path(directory))
         tasks = installed_tasks() if tasks is None else tasks
-        if (name := fields.get("task")) not in tasks:
+        if (name := str(fields.get("task"))) not in tasks:
             known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
             raise ValueError(f"{directory}: of task {name!r}; {known}")
         return cls(model, tasks[name].from_json(fields))
@@ -127,7 +127,7 @@ class SpanLM:
     @overload
     def generate(self, prompts: Sequence[str], **options: Any) -> list[Output]: ...
 
-    def generate(
+    def generate(  # type: ignore[misc]  # the overloads do not spell the options out again
         self,
         prompts: str | Sequence[str],
         *,
@@ -136,7 +136,7 @@ class SpanLM:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
     ) -> Output | list[Output]:
         """Decodes a prompt, or several in one batch.
 
@@ -182,7 +182,7 @@ class SpanLM:
     def logits(self, token_ids: Int[np.ndarray, "T"], attention: Attention = "span") -> Float[np.ndarray, "T V"]:
         """Scores of the next token after each token, float32, in one forward under the mask of a policy."""
         token_ids = self._checked(token_ids)
-        return np.asarray(_forward(self.model, jnp.asarray(token_ids)[None], attention)[0])
+        return np.asarray(_forward(*nnx.split(self.model), jnp.asarray(token_ids)[None], attention)[0])
 
     def mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention = "span") -> np.ndarray:
         """bool [T, T]: which token attends to which."""
@@ -268,8 +268,9 @@ def _num_written(new_tokens: Int[np.ndarray, "M"], eos_id: int) -> int:
     return int(ends[0]) + 1 if len(ends) else len(new_tokens)
 
 
-@functools.partial(nnx.jit, static_argnames=("attention",))
-def _forward(model: Decoder, token_ids, attention: Attention):
+@functools.partial(jax.jit, static_argnames=("graph", "attention"))
+def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"], attention: Attention) -> Float[Array, "B T V"]:
+    model = nnx.merge(graph, params)
     mask = sequence_mask(token_ids, model.vocab, model.config, attention)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     hidden, _ = model(token_ids, positions, lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache))

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,12 +126,14 @@ def train_step(graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, confi
         (grads, sums), _ = jax.lax.scan(lambda total, part: (add(total, gradients(state.params, part)), None), zeros, parts)
     targets = jnp.maximum(sums["targets"], 1.0)
     grads = jax.tree.map(lambda grad: grad / targets, grads)
-    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes step counts and rates
+        rate = learning_rate(config)(state.step)
+        updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": sums["loss"] / targets,
         "token_accuracy": sums["right"] / targets,
-        "gradient_norm": optax.global_norm(grads),
-        "learning_rate": learning_rate(config)(state.step),
+        "gradient_norm": optax.tree.norm(grads),
+        "learning_rate": rate,
     }
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
@@ -167,7 +169,7 @@ class MetricsLog:
         self._events.close()
 
 
-def prefetched(batches: Iterator[Batch], ahead: int = 4) -> Iterator[tuple[Batch, DeviceBatch]]:
+def prefetched(batches: Iterator[Batch], ahead: int = 4) -> Generator[tuple[Batch, DeviceBatch], None, None]:
     """Batches with their device copies, made by a thread that stays a few batches ahead. Its errors are raised here."""
     ready: queue.Queue[Any] = queue.Queue(ahead)
     stopped = threading.Event()
@@ -197,9 +199,8 @@ def prefetched(batches: Iterator[Batch], ahead: int = 4) -> Iterator[tuple[Batch
     finally:
         stopped.set()
         thread.join()
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
+        if isinstance(batches, Generator):
+            batches.close()
 
 
 def train(
@@ -240,15 +241,15 @@ def train(
                 _check_finite(*previous)
             bar.update()
             saves = step % config.checkpoint_every_steps == 0 or step == config.steps
-            evaluates = evaluate is not None and (step % config.eval_every_steps == 0 or step == config.steps)
-            if saves or evaluates or step % config.log_every_steps == 0:
+            evaluates = step % config.eval_every_steps == 0 or step == config.steps
+            if saves or step % config.log_every_steps == 0:
                 _check_finite(step, metrics)
                 values = window.close()
                 log.write(step, values)
                 bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
             if saves:
                 checkpoints.save(step, state, batch.next_example)
-            if evaluates:
+            if evaluates and evaluate is not None:
                 scores = evaluate(nnx.merge(graph, state.params))
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
