@@ -19,6 +19,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,7 @@ class Workload:
         return cls(shape, draw(keys[0], q_shape), draw(keys[1], pool_shape), draw(keys[2], pool_shape), num_copies)
 
     def lists(self, seed: int, density: float, pattern: str) -> list[tuple[jax.Array, jax.Array]]:
+        """`slots` and `counts` of several calls, each naming rows of its own."""
         tokens = sum(self.shape.lengths)
         least_bytes = max(1, int(min(DENSITIES) * tokens)) * self.shape.row_bytes
         number = min(64, max(8, math.ceil(3 * CACHE_BYTES / least_bytes)))  # the same for all, to compile once
@@ -130,9 +132,8 @@ def _chain(attend, rounds, q, pools, lists):
     return jax.lax.fori_loop(0, rounds, body, q)
 
 
-def time_chain_us(attend, q, pools, lists, chain_calls: int = 64, runs: int = 5) -> tuple[float, float]:
+def time_chain_us(attend, q, pools, lists, rounds: int = 8, runs: int = 5) -> tuple[float, float]:
     """Median microseconds per call and the spread (largest minus smallest) over `runs`."""
-    rounds = max(1, chain_calls // len(lists))
     chain = functools.partial(_chain, attend, rounds)
     calls = rounds * len(lists)
     chain(q, pools, lists).block_until_ready()
@@ -185,7 +186,7 @@ def cudnn_dense(q, k_cache, v_cache):
 JAX_PEERS = {"XLA einsum, dense": xla_dense, "cuDNN, dense": cudnn_dense}
 
 
-def time_torch_peers(shape: Shape, seed: int) -> list[dict]:
+def torch_rows(shape: Shape, seed: int) -> Iterator[dict]:
     """PyTorch's SDPA over the whole cache, and FlexAttention with the block mask of each pattern."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -196,16 +197,15 @@ def time_torch_peers(shape: Shape, seed: int) -> list[dict]:
     q = new(batch, shape.num_heads, 1, shape.head_size)
     copies = max(1, math.ceil(3 * CACHE_BYTES / (batch * length * shape.row_bytes)))
     kv_shape = (batch, shape.num_kv_heads, length, shape.head_size)
-    caches = [(new(*kv_shape), new(*kv_shape)) for _ in range(copies)]
+    caches = [(new(*kv_shape), new(*kv_shape)) for _ in range(copies)] * max(1, 16 // copies)
 
     def time_us(attend) -> float:
-        for k, v in caches:
-            attend(q, k, v)
+        attend(q, *caches[0])
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(max(1, 16 // copies)):
-                for k, v in caches:
-                    attend(q, k, v)
+            for k, v in caches:
+                attend(q, k, v)
         times = []
         for _ in range(8):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -213,40 +213,39 @@ def time_torch_peers(shape: Shape, seed: int) -> list[dict]:
             graph.replay()
             end.record()
             torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / (max(1, 16 // copies) * copies))
+            times.append(start.elapsed_time(end) * 1e3 / len(caches))
         return statistics.median(times[3:])
 
     sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
-    results = [{"implementation": "PyTorch SDPA, dense", "density": 1.0, "pattern": "all", "microseconds": time_us(sdpa)}]
-    compiled = torch.compile(flex_attention, dynamic=False)
+    yield {"implementation": "PyTorch SDPA, dense", "density": 1.0, "pattern": "all", "microseconds": time_us(sdpa)}
+
+    named = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
+    build = functools.partial(*(create_block_mask, lambda b, h, q_idx, kv_idx: named[b, kv_idx]), batch, None, 1, length, device="cuda")
+    flex = torch.compile(flex_attention, dynamic=False)
     for density, pattern in cases():
         slots, counts = draw_slots(seed, shape, density, pattern, 0)
-        named = torch.zeros(batch, length, dtype=torch.bool)
+        mask = np.zeros((batch, length), bool)
         for b in range(batch):
-            named[b, torch.from_numpy(slots[b, : counts[b]] - b * length).long()] = True
-        named = named.cuda()
-
-        def keep(b, h, q_idx, kv_idx, named=named):
-            return named[b, kv_idx]
-
-        build = functools.partial(create_block_mask, keep, batch, None, 1, length, device="cuda")
-        block_mask = build()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+            mask[b, slots[b, : counts[b]] - b * length] = True
+        named.copy_(torch.from_numpy(mask))
         build()
         torch.cuda.synchronize()
+        start = time.perf_counter()
+        block_mask = build()
+        torch.cuda.synchronize()
         build_us = (time.perf_counter() - start) * 1e6
-        attend = functools.partial(compiled, block_mask=block_mask, enable_gqa=True)
-        results.append(
-            {
-                "implementation": "FlexAttention, block mask",
-                "density": density,
-                "pattern": pattern,
-                "microseconds": time_us(attend),
-                "mask_building_microseconds": build_us,
-            }
-        )
-    return results
+        try:
+            microseconds = time_us(functools.partial(flex, block_mask=block_mask, enable_gqa=True))
+        except RuntimeError as error:
+            print(f"{shape.name:12} FlexAttention not run: {str(error).splitlines()[0]}", flush=True)
+            return
+        yield {
+            "implementation": "FlexAttention, block mask",
+            "density": density,
+            "pattern": pattern,
+            "microseconds": microseconds,
+            "mask_building_microseconds": build_us,
+        }
 
 
 def cases() -> list[tuple[float, str]]:
@@ -261,7 +260,7 @@ def implementation_functions(names: list[str]):
         yield name, functools.partial(span_decode_attention, implementation=implementation), quantize
 
 
-def run_shape(shape: Shape, implementations: list[str], peers: bool, ceiling_tbps: float, seed: int) -> list[dict]:
+def run_shape(shape: Shape, implementations: list[str], peers: list[str], ceiling_tbps: float, seed: int) -> list[dict]:
     """All cases of one shape; prints each as it comes."""
     workload = Workload.make(shape, seed)
     q, results = workload.q, []
@@ -287,31 +286,36 @@ def run_shape(shape: Shape, implementations: list[str], peers: bool, ceiling_tbp
             flush=True,
         )
 
+    lists_of = {case: workload.lists(seed, *case) for case in cases()}
+    sample = lists_of[0.1, "tokens"][0]
+    expected = span_decode_attention(q, workload.k_pool, workload.v_pool, *sample, implementation="xla").astype(jnp.float32)
     for name, attend, quantize in implementation_functions(implementations):
         pools = (quantize(workload.k_pool), quantize(workload.v_pool))
         if reason := unsupported_reason(attend.keywords["implementation"], q, pools[0]):
             print(f"{shape.name:12} {name:26} not run: {reason}", flush=True)
             continue
-        for density, pattern in cases():
-            lists = workload.lists(seed, density, pattern)
+        difference = attend(q, *pools, *sample).astype(jnp.float32) - expected
+        error = float(jnp.sqrt(jnp.mean(difference**2) / jnp.mean(expected**2)))
+        print(f"{shape.name:12} {name:26} differs from implementation='xla' by {error:.2e} (RMS, relative)", flush=True)
+        for (density, pattern), lists in lists_of.items():
             microseconds, spread = time_chain_us(attend, q, pools, lists)
             moved = expected_bytes(q, pools[0], int(lists[0][1].sum()))
-            record(name, density, pattern, microseconds, moved, spread_microseconds=spread)
+            record(name, density, pattern, microseconds, moved, spread_microseconds=spread, relative_error=error)
 
     if peers and len(set(shape.lengths)) == 1:
         dense_bytes = expected_bytes(q, workload.k_pool, sum(shape.lengths))
         cache_shape = (workload.num_copies, len(shape.lengths), shape.capacity, shape.num_kv_heads, shape.head_size)
         k_caches, v_caches = (list(pool.reshape(cache_shape)) for pool in (workload.k_pool, workload.v_pool))
         caches = list(zip(k_caches, v_caches, strict=True)) * max(1, 8 // workload.num_copies)
-        for name, attend in JAX_PEERS.items():
+        for name, attend in JAX_PEERS.items() if "jax" in peers else ():
             try:
                 microseconds, spread = time_chain_us(attend, q, (), caches)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 print(f"{shape.name:12} {name:26} not run: {str(error).splitlines()[0]}", flush=True)
                 continue
             record(name, 1.0, "all", microseconds, dense_bytes, spread_microseconds=spread)
-        if importlib.util.find_spec("torch"):
-            for row in time_torch_peers(shape, seed):
+        if "torch" in peers and importlib.util.find_spec("torch"):
+            for row in torch_rows(shape, seed):
                 _, counts = draw_slots(seed, shape, row["density"], row["pattern"], 0)
                 record(**row, moved_bytes=expected_bytes(q, workload.k_pool, int(counts.sum())))
     return results
@@ -320,11 +324,12 @@ def run_shape(shape: Shape, implementations: list[str], peers: bool, ceiling_tbp
 def tune_shape(shape: Shape, seed: int) -> list[dict]:
     """Every setting of the Triton kernel on one shape: the measurements behind heuristics.py."""
     workload, results = Workload.make(shape, seed), []
-    chosen = triton_config(len(shape.lengths), shape.num_kv_heads, 2 * shape.head_size, shape.capacity)
+    chosen = triton_config(len(shape.lengths), shape.num_kv_heads, shape.head_size, 2, shape.capacity)
     tried = {chosen: None}
     others = ((64, 2, 3), (64, 4, 3), (64, 2, 4), (32, 2, 3), (32, 2, 4), (32, 1, 4), (16, 1, 4), (16, 2, 5))
     for tile_rows, num_warps, num_stages in others:
         tried[TritonConfig(tile_rows, num_warps, num_stages, chosen.splits)] = None
+    tried[TritonConfig(32, 1, 4, 2 * chosen.splits)] = None
     tried |= {chosen._replace(splits=max(1, round(chosen.splits * factor))): None for factor in (0.5, 2)}
     lists = {case: workload.lists(seed, *case) for case in ((1.0, "all"), (0.1, "tokens"), (0.02, "tokens"))}
     for config in tried:
@@ -373,9 +378,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", default=",".join(s.name for s in SHAPES), help="comma-separated (default: all: %(default)s)")
     parser.add_argument(
-        "--implementations", default="triton,triton+int8", help="comma-separated, +int8 for int8 pools (default: %(default)s)"
+        "--implementations",
+        default="triton,triton+int8,mosaic,jax_triton",
+        help="comma-separated, +int8 for int8 pools, may be empty (default: %(default)s)",
     )
-    parser.add_argument("--no-peers", action="store_true", help="leave out XLA, cuDNN and PyTorch")
+    parser.add_argument("--peers", default="jax,torch", help="of jax (XLA, cuDNN) and torch, may be empty (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="time every setting of the Triton kernel instead")
     parser.add_argument("--seed", type=int, default=0, help="of the rows and the data (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here (with --plot: read them)")
@@ -401,7 +408,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.tune:
             report["cases"] += tune_shape(by_name[name], args.seed)
         else:
-            report["cases"] += run_shape(by_name[name], args.implementations.split(","), not args.no_peers, ceiling_tbps, args.seed)
+            implementations, peers = ([x for x in text.split(",") if x] for text in (args.implementations, args.peers))
+            report["cases"] += run_shape(by_name[name], implementations, peers, ceiling_tbps, args.seed)
         if args.json:  # after every shape, so that a run cut short leaves what it has
             args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -26,8 +26,8 @@ class MosaicConfig(NamedTuple):
     splits: int  # parts that every sequence is divided into
 
 
-def triton_config(batch: int, num_kv_heads: int, head_bytes: int, capacity: int) -> TritonConfig:
-    """Settings for a static shape; `head_bytes` is what one head of a row takes up.
+def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int) -> TritonConfig:
+    """Settings for a static shape; `item_bytes` is what an element of the pool takes up.
 
     All programs should be on the machine at once, each with enough bytes in flight that together
     they hide the latency of the memory (some 40 KB per multiprocessor; more does no harm).
@@ -44,13 +44,16 @@ def triton_config(batch: int, num_kv_heads: int, head_bytes: int, capacity: int)
         64 rows, 2 warps, 3 stages          373 / 50.3 / 20.1       B 128, K 12, H 64, 4096 rows
         32 rows, 1 warp, 4 stages           387 / 50.3 / 18.2
         16 rows, 1 warp, 4 stages           371 / 47.5 / 17.0
+    Int8 rows cost instructions, not bytes (43 per row and warp against 14), so they want more warps
+    on the machine: twice as many programs.
     """
     programs = batch * num_kv_heads
-    if programs < 4 * MULTIPROCESSORS:
-        tile_rows = max(16, min(64, 16384 // head_bytes))
-        splits = max(1, min(2 * MULTIPROCESSORS // programs, capacity // tile_rows))
+    tile_rows = max(16, min(64, 8192 // head_size, 16384 // (head_size * item_bytes)))
+    if item_bytes == 1 or programs < 4 * MULTIPROCESSORS:
+        per_multiprocessor = 4 if item_bytes == 1 and programs >= MULTIPROCESSORS else 2
+        splits = max(1, min(per_multiprocessor * MULTIPROCESSORS // programs, capacity // tile_rows))
         return TritonConfig(tile_rows, num_warps=2, num_stages=3, splits=splits)
-    return TritonConfig(tile_rows=32 if head_bytes == 256 else 16, num_warps=1, num_stages=4, splits=1)
+    return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=1)
 
 
 def mosaic_config(batch: int, num_kv_heads: int, head_size: int, capacity: int) -> MosaicConfig:

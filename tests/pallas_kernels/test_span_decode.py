@@ -289,7 +289,7 @@ def test_triton_deals_out_the_rows_fairly(counts, splits):
 
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu, id="gpu")])
-@pytest.mark.parametrize("config", [TritonConfig(16, 4, 2, 5), TritonConfig(128, 8, 2, 1)], ids=str)
+@pytest.mark.parametrize("config", [TritonConfig(16, 4, 2, 5), TritonConfig(128, 8, 2, 1), TritonConfig(32, 1, 4, 1)], ids=str)
 def test_triton_settings_do_not_change_the_answer(config, interpret):
     problem = round_to(make_problem(CASE["ragged"]), np.float32)
     arrays = (jnp.asarray(x, jnp.float32) for x in (problem.q, problem.k_pool, problem.v_pool))
@@ -323,7 +323,7 @@ def shapes(case: Case, dtype, pool_dtype):
 def test_triton_lowers_for_cuda(name, pool_dtype):
     case = CASE[name]
     args = shapes(case, jnp.bfloat16 if pool_dtype == jnp.int8 else pool_dtype, pool_dtype)
-    config = triton_config(len(case.counts), case.num_kv_heads, case.head_size * jnp.dtype(pool_dtype).itemsize, case.capacity)
+    config = triton_config(len(case.counts), case.num_kv_heads, case.head_size, jnp.dtype(pool_dtype).itemsize, case.capacity)
     attend = functools.partial(triton.triton_attention, scale=0.1, config=config)
     assert cuda_lowering(attend, *args).count("__gpu$xla.gpu.triton") in (1, 2)
 
