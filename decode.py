@@ -47,6 +47,12 @@ class Generate:
     """Of the draws."""
     json: Path | None = None
     """Write the response, its steps and what each token attended to into this file."""
+    plot: Path | None = None
+    """Draw the mask under which the response was decoded into this file (PNG, SVG or PDF)."""
+
+    def __post_init__(self):
+        if self.plot and self.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"plot is {self.plot}; allowed: names that end in .png, .svg or .pdf")
 
     def run(self) -> None:
         lm, task = load(self.checkpoint)
@@ -59,6 +65,9 @@ class Generate:
         print(shown(out, task.verify(self.prompt, out.response_ids)))
         if self.json:
             write_json(self.json, {"checkpoint": self.checkpoint.name, **described(out)})
+        if self.plot:
+            self.plot.parent.mkdir(parents=True, exist_ok=True)
+            out.plot().savefig(self.plot, dpi=100)
 
 
 def described(out: Output) -> dict:

@@ -172,7 +172,7 @@ def main() -> None:
         num_examples = run.training.eval_examples
         evaluation = (lambda model: score(model, task, run, num_examples)) if num_examples else None
         model = training.train(model, run.training, batches_from=batches_from, run_dir=run.run_dir, evaluate=evaluation)
-        scores = score(model, task, run, max(num_examples, 128)) if num_examples else {}
+        scores = score(model, task, run, num_examples) if num_examples else {}
         checkpoint.save_model(run.run_dir / "model", model, task.to_json(), card(run, model, preset, scores))
         print(f"finished: {run.run_dir / 'model'}")
 

@@ -78,6 +78,6 @@ def errors_for_people() -> Iterator[None]:
         while traceback and traceback.tb_next:
             traceback = traceback.tb_next
         module = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-        if module.partition(".")[0] not in _OURS:
+        if module.partition(".")[0] not in _OURS or type(error).__module__.partition(".")[0] not in (*_OURS, "builtins"):
             raise
         fail(str(error))

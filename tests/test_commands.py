@@ -1,0 +1,219 @@
+"""The command lines: what they print, what they write, and what they say when the user is wrong."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import decode
+import train
+from data.__main__ import main as data_main
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = "checkpoints/arithmetic-tiny"
+TOY = (
+    "--steps 12 --warmup-steps 2 --batch-size 2 --sequence-tokens 128 --max-ops 3 --hidden-size 32 --intermediate-size 32 --num-layers 1 "
+    "--num-heads 2 --num-kv-heads 1 --head-size 16 --checkpoint-every-steps 4 --log-every-steps 1 --eval-examples 0 --workers 0"
+).split()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command's main in this process, from the repository root: (exit status, stdout, stderr).
+
+    With JAX's own type promotion, as for a user: the gradient of `jax.nn.dot_product_attention` in bfloat16 needs it.
+    """
+
+    def run(main, *arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                main()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_generate_shows_the_steps_and_what_each_one_read(call, tmp_path):
+    status, out, err = call(
+        decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--stream", "--max-new-tokens", 64,
+        "--json", tmp_path / "out.json", "--plot", tmp_path / "mask.png",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert out.startswith("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159<eos>\n")  # streamed
+    assert re.search(r"^<3> +<1> <2> +126-285=-159 +\d+\.\d$", out, re.MULTILINE)
+    assert "((51+75)-(95*3)) = -159   (all 3 steps and spans are right)" in out
+    assert re.search(r"attended: \d+\.\d tokens, \d+\.\d% of the context   dense decoding: \d+\.\d tokens, 100%", out)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["answer"] == "-159" and written["steps"][2]["refs"] == [1, 2]
+    assert len(written["num_attended"]) == len(written["token_ids"]) - written["prompt_tokens"]
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_says_what_is_wrong_with_a_response(call):
+    """Greedy decoding that is cut short cannot be right, and the command says so."""
+    status, out, _ = call(decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--max-new-tokens", 12)
+    assert status == 0 and "stopped after 12 new tokens" in out and "are right" not in out
+
+
+def test_eval_reports_by_number_of_operators(call, tmp_path):
+    file = tmp_path / "eval.json"
+    status, out, _ = call(decode.main, "eval", CHECKPOINT, "--num-examples", 8, "--min-ops", 2, "--max-ops", 3, "--json", file)
+    assert status == 0 and "right answers per second of decoding" in out
+    scores = json.loads(file.read_text())
+    assert scores["num_examples"] == 8 == sum(row["num_examples"] for row in scores["by_ops"].values())
+    assert set(scores["by_ops"]) <= {"2", "3"} and scores["step_accuracy"] == 1.0
+    assert scores["checkpoint"] == "arithmetic-tiny" and scores["attention"] == "span" and scores["decode_seconds"] > 0
+
+
+def damaged(tmp_path):
+    directory = tmp_path / "damaged"
+    directory.mkdir()
+    for file in (ROOT / CHECKPOINT).iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = np.ones(255, np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+DECODE_ERRORS = {
+    "no expression": (["generate", CHECKPOINT, "(1+2"], 'column 1: found "(" that is never closed'),
+    "stray character": (["generate", CHECKPOINT, "1+x"], "column 3"),
+    "too many operators": (["generate", CHECKPOINT, "+".join("1" * 600)], "labels"),
+    "too long": (["generate", CHECKPOINT, "+".join(["11111"] * 300)], "the model's context is 2048"),
+    "too many new tokens": (["generate", CHECKPOINT, "1+2", "--max-new-tokens", "5000"], "context of 2048 tokens"),
+    "unknown checkpoint": (["generate", "checkpoints/none", "1+2"], "checkpoints/none: no such checkpoint directory"),
+    "not a checkpoint": (["generate", "tests", "1+2"], "tests: not a checkpoint, config.json is missing"),
+    "unknown attention": (["generate", CHECKPOINT, "1+2", "--attention", "full"], "full"),
+    "no such option": (["generate", CHECKPOINT, "1+2", "--atention", "span"], "--atention"),
+    "no such picture": (["generate", CHECKPOINT, "1+2", "--plot", "mask.xyz"], "allowed: names that end in .png, .svg or .pdf"),
+    "temperature": (["generate", CHECKPOINT, "1+2", "--temperature", "-1"], "temperature is -1.0"),
+    "no examples": (["eval", CHECKPOINT, "--num-examples", "0"], "num_examples is 0"),
+    "no operators": (["eval", CHECKPOINT, "--ops", "0"], "min_ops is 0"),
+    "no labels": (["eval", CHECKPOINT, "--ops", "600"], "512 labels allow at most 511"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), DECODE_ERRORS.values(), ids=DECODE_ERRORS)
+def test_what_the_user_of_decode_got_wrong_is_said_in_one_line(call, arguments, message):
+    status, out, err = call(decode.main, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(call, tmp_path):
+    status, _, err = call(decode.main, "generate", damaged(tmp_path), "1+2")
+    assert status == 2 and "model.norm.weight is [255], but the config asks for [256]" in err and err.count("\n") == 1
+
+
+def test_training_writes_a_model_that_decode_reads(call, tmp_path):
+    status, out, _ = call(train.main, "arithmetic-tiny", "--run-dir", tmp_path / "run", *TOY, "--eval-examples", 2)
+    assert status == 0 and out.splitlines()[-1] == f"finished: {tmp_path / 'run' / 'model'}"
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "python train.py arithmetic-tiny --run-dir run --steps 12" in card and str(tmp_path) not in card
+    assert "step accuracy: 0" in card
+    status, out, _ = call(decode.main, "generate", tmp_path / "run" / "model", "1+2", "--max-new-tokens", 4)
+    assert status == 0
+    status, out, _ = call(train.main, "arithmetic-tiny", "--run-dir", tmp_path / "run", *TOY, "--eval-examples", 2)
+    assert status == 0 and "this run is finished" in out
+
+
+def test_training_on_a_corpus_directory(call, tmp_path):
+    corpus = ["arithmetic", "--num-examples", 30, "--min-ops", 2, "--max-ops", 3, "--seed", 0, "--out", tmp_path / "corpus"]
+    assert call(data_main, *corpus)[0] == 0
+    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", tmp_path / "run", "--data", tmp_path / "corpus", *TOY)
+    assert status == 0, err
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_what_the_user_of_train_got_wrong_is_said_in_one_line(call, tmp_path):
+    run_dir = tmp_path / "run"
+    assert call(train.main, "arithmetic-tiny", "--run-dir", run_dir, *TOY)[0] == 0
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("x")
+    errors = {
+        "unknown preset": (["arithmetic-huge", "--run-dir", tmp_path / "a"], "arithmetic-huge"),
+        "no run directory": (["arithmetic-tiny"], "--run-dir"),
+        "another config": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--seed", 5], "another config: seed is 0 there, 5 here"),
+        "another mask": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--mask", "dense"], "mask is 'span' there, 'dense' here"),
+        "a directory of something else": (["arithmetic-tiny", "--run-dir", tmp_path / "papers", *TOY], "not a run directory"),
+        "no corpus": (["arithmetic-tiny", "--run-dir", tmp_path / "a", "--data", tmp_path / "none", *TOY], "no such directory"),
+        "not a corpus": (["arithmetic-tiny", "--run-dir", tmp_path / "a", "--data", tmp_path / "papers", *TOY], "not a corpus directory"),
+        "impossible": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--num-kv-heads", 3], "num_kv_heads is 3"),
+        "rows too short": (["arithmetic-tiny", "--run-dir", tmp_path / "b", *TOY, "--sequence-tokens", 16], "a row only 16"),
+    }
+    for name, (arguments, message) in errors.items():
+        status, _, err = call(train.main, *arguments)
+        assert status == 2, name
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err, (name, err)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("main", [train.main, decode.main])
+def test_help_is_help(call, main):
+    status, out, err = call(main, "--help")
+    assert (status, err) == (0, "") and "usage" in out
+
+
+def test_every_option_of_train_has_a_default_and_its_meaning(call):
+    status, out, _ = call(train.main, "arithmetic-small", "--help")
+    assert status == 0
+    for name in ("mask", "labelling", "prompt-view", "header-view", "gap-scales", "steps", "seed", "data", "learning-rate", "remat"):
+        assert f"--{name}" in out
+    options = re.findall(r"^\W*(--[a-z0-9-]+)", out, re.MULTILINE)
+    assert len(options) >= len(dataclasses.fields(train.TrainConfig)) and out.count("(default:") >= len(options) - 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path):
+    """A real process, killed without warning in mid-run, more than once, and with data workers of its own."""
+    arguments = [*TOY, "--steps", "60", "--workers", "1", "--checkpoint-every-steps", "7"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def start(run_dir):
+        command = [sys.executable, "train.py", "arithmetic-tiny", "--run-dir", str(run_dir), *arguments]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def steps_of(run_dir):
+        file = run_dir / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = start(whole)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for least in (10, 30):
+        process = start(parts)
+        while max(steps_of(parts), default=0) < least and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert not (parts / "model").exists() and max(steps_of(parts)) < 60
+    process = start(parts)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert steps_of(parts) == steps_of(whole) == list(range(1, 61))
+    assert (parts / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, parts)]
+    for expected, found in zip(*logs):
+        assert (expected["loss"], expected["gradient_norm"]) == (found["loss"], found["gradient_norm"])
