@@ -1,0 +1,88 @@
+"""The README is executed: its Python, its commands (at toy size), and the output that it shows."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import decode
+import train
+from data.__main__ import main as data_main
+from tests.test_commands import TOY
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# What is appended to a command so that it takes seconds instead of minutes; the last value of an option wins.
+SMALLER = {
+    "train.py": (train.main, TOY),
+    "decode.py": (decode.main, ["--num-examples", "4"]),
+    "data": (data_main, ["--num-examples", "30"]),
+}
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """Every command of the README, in order: shell blocks first, then the table of figures."""
+    lines = [line.partition("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return lines + re.findall(r"\| `(python [^`]+)` \|", README)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory in which the README's relative paths lead somewhere that may be written to."""
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_of_the_readme_runs(workplace):
+    (source,) = blocks("python")
+    names = {}
+    exec(compile(source, "README.md", "exec"), names)
+    assert names["out"].answer == "-159" and (workplace / "mask.png").exists()
+    assert names["logits"].shape == (len(names["out"].token_ids), names["lm"].model.vocab_size)
+
+
+def test_the_output_of_the_readme_is_the_output(workplace, monkeypatch, capsys):
+    (block,) = blocks("console")
+    command, _, expected = block.partition("\n")
+    monkeypatch.setattr(sys, "argv", shlex.split(command.removeprefix("$ python ")))
+    decode.main()
+    assert capsys.readouterr().out == expected
+
+
+def test_the_commands_of_the_readme_run(workplace, monkeypatch):
+    seen = set()
+    for line in commands():
+        words = shlex.split(line)
+        if words[0] == "make":
+            subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+            continue
+        words = words[3:] if words[1] == "-m" else words[2:]
+        name = re.search(r"train\.py|decode\.py|(?<=-m )data", line)[0]
+        main, smaller = SMALLER[name]
+        smaller = [] if "--num-examples" not in words and name == "decode.py" else smaller
+        # Only the first run of train.py is worth its time here; that the others are understood is seen from their help.
+        if name == "train.py" and name in seen:
+            smaller = [*smaller, "--help"]
+        seen.add(name)
+        monkeypatch.setattr(sys, "argv", ["command", *words, *smaller])
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                main()
+        except SystemExit as exit:
+            assert not exit.code, line
+    assert seen == {"train.py", "decode.py", "data"}
+    assert (workplace / "runs" / "eval.json").exists() and (workplace / "corpora" / "small" / "card.json").exists()
+
+
+def test_links_and_pictures_of_the_readme_are_there():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
