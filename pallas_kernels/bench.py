@@ -12,6 +12,7 @@ and not from the cache. Microseconds are wall time per call, launches included, 
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -220,7 +221,13 @@ def torch_rows(shape: Shape, seed: int) -> Iterator[dict]:
     yield {"implementation": "PyTorch SDPA, dense", "density": 1.0, "pattern": "all", "microseconds": time_us(sdpa)}
 
     named = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
-    build = functools.partial(*(create_block_mask, lambda b, h, q_idx, kv_idx: named[b, kv_idx]), batch, None, 1, length, device="cuda")
+
+    def keep(b, h, q_idx, kv_idx):
+        return named[b, kv_idx]
+
+    def build():
+        return create_block_mask(keep, batch, None, 1, length, device="cuda")
+
     flex = torch.compile(flex_attention, dynamic=False)
     for density, pattern in cases():
         slots, counts = draw_slots(seed, shape, density, pattern, 0)
@@ -346,31 +353,34 @@ def tune_shape(shape: Shape, seed: int) -> list[dict]:
 
 
 def plot(report: dict, path: pathlib.Path) -> None:
-    """Microseconds against density, one panel per shape, with the floor drawn in."""
+    """Microseconds against density, one panel per shape, with the floor of bf16 rows drawn in."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["shape"] for row in report["cases"]))
+    implementations = list(dict.fromkeys(row["implementation"] for row in report["cases"]))
     figure, axes = plt.subplots(2, math.ceil(len(names) / 2), figsize=(5 * math.ceil(len(names) / 2), 8), squeeze=False)
+    labelled = {}
     for axis, name in zip(axes.flat, names, strict=False):
         rows = [row for row in report["cases"] if row["shape"] == name]
-        for implementation in dict.fromkeys(row["implementation"] for row in rows):
-            for pattern in PATTERNS:
-                line = [r for r in rows if r["implementation"] == implementation and r["pattern"] in (pattern, "all")]
-                line.sort(key=lambda row: row["density"])
-                if len(line) == 1 and pattern == PATTERNS[0]:
-                    axis.axhline(line[0]["microseconds"], linewidth=0.8, linestyle=":", color="gray")
-                    axis.annotate(implementation, (0.02, line[0]["microseconds"]), fontsize=7)
-                elif len(line) > 1:
-                    xs, ys = zip(*((100 * row["density"], row["microseconds"]) for row in line), strict=True)
-                    axis.plot(xs, ys, marker="o", markersize=3, label=f"{implementation}, {pattern}")
+        for index, implementation in enumerate(implementations):
+            own = [row for row in rows if row["implementation"] == implementation]
+            flex = "Flex" in implementation
+            if len(own) == 1:  # a dense one, which takes as long whatever is named
+                labelled[implementation] = axis.axhline(own[0]["microseconds"], color=f"C{index}", linewidth=0.8, linestyle="--")
+                continue
+            for pattern, style in zip(PATTERNS if flex else PATTERNS[:1], (":", "-.", "--") if flex else "-", strict=True):
+                line = sorted((100 * r["density"], r["microseconds"]) for r in own if r["pattern"] in (pattern, "all"))
+                if line:  # ours do not mind the pattern, so that one of theirs stands for all
+                    label = f"{implementation}, {pattern}"
+                    (labelled[label],) = axis.plot(*zip(*line, strict=True), style, color=f"C{index}", marker="o", markersize=3)
         floors = sorted({(100 * r["density"], r["floor_microseconds"]) for r in rows if "int8" not in r["implementation"]})
-        axis.plot(*zip(*floors, strict=True), color="black", linewidth=2, label="floor: bytes / read ceiling")
+        (labelled["floor: bf16 bytes / read ceiling"],) = axis.plot(*zip(*floors, strict=True), color="black", linewidth=2)
         axis.set(title=name, xscale="log", yscale="log", xlabel="rows named, %", ylabel="microseconds")
-        axis.legend(fontsize=6)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(labelled.values(), labelled.keys(), loc="lower center", ncols=6, fontsize=8)
     figure.savefig(path)
 
 
@@ -402,8 +412,15 @@ def main(arguments: list[str] | None = None) -> int:
     ceiling_tbps = read_ceiling_tbps()
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}, read ceiling {ceiling_tbps:.2f} TB/s", flush=True)
-    report = {"device": device, "jax": jax.__version__, "read_ceiling_terabytes_per_second": ceiling_tbps, "seed": args.seed}
-    report |= {"shapes": [dataclasses.asdict(by_name[name]) for name in args.shapes.split(",")], "cases": []}
+    packages = [name for name in ("jax", "jaxlib", "jax-triton", "torch", "triton") if importlib.util.find_spec(name.replace("-", "_"))]
+    report = {
+        "device": device,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "read_ceiling_terabytes_per_second": ceiling_tbps,
+        "seed": args.seed,
+        "shapes": [dataclasses.asdict(by_name[name]) for name in args.shapes.split(",")],
+        "cases": [],
+    }
     for name in args.shapes.split(","):
         if args.tune:
             report["cases"] += tune_shape(by_name[name], args.seed)

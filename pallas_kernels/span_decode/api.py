@@ -105,9 +105,8 @@ def expected_bytes(q: jax.Array, k_pool: Pool, num_named_rows: int) -> int:
     return num_named_rows * (2 * row_bytes + 4) + 2 * q.size * q.dtype.itemsize
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # so that a model's layers trace it once
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _attend(implementation, scale, interpret, q, k_pool, v_pool, slots, counts):
+def _dispatch(implementation, scale, interpret, q, k_pool, v_pool, slots, counts):
     batch, head_size = q.shape[0], q.shape[2]
     num_kv_heads, item_bytes = pool_values(k_pool).shape[1], pool_values(k_pool).dtype.itemsize
     if implementation in ("triton", "jax_triton"):
@@ -125,11 +124,14 @@ def _attend(implementation, scale, interpret, q, k_pool, v_pool, slots, counts):
     return xla_attention(q, k_pool, v_pool, slots, counts, scale=scale)
 
 
-@_attend.__wrapped__.defjvp
+@_dispatch.defjvp
 def _no_gradient(*_):
     raise NotImplementedError(
         "span_decode_attention has no gradient: it is a decoding kernel; train with masked attention over whole sequences"
     )
+
+
+_attend = jax.jit(_dispatch, static_argnums=(0, 1, 2))  # so that a model's layers trace it once
 
 
 def _best_implementation(q: jax.Array, k_pool: Pool) -> str:

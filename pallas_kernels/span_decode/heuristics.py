@@ -33,17 +33,18 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
     they hide the latency of the memory (some 40 KB per multiprocessor; more does no harm).
 
     Few programs per multiprocessor, so large tiles:                B 32, K 8, H 128, 8192 rows
-        64 rows, 2 warps, 3 stages          253 / 33.8 / 13.4
-        64 rows, 4 warps, 3 stages          266 / 35.0 / 13.6       more warps only wait for each other
-        32 rows, 2 warps, 3 stages          334 / 40.9 / 14.0       too little in flight
-        64 rows, 4 warps, 3 stages, split   302 / 43.0 / 18.5       a second wave, and parts to combine
+        64 rows, 2 warps, 3 stages             250 / 33.7 / 13.1
+        64 rows, 4 warps, 3 stages             265 / 35.0 / 13.6    more warps only wait for each other
+        32 rows, 2 warps, 3 stages             376 / 44.7 / 14.5    too little in flight
+        64 rows, 2 warps, 3 stages, 2 splits   279 / 41.7 / 18.1    a second wave, and parts to combine
+        32 rows, 1 warp, 4 stages, 2 splits    254 / 36.4 / 14.5
     Many programs, so small tiles and one warp, which needs no barriers:
-        64 rows, 2 warps, 3 stages          254 / 41.0 / 16.9       B 32, K 32, H 128, 2048 rows
-        32 rows, 1 warp, 4 stages           251 / 37.3 / 15.5
-        16 rows, 1 warp, 4 stages           310 / 39.9 / 15.1
-        64 rows, 2 warps, 3 stages          373 / 50.3 / 20.1       B 128, K 12, H 64, 4096 rows
-        32 rows, 1 warp, 4 stages           387 / 50.3 / 18.2
-        16 rows, 1 warp, 4 stages           371 / 47.5 / 17.0
+        64 rows, 2 warps, 3 stages             254 / 41.0 / 16.9       B 32, K 32, H 128, 2048 rows
+        32 rows, 1 warp, 4 stages              251 / 37.3 / 15.5
+        16 rows, 1 warp, 4 stages              310 / 39.9 / 15.1
+        64 rows, 2 warps, 3 stages             373 / 50.3 / 20.1       B 128, K 12, H 64, 4096 rows
+        32 rows, 1 warp, 4 stages              387 / 50.3 / 18.2
+        16 rows, 1 warp, 4 stages              371 / 47.5 / 17.0
     Int8 rows cost instructions, not bytes (43 per row and warp against 14), so they want more warps
     on the machine: twice as many programs.
     """

@@ -98,7 +98,7 @@ def mosaic_attention(
             plgpu.Barrier(num_barriers=config.num_stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        interpret=plgpu.InterpretGPUParams() if interpret else False,  # type: ignore[attr-defined]  # JAX 0.11
     )
     part_out, part_lse = kernel(q, k_pool, v_pool, slots, jnp.clip(counts, 0, slots.shape[1]))
     if splits == 1:

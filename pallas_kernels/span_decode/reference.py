@@ -10,12 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.span_decode.pool import Pool, QuantizedPool
+from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
 
 
 def reference_attention(q: jax.Array, k_pool: Pool, v_pool: Pool, slots: jax.Array, counts: jax.Array, *, scale: float) -> jax.Array:
     """The formula in float32, one sequence after the other: slow, small, nothing shared."""
-    num_kv_heads = (k_pool.values if isinstance(k_pool, QuantizedPool) else k_pool).shape[1]
+    num_kv_heads = pool_values(k_pool).shape[1]
 
     def gather(pool: Pool, rows: jax.Array, named: jax.Array) -> jax.Array:  # -> [A, K, H]
         if isinstance(pool, QuantizedPool):
@@ -57,16 +57,14 @@ def xla_attention(q: jax.Array, k_pool: Pool, v_pool: Pool, slots: jax.Array, co
     named = (positions == jnp.arange(capacity, dtype=jnp.int32)[None, :]) & (counts > 0)[:, None]
     named = named[:, None, None, :]
 
-    def gather(pool: jax.Array) -> jax.Array:
-        return pool.at[rows].get(mode="clip")
+    def gather(array: jax.Array) -> jax.Array:
+        return array.at[rows].get(mode="clip")
 
+    keys, values = gather(pool_values(k_pool)).astype(q.dtype), gather(pool_values(v_pool)).astype(q.dtype)
+    key_scales, value_scales = jnp.float32(scale), jnp.float32(1.0)
     if isinstance(k_pool, QuantizedPool) and isinstance(v_pool, QuantizedPool):
-        keys, values = gather(k_pool.values).astype(q.dtype), gather(v_pool.values).astype(q.dtype)
         key_scales = gather(k_pool.scales).swapaxes(1, 2)[:, :, None, :] * scale  # [B, K, 1, A]
         value_scales = gather(v_pool.scales).swapaxes(1, 2)[:, :, None, :]
-    else:
-        keys, values = gather(k_pool), gather(v_pool)
-        key_scales, value_scales = jnp.float32(scale), jnp.float32(1.0)
 
     einsum = functools.partial(
         jnp.einsum,

@@ -69,7 +69,7 @@ def triton_attention(
     batch, num_heads, head_size = q.shape
     num_kv_heads = pool_values(k_pool).shape[1]
     num_parts = max_parts(batch, config.splits)
-    scales = ()
+    scales: tuple[jax.Array, ...] = ()
     if isinstance(k_pool, QuantizedPool) and isinstance(v_pool, QuantizedPool):
         scales = (k_pool.scales, v_pool.scales)
         k_pool, v_pool = k_pool.values, v_pool.values
@@ -155,7 +155,7 @@ def _attend_kernel(
     b = jnp.sum((jnp.cumsum(parts) <= part).astype(jnp.int32))
 
     @pl.when(b < batch)
-    def _():
+    def attend():
         count = jnp.clip(counts_ref[b], 0, slots_ref.shape[1])
         num_parts = _num_parts(count, part_rows)
         index = part - jnp.sum(jnp.where(sequences < b, parts, 0))  # of this part among those of its sequence
@@ -209,12 +209,12 @@ def _attend_kernel(
         )
 
         @pl.when(num_parts == 1)
-        def _():
+        def finish():
             total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
             out_ref[b, heads, :] = (acc / total[:, None]).astype(out_ref.dtype)
 
         @pl.when(num_parts > 1)
-        def _():
+        def hand_over():
             part_out_ref[part, heads, :] = acc
             part_max_ref[part, heads] = running_max
             part_sum_ref[part, heads] = running_sum
@@ -241,7 +241,7 @@ def _combine_kernel(
     num_parts = _num_parts(jnp.clip(counts_ref[b], 0, capacity), part_rows)
 
     @pl.when(num_parts > 1)
-    def _():
+    def combine():
         first = jnp.sum(jnp.where(sequences < b, parts, 0))
 
         def step(i, carry):
