@@ -105,7 +105,9 @@ def round_to(problem: Problem, dtype) -> Problem:
 def run(problem: Problem, dtype, implementation, interpret=False, pool=lambda pool: pool) -> np.ndarray:
     q, k_pool, v_pool = (jnp.asarray(x, dtype) for x in (problem.q, problem.k_pool, problem.v_pool))
     attend = functools.partial(span_decode_attention, scale=problem.scale, implementation=implementation, interpret=interpret)
-    out = jax.jit(attend)(q, pool(k_pool), pool(v_pool), jnp.asarray(problem.slots), jnp.asarray(problem.counts))
+    # The interpreter's program runs for a moment and compiles for seconds.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} if interpret else None
+    out = jax.jit(attend, compiler_options=options)(q, pool(k_pool), pool(v_pool), jnp.asarray(problem.slots), jnp.asarray(problem.counts))
     assert out.dtype == q.dtype and out.shape == q.shape
     return np.asarray(out).astype(np.float64)
 
@@ -119,16 +121,14 @@ def test_float32_matches_oracle(case, implementation, interpret):
 
 
 @pytest.mark.parametrize("implementation, interpret", [("xla", False), *KERNELS])
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["gqa_3", "head_128", "batch_1"])
+@pytest.mark.parametrize("name, dtype", [("gqa_3", ml_dtypes.bfloat16), ("head_128", np.float16), ("batch_1", ml_dtypes.bfloat16)])
 def test_half_precision_within_budget(name, dtype, implementation, interpret):
     problem = round_to(make_problem(CASE[name]), dtype)
     assert within_budget(run(problem, dtype, implementation, interpret), problem, dtype)
 
 
 @pytest.mark.parametrize("interpret", MOSAIC)
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name, splits", [("kv_8", 1), ("kv_16", 2)])
+@pytest.mark.parametrize("name, splits, dtype", [("kv_8", 1, np.float16), ("kv_16", 2, ml_dtypes.bfloat16)])
 def test_mosaic_within_budget(name, splits, dtype, interpret):
     problem = round_to(make_problem(CASE[name]), dtype)
     arrays = (jnp.asarray(x, dtype) for x in (problem.q, problem.k_pool, problem.v_pool))
