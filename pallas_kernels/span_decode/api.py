@@ -84,11 +84,11 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, *, inter
 
 def _device_reason(least_capability: int) -> str | None:
     device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"needs a CUDA device, the default device is a {device.platform} (interpret=True runs anywhere)"
-    capability = int(device.compute_capability.replace(".", ""))
-    if capability < least_capability:
-        return f"needs compute capability {least_capability / 10}, {device.device_kind} has {capability / 10}"
+    capability = getattr(device, "compute_capability", "").replace(".", "")  # "90"; "gfx942" on AMD devices
+    if device.platform != "gpu" or not capability.isdigit():
+        return f"needs a CUDA device, the default device is a {device.device_kind} (interpret=True runs anywhere)"
+    if int(capability) < least_capability:
+        return f"needs compute capability {least_capability / 10}, {device.device_kind} has {int(capability) / 10}"
     return None
 
 

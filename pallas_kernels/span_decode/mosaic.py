@@ -5,18 +5,19 @@ The formula, the bytes and the numerics are those of the Triton kernel (triton.p
 How: a program owns 8 kv heads and a part of one sequence's named rows. The 8 heads of a row stand
 next to each other in the pool, so one TMA copy moves a row: 2 KiB at H 128, where one head
 alone would be 256 bytes and the copy engine would be the limit. In shared memory the (row, head)
-pairs of a tile are the 128 keys of an ordinary flash-attention step, and all query heads of the 8
-kv heads are its 64 queries (unused ones are garbage that is never stored); a mask keeps the
-pairs of a query's own kv head. That wastes seven eighths of the matrix unit, which a decode step
+pairs of a tile are the keys of an ordinary flash-attention step, and all query heads of the 8 kv
+heads are its 64 queries (unused ones are garbage that is never stored); a mask keeps the pairs of
+a query's own kv head. That wastes seven eighths of the matrix unit, which a decode step
 leaves idle anyway, and in return single rows land in swizzled tiles: 8 rows are the
 least that such a tile can be cut into. A warpgroup issues copies, a warpgroup computes.
 
 The rows of a sequence are divided evenly over `splits` programs, whatever the other sequences
-have; the parts are put together by log-sum-exp in plain JAX.
+have, so a long one is not spread over the machine as in triton.py; the parts are put together by
+log-sum-exp in plain JAX.
 
-Why the query group is not the small side N of the product: then key rows would be the rows M of
-the accumulator, the softmax would reduce across warps, and the weights would have to
-go through shared memory to become an operand again.
+The keys are on the wide side N of the product and not on M, so that the softmax of a query stays
+inside a warp. The weights go through shared memory although wgmma would take them from registers:
+the interpreter of JAX 0.11.2 would not.
 
 Seen on JAX 0.10.2 and 0.11.2 (lowering), 0.11.2 (runs).
 """
@@ -148,7 +149,7 @@ def _kernel(
     num_tiles = jax.lax.div(stop - start + (config.tile_rows - 1), config.tile_rows)
 
     @pl.when(jax.lax.axis_index("warpgroup") == 1)
-    def _copy():
+    def copy():
         plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first_head, heads)], q_smem.at[pl.ds(0, heads)], q_ready)
 
         def tile_slots(tile):
@@ -161,7 +162,7 @@ def _kernel(
             next_rows = tile_slots(tile + 1)  # on their way while this tile's copies are issued
 
             @pl.when(tile >= stages)
-            def _():
+            def wait_until_free():
                 plgpu.barrier_wait(consumed.at[stage])
 
             for pool_ref, smem, ready in ((k_ref, k_smem, k_ready), (v_ref, v_smem, v_ready)):
@@ -176,7 +177,7 @@ def _kernel(
         jax.lax.fori_loop(0, num_tiles, copy_tile, tile_slots(0))
 
     @pl.when(jax.lax.axis_index("warpgroup") == 0)
-    def _attend():
+    def attend():
         plgpu.barrier_wait(q_ready)
         by_query = plgpu.Layout.WGMMA.reduce(1)
         query = plgpu.broadcasted_iota(jnp.int32, (QUERIES, keys), 0, layout=plgpu.Layout.WGMMA)

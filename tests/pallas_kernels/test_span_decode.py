@@ -256,6 +256,8 @@ def test_backend_says_what_it_cannot_do():
     with pytest.raises(NotImplementedError, match="'triton': head size"):
         span_decode_attention(*odd.values(), implementation="triton", interpret=True)
     np.testing.assert_array_equal(span_decode_attention(*odd.values()), 1.0)  # None picks one that can
+    assert "no interpreter" in unsupported_reason("jax_triton", odd["q"], odd["k_pool"], interpret=True)
+    assert "int8 pools" in unsupported_reason("jax_triton", odd["q"], quantize_pool(odd["k_pool"]))
 
 
 @pytest.mark.parametrize("shape", [{"batch": 0}, {"capacity": 0}])
