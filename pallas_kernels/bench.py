@@ -400,14 +400,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.plot:
         if not args.json or not args.json.exists():
-            parser.error("--plot needs --json FILE with the results of an earlier run")
+            parser.exit(2, "error: --plot needs --json FILE with the results of an earlier run\n")
         plot(json.loads(args.json.read_text()), args.plot)
         return 0
     by_name = {shape.name: shape for shape in SHAPES}
     if unknown := [name for name in args.shapes.split(",") if name not in by_name]:
-        parser.error(f"unknown shape {unknown[0]!r}, choose from {', '.join(by_name)}")
+        parser.exit(2, f"error: unknown shape {unknown[0]!r}, choose from {', '.join(by_name)}\n")
     if jax.devices()[0].platform != "gpu":
-        parser.error(f"needs a GPU, the default device is a {jax.devices()[0].platform}")
+        parser.exit(2, f"error: needs a GPU, the default device is a {jax.devices()[0].platform}\n")
 
     ceiling_tbps = read_ceiling_tbps()
     device = jax.devices()[0].device_kind
