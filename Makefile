@@ -13,7 +13,7 @@ demo: .venv/runtime
 	$(BIN)/python decode.py generate checkpoints/arithmetic-tiny "$(EXPR)"
 
 test: .venv/development
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 lint: .venv/development
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from selfspan_jax import spans
 
 T = TypeVar("T")
 Attention = Literal["span", "dense", "window"]
-Implementation = Literal["reference", "xla", "triton", "mosaic"]  # of the decode attention kernel
+Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
 
 
 def _require(condition: bool, config: Any, field: str, allowed: str) -> None:

@@ -121,7 +121,7 @@ def evaluate(
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # alike lengths end at about the same step
     results: dict[int, Result] = {}
     seconds = compile_seconds = 0.0
-    bar = tqdm(total=len(ids), desc=f"decode ({attention})", unit="prompt", disable=None if progress else True)
+    bar = tqdm(total=len(ids), desc=f"decode ({attention})", unit="prompt", leave=False, disable=None if progress else True)
     with bar:
         for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]

@@ -12,6 +12,7 @@ import pytest
 import decode
 import train
 from data.__main__ import main as data_main
+from pallas_kernels import bench
 from tests.test_commands import TOY
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,7 @@ SMALLER = {
     "train.py": (train.main, TOY),
     "decode.py": (decode.main, ["--num-examples", "4"]),
     "data": (data_main, ["--num-examples", "30"]),
+    "pallas_kernels.bench": (bench.main, ["--help"]),  # it wants a GPU, or minutes
 }
 
 
@@ -66,7 +68,7 @@ def test_the_commands_of_the_readme_run(workplace, monkeypatch):
             subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
             continue
         words = words[3:] if words[1] == "-m" else words[2:]
-        name = re.search(r"train\.py|decode\.py|(?<=-m )data", line)[0]
+        name = re.search(r"train\.py|decode\.py|(?<=-m )[\w.]+", line)[0]
         main, smaller = SMALLER[name]
         smaller = [] if "--num-examples" not in words and name == "decode.py" else smaller
         # Only the first run of train.py is worth its time here; that the others are understood is seen from their help.
@@ -79,7 +81,7 @@ def test_the_commands_of_the_readme_run(workplace, monkeypatch):
                 main()
         except SystemExit as exit:
             assert not exit.code, line
-    assert seen == {"train.py", "decode.py", "data"}
+    assert seen == set(SMALLER)
     assert (workplace / "runs" / "eval.json").exists() and (workplace / "corpora" / "small" / "card.json").exists()
 
 

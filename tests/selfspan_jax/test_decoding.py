@@ -34,13 +34,15 @@ def assert_decodes_like_one_forward(model, rows, prompt_lengths, masks, config):
     ended = np.array([VOCAB.eos_id in row[:0] for row in rows])
     for step in range(LENGTH - max(prompt_lengths)):
         at = np.array(prompt_lengths) + step
+        logits = np.asarray(state.logits)
         for b in np.flatnonzero(~ended):
-            np.testing.assert_allclose(state.logits[b], expected[b, at[b] - 1], atol=TOLERANCE, rtol=TOLERANCE, err_msg=f"{b} {step}")
+            np.testing.assert_allclose(logits[b], expected[b, at[b] - 1], atol=TOLERANCE, rtol=TOLERANCE, err_msg=f"{b} {step}")
         tokens = np.array([row[i] for row, i in zip(rows, at)])
         state = decoding.feed(model, state, tokens, config)
+        slot_rows, counts, table = map(np.asarray, (state.slots.rows, state.slots.counts, state.cache.table))
         for b in np.flatnonzero(~ended):
-            rows_read = np.sort(np.asarray(state.slots.rows[b, : state.slots.counts[b]]))
-            np.testing.assert_array_equal(rows_read, state.cache.table[b][np.flatnonzero(masks[b][at[b]])])
+            rows_read = np.sort(slot_rows[b, : counts[b]])
+            np.testing.assert_array_equal(rows_read, table[b][np.flatnonzero(masks[b][at[b]])])
         ended |= tokens == VOCAB.eos_id  # a sequence that is done is no longer computed
     return state
 
@@ -104,7 +106,7 @@ def generate_by_whole_forwards(model, prompt, steps):
     """Greedy decoding without a cache: one forward under the reference mask per token."""
     tokens = list(prompt)
     for _ in range(steps):
-        width = len(prompt) + steps
+        width = PROMPT_IDS.shape[1] + steps  # one length, one compilation
         masks = [np.array(Reference([*tokens, *[0] * (width - len(tokens))], VOCAB, header_view=model.config.header_view,
                                     prompt_view=model.config.prompt_view,
                                     prompt_window_tokens=model.config.prompt_window_tokens).mask())]  # fmt: skip
@@ -118,24 +120,25 @@ def generate_by_whole_forwards(model, prompt, steps):
 @pytest.mark.parametrize("model", MODELS[::4], ids=VIEW_IDS[::4])
 def test_generate_is_greedy_decoding_without_a_cache(model):
     config = DecodeConfig(max_new_tokens=12)
-    state = decoding.generate(model, PROMPT_IDS, LENGTHS, config)
+    new_tokens = np.asarray(decoding.generate(model, PROMPT_IDS, LENGTHS, config).new_tokens)
     for b, prompt in enumerate(PROMPTS):
         expected = generate_by_whole_forwards(model, prompt, 12)
-        assert list(np.asarray(state.new_tokens[b]))[: len(expected)] == expected
-        assert set(np.asarray(state.new_tokens[b])[len(expected) :]) <= {VOCAB.pad_id}
+        assert list(new_tokens[b, : len(expected)]) == expected
+        assert set(new_tokens[b, len(expected) :]) <= {VOCAB.pad_id}
 
 
 def test_attended_counts_are_those_of_the_mask():
     model, config = MODELS[0], DecodeConfig(max_new_tokens=12)
     state = decoding.generate(model, PROMPT_IDS, LENGTHS, config)
+    new_tokens, num_attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
     for b, prompt in enumerate(PROMPTS):
-        tokens = [*prompt, *np.asarray(state.new_tokens[b])]
+        tokens = [*prompt, *new_tokens[b]]
         views = {key: getattr(model.config, key) for key in VIEWS[0]}
         mask = np.array(Reference(tokens, VOCAB, **views).mask())
         end = tokens.index(VOCAB.eos_id) + 1 if VOCAB.eos_id in tokens else len(tokens)
         expected = mask.sum(axis=1)[len(prompt) : end]
-        np.testing.assert_array_equal(state.num_attended[b][: len(expected)], expected)
-        assert not np.any(state.num_attended[b][len(expected) :])
+        np.testing.assert_array_equal(num_attended[b, : len(expected)], expected)
+        assert not np.any(num_attended[b, len(expected) :])
 
 
 @pytest.mark.parametrize("attention", ["span", "dense", "window"])
@@ -154,8 +157,8 @@ def test_stream_gives_what_generate_gives(attention):
 def test_sequences_of_a_batch_do_not_touch_each_other():
     config = DecodeConfig(max_new_tokens=10)
     together = decoding.generate(MODELS[4], PROMPT_IDS, LENGTHS, config)
-    for b, prompt in enumerate(PROMPTS):
-        alone = decoding.generate(MODELS[4], np.array([prompt], np.int32), LENGTHS[b : b + 1], config)
+    for b in range(len(PROMPTS)):
+        alone = decoding.generate(MODELS[4], PROMPT_IDS[b : b + 1], LENGTHS[b : b + 1], config)
         np.testing.assert_array_equal(together.new_tokens[b], alone.new_tokens[0])
         np.testing.assert_array_equal(together.num_attended[b], alone.num_attended[0])
 

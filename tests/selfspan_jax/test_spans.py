@@ -57,13 +57,14 @@ def test_mask_and_decode_state_are_the_reference_on_any_stream(batch, views):
 @settings(max_examples=60)
 def test_state_of_a_prefix_is_the_state_after_its_tokens(batch, lengths):
     token_ids = jnp.array(batch, jnp.int32)
-    summary = jit_of_prefix(token_ids, jnp.array(lengths, jnp.int32))
-    for b, length in enumerate(lengths):
-        state = empty_state(1, LENGTH)
-        for t in range(length):
-            state = jit_advance(state, token_ids[b : b + 1, t])
-        for field, stepped in vars(state).items():
-            np.testing.assert_array_equal(getattr(summary, field)[b], stepped[0], err_msg=field)
+    summary = jax.tree.map(np.asarray, jit_of_prefix(token_ids, jnp.array(lengths, jnp.int32)))
+    state = empty_state(BATCH, LENGTH)
+    for t in range(LENGTH + 1):
+        for field, stepped in vars(jax.tree.map(np.asarray, state)).items():
+            for b in np.flatnonzero(np.array(lengths) == t):
+                np.testing.assert_array_equal(getattr(summary, field)[b], stepped[b], err_msg=field)
+        if t < LENGTH:
+            state = jit_advance(state, token_ids[:, t])
 
 
 @given(parts=st.lists(streams(5), min_size=3, max_size=3), views=st.sampled_from(VIEWS))
