@@ -33,8 +33,8 @@ class Generate:
     """Directory of a finished model."""
     prompt: Positional[str]
     """An expression: whole numbers, + - * and parentheses."""
-    attention: Attention = "span"
-    """span: what the model names; dense: everything before; window: the first tokens and the most recent ones."""
+    attention: Attention | None = None
+    """span: what the model names; dense: everything before; window: first and recent tokens. Default: as it was trained."""
     stream: bool = False
     """Print tokens as they are decoded."""
     max_new_tokens: int | None = None
@@ -110,8 +110,8 @@ class Eval:
     """Fewest operators; their number is uniform between the bounds."""
     max_ops: int = 12
     """Most operators."""
-    attention: Attention = "span"
-    """span: what the model names; dense: everything before; window: the first tokens and the most recent ones."""
+    attention: Attention | None = None
+    """span: what the model names; dense: everything before; window: first and recent tokens. Default: as it was trained."""
     batch_size: int = 128
     """Sequences decoded together."""
     seed: int = 1
@@ -126,6 +126,7 @@ class Eval:
 
     def run(self) -> None:
         lm, task = load(self.checkpoint)
+        attention = self.attention or lm.model.config.mask
         bounds = (self.ops, self.ops) if self.ops is not None else (self.min_ops, self.max_ops)
         labels = lm.model.vocab.num_labels
         corpus = arithmetic.Corpus(min_ops=bounds[0], max_ops=bounds[1], labelling=task.labelling, num_labels=labels)
@@ -134,7 +135,7 @@ class Eval:
             lm,
             [example.expression.text for example in examples],
             verify=task.verify,
-            attention=self.attention,
+            attention=attention,
             max_new_tokens=max(len(example.response_ids) for example in examples) + 16,
             batch_size=self.batch_size,
             progress=True,
@@ -154,6 +155,7 @@ class Eval:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
         return {
             **settings,
+            "attention": evaluation.results[0].output.attention,
             "checkpoint": self.checkpoint.name,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,

@@ -64,14 +64,20 @@ def claim(run: Run) -> None:
     """Makes the run directory, or checks that it is one of this very run. Raises ValueError that names the differences."""
     file = run.run_dir / "run.json"
     if not file.exists():
-        if run.run_dir.exists() and any(run.run_dir.iterdir()):
+        if run.run_dir.exists() and {path.name for path in run.run_dir.iterdir()} - {"run.partial"}:
             raise ValueError(f"{run.run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
         run.run_dir.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(run.identity(), indent=2) + "\n")
         os.replace(partial, file)
         return
-    there, here = json.loads(file.read_text()), run.identity()
+    here = run.identity()
+    try:
+        there = json.loads(file.read_text())
+        if there.keys() != here.keys():
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise ValueError(f"{file} was not written by this version of train.py: choose another --run-dir") from None
     differences = [
         f"{key} is {old[key]!r} there, {new[key]!r} here"
         for old, new in [(there, {"data": here["data"]}), *((there[part], here[part]) for part in ("model", "training", "corpus"))]

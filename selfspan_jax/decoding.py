@@ -187,12 +187,17 @@ def _jit_run(graph, params, state, until, config):
     )
 
 
+def check_ids(model: Decoder, token_ids: Int[np.ndarray, "..."]) -> None:
+    """Raises ValueError for ids outside the model's vocabulary."""
+    if token_ids.size and not (0 <= token_ids.min() and token_ids.max() < model.vocab_size):
+        raise ValueError(f"token ids from {token_ids.min()} to {token_ids.max()}; the model knows 0 to {model.vocab_size - 1}")
+
+
 def check_prompts(model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig) -> None:
     """Raises ValueError for prompts that the model cannot take."""
     if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
         raise ValueError(f"prompts of shape {token_ids.shape} with lengths of shape {lengths.shape}; expected [B, T] and [B]")
-    if token_ids.size and not (0 <= token_ids.min() and token_ids.max() < model.vocab_size):
-        raise ValueError(f"token ids from {token_ids.min()} to {token_ids.max()}; the model knows 0 to {model.vocab_size - 1}")
+    check_ids(model, token_ids)
     if lengths.size and not (1 <= lengths.min() and lengths.max() <= token_ids.shape[1]):
         raise ValueError(f"prompt lengths from {lengths.min()} to {lengths.max()} in rows of {token_ids.shape[1]}")
     longest = int(lengths.max(initial=0)) + config.max_new_tokens

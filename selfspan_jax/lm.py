@@ -131,7 +131,7 @@ class SpanLM:
         self,
         prompts: str | Sequence[str],
         *,
-        attention: Attention = "span",
+        attention: Attention | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -142,12 +142,14 @@ class SpanLM:
 
         Args:
           prompts: text of the task (for arithmetic: expressions).
-          attention: "span" reads what the model names, "dense" everything, "window" first and recent tokens.
+          attention: "span" reads what the model names, "dense" everything, "window" first and recent tokens; by default
+            what the model was trained with.
           max_new_tokens: default: what the model's context leaves, 1,024 at the most.
           temperature, top_p, seed: 0 is greedy; see DecodeConfig.
 
         Raises: ValueError for a prompt that the task cannot read, or that is too long for the model's context.
         """
+        attention = self._trained(attention)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             return []
@@ -173,21 +175,22 @@ class SpanLM:
         """The text of one response as it is decoded. Options as for `generate`."""
         token_ids, lengths = self.padded([self.task.encode_prompt(prompt)])
         seed = options.pop("seed", 0)
+        options["attention"] = self._trained(options.get("attention"))
         if options.get("max_new_tokens") is None:
             options["max_new_tokens"] = self._room(lengths)
         chunks = decoding.stream(self.model, token_ids, lengths, DecodeConfig(**options), jax.random.key(seed), chunk_tokens=chunk_tokens)
         for chunk in chunks:
             yield self.task.decode(chunk.tokens[0, : _num_written(chunk.tokens[0], self.model.vocab.eos_id)])
 
-    def logits(self, token_ids: Int[np.ndarray, "T"], attention: Attention = "span") -> Float[np.ndarray, "T V"]:
+    def logits(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> Float[np.ndarray, "T V"]:
         """Scores of the next token after each token, float32, in one forward under the mask of a policy."""
         token_ids = self._checked(token_ids)
-        return np.asarray(_forward(*nnx.split(self.model), jnp.asarray(token_ids)[None], attention)[0])
+        return np.asarray(_forward(*nnx.split(self.model), jnp.asarray(token_ids)[None], self._trained(attention))[0])
 
-    def mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention = "span") -> np.ndarray:
+    def mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> np.ndarray:
         """bool [T, T]: which token attends to which."""
         ids = jnp.asarray(self._checked(token_ids))[None]
-        return np.asarray(sequence_mask(ids, self.model.vocab, self.model.config, attention)[0])
+        return np.asarray(sequence_mask(ids, self.model.vocab, self.model.config, self._trained(attention))[0])
 
     def token_texts(self, token_ids: Int[np.ndarray, "T"]) -> list[str]:
         """The written form of each token."""
@@ -210,11 +213,14 @@ class SpanLM:
 
     def _checked(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)
-        config = dataclasses.replace(DecodeConfig(), max_new_tokens=1)
-        if token_ids.ndim != 1 or not len(token_ids):
-            raise ValueError(f"token ids of shape {token_ids.shape}; expected [T], at least one")
-        decoding.check_prompts(self.model, token_ids[None], np.array([len(token_ids) - 1 or 1]), config)
+        context = self.model.config.max_context_tokens
+        if token_ids.ndim != 1 or not 0 < len(token_ids) <= context:
+            raise ValueError(f"token ids of shape {token_ids.shape}; expected [T] with T from 1 to the model's context of {context}")
+        decoding.check_ids(self.model, token_ids)
         return token_ids
+
+    def _trained(self, attention: Attention | None) -> Attention:
+        return self.model.config.mask if attention is None else attention
 
     def output(
         self,

@@ -139,7 +139,7 @@ def train_step(graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, confi
 
 
 class TrainingDiverged(ValueError):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a number."""
 
 
 class MetricsLog:
@@ -217,7 +217,7 @@ def train(
       batches_from: the endless batches whose first example has the given number.
       evaluate: scores of a model, logged every `config.eval_every_steps` and at the end.
 
-    Returns: the trained model. Raises: TrainingDiverged with the step at which the loss was no longer finite.
+    Returns: the trained model. Raises: TrainingDiverged with the step at which the loss or its gradient was not finite.
     """
     graph, state = initial_state(model, config)
     checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
@@ -265,7 +265,7 @@ def train(
 class _Window:
     """The steps since the last line of the log."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.latest: tuple[int, dict[str, Array]] | None = None
         self.restart()
 
@@ -293,5 +293,6 @@ class _Window:
 
 
 def _check_finite(step: int, metrics: dict[str, Array]) -> None:
-    if not math.isfinite(loss := float(metrics["loss"])):
-        raise TrainingDiverged(f"the loss is {loss} at step {step}; the run resumes from its last checkpoint")
+    for name in ("loss", "gradient_norm"):  # a gradient that is no number has spoilt the parameters already
+        if not math.isfinite(value := float(metrics[name])):
+            raise TrainingDiverged(f"the {name} is {value} at step {step}; the run resumes from its last checkpoint")

@@ -150,6 +150,8 @@ def test_what_the_user_of_train_got_wrong_is_said_in_one_line(call, tmp_path):
     assert call(train.main, "arithmetic-tiny", "--run-dir", run_dir, *TOY)[0] == 0
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     (tmp_path / "papers").mkdir()
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "run.json").write_text('{"steps": 5}')
     (tmp_path / "papers" / "thesis.tex").write_text("x")
     errors = {
         "unknown preset": (["arithmetic-huge", "--run-dir", tmp_path / "a"], "arithmetic-huge"),
@@ -157,6 +159,7 @@ def test_what_the_user_of_train_got_wrong_is_said_in_one_line(call, tmp_path):
         "another config": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--seed", 5], "another config: seed is 0 there, 5 here"),
         "another mask": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--mask", "dense"], "mask is 'span' there, 'dense' here"),
         "a directory of something else": (["arithmetic-tiny", "--run-dir", tmp_path / "papers", *TOY], "not a run directory"),
+        "a run of another version": (["arithmetic-tiny", "--run-dir", tmp_path / "older", *TOY], "not written by this version"),
         "no corpus": (["arithmetic-tiny", "--run-dir", tmp_path / "a", "--data", tmp_path / "none", *TOY], "no such directory"),
         "not a corpus": (["arithmetic-tiny", "--run-dir", tmp_path / "a", "--data", tmp_path / "papers", *TOY], "not a corpus directory"),
         "impossible": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--num-kv-heads", 3], "num_kv_heads is 3"),

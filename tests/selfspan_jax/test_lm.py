@@ -58,6 +58,13 @@ def test_dense_decoding_attends_to_everything(lm):
     assert out.attended_fraction == 1.0
 
 
+def test_by_default_a_model_attends_as_it_was_trained_to(lm):
+    assert lm.generate("1+2", max_new_tokens=4).attention == "span"
+    dense = SpanLM(random_model(mask="dense", max_context_tokens=80), _Digits())
+    assert dense.generate("45", max_new_tokens=4).attention == "dense"
+    assert np.all(dense.mask(np.array([1, 11, 4, 3, 12, 5])) == np.tri(6, dtype=bool))
+
+
 def test_window_decoding_attends_to_a_bounded_number(lm):
     out = lm.generate("-".join(["(12*34)"] * 12), attention="window", max_new_tokens=8)
     assert out.prompt_tokens > DecodeConfig.sink_tokens + DecodeConfig.window_tokens
