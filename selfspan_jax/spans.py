@@ -107,11 +107,8 @@ def token_roles(token_ids: Int[Array, "... T"], vocab: SpanVocab, segment_ids: I
     if segment_ids is not None:
         first |= segment_ids != jnp.roll(segment_ids, 1, axis=axis)
     segment_start = last(first)
-    is_eos = token_ids == vocab.eos_id
-    last_eos = last(is_eos)
-    ended = last_eos >= segment_start
-    before = jnp.where(first, -1, jnp.roll(last_eos, 1, axis=axis))
-    active = before < segment_start  # no <eos> before this token in its sequence
+    ended = last(token_ids == vocab.eos_id) >= segment_start
+    active = ~ended  # <eos> itself changes no label, so that it may count as ended already
 
     opens = jnp.where(active, vocab.label_of(token_ids, vocab.seg_base), -1)
     solves = active & (token_ids == vocab.solve_id)
