@@ -59,6 +59,15 @@ def test_named_streams_decode_like_one_forward(model):
     assert_decodes_like_one_forward(model, rows, prompt_lengths, masks, SPAN)
 
 
+@pytest.mark.parametrize("model", [MODELS[0], MODELS[-1]], ids=[VIEW_IDS[0], VIEW_IDS[-1]])
+def test_a_stream_alone_decodes_like_one_forward(model):
+    """In a batch one sequence's span token rebuilds the slots of all; alone, nothing hides a list that should have been rebuilt."""
+    views = {key: getattr(model.config, key) for key in VIEWS[0]}
+    for token_ids, _ in NAMED.values():
+        row = padded([token_ids], LENGTH, fill=4)
+        assert_decodes_like_one_forward(model, row, [MAX_PROMPT - 8], [np.array(Reference(row[0], VOCAB, **views).mask())], SPAN)
+
+
 @given(
     batch=st.lists(streams(LENGTH), min_size=4, max_size=4),
     prompt_lengths=st.lists(st.integers(1, MAX_PROMPT), min_size=4, max_size=4),
