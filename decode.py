@@ -6,8 +6,6 @@ python decode.py eval checkpoints/arithmetic-tiny --num-examples 1000
 
 import dataclasses
 import itertools
-import json
-import os
 from pathlib import Path
 from typing import cast
 
@@ -64,7 +62,7 @@ class Generate:
         out = lm.generate(self.prompt, **options)
         print(shown(out, task.verify(self.prompt, out.response_ids)))
         if self.json:
-            write_json(self.json, {"checkpoint": self.checkpoint.name, **described(out)})
+            commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **described(out)})
         if self.plot:
             self.plot.parent.mkdir(parents=True, exist_ok=True)
             out.plot().savefig(self.plot, dpi=100)
@@ -149,7 +147,7 @@ class Eval:
         if wrong := next((r for r in evaluation.results if not r.verdict.steps_right), None):
             print(f"first wrong: {wrong.output.prompt}: {wrong.verdict.message}")
         if self.json:
-            write_json(self.json, self.report(evaluation, by_ops))
+            commandline.write_json(self.json, self.report(evaluation, by_ops))
 
     def report(self, evaluation: Evaluation, by_ops: dict[int, Scores]) -> dict:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
@@ -171,14 +169,6 @@ def table(rows: dict[str, Scores]) -> str:
         answer, step, span, fraction, tokens = (getattr(scores, column) for column in columns)
         lines.append(f"{name:>9}  {scores.num_examples:>8}  {answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {tokens:7.1f}")
     return "\n".join(lines)
-
-
-def write_json(file: Path, values: dict) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, file)
 
 
 def main() -> None:

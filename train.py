@@ -64,12 +64,9 @@ def claim(run: Run) -> None:
     """Makes the run directory, or checks that it is one of this very run. Raises ValueError that names the differences."""
     file = run.run_dir / "run.json"
     if not file.exists():
-        if run.run_dir.exists() and {path.name for path in run.run_dir.iterdir()} - {"run.partial"}:
+        if run.run_dir.exists() and {path.name for path in run.run_dir.iterdir()} - {".run.json.partial"}:
             raise ValueError(f"{run.run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
-        run.run_dir.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(run.identity(), indent=2) + "\n")
-        os.replace(partial, file)
+        commandline.write_json(file, run.identity())
         return
     here = run.identity()
     try:
@@ -176,9 +173,16 @@ def main() -> None:
             print(f"this run is finished: {run.run_dir / 'model'}")
             return
         num_examples = run.training.eval_examples
-        evaluation = (lambda model: score(model, task, run, num_examples)) if num_examples else None
-        model = training.train(model, run.training, batches_from=batches_from, run_dir=run.run_dir, evaluate=evaluation)
-        scores = score(model, task, run, num_examples) if num_examples else {}
+        scores: dict[str, float] = {}
+
+        def evaluation(model: Decoder) -> dict[str, float]:
+            scores.update(score(model, task, run, num_examples))
+            return scores
+
+        evaluates = evaluation if num_examples else None
+        model = training.train(model, run.training, batches_from=batches_from, run_dir=run.run_dir, evaluate=evaluates)
+        if evaluates and not scores:  # resumed after its last step
+            evaluation(model)
         checkpoint.save_model(run.run_dir / "model", model, task.to_json(), card(run, model, preset, scores))
         print(f"finished: {run.run_dir / 'model'}")
 

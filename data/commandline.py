@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
@@ -57,6 +60,14 @@ def _unboxed(box: str) -> str:
     hints = [f"did you mean {' or '.join(sorted(options))}?"] if options else []
     hints += [section[0].lower() + section[1:] for section in advice if section.startswith(("For full helptext", "Available"))]
     return "; ".join([problem, *hints])
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, file)
 
 
 @contextlib.contextmanager

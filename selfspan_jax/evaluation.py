@@ -116,7 +116,7 @@ def evaluate(
     """
     ids = [lm.task.encode_prompt(prompt) for prompt in prompts]
     batch_size = min(batch_size, len(ids))
-    width = lm.padded(ids)[0].shape[1]
+    token_ids, lengths = lm.padded(ids)
     config = DecodeConfig(attention=attention, max_new_tokens=max_new_tokens)
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # alike lengths end at about the same step
     results: dict[int, Result] = {}
@@ -126,19 +126,16 @@ def evaluate(
         for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]
             filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]  # the last batch repeats a prompt, for one shape
-            token_ids, lengths = lm.padded([ids[i] for i in filled])
-            token_ids = np.pad(token_ids, ((0, 0), (0, width - token_ids.shape[1])), constant_values=lm.model.vocab.pad_id)
+            batch = (token_ids[filled], lengths[filled])
             if start == 0:
                 began = time.perf_counter()
-                decoding.compile_generate(lm.model, token_ids, lengths, config)
+                decoding.compile_generate(lm.model, *batch, config)
                 compile_seconds = time.perf_counter() - began
             began = time.perf_counter()
-            state = jax.block_until_ready(decoding.generate(lm.model, token_ids, lengths, config))
+            state = jax.block_until_ready(decoding.generate(lm.model, *batch, config))
             seconds += time.perf_counter() - began
-            tokens, attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
-            unresolved = np.asarray(state.span.unresolved_refs)
-            for b, i in enumerate(chosen):
-                output = lm.output(prompts[i], ids[i], tokens[b], attended[b], attention, int(unresolved[b]))
+            outputs = lm.outputs([prompts[i] for i in chosen], [ids[i] for i in chosen], state, attention)
+            for i, output in zip(chosen, outputs, strict=True):
                 results[i] = Result(output, verify(prompts[i], output.response_ids))
             bar.update(len(chosen))
     return Evaluation(tuple(results[i] for i in range(len(ids))), seconds, compile_seconds)

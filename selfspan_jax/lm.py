@@ -163,12 +163,7 @@ class SpanLM:
             implementation=implementation,
         )
         state = decoding.generate(self.model, token_ids, lengths, config, jax.random.key(seed))
-        tokens, attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
-        unresolved = np.asarray(state.span.unresolved_refs)
-        outputs = [
-            self.output(text, prompt, tokens[b], attended[b], attention, int(unresolved[b]))
-            for b, (text, prompt) in enumerate(zip(texts, ids, strict=True))
-        ]
+        outputs = self.outputs(texts, ids, state, attention)
         return outputs[0] if isinstance(prompts, str) else outputs
 
     def stream(self, prompt: str, *, chunk_tokens: int = 8, **options: Any) -> Iterator[str]:
@@ -222,7 +217,18 @@ class SpanLM:
     def _trained(self, attention: Attention | None) -> Attention:
         return self.model.config.mask if attention is None else attention
 
-    def output(
+    def outputs(
+        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: decoding.DecodeState, attention: Attention
+    ) -> list[Output]:
+        """What was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
+        tokens, attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
+        unresolved = np.asarray(state.span.unresolved_refs)
+        return [
+            self._output(prompt, ids, tokens[b], attended[b], attention, int(unresolved[b]))
+            for b, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
+        ]
+
+    def _output(
         self,
         prompt: str,
         prompt_ids: Int[np.ndarray, "T"],
@@ -231,7 +237,6 @@ class SpanLM:
         attention: Attention,
         unresolved_refs: int,
     ) -> Output:
-        """What `generate` returns for one sequence of a decoded batch."""
         eos_id = self.model.vocab.eos_id
         written = _num_written(new_tokens, eos_id)
         response = new_tokens[:written]
