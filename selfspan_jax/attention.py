@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,11 @@ def masked_attention(
     """softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G. For training and prefill."""
     with jax.numpy_dtype_promotion("standard"):  # the library promotes its own scores
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation or default_implementation(q))
+
+
+def attend_under(mask: Bool[Array, "B T T"]) -> Callable[[Array, Array, Array, Any], tuple[Array, Any]]:
+    """The attention that a `Decoder` takes for whole sequences without a cache."""
+    return lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache)
 
 
 def cached_attention(

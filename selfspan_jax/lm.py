@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from selfspan_jax import checkpoint, decoding
-from selfspan_jax.attention import masked_attention, sequence_mask
+from selfspan_jax.attention import attend_under, sequence_mask
 from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import token_roles
@@ -284,5 +284,5 @@ def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"
     model = nnx.merge(graph, params)
     mask = sequence_mask(token_ids, model.vocab, model.config, attention)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
-    hidden, _ = model(token_ids, positions, lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache))
+    hidden, _ = model(token_ids, positions, attend_under(mask))
     return model.logits(hidden)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from selfspan_jax.attention import masked_attention, sequence_mask
+from selfspan_jax.attention import attend_under, sequence_mask
 from selfspan_jax.checkpoint import TrainingCheckpoints
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder
@@ -100,7 +100,7 @@ def initial_state(model: Decoder, config: TrainConfig) -> tuple[nnx.GraphDef, Tr
 def loss_sums(model: Decoder, batch: DeviceBatch) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Cross-entropy of the targets, summed over them, with their number and how many are predicted right."""
     mask = sequence_mask(batch.token_ids, model.vocab, model.config, model.config.mask, segment_ids=batch.segment_ids)
-    hidden, _ = model(batch.token_ids, batch.positions, lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache))
+    hidden, _ = model(batch.token_ids, batch.positions, attend_under(mask))
     logits = model.logits(hidden[:, :-1])
     targets, weights = batch.token_ids[:, 1:], batch.target_mask[:, 1:].astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
