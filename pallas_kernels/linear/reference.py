@@ -1,0 +1,57 @@
+"""The formula in plain JAX: in float32, and as a model in the dtype of `x` writes it."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
+
+
+def reference_linear(
+    x: jax.Array, weight: Weight, norm: jax.Array | None, residual: jax.Array | None, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype
+) -> jax.Array:
+    """Everything in float32, rounded once at the end; shapes as in `fused_linear`, `x` `[B, D]`."""
+    out_dtype = jnp.dtype(out_dtype)
+    wide = x.astype(jnp.float32)
+    if norm is not None:
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
+        wide *= norm.astype(jnp.float32)[None, :]
+    rows = weight_values(weight).astype(jnp.float32)
+    if isinstance(weight, QuantizedWeight):
+        rows *= weight.scales[:, None]
+    out = jnp.einsum("bd,md->bm", wide, rows, precision=jax.lax.Precision.HIGHEST)
+    if gated:
+        gate, up = jnp.split(out, 2, axis=-1)
+        out = jax.nn.silu(gate) * up
+    if residual is not None:
+        out += residual.astype(jnp.float32)
+    return out.astype(out_dtype)
+
+
+def xla_linear(
+    x: jax.Array, weight: Weight, norm: jax.Array | None, residual: jax.Array | None, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype
+) -> jax.Array:
+    """As a Llama in the dtype of `x` computes it, differentiable: the path of training and prefill.
+
+    RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`, in which the gate
+    and the residual follow. Float32 products are float32 products, not TF32.
+    """
+    if norm is not None:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
+        x = wide.astype(x.dtype) * norm.astype(x.dtype)[None, :]
+    quantized = isinstance(weight, QuantizedWeight)
+    out = jax.lax.dot_general(
+        x,
+        weight_values(weight).astype(x.dtype),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32 if quantized else out_dtype,
+    )
+    if isinstance(weight, QuantizedWeight):
+        out = (out * weight.scales[None, :]).astype(out_dtype)
+    if gated:
+        gate, up = jnp.split(out, 2, axis=-1)
+        out = jax.nn.silu(gate) * up
+    if residual is not None:
+        out += residual.astype(out_dtype)
+    return out
