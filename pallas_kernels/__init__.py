@@ -1,5 +1,8 @@
 """Accelerator kernels of selfspan. Depends on JAX only; knows nothing of spans or models."""
 
+from pallas_kernels.linear import QuantizedWeight, fused_linear, quantize_weight
+from pallas_kernels.rotary import rotate_and_write
+from pallas_kernels.row_lists import update_row_lists
 from pallas_kernels.span_decode import (
     QuantizedPool,
     expected_bytes,
@@ -10,8 +13,13 @@ from pallas_kernels.span_decode import (
 
 __all__ = [
     "QuantizedPool",
+    "QuantizedWeight",
     "expected_bytes",
+    "fused_linear",
     "quantize_pool",
+    "quantize_weight",
+    "rotate_and_write",
     "span_decode_attention",
     "unsupported_reason",
+    "update_row_lists",
 ]
