@@ -1,10 +1,14 @@
 """The public function: check the arguments, choose an implementation, call it."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import device_reason
+from pallas_kernels.linear import triton
+from pallas_kernels.linear.heuristics import linear_config
 from pallas_kernels.linear.reference import reference_linear, xla_linear
 from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
 
@@ -57,6 +61,8 @@ def fused_linear(
         implementation = _best_implementation(rows, weight, norm)
     elif reason := unsupported_reason(implementation, x, weight, norm=norm, gated=gated, interpret=interpret):
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+    if implementation == "triton":
+        return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, residual).reshape(out_shape)
     compute = reference_linear if implementation == "reference" else xla_linear
     return compute(rows, weight, norm, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
 
@@ -69,7 +75,9 @@ def unsupported_reason(
         raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
     if implementation in ("reference", "xla"):
         return None
-    return "not there yet"
+    if not interpret and (reason := device_reason(80)):
+        return reason
+    return triton.unsupported_reason(x.reshape(-1, x.shape[-1]), weight, norm, gated)
 
 
 def expected_bytes(
@@ -89,6 +97,22 @@ def expected_bytes(
 
 def _num_results(weight: Weight, gated: bool) -> int:
     return weight.shape[0] // 2 if gated else weight.shape[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, residual):
+    num_inputs, item_bytes = x.shape[1], weight_values(weight).dtype.itemsize
+    config = linear_config(x.shape[0], _num_results(weight, gated), num_inputs, item_bytes, gated)
+    options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "config": config, "interpret": interpret}
+    return triton.triton_linear(x, weight, norm, residual, **options)
+
+
+@_dispatch.defjvp
+def _no_gradient(*_):
+    raise NotImplementedError("implementation='triton' of fused_linear has no gradient: train with implementation='xla'")
+
+
+_triton = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3))  # so that a model's layers trace it once
 
 
 def _best_implementation(x: jax.Array, weight: Weight, norm: jax.Array | None) -> str:

@@ -1,0 +1,144 @@
+"""Products of few rows with a large matrix, as a Pallas kernel with the Triton lowering (Ampere and newer).
+
+For row `b` and output `m`, with the normalised row `n[b] = x[b] rsqrt(mean(x[b]^2) + eps) * norm` (or `x[b]` without norm):
+
+    product[b, m] = scales[m] sum_d n[b, d] weight[m, d]
+    out[b, m]     = product[b, m] + residual[b, m]                                     plain
+    out[b, f]     = silu(product[b, f]) product[b, F + f] + residual[b, f]             gated
+
+Why it exists: a decode step reads every weight once to multiply it with a few rows, so its time is that of the bytes
+(`expected_bytes()`), and everything else is to be hidden behind them. XLA gives the norm, the gate and often the residual
+kernels of their own, each a launch and a walk through memory in every layer, and starts the matrix when they are done.
+
+How: a program owns a tile of outputs and walks over the inputs in chunks, several of which are on their way at any time.
+The weights stand on the long side of the matrix unit's product and the rows of `x` on its short one (8 rows are enough).
+The factor rsqrt(...) of a row does not depend on d, so it is applied after the sum: the squares are summed up
+along the same walk, and no program waits for a norm. The last tile is moved back to end with the matrix; what it shares with the
+one before it is computed and stored twice, to the same bits.
+
+Numerics: x * norm is rounded once to the dtype of `x` (Llama rounds the normalised row and then the product with the scale);
+sums, norm, gate and residual are float32, and the result is rounded once. float32 uses IEEE products. Int8 weights are
+widened to the dtype of `x`, which is exact; their scales multiply the float32 sums.
+
+Seen on JAX 0.10.2 and 0.11.2. JAX 0.11 deprecates this lowering.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.linear.heuristics import LinearConfig
+from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
+
+LEAST_ROWS = 8  # of the short side of the matrix unit's product
+MOST_ROWS = 64  # beyond, this is a job for a kernel bound by arithmetic
+LEAST_OUTPUTS = 16  # of the long side
+LEAST_INPUTS = 16  # of a step of the matrix unit
+
+
+def unsupported_reason(x: jax.Array, weight: Weight, norm: jax.Array | None, gated: bool) -> str | None:
+    """Why this kernel cannot run on such arrays, `x` `[B, D]`; None when it can."""
+    values = weight_values(weight)
+    num_results = values.shape[0] // 2 if gated else values.shape[0]
+    if x.shape[0] > MOST_ROWS:
+        return f"at most {MOST_ROWS} rows, got {x.shape[0]}"
+    if x.shape[1] % LEAST_INPUTS:
+        return f"the number of inputs must be a multiple of {LEAST_INPUTS}, got {x.shape[1]}"
+    if num_results < LEAST_OUTPUTS:
+        return f"at least {LEAST_OUTPUTS} outputs, got {num_results}"
+    if values.dtype not in (x.dtype, jnp.int8):
+        return f"{values.dtype} weights for {x.dtype} rows would be read at twice the bytes: cast them once"
+    if norm is not None and x.dtype == jnp.float16:
+        return "float16 rows times the norm's scale may overflow before they are normalised"
+    if values.dtype == jnp.int8 and 2**31 <= values.size <= 2**32:
+        # Pallas counts elements of arrays up to 4 GiB in 32 bits, which only int8 arrays overflow.
+        return f"int8 weights between 2 and 4 GiB overflow 32-bit offsets, got {values.size} bytes"
+    return None
+
+
+def triton_linear(
+    x: jax.Array,
+    weight: Weight,
+    norm: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    norm_eps: float,
+    gated: bool,
+    out_dtype: jnp.dtype,
+    config: LinearConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """Run the kernel; shapes as in `fused_linear`, `x` `[B, D]`, already checked."""
+    values = weight_values(weight)
+    num_results = values.shape[0] // 2 if gated else values.shape[0]
+    optional = {
+        "scales": weight.scales if isinstance(weight, QuantizedWeight) else None,
+        "norm": None if norm is None else norm.astype(x.dtype),
+        "residual": residual,
+    }
+    optional = {name: array for name, array in optional.items() if array is not None}
+    return pl.pallas_call(
+        functools.partial(_kernel, optional=tuple(optional), norm_eps=norm_eps, gated=gated, config=config),
+        grid=(pl.cdiv(num_results, config.tile_outputs),),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], num_results), out_dtype),
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name="fused_linear",
+    )(x, values, *optional.values())
+
+
+def _kernel(
+    x_ref,  # [B, D]
+    weight_ref,  # [M, D], M = 2 F if gated
+    *refs,  # those of scales [M], norm [D] and residual [B, M or F] that `optional` names, then out_ref [B, M or F]
+    optional: tuple[str, ...],
+    norm_eps: float,
+    gated: bool,
+    config: LinearConfig,
+):
+    *optional_refs, out_ref = refs
+    ref_of = dict(zip(optional, optional_refs, strict=True))
+    tile, chunk = config.tile_outputs, config.chunk_inputs
+    (batch, num_inputs), num_results = x_ref.shape, out_ref.shape[1]
+    start = jnp.minimum(pl.program_id(0) * tile, num_results - tile)
+    starts = (start, num_results + start) if gated else (start,)  # of the gate and of the up outputs
+
+    padded = max(LEAST_ROWS, pl.next_power_of_2(batch))
+    own = (pl.ds(0, padded), pl.ds(start, tile))
+    present = jnp.arange(padded, dtype=jnp.int32)[:, None] < batch  # rows beyond the batch are neither read nor written
+
+    def step(i, carry):
+        squares, sums = carry
+        inputs = pl.ds(i * chunk, chunk)
+        x = plt.load(x_ref.at[pl.ds(0, padded), inputs], mask=jnp.broadcast_to(present, (padded, chunk)), other=0.0)  # [B, chunk]
+        if "norm" in ref_of:
+            squares += jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)
+            x *= ref_of["norm"][inputs][None, :]
+        rows = (weight_ref[pl.ds(first, tile), inputs].astype(x.dtype) for first in starts)  # [tile, chunk] each
+        return squares, tuple(total + _dot(part, x) for total, part in zip(sums, rows, strict=True))
+
+    zeros = (jnp.zeros((padded,), jnp.float32), (jnp.zeros((tile, padded), jnp.float32),) * len(starts))
+    squares, products = jax.lax.fori_loop(0, num_inputs // chunk, step, zeros)
+
+    if "scales" in ref_of:
+        products = tuple(p * ref_of["scales"][pl.ds(first, tile)][:, None] for p, first in zip(products, starts, strict=True))
+    if "norm" in ref_of:
+        factors = jax.lax.rsqrt(squares / num_inputs + norm_eps)
+        products = tuple(p * factors[None, :] for p in products)
+    out = products[0]
+    if gated:
+        out = out / (1.0 + jnp.exp(-out)) * products[1]
+    out = out.T  # [B, tile]
+    mask = jnp.broadcast_to(present, out.shape)
+    if "residual" in ref_of:
+        out += plt.load(ref_of["residual"].at[own], mask=mask, other=0.0).astype(jnp.float32)
+    plt.store(out_ref.at[own], out.astype(out_ref.dtype), mask=mask)
+
+
+def _dot(a, b):
+    """`[M, D]` times `[N, D]` is `[M, N]`, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
