@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import span_decode_attention
+from pallas_kernels import rotate_and_write, span_decode_attention
 from selfspan_jax import spans
 from selfspan_jax.cache import SlotList
 from selfspan_jax.config import Attention, DecodeConfig, Implementation, ModelConfig
+from selfspan_jax.model import Angles, Attend
 
 SequenceImplementation = Literal["xla", "cudnn"]
 
@@ -26,8 +26,13 @@ def sequence_mask(
     segment_ids: Int[Array, "B T"] | None = None,
     sink_tokens: int = DecodeConfig.sink_tokens,
     window_tokens: int = DecodeConfig.window_tokens,
-) -> Bool[Array, "B T T"]:
-    """Which tokens attend to which under a policy; `segment_ids` keeps packed sequences apart."""
+    first_query: int | Int[Array, ""] = 0,
+    num_queries: int | None = None,
+) -> Bool[Array, "B Q T"]:
+    """Which tokens attend to which under a policy; `segment_ids` keeps packed sequences apart.
+
+    `first_query` and `num_queries` choose rows of the mask, by default all T.
+    """
     if attention == "span":
         return spans.attention_mask(
             token_ids,
@@ -36,15 +41,20 @@ def sequence_mask(
             prompt_view=config.prompt_view,
             prompt_window_tokens=config.prompt_window_tokens,
             segment_ids=segment_ids,
+            first_query=first_query,
+            num_queries=num_queries,
         )
-    index = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
-    distance = index[:, None] - index[None, :]
+    batch, num_tokens = token_ids.shape
+    num_queries = num_tokens if num_queries is None else num_queries
+    index = jnp.arange(num_tokens, dtype=jnp.int32)
+    distance = (first_query + jnp.arange(num_queries, dtype=jnp.int32))[:, None] - index[None, :]
     mask = distance >= 0
     if attention == "window":
         mask &= (distance < window_tokens) | (index[None, :] < sink_tokens)
-    mask = jnp.broadcast_to(mask[None], (*token_ids.shape, token_ids.shape[1]))
+    mask = jnp.broadcast_to(mask[None], (batch, num_queries, num_tokens))
     if segment_ids is not None:
-        mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        queries = jax.lax.dynamic_slice_in_dim(segment_ids, first_query, num_queries, axis=1)
+        mask &= queries[:, :, None] == segment_ids[:, None, :]
     return mask
 
 
@@ -56,9 +66,9 @@ def default_implementation(q: Float[Array, "B T N H"]) -> SequenceImplementation
 
 def masked_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    mask: Bool[Array, "B T T"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
     implementation: SequenceImplementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G. For training and prefill."""
@@ -66,17 +76,41 @@ def masked_attention(
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation or default_implementation(q))
 
 
-def attend_under(mask: Bool[Array, "B T T"]) -> Callable[[Array, Array, Array, Any], tuple[Array, Any]]:
+def rotate(x: Float[Array, "B T K G H"], angles: Angles) -> Float[Array, "B T K G H"]:
+    """Turns the pairs (i, i + H/2) of each head by the angles, in float32: Llama's order of pairs."""
+    cos, sin = (angle[:, :, None, None, :] for angle in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotated_heads(
+    qkv: Float[Array, "B T K G+2 H"], angles: Angles
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries and keys, rotated, and values; query head n is query n % G of kv head n // G."""
+    batch, num_tokens, num_kv_heads, fused, head_size = qkv.shape
+    turned = rotate(qkv[:, :, :, :-1], angles)
+    q = turned[:, :, :, :-1].reshape(batch, num_tokens, num_kv_heads * (fused - 2), head_size)
+    return q, turned[:, :, :, -1], qkv[:, :, :, -1]
+
+
+def attend_under(mask: Bool[Array, "B T T"]) -> Attend:
     """The attention that a `Decoder` takes for whole sequences without a cache."""
-    return lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache)
+
+    def attend(qkv, angles, cache):
+        return masked_attention(*rotated_heads(qkv, angles), mask), cache
+
+    return attend
 
 
-def cached_attention(
-    q: Float[Array, "B 1 N H"],
-    k_pool: Float[Array, "P K H"],
-    v_pool: Float[Array, "P K H"],
-    slots: SlotList,
-    implementation: Implementation | None,
-) -> Float[Array, "B 1 N H"]:
-    """One query per sequence over the pool rows that its slot list names."""
-    return span_decode_attention(q[:, 0], k_pool, v_pool, slots.rows, slots.counts, implementation=implementation)[:, None]
+def attend_cached(rows: Int[Array, "B"], slots: SlotList, implementation: Implementation | None) -> Attend:
+    """The attention that a `Decoder` takes for one new token per sequence: written to its pool row, then over what `slots` lists.
+
+    A row outside the pool writes nothing.
+    """
+
+    def attend(qkv, angles, pools):
+        q, k_pool, v_pool = rotate_and_write(qkv[:, 0], angles[0][:, 0], angles[1][:, 0], rows, *pools)
+        out = span_decode_attention(q, k_pool, v_pool, slots.rows, slots.counts, implementation=implementation)
+        return out[:, None], (k_pool, v_pool)
+
+    return attend

@@ -8,32 +8,52 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import update_row_lists
+from selfspan_jax.config import ModelConfig
+
 LayerPools = tuple[Float[Array, "P K H"], Float[Array, "P K H"]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of B sequences with room for A tokens each.
+    """Keys and values of B sequences with room for A tokens each, and which rows are whose.
 
-    `table[b, t]` is the pool row of token t of sequence b; nothing else says whose row a row is.
+    `table[b, t]` is the pool row of token t of sequence b; nothing else says whose row a row is. Samples of one prompt
+    have the prompt's rows in common, and rows of their own for what they write.
     """
 
     pools: tuple[LayerPools, ...]
     table: Int[Array, "B A"]
 
     @classmethod
-    def empty(cls, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_size: int, dtype) -> KVCache:
-        num_rows = batch * capacity
-        shape = (num_rows, num_kv_heads, head_size)
-        pools = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
-        return cls(pools, jnp.arange(num_rows, dtype=jnp.int32).reshape(batch, capacity))
+    def empty(cls, config: ModelConfig, prompt_lengths: Int[Array, "b"], prompt_room: int, num_samples: int, new_room: int) -> KVCache:
+        """Pools of b * prompt_room rows for the prompts, then b * num_samples * new_room for the tokens that follow them.
+
+        Sequence b * num_samples + i is sample i of prompt b.
+        """
+        batch = prompt_lengths.shape[0]
+        num_rows = batch * (prompt_room + num_samples * new_room)
+        shape = (num_rows, config.num_kv_heads, config.head_size)
+        dtype = jnp.dtype(config.compute_dtype)
+        pools = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        sequence = jnp.arange(batch * num_samples, dtype=jnp.int32)[:, None]
+        token = jnp.arange(prompt_room + new_room, dtype=jnp.int32)[None, :]
+        new_token = token - jnp.repeat(prompt_lengths, num_samples)[:, None]
+        prompt_row = sequence // num_samples * prompt_room + token
+        own_row = batch * prompt_room + sequence * new_room + jnp.minimum(new_token, new_room - 1)
+        return cls(pools, jnp.where(new_token < 0, prompt_row, own_row))
+
+    @property
+    def size_bytes(self) -> int:
+        """What the pools take up."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.pools))
 
 
 def write_rows(pools: LayerPools, rows: Int[Array, "B T"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> LayerPools:
-    """Puts keys and values into pool rows; a row number beyond the pool writes nothing."""
+    """Puts keys and values into pool rows, none of which is named twice."""
     k_pool, v_pool = pools
-    return k_pool.at[rows].set(k, mode="drop"), v_pool.at[rows].set(v, mode="drop")
+    return k_pool.at[rows].set(k, unique_indices=True), v_pool.at[rows].set(v, unique_indices=True)
 
 
 @jax.tree_util.register_dataclass
@@ -44,17 +64,14 @@ class SlotList:
     rows: Int[Array, "B A"]
     counts: Int[Array, "B"]
 
-    @classmethod
-    def of_mask(cls, visible: Bool[Array, "B A"], table: Int[Array, "B A"]) -> SlotList:
-        """The rows of the visible tokens."""
-        place = jnp.cumsum(visible, axis=1, dtype=jnp.int32) - 1
-        sequence = jnp.broadcast_to(jnp.arange(table.shape[0], dtype=jnp.int32)[:, None], table.shape)
-        target = jnp.where(visible, place, table.shape[1])
-        rows = jnp.zeros_like(table).at[sequence, target].set(table, mode="drop")
-        return cls(rows, place[:, -1] + 1)
-
-    def append(self, rows: Int[Array, "B"], added: Bool[Array, "B"]) -> SlotList:
-        """One more row for the sequences where `added`."""
-        sequence = jnp.arange(rows.shape[0], dtype=jnp.int32)
-        target = jnp.where(added, self.counts, self.rows.shape[1])
-        return SlotList(self.rows.at[sequence, target].set(rows, mode="drop"), self.counts + added.astype(jnp.int32))
+    def updated(
+        self,
+        visible: Bool[Array, "B A"],
+        table: Int[Array, "B A"],
+        own: Int[Array, "B"],
+        *,
+        rebuild: Bool[Array, "B"],
+        append: Bool[Array, "B"],
+    ) -> SlotList:
+        """The rows of the visible tokens where `rebuild`, one more row where `append`, elsewhere the same."""
+        return SlotList(*update_row_lists(self.rows, self.counts, visible, table, own, rebuild, append))

@@ -11,17 +11,19 @@ A finished model is a directory:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
@@ -35,23 +37,49 @@ _FORMAT = {"format": "selfspan model", "version": 1}
 # ------------------------------------------------------------------------------------------------ finished models
 
 
-class Tensor(NamedTuple):
-    """A parameter of the decoder under its name in a file."""
-
-    name: str
-    path: tuple[Any, ...]
-    transposed: bool  # a linear map: ours is [in, out], Llama's [out, in]
-    shape: tuple[int, ...]  # as in the file
+# Maps that the decoder computes as one, and what they are called apart.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def tensors(model: Decoder) -> Iterator[Tensor]:
-    """All parameters by Llama's names: `model.layers.0.self_attn.q_proj.weight` and so on."""
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        *owners, leaf = map(str, path)
-        name = ".".join([*owners, "weight"])
-        transposed = leaf == "kernel"
-        shape = tuple(reversed(variable.shape)) if transposed else tuple(variable.shape)
-        yield Tensor(name if owners == ["lm_head"] else f"model.{name}", path, transposed, shape)
+def to_llama(config: ModelConfig, params: nnx.State) -> dict[str, Array]:
+    """The decoder's parameters under Llama's names and in its layout: `model.layers.0.self_attn.q_proj.weight` and so on."""
+    arrays = {}
+    for path, variable in nnx.to_flat_state(params):
+        for name, part in zip(_llama_names(path), _parts(config, path, variable[...]), strict=True):
+            arrays[name] = part
+    return arrays
+
+
+def from_llama(config: ModelConfig, like: nnx.State, arrays: Mapping[str, Array]) -> nnx.State:
+    """Parameters of the structure of `like`, from arrays as `to_llama` names them."""
+    flat = []
+    for path, _ in nnx.to_flat_state(like):
+        parts = [arrays[name] for name in _llama_names(path)]
+        if len(parts) == 3:  # each kv head's queries, key and value next to each other
+            num_inputs = parts[0].shape[1]
+            by_kv_head = [part.reshape(config.num_kv_heads, -1, num_inputs) for part in parts]
+            flat.append((path, nnx.Param(jnp.concatenate(by_kv_head, axis=1).reshape(-1, num_inputs))))
+        else:
+            flat.append((path, nnx.Param(parts[0] if len(parts) == 1 else jnp.concatenate(parts))))
+    return nnx.from_flat_state(flat)
+
+
+def _llama_names(path: tuple[Any, ...]) -> list[str]:
+    *owners, owner, _ = map(str, path)
+    first = [] if owner == "lm_head" else ["model"]
+    return [".".join([*first, *owners, part, "weight"]) for part in _FUSED.get(owner, (owner,))]
+
+
+def _parts(config: ModelConfig, path: tuple[Any, ...], array: Array) -> list[Array]:
+    match str(path[-2]):
+        case "qkv_proj":
+            heads = array.reshape(config.num_kv_heads, -1, config.head_size, array.shape[1])
+            parts = (heads[:, :-2], heads[:, -2], heads[:, -1])
+            return [part.reshape(-1, array.shape[1]) for part in parts]
+        case "gate_up_proj":
+            return jnp.split(array, 2)
+        case _:
+            return [array]
 
 
 def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str) -> None:
@@ -72,11 +100,8 @@ def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str)
         "vocab_size": model.vocab_size,
         "span_vocab": dataclasses.asdict(model.vocab),
     }
-    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    arrays = {}
-    for tensor in tensors(model):
-        array = flat[tensor.path][...].astype(model.config.compute_dtype)
-        arrays[tensor.name] = array.T if tensor.transposed else array
+    params = to_llama(model.config, nnx.state(model, nnx.Param))
+    arrays = {name: array.astype(model.config.compute_dtype) for name, array in params.items()}
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     partial.mkdir()
@@ -133,7 +158,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _with_tensors(abstract: Decoder, file: Path) -> Decoder:
-    wanted = {tensor.name: tensor for tensor in tensors(abstract)}
+    graph, params = nnx.split(abstract, nnx.Param)
+    wanted = jax.eval_shape(functools.partial(to_llama, abstract.config), params)
     try:
         with safe_open(file, "flax") as found:
             names = set(found.keys())
@@ -144,14 +170,10 @@ def _with_tensors(abstract: Decoder, file: Path) -> Decoder:
             for name, tensor in wanted.items():
                 if (shape := tuple(found.get_slice(name).get_shape())) != tensor.shape:
                     raise ValueError(f"{file}: {name} is {list(shape)}, but the config asks for {list(tensor.shape)}")
-            flat = []
-            for tensor in wanted.values():
-                array = found.get_tensor(tensor.name).astype(jnp.float32)
-                flat.append((tensor.path, nnx.Param(array.T if tensor.transposed else array)))
+            arrays = {name: found.get_tensor(name).astype(jnp.float32) for name in wanted}
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file ({error})") from error
-    graph, _ = nnx.split(abstract)
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return nnx.merge(graph, from_llama(abstract.config, params, arrays))
 
 
 # ------------------------------------------------------------------------------------------------- training state

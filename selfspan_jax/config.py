@@ -10,6 +10,7 @@ from selfspan_jax import spans
 T = TypeVar("T")
 Attention = Literal["span", "dense", "window"]
 Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
+LinearImplementation = Literal["reference", "xla", "triton"]  # of the linear maps
 
 
 def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
@@ -132,6 +133,8 @@ class DecodeConfig:
     """Most recent tokens that "window" sees, the current one included."""
     implementation: Implementation | None = None
     """Of the decode attention kernel; None takes the best that the device has."""
+    linear: LinearImplementation | None = None
+    """Of the linear maps; None takes the fastest that the device has for the number of rows."""
 
     def __post_init__(self):
         _require(self.attention in get_args(Attention), self, "attention", ", ".join(get_args(Attention)))

@@ -1,15 +1,18 @@
 """Decoding: one state, one pure step, two drivers.
 
-`prefill` reads the prompts and makes a `DecodeState`; `feed` takes one token of every sequence through the model and the
-automaton; `step` chooses a token and feeds it. `generate` runs steps in one `while_loop` until all sequences have ended;
-`stream` runs the same loop in chunks. Nothing in the loop depends on the host.
+`prefill` reads the prompts in chunks and makes a `DecodeState`; `feed` takes one token of every sequence through the
+automaton and the model; a step chooses a token and feeds it. `run` takes steps in one compiled loop until all sequences have
+ended; `generate` is `prefill` and `run`, `stream` runs the same loop in chunks. Nothing in a step depends on the host.
+
+A model decodes with the parameters that it has: `Decoder.for_decoding` makes a copy in the compute dtype, or in int8.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,11 +21,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from selfspan_jax.attention import cached_attention, masked_attention, sequence_mask
+from selfspan_jax.attention import attend_cached, masked_attention, rotated_heads, sequence_mask
 from selfspan_jax.cache import KVCache, SlotList, write_rows
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanState
+
+_PREFILL_TOKENS = 16_384  # through the model at once, over the batch
+_UNASKED_STEPS = 8  # that the loop takes on a GPU before it asks whether all sequences have ended
 
 
 @jax.tree_util.register_dataclass
@@ -42,88 +48,122 @@ class DecodeState:
     key: PRNGKeyArray
 
 
-def _prefill(model: Decoder, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], key: PRNGKeyArray, config: DecodeConfig):
+def bucket(num_tokens: int) -> int:
+    """Room for a prompt: lengths are rounded up to few sizes (64 and up, four to an octave), so that few are compiled."""
+    step = max(64, 1 << max(0, num_tokens.bit_length() - 3))
+    return -(-num_tokens // step) * step
+
+
+def _chunk_tokens(batch: int, prompt_room: int) -> int:
+    """Tokens of each prompt that prefill takes through the model at once: about 16,384 over the batch.
+
+    Enough to keep the matrix unit busy; more would only add memory, [B, N, chunk, prompt_room] scores among it.
+    """
+    largest_divisor = prompt_room & -prompt_room  # of the powers of two
+    wanted = max(64, _PREFILL_TOKENS // max(batch, 1))
+    return prompt_room if prompt_room <= wanted else min(largest_divisor, 1 << (wanted.bit_length() - 1))
+
+
+def _prefill(
+    model: Decoder, token_ids: Int[Array, "b T"], lengths: Int[Array, "b"], key: PRNGKeyArray, config: DecodeConfig, num_samples: int
+):
     """Reads prompts, `lengths[b]` tokens of row b, and returns the state from which decoding goes on."""
-    batch, num_tokens = token_ids.shape
-    capacity = num_tokens + config.max_new_tokens
-    span = SpanState.of_prefix(token_ids, lengths, model.vocab, capacity)
-    mask = sequence_mask(
-        token_ids, model.vocab, model.config, config.attention, sink_tokens=config.sink_tokens, window_tokens=config.window_tokens
-    )
-    cache = KVCache.empty(
-        model.config.num_layers,
-        batch,
-        capacity,
-        model.config.num_kv_heads,
-        model.config.head_size,
-        jnp.dtype(model.config.compute_dtype),
-    )
-    rows = cache.table[:, :num_tokens]
+    batch, prompt_room = token_ids.shape
+    capacity = prompt_room + config.max_new_tokens
+    cache = KVCache.empty(model.config, lengths, prompt_room, num_samples, config.max_new_tokens)
+    chunk = _chunk_tokens(batch, prompt_room)
+    first_rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_room
 
-    def attend(q, k, v, pools):
-        return masked_attention(q, k, v, mask), write_rows(pools, rows, k, v)
+    def read_chunk(index, carry):
+        pools, last = carry
+        start = index * chunk
+        positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
+        mask = sequence_mask(
+            token_ids,
+            model.vocab,
+            model.config,
+            config.attention,
+            sink_tokens=config.sink_tokens,
+            window_tokens=config.window_tokens,
+            first_query=start,
+            num_queries=chunk,
+        )
 
-    positions = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), token_ids.shape)
-    hidden, pools = model(token_ids, positions, attend, cache.pools)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        def attend(qkv, angles, pools):
+            q, k, v = rotated_heads(qkv, angles)
+            pools = write_rows(pools, first_rows + positions, k, v)
+            keys, values = (pool[: batch * prompt_room].reshape(batch, prompt_room, *pool.shape[1:]) for pool in pools)
+            return masked_attention(q, keys, values, mask), pools
+
+        tokens = jax.lax.dynamic_slice_in_dim(token_ids, start, chunk, axis=1)
+        hidden, pools = model(tokens, positions, attend, pools, linear=config.linear)
+        at = lengths - 1 - start
+        here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        return pools, jnp.where(((at >= 0) & (at < chunk))[:, None], here, last)
+
+    carry = (cache.pools, jnp.zeros((batch, model.config.hidden_size), model.config.compute_dtype))
+    pools, last = jax.lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, read_chunk, carry)
+
+    def for_each_sample(x):
+        return jnp.repeat(x, num_samples, axis=0)
+
+    span = jax.tree.map(for_each_sample, SpanState.of_prefix(token_ids, lengths, model.vocab, capacity))
+    none = jnp.zeros_like(span.ended)
     return DecodeState(
         cache=dataclasses.replace(cache, pools=pools),
         span=span,
-        slots=SlotList(jnp.zeros_like(cache.table), jnp.zeros_like(lengths)),
-        slots_extend=jnp.zeros_like(span.ended),
-        logits=model.logits(last),
-        done=jnp.zeros_like(span.ended),
+        slots=_first_slots(cache.table, config),
+        slots_extend=none,
+        logits=for_each_sample(model.logits(last, linear=config.linear)),
+        done=none,
         num_steps=jnp.zeros((), jnp.int32),
-        new_tokens=jnp.full((batch, config.max_new_tokens), model.vocab.pad_id, jnp.int32),
-        num_attended=jnp.zeros((batch, config.max_new_tokens), jnp.int32),
+        new_tokens=jnp.full((none.size, config.max_new_tokens), model.vocab.pad_id, jnp.int32),
+        num_attended=jnp.zeros((none.size, config.max_new_tokens), jnp.int32),
         key=key,
     )
 
 
-def _slots(model: Decoder, state: DecodeState, span: SpanState, config: DecodeConfig) -> SlotList:
-    """The rows that the token which made `span` attends to."""
-    table, index = state.cache.table, span.num_tokens - 1
+def _first_slots(table: Int[Array, "B A"], config: DecodeConfig) -> SlotList:
+    """Lists of the shape that the policy needs, no row of them in use."""
+    counts = jnp.zeros(table.shape[0], jnp.int32)
     if config.attention == "dense":
-        return SlotList(table, span.num_tokens)
+        return SlotList(table, counts)  # for good: only the counts will grow
+    window = min(table.shape[1], config.sink_tokens + config.window_tokens)
+    width = window if config.attention == "window" else table.shape[1] + 1  # a column to spare, see `update_row_lists`
+    return SlotList(jnp.zeros((table.shape[0], width), jnp.int32), counts)
+
+
+def _slots(
+    model: Decoder, state: DecodeState, span: SpanState, own: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig
+) -> SlotList:
+    """The rows that the token which made `span`, itself in row `own`, attends to."""
+    table = state.cache.table
+    if config.attention == "dense":
+        return SlotList(state.slots.rows, span.num_tokens)
     if config.attention == "window":
-        place = jnp.arange(table.shape[1], dtype=jnp.int32)[None, :]
+        place = jnp.arange(state.slots.rows.shape[1], dtype=jnp.int32)[None, :]
         first_recent = jnp.maximum(span.num_tokens - config.window_tokens, config.sink_tokens)[:, None]
         token = jnp.where(place < config.sink_tokens, place, place - config.sink_tokens + first_recent)
         rows = jnp.take_along_axis(table, jnp.minimum(token, table.shape[1] - 1), axis=1)
         return SlotList(rows, jnp.minimum(span.num_tokens, config.sink_tokens + config.window_tokens))
 
     views = model.config
-    extends = state.slots_extend & span.is_response & ~span.is_header & ~state.done
-
-    def rebuild():
-        visible = span.visible(
-            header_view=views.header_view, prompt_view=views.prompt_view, prompt_window_tokens=views.prompt_window_tokens
-        )
-        return SlotList.of_mask(visible, table)
-
-    def extend():
-        own = jnp.take_along_axis(table, jnp.maximum(index, 0)[:, None], axis=1)[:, 0]
-        return state.slots.append(own, extends)
-
-    return jax.lax.cond(jnp.all(extends | state.done), extend, rebuild)
+    visible = span.visible(header_view=views.header_view, prompt_view=views.prompt_view, prompt_window_tokens=views.prompt_window_tokens)
+    extend = state.slots_extend & span.is_response & ~span.is_header
+    return state.slots.updated(visible, table, own, rebuild=~extend & active, append=extend & active)
 
 
-def _feed(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], config: DecodeConfig) -> DecodeState:
-    """Takes one more token of every sequence that is not done through the automaton and the model."""
+def _feed(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig) -> DecodeState:
+    """Takes one more token of every active sequence through the automaton and the model; the others change nothing."""
     advanced = state.span.advance(tokens, model.vocab)
-    span = jax.tree.map(lambda old, new: jnp.where(_like(state.done, old), old, new), state.span, advanced)
-    slots = _slots(model, state, span, config)
-    slots = SlotList(slots.rows, jnp.where(state.done, 0, slots.counts))  # a sequence that is done reads nothing
+    span = jax.tree.map(lambda old, new: jnp.where(_like(active, old), new, old), state.span, advanced)
     index = jnp.maximum(span.num_tokens - 1, 0)
-    num_rows = state.cache.table.size
-    own = jnp.take_along_axis(state.cache.table, index[:, None], axis=1)
-    own = jnp.where(state.done[:, None], num_rows, own)  # and writes nothing
-
-    def attend(q, k, v, pools):
-        pools = write_rows(pools, own, k, v)
-        return cached_attention(q, *pools, slots, config.implementation), pools
-
-    hidden, pools = model(tokens[:, None], index[:, None], attend, state.cache.pools)
+    own = jnp.take_along_axis(state.cache.table, index[:, None], axis=1)[:, 0]
+    slots = _slots(model, state, span, own, active, config)
+    read = SlotList(slots.rows, jnp.where(active, slots.counts, 0))
+    num_rows = state.cache.pools[0][0].shape[0]
+    attend = attend_cached(jnp.where(active, own, num_rows), read, config.implementation)
+    hidden, pools = model(tokens[:, None], index[:, None], attend, state.cache.pools, linear=config.linear)
     narrow_header = model.config.header_view == "span"
     return dataclasses.replace(
         state,
@@ -131,8 +171,8 @@ def _feed(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], config: D
         span=span,
         slots=slots,
         slots_extend=span.is_response & (~span.is_header | narrow_header),
-        logits=model.logits(hidden[:, 0]),
-        done=state.done | (tokens == model.vocab.eos_id),
+        logits=model.logits(hidden[:, 0], linear=config.linear),
+        done=state.done | (active & (tokens == model.vocab.eos_id)),
     )
 
 
@@ -154,37 +194,56 @@ def choose(logits: Float[Array, "B V"], key: PRNGKeyArray, config: DecodeConfig)
     return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)
 
 
-def _step(model: Decoder, state: DecodeState, config: DecodeConfig) -> DecodeState:
-    """Chooses the next token of every sequence and feeds it."""
+def _step(model: Decoder, state: DecodeState, until: Int[Array, ""], forced: Int[Array, "B M"] | None, config: DecodeConfig) -> DecodeState:
+    """Chooses the next token of every sequence and feeds it; changes nothing once `until` steps are done or all sequences are."""
+    active = ~state.done & (state.num_steps < until)
     tokens = choose(state.logits, jax.random.fold_in(state.key, state.num_steps), config)
-    tokens = jnp.where(state.done, model.vocab.pad_id, tokens)
-    fed = _feed(model, state, tokens, config)
+    if forced is not None:
+        given = jax.lax.dynamic_index_in_dim(forced, state.num_steps, axis=1, keepdims=False)
+        tokens = jnp.where(given >= 0, given, tokens)
+    tokens = jnp.where(active, tokens, model.vocab.pad_id)
+    fed = _feed(model, state, tokens, active, config)
     return dataclasses.replace(
         fed,
-        num_steps=state.num_steps + 1,
-        new_tokens=fed.new_tokens.at[:, state.num_steps].set(tokens),
-        num_attended=fed.num_attended.at[:, state.num_steps].set(fed.slots.counts),
+        num_steps=state.num_steps + jnp.any(active).astype(jnp.int32),
+        new_tokens=fed.new_tokens.at[:, state.num_steps].set(tokens, mode="drop"),
+        num_attended=fed.num_attended.at[:, state.num_steps].set(jnp.where(active, fed.slots.counts, 0), mode="drop"),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"))
-def _jit_prefill(graph, params, token_ids, lengths, key, config):
-    return _prefill(nnx.merge(graph, params), token_ids, lengths, key, config)
+@functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples"))
+def _jit_prefill(graph, params, token_ids, lengths, key, config, num_samples):
+    return _prefill(nnx.merge(graph, params), token_ids, lengths, key, config, num_samples)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames=("state",))
 def _jit_feed(graph, params, state, tokens, config):
-    return _feed(nnx.merge(graph, params), state, tokens, config)
+    return _feed(nnx.merge(graph, params), state, tokens, ~state.done, config)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames=("state",))
-def _jit_run(graph, params, state, until, config):
+@functools.partial(jax.jit, static_argnames=("graph", "config", "unasked_steps"), donate_argnames=("state",))
+def _jit_run(graph, params, state, until, forced, config, unasked_steps):
+    """Steps until `num_steps == until` or all sequences are done.
+
+    On a GPU each round of a while loop whose end is data waits for the host to read that data. So the loop asks every
+    `unasked_steps` steps; between them it runs a loop of known length, which the host queues without waiting.
+    """
     model = nnx.merge(graph, params)
+
+    def step(_, state):
+        return _step(model, state, until, forced, config)
+
     return jax.lax.while_loop(
         lambda state: (state.num_steps < until) & ~jnp.all(state.done),
-        lambda state: _step(model, state, config),
+        lambda state: step(None, state) if unasked_steps == 1 else jax.lax.fori_loop(0, unasked_steps, step, state),
         state,
     )
+
+
+def _unasked_steps(num_steps: int) -> int:
+    if jax.default_backend() != "gpu":
+        return 1
+    return max(divisor for divisor in range(1, _UNASKED_STEPS + 1) if num_steps % divisor == 0)
 
 
 def check_ids(model: Decoder, token_ids: Int[np.ndarray, "..."]) -> None:
@@ -209,16 +268,29 @@ def check_prompts(model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: In
 
 
 def prefill(
-    model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig, key: PRNGKeyArray | None = None
+    model: Decoder,
+    token_ids: Int[np.ndarray, "b T"],
+    lengths: Int[np.ndarray, "b"],
+    config: DecodeConfig,
+    key: PRNGKeyArray | None = None,
+    *,
+    num_samples: int = 1,
 ) -> DecodeState:
     """Reads prompts: the first `lengths[b]` tokens of each row, at least one; the rest of a row is ignored.
+
+    Args:
+      num_samples: sequences per prompt, next to each other in the state; they share the prompt's cache rows.
 
     Raises: ValueError for prompts that are empty, hold unknown ids, or leave no room for the new tokens.
     """
     check_prompts(model, token_ids, lengths, config)
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; allowed: 1 and above")
+    room = bucket(token_ids.shape[1])
+    token_ids = np.pad(token_ids, ((0, 0), (0, room - token_ids.shape[1])), constant_values=model.vocab.pad_id)
     graph, params = nnx.split(model)
     key = jax.random.key(0) if key is None else key
-    return _jit_prefill(graph, params, jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32), key, config)
+    return _jit_prefill(graph, params, jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32), key, config, num_samples)
 
 
 def feed(model: Decoder, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:
@@ -226,44 +298,86 @@ def feed(model: Decoder, state: DecodeState, tokens: Int[np.ndarray, "B"], confi
     return _jit_feed(*nnx.split(model), state, jnp.asarray(tokens, jnp.int32), config)
 
 
+def run(
+    model: Decoder, state: DecodeState, config: DecodeConfig, *, until: int | None = None, forced: Int[np.ndarray, "B M"] | None = None
+) -> DecodeState:
+    """Decodes on until `until` tokens are chosen (default: all that there is room for) or every sequence has ended.
+
+    One compiled loop. The state handed in is donated.
+
+    Args:
+      forced: tokens to write in place of the chosen ones, -1 where the choice stands; the work done is the same.
+    """
+    room = state.new_tokens.shape[1]
+    until = room if until is None else min(until, room)
+    given = None if forced is None else jnp.asarray(forced, jnp.int32)
+    return _jit_run(*nnx.split(model), state, jnp.int32(until), given, config, _unasked_steps(room))
+
+
 def generate(
-    model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig, key: PRNGKeyArray | None = None
+    model: Decoder,
+    token_ids: Int[np.ndarray, "b T"],
+    lengths: Int[np.ndarray, "b"],
+    config: DecodeConfig,
+    key: PRNGKeyArray | None = None,
+    *,
+    num_samples: int = 1,
 ) -> DecodeState:
     """Decodes until every sequence has written `<eos>` or `config.max_new_tokens`, in one compiled loop."""
-    state = prefill(model, token_ids, lengths, config, key)
-    return _jit_run(*nnx.split(model), state, jnp.int32(config.max_new_tokens), config)
+    return run(model, prefill(model, token_ids, lengths, config, key, num_samples=num_samples), config)
 
 
-def compile_generate(model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig) -> None:
+def compile_generate(
+    model: Decoder, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig, *, num_samples: int = 1
+) -> None:
     """Compiles what `generate` runs for prompts of this shape, so that its next call can be timed."""
-    jax.block_until_ready(_jit_run(*nnx.split(model), prefill(model, token_ids, lengths, config), jnp.int32(0), config))
+    jax.block_until_ready(run(model, prefill(model, token_ids, lengths, config, num_samples=num_samples), config, until=0))
 
 
 class Chunk(NamedTuple):
     """New tokens of every sequence, as they stream; padding after a sequence's end."""
 
-    tokens: np.ndarray  # int32 [B, C]
-    num_attended: np.ndarray  # int32 [B, C], 0 where padding
+    tokens: Int[np.ndarray, "B C"]
+    num_attended: Int[np.ndarray, "B C"]  # 0 where padding
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def _jit_chunk(state: DecodeState, start, size):
+    """What a host needs to know of the steps since `start`."""
+    tokens, attended = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (state.new_tokens, state.num_attended))
+    return tokens, attended, state.num_steps, jnp.all(state.done)
 
 
 def stream(
     model: Decoder,
-    token_ids: Int[np.ndarray, "B T"],
-    lengths: Int[np.ndarray, "B"],
+    token_ids: Int[np.ndarray, "b T"],
+    lengths: Int[np.ndarray, "b"],
     config: DecodeConfig,
     key: PRNGKeyArray | None = None,
     *,
     chunk_tokens: int = 8,
+    num_samples: int = 1,
 ) -> Iterator[Chunk]:
-    """The tokens that `generate` would give, `chunk_tokens` at a time as they are decoded."""
-    state = prefill(model, token_ids, lengths, config, key)
+    """The tokens that `generate` would give, `chunk_tokens` at a time as they are decoded.
+
+    The device is always one chunk ahead, so that it does not wait while the host reads one.
+    """
+    state = prefill(model, token_ids, lengths, config, key, num_samples=num_samples)
     graph, params = nnx.split(model)
-    seen = 0
-    while seen < config.max_new_tokens:
-        state = _jit_run(graph, params, state, jnp.int32(min(seen + chunk_tokens, config.max_new_tokens)), config)
-        steps, finished = int(state.num_steps), bool(jnp.all(state.done))
-        if steps > seen:
-            yield Chunk(np.asarray(state.new_tokens[:, seen:steps]), np.asarray(state.num_attended[:, seen:steps]))
-        if finished:
+    waiting: collections.deque = collections.deque()
+    for start in range(0, config.max_new_tokens, chunk_tokens):
+        size = min(chunk_tokens, config.max_new_tokens - start)
+        state = _jit_run(graph, params, state, jnp.int32(start + size), None, config, _unasked_steps(chunk_tokens))
+        waiting.append((start, _jit_chunk(state, start, size)))
+        if len(waiting) > 1 and (yield from _emit(*waiting.popleft())):
             return
-        seen = steps
+    for chunk in waiting:
+        yield from _emit(*chunk)
+
+
+def _emit(start: int, chunk) -> Generator[Chunk, None, bool]:
+    """Yields what there is of a chunk; True when nothing follows it."""
+    tokens, attended, num_steps, finished = map(np.asarray, chunk)
+    if num_steps > start:
+        yield Chunk(tokens[:, : num_steps - start], attended[:, : num_steps - start])
+    return bool(finished)

@@ -21,7 +21,6 @@ from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import token_roles
 
-_PROMPT_MULTIPLE = 64  # prompts are padded to multiples of this, so that few lengths are compiled
 _DEFAULT_NEW_TOKENS = 1024
 
 
@@ -99,19 +98,20 @@ class Output:
 
 
 class SpanLM:
-    """A decoder and the task that it was trained for."""
+    """A decoder, as `Decoder.for_decoding` makes it of the one given, and the task that it was trained for."""
 
-    def __init__(self, model: Decoder, task: Task):
-        self.model = model
+    def __init__(self, model: Decoder, task: Task, *, int8: bool = False):
+        self.model = model.for_decoding(int8=int8)
         self.task = task
 
     @classmethod
-    def load(cls, directory: str | Path, tasks: Mapping[str, type[Task]] | None = None) -> SpanLM:
+    def load(cls, directory: str | Path, tasks: Mapping[str, type[Task]] | None = None, *, int8: bool = False) -> SpanLM:
         """Loads a finished model.
 
         Args:
           directory: as `train.py` writes it.
           tasks: what can turn text into ids, by the name that a checkpoint has for it; by default the installed ones.
+          int8: compute with int8 weights, half the bytes of bfloat16 ones.
 
         Raises: FileNotFoundError, ValueError with one line that says what is wrong with the directory.
         """
@@ -120,28 +120,34 @@ class SpanLM:
         if (name := str(fields.get("task"))) not in tasks:
             known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
             raise ValueError(f"{directory}: of task {name!r}; {known}")
-        return cls(model, tasks[name].from_json(fields))
+        return cls(model, tasks[name].from_json(fields), int8=int8)
 
     @overload
-    def generate(self, prompts: str, **options: Any) -> Output: ...
+    def generate(self, prompts: str, *, num_samples: None = None, **options: Any) -> Output: ...
     @overload
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[Output]: ...
+    def generate(self, prompts: str, *, num_samples: int, **options: Any) -> list[Output]: ...
+    @overload
+    def generate(self, prompts: Sequence[str], *, num_samples: None = None, **options: Any) -> list[Output]: ...
+    @overload
+    def generate(self, prompts: Sequence[str], *, num_samples: int, **options: Any) -> list[list[Output]]: ...
 
     def generate(  # type: ignore[misc]  # the overloads do not spell the options out again
         self,
         prompts: str | Sequence[str],
         *,
+        num_samples: int | None = None,
         attention: Attention | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         implementation: Implementation | None = None,
-    ) -> Output | list[Output]:
+    ) -> Output | list[Output] | list[list[Output]]:
         """Decodes a prompt, or several in one batch.
 
         Args:
           prompts: text of the task (for arithmetic: expressions).
+          num_samples: responses to each prompt; they share its cache rows. A prompt's result is then a list of so many.
           attention: "span" reads what the model names, "dense" everything, "window" first and recent tokens; by default
             what the model was trained with.
           max_new_tokens: default: what the model's context leaves, 1,024 at the most.
@@ -162,8 +168,10 @@ class SpanLM:
             top_p=top_p,
             implementation=implementation,
         )
-        state = decoding.generate(self.model, token_ids, lengths, config, jax.random.key(seed))
-        outputs = self.outputs(texts, ids, state, attention)
+        samples = 1 if num_samples is None else num_samples
+        state = decoding.generate(self.model, token_ids, lengths, config, jax.random.key(seed), num_samples=samples)
+        flat = self.outputs([text for text in texts for _ in range(samples)], [i for i in ids for _ in range(samples)], state, attention)
+        outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
 
     def stream(self, prompt: str, *, chunk_tokens: int = 8, **options: Any) -> Iterator[str]:
@@ -197,14 +205,14 @@ class SpanLM:
         context = self.model.config.max_context_tokens
         if lengths.max() >= context:
             raise ValueError(f"the prompt is {lengths.max()} tokens long, but the model's context is {context}, response included")
-        width = min(-(-int(lengths.max()) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE, context)
-        token_ids = np.full((len(prompts), width), self.model.vocab.pad_id, np.int32)
+        token_ids = np.full((len(prompts), lengths.max()), self.model.vocab.pad_id, np.int32)
         for row, prompt in zip(token_ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         return token_ids, lengths
 
     def _room(self, lengths: Int[np.ndarray, "B"]) -> int:
-        return min(self.model.config.max_context_tokens - int(lengths.max()), _DEFAULT_NEW_TOKENS)
+        left = self.model.config.max_context_tokens - int(lengths.max())
+        return min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
 
     def _checked(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)

@@ -1,7 +1,9 @@
 """The decoder: RMSNorm, rotary positions, grouped-query attention and SwiGLU, with Llama's names and numerics (Flax NNX).
 
-One forward serves training, prefill and decoding: the caller hands in the attention. Parameters are float32, one leaf per
-layer and projection; activations and matrix products are `config.compute_dtype`; norms, rotations, softmax and logits float32.
+One forward serves training, prefill and decoding: the caller hands in the attention and says how linear maps are computed.
+Parameters are one leaf per layer and map, float32 while they are trained; activations and matrix products are
+`config.compute_dtype`; norms, rotations, softmax and logits float32. Maps that read the same input are one map (query, key
+and value; gate and up), because in decoding every launch and every pass over the activations counts.
 """
 
 from __future__ import annotations
@@ -15,25 +17,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from selfspan_jax.config import ModelConfig
+from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
+from selfspan_jax.config import LinearImplementation, ModelConfig
 from selfspan_jax.spans import SpanVocab
 
-# q [B, T, N, H], k and v [B, T, K, H], the layer's cache -> attention output [B, T, N, H], the layer's cache afterwards
-Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+# queries, keys and values [B, T, K, G + 2, H], not yet rotated; the angles; the layer's cache
+# -> attention output [B, T, N, H], the layer's cache afterwards
+Attend = Callable[[Array, Angles, Any], tuple[Array, Any]]
 
 
-def rotary_angles(positions: Int[Array, "B T"], head_size: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines, float32 [B, T, 1, H / 2], of positions times theta^(-2i / H) (RoFormer, 2104.09864, section 3.2)."""
+def rotary_angles(positions: Int[Array, "B T"], head_size: int, theta: float) -> Angles:
+    """Cosines and sines, float32, of positions times theta^(-2i / H) (RoFormer, 2104.09864, section 3.2)."""
     frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:
-    """Turns the pairs (i, i + H/2) of each head by the angles: Llama's order of pairs."""
-    cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -50,42 +48,55 @@ class RMSNorm(nnx.Module):
         return normalised * self.scale[...].astype(x.dtype)[None, None, :]
 
 
-def _linear(in_size: int, out_size: int, config: ModelConfig, rngs: nnx.Rngs, *, residual: bool = False) -> nnx.Linear:
-    """A linear map without bias; those that write to the residual stream start smaller, by the number of them (GPT-2)."""
-    std = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
-    init = nnx.initializers.normal(std)
-    return nnx.Linear(in_size, out_size, use_bias=False, dtype=jnp.dtype(config.compute_dtype), kernel_init=init, rngs=rngs)
+class Linear(nnx.Module):
+    """A linear map without bias, `weight[M, D]` (each output's inputs next to each other), with what stands before and after it.
+
+    Initialised with N(0, 0.02^2); maps that write to the residual stream start smaller, by the number of them (GPT-2).
+    """
+
+    def __init__(self, in_size: int, out_size: int, config: ModelConfig, rngs: nnx.Rngs, *, residual: bool = False):
+        std = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
+        self.weight = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (out_size, in_size), jnp.float32))
+        self.scales: nnx.Param | None = nnx.data(None)  # per output, float32, where the weight is int8
+
+    def __call__(self, x: Float[Array, "B T D"], *, norm: RMSNorm | None = None, **options: Any) -> Float[Array, "B T M"]:
+        """See `pallas_kernels.fused_linear` for the options: residual, gated, out_dtype, implementation."""
+        weight = self.weight[...] if self.scales is None else QuantizedWeight(self.weight[...], self.scales[...])
+        if norm is not None:
+            options |= {"norm": norm.scale[...], "norm_eps": norm.eps}
+        return fused_linear(x, weight, **options)
+
+    def quantize(self) -> None:
+        """Makes the weight int8, symmetric per output."""
+        quantized = quantize_weight(self.weight[...])
+        self.weight, self.scales = nnx.Param(quantized.values), nnx.Param(quantized.scales)
 
 
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         query_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-        self.q_proj = _linear(config.hidden_size, query_size, config, rngs)
-        self.k_proj = _linear(config.hidden_size, kv_size, config, rngs)
-        self.v_proj = _linear(config.hidden_size, kv_size, config, rngs)
-        self.o_proj = _linear(query_size, config.hidden_size, config, rngs, residual=True)
+        # Outputs in the order [K, G + 2, H]: for each kv head its G queries, its key and its value.
+        self.qkv_proj = Linear(config.hidden_size, query_size + 2 * kv_size, config, rngs)
+        self.o_proj = Linear(query_size, config.hidden_size, config, rngs, residual=True)
 
-    def __call__(self, x: Float[Array, "B T D"], angles: tuple[Array, Array], attend: Attend, cache: Any):
+    def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, **linear: Any):
         batch, num_tokens, _ = x.shape
-        heads = (batch, num_tokens, -1, self.config.head_size)
-        q = rotate(self.q_proj(x).reshape(heads), angles)
-        k = rotate(self.k_proj(x).reshape(heads), angles)
-        v = self.v_proj(x).reshape(heads)
-        out, cache = attend(q, k, v, cache)
-        return self.o_proj(out.reshape(batch, num_tokens, -1)), cache
+        qkv = self.qkv_proj(x, norm=norm, **linear)
+        qkv = qkv.reshape(batch, num_tokens, self.config.num_kv_heads, -1, self.config.head_size)
+        out, cache = attend(qkv, angles, cache)
+        return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, **linear), cache
 
 
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x)) (SwiGLU, 2002.05202, equation 6)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, config, rngs)
-        self.up_proj = _linear(config.hidden_size, config.intermediate_size, config, rngs)
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size, config, rngs, residual=True)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config, rngs)  # all gates, then all ups
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config, rngs, residual=True)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, **linear: Any) -> Float[Array, "B T D"]:
+        return self.down_proj(self.gate_up_proj(x, norm=norm, gated=True, **linear), residual=x, **linear)
 
 
 class Layer(nnx.Module):
@@ -95,10 +106,9 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], angles: tuple[Array, Array], attend: Attend, cache: Any):
-        attended, cache = self.self_attn(self.input_layernorm(x), angles, attend, cache)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def __call__(self, x: Float[Array, "B T D"], angles: Angles, attend: Attend, cache: Any, **linear: Any):
+        x, cache = self.self_attn(x, self.input_layernorm, angles, attend, cache, **linear)
+        return self.mlp(x, self.post_attention_layernorm, **linear), cache
 
 
 class Decoder(nnx.Module):
@@ -119,7 +129,7 @@ class Decoder(nnx.Module):
         )
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_embeddings else _linear(config.hidden_size, vocab_size, config, rngs)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size, config, rngs)
 
     def __call__(
         self,
@@ -127,14 +137,19 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         attend: Attend,
         caches: Sequence[Any] | None = None,
+        linear: LinearImplementation | None = "xla",
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """Hidden states after the last norm, and each layer's cache as `attend` left it."""
+        """Hidden states after the last norm, and each layer's cache as `attend` left it.
+
+        Args:
+          linear: how linear maps are computed: "xla", which has gradients, or None for the fastest on few rows.
+        """
         angles = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
         # Rounded after the lookup: its gradient is a scatter with many hits per row, which GPUs add up in float32 only.
         x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
 
         def run(layer: Layer, x, angles, cache):
-            return layer(x, angles, attend, cache)
+            return layer(x, angles, attend, cache, implementation=linear)
 
         run = nnx.remat(run) if self.config.remat else run
         after = []
@@ -143,14 +158,26 @@ class Decoder(nnx.Module):
             after.append(cache)
         return self.norm(x), tuple(after)
 
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    def logits(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None = "xla") -> Float[Array, "*batch V"]:
         """Scores of the next token, float32."""
         if self.lm_head is None:
-            weights = self.embed_tokens.embedding[...]
-            return jnp.einsum("...d,vd->...v", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        weights = self.lm_head.kernel[...]
-        return jnp.einsum("...d,dv->...v", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            return fused_linear(hidden, self.embed_tokens.embedding[...], out_dtype=jnp.float32, implementation=linear)
+        return self.lm_head(hidden, out_dtype=jnp.float32, implementation=linear)
 
     @property
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def for_decoding(self, *, int8: bool = False) -> Decoder:
+        """A copy with parameters in the compute dtype, to which every product rounds them anyway.
+
+        Args:
+          int8: make the weights of the layers int8, symmetric per output channel; embedding and output layer stay as they are.
+        """
+        graph, params = nnx.split(self, nnx.Param)
+        copy = nnx.merge(graph, jax.tree.map(lambda x: x.astype(self.config.compute_dtype), params))
+        if int8:
+            for layer in copy.layers:
+                for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+                    linear.quantize()
+        return copy

@@ -144,7 +144,9 @@ def attention_mask(
     prompt_view: PromptView = "causal",
     prompt_window_tokens: int = 16,
     segment_ids: Int[Array, "... T"] | None = None,
-) -> Bool[Array, "... T T"]:
+    first_query: int | Int[Array, ""] = 0,
+    num_queries: int | None = None,
+) -> Bool[Array, "... Q T"]:
     """The mask under which a span model is trained and prefilled: `[..., t, s]` is True where token t may attend to token s.
 
     Args:
@@ -154,30 +156,41 @@ def attention_mask(
       prompt_view: what prompt tokens see: everything before ("causal"), or their own label, the sink and the last
         `prompt_window_tokens` tokens ("local").
       segment_ids: sequences packed in one row, told apart by number; none attends to another.
+      first_query, num_queries: only these rows of the mask, Q in number; all T by default.
 
     Raises: ValueError for an unknown view.
     """
     check_views(header_view, prompt_view, prompt_window_tokens)
     roles = token_roles(token_ids, vocab, segment_ids)
+    num_tokens = token_ids.shape[-1]
+    whole = num_queries is None
+    index = jax.lax.broadcasted_iota(jnp.int32, token_ids.shape, token_ids.ndim - 1)
 
-    def query(x):  # [..., T] -> [..., T, 1]
-        return x[..., :, None]
+    def query(x):  # [..., T] -> [..., Q, 1]
+        return (x if whole else jax.lax.dynamic_slice_in_dim(x, first_query, num_queries, axis=-1))[..., :, None]
 
     def key(x):  # [..., T] -> [..., 1, T]
         return x[..., None, :]
 
-    num_tokens = token_ids.shape[-1]
-    t = jnp.arange(num_tokens, dtype=jnp.int32)
-    distance = jnp.broadcast_to(query(t) - key(t), (*token_ids.shape, num_tokens))
+    distance = query(index) - key(index)
     own = (key(roles.labels) == 0) | (key(roles.labels) == query(roles.labels))
     # The last token at or before t that names the label of s; it counts when the step of t had begun by then.
-    naming = jnp.where(query(roles.names) == key(roles.labels), query(jnp.broadcast_to(t, token_ids.shape)), -1)
-    named = jax.lax.cummax(naming, axis=naming.ndim - 2) >= query(roles.step_index)
+    naming = jnp.where(query(roles.names) == key(roles.labels), query(index), -1)
+    last_naming = jax.lax.cummax(naming, axis=naming.ndim - 2)
+    if not whole:  # labels that tokens before the first query named
+        earlier = jnp.where(index < first_query, roles.names, -1).reshape(-1, num_tokens)
+        row = jax.lax.broadcasted_iota(jnp.int32, earlier.shape, 0)
+        target = jnp.where(earlier >= 0, earlier, vocab.num_labels)
+        by_label = jnp.full((earlier.shape[0], vocab.num_labels), -1, jnp.int32)
+        by_label = by_label.at[row, target].max(index.reshape(earlier.shape), mode="drop")
+        before = jnp.take_along_axis(by_label, roles.labels.reshape(earlier.shape), axis=1).reshape(token_ids.shape)
+        last_naming = jnp.maximum(last_naming, key(before))
+    named = last_naming >= query(roles.step_index)
     response = own | named
     if header_view == "all":
         response |= query(roles.is_header)
     elif header_view == "prompt":
-        response |= query(roles.is_header) & (key(jnp.broadcast_to(t, token_ids.shape)) <= query(roles.solve_index))
+        response |= query(roles.is_header) & (key(index) <= query(roles.solve_index))
     if prompt_view == "causal":
         prompt = jnp.ones_like(own)
     else:

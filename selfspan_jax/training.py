@@ -84,7 +84,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW (1711.05101) on clipped gradients; only the matrices of the layers decay."""
 
     def decays(params):
-        return jax.tree.map_with_path(lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), params)
+        return jax.tree.map_with_path(lambda path, _: any(getattr(key, "key", None) == "weight" for key in path), params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from selfspan_jax.attention import masked_attention
+from selfspan_jax.attention import attend_under
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.model import Decoder
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
@@ -28,7 +28,7 @@ def random_model(seed=0, **changes):
 def forward(model, token_ids, mask):
     """Logits [B, T, V] of whole sequences under a given mask."""
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
-    hidden, _ = model(token_ids, positions, lambda q, k, v, cache: (masked_attention(q, k, v, mask), cache))
+    hidden, _ = model(token_ids, positions, attend_under(mask))
     return model.logits(hidden)
 
 

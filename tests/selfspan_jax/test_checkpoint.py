@@ -10,6 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from selfspan_jax import checkpoint
+from selfspan_jax.attention import attend_under
 from tests.selfspan_jax.models import random_model
 
 TASK = {"task": "test", "version": 1}
@@ -36,7 +37,7 @@ def test_a_bfloat16_model_is_stored_in_half_the_bytes_and_computes_the_same(tmp_
     loaded, _ = checkpoint.load_model(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").stat().st_size < 2 * model.num_parameters + 4096
     ids = np.arange(4, 12, dtype=np.int32)[None]
-    attend = lambda q, k, v, cache: (q, cache)  # noqa: E731
+    attend = attend_under(np.tri(8, dtype=bool)[None])
     for expected, found in zip(model(ids, ids, attend)[0], loaded(ids, ids, attend)[0], strict=True):
         np.testing.assert_array_equal(np.asarray(expected, np.float32), np.asarray(found, np.float32))
 
@@ -50,7 +51,17 @@ def test_names_and_layout_are_llamas(tmp_path):
     assert tensors["model.layers.0.self_attn.k_proj.weight"].shape == (16, 32)  # [out, in]
     assert tensors["model.layers.1.mlp.down_proj.weight"].shape == (32, 48)
     assert len(tensors) == 3 + 2 * 9
-    np.testing.assert_array_equal(tensors["model.layers.1.mlp.up_proj.weight"].T, model.layers[1].mlp.up_proj.kernel[...])
+    gate_up = np.asarray(model.layers[1].mlp.gate_up_proj.weight[...])
+    np.testing.assert_array_equal(tensors["model.layers.1.mlp.gate_proj.weight"], gate_up[:48])
+    np.testing.assert_array_equal(tensors["model.layers.1.mlp.up_proj.weight"], gate_up[48:])
+    # Of the fused map: kv head 0's two queries, its key, its value, then those of kv head 1, 8 outputs each.
+    fused = np.asarray(model.layers[0].self_attn.qkv_proj.weight[...]).reshape(2, 4, 8, 32)
+    attention = {name: tensors[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"}
+    for head in range(4):
+        np.testing.assert_array_equal(attention["q"][8 * head : 8 * head + 8], fused[head // 2, head % 2])
+    for head in range(2):
+        np.testing.assert_array_equal(attention["k"][8 * head : 8 * head + 8], fused[head, 2])
+        np.testing.assert_array_equal(attention["v"][8 * head : 8 * head + 8], fused[head, 3])
 
 
 def test_an_existing_directory_is_not_overwritten(tmp_path):

@@ -117,7 +117,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient():
             second = config.beta2 * moments[path][1] + (1 - config.beta2) * grad**2
             moments[path] = (first, second)
             update = first / (1 - config.beta1 ** (step + 1)) / (np.sqrt(second / (1 - config.beta2 ** (step + 1))) + 1e-8)
-            decay = config.weight_decay if path[-1] == "kernel" else 0.0
+            decay = config.weight_decay if path[-1] == "weight" else 0.0
             params[path] = params[path] - rate * (update + decay * params[path])
         state, metrics = training.train_step(graph, state, batch, config)
         assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
