@@ -131,6 +131,8 @@ class DecodeConfig:
     """First tokens that "window" always sees."""
     window_tokens: int = 128
     """Most recent tokens that "window" sees, the current one included."""
+    prefill_tokens: int = 16_384
+    """Prompt tokens, over the batch, that go through the model at once; at least 64 of each prompt. Fewer take less memory."""
     implementation: Implementation | None = None
     """Of the decode attention kernel; None takes the best that the device has."""
     linear: LinearImplementation | None = None
@@ -138,7 +140,7 @@ class DecodeConfig:
 
     def __post_init__(self):
         _require(self.attention in get_args(Attention), self, "attention", ", ".join(get_args(Attention)))
-        _require_positive(self, "max_new_tokens", "window_tokens")
+        _require_positive(self, "max_new_tokens", "window_tokens", "prefill_tokens")
         _require(self.temperature >= 0, self, "temperature", "0 and above")
         _require(0 < self.top_p <= 1, self, "top_p", "above 0, up to 1")
         _require(self.sink_tokens >= 0, self, "sink_tokens", "0 and above")

@@ -27,7 +27,7 @@ from selfspan_jax.config import DecodeConfig
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanState
 
-_PREFILL_TOKENS = 16_384  # through the model at once, over the batch
+_LEAST_CHUNK_TOKENS = 64  # of a prompt
 _UNASKED_STEPS = 8  # that the loop takes on a GPU before it asks whether all sequences have ended
 
 
@@ -49,18 +49,15 @@ class DecodeState:
 
 
 def bucket(num_tokens: int) -> int:
-    """Room for a prompt: lengths are rounded up to few sizes (64 and up, four to an octave), so that few are compiled."""
-    step = max(64, 1 << max(0, num_tokens.bit_length() - 3))
+    """Room for a prompt: lengths are rounded up to few sizes (64 tokens and up, four to an octave), so that few are compiled."""
+    step = max(_LEAST_CHUNK_TOKENS, 1 << max(0, num_tokens.bit_length() - 3))
     return -(-num_tokens // step) * step
 
 
-def _chunk_tokens(batch: int, prompt_room: int) -> int:
-    """Tokens of each prompt that prefill takes through the model at once: about 16,384 over the batch.
-
-    Enough to keep the matrix unit busy; more would only add memory, [B, N, chunk, prompt_room] scores among it.
-    """
-    largest_divisor = prompt_room & -prompt_room  # of the powers of two
-    wanted = max(64, _PREFILL_TOKENS // max(batch, 1))
+def _chunk_tokens(batch: int, prompt_room: int, config: DecodeConfig) -> int:
+    """Tokens of each prompt that go through the model at once: all of them, or a power of two that divides the room."""
+    wanted = max(_LEAST_CHUNK_TOKENS, config.prefill_tokens // max(batch, 1))
+    largest_divisor = prompt_room & -prompt_room
     return prompt_room if prompt_room <= wanted else min(largest_divisor, 1 << (wanted.bit_length() - 1))
 
 
@@ -71,7 +68,7 @@ def _prefill(
     batch, prompt_room = token_ids.shape
     capacity = prompt_room + config.max_new_tokens
     cache = KVCache.empty(model.config, lengths, prompt_room, num_samples, config.max_new_tokens)
-    chunk = _chunk_tokens(batch, prompt_room)
+    chunk = _chunk_tokens(batch, prompt_room, config)
     first_rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_room
 
     def read_chunk(index, carry):
@@ -171,7 +168,7 @@ def _feed(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: B
         span=span,
         slots=slots,
         slots_extend=span.is_response & (~span.is_header | narrow_header),
-        logits=model.logits(hidden[:, 0], linear=config.linear),
+        logits=jnp.where(active[:, None], model.logits(hidden[:, 0], linear=config.linear), state.logits),
         done=state.done | (active & (tokens == model.vocab.eos_id)),
     )
 

@@ -1,11 +1,13 @@
 """Invariant 2, the central one: decoding token by token gives the logits of one forward under the mask. And the two drivers."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -232,3 +234,158 @@ def test_prompts_that_the_model_cannot_take_are_refused(token_ids, lengths, chan
     config = dataclasses.replace(DecodeConfig(max_new_tokens=4), **changes)
     with pytest.raises(ValueError, match=message):
         decoding.prefill(MODELS[0], np.array(token_ids), np.array(lengths), config)
+
+
+# Prefill in chunks, and prompts that share.
+
+
+def long_prompts(lengths, seed):
+    """Prompts with a response begun in most of them, so that steps, names and views reach across chunks; then padding."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(4, VOCAB_SIZE, (len(lengths), 256)).astype(np.int32)
+    rows[:, 0] = VOCAB.bos_id
+    for b in range(len(lengths) - 1):
+        rows[b, rng.integers(1, 120)] = VOCAB.solve_id
+    return rows, np.array(lengths, np.int32)
+
+
+@pytest.mark.parametrize("views", [VIEWS[0], VIEWS[4], VIEWS[7]], ids=[VIEW_IDS[0], VIEW_IDS[4], VIEW_IDS[7]])
+@pytest.mark.parametrize("attention", ["span", "dense", "window"])
+def test_prefill_in_chunks_is_one_forward(views, attention):
+    """Lengths at and around the ends of chunks of 64; a prompt far shorter than the rest; what follows a prompt is ignored."""
+    model = random_model(max_context_tokens=300, **views)
+    rows, lengths = long_prompts([256, 1, 63, 64, 65, 128, 200, 255], seed=3)
+    config = DecodeConfig(attention=attention, max_new_tokens=4, sink_tokens=2, window_tokens=70, prefill_tokens=8 * 64)
+    if attention == "span":
+        masks = [np.array(Reference(row, VOCAB, **views).mask()) for row in rows]
+    else:
+        t, s = np.indices((256, 256))
+        masks = [(s <= t) if attention == "dense" else (s <= t) & ((t - s < 70) | (s < 2))] * len(rows)
+    expected = reference_logits(model, rows, masks)
+    assert decoding._chunk_tokens(8, 256, config) == 64
+    state = decoding.prefill(model, rows, lengths, config)
+    for b, length in enumerate(lengths):
+        np.testing.assert_allclose(state.logits[b], expected[b, length - 1], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_lengths_of_a_bucket_share_their_programs():
+    model, config = random_model(max_context_tokens=300), DecodeConfig(max_new_tokens=4)
+    rows, _ = long_prompts([1], seed=0)
+
+    def programs_after(length):
+        decoding.generate(model, rows[:, :length], np.array([length], np.int32), config)
+        return decoding._jit_prefill._cache_size(), decoding._jit_run._cache_size()
+
+    first = programs_after(130)
+    assert programs_after(192) == programs_after(150) == first
+    assert programs_after(193) != first
+    assert [decoding.bucket(n) for n in (1, 64, 65, 500, 513, 2048, 2049, 8000)] == [64, 64, 128, 512, 640, 2048, 2560, 8192]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_samples_of_a_prompt_are_what_copies_of_it_would_write(temperature):
+    """The same tokens from fewer rows: the prompt's are there once, and no sample writes to them."""
+    model, config = MODELS[4], DecodeConfig(max_new_tokens=12, temperature=temperature)
+    key = jax.random.key(5)
+    shared = decoding.generate(model, PROMPT_IDS, LENGTHS, config, key, num_samples=3)
+    copies = decoding.generate(model, np.repeat(PROMPT_IDS, 3, axis=0), np.repeat(LENGTHS, 3), config, key)
+    np.testing.assert_array_equal(shared.new_tokens, copies.new_tokens)
+    np.testing.assert_array_equal(shared.num_attended, copies.num_attended)
+    assert temperature == 0 or np.any(shared.new_tokens[0] != shared.new_tokens[1])
+    room = decoding.bucket(PROMPT_IDS.shape[1])
+    assert copies.cache.size_bytes - shared.cache.size_bytes == 2 * 3 * room * model.config.num_layers * 2 * 2 * 8 * 4
+    prompts_only = decoding.prefill(model, PROMPT_IDS, LENGTHS, config)
+    table, width = np.asarray(shared.cache.table), LENGTHS.max()
+    for b, length in enumerate(LENGTHS):
+        for sample in range(3):
+            np.testing.assert_array_equal(table[3 * b + sample, :length], table[3 * b, :length])
+            assert len(set(table[3 * b + sample, : length + 12])) == length + 12
+        own = table[3 * b : 3 * b + 3, length : length + 12]
+        assert len(np.unique(own)) == own.size and own.min() >= len(PROMPTS) * room > table[3 * b, :width][:length].max()
+        for (k, v), (k_before, v_before) in zip(shared.cache.pools, prompts_only.cache.pools):
+            rows = table[3 * b, :length]
+            np.testing.assert_array_equal(np.asarray(k)[rows], np.asarray(k_before)[rows])
+            np.testing.assert_array_equal(np.asarray(v)[rows], np.asarray(v_before)[rows])
+
+
+def test_no_sample_is_refused():
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        decoding.prefill(MODELS[0], PROMPT_IDS, LENGTHS, DecodeConfig(max_new_tokens=4), num_samples=0)
+
+
+# The loop: replay, and how seldom it asks.
+
+
+def test_forced_tokens_are_written_and_fed_in_place_of_the_chosen_ones():
+    model, config = MODELS[0], DecodeConfig(max_new_tokens=8)
+    free = np.asarray(decoding.generate(model, PROMPT_IDS, LENGTHS, config).new_tokens)
+    forced = np.full((3, 8), -1)
+    forced[0, :5], forced[1, 2] = [11, 16, 5, 6, 7], 4
+    state = decoding.run(model, decoding.prefill(model, PROMPT_IDS, LENGTHS, config), config, forced=forced)
+    written = np.asarray(state.new_tokens)
+    np.testing.assert_array_equal(written[0, :5], forced[0, :5])
+    np.testing.assert_array_equal(written[1, :2], free[1, :2])
+    assert written[1, 2] == 4
+    np.testing.assert_array_equal(written[2], free[2])
+    fed = decoding.prefill(model, PROMPT_IDS, LENGTHS, config)
+    for step in range(8):
+        fed = decoding.feed(model, fed, written[:, step], config)
+    np.testing.assert_allclose(state.logits, fed.logits, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("unasked", [2, 4, 7])
+def test_a_loop_that_seldom_asks_writes_the_same(monkeypatch, unasked):
+    """Steps beyond the limit, or after the last <eos>, change nothing."""
+    config = DecodeConfig(max_new_tokens=11, temperature=1.0)
+    key = jax.random.key(2)
+    every_step = decoding.generate(MODELS[0], PROMPT_IDS, LENGTHS, config, key)
+    monkeypatch.setattr(decoding, "_unasked_steps", lambda num_steps: unasked)
+    seldom = decoding.generate(MODELS[0], PROMPT_IDS, LENGTHS, config, key)
+    streamed = list(decoding.stream(MODELS[0], PROMPT_IDS, LENGTHS, config, key, chunk_tokens=4))
+    for name in ("new_tokens", "num_attended", "num_steps", "done"):
+        np.testing.assert_array_equal(getattr(seldom, name), getattr(every_step, name))
+    for field in vars(every_step.span):
+        np.testing.assert_array_equal(getattr(seldom.span, field), getattr(every_step.span, field))
+    tokens = np.concatenate([chunk.tokens for chunk in streamed], axis=1)
+    np.testing.assert_array_equal(tokens, np.asarray(every_step.new_tokens)[:, : tokens.shape[1]])
+
+
+# What the compiler makes of the loop.
+
+
+def compiled_loop(model, config, batch=4, prompt_tokens=512):
+    """The compiled program of `run` for prompts of a length, and the shape of a pool as the program writes it."""
+    token_ids, lengths = np.full((batch, prompt_tokens), 4, np.int32), np.full(batch, prompt_tokens, np.int32)
+    state = decoding.prefill(model, token_ids, lengths, config)
+    graph, params = nnx.split(model)
+    pool = state.cache.pools[0][0]
+    compiled = decoding._jit_run.lower(graph, params, state, jnp.int32(8), None, config, 8).compile()
+    dtype = {"float32": "f32", "bfloat16": "bf16"}[pool.dtype.name]
+    return compiled, f"{dtype}[{','.join(map(str, pool.shape))}]", pool.nbytes
+
+
+@pytest.mark.parametrize("attention", ["span", "dense", "window"])
+def test_the_loop_copies_no_pool_and_asks_the_host_for_nothing(attention):
+    """Pools are written in place; temporary memory is that of one token per sequence and, without the kernels, one layer's rows."""
+    model = random_model(max_context_tokens=1024, head_size=32)
+    compiled, pool, pool_bytes = compiled_loop(model, DecodeConfig(attention=attention, max_new_tokens=64))
+    program = compiled.as_text()
+    writes = [line for line in program.splitlines() if re.search(rf"= {re.escape(pool)}\S* copy", line)]
+    assert not writes, writes[0]
+    for word in ("outfeed", "infeed", "send(", "recv(", "host_callback", "xla_python"):
+        assert word not in program
+    stats = compiled.memory_analysis()
+    assert stats.alias_size_in_bytes >= 2 * model.config.num_layers * pool_bytes  # every pool goes in and comes out as one
+    assert stats.temp_size_in_bytes < 4 * pool_bytes + 2**20
+
+
+def test_the_search_for_copies_has_teeth():
+    """A loop whose pools are not donated must copy them."""
+    model = random_model(max_context_tokens=1024, head_size=32)
+    config = DecodeConfig(max_new_tokens=64)
+    token_ids, lengths = np.full((4, 512), 4, np.int32), np.full(4, 512, np.int32)
+    state = decoding.prefill(model, token_ids, lengths, config)
+    graph, params = nnx.split(model)
+    kept = jax.jit(decoding._jit_run.__wrapped__, static_argnames=("graph", "config", "unasked_steps"))
+    program = kept.lower(graph, params, state, jnp.int32(8), None, config, 8).compile().as_text()
+    assert re.search(r"= f32\[\d+,2,32\]\S* copy", program)

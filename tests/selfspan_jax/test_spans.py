@@ -15,7 +15,7 @@ from tests.selfspan_jax.streams import NAMED, VIEWS, VOCAB, streams
 LENGTH, BATCH = 14, 3
 VIEW_IDS = ["-".join(map(str, views.values())) for views in VIEWS]
 
-jit_mask = jax.jit(spans.attention_mask, static_argnames=("vocab", "header_view", "prompt_view", "prompt_window_tokens"))
+jit_mask = jax.jit(spans.attention_mask, static_argnames=("vocab", "header_view", "prompt_view", "prompt_window_tokens", "num_queries"))
 jit_advance = jax.jit(lambda state, tokens: state.advance(tokens, VOCAB))
 jit_of_prefix = jax.jit(lambda token_ids, lengths: SpanState.of_prefix(token_ids, lengths, VOCAB, LENGTH))
 jit_visible = jax.jit(SpanState.visible, static_argnames=("header_view", "prompt_view", "prompt_window_tokens"))
@@ -48,6 +48,21 @@ def test_mask_and_decode_state_are_the_reference_on_any_stream(batch, views):
         np.testing.assert_array_equal(jit_visible(state, **views), expected[:, t], err_msg=f"token {t}")
     np.testing.assert_array_equal(state.token_labels, [reference.carries for reference in references])
     np.testing.assert_array_equal(state.unresolved_refs, [reference.unresolved_refs for reference in references])
+
+
+@given(
+    batch=st.lists(streams(LENGTH), min_size=BATCH, max_size=BATCH),
+    views=st.sampled_from(VIEWS),
+    num_queries=st.sampled_from([1, 5, LENGTH]),
+    data=st.data(),
+)
+@settings(max_examples=60)
+def test_rows_of_a_mask_are_rows_of_the_whole(batch, views, num_queries, data):
+    first_query = data.draw(st.integers(0, LENGTH - num_queries))
+    token_ids = jnp.array(batch, jnp.int32)
+    rows = jit_mask(token_ids, VOCAB, **views, first_query=jnp.int32(first_query), num_queries=num_queries)
+    whole = np.array([Reference(row, VOCAB, **views).mask() for row in batch])
+    np.testing.assert_array_equal(rows, whole[:, first_query : first_query + num_queries])
 
 
 @given(
