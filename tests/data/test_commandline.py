@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def command(*words):
     return subprocess.run(
-        [sys.executable, "-m", "data", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "data", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_command_leaves_nothing(tmp_path, sent, status):
         while not os.listdir(tmp_path):
             time.sleep(0.05)
         process.send_signal(sent)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == status
     assert os.listdir(tmp_path) == []
     assert b"Traceback" not in errors

@@ -289,6 +289,6 @@ def test_a_signal_leaves_no_orphans(sent):
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(sent)
         # The workers inherit stderr: it ends when the last of them has.
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert b"data/workers.py" not in errors, "a worker complained"

@@ -236,6 +236,41 @@ def test_prompts_that_the_model_cannot_take_are_refused(token_ids, lengths, chan
         decoding.prefill(MODELS[0], np.array(token_ids), np.array(lengths), config)
 
 
+# The kernels in the loop, on a GPU. (Head sizes of the tests above are none that they take.)
+
+WIDE = dict(hidden_size=64, intermediate_size=96, head_size=64, num_heads=8, num_kv_heads=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("views", [VIEWS[0], VIEWS[4], VIEWS[8]], ids=[VIEW_IDS[0], VIEW_IDS[4], VIEW_IDS[8]])
+def test_the_kernels_decode_like_one_forward(views):
+    model = random_model(**WIDE, **views)
+    rows = padded([token_ids for token_ids, _ in NAMED.values()], LENGTH, fill=4)
+    masks = [np.array(Reference(row, VOCAB, **views).mask()) for row in rows]
+    config = dataclasses.replace(SPAN, implementation="triton", linear="triton")
+    assert_decodes_like_one_forward(model, rows, [1 + i % MAX_PROMPT for i in range(len(rows))], masks, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+def test_the_kernels_in_half_precision_err_as_plain_arithmetic_does(int8):
+    """Against the float32 model with the same weights, decoding errs at most twice as much as one forward in half precision."""
+    exact = random_model(**WIDE)
+    half = random_model(**WIDE, compute_dtype="bfloat16").for_decoding(int8=int8)
+    rows = padded([token_ids for token_ids, _ in NAMED.values()], LENGTH, fill=4)
+    masks = [np.array(Reference(row, VOCAB).mask()) for row in rows]
+    expected, forward_half = (reference_logits(model, rows, masks)[:, 4:-1] for model in (exact, half))
+    config = dataclasses.replace(SPAN, implementation="triton", linear="triton")
+    state = decoding.prefill(half, rows[:, :4], np.full(len(rows), 4, np.int32), config)
+    found = []
+    for t in range(4, LENGTH - 1):
+        state = decoding.feed(half, state, rows[:, t], config)
+        found.append(np.asarray(state.logits))
+    alive = np.array([VOCAB.eos_id not in row for row in rows])
+    error, budget = (np.sqrt(np.mean(np.square(logits - expected)[alive])) for logits in (np.stack(found, axis=1), forward_half))
+    assert 0 < error < 2 * budget
+
+
 # Prefill in chunks, and prompts that share.
 
 

@@ -79,6 +79,25 @@ def test_a_list_is_decoded_as_a_batch(lm):
     assert lm.generate([]) == []
 
 
+def test_samples_of_a_prompt_come_as_a_list(lm, out):
+    samples = lm.generate(EXPRESSION, num_samples=3, max_new_tokens=64)
+    assert [sample.text for sample in samples] == [out.text] * 3
+    both = lm.generate([EXPRESSION, "1-2"], num_samples=2, max_new_tokens=64)
+    assert [[sample.answer for sample in samples] for samples in both] == [["-159"] * 2, ["-1"] * 2]
+    drawn = lm.generate(EXPRESSION, num_samples=8, max_new_tokens=64, temperature=3.0)
+    assert len({sample.text for sample in drawn}) > 1
+
+
+def test_int8_weights_are_a_little_less_exact_and_as_right(lm, out):
+    int8 = SpanLM.load(CHECKPOINT, TASKS, int8=True)
+    assert int8.generate(EXPRESSION, max_new_tokens=64).text == out.text
+    exact, rounded = lm.logits(out.token_ids), int8.logits(out.token_ids)
+    error = np.sqrt(np.mean((rounded - exact) ** 2) / np.mean(exact**2))
+    assert 1e-4 < error < 0.015  # measured 0.0074
+    weights = int8.model.layers[0].mlp.down_proj
+    assert weights.weight[...].dtype == np.int8 and weights.scales[...].shape == (256,)
+
+
 def test_streamed_text_is_the_generated_text(lm, out):
     assert "".join(lm.stream(EXPRESSION, max_new_tokens=64, chunk_tokens=5)) == out.text
 
