@@ -32,8 +32,8 @@ def xla_linear(
 ) -> jax.Array:
     """As a Llama in the dtype of `x` computes it, differentiable: the path of training and prefill.
 
-    RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`, in which the gate
-    and the residual follow. Float32 products are float32 products, not TF32.
+    RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
+    rounded; the gate and the residual in `out_dtype`. Float32 products are float32 products, not TF32.
     """
     if norm is not None:
         wide = x.astype(jnp.float32)
@@ -51,7 +51,7 @@ def xla_linear(
         out = (out * weight.scales[None, :]).astype(out_dtype)
     if gated:
         gate, up = jnp.split(out, 2, axis=-1)
-        out = jax.nn.silu(gate) * up
+        out = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
     if residual is not None:
         out += residual.astype(out_dtype)
     return out

@@ -74,9 +74,13 @@ def triton_linear(
     """Run the kernel; shapes as in `fused_linear`, `x` `[B, D]`, already checked."""
     values = weight_values(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
+
+    def split(array: jax.Array) -> jax.Array:
+        return array.reshape(*array.shape[:-1], -1, config.segment_inputs)
+
     optional = {
         "scales": weight.scales if isinstance(weight, QuantizedWeight) else None,
-        "norm": None if norm is None else norm.astype(x.dtype),
+        "norm": None if norm is None else split(norm.astype(x.dtype)),
         "residual": residual,
     }
     optional = {name: array for name, array in optional.items() if array is not None}
@@ -87,13 +91,18 @@ def triton_linear(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="fused_linear",
-    )(x, values, *optional.values())
+    )(split(x), split(values), *optional.values())
+
+
+def padded_rows(batch: int, segments: int) -> int:
+    """How many rows a program computes: with their segments, as many as the matrix unit's short side has at least."""
+    return max(pl.next_power_of_2(batch), LEAST_ROWS // segments, 1)
 
 
 def _kernel(
-    x_ref,  # [B, D]
-    weight_ref,  # [M, D], M = 2 F if gated
-    *refs,  # those of scales [M], norm [D] and residual [B, M or F] that `optional` names, then out_ref [B, M or F]
+    x_ref,  # [B, D / C, C], C the inputs of a segment
+    weight_ref,  # [M, D / C, C], M = 2 F if gated
+    *refs,  # those of scales [M], norm [D / C, C] and residual [B, M or F] that `optional` names, then out_ref [B, M or F]
     optional: tuple[str, ...],
     norm_eps: float,
     gated: bool,
@@ -101,41 +110,61 @@ def _kernel(
 ):
     *optional_refs, out_ref = refs
     ref_of = dict(zip(optional, optional_refs, strict=True))
-    tile, chunk = config.tile_outputs, config.chunk_inputs
-    (batch, num_inputs), num_results = x_ref.shape, out_ref.shape[1]
+    tile, segments = config.tile_outputs, config.segments
+    batch, num_segments, segment_inputs = x_ref.shape
+    num_results = out_ref.shape[1]
     start = jnp.minimum(pl.program_id(0) * tile, num_results - tile)
     starts = (start, num_results + start) if gated else (start,)  # of the gate and of the up outputs
 
-    padded = max(LEAST_ROWS, pl.next_power_of_2(batch))
-    own = (pl.ds(0, padded), pl.ds(start, tile))
-    present = jnp.arange(padded, dtype=jnp.int32)[:, None] < batch  # rows beyond the batch are neither read nor written
+    # The rows of the two operands: (output, segment) and (row of x, segment). Beyond the batch the last row is read again,
+    # computed and stored like itself, which saves masks.
+    padded = padded_rows(batch, segments)
+    output, segment = _divide(jnp.arange(tile * segments, dtype=jnp.int32), segments)
+    row, row_segment = _divide(jnp.arange(padded * segments, dtype=jnp.int32), segments)
+    row = jnp.minimum(row, batch - 1)
 
     def step(i, carry):
         squares, sums = carry
-        inputs = pl.ds(i * chunk, chunk)
-        x = plt.load(x_ref.at[pl.ds(0, padded), inputs], mask=jnp.broadcast_to(present, (padded, chunk)), other=0.0)  # [B, chunk]
+        x = x_ref[row, i * segments + row_segment, :]  # [rows, inputs of a segment]
         if "norm" in ref_of:
-            squares += jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)
-            x *= ref_of["norm"][inputs][None, :]
-        rows = (weight_ref[pl.ds(first, tile), inputs].astype(x.dtype) for first in starts)  # [tile, chunk] each
-        return squares, tuple(total + _dot(part, x) for total, part in zip(sums, rows, strict=True))
+            squares += jnp.square(x.astype(jnp.float32))
+            x *= ref_of["norm"][i * segments + row_segment, :]
+        parts = (weight_ref[first + output, i * segments + segment, :].astype(x.dtype) for first in starts)
+        return squares, tuple(total + _dot(part, x) for total, part in zip(sums, parts, strict=True))
 
-    zeros = (jnp.zeros((padded,), jnp.float32), (jnp.zeros((tile, padded), jnp.float32),) * len(starts))
-    squares, products = jax.lax.fori_loop(0, num_inputs // chunk, step, zeros)
+    squares = jnp.zeros((padded * segments, segment_inputs) if "norm" in ref_of else (1, 1), jnp.float32)
+    zeros = jnp.zeros((tile * segments, padded * segments), jnp.float32)
+    squares, sums = jax.lax.fori_loop(0, num_segments // segments, step, (squares, (zeros,) * len(starts)))
 
+    same = segment[:, None] == row_segment[None, :]
+    products = [_sum_segments(total, same, tile, padded, segments) for total in sums]  # [tile, B] each
     if "scales" in ref_of:
-        products = tuple(p * ref_of["scales"][pl.ds(first, tile)][:, None] for p, first in zip(products, starts, strict=True))
+        products = [p * ref_of["scales"][pl.ds(first, tile)][:, None] for p, first in zip(products, starts, strict=True)]
     if "norm" in ref_of:
-        factors = jax.lax.rsqrt(squares / num_inputs + norm_eps)
-        products = tuple(p * factors[None, :] for p in products)
+        squares = jnp.sum(jnp.sum(squares, axis=1).reshape(padded, segments), axis=1)
+        factors = jax.lax.rsqrt(squares / (num_segments * segment_inputs) + norm_eps)
+        products = [p * factors[None, :] for p in products]
     out = products[0]
     if gated:
         out = out / (1.0 + jnp.exp(-out)) * products[1]
+    own = (jnp.minimum(jnp.arange(padded, dtype=jnp.int32), batch - 1), pl.ds(start, tile))
     out = out.T  # [B, tile]
-    mask = jnp.broadcast_to(present, out.shape)
     if "residual" in ref_of:
-        out += plt.load(ref_of["residual"].at[own], mask=mask, other=0.0).astype(jnp.float32)
-    plt.store(out_ref.at[own], out.astype(out_ref.dtype), mask=mask)
+        out += ref_of["residual"][own].astype(jnp.float32)
+    out_ref[own] = out.astype(out_ref.dtype)
+
+
+def _divide(index, segments: int):
+    return index // segments, index % segments
+
+
+def _sum_segments(sums, same, tile: int, rows: int, segments: int):
+    """Of the sums `[(tile, segments), (rows, segments)]` those of two same segments belong to the product `[tile, rows]`."""
+    if segments == 1:
+        return sums
+    sums = jnp.where(same, sums, 0.0)
+    sums = jnp.sum(sums.reshape(tile, segments, rows * segments), axis=1)
+    return jnp.sum(sums.reshape(tile, rows, segments), axis=2)
 
 
 def _dot(a, b):

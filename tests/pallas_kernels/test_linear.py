@@ -1,0 +1,361 @@
+"""Products of few rows against a float64 oracle, within measured error budgets.
+
+On a machine without a GPU the Pallas kernel runs in the interpreter and is lowered for CUDA; with one, the tests marked
+`gpu` run the same cases on it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
+from pallas_kernels.linear import expected_bytes, unsupported_reason
+from pallas_kernels.linear.bench import MATRICES
+from pallas_kernels.linear.cases import CASES, Case, Problem, make_problem
+from pallas_kernels.linear.heuristics import LinearConfig, linear_config
+from pallas_kernels.linear.triton import padded_rows, triton_linear
+from tests.pallas_kernels.lowering import cuda_lowering
+
+CASE = {case.name: case for case in CASES}
+KERNEL = [("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu, id="triton-gpu")]
+ALL = [("reference", False), ("xla", False), *KERNEL]
+
+
+def silu(x):
+    return x / (1.0 + np.exp(-x))
+
+
+def oracle(problem: Problem) -> np.ndarray:
+    """The formula in float64."""
+    x = problem.x
+    if problem.norm is not None:
+        x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + problem.norm_eps) * problem.norm
+    out = x @ problem.weight.T
+    if problem.gated:
+        half = out.shape[1] // 2
+        out = silu(out[:, :half]) * out[:, half:]
+    return out if problem.residual is None else out + problem.residual
+
+
+def plain(problem: Problem, dtype) -> np.ndarray:
+    """What a Llama written down in `dtype` gives: rounded after the norm, its scale, the product, silu, the gate and the sum."""
+
+    def rounded(x):
+        return x.astype(dtype).astype(np.float32)
+
+    x = rounded(problem.x)
+    if problem.norm is not None:
+        x = rounded(x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + np.float32(problem.norm_eps)))
+        x = rounded(x * rounded(problem.norm))
+    out = rounded(x @ rounded(problem.weight).T)
+    if problem.gated:
+        half = out.shape[1] // 2
+        out = rounded(rounded(silu(out[:, :half])) * out[:, half:])
+    return out if problem.residual is None else rounded(out + rounded(problem.residual))
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def within_budget(out: np.ndarray, problem: Problem, dtype) -> bool:
+    """RMS error below twice that of a plain model in the same dtype on the same input."""
+    exact = oracle(problem)
+    return rms(out - exact) < 2 * rms(plain(problem, dtype) - exact)
+
+
+def round_to(problem: Problem, dtype) -> Problem:
+    """The same problem in numbers that `dtype` can hold, so that only the computation's error is seen."""
+
+    def rounded(x):
+        return None if x is None else x.astype(dtype).astype(np.float64)
+
+    arrays = {name: rounded(getattr(problem, name)) for name in ("x", "weight", "norm", "residual")}
+    return dataclasses.replace(problem, **arrays)
+
+
+def arrays_of(problem: Problem, dtype, weight=lambda weight: weight):
+    """x, weight, norm and residual as JAX arrays; the norm's scale in float32, as models keep it."""
+
+    def array(x, dtype=dtype):
+        return None if x is None else jnp.asarray(x, dtype)
+
+    return array(problem.x), weight(array(problem.weight)), array(problem.norm, jnp.float32), array(problem.residual)
+
+
+def run(problem: Problem, dtype, implementation, interpret=False, weight=lambda weight: weight, out_dtype=None) -> np.ndarray:
+    options = {"gated": problem.gated, "norm_eps": problem.norm_eps, "out_dtype": out_dtype}
+
+    def product(x, weight, norm, residual):
+        return fused_linear(x, weight, norm=norm, residual=residual, implementation=implementation, interpret=interpret, **options)
+
+    # The interpreter's program runs for a moment and compiles for seconds.
+    compiler_options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} if interpret else None
+    x, weight, norm, residual = arrays_of(problem, dtype, weight)
+    out = jax.jit(product, compiler_options=compiler_options)(x, weight, norm, residual)
+    assert out.dtype == (out_dtype or x.dtype) and out.shape == oracle(problem).shape
+    return np.asarray(out).astype(np.float64)
+
+
+@pytest.mark.parametrize("implementation, interpret", ALL)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32_matches_oracle(case, implementation, interpret):
+    problem = round_to(make_problem(case), np.float32)
+    out = run(problem, jnp.float32, implementation, interpret)
+    np.testing.assert_allclose(out, oracle(problem), atol=1e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("implementation, interpret", ALL)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bfloat16_within_budget(case, implementation, interpret):
+    problem = round_to(make_problem(case), ml_dtypes.bfloat16)
+    assert within_budget(run(problem, ml_dtypes.bfloat16, implementation, interpret), problem, ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("implementation, interpret", ALL)
+@pytest.mark.parametrize("name", ["batch_3", "batch_33"])
+def test_float16_within_budget(name, implementation, interpret):
+    problem = round_to(make_problem(CASE[name]), np.float16)
+    assert within_budget(run(problem, np.float16, implementation, interpret), problem, np.float16)
+
+
+def dequantized(problem: Problem) -> Problem:
+    """The problem whose weight is what the int8 weight stands for."""
+    weight = quantize_weight(jnp.asarray(problem.weight, jnp.float32))
+    values = np.asarray(weight.values, np.float64) * np.asarray(weight.scales, np.float64)[:, None]
+    return dataclasses.replace(problem, weight=values)
+
+
+@pytest.mark.parametrize("implementation, interpret", ALL)
+@pytest.mark.parametrize("name", ["batch_1", "qkv", "all_of_it", "odd_gate", "batch_33", "inputs_48"])
+def test_int8_weights(name, implementation, interpret):
+    problem = round_to(make_problem(CASE[name]), ml_dtypes.bfloat16)
+    out = run(problem, ml_dtypes.bfloat16, implementation, interpret, weight=quantize_weight)
+    assert within_budget(out, dequantized(problem), ml_dtypes.bfloat16)
+    # Rounding the weights costs more than the computation: measured 0.6 to 1.1% of the result's RMS.
+    exact = oracle(problem)
+    assert rms(out - exact) < 0.02 * rms(exact)
+
+
+@pytest.mark.parametrize("implementation, interpret", ALL)
+def test_float32_logits_of_bfloat16_rows(implementation, interpret):
+    """Logits are not rounded to bfloat16: the budget is a tenth of what that rounding alone costs."""
+    problem = round_to(make_problem(Case("head", "", 2, 200, 256)), ml_dtypes.bfloat16)
+    out, exact = run(problem, ml_dtypes.bfloat16, implementation, interpret, out_dtype=jnp.float32), oracle(problem)
+    assert rms(out - exact) < 0.1 * rms(exact.astype(ml_dtypes.bfloat16).astype(np.float64) - exact)
+
+
+SABOTAGE = {
+    "gate and up swapped": lambda p: dataclasses.replace(p, weight=np.roll(p.weight, len(p.weight) // 2, axis=0)),
+    "no norm scale": lambda p: dataclasses.replace(p, norm=np.ones_like(p.norm)),
+    "norm off by 2%": lambda p: dataclasses.replace(p, norm=1.02 * p.norm),
+    "no residual": lambda p: dataclasses.replace(p, residual=None),
+    "another row's norm": lambda p: dataclasses.replace(p, x=p.x * 2.0 ** np.arange(len(p.x))[:, None], norm_eps=1e6),
+    "outputs one off": lambda p: dataclasses.replace(p, weight=np.roll(p.weight, 1, axis=0)),
+    "one input left out": lambda p: dataclasses.replace(p, x=p.x * (np.arange(p.x.shape[1]) > 0)),
+    "rows swapped": lambda p: dataclasses.replace(p, x=p.x[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_budget_has_teeth(name):
+    problem = round_to(make_problem(Case("teeth", "", 4, 96, 256, norm=True, residual=True, gated=True)), ml_dtypes.bfloat16)
+    out = run(SABOTAGE[name](problem), ml_dtypes.bfloat16, "xla")
+    assert not within_budget(out, problem, ml_dtypes.bfloat16)
+    assert not within_budget(np.zeros_like(out), problem, ml_dtypes.bfloat16)
+    assert within_budget(run(problem, ml_dtypes.bfloat16, "xla"), problem, ml_dtypes.bfloat16)
+
+
+def test_int8_scales_have_teeth():
+    problem = round_to(make_problem(CASE["qkv"]), ml_dtypes.bfloat16)
+
+    def neighbours_scales(weight):
+        weight = quantize_weight(weight)
+        return QuantizedWeight(weight.values, jnp.roll(weight.scales, 1))
+
+    out = run(problem, ml_dtypes.bfloat16, "triton", True, weight=neighbours_scales)
+    assert not within_budget(out, dequantized(problem), ml_dtypes.bfloat16)
+
+
+# The xla implementation is also the training path.
+
+
+def test_xla_is_plain_llama_in_bfloat16():
+    """Rounded where an ordinary model rounds: equal to one up to the last bit, which sums in another order may turn."""
+    problem = round_to(make_problem(CASE["all_of_it"]), ml_dtypes.bfloat16)
+    out, expected = run(problem, ml_dtypes.bfloat16, "xla"), plain(problem, ml_dtypes.bfloat16)
+    assert np.mean(out == expected) > 0.9
+    np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-9)
+
+
+def test_float32_master_weights_are_cast_and_get_float32_gradients():
+    problem = round_to(make_problem(CASE["o"]), ml_dtypes.bfloat16)
+    x, weight, _, residual = arrays_of(problem, jnp.bfloat16, weight=lambda weight: weight.astype(jnp.float32))
+    np.testing.assert_array_equal(fused_linear(x, weight, residual=residual), fused_linear(x, weight.astype(x.dtype), residual=residual))
+    wanted = np.random.default_rng(1).normal(size=residual.shape).astype(ml_dtypes.bfloat16)
+
+    def loss(weight, residual):
+        out = fused_linear(x, weight, residual=residual)
+        return jnp.sum(out.astype(jnp.float32) * jnp.asarray(wanted, jnp.float32))
+
+    to_weight, to_residual = jax.grad(loss, argnums=(0, 1))(weight, residual)
+    assert to_weight.dtype == jnp.float32
+    exact = wanted.astype(np.float64).T @ problem.x
+    assert rms(np.asarray(to_weight) - exact) < 0.01 * rms(exact)
+    np.testing.assert_array_equal(np.asarray(to_residual, np.float32), wanted.astype(np.float32))
+
+
+def test_gradient_of_the_kernel_is_refused():
+    x, weight = jnp.ones((2, 64)), jnp.ones((32, 64))
+    for argument in (0, 1):
+        with pytest.raises(NotImplementedError, match="train with implementation='xla'"):
+            jax.grad(lambda *args: fused_linear(*args, implementation="triton", interpret=True).sum(), argument)(x, weight)
+
+
+# Arguments.
+
+
+def test_leading_axes():
+    problem = make_problem(CASE["all_of_it"])
+    x, weight, norm, residual = arrays_of(problem, jnp.float32)
+    flat = fused_linear(x, weight, norm=norm, residual=residual, gated=True)
+    for leading in ((2, 2), (1, 4), (4, 1, 1)):
+        shaped = (array.reshape(*leading, -1) for array in (x, residual))
+        x_shaped, residual_shaped = shaped
+        out = fused_linear(x_shaped, weight, norm=norm, residual=residual_shaped, gated=True)
+        np.testing.assert_array_equal(out, flat.reshape(*leading, -1))
+    one = fused_linear(x[0], weight, norm=norm, residual=residual[0], gated=True)
+    np.testing.assert_allclose(one, flat[0], rtol=1e-5, atol=1e-6)
+    assert fused_linear(x[:0], weight, gated=True).shape == (0, 48)
+
+
+def arguments(**change):
+    return {"x": jnp.ones((2, 64)), "weight": jnp.ones((32, 64))} | change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": jnp.ones((2, 64), jnp.int32)}, "x must be"),
+        ({"weight": jnp.ones((64, 32))}, r"weight must be \[M, D\] with the D = 64 of x, got \[64, 32\]"),
+        ({"weight": jnp.ones((32, 64), jnp.bfloat16)}, "weight must be float32"),
+        ({"weight": jnp.ones((33, 64)), "gated": True}, "odd M = 33"),
+        ({"weight": QuantizedWeight(jnp.ones((32, 64), jnp.int8), jnp.ones((64,)))}, r"scales must be \[M\] = \[32\]"),
+        ({"weight": QuantizedWeight(jnp.ones((32, 64), jnp.int32), jnp.ones((32,)))}, "int8 values"),
+        ({"norm": jnp.ones((32,))}, r"norm must be a float \[D\] = \[64\]"),
+        ({"residual": jnp.ones((2, 64))}, r"residual must be a float \[2, 32\]"),
+        ({"residual": jnp.ones((2, 32)), "gated": True}, r"residual must be a float \[2, 16\]"),
+        ({"out_dtype": jnp.int32}, "out_dtype must be"),
+        ({"implementation": "cublas"}, "unknown implementation 'cublas'"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        fused_linear(**arguments(**change))
+
+
+@pytest.mark.parametrize(
+    "x, weight, options, message",
+    [
+        ((65, 64), (32, 64), {}, "at most 64 rows, got 65"),
+        ((2, 72), (32, 72), {}, "multiple of 16, got 72"),
+        ((2, 64), (30, 64), {"gated": True}, "at least 16 outputs, got 15"),
+    ],
+)
+def test_kernel_says_what_it_cannot_do(x, weight, options, message):
+    x, weight = jnp.ones(x), jnp.ones(weight)
+    assert message in unsupported_reason("triton", x, weight, interpret=True, **options)
+    with pytest.raises(NotImplementedError, match=f"'triton': .*{message}"):
+        fused_linear(x, weight, implementation="triton", interpret=True, **options)
+    assert fused_linear(x, weight, **options).shape[0] == x.shape[0]  # None picks one that can
+
+
+def test_kernel_refuses_dtypes_that_it_cannot_serve_well():
+    x, weight = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((32, 64))
+    assert "twice the bytes: cast them once" in unsupported_reason("triton", x, weight, interpret=True)
+    x = x.astype(jnp.float16)
+    assert "overflow" in unsupported_reason("triton", x, weight.astype(x.dtype), norm=jnp.ones((64,)), interpret=True)
+    if jax.default_backend() != "gpu":
+        assert "needs a CUDA device" in unsupported_reason("triton", x, weight.astype(x.dtype))
+
+
+def test_expected_bytes():
+    x, weight = jnp.ones((2, 3, 64), jnp.bfloat16), jnp.ones((32, 64), jnp.bfloat16)
+    assert expected_bytes(x, weight) == 2 * (6 * 64 + 32 * 64 + 6 * 32)
+    quantized, norm = quantize_weight(weight), jnp.ones((64,), jnp.bfloat16)
+    residual = jnp.ones((2, 3, 16), jnp.bfloat16)
+    expected = 32 * 64 + 4 * 32 + 2 * (6 * 64 + 64 + 6 * 16) + 4 * 6 * 16
+    assert expected_bytes(x, quantized, norm=norm, residual=residual, gated=True, out_dtype=jnp.float32) == expected
+
+
+def test_quantize_weight_rounds_to_half_a_step():
+    weight = jax.random.normal(jax.random.key(0), (32, 64)) * 3.0
+    weight = weight.at[5].set(0.0)
+    quantized = quantize_weight(weight)
+    assert quantized.shape == (32, 64) and quantized.values.dtype == jnp.int8
+    assert jnp.all(jnp.max(jnp.abs(quantized.values), axis=1)[jnp.arange(32) != 5] == 127)
+    step = quantized.scales[:, None]
+    restored = quantized.values.astype(jnp.float32) * step
+    assert jnp.all(jnp.abs(restored - weight) <= 0.5001 * step) and jnp.all(restored[5] == 0)
+    with pytest.raises(ValueError, match="must be a float"):
+        quantize_weight(quantized.values)
+
+
+# The kernel's own matters: settings, and lowering for CUDA without a GPU.
+
+
+SETTINGS = [
+    LinearConfig(16, 1, 64, 1, 2),
+    LinearConfig(2, 8, 32, 1, 3),
+    LinearConfig(8, 4, 16, 2, 3),
+    LinearConfig(32, 2, 32, 4, 2),
+    LinearConfig(32, 1, 256, 8, 2),
+]
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu, id="gpu")])
+@pytest.mark.parametrize("config", SETTINGS, ids=str)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_settings_do_not_change_the_answer(batch, config, interpret):
+    problem = round_to(make_problem(Case("settings", "", batch, 2 * 39, 256, norm=True, residual=True, gated=True)), ml_dtypes.bfloat16)
+    options = {"norm_eps": 1e-5, "gated": True, "out_dtype": jnp.dtype(jnp.bfloat16), "config": config, "interpret": interpret}
+    out = triton_linear(*arrays_of(problem, jnp.bfloat16), **options)
+    assert within_budget(np.asarray(out, np.float64), problem, ml_dtypes.bfloat16)
+
+
+def shared_memory_bytes(config: LinearConfig, batch: int, item_bytes: int, x_bytes: int, gated: bool) -> int:
+    rows = config.tile_outputs * (2 if gated else 1) * item_bytes + padded_rows(batch, config.segments) * x_bytes
+    return rows * config.segments * config.segment_inputs * (config.num_stages + 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("item_bytes", [1, 2, 4])
+def test_settings_fit_every_shape(batch, item_bytes):
+    for num_results in (16, 17, 48, 564, 4096, 32000):
+        for num_inputs in (16, 48, 64, 96, 576, 768, 4096, 11008, 14336):
+            for gated in (False, True):
+                config = linear_config(batch, num_results, num_inputs, item_bytes, gated)
+                assert config.tile_outputs <= num_results
+                assert config.tile_outputs * config.segments >= 16
+                assert padded_rows(batch, config.segments) * config.segments >= 8
+                assert config.segment_inputs >= 16 and num_inputs % (config.segments * config.segment_inputs) == 0
+                assert shared_memory_bytes(config, batch, item_bytes, max(2, item_bytes), gated) < 227 * 1024
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("matrix", MATRICES, ids=lambda matrix: matrix.name)
+def test_lowers_for_cuda(matrix, batch):
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    x, norm = shape((batch, matrix.num_inputs)), shape((matrix.num_inputs,)) if matrix.norm else None
+    rows = (matrix.num_outputs, matrix.num_inputs)
+    quantized = QuantizedWeight(jax.ShapeDtypeStruct(rows, jnp.int8), jax.ShapeDtypeStruct(rows[:1], jnp.float32))
+    for weight, item_bytes in ((shape(rows), 2), (quantized, 1)):
+        config = linear_config(batch, matrix.num_results, matrix.num_inputs, item_bytes, matrix.gated)
+        product = functools.partial(triton_linear, norm_eps=1e-5, config=config, **matrix.options())
+        residual = shape((batch, matrix.num_results))
+        assert cuda_lowering(product, x, weight, norm, residual).count("__gpu$xla.gpu.triton") == 1
