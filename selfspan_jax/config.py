@@ -136,7 +136,7 @@ class DecodeConfig:
     implementation: Implementation | None = None
     """Of the decode attention kernel; None takes the best that the device has."""
     linear: LinearImplementation | None = None
-    """Of the linear maps; None takes the fastest that the device has for the number of rows."""
+    """Of a step's linear maps; None takes the fastest that the device has for the number of rows. Prefill takes "xla"."""
 
     def __post_init__(self):
         _require(self.attention in get_args(Attention), self, "attention", ", ".join(get_args(Attention)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from selfspan_jax.attention import attend_cached, masked_attention, rotated_heads, sequence_mask
 from selfspan_jax.cache import KVCache, SlotList, write_rows
-from selfspan_jax.config import DecodeConfig
+from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.model import Decoder
-from selfspan_jax.spans import SpanState
+from selfspan_jax.spans import SpanState, SpanVocab
 
 _LEAST_CHUNK_TOKENS = 64  # of a prompt
 _UNASKED_STEPS = 8  # that the loop takes on a GPU before it asks whether all sequences have ended
@@ -93,7 +93,7 @@ def _prefill(
             return masked_attention(q, keys, values, mask), pools
 
         tokens = jax.lax.dynamic_slice_in_dim(token_ids, start, chunk, axis=1)
-        hidden, pools = model(tokens, positions, attend, pools, linear=config.linear)
+        hidden, pools = model(tokens, positions, attend, pools)
         at = lengths - 1 - start
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return pools, jnp.where(((at >= 0) & (at < chunk))[:, None], here, last)
@@ -111,7 +111,7 @@ def _prefill(
         span=span,
         slots=_first_slots(cache.table, config),
         slots_extend=none,
-        logits=for_each_sample(model.logits(last, linear=config.linear)),
+        logits=for_each_sample(model.logits(last)),
         done=none,
         num_steps=jnp.zeros((), jnp.int32),
         new_tokens=jnp.full((none.size, config.max_new_tokens), model.vocab.pad_id, jnp.int32),
@@ -208,24 +208,62 @@ def _step(model: Decoder, state: DecodeState, until: Int[Array, ""], forced: Int
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples"))
-def _jit_prefill(graph, params, token_ids, lengths, key, config, num_samples):
-    return _prefill(nnx.merge(graph, params), token_ids, lengths, key, config, num_samples)
+class _Structure:
+    """A decoder without its parameters: what is static under jit. Hashed once, because the hash takes a millisecond."""
+
+    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef):
+        self._key = (graph, tree)
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other) -> bool:
+        return self is other or (isinstance(other, _Structure) and self._key == other._key)
+
+    def decoder(self, params: Sequence[Array]) -> Decoder:
+        graph, tree = self._key
+        return nnx.merge(graph, jax.tree.unflatten(tree, params))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames=("state",))
-def _jit_feed(graph, params, state, tokens, config):
-    return _feed(nnx.merge(graph, params), state, tokens, ~state.done, config)
+@dataclasses.dataclass(frozen=True)
+class FrozenDecoder:
+    """A decoder taken apart, so that each call of a compiled program need not do it again: some 10 ms for 32 layers."""
+
+    config: ModelConfig
+    vocab: SpanVocab
+    vocab_size: int
+    structure: _Structure
+    params: tuple[Array, ...]
+
+    @classmethod
+    def of(cls, model: Decoder | FrozenDecoder) -> FrozenDecoder:
+        """The parameters as they are now; later changes to the model are not seen."""
+        if isinstance(model, FrozenDecoder):
+            return model
+        graph, state = nnx.split(model)
+        params, tree = jax.tree.flatten(state)
+        return cls(model.config, model.vocab, model.vocab_size, _Structure(graph, tree), tuple(params))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "unasked_steps"), donate_argnames=("state",))
-def _jit_run(graph, params, state, until, forced, config, unasked_steps):
+@functools.partial(jax.jit, static_argnames=("structure", "config", "num_samples"))
+def _jit_prefill(structure, params, token_ids, lengths, key, config, num_samples):
+    return _prefill(structure.decoder(params), token_ids, lengths, key, config, num_samples)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "config"), donate_argnames=("state",))
+def _jit_feed(structure, params, state, tokens, config):
+    return _feed(structure.decoder(params), state, tokens, ~state.done, config)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "config", "unasked_steps"), donate_argnames=("state",))
+def _jit_run(structure, params, state, until, forced, config, unasked_steps):
     """Steps until `num_steps == until` or all sequences are done.
 
     On a GPU each round of a while loop whose end is data waits for the host to read that data. So the loop asks every
     `unasked_steps` steps; between them it runs a loop of known length, which the host queues without waiting.
     """
-    model = nnx.merge(graph, params)
+    model = structure.decoder(params)
 
     def step(_, state):
         return _step(model, state, until, forced, config)
@@ -243,13 +281,15 @@ def _unasked_steps(num_steps: int) -> int:
     return max(divisor for divisor in range(1, _UNASKED_STEPS + 1) if num_steps % divisor == 0)
 
 
-def check_ids(model: Decoder, token_ids: Int[np.ndarray, "..."]) -> None:
+def check_ids(model: Decoder | FrozenDecoder, token_ids: Int[np.ndarray, "..."]) -> None:
     """Raises ValueError for ids outside the model's vocabulary."""
     if token_ids.size and not (0 <= token_ids.min() and token_ids.max() < model.vocab_size):
         raise ValueError(f"token ids from {token_ids.min()} to {token_ids.max()}; the model knows 0 to {model.vocab_size - 1}")
 
 
-def check_prompts(model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig) -> None:
+def check_prompts(
+    model: Decoder | FrozenDecoder, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig
+) -> None:
     """Raises ValueError for prompts that the model cannot take."""
     if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
         raise ValueError(f"prompts of shape {token_ids.shape} with lengths of shape {lengths.shape}; expected [B, T] and [B]")
@@ -265,7 +305,7 @@ def check_prompts(model: Decoder, token_ids: Int[np.ndarray, "B T"], lengths: In
 
 
 def prefill(
-    model: Decoder,
+    model: Decoder | FrozenDecoder,
     token_ids: Int[np.ndarray, "b T"],
     lengths: Int[np.ndarray, "b"],
     config: DecodeConfig,
@@ -285,18 +325,25 @@ def prefill(
         raise ValueError(f"num_samples is {num_samples}; allowed: 1 and above")
     room = bucket(token_ids.shape[1])
     token_ids = np.pad(token_ids, ((0, 0), (0, room - token_ids.shape[1])), constant_values=model.vocab.pad_id)
-    graph, params = nnx.split(model)
+    frozen = FrozenDecoder.of(model)
+    prompts = jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
     key = jax.random.key(0) if key is None else key
-    return _jit_prefill(graph, params, jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32), key, config, num_samples)
+    return _jit_prefill(frozen.structure, frozen.params, *prompts, key, config, num_samples)
 
 
-def feed(model: Decoder, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:
+def feed(model: Decoder | FrozenDecoder, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:
     """The state after one given token in every sequence. The state handed in is donated."""
-    return _jit_feed(*nnx.split(model), state, jnp.asarray(tokens, jnp.int32), config)
+    frozen = FrozenDecoder.of(model)
+    return _jit_feed(frozen.structure, frozen.params, state, jnp.asarray(tokens, jnp.int32), config)
 
 
 def run(
-    model: Decoder, state: DecodeState, config: DecodeConfig, *, until: int | None = None, forced: Int[np.ndarray, "B M"] | None = None
+    model: Decoder | FrozenDecoder,
+    state: DecodeState,
+    config: DecodeConfig,
+    *,
+    until: int | None = None,
+    forced: Int[np.ndarray, "B M"] | None = None,
 ) -> DecodeState:
     """Decodes on until `until` tokens are chosen (default: all that there is room for) or every sequence has ended.
 
@@ -308,11 +355,12 @@ def run(
     room = state.new_tokens.shape[1]
     until = room if until is None else min(until, room)
     given = None if forced is None else jnp.asarray(forced, jnp.int32)
-    return _jit_run(*nnx.split(model), state, jnp.int32(until), given, config, _unasked_steps(room))
+    frozen = FrozenDecoder.of(model)
+    return _jit_run(frozen.structure, frozen.params, state, jnp.int32(until), given, config, _unasked_steps(room))
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | FrozenDecoder,
     token_ids: Int[np.ndarray, "b T"],
     lengths: Int[np.ndarray, "b"],
     config: DecodeConfig,
@@ -321,13 +369,20 @@ def generate(
     num_samples: int = 1,
 ) -> DecodeState:
     """Decodes until every sequence has written `<eos>` or `config.max_new_tokens`, in one compiled loop."""
+    model = FrozenDecoder.of(model)
     return run(model, prefill(model, token_ids, lengths, config, key, num_samples=num_samples), config)
 
 
 def compile_generate(
-    model: Decoder, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig, *, num_samples: int = 1
+    model: Decoder | FrozenDecoder,
+    token_ids: Int[np.ndarray, "b T"],
+    lengths: Int[np.ndarray, "b"],
+    config: DecodeConfig,
+    *,
+    num_samples: int = 1,
 ) -> None:
     """Compiles what `generate` runs for prompts of this shape, so that its next call can be timed."""
+    model = FrozenDecoder.of(model)
     jax.block_until_ready(run(model, prefill(model, token_ids, lengths, config, num_samples=num_samples), config, until=0))
 
 
@@ -346,7 +401,7 @@ def _jit_chunk(state: DecodeState, start, size):
 
 
 def stream(
-    model: Decoder,
+    model: Decoder | FrozenDecoder,
     token_ids: Int[np.ndarray, "b T"],
     lengths: Int[np.ndarray, "b"],
     config: DecodeConfig,
@@ -359,12 +414,12 @@ def stream(
 
     The device is always one chunk ahead, so that it does not wait while the host reads one.
     """
+    model = FrozenDecoder.of(model)
     state = prefill(model, token_ids, lengths, config, key, num_samples=num_samples)
-    graph, params = nnx.split(model)
     waiting: collections.deque = collections.deque()
     for start in range(0, config.max_new_tokens, chunk_tokens):
         size = min(chunk_tokens, config.max_new_tokens - start)
-        state = _jit_run(graph, params, state, jnp.int32(start + size), None, config, _unasked_steps(chunk_tokens))
+        state = _jit_run(model.structure, model.params, state, jnp.int32(start + size), None, config, _unasked_steps(chunk_tokens))
         waiting.append((start, _jit_chunk(state, start, size)))
         if len(waiting) > 1 and (yield from _emit(*waiting.popleft())):
             return

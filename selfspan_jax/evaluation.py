@@ -129,10 +129,10 @@ def evaluate(
             batch = (token_ids[filled], lengths[filled])
             if start == 0:
                 began = time.perf_counter()
-                decoding.compile_generate(lm.model, *batch, config)
+                decoding.compile_generate(lm.frozen, *batch, config)
                 compile_seconds = time.perf_counter() - began
             began = time.perf_counter()
-            state = jax.block_until_ready(decoding.generate(lm.model, *batch, config))
+            state = jax.block_until_ready(decoding.generate(lm.frozen, *batch, config))
             seconds += time.perf_counter() - began
             outputs = lm.outputs([prompts[i] for i in chosen], [ids[i] for i in chosen], state, attention)
             for i, output in zip(chosen, outputs, strict=True):

@@ -102,6 +102,7 @@ class SpanLM:
 
     def __init__(self, model: Decoder, task: Task, *, int8: bool = False):
         self.model = model.for_decoding(int8=int8)
+        self.frozen = decoding.FrozenDecoder.of(self.model)
         self.task = task
 
     @classmethod
@@ -169,7 +170,7 @@ class SpanLM:
             implementation=implementation,
         )
         samples = 1 if num_samples is None else num_samples
-        state = decoding.generate(self.model, token_ids, lengths, config, jax.random.key(seed), num_samples=samples)
+        state = decoding.generate(self.frozen, token_ids, lengths, config, jax.random.key(seed), num_samples=samples)
         flat = self.outputs([text for text in texts for _ in range(samples)], [i for i in ids for _ in range(samples)], state, attention)
         outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
@@ -181,7 +182,7 @@ class SpanLM:
         options["attention"] = self._trained(options.get("attention"))
         if options.get("max_new_tokens") is None:
             options["max_new_tokens"] = self._room(lengths)
-        chunks = decoding.stream(self.model, token_ids, lengths, DecodeConfig(**options), jax.random.key(seed), chunk_tokens=chunk_tokens)
+        chunks = decoding.stream(self.frozen, token_ids, lengths, DecodeConfig(**options), jax.random.key(seed), chunk_tokens=chunk_tokens)
         for chunk in chunks:
             yield self.task.decode(chunk.tokens[0, : _num_written(chunk.tokens[0], self.model.vocab.eos_id)])
 

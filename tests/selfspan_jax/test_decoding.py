@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -392,9 +391,9 @@ def compiled_loop(model, config, batch=4, prompt_tokens=512):
     """The compiled program of `run` for prompts of a length, and the shape of a pool as the program writes it."""
     token_ids, lengths = np.full((batch, prompt_tokens), 4, np.int32), np.full(batch, prompt_tokens, np.int32)
     state = decoding.prefill(model, token_ids, lengths, config)
-    graph, params = nnx.split(model)
+    frozen = decoding.FrozenDecoder.of(model)
     pool = state.cache.pools[0][0]
-    compiled = decoding._jit_run.lower(graph, params, state, jnp.int32(8), None, config, 8).compile()
+    compiled = decoding._jit_run.lower(frozen.structure, frozen.params, state, jnp.int32(8), None, config, 8).compile()
     dtype = {"float32": "f32", "bfloat16": "bf16"}[pool.dtype.name]
     return compiled, f"{dtype}[{','.join(map(str, pool.shape))}]", pool.nbytes
 
@@ -420,7 +419,7 @@ def test_the_search_for_copies_has_teeth():
     config = DecodeConfig(max_new_tokens=64)
     token_ids, lengths = np.full((4, 512), 4, np.int32), np.full(4, 512, np.int32)
     state = decoding.prefill(model, token_ids, lengths, config)
-    graph, params = nnx.split(model)
-    kept = jax.jit(decoding._jit_run.__wrapped__, static_argnames=("graph", "config", "unasked_steps"))
-    program = kept.lower(graph, params, state, jnp.int32(8), None, config, 8).compile().as_text()
+    frozen = decoding.FrozenDecoder.of(model)
+    kept = jax.jit(decoding._jit_run.__wrapped__, static_argnames=("structure", "config", "unasked_steps"))
+    program = kept.lower(frozen.structure, frozen.params, state, jnp.int32(8), None, config, 8).compile().as_text()
     assert re.search(r"= f32\[\d+,2,32\]\S* copy", program)
