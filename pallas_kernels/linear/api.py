@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.device import device_reason
 from pallas_kernels.linear import triton
-from pallas_kernels.linear.heuristics import linear_config
-from pallas_kernels.linear.reference import reference_linear, xla_linear
+from pallas_kernels.linear.heuristics import MOST_NORM_ROWS, linear_config
+from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear
 from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
 
 IMPLEMENTATIONS = ("reference", "xla", "triton")
@@ -101,6 +101,8 @@ def _num_results(weight: Weight, gated: bool) -> int:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, residual):
+    if norm is not None and x.shape[0] > MOST_NORM_ROWS:
+        x, norm = rms_norm(x, norm, norm_eps), None
     num_inputs, item_bytes = x.shape[1], weight_values(weight).dtype.itemsize
     config = linear_config(x.shape[0], _num_results(weight, gated), num_inputs, item_bytes, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "config": config, "interpret": interpret}

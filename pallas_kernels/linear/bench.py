@@ -27,7 +27,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench import CACHE_BYTES, read_ceiling_tbps
 from pallas_kernels.linear.api import expected_bytes, fused_linear
-from pallas_kernels.linear.heuristics import LinearConfig
+from pallas_kernels.linear.heuristics import MOST_NORM_ROWS, MULTIPROCESSORS, LinearConfig
+from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.linear.triton import triton_linear
 from pallas_kernels.linear.weight import QuantizedWeight, quantize_weight
 from pallas_kernels.rotary import rotate_and_write
@@ -73,9 +74,7 @@ IMPLEMENTATIONS = ("triton", "triton+int8", "xla", "xla+int8", "xla [D, M]")
 def transposed_linear(x, weight, *, norm=None, residual=None, gated=False, out_dtype=None):
     """What `implementation="xla"` does, with the weight stored `[D, M]`."""
     if norm is not None:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-5)
-        x = wide.astype(x.dtype) * norm[None, :]
+        x = rms_norm(x, norm, 1e-5)
     out = jnp.dot(x, weight, preferred_element_type=out_dtype)
     if gated:
         gate, up = jnp.split(out, 2, axis=-1)
@@ -135,20 +134,16 @@ def compile_all(programs: dict) -> dict:
         return dict(zip(programs, pool.map(compile_one, programs.values()), strict=True))
 
 
-def time_us(program, one, arguments, calls_per_round: int, runs: int = 5, run_ms: float = 5.0) -> tuple[float, float]:
-    """Median microseconds per call and the spread (largest minus smallest) of `runs`, each of some milliseconds."""
-    jax.block_until_ready(program(one, *arguments))
-    start = time.perf_counter()
-    jax.block_until_ready(program(one, *arguments))
-    rounds = jnp.int32(max(1, math.ceil(run_ms * 1e-3 / (time.perf_counter() - start))))
+def time_us(program, arguments, calls: int, runs: int) -> tuple[float, float]:
+    """Median microseconds per call and the spread (largest minus smallest) of `runs` of a program of so many calls."""
     times = []
     for run in range(2 + runs):
         start = time.perf_counter()
-        for _ in range(2):
-            out = program(rounds, *arguments)
+        for _ in range(2):  # one queued while the other runs
+            out = program(*arguments)
         jax.block_until_ready(out)
         if run >= 2:
-            times.append((time.perf_counter() - start) / (2 * int(rounds) * calls_per_round) * 1e6)
+            times.append((time.perf_counter() - start) / (2 * calls) * 1e6)
     return statistics.median(times), max(times) - min(times)
 
 
@@ -185,28 +180,36 @@ def relative_error(out: jax.Array, expected: jax.Array) -> float:
     return float(jnp.sqrt(jnp.mean((out - expected) ** 2) / jnp.mean(expected**2)))
 
 
-def run_matrix(matrix: Matrix, variants: dict, batches: tuple[int, ...], seed: int, report: Report, **timing) -> None:
+def run_matrix(matrix: Matrix, variants: dict, seed: int, report: Report, runs: int = 5, run_ms: float = 5.0) -> None:
     """Times `variants` (batch and name: function and how its weights are stored) of one matrix."""
     weights = draw_weights(matrix, seed)
     stored = {kind: stored_as(kind, weights) for kind in dict.fromkeys(kind for _, kind in variants.values())}
     norm = 1.0 + 0.1 * draw(seed + 1, matrix.num_inputs) if matrix.norm else None
-    options, one = matrix.options(), jnp.int32(1)
+    options = matrix.options()
+    batches = dict.fromkeys(batch for batch, _ in variants)
     inputs = {
         b: (draw(seed + 2, b, matrix.num_inputs), norm, draw(seed + 3, b, matrix.num_results).astype(options["out_dtype"])) for b in batches
     }
-    programs = {
-        (batch, name): (functools.partial(chain, linear, options), (one, *inputs[batch], stored[kind]))
-        for (batch, name), (linear, kind) in variants.items()
-    }
-    expected = {batch: chain(linear_function("xla"), options, one, *inputs[batch], weights) for batch in batches}
+    programs, rounds = {}, {}
+    for (batch, name), (linear, kind) in variants.items():
+        moved = expected_bytes(inputs[batch][0], as_stored(matrix, kind), norm=norm, residual=inputs[batch][2], **options)
+        guess_ms = len(stored[kind]) * (3.0 + 1.5 * moved / report.ceiling_tbps / 1e6) * 1e-3
+        rounds[batch, name] = max(1, round(run_ms / guess_ms))
+        programs[batch, name] = (functools.partial(chain, linear, options, rounds[batch, name]), (*inputs[batch], stored[kind]))
+    once = {}
     for (batch, name), program in compile_all(programs).items():
+        kind, arguments = variants[batch, name][1], programs[batch, name][1]
         if isinstance(program, Exception):
             print(f"{matrix.name:12} B{batch:<3} {name:32} not run: {str(program).splitlines()[0][:200]}", flush=True)
             continue
-        kind = variants[batch, name][1]
-        arguments = (*inputs[batch], stored[kind])
-        error = relative_error(program(one, *inputs[batch], stored[kind]), expected[batch]) if "int8" not in kind else None
-        microseconds, spread = time_us(program, one, arguments, len(stored[kind]), **timing)
+        error = None
+        if "int8" not in kind:
+            # The residual adds up to the sum of all the weights' products, times the rounds.
+            key = (batch, rounds[batch, name])
+            if key not in once:
+                once[key] = chain(linear_function("xla"), options, key[1], *inputs[batch], weights)
+            error = relative_error(program(*arguments), once[key])
+        microseconds, spread = time_us(program, arguments, len(stored[kind]) * rounds[batch, name], runs)
         moved = expected_bytes(arguments[0], as_stored(matrix, kind), norm=norm, residual=arguments[2], **options)
         report.add(matrix.name, batch, name, microseconds, moved, spread_microseconds=spread, relative_error=error)
     report.save()
@@ -233,7 +236,7 @@ class LayerShape:
     num_heads: int
     num_kv_heads: int
     head_size: int = 128
-    num_layers: int = 8  # distinct ones in the chain
+    num_layers: int = 4  # distinct ones in the chain
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
@@ -269,8 +272,7 @@ def run_layers(shape: LayerShape, batches: tuple[int, ...], seed: int, report: R
     seeds = itertools.count(seed)
     layers = [tuple(make(next(seeds), size) for size in shape.matrices) for _ in range(shape.num_layers)]
     norm = 1.0 + 0.1 * draw(seed + 1, shape.hidden_size)
-    one = jnp.int32(1)
-    weight_bytes = 2 * sum(m * d for m, d in shape.matrices)
+    weight_bytes, rounds = 2 * sum(m * d for m, d in shape.matrices), 10
     variants = {
         "triton": ("triton", "triton"),
         "triton, rotary by xla": ("triton", "xla"),
@@ -290,16 +292,16 @@ def run_layers(shape: LayerShape, batches: tuple[int, ...], seed: int, report: R
         rest = (draw(seed + 4, batch, shape.hidden_size), norm, angles, jnp.arange(batch, dtype=jnp.int32))
         for name, (kind, rotary) in variants.items():
             arguments[batch, name] = (*rest, stored[kind], [(pool, pool)] * shape.num_layers)
-            programs[batch, name] = (functools.partial(layer_chain, linear_function(kind), rotary), (one, *arguments[batch, name]))
+            programs[batch, name] = (functools.partial(layer_chain, linear_function(kind), rotary, rounds), arguments[batch, name])
     expected = {}
     for (batch, name), program in compile_all(programs).items():
         if isinstance(program, Exception):
             print(f"{shape.name:12} B{batch:<3} {name:32} not run: {str(program).splitlines()[0][:200]}", flush=True)
             continue
-        out = program(one, *arguments[batch, name])[0]
+        out = program(*arguments[batch, name])[0]
         expected.setdefault(batch, out)
         error = relative_error(out, expected[batch])
-        microseconds, spread = time_us(program, one, arguments[batch, name], shape.num_layers)
+        microseconds, spread = time_us(program, arguments[batch, name], rounds * shape.num_layers, 5)
         moved = weight_bytes // 2 if "int8" in name else weight_bytes
         report.add(shape.name, batch, name, microseconds, moved, spread_microseconds=spread, difference_from_first=error)
     report.save()
@@ -310,20 +312,20 @@ def settings(matrix: Matrix, batch: int, int8: bool) -> list[LinearConfig]:
     found = []
     item_bytes, parts = 1 if int8 else 2, 2 if matrix.gated else 1
     rows = 1 << (batch - 1).bit_length()
-    shapes = ((32, 1, 8192), (32, 2, 8192), (64, 2, 8192), (64, 4, 8192), (64, 4, 16384), (128, 4, 16384))
-    most_columns = 16 if rows == 1 else 2 * rows
-    for (tile_rows, warps, step_bytes), segments, stages in itertools.product(shapes, (1, 2, 4, 8), (3, 5)):
+    shapes = ((32, 2, 8192), (64, 4, 8192), (64, 4, 16384), (64, 4, 32768), (128, 4, 16384), (128, 8, 32768))
+    for (tile_rows, warps, step_bytes), segments, programs in itertools.product(shapes, (1, 2, 4, 8), (1, 2, 3, 4)):
         columns = max(8, rows * segments)  # of the matrix unit's product
-        if columns > most_columns or (rows == 1 and segments < 4):
+        if columns > max(8, 2 * rows) or (rows == 1 and segments < 8):
             continue
         inputs = min(step_bytes // item_bytes // tile_rows, (matrix.num_inputs // segments) & -(matrix.num_inputs // segments))
         tile = tile_rows // parts // segments
-        if inputs < 32 or tile * segments < 16 * warps:
+        if inputs < 32 or tile_rows < 16 * warps or matrix.num_results // tile < (60 if rows > 8 else 100) * programs:
             continue
         read_bytes = (tile_rows * item_bytes + columns * 2) * inputs
-        programs = max(1, matrix.num_results // tile // 132)
-        if stages * read_bytes <= 200_000 and min(programs, 6) * (stages - 1) * read_bytes >= 24_000:
-            found.append(LinearConfig(tile, segments, inputs, warps, stages))
+        for in_flight in (60_000, 120_000):  # per multiprocessor
+            stages = round(in_flight / programs / read_bytes) + 1
+            if 2 <= stages <= 12 and stages * read_bytes * programs <= 215_000:
+                found.append(LinearConfig(tile, segments, inputs, warps, stages, programs * MULTIPROCESSORS))
     return list(dict.fromkeys(found))
 
 
@@ -338,6 +340,8 @@ def tune_variants(matrix: Matrix, batches: tuple[int, ...], kinds: list[str]) ->
 
 
 def configured_linear(config: LinearConfig, x, weight, *, norm, residual, gated, out_dtype):
+    if norm is not None and x.shape[0] > MOST_NORM_ROWS:
+        x, norm = rms_norm(x, norm, 1e-5), None
     return triton_linear(x, weight, norm, residual, norm_eps=1e-5, gated=gated, out_dtype=out_dtype, config=config)
 
 
@@ -369,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
             variants = tune_variants(matrix, batches, kinds)
         else:
             variants = {pair: (linear_function(pair[1]), pair[1]) for pair in itertools.product(batches, implementations)}
-        run_matrix(matrix, variants, batches, args.seed, report, **({"runs": 3, "run_ms": 2.0} if args.tune else {}))
+        run_matrix(matrix, variants, args.seed, report, **({"runs": 3, "run_ms": 2.0} if args.tune else {}))
     return 0
 
 

@@ -27,6 +27,13 @@ def reference_linear(
     return out.astype(out_dtype)
 
 
+def rms_norm(x: jax.Array, norm: jax.Array, norm_eps: float) -> jax.Array:
+    """`[B, D]` normalised in float32 and rounded before the scale `[D]`, as Llama does."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
+    return wide.astype(x.dtype) * norm.astype(x.dtype)[None, :]
+
+
 def xla_linear(
     x: jax.Array, weight: Weight, norm: jax.Array | None, residual: jax.Array | None, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
@@ -35,10 +42,7 @@ def xla_linear(
     RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
     rounded; the gate and the residual in `out_dtype`. Float32 products are float32 products, not TF32.
     """
-    if norm is not None:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
-        x = wide.astype(x.dtype) * norm.astype(x.dtype)[None, :]
+    x = x if norm is None else rms_norm(x, norm, norm_eps)
     quantized = isinstance(weight, QuantizedWeight)
     out = jax.lax.dot_general(
         x,

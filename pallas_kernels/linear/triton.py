@@ -86,12 +86,18 @@ def triton_linear(
     optional = {name: array for name, array in optional.items() if array is not None}
     return pl.pallas_call(
         functools.partial(_kernel, optional=tuple(optional), norm_eps=norm_eps, gated=gated, config=config),
-        grid=(pl.cdiv(num_results, config.tile_outputs),),
+        grid=(num_programs(num_results, config),),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], num_results), out_dtype),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="fused_linear",
     )(split(x), split(values), *optional.values())
+
+
+def num_programs(num_results: int, config: LinearConfig) -> int:
+    """As many programs as there may be at most, or the fewest that take no longer."""
+    tiles = pl.cdiv(num_results, config.tile_outputs)
+    return pl.cdiv(tiles, pl.cdiv(tiles, config.programs))
 
 
 def padded_rows(batch: int, segments: int) -> int:
@@ -113,58 +119,69 @@ def _kernel(
     tile, segments = config.tile_outputs, config.segments
     batch, num_segments, segment_inputs = x_ref.shape
     num_results = out_ref.shape[1]
-    start = jnp.minimum(pl.program_id(0) * tile, num_results - tile)
-    starts = (start, num_results + start) if gated else (start,)  # of the gate and of the up outputs
+    program, num_programs, num_tiles = pl.program_id(0), pl.num_programs(0), pl.cdiv(num_results, tile)
+    steps, parts = num_segments // segments, 2 if gated else 1  # of a tile: its reads; its gate and its up outputs
 
-    # The rows of the two operands: (output, segment) and (row of x, segment). Beyond the batch the last row is read again,
-    # computed and stored like itself, which saves masks.
+    # The rows of the two operands: (part, output, segment) and (row of x, segment). Beyond the batch the last row is read
+    # again, computed and stored like itself, which saves masks.
     padded = padded_rows(batch, segments)
-    output, segment = _divide(jnp.arange(tile * segments, dtype=jnp.int32), segments)
+    output, segment = _divide(jnp.arange(parts * tile * segments, dtype=jnp.int32), segments)
+    output = _matrix_row(output, tile, num_results)
     row, row_segment = _divide(jnp.arange(padded * segments, dtype=jnp.int32), segments)
     row = jnp.minimum(row, batch - 1)
 
     def step(i, carry):
         squares, sums = carry
-        x = x_ref[row, i * segments + row_segment, :]  # [rows, inputs of a segment]
+        tile_index, k = _divide(i, steps)
+        start = jnp.minimum((program + tile_index * num_programs) * tile, num_results - tile)
+        x = x_ref[row, k * segments + row_segment, :]  # [rows, inputs of a segment]
         if "norm" in ref_of:
             squares += jnp.square(x.astype(jnp.float32))
-            x *= ref_of["norm"][i * segments + row_segment, :]
-        parts = (weight_ref[first + output, i * segments + segment, :].astype(x.dtype) for first in starts)
-        return squares, tuple(total + _dot(part, x) for total, part in zip(sums, parts, strict=True))
+            x *= ref_of["norm"][k * segments + row_segment, :]
+        sums += _dot(weight_ref[start + output, k * segments + segment, :].astype(x.dtype), x)
+
+        @pl.when(k == steps - 1)
+        def _():
+            finish(start, squares, sums)
+
+        return jnp.where(k < steps - 1, squares, 0.0), jnp.where(k < steps - 1, sums, 0.0)
+
+    def finish(start, squares, sums):
+        if segments > 1:  # only the sums of two same segments belong to the product
+            sums = jnp.where(segment[:, None] == row_segment[None, :], sums, 0.0)
+            sums = jnp.sum(sums.reshape(parts * tile, segments, padded * segments), axis=1)
+            sums = jnp.sum(sums.reshape(parts * tile, padded, segments), axis=2)
+        if "scales" in ref_of:
+            sums *= ref_of["scales"][start + _matrix_row(jnp.arange(parts * tile, dtype=jnp.int32), tile, num_results)][:, None]
+        if "norm" in ref_of:
+            mean_squares = jnp.sum(jnp.sum(squares, axis=1).reshape(padded, segments), axis=1) / (num_segments * segment_inputs)
+            sums *= jax.lax.rsqrt(mean_squares + norm_eps)[None, :]
+        if gated:
+            sums = sums.reshape(parts, tile, padded)
+            is_gate = jnp.arange(parts, dtype=jnp.int32)[:, None, None] == 0
+            gate, up = (jnp.sum(jnp.where(mine, sums, 0.0), axis=0) for mine in (is_gate, ~is_gate))
+            sums = gate / (1.0 + jnp.exp(-gate)) * up
+        own = (jnp.minimum(jnp.arange(padded, dtype=jnp.int32), batch - 1), pl.ds(start, tile))
+        out = sums.T  # [B, tile]
+        if "residual" in ref_of:
+            out += ref_of["residual"][own].astype(jnp.float32)
+        out_ref[own] = out.astype(out_ref.dtype)
 
     squares = jnp.zeros((padded * segments, segment_inputs) if "norm" in ref_of else (1, 1), jnp.float32)
-    zeros = jnp.zeros((tile * segments, padded * segments), jnp.float32)
-    squares, sums = jax.lax.fori_loop(0, num_segments // segments, step, (squares, (zeros,) * len(starts)))
-
-    same = segment[:, None] == row_segment[None, :]
-    products = [_sum_segments(total, same, tile, padded, segments) for total in sums]  # [tile, B] each
-    if "scales" in ref_of:
-        products = [p * ref_of["scales"][pl.ds(first, tile)][:, None] for p, first in zip(products, starts, strict=True)]
-    if "norm" in ref_of:
-        squares = jnp.sum(jnp.sum(squares, axis=1).reshape(padded, segments), axis=1)
-        factors = jax.lax.rsqrt(squares / (num_segments * segment_inputs) + norm_eps)
-        products = [p * factors[None, :] for p in products]
-    out = products[0]
-    if gated:
-        out = out / (1.0 + jnp.exp(-out)) * products[1]
-    own = (jnp.minimum(jnp.arange(padded, dtype=jnp.int32), batch - 1), pl.ds(start, tile))
-    out = out.T  # [B, tile]
-    if "residual" in ref_of:
-        out += ref_of["residual"][own].astype(jnp.float32)
-    out_ref[own] = out.astype(out_ref.dtype)
+    sums = jnp.zeros((parts * tile * segments, padded * segments), jnp.float32)
+    own_tiles = pl.cdiv(num_tiles - program, num_programs)
+    jax.lax.fori_loop(0, own_tiles * steps, step, (squares, sums))
 
 
-def _divide(index, segments: int):
-    return index // segments, index % segments
+def _matrix_row(output, tile: int, num_results: int):
+    """Where the outputs of the first tile stand in the matrix: those of the gate, then those that go up."""
+    part, output = _divide(output, tile)
+    return part * num_results + output
 
 
-def _sum_segments(sums, same, tile: int, rows: int, segments: int):
-    """Of the sums `[(tile, segments), (rows, segments)]` those of two same segments belong to the product `[tile, rows]`."""
-    if segments == 1:
-        return sums
-    sums = jnp.where(same, sums, 0.0)
-    sums = jnp.sum(sums.reshape(tile, segments, rows * segments), axis=1)
-    return jnp.sum(sums.reshape(tile, rows, segments), axis=2)
+def _divide(index, by: int):
+    """Quotient and remainder, of an index that is not negative."""
+    return jax.lax.div(index, jnp.full_like(index, by)), jax.lax.rem(index, jnp.full_like(index, by))
 
 
 def _dot(a, b):

@@ -310,11 +310,11 @@ def test_quantize_weight_rounds_to_half_a_step():
 
 
 SETTINGS = [
-    LinearConfig(16, 1, 64, 1, 2),
-    LinearConfig(2, 8, 32, 1, 3),
-    LinearConfig(8, 4, 16, 2, 3),
-    LinearConfig(32, 2, 32, 4, 2),
-    LinearConfig(32, 1, 256, 8, 2),
+    LinearConfig(16, 1, 64, 1, 2, programs=264),
+    LinearConfig(2, 8, 32, 1, 3, programs=7),  # two programs have three tiles, the others two
+    LinearConfig(8, 4, 16, 2, 3, programs=1),
+    LinearConfig(32, 2, 32, 4, 2, programs=1),  # the last tile overlaps the one before it
+    LinearConfig(32, 1, 256, 8, 2, programs=2),
 ]
 
 
@@ -341,7 +341,7 @@ def test_settings_fit_every_shape(batch, item_bytes):
             for gated in (False, True):
                 config = linear_config(batch, num_results, num_inputs, item_bytes, gated)
                 assert config.tile_outputs <= num_results
-                assert config.tile_outputs * config.segments >= 16
+                assert config.tile_outputs * config.segments * (2 if gated else 1) >= 16
                 assert padded_rows(batch, config.segments) * config.segments >= 8
                 assert config.segment_inputs >= 16 and num_inputs % (config.segments * config.segment_inputs) == 0
                 assert shared_memory_bytes(config, batch, item_bytes, max(2, item_bytes), gated) < 227 * 1024
