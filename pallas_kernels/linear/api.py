@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.device import device_reason
 from pallas_kernels.linear import triton
-from pallas_kernels.linear.heuristics import MOST_NORM_ROWS, linear_config
+from pallas_kernels.linear.heuristics import MOST_NORM_ROWS, is_fastest, linear_config
 from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear
 from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
 
@@ -58,7 +58,7 @@ def fused_linear(
     rows = x.reshape(-1, num_inputs)
     residual = None if residual is None else residual.reshape(-1, num_outputs)
     if implementation is None:
-        implementation = _best_implementation(rows, weight, norm)
+        implementation = _best_implementation(rows, weight, norm, gated)
     elif reason := unsupported_reason(implementation, x, weight, norm=norm, gated=gated, interpret=interpret):
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
     if implementation == "triton":
@@ -117,8 +117,11 @@ def _no_gradient(*_):
 _triton = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3))  # so that a model's layers trace it once
 
 
-def _best_implementation(x: jax.Array, weight: Weight, norm: jax.Array | None) -> str:
-    return "xla"
+def _best_implementation(x: jax.Array, weight: Weight, norm: jax.Array | None, gated: bool) -> str:
+    if unsupported_reason("triton", x, weight, norm=norm, gated=gated):
+        return "xla"
+    num_outputs, num_inputs = weight.shape
+    return "triton" if is_fastest(x.shape[0], num_outputs, num_inputs, weight_values(weight).dtype.itemsize) else "xla"
 
 
 def _validate(x, weight, norm, residual, gated, out_dtype, implementation) -> None:

@@ -1,11 +1,22 @@
-"""Which settings the kernel runs with, and when it is the fastest."""
+"""Which settings the kernel runs with, and when it is the fastest.
+
+Measured on one H200 (JAX 0.11.2), bf16 unless said; docs/linear.md has the tables, `python -m pallas_kernels.linear.bench --tune`
+times the settings of single matrices.
+"""
 
 from typing import NamedTuple
 
 MULTIPROCESSORS = 132  # of an H100 or H200; another number costs a little balance, nothing else
 
+# A layer of Llama-2-7B with the norms in the kernel or in one of their own: 114 against 116 us at one row, 128 against 121 at
+# eight: each program normalises all rows anew.
+MOST_NORM_ROWS = 2
 
-MOST_NORM_ROWS = 8  # with more rows every program would spend too long on the norm; it gets a kernel of its own
+# Where the kernel was measured to be faster than XLA: a layer of Llama-2-7B takes 113 against 127 us at one row, 119 against
+# 128 at eight, 126 against 142 at 32. With int8 weights 73 and 85 us at one and eight rows; more rows wait for the conversion.
+MOST_ROWS = 32
+MOST_INT8_ROWS = 8
+LEAST_WEIGHTS = 2**24  # smaller matrices were not measured
 
 
 class LinearConfig(NamedTuple):
@@ -19,24 +30,53 @@ class LinearConfig(NamedTuple):
     programs: int  # at most; each walks over every so-many-th tile of outputs
 
 
+def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int) -> bool:
+    """Whether the kernel was measured to be faster than XLA on problems like this one."""
+    most_rows = {1: MOST_INT8_ROWS, 2: MOST_ROWS}.get(item_bytes, 0)
+    return batch <= most_rows and num_outputs * num_inputs >= LEAST_WEIGHTS
+
+
 def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> LinearConfig:
-    """Settings for a static shape; `item_bytes` is what an element of the weight takes up."""
-    rows = next_power_of_2(batch)
-    segments = max(1, 8 // rows)  # the matrix unit computes 8 rows at least
-    if 8 <= rows <= 32 and num_results < 8192:
-        segments = 2  # too few outputs for as many programs as there are multiprocessors
-    while num_inputs % (16 * segments):
+    """Settings for a static shape; `item_bytes` is what an element of the weight takes up.
+
+    A program must read enough at once that the work between two reads (barriers, the norm) hides behind them, and with
+    its neighbours keep some 64 KB or more per multiprocessor on their way. Microseconds per layer of Llama-2-7B:
+        one row:   128 matrix rows (16 outputs, 8 segments) of 64 inputs, 4 stages   113
+                    64 matrix rows ( 8 outputs, 8 segments) of 64 inputs, 4 stages   127
+        8 rows:     64 matrix rows of 128 inputs, the norm apart; undivided          119, in two segments 121
+       32 rows:     64 matrix rows of 128 inputs, 2 programs                         126
+                   128 matrix rows of 128 inputs, 1 program                          128
+    Few outputs (4096) are divided into two segments from 8 rows on, to have a program for every multiprocessor.
+    Int8 values are widened by every warp for itself, so warps must not share matrix rows: 16 rows for each.
+    """
+    rows, parts = next_power_of_2(batch), 2 if gated else 1
+    few_outputs = parts * num_results < 8192
+    if rows == 1:
+        matrix_rows, segments, inputs = 128, 8, 128 // min(item_bytes, 2)
+    elif rows < 8:
+        matrix_rows, segments, inputs = 64, 8 // rows, 128
+    elif item_bytes == 1:
+        matrix_rows, segments, inputs = (32, 2, 128) if few_outputs and rows <= 32 else (32, 1, 256)
+    else:
+        matrix_rows, segments, inputs = 64, 2 if few_outputs and rows <= 32 else 1, 128
+    if item_bytes == 4:  # off the matrix unit
+        matrix_rows, inputs = 32, 32
+    while segments > 1 and largest_power_of_2_in(num_inputs // segments, 64) < min(inputs, 64):
         segments //= 2
-    operand_rows = 64 if segments > 1 or num_results >= 64 else largest_power_of_2_below(num_results)
-    tile = max(1, operand_rows // segments // (2 if gated else 1))
-    tile = min(tile, largest_power_of_2_below(num_results))
-    num_warps = max(1, min(4, tile * segments * (2 if gated else 1) // 16))
-    step_bytes = 16384 if item_bytes < 4 else 8192
-    segment_inputs = largest_power_of_2_in(num_inputs // segments, max(16, step_bytes // item_bytes // operand_rows))
-    read_bytes = (operand_rows * item_bytes + max(8, rows * segments) * max(2, item_bytes)) * segment_inputs
-    each = 2 if num_results // tile >= 2 * MULTIPROCESSORS else 1
-    num_stages = max(2, min(8, 100_000 // each // read_bytes))
-    return LinearConfig(tile, segments, segment_inputs, num_warps, num_stages, each * MULTIPROCESSORS)
+    inputs = largest_power_of_2_in(num_inputs // segments, inputs)
+
+    least_tiles = 192 if rows < 8 else 100
+    while matrix_rows > 16 and num_results * segments * parts < least_tiles * matrix_rows:
+        matrix_rows //= 2
+    tile = max(1, matrix_rows // segments // parts)
+    each = 2 if num_results > tile * MULTIPROCESSORS else 1
+    read_bytes = (matrix_rows * item_bytes + max(8, rows * segments) * max(2, item_bytes)) * inputs
+    if rows < 8 or item_bytes == 1:
+        budget_bytes = 72_000 if rows < 8 else 60_000
+    else:
+        budget_bytes = 100_000 if each == 2 else 170_000
+    num_stages = max(2, min(7, budget_bytes // read_bytes))
+    return LinearConfig(tile, segments, inputs, min(4, matrix_rows // 16), num_stages, each * MULTIPROCESSORS)
 
 
 def next_power_of_2(number: int) -> int:
@@ -46,8 +86,3 @@ def next_power_of_2(number: int) -> int:
 def largest_power_of_2_in(number: int, most: int) -> int:
     """The largest power of two that divides `number`, up to `most`."""
     return min(number & -number, most)
-
-
-def largest_power_of_2_below(number: int) -> int:
-    """The largest power of two that is not more than `number`."""
-    return 1 << (number.bit_length() - 1)

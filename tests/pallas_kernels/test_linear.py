@@ -17,7 +17,7 @@ from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
 from pallas_kernels.linear import expected_bytes, unsupported_reason
 from pallas_kernels.linear.bench import MATRICES
 from pallas_kernels.linear.cases import CASES, Case, Problem, make_problem
-from pallas_kernels.linear.heuristics import LinearConfig, linear_config
+from pallas_kernels.linear.heuristics import LinearConfig, is_fastest, linear_config
 from pallas_kernels.linear.triton import padded_rows, triton_linear
 from tests.pallas_kernels.lowering import cuda_lowering
 
@@ -345,6 +345,15 @@ def test_settings_fit_every_shape(batch, item_bytes):
                 assert padded_rows(batch, config.segments) * config.segments >= 8
                 assert config.segment_inputs >= 16 and num_inputs % (config.segments * config.segment_inputs) == 0
                 assert shared_memory_bytes(config, batch, item_bytes, max(2, item_bytes), gated) < 227 * 1024
+
+
+@pytest.mark.parametrize(
+    "batch, num_outputs, item_bytes, fastest",
+    [(1, 4096, 2, True), (32, 4096, 2, True), (33, 4096, 2, False), (8, 4096, 1, True), (9, 4096, 1, False), (1, 4095, 2, False)],
+)
+def test_none_takes_the_kernel_where_it_was_measured_to_be_faster(batch, num_outputs, item_bytes, fastest):
+    assert is_fastest(batch, num_outputs, 4096, item_bytes) == fastest
+    assert not is_fastest(batch, num_outputs, 4096, 4)  # float32 was not measured
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])
