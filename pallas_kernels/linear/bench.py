@@ -1,7 +1,7 @@
 """Time products of few rows against the read ceiling of the memory, and against XLA.
 
-    python -m pallas_kernels.linear.bench --json docs/linear_results.json      the tables of docs/linear.md
-    python -m pallas_kernels.linear.bench --tune --json FILE                   re-derive heuristics.py
+    python -m pallas_kernels.linear.bench --json FILE           single matrices and layers, beside XLA (docs/linear.md)
+    python -m pallas_kernels.linear.bench --tune --json FILE    re-derive heuristics.py
 
 What is timed: chains of dependent calls inside one compiled program, each with other weights than the one before, so that
 the weights come from memory and not from the cache: single matrices (the result of a call is the residual of the next), and
