@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from pallas_kernels.linear import expected_bytes, unsupported_reason
+from pallas_kernels.linear import bench, expected_bytes, unsupported_reason
 from pallas_kernels.linear.bench import MATRICES
 from pallas_kernels.linear.cases import CASES, Case, Problem, make_problem
-from pallas_kernels.linear.heuristics import LinearConfig, is_fastest, linear_config
+from pallas_kernels.linear.heuristics import MULTIPROCESSORS, LinearConfig, is_fastest, linear_config
 from pallas_kernels.linear.triton import padded_rows, triton_linear
 from tests.pallas_kernels.lowering import cuda_lowering
 
@@ -368,3 +368,29 @@ def test_lowers_for_cuda(matrix, batch):
         product = functools.partial(triton_linear, norm_eps=1e-5, config=config, **matrix.options())
         residual = shape((batch, matrix.num_results))
         assert cuda_lowering(product, x, weight, norm, residual).count("__gpu$xla.gpu.triton") == 1
+
+
+# The benchmark's own parts that need no GPU.
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("matrix", MATRICES[:5], ids=lambda matrix: matrix.name)
+def test_benchmark_tries_settings_that_can_run(matrix, int8):
+    for batch in (1, 8, 32):
+        configs = bench.settings(matrix, batch, int8)
+        assert configs
+        for config in configs:
+            assert matrix.num_inputs % (config.segments * config.segment_inputs) == 0
+            # The tuner fills the multiprocessor with as many programs as it asks for.
+            programs = config.programs // MULTIPROCESSORS
+            used = shared_memory_bytes(config, batch, 1 if int8 else 2, 2, matrix.gated) * config.num_stages // (config.num_stages + 1)
+            assert programs * used < 227 * 1024
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(["--matrices", "7b-q"], "unknown matrix '7b-q', choose from 7b-qkv"), (["--layers", "x"], "unknown layer")]
+)
+def test_benchmark_names_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
