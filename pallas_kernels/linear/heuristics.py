@@ -72,10 +72,10 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
     each = 2 if num_results > tile * MULTIPROCESSORS else 1
     read_bytes = (matrix_rows * item_bytes + max(8, rows * segments) * max(2, item_bytes)) * inputs
     if rows < 8 or item_bytes == 1:
-        budget_bytes = 72_000 if rows < 8 else 60_000
+        budget_bytes, most_stages = 72_000 if rows < 8 else 60_000, 6
     else:
-        budget_bytes = 100_000 if each == 2 else 170_000
-    num_stages = max(2, min(7, budget_bytes // read_bytes))
+        budget_bytes, most_stages = (100_000, 4) if each == 2 else (170_000, 7)
+    num_stages = max(2, min(most_stages, budget_bytes // read_bytes))
     return LinearConfig(tile, segments, inputs, min(4, matrix_rows // 16), num_stages, each * MULTIPROCESSORS)
 
 
