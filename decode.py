@@ -1,21 +1,25 @@
-"""Decodes with a trained span model: one expression step by step, or many to see how often it is right.
+"""Decodes with a trained span model: one expression step by step, many to see how often it is right, or to see how fast.
 
 python decode.py generate checkpoints/arithmetic-tiny "((51+75)-(95*3))"
 python decode.py eval checkpoints/arithmetic-tiny --num-examples 1000
+python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 """
 
 import dataclasses
+import functools
 import itertools
+import os
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast, get_args
 
-import jax
 from tyro.conf import Positional
 
-from data import arithmetic, commandline
+from data import arithmetic, commandline, replay
+from selfspan_jax import benchmark, benchmark_peers, benchmark_report
 from selfspan_jax.config import Attention
-from selfspan_jax.evaluation import Evaluation, Scores, evaluate
-from selfspan_jax.lm import Output, SpanLM
+from selfspan_jax.evaluation import Scores, evaluate, output_json, report, scores_by, scores_table, steps_table
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.spans import SpanVocab
 
 
 def load(checkpoint: Path) -> tuple[SpanLM, arithmetic.ArithmeticTask]:
@@ -49,8 +53,7 @@ class Generate:
     """Draw the mask under which the response was decoded into this file (PNG, SVG or PDF)."""
 
     def __post_init__(self):
-        if self.plot and self.plot.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"plot is {self.plot}; allowed: names that end in .png, .svg or .pdf")
+        check_picture(self.plot)
 
     def run(self) -> None:
         lm, task = load(self.checkpoint)
@@ -60,38 +63,12 @@ class Generate:
                 print(text, end="", flush=True)
             print()
         out = lm.generate(self.prompt, **options)
-        print(shown(out, task.verify(self.prompt, out.response_ids)))
+        print(steps_table(out, task.verify(self.prompt, out.response_ids)))
         if self.json:
-            commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **described(out)})
+            commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **output_json(out)})
         if self.plot:
             self.plot.parent.mkdir(parents=True, exist_ok=True)
             out.plot().savefig(self.plot, dpi=100)
-
-
-def described(out: Output) -> dict:
-    values = {field.name: getattr(out, field.name) for field in dataclasses.fields(out) if field.name != "lm"}
-    values |= {"steps": [dataclasses.asdict(step) for step in out.steps], "attended_fraction": out.attended_fraction}
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
-
-
-def shown(out: Output, verdict: arithmetic.Verdict) -> str:
-    """The response as a table of its steps, the answer, and how much of the context was read."""
-    head = ("step", "reads", "writes", "attended tokens")
-    rows = [(f"<{s.label}>", " ".join(f"<{ref}>" for ref in s.refs) or "-", s.text, f"{s.attended_tokens:.1f}") for s in out.steps]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
-    mean_context = (out.prompt_tokens + 1 + len(out.token_ids)) / 2
-    lines += [
-        "",
-        f"{out.prompt} = {out.answer}   ({verdict.message})",
-        f"attended: {out.num_attended.mean():.1f} tokens, {out.attended_fraction:.1%} of the context"
-        f"   dense decoding: {mean_context:.1f} tokens, 100%",
-    ]
-    if not out.finished:
-        lines.append(f"stopped after {len(out.response_ids)} new tokens, before the response had ended")
-    if out.unresolved_refs:
-        lines.append(f"{out.unresolved_refs} span tokens named a label that nothing carried")
-    return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,41 +115,82 @@ class Eval:
             batch_size=self.batch_size,
             progress=True,
         )
-        by_ops = {
-            num_ops: Scores.of([r for r, example in zip(evaluation.results, examples) if example.expression.num_ops == num_ops])
-            for num_ops in sorted({example.expression.num_ops for example in examples})
-        }
-        print(table({**{str(num_ops): scores for num_ops, scores in by_ops.items()}, "all": Scores.of(evaluation.results)}))
+        by_ops = scores_by(evaluation.results, [example.expression.num_ops for example in examples])
+        print(scores_table({**by_ops, "all": Scores.of(evaluation.results)}))
         print(f"{evaluation.problems_per_second:.1f} right answers per second of decoding, batch {min(self.batch_size, len(examples))}")
         if wrong := next((r for r in evaluation.results if not r.verdict.steps_right), None):
             print(f"first wrong: {wrong.output.prompt}: {wrong.verdict.message}")
         if self.json:
-            commandline.write_json(self.json, self.report(evaluation, by_ops))
-
-    def report(self, evaluation: Evaluation, by_ops: dict[int, Scores]) -> dict:
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
-        return {
-            **settings,
-            "attention": evaluation.results[0].output.attention,
-            "checkpoint": self.checkpoint.name,
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            **evaluation.to_json(),
-            "by_ops": {str(num_ops): dataclasses.asdict(scores) for num_ops, scores in by_ops.items()},
-        }
+            settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
+            settings["checkpoint"] = self.checkpoint.name
+            commandline.write_json(self.json, report(evaluation, by_ops, **settings))
 
 
-def table(rows: dict[str, Scores]) -> str:
-    columns = ("answer_accuracy", "step_accuracy", "span_accuracy", "attended_fraction", "attended_tokens")
-    lines = ["operators  examples  answers  steps   spans   attended  tokens"]
-    for name, scores in rows.items():
-        answer, step, span, fraction, tokens = (getattr(scores, column) for column in columns)
-        lines.append(f"{name:>9}  {scores.num_examples:>8}  {answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {tokens:7.1f}")
-    return "\n".join(lines)
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Times decode steps against the bytes that they must move: of a checkpoint, or of a shape with random weights.
+
+    Whole sequences are made for it and replayed, so that automaton and mask do what they do for a trained model of that size.
+    """
+
+    checkpoint: Positional[Path | None] = None
+    """Directory of a finished model; or give --shape."""
+    shape: benchmark.ShapeName | None = None
+    """A model's sizes, filled with random weights."""
+    batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (1, 8, 32)
+    """Sequences decoded together; several with commas."""
+    context: Annotated[tuple[int, ...], commandline.commas(int)] = ()
+    """Tokens of context, the mean over the timed steps; several with commas. Default: 2048, or what a checkpoint has room for."""
+    attention: Annotated[tuple[Attention, ...], commandline.commas(*get_args(Attention))] = ("dense", "span", "window")
+    """dense: everything before; span: what the tokens name; window: first and recent tokens; several with commas."""
+    steps: int = 64
+    """Timed steps of every sequence, an even number."""
+    int8: bool = False
+    """Measure every configuration once more, with int8 weights."""
+    peers: Annotated[tuple[benchmark_peers.Name, ...], commandline.commas(*get_args(benchmark_peers.Name))] = ()
+    """Time Hugging Face's step with a static cache on the same shape, where PyTorch is installed; several with commas."""
+    workload: benchmark.WorkloadName | None = None
+    """arithmetic: oracle responses; segments: steps that name pieces of a long prompt. Default: as the vocabulary is."""
+    attended_fraction: float = 0.1
+    """Of "segments": share of its context that a response token attends to, on average."""
+    num_samples: int = 1
+    """Above 1, two rows more: so many sequences that share their prompt, and as many that do not."""
+    stream_check: bool = False
+    """One row more: the first span configuration streamed, against one loop."""
+    seed: int = 0
+    """Of weights and tokens."""
+    json: Path | None = None
+    """Write the rows into this file, after each of them."""
+    plot: Path | None = None
+    """Draw milliseconds per step and their floors into this file (PNG, SVG or PDF)."""
+
+    def __post_init__(self):
+        check_picture(self.plot)
+        if (self.checkpoint is None) == (self.shape is None):
+            raise ValueError("give either a checkpoint or --shape")
+        self.plan()
+
+    def plan(self) -> benchmark.Plan:
+        return benchmark.Plan(**{field.name: getattr(self, field.name) for field in dataclasses.fields(benchmark.Plan)})
+
+    def run(self) -> None:
+        if self.peers:  # they share the device with this process
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        lm, task = load(self.checkpoint) if self.checkpoint else (None, arithmetic.ArithmeticTask())
+        name = self.checkpoint.name if self.checkpoint else str(self.shape)
+        draw = functools.partial(replay.tokens, task, seed=self.seed)
+        save = functools.partial(commandline.write_json, self.json) if self.json else None
+        results = benchmark_report.run(self.plan(), name, lm, SpanVocab(**task.vocab.span_ids()), draw, save, self.plot)
+        print(benchmark_report.table(results["rows"]))
+
+
+def check_picture(file: Path | None) -> None:
+    if file and file.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"plot is {file}; allowed: names that end in .png, .svg or .pdf")
 
 
 def main() -> None:
-    command = commandline.parse(Generate | Eval, description=__doc__)
+    command = commandline.parse(Generate | Eval | Bench, description=__doc__)
     with commandline.errors_for_people():
         command.run()
 

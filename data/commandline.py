@@ -62,6 +62,24 @@ def _unboxed(box: str) -> str:
     return "; ".join([problem, *hints])
 
 
+def commas(*kinds: Any) -> Any:
+    """For `Annotated[tuple[...], commas(int)]` or `commas("this", "that")`: values in one word, with commas between them."""
+    convert, metavar = (int, "N,N,...") if kinds == (int,) else (str, ",".join(kinds))
+
+    def read(words: list[str]) -> tuple[Any, ...]:
+        values = tuple(convert(value) for value in words[0].split(","))
+        if convert is str and (wrong := sorted(set(values) - set(kinds))):
+            raise ValueError(f"{wrong[0]!r} is none of {', '.join(kinds)}")
+        return values
+
+    def write(values: tuple[Any, ...]) -> list[str]:
+        return [",".join(map(str, values))]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=read, is_instance=lambda value: isinstance(value, tuple), str_from_instance=write
+    )
+
+
 def write_json(file: Path, values: Any) -> None:
     """Writes a JSON file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -139,3 +139,57 @@ def evaluate(
                 results[i] = Result(output, verify(prompts[i], output.response_ids))
             bar.update(len(chosen))
     return Evaluation(tuple(results[i] for i in range(len(ids))), seconds, compile_seconds)
+
+
+def scores_by(results: Sequence[Result], keys: Sequence[int]) -> dict[str, Scores]:
+    """Scores of the results that share a key, in order of the keys."""
+    return {str(key): Scores.of([result for result, own in zip(results, keys, strict=True) if own == key]) for key in sorted(set(keys))}
+
+
+def report(evaluation: Evaluation, by_ops: dict[str, Scores], **settings: Any) -> dict[str, Any]:
+    """What JSON can hold of an evaluation, with its settings and the device."""
+    return {
+        **settings,
+        "attention": evaluation.results[0].output.attention,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        **evaluation.to_json(),
+        "by_ops": {name: dataclasses.asdict(scores) for name, scores in by_ops.items()},
+    }
+
+
+def output_json(out: Output) -> dict[str, Any]:
+    """What JSON can hold of a decoded response."""
+    values = {field.name: getattr(out, field.name) for field in dataclasses.fields(out) if field.name != "lm"}
+    values |= {"steps": [dataclasses.asdict(step) for step in out.steps], "attended_fraction": out.attended_fraction}
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
+
+
+def steps_table(out: Output, verdict: Verdict) -> str:
+    """The response as a table of its steps, the answer, and how much of the context was read."""
+    head = ("step", "reads", "writes", "attended tokens")
+    rows = [(f"<{s.label}>", " ".join(f"<{ref}>" for ref in s.refs) or "-", s.text, f"{s.attended_tokens:.1f}") for s in out.steps]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+    mean_context = (out.prompt_tokens + 1 + len(out.token_ids)) / 2
+    lines += [
+        "",
+        f"{out.prompt} = {out.answer}   ({verdict.message})",
+        f"attended: {out.num_attended.mean():.1f} tokens, {out.attended_fraction:.1%} of the context"
+        f"   dense decoding: {mean_context:.1f} tokens, 100%",
+    ]
+    if not out.finished:
+        lines.append(f"stopped after {len(out.response_ids)} new tokens, before the response had ended")
+    if out.unresolved_refs:
+        lines.append(f"{out.unresolved_refs} span tokens named a label that nothing carried")
+    return "\n".join(lines)
+
+
+def scores_table(rows: dict[str, Scores]) -> str:
+    """Scores by a name, for arithmetic the number of operators."""
+    columns = ("answer_accuracy", "step_accuracy", "span_accuracy", "attended_fraction", "attended_tokens")
+    lines = ["operators  examples  answers  steps   spans   attended  tokens"]
+    for name, scores in rows.items():
+        answer, step, span, fraction, tokens = (getattr(scores, column) for column in columns)
+        lines.append(f"{name:>9}  {scores.num_examples:>8}  {answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {tokens:7.1f}")
+    return "\n".join(lines)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import decode
 import train
 from data.__main__ import main as data_main
+from selfspan_jax import benchmark, benchmark_peers
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoints/arithmetic-tiny"
@@ -84,6 +85,41 @@ def test_eval_reports_by_number_of_operators(call, tmp_path):
     assert scores["checkpoint"] == "arithmetic-tiny" and scores["attention"] == "span" and scores["decode_seconds"] > 0
 
 
+BENCH = ["--batch-size", "2", "--context", "96", "--steps", "8", "--attention", "dense,span"]
+
+
+def test_bench_writes_a_row_for_each_configuration(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_peers, "missing_reason", lambda: "torch not installed")
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    status, out, err = call(
+        decode.main, "bench", CHECKPOINT, *BENCH, "--int8", "--peers", "hf-eager", "--json", file, "--plot", picture
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert "peers not run: torch not installed" in out and "read ceiling" in out
+    report = json.loads(file.read_text())
+    assert report["workload"] == "arithmetic" and report["read_ceiling_terabytes_per_second"] > 0
+    expected = [(int8, 2, policy) for int8 in (False, True) for policy in ("dense", "span")]
+    assert [(row["int8"], row["batch_size"], row["attention"]) for row in report["rows"]] == expected
+    promised = {
+        "ms_per_step", "tokens_per_second", "attended_tokens", "attended_fraction", "bytes_per_step", "floor_ms", "percent_of_floor",
+        "speedup_over_dense", "time_to_first_token_ms", "kv_memory_bytes", "program_memory_bytes", "compile_seconds",
+    }  # fmt: skip
+    assert all(promised <= row.keys() for row in report["rows"])
+    table = out.splitlines()[-5:]
+    assert table[0].split()[:3] == ["batch", "context", "ms/step"] and table[-1].split()[:4] == ["span", "int8", "2", "96"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_skips_what_does_not_fit_and_streams(call, monkeypatch):
+    monkeypatch.setattr(benchmark, "device_memory_bytes", lambda: 60 * 2**20)
+    arguments = ["--batch-size", "1,500", "--context", "96", "--steps", "8", "--attention", "span", "--stream-check"]
+    status, out, err = call(decode.main, "bench", CHECKPOINT, *arguments)
+    assert (status, err) == (0, "")
+    streamed, skipped = out.splitlines()[-2:]
+    assert streamed.split()[:4] == ["span", "streamed", "1", "96"] and ("against one loop" in streamed or "ended its response" in streamed)
+    assert skipped.split()[:3] == ["span", "500", "96"] and "not run: does not fit: needs" in skipped
+
+
 def damaged(tmp_path):
     directory = tmp_path / "damaged"
     directory.mkdir()
@@ -109,6 +145,19 @@ DECODE_ERRORS = {
     "temperature": (["generate", CHECKPOINT, "1+2", "--temperature", "-1"], "temperature is -1.0"),
     "no examples": (["eval", CHECKPOINT, "--num-examples", "0"], "num_examples is 0"),
     "no operators": (["eval", CHECKPOINT, "--ops", "0"], "min_ops is 0"),
+    "nothing to time": (["bench"], "give either a checkpoint or --shape"),
+    "twice the same": (["bench", CHECKPOINT, "--shape", "llama2-7b"], "give either a checkpoint or --shape"),
+    "unknown shape": (["bench", "--shape", "llama9"], "llama9"),
+    "unknown policy": (["bench", CHECKPOINT, "--attention", "dense,full"], "full"),
+    "no number": (["bench", CHECKPOINT, "--batch-size", "1,x"], "batch-size"),
+    "no such peer": (["bench", CHECKPOINT, "--peers", "vllm"], "vllm"),
+    "odd steps": (["bench", CHECKPOINT, "--steps", "7"], "steps is 7"),
+    "context beyond the model's": (["bench", CHECKPOINT, "--context", "4096"], "the model's context is 2048"),
+    "no such share": (
+        ["bench", CHECKPOINT, "--workload", "segments", "--context", "512", "--attended-fraction", "0.99"],
+        "attended_fraction is 0.99",
+    ),
+    "no picture of a benchmark": (["bench", CHECKPOINT, "--plot", "bench.txt"], "plot is bench.txt"),
     "no labels": (["eval", CHECKPOINT, "--ops", "600"], "512 labels allow at most 511"),
 }
 
