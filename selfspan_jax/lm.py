@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ from selfspan_jax import checkpoint, decoding
 from selfspan_jax.attention import attend_under, sequence_mask
 from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.model import Decoder
-from selfspan_jax.spans import token_roles
+from selfspan_jax.spans import TokenRoles, token_roles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DEFAULT_NEW_TOKENS = 1024
 
@@ -90,11 +93,23 @@ class Output:
         """Mean over response tokens of |attended| / (t + 1); dense decoding has 1."""
         return float(np.mean(self.num_attended / np.arange(self.prompt_tokens + 1, len(self.token_ids) + 1)))
 
-    def plot(self):
-        """A matplotlib figure of the mask under which this was decoded."""
-        from selfspan_jax import viz  # matplotlib takes a second to import, and most uses draw nothing
+    def plot(self) -> Figure:
+        """A matplotlib figure: the mask under which this was decoded, tokens attended to by position, KV rows read per step."""
+        from selfspan_jax import page, viz  # matplotlib takes a second to import, and most uses draw nothing
 
-        return viz.plot_mask(self.lm.mask(self.token_ids, self.attention), self.lm.token_texts(self.token_ids), self.prompt_tokens)
+        mask, texts = self.lm.mask(self.token_ids, self.attention), self.lm.token_texts(self.token_ids)
+        return viz.plot_reading(mask, texts, self.prompt_tokens, [step.indices for step in page.read_steps(self)])
+
+    def to_html(self) -> str:
+        """A page of its own, without network or other files, that shows what each step read and what named it."""
+        from selfspan_jax import page
+
+        return page.document(self)
+
+    def _repr_html_(self) -> str:
+        from selfspan_jax import page
+
+        return page.fragment(self)
 
 
 class SpanLM:
@@ -193,8 +208,22 @@ class SpanLM:
 
     def mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> np.ndarray:
         """bool [T, T]: which token attends to which."""
-        ids = jnp.asarray(self._checked(token_ids))[None]
-        return np.asarray(sequence_mask(ids, self.model.vocab, self.model.config, self._trained(attention))[0])
+        ids = self._checked(token_ids)
+        mask = _mask(self._rounded(ids), self.model.vocab, self.model.config, self._trained(attention))
+        return np.asarray(mask[0, : len(ids), : len(ids)])
+
+    def roles(self, token_ids: Int[np.ndarray, "T"]) -> TokenRoles:
+        """What the automaton makes of each token, as numpy arrays [T]."""
+        ids = self._checked(token_ids)
+        return jax.tree.map(lambda role: np.asarray(role)[0, : len(ids)], _roles(self._rounded(ids), self.model.vocab))
+
+    def plot_mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> Figure:
+        """A matplotlib figure of `mask`, the prompt (up to the first `<solve>`) told apart from the response."""
+        from selfspan_jax import viz
+
+        solves = np.flatnonzero(np.asarray(token_ids) == self.model.vocab.solve_id)
+        prompt_tokens = int(solves[0]) + 1 if len(solves) else len(token_ids)
+        return viz.plot_mask(self.mask(token_ids, attention), self.token_texts(token_ids), prompt_tokens)
 
     def token_texts(self, token_ids: Int[np.ndarray, "T"]) -> list[str]:
         """The written form of each token."""
@@ -214,6 +243,11 @@ class SpanLM:
     def _room(self, lengths: Int[np.ndarray, "B"]) -> int:
         left = self.model.config.max_context_tokens - int(lengths.max())
         return min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
+
+    def _rounded(self, token_ids: Int[np.ndarray, "T"]) -> Int[Array, "1 R"]:
+        """One sequence in one of few lengths, so that few are compiled: what follows a token changes nothing about it."""
+        padding = -len(token_ids) % 128
+        return jnp.asarray(np.pad(token_ids, (0, padding), constant_values=self.model.vocab.pad_id))[None]
 
     def _checked(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)
@@ -265,7 +299,7 @@ class SpanLM:
         )
 
     def _steps(self, token_ids, prompt_tokens: int, num_attended) -> tuple[Step, ...]:
-        roles = jax.tree.map(np.asarray, token_roles(jnp.asarray(token_ids), self.model.vocab))
+        roles = self.roles(token_ids)
         steps = []
         for start in np.unique(roles.step_index[prompt_tokens:]):
             indices = prompt_tokens + np.flatnonzero(roles.step_index[prompt_tokens:] == start)
@@ -286,6 +320,10 @@ def _num_written(new_tokens: Int[np.ndarray, "M"], eos_id: int) -> int:
     """Tokens up to and including the first `<eos>`."""
     ends = np.flatnonzero(new_tokens == eos_id)
     return int(ends[0]) + 1 if len(ends) else len(new_tokens)
+
+
+_mask = jax.jit(sequence_mask, static_argnames=("vocab", "config", "attention"))
+_roles = jax.jit(token_roles, static_argnames=("vocab",))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "attention"))

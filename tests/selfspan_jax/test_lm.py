@@ -196,14 +196,3 @@ class _Digits:
 
     def answer(self, response_ids):
         return None
-
-
-def test_the_picture_shows_the_mask(lm, out):
-    figure = out.plot()
-    (axes,) = figure.axes
-    cells = np.asarray(axes.images[0].get_array().filled(np.nan))
-    mask = lm.mask(out.token_ids, "span")
-    np.testing.assert_array_equal(np.nan_to_num(cells) > 0, mask)
-    assert np.all(cells[out.prompt_tokens :][mask[out.prompt_tokens :]] == 2)
-    assert f"{out.attended_fraction:.0%}" in axes.get_title()
-    assert [label.get_text() for label in axes.get_yticklabels()][:3] == ["<bos>", "<seg:3>", "("]

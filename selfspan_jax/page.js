@@ -1,0 +1,132 @@
+// Lights up what a step read. Everything that it shows is put together from text nodes: model output is never parsed as markup.
+(() => {
+  const WORDS = {
+    sink: "everyone sees label 0",
+    own: "its own label",
+    wide: "a span token looks wider",
+    policy: "policy, named by nothing",
+    lost: "names nothing",
+  };
+  const LONGEST_QUOTE = 120;
+
+  function element(name, className, ...children) {
+    const made = document.createElement(name);
+    made.className = className;
+    made.append(...children);
+    return made;
+  }
+
+  // "sink:0,13 1:3-8" -> [{ key, kind, ranges: [[first, last], ...] }]; a number is a label that the step named
+  function groups(step) {
+    let named = 0;
+    const words = step.dataset.reads.split(" ").filter(Boolean);
+    return words.map((word) => {
+      const [key, list] = word.split(":");
+      const ranges = list ? list.split(",").map((range) => range.split("-").map(Number)).map(([first, last = first]) => [first, last]) : [];
+      return { key, kind: key in WORDS ? key : ranges.length ? `named-${named++ % 4}` : "lost", ranges };
+    });
+  }
+
+  function setUp(root) {
+    const tokens = [...root.querySelectorAll(".t")];
+    const steps = [...root.querySelectorAll(".step")];
+    const list = root.querySelector("[role=listbox]");
+    const panes = root.querySelector(".panes");
+    const reads = root.querySelector(".reads");
+    const prompt = root.querySelector(".prompt");
+    const hint = [...reads.childNodes];
+    const titles = tokens.map((token) => token.title);
+    let shown = null;
+    let pinned = null;
+
+    const written = (token) => (token.matches(".seg, .ref, .mark") ? "" : token.textContent);
+
+    function quote([first, last], kind) {
+      const text = tokens.slice(first, last + 1).map(written).join("");
+      const short = text.length > LONGEST_QUOTE ? `${text.slice(0, LONGEST_QUOTE / 2)} … ${text.slice(-LONGEST_QUOTE / 2)}` : text;
+      const place = first === last ? `token ${first}` : `tokens ${first} to ${last}`;
+      const made = element("span", `quote text k-${kind}`, short.trim() || place);
+      made.title = place;
+      return made;
+    }
+
+    function show(step) {
+      if (step === shown) return;
+      shown?.classList.remove("shown");
+      tokens.forEach((token, i) => {
+        token.className = token.className.replace(/ (lit|k-[\w-]+)/g, "");
+        token.title = titles[i];
+      });
+      shown = step;
+      panes.classList.toggle("reading", Boolean(step));
+      if (!step) return reads.replaceChildren(...hint);
+
+      step.classList.add("shown");
+      const title = element("p", "title", step.dataset.said);
+      const map = element("div", "map"); // where in the sequence
+      const rows = groups(step).map(({ key, kind, ranges }) => {
+        const reason = WORDS[key] ?? `<ref:${key}> ${kind === "lost" ? WORDS.lost : "names it"}`;
+        let count = 0;
+        for (const [first, last] of ranges) {
+          count += last - first + 1;
+          const place = element("span", `k-${kind}`);
+          place.style.left = `${(100 * first) / tokens.length}%`;
+          place.style.width = `${(100 * (last - first + 1)) / tokens.length}%`;
+          map.append(place);
+          for (const token of tokens.slice(first, last + 1)) {
+            token.className += ` lit k-${kind}`;
+            token.title = [token.title, `read: ${reason}`].filter(Boolean).join("; ");
+          }
+        }
+        for (const ref of step.querySelectorAll(`.ref[data-names="${key}"]`)) ref.className += ` lit k-${kind}`;
+        const quotes = ranges.map((range) => quote(range, kind));
+        return element("p", "read", element("span", "key", reason), element("span", "", `${count} `, ...quotes));
+      });
+      reads.replaceChildren(title, map, ...rows);
+      reads.scrollTop = 0;
+      const inPrompt = [...prompt.querySelectorAll(".lit:not(.k-sink)")];
+      if (inPrompt.length) {
+        // Scrolls the pane alone: the page, or the notebook around it, stays where it is.
+        const top = inPrompt[0].getBoundingClientRect().top - prompt.getBoundingClientRect().top;
+        if (top < 0 || top > prompt.clientHeight - 24) prompt.scrollTop += top - prompt.clientHeight / 3;
+      }
+    }
+
+    function pin(step) {
+      pinned = step;
+      for (const other of steps) other.setAttribute("aria-selected", String(other === step));
+      show(step);
+    }
+
+    function focus(step) {
+      for (const other of steps) other.tabIndex = other === step ? 0 : -1;
+      step.focus({ preventScroll: true });
+      step.scrollIntoView({ block: "nearest", inline: "nearest" });
+    }
+
+    list.addEventListener("pointerover", (event) => show(event.target.closest(".step") ?? pinned));
+    list.addEventListener("pointerleave", () => show(pinned));
+    list.addEventListener("focusin", (event) => pin(event.target.closest(".step")));
+    list.addEventListener("click", (event) => {
+      const step = event.target.closest(".step");
+      if (step) focus(step);
+      if (step) pin(step);
+    });
+    list.addEventListener("keydown", (event) => {
+      const at = steps.indexOf(document.activeElement);
+      const to = { ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + 10, PageUp: at - 10, Home: 0, End: steps.length - 1 }[event.key];
+      if (event.altKey || event.ctrlKey || event.metaKey || (to === undefined && !["Escape", "Enter", " "].includes(event.key))) return;
+      event.preventDefault();
+      event.stopPropagation(); // or a notebook moves to its next cell
+      if (event.key === "Escape") pin(null);
+      else if (to === undefined) pin(steps[at]);
+      else focus(steps[Math.min(Math.max(to, 0), steps.length - 1)]);
+    });
+  }
+
+  for (const root of document.querySelectorAll(".selfspan")) {
+    if (root.selfspan) continue; // another output of the same notebook has set it up
+    root.selfspan = true;
+    setUp(root);
+  }
+})();
