@@ -56,26 +56,28 @@ def from_llama(config: ModelConfig, like: nnx.State, arrays: Mapping[str, Array]
     for path, _ in nnx.to_flat_state(like):
         parts = [arrays[name] for name in _llama_names(path)]
         if len(parts) == 3:  # each kv head's queries, key and value next to each other
-            num_inputs = parts[0].shape[1]
-            by_kv_head = [part.reshape(config.num_kv_heads, -1, num_inputs) for part in parts]
-            flat.append((path, nnx.Param(jnp.concatenate(by_kv_head, axis=1).reshape(-1, num_inputs))))
+            tail = parts[0].shape[1:]
+            by_kv_head = [part.reshape(config.num_kv_heads, -1, *tail) for part in parts]
+            whole = jnp.concatenate(by_kv_head, axis=1).reshape(-1, *tail)
         else:
-            flat.append((path, nnx.Param(parts[0] if len(parts) == 1 else jnp.concatenate(parts))))
+            whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        flat.append((path, nnx.Param(jax.block_until_ready(whole))))  # so that the parts are gone before the next are read
     return nnx.from_flat_state(flat)
 
 
 def _llama_names(path: tuple[Any, ...]) -> list[str]:
-    *owners, owner, _ = map(str, path)
+    *owners, owner, leaf = map(str, path)
     first = [] if owner == "lm_head" else ["model"]
-    return [".".join([*first, *owners, part, "weight"]) for part in _FUSED.get(owner, (owner,))]
+    leaf = "bias" if leaf == "bias" else "weight"
+    return [".".join([*first, *owners, part, leaf]) for part in _FUSED.get(owner, (owner,))]
 
 
 def _parts(config: ModelConfig, path: tuple[Any, ...], array: Array) -> list[Array]:
     match str(path[-2]):
         case "qkv_proj":
-            heads = array.reshape(config.num_kv_heads, -1, config.head_size, array.shape[1])
-            parts = (heads[:, :-2], heads[:, -2], heads[:, -1])
-            return [part.reshape(-1, array.shape[1]) for part in parts]
+            tail = array.shape[1:]
+            heads = array.reshape(config.num_kv_heads, -1, config.head_size, *tail)
+            return [part.reshape(-1, *tail) for part in (heads[:, :-2], heads[:, -2], heads[:, -1])]
         case "gate_up_proj":
             return jnp.split(array, 2)
         case _:
@@ -131,7 +133,7 @@ def load_model(directory: Path) -> tuple[Decoder, dict[str, Any]]:
     for file in ("config.json", "vocab.json", "model.safetensors"):
         if not (directory / file).is_file():
             raise FileNotFoundError(f"{directory}: not a checkpoint, {file} is missing")
-    config, task = _read_json(directory / "config.json"), _read_json(directory / "vocab.json")
+    config, task = read_json(directory / "config.json"), read_json(directory / "vocab.json")
     if {key: config.get(key) for key in _FORMAT} != _FORMAT:
         raise ValueError(f"{directory / 'config.json'}: expected format {_FORMAT['format']!r} version {_FORMAT['version']}")
     if missing := {"model", "vocab_size", "span_vocab"} - config.keys():
@@ -147,7 +149,7 @@ def load_model(directory: Path) -> tuple[Decoder, dict[str, Any]]:
     return _with_tensors(abstract, directory / "model.safetensors"), task
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

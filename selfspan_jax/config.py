@@ -10,6 +10,7 @@ from selfspan_jax import spans
 T = TypeVar("T")
 Attention = Literal["span", "dense", "window"]
 Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
+ComputeDtype = Literal["bfloat16", "float32"]
 LinearImplementation = Literal["reference", "xla", "triton"]  # of the linear maps
 
 
@@ -21,6 +22,24 @@ def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
 def _require_positive(config: Any, *fields: str) -> None:
     for field in fields:
         _require(getattr(config, field) > 0, config, field, "numbers above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the rotary frequencies (The Llama 3 Herd of Models, 2407.21783; as in its reference code).
+
+    Wavelengths above `original_context_tokens / low_freq_factor` are stretched by `factor`, those below
+    `original_context_tokens / high_freq_factor` stay, and those between are blended.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_tokens: int
+
+    def __post_init__(self):
+        _require_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_context_tokens")
+        _require(self.high_freq_factor > self.low_freq_factor, self, "high_freq_factor", f"above low_freq_factor={self.low_freq_factor}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +62,17 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
     rms_norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
+    """None, or Llama 3's stretching of the rotary frequencies."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen 2)."""
+    output_bias: bool = False
+    """A bias on the attention's output projection."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys before their rotation (Qwen 3)."""
     tie_embeddings: bool = True
     """Share the input embedding with the output layer."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: ComputeDtype = "bfloat16"
     """Type of activations and matrix products; parameters are float32."""
     remat: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about 30% more time."""
@@ -157,6 +184,8 @@ def from_json(config_type: type[T], values: dict) -> T:
     if missing := sorted(fields - values.keys()):
         raise ValueError(f"{name}: {', '.join(missing)} missing")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if isinstance(values.get("rope_scaling"), dict):
+        values["rope_scaling"] = from_json(RopeScaling, values["rope_scaling"])
     try:
         return config_type(**values)
     except TypeError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from selfspan_jax import checkpoint, decoding
+from selfspan_jax import checkpoint, decoding, huggingface
 from selfspan_jax.attention import attend_under, sequence_mask
 from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.model import Decoder
@@ -125,12 +125,14 @@ class SpanLM:
         """Loads a finished model.
 
         Args:
-          directory: as `train.py` writes it.
+          directory: as `train.py` writes it; or a model of others, see `huggingface.load`: a Hugging Face directory or a GGUF file.
           tasks: what can turn text into ids, by the name that a checkpoint has for it; by default the installed ones.
           int8: compute with int8 weights, half the bytes of bfloat16 ones.
 
         Raises: FileNotFoundError, ValueError with one line that says what is wrong with the directory.
         """
+        if huggingface.is_foreign(Path(directory)):
+            return cls(*huggingface.load(directory), int8=int8)
         model, fields = checkpoint.load_model(Path(directory))
         tasks = installed_tasks() if tasks is None else tasks
         if (name := str(fields.get("task"))) not in tasks:

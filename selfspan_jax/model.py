@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from selfspan_jax.config import LinearImplementation, ModelConfig
+from selfspan_jax.config import LinearImplementation, ModelConfig, RopeScaling
 from selfspan_jax.spans import SpanVocab
 
 Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
@@ -27,11 +27,20 @@ Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
 Attend = Callable[[Array, Angles, Any], tuple[Array, Any]]
 
 
-def rotary_angles(positions: Int[Array, "B T"], head_size: int, theta: float) -> Angles:
+def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig) -> Angles:
     """Cosines and sines, float32, of positions times theta^(-2i / H) (RoFormer, 2104.09864, section 3.2)."""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size)
+    if config.rope_scaling is not None:
+        frequencies = _stretched(frequencies, config.rope_scaling)
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _stretched(frequencies: Float[Array, "H/2"], scaling: RopeScaling) -> Float[Array, "H/2"]:
+    turns = scaling.original_context_tokens * frequencies / (2 * math.pi)  # over the context of the first training
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = jnp.clip(kept, 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
 class RMSNorm(nnx.Module):
@@ -41,30 +50,32 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normalised = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        return normalised * self.scale[...].astype(x.dtype)[None, None, :]
+        return normalised * self.scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Linear(nnx.Module):
-    """A linear map without bias, `weight[M, D]` (each output's inputs next to each other), with what stands before and after it.
+    """A linear map, `weight[M, D]` (each output's inputs next to each other), with what stands before and after it.
 
     Initialised with N(0, 0.02^2); maps that write to the residual stream start smaller, by the number of them (GPT-2).
     """
 
-    def __init__(self, in_size: int, out_size: int, config: ModelConfig, rngs: nnx.Rngs, *, residual: bool = False):
+    def __init__(self, in_size: int, out_size: int, config: ModelConfig, rngs: nnx.Rngs, *, residual: bool = False, bias: bool = False):
         std = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
         self.weight = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (out_size, in_size), jnp.float32))
         self.scales: nnx.Param | None = nnx.data(None)  # per output, float32, where the weight is int8
+        self.bias = nnx.data(nnx.Param(jnp.zeros((out_size,), jnp.float32)) if bias else None)
 
     def __call__(self, x: Float[Array, "B T D"], *, norm: RMSNorm | None = None, **options: Any) -> Float[Array, "B T M"]:
         """See `pallas_kernels.fused_linear` for the options: residual, gated, out_dtype, implementation."""
         weight = self.weight[...] if self.scales is None else QuantizedWeight(self.weight[...], self.scales[...])
         if norm is not None:
             options |= {"norm": norm.scale[...], "norm_eps": norm.eps}
-        return fused_linear(x, weight, **options)
+        out = fused_linear(x, weight, **options)
+        return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
 
     def quantize(self) -> None:
         """Makes the weight int8, symmetric per output."""
@@ -77,13 +88,18 @@ class Attention(nnx.Module):
         self.config = config
         query_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         # Outputs in the order [K, G + 2, H]: for each kv head its G queries, its key and its value.
-        self.qkv_proj = Linear(config.hidden_size, query_size + 2 * kv_size, config, rngs)
-        self.o_proj = Linear(query_size, config.hidden_size, config, rngs, residual=True)
+        self.qkv_proj = Linear(config.hidden_size, query_size + 2 * kv_size, config, rngs, bias=config.qkv_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, config, rngs, residual=True, bias=config.output_bias)
+        self.q_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
+        self.k_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
 
     def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, **linear: Any):
         batch, num_tokens, _ = x.shape
         qkv = self.qkv_proj(x, norm=norm, **linear)
         qkv = qkv.reshape(batch, num_tokens, self.config.num_kv_heads, -1, self.config.head_size)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys, values = jnp.split(qkv, (qkv.shape[3] - 2, qkv.shape[3] - 1), axis=3)
+            qkv = jnp.concatenate([self.q_norm(queries), self.k_norm(keys), values], axis=3)
         out, cache = attend(qkv, angles, cache)
         return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, **linear), cache
 
@@ -144,7 +160,7 @@ class Decoder(nnx.Module):
         Args:
           linear: how linear maps are computed: "xla", which has gradients, or None for the fastest on few rows.
         """
-        angles = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
+        angles = rotary_angles(positions, self.config)
         # Rounded after the lookup: its gradient is a scatter with many hits per row, which GPUs add up in float32 only.
         x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
 
