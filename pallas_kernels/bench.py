@@ -7,6 +7,8 @@
 What is timed: chains of dependent calls inside one compiled program (the output of a call is the
 query of the next), each call with other rows than the one before, so that the rows come from memory
 and not from the cache. Microseconds are wall time per call, launches included, nothing subtracted.
+Beside them stand what is left without the same chain of calls that do nothing ("net_microseconds"),
+and, for `triton`, how long the kernels themselves ran by the profiler ("kernel_microseconds").
 """
 
 import argparse
@@ -19,12 +21,15 @@ import math
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.span_decode import expected_bytes, quantize_pool, span_decode_attention, unsupported_reason
 from pallas_kernels.span_decode.heuristics import TritonConfig, triton_config
@@ -150,6 +155,33 @@ def time_chain_us(attend, q, pools, lists, rounds: int = 8, runs: int = 5) -> tu
         if run >= 3:
             times.append((time.perf_counter() - start) / (repeats * calls) * 1e6)
     return statistics.median(times), max(times) - min(times)
+
+
+def empty_call(q, *_):
+    """A call that is nothing but a launch: it writes 16 bytes of `q` back."""
+
+    def kernel(q_ref, out_ref):
+        out_ref[0, 0, pl.ds(0, 8)] = q_ref[0, 0, pl.ds(0, 8)]
+
+    settings = {"input_output_aliases": {0: 0}, "compiler_params": plt.CompilerParams(num_warps=1, num_stages=1)}
+    return pl.pallas_call(kernel, grid=(1,), out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype), **settings)(q)
+
+
+def kernel_us(attend, q, pools, lists, rounds: int = 8) -> float:
+    """Microseconds that the kernels of a call ran, by the profiler; what they wait for each other is not in it."""
+    chain = functools.partial(_chain, attend, rounds)
+    chain(q, pools, lists).block_until_ready()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            chain(q, pools, lists).block_until_ready()
+        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(trace)).planes if "GPU" in plane.name]
+        events = (event for plane in planes for line in plane.lines if "Stream" in line.name for event in line.events)
+        durations: dict[str, list[float]] = {}
+        for event in events:
+            if event.name.startswith("span_decode"):
+                durations.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    return sum(statistics.median(each) for each in durations.values())
 
 
 def read_ceiling_tbps(size_bytes: int = 2 * 2**30) -> float:
@@ -289,11 +321,14 @@ def run_shape(shape: Shape, implementations: list[str], peers: list[str], ceilin
         results.append(row)
         print(
             f"{shape.name:12} {implementation:26} {100 * density:4.0f}% {pattern:7}{microseconds:9.1f} us "
-            f"{moved_bytes / 1e6:8.1f} MB {row['terabytes_per_second']:6.2f} TB/s {row['percent_of_ceiling']:5.0f}% of the ceiling",
+            f"{moved_bytes / 1e6:8.1f} MB {row['terabytes_per_second']:6.2f} TB/s {row['percent_of_ceiling']:5.0f}% of the ceiling"
+            + "".join(f", {key.split('_')[0]} {more[key]:.1f} us" for key in ("net_microseconds", "kernel_microseconds") if key in more),
             flush=True,
         )
 
     lists_of = {case: workload.lists(seed, *case) for case in cases()}
+    empty_us, _ = time_chain_us(empty_call, q, (), lists_of[0.1, "tokens"])
+    print(f"{shape.name:12} {'a call that does nothing':26} {empty_us:20.2f} us", flush=True)
     sample = lists_of[0.1, "tokens"][0]
     expected = span_decode_attention(q, workload.k_pool, workload.v_pool, *sample, implementation="xla").astype(jnp.float32)
     for name, attend, quantize in implementation_functions(implementations):
@@ -307,7 +342,10 @@ def run_shape(shape: Shape, implementations: list[str], peers: list[str], ceilin
         for (density, pattern), lists in lists_of.items():
             microseconds, spread = time_chain_us(attend, q, pools, lists)
             moved = expected_bytes(q, pools[0], int(lists[0][1].sum()))
-            record(name, density, pattern, microseconds, moved, spread_microseconds=spread, relative_error=error)
+            more = {"spread_microseconds": spread, "net_microseconds": microseconds - empty_us, "relative_error": error}
+            if name == "triton" and pattern in ("tokens", "all"):
+                more["kernel_microseconds"] = kernel_us(attend, q, pools, lists)
+            record(name, density, pattern, microseconds, moved, **more)
 
     if peers and len(set(shape.lengths)) == 1:
         dense_bytes = expected_bytes(q, workload.k_pool, sum(shape.lengths))
@@ -337,6 +375,9 @@ def tune_shape(shape: Shape, seed: int) -> list[dict]:
     for tile_rows, num_warps, num_stages in others:
         tried[TritonConfig(tile_rows, num_warps, num_stages, chosen.splits)] = None
     tried[TritonConfig(32, 1, 4, 2 * chosen.splits)] = None
+    if shape.num_kv_heads % 4 == 0:
+        for tile_rows, num_warps, num_stages, kv_heads in ((16, 1, 4, 2), (16, 2, 4, 2), (32, 2, 3, 2), (16, 2, 3, 4)):
+            tried[TritonConfig(tile_rows, num_warps, num_stages, chosen.splits, kv_heads)] = None
     tried |= {chosen._replace(splits=max(1, round(chosen.splits * factor))): None for factor in (0.5, 2)}
     lists = {case: workload.lists(seed, *case) for case in ((1.0, "all"), (0.1, "tokens"), (0.02, "tokens"))}
     for config in tried:

@@ -110,7 +110,8 @@ def _dispatch(implementation, scale, interpret, q, k_pool, v_pool, slots, counts
     batch, head_size = q.shape[0], q.shape[2]
     num_kv_heads, item_bytes = pool_values(k_pool).shape[1], pool_values(k_pool).dtype.itemsize
     if implementation in ("triton", "jax_triton"):
-        config = triton_config(batch, num_kv_heads, head_size, item_bytes, slots.shape[1])
+        most_kv_heads = 2 if implementation == "triton" else 1
+        config = triton_config(batch, num_kv_heads, head_size, item_bytes, slots.shape[1], most_kv_heads)
         if implementation == "triton":
             return triton.triton_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)
         from pallas_kernels.span_decode import jax_triton  # an extra: imported by those who ask for it

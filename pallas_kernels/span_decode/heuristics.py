@@ -16,6 +16,7 @@ class TritonConfig(NamedTuple):
     num_warps: int
     num_stages: int  # of the software pipeline: tiles in flight plus one
     splits: int  # parts that a sequence of mean length is divided into
+    kv_heads: int = 1  # that a program owns; divides the number there is
 
 
 class MosaicConfig(NamedTuple):
@@ -23,10 +24,10 @@ class MosaicConfig(NamedTuple):
 
     tile_rows: int  # rows of 8 kv heads that a program copies at once
     num_stages: int  # tiles in flight
-    splits: int  # parts that every sequence is divided into
+    splits: int  # parts that a sequence of mean length is divided into
 
 
-def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int) -> TritonConfig:
+def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int, most_kv_heads: int = 2) -> TritonConfig:
     """Settings for a static shape; `item_bytes` is what an element of the pool takes up.
 
     All programs should be on the machine at once, each with enough bytes in flight that together
@@ -42,6 +43,9 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         64 rows, 2 warps, 3 stages             254 / 41.0 / 16.9       B 32, K 32, H 128, 2048 rows
         32 rows, 1 warp, 4 stages              251 / 37.3 / 15.5
         16 rows, 1 warp, 4 stages              310 / 39.9 / 15.1
+        16 rows of 2 heads, 1 warp, 4 stages   251 / 34.1 / 13.2    all programs on the machine at once
+        16 rows of 2 heads, 2 warps, 4 stages    -  / 43.4 /  -     these two without the combining kernel
+        16 rows of 4 heads, 2 warps, 3 stages    -  / 36.7 /  -
         64 rows, 2 warps, 3 stages             373 / 50.3 / 20.1       B 128, K 12, H 64, 4096 rows
         32 rows, 1 warp, 4 stages              387 / 50.3 / 18.2
         16 rows, 1 warp, 4 stages              371 / 47.5 / 17.0
@@ -54,6 +58,8 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         per_multiprocessor = 4 if item_bytes == 1 and programs >= MULTIPROCESSORS else 2
         splits = max(1, min(per_multiprocessor * MULTIPROCESSORS // programs, capacity // tile_rows))
         return TritonConfig(tile_rows, num_warps=2, num_stages=3, splits=splits)
+    if head_size == 128 and item_bytes == 2 and most_kv_heads > 1 and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
+        return TritonConfig(16, num_warps=1, num_stages=4, splits=1, kv_heads=2)
     return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=1)
 
 

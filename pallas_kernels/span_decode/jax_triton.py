@@ -1,7 +1,7 @@
 """The kernels of triton.py written in Triton's own language, called through jax-triton.
 
 The way on if Pallas drops its Triton lowering. Same formula, same dealing of the work, same
-settings; float pools only. Needs the package jax-triton 0.3.1, which needs the CUDA plugin of JAX.
+settings, but one kv head to a program; float pools only. Needs the package jax-triton 0.3.1, which needs the CUDA plugin of JAX.
 """
 
 import jax

@@ -11,9 +11,10 @@ a query's own kv head. That wastes seven eighths of the matrix unit, which a dec
 leaves idle anyway, and in return single rows land in swizzled tiles: 8 rows are the
 least that such a tile can be cut into. A warpgroup issues copies, a warpgroup computes.
 
-The rows of a sequence are divided evenly over `splits` programs, whatever the other sequences
-have, so a long one is not spread over the machine as in triton.py; the parts are put together by
-log-sum-exp in plain JAX.
+Balance: the batch is dealt out by `counts` as in triton.py, but by plain JAX, into a table with a row
+for each program: Mosaic has no cumulative sum. The layers of a model share `slots` and `counts`, so
+XLA makes the table once for all of them. The parts of divided sequences are put together by the
+combining kernel of triton.py.
 
 The keys are on the wide side N of the product and not on M, so that the softmax of a query stays
 inside a warp. The weights go through shared memory although wgmma would take them from registers:
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import MosaicConfig
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool
 
@@ -69,8 +71,9 @@ def mosaic_attention(
     batch, num_heads, head_size = q.shape
     num_kv_heads = k_pool.shape[1]
     keys = config.tile_rows * KV_HEADS
-    splits = config.splits
-    out_dtype = q.dtype if splits == 1 else jnp.dtype(jnp.float32)
+    num_parts = triton.max_parts(batch, config.splits)
+    counts = jnp.clip(counts, 0, slots.shape[1])
+    table = _part_table(counts, slots.shape[1], config)
 
     def tiled(shape, dtype):
         transforms = (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
@@ -79,11 +82,13 @@ def mosaic_attention(
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale, config=config),
         out_type=(
-            jax.ShapeDtypeStruct((batch, splits, num_heads, head_size), out_dtype),
-            jax.ShapeDtypeStruct((batch, splits, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((num_parts, num_heads, head_size), jnp.float32),
+            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
         ),
-        grid=(num_kv_heads // KV_HEADS, splits, batch),
-        grid_names=("head_block", "split", "sequence"),
+        grid=(num_kv_heads // KV_HEADS, num_parts),
+        grid_names=("head_block", "part"),
         num_threads=2,
         thread_name="warpgroup",
         scratch_types=(
@@ -91,7 +96,8 @@ def mosaic_attention(
             tiled((config.num_stages, keys, head_size), q.dtype),
             tiled((config.num_stages, keys, head_size), q.dtype),
             tiled((QUERIES, keys), q.dtype),
-            tiled((QUERIES, head_size), out_dtype),
+            tiled((QUERIES, head_size), jnp.dtype(jnp.float32)),
+            plgpu.SMEM((QUERIES,), jnp.float32),
             plgpu.SMEM((QUERIES,), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=config.tile_rows, num_barriers=config.num_stages),
@@ -101,16 +107,22 @@ def mosaic_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else False,  # type: ignore[attr-defined]  # JAX 0.11
     )
-    part_out, part_lse = kernel(q, k_pool, v_pool, slots, jnp.clip(counts, 0, slots.shape[1]))
-    if splits == 1:
-        return part_out[:, 0]
-    # Spelled out over the parts, this is one elementwise pass for XLA; as sums over an axis it is three.
-    lses, outs = ([x[:, i] for i in range(splits)] for x in (part_lse, part_out))
-    peak = functools.reduce(jnp.maximum, lses)
-    weights = [jnp.exp2(lse - jnp.where(peak > -jnp.inf, peak, 0.0)) for lse in lses]
-    total = sum(weights[1:], weights[0])
-    weighted = [weight[..., None] * out for weight, out in zip(weights, outs, strict=True)]
-    return (sum(weighted[1:], weighted[0]) / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+    out, *parts = kernel(q, k_pool, v_pool, slots, table)
+    if num_parts == batch:  # one part each: nothing to combine
+        return out
+    return triton.combine(out, parts, counts, slots.shape[1], config, interpret)
+
+
+def _part_table(counts: jax.Array, capacity: int, config: MosaicConfig) -> jax.Array:
+    """int32 `[parts, 4]`: sequence, first and last + 1 of its rows, and in how many parts it is, 0 for spare programs."""
+    batch = counts.shape[0]
+    _, _, parts = triton.deal(counts, batch, capacity, config)
+    part = jnp.arange(triton.max_parts(batch, config.splits), dtype=jnp.int32)
+    ends = jnp.cumsum(parts)[:batch]
+    b = jnp.sum(ends[None, :] <= part[:, None], axis=1, dtype=jnp.int32)
+    spare, b = b == batch, jnp.minimum(b, batch - 1)
+    start, stop = triton.rows_of_part(counts[b], parts[b], part - (ends - parts[:batch])[b])
+    return jnp.stack([b, jnp.where(spare, 0, start), jnp.where(spare, 0, stop), jnp.where(spare, 0, parts[b])], axis=1)
 
 
 def _kernel(
@@ -118,15 +130,18 @@ def _kernel(
     k_ref,  # [P, K, H]
     v_ref,  # [P, K, H]
     slots_ref,  # int32 [B, A]
-    counts_ref,  # int32 [B]
-    out_ref,  # [B, splits, N, H], float32 if there are several splits
-    lse_ref,  # float32 [B, splits, N]
+    table_ref,  # int32 [parts, 4]
+    out_ref,  # [B, N, H]
+    part_out_ref,  # float32 [parts, N, H]
+    part_max_ref,  # float32 [parts, N]
+    part_sum_ref,  # float32 [parts, N]
     q_smem,  # [64, H]
     k_smem,  # [stages, tile * 8, H]
     v_smem,  # [stages, tile * 8, H]
     weights_smem,  # [64, tile * 8]
-    out_smem,  # [64, H]
-    lse_smem,  # float32 [64]
+    out_smem,  # float32 [64, H]
+    max_smem,  # float32 [64]
+    sum_smem,  # float32 [64]
     q_ready,
     k_ready,  # [stages]
     v_ready,  # [stages]
@@ -138,14 +153,10 @@ def _kernel(
     num_rows, num_kv_heads, head_size = k_ref.shape
     group = q_ref.shape[1] // num_kv_heads
     heads, keys, stages = KV_HEADS * group, config.tile_rows * KV_HEADS, config.num_stages
-    b, split = jax.lax.axis_index("sequence"), jax.lax.axis_index("split")
+    part = jax.lax.axis_index("part")
+    b, start, stop, num_parts = (table_ref[part, i] for i in range(4))
     first_head = jax.lax.axis_index("head_block") * heads
     first_kv_head = jax.lax.axis_index("head_block") * KV_HEADS
-
-    count = counts_ref[b]
-    base, extra = jax.lax.div(count, config.splits), jax.lax.rem(count, config.splits)
-    start = split * base + jnp.minimum(split, extra)
-    stop = start + base + (split < extra).astype(jnp.int32)
     num_tiles = jax.lax.div(stop - start + (config.tile_rows - 1), config.tile_rows)
 
     @pl.when(jax.lax.axis_index("warpgroup") == 1)
@@ -220,10 +231,22 @@ def _kernel(
             plgpu.layout_cast(jnp.zeros((QUERIES, head_size), jnp.float32), plgpu.Layout.WGMMA),
         )
         peak, total, acc = jax.lax.fori_loop(0, num_tiles, step, init)
-        divisor = jnp.where(total > 0, total, 1.0)  # a part without rows: 0 / 1
-        out_smem[...] = (acc / jax.lax.broadcast_in_dim(divisor, acc.shape, [0])).astype(out_smem.dtype)
-        lse_smem[...] = peak + jnp.log2(total)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, heads)], out_ref.at[b, split, pl.ds(first_head, heads)])
-        plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, heads)], lse_ref.at[b, split, pl.ds(first_head, heads)])
-        plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(num_parts == 1)
+        def finish():
+            divisor = jnp.where(total > 0, total, 1.0)  # nothing named: 0 / 1
+            q_smem[...] = (acc / jax.lax.broadcast_in_dim(divisor, acc.shape, [0])).astype(q_smem.dtype)  # read for good by now
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(0, heads)], out_ref.at[b, pl.ds(first_head, heads)])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(num_parts > 1)
+        def hand_over():
+            out_smem[...] = acc
+            max_smem[...] = peak
+            sum_smem[...] = total
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, heads)], part_out_ref.at[part, pl.ds(first_head, heads)])
+            plgpu.copy_smem_to_gmem(max_smem.at[pl.ds(0, heads)], part_max_ref.at[part, pl.ds(first_head, heads)])
+            plgpu.copy_smem_to_gmem(sum_smem.at[pl.ds(0, heads)], part_sum_ref.at[part, pl.ds(first_head, heads)])
+            plgpu.wait_smem_to_gmem(0)

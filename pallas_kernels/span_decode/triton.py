@@ -8,9 +8,10 @@ Why it exists: XLA gathers rows into a copy (each byte read, written, and read a
 slots whatever `counts` says). Here every named row is read once, by the program that uses it, and
 nothing else is: `expected_bytes()` in and out.
 
-How: a program owns one kv head and a run of one sequence's named rows. It gathers tiles of K and V
-rows through shared memory and keeps a running softmax in float32. The G query heads of the kv head
-share the tile on the matrix unit, where they take up 16 rows, so K and V are read once for all.
+How: a program owns a kv head, or two neighbouring ones, and a run of one sequence's named rows. It
+gathers tiles of K and V rows through shared memory and keeps a running softmax in float32. The G
+query heads of a kv head share the tile on the matrix unit, where they take up 16 rows, so K and V
+are read once for all.
 
 Balance: the programs are dealt out by `counts`, on the device. A sequence gets as many programs as
 its share of the batch's named rows deserves, at least one, so a long sequence beside short ones is
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.span_decode.heuristics import MULTIPROCESSORS, TritonConfig
+from pallas_kernels.span_decode.heuristics import MULTIPROCESSORS, MosaicConfig, TritonConfig
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
 
 MATRIX_ROWS = 16  # the fewest rows that a matrix product has on the matrix unit
@@ -76,7 +77,7 @@ def triton_attention(
 
     out, *parts = pl.pallas_call(
         functools.partial(_attend_kernel, scale=scale, config=config),
-        grid=(num_kv_heads, num_parts),
+        grid=(num_kv_heads // config.kv_heads, num_parts),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((num_parts, num_heads, head_size), jnp.float32),
@@ -89,11 +90,19 @@ def triton_attention(
     )(q, k_pool, v_pool, slots, counts, *scales)
     if num_parts == batch:  # one part each: nothing to combine
         return out
+    return combine(out, parts, counts, slots.shape[1], config, interpret)
+
+
+def combine(
+    out: jax.Array, parts: list[jax.Array], counts: jax.Array, capacity: int, config: TritonConfig | MosaicConfig, interpret: bool
+) -> jax.Array:
+    """`out` with what was left to do: the sequences that were divided, put together from their parts."""
+    batch, num_heads, head_size = out.shape
     columns, read_parts = combine_tile(batch, num_heads, head_size)
     return pl.pallas_call(
-        functools.partial(_combine_kernel, config=config, capacity=slots.shape[1], columns=columns, read_parts=read_parts),
+        functools.partial(_combine_kernel, config=config, capacity=capacity, columns=columns, read_parts=read_parts),
         grid=(num_heads, batch, head_size // columns),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
         input_output_aliases={0: 0},
         compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
         interpret=interpret,
@@ -102,7 +111,7 @@ def triton_attention(
 
 
 def max_parts(batch: int, splits: int) -> int:
-    """How many parts `_deal` can make of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
+    """How many parts `deal` can make of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
     return batch * splits + batch - 1
 
 
@@ -116,7 +125,7 @@ def combine_tile(batch: int, num_heads: int, head_size: int) -> tuple[int, int]:
     return columns, 4096 // columns
 
 
-def _deal(counts_ref, batch: int, capacity: int, config: TritonConfig):
+def deal(counts_ref, batch: int, capacity: int, config: TritonConfig | MosaicConfig):
     """Divide the named rows of the batch into parts of about equal size.
 
     Returns how many rows a part may have, and for each sequence, padded to a power of two, how many
@@ -134,6 +143,13 @@ def _num_parts(count, part_rows):
     return jnp.maximum(pl.cdiv(count, part_rows), 1)
 
 
+def rows_of_part(count, num_parts, index):
+    """First and last + 1 of the named rows in part `index` of a sequence."""
+    base, extra = count // num_parts, count % num_parts
+    start = index * base + jnp.minimum(index, extra)
+    return start, start + base + (index < extra).astype(jnp.int32)
+
+
 def _attend_kernel(
     q_ref,  # [B, N, H]
     k_ref,  # [P, K, H]
@@ -149,24 +165,25 @@ def _attend_kernel(
     batch, num_heads, head_size = q_ref.shape
     num_rows, num_kv_heads, _ = k_ref.shape
     group = num_heads // num_kv_heads
-    kv_head, part = pl.program_id(0), pl.program_id(1)
+    part = pl.program_id(1)
+    kv_heads = [pl.program_id(0) * config.kv_heads + i for i in range(config.kv_heads)]
 
-    part_rows, sequences, parts = _deal(counts_ref, batch, slots_ref.shape[1], config)
-    b = jnp.sum((jnp.cumsum(parts) <= part).astype(jnp.int32))
+    part_rows, _, parts = deal(counts_ref, batch, slots_ref.shape[1], config)
+    ends = jnp.cumsum(parts)
+    b = jnp.sum((ends <= part).astype(jnp.int32))
 
     @pl.when(b < batch)
     def attend():
         count = jnp.clip(counts_ref[b], 0, slots_ref.shape[1])
         num_parts = _num_parts(count, part_rows)
-        index = part - jnp.sum(jnp.where(sequences < b, parts, 0))  # of this part among those of its sequence
-        base, extra = count // num_parts, count % num_parts
-        start = index * base + jnp.minimum(index, extra)
-        stop = start + base + (index < extra).astype(jnp.int32)
+        index = part - jnp.max(jnp.where(ends <= part, ends, 0))  # of this part among those of its sequence
+        start, stop = rows_of_part(count, num_parts, index)
 
         # The group fills up the matrix unit's rows with copies of its last head. They compute and
         # store what that head does, which saves masks where G is no power of two.
-        heads = kv_head * group + jnp.minimum(jnp.arange(_group_rows(group), dtype=jnp.int32), group - 1)
-        q = q_ref[b, heads, :]  # [rows, H]
+        head_of_group = jnp.minimum(jnp.arange(_group_rows(group), dtype=jnp.int32), group - 1)
+        heads = [kv_head * group + head_of_group for kv_head in kv_heads]
+        queries = [q_ref[b, own, :] for own in heads]  # [rows, H] each
 
         def tile_slots(tile):
             # Past the end the last named row is read again, so nothing unnamed is ever touched.
@@ -177,10 +194,14 @@ def _attend_kernel(
         def step(tile, carry):
             # The ids are loaded a tile ahead: the compiler then treats the rows as plain loads and
             # keeps num_stages - 1 tiles of them in flight; of a chain of loads it keeps half as many.
-            rows, running_max, running_sum, acc = carry
+            rows, states = carry
             next_rows = tile_slots(tile + 1)
             offsets = tile * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32)
             named = start + offsets < stop
+            return next_rows, tuple(attend_tile(*own, rows, named) for own in zip(kv_heads, queries, states, strict=True))
+
+        def attend_tile(kv_head, q, state, rows, named):
+            running_max, running_sum, acc = state
             keys = k_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
             scores = _dot(q, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
             if scale_refs:
@@ -193,31 +214,27 @@ def _attend_kernel(
             if scale_refs:
                 weights *= scale_refs[1][rows, kv_head][None, :]
             values = v_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
-            acc = acc * decay[:, None] + _dot(weights.astype(q.dtype), values, ((1,), (0,)))
-            return next_rows, new_max, running_sum, acc
+            return new_max, running_sum, acc * decay[:, None] + _dot(weights.astype(q.dtype), values, ((1,), (0,)))
 
-        _, running_max, running_sum, acc = jax.lax.fori_loop(
-            0,
-            pl.cdiv(stop - start, config.tile_rows),
-            step,
-            (
-                tile_slots(0),
-                jnp.full(heads.shape, -jnp.inf, jnp.float32),
-                jnp.zeros(heads.shape, jnp.float32),
-                jnp.zeros((heads.shape[0], head_size), jnp.float32),
-            ),
+        nothing = (
+            jnp.full(head_of_group.shape, -jnp.inf, jnp.float32),
+            jnp.zeros(head_of_group.shape, jnp.float32),
+            jnp.zeros((*head_of_group.shape, head_size), jnp.float32),
         )
+        _, states = jax.lax.fori_loop(0, pl.cdiv(stop - start, config.tile_rows), step, (tile_slots(0), (nothing,) * config.kv_heads))
 
         @pl.when(num_parts == 1)
         def finish():
-            total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
-            out_ref[b, heads, :] = (acc / total[:, None]).astype(out_ref.dtype)
+            for own, (_, running_sum, acc) in zip(heads, states, strict=True):
+                total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
+                out_ref[b, own, :] = (acc / total[:, None]).astype(out_ref.dtype)
 
         @pl.when(num_parts > 1)
         def hand_over():
-            part_out_ref[part, heads, :] = acc
-            part_max_ref[part, heads] = running_max
-            part_sum_ref[part, heads] = running_sum
+            for own, (running_max, running_sum, acc) in zip(heads, states, strict=True):
+                part_out_ref[part, own, :] = acc
+                part_max_ref[part, own] = running_max
+                part_sum_ref[part, own] = running_sum
 
 
 def _combine_kernel(
@@ -228,7 +245,7 @@ def _combine_kernel(
     counts_ref,  # int32 [B]
     out_ref,  # [B, N, H]
     *,
-    config: TritonConfig,
+    config: TritonConfig | MosaicConfig,
     capacity: int,
     columns: int,
     read_parts: int,
@@ -237,7 +254,7 @@ def _combine_kernel(
     head, b = pl.program_id(0), pl.program_id(1)
     own = pl.ds(pl.program_id(2) * columns, columns)
     batch = out_ref.shape[0]
-    part_rows, sequences, parts = _deal(counts_ref, batch, capacity, config)
+    part_rows, sequences, parts = deal(counts_ref, batch, capacity, config)
     num_parts = _num_parts(jnp.clip(counts_ref[b], 0, capacity), part_rows)
 
     @pl.when(num_parts > 1)

@@ -282,7 +282,7 @@ def test_expected_bytes():
 def test_triton_deals_out_the_rows_fairly(counts, splits):
     """Each sequence has the parts that its rows deserve, at least one, and all parts fit the grid."""
     config = TritonConfig(tile_rows=16, num_warps=4, num_stages=2, splits=splits)
-    part_rows, _, parts = triton._deal(jnp.asarray(counts, jnp.int32), len(counts), 96, config)
+    part_rows, _, parts = triton.deal(jnp.asarray(counts, jnp.int32), len(counts), 96, config)
     assert parts.sum() <= triton.max_parts(len(counts), splits)
     fair_rows = max(-(-sum(counts) // (splits * len(counts))), config.tile_rows)
     assert part_rows == fair_rows
@@ -291,11 +291,27 @@ def test_triton_deals_out_the_rows_fairly(counts, splits):
 
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu, id="gpu")])
-@pytest.mark.parametrize("config", [TritonConfig(16, 4, 2, 5), TritonConfig(128, 8, 2, 1), TritonConfig(32, 1, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [TritonConfig(16, 4, 2, 5), TritonConfig(128, 8, 2, 1), TritonConfig(32, 1, 4, 1), TritonConfig(16, 1, 4, 2, kv_heads=2)],
+    ids=str,
+)
 def test_triton_settings_do_not_change_the_answer(config, interpret):
     problem = round_to(make_problem(CASE["ragged"]), np.float32)
     arrays = (jnp.asarray(x, jnp.float32) for x in (problem.q, problem.k_pool, problem.v_pool))
     attend = functools.partial(triton.triton_attention, scale=0.125, config=config, interpret=interpret)
+    out = attend(*arrays, jnp.asarray(problem.slots), jnp.asarray(problem.counts))
+    np.testing.assert_allclose(out, oracle(problem), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu, id="gpu")])
+def test_parts_of_many_sequences_are_combined(interpret, monkeypatch):
+    """With so many sequences that a program combines whole heads: here, on a machine of one multiprocessor."""
+    monkeypatch.setattr(triton, "MULTIPROCESSORS", 1)
+    assert triton.combine_tile(2, 8, 64)[0] == 64
+    problem = round_to(make_problem(CASE["gqa_8"]), np.float32)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (problem.q, problem.k_pool, problem.v_pool))
+    attend = functools.partial(triton.triton_attention, scale=0.125, config=TritonConfig(16, 2, 2, 3), interpret=interpret)
     out = attend(*arrays, jnp.asarray(problem.slots), jnp.asarray(problem.counts))
     np.testing.assert_allclose(out, oracle(problem), atol=2e-6, rtol=2e-5)
 
@@ -328,6 +344,17 @@ def test_triton_lowers_for_cuda(name, pool_dtype):
     config = triton_config(len(case.counts), case.num_kv_heads, case.head_size, jnp.dtype(pool_dtype).itemsize, case.capacity)
     attend = functools.partial(triton.triton_attention, scale=0.1, config=config)
     assert cuda_lowering(attend, *args).count("__gpu$xla.gpu.triton") in (1, 2)
+
+
+def test_settings_divide_the_heads_and_lower_for_cuda():
+    """Two kv heads share a program only where there are enough of them, and never in the plain Triton kernels."""
+    config = triton_config(32, 32, 128, 2, 2048)
+    assert config.kv_heads == 2
+    assert {triton_config(batch, kv_heads, 128, 2, 2048).kv_heads for batch, kv_heads in [(1, 32), (32, 8), (999, 3)]} == {1}
+    assert triton_config(32, 32, 128, 2, 2048, most_kv_heads=1).kv_heads == 1
+    case = Case("mha_32", "", (40,) * 32, 32, 32, 128)
+    attend = functools.partial(triton.triton_attention, scale=0.1, config=config)
+    assert "__gpu$xla.gpu.triton" in cuda_lowering(attend, *shapes(case, jnp.bfloat16, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
