@@ -19,7 +19,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -527,22 +527,24 @@ def sweep(
     model: Decoder | None = None,
     seed: int = 0,
     stream: bool = False,
+    compiled: Mapping[Case, Programs | str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures cases and yields a row for each; one that does not fit in memory gets a row that says so.
 
     Args:
       model: with its weights in float32 or the compute dtype; random weights by default.
       tokens_of: the workload of a case, [B, case.num_tokens].
+      compiled: what `compile_all` returned for the cases.
       stream: measure streaming too, on the first case with span attention.
     """
     cases = list(dict.fromkeys(cases))
     streamed = next((case for case in cases if case.attention == "span" and not case.int8), None)
-    compiled = _compile_all(shape, cases)
+    waiting = dict(compile_all(shape, cases) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
     params, quantized = decoding.FrozenDecoder.of(decoder).params, False
     for case in tqdm(cases, desc="measure", unit="row", leave=False, disable=None):
         row = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-        programs = compiled.pop(case)
+        programs = waiting.pop(case)
         try:
             if isinstance(programs, str):
                 raise DoesNotFit(programs)
@@ -564,7 +566,7 @@ def _out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
-def _compile_all(shape: Shape, cases: Sequence[Case]) -> dict[Case, Programs | str]:
+def compile_all(shape: Shape, cases: Sequence[Case]) -> dict[Case, Programs | str]:
     """Programs of every case, or why there are none. Compiled side by side: XLA leaves most processors idle on one program."""
 
     def compile_one(case: Case) -> Programs | str:

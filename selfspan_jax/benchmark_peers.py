@@ -1,6 +1,6 @@
 """Hugging Face's decode step on the same shape: static cache, eager and compiled. Runs in a process of its own.
 
-    python -m selfspan_jax.benchmark_peers JOB      (JOB is JSON; see `rows`)
+    python -m selfspan_jax.benchmark_peers JOB      (JOB is JSON; see `Peers`)
 
 What is timed is what `generate` does for each token with a static cache: one forward of the token, greedy choice, fed back.
 Weights, tokens and cached rows are random, in the dtype of the shape. "hf-compiled" is
@@ -10,12 +10,14 @@ step are CUDA events around the steps (a clock without a GPU), the median of fiv
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -31,29 +33,45 @@ def missing_reason() -> str | None:
     return f"{' and '.join(absent)} not installed" if absent else None
 
 
-def rows(config: dict[str, Any], vocab_size: int, cases: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
-    """Measures peers in a process of its own, so that its memory is free again afterwards; yields each row as it comes.
+class Peers:
+    """Peers in a process of its own, so that its memory is free again afterwards. A context manager.
 
-    Call it before JAX takes the device's memory.
+    The process builds the model and compiles as soon as it is there, beside whatever the caller compiles; it measures when
+    `rows` is called, and should then have the device to itself.
 
     Args:
       config: the shape, as `dataclasses.asdict` of a ModelConfig.
       cases: each with peer, batch_size, context_tokens and steps.
-
-    Raises: RuntimeError with the end of what the process said when it fails.
     """
-    job = json.dumps({"config": config, "vocab_size": vocab_size, "cases": list(cases), "seed": seed})
-    command = [sys.executable, "-m", "selfspan_jax.benchmark_peers", job]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        said: list[str] = []
-        assert process.stdout is not None
-        for line in process.stdout:
+
+    def __init__(self, config: dict[str, Any], vocab_size: int, cases: Sequence[dict[str, Any]], seed: int):
+        job = json.dumps({"config": config, "vocab_size": vocab_size, "cases": list(cases), "seed": seed})
+        # Closed at the end.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [sys.executable, "-m", "selfspan_jax.benchmark_peers", job]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Measures, and yields each row as it comes. Raises RuntimeError with the end of what the process said if it fails."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # a process that has failed says why below
+            self._process.stdin.write("measure\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
             if line.startswith(_MARK):
                 yield json.loads(line.removeprefix(_MARK))
-            else:
-                said = [*said[-19:], line]
-    if process.returncode:
-        raise RuntimeError(f"the peers' process ended with status {process.returncode}:\n{''.join(said)}")
+        if status := self._process.wait():
+            self._log.seek(0)
+            last = self._log.read().splitlines()[-20:]
+            raise RuntimeError("\n".join([f"the peers' process ended with status {status}:", *last]))
 
 
 def _make_model(config: dict[str, Any], vocab_size: int, device: str, dtype):
@@ -102,54 +120,61 @@ def _run_ms(device: str, run) -> float:
     return start.elapsed_time(end)
 
 
-def _measure(model, case: dict[str, Any], vocab_size: int, device: str, seed: int) -> dict[str, Any]:
-    import torch
-    from transformers import StaticCache
+class _Run:
+    """One peer at one batch and context: its cache, its step, compiled where the peer is."""
 
-    batch, steps = case["batch_size"], case["steps"]
-    num_tokens = case["context_tokens"] + steps // 2  # as ours: the mean context of the steps is the one asked for
-    prompt = torch.randint(vocab_size, (batch, 16), device=device, generator=torch.Generator(device).manual_seed(seed))
-    cache: Any = StaticCache(config=model.config, max_cache_len=num_tokens)
+    def __init__(self, model, case: dict[str, Any], vocab_size: int, device: str, seed: int):
+        import torch
+        from transformers import StaticCache
 
-    def rewind(length: int) -> None:
+        self.case, self.device = case, device
+        batch, steps = case["batch_size"], case["steps"]
+        self.num_tokens = case["context_tokens"] + steps // 2  # as ours: the mean context of the steps is the one asked for
+        generator = torch.Generator(device).manual_seed(seed)
+        tokens = torch.randint(vocab_size, (batch, 16), device=device, generator=generator)
+        cache: Any = StaticCache(config=model.config, max_cache_len=self.num_tokens)
+
+        def forward(tokens):
+            out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1].argmax(-1, keepdim=True)
+
+        forward(tokens)  # allocates the cache, whose rows are then as good as those of a prompt of that length
         for layer in cache.layers:
-            layer.cumulative_length.fill_(length)
+            layer.keys.normal_()
+            layer.values.normal_()
+        compiled = case["peer"] == "hf-compiled"
+        self.step = torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False) if compiled else forward
+        self.first, self.cache = tokens[:, :1].clone(memory_format=torch.contiguous_format), cache  # strides as a step returns them
+        began = time.perf_counter()
+        self.ms_per_step()
+        self.compile_seconds = time.perf_counter() - began
 
-    def forward(tokens):
-        out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1, keepdim=True)
+    def ms_per_step(self) -> float:
+        import torch
 
-    step = torch.compile(forward, mode="reduce-overhead", fullgraph=True) if case["peer"] == "hf-compiled" else forward
-    forward(prompt)  # allocates the cache, whose rows are then as good as those of a prompt of that length
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
+        steps = self.case["steps"]
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.num_tokens - steps)
 
-    def decode() -> None:
-        tokens = prompt[:, -1:]
-        for _ in range(steps):
-            torch.compiler.cudagraph_mark_step_begin()
-            tokens = step(tokens).clone()  # the graph's own output is overwritten by its next run
+        def decode() -> None:
+            tokens = self.first
+            for _ in range(steps):
+                torch.compiler.cudagraph_mark_step_begin()
+                tokens = self.step(tokens).clone()  # the graph's own output is overwritten by its next run
 
-    def run() -> float:
-        rewind(num_tokens - steps)
-        return _run_ms(device, decode) / steps
+        return _run_ms(self.device, decode) / steps
 
-    began = time.perf_counter()
-    run()
-    first_run_seconds = time.perf_counter() - began
-    for _ in range(WARM_UPS if case["peer"] == "hf-compiled" else 1):
-        run()
-    ms = [run() for _ in range(REPETITIONS)]
-    peak = torch.cuda.max_memory_allocated() if device != "cpu" else None
-    return {
-        "ms_per_step": statistics.median(ms),
-        "spread_ms": max(ms) - min(ms),
-        "tokens_per_second": 1e3 * batch / statistics.median(ms),
-        "mean_context_tokens": num_tokens - (steps - 1) / 2,
-        "process_peak_memory_bytes": peak,
-        "compile_seconds": first_run_seconds,
-    }
+    def row(self) -> dict[str, Any]:
+        for _ in range(WARM_UPS if self.case["peer"] == "hf-compiled" else 1):
+            self.ms_per_step()
+        ms = [self.ms_per_step() for _ in range(REPETITIONS)]
+        return {
+            "ms_per_step": statistics.median(ms),
+            "spread_ms": max(ms) - min(ms),
+            "tokens_per_second": 1e3 * self.case["batch_size"] / statistics.median(ms),
+            "mean_context_tokens": self.num_tokens - (self.case["steps"] - 1) / 2,
+            "compile_seconds": self.compile_seconds,
+        }
 
 
 def _main(job: dict[str, Any]) -> None:
@@ -159,18 +184,23 @@ def _main(job: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     model = _make_model(job["config"], job["vocab_size"], device, getattr(torch, job["config"]["compute_dtype"]))
-    for case in job["cases"]:
+
+    def make(case: dict[str, Any]) -> _Run | str:
         try:
-            with torch.no_grad():
-                row = _measure(model, case, job["vocab_size"], device, job["seed"])
+            return _Run(model, case, job["vocab_size"], device, job["seed"])
         except torch.OutOfMemoryError:
-            row = {"not_run": "does not fit: PyTorch ran out of memory"}
-        print(_MARK + json.dumps({**case, **row, "versions": versions}), flush=True)
-        torch.compiler.reset()
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            return "does not fit: PyTorch ran out of memory"
+
+    with torch.no_grad():
+        runs = [make(case) if case["peer"] == "hf-compiled" else None for case in job["cases"]]
+        sys.stdin.readline()  # the word to measure; nothing when the caller is gone
+        for index, case in enumerate(job["cases"]):
+            run = runs[index] or make(case)
+            row = {"not_run": run} if isinstance(run, str) else run.row()
+            print(_MARK + json.dumps({**case, **row, "versions": versions}), flush=True)
+            del run
+            runs[index] = None
+            gc.collect()
 
 
 if __name__ == "__main__":

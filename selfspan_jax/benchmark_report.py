@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -20,9 +21,11 @@ from pallas_kernels.bench import read_ceiling_tbps
 from selfspan_jax import benchmark_peers
 from selfspan_jax.benchmark import (
     STREAMED_TOKENS,
+    Case,
     Plan,
     Shape,
     ShapeName,
+    compile_all,
     has_own_labels,
     named_shape,
     segment_tokens,
@@ -88,15 +91,22 @@ def run(
         if save:
             save(report)
 
-    if plan.peers and (reason := benchmark_peers.missing_reason()):
-        print(f"peers not run: {reason}", flush=True)
-    elif plan.peers:
-        for row in benchmark_peers.rows(dataclasses.asdict(shape.config), shape.vocab_size, plan.peer_cases, plan.seed):
+    with contextlib.ExitStack() as stack:
+        peers = None
+        if plan.peers and (reason := benchmark_peers.missing_reason()):
+            print(f"peers not run: {reason}", flush=True)
+        elif plan.peers:
+            config = dataclasses.asdict(shape.config)
+            peers = stack.enter_context(benchmark_peers.Peers(config, shape.vocab_size, plan.peer_cases, plan.seed))
+        compiled = compile_all(shape, plan.cases)  # beside the peers' own compilation
+        for row in peers.rows() if peers else ():
             report["versions"] |= row.pop("versions")
             add(row)
-    for row in sweep(
-        shape, plan.cases, lambda case: draw(case.batch_size, case.num_tokens), model=model, seed=plan.seed, stream=plan.stream_check
-    ):
+
+    def tokens_of(case: Case):
+        return draw(case.batch_size, case.num_tokens)
+
+    for row in sweep(shape, plan.cases, tokens_of, model=model, seed=plan.seed, stream=plan.stream_check, compiled=compiled):
         add(row)
     if picture:
         plot(report, picture)
@@ -170,7 +180,7 @@ _COLUMNS = (
     ("upkeep", lambda r: f"{r['upkeep_fraction']:.1%}"),
     ("first token", lambda r: f"{r['time_to_first_token_ms']:.0f} ms"),
     ("KV", lambda r: f"{r['kv_memory_bytes'] / 2**30:.2f} GiB"),
-    ("memory", lambda r: f"{(r.get('program_memory_bytes') or r['process_peak_memory_bytes']) / 2**30:.1f} GiB"),
+    ("memory", lambda r: f"{r['program_memory_bytes'] / 2**30:.1f} GiB"),
     ("compile", lambda r: f"{r['compile_seconds']:.0f} s"),
 )
 

@@ -235,21 +235,23 @@ def test_the_picture_is_drawn(tmp_path, swept):
 
 
 def test_the_peers_process_is_heard_and_its_failure_is_told(monkeypatch, tmp_path):
-    """With a stand-in for the interpreter: two rows among other talk, then a failure."""
+    """With a stand-in for the interpreter: it waits for the word, then two rows among other talk, then a failure."""
     script = tmp_path / "python"
     rows = [{"peer": "hf-eager", "ms_per_step": 1.5}, {"peer": "hf-compiled", "not_run": "does not fit"}]
     lines = "\n".join(f"echo 'row: {json.dumps(row)}'\necho a warning" for row in rows)
-    script.write_text(f"#!/bin/sh\n{lines}\necho it broke >&2\nexit 3\n")
+    script.write_text(f"#!/bin/sh\nread word; test $word = measure || exit 1\n{lines}\necho it broke >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setattr(benchmark_peers.sys, "executable", str(script))
-    heard = benchmark_peers.rows(SIZES, 100, [], seed=0)
-    assert [next(heard), next(heard)] == rows
-    with pytest.raises(RuntimeError, match=r"status 3:\na warning\na warning\nit broke"):
-        next(heard)
+    with benchmark_peers.Peers(SIZES, 100, [], seed=0) as peers:
+        heard = peers.rows()
+        assert [next(heard), next(heard)] == rows
+        with pytest.raises(RuntimeError, match=r"status 3:\nit broke"):
+            next(heard)
 
 
 @pytest.mark.skipif(benchmark_peers.missing_reason() is not None, reason="PyTorch and transformers are not installed")
 def test_the_eager_peer_runs():
     case = {"peer": "hf-eager", "batch_size": 2, "context_tokens": 64, "steps": 16}
-    (row,) = benchmark_peers.rows(dataclasses.asdict(SHAPE.config), SHAPE.vocab_size, [case], seed=0)
+    with benchmark_peers.Peers(dataclasses.asdict(SHAPE.config), SHAPE.vocab_size, [case], seed=0) as peers:
+        (row,) = peers.rows()
     assert row["ms_per_step"] > 0 and row["mean_context_tokens"] == 64.5
