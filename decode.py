@@ -10,62 +10,58 @@ import functools
 import itertools
 import os
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated, get_args
 
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from data import arithmetic, commandline, replay
 from selfspan_jax import benchmark, benchmark_peers, benchmark_report
-from selfspan_jax.config import Attention
-from selfspan_jax.evaluation import Scores, evaluate, output_json, report, scores_by, scores_table, steps_table
+from selfspan_jax.config import Attention, Sampling
+from selfspan_jax.evaluation import Scores, evaluate, output_json, report, response_table, scores_by, scores_table
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.spans import SpanVocab
 
 
-def load(checkpoint: Path) -> tuple[SpanLM, arithmetic.ArithmeticTask]:
-    lm = SpanLM.load(checkpoint, {arithmetic.ArithmeticTask.name: arithmetic.ArithmeticTask})
-    return lm, cast(arithmetic.ArithmeticTask, lm.task)
+def load(checkpoint: Path, *, int8: bool = False) -> SpanLM:
+    return SpanLM.load(checkpoint, {arithmetic.ArithmeticTask.name: arithmetic.ArithmeticTask}, int8=int8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Evaluates one expression and shows each step with what it read."""
+    """Evaluates one expression and shows each step with what it read; or continues a text, with a model of others."""
 
     checkpoint: Positional[Path]
-    """Directory of a finished model."""
+    """Directory of a finished model, a Hugging Face directory or a GGUF file."""
     prompt: Positional[str]
-    """An expression: whole numbers, + - * and parentheses."""
-    attention: Attention | None = None
-    """span: what the model names; dense: everything before; window: first and recent tokens. Default: as it was trained."""
+    """An expression: whole numbers, + - * and parentheses; or text."""
+    sampling: OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
+    int8: bool = False
+    """Compute with int8 weights."""
     stream: bool = False
     """Print tokens as they are decoded."""
-    max_new_tokens: int | None = None
-    """Stop after so many tokens; by default what the model's context leaves, 1024 at most."""
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_p: float = 1.0
-    """Draw from the most likely tokens whose probabilities add up to this."""
-    seed: int = 0
-    """Of the draws."""
     json: Path | None = None
     """Write the response, its steps and what each token attended to into this file."""
+    html: Path | None = None
+    """Write a page that shows what each step read into this file."""
     plot: Path | None = None
-    """Draw the mask under which the response was decoded into this file (PNG, SVG or PDF)."""
+    """Draw what the response read into this file (PNG, SVG or PDF)."""
 
     def __post_init__(self):
         check_picture(self.plot)
 
     def run(self) -> None:
-        lm, task = load(self.checkpoint)
-        options = {name: getattr(self, name) for name in ("attention", "max_new_tokens", "temperature", "top_p", "seed")}
+        lm, options = load(self.checkpoint, int8=self.int8), dataclasses.asdict(self.sampling)
         if self.stream:
             for text in lm.stream(self.prompt, **options):
                 print(text, end="", flush=True)
             print()
         out = lm.generate(self.prompt, **options)
-        print(steps_table(out, task.verify(self.prompt, out.response_ids)))
+        verify = getattr(lm.task, "verify", None)
+        print(response_table(out, verify(self.prompt, out.response_ids) if verify else None))
         if self.json:
             commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **output_json(out)})
+        if self.html:
+            commandline.write_text(self.html, out.to_html())
         if self.plot:
             self.plot.parent.mkdir(parents=True, exist_ok=True)
             out.plot().savefig(self.plot, dpi=100)
@@ -100,7 +96,9 @@ class Eval:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 and above")
 
     def run(self) -> None:
-        lm, task = load(self.checkpoint)
+        lm = load(self.checkpoint)
+        if not isinstance(task := lm.task, arithmetic.ArithmeticTask):
+            raise ValueError(f"{self.checkpoint}: was not trained on expressions, so there is nothing to verify")
         attention = self.attention or lm.model.config.mask
         bounds = (self.ops, self.ops) if self.ops is not None else (self.min_ops, self.max_ops)
         labels = lm.model.vocab.num_labels
@@ -176,7 +174,8 @@ class Bench:
     def run(self) -> None:
         if self.peers:  # they share the device with this process
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        lm, task = load(self.checkpoint) if self.checkpoint else (None, arithmetic.ArithmeticTask())
+        lm = load(self.checkpoint) if self.checkpoint else None
+        task = lm.task if lm and isinstance(lm.task, arithmetic.ArithmeticTask) else arithmetic.ArithmeticTask()
         name = self.checkpoint.name if self.checkpoint else str(self.shape)
         draw = functools.partial(replay.tokens, task, seed=self.seed)
         save = functools.partial(commandline.write_json, self.json) if self.json else None

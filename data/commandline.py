@@ -82,9 +82,14 @@ def commas(*kinds: Any) -> Any:
 
 def write_json(file: Path, values: Any) -> None:
     """Writes a JSON file, whole or not at all."""
+    write_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.write_text(text)
     os.replace(partial, file)
 
 

@@ -173,6 +173,22 @@ class DecodeConfig:
         _require(self.sink_tokens >= 0, self, "sink_tokens", "0 and above")
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What a user chooses of one decoding: the options of `SpanLM.generate`."""
+
+    attention: Attention | None = None
+    """span: what the model names; dense: everything before; window: first and recent tokens. Default: as it was trained."""
+    max_new_tokens: int | None = None
+    """Stop after so many tokens; by default what the model's context leaves, 1024 at most."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens whose probabilities add up to this."""
+    seed: int = 0
+    """Of the draws."""
+
+
 def from_json(config_type: type[T], values: dict) -> T:
     """A config from what `dataclasses.asdict` wrote of it. Unknown and missing keys are refused."""
     name = config_type.__name__

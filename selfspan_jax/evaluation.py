@@ -165,16 +165,17 @@ def output_json(out: Output) -> dict[str, Any]:
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
 
 
-def steps_table(out: Output, verdict: Verdict) -> str:
-    """The response as a table of its steps, the answer, and how much of the context was read."""
-    head = ("step", "reads", "writes", "attended tokens")
-    rows = [(f"<{s.label}>", " ".join(f"<{ref}>" for ref in s.refs) or "-", s.text, f"{s.attended_tokens:.1f}") for s in out.steps]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+def response_table(out: Output, verdict: Verdict | None) -> str:
+    """The response, as a table where it has steps; the answer with the verdict on it; and how much of the context was read."""
+    lines = [out.prompt + out.text, ""]
+    if out.steps:
+        head = ("step", "reads", "writes", "attended tokens")
+        rows = [(f"<{s.label}>", " ".join(f"<{ref}>" for ref in s.refs) or "-", s.text, f"{s.attended_tokens:.1f}") for s in out.steps]
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)] + [""]
     mean_context = (out.prompt_tokens + 1 + len(out.token_ids)) / 2
+    lines += [f"{out.prompt} = {out.answer}   ({verdict.message})"] if verdict else []
     lines += [
-        "",
-        f"{out.prompt} = {out.answer}   ({verdict.message})",
         f"attended: {out.num_attended.mean():.1f} tokens, {out.attended_fraction:.1%} of the context"
         f"   dense decoding: {mean_context:.1f} tokens, 100%",
     ]

@@ -299,14 +299,14 @@ def load_decoder(path: str | Path, vocab: SpanVocab | None = None, *, seed: int 
       ValueError: an architecture that the decoder does not have, or tensors that do not fit the config.
     """
     path = Path(path)
-    config, old_size, tensors = _source(path, compute_dtype)
+    config, old_size, tensors = _source(path, compute_dtype, _gguf_reader(path))
     return _decoder(config, vocab or _vocab_after(old_size), old_size, tensors, path, seed)
 
 
-def _source(path: Path, compute_dtype: ComputeDtype | None) -> tuple[ModelConfig, int, _Tensors]:
+def _source(path: Path, compute_dtype: ComputeDtype | None, reader: GGUFReader | None) -> tuple[ModelConfig, int, _Tensors]:
     """The architecture, the size of the vocabulary and the tensors, none of which is read yet."""
-    if path.suffix == ".gguf":
-        fields, tensors = _gguf(path)
+    if reader is not None:
+        fields, tensors = _gguf(path, reader)
     elif not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json")
     else:
@@ -330,8 +330,9 @@ def load(path: str | Path, *, num_labels: int = 256, seed: int = 0, compute_dtyp
     Raises: as `load_decoder`, and ValueError for a tokenizer that does not fit.
     """
     path = Path(path)
-    config, old_size, tensors = _source(path, compute_dtype)  # first: the tokenizer's library reads the config too
-    tokenizer = _gguf_tokenizer(path) if path.suffix == ".gguf" else _tokenizer(path)
+    reader = _gguf_reader(path)
+    config, old_size, tensors = _source(path, compute_dtype, reader)  # first: the tokenizer's library reads the config too
+    tokenizer = _tokenizer(path) if reader is None else _gguf_tokenizer(path, reader)
     try:
         vocab = span_vocab(tokenizer, num_labels)
     except ValueError as error:
@@ -392,9 +393,12 @@ _GGUF_OUTER = {"token_embd.weight": _EMBEDDINGS[0], "output.weight": _EMBEDDINGS
 _DIGITS_APART = {"smollm": True, "gpt-2": False, "default": False}
 
 
-def _gguf_reader(path: Path) -> GGUFReader:
+def _gguf_reader(path: Path) -> GGUFReader | None:
+    """None for what is no GGUF file by its name."""
     from gguf import GGUFReader
 
+    if path.suffix != ".gguf":
+        return None
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -403,11 +407,9 @@ def _gguf_reader(path: Path) -> GGUFReader:
         raise ValueError(f"{path}: not a GGUF file ({error})") from error
 
 
-def _gguf(path: Path) -> tuple[dict[str, Any], _Tensors]:
+def _gguf(path: Path, reader: GGUFReader) -> tuple[dict[str, Any], _Tensors]:
     """A GGUF file as a Hugging Face config and tensors, dequantized when they are read."""
     from gguf.quants import dequantize
-
-    reader = _gguf_reader(path)
 
     def value(key: str, default: Any = None) -> Any:
         field = reader.get_field(key)
@@ -454,11 +456,9 @@ def _gguf(path: Path) -> tuple[dict[str, Any], _Tensors]:
     return fields, _Tensors({name: tuple(int(n) for n in reversed(tensors[own].shape)) for name, own in names.items()}, read)
 
 
-def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def _gguf_tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    reader = _gguf_reader(path)
 
     def value(key: str, default: Any = None) -> Any:
         field = reader.get_field(f"tokenizer.ggml.{key}")

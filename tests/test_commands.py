@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import decode
 import train
 from data.__main__ import main as data_main
 from selfspan_jax import benchmark, benchmark_peers
+from tests.selfspan_jax import test_huggingface
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoints/arithmetic-tiny"
@@ -56,7 +58,7 @@ def call(monkeypatch, capsys):
 def test_generate_shows_the_steps_and_what_each_one_read(call, tmp_path):
     status, out, err = call(
         decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--stream", "--max-new-tokens", 64,
-        "--json", tmp_path / "out.json", "--plot", tmp_path / "mask.png",
+        "--json", tmp_path / "out.json", "--plot", tmp_path / "mask.png", "--html", tmp_path / "page.html",
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert out.startswith("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159<eos>\n")  # streamed
@@ -67,6 +69,18 @@ def test_generate_shows_the_steps_and_what_each_one_read(call, tmp_path):
     assert written["answer"] == "-159" and written["steps"][2]["refs"] == [1, 2]
     assert len(written["num_attended"]) == len(written["token_ids"]) - written["prompt_tokens"]
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!doctype html>") and "126-285=-159" in re.sub(r"<[^>]+>", "", page)
+
+
+def test_a_model_of_others_continues_text(call, tmp_path):
+    """A Hugging Face directory goes through the same commands; what only makes sense for expressions says so."""
+    shutil.copytree(ROOT / "tests/selfspan_jax/recorded/llama", tmp_path / "model")
+    test_huggingface.tokenizer().save_pretrained(tmp_path / "model")
+    status, out, err = call(decode.main, "generate", tmp_path / "model", "abc j", "--max-new-tokens", 8, "--int8")
+    assert (status, err) == (0, "") and out.startswith("abc j") and "100.0% of the context" in out
+    status, _, err = call(decode.main, "eval", tmp_path / "model", "--num-examples", 2)
+    assert status == 2 and re.fullmatch(r"error: .*model: was not trained on expressions, so there is nothing to verify\n", err)
 
 
 def test_generate_says_what_is_wrong_with_a_response(call):
