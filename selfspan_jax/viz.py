@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,8 +48,17 @@ def plot_reading(
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's: nothing keeps it open
+class Picture(Figure):
+    """A figure that a notebook shows, whatever its matplotlib is set to. It is not pyplot's, so nothing keeps it open."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=70)
+        return file.getvalue()
+
+
+def _figure(width: float, height: float) -> Picture:
+    figure = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -77,3 +77,7 @@ def test_long_sequences_are_drawn_without_token_labels():
     tokens = [1, *[4] * 200, VOCAB.solve_id, VOCAB.seg_base + 1, 5, 2]
     axes = output(tokens)[0].plot().axes
     assert all("<" not in label.get_text() for label in axes[0].get_yticklabels())
+
+
+def test_a_notebook_shows_a_picture_without_being_set_up_for_it():
+    assert output(TOKENS)[0].plot()._repr_png_().startswith(b"\x89PNG")
