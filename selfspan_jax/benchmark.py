@@ -273,7 +273,7 @@ def compile_case(shape: Shape, case: Case) -> Programs:
     params, config = frozen.params, case.config
 
     def prefill(params, token_ids, lengths, key):
-        return decoding._prefill(frozen.structure.decoder(params), token_ids, lengths, key, config, case.num_samples)
+        return decoding.read_prompts(frozen.structure.decoder(params), token_ids, lengths, key, config, case.num_samples)
 
     def replay(params, state, forced):
         return decoding.run(dataclasses.replace(frozen, params=params), state, config, forced=forced)

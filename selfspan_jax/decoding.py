@@ -61,7 +61,7 @@ def _chunk_tokens(batch: int, prompt_room: int, config: DecodeConfig) -> int:
     return prompt_room if prompt_room <= wanted else min(largest_divisor, 1 << (wanted.bit_length() - 1))
 
 
-def _prefill(
+def read_prompts(
     model: Decoder, token_ids: Int[Array, "b T"], lengths: Int[Array, "b"], key: PRNGKeyArray, config: DecodeConfig, num_samples: int
 ):
     """Reads prompts, `lengths[b]` tokens of row b, and returns the state from which decoding goes on."""
@@ -248,7 +248,7 @@ class FrozenDecoder:
 
 @functools.partial(jax.jit, static_argnames=("structure", "config", "num_samples"))
 def _jit_prefill(structure, params, token_ids, lengths, key, config, num_samples):
-    return _prefill(structure.decoder(params), token_ids, lengths, key, config, num_samples)
+    return read_prompts(structure.decoder(params), token_ids, lengths, key, config, num_samples)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "config"), donate_argnames=("state",))

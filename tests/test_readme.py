@@ -70,7 +70,8 @@ def test_the_commands_of_the_readme_run(workplace, monkeypatch):
         words = words[3:] if words[1] == "-m" else words[2:]
         name = re.search(r"train\.py|decode\.py|(?<=-m )[\w.]+", line)[0]
         main, smaller = SMALLER[name]
-        smaller = [] if "--num-examples" not in words and name == "decode.py" else smaller
+        if name == "decode.py" and "--num-examples" not in words:
+            smaller = ["--help"] if words[0] == "bench" else []  # bench wants a GPU, or minutes; test_commands.py runs it
         # Only the first run of train.py is worth its time here; that the others are understood is seen from their help.
         if name == "train.py" and name in seen:
             smaller = [*smaller, "--help"]
