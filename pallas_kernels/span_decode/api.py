@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import device_reason
 from pallas_kernels.span_decode import mosaic, triton
 from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
@@ -75,21 +76,11 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, *, inter
             return "int8 pools are only in triton"
         if not importlib.util.find_spec("jax_triton"):
             return "needs the package jax-triton"
-        return _device_reason(80) or triton.unsupported_reason(q, k_pool, interpret)
+        return device_reason(80) or triton.unsupported_reason(q, k_pool, interpret)
     module, least_capability = (triton, 80) if implementation == "triton" else (mosaic, 90)
-    if not interpret and (reason := _device_reason(least_capability)):
+    if not interpret and (reason := device_reason(least_capability)):
         return reason
     return module.unsupported_reason(q, k_pool, interpret)
-
-
-def _device_reason(least_capability: int) -> str | None:
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "").replace(".", "")  # "90"; "gfx942" on AMD devices
-    if device.platform != "gpu" or not capability.isdigit():
-        return f"needs a CUDA device, the default device is a {device.device_kind} (interpret=True runs anywhere)"
-    if int(capability) < least_capability:
-        return f"needs compute capability {least_capability / 10}, {device.device_kind} has {int(capability) / 10}"
-    return None
 
 
 def expected_bytes(q: jax.Array, k_pool: Pool, num_named_rows: int) -> int:

@@ -4,7 +4,6 @@ On a machine without a GPU the Pallas kernels run in the interpreter and are low
 with one, the tests marked `gpu` run the same cases on it.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -26,6 +25,7 @@ from pallas_kernels import (
 from pallas_kernels.span_decode import mosaic, triton
 from pallas_kernels.span_decode.cases import CASES, Case, Problem, make_problem
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig, mosaic_config, triton_config
+from tests.pallas_kernels.lowering import cuda_lowering
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -314,16 +314,6 @@ def test_parts_of_many_sequences_are_combined(interpret, monkeypatch):
     attend = functools.partial(triton.triton_attention, scale=0.125, config=TritonConfig(16, 2, 2, 3), interpret=interpret)
     out = attend(*arrays, jnp.asarray(problem.slots), jnp.asarray(problem.counts))
     np.testing.assert_allclose(out, oracle(problem), atol=2e-6, rtol=2e-5)
-
-
-def cuda_lowering(function, *args) -> str:
-    """The program that a CUDA machine would compile, made on any machine."""
-    device = contextlib.nullcontext()
-    if hasattr(jax.sharding, "AbstractDevice"):
-        h200 = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
-        device = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200))
-    with device:
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def shapes(case: Case, dtype, pool_dtype):
