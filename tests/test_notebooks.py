@@ -95,7 +95,8 @@ def test_machine_detail_does_not_survive_cleaning():
         nbformat.v4.new_output("execute_result", {"text/plain": "1"}, execution_count=7, metadata={"needs_background": "light"}),
     ]
     notebook = nbformat.v4.new_notebook(
-        cells=[cell], metadata={"kernelspec": {"name": "mine", "display_name": "Mine"}, "language_info": {"version": "3.11.7"}}
+        cells=[cell],
+        metadata={"kernelspec": {"name": "mine", "display_name": "Mine"}, "language_info": {"name": "python", "version": "3.11.7"}},
     )
     (cleaned,) = execute.clean(notebook).cells
     assert printed(notebook) == "ab" and [output.output_type for output in cleaned.outputs] == ["stream", "execute_result"]
