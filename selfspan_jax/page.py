@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -147,7 +148,7 @@ def _tokens(out: Output, roles: TokenRoles) -> list[str]:
     """The markup of each token."""
     vocab = out.lm.model.vocab
     texts = out.lm.token_texts(out.token_ids)
-    opens, refers = (np.asarray(vocab.label_of(out.token_ids, base)) for base in (vocab.seg_base, vocab.ref_base))
+    opens, refers = (np.asarray(vocab.label_of(jnp.asarray(out.token_ids), base)) for base in (vocab.seg_base, vocab.ref_base))
     named: set[int] = set()
     made = []
     for index, (token, text, opened, referred) in enumerate(zip(out.token_ids, texts, opens, refers, strict=True)):
