@@ -13,7 +13,7 @@ import pytest
 from tests.test_readme import SMALLER
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["protocol", "architecture", "adding-a-corpus", "adding-an-attention-policy", "measuring", "limits"]
+PAGES = ["protocol", "architecture", "models", "adding-a-corpus", "adding-an-attention-policy", "measuring", "limits"]
 RAN_ELSEWHERE = ["kernel", "linear", "decode"]  # pages of figures; their snippets and commands want a GPU
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
