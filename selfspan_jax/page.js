@@ -1,7 +1,7 @@
 // Lights up what a step read. Everything that it shows is put together from text nodes: model output is never parsed as markup.
 (() => {
   const WORDS = {
-    sink: "everyone sees label 0",
+    sink: "the sink, label 0",
     own: "its own label",
     wide: "a span token looks wider",
     policy: "policy, named by nothing",
@@ -45,7 +45,7 @@
       const text = tokens.slice(first, last + 1).map(written).join("");
       const short = text.length > LONGEST_QUOTE ? `${text.slice(0, LONGEST_QUOTE / 2)} … ${text.slice(-LONGEST_QUOTE / 2)}` : text;
       const place = first === last ? `token ${first}` : `tokens ${first} to ${last}`;
-      const made = element("span", `quote text k-${kind}`, short.trim() || place);
+      const made = element("span", `quote text k-${kind}`, short.trim() || place.replaceAll(" ", "\u00a0"));
       made.title = place;
       return made;
     }

@@ -55,8 +55,8 @@ def fragment(out: Output) -> str:
     rows = "".join(_row(out, step, np.asarray(roles.labels), tokens, tab_stop=number == 0) for number, step in enumerate(steps))
     answer = "" if out.answer is None else f"<strong>→ {_escaped(_clipped(out.answer, 200))}</strong>"
     facts = [
-        f"{sum(step.opened for step in steps)} steps",
-        f"{len(out.response_ids)} tokens written",
+        f"steps: {sum(step.opened for step in steps)}",
+        f"tokens written: {len(out.response_ids)}",
         f"attention: {out.attention}",
     ]
     if len(out.response_ids):
@@ -134,8 +134,8 @@ def _row(out: Output, step: ReadStep, labels: Int[np.ndarray, "T"], tokens: list
     reads = " ".join(f"{name}:{_ranges(indices)}" for name, indices in _groups(out, step, labels).items())
     attended = out.num_attended[step.indices - out.prompt_tokens]
     share = float(np.mean(attended / (step.indices + 1)))
-    what = f"step of label {step.label}" if step.opened else "before the first step"
-    said = f"{what}: {attended.mean():.1f} tokens on average, {share:.1%} of its context"
+    what = f"label {step.label}" if step.opened else "before the first step"
+    said = f"{what}: {attended.mean():.1f} tokens on average ({share:.1%})"
     return (
         f'<li class="step{"" if step.opened else " odd"}" role="option" aria-selected="false" tabindex="{0 if tab_stop else -1}" '
         f'data-said="{said}" data-reads="{reads}"><span class="share"><span>{attended.mean():.1f}</span>'
