@@ -89,7 +89,7 @@ def write_text(file: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
 
 
