@@ -63,8 +63,8 @@ def _chunk_tokens(batch: int, prompt_room: int, config: DecodeConfig) -> int:
 
 def read_prompts(
     model: Decoder, token_ids: Int[Array, "b T"], lengths: Int[Array, "b"], key: PRNGKeyArray, config: DecodeConfig, num_samples: int
-):
-    """Reads prompts, `lengths[b]` tokens of row b, and returns the state from which decoding goes on."""
+) -> DecodeState:
+    """Reads prompts, `lengths[b]` tokens of row b, and returns the state from which decoding goes on. Pure; for jit."""
     batch, prompt_room = token_ids.shape
     capacity = prompt_room + config.max_new_tokens
     cache = KVCache.empty(model.config, lengths, prompt_room, num_samples, config.max_new_tokens)
