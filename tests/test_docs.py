@@ -4,13 +4,12 @@ import contextlib
 import io
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import jax
 import pytest
 
-from tests.test_readme import SMALLER
+from tests.test_readme import SMALLER, run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["protocol", "architecture", "models", "adding-a-corpus", "adding-an-attention-policy", "measuring", "limits"]
@@ -57,12 +56,7 @@ def test_the_commands_of_a_page_run(page, workplace, monkeypatch):
         main, smaller = SMALLER[words[2] if words[1] == "-m" else words[1]]
         arguments = words[3:] if words[1] == "-m" else words[2:]
         smaller = smaller if "--num-examples" in arguments or words[1] != "decode.py" else []
-        monkeypatch.setattr(sys, "argv", ["command", *arguments, *smaller])
-        try:
-            with jax.numpy_dtype_promotion("standard"):
-                main()
-        except SystemExit as exit:
-            assert not exit.code, line
+        run_command(monkeypatch, main, [*arguments, *smaller], line)
 
 
 @pytest.mark.parametrize("page", PAGES)

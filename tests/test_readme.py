@@ -26,6 +26,16 @@ SMALLER = {
 }
 
 
+def run_command(monkeypatch, main, arguments, line):
+    """Runs a command's main as a user would, with JAX's own type promotion; `line` is what the documentation says."""
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            main()
+    except SystemExit as exit:
+        assert not exit.code, line
+
+
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
@@ -76,12 +86,7 @@ def test_the_commands_of_the_readme_run(workplace, monkeypatch):
         if name == "train.py" and name in seen:
             smaller = [*smaller, "--help"]
         seen.add(name)
-        monkeypatch.setattr(sys, "argv", ["command", *words, *smaller])
-        try:
-            with jax.numpy_dtype_promotion("standard"):
-                main()
-        except SystemExit as exit:
-            assert not exit.code, line
+        run_command(monkeypatch, main, [*words, *smaller], line)
     assert seen == set(SMALLER)
     assert (workplace / "runs" / "eval.json").exists() and (workplace / "corpora" / "small" / "card.json").exists()
 
