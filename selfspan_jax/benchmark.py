@@ -84,8 +84,7 @@ def borrowed_labels(vocab_size: int, num_labels: int = NUM_LABELS) -> SpanVocab:
     first = vocab_size - 2 * num_labels - 4
     if first < 1:
         raise ValueError(f"vocab_size is {vocab_size}; {num_labels} labels need {2 * num_labels + 4} ids and leave none for text")
-    ids = {"pad_id": first, "bos_id": first + 1, "eos_id": first + 2, "solve_id": first + 3}
-    return SpanVocab(**ids, seg_base=first + 4, ref_base=first + 4 + num_labels, num_labels=num_labels)
+    return SpanVocab.consecutive(first, num_labels)
 
 
 ShapeName = Literal["llama2-7b", "llama3-8b", "smollm2-135m", "arithmetic-base"]
@@ -125,7 +124,7 @@ def named_shape(name: ShapeName, vocab: SpanVocab | None) -> Shape:
     if vocab is None:
         assert vocab_size is not None
         return Shape(config, borrowed_labels(vocab_size), vocab_size)
-    return Shape(config, vocab, vocab_size or max(vocab.seg_base, vocab.ref_base) + vocab.num_labels)
+    return Shape(config, vocab, vocab_size or vocab.least_vocab_size)
 
 
 def has_own_labels(name: ShapeName) -> bool:

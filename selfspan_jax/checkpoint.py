@@ -10,12 +10,13 @@ A finished model is a directory:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,26 @@ def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str)
 
     Raises: FileExistsError if the directory exists.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists: choose another, or remove it first")
     config = {
         **_FORMAT,
         "model": dataclasses.asdict(model.config),
         "vocab_size": model.vocab_size,
         "span_vocab": dataclasses.asdict(model.vocab),
     }
+    with new_model_directory(directory, model, config) as partial:
+        (partial / "vocab.json").write_text(json.dumps(task, indent=2) + "\n")
+        (partial / "README.md").write_text(card)
+
+
+@contextlib.contextmanager
+def new_model_directory(directory: Path, model: Decoder, config: dict[str, Any]) -> Iterator[Path]:
+    """A directory with `config.json` and the parameters in `model.safetensors`, for more files; there whole or not at all.
+
+    Yields: where to write until it is whole. Raises: FileExistsError if the directory exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists: choose another, or remove it first")
     params = to_llama(model.config, nnx.state(model, nnx.Param))
     arrays = {name: array.astype(model.config.compute_dtype) for name, array in params.items()}
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +123,7 @@ def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str)
         save_file(arrays, partial / "model.safetensors", metadata={"format": "pt"})
         (partial / "model.safetensors").chmod(0o644)  # the library keeps it to its owner
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (partial / "vocab.json").write_text(json.dumps(task, indent=2) + "\n")
-        (partial / "README.md").write_text(card)
+        yield partial
         os.rename(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
-from selfspan_jax.checkpoint import from_llama, read_json, to_llama
+from selfspan_jax.checkpoint import from_llama, new_model_directory, read_json, to_llama
 from selfspan_jax.config import ComputeDtype, ModelConfig, RopeScaling
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
@@ -33,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # what `model_type` may say; SmolLM and many others call themselves llama
+_NUM_LABELS = 256  # that are added, unless told otherwise
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _IGNORED = ("rotary_emb.inv_freq",)  # tensors of old files that follow from the config
 
@@ -184,7 +181,7 @@ def _decoder(config: ModelConfig, vocab: SpanVocab, old_size: int, tensors: _Ten
     A new row is the mean of the old ones plus a hundredth of their spread: the mean leaves the probabilities of the old tokens
     nearly as they were (a new token scores like an average one), the noise tells the new tokens apart.
     """
-    new_size = max(old_size, 1 + max(dataclasses.astuple(vocab)[:4]), max(vocab.seg_base, vocab.ref_base) + vocab.num_labels)
+    new_size = max(old_size, vocab.least_vocab_size)
     abstract = nnx.eval_shape(lambda: Decoder(config, vocab=vocab, vocab_size=new_size, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(abstract, nnx.Param)
     wanted = {name: tensor.shape for name, tensor in jax.eval_shape(functools.partial(to_llama, config), params).items()}
@@ -300,7 +297,7 @@ def load_decoder(path: str | Path, vocab: SpanVocab | None = None, *, seed: int 
     """
     path = Path(path)
     config, old_size, tensors = _source(path, compute_dtype, _gguf_reader(path))
-    return _decoder(config, vocab or _vocab_after(old_size), old_size, tensors, path, seed)
+    return _decoder(config, vocab or SpanVocab.consecutive(old_size, _NUM_LABELS), old_size, tensors, path, seed)
 
 
 def _source(path: Path, compute_dtype: ComputeDtype | None, reader: GGUFReader | None) -> tuple[ModelConfig, int, _Tensors]:
@@ -320,11 +317,9 @@ def _source(path: Path, compute_dtype: ComputeDtype | None, reader: GGUFReader |
     return config, fields["vocab_size"], tensors
 
 
-def _vocab_after(size: int, num_labels: int = 256) -> SpanVocab:
-    return SpanVocab(size, size + 1, size + 2, size + 3, seg_base=size + 4, ref_base=size + 4 + num_labels, num_labels=num_labels)
-
-
-def load(path: str | Path, *, num_labels: int = 256, seed: int = 0, compute_dtype: ComputeDtype | None = None) -> tuple[Decoder, TextTask]:
+def load(
+    path: str | Path, *, num_labels: int = _NUM_LABELS, seed: int = 0, compute_dtype: ComputeDtype | None = None
+) -> tuple[Decoder, TextTask]:
     """A language model and its tokenizer, both with the structural tokens of `num_labels` labels added.
 
     Raises: as `load_decoder`, and ValueError for a tokenizer that does not fit.
@@ -355,24 +350,10 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
 
     Raises: FileExistsError if the directory exists; ValueError for an architecture that Hugging Face has no name for.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists: choose another, or remove it first")
     fields = hugging_face_config(model.config, model.vocab, model.vocab_size)
-    params = to_llama(model.config, nnx.state(model, nnx.Param))
-    arrays = {name: array.astype(model.config.compute_dtype) for name, array in params.items()}
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        save_file(arrays, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / "model.safetensors").chmod(0o644)  # the library keeps it to its owner
-        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    with new_model_directory(Path(directory), model, fields) as partial:
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        os.rename(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ GGUF

@@ -131,9 +131,8 @@ class Decoder(nnx.Module):
     """A decoder-only transformer over a vocabulary whose structural ids `vocab` names."""
 
     def __init__(self, config: ModelConfig, *, vocab: SpanVocab, vocab_size: int, rngs: nnx.Rngs):
-        highest = max(vocab.seg_base, vocab.ref_base) + vocab.num_labels
-        if vocab_size < highest or vocab_size <= max(vocab.pad_id, vocab.bos_id, vocab.eos_id, vocab.solve_id):
-            raise ValueError(f"vocab_size is {vocab_size}, but the structural tokens need ids up to {highest - 1}")
+        if vocab_size < vocab.least_vocab_size:
+            raise ValueError(f"vocab_size is {vocab_size}, but the structural tokens need ids up to {vocab.least_vocab_size - 1}")
         self.config = config
         self.vocab = vocab
         self.vocab_size = vocab_size

@@ -52,6 +52,17 @@ class SpanVocab:
         if len(distinct) != len(singles) + 2 * self.num_labels:
             raise ValueError(f"SpanVocab: ids overlap: {self}")
 
+    @classmethod
+    def consecutive(cls, first: int, num_labels: int) -> SpanVocab:
+        """Ids next to each other from `first` on: `<pad> <bos> <eos> <solve>`, then both label families."""
+        return cls(first, first + 1, first + 2, first + 3, seg_base=first + 4, ref_base=first + 4 + num_labels, num_labels=num_labels)
+
+    @property
+    def least_vocab_size(self) -> int:
+        """One more than the highest id."""
+        families = max(self.seg_base, self.ref_base) + self.num_labels
+        return max(families, 1 + max(self.pad_id, self.bos_id, self.eos_id, self.solve_id))
+
     def seg_id(self, label: int) -> int:
         return self._in_family(self.seg_base, label)
 

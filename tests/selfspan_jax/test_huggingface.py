@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from selfspan_jax import SpanLM, huggingface
+from selfspan_jax.spans import SpanVocab
 from tests.selfspan_jax.models import forward, random_model
 from tests.selfspan_jax.record_transformers import FAMILIES, RECORDED, VOCAB_SIZE, logits, token_ids
 from tests.selfspan_jax.record_transformers import random_model as torch_model
@@ -77,7 +78,7 @@ def test_the_comparison_has_teeth():
         config = huggingface.model_config(fields)
         tensors = huggingface._safetensors(RECORDED / family)
         tensors.shapes = {name: shape for name, shape in tensors.shapes.items() if "_norm.weight" not in name or "layernorm" in name}
-        vocab = huggingface._vocab_after(VOCAB_SIZE)
+        vocab = SpanVocab.consecutive(VOCAB_SIZE, 256)
         wrong = huggingface._decoder(config, vocab, VOCAB_SIZE, tensors, RECORDED / family, 0)
         difference = dense_logits(wrong, token_ids())[..., :VOCAB_SIZE] - np.load(RECORDED / family / "logits.npz")["logits"]
         assert np.abs(difference).max() > 100 * TOLERANCE, family
