@@ -12,12 +12,13 @@ import os
 from pathlib import Path
 from typing import Annotated, get_args
 
+import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional
 
 from data import arithmetic, commandline, replay
 from selfspan_jax import benchmark, benchmark_peers, benchmark_report
 from selfspan_jax.config import Attention, Sampling
-from selfspan_jax.evaluation import Scores, evaluate, output_json, report, response_table, scores_by, scores_table
+from selfspan_jax.evaluation import evaluate_all, evaluation_table, output_json, report, response_table
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.spans import SpanVocab
 
@@ -74,17 +75,17 @@ class Eval:
     checkpoint: Positional[Path]
     """Directory of a finished model."""
     num_examples: int = 1000
-    """Expressions."""
-    ops: int | None = None
-    """Operators of every expression; sets both bounds below."""
+    """Expressions, of each number of operators that --ops has."""
+    ops: Annotated[tuple[int, ...], commandline.commas(int)] = ()
+    """Operators of every expression; several with commas are decoded and timed one after the other."""
     min_ops: int = 2
-    """Fewest operators; their number is uniform between the bounds."""
+    """Without --ops: fewest operators; their number is uniform between the bounds."""
     max_ops: int = 12
-    """Most operators."""
+    """Without --ops: most operators."""
     attention: Attention | None = None
     """span: what the model names; dense: everything before; window: first and recent tokens. Default: as it was trained."""
-    batch_size: int = 128
-    """Sequences decoded together."""
+    batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (128,)
+    """Sequences decoded together; of several with commas, the fastest counts."""
     seed: int = 1
     """Of the expressions."""
     json: Path | None = None
@@ -92,36 +93,26 @@ class Eval:
 
     def __post_init__(self):
         for name in ("num_examples", "batch_size"):
-            if getattr(self, name) < 1:
+            if np.min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 and above")
 
     def run(self) -> None:
         lm = load(self.checkpoint)
         if not isinstance(task := lm.task, arithmetic.ArithmeticTask):
             raise ValueError(f"{self.checkpoint}: was not trained on expressions, so there is nothing to verify")
-        attention = self.attention or lm.model.config.mask
-        bounds = (self.ops, self.ops) if self.ops is not None else (self.min_ops, self.max_ops)
-        labels = lm.model.vocab.num_labels
-        corpus = arithmetic.Corpus(min_ops=bounds[0], max_ops=bounds[1], labelling=task.labelling, num_labels=labels)
-        examples = list(itertools.islice(arithmetic.stream(corpus, seed=self.seed, split="test"), self.num_examples))
-        evaluation = evaluate(
-            lm,
-            [example.expression.text for example in examples],
-            verify=task.verify,
-            attention=attention,
-            max_new_tokens=max(len(example.response_ids) for example in examples) + 16,
-            batch_size=self.batch_size,
-            progress=True,
-        )
-        by_ops = scores_by(evaluation.results, [example.expression.num_ops for example in examples])
-        print(scores_table({**by_ops, "all": Scores.of(evaluation.results)}))
-        print(f"{evaluation.problems_per_second:.1f} right answers per second of decoding, batch {min(self.batch_size, len(examples))}")
-        if wrong := next((r for r in evaluation.results if not r.verdict.steps_right), None):
-            print(f"first wrong: {wrong.output.prompt}: {wrong.verdict.message}")
+        sets = {}
+        for low, high in [(ops, ops) for ops in self.ops] or [(self.min_ops, self.max_ops)]:
+            stream = arithmetic.stream(task.corpus(min_ops=low, max_ops=high), seed=self.seed, split="test")
+            texts = [example.expression.text for example in itertools.islice(stream, self.num_examples)]
+            sets[str(low) if low == high else f"{low}-{high}"] = texts
+        options = {"attention": self.attention or lm.model.config.mask, "batch_sizes": self.batch_size, "progress": True}
+        evaluations = evaluate_all(lm, sets, gold=task.gold, verify=task.verify, **options)
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
+        settings["checkpoint"] = self.checkpoint.name
+        results = report(lm, evaluations, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)
+        print(evaluation_table(results))
         if self.json:
-            settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
-            settings["checkpoint"] = self.checkpoint.name
-            commandline.write_json(self.json, report(evaluation, by_ops, **settings))
+            commandline.write_json(self.json, results)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,8 @@ from selfspan_jax.spans import SpanVocab
 
 CORPORA = {
     "arithmetic-tiny": arithmetic.Corpus(min_ops=2, max_ops=12),
-    "arithmetic-small": arithmetic.Corpus(min_ops=2, max_ops=22),
-    "arithmetic-base": arithmetic.Corpus(min_ops=2, max_ops=22),
+    "arithmetic-small": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
+    "arithmetic-base": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
 }
 
 
@@ -88,7 +88,7 @@ def claim(run: Run) -> None:
 def batches(run: Run) -> tuple[Callable[[int], Iterator[packing.Batch]], arithmetic.ArithmeticTask]:
     """The training data from any example on, and the task that it is of."""
     if run.data is None:
-        task = arithmetic.ArithmeticTask(run.corpus.vocab, run.corpus.labelling)
+        task = run.corpus.task
         stream: Callable[..., Iterator] = functools.partial(
             arithmetic.stream, run.corpus, seed=run.training.seed, split="train", num_workers=run.workers
         )
@@ -106,6 +106,7 @@ def batches(run: Run) -> tuple[Callable[[int], Iterator[packing.Batch]], arithme
         sequence_tokens=run.training.sequence_tokens,
         gap_scales=run.training.gap_scales,
         gap_seed=run.training.seed,
+        gap_ids=task.step_ids,
     )
 
     def batches_from(start: int) -> Iterator[packing.Batch]:

@@ -46,13 +46,17 @@ def write_arithmetic(command: Arithmetic) -> None:
 
     distributions = dataclasses.asdict(command.corpus)
     drawn: dict[str, Any] = {"num_examples": command.num_examples, "seed": command.seed, "split": command.split}
-    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in {**drawn, **distributions}.items()]
+    words = [_option(name.replace("_", "-"), value) for name, value in {**drawn, **distributions}.items()]
     description = {"command": f"python -m data arithmetic {' '.join(words)} --out DIR", **drawn, "distributions": distributions}
     examples = arithmetic.stream(command.corpus, seed=command.seed, split=command.split, num_workers=command.workers)
     shown = tqdm.tqdm(itertools.islice(examples, command.num_examples), "examples", command.num_examples, unit="", disable=None)
-    task = arithmetic.ArithmeticTask(command.corpus.vocab, command.corpus.labelling)
+    task = command.corpus.task
     with contextlib.closing(examples):
         corpus.write(command.out, shown, task, description)
+
+
+def _option(name: str, value: Any) -> str:
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {shlex.quote(str(value))}"
 
 
 # A union makes subcommands; it takes two members, and tyro's documentation pads it like this.

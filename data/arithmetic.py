@@ -5,6 +5,12 @@ The grammar of prompts and responses is the span protocol's, section 5:
     ((51+75)-(95*3))
     <bos><seg:3>(<seg:1>(51+75)<seg:3>-<seg:2>(95*3)<seg:3>)<solve>
     <seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159<eos>
+
+Two things are ours. `names_first_step` ends the prompt in `<ref:1><solve>`: where the first step's label stands in a prompt
+is arbitrary, so a model whose prompt tokens see only their surroundings cannot know it (docs/protocol.md). And
+`labelling="plain"` is text without span tokens, for models that are to be compared:
+
+    <bos>((51+75)-(95*3))<solve>51+75=126<solve>95*3=285<solve>126-285=-159<eos>
 """
 
 import contextlib
@@ -14,7 +20,7 @@ import operator
 import random
 import re
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -23,7 +29,7 @@ import numpy.typing as npt
 from data import workers
 from data.vocab import DEFAULT_VOCAB, Vocab, check_json
 
-Labelling = Literal["tree", "none"]
+Labelling = Literal["tree", "none", "plain"]
 Split = Literal["train", "test"]
 
 MAX_DIGITS = 640  # the longest integer that every setting of Python converts to and from text
@@ -212,38 +218,56 @@ class Example:
         return self.token_ids[self.prompt_tokens :]
 
 
-def encode(expression: Expression | str, *, vocab: Vocab = DEFAULT_VOCAB, labelling: Labelling = "tree", first_label: int = 1) -> Example:
+def encode(
+    expression: Expression | str,
+    *,
+    vocab: Vocab = DEFAULT_VOCAB,
+    labelling: Labelling = "tree",
+    first_label: int = 1,
+    names_first_step: bool = False,
+) -> Example:
     """The oracle: prompt and gold response of an expression (parsed first when it is text).
 
     `labelling="tree"` tags each operation's own tokens in the prompt with its label; `"none"` leaves the whole
     expression in the sink. The response is the same for both: a step per operation, in post-order, that names the
-    operands which are themselves operations.
+    operands which are themselves operations. `"plain"` has no span tokens at all: its steps are told apart by `<solve>`,
+    and `first_label` and `names_first_step` change nothing.
+
+    `names_first_step` puts `<ref:k>` before the prompt's `<solve>`, k the label of the first step.
 
     Raises:
       ValueError: not an expression, an expression without operators, more operations than labels from
         `first_label` on, or a value of more than `MAX_DIGITS` digits.
     """
     expression, first_label = _checked(expression, vocab, labelling, first_label)
-    token_ids = _prompt(expression, vocab, labelling, first_label)
+    token_ids = _prompt(expression, vocab, labelling, first_label, names_first_step)
     prompt_tokens = len(token_ids)
     ids, first_seg, first_ref = vocab.ids, vocab.seg_base + first_label, vocab.ref_base + first_label
     for number, step in enumerate(_steps(expression)):
-        token_ids.append(first_seg + number)
-        if step.left_step is not None:
-            token_ids.append(first_ref + step.left_step)
-        if step.right_step is not None:
-            token_ids.append(first_ref + step.right_step)
+        if labelling == "plain":
+            token_ids += [vocab.solve_id] if number else []
+        else:
+            token_ids.append(first_seg + number)
+            if step.left_step is not None:
+                token_ids.append(first_ref + step.left_step)
+            if step.right_step is not None:
+                token_ids.append(first_ref + step.right_step)
         token_ids += [ids[c] for c in f"{step.left}{step.symbol}{step.right}={step.value}"]
     token_ids.append(vocab.eos_id)
     return Example(expression, np.array(token_ids, np.int32), prompt_tokens, first_label, labelling)
 
 
 def encode_prompt(
-    expression: Expression | str, *, vocab: Vocab = DEFAULT_VOCAB, labelling: Labelling = "tree", first_label: int = 1
+    expression: Expression | str,
+    *,
+    vocab: Vocab = DEFAULT_VOCAB,
+    labelling: Labelling = "tree",
+    first_label: int = 1,
+    names_first_step: bool = False,
 ) -> npt.NDArray[np.int32]:
     """The prompt of `encode` alone, int32 [n], ending in `<solve>`; the same errors, but for large values."""
     expression, first_label = _checked(expression, vocab, labelling, first_label)
-    return np.array(_prompt(expression, vocab, labelling, first_label), np.int32)
+    return np.array(_prompt(expression, vocab, labelling, first_label, names_first_step), np.int32)
 
 
 def _checked(expression: Expression | str, vocab: Vocab, labelling: Labelling, first_label: int) -> tuple[Expression, int]:
@@ -268,13 +292,14 @@ def _check_labelling(labelling: str) -> None:
         raise ValueError(f"labelling is {labelling!r}: expected one of {', '.join(get_args(Labelling))}")
 
 
-def _prompt(expression: Expression, vocab: Vocab, labelling: Labelling, first_label: int) -> list[int]:
+def _prompt(expression: Expression, vocab: Vocab, labelling: Labelling, first_label: int, names_first_step: bool) -> list[int]:
     ids, seg_base = vocab.ids, vocab.seg_base
-    if labelling == "none":
-        return [vocab.bos_id, *(ids[c] for c in expression.text), vocab.solve_id]
+    names = [vocab.ref_base + first_label] if names_first_step and labelling != "plain" else []
+    if labelling != "tree":
+        return [vocab.bos_id, *(ids[c] for c in expression.text), *names, vocab.solve_id]
     # Read backwards: parentheses close in post-order, so the k-th ")" from the left belongs to operation k, and
     # every other token to the innermost open one. A tag goes wherever the owner changes.
-    reversed_ids = [vocab.solve_id]
+    reversed_ids = [vocab.solve_id, *names]
     label = first_label + expression.num_ops
     owners: list[int] = []
     tagged = 0  # the owner of the run of tokens that is still to get its tag
@@ -305,7 +330,7 @@ class Verdict:
     answer_right: it is the value of the expression.
     steps_right: every operation evaluated, in order, with the right operands, operator, value and label, nothing
       else written, and `<eos>` at the end.
-    spans_right: one step per operation, and each names exactly the operands that are operations.
+    spans_right: one step per operation, and each names exactly the operands that are operations (in plain text: nothing).
     first_wrong_step: index (from 0) of the first step that is wrong, missing or one too many. None where there is
       none: `steps_right`, or nothing but `<eos>` is missing.
     num_steps: steps that the response opens.
@@ -322,9 +347,9 @@ class Verdict:
 
 
 class _Written(NamedTuple):
-    """A step as read in a response: its label, the labels it names, and all its other tokens."""
+    """A step as read in a response: its label (None in plain text), the labels it names, and all its other tokens."""
 
-    label: int
+    label: int | None
     named: set[int]
     body: list[str]
 
@@ -348,6 +373,8 @@ def verify(
     expression, first_label = _checked(expression, vocab, labelling, first_label)
     stray, written, ended = _read_response(response, vocab)
     answer_text = _answer_text(stray, written)
+    if labelling == "plain":
+        stray, written = [], _plain_steps(stray, written, vocab)
     answer_value = None if answer_text is None else int(answer_text)
 
     problems: dict[int, str] = {}  # of evaluation, by step
@@ -361,7 +388,7 @@ def verify(
             operands.append((node, None))
             continue
         right, left = operands.pop(), operands.pop()
-        label = first_label + index
+        label = None if labelling == "plain" else first_label + index
         value = left[0] + right[0] if node == "+" else left[0] - right[0] if node == "-" else left[0] * right[0]
         if abs(value) >= _TOO_LARGE:
             raise ValueError(f"operation {index + 1} has a value of more than {MAX_DIGITS} digits")
@@ -437,13 +464,26 @@ def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[list[st
     return stray, written, ended
 
 
+def _plain_steps(stray: list[str], written: list[_Written], vocab: Vocab) -> list[_Written]:
+    """The steps of a response without span tokens, `<solve>` between them. A span token is text like any other, and wrong."""
+    bodies: list[list[str]] = [[]]
+    for token in stray:
+        if token == vocab.tokens[vocab.solve_id]:
+            bodies.append([])
+        else:
+            bodies[-1].append(token)
+    for step in written:
+        bodies[-1] += [f"<seg:{step.label}>", *step.body]
+    return [_Written(None, set(), body) for body in bodies if body or len(bodies) > 1]
+
+
 def _label(token: str, family: str, vocab: Vocab) -> int | None:
     if not token.startswith(family) or token not in vocab.ids:
         return None
     return (vocab.ids[token] - vocab.seg_base) % vocab.num_labels
 
 
-def _problem(step: _Written, label: int, left: int, symbol: str, right: int, value: int) -> str | None:
+def _problem(step: _Written, label: int | None, left: int, symbol: str, right: int, value: int) -> str | None:
     """What is wrong with the evaluation that a step writes, or None."""
     if step.label != label:
         return f"carries label {step.label}, expected {label}"
@@ -473,8 +513,9 @@ class Corpus:
       max_digits: Most digits of a leaf; their number is uniform from 1 on, and the leaf among those that have it.
       negative_fraction: Share of the leaves other than 0 that get a minus.
       max_value: No value on the way is larger in magnitude; every operator is uniform among those that keep to this.
-      labelling: "tree" tags the prompt with labels, "none" leaves it in the sink.
+      labelling: "tree" tags the prompt with labels, "none" leaves it in the sink, "plain" has no span tokens at all.
       num_labels: Labels of the vocabulary; an example uses consecutive ones from a random offset.
+      names_first_step: The prompt ends in a <ref:k> that says which label the first step has.
     """
 
     min_ops: int = 2
@@ -487,6 +528,7 @@ class Corpus:
     max_value: int = 999
     labelling: Labelling = "tree"
     num_labels: int = 512
+    names_first_step: bool = False
 
     def __post_init__(self) -> None:
         Vocab(self.num_labels)
@@ -518,6 +560,11 @@ class Corpus:
     @property
     def vocab(self) -> Vocab:
         return Vocab(self.num_labels)
+
+    @property
+    def task(self) -> "ArithmeticTask":
+        """What a model that is trained on this corpus needs to know of it."""
+        return ArithmeticTask(self.vocab, self.labelling, self.names_first_step)
 
 
 def split_of(expression: Expression) -> Split:
@@ -565,7 +612,8 @@ def _chunk(corpus: Corpus, seed: int, split: Split, number: int) -> list[Example
         # among them, are as frequent as the others (drawn inside at once, label 1 would be seen a twelfth as often).
         first_label = 2 - num_ops + int(uniform() * (corpus.num_labels + num_ops - 2))
         first_label = min(max(first_label, 1), corpus.num_labels - num_ops)
-        examples.append(encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=first_label))
+        writing = {"labelling": corpus.labelling, "first_label": first_label, "names_first_step": corpus.names_first_step}
+        examples.append(encode(expression, vocab=vocab, **writing))
     return examples
 
 
@@ -642,7 +690,7 @@ def _left_comb_shape(num_ops: int) -> list[bool]:
 
 # ----------------------------------------------------------------------------------------------------- task
 
-_TASK_VERSION = 1
+_TASK_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -651,15 +699,34 @@ class ArithmeticTask:
 
     vocab: Vocab = DEFAULT_VOCAB
     labelling: Labelling = "tree"
+    names_first_step: bool = False
 
     name = "arithmetic"
 
     def __post_init__(self) -> None:
         _check_labelling(self.labelling)
+        if type(self.names_first_step) is not bool:
+            raise ValueError(f"names_first_step is {self.names_first_step!r}: expected true or false")
+
+    @property
+    def step_ids(self) -> frozenset[int]:
+        """The tokens at which a piece of the text begins: tags; without tags in the prompt its parentheses; `<solve>` in plain text."""
+        tags = range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels)
+        parentheses = (self.vocab.ids["("], self.vocab.ids[")"])
+        return frozenset({"tree": (*tags,), "none": (*parentheses, *tags), "plain": (*parentheses, self.vocab.solve_id)}[self.labelling])
+
+    def corpus(self, *, min_ops: int, max_ops: int) -> Corpus:
+        """Expressions of so many operators, otherwise drawn as by default, as this task writes them."""
+        writing = {"labelling": self.labelling, "num_labels": self.vocab.num_labels, "names_first_step": self.names_first_step}
+        return Corpus(min_ops=min_ops, max_ops=max_ops, **writing)  # type: ignore[arg-type]
 
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Expression -> prompt, int32 [n], labels from 1 on. ValueError: not an expression, or too few labels."""
-        return encode_prompt(text, vocab=self.vocab, labelling=self.labelling)
+        return encode_prompt(text, vocab=self.vocab, labelling=self.labelling, names_first_step=self.names_first_step)
+
+    def gold(self, text: str) -> npt.NDArray[np.int32]:
+        """The gold response to `encode_prompt(text)`, int32 [n]. The same errors, and values that are too large."""
+        return encode(text, vocab=self.vocab, labelling=self.labelling).response_ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Ids [n] -> their written form."""
@@ -679,11 +746,18 @@ class ArithmeticTask:
             "task": self.name,
             "version": _TASK_VERSION,
             "labelling": self.labelling,
+            "names_first_step": self.names_first_step,
             "vocab": self.vocab.to_json(),
         }
 
     @classmethod
     def from_json(cls, fields: object) -> "ArithmeticTask":
-        """The inverse of `to_json`. ValueError: unknown or missing keys, another task or version."""
-        checked = check_json(fields, "task", {"task": cls.name, "version": _TASK_VERSION}, ("labelling", "vocab"))
-        return cls(vocab=Vocab.from_json(checked["vocab"]), labelling=checked["labelling"])
+        """The inverse of `to_json`, also of version 1, whose prompts do not name the first step.
+
+        Raises:
+          ValueError: unknown or missing keys, another task or version.
+        """
+        if isinstance(fields, Mapping) and fields.get("version") == 1 and "names_first_step" not in fields:
+            fields = {**fields, "version": _TASK_VERSION, "names_first_step": False}
+        checked = check_json(fields, "task", {"task": cls.name, "version": _TASK_VERSION}, ("labelling", "names_first_step", "vocab"))
+        return cls(Vocab.from_json(checked["vocab"]), checked["labelling"], checked["names_first_step"])

@@ -1,6 +1,6 @@
 """Packs examples into fixed [B, T] batches: several a row, each with its own segment and its own positions."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -53,6 +53,7 @@ def pack(
     start: int = 0,
     gap_scales: Sequence[int] = (),
     gap_seed: int = 0,
+    gap_ids: Collection[int] | None = None,
 ) -> Iterator[Batch]:
     """Packs examples, the first of which has number `start`, into batches of `batch_size` rows (B) of T tokens.
 
@@ -62,8 +63,10 @@ def pack(
 
     Args:
       sequence_tokens: T, the length of a row.
-      gap_scales: none, or scales of which each example draws one, s: at each of its `<seg>` tokens the rotary
-        position then jumps by a uniform number in 0..2s. Draws depend on (gap_seed, number of the example) alone.
+      gap_scales: none, or scales. Each example draws one, and each of its `<seg>` tokens one up to that, s:
+        there the rotary position jumps by a uniform number in 0..2s. So what is near and what is far occur together, as
+        in a text that is longer. Draws depend on (gap_seed, number of the example) alone.
+      gap_ids: the tokens at which positions jump, where they are not the `<seg>` ones.
 
     Raises:
       ValueError: an example longer than a row, or sizes or scales out of range.
@@ -74,7 +77,9 @@ def pack(
         raise ValueError(f"gap_scales are {tuple(gap_scales)}: expected numbers of at least 0")
     if gap_seed < 0 or start < 0:
         raise ValueError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
-    return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, tuple(gap_scales), gap_seed)
+    jumps_at = np.zeros(max([*(gap_ids or ()), vocab.seg_base + vocab.num_labels]) + 2, np.bool_)  # by id; the last for all ids beyond
+    jumps_at[slice(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else list(gap_ids)] = True
+    return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, np.sort(np.array(gap_scales, np.int64)), gap_seed, jumps_at)
 
 
 def pack_stream(
@@ -90,8 +95,9 @@ def _batches(
     batch_size: int,
     sequence_tokens: int,
     start: int,
-    gap_scales: tuple[int, ...],
+    gap_scales: npt.NDArray[np.int64],
     gap_seed: int,
+    jumps_at: npt.NDArray[np.bool_],
 ) -> Iterator[Batch]:
     ahead: list[PackableExample] = []  # read, in no batch yet
     total_tokens = 0
@@ -126,8 +132,8 @@ def _batches(
                 batch.token_ids[row, begin:end] = example.token_ids
                 batch.segment_ids[row, begin:end] = segment
                 batch.positions[row, begin:end] = np.arange(lengths[index], dtype=np.int32)
-                if gap_scales:
-                    gaps = _gaps(example.token_ids, vocab, gap_scales, (gap_seed, start + index))
+                if len(gap_scales):
+                    gaps = _gaps(example.token_ids, jumps_at, gap_scales, (gap_seed, start + index))
                     batch.positions[row, begin:end] += gaps
                 batch.target_mask[row, begin + example.prompt_tokens : end] = True
                 begin = end
@@ -151,11 +157,14 @@ def _arrange(lengths: list[int], num_rows: int, row_tokens: int) -> list[list[in
     return rows
 
 
-def _gaps(token_ids: npt.NDArray[np.int32], vocab: PackingVocab, scales: tuple[int, ...], seed: tuple[int, int]) -> npt.NDArray[np.int32]:
+def _gaps(
+    token_ids: npt.NDArray[np.int32], jumps_at: npt.NDArray[np.bool_], scales: npt.NDArray[np.int64], seed: tuple[int, int]
+) -> npt.NDArray[np.int32]:
     """How far each rotary position, int32 [n], moves up."""
     generator = np.random.default_rng(seed)
-    scale = scales[generator.integers(len(scales))]
-    is_seg = (token_ids >= vocab.seg_base) & (token_ids < vocab.seg_base + vocab.num_labels)
+    largest = int(generator.integers(len(scales)))
+    places = np.flatnonzero(jumps_at[np.minimum(token_ids, len(jumps_at) - 1)])
+    scale = scales[generator.integers(largest + 1, size=len(places))]
     jumps = np.zeros(len(token_ids), np.int32)
-    jumps[is_seg] = generator.integers(0, 2 * scale + 1, size=int(is_seg.sum()))
+    jumps[places] = generator.random(len(places)) * (2 * scale + 1)  # rounded down: 0..2 scale
     return np.cumsum(jumps, dtype=np.int32)

@@ -24,7 +24,7 @@ def tokens(task: arithmetic.ArithmeticTask, batch_size: int, num_tokens: int, st
     while len(rows) < batch_size:
         if num_ops >= vocab.num_labels:
             raise ValueError(f"{num_tokens} tokens are more than an expression of {vocab.num_labels - 1} operators has, one for each label")
-        corpus = arithmetic.Corpus(min_ops=num_ops, max_ops=num_ops, labelling=task.labelling, num_labels=vocab.num_labels)
+        corpus = task.corpus(min_ops=num_ops, max_ops=num_ops)
         examples = itertools.islice(arithmetic.stream(corpus, seed=seed, split="test"), arithmetic.CHUNK_EXAMPLES)
         fitting = [x.token_ids for x in examples if len(x.token_ids) > num_tokens and x.prompt_tokens <= num_tokens - steps]
         rows += fitting[: batch_size - len(rows)]

@@ -121,7 +121,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest global norm of a gradient."""
     gap_scales: tuple[int, ...] = (0, 1, 4, 16, 64)
-    """At each <seg> the rotary position jumps by up to twice a scale, drawn per example from these; 0 alone for no gaps."""
+    """Where a piece of the text begins (<seg>) its rotary position jumps by up to twice one of these scales; 0 alone for no gaps."""
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2
     eval_every_steps: int = 1000
@@ -216,17 +216,20 @@ class Preset:
     training: TrainConfig
 
 
+# Positions of the larger two reach 4,000 by way of the gaps: the length of 200 operators, nine times that of their rows.
+_FAR = (0, 1, 4, 16, 64, 512)
+
 PRESETS = {
     "arithmetic-tiny": Preset(
         ModelConfig(hidden_size=256, intermediate_size=512, num_layers=8, num_heads=4, num_kv_heads=2),
         TrainConfig(steps=8_000, batch_size=64, learning_rate=2e-3),
     ),
     "arithmetic-small": Preset(
-        ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4),
-        TrainConfig(steps=10_000, batch_size=128, learning_rate=1e-3),
+        ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4, max_context_tokens=8192),
+        TrainConfig(steps=6_000, batch_size=128, learning_rate=1e-3, gap_scales=_FAR),
     ),
     "arithmetic-base": Preset(
-        ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12),
-        TrainConfig(steps=20_000, batch_size=256, learning_rate=6e-4, warmup_steps=500),
+        ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12, max_context_tokens=8192),
+        TrainConfig(steps=6_000, batch_size=256, learning_rate=6e-4, warmup_steps=500, gap_scales=_FAR),
     ),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -14,6 +16,9 @@ from tqdm import tqdm
 from selfspan_jax import decoding
 from selfspan_jax.config import Attention, DecodeConfig
 from selfspan_jax.lm import Output, SpanLM
+from selfspan_jax.spans import SpanVocab
+
+_Z = 1.959964  # the normal distribution's two-sided 95% quantile
 
 
 class Verdict(Protocol):
@@ -76,12 +81,48 @@ class Scores:
             finished_fraction=share(result.output.finished for result in results),
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """The scores, and for each accuracy its interval."""
+        values = dataclasses.asdict(self)
+        accuracies = [name for name in values if name.endswith("_accuracy")]
+        return values | {f"{name}_interval": wilson(values[name], self.num_examples) for name in accuracies}
+
+
+def wilson(share: float, num_examples: int) -> tuple[float, float]:
+    """Bounds of the 95% interval of a share that was seen among so many (Wilson, 1927): true to its name near 0 and 1 too."""
+    middle = share + _Z**2 / (2 * num_examples)
+    half = _Z * math.sqrt(share * (1 - share) / num_examples + (_Z / (2 * num_examples)) ** 2)
+    whole = 1 + _Z**2 / num_examples
+    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
+
+
+def first_error(response_ids: Sequence[int], gold_ids: Sequence[int], vocab: SpanVocab) -> str | None:
+    """What a response got wrong first, or None: "first label", "next label", "refs", "eos" (too early or too late) or "body".
+
+    By the first token that differs from the gold response: a `<ref:k>` written or left out counts as "refs", other text as "body".
+    """
+    length = max(len(response_ids), len(gold_ids))
+    found, gold = ([*map(int, ids), *[vocab.pad_id] * (length - len(ids))] for ids in (response_ids, gold_ids))
+    wrong = next((i for i in range(length) if found[i] != gold[i]), None)
+    if wrong is None:
+        return None
+    tokens = (found[wrong], gold[wrong])
+    segs = [vocab.seg_base <= token < vocab.seg_base + vocab.num_labels for token in tokens]
+    if any(vocab.ref_base <= token < vocab.ref_base + vocab.num_labels for token in tokens):
+        return "refs"
+    if wrong == 0 and segs[1]:
+        return "first label"
+    if all(segs):
+        return "next label"
+    return "eos" if vocab.eos_id in tokens or vocab.pad_id in tokens else "body"
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Results in the order of the prompts, and the seconds that prefill and decoding took, compilation apart."""
 
     results: tuple[Result, ...]
+    batch_size: int
     decode_seconds: float
     compile_seconds: float
 
@@ -92,8 +133,11 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **dataclasses.asdict(Scores.of(self.results)),
+            **Scores.of(self.results).to_json(),
+            "batch_size": self.batch_size,
             "problems_per_second": self.problems_per_second,
+            "response_tokens_per_second": sum(len(result.output.response_ids) for result in self.results) / self.decode_seconds,
+            "context_tokens": float(np.mean([len(result.output.token_ids) for result in self.results])),
             "decode_seconds": self.decode_seconds,
             "compile_seconds": self.compile_seconds,
         }
@@ -138,7 +182,32 @@ def evaluate(
             for i, output in zip(chosen, outputs, strict=True):
                 results[i] = Result(output, verify(prompts[i], output.response_ids))
             bar.update(len(chosen))
-    return Evaluation(tuple(results[i] for i in range(len(ids))), seconds, compile_seconds)
+    return Evaluation(tuple(results[i] for i in range(len(ids))), batch_size, seconds, compile_seconds)
+
+
+def evaluate_all(
+    lm: SpanLM,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    gold: Callable[[str], np.ndarray],
+    batch_sizes: Sequence[int],
+    **options: Any,
+) -> dict[str, list[Evaluation]]:
+    """`evaluate` of sets of prompts at each batch size. Responses may be 16 tokens longer than the longest gold one of their set.
+
+    Args:
+      gold: a prompt's gold response. Other options as for `evaluate`.
+    """
+    rooms = {name: max(len(gold(prompt)) for prompt in own) + 16 for name, own in prompts.items()}
+    return {
+        name: [evaluate(lm, own, max_new_tokens=rooms[name], batch_size=size, **options) for size in batch_sizes]
+        for name, own in prompts.items()
+    }
+
+
+def fastest(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The one with the most right answers per second."""
+    return max(evaluations, key=lambda evaluation: evaluation.problems_per_second)
 
 
 def scores_by(results: Sequence[Result], keys: Sequence[int]) -> dict[str, Scores]:
@@ -146,15 +215,53 @@ def scores_by(results: Sequence[Result], keys: Sequence[int]) -> dict[str, Score
     return {str(key): Scores.of([result for result, own in zip(results, keys, strict=True) if own == key]) for key in sorted(set(keys))}
 
 
-def report(evaluation: Evaluation, by_ops: dict[str, Scores], **settings: Any) -> dict[str, Any]:
-    """What JSON can hold of an evaluation, with its settings and the device."""
+def report(
+    lm: SpanLM,
+    evaluations: Mapping[str, Sequence[Evaluation]],
+    *,
+    gold: Callable[[str], np.ndarray],
+    keys: Callable[[str], int],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What JSON can hold of what `evaluate_all` returns, with its settings and the device.
+
+    Everything about a set is of its fastest batch size, and `by_batch_size` has the speed of all. `by_ops` has the scores
+    of all results by what `keys` says of their prompt.
+    """
+    chosen = {name: fastest(own) for name, own in evaluations.items()}
+    results = [result for evaluation in chosen.values() for result in evaluation.results]
+    whole = Evaluation(
+        tuple(results),
+        max(evaluation.batch_size for evaluation in chosen.values()),
+        sum(evaluation.decode_seconds for evaluation in chosen.values()),
+        sum(evaluation.compile_seconds for evaluation in chosen.values()),
+    )
+
+    def errors(results: Sequence[Result]) -> dict[str, int]:
+        kinds = (first_error(r.output.response_ids, gold(r.output.prompt), lm.model.vocab) for r in results)
+        return dict(collections.Counter(kind for kind in kinds if kind).most_common())
+
+    by_ops = {
+        name: {**scores.to_json(), "first_errors": errors([result for result in results if str(keys(result.output.prompt)) == name])}
+        for name, scores in scores_by(results, [keys(result.output.prompt) for result in results]).items()
+    }
+    speeds = ("batch_size", "problems_per_second", "response_tokens_per_second", "decode_seconds", "compile_seconds", "answer_accuracy")
+    sets = {
+        name: chosen[name].to_json() | {"by_batch_size": [{key: every.to_json()[key] for key in speeds} for every in own]}
+        for name, own in evaluations.items()
+    }
+    wrong = next((result for result in results if not result.verdict.steps_right), None)
     return {
         **settings,
-        "attention": evaluation.results[0].output.attention,
+        "attention": results[0].output.attention,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        **evaluation.to_json(),
-        "by_ops": {name: dataclasses.asdict(scores) for name, scores in by_ops.items()},
+        "num_parameters": lm.model.num_parameters,
+        **whole.to_json(),
+        "first_errors": errors(results),
+        "first_wrong": None if wrong is None else f"{wrong.output.prompt}: {wrong.verdict.message}",
+        "by_ops": by_ops,
+        "sets": sets,
     }
 
 
@@ -186,11 +293,21 @@ def response_table(out: Output, verdict: Verdict | None) -> str:
     return "\n".join(lines)
 
 
-def scores_table(rows: dict[str, Scores]) -> str:
-    """Scores by a name, for arithmetic the number of operators."""
-    columns = ("answer_accuracy", "step_accuracy", "span_accuracy", "attended_fraction", "attended_tokens")
+def evaluation_table(report: Mapping[str, Any]) -> str:
+    """What `report` returns, for people: scores by number of operators, what went wrong first, and how fast it was."""
+    columns = ("answer_accuracy", "step_accuracy", "span_accuracy", "attended_fraction")
     lines = ["operators  examples  answers  steps   spans   attended  tokens"]
-    for name, scores in rows.items():
-        answer, step, span, fraction, tokens = (getattr(scores, column) for column in columns)
-        lines.append(f"{name:>9}  {scores.num_examples:>8}  {answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {tokens:7.1f}")
+    for name, row in [*report["by_ops"].items(), ("all", report)]:
+        answer, step, span, fraction = (row[column] for column in columns)
+        lines.append(
+            f"{name:>9}  {row['num_examples']:>8}  {answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {row['attended_tokens']:7.1f}"
+        )
+    for name, own in report["sets"].items():
+        for speed in own["by_batch_size"]:
+            rate, size = speed["problems_per_second"], speed["batch_size"]
+            lines.append(f"{name} operators: {rate:.1f} right answers per second of prefill and decoding, batch {size}")
+    if errors := report["first_errors"]:
+        lines.append("first errors: " + ", ".join(f"{kind} {count}" for kind, count in errors.items()))
+    if wrong := report["first_wrong"]:
+        lines.append(f"first wrong: {wrong}")
     return "\n".join(lines)

@@ -92,11 +92,26 @@ def test_generate_says_what_is_wrong_with_a_response(call):
 def test_eval_reports_by_number_of_operators(call, tmp_path):
     file = tmp_path / "eval.json"
     status, out, _ = call(decode.main, "eval", CHECKPOINT, "--num-examples", 8, "--min-ops", 2, "--max-ops", 3, "--json", file)
-    assert status == 0 and "right answers per second of decoding" in out
+    assert status == 0 and "right answers per second of prefill and decoding, batch 8" in out
     scores = json.loads(file.read_text())
     assert scores["num_examples"] == 8 == sum(row["num_examples"] for row in scores["by_ops"].values())
     assert set(scores["by_ops"]) <= {"2", "3"} and scores["step_accuracy"] == 1.0
     assert scores["checkpoint"] == "arithmetic-tiny" and scores["attention"] == "span" and scores["decode_seconds"] > 0
+
+
+def test_eval_at_several_numbers_of_operators_and_batch_sizes(call, tmp_path):
+    file = tmp_path / "eval.json"
+    arguments = ["--num-examples", 4, "--ops", "2,4", "--batch-size", "2,4", "--seed", 3, "--json", file]
+    status, out, _ = call(decode.main, "eval", CHECKPOINT, *arguments)
+    assert status == 0 and out.count("right answers per second") == 4
+    found = json.loads(file.read_text())
+    assert list(found["by_ops"]) == list(found["sets"]) == ["2", "4"]
+    for ops, own in found["sets"].items():
+        assert [speed["batch_size"] for speed in own["by_batch_size"]] == [2, 4]
+        assert own["problems_per_second"] == max(speed["problems_per_second"] for speed in own["by_batch_size"])
+        low, high = found["by_ops"][ops]["step_accuracy_interval"]
+        assert low < 0.7 and high == pytest.approx(1.0) == own["step_accuracy"] and own["num_examples"] == 4
+    assert found["num_examples"] == 8 and found["seed"] == 3 and found["first_errors"] == {}
 
 
 BENCH = ["--batch-size", "2", "--context", "96", "--steps", "8", "--attention", "dense,span"]

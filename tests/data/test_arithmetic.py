@@ -1,6 +1,7 @@
 """Parser, oracle and verifier, against Python's own parser and arithmetic and a plain recursive writer."""
 
 import ast
+import dataclasses
 import itertools
 import json
 import re
@@ -12,12 +13,14 @@ from hypothesis import strategies as st
 
 from data.arithmetic import (
     ArithmeticTask,
+    Corpus,
     Expression,
     ExpressionError,
     answer,
     encode,
     encode_prompt,
     parse,
+    stream,
     verify,
 )
 from data.vocab import Vocab
@@ -249,6 +252,58 @@ def test_untagged_prompts_have_the_same_response(tree):
     assert verify(written(tree), example.response_ids, labelling="none").steps_right
 
 
+@QUICK
+@given(operations, st.integers(1, 500), st.sampled_from(["tree", "none"]))
+def test_a_prompt_may_name_the_first_step(tree, first_label, labelling):
+    """`<ref:k>` right before `<solve>`, k as in the response's first token; nothing else changes."""
+    options = {"labelling": labelling, "first_label": first_label}
+    silent, naming = (encode(written(tree), names_first_step=names, **options) for names in (False, True))
+    vocab = Vocab()
+    prompt, solve = vocab.decode(silent.prompt_ids).rsplit("<", 1)
+    response = vocab.decode(silent.response_ids)
+    first_step = re.match(r"<seg:(\d+)>", response)[1]
+    assert vocab.decode(naming.prompt_ids) == f"{prompt}<ref:{first_step}><{solve}"
+    assert vocab.decode(naming.response_ids) == response
+    assert np.array_equal(encode_prompt(written(tree), names_first_step=True, **options), naming.prompt_ids)
+
+
+PLAIN = "51+75=126<solve>95*3=285<solve>126-285=-159<eos>"
+
+
+@QUICK
+@given(operations)
+def test_plain_text_has_the_same_steps_without_span_tokens(tree):
+    vocab = Vocab()
+    example = encode(written(tree), labelling="plain", first_label=7, names_first_step=True)
+    steps = re.split(r"<seg:\d+>", re.sub(r"<ref:\d+>", "", gold(tree)[1]))[1:]
+    assert vocab.decode(example.token_ids) == f"<bos>{written(tree)}<solve>{'<solve>'.join(steps)}"
+    assert np.array_equal(encode_prompt(written(tree), labelling="plain"), example.prompt_ids)
+    verdict = verify(written(tree), example.response_ids, labelling="plain")
+    assert verdict.steps_right and verdict.spans_right and verdict.answer_right and verdict.answer == eval(written(tree))
+    assert verdict.num_steps == example.expression.num_ops and answer(example.response_ids) == str(verdict.answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [  # (answer, answer_right, steps_right, spans_right, first_wrong_step, num_steps)
+        (PLAIN, (-159, True, True, True, None, 3)),
+        (PLAIN.replace("126<", "127<"), (-159, True, False, True, 0, 3)),
+        (PLAIN.replace("95*3", "3*95"), (-159, True, False, True, 1, 3)),
+        (PLAIN.removesuffix("<eos>"), (-159, True, False, True, None, 3)),
+        (PLAIN.replace("<eos>", "<solve><eos>"), (None, False, False, False, 3, 4)),
+        (PLAIN.replace("126<solve>", "126"), (-159, True, False, False, 0, 2)),
+        ("<solve>" + PLAIN, (-159, True, False, False, 0, 4)),
+        (EXAMPLE_RESPONSE, (-159, True, False, False, 0, 1)),
+        ("<eos>", (None, False, False, False, 0, 0)),
+        ("", (None, False, False, False, 0, 0)),
+    ],
+)
+def test_verdicts_on_plain_text(response, expected):
+    verdict = verify(EXAMPLE, response, labelling="plain")
+    assert dataclasses.astuple(verdict)[:-1] == expected
+    assert "\n" not in verdict.message and "None" not in verdict.message
+
+
 @pytest.mark.parametrize("function", [encode, encode_prompt, lambda *a, **k: verify(*a, response="", **k)])
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -258,7 +313,7 @@ def test_untagged_prompts_have_the_same_response(tree):
         ({"first_label": 0}, "first_label is 0: expected at least 1"),
         ({"first_label": 510}, "3 operators from label 510 on need labels up to 512, but the last one is 511"),
         ({"vocab": Vocab(3)}, "3 operators from label 1 on need labels up to 3, but the last one is 2"),
-        ({"labelling": "flat"}, "labelling is 'flat': expected one of tree, none"),
+        ({"labelling": "flat"}, "labelling is 'flat': expected one of tree, none, plain"),
     ],
 )
 def test_what_cannot_be_encoded(function, arguments, message):
@@ -457,6 +512,29 @@ def test_task_round_trip_and_methods():
     assert task.verify("1+2", response).steps_right
 
 
+@pytest.mark.parametrize("labelling", ["tree", "none", "plain"])
+@pytest.mark.parametrize("names_first_step", [False, True])
+def test_a_task_writes_what_its_corpus_does(labelling, names_first_step):
+    corpus = Corpus(min_ops=2, max_ops=5, labelling=labelling, num_labels=64, names_first_step=names_first_step)
+    task = ArithmeticTask.from_json(json.loads(json.dumps(corpus.task.to_json())))
+    assert task == corpus.task and task.corpus(min_ops=2, max_ops=5) == corpus
+    for example in itertools.islice(stream(corpus, seed=0), 20):
+        text, first_label = example.expression.text, example.first_label
+        again = encode(text, vocab=corpus.vocab, labelling=labelling, names_first_step=names_first_step, first_label=first_label)
+        assert np.array_equal(example.token_ids, again.token_ids)
+        assert len(task.encode_prompt(text)) == example.prompt_tokens and len(task.gold(text)) == len(example.response_ids)
+        assert task.verify(text, task.gold(text)).steps_right
+    assert task.step_ids & set(example.prompt_ids.tolist()) and task.step_ids & set(example.response_ids.tolist())
+
+
+def test_version_1_of_a_task_does_not_name_the_first_step():
+    older = {key: value for key, value in ArithmeticTask(Vocab(64), "none").to_json().items() if key != "names_first_step"}
+    assert ArithmeticTask.from_json({**older, "version": 1}) == ArithmeticTask(Vocab(64), "none", False)
+    for fields in (older, {**ArithmeticTask().to_json(), "version": 1}):
+        with pytest.raises(ValueError, match=r"missing key|version is 1"):
+            ArithmeticTask.from_json(fields)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -464,6 +542,7 @@ def test_task_round_trip_and_methods():
         ({"version": 99}, "version is 99"),
         ({"labelling": "some"}, "labelling is 'some'"),
         ({"labelling": ["tree"]}, "labelling is"),
+        ({"names_first_step": 1}, "names_first_step is 1: expected true or false"),
         ({"vocab": None}, "expected a JSON object"),
         ({"more": 1}, "unknown key 'more'"),
     ],

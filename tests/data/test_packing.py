@@ -122,7 +122,7 @@ def test_rows_are_well_filled(batch_size, least):
 def test_gaps_open_at_seg_tokens_only_and_belong_to_the_example(examples):
     options = {"sequence_tokens": 512, "gap_scales": GAP_SCALES, "gap_seed": 1}
     known = {example.token_ids.tobytes(): number for number, example in enumerate(examples)}
-    largest_jumps, positions_of = {}, {}
+    largest_jumps, smallest_jumps, positions_of = {}, {}, {}
     for batch in pack(examples, VOCAB, batch_size=32, **options):
         for token_ids, positions, _ in unpack(batch):
             jumps = np.diff(positions, prepend=-1) - 1
@@ -131,8 +131,9 @@ def test_gaps_open_at_seg_tokens_only_and_belong_to_the_example(examples):
             number = known[token_ids.tobytes()]
             positions_of[number] = positions
             if is_seg.sum() > 30:
-                largest_jumps[number] = int(jumps.max())
-    # With more than 30 draws from 0..2s, the largest tells the scale.
+                largest_jumps[number], smallest_jumps[number] = int(jumps.max()), int(jumps[is_seg].min())
+    # With more than 30 draws, a fifth or more from 0..2s and none from beyond, the largest tells s; and what is near occurs beside it.
+    assert set(smallest_jumps.values()) == {0}
     scales = collections.Counter(next(s for s in GAP_SCALES if largest <= 2 * s) for largest in largest_jumps.values())
     assert set(scales) == set(GAP_SCALES)
     assert all(abs(count / scales.total() - 0.2) < 0.06 for count in scales.values())
@@ -153,6 +154,33 @@ def test_gap_sizes_are_uniform(examples):
             counts.update((np.diff(positions, prepend=-1) - 1)[is_seg].tolist())
     assert set(counts) == {0, 1, 2, 3, 4}
     assert all(abs(count / counts.total() - 0.2) < 0.02 for count in counts.values())
+
+
+def test_each_tag_draws_its_scale_among_those_up_to_its_example_s(examples):
+    """Of two scales, a half of the examples have jumps of either kind, in like parts."""
+    shares = []
+    for batch in pack(examples[:600], VOCAB, batch_size=8, sequence_tokens=512, gap_scales=(1000, 0)):
+        for token_ids, positions, _ in unpack(batch):
+            is_seg = (token_ids >= VOCAB.seg_base) & (token_ids < VOCAB.ref_base)
+            if is_seg.sum() > 20:
+                shares.append(((np.diff(positions, prepend=-1) - 1)[is_seg] > 0).mean())
+    none = [share for share in shares if share == 0]
+    some = [share for share in shares if share > 0]
+    assert abs(len(none) / len(shares) - 0.5) < 0.1 and abs(np.mean(some) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("labelling", ["none", "plain"])
+def test_gaps_open_where_a_text_without_tags_has_its_pieces(labelling):
+    corpus = Corpus(labelling=labelling)
+    written = list(itertools.islice(stream(corpus, seed=0), 200))
+    seen = set()
+    for batch in pack(written, VOCAB, batch_size=4, sequence_tokens=512, gap_scales=(16,), gap_ids=corpus.task.step_ids):
+        for token_ids, positions, _ in unpack(batch):
+            seen |= set(token_ids[np.diff(positions, prepend=-1) > 1].tolist())
+    pieces = {VOCAB.ids["("], VOCAB.ids[")"]}
+    assert (
+        seen == pieces | {VOCAB.solve_id} if labelling == "plain" else pieces < seen <= pieces | set(range(VOCAB.seg_base, VOCAB.ref_base))
+    )
 
 
 def test_an_example_longer_than_a_row_is_named():

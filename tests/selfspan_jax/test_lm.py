@@ -163,6 +163,43 @@ def test_the_shipped_model_is_small_and_right(lm):
     assert evaluated.problems_per_second == pytest.approx(scores.answer_accuracy * 16 / evaluated.decode_seconds)
 
 
+@pytest.mark.parametrize(
+    ("response", "kind"),
+    [
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159<eos>", None),
+        ("<seg:2>51+75=126", "first label"),
+        ("51+75=126", "first label"),
+        ("", "first label"),
+        ("<seg:1>51+75=127<seg:2>", "body"),
+        ("<seg:1>51+75=12<seg:2>", "body"),
+        ("<seg:1>51+75=1260", "body"),
+        ("<seg:1>51+75=126<seg:3>", "next label"),
+        ("<seg:1>51+75=126<eos>", "eos"),
+        ("<seg:1>51+75=126<seg:2><ref:1>", "refs"),
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:2>", "refs"),
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1>126", "refs"),
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159<seg:4>", "eos"),
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159", "eos"),
+    ],
+)
+def test_the_first_error_has_a_kind(lm, response, kind):
+    gold = lm.task.gold("((51+75)-(95*3))")
+    assert evaluation.first_error(lm.task.vocab.encode(response), gold, lm.model.vocab) == kind
+
+
+@pytest.mark.parametrize(
+    ("right", "num_examples", "expected"),
+    [(0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (81, 263, (0.2553, 0.3662)), (995, 1000, (0.9884, 0.9979))],
+)
+def test_intervals_are_wilson_s(right, num_examples, expected):
+    """Against published values (Newcombe, 1998, has 81 of 263) and the roots of the score equation."""
+    share = right / num_examples
+    low, high = evaluation.wilson(share, num_examples)
+    assert (low, high) == pytest.approx(expected, abs=1e-4)
+    for bound in (low, high):
+        assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / num_examples, abs=1e-9)
+
+
 def test_scores_count_what_the_verdicts_say():
     """A model that writes noise, and a verifier that is told what to say: shares, order and the last, smaller batch."""
     lm = SpanLM(random_model(max_context_tokens=80), _Digits())
