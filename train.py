@@ -21,7 +21,7 @@ import tyro
 from flax import nnx
 
 from data import arithmetic, commandline, packing, workers
-from selfspan_jax import checkpoint, training
+from selfspan_jax import checkpoint, runs, training
 from selfspan_jax.config import PRESETS, ModelConfig, TrainConfig
 from selfspan_jax.evaluation import Scores, evaluate
 from selfspan_jax.lm import SpanLM
@@ -49,6 +49,11 @@ class Run:
     workers: int = max(1, min(16, (os.cpu_count() or 2) - 1))
     """Processes that generate examples, beside one that packs them; 0 for none. The data does not depend on it."""
 
+    resume_from: Path | None = None
+    """A directory RUN_DIR/export of the same run, from another machine: go on from it where this RUN_DIR has no checkpoint."""
+    stop_after_seconds: float | None = None
+    """Stop after so many seconds of training with everything written, at the next export where there are any."""
+
     def __post_init__(self):
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; allowed: 0 and above")
@@ -58,31 +63,6 @@ class Run:
         values = dataclasses.asdict(self)
         data = str(self.data.absolute()) if self.data else None
         return json.loads(json.dumps({name: values[name] for name in ("model", "training", "corpus")} | {"data": data}))
-
-
-def claim(run: Run) -> None:
-    """Makes the run directory, or checks that it is one of this very run. Raises ValueError that names the differences."""
-    file = run.run_dir / "run.json"
-    if not file.exists():
-        if run.run_dir.exists() and {path.name for path in run.run_dir.iterdir()} - {".run.json.partial"}:
-            raise ValueError(f"{run.run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
-        commandline.write_json(file, run.identity())
-        return
-    here = run.identity()
-    try:
-        there = json.loads(file.read_text())
-        if there.keys() != here.keys():
-            raise ValueError
-    except (ValueError, AttributeError):
-        raise ValueError(f"{file} was not written by this version of train.py: choose another --run-dir") from None
-    differences = [
-        f"{key} is {old[key]!r} there, {new[key]!r} here"
-        for old, new in [(there, {"data": here["data"]}), *((there[part], here[part]) for part in ("model", "training", "corpus"))]
-        for key in new
-        if old.get(key) != new[key]
-    ]
-    if differences:
-        raise ValueError(f"{run.run_dir} holds a run of another config: {'; '.join(differences)}")
 
 
 def batches(run: Run) -> tuple[Callable[[int], Iterator[packing.Batch]], arithmetic.ArithmeticTask]:
@@ -162,7 +142,7 @@ def main() -> None:
     preset = sys.argv[1]
     with commandline.errors_for_people():
         batches_from, task = batches(run)
-        claim(run)
+        runs.claim(run.run_dir, run.identity(), run.resume_from)
         model = Decoder(
             run.model,
             vocab=SpanVocab(**task.vocab.span_ids()),
@@ -181,7 +161,12 @@ def main() -> None:
             return scores
 
         evaluates = evaluation if num_examples else None
-        model = training.train(model, run.training, batches_from=batches_from, run_dir=run.run_dir, evaluate=evaluates)
+        where = {"run_dir": run.run_dir, "resume_from": run.resume_from, "stop_after_seconds": run.stop_after_seconds}
+        try:
+            model = training.train(model, run.training, batches_from=batches_from, evaluate=evaluates, **where)
+        except training.Stopped as stop:
+            print(f"{stop} of {run.training.steps:,}: {runs.how_to_go_on(run.run_dir)}")
+            return
         if evaluates and not scores:  # resumed after its last step
             evaluation(model)
         checkpoint.save_model(run.run_dir / "model", model, task.to_json(), card(run, model, preset, scores))

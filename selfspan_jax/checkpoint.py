@@ -1,4 +1,5 @@
-"""Two kinds of files: a finished model (safetensors and JSON, for others to load) and a run's training state (Orbax, to resume).
+"""Three kinds of files: a finished model (safetensors and JSON, for others to load), a run's training state (Orbax, to resume),
+and a compact export of that state (safetensors and JSON, to resume on another machine).
 
 A finished model is a directory:
 
@@ -6,6 +7,12 @@ A finished model is a directory:
     model.safetensors   parameters under Llama's names and layout ([out, in]), bfloat16 where the model computes in it
     vocab.json          the task: how text becomes ids
     README.md           the card: how it was trained and what it scores
+
+An export is a directory of about 4 bytes a parameter in files of at most 16 MiB:
+
+    state.json                 step, position in the data, how many parts there are
+    part-00.safetensors ...    parameters as bfloat16, Adam's first moments as int8, its second ones as uint8 on a scale of powers
+    run.json, metrics.jsonl    of the run that wrote it
 """
 
 from __future__ import annotations
@@ -14,14 +21,16 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array
@@ -220,3 +229,154 @@ class TrainingCheckpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+# ------------------------------------------------------------------------------------------------- compact exports
+
+_EXPORT_FORMAT = {"format": "selfspan training state", "version": 1}
+_PART_BYTES = 16 * 2**20
+_HEADER_BYTES = 2**16  # room for a part's own table of contents
+_BLOCK = 256  # neighbours that share a scale
+# What a second moment is as a share of the largest of its block: 0, then powers of 2^(1/8), from 2^-31.75 to 1.
+_SHARES = np.array([0.0] + [math.ldexp(2.0 ** (-(i % 8) / 8), -(i // 8)) for i in range(254, -1, -1)], np.float32)
+
+
+def save_export(directory: Path, state: Any, step: int, next_example: int, beside: Sequence[Path] = ()) -> Any:
+    """Writes a training state after `step` steps compactly, in place of an older export, and returns what `load_export` will read.
+
+    The state is rounded by this, so a run that goes on from what is returned and one that goes on from the files are one and
+    the same. Decoding takes nothing but products and tables, so the result is the same bits on every machine.
+
+    Args:
+      state: a pytree; leaves below a `params` become bfloat16, below a `mu` and a `nu` 8 bits with a float32 scale for every
+        256 neighbours, others stay as they are.
+      beside: files to copy into the export.
+
+    Raises: ValueError for an array larger than a part.
+    """
+    leaves, tree = jax.tree.flatten_with_path(state)
+    encoded = {_name(path): _encode(_name(path), np.asarray(leaf)) for path, leaf in leaves}
+    parts: list[dict[str, np.ndarray]] = []
+    room = 0
+    for name, arrays in encoded.items():
+        for suffix, array in arrays.items():
+            if array.nbytes > _PART_BYTES - _HEADER_BYTES:
+                raise ValueError(f"{name} takes {array.nbytes:,} bytes; a part of an export has {_PART_BYTES - _HEADER_BYTES:,}")
+            if array.nbytes > room:
+                parts.append({})
+                room = _PART_BYTES - _HEADER_BYTES
+            parts[-1][f"{name}:{suffix}"] = array
+            room -= array.nbytes
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial, older = (directory.with_name(f".{directory.name}.{os.getpid()}.{kind}") for kind in ("partial", "older"))
+    partial.mkdir()
+    try:
+        for number, part in enumerate(parts):
+            save_file({name: jnp.asarray(array) for name, array in part.items()}, partial / _part(number))
+            (partial / _part(number)).chmod(0o644)
+        fields = {**_EXPORT_FORMAT, "step": step, "next_example": next_example, "parts": len(parts)}
+        (partial / "state.json").write_text(json.dumps(fields, indent=2) + "\n")
+        for file in beside:
+            shutil.copyfile(file, partial / file.name)
+        if directory.exists():
+            os.rename(directory, older)
+        os.rename(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
+    decoded = [_decode(encoded[_name(path)], leaf) for path, leaf in leaves]
+    return jax.tree.unflatten(tree, decoded)
+
+
+def load_export(directory: Path, like: Any) -> tuple[Any, int]:
+    """The training state of an export, with the structure, shapes and placement of `like`, and its position in the data.
+
+    Raises:
+      FileNotFoundError: there is no export, or a part of it is missing.
+      ValueError: a file that is not what it should be, or arrays that do not fit `like`.
+    """
+    directory = Path(directory)
+    if not (directory / "state.json").is_file():
+        raise FileNotFoundError(f"{directory}: not an export of a training state, state.json is missing")
+    fields = read_json(directory / "state.json")
+    if {key: fields.get(key) for key in _EXPORT_FORMAT} != _EXPORT_FORMAT or fields.keys() != {
+        *_EXPORT_FORMAT,
+        "step",
+        "next_example",
+        "parts",
+    }:
+        raise ValueError(f"{directory / 'state.json'}: expected format {_EXPORT_FORMAT['format']!r} version {_EXPORT_FORMAT['version']}")
+    if any(type(fields[key]) is not int or fields[key] < 0 for key in ("step", "next_example", "parts")) or fields["parts"] > 9999:
+        raise ValueError(f"{directory / 'state.json'}: step, next_example and parts must be whole numbers")
+    found: dict[str, np.ndarray] = {}
+    for number in range(fields["parts"]):
+        file = directory / _part(number)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing; the export has {fields['parts']} parts")
+        try:
+            with safe_open(file, "flax") as part:
+                found |= {name: np.asarray(part.get_tensor(name)) for name in part.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a safetensors file ({error})") from error
+    leaves, tree = jax.tree.flatten_with_path(like)
+    wanted = {_name(path): _layout(_name(path), leaf) for path, leaf in leaves}
+    layout = {f"{name}:{suffix}": kind for name, arrays in wanted.items() for suffix, kind in arrays.items()}
+    for name in sorted(layout.keys() | found.keys()):
+        if name not in found or name not in layout:
+            raise ValueError(f"{directory}: {name} is {'missing' if name in layout else 'not of this run'}")
+        if (found[name].shape, str(found[name].dtype)) != layout[name]:
+            raise ValueError(
+                f"{directory}: {name} is {found[name].dtype}{list(found[name].shape)}, expected {layout[name][1]}{list(layout[name][0])}"
+            )
+    decoded = [_decode({suffix: found[f"{_name(path)}:{suffix}"] for suffix in wanted[_name(path)]}, leaf) for path, leaf in leaves]
+    return jax.tree.unflatten(tree, decoded), fields["next_example"]
+
+
+def _part(number: int) -> str:
+    return f"part-{number:02d}.safetensors"
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+
+
+def _layout(name: str, leaf: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arrays that a leaf becomes: shape and type by what they hold."""
+    keys, shape = name.split("/"), tuple(leaf.shape)
+    moment = next((key for key in ("mu", "nu") if key in keys), None)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return {"value": (shape, str(leaf.dtype))}
+    if moment:
+        blocks = -(-math.prod(shape) // _BLOCK)
+        return {"codes": (shape, "int8" if moment == "mu" else "uint8"), "scales": ((blocks,), "float32")}
+    return {"value": (shape, "bfloat16" if keys[0] == "params" else str(leaf.dtype))}
+
+
+def _encode(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    layout = _layout(name, array)
+    if "codes" not in layout:
+        return {"value": array.astype(jnp.dtype(layout["value"][1]))}
+    (num_blocks,), _ = layout["scales"]
+    blocks = np.zeros((num_blocks, _BLOCK), np.float32)
+    blocks.reshape(-1)[: array.size] = array.reshape(-1)
+    largest = np.abs(blocks).max(axis=1, initial=0)
+    shares = blocks / np.where(largest > 0, largest, np.float32(1))[:, None]
+    if layout["codes"][1] == "int8":
+        codes = np.rint(shares * 127)
+        scales = largest / np.float32(127)
+    else:  # nothing above 0 becomes 0: a step is divided by its root
+        with np.errstate(divide="ignore"):
+            codes = np.where(shares > 0, np.clip(255 + np.rint(8 * np.log2(shares)), 1, 255), 0)
+        scales = largest
+    return {"codes": codes.reshape(-1)[: array.size].reshape(array.shape).astype(layout["codes"][1]), "scales": scales}
+
+
+def _decode(arrays: Mapping[str, np.ndarray], like: Any) -> Array:
+    if "codes" not in arrays:
+        value = arrays["value"].astype(like.dtype)
+    else:
+        codes = arrays["codes"].reshape(-1)
+        shares = codes.astype(np.float32) if codes.dtype == np.int8 else _SHARES[codes]
+        value = (shares * np.repeat(arrays["scales"], _BLOCK)[: codes.size]).reshape(like.shape).astype(like.dtype)
+    return jax.device_put(value, like.sharding)

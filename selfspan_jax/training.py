@@ -24,10 +24,11 @@ from jaxtyping import Array, Bool, Float, Int
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from selfspan_jax.attention import attend_under, sequence_mask
-from selfspan_jax.checkpoint import TrainingCheckpoints
+from selfspan_jax.attention import SequenceImplementation, attend_in_training
+from selfspan_jax.checkpoint import TrainingCheckpoints, load_export, save_export
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder
+from selfspan_jax.throughput import peak_fraction, step_flops
 
 
 class Batch(Protocol):
@@ -97,24 +98,30 @@ def initial_state(model: Decoder, config: TrainConfig) -> tuple[nnx.GraphDef, Tr
     return graph, TrainState(params, optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
-def loss_sums(model: Decoder, batch: DeviceBatch) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Cross-entropy of the targets, summed over them, with their number and how many are predicted right."""
-    mask = sequence_mask(batch.token_ids, model.vocab, model.config, model.config.mask, segment_ids=batch.segment_ids)
-    hidden, _ = model(batch.token_ids, batch.positions, attend_under(mask))
+def loss_sums(
+    model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Cross-entropy of the targets, summed over them, with their number, how many are predicted right, and what was attended to."""
+    attend, pairs = attend_in_training(
+        batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids, implementation=attention
+    )
+    hidden, _ = model(batch.token_ids, batch.positions, attend)
     logits = model.logits(hidden[:, :-1])
     targets, weights = batch.token_ids[:, 1:], batch.target_mask[:, 1:].astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     loss = jnp.sum(losses * weights)
-    return loss, {"loss": loss, "right": jnp.sum(right * weights), "targets": jnp.sum(weights)}
+    return loss, {"loss": loss, "right": jnp.sum(right * weights), "targets": jnp.sum(weights), "pairs": pairs}
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames=("state",))
-def train_step(graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, config: TrainConfig) -> tuple[TrainState, dict[str, Array]]:
+@functools.partial(jax.jit, static_argnames=("graph", "config", "attention"), donate_argnames=("state",))
+def train_step(
+    graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, config: TrainConfig, attention: SequenceImplementation | None = None
+) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the mean loss over all targets of the batch, computed in `config.accumulation_steps` parts."""
 
     def gradients(params, part):
-        return jax.grad(lambda params: loss_sums(nnx.merge(graph, params), part), has_aux=True)(params)
+        return jax.grad(lambda params: loss_sums(nnx.merge(graph, params), part, attention), has_aux=True)(params)
 
     if config.accumulation_steps == 1:
         grads, sums = gradients(state.params, batch)
@@ -134,12 +141,21 @@ def train_step(graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, confi
         "token_accuracy": sums["right"] / targets,
         "gradient_norm": optax.tree.norm(grads),
         "learning_rate": rate,
+        "attended_pairs": sums["pairs"],
     }
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
 
 class TrainingDiverged(ValueError):
     """The loss or its gradient is no longer a number."""
+
+
+class Stopped(Exception):
+    """The time that a run was given is over; its state is on disk."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
 
 
 class MetricsLog:
@@ -210,25 +226,35 @@ def train(
     batches_from: Callable[[int], Iterator[Batch]],
     run_dir: Path,
     evaluate: Callable[[Decoder], Mapping[str, float]] | None = None,
+    resume_from: Path | None = None,
+    stop_after_seconds: float | None = None,
 ) -> Decoder:
     """Trains a model, or goes on where `run_dir` has a checkpoint; the end is the same, bit for bit.
 
     Args:
       batches_from: the endless batches whose first example has the given number.
       evaluate: scores of a model, logged every `config.eval_every_steps` and at the end.
+      resume_from: an export of this run, to go on from where `run_dir` has no checkpoint.
+      stop_after_seconds: stop then; with exports, at the first step after it that writes one.
 
-    Returns: the trained model. Raises: TrainingDiverged with the step at which the loss or its gradient was not finite.
+    Returns: the trained model.
+    Raises: TrainingDiverged with the step at which the loss or its gradient was not finite; Stopped when the time is over.
     """
+    began = time.perf_counter()
     graph, state = initial_state(model, config)
     checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
     next_example = 0
     if checkpoints.latest_step is not None:
         state, next_example = checkpoints.restore(state)
+    elif resume_from is not None:
+        state, next_example = load_export(resume_from, state)
+        if (log_there := resume_from / "metrics.jsonl").exists():
+            (run_dir / "metrics.jsonl").write_bytes(log_there.read_bytes())
     first_step = int(state.step)
     log = MetricsLog(run_dir, first_step)
     batches = prefetched(batches_from(next_example))
     bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=None)
-    window = _Window()
+    window = _Window(model)
     try:
         for step in range(first_step + 1, config.steps + 1):
             waited = time.perf_counter()
@@ -240,13 +266,21 @@ def train(
             if previous:  # fetched while this step runs
                 _check_finite(*previous)
             bar.update()
-            saves = step % config.checkpoint_every_steps == 0 or step == config.steps
+            exports = config.export_every_steps > 0 and step % config.export_every_steps == 0
+            stops = stop_after_seconds is not None and time.perf_counter() - began >= stop_after_seconds
+            stops &= step < config.steps and (exports or not config.export_every_steps)
+            saves = step % config.checkpoint_every_steps == 0 or step == config.steps or stops
             evaluates = step % config.eval_every_steps == 0 or step == config.steps
-            if saves or step % config.log_every_steps == 0:
+            if saves or exports or step % config.log_every_steps == 0:
                 _check_finite(step, metrics)
                 values = window.close()
                 log.write(step, values)
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
+                share = f", {100 * values['bf16_peak_fraction']:.1f}% of bf16 peak" if "bf16_peak_fraction" in values else ""
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s{share}")
+            if exports:
+                beside = [file for name in ("run.json", "metrics.jsonl") if (file := run_dir / name).exists()]
+                state = save_export(run_dir / "export", state, step, batch.next_example, beside)
+                window.restart()
             if saves:
                 checkpoints.save(step, state, batch.next_example)
             if evaluates and evaluate is not None:
@@ -254,6 +288,8 @@ def train(
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
                 window.restart()
+            if stops:
+                raise Stopped(step)
     finally:
         bar.close()
         batches.close()
@@ -265,7 +301,8 @@ def train(
 class _Window:
     """The steps since the last line of the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
         self.latest: tuple[int, dict[str, Array]] | None = None
         self.restart()
 
@@ -283,7 +320,12 @@ class _Window:
         assert self.latest is not None
         values = {name: float(value) for name, value in self.latest[1].items()}
         seconds = time.perf_counter() - self._start
+        # The pairs are those of the latest step: batches differ little in them, and they are a small part of the sum.
+        flops = step_flops(self._model, self._tokens, self._steps * values["attended_pairs"])
+        if (share := peak_fraction(self._model, flops / seconds)) is not None:
+            values["bf16_peak_fraction"] = share
         values |= {
+            "model_flops_per_second": flops / seconds,
             "tokens_per_second": self._tokens / seconds,
             "steps_per_second": self._steps / seconds,
             "input_wait_fraction": self._waited / seconds,
