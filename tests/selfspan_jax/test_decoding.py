@@ -254,10 +254,11 @@ def test_the_kernels_decode_like_one_forward(views):
 @pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
 def test_the_kernels_in_half_precision_err_as_plain_arithmetic_does(int8):
     """Against the float32 model with the same weights, decoding errs at most twice as much as one forward in half precision."""
-    exact = random_model(**WIDE)
-    half = random_model(**WIDE, compute_dtype="bfloat16").for_decoding(int8=int8)
+    views = VIEWS[0]
+    exact = random_model(**WIDE, **views)
+    half = random_model(**WIDE, **views, compute_dtype="bfloat16").for_decoding(int8=int8)
     rows = padded([token_ids for token_ids, _ in NAMED.values()], LENGTH, fill=4)
-    masks = [np.array(Reference(row, VOCAB).mask()) for row in rows]
+    masks = [np.array(Reference(row, VOCAB, **views).mask()) for row in rows]
     expected, forward_half = (reference_logits(model, rows, masks)[:, 4:-1] for model in (exact, half))
     config = dataclasses.replace(SPAN, implementation="triton", linear="triton")
     state = decoding.prefill(half, rows[:, :4], np.full(len(rows), 4, np.int32), config)
