@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import rotate_and_write, span_decode_attention
+from pallas_kernels import TileMask, rotate_and_write, span_decode_attention
+from pallas_kernels import masked_attention as attend_tiles
+from pallas_kernels.sequence_attention import unsupported_reason
 from selfspan_jax import spans
 from selfspan_jax.cache import SlotList
 from selfspan_jax.config import Attention, DecodeConfig, Implementation, ModelConfig
 from selfspan_jax.model import Angles, Attend
 
-SequenceImplementation = Literal["xla", "cudnn"]
+SequenceImplementation = Literal["xla", "cudnn", "triton"]
 
 
 def sequence_mask(
@@ -58,8 +60,8 @@ def sequence_mask(
     return mask
 
 
-def default_implementation(q: Float[Array, "B T N H"]) -> SequenceImplementation:
-    """cuDNN's fused kernel where it takes a mask (a GPU, half precision, even lengths), else XLA."""
+def default_implementation(q: Float[Array, "B T N H"]) -> Literal["xla", "cudnn"]:
+    """For a boolean mask: cuDNN's fused kernel where it takes one (a GPU, half precision, even lengths), else XLA."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     return "cudnn" if jax.default_backend() == "gpu" and half and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0 else "xla"
 
@@ -68,10 +70,15 @@ def masked_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
-    implementation: SequenceImplementation | None = None,
+    mask: Bool[Array, "B T S"] | TileMask,
+    implementation: Literal["xla", "cudnn"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G. For training and prefill."""
+    """softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G. For training and prefill.
+
+    A `TileMask` is for the project's own kernels; `implementation` chooses among others for a boolean one.
+    """
+    if isinstance(mask, TileMask):
+        return attend_tiles(q, k, v, mask)
     with jax.numpy_dtype_promotion("standard"):  # the library promotes its own scores
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation or default_implementation(q))
 
@@ -93,13 +100,51 @@ def rotated_heads(
     return q, turned[:, :, :, -1], qkv[:, :, :, -1]
 
 
-def attend_under(mask: Bool[Array, "B T T"]) -> Attend:
+def attend_under(mask: Bool[Array, "B T T"] | TileMask, implementation: Literal["xla", "cudnn"] | None = None) -> Attend:
     """The attention that a `Decoder` takes for whole sequences without a cache."""
 
     def attend(qkv, angles, cache):
-        return masked_attention(*rotated_heads(qkv, angles), mask), cache
+        return masked_attention(*rotated_heads(qkv, angles), mask, implementation), cache
 
     return attend
+
+
+def attend_in_training(
+    token_ids: Int[Array, "B T"],
+    vocab: spans.SpanVocab,
+    config: ModelConfig,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: SequenceImplementation | None = None,
+) -> tuple[Attend, Float[Array, ""]]:
+    """The attention under the mask that a model is trained with, and how many pairs of tokens it allows, padding (segment 0) apart.
+
+    Args:
+      implementation: "triton", the project's kernels, which skip what no query sees and never hold the mask as booleans;
+        "cudnn" or "xla", which take it as a bias of every pair; None for the fastest that the device can do.
+
+    Raises: ValueError for another implementation; NotImplementedError for "triton" where it cannot run.
+    """
+    if implementation is not None and implementation not in get_args(SequenceImplementation):
+        raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(get_args(SequenceImplementation))}")
+    queries = jax.ShapeDtypeStruct((*token_ids.shape, config.num_heads, config.head_size), config.compute_dtype)
+    reason = unsupported_reason("triton", queries)
+    if implementation == "triton" and reason:
+        raise NotImplementedError(f"implementation='triton': {reason}")
+
+    def rows(first_query, num_queries):
+        some = {} if num_queries == token_ids.shape[1] else {"first_query": first_query, "num_queries": num_queries}
+        return sequence_mask(token_ids, vocab, config, config.mask, segment_ids=segment_ids, **some)
+
+    if implementation == "triton" or (implementation is None and not reason):
+        tiles = TileMask.of_rows(rows, *token_ids.shape, token_ids.shape[1])
+        keys = jnp.sum(jax.lax.population_count(tiles.bits), axis=1)[:, : token_ids.shape[1]]  # of each query
+        attend = attend_under(tiles)
+    else:
+        mask = rows(0, token_ids.shape[1])
+        keys = jnp.sum(mask, axis=2, dtype=jnp.int32)
+        attend = attend_under(mask, implementation)
+    return attend, jnp.sum(keys if segment_ids is None else jnp.where(segment_ids > 0, keys, 0), dtype=jnp.float32)
 
 
 def attend_cached(rows: Int[Array, "B"], slots: SlotList, implementation: Implementation | None) -> Attend:

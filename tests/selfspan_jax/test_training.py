@@ -185,8 +185,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
 
     original = training.loss_sums
 
-    def loss_sums(model, batch):
-        loss, sums = original(model, batch)
+    def loss_sums(model, batch, attention):
+        loss, sums = original(model, batch, attention)
         bad = jnp.where(jnp.max(batch.positions) > 10**6, jnp.nan, 1.0)
         return loss * bad, {**sums, "loss": sums["loss"] * bad}
 

@@ -1,0 +1,117 @@
+"""A boolean mask as the kernels read it: packed to bits, with the lists of its tiles that hold anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.sequence_attention.heuristics import TILE
+
+WORD_BITS = 32
+MOST_ELEMENTS = 2**26  # of the boolean mask that is in memory at a time
+
+
+def _static():
+    return dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TileMask:
+    """Which of S keys each of T queries may attend to, in 1/8 byte a pair, and which tiles of it can be left out.
+
+    Tiles are `block_q` queries by `block_k` keys; T' and S' are T and S rounded up to whole tiles, with nothing allowed in
+    what was added. A mask is shared by all heads and layers; it is made once.
+    """
+
+    bits: jax.Array
+    """int32 [B, S'/32, T']: bit i of word [b, w, t] says whether query t may attend to key 32 w + i."""
+    key_tiles: jax.Array
+    """int32 [B, T'/block_q, S'/block_k]: for each tile of queries the key tiles that it needs, those first where only
+    some pairs are allowed, then those where all are. The rest is arbitrary."""
+    key_counts: jax.Array
+    """int32 [B, T'/block_q, 2]: how many are of the first kind, and how many of both."""
+    query_tiles: jax.Array
+    """int32 [B, S'/block_k, T'/block_q]: the same, for each tile of keys."""
+    query_counts: jax.Array
+    """int32 [B, S'/block_k, 2]"""
+    num_queries: int = _static()
+    num_keys: int = _static()
+
+    @property
+    def block_q(self) -> int:
+        return self.bits.shape[2] // self.key_tiles.shape[1]
+
+    @property
+    def block_k(self) -> int:
+        return self.bits.shape[1] * WORD_BITS // self.key_tiles.shape[2]
+
+    @classmethod
+    def of(cls, mask: jax.Array, tile: tuple[int, int] = TILE) -> TileMask:
+        """From bool `[B, T, S]`, True where attention is allowed; `tile` is (block_q, block_k), multiples of 32."""
+        return cls.of_rows(lambda first, count: mask[:, first : first + count], *mask.shape, tile=tile, most_elements=mask.size)
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Callable[[int | jax.Array, int], jax.Array],
+        batch: int,
+        num_queries: int,
+        num_keys: int,
+        *,
+        tile: tuple[int, int] = TILE,
+        most_elements: int = MOST_ELEMENTS,
+    ) -> TileMask:
+        """From a function that makes some rows of the mask, so that the whole is never in memory.
+
+        Args:
+          rows: first query and number of queries Q (static) -> bool `[B, Q, S]`.
+          most_elements: of `rows` at a time, as far as 128 queries are not more.
+        """
+        block_q, block_k = tile
+        chunk = max(1, min(num_queries, max(most_elements // max(batch * num_keys, 1) // 128, 1) * 128))
+        num_chunks, rest = divmod(num_queries, chunk)
+        parts = []
+        if num_chunks == 1:
+            parts.append(_packed(rows(0, chunk)))
+        elif num_chunks:
+            firsts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
+            words = jax.lax.map(lambda first: _packed(rows(first, chunk)), firsts)  # [chunks, B, W, Q]
+            parts.append(jnp.moveaxis(words, 0, 2).reshape(*words.shape[1:3], -1))
+        if rest or not parts:
+            parts.append(_packed(rows(num_chunks * chunk, rest)))
+        bits = jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+        padding = ((0, 0), (0, -bits.shape[1] % (block_k // WORD_BITS)), (0, -num_queries % block_q))
+        bits = jnp.pad(bits, padding)
+
+        _, words, queries = bits.shape
+        tiled = bits.reshape(batch, words * WORD_BITS // block_k, block_k // WORD_BITS, queries // block_q, block_q)
+        some = jnp.any(tiled != 0, axis=(2, 4))  # [B, S'/block_k, T'/block_q]
+        every = jnp.all(tiled == -1, axis=(2, 4))
+        return cls(bits, *_listed(some.swapaxes(1, 2), every.swapaxes(1, 2)), *_listed(some, every), num_queries, num_keys)
+
+    def unpacked(self) -> jax.Array:
+        """bool `[B, T, S]`."""
+        shifts = jnp.arange(WORD_BITS, dtype=jnp.int32)[None, None, :, None]
+        pairs = (self.bits[:, :, None, :] >> shifts) & 1  # [B, W, 32, T']
+        return pairs.reshape(pairs.shape[0], -1, pairs.shape[3])[:, : self.num_keys, : self.num_queries].swapaxes(1, 2) == 1
+
+
+def _packed(mask: jax.Array) -> jax.Array:
+    """bool [B, Q, S] -> int32 [B, ceil(S / 32), Q]."""
+    batch, num_queries, num_keys = mask.shape
+    num_words = -(-num_keys // WORD_BITS)
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -num_keys % WORD_BITS))).reshape(batch, num_queries, num_words, WORD_BITS)
+    values = jnp.uint32(1) << jnp.arange(WORD_BITS, dtype=jnp.uint32)
+    words = jnp.sum(jnp.where(mask, values[None, None, None, :], jnp.uint32(0)), axis=3, dtype=jnp.uint32)
+    return jax.lax.bitcast_convert_type(words, jnp.int32).swapaxes(1, 2)
+
+
+def _listed(some: jax.Array, every: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """bool [B, I, J] twice -> for each i the j with some pairs but not every, then those with every; their counts [B, I, 2]."""
+    kinds = jnp.where(every, 1, jnp.where(some, 0, 2))
+    partial, needed = jnp.sum(some & ~every, axis=2, dtype=jnp.int32), jnp.sum(some, axis=2, dtype=jnp.int32)
+    return jnp.argsort(kinds, axis=2, stable=True).astype(jnp.int32), jnp.stack([partial, needed], axis=2)

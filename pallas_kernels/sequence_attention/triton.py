@@ -1,0 +1,263 @@
+"""Attention under a mask as Pallas kernels with the Triton lowering (Ampere and newer), forward and backward.
+
+For query head `n`, with kv head `k = n // G`:
+
+    out[b, t, n] = sum_s P[t, s] v[b, s, k],   P[t, s] = exp(scale q[b, t, n] . k[b, s, k] - L[t]) where the mask allows it, else 0
+    L[t]         = log sum_s exp(scale q . k)                       over the keys that the mask allows
+
+and, from the gradient g of `out` (FlashAttention-2, 2307.08691, sections 3.1 and 3.2),
+
+    D[t]  = sum_h g[t, h] out[t, h]
+    dS    = P * (g v^T - D)          dq = scale dS k          dk = scale sum_n dS^T q          dv = sum_n P^T g
+
+Why it exists: other fused kernels take a mask as a bias, 2 bytes a pair of one head (B T S of them, and as many again to
+make it from booleans), read again for every head, and compute every pair. Here a pair is one bit, and tiles of pairs
+that are all forbidden are neither read nor computed: the table of those left is part of the mask.
+
+How: a program owns a tile of queries of one head and goes through the list of its key tiles with a running softmax in
+float32; the gradient of the queries goes the same way. The gradient of keys and values owns a tile of keys of one kv
+head and goes through its query tiles, all G query heads of each. Tiles in which every pair is allowed come last in the
+lists and skip the mask.
+
+Numerics: scores, softmax and sums in float32; weights and score gradients are rounded to the dtype of `q` before their
+second product, as in attention written down in that dtype. float32 uses IEEE products. A query that may attend to
+nothing gives zeros and takes no part in any gradient.
+
+Seen on JAX 0.10.2 and 0.11.2. JAX 0.11 deprecates this lowering.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.sequence_attention.heuristics import KernelConfig, TritonConfig
+from pallas_kernels.sequence_attention.mask import WORD_BITS, TileMask
+
+LOG2_E = 1.4426950408889634
+
+
+def unsupported_reason(q: jax.Array) -> str | None:
+    """Why these kernels cannot run on such arrays; None when they can."""
+    head_size = q.shape[3]
+    if head_size not in (32, 64, 128):
+        return f"head size must be 32, 64 or 128, got {head_size}"
+    return None
+
+
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float, config: TritonConfig, interpret: bool = False):
+    """`out` [B, T', N, H] and `lse`, float32 [B, N, T'], L in units of log 2; q is [B, T', N, H], k and v [B, S', K, H]."""
+    batch, num_queries, num_heads, _ = q.shape
+    return _call(
+        functools.partial(_forward_kernel, scale=scale, block_q=mask.block_q, block_k=mask.block_k),
+        (num_queries // mask.block_q, num_heads, batch),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32)),
+        config.forward,
+        interpret,
+        "masked_attention",
+    )(q, k, v, mask.bits, mask.key_tiles, mask.key_counts)
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: TileMask,
+    out: jax.Array,
+    lse: jax.Array,
+    grad: jax.Array,
+    *,
+    scale: float,
+    config: TritonConfig,
+    interpret: bool = False,
+):
+    """Gradients of q, k and v from that of `out`; shapes as in `forward`."""
+    batch, num_queries, num_heads, _ = q.shape
+    _, num_keys, num_kv_heads, _ = k.shape
+    sizes = {"scale": scale, "block_q": mask.block_q, "block_k": mask.block_k}
+    dq, delta = _call(
+        functools.partial(_queries_kernel, **sizes),
+        (num_queries // mask.block_q, num_heads, batch),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
+        config.queries,
+        interpret,
+        "masked_attention_dq",
+    )(q, k, v, mask.bits, mask.key_tiles, mask.key_counts, out, lse, grad)
+    dk, dv = _call(
+        functools.partial(_keys_kernel, **sizes),
+        (num_keys // mask.block_k, num_kv_heads, batch),
+        (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        config.keys,
+        interpret,
+        "masked_attention_dkv",
+    )(q, k, v, mask.bits, mask.query_tiles, mask.query_counts, lse, delta, grad)
+    return dq, dk, dv
+
+
+def _call(kernel, grid, out_shape, config: KernelConfig, interpret: bool, name: str):
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=out_shape,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name=name,
+    )
+
+
+def _forward_kernel(
+    q_ref,  # [B, T', N, H]
+    k_ref,  # [B, S', K, H]
+    v_ref,  # [B, S', K, H]
+    bits_ref,  # int32 [B, S'/32, T']
+    tiles_ref,  # int32 [B, query tiles, key tiles]
+    counts_ref,  # int32 [B, query tiles, 2]
+    out_ref,  # [B, T', N, H]
+    lse_ref,  # float32 [B, N, T']
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+):
+    tile, head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    kv_head = head // (q_ref.shape[2] // k_ref.shape[2])
+    queries = pl.ds(tile * block_q, block_q)
+    q = q_ref[b, queries, head, :]
+    factor = scale * LOG2_E
+
+    def attend(key_tile, carry, masked, _):
+        running_max, running_sum, acc = carry
+        keys = pl.ds(key_tile * block_k, block_k)
+        scores = _dot(q, k_ref[b, keys, kv_head, :], ((1,), (1,)))  # [block_q, block_k]
+        if masked:
+            scores = jnp.where(_allowed(bits_ref, b, key_tile, queries, block_q, block_k, query_axis=0), scores, -jnp.inf)
+        new_max = jnp.maximum(running_max, jnp.max(scores, axis=1))
+        shift = jnp.where(new_max > -jnp.inf, new_max * factor, 0.0)
+        weights = jnp.exp2(scores * factor - shift[:, None])
+        decay = jnp.exp2(running_max * factor - shift)
+        running_sum = running_sum * decay + jnp.sum(weights, axis=1)
+        acc = acc * decay[:, None] + _dot(weights.astype(q.dtype), v_ref[b, keys, kv_head, :], ((1,), (0,)))
+        return new_max, running_sum, acc
+
+    init = (jnp.full((block_q,), -jnp.inf, jnp.float32), jnp.zeros((block_q,), jnp.float32), jnp.zeros(q.shape, jnp.float32))
+    running_max, running_sum, acc = _over_tiles(attend, init, tiles_ref, counts_ref, b, tile)
+    seen = running_sum > 0
+    total = jnp.where(seen, running_sum, 1.0)
+    out_ref[b, queries, head, :] = (acc / total[:, None]).astype(out_ref.dtype)
+    lse_ref[b, head, queries] = jnp.where(seen, running_max * factor, 0.0) + jnp.log2(total)
+
+
+def _queries_kernel(
+    q_ref,  # [B, T', N, H]
+    k_ref,  # [B, S', K, H]
+    v_ref,  # [B, S', K, H]
+    bits_ref,  # int32 [B, S'/32, T']
+    tiles_ref,  # int32 [B, query tiles, key tiles]
+    counts_ref,  # int32 [B, query tiles, 2]
+    forward_ref,  # [B, T', N, H], what the forward kernel gave
+    lse_ref,  # float32 [B, N, T']
+    grad_ref,  # [B, T', N, H]
+    dq_ref,  # [B, T', N, H]
+    delta_ref,  # float32 [B, N, T'], D
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+):
+    tile, head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    kv_head = head // (q_ref.shape[2] // k_ref.shape[2])
+    queries = pl.ds(tile * block_q, block_q)
+    q, grad = q_ref[b, queries, head, :], grad_ref[b, queries, head, :]
+    delta = jnp.sum(grad.astype(jnp.float32) * forward_ref[b, queries, head, :].astype(jnp.float32), axis=1)
+    delta_ref[b, head, queries] = delta
+    lse = lse_ref[b, head, queries]
+
+    def add(key_tile, dq, masked, _):
+        keys = pl.ds(key_tile * block_k, block_k)
+        k = k_ref[b, keys, kv_head, :]
+        weights = jnp.exp2(_dot(q, k, ((1,), (1,))) * (scale * LOG2_E) - lse[:, None])  # [block_q, block_k]
+        if masked:
+            weights = jnp.where(_allowed(bits_ref, b, key_tile, queries, block_q, block_k, query_axis=0), weights, 0.0)
+        dscores = weights * (_dot(grad, v_ref[b, keys, kv_head, :], ((1,), (1,))) - delta[:, None])
+        return dq + _dot(dscores.astype(q.dtype), k, ((1,), (0,)))
+
+    dq = _over_tiles(add, jnp.zeros(q.shape, jnp.float32), tiles_ref, counts_ref, b, tile)
+    dq_ref[b, queries, head, :] = (dq * scale).astype(dq_ref.dtype)
+
+
+def _keys_kernel(
+    q_ref,  # [B, T', N, H]
+    k_ref,  # [B, S', K, H]
+    v_ref,  # [B, S', K, H]
+    bits_ref,  # int32 [B, S'/32, T']
+    tiles_ref,  # int32 [B, key tiles, query tiles]
+    counts_ref,  # int32 [B, key tiles, 2]
+    lse_ref,  # float32 [B, N, T']
+    delta_ref,  # float32 [B, N, T']
+    grad_ref,  # [B, T', N, H]
+    dk_ref,  # [B, S', K, H]
+    dv_ref,  # [B, S', K, H]
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+):
+    tile, kv_head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    group = q_ref.shape[2] // k_ref.shape[2]
+    keys = pl.ds(tile * block_k, block_k)
+    k, v = k_ref[b, keys, kv_head, :], v_ref[b, keys, kv_head, :]
+
+    def add(query_tile, carry, masked, member):
+        dk, dv = carry
+        head = kv_head * group + member
+        queries = pl.ds(query_tile * block_q, block_q)
+        q, grad = q_ref[b, queries, head, :], grad_ref[b, queries, head, :]
+        lse, delta = lse_ref[b, head, queries], delta_ref[b, head, queries]
+        weights = jnp.exp2(_dot(k, q, ((1,), (1,))) * (scale * LOG2_E) - lse[None, :])  # [block_k, block_q]
+        if masked:
+            weights = jnp.where(_allowed(bits_ref, b, tile, queries, block_q, block_k, query_axis=1), weights, 0.0)
+        dv += _dot(weights.astype(grad.dtype), grad, ((1,), (0,)))
+        dscores = weights * (_dot(v, grad, ((1,), (1,))) - delta[None, :])
+        return dk + _dot(dscores.astype(q.dtype), q, ((1,), (0,))), dv
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = _over_tiles(add, (zeros, zeros), tiles_ref, counts_ref, b, tile, group)
+    dk_ref[b, keys, kv_head, :] = (dk * scale).astype(dk_ref.dtype)
+    dv_ref[b, keys, kv_head, :] = dv.astype(dv_ref.dtype)
+
+
+def _over_tiles(body, init, tiles_ref, counts_ref, b, tile, group=1):
+    """`body(other tile, carry, masked, member)` over the tiles that `tile` needs and, within each, the members of a group."""
+    last = tiles_ref.shape[2] - 1
+    partial, needed = counts_ref[b, tile, 0] * group, counts_ref[b, tile, 1] * group
+
+    def at(index):
+        return tiles_ref[b, tile, jnp.minimum(jax.lax.div(index, jnp.int32(group)), last)]
+
+    def step(index, carry, masked):
+        # The number of a tile is loaded one step ahead, so that the loads of its rows do not wait for it.
+        other, state = carry
+        return at(index + 1), body(other, state, masked, jax.lax.rem(index, jnp.int32(group)))
+
+    carry = jax.lax.fori_loop(0, partial, functools.partial(step, masked=True), (at(jnp.int32(0)), init))
+    _, state = jax.lax.fori_loop(partial, needed, functools.partial(step, masked=False), carry)
+    return state
+
+
+def _allowed(bits_ref, b, key_tile, queries, block_q: int, block_k: int, query_axis: int):
+    """bool [block_q, block_k], or turned around if the queries are on axis 1."""
+    shape = (block_q, block_k) if query_axis == 0 else (block_k, block_q)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
+    num_words = block_k // WORD_BITS
+    words = [jnp.expand_dims(bits_ref[b, key_tile * num_words + w, queries], 1 - query_axis) for w in range(num_words)]
+    own = jnp.broadcast_to(words[0], shape)
+    for w in range(1, num_words):
+        own = jnp.where((key >> 5) == w, jnp.broadcast_to(words[w], shape), own)
+    return (own >> (key & 31)) & 1 == 1
+
+
+def _dot(a, b, contracting):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,144 @@
+"""What a training step costs: milliseconds, tokens per second, the share of the device's peak, and where the time goes.
+
+The batches lie on the device beforehand, so that the input costs nothing (a run logs `input_wait_fraction` instead). A time
+is the wall time of many steps queued one after the other, compilation apart; the shares are from the profiler's events of the
+device, summed over its streams.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selfspan_jax import training
+from selfspan_jax.attention import SequenceImplementation
+from selfspan_jax.config import TrainConfig
+from selfspan_jax.model import Decoder
+from selfspan_jax.throughput import bf16_peak, peak_fraction, step_flops
+
+REPETITIONS, TRACED_STEPS, TOP_OPERATIONS = 3, 3, 20
+
+# By the name of a device's program: ours, cuDNN's attention, matrix products of cuBLAS and of the compiler.
+_KINDS = {"attention": r"masked_attention|sdpa|fmha|flash", "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|dot"}
+
+
+def measure(
+    model: Decoder,
+    config: TrainConfig,
+    batches: Sequence[training.Batch],
+    *,
+    steps: int,
+    attention: Sequence[SequenceImplementation] | None = None,
+) -> dict[str, Any]:
+    """The figures of a training step, for each implementation of its attention.
+
+    Args:
+      batches: what the steps are taken on, in turn.
+      steps: of one repetition.
+      attention: implementations; by default the project's and cuDNN's on a GPU, XLA's elsewhere.
+
+    Returns: device, shapes, and for each implementation ms, tokens and operations per second, share of the bf16 peak, GB of
+    device memory at its peak so far, ms by kind of device operation, and the longest operations.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; allowed: 1 and above")
+    names: Sequence[SequenceImplementation] = ("triton", "cudnn") if jax.default_backend() == "gpu" else ("xla",)
+    on_device = [training.DeviceBatch.of(batch) for batch in batches]
+    device = jax.devices()[0]
+    result: dict[str, Any] = {
+        "device": device.device_kind,
+        "bf16_peak_flops_per_second": bf16_peak(device.device_kind),
+        "jax": jax.__version__,
+        "parameters": model.num_parameters,
+        "batch_size": config.batch_size,
+        "sequence_tokens": config.sequence_tokens,
+        "mask": model.config.mask,
+        "attention": {},
+    }
+    tokens = statistics.mean(int(np.count_nonzero(batch.segment_ids)) for batch in batches)
+    for name in names if attention is None else attention:
+        graph, state = training.initial_state(model, config)
+        state = jax.tree.map(jnp.copy, state)  # the step takes its state's memory; the model keeps its own
+        feed = itertools.cycle(on_device)
+
+        def run(count: int) -> dict[str, jax.Array]:
+            nonlocal state
+            for _ in range(count):
+                state, metrics = training.train_step(graph, state, next(feed), config, name)  # noqa: B023
+            return jax.block_until_ready(metrics)
+
+        began = time.perf_counter()
+        metrics = run(1)
+        compile_seconds = time.perf_counter() - began
+        run(2)
+        seconds = []
+        for _ in range(REPETITIONS):
+            began = time.perf_counter()
+            run(steps)
+            seconds.append((time.perf_counter() - began) / steps)
+        second = statistics.median(seconds)
+        flops = step_flops(model, tokens, float(metrics["attended_pairs"]))
+        memory = device.memory_stats() or {}
+        result["attention"][name] = {
+            "ms_per_step": 1e3 * second,
+            "ms_of_repetitions": [1e3 * value for value in seconds],
+            "tokens_per_second": tokens / second,
+            "model_flops_per_step": flops,
+            "model_flops_per_second": flops / second,
+            "peak_fraction": peak_fraction(model, flops / second),
+            "attended_pairs": float(metrics["attended_pairs"]),
+            "first_step_seconds": compile_seconds,
+            "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None,
+            **device_times(run, TRACED_STEPS),
+        }
+        del state
+    return result
+
+
+def device_times(run: Callable[[int], Any], steps: int) -> dict[str, Any]:
+    """Milliseconds per step that the device spends, by kind of operation, and on what most; nothing on a CPU."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run(steps)
+        (file,) = Path(directory).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(file))
+    times: collections.Counter[str] = collections.Counter()
+    kinds: collections.Counter[str] = collections.Counter()
+    for plane in profile.planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                operation = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
+                kind = next((kind for kind, pattern in _KINDS.items() if re.search(pattern, f"{operation} {event.name}")), "the rest")
+                kinds[kind] += event.duration_ns
+                times[f"{operation}: {event.name}"] += event.duration_ns
+    per_step = 1e6 * steps
+    return {
+        "device_ms_by_kind": {kind: total / per_step for kind, total in kinds.items()},
+        "longest_operations_ms": {name: total / per_step for name, total in times.most_common(TOP_OPERATIONS)},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [
+        f"{result['parameters']:,} parameters, {result['batch_size']} x {result['sequence_tokens']} tokens a step, "
+        f"{result['mask']} mask, {result['device']}",
+        f"{'attention':12}{'ms/step':>10}{'tokens/s':>14}{'% of peak':>11}",
+    ]
+    for name, figures in result["attention"].items():
+        share = figures["peak_fraction"]
+        percent = "-" if share is None else f"{100 * share:.1f}"
+        lines.append(f"{name:12}{figures['ms_per_step']:10.1f}{figures['tokens_per_second']:14,.0f}{percent:>11}")
+        lines += [f"  {kind:20}{ms:8.1f} ms" for kind, ms in figures["device_ms_by_kind"].items()]
+    return "\n".join(lines)
