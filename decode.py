@@ -105,8 +105,8 @@ class Eval:
             stream = arithmetic.stream(task.corpus(min_ops=low, max_ops=high), seed=self.seed, split="test")
             texts = [example.expression.text for example in itertools.islice(stream, self.num_examples)]
             sets[str(low) if low == high else f"{low}-{high}"] = texts
-        options = {"attention": self.attention or lm.model.config.mask, "batch_sizes": self.batch_size, "progress": True}
-        evaluations = evaluate_all(lm, sets, gold=task.gold, verify=task.verify, **options)
+        options = {"verify": task.verify, "attention": self.attention or lm.model.config.mask, "progress": True}
+        evaluations = evaluate_all(lm, sets, gold=task.gold, batch_sizes=self.batch_size, **options)
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
         settings["checkpoint"] = self.checkpoint.name
         results = report(lm, evaluations, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)

@@ -161,9 +161,16 @@ def main() -> None:
             return scores
 
         evaluates = evaluation if num_examples else None
-        where = {"run_dir": run.run_dir, "resume_from": run.resume_from, "stop_after_seconds": run.stop_after_seconds}
         try:
-            model = training.train(model, run.training, batches_from=batches_from, evaluate=evaluates, **where)
+            model = training.train(
+                model,
+                run.training,
+                batches_from=batches_from,
+                run_dir=run.run_dir,
+                evaluate=evaluates,
+                resume_from=run.resume_from,
+                stop_after_seconds=run.stop_after_seconds,
+            )
         except training.Stopped as stop:
             print(f"{stop} of {run.training.steps:,}: {runs.how_to_go_on(run.run_dir)}")
             return

@@ -612,8 +612,8 @@ def _chunk(corpus: Corpus, seed: int, split: Split, number: int) -> list[Example
         # among them, are as frequent as the others (drawn inside at once, label 1 would be seen a twelfth as often).
         first_label = 2 - num_ops + int(uniform() * (corpus.num_labels + num_ops - 2))
         first_label = min(max(first_label, 1), corpus.num_labels - num_ops)
-        writing = {"labelling": corpus.labelling, "first_label": first_label, "names_first_step": corpus.names_first_step}
-        examples.append(encode(expression, vocab=vocab, **writing))
+        names = corpus.names_first_step
+        examples.append(encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=first_label, names_first_step=names))
     return examples
 
 

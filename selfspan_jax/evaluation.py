@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -96,17 +97,16 @@ def wilson(share: float, num_examples: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
-def first_error(response_ids: Sequence[int], gold_ids: Sequence[int], vocab: SpanVocab) -> str | None:
+def first_error(response_ids: Iterable[int], gold_ids: Iterable[int], vocab: SpanVocab) -> str | None:
     """What a response got wrong first, or None: "first label", "next label", "refs", "eos" (too early or too late) or "body".
 
     By the first token that differs from the gold response: a `<ref:k>` written or left out counts as "refs", other text as "body".
     """
-    length = max(len(response_ids), len(gold_ids))
-    found, gold = ([*map(int, ids), *[vocab.pad_id] * (length - len(ids))] for ids in (response_ids, gold_ids))
-    wrong = next((i for i in range(length) if found[i] != gold[i]), None)
+    pairs = list(itertools.zip_longest(map(int, response_ids), map(int, gold_ids), fillvalue=vocab.pad_id))
+    wrong = next((i for i, (found, gold) in enumerate(pairs) if found != gold), None)
     if wrong is None:
         return None
-    tokens = (found[wrong], gold[wrong])
+    tokens = pairs[wrong]
     segs = [vocab.seg_base <= token < vocab.seg_base + vocab.num_labels for token in tokens]
     if any(vocab.ref_base <= token < vocab.ref_base + vocab.num_labels for token in tokens):
         return "refs"
