@@ -121,14 +121,13 @@ def attend_in_training(
 
     Args:
       implementation: "triton", the project's kernels, which skip what no query sees and never hold the mask as booleans;
-        "cudnn" or "xla", which take it as a bias of every pair; None for the fastest that the device can do.
+        "cudnn" or "xla", which take it as a bias of every pair; None for the first that can do it, float32 apart, which XLA does.
 
     Raises: ValueError for another implementation; NotImplementedError for "triton" where it cannot run.
     """
     if implementation is not None and implementation not in get_args(SequenceImplementation):
         raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(get_args(SequenceImplementation))}")
-    queries = jax.ShapeDtypeStruct((*token_ids.shape, config.num_heads, config.head_size), config.compute_dtype)
-    reason = unsupported_reason("triton", queries)
+    reason = unsupported_reason("triton", config.head_size)
     if implementation == "triton" and reason:
         raise NotImplementedError(f"implementation='triton': {reason}")
 
@@ -136,9 +135,11 @@ def attend_in_training(
         some = {} if num_queries == token_ids.shape[1] else {"first_query": first_query, "num_queries": num_queries}
         return sequence_mask(token_ids, vocab, config, config.mask, segment_ids=segment_ids, **some)
 
-    if implementation == "triton" or (implementation is None and not reason):
-        tiles = TileMask.of_rows(rows, *token_ids.shape, token_ids.shape[1])
-        keys = jnp.sum(jax.lax.population_count(tiles.bits), axis=1)[:, : token_ids.shape[1]]  # of each query
+    half = config.compute_dtype != "float32"
+    if implementation == "triton" or (implementation is None and half and not reason):
+        batch, num_tokens = token_ids.shape
+        tiles = TileMask.of_rows(rows, batch, num_tokens, num_tokens)
+        keys = jnp.sum(jax.lax.population_count(tiles.bits), axis=1)[:, :num_tokens]  # of each query
         attend = attend_under(tiles)
     else:
         mask = rows(0, token_ids.shape[1])

@@ -49,8 +49,8 @@ def masked_attention(
     if q.size == 0 or k.size == 0:
         return jnp.zeros(q.shape, q.dtype)
     if implementation is None:
-        implementation = "reference" if unsupported_reason("triton", q) else "triton"
-    elif reason := unsupported_reason(implementation, q, interpret=interpret):
+        implementation = "reference" if unsupported_reason("triton", q.shape[3]) else "triton"
+    elif reason := unsupported_reason(implementation, q.shape[3], interpret=interpret):
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
     if implementation == "reference":
         return reference_attention(q, k, v, mask, scale=scale)
@@ -60,15 +60,15 @@ def masked_attention(
     return _attend(scale, interpret, q, k, v, mask)[:, : mask.num_queries]
 
 
-def unsupported_reason(implementation: str, q: jax.Array, *, interpret: bool = False) -> str | None:
-    """Why `implementation` cannot compute this on the default device; None when it can."""
+def unsupported_reason(implementation: str, head_size: int, *, interpret: bool = False) -> str | None:
+    """Why `implementation` cannot compute heads of this size on the default device; None when it can."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
     if implementation == "reference":
         return None
     if not interpret and (reason := device_reason(80)):
         return reason
-    return triton.unsupported_reason(q)
+    return triton.unsupported_reason(head_size)
 
 
 def attention_flops(num_pairs: int, num_heads: int, head_size: int) -> int:

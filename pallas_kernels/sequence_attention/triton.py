@@ -39,9 +39,8 @@ from pallas_kernels.sequence_attention.mask import WORD_BITS, TileMask
 LOG2_E = 1.4426950408889634
 
 
-def unsupported_reason(q: jax.Array) -> str | None:
-    """Why these kernels cannot run on such arrays; None when they can."""
-    head_size = q.shape[3]
+def unsupported_reason(head_size: int) -> str | None:
+    """Why these kernels cannot run; None when they can."""
     if head_size not in (32, 64, 128):
         return f"head size must be 32, 64 or 128, got {head_size}"
     return None
@@ -76,9 +75,9 @@ def backward(
     """Gradients of q, k and v from that of `out`; shapes as in `forward`."""
     batch, num_queries, num_heads, _ = q.shape
     _, num_keys, num_kv_heads, _ = k.shape
-    sizes = {"scale": scale, "block_q": mask.block_q, "block_k": mask.block_k}
+    sizes = {"block_q": mask.block_q, "block_k": mask.block_k}
     dq, delta = _call(
-        functools.partial(_queries_kernel, **sizes),
+        functools.partial(_queries_kernel, scale=scale, **sizes),
         (num_queries // mask.block_q, num_heads, batch),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
         config.queries,
@@ -86,7 +85,7 @@ def backward(
         "masked_attention_dq",
     )(q, k, v, mask.bits, mask.key_tiles, mask.key_counts, out, lse, grad)
     dk, dv = _call(
-        functools.partial(_keys_kernel, **sizes),
+        functools.partial(_keys_kernel, scale=scale, **sizes),
         (num_keys // mask.block_k, num_kv_heads, batch),
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         config.keys,
