@@ -68,7 +68,9 @@ class Run:
 def batches(run: Run) -> tuple[Callable[[int], Iterator[packing.Batch]], arithmetic.ArithmeticTask]:
     """The training data from any example on, and the task that it is of."""
     if run.data is None:
-        task = run.corpus.task
+        task, rows = run.corpus.task, run.training.sequence_tokens
+        if (longest := arithmetic.likely_longest_tokens(run.corpus)) > rows:
+            raise ValueError(f"expressions of {run.corpus.max_ops} operators take up to {longest} tokens, a row only {rows}")
         stream: Callable[..., Iterator] = functools.partial(
             arithmetic.stream, run.corpus, seed=run.training.seed, split="train", num_workers=run.workers
         )

@@ -16,6 +16,7 @@ is arbitrary, so a model whose prompt tokens see only their surroundings cannot 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import operator
 import random
 import re
@@ -565,6 +566,17 @@ class Corpus:
     def task(self) -> "ArithmeticTask":
         """What a model that is trained on this corpus needs to know of it."""
         return ArithmeticTask(self.vocab, self.labelling, self.names_first_step)
+
+
+def likely_longest_tokens(corpus: Corpus, num_examples: int = 256) -> int:
+    """A length, in tokens, that hardly any example of a corpus exceeds.
+
+    As far beyond the longest of a sample of the largest expressions as that is beyond their mean: lengths are sums of many
+    small parts, so this is some six standard deviations out.
+    """
+    largest = dataclasses.replace(corpus, min_ops=corpus.max_ops)
+    lengths = [len(example.token_ids) for example in itertools.islice(stream(largest, seed=0), num_examples)]
+    return 2 * max(lengths) - sum(lengths) // len(lengths)
 
 
 def split_of(expression: Expression) -> Split:

@@ -215,6 +215,42 @@ def test_training_writes_a_model_that_decode_reads(call, tmp_path):
     assert status == 0 and "this run is finished" in out
 
 
+def test_a_run_stops_in_time_and_goes_on_from_its_export_in_another_directory(call, tmp_path):
+    options = [*TOY, "--export-every-steps", 6]
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    status, out, _ = call(train.main, "arithmetic-tiny", "--run-dir", first, *options, "--stop-after-seconds", 0)
+    line = f"stopped after step 6 of 12: the same command goes on; elsewhere with --resume-from and the 4 files of {first / 'export'}"
+    assert status == 0 and out.splitlines()[-1] == line and not (first / "model").exists()
+    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", other, *options, "--seed", 4, "--resume-from", first / "export")
+    assert status == 2 and "holds a run of another config: seed is 0 there, 4 here" in err and not other.exists()
+    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", other, *options, "--resume-from", first)
+    assert status == 2 and "not an export of a training state" in err
+    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", second, *options, "--resume-from", tmp_path)
+    assert status == 2 and "not an export of a run" in err and not second.exists()
+    for run_dir, more in ((first, []), (second, ["--resume-from", first / "export"])):
+        assert call(train.main, "arithmetic-tiny", "--run-dir", run_dir, *options, *more)[0] == 0
+    models = [(run_dir / "model" / "model.safetensors").read_bytes() for run_dir in (first, second)]
+    assert models[0] == models[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--mask", "dense"], ["--mask", "dense", "--labelling", "plain"], ["--labelling", "none", "--header-view", "all"]],
+    ids=["dense", "plain", "untagged"],
+)
+def test_a_control_arm_trains_and_is_evaluated(call, tmp_path, options):
+    """One command line an arm, from the data to the scores."""
+    status, _, err = call(train.main, "arithmetic-small", "--run-dir", tmp_path / "run", *TOY, "--eval-examples", 2, *options)
+    assert status == 0, err
+    file = tmp_path / "eval.json"
+    arguments = ["--num-examples", 2, "--ops", "2,3", "--batch-size", 2, "--json", file]
+    status, out, err = call(decode.main, "eval", tmp_path / "run" / "model", *arguments)
+    assert status == 0, err
+    found = json.loads(file.read_text())
+    assert found["attention"] == ("dense" if "dense" in options else "span") and list(found["sets"]) == ["2", "3"]
+    assert "answers" in out and sum(found["first_errors"].values()) == 4 * (1 - found["step_accuracy"])
+
+
 def test_training_on_a_corpus_directory(call, tmp_path):
     corpus = ["arithmetic", "--num-examples", 30, "--min-ops", 2, "--max-ops", 3, "--seed", 0, "--out", tmp_path / "corpus"]
     assert call(data_main, *corpus)[0] == 0

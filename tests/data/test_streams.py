@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data import arithmetic, workers
-from data.arithmetic import Corpus, encode, parse, stream, verify
+from data.arithmetic import Corpus, encode, likely_longest_tokens, parse, stream, verify
 
 ROOT = Path(__file__).parents[2]
 
@@ -292,3 +292,10 @@ def test_a_signal_leaves_no_orphans(sent):
         _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert b"data/workers.py" not in errors, "a worker complained"
+
+
+@pytest.mark.parametrize("corpus", [Corpus(max_ops=3), Corpus(), Corpus(max_ops=40, labelling="plain", names_first_step=True)])
+def test_the_likely_longest_example_is_not_exceeded_and_not_far_off(corpus):
+    bound = likely_longest_tokens(corpus)
+    longest = max(len(example.token_ids) for example in take(corpus, 4000))
+    assert longest <= bound < 1.3 * longest

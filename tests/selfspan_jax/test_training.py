@@ -126,8 +126,8 @@ def test_a_step_is_adamw_on_the_clipped_gradient():
         np.testing.assert_allclose(value[...], params[path], rtol=2e-3, atol=2e-5, err_msg=str(path))
 
 
-def run(run_dir, *, config=CONFIG, source=batches_from, evaluate=None):
-    return training.train(random_model(), config, batches_from=source, run_dir=run_dir, evaluate=evaluate)
+def run(run_dir, *, config=CONFIG, source=batches_from, evaluate=None, **options):
+    return training.train(random_model(), config, batches_from=source, run_dir=run_dir, evaluate=evaluate, **options)
 
 
 def lines(run_dir):
@@ -154,6 +154,37 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop_after):
         np.testing.assert_array_equal(expected, found)
     for expected, found in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
         assert (expected["step"], expected["loss"], expected["gradient_norm"]) == (found["step"], found["loss"], found["gradient_norm"])
+
+
+def test_a_run_that_goes_on_from_an_export_elsewhere_ends_as_an_uninterrupted_one(tmp_path):
+    """The time is over at once, so that each run stops at its next export; the last one goes to the end."""
+    config = dataclasses.replace(CONFIG, export_every_steps=5)
+    whole = run(tmp_path / "whole", config=config)
+    for name, there, step in (("first", None, 5), ("second", "first", 10)):
+        with pytest.raises(training.Stopped, match=f"^stopped after step {step}$"):
+            run(tmp_path / name, config=config, resume_from=there and tmp_path / there / "export", stop_after_seconds=0)
+    last = run(tmp_path / "last", config=config, resume_from=tmp_path / "second" / "export")
+    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, last)), strict=True):
+        np.testing.assert_array_equal(expected, found)
+    losses = [{line["step"]: (line["loss"], line["gradient_norm"]) for line in lines(tmp_path / name)} for name in ("whole", "last")]
+    assert losses[0] == losses[1]
+    unrounded = run(tmp_path / "unrounded")
+    assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, unrounded)), strict=True))
+
+
+def test_a_run_that_is_stopped_in_time_goes_on_from_its_checkpoint(tmp_path):
+    """Also where an export is at hand: the run directory is further."""
+    config = dataclasses.replace(CONFIG, export_every_steps=5)
+    with pytest.raises(training.Stopped):
+        run(tmp_path / "other", config=config, stop_after_seconds=0)
+    with pytest.raises(training.Stopped, match=r"^stopped after step 1$"):
+        run(tmp_path / "run", stop_after_seconds=0)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1]
+    with pytest.raises(training.Stopped, match=r"^stopped after step 2$"):
+        run(tmp_path / "run", resume_from=tmp_path / "other" / "export", stop_after_seconds=0)
+    resumed, whole = run(tmp_path / "run"), run(tmp_path / "whole")
+    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, resumed)), strict=True):
+        np.testing.assert_array_equal(expected, found)
 
 
 def test_a_run_logs_and_evaluates_when_it_says(tmp_path):
