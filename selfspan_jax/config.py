@@ -229,10 +229,10 @@ PRESETS = {
     ),
     "arithmetic-small": Preset(
         ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4, max_context_tokens=8192),
-        TrainConfig(steps=6_000, batch_size=128, learning_rate=1e-3, gap_scales=_FAR),
+        TrainConfig(steps=6_000, batch_size=128, learning_rate=1e-3, gap_scales=_FAR, eval_every_steps=2_000),
     ),
     "arithmetic-base": Preset(
         ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12, max_context_tokens=8192),
-        TrainConfig(steps=6_000, batch_size=256, learning_rate=6e-4, warmup_steps=500, gap_scales=_FAR),
+        TrainConfig(steps=6_000, batch_size=256, learning_rate=6e-4, warmup_steps=500, gap_scales=_FAR, eval_every_steps=2_000),
     ),
 }
