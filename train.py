@@ -21,7 +21,7 @@ import tyro
 from flax import nnx
 
 from data import arithmetic, commandline, packing, workers
-from selfspan_jax import checkpoint, runs, training
+from selfspan_jax import checkpoint, runs, training, training_benchmark
 from selfspan_jax.config import PRESETS, ModelConfig, TrainConfig
 from selfspan_jax.evaluation import Scores, evaluate
 from selfspan_jax.lm import SpanLM
@@ -53,10 +53,13 @@ class Run:
     """A directory RUN_DIR/export of the same run, from another machine: go on from it where this RUN_DIR has no checkpoint."""
     stop_after_seconds: float | None = None
     """Stop after so many seconds of training with everything written, at the next export where there are any."""
+    time_steps: int = 0
+    """Do not train: time so many steps, three times over, and write RUN_DIR/throughput.json; 0 to train."""
 
     def __post_init__(self):
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}; allowed: 0 and above")
+        for name in ("workers", "time_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 and above")
 
     def identity(self) -> dict:
         """What decides the result: a run directory is resumed only by the same."""
@@ -154,6 +157,11 @@ def main() -> None:
         print(f"{preset}: {model.num_parameters:,} parameters on {jax.devices()[0].device_kind}, {run.training.steps:,} steps")
         if (run.run_dir / "model").exists():
             print(f"this run is finished: {run.run_dir / 'model'}")
+            return
+        if run.time_steps:
+            figures = training_benchmark.measure(model, run.training, batches_from(0), steps=run.time_steps)
+            commandline.write_json(run.run_dir / "throughput.json", figures)
+            print(training_benchmark.table(figures))
             return
         num_examples = run.training.eval_examples
         scores: dict[str, float] = {}

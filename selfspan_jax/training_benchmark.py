@@ -13,7 +13,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ _KINDS = {"attention": r"masked_attention|sdpa|fmha|flash", "matrix products": r
 def measure(
     model: Decoder,
     config: TrainConfig,
-    batches: Sequence[training.Batch],
+    batches: Iterator[training.Batch],
     *,
     steps: int,
     attention: Sequence[SequenceImplementation] | None = None,
@@ -44,17 +44,18 @@ def measure(
     """The figures of a training step, for each implementation of its attention.
 
     Args:
-      batches: what the steps are taken on, in turn.
-      steps: of one repetition.
+      batches: its first two are what the steps are taken on, in turn.
+      steps: of one repetition, 1 and above.
       attention: implementations; by default the project's and cuDNN's on a GPU, XLA's elsewhere.
 
     Returns: device, shapes, and for each implementation ms, tokens and operations per second, share of the bf16 peak, GB of
     device memory at its peak so far, ms by kind of device operation, and the longest operations.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; allowed: 1 and above")
     names: Sequence[SequenceImplementation] = ("triton", "cudnn") if jax.default_backend() == "gpu" else ("xla",)
-    on_device = [training.DeviceBatch.of(batch) for batch in batches]
+    taken = list(itertools.islice(batches, 2))
+    if isinstance(batches, Generator):
+        batches.close()
+    on_device = [training.DeviceBatch.of(batch) for batch in taken]
     device = jax.devices()[0]
     result: dict[str, Any] = {
         "device": device.device_kind,
@@ -66,7 +67,7 @@ def measure(
         "mask": model.config.mask,
         "attention": {},
     }
-    tokens = statistics.mean(int(np.count_nonzero(batch.segment_ids)) for batch in batches)
+    tokens = statistics.mean(int(np.count_nonzero(batch.segment_ids)) for batch in taken)
     for name in names if attention is None else attention:
         graph, state = training.initial_state(model, config)
         state = jax.tree.map(jnp.copy, state)  # the step takes its state's memory; the model keeps its own
