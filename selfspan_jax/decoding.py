@@ -393,11 +393,17 @@ class Chunk(NamedTuple):
     num_attended: Int[np.ndarray, "B C"]  # 0 where padding
 
 
-@functools.partial(jax.jit, static_argnames=("size",))
-def _jit_chunk(state: DecodeState, start, size):
-    """What a host needs to know of the steps since `start`."""
+@functools.partial(jax.jit, static_argnames=("structure", "config", "size"), donate_argnames=("state",))
+def _jit_chunk(structure, params, state, start, config, size):
+    """`size` steps, and what a host needs to know of them.
+
+    A loop of known length, even where all sequences end within it: the call returns as soon as the device has its orders.
+    One whose end is data returns when the data is there, and the device then waits for the next call: 3 ms a chunk.
+    """
+    model = structure.decoder(params)
+    state = jax.lax.fori_loop(0, size, lambda _, state: _step(model, state, start + size, None, config), state)
     tokens, attended = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (state.new_tokens, state.num_attended))
-    return tokens, attended, state.num_steps, jnp.all(state.done)
+    return state, (tokens, attended, state.num_steps, jnp.all(state.done))
 
 
 def stream(
@@ -419,8 +425,8 @@ def stream(
     waiting: collections.deque = collections.deque()
     for start in range(0, config.max_new_tokens, chunk_tokens):
         size = min(chunk_tokens, config.max_new_tokens - start)
-        state = _jit_run(model.structure, model.params, state, jnp.int32(start + size), None, config, _unasked_steps(chunk_tokens))
-        waiting.append((start, _jit_chunk(state, start, size)))
+        state, chunk = _jit_chunk(model.structure, model.params, state, jnp.int32(start), config, size)
+        waiting.append((start, chunk))
         if len(waiting) > 1 and (yield from _emit(*waiting.popleft())):
             return
     for chunk in waiting:
