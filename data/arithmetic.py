@@ -22,7 +22,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -209,6 +209,11 @@ class Example:
     prompt_tokens: int
     first_label: int
     labelling: Labelling
+
+    @property
+    def prompt(self) -> str:
+        """What `ArithmeticTask.encode_prompt` takes."""
+        return self.expression.text
 
     @property
     def prompt_ids(self) -> npt.NDArray[np.int32]:
@@ -531,6 +536,8 @@ class Corpus:
     num_labels: int = 512
     names_first_step: bool = False
 
+    name: ClassVar[str] = "arithmetic"
+
     def __post_init__(self) -> None:
         Vocab(self.num_labels)
         if not 1 <= self.min_ops <= self.max_ops:
@@ -565,17 +572,37 @@ class Corpus:
     @property
     def task(self) -> "ArithmeticTask":
         """What a model that is trained on this corpus needs to know of it."""
-        return ArithmeticTask(self.vocab, self.labelling, self.names_first_step)
+        return self.task_in(self.vocab)
+
+    @property
+    def description(self) -> str:
+        """For people: what a prompt is."""
+        return f"expressions of {self.min_ops} to {self.max_ops} operators"
+
+    def task_in(self, vocab: Vocab) -> "ArithmeticTask":
+        """`task`, written in another vocabulary."""
+        return ArithmeticTask(vocab, self.labelling, self.names_first_step)
+
+    def stream(
+        self, task: "ArithmeticTask", *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0
+    ) -> Generator["Example", None, None]:
+        """Endless examples in the vocabulary of a task of this corpus; see the function `stream`."""
+        return stream(self, seed=seed, split=split, start=start, num_workers=num_workers, vocab=task.vocab)
+
+    def check_rows(self, task: "ArithmeticTask", sequence_tokens: int) -> None:
+        """Raises ValueError where the largest expressions would hardly fit into rows of so many tokens."""
+        if (longest := likely_longest_tokens(self, task.vocab)) > sequence_tokens:
+            raise ValueError(f"expressions of {self.max_ops} operators take up to {longest} tokens, a row only {sequence_tokens}")
 
 
-def likely_longest_tokens(corpus: Corpus, num_examples: int = 256) -> int:
+def likely_longest_tokens(corpus: Corpus, vocab: Vocab | None = None, num_examples: int = 256) -> int:
     """A length, in tokens, that hardly any example of a corpus exceeds.
 
     As far beyond the longest of a sample of the largest expressions as that is beyond their mean: lengths are sums of many
     small parts, so this is some six standard deviations out.
     """
     largest = dataclasses.replace(corpus, min_ops=corpus.max_ops)
-    lengths = [len(example.token_ids) for example in itertools.islice(stream(largest, seed=0), num_examples)]
+    lengths = [len(example.token_ids) for example in itertools.islice(stream(largest, seed=0, vocab=vocab), num_examples)]
     return 2 * max(lengths) - sum(lengths) // len(lengths)
 
 
@@ -584,8 +611,10 @@ def split_of(expression: Expression) -> Split:
     return "test" if zlib.crc32(expression.text.encode()) % 8 == 0 else "train"
 
 
-def stream(corpus: Corpus, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0) -> Generator[Example, None, None]:
-    """Endless examples of a corpus, from number `start` on.
+def stream(
+    corpus: Corpus, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0, vocab: Vocab | None = None
+) -> Generator[Example, None, None]:
+    """Endless examples of a corpus, from number `start` on, in its own vocabulary or the one given.
 
     Example i depends on (corpus, seed, split, i) alone, and the splits share no expression. With `num_workers`
     processes the examples are the same; closing the iterator ends the processes.
@@ -598,7 +627,7 @@ def stream(corpus: Corpus, *, seed: int, split: Split = "train", start: int = 0,
     if start < 0:
         raise ValueError(f"start is {start}: expected at least 0")
     first_chunk, skipped = divmod(start, CHUNK_EXAMPLES)
-    chunks = workers.ordered(functools.partial(_chunk, corpus, seed, split), first_chunk, num_workers)
+    chunks = workers.ordered(functools.partial(_chunk, corpus, vocab or corpus.vocab, seed, split), first_chunk, num_workers)
     return _flatten(chunks, skipped)
 
 
@@ -609,11 +638,10 @@ def _flatten(chunks: Generator[list[Example], None, None], skipped: int) -> Gene
             skipped = 0
 
 
-def _chunk(corpus: Corpus, seed: int, split: Split, number: int) -> list[Example]:
+def _chunk(corpus: Corpus, vocab: Vocab, seed: int, split: Split, number: int) -> list[Example]:
     # random.Random: Python promises the same random() from the same text for all versions, and it is many times
     # faster than numpy for one number at a time. Nothing but random() is used.
     uniform = random.Random(f"arithmetic/{seed}/{split}/{number}").random
-    vocab = corpus.vocab
     examples = []
     for _ in range(CHUNK_EXAMPLES):
         num_ops = corpus.min_ops + int(uniform() * (corpus.max_ops - corpus.min_ops + 1))
@@ -622,8 +650,8 @@ def _chunk(corpus: Corpus, seed: int, split: Split, number: int) -> list[Example
             expression = _draw(corpus, num_ops, uniform)
         # Uniform over every place where the labels overlap the vocabulary, then moved inside: the outermost labels, 1
         # among them, are as frequent as the others (drawn inside at once, label 1 would be seen a twelfth as often).
-        first_label = 2 - num_ops + int(uniform() * (corpus.num_labels + num_ops - 2))
-        first_label = min(max(first_label, 1), corpus.num_labels - num_ops)
+        first_label = 2 - num_ops + int(uniform() * (vocab.num_labels + num_ops - 2))
+        first_label = min(max(first_label, 1), vocab.num_labels - num_ops)
         names = corpus.names_first_step
         examples.append(encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=first_label, names_first_step=names))
     return examples
@@ -751,6 +779,12 @@ class ArithmeticTask:
     def verify(self, text: str, response_ids: Iterable[int]) -> Verdict:
         """What is right and wrong with a response to `encode_prompt(text)`."""
         return verify(text, response_ids, vocab=self.vocab, labelling=self.labelling)
+
+    def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
+        """Of responses to the examples' prompts: the shares whose answer, whose every step and whose spans are right."""
+        verdicts = [self.verify(example.prompt, response) for example, response in zip(examples, responses, strict=True)]
+        judged = {"answer": "answer_right", "step": "steps_right", "span": "spans_right"}
+        return {f"{what}_accuracy": float(np.mean([getattr(verdict, name) for verdict in verdicts])) for what, name in judged.items()}
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for `from_json`."""

@@ -1,10 +1,13 @@
 """Packs examples into fixed [B, T] batches: several a row, each with its own segment and its own positions."""
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from data import workers
 
 
 class Batch(NamedTuple):
@@ -87,6 +90,23 @@ def pack_stream(
 ) -> Iterator[Batch]:
     """`pack` of `stream(start=start)`: all that a process needs to make the batches from an example on. Options as there."""
     return pack(stream(start=start), vocab, start=start, **options)
+
+
+def batches_from(
+    stream: Callable[..., Iterable[PackableExample]], vocab: PackingVocab, *, num_workers: int = 0, **options: Any
+) -> Callable[[int], Iterator[Batch]]:
+    """The endless batches of a stream from any example on: a function of its number. With workers one process more packs them.
+
+    Args:
+      stream: takes `start=`, and pickles.
+      options: of `pack`.
+    """
+    make = functools.partial(pack_stream, stream, vocab, **options)
+
+    def from_example(start: int) -> Iterator[Batch]:
+        return workers.remote(functools.partial(make, start=start)) if num_workers else make(start=start)
+
+    return from_example
 
 
 def _batches(

@@ -1,4 +1,4 @@
-"""Run directories: whose they are, and how a run that stopped goes on.
+"""Run directories: whose they are, how a run that stopped goes on, and what is said of its model.
 
 A run's identity is what decides its result, as JSON: parts by name, most of them objects of settings. It is in
 `run.json`, in the run directory and in an export of it alike.
@@ -8,8 +8,35 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from selfspan_jax.config import TrainConfig
+from selfspan_jax.evaluation import evaluate
+from selfspan_jax.lm import SpanLM, Task
+from selfspan_jax.model import Decoder
+
+
+class Example(Protocol):
+    """A prompt, as its task's `encode_prompt` takes it, and the ids of its gold response."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def response_ids(self) -> Int[np.ndarray, "R"]: ...
+
+
+class ScoringTask(Task, Protocol):
+    """A task that judges responses."""
+
+    def scores(self, examples: Sequence[Any], responses: Sequence[Iterable[int]]) -> dict[str, float]: ...
 
 
 def claim(run_dir: Path, identity: dict[str, Any], resume_from: Path | None = None) -> None:
@@ -52,3 +79,57 @@ def how_to_go_on(run_dir: Path) -> str:
     if export.exists():
         line += f"; elsewhere with --resume-from and the {len(list(export.iterdir()))} files of {export}"
     return line
+
+
+def score(model: Decoder, task: ScoringTask, examples: Sequence[Example]) -> dict[str, float]:
+    """Decodes the examples' prompts greedily, as the model was trained to attend: the task's scores, and what was read.
+
+    Responses may be 16 tokens longer than the longest gold one.
+    """
+    evaluation = evaluate(
+        SpanLM(model, task),
+        [example.prompt for example in examples],
+        verify=_unjudged,
+        attention=model.config.mask,
+        max_new_tokens=max(len(example.response_ids) for example in examples) + 16,
+        batch_size=128,
+        progress=True,
+    )
+    outputs = [result.output for result in evaluation.results]
+    attended = np.concatenate([out.num_attended for out in outputs])
+    contexts = np.concatenate([np.arange(out.prompt_tokens + 1, len(out.token_ids) + 1) for out in outputs])
+    return {
+        "num_examples": len(outputs),
+        **task.scores(examples, [out.response_ids for out in outputs]),
+        "attended_fraction": float(np.mean(attended / contexts)),
+        "attended_tokens": float(np.mean(attended)),
+        "finished_fraction": float(np.mean([out.finished for out in outputs])),
+    }
+
+
+def _unjudged(prompt: str, response_ids: Int[np.ndarray, "R"]) -> Any:
+    """The task judges all responses at once."""
+
+
+def card(title: str, model: Decoder, config: TrainConfig, prompts: str, scores: Mapping[str, float], identity: Mapping[str, Any]) -> str:
+    """The README of a finished model, with the command line of this process.
+
+    Args:
+      prompts: what the scores are on, for people.
+    """
+    lines = [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in scores.items()]
+    return (
+        f"# {title}\n\nA span model of {model.num_parameters:,} parameters, trained by `train.py` of selfspan.\n\n"
+        f"```\npython train.py {shlex.join(_shown(sys.argv[1:]))}\n```\n\n"
+        f"{config.steps:,} steps of {config.batch_size} x {config.sequence_tokens} tokens, "
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}.\n\n"
+        f"Scores on fresh {prompts}, decoded greedily by the model itself "
+        f"(attention: {model.config.mask}):\n\n" + "\n".join(lines) + "\n\n"
+        "`config.json` has the architecture, `vocab.json` the task.\n\n"
+        f"```json\n{json.dumps(identity, indent=2)}\n```\n"
+    )
+
+
+def _shown(arguments: Sequence[str]) -> list[str]:
+    """The command line without this machine's paths."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in arguments]
