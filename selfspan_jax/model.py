@@ -43,6 +43,10 @@ def _stretched(frequencies: Float[Array, "H/2"], scaling: RopeScaling) -> Float[
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
+class Frozen(nnx.Variable):
+    """A parameter that training leaves as it is: no gradient of it is taken."""
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32 and rounded before the scale, as Llama does (1910.07467, equation 4)."""
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from selfspan_jax.attention import SequenceImplementation, attend_in_training
 from selfspan_jax.checkpoint import TrainingCheckpoints, load_export, save_export
 from selfspan_jax.config import TrainConfig
-from selfspan_jax.model import Decoder
+from selfspan_jax.model import Decoder, Frozen
 from selfspan_jax.throughput import peak_fraction, step_flops
 
 
@@ -69,8 +69,22 @@ class DeviceBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What training leaves as it is: how the model is built, and the parameters that are frozen."""
+
+    graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    frozen: nnx.State
+
+    def model(self, params: nnx.State) -> Decoder:
+        """The model with these trainable parameters."""
+        return nnx.merge(self.graph, params, self.frozen)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     params: nnx.State
+    """Those that are trained."""
     opt_state: optax.OptState
     step: Int[Array, ""]
 
@@ -93,18 +107,18 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def initial_state(model: Decoder, config: TrainConfig) -> tuple[nnx.GraphDef, TrainState]:
-    graph, params = nnx.split(model, nnx.Param)
-    return graph, TrainState(params, optimizer(config).init(params), jnp.zeros((), jnp.int32))
+def initial_state(model: Decoder, config: TrainConfig) -> tuple[Fixed, TrainState]:
+    """The model in two parts: what is trained, with its optimizer's moments, and the rest."""
+    graph, *states = nnx.split(model, nnx.Param, Frozen)
+    params, frozen = states
+    return Fixed(graph, frozen), TrainState(params, optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
 def loss_sums(
     model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Cross-entropy of the targets, summed over them, with their number, how many are predicted right, and what was attended to."""
-    attend, pairs = attend_in_training(
-        batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids, implementation=attention
-    )
+    attend, pairs = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids, implementation=attention)
     hidden, _ = model(batch.token_ids, batch.positions, attend)
     logits = model.logits(hidden[:, :-1])
     targets, weights = batch.token_ids[:, 1:], batch.target_mask[:, 1:].astype(jnp.float32)
@@ -114,14 +128,17 @@ def loss_sums(
     return loss, {"loss": loss, "right": jnp.sum(right * weights), "targets": jnp.sum(weights), "pairs": pairs}
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "attention"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames=("state",))
 def train_step(
-    graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, config: TrainConfig, attention: SequenceImplementation | None = None
+    fixed: Fixed, state: TrainState, batch: DeviceBatch, config: TrainConfig, attention: SequenceImplementation | None = None
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step on the mean loss over all targets of the batch, computed in `config.accumulation_steps` parts."""
+    """One optimizer step on the mean loss over all targets of the batch, computed in `config.accumulation_steps` parts.
+
+    Gradients are taken of `state.params` alone: nothing of the size of the frozen parameters is made.
+    """
 
     def gradients(params, part):
-        return jax.grad(lambda params: loss_sums(nnx.merge(graph, params), part, attention), has_aux=True)(params)
+        return jax.grad(lambda params: loss_sums(fixed.model(params), part, attention), has_aux=True)(params)
 
     if config.accumulation_steps == 1:
         grads, sums = gradients(state.params, batch)
@@ -241,7 +258,7 @@ def train(
     Raises: TrainingDiverged with the step at which the loss or its gradient was not finite; Stopped when the time is over.
     """
     began = time.perf_counter()
-    graph, state = initial_state(model, config)
+    fixed, state = initial_state(model, config)
     checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
     next_example = 0
     if checkpoints.latest_step is not None:
@@ -261,7 +278,7 @@ def train(
             batch, on_device = next(batches)
             waited = time.perf_counter() - waited
             previous = window.latest
-            state, metrics = train_step(graph, state, on_device, config)
+            state, metrics = train_step(fixed, state, on_device, config)
             window.add(step, metrics, int(np.count_nonzero(batch.segment_ids)), waited)
             if previous:  # fetched while this step runs
                 _check_finite(*previous)
@@ -284,7 +301,7 @@ def train(
             if saves:
                 checkpoints.save(step, state, batch.next_example)
             if evaluates and evaluate is not None:
-                scores = evaluate(nnx.merge(graph, state.params))
+                scores = evaluate(fixed.model(state.params))
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
                 window.restart()
@@ -295,7 +312,7 @@ def train(
         batches.close()
         log.close()
         checkpoints.close()
-    return nnx.merge(graph, state.params)
+    return fixed.model(state.params)
 
 
 class _Window:

@@ -69,14 +69,14 @@ def measure(
     }
     tokens = statistics.mean(int(np.count_nonzero(batch.segment_ids)) for batch in taken)
     for name in names if attention is None else attention:
-        graph, state = training.initial_state(model, config)
+        fixed, state = training.initial_state(model, config)
         state = jax.tree.map(jnp.copy, state)  # the step takes its state's memory; the model keeps its own
         feed = itertools.cycle(on_device)
 
         def run(count: int) -> dict[str, jax.Array]:
             nonlocal state
             for _ in range(count):
-                state, metrics = training.train_step(graph, state, next(feed), config, name)  # noqa: B023
+                state, metrics = training.train_step(fixed, state, next(feed), config, name)  # noqa: B023
             return jax.block_until_ready(metrics)
 
         began = time.perf_counter()

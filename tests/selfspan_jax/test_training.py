@@ -13,6 +13,7 @@ from flax import nnx
 from data.packing import Batch
 from selfspan_jax import training
 from selfspan_jax.config import TrainConfig
+from selfspan_jax.model import Frozen
 from selfspan_jax.training import DeviceBatch, TrainingDiverged
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.reference import Reference
@@ -83,9 +84,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulation_steps):
     uneven.target_mask[0] = False
     states = []
     for steps in (1, accumulation_steps):
-        graph, state = training.initial_state(random_model(), config := dataclasses.replace(CONFIG, accumulation_steps=steps))
+        fixed, state = training.initial_state(random_model(), config := dataclasses.replace(CONFIG, accumulation_steps=steps))
         for _ in range(3):  # the first step of a warm-up has rate 0
-            state, metrics = training.train_step(graph, state, DeviceBatch.of(uneven), config)
+            state, metrics = training.train_step(fixed, state, DeviceBatch.of(uneven), config)
         states.append((state.params, metrics))
     for whole, parts in zip(*(jax.tree.leaves(state) for state in states), strict=True):
         np.testing.assert_allclose(whole, parts, rtol=2e-3, atol=2e-5)
@@ -95,14 +96,14 @@ def test_a_step_is_adamw_on_the_clipped_gradient():
     """Two steps written out: Adam's moments with bias correction, decoupled decay on layer matrices only, rate by schedule."""
     config = dataclasses.replace(CONFIG, clip_norm=0.05, weight_decay=0.3, warmup_steps=0, learning_rate=1e-2)
     model = random_model()
-    graph, state = training.initial_state(model, config)
+    fixed, state = training.initial_state(model, config)
     params = {path: np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     moments = {path: (0.0, 0.0) for path in params}
     for step in range(2):
         batch = DeviceBatch.of(batch_of(step))
 
         def mean_loss(params, batch=batch):
-            loss, sums = training.loss_sums(nnx.merge(graph, params), batch)
+            loss, sums = training.loss_sums(fixed.model(params), batch)
             return loss / sums["targets"]
 
         grads = {path: np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(jax.grad(mean_loss)(state.params))}
@@ -119,11 +120,57 @@ def test_a_step_is_adamw_on_the_clipped_gradient():
             update = first / (1 - config.beta1 ** (step + 1)) / (np.sqrt(second / (1 - config.beta2 ** (step + 1))) + 1e-8)
             decay = config.weight_decay if path[-1] == "weight" else 0.0
             params[path] = params[path] - rate * (update + decay * params[path])
-        state, metrics = training.train_step(graph, state, batch, config)
+        state, metrics = training.train_step(fixed, state, batch, config)
         assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
         assert float(metrics["learning_rate"]) == pytest.approx(rate, rel=1e-5)
     for path, value in nnx.to_flat_state(state.params):
         np.testing.assert_allclose(value[...], params[path], rtol=2e-3, atol=2e-5, err_msg=str(path))
+
+
+def frozen_layers(model):
+    """The model with the matrices of its layers frozen."""
+    for layer in model.layers:
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+            linear.weight = Frozen(linear.weight[...])
+    return model
+
+
+def arrays_made(jaxpr):
+    """(shape, primitive) of everything that a program computes, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from ((variable.aval.shape, equation.primitive.name) for variable in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if (inner := getattr(inner, "jaxpr", inner)) is not None and hasattr(inner, "eqns"):
+                yield from arrays_made(inner)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_frozen_parameters_have_no_gradients_and_no_moments(accumulation_steps):
+    """Nothing of a frozen matrix's shape is computed; the same reading of a training of all parameters finds much."""
+    config = dataclasses.replace(CONFIG, accumulation_steps=accumulation_steps)
+    made = {}
+    for name, model in (("frozen", frozen_layers(random_model())), ("whole", random_model())):
+        fixed, state = training.initial_state(model, config)
+        matrices = {layer.mlp.down_proj.weight[...].shape for layer in model.layers} | {(64, 32), (32, 32), (96, 32)}
+        batch = DeviceBatch.of(batch_of(0, tokens=29))  # so that no array of tokens has the shape of a matrix
+        program = jax.make_jaxpr(training.train_step, static_argnums=(3,))(fixed, state, batch, config)
+        found = {primitive for shape, primitive in arrays_made(program.jaxpr) if shape in matrices | {s[::-1] for s in matrices}}
+        made[name] = found - {"pjit", "jit", "convert_element_type", "transpose"}
+        moments = optax.tree_utils.tree_get(state.opt_state, "mu")
+        assert jax.tree.structure(moments) == jax.tree.structure(state.params)
+        shapes = {leaf.shape for leaf in jax.tree.leaves((state.params, moments))}
+        assert bool(shapes & matrices) == (name == "whole")
+    assert not made["frozen"] and {"add_any", "mul", "dot_general"} & made["whole"]
+
+
+def test_a_step_leaves_frozen_parameters_alone_and_trains_the_others():
+    fixed, state = training.initial_state(model := frozen_layers(random_model()), dataclasses.replace(CONFIG, warmup_steps=0))
+    before, frozen = (jax.tree.map(np.array, tree) for tree in (state.params, fixed.frozen))
+    state, _ = training.train_step(fixed, state, DeviceBatch.of(batch_of(0)), dataclasses.replace(CONFIG, warmup_steps=0))
+    assert all((a != b).any() for a, b in zip(*(jax.tree.leaves(tree) for tree in (before, state.params)), strict=True))
+    for leaf, after in zip(*(jax.tree.leaves(tree) for tree in (frozen, fixed.frozen)), strict=True):
+        np.testing.assert_array_equal(leaf, after)
+    assert len(jax.tree.leaves(frozen)) == 4 * len(model.layers)
 
 
 def run(run_dir, *, config=CONFIG, source=batches_from, evaluate=None, **options):
