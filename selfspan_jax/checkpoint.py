@@ -120,18 +120,28 @@ def new_model_directory(directory: Path, model: Decoder, config: dict[str, Any])
 
     Yields: where to write until it is whole. Raises: FileExistsError if the directory exists.
     """
+    params = to_llama(model.config, nnx.state(model, nnx.Param))
+    arrays = {name: array.astype(model.config.compute_dtype) for name, array in params.items()}
+    with new_directory(directory) as partial:
+        save_file(arrays, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "model.safetensors").chmod(0o644)  # the library keeps it to its owner
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        yield partial
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory that is there whole or not at all. Yields where to write until it is whole.
+
+    Raises: FileExistsError if the directory exists.
+    """
     directory = Path(directory)
     if directory.exists():
         raise FileExistsError(f"{directory} exists: choose another, or remove it first")
-    params = to_llama(model.config, nnx.state(model, nnx.Param))
-    arrays = {name: array.astype(model.config.compute_dtype) for name, array in params.items()}
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        save_file(arrays, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / "model.safetensors").chmod(0o644)  # the library keeps it to its owner
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         yield partial
         os.rename(partial, directory)
     finally:

@@ -12,6 +12,7 @@ Attention = Literal["span", "dense", "window"]
 Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
 ComputeDtype = Literal["bfloat16", "float32"]
 LinearImplementation = Literal["reference", "xla", "triton"]  # of the linear maps
+LoraTarget = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
@@ -144,6 +145,41 @@ class TrainConfig:
         _require(0 <= self.beta2 < 1, self, "beta2", "0 to below 1")
         _require(self.weight_decay >= 0, self, "weight_decay", "0 and above")
         _require(bool(self.gap_scales) and min(self.gap_scales) >= 0, self, "gap_scales", "one or more numbers, 0 and above")
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedAttention:
+    """The attention that an imported model is fine-tuned with, and decodes with from then on: fields of `ModelConfig`."""
+
+    mask: Literal["span", "dense"] = "span"
+    """Mask of training: what the model's own span tokens name, or everything before (the dense control)."""
+    header_view: spans.HeaderView = "span"
+    """What span tokens of the response see: no more than other tokens, also the prompt, or all."""
+    prompt_view: spans.PromptView = "causal"
+    """What prompt tokens see: everything before, as in pretraining (causal), or their label, the sink and a window (local)."""
+    prompt_window_tokens: int = 16
+    """Width of the local prompt window, in tokens."""
+    remat: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about 30% more time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, 2106.09685): to each map's product W x they add (alpha / rank) B A x."""
+
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float = 32.0
+    """The adapters' scale, times the rank."""
+    targets: tuple[LoraTarget, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    """The maps that get one. Query, key and value are one map with one adapter; so are gate and up."""
+
+    def __post_init__(self):
+        _require(type(self.rank) is int and self.rank > 0, self, "rank", "whole numbers above 0")
+        _require_positive(self, "alpha")
+        known = get_args(LoraTarget)
+        _require(bool(self.targets) and set(self.targets) <= {*known}, self, "targets", f"one or more of {', '.join(known)}")
+        _require(len(self.targets) == len(set(self.targets)), self, "targets", "each once")
 
 
 @dataclasses.dataclass(frozen=True)

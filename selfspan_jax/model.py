@@ -131,6 +131,13 @@ class Layer(nnx.Module):
         return self.mlp(x, self.post_attention_layernorm, **linear), cache
 
 
+class Embedding(nnx.Embed):
+    """A row for each token [V, D]: what it enters as and, where embeddings are tied, what it is scored with as the next one."""
+
+    def scores(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None) -> Float[Array, "*batch V"]:
+        return fused_linear(hidden, self.embedding[...], out_dtype=jnp.float32, implementation=linear)
+
+
 class Decoder(nnx.Module):
     """A decoder-only transformer over a vocabulary whose structural ids `vocab` names."""
 
@@ -140,7 +147,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.vocab = vocab
         self.vocab_size = vocab_size
-        self.embed_tokens = nnx.Embed(
+        self.embed_tokens = Embedding(
             vocab_size,
             config.hidden_size,
             embedding_init=nnx.initializers.normal(0.02),
@@ -180,7 +187,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None = "xla") -> Float[Array, "*batch V"]:
         """Scores of the next token, float32."""
         if self.lm_head is None:
-            return fused_linear(hidden, self.embed_tokens.embedding[...], out_dtype=jnp.float32, implementation=linear)
+            return self.embed_tokens.scores(hidden, linear)
         return self.lm_head(hidden, out_dtype=jnp.float32, implementation=linear)
 
     @property
