@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import TileMask, rotate_and_write, span_decode_attention
 from pallas_kernels import masked_attention as attend_tiles
+from pallas_kernels.gradients import rotated_heads as rotate_rows
 from pallas_kernels.sequence_attention import unsupported_reason
 from selfspan_jax import spans
 from selfspan_jax.cache import SlotList
@@ -83,21 +84,18 @@ def masked_attention(
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation or default_implementation(q))
 
 
-def rotate(x: Float[Array, "B T K G H"], angles: Angles) -> Float[Array, "B T K G H"]:
-    """Turns the pairs (i, i + H/2) of each head by the angles, in float32: Llama's order of pairs."""
-    cos, sin = (angle[:, :, None, None, :] for angle in angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def rotated_heads(
     qkv: Float[Array, "B T K G+2 H"], angles: Angles
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Queries and keys, rotated, and values; query head n is query n % G of kv head n // G."""
-    batch, num_tokens, num_kv_heads, fused, head_size = qkv.shape
-    turned = rotate(qkv[:, :, :, :-1], angles)
-    q = turned[:, :, :, :-1].reshape(batch, num_tokens, num_kv_heads * (fused - 2), head_size)
-    return q, turned[:, :, :, -1], qkv[:, :, :, -1]
+    """Queries and keys, their pairs (i, i + H/2) turned by the angles in float32 (Llama's order), and values.
+
+    Query head n is query n % G of kv head n // G.
+    """
+    batch, num_tokens, *heads = qkv.shape
+    cos, sin = (angle.reshape(batch * num_tokens, -1) for angle in angles)
+    parts = rotate_rows(qkv.reshape(batch * num_tokens, *heads), cos, sin)
+    q, k, v = (part.reshape(batch, num_tokens, *part.shape[1:]) for part in parts)
+    return q, k, v
 
 
 def attend_under(mask: Bool[Array, "B T T"] | TileMask, implementation: Literal["xla", "cudnn"] | None = None) -> Attend:

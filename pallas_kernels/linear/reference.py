@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gradients import swiglu
 from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
 
 
@@ -54,8 +55,7 @@ def xla_linear(
     if isinstance(weight, QuantizedWeight):
         out = (out * weight.scales[None, :]).astype(out_dtype)
     if gated:
-        gate, up = jnp.split(out, 2, axis=-1)
-        out = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+        out = swiglu(out)
     if residual is not None:
         out += residual.astype(out_dtype)
     return out
