@@ -1,9 +1,10 @@
 """Trains a span model: data, model, optimizer, restore, loop.
 
     python train.py arithmetic-tiny --run-dir runs/tiny
+    python train.py finetune-lora --init SmolLM2.gguf --corpus arithmetic --run-dir runs/lora
 
 A run directory that holds a checkpoint is resumed; a run that was killed ends bit-identical to one that was not.
-The finished model is in RUN_DIR/model, metrics are in RUN_DIR/metrics.jsonl and RUN_DIR/tensorboard.
+The finished model is in RUN_DIR/model, an adapter in RUN_DIR/adapter, metrics in RUN_DIR/metrics.jsonl and RUN_DIR/tensorboard.
 """
 
 import dataclasses
@@ -14,41 +15,37 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union
 
 import jax
 import tyro
 from flax import nnx
 
 from data import arithmetic, commandline, packing
-from selfspan_jax import checkpoint, runs, training, training_benchmark
-from selfspan_jax.config import PRESETS, ModelConfig, TrainConfig
+from data.vocab import TokenizerVocab
+from selfspan_jax import checkpoint, huggingface, lora, runs, training, training_benchmark
+from selfspan_jax.config import FINE_TUNING, PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
-# What a corpus is to training: settings with `name`, `description`, `task`, `stream` and `check_rows`, as arithmetic.Corpus has them.
+# What a corpus is to training: settings with `description`, `num_labels`, `task`, `task_in`, `stream` and `check_rows`.
 CORPORA = {
     "arithmetic-tiny": arithmetic.Corpus(min_ops=2, max_ops=12),
     "arithmetic-small": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
     "arithmetic-base": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
 }
-Corpus = TypeVar("Corpus")
+TUNING_CORPORA = {"arithmetic": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True, num_labels=64)}
+Corpus = TypeVar("Corpus", bound=Any)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Generic[Corpus]):
-    """One training run. Defaults are those of the preset."""
-
     run_dir: Path
     """Where checkpoints, metrics and the finished model go; resumed when it holds a checkpoint."""
-    model: ModelConfig
     training: TrainConfig
     corpus: Corpus
-    data: Path | None = None
-    """A corpus directory written by `python -m data`; by default examples are generated as they are needed."""
     workers: int = max(1, min(16, (os.cpu_count() or 2) - 1))
     """Processes that generate examples, beside one that packs them; 0 for none. The data does not depend on it."""
-
     resume_from: Path | None = None
     """A directory RUN_DIR/export of the same run, from another machine: go on from it where this RUN_DIR has no checkpoint."""
     stop_after_seconds: float | None = None
@@ -61,92 +58,122 @@ class Run(Generic[Corpus]):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 and above")
 
-    def identity(self) -> dict:
-        """What decides the result: a run directory is resumed only by the same."""
-        values = dataclasses.asdict(self)
-        data = str(self.data.absolute()) if self.data else None
-        return json.loads(json.dumps({name: values[name] for name in ("model", "training", "corpus")} | {"data": data}))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewModel(Run[Corpus]):
+    """Train a model from random parameters. Defaults are those of the preset."""
+
+    model: ModelConfig
+    data: Path | None = None
+    """A corpus directory written by `python -m data`; by default examples are generated as they are needed."""
+
+    def prepare(self) -> tuple[Decoder, Any, Callable[..., Iterator], dict[str, Any]]:
+        """The model, the task, the examples from any number on, and what decides the result."""
+        if self.data is None:
+            task, stream = self.corpus.task, generated(self, self.corpus.task)
+        else:
+            from data import corpus  # the datasets library takes seconds to import
+
+            stored = corpus.load(self.data)
+            task, stream = stored.task, functools.partial(stored.stream, seed=self.training.seed)
+        span_vocab, rngs = SpanVocab(**task.vocab.span_ids()), nnx.Rngs(self.training.seed)
+        model = Decoder(self.model, vocab=span_vocab, vocab_size=task.vocab.size, rngs=rngs)
+        return model, task, stream, {"model": dataclasses.asdict(self.model), "data": str(self.data.absolute()) if self.data else None}
+
+    def finish(self, model: Decoder, task: Any, card: str) -> None:
+        checkpoint.save_model(self.run_dir / "model", model, task.to_json(), card)
 
 
-def batches(run: Run, task: Any) -> tuple[Callable[[int], Iterator[packing.Batch]], Any]:
-    """The training data from any example on, and the task that it is of: the one given, or a corpus directory's own."""
-    seed = run.training.seed
-    if run.data is None:
-        run.corpus.check_rows(task, run.training.sequence_tokens)
-        stream: Callable[..., Iterator] = functools.partial(run.corpus.stream, task, seed=seed, split="train", num_workers=run.workers)
-    else:
-        from data import corpus  # the datasets library takes seconds to import
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuning(Run[Corpus]):
+    """Fine-tune all parameters of a language model of others."""
 
-        stored = corpus.load(run.data)
-        stream, task = functools.partial(stored.stream, seed=seed), stored.task
-    batches_from = packing.batches_from(
-        stream,
-        task.vocab,
-        num_workers=run.workers,
-        batch_size=run.training.batch_size,
-        sequence_tokens=run.training.sequence_tokens,
-        gap_scales=run.training.gap_scales,
-        gap_seed=seed,
-        gap_ids=task.step_ids,
-    )
-    return batches_from, task
+    init: Path
+    """A Hugging Face directory, with its tokenizer, or a GGUF file."""
+    corpus_name: Annotated[Literal[tuple(TUNING_CORPORA)], tyro.conf.arg(name="corpus")] = "arithmetic"  # type: ignore
+    """What it is fine-tuned on, in the words of its own tokenizer; the corpus's options are among these."""
+    attention: TunedAttention = dataclasses.field(default_factory=TunedAttention)
+    adapters: ClassVar[LoraConfig | None] = None
+
+    def prepare(self) -> tuple[Decoder, Any, Callable[..., Iterator], dict[str, Any]]:
+        seed, attention = self.training.seed, dataclasses.asdict(self.attention)
+        model, text = huggingface.load(self.init, num_labels=self.corpus.num_labels, seed=seed, **attention)
+        if (context := model.config.max_context_tokens) < self.training.sequence_tokens:
+            raise ValueError(f"rows of {self.training.sequence_tokens} tokens, but the context of {self.init} is {context}")
+        task = self.corpus.task_in(TokenizerVocab.of(text.tokenizer_json, dataclasses.asdict(model.vocab), model.vocab_size))
+        stream = generated(self, task)
+        model = lora.unfrozen(model) if self.adapters is None else lora.adapt(model, self.adapters, seed=seed)
+        identity = {"attention": attention, "base": {"name": self.init.name, "sha256": lora.fingerprint(model)}}
+        return model, task, stream, identity | ({} if self.adapters is None else {"lora": dataclasses.asdict(self.adapters)})
+
+    def finish(self, model: Decoder, task: Any, card: str) -> None:
+        if self.adapters and not lora.is_adapter(self.run_dir / "adapter"):
+            lora.save_adapter(self.run_dir / "adapter", model, self.adapters, self.init.name, task.to_json(), card)
+        checkpoint.save_model(self.run_dir / "model", lora.plain(model), task.to_json(), card)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraTuning(FineTuning[Corpus]):
+    """Fine-tune a language model of others by low-rank adapters and the embeddings of the span tokens."""
+
+    adapters: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # type: ignore[misc]
+
+
+def generated(run: Run, task: Any) -> Callable[..., Iterator]:
+    run.corpus.check_rows(task, run.training.sequence_tokens)
+    return functools.partial(run.corpus.stream, task, seed=run.training.seed, split="train", num_workers=run.workers)
+
+
+def commands() -> Any:
+    """A subcommand for each preset and each way of fine-tuning, of the corpus that the command line names."""
+    words = " ".join(sys.argv[1:]).replace("=", " ").split()
+    named = words[words.index("--corpus") + 1] if "--corpus" in words[:-1] else "arithmetic"
+    tuned = TUNING_CORPORA.get(named, TUNING_CORPORA["arithmetic"])
+    runs: dict[str, Run] = {
+        name: NewModel(run_dir=tyro.MISSING, model=PRESETS[name].model, training=PRESETS[name].training, corpus=corpus)
+        for name, corpus in CORPORA.items()
+    }
+    for name, kind in {"lora": LoraTuning, "full": FineTuning}.items():
+        runs[f"finetune-{name}"] = kind(run_dir=tyro.MISSING, init=tyro.MISSING, training=FINE_TUNING[name], corpus=tuned)
+    kinds = (Annotated[type(run)[type(run.corpus)], tyro.conf.subcommand(name, default=run)] for name, run in runs.items())  # type: ignore
+    return Union[tuple(kinds)]  # noqa: UP007
 
 
 def main() -> None:
-    command = Union[  # noqa: UP007 (a subcommand for each preset)
-        tuple(
-            Annotated[
-                Run[type(corpus)],  # type: ignore[misc]
-                tyro.conf.subcommand(name, default=Run(tyro.MISSING, PRESETS[name].model, PRESETS[name].training, corpus)),
-            ]
-            for name, corpus in CORPORA.items()
-        )
-    ]
-    run: Run = commandline.parse(command, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    preset = sys.argv[1]
+    run = commandline.parse(commands(), description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    preset, config = sys.argv[1], run.training
     with commandline.errors_for_people():
-        batches_from, task = batches(run, run.corpus.task)
-        runs.claim(run.run_dir, run.identity(), run.resume_from)
-        model = Decoder(
-            run.model,
-            vocab=SpanVocab(**task.vocab.span_ids()),
-            vocab_size=task.vocab.size,
-            rngs=nnx.Rngs(run.training.seed),
-        )
-        print(f"{preset}: {model.num_parameters:,} parameters on {jax.devices()[0].device_kind}, {run.training.steps:,} steps")
+        model, task, stream, identity = run.prepare()
+        identity |= {"training": dataclasses.asdict(config), "corpus": dataclasses.asdict(run.corpus)}
+        identity = json.loads(json.dumps(identity))
+        runs.claim(run.run_dir, identity, run.resume_from)
+        batches_from = packing.batches_from(stream, task.vocab, num_workers=run.workers, gap_ids=task.step_ids, **config.packing)
+        print(f"{preset}: {model.num_parameters:,} parameters on {jax.devices()[0].device_kind}, {config.steps:,} steps")
         if (run.run_dir / "model").exists():
             print(f"this run is finished: {run.run_dir / 'model'}")
             return
         if run.time_steps:
-            figures = training_benchmark.measure(model, run.training, batches_from(0), steps=run.time_steps)
+            figures = training_benchmark.measure(model, config, batches_from(0), steps=run.time_steps)
             commandline.write_json(run.run_dir / "throughput.json", figures)
             print(training_benchmark.table(figures))
             return
         scores: dict[str, float] = {}
 
         def evaluation(model: Decoder) -> dict[str, float]:
-            fresh = run.corpus.stream(task, seed=run.training.seed, split="test")
-            scores.update(runs.score(model, task, list(itertools.islice(fresh, run.training.eval_examples))))
+            fresh = run.corpus.stream(task, seed=config.seed, split="test")
+            scores.update(runs.score(lora.plain(model), task, list(itertools.islice(fresh, config.eval_examples))))
             return scores
 
-        evaluates = evaluation if run.training.eval_examples else None
+        evaluates = evaluation if config.eval_examples else None
+        stopping = {"resume_from": run.resume_from, "stop_after_seconds": run.stop_after_seconds}
         try:
-            model = training.train(
-                model,
-                run.training,
-                batches_from=batches_from,
-                run_dir=run.run_dir,
-                evaluate=evaluates,
-                resume_from=run.resume_from,
-                stop_after_seconds=run.stop_after_seconds,
-            )
+            model = training.train(model, config, batches_from=batches_from, run_dir=run.run_dir, evaluate=evaluates, **stopping)
         except training.Stopped as stop:
-            print(f"{stop} of {run.training.steps:,}: {runs.how_to_go_on(run.run_dir)}")
+            print(f"{stop} of {config.steps:,}: {runs.how_to_go_on(run.run_dir)}")
             return
         if evaluates and not scores:  # resumed after its last step
             evaluation(model)
-        card = runs.card(preset, model, run.training, run.corpus.description, scores, run.identity())
-        checkpoint.save_model(run.run_dir / "model", model, task.to_json(), card)
+        run.finish(model, task, runs.card(preset, model, config, run.corpus.description, scores, identity))
         print(f"finished: {run.run_dir / 'model'}")
 
 

@@ -122,11 +122,125 @@ class Vocab:
         Raises:
           ValueError: a key or a version that this code does not know, or a missing one.
         """
+        if isinstance(fields, Mapping) and fields.get("kind") == "tokenizer":
+            return TokenizerVocab.from_json(fields)
         checked = check_json(fields, "vocabulary", {"kind": "characters", "version": _JSON_VERSION}, ("num_labels",))
         return cls(num_labels=checked["num_labels"])
 
 
 DEFAULT_VOCAB = Vocab()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerVocab(Vocab):
+    """The vocabulary of a language model's own tokenizer, to which the structural tokens were added.
+
+    Its characters are the tokenizer's tokens of one character, so that a number is written digit by digit whatever the
+    tokenizer would make of it. The structural tokens are written as in `Vocab`, whatever the tokenizer calls them.
+    """
+
+    tokenizer_json: str = dataclasses.field(default="", repr=False)
+    """What `tokenizers.Tokenizer.to_str` writes."""
+    structural_ids: tuple[int, ...] = ()
+    """Of `<pad> <bos> <eos> <solve> <seg:0> <ref:0>`."""
+    num_tokens: int = 0
+    """Rows of the model's embedding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ids = self.structural_ids
+        if len(ids) != 6 or not all(type(i) is int and i >= 0 for i in ids) or type(self.num_tokens) is not int:
+            raise ValueError(f"structural_ids are {ids}: expected those of <pad> <bos> <eos> <solve> <seg:0> <ref:0>")
+        if max(*ids[:4], *(base + self.num_labels - 1 for base in ids[4:])) >= self.num_tokens:
+            raise ValueError(f"structural_ids are {ids}, with {self.num_labels} labels: beyond the {self.num_tokens} tokens")
+        if absent := [c for c in CHARACTERS if c not in self.ids]:
+            raise ValueError(f"the tokenizer has no token of its own for {absent[0]!r}: expressions cannot be written with it")
+
+    @classmethod
+    def of(cls, tokenizer_json: str, span_ids: Mapping[str, int], num_tokens: int) -> "TokenizerVocab":
+        """The vocabulary of a tokenizer whose structural tokens have the ids that `span_ids()` gives."""
+        structural = tuple(span_ids[f"{name}_id"] for name in ("pad", "bos", "eos", "solve"))
+        return cls(span_ids["num_labels"], tokenizer_json, (*structural, span_ids["seg_base"], span_ids["ref_base"]), num_tokens)
+
+    def __getstate__(self) -> dict[str, Any]:  # without what was cached: `tokenizers` pickles slowly
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_str(self.tokenizer_json)
+        except Exception as error:  # that is what the library raises
+            raise ValueError(f"not a tokenizer: {error}") from error
+
+    @property
+    def pad_id(self) -> int:
+        return self.structural_ids[0]
+
+    @property
+    def bos_id(self) -> int:
+        return self.structural_ids[1]
+
+    @property
+    def eos_id(self) -> int:
+        return self.structural_ids[2]
+
+    @property
+    def solve_id(self) -> int:
+        return self.structural_ids[3]
+
+    @property
+    def seg_base(self) -> int:
+        return self.structural_ids[4]
+
+    @property
+    def ref_base(self) -> int:
+        return self.structural_ids[5]
+
+    @property
+    def size(self) -> int:
+        return self.num_tokens
+
+    @functools.cached_property
+    def tokens(self) -> tuple[str, ...]:
+        written = [self._tokenizer.id_to_token(i) or f"<id:{i}>" for i in range(self.num_tokens)]
+        for i, token in zip(self.structural_ids, _STRUCTURAL):
+            written[i] = token
+        for label in range(self.num_labels):
+            written[self.seg_base + label], written[self.ref_base + label] = f"<seg:{label}>", f"<ref:{label}>"
+        return tuple(written)
+
+    def text_ids(self, text: str) -> npt.NDArray[np.int32]:
+        """Text as the tokenizer itself cuts it, int32 [n], without what it puts at its ends."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        pieces: list[str] = []
+        text: list[int] = []  # ids whose bytes may make characters together
+        structural = {*self.structural_ids[:4], *range(self.seg_base, self.seg_base + self.num_labels)}
+        structural |= {*range(self.ref_base, self.ref_base + self.num_labels)}
+        for i in map(int, token_ids):
+            if not 0 <= i < self.size:
+                raise ValueError(f"id {i} is outside the vocabulary of {self.size} tokens")
+            if i in structural:
+                pieces += [self._tokenizer.decode(text, skip_special_tokens=False), self.tokens[i]]
+                text = []
+            else:
+                text.append(i)
+        return "".join([*pieces, self._tokenizer.decode(text, skip_special_tokens=False)])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "tokenizer", "version": _JSON_VERSION, **self.__getstate__(), "structural_ids": list(self.structural_ids)}
+
+    @classmethod
+    def from_json(cls, fields: object) -> "TokenizerVocab":
+        names = [field.name for field in dataclasses.fields(cls)]
+        checked = check_json(fields, "vocabulary", {"kind": "tokenizer", "version": _JSON_VERSION}, names)
+        values = {name: checked[name] for name in names}
+        if not isinstance(values["tokenizer_json"], str) or not isinstance(values["structural_ids"], list):
+            raise ValueError("vocabulary: expected text for tokenizer_json and a list for structural_ids")
+        return cls(**values | {"structural_ids": tuple(values["structural_ids"])})
 
 
 def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> Mapping[str, Any]:

@@ -146,6 +146,12 @@ class TrainConfig:
         _require(self.weight_decay >= 0, self, "weight_decay", "0 and above")
         _require(bool(self.gap_scales) and min(self.gap_scales) >= 0, self, "gap_scales", "one or more numbers, 0 and above")
 
+    @property
+    def packing(self) -> dict[str, Any]:
+        """How examples become batches: arguments of `data.packing.pack`."""
+        rows = {"batch_size": self.batch_size, "sequence_tokens": self.sequence_tokens}
+        return {**rows, "gap_scales": self.gap_scales, "gap_seed": self.seed}
+
 
 @dataclasses.dataclass(frozen=True)
 class TunedAttention:
@@ -271,4 +277,10 @@ PRESETS = {
         ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12, max_context_tokens=8192),
         TrainConfig(steps=6_000, batch_size=256, learning_rate=6e-4, warmup_steps=500, gap_scales=_FAR, eval_every_steps=2_000),
     ),
+}
+
+# Without position gaps: the rotary positions of an imported model are trained far beyond its rows here.
+FINE_TUNING = {
+    "lora": TrainConfig(steps=1_500, learning_rate=1e-3, warmup_steps=100, weight_decay=0.0, gap_scales=(0,), eval_every_steps=500),
+    "full": TrainConfig(steps=1_500, learning_rate=2e-4, warmup_steps=100, gap_scales=(0,), eval_every_steps=500),
 }

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
 
 from selfspan_jax.checkpoint import from_llama, new_model_directory, read_json, to_llama
-from selfspan_jax.config import ComputeDtype, ModelConfig, RopeScaling
+from selfspan_jax.config import ModelConfig, RopeScaling
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
@@ -265,6 +265,13 @@ class TextTask:
         """The text without structural tokens."""
         return str(self.tokenizer.decode(list(map(int, response_ids)), skip_special_tokens=True))
 
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the library `tokenizers` writes it. Raises ValueError for one that is not of that library."""
+        if (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is None:
+            raise ValueError("the tokenizer is not one of the library tokenizers (tokenizer.json)")
+        return str(backend.to_str())
+
     def to_json(self) -> dict[str, Any]:
         raise NotImplementedError("a text task is kept in its tokenizer's own files: see huggingface.export")
 
@@ -283,24 +290,24 @@ def is_foreign(path: Path) -> bool:
     return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
 
 
-def load_decoder(path: str | Path, vocab: SpanVocab | None = None, *, seed: int = 0, compute_dtype: ComputeDtype | None = None) -> Decoder:
+def load_decoder(path: str | Path, vocab: SpanVocab | None = None, *, seed: int = 0, **changes: Any) -> Decoder:
     """The decoder of a Hugging Face directory or a GGUF file, its parameters in the compute dtype.
 
     Args:
       vocab: ids of the structural tokens; by default after the file's vocabulary, with 256 labels.
       seed: of the noise of new embeddings.
-      compute_dtype: "bfloat16" or "float32" in place of the file's.
+      changes: fields of ModelConfig in place of the file's: compute_dtype, mask, header_view, prompt_view and so on.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: an architecture that the decoder does not have, or tensors that do not fit the config.
     """
     path = Path(path)
-    config, old_size, tensors = _source(path, compute_dtype, _gguf_reader(path))
+    config, old_size, tensors = _source(path, changes, _gguf_reader(path))
     return _decoder(config, vocab or SpanVocab.consecutive(old_size, _NUM_LABELS), old_size, tensors, path, seed)
 
 
-def _source(path: Path, compute_dtype: ComputeDtype | None, reader: GGUFReader | None) -> tuple[ModelConfig, int, _Tensors]:
+def _source(path: Path, changes: Mapping[str, Any], reader: GGUFReader | None) -> tuple[ModelConfig, int, _Tensors]:
     """The architecture, the size of the vocabulary and the tensors, none of which is read yet."""
     if reader is not None:
         fields, tensors = _gguf(path, reader)
@@ -310,24 +317,23 @@ def _source(path: Path, compute_dtype: ComputeDtype | None, reader: GGUFReader |
         fields, tensors = read_json(path / "config.json"), _safetensors(path)
     try:
         config = model_config({"tie_word_embeddings": "lm_head.weight" not in tensors.shapes, **fields})
-        if compute_dtype is not None:
-            config = dataclasses.replace(config, compute_dtype=compute_dtype)
+        config = dataclasses.replace(config, **changes)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return config, fields["vocab_size"], tensors
 
 
-def load(
-    path: str | Path, *, num_labels: int = _NUM_LABELS, seed: int = 0, compute_dtype: ComputeDtype | None = None
-) -> tuple[Decoder, TextTask]:
+def load(path: str | Path, *, num_labels: int = _NUM_LABELS, seed: int = 0, **changes: Any) -> tuple[Decoder, TextTask]:
     """A language model and its tokenizer, both with the structural tokens of `num_labels` labels added.
 
-    Raises: as `load_decoder`, and ValueError for a tokenizer that does not fit.
+    Arguments as for `load_decoder`. Raises: as `load_decoder`, and ValueError for a tokenizer that does not fit.
     """
     path = Path(path)
     reader = _gguf_reader(path)
-    config, old_size, tensors = _source(path, compute_dtype, reader)  # first: the tokenizer's library reads the config too
+    config, old_size, tensors = _source(path, changes, reader)  # first: the tokenizer's library reads the config too
     tokenizer = _tokenizer(path) if reader is None else _gguf_tokenizer(path, reader)
+    if len(tokenizer) > old_size:
+        raise ValueError(f"{path}: the tokenizer has {len(tokenizer):,} tokens, the model's embedding {old_size:,} rows: not of one model")
     try:
         vocab = span_vocab(tokenizer, num_labels)
     except ValueError as error:
@@ -376,10 +382,10 @@ _DIGITS_APART = {"smollm": True, "gpt-2": False, "default": False}
 
 def _gguf_reader(path: Path) -> GGUFReader | None:
     """None for what is no GGUF file by its name."""
-    from gguf import GGUFReader
-
     if path.suffix != ".gguf":
         return None
+    from gguf import GGUFReader  # only those who read such files need it
+
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

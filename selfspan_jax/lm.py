@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from selfspan_jax import checkpoint, decoding, huggingface
+from selfspan_jax import checkpoint, decoding, huggingface, lora
 from selfspan_jax.attention import attend_under, sequence_mask
 from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.model import Decoder
@@ -121,19 +121,31 @@ class SpanLM:
         self.task = task
 
     @classmethod
-    def load(cls, directory: str | Path, tasks: Mapping[str, type[Task]] | None = None, *, int8: bool = False) -> SpanLM:
+    def load(
+        cls,
+        directory: str | Path,
+        tasks: Mapping[str, type[Task]] | None = None,
+        *,
+        base: str | Path | None = None,
+        int8: bool = False,
+    ) -> SpanLM:
         """Loads a finished model.
 
         Args:
-          directory: as `train.py` writes it; or a model of others, see `huggingface.load`: a Hugging Face directory or a GGUF file.
+          directory: as `train.py` writes it, an adapter included; or a model of others, see `huggingface.load`: a Hugging Face
+            directory or a GGUF file.
           tasks: what can turn text into ids, by the name that a checkpoint has for it; by default the installed ones.
+          base: of an adapter, the model of others that it was trained on.
           int8: compute with int8 weights, half the bytes of bfloat16 ones.
 
         Raises: FileNotFoundError, ValueError with one line that says what is wrong with the directory.
         """
         if huggingface.is_foreign(Path(directory)):
             return cls(*huggingface.load(directory), int8=int8)
-        model, fields = checkpoint.load_model(Path(directory))
+        if lora.is_adapter(Path(directory)):
+            model, fields = lora.load_adapter(Path(directory), None if base is None else Path(base))
+        else:
+            model, fields = checkpoint.load_model(Path(directory))
         tasks = installed_tasks() if tasks is None else tasks
         if (name := str(fields.get("task"))) not in tasks:
             known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
