@@ -1,0 +1,199 @@
+"""Sentences of a text, and which sentences of an article a sentence of its summary was written from.
+
+Splitting is `sentencex`'s. Alignment grows a set of article sentences greedily by ROUGE-1 recall of the summary sentence
+(Lin, 2004: the share of its words, counted, that the set has), function words left out, ROUGE-2 recall deciding between
+equals; a sentence that others made needless is taken out again, so that the set stays the smallest.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import sentencex
+
+_WORD = re.compile(r"[^\W_]+(?:[.,'’][^\W_]+)*")
+# Words that say nothing of where a sentence comes from.
+_FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "about",
+        "after",
+        "again",
+        "against",
+        "all",
+        "also",
+        "an",
+        "and",
+        "any",
+        "are",
+        "as",
+        "at",
+        "be",
+        "because",
+        "been",
+        "before",
+        "being",
+        "but",
+        "by",
+        "can",
+        "could",
+        "did",
+        "do",
+        "does",
+        "during",
+        "each",
+        "for",
+        "from",
+        "had",
+        "has",
+        "have",
+        "he",
+        "her",
+        "here",
+        "hers",
+        "him",
+        "his",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "it's",
+        "just",
+        "more",
+        "most",
+        "no",
+        "not",
+        "of",
+        "off",
+        "on",
+        "once",
+        "only",
+        "or",
+        "other",
+        "our",
+        "out",
+        "over",
+        "said",
+        "say",
+        "says",
+        "she",
+        "so",
+        "some",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "through",
+        "to",
+        "too",
+        "under",
+        "until",
+        "up",
+        "us",
+        "very",
+        "was",
+        "we",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "while",
+        "who",
+        "whom",
+        "why",
+        "will",
+        "with",
+        "would",
+        "you",
+        "your",
+    ]
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of an English text in order, each on one line; what has no letter or digit is left out."""
+    lines = (" ".join(sentence.split()) for sentence in sentencex.segment("en", text))
+    return [line for line in lines if any(character.isalnum() for character in line)]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers; `1,200`, `3.5` and `it's` are one each."""
+    return _WORD.findall(text.lower().replace("’s", "").replace("'s", ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """How sources are found.
+
+    Attributes:
+      min_gain: Least share of a summary sentence's content words that an article sentence must add to be a source.
+      max_sources: Most sources of a summary sentence.
+    """
+
+    min_gain: float = 0.12
+    max_sources: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_gain <= 1:
+            raise ValueError(f"min_gain is {self.min_gain}: expected above 0, up to 1")
+        if self.max_sources < 1:
+            raise ValueError(f"max_sources is {self.max_sources}: expected at least 1")
+
+    def align(self, article: Sequence[str], summary: Sequence[str]) -> list[tuple[int, ...]]:
+        """For each summary sentence, the indices of its sources in ascending order; none where no sentence gains enough."""
+        unigrams, bigrams = zip(*map(_counts, article)) if article else ((), ())
+        return [self._sources(unigrams, bigrams, *_counts(sentence)) for sentence in summary]
+
+    def _sources(
+        self,
+        unigrams: Sequence[collections.Counter[str]],
+        bigrams: Sequence[collections.Counter[tuple[str, str]]],
+        wanted: collections.Counter[str],
+        wanted_bigrams: collections.Counter[tuple[str, str]],
+    ) -> tuple[int, ...]:
+        total = wanted.total()
+        # Only what could be wanted is counted, so the work is that of one pass over the article and a few over what is shared.
+        shared = {i: own for i, counts in enumerate(unigrams) if (own := {word: counts[word] for word in wanted if word in counts})}
+        least = self.min_gain * total - 1e-9
+        chosen: list[int] = []
+
+        def found(members: Sequence[int]) -> int:
+            return sum(min(n, sum(shared[i].get(word, 0) for i in members)) for word, n in wanted.items())
+
+        tried: set[int] = set()
+        while len(chosen) < self.max_sources:
+            before = found(chosen)
+            best, best_key = -1, (0, 0, 0)
+            for i in shared.keys() - tried:
+                key = (found([*chosen, i]) - before, sum((bigrams[i] & wanted_bigrams).values()), -i)
+                if key[0] >= max(least, 1) and (best < 0 or key > best_key):
+                    best, best_key = i, key
+            if best < 0:
+                break
+            chosen.append(best)
+            tried.add(best)
+            reached = found(chosen)
+            for i in list(chosen[:-1]):
+                without = [j for j in chosen if j != i]
+                if reached - found(without) < max(least, 1):
+                    chosen, reached = without, found(without)
+        return tuple(sorted(chosen))
+
+
+def _counts(sentence: str) -> tuple[collections.Counter[str], collections.Counter[tuple[str, str]]]:
+    every = words(sentence)
+    return collections.Counter(word for word in every if word not in _FUNCTION_WORDS), collections.Counter(zip(every, every[1:]))
