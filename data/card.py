@@ -10,7 +10,7 @@ import numpy.typing as npt
 from data.arithmetic import Example, Expression
 from data.vocab import Vocab
 
-_QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 _LENGTH_BIN_TOKENS = 32
 
 
@@ -84,13 +84,13 @@ class Statistics:
         for length, count in self._example_tokens.items():
             bins[length // _LENGTH_BIN_TOKENS * _LENGTH_BIN_TOKENS] += count
         return {
-            "prompt_tokens": _quantiles(self._prompt_tokens),
-            "response_tokens": _quantiles(self._response_tokens),
-            "example_tokens": _quantiles(self._example_tokens),
+            "prompt_tokens": quantiles(self._prompt_tokens),
+            "response_tokens": quantiles(self._response_tokens),
+            "example_tokens": quantiles(self._example_tokens),
             "example_tokens_histogram": {f"{low}-{low + _LENGTH_BIN_TOKENS - 1}": bins[low] for low in sorted(bins)},
             "num_ops_histogram": {str(n): self._num_ops[n] for n in sorted(self._num_ops)},
             "operators": {symbol: self._operators[symbol] for symbol in sorted(self._operators)},
-            "tree_depth": _quantiles(self._depth),
+            "tree_depth": quantiles(self._depth),
             "tree_shape_share": {shape: round(self._shapes[shape] / num_examples, 6) for shape in ("left comb", "least depth")},
             "attended_fraction": round(self._attended_fractions / response_tokens, 6),
             "attended_tokens_mean": round(self._attended_tokens / response_tokens, 3),
@@ -112,11 +112,11 @@ def _shape(expression: Expression) -> tuple[int, bool]:
     return depths[0], is_left_comb
 
 
-def _quantiles(counts: Mapping[int, int]) -> dict[str, float]:
+def quantiles(counts: Mapping[int, int]) -> dict[str, float]:
     values = sorted(counts)
     cumulative = np.cumsum([counts[value] for value in values])
     total = int(cumulative[-1])
-    quantiles = {name: values[int(np.searchsorted(cumulative, q * total))] for name, q in _QUANTILES.items()}
+    quantiles = {name: values[int(np.searchsorted(cumulative, q * total))] for name, q in QUANTILES.items()}
     return {"mean": round(sum(value * count for value, count in counts.items()) / total, 3), **quantiles}
 
 
@@ -130,32 +130,32 @@ def readme(fields: Mapping[str, Any]) -> str:
         f"    {fields['command']}",
         "The same command gives the same bytes, whatever the number of workers. The splits share no expression.",
         "## Distributions that it was drawn from",
-        _table(("setting", "value"), fields["distributions"].items()),
+        table(("setting", "value"), fields["distributions"].items()),
         "## What was drawn",
-        _table(("", "mean", *_QUANTILES), ((name, *statistics[name].values()) for name in lengths)),
+        table(("", "mean", *QUANTILES), ((name, *statistics[name].values()) for name in lengths)),
         f"Attended fraction {statistics['attended_fraction']:.4f}: the mean, over response tokens, of the tokens attended to as a share of "
         f'those that dense attention reads (itself included; `header_view="span"`, `prompt_view="causal"`). A response token attends to '
         f"{statistics['attended_tokens_mean']} tokens on average, to {statistics['attended_tokens_max']} at most.",
         "## Operators",
-        _counts("operator", statistics["operators"]),
+        counts("operator", statistics["operators"]),
         "## Number of operators",
-        _counts("operators", statistics["num_ops_histogram"]),
+        counts("operators", statistics["num_ops_histogram"]),
         "## Tree shapes",
         "Share of the trees that are left combs (every right operand is a leaf) and that have the least depth possible (operators on the "
         "longest way down); small trees can be both, and uniform ones either.",
-        _table(("shape", "share"), statistics["tree_shape_share"].items()),
+        table(("shape", "share"), statistics["tree_shape_share"].items()),
         "## Tokens per example",
-        _counts("tokens", statistics["example_tokens_histogram"]),
+        counts("tokens", statistics["example_tokens_histogram"]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _counts(what: str, counts: Mapping[str, int]) -> str:
+def counts(what: str, counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
-    return _table((what, "count", "share"), ((f"`{key}`", count, f"{count / total:.4f}") for key, count in counts.items()))
+    return table((what, "count", "share"), ((f"`{key}`", count, f"{count / total:.4f}") for key, count in counts.items()))
 
 
-def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     lines = [list(map(str, row)) for row in (head, *rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

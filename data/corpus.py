@@ -10,29 +10,54 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
-from data import arithmetic, card
+from data import arithmetic, card, news
+from data.news import card as news_card
 from data.vocab import check_json
 
 _FIXED = {"format": "selfspan corpus", "version": 1}
 _READ_EXAMPLES = 256
 _BLOCK_EXAMPLES = 4096  # what is held as Python objects at a time
-_FEATURES = datasets.Features(
+_INT = datasets.Value("int32")
+_TEXT = datasets.Value("string")
+_ARITHMETIC = datasets.Features(
     {
-        "expression": datasets.Value("string"),
-        "answer": datasets.Value("string"),
-        "num_ops": datasets.Value("int32"),
-        "first_label": datasets.Value("int32"),
-        "prompt_tokens": datasets.Value("int32"),
-        "token_ids": datasets.List(datasets.Value("int32")),
+        "expression": _TEXT,
+        "answer": _TEXT,
+        "num_ops": _INT,
+        "first_label": _INT,
+        "prompt_tokens": _INT,
+        "token_ids": datasets.List(_INT),
     }
 )
+_NEWS = datasets.Features(
+    {
+        "article": datasets.List(_TEXT),
+        "summary": datasets.List(_TEXT),
+        "sources": datasets.List(datasets.List(_INT)),
+        "facts": datasets.List({"sentence": _INT, "kind": _TEXT, "text": _TEXT}),
+        "first_label": _INT,
+        "prompt_tokens": _INT,
+        "token_ids": datasets.List(_INT),
+    }
+)
+
+
+class _Kind(NamedTuple):
+    """How examples of a task become rows and rows examples, and what is said of them."""
+
+    task: Any
+    features: datasets.Features
+    to_row: Callable[[Any], dict[str, Any]]
+    from_row: Callable[[Any, Mapping[str, Any]], Any]
+    statistics: Callable[[Any], Any]
+    readme: Callable[[Mapping[str, Any]], str]
 
 
 @contextlib.contextmanager
@@ -57,34 +82,36 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write(path: Path, examples: Iterable[arithmetic.Example], task: arithmetic.ArithmeticTask, description: Mapping[str, Any]) -> None:
+def write(path: Path, examples: Iterable[Any], task: Any, description: Mapping[str, Any]) -> None:
     """Writes the examples and their card to a new directory; the same input gives the same bytes.
 
     Args:
-      description: goes into the card as it is: at least "command", "num_examples", "split" and "distributions".
+      description: goes into the card as it is: at least "command", "num_examples", "split" and "distributions". Read when
+        the examples have ended, so that what was counted meanwhile can be in it.
 
     Raises:
       FileExistsError, NotADirectoryError: see `new_directory`.
     """
+    kind = _KINDS[task.name]
     with new_directory(path) as directory:
-        statistics = card.Statistics(task.vocab)
+        statistics = kind.statistics(task.vocab)
         blocks: list[datasets.Dataset] = []
-        columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
+        columns: dict[str, list[Any]] = {name: [] for name in kind.features}
         for example in examples:
             statistics.add(example)
-            for name, value in _row(example).items():
+            for name, value in kind.to_row(example).items():
                 columns[name].append(value)
             if len(columns["token_ids"]) == _BLOCK_EXAMPLES:
-                blocks.append(datasets.Dataset.from_dict(columns, features=_FEATURES))
-                columns = {name: [] for name in _FEATURES}
-        blocks.append(datasets.Dataset.from_dict(columns, features=_FEATURES))
+                blocks.append(datasets.Dataset.from_dict(columns, features=kind.features))
+                columns = {name: [] for name in kind.features}
+        blocks.append(datasets.Dataset.from_dict(columns, features=kind.features))
         fields = {**_FIXED, "task": task.to_json(), **description, "statistics": statistics.to_json()}
         dataset = datasets.concatenate_datasets(blocks)
         fingerprint = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
         with _no_progress_bar():
-            dataset.select_columns(list(_FEATURES), new_fingerprint=fingerprint).save_to_disk(directory)
+            dataset.select_columns(list(kind.features), new_fingerprint=fingerprint).save_to_disk(directory)
         (directory / "card.json").write_text(json.dumps(fields, indent=2) + "\n")
-        (directory / "README.md").write_text(card.readme(fields))
+        (directory / "README.md").write_text(kind.readme(fields))
 
 
 @contextlib.contextmanager
@@ -110,19 +137,30 @@ def _row(example: arithmetic.Example) -> dict[str, Any]:
     }
 
 
+def _arithmetic_example(task: arithmetic.ArithmeticTask, row: Mapping[str, Any]) -> arithmetic.Example:
+    expression = arithmetic.parse(row["expression"])
+    return arithmetic.Example(expression, np.array(row["token_ids"], np.int32), row["prompt_tokens"], row["first_label"], task.labelling)
+
+
+_KINDS = {
+    "arithmetic": _Kind(arithmetic.ArithmeticTask, _ARITHMETIC, _row, _arithmetic_example, card.Statistics, card.readme),
+    "news": _Kind(news.NewsTask, _NEWS, news.to_row, news.from_row, news_card.Statistics, news_card.readme),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredCorpus:
     """A dataset directory open for reading; made by `load`. `card` is what its `card.json` says."""
 
     path: Path
-    task: arithmetic.ArithmeticTask
+    task: Any
     card: Mapping[str, Any]
     dataset: datasets.Dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def stream(self, *, seed: int, start: int = 0) -> Iterator[arithmetic.Example]:
+    def stream(self, *, seed: int, start: int = 0) -> Iterator[Any]:
         """Endless examples from number `start` on: epoch after epoch, each in an order of its own, drawn from the seed.
 
         Raises:
@@ -132,7 +170,7 @@ class StoredCorpus:
             raise ValueError(f"seed is {seed} and start {start}: expected at least 0")
         return self._epochs(seed, *divmod(start, len(self)))
 
-    def _epochs(self, seed: int, epoch: int, skipped: int) -> Iterator[arithmetic.Example]:
+    def _epochs(self, seed: int, epoch: int, skipped: int) -> Iterator[Any]:
         while True:
             order = np.random.default_rng((seed, epoch)).permutation(len(self))
             for block in range(skipped, len(self), _READ_EXAMPLES):
@@ -142,15 +180,14 @@ class StoredCorpus:
                     yield self._example(int(number), {name: values[i] for name, values in columns.items()})
             epoch, skipped = epoch + 1, 0
 
-    def _example(self, number: int, row: Mapping[str, Any]) -> arithmetic.Example:
+    def _example(self, number: int, row: Mapping[str, Any]) -> Any:
         token_ids = np.array(row["token_ids"], np.int32)
         prompt_tokens = row["prompt_tokens"]
         if not 0 < prompt_tokens < len(token_ids) or token_ids[prompt_tokens - 1] != self.task.vocab.solve_id:
             raise ValueError(f"{self.path}: example {number} has no <solve> at the end of its prompt_tokens, {prompt_tokens}")
         if token_ids.min() < 0 or token_ids.max() >= self.task.vocab.size:
             raise ValueError(f"{self.path}: example {number} has ids outside its vocabulary of {self.task.vocab.size} tokens")
-        expression = arithmetic.parse(row["expression"])
-        return arithmetic.Example(expression, token_ids, prompt_tokens, row["first_label"], self.task.labelling)
+        return _KINDS[self.task.name].from_row(self.task, row)
 
 
 def load(path: Path | str) -> StoredCorpus:
@@ -172,12 +209,14 @@ def load(path: Path | str) -> StoredCorpus:
         if not isinstance(fields, dict):
             raise ValueError("expected a JSON object")
         check_json({key: fields.get(key) for key in _FIXED}, "card", _FIXED, ())
-        task = arithmetic.ArithmeticTask.from_json(fields.get("task"))
+        named = fields["task"].get("task") if isinstance(fields.get("task"), dict) else None
+        kind = _KINDS[named if named in _KINDS else "arithmetic"]  # whose from_json says what is wrong
+        task = kind.task.from_json(fields.get("task"))
         dataset = datasets.load_from_disk(str(path))
     except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a corpus directory that this version reads, or it is damaged: {error}") from error
-    if not isinstance(dataset, datasets.Dataset) or dataset.features != _FEATURES:
-        raise ValueError(f"{path} is not a corpus directory: expected one dataset with the columns {', '.join(_FEATURES)}")
+    if not isinstance(dataset, datasets.Dataset) or dataset.features != kind.features:
+        raise ValueError(f"{path} is not a corpus directory: expected one dataset with the columns {', '.join(kind.features)}")
     if not len(dataset) or len(dataset) != fields.get("num_examples"):
         raise ValueError(f"{path} is damaged: {len(dataset)} examples where its card says {fields.get('num_examples')}")
     return StoredCorpus(path, task, fields, dataset)

@@ -155,8 +155,8 @@ class NewsTask:
             return None
         if len(numbers) < len(steps) or kept < len(story.article):
             facts = tuple(fact._replace(sentence=numbers.index(fact.sentence)) for fact in story.facts if fact.sentence in numbers)
-            sources = tuple(tuple(steps[n][1]) for n in numbers)
-            story = Story(story.article[:kept], tuple(steps[n][0] for n in numbers), sources, facts)
+            kept_sources = tuple(tuple(steps[n][1]) for n in numbers)
+            story = Story(story.article[:kept], tuple(steps[n][0] for n in numbers), kept_sources, facts)
         used = kept + len(numbers)
         first_label = 1
         if uniform is not None:  # every label as often as the others: drawn wherever they overlap the vocabulary, then moved inside
