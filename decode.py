@@ -1,13 +1,13 @@
 """Decodes with a trained span model: one expression step by step, many to see how often it is right, or to see how fast.
 
 python decode.py generate checkpoints/arithmetic-tiny "((51+75)-(95*3))"
+python decode.py generate runs/news/model --article article.txt
 python decode.py eval checkpoints/arithmetic-tiny --num-examples 1000
 python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 """
 
 import dataclasses
 import functools
-import itertools
 import os
 from pathlib import Path
 from typing import Annotated, get_args
@@ -15,8 +15,8 @@ from typing import Annotated, get_args
 import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional
 
-from data import arithmetic, commandline, replay
-from selfspan_jax import benchmark, benchmark_peers, benchmark_report
+from data import arithmetic, commandline, news, replay
+from selfspan_jax import benchmark, benchmark_peers, benchmark_report, summaries
 from selfspan_jax.config import Attention, Sampling
 from selfspan_jax.evaluation import evaluate_all, evaluation_table, output_json, report, response_table
 from selfspan_jax.lm import SpanLM
@@ -24,17 +24,19 @@ from selfspan_jax.spans import SpanVocab
 
 
 def load(checkpoint: Path, *, int8: bool = False) -> SpanLM:
-    return SpanLM.load(checkpoint, {arithmetic.ArithmeticTask.name: arithmetic.ArithmeticTask}, int8=int8)
+    return SpanLM.load(checkpoint, {task.name: task for task in (arithmetic.ArithmeticTask, news.NewsTask)}, int8=int8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Evaluates one expression and shows each step with what it read; or continues a text, with a model of others."""
+    """Evaluates an expression, or sums up an article, and shows each step with what it read; or continues a text."""
 
     checkpoint: Positional[Path]
     """Directory of a finished model, a Hugging Face directory or a GGUF file."""
-    prompt: Positional[str]
+    prompt: Positional[str | None] = None
     """An expression: whole numbers, + - * and parentheses; or text."""
+    article: Path | None = None
+    """A text file in place of the prompt, for a model that sums up news."""
     sampling: OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
     int8: bool = False
     """Compute with int8 weights."""
@@ -48,17 +50,20 @@ class Generate:
     """Draw what the response read into this file (PNG, SVG or PDF)."""
 
     def __post_init__(self):
-        check_picture(self.plot)
+        commandline.check_picture(self.plot)
+        if (self.prompt is None) == (self.article is None):
+            raise ValueError("give either a prompt or --article")
 
     def run(self) -> None:
+        prompt = commandline.read_text(self.article) if self.article else str(self.prompt)
         lm, options = load(self.checkpoint, int8=self.int8), dataclasses.asdict(self.sampling)
         if self.stream:
-            for text in lm.stream(self.prompt, **options):
+            for text in lm.stream(prompt, **options):
                 print(text, end="", flush=True)
             print()
-        out = lm.generate(self.prompt, **options)
-        verify = getattr(lm.task, "verify", None)
-        print(response_table(out, verify(self.prompt, out.response_ids) if verify else None))
+        out = lm.generate(prompt, **options)
+        verdict = lm.task.verify(prompt, out.response_ids) if isinstance(lm.task, arithmetic.ArithmeticTask) else None
+        print(summaries.sources_table(out) if isinstance(lm.task, news.NewsTask) else response_table(out, verdict))
         if self.json:
             commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **output_json(out)})
         if self.html:
@@ -70,7 +75,7 @@ class Generate:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Decodes fresh expressions of the test stream, verifies every step, and counts right answers per second."""
+    """Decodes fresh expressions of the test stream, verifies every step, counts right answers per second; or scores summaries."""
 
     checkpoint: Positional[Path]
     """Directory of a finished model."""
@@ -87,7 +92,9 @@ class Eval:
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (128,)
     """Sequences decoded together; of several with commas, the fastest counts."""
     seed: int = 1
-    """Of the expressions."""
+    """Of the expressions or articles."""
+    data: Path | None = None
+    """Of a model that sums up news: a corpus directory; by default fresh synthetic articles."""
     json: Path | None = None
     """Write the scores, in all and by number of operators, into this file."""
 
@@ -98,19 +105,22 @@ class Eval:
 
     def run(self) -> None:
         lm = load(self.checkpoint)
-        if not isinstance(task := lm.task, arithmetic.ArithmeticTask):
-            raise ValueError(f"{self.checkpoint}: was not trained on expressions, so there is nothing to verify")
-        sets = {}
-        for low, high in [(ops, ops) for ops in self.ops] or [(self.min_ops, self.max_ops)]:
-            stream = arithmetic.stream(task.corpus(min_ops=low, max_ops=high), seed=self.seed, split="test")
-            texts = [example.expression.text for example in itertools.islice(stream, self.num_examples)]
-            sets[str(low) if low == high else f"{low}-{high}"] = texts
-        options = {"verify": task.verify, "attention": self.attention or lm.model.config.mask, "progress": True}
-        evaluations = evaluate_all(lm, sets, gold=task.gold, batch_sizes=self.batch_size, **options)
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("data", "json")}
         settings["checkpoint"] = self.checkpoint.name
-        results = report(lm, evaluations, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)
-        print(evaluation_table(results))
+        options = {"attention": self.attention or lm.model.config.mask}
+        if isinstance(task := lm.task, news.NewsTask):
+            examples = news.held_out(task, self.num_examples, seed=self.seed, directory=self.data)
+            results = summaries.report(lm, examples, scores=task.scores, batch_sizes=self.batch_size, settings=settings, **options)
+            print(summaries.table(results))
+        elif isinstance(task, arithmetic.ArithmeticTask):
+            sets = arithmetic.held_out(
+                task, [(n, n) for n in self.ops] or [(self.min_ops, self.max_ops)], self.num_examples, seed=self.seed
+            )
+            evaluations = evaluate_all(lm, sets, verify=task.verify, gold=task.gold, batch_sizes=self.batch_size, progress=True, **options)
+            results = report(lm, evaluations, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)
+            print(evaluation_table(results))
+        else:
+            raise ValueError(f"{self.checkpoint}: was trained neither on expressions nor on news, so there is nothing to verify")
         if self.json:
             commandline.write_json(self.json, results)
 
@@ -154,7 +164,7 @@ class Bench:
     """Draw milliseconds per step and their floors into this file (PNG, SVG or PDF)."""
 
     def __post_init__(self):
-        check_picture(self.plot)
+        commandline.check_picture(self.plot)
         if (self.checkpoint is None) == (self.shape is None):
             raise ValueError("give either a checkpoint or --shape")
         self.plan()
@@ -172,11 +182,6 @@ class Bench:
         save = functools.partial(commandline.write_json, self.json) if self.json else None
         results = benchmark_report.run(self.plan(), name, lm, SpanVocab(**task.vocab.span_ids()), draw, save, self.plot)
         print(benchmark_report.table(results["rows"]))
-
-
-def check_picture(file: Path | None) -> None:
-    if file and file.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"plot is {file}; allowed: names that end in .png, .svg or .pdf")
 
 
 def main() -> None:

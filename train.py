@@ -21,7 +21,7 @@ import jax
 import tyro
 from flax import nnx
 
-from data import arithmetic, commandline, packing
+from data import arithmetic, commandline, news, packing
 from data.vocab import TokenizerVocab
 from selfspan_jax import checkpoint, huggingface, lora, runs, training, training_benchmark
 from selfspan_jax.config import FINE_TUNING, PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention
@@ -33,8 +33,12 @@ CORPORA = {
     "arithmetic-tiny": arithmetic.Corpus(min_ops=2, max_ops=12),
     "arithmetic-small": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
     "arithmetic-base": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
+    "news-small": news.Corpus(),
 }
-TUNING_CORPORA = {"arithmetic": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True, num_labels=64)}
+TUNING_CORPORA: dict[str, Any] = {
+    "arithmetic": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True, num_labels=64),
+    "news": news.Corpus(),
+}
 Corpus = TypeVar("Corpus", bound=Any)
 
 

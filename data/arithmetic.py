@@ -807,3 +807,12 @@ class ArithmeticTask:
             fields = {**fields, "version": _TASK_VERSION, "names_first_step": False}
         checked = check_json(fields, "task", {"task": cls.name, "version": _TASK_VERSION}, ("labelling", "names_first_step", "vocab"))
         return cls(Vocab.from_json(checked["vocab"]), checked["labelling"], checked["names_first_step"])
+
+
+def held_out(task: ArithmeticTask, ranges: Iterable[tuple[int, int]], num_examples: int, *, seed: int) -> dict[str, list[str]]:
+    """Expressions of the test stream, so many for each range of numbers of operators, by its name ("2-12", "20")."""
+    sets = {}
+    for low, high in ranges:
+        examples = stream(task.corpus(min_ops=low, max_ops=high), seed=seed, split="test")
+        sets[str(low) if low == high else f"{low}-{high}"] = [x.expression.text for x in itertools.islice(examples, num_examples)]
+    return sets

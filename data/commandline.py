@@ -80,6 +80,20 @@ def commas(*kinds: Any) -> Any:
     )
 
 
+def check_picture(file: Path | None) -> None:
+    """Raises ValueError for a file that a plot cannot be written into."""
+    if file and file.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"plot is {file}; allowed: names that end in .png, .svg or .pdf")
+
+
+def read_text(file: Path) -> str:
+    """Reads a text file. FileNotFoundError or ValueError: there is none, or it is not text in UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
 def write_json(file: Path, values: Any) -> None:
     """Writes a JSON file, whole or not at all."""
     write_text(file, json.dumps(values, indent=2) + "\n")

@@ -277,6 +277,19 @@ PRESETS = {
         ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12, max_context_tokens=8192),
         TrainConfig(steps=6_000, batch_size=256, learning_rate=6e-4, warmup_steps=500, gap_scales=_FAR, eval_every_steps=2_000),
     ),
+    # Choosing sources reads the whole article, and articles are read causally, so positions need no gaps.
+    "news-small": Preset(
+        ModelConfig(
+            hidden_size=512,
+            intermediate_size=1536,
+            num_layers=8,
+            num_heads=8,
+            num_kv_heads=4,
+            header_view="all",
+            prompt_view="causal",
+        ),
+        TrainConfig(steps=6_000, batch_size=64, sequence_tokens=1024, gap_scales=(0,), eval_every_steps=2_000),
+    ),
 }
 
 # Without position gaps: the rotary positions of an imported model are trained far beyond its rows here.

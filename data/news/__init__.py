@@ -9,9 +9,11 @@ the end of a sentence; a summary sentence whose sources are all cut off is left 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import random
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -311,6 +313,22 @@ def _chunk(corpus: Corpus, task: NewsTask, seed: int, split: Split, number: int)
         if split_of(story) == split and (example := task.encode(story, uniform())) is not None:
             examples.append(example)
     return examples
+
+
+def held_out(task: NewsTask, num_examples: int, *, seed: int, directory: Path | None = None) -> list[Example]:
+    """Examples with labels from 1 on: synthetic ones of the test stream, or the first ones of a corpus directory."""
+    if directory is None:
+        corpus = Corpus(num_labels=task.vocab.num_labels, max_prompt_tokens=task.max_prompt_tokens)
+        stories = (example.story for example in corpus.stream(task, seed=seed, split="test"))
+    else:
+        from data.corpus import load  # the datasets library takes seconds to import
+
+        stored = load(directory)
+        if not isinstance(stored.task, NewsTask):
+            raise ValueError(f"{directory} is a corpus of {stored.task.name}: expected one of news")
+        stories = (from_row(task, row).story for row in stored.dataset)
+    encoded = (example for story in stories if (example := task.encode(story)) is not None)
+    return list(itertools.islice(encoded, num_examples))
 
 
 def from_row(task: NewsTask, row: Mapping[str, Any]) -> Example:

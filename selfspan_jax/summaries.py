@@ -1,0 +1,132 @@
+"""What a model that writes from sources is worth: its task's scores, what it read, how fast it was, what it wrote from what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from selfspan_jax.config import Attention
+from selfspan_jax.evaluation import Evaluation, evaluate
+from selfspan_jax.lm import Output, SpanLM
+
+
+class Example(Protocol):
+    """A prompt, as the task's `encode_prompt` takes it, and the ids of its gold response."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def response_ids(self) -> Int[np.ndarray, "R"]: ...
+
+
+def header_tokens(out: Output) -> Bool[np.ndarray, "R"]:
+    """Which response tokens are span tokens."""
+    vocab, ids = out.lm.model.vocab, out.response_ids
+    return np.any([(ids >= base) & (ids < base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base)], axis=0)
+
+
+def reading(outputs: Sequence[Output]) -> dict[str, float]:
+    """Mean attended fraction and attended tokens of response tokens: of all, of body tokens, of span tokens (NaN where there are none)."""
+    header = np.concatenate([header_tokens(out) for out in outputs])
+    attended = np.concatenate([out.num_attended for out in outputs])
+    fractions = attended / np.concatenate([np.arange(out.prompt_tokens + 1, len(out.token_ids) + 1) for out in outputs])
+    parts = {"": np.ones_like(header), "_body": ~header, "_header": header}
+    values = {f"attended_fraction{part}": float(fractions[chosen].mean()) if chosen.any() else None for part, chosen in parts.items()}
+    values |= {f"attended_tokens{part}": float(attended[chosen].mean()) if chosen.any() else None for part, chosen in parts.items()}
+    return values | {"header_share": float(header.mean())}  # type: ignore[return-value]
+
+
+def report(
+    lm: SpanLM,
+    examples: Sequence[Example],
+    *,
+    scores: Callable[[Sequence[Any], Sequence[Int[np.ndarray, "R"]]], dict[str, float]],
+    attention: Attention,
+    batch_sizes: Sequence[int],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Decodes the examples' prompts greedily: what JSON can hold of scores, of what was read, and of speed at each batch size.
+
+    Responses may be 32 tokens longer than the longest gold one. Scores are of the fastest batch size.
+
+    Args:
+      scores: of examples and the ids of their responses; see `runs.ScoringTask`.
+    """
+    room = max(len(example.response_ids) for example in examples) + 32
+    options: dict[str, Any] = {"verify": lambda prompt, ids: None, "attention": attention, "max_new_tokens": room, "progress": True}
+    evaluations = [evaluate(lm, [example.prompt for example in examples], batch_size=size, **options) for size in batch_sizes]
+    best = min(evaluations, key=lambda evaluation: evaluation.decode_seconds)
+    outputs = [result.output for result in best.results]
+    first = outputs[0]
+    return {
+        **settings,
+        "attention": attention,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "num_parameters": lm.model.num_parameters,
+        "num_examples": len(outputs),
+        **scores(examples, [out.response_ids for out in outputs]),
+        **reading(outputs),
+        "finished_fraction": float(np.mean([out.finished for out in outputs])),
+        "unresolved_refs": sum(out.unresolved_refs for out in outputs),
+        **_speed(best),
+        "by_batch_size": [_speed(evaluation) for evaluation in evaluations],
+        "first": {"steps": [str(step) for step in first.steps], "gold": lm.task.decode(examples[0].response_ids)},
+    }
+
+
+def _speed(evaluation: Evaluation) -> dict[str, float]:
+    seconds = evaluation.decode_seconds
+    return {
+        "batch_size": evaluation.batch_size,
+        "summaries_per_second": len(evaluation.results) / seconds,
+        "response_tokens_per_second": sum(len(result.output.response_ids) for result in evaluation.results) / seconds,
+        "decode_seconds": seconds,
+        "compile_seconds": evaluation.compile_seconds,
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """What `report` returns, for people."""
+    names = {
+        "ROUGE": ("rouge1", "rouge2", "rougeL"),
+        "facts": ("fact_accuracy", "fact_recall", "all_facts_right"),
+        "spans": ("span_precision", "span_recall"),
+        "attended": ("attended_fraction", "attended_fraction_body", "attended_fraction_header"),
+    }
+    lines = [f"{report['num_examples']} summaries ({report['attention']} attention), {report['finished_fraction']:.1%} ended by themselves"]
+    for title, keys in names.items():
+        known = [f"{key.replace('_', ' ')} {report[key]:.1%}" for key in keys if report.get(key) is not None]
+        lines += [f"{title:<9} {',  '.join(known)}"] if known else []
+    for speed in report["by_batch_size"]:
+        lines.append(
+            f"{speed['summaries_per_second']:.1f} summaries and {speed['response_tokens_per_second']:.0f} tokens per second "
+            f"of prefill and decoding, batch {speed['batch_size']}"
+        )
+    return "\n".join(lines)
+
+
+def sources_table(out: Output) -> str:
+    """The response, each step below it with the pieces of the prompt that it named; and how much was read."""
+    roles = out.lm.roles(out.token_ids)
+    vocab, labels = out.lm.model.vocab, np.asarray(roles.labels)
+    ids, prompt = np.asarray(out.token_ids), np.arange(len(out.token_ids)) < out.prompt_tokens
+    opens = (ids >= vocab.seg_base) & (ids < vocab.seg_base + vocab.num_labels)
+    lines = [out.answer or "(no step was opened)", ""]
+    for step in out.steps:
+        lines.append(f"<{step.label}> {step.text.strip()}")
+        for ref in dict.fromkeys(step.refs):
+            piece = ids[(labels == ref) & prompt & ~opens]
+            lines.append(
+                f"    from <{ref}> {out.lm.task.decode(piece).strip() if len(piece) else '(nothing of the article carries that label)'}"
+            )
+    read = reading([out]) if len(out.response_ids) else {}
+    parts = {"text": read.get("attended_fraction_body"), "span tokens": read.get("attended_fraction_header")}
+    lines += ["", "attended, of the context: " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)]
+    if not out.finished:
+        lines.append(f"stopped after {len(out.response_ids)} new tokens, before the response had ended")
+    return "\n".join(lines)
