@@ -48,6 +48,7 @@ class Run(Generic[Corpus]):
     """Where checkpoints, metrics and the finished model go; resumed when it holds a checkpoint."""
     training: TrainConfig
     corpus: Corpus
+    adapters: ClassVar[LoraConfig | None] = None
     workers: int = max(1, min(16, (os.cpu_count() or 2) - 1))
     """Processes that generate examples, beside one that packs them; 0 for none. The data does not depend on it."""
     resume_from: Path | None = None
@@ -97,7 +98,6 @@ class FineTuning(Run[Corpus]):
     corpus_name: Annotated[Literal[tuple(TUNING_CORPORA)], tyro.conf.arg(name="corpus")] = "arithmetic"  # type: ignore
     """What it is fine-tuned on, in the words of its own tokenizer; the corpus's options are among these."""
     attention: TunedAttention = dataclasses.field(default_factory=TunedAttention)
-    adapters: ClassVar[LoraConfig | None] = None
 
     def prepare(self) -> tuple[Decoder, Any, Callable[..., Iterator], dict[str, Any]]:
         seed, attention = self.training.seed, dataclasses.asdict(self.attention)
@@ -152,7 +152,8 @@ def main() -> None:
         identity = json.loads(json.dumps(identity))
         runs.claim(run.run_dir, identity, run.resume_from)
         batches_from = packing.batches_from(stream, task.vocab, num_workers=run.workers, gap_ids=task.step_ids, **config.packing)
-        print(f"{preset}: {model.num_parameters:,} parameters on {jax.devices()[0].device_kind}, {config.steps:,} steps")
+        trained = "" if run.adapters is None else f", {training.num_trained(model):,} of them trained"
+        print(f"{preset}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {jax.devices()[0].device_kind}")
         if (run.run_dir / "model").exists():
             print(f"this run is finished: {run.run_dir / 'model'}")
             return

@@ -140,6 +140,8 @@ class SpanLM:
 
         Raises: FileNotFoundError, ValueError with one line that says what is wrong with the directory.
         """
+        if base is not None and not lora.is_adapter(Path(directory)):
+            raise ValueError(f"{directory} is no adapter, so it takes no base")
         if huggingface.is_foreign(Path(directory)):
             return cls(*huggingface.load(directory), int8=int8)
         if lora.is_adapter(Path(directory)):
@@ -280,8 +282,12 @@ class SpanLM:
         """What was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
         tokens, attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
         unresolved = np.asarray(state.span.unresolved_refs)
+        rows = np.full(state.cache.table.shape, self.model.vocab.pad_id, np.int32)  # one shape for all batches that decode alike
+        for row, ids, new in zip(rows, prompt_ids, tokens):
+            row[: len(ids) + len(new)] = np.concatenate([ids, new])
+        roles = jax.tree.map(np.asarray, _roles(jnp.asarray(rows), self.model.vocab))
         return [
-            self._output(prompt, ids, tokens[b], attended[b], attention, int(unresolved[b]))
+            self._output(prompt, ids, tokens[b], attended[b], jax.tree.map(lambda role: role[b], roles), attention, int(unresolved[b]))
             for b, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
         ]
 
@@ -291,6 +297,7 @@ class SpanLM:
         prompt_ids: Int[np.ndarray, "T"],
         new_tokens: Int[np.ndarray, "M"],
         num_attended: Int[np.ndarray, "M"],
+        roles: TokenRoles,
         attention: Attention,
         unresolved_refs: int,
     ) -> Output:
@@ -302,7 +309,7 @@ class SpanLM:
             prompt=prompt,
             text=self.task.decode(response),
             answer=self.task.answer(response),
-            steps=self._steps(token_ids, len(prompt_ids), num_attended[:written]),
+            steps=self._steps(token_ids, len(prompt_ids), num_attended[:written], roles),
             token_ids=token_ids,
             prompt_tokens=len(prompt_ids),
             num_attended=num_attended[:written],
@@ -312,11 +319,11 @@ class SpanLM:
             lm=self,
         )
 
-    def _steps(self, token_ids, prompt_tokens: int, num_attended) -> tuple[Step, ...]:
-        roles = self.roles(token_ids)
+    def _steps(self, token_ids, prompt_tokens: int, num_attended, roles: TokenRoles) -> tuple[Step, ...]:
+        response = roles.step_index[prompt_tokens : len(token_ids)]
         steps = []
-        for start in np.unique(roles.step_index[prompt_tokens:]):
-            indices = prompt_tokens + np.flatnonzero(roles.step_index[prompt_tokens:] == start)
+        for start in np.unique(response):
+            indices = prompt_tokens + np.flatnonzero(response == start)
             if roles.is_header[start]:
                 body = [token_ids[i] for i in indices if not roles.is_header[i] and token_ids[i] != self.model.vocab.eos_id]
                 steps.append(

@@ -121,7 +121,7 @@ class GrownHead(GrownRows):
 def first_new_id(vocab: SpanVocab) -> int:
     """The first of the ids that were added: `<solve>`, or the first of the other structural tokens that stand right before it."""
     first = vocab.solve_id
-    while first - 1 in (vocab.pad_id, vocab.bos_id, vocab.eos_id):
+    while first > 1 and first - 1 in (vocab.pad_id, vocab.bos_id, vocab.eos_id):
         first -= 1
     return first
 
@@ -276,7 +276,7 @@ def load_adapter(directory: Path, base: Path | None) -> tuple[Decoder, dict[str,
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
     if base is None:
-        raise ValueError(f"{directory} is an adapter of {name}: it needs that model too")
+        raise ValueError(f"{directory} is an adapter of {name}: it needs that model too (--base)")
     model = huggingface.load_decoder(base, vocab, **_changes(model_config))
     if model.config != model_config or model.vocab_size != fields["vocab_size"]:
         raise ValueError(f"{base}: another architecture than that of {name}, which {directory} is an adapter of")

@@ -192,7 +192,8 @@ class Decoder(nnx.Module):
 
     @property
     def num_parameters(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        """Of all, the frozen ones included."""
+        return sum(leaf.size for leaf in jax.tree.leaves((nnx.state(self, nnx.Param), nnx.state(self, Frozen))))
 
     def for_decoding(self, *, int8: bool = False) -> Decoder:
         """A copy with parameters in the compute dtype, to which every product rounds them anyway.

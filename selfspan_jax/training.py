@@ -114,6 +114,11 @@ def initial_state(model: Decoder, config: TrainConfig) -> tuple[Fixed, TrainStat
     return Fixed(graph, frozen), TrainState(params, optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
+def num_trained(model: Decoder) -> int:
+    """Parameters that are trained."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
 def loss_sums(
     model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

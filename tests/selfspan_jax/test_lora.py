@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,9 @@ from data import arithmetic
 from data.vocab import CHARACTERS, TokenizerVocab, Vocab
 from selfspan_jax import SpanLM, huggingface, lora, training
 from selfspan_jax.config import LoraConfig, ModelConfig
-from selfspan_jax.model import Decoder, Frozen
+from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
+from selfspan_jax.throughput import step_flops
 from selfspan_jax.training import DeviceBatch
 from tests.selfspan_jax.models import TINY, forward, random_model
 from tests.selfspan_jax.test_training import CONFIG, arrays_made, batch_of
@@ -97,7 +97,7 @@ def test_gradients_are_of_adapters_and_new_rows_alone(tie):
     made = {primitive for shape, primitive in arrays_made(program.jaxpr) if shape in frozen | {s[::-1] for s in frozen}}
     assert made <= {"pjit", "jit", "convert_element_type", "transpose"}
     moments = jax.tree.leaves(optax.tree_utils.tree_get(state.opt_state, "mu"))
-    assert sum(leaf.size for leaf in moments) == model.num_parameters < sum(leaf.size for leaf in jax.tree.leaves(fixed.frozen))
+    assert sum(leaf.size for leaf in moments) == training.num_trained(model) < sum(leaf.size for leaf in jax.tree.leaves(fixed.frozen))
     before = jax.tree.map(np.array, state.params)
     for _ in range(3):
         state, _ = training.train_step(fixed, state, batch, CONFIG)
@@ -319,10 +319,45 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(call, base, tmp_pat
         SpanLM.load(adapter, base=base)
 
 
-def test_frozen_parameters_are_counted_apart(base):
-    model, _ = huggingface.load(base, num_labels=8)
-    total = model.num_parameters
-    model = lora.adapt(model, LORA)
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, Frozen)))
-    new = model.embed_tokens.new_rows[...].size
-    assert frozen + new == total and Path(base).exists()
+def dot_operations(jaxpr):
+    """2 x the multiplications of all matrix products of a program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * equation.outvars[0].aval.size * np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                total += dot_operations(inner)
+    return int(total)
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_the_operations_of_a_step_are_those_of_its_program(tie):
+    """But for attention's own, which both sides count the same way, and the gradient of the first norm's input."""
+    counted, done = [], []
+    for adapted in (False, True):
+        model = random_model(tie_embeddings=tie)
+        total = model.num_parameters
+        model = lora.adapt(model, LORA) if adapted else model
+        adapters = sum(leaf.size for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)) if "lora" in str(path[-1]))
+        assert model.num_parameters == total + adapters
+        fixed, state = training.initial_state(model, CONFIG)
+        batch = DeviceBatch.of(batch_of(0))
+        program = jax.make_jaxpr(training.train_step, static_argnums=(3,))(fixed, state, batch, CONFIG)
+        done.append(dot_operations(program.jaxpr))
+        counted.append(step_flops(model, 4 * 31, 0.0))  # the last token of a row has no logits
+    assert counted[0] - counted[1] == pytest.approx(done[0] - done[1], rel=0.05) and done[1] < done[0]
+
+
+def test_an_adapter_is_decoded_with_its_base(call, base, tmp_path):
+    model, text = huggingface.load(base, num_labels=8)
+    task = arithmetic.Corpus(num_labels=8, max_ops=3).task_in(TokenizerVocab.of(text.tokenizer_json, vars(model.vocab), model.vocab_size))
+    lora.save_adapter(tmp_path / "adapter", trained(lora.adapt(model, LORA)), LORA, "base", task.to_json(), "")
+    status, out, err = call(decode.main, "generate", tmp_path / "adapter", "1+2*3", "--base", base, "--max-new-tokens", 8)
+    assert (status, err) == (0, "") and "attended" in out
+    for arguments, message in ((["--base", tmp_path / "x.gguf"], "no such file"), ([], "it needs that model too (--base)")):
+        status, _, err = call(decode.main, "generate", tmp_path / "adapter", "1+2", *arguments)
+        assert status == 2 and err.count("\n") == 1 and message in err
+    status, _, err = call(decode.main, "generate", base, "1+2", "--base", base)
+    assert status == 2 and "is no adapter, so it takes no base" in err
