@@ -1,0 +1,373 @@
+"""News: splitting, alignment, synthetic stories, the task, corpus directories, and what is said of bad input."""
+
+# ruff: noqa: E501  (the table of bad input)
+
+import collections
+import itertools
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+from data import corpus, news
+from data.__main__ import main as data_main
+from data.news import scoring, sources, synthetic
+from data.news.alignment import Alignment, split_sentences, words
+
+STORIES = [synthetic.draw(f"tests/{i}") for i in range(150)]
+
+
+@pytest.fixture(scope="module")
+def task():
+    return news.Corpus().task
+
+
+@pytest.fixture(scope="module")
+def examples(task):
+    return list(itertools.islice(news.Corpus().stream(task, seed=3), 96))
+
+
+# ------------------------------------------------------------------------------------------------ splitting
+
+HARD = {
+    "titles and initials": ["Dr. Smith met Mr. J. R. Brown on Jan. 5 in Washington, D.C. on Monday.", "They talked."],
+    "quotes": ['"We will win," said Anna.', '"It is time!"', "Nobody answered."],
+    "a question in quotes": ['He asked: "Why now?" and left.', "No one knew."],
+    "decimal numbers": ["Shares rose 3.5 percent to $12.40.", "Analysts were surprised."],
+    "a number without a whole part": ["Prices fell by .5 percent.", "That was new."],
+    "countries": ["The U.S. economy grew.", "The U.K. did not."],
+    "an abbreviation at the end": ["He moved to the U.S. in 1999.", "He stayed."],
+    "companies": ["The firm, Acme Inc., said so.", "Acme Corp. disagreed."],
+    "times": ["It happened at 5 p.m. on Friday.", "Police came at 6 a.m.", "Nobody was hurt."],
+    "ranks": ["The match ended 3-2.", "Lt. Col. Miller (retired) watched."],
+    "addresses": ["No. 10 Downing St. was closed.", "The St. Louis mayor came."],
+    "curly quotes": ["“It works,” she said.", "“We are glad.”", "He nodded."],
+    "ellipsis": ["Is it over?", "Yes!", "It is..."],
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_sentence_ends(case):
+    assert split_sentences(" ".join(HARD[case])) == HARD[case]
+
+
+def test_blank_lines_end_sentences_and_signs_are_none():
+    assert split_sentences("A title without a stop\n\nOne\nsentence.\n\n* * *\n\n") == ["A title without a stop", "One sentence."]
+    assert split_sentences(" \n ") == []
+
+
+# ------------------------------------------------------------------------------------------------ alignment
+
+
+def best_recall(article, sentence, size, function_words):
+    """The highest ROUGE-1 recall of any set of so many sentences, by trying all."""
+    wanted = [word for word in words(sentence) if word not in function_words]
+
+    def recall(members):
+        have = [word for i in members for word in words(article[i])]
+        return sum(min(wanted.count(word), have.count(word)) for word in set(wanted)) / len(wanted)
+
+    return max((recall(members), members) for members in itertools.combinations(range(len(article)), size))
+
+
+def test_small_cases_reach_what_trying_every_set_reaches():
+    from data.news.alignment import _FUNCTION_WORDS
+
+    reached = []
+    for story in STORIES[:40]:
+        found = Alignment().align(story.article, story.summary)
+        for sentence, own in zip(story.summary, found, strict=True):
+            assert own and list(own) == sorted(set(own))
+            mine = best_recall([story.article[i] for i in own], sentence, len(own), _FUNCTION_WORDS)[0]
+            best = best_recall(story.article, sentence, len(own), _FUNCTION_WORDS)[0]
+            assert mine <= best + 1e-9
+            reached.append(mine / best)
+            for i in own:  # each of them adds at least the threshold
+                rest = [story.article[j] for j in own if j != i]
+                without = best_recall(rest, sentence, len(rest), _FUNCTION_WORDS)[0] if rest else 0.0
+                assert mine - without >= Alignment().min_gain - 1e-9
+    assert np.mean(reached) > 0.99  # greedy, so not always 1
+
+
+ALIGNMENTS = {
+    "one sentence has it all": (["Rain fell.", "Ada Moss won in Oakton.", "Ada spoke."], "Ada Moss won in Oakton.", (1,)),
+    "two sentences share it": (["Ada Moss won.", "Rain fell.", "It was in Oakton."], "Ada Moss won in Oakton.", (0, 2)),
+    "nothing shared": (["Rain fell."], "Ada Moss won.", ()),
+    "only function words shared": (["It was the one that he had."], "The mayor was in it.", ()),
+    "a needless first choice is taken out": (
+        ["A fire hurt nine people elsewhere.", "A fire reached the Oakton mill.", "It hurt 14 people there."],
+        "A fire hurt 14 people Oakton mill.",
+        (1, 2),
+    ),
+    "the earlier of equals": (["Ada won.", "Ada won."], "Ada won.", (0,)),
+    "an empty article": ([], "Ada won.", ()),
+}
+
+
+@pytest.mark.parametrize("case", ALIGNMENTS)
+def test_alignment_of(case):
+    article, sentence, expected = ALIGNMENTS[case]
+    assert Alignment().align(article, [sentence]) == [expected]
+
+
+def test_alignment_finds_the_true_sources_of_synthetic_news_and_a_guesser_by_position_does_not():
+    right = found = true = 0
+    for story in STORIES:
+        for own, gold in zip(Alignment().align(story.article, story.summary), story.sources, strict=True):
+            right, found, true = right + len({*own} & {*gold}), found + len(own), true + len(gold)
+    assert right / found > 0.9 and right / true > 0.9
+    guessed = sum(len({0, 1, 2} & {*gold}) for story in STORIES for gold in story.sources)
+    assert guessed / true < 0.5
+
+
+# ------------------------------------------------------------------------------------------------ synthetic
+
+
+def test_a_seed_is_a_story_and_nothing_but_random_is_drawn():
+    assert synthetic.draw("tests/0") == STORIES[0] != STORIES[1]
+    assert synthetic.story(random.Random("tests/0").random) == STORIES[0]
+
+
+def test_facts_are_in_the_summary_sentence_and_in_its_sources_and_nowhere_else():
+    kinds = set()
+    for story in STORIES:
+        for fact in story.facts:
+            kinds.add(fact.kind)
+            word = re.compile(rf"\b{fact.text}\b")
+            assert word.search(story.summary[fact.sentence])
+            holders = {i for i, sentence in enumerate(story.article) if word.search(sentence)}
+            assert holders and holders <= {*story.sources[fact.sentence]}, (fact, story)
+            assert not any(word.search(text) for n, text in enumerate(story.summary) if n != fact.sentence)
+        for n, sentence in enumerate(story.summary):  # and they are all that the sentence states
+            assert scoring.stated(sentence) == {fact.text for fact in story.facts if fact.sentence == n}, sentence
+    assert kinds == {"name", "place", "number"}
+
+
+def test_every_event_is_told_before_it_is_referred_to():
+    for story in STORIES:
+        for number, own in enumerate(story.sources):
+            (who,) = [fact.text for fact in story.facts if fact.sentence == number and fact.kind == "name"][:1]
+            assert who in story.article[own[0]]
+        assert not any("{" in sentence for sentence in (*story.article, *story.summary))
+
+
+def test_splits_share_no_article(task):
+    drawn = {
+        split: {x.prompt for x in itertools.islice(news.Corpus().stream(task, seed=0, split=split), 64)} for split in ("train", "test")
+    }
+    assert not drawn["train"] & drawn["test"]
+
+
+# ----------------------------------------------------------------------------------------------------- task
+
+
+def test_an_example_is_written_as_the_protocol_says(task):
+    story = news.Story(("Ada won.", "Rain fell.", "It was Monday."), ("Ada won on Monday.",), ((0, 2),), ())
+    example = task.encode(story)
+    written = task.decode(example.token_ids)
+    assert written == (
+        "<bos> Summarize:<seg:1> Ada won.<seg:2> Rain fell.<seg:3> It was Monday.<solve><seg:4><ref:1><ref:3> Ada won on Monday.<eos>"
+    )
+    assert (example.token_ids[: example.prompt_tokens] == task.encode_prompt(example.prompt)).all()
+    assert task.steps(example.response_ids) == [(4, frozenset({1, 3}), "Ada won on Monday.")]
+    assert task.answer(example.response_ids) == "Ada won on Monday."
+    assert task.answer([]) is None
+
+
+def test_streams_start_anywhere_and_do_not_depend_on_workers(task, examples):
+    later = list(itertools.islice(news.Corpus().stream(task, seed=3, start=70), 10))
+    for one, other in zip(examples[70:80], later, strict=True):
+        assert (one.token_ids == other.token_ids).all()
+    stream = news.Corpus().stream(task, seed=3, num_workers=1)
+    for one, other in zip(examples, itertools.islice(stream, 4), strict=False):
+        assert (one.token_ids == other.token_ids).all()
+    stream.close()
+
+
+def test_the_prompt_s_text_gives_the_prompt_s_sentences(examples):
+    for example in examples:
+        assert split_sentences(example.prompt) == list(example.story.article)
+
+
+def test_labels_are_consecutive_and_all_used(task, examples):
+    seen = set()
+    for example in examples:
+        segs = example.token_ids[np.isin(example.token_ids, list(task.step_ids))] - task.vocab.seg_base
+        assert (np.diff(segs) == 1).all() and segs[0] == example.first_label >= 1 and segs[-1] < task.vocab.num_labels
+        seen |= {*segs.tolist()}
+    assert seen == {*range(1, task.vocab.num_labels)}
+
+
+def test_text_cannot_open_or_name_anything(task):
+    ids = task.encode_prompt("He wrote <seg:5> and <solve> and <eos> and <ref:1>.")
+    structural = [i for i in ids.tolist() if i >= task.vocab.pad_id]
+    assert structural == [task.vocab.bos_id, task.vocab.seg_base + 1, task.vocab.solve_id]
+
+
+def test_a_task_survives_its_json(task):
+    again = news.NewsTask.from_json(json.loads(json.dumps(task.to_json())))
+    assert again == task and (again.encode_prompt("Ada won.") == task.encode_prompt("Ada won.")).all()
+    with pytest.raises(ValueError, match="task: unknown key 'x'"):
+        news.NewsTask.from_json({**task.to_json(), "x": 1})
+
+
+def test_long_articles_are_cut_at_sentence_ends_with_the_sources_beyond(task):
+    short = news.NewsTask(task.vocab, max_prompt_tokens=40)
+    article = tuple(f"Sentence number {i} is here now." for i in range(9))
+    example = short.encode(news.Story(article, ("One.", "Eight.", "Both."), ((1,), (8,), (1, 8)), (news.Fact(2, "name", "Both"),)))
+    assert example.prompt_tokens <= 40 and task.decode(example.token_ids[: example.prompt_tokens]).endswith("now.<solve>")
+    assert example.story.article == article[: len(example.story.article)] and 1 < len(example.story.article) < 8
+    assert (example.story.summary, example.story.sources) == (("One.", "Both."), ((1,), (1,)))
+    assert example.story.facts == (news.Fact(1, "name", "Both"),)
+    assert short.encode(news.Story(article, ("Eight.",), ((8,),), ())) is None
+
+
+def test_too_many_sentences_for_the_labels_are_said(task):
+    few = news.NewsTask(news.train_vocab(["Ada won."], vocab_tokens=300, num_labels=4))
+    with pytest.raises(ValueError, match=r"4 article sentences and 1 of summary need labels up to 5, but the last one is 3"):
+        few.encode_prompt("One won. Two won. Three won. Four won.")
+    with pytest.raises(ValueError, match="the article has no sentence"):
+        few.encode_prompt(" \n")
+
+
+# -------------------------------------------------------------------------------------------------- scoring
+
+
+def test_gold_responses_score_one_and_spoiled_ones_less(task):
+    golds = [task.encode(story) for story in STORIES[:24]]
+    perfect = task.scores(golds, [example.response_ids for example in golds])
+    assert {round(value, 9) for value in perfect.values()} == {1.0}
+    exchanged = task.scores(golds, [example.response_ids for example in golds[1:] + golds[:1]])
+    assert exchanged["fact_accuracy"] < 0.1 and exchanged["rougeL"] < 0.7 and exchanged["all_facts_right"] == 0
+    nothing = task.scores(golds, [[] for _ in golds])
+    assert nothing["rouge1"] == nothing["fact_accuracy"] == nothing["span_recall"] == 0
+
+
+def test_a_right_number_of_the_wrong_event_is_wrong():
+    facts = [news.Fact(0, "name", "Ada Moss"), news.Fact(0, "number", "7"), news.Fact(1, "name", "Ian Holt"), news.Fact(1, "number", "9")]
+    assert scoring.fact_scores([facts], [["Ada Moss had 7.", "Ian Holt had 9."]])["fact_accuracy"] == 1
+    crossed = scoring.fact_scores([facts], [["Ada Moss had 9.", "Ian Holt had 7."]])
+    assert (crossed["fact_accuracy"], crossed["fact_recall"], crossed["all_facts_right"]) == (0.5, 0.5, 0)
+    assert scoring.fact_scores([facts], [["Ada Moss had 7."]])["fact_recall"] == 0.5
+
+
+def test_span_scores_by_hand():
+    assert scoring.span_scores([[{1, 2}, {3}]], [[{1, 4}, {3}, {5}]]) == {"span_precision": 0.5, "span_recall": 2 / 3}
+
+
+# -------------------------------------------------------------------------------------------------- command
+
+
+def run(capsys, *arguments):
+    """(exit status, stderr)."""
+    try:
+        data_main(["news", *map(str, arguments)])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().err
+
+
+def test_a_synthetic_corpus_is_read_back(tmp_path, capsys):
+    assert run(capsys, "--num-examples", 30, "--out", tmp_path / "out")[0] == 0
+    stored = corpus.load(tmp_path / "out")
+    expected = {x.prompt: x for x in itertools.islice(news.Corpus().stream(stored.task, seed=0), 30)}
+    for example in itertools.islice(stored.stream(seed=1), 30):
+        own = expected.pop(example.prompt)
+        assert example.story == own.story and (example.token_ids == own.token_ids).all()
+    assert not expected
+    statistics = stored.card["statistics"]
+    assert statistics["alignment_against_truth"]["recall"] > 0.9 and statistics["position_guesser"]["f1"] < 0.5
+    assert 0 < statistics["attended_fraction_body"] < 0.3 and statistics["attended_fraction_header"] == 1
+
+
+ROWS = [
+    {
+        "id": 1,
+        "article": "The mayor of Oakton resigned. It rained. She had served for 12 years.",
+        "summary": "Oakton's mayor resigned after 12 years.",
+    },
+    {"id": 2, "article": "", "summary": "Nothing."},
+    {"id": 3, "article": "Snow fell.", "summary": None},
+    {"id": 4, "article": "Snow fell.", "summary": "Ada won."},
+]
+
+
+def write_rows(path):
+    import csv
+
+    import pyarrow
+    from pyarrow import parquet
+
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ROWS[0])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_files_become_corpora_and_the_card_counts_what_was_dropped(tmp_path, capsys, suffix):
+    write_rows(tmp_path / f"rows{suffix}")
+    assert run(capsys, "--source", tmp_path / f"rows{suffix}", "--out", tmp_path / "out")[0] == 0
+    stored = corpus.load(tmp_path / "out")
+    (row,) = stored.dataset
+    assert (row["sources"], len(row["article"])) == ([[0, 2]], 3)
+    dropped = {"without a sentence": 1, "without a summary": 1, "without a usable alignment": 1}
+    assert stored.card["articles"] == {"read": 4, "written": 1, **dropped}
+
+
+def test_workers_change_nothing(task, tmp_path):
+    pairs = [{"article": " ".join(story.article), "summary": " ".join(story.summary)} for story in STORIES]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    made = []
+    for workers in (0, 2):
+        source = sources.Source(str(tmp_path / "rows.jsonl"))
+        made.append(
+            [
+                x.token_ids.tolist()
+                for x in sources.examples(source, task, Alignment(), seed=0, workers=workers, dropped=collections.Counter())
+            ]
+        )
+    assert made[0] == made[1] and len(made[0]) == len(STORIES)
+
+
+BAD = {
+    "an empty article only": ("rows.jsonl", '{"article": "", "summary": "x"}\n', [], "none of its articles can be used: 1 without a sentence"),
+    "a missing column": ("rows.jsonl", '{"article": "A b.", "title": "x"}\n', [], "no column summary or highlights or abstract or headline; there are article, title"),
+    "a named column that is missing": ("rows.jsonl", '{"article": "A b.", "summary": "x"}\n', ["--article-column", "x"], "no column x; there are article, summary: name one with --article-column"),
+    "not JSON": ("rows.jsonl", '{"article": \n', [], "line 1 is not JSON"),
+    "not an object": ("rows.jsonl", "[1]\n", [], "line 1: expected a JSON object"),
+    "a number for text": ("rows.jsonl", '{"article": 1, "summary": "x"}\n', [], "row 1: expected text in 'article' and 'summary'"),
+    "an empty file": ("rows.csv", "", [], "no rows"),
+    "not Parquet": ("rows.parquet", "nothing", [], "is not Parquet"),
+    "another kind of file": ("rows.txt", "text", [], "expected a file that ends in .jsonl, .csv, .parquet"),
+    "too many sentences": (
+        "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
+        ["--num-labels", "4"], "article 1: 4 article sentences and 1 of summary need labels up to 5",
+    ),
+    "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "min_gain is 0.0: expected above 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
+    name, content, options, message = BAD[case]
+    (tmp_path / name).write_text(content)
+    status, err = run(capsys, "--source", tmp_path / name, *options, "--out", tmp_path / "out")
+    (line,) = [line for line in err.splitlines() if "examples" not in line]
+    assert status == 2 and line.startswith("error: ") and message in line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    status, err = run(capsys, "--source", tmp_path / "none.jsonl", "--out", tmp_path / "out")
+    assert status == 2 and "none.jsonl: No such file or directory" in err and not list(tmp_path.iterdir())
+    status, err = run(capsys, "--source", "synthetic", "--split", "dev", "--out", tmp_path / "out")
+    assert status == 2 and "split is 'dev': expected one of train, test" in err and not list(tmp_path.iterdir())
