@@ -105,8 +105,7 @@ class Eval:
 
     def run(self) -> None:
         lm = load(self.checkpoint)
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("data", "json")}
-        settings["checkpoint"] = self.checkpoint.name
+        settings = {name: value for name, value in vars(self).items() if name not in ("data", "json")} | {"checkpoint": self.checkpoint.name}
         options = {"attention": self.attention or lm.model.config.mask}
         if isinstance(task := lm.task, news.NewsTask):
             examples = news.held_out(task, self.num_examples, seed=self.seed, directory=self.data)
