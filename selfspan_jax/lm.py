@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -287,7 +288,7 @@ class SpanLM:
             row[: len(ids) + len(new)] = np.concatenate([ids, new])
         roles = jax.tree.map(np.asarray, _roles(jnp.asarray(rows), self.model.vocab))
         return [
-            self._output(prompt, ids, tokens[b], attended[b], jax.tree.map(lambda role: role[b], roles), attention, int(unresolved[b]))
+            self._output(prompt, ids, tokens[b], attended[b], jax.tree.map(operator.itemgetter(b), roles), attention, int(unresolved[b]))
             for b, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
         ]
 
