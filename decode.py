@@ -23,16 +23,22 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.spans import SpanVocab
 
 
-def load(checkpoint: Path, *, int8: bool = False) -> SpanLM:
-    return SpanLM.load(checkpoint, {task.name: task for task in (arithmetic.ArithmeticTask, news.NewsTask)}, int8=int8)
+def load(checkpoint: Path, *, base: Path | None = None, int8: bool = False) -> SpanLM:
+    return SpanLM.load(checkpoint, {task.name: task for task in (arithmetic.ArithmeticTask, news.NewsTask)}, base=base, int8=int8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Generate:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    checkpoint: Positional[Path]
+    """Directory of a finished model or an adapter, a Hugging Face directory or a GGUF file."""
+    base: Path | None = None
+    """Of an adapter: the Hugging Face directory or GGUF file that it was trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Model):
     """Evaluates an expression, or sums up an article, and shows each step with what it read; or continues a text."""
 
-    checkpoint: Positional[Path]
-    """Directory of a finished model, a Hugging Face directory or a GGUF file."""
     prompt: Positional[str | None] = None
     """An expression: whole numbers, + - * and parentheses; or text."""
     article: Path | None = None
@@ -56,7 +62,7 @@ class Generate:
 
     def run(self) -> None:
         prompt = commandline.read_text(self.article) if self.article else str(self.prompt)
-        lm, options = load(self.checkpoint, int8=self.int8), dataclasses.asdict(self.sampling)
+        lm, options = load(self.checkpoint, base=self.base, int8=self.int8), dataclasses.asdict(self.sampling)
         if self.stream:
             for text in lm.stream(prompt, **options):
                 print(text, end="", flush=True)
@@ -73,12 +79,10 @@ class Generate:
             out.plot().savefig(self.plot, dpi=100)
 
 
-@dataclasses.dataclass(frozen=True)
-class Eval:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(Model):
     """Decodes fresh expressions of the test stream, verifies every step, counts right answers per second; or scores summaries."""
 
-    checkpoint: Positional[Path]
-    """Directory of a finished model."""
     num_examples: int = 1000
     """Expressions, of each number of operators that --ops has."""
     ops: Annotated[tuple[int, ...], commandline.commas(int)] = ()
@@ -104,8 +108,9 @@ class Eval:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 and above")
 
     def run(self) -> None:
-        lm = load(self.checkpoint)
-        settings = {name: value for name, value in vars(self).items() if name not in ("data", "json")} | {"checkpoint": self.checkpoint.name}
+        lm = load(self.checkpoint, base=self.base)
+        left_out = ("base", "data", "json")
+        settings = {**{k: v for k, v in vars(self).items() if k not in left_out}, "checkpoint": self.checkpoint.name}
         options = {"attention": self.attention or lm.model.config.mask}
         if isinstance(task := lm.task, news.NewsTask):
             examples = news.held_out(task, self.num_examples, seed=self.seed, directory=self.data)
