@@ -24,7 +24,7 @@ from flax import nnx
 from data import arithmetic, commandline, news, packing
 from data.vocab import TokenizerVocab
 from selfspan_jax import checkpoint, huggingface, lora, runs, training, training_benchmark
-from selfspan_jax.config import FINE_TUNING, PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention
+from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, fine_tuning
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
@@ -131,14 +131,16 @@ def generated(run: Run, task: Any) -> Callable[..., Iterator]:
 def commands() -> Any:
     """A subcommand for each preset and each way of fine-tuning, of the corpus that the command line names."""
     words = " ".join(sys.argv[1:]).replace("=", " ").split()
-    named = words[words.index("--corpus") + 1] if "--corpus" in words[:-1] else "arithmetic"
-    tuned = TUNING_CORPORA.get(named, TUNING_CORPORA["arithmetic"])
+    named = words[words.index("--corpus") + 1] if "--corpus" in words[:-1] else ""
+    corpus_name = named if named in TUNING_CORPORA else "arithmetic"
     runs: dict[str, Run] = {
         name: NewModel(run_dir=tyro.MISSING, model=PRESETS[name].model, training=PRESETS[name].training, corpus=corpus)
         for name, corpus in CORPORA.items()
     }
     for name, kind in {"lora": LoraTuning, "full": FineTuning}.items():
-        runs[f"finetune-{name}"] = kind(run_dir=tyro.MISSING, init=tyro.MISSING, training=FINE_TUNING[name], corpus=tuned)
+        attention, config = fine_tuning(corpus_name, adapters=kind is LoraTuning)
+        tuned: dict[str, Any] = {"training": config, "attention": attention, "corpus": TUNING_CORPORA[corpus_name]}
+        runs[f"finetune-{name}"] = kind(run_dir=tyro.MISSING, init=tyro.MISSING, **tuned)
     kinds = (Annotated[type(run)[type(run.corpus)], tyro.conf.subcommand(name, default=run)] for name, run in runs.items())  # type: ignore
     return Union[tuple(kinds)]  # noqa: UP007
 

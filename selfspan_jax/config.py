@@ -293,7 +293,12 @@ PRESETS = {
 }
 
 # Without position gaps: the rotary positions of an imported model are trained far beyond its rows here.
-FINE_TUNING = {
-    "lora": TrainConfig(steps=1_500, learning_rate=1e-3, warmup_steps=100, weight_decay=0.0, gap_scales=(0,), eval_every_steps=500),
-    "full": TrainConfig(steps=1_500, learning_rate=2e-4, warmup_steps=100, gap_scales=(0,), eval_every_steps=500),
-}
+_TUNING = TrainConfig(steps=1_500, learning_rate=2e-4, warmup_steps=100, gap_scales=(0,), eval_every_steps=500)
+
+
+def fine_tuning(corpus: str, *, adapters: bool) -> tuple[TunedAttention, TrainConfig]:
+    """Attention and training that fit a corpus; adapters take a higher rate than all parameters, and do not decay."""
+    training = dataclasses.replace(_TUNING, learning_rate=1e-3, weight_decay=0.0) if adapters else _TUNING
+    if corpus == "news":  # articles are longer, and choosing sources reads all of them
+        return TunedAttention(header_view="all"), dataclasses.replace(training, sequence_tokens=1024, batch_size=32)
+    return TunedAttention(), training
