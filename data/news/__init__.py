@@ -105,38 +105,37 @@ class NewsTask:
         return frozenset(range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels))
 
     @functools.cached_property
-    def _structural(self) -> npt.NDArray[np.int32]:
-        labels = np.arange(self.vocab.num_labels)
-        singles = (self.vocab.pad_id, self.vocab.bos_id, self.vocab.eos_id, self.vocab.solve_id)
-        return np.array([*singles, *(self.vocab.seg_base + labels), *(self.vocab.ref_base + labels)], np.int32)
+    def _structural(self) -> frozenset[int]:
+        vocab = self.vocab
+        families = (range(base, base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
+        return frozenset(itertools.chain((vocab.pad_id, vocab.bos_id, vocab.eos_id, vocab.solve_id), *families))
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of text; whatever a tokenizer reads as structure is left out, so that no text can open or name anything."""
-        ids = self.vocab.text_ids(text)
-        return [int(i) for i in ids[~np.isin(ids, self._structural)]]
+        return [i for i in self.vocab.text_ids(text).tolist() if i not in self._structural]
 
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Article -> prompt, int32 [n], labels from 1 on. ValueError: no sentence, or more sentences than labels."""
         sentences = split_sentences(text)
         if not sentences:
             raise ValueError("the article has no sentence")
-        return np.array(self._prompt(sentences, 1)[0], np.int32)
+        return np.array(self._prompt(sentences)[0], np.int32)
 
-    def _prompt(self, sentences: Sequence[str], first_label: int, num_steps: int = 1) -> tuple[list[int], int]:
-        """(ids, sentences that were kept)."""
+    def _prompt(self, sentences: Sequence[str], num_steps: int = 1) -> tuple[list[int], int]:
+        """(ids with labels from 1 on, sentences that were kept)."""
         token_ids = [self.vocab.bos_id, *self.text_ids(INSTRUCTION)]
         kept = 0
         for number, sentence in enumerate(sentences):
             ids = self.text_ids(" " + sentence)
             if len(token_ids) + len(ids) + 2 > self.max_prompt_tokens:
                 break
-            token_ids += [self.vocab.seg_base + min(first_label + number, self.vocab.num_labels - 1), *ids]
+            token_ids += [self.vocab.seg_base + min(1 + number, self.vocab.num_labels - 1), *ids]
             kept += 1
         if not kept:
             raise ValueError(f"the article's first sentence does not fit into {self.max_prompt_tokens} tokens of prompt")
-        if first_label + kept + num_steps > self.vocab.num_labels:
+        if kept + num_steps >= self.vocab.num_labels:
             raise ValueError(
-                f"{kept} article sentences and {num_steps} of summary need labels up to {first_label + kept + num_steps - 1}, "
+                f"{kept} article sentences and {num_steps} of summary need labels up to {kept + num_steps}, "
                 f"but the last one is {self.vocab.num_labels - 1}: more num_labels, or fewer max_prompt_tokens"
             )
         return [*token_ids, self.vocab.solve_id], kept
@@ -150,7 +149,7 @@ class NewsTask:
         Raises:
           ValueError: more sentences than labels, or a first sentence that does not fit.
         """
-        prompt, kept = self._prompt(story.article, 1, len(story.summary))
+        prompt, kept = self._prompt(story.article, len(story.summary))
         steps = [(text, [i for i in sources if i < kept]) for text, sources in zip(story.summary, story.sources, strict=True)]
         numbers = [number for number, (_, sources) in enumerate(steps) if sources]
         if not numbers:
@@ -164,7 +163,8 @@ class NewsTask:
         if uniform is not None:  # every label as often as the others: drawn wherever they overlap the vocabulary, then moved inside
             first_label = 2 - used + int(uniform * (self.vocab.num_labels + used - 2))
             first_label = min(max(first_label, 1), self.vocab.num_labels - used)
-            prompt, _ = self._prompt(story.article, first_label, len(numbers))
+            tags = range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels)
+            prompt = [i + first_label - 1 if i in tags else i for i in prompt]
         token_ids = list(prompt)
         for number, (text, sources) in enumerate(zip(story.summary, story.sources)):
             token_ids.append(self.vocab.seg_base + first_label + kept + number)
@@ -180,7 +180,6 @@ class NewsTask:
     def steps(self, response_ids: Iterable[int]) -> list[tuple[int, frozenset[int], str]]:
         """(label, labels named, sentence) of each step of a response; what stands before the first step is left out."""
         vocab, found = self.vocab, list[tuple[int, set[int], list[int]]]()
-        structural = set(self._structural.tolist())
         for i in map(int, response_ids):
             if i == vocab.eos_id:
                 break
@@ -188,7 +187,7 @@ class NewsTask:
                 found.append((i - vocab.seg_base, set(), []))
             elif found and vocab.ref_base <= i < vocab.ref_base + vocab.num_labels:
                 found[-1][1].add(i - vocab.ref_base)
-            elif found and i not in structural:
+            elif found and i not in self._structural:
                 found[-1][2].append(i)
         return [(label, frozenset(named), self.vocab.decode(body).strip()) for label, named, body in found]
 

@@ -4,6 +4,8 @@ import collections
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from data.card import QUANTILES, counts, quantiles, table
 from data.news import Example
 from data.news.alignment import Alignment
@@ -49,25 +51,26 @@ class Statistics:
 
     def _attend(self, example: Example) -> None:
         """Adds what response tokens attend to (header_view="all", prompt_view="causal"); span protocol, sections 2 and 7."""
-        ids, seg, ref, labels = example.token_ids.tolist(), self._vocab.seg_base, self._vocab.ref_base, self._vocab.num_labels
-        carried: collections.Counter[int] = collections.Counter()
-        label, named = 0, set[int]()
-        for position, token in enumerate(ids):
-            in_response = position >= example.prompt_tokens
-            header = False
+        ids, seg, ref, labels = example.token_ids, self._vocab.seg_base, self._vocab.ref_base, self._vocab.num_labels
+        prompt = ids[: example.prompt_tokens - 1]
+        opens = np.flatnonzero((prompt >= seg) & (prompt < seg + labels))
+        lengths = np.diff(opens, append=len(prompt)).tolist()
+        carried = collections.Counter(dict(zip((prompt[opens] - seg).tolist(), lengths, strict=True)))
+        carried[0] = example.prompt_tokens - sum(lengths)
+        label, named = 0, {0}
+        for position, token in enumerate(example.response_ids.tolist(), example.prompt_tokens):
+            header = True
             if seg <= token < seg + labels:
-                label, named, header = token - seg, {0, token - seg}, in_response
-            elif position == example.prompt_tokens - 1:
-                label = 0
-            elif in_response and ref <= token < ref + labels:
+                label, named = token - seg, {0, token - seg}
+            elif ref <= token < ref + labels:
                 named.add(token - ref)
-                header = True
+            else:
+                header = False
             carried[label] += 1
-            if in_response:
-                attended = position + 1 if header else sum(carried[k] for k in named)
-                sums = self._attended["header" if header else "body"]
-                sums[0] += attended / (position + 1)
-                sums[1] += 1
+            attended = position + 1 if header else sum(carried[k] for k in named)
+            sums = self._attended["header" if header else "body"]
+            sums[0] += attended / (position + 1)
+            sums[1] += 1
 
     def guesser(self) -> dict[str, float]:
         """The best that naming the same article sentences for the n-th summary sentence of every article can do.
