@@ -271,8 +271,8 @@ def compile_case(shape: Shape, case: Case) -> Programs:
     frozen = decoding.FrozenDecoder.of(shape.abstract(int8=case.int8))
     params, config = frozen.params, case.config
 
-    def prefill(params, token_ids, lengths, key):
-        return decoding.read_prompts(frozen.structure.decoder(params), token_ids, lengths, key, config, case.num_samples)
+    def prefill(params, token_ids, lengths, keys):
+        return decoding.read_prompts(frozen.structure.decoder(params), token_ids, lengths, keys, config, case.num_samples)
 
     def replay(params, state, forced):
         return decoding.run(dataclasses.replace(frozen, params=params), state, config, forced=forced)
@@ -281,8 +281,8 @@ def compile_case(shape: Shape, case: Case) -> Programs:
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
     num_prompts = case.batch_size // case.num_samples
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    prompts = (ints(num_prompts, decoding.bucket(case.prompt_tokens)), ints(num_prompts), key)
+    keys = jax.eval_shape(lambda: decoding.sequence_keys(None, case.batch_size))
+    prompts = (ints(num_prompts, decoding.bucket(case.prompt_tokens)), ints(num_prompts), keys)
     traced = jax.jit(prefill).trace(params, *prompts)
     state = traced.out_info
     _check_fits(case, bytes_of(params) + bytes_of(state))
@@ -394,7 +394,7 @@ def _prefilled(shape: Shape, params, case: Case, programs: Programs, token_ids: 
     room = decoding.bucket(length)
     prompts = np.full((num_prompts, room), shape.vocab.pad_id, np.int32)
     prompts[:, :length] = token_ids[:num_prompts, :length]
-    arguments = (params, jnp.asarray(prompts), jnp.full((num_prompts,), length, jnp.int32), jax.random.key(0))
+    arguments = (params, jnp.asarray(prompts), jnp.full((num_prompts,), length, jnp.int32), decoding.sequence_keys(None, case.batch_size))
     state: Any = None
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= REPETITIONS and sum(seconds) < 2):

@@ -5,6 +5,9 @@ automaton and the model; a step chooses a token and feeds it. `run` takes steps 
 ended; `generate` is `prefill` and `run`, `stream` runs the same loop in chunks. Nothing in a step depends on the host.
 
 A model decodes with the parameters that it has: `Decoder.for_decoding` makes a copy in the compute dtype, or in int8.
+
+On a mesh each device runs the same loop on its sequences and its kv heads. Row lists hold rows of its own pool. The devices
+of one part of the batch add up two numbers a layer (`sharding`); those of different parts do not wait for each other.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from selfspan_jax import sharding
 from selfspan_jax.attention import attend_cached, masked_attention, rotated_heads, sequence_mask
 from selfspan_jax.cache import KVCache, SlotList, write_rows
 from selfspan_jax.config import DecodeConfig, ModelConfig
@@ -45,7 +49,21 @@ class DecodeState:
     num_steps: Int[Array, ""]
     new_tokens: Int[Array, "B M"]  # tokens chosen so far, then padding
     num_attended: Int[Array, "B M"]  # how many tokens each of them attended to, itself included
-    key: PRNGKeyArray
+    keys: PRNGKeyArray  # [B]: what a sequence draws depends on no other
+
+    @classmethod
+    def places(cls) -> DecodeState:
+        """Where a state lies on a mesh: specs in place of its parts."""
+        each = sharding.spec("sequences")
+        same = dict.fromkeys((field.name for field in dataclasses.fields(cls)), each)
+        cache = KVCache(pools=sharding.spec("sequences", "heads"), table=each)  # type: ignore[arg-type]
+        return cls(**same | {"cache": cache, "num_steps": sharding.WHOLE})  # type: ignore[arg-type]
+
+
+def sequence_keys(key: PRNGKeyArray | None, num_sequences: int) -> PRNGKeyArray:
+    """A key for each sequence of a batch; of key 0 where none is given."""
+    numbers = jnp.arange(num_sequences, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, numbers)
 
 
 def bucket(num_tokens: int) -> int:
@@ -62,9 +80,9 @@ def _chunk_tokens(batch: int, prompt_room: int, config: DecodeConfig) -> int:
 
 
 def read_prompts(
-    model: Decoder, token_ids: Int[Array, "b T"], lengths: Int[Array, "b"], key: PRNGKeyArray, config: DecodeConfig, num_samples: int
+    model: Decoder, token_ids: Int[Array, "b T"], lengths: Int[Array, "b"], keys: PRNGKeyArray, config: DecodeConfig, num_samples: int
 ) -> DecodeState:
-    """Reads prompts, `lengths[b]` tokens of row b, and returns the state from which decoding goes on. Pure; for jit."""
+    """Reads prompts, `lengths[b]` tokens of row b, and returns the state from which decoding goes on. Pure; for one device in jit."""
     batch, prompt_room = token_ids.shape
     capacity = prompt_room + config.max_new_tokens
     cache = KVCache.empty(model.config, lengths, prompt_room, num_samples, config.max_new_tokens)
@@ -116,7 +134,7 @@ def read_prompts(
         num_steps=jnp.zeros((), jnp.int32),
         new_tokens=jnp.full((none.size, config.max_new_tokens), model.vocab.pad_id, jnp.int32),
         num_attended=jnp.zeros((none.size, config.max_new_tokens), jnp.int32),
-        key=key,
+        keys=keys,
     )
 
 
@@ -177,8 +195,8 @@ def _like(flags: Bool[Array, "B"], x: Array) -> Array:
     return flags.reshape(flags.shape + (1,) * (x.ndim - 1))
 
 
-def choose(logits: Float[Array, "B V"], key: PRNGKeyArray, config: DecodeConfig) -> Int[Array, "B"]:
-    """The next tokens: the most likely ones, or drawn at a temperature from the nucleus of mass top_p (1904.09751)."""
+def choose(logits: Float[Array, "B V"], keys: PRNGKeyArray, config: DecodeConfig) -> Int[Array, "B"]:
+    """The next tokens: the most likely ones, or each drawn with its key at a temperature from the nucleus of mass top_p (1904.09751)."""
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     scores = logits / config.temperature
@@ -188,13 +206,13 @@ def choose(logits: Float[Array, "B V"], key: PRNGKeyArray, config: DecodeConfig)
         mass_before = jnp.cumsum(ranked, axis=-1) - ranked
         kept = jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, mass_before < config.top_p, axis=-1, inplace=False)
         scores = jnp.where(kept, scores, -jnp.inf)
-    return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
 def _step(model: Decoder, state: DecodeState, until: Int[Array, ""], forced: Int[Array, "B M"] | None, config: DecodeConfig) -> DecodeState:
     """Chooses the next token of every sequence and feeds it; changes nothing once `until` steps are done or all sequences are."""
     active = ~state.done & (state.num_steps < until)
-    tokens = choose(state.logits, jax.random.fold_in(state.key, state.num_steps), config)
+    tokens = choose(state.logits, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.num_steps), config)
     if forced is not None:
         given = jax.lax.dynamic_index_in_dim(forced, state.num_steps, axis=1, keepdims=False)
         tokens = jnp.where(given >= 0, given, tokens)
@@ -209,11 +227,15 @@ def _step(model: Decoder, state: DecodeState, until: Int[Array, ""], forced: Int
 
 
 class _Structure:
-    """A decoder without its parameters: what is static under jit. Hashed once, because the hash takes a millisecond."""
+    """A decoder without its parameters: what is static under jit. Hashed once, because the hash takes a millisecond.
 
-    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef):
-        self._key = (graph, tree)
+    On a mesh it is one device's share of the decoder, and `places` says where the parameters lie.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: sharding.Mesh | None = None, places: tuple = ()):
+        self._key = (graph, tree, mesh, places)
         self._hash = hash(self._key)
+        self.mesh = mesh
 
     def __hash__(self) -> int:
         return self._hash
@@ -222,8 +244,13 @@ class _Structure:
         return self is other or (isinstance(other, _Structure) and self._key == other._key)
 
     def decoder(self, params: Sequence[Array]) -> Decoder:
-        graph, tree = self._key
+        graph, tree, *_ = self._key
         return nnx.merge(graph, jax.tree.unflatten(tree, params))
+
+    def on_devices(self, compute: Callable, *inputs: Any, outputs: Any) -> Callable:
+        """`compute(decoder, *arrays)` as a function of parameters and arrays; on a mesh on each device, of what it has of them."""
+        places = self._key[3]
+        return sharding.per_device(lambda params, *arrays: compute(self.decoder(params), *arrays), self.mesh, (places, *inputs), outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,23 +264,50 @@ class FrozenDecoder:
     params: tuple[Array, ...]
 
     @classmethod
-    def of(cls, model: Decoder | FrozenDecoder) -> FrozenDecoder:
-        """The parameters as they are now; later changes to the model are not seen."""
+    def of(cls, model: Decoder | FrozenDecoder, mesh: sharding.Mesh | None = None) -> FrozenDecoder:
+        """The parameters as they are now, or shapes in their place; later changes to the model are not seen.
+
+        Args:
+          mesh: the devices to lay them out on.
+
+        Raises: ValueError for a mesh that does not divide the decoder.
+        """
         if isinstance(model, FrozenDecoder):
             return model
         graph, state = nnx.split(model)
+        places: tuple = ()
+        if mesh is not None:
+            sharding.check_decoding(model.config, mesh)
+            places = tuple(jax.tree.leaves(sharding.parameter_specs(state)))
+            state = sharding.place(state, mesh)
+            shard = nnx.merge(graph, state)
+            sharding.make_shard(shard, mesh)
+            graph, state = nnx.split(shard)
         params, tree = jax.tree.flatten(state)
-        return cls(model.config, model.vocab, model.vocab_size, _Structure(graph, tree), tuple(params))
+        return cls(model.config, model.vocab, model.vocab_size, _Structure(graph, tree, mesh, places), tuple(params))
+
+    @property
+    def mesh(self) -> sharding.Mesh | None:
+        return self.structure.mesh
+
+
+_EACH = sharding.spec("sequences")
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "config", "num_samples"))
-def _jit_prefill(structure, params, token_ids, lengths, key, config, num_samples):
-    return read_prompts(structure.decoder(params), token_ids, lengths, key, config, num_samples)
+def _jit_prefill(structure, params, token_ids, lengths, keys, config, num_samples):
+    def read(model, *prompts):
+        return read_prompts(model, *prompts, config, num_samples)
+
+    return structure.on_devices(read, _EACH, _EACH, _EACH, outputs=DecodeState.places())(params, token_ids, lengths, keys)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "config"), donate_argnames=("state",))
 def _jit_feed(structure, params, state, tokens, config):
-    return _feed(structure.decoder(params), state, tokens, ~state.done, config)
+    def feed(model, state, tokens):
+        return _feed(model, state, tokens, ~state.done, config)
+
+    return structure.on_devices(feed, DecodeState.places(), _EACH, outputs=DecodeState.places())(params, state, tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "config", "unasked_steps"), donate_argnames=("state",))
@@ -263,16 +317,20 @@ def _jit_run(structure, params, state, until, forced, config, unasked_steps):
     On a GPU each round of a while loop whose end is data waits for the host to read that data. So the loop asks every
     `unasked_steps` steps; between them it runs a loop of known length, which the host queues without waiting.
     """
-    model = structure.decoder(params)
 
-    def step(_, state):
-        return _step(model, state, until, forced, config)
+    def steps(model, state, until, forced):
+        def step(_, state):
+            return _step(model, state, until, forced, config)
 
-    return jax.lax.while_loop(
-        lambda state: (state.num_steps < until) & ~jnp.all(state.done),
-        lambda state: step(None, state) if unasked_steps == 1 else jax.lax.fori_loop(0, unasked_steps, step, state),
-        state,
-    )
+        state = jax.lax.while_loop(
+            lambda state: (state.num_steps < until) & ~jnp.all(state.done),
+            lambda state: step(None, state) if unasked_steps == 1 else jax.lax.fori_loop(0, unasked_steps, step, state),
+            state,
+        )
+        return dataclasses.replace(state, num_steps=sharding.most_of_parts(state.num_steps, structure.mesh))
+
+    places = DecodeState.places()
+    return structure.on_devices(steps, places, sharding.WHOLE, _EACH, outputs=places)(params, state, until, forced)
 
 
 def _unasked_steps(num_steps: int) -> int:
@@ -326,9 +384,11 @@ def prefill(
     room = bucket(token_ids.shape[1])
     token_ids = np.pad(token_ids, ((0, 0), (0, room - token_ids.shape[1])), constant_values=model.vocab.pad_id)
     frozen = FrozenDecoder.of(model)
+    if frozen.mesh is not None:
+        sharding.check_batch(len(lengths), frozen.mesh, "the number of prompts")
     prompts = jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    key = jax.random.key(0) if key is None else key
-    return _jit_prefill(frozen.structure, frozen.params, *prompts, key, config, num_samples)
+    keys = sequence_keys(key, len(lengths) * num_samples)
+    return _jit_prefill(frozen.structure, frozen.params, *prompts, keys, config, num_samples)
 
 
 def feed(model: Decoder | FrozenDecoder, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:
@@ -400,8 +460,13 @@ def _jit_chunk(structure, params, state, start, config, size):
     A loop of known length, even where all sequences end within it: the call returns as soon as the device has its orders.
     One whose end is data returns when the data is there, and the device then waits for the next call: 3 ms a chunk.
     """
-    model = structure.decoder(params)
-    state = jax.lax.fori_loop(0, size, lambda _, state: _step(model, state, start + size, None, config), state)
+
+    def steps(model, state, start):
+        state = jax.lax.fori_loop(0, size, lambda _, state: _step(model, state, start + size, None, config), state)
+        return dataclasses.replace(state, num_steps=sharding.most_of_parts(state.num_steps, structure.mesh))
+
+    places = DecodeState.places()
+    state = structure.on_devices(steps, places, sharding.WHOLE, outputs=places)(params, state, start)
     tokens, attended = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (state.new_tokens, state.num_attended))
     return state, (tokens, attended, state.num_steps, jnp.all(state.done))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
+from selfspan_jax import sharding
 from selfspan_jax.config import LinearImplementation, ModelConfig, RopeScaling
 from selfspan_jax.spans import SpanVocab
 
@@ -72,13 +73,18 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (out_size, in_size), jnp.float32))
         self.scales: nnx.Param | None = nnx.data(None)  # per output, float32, where the weight is int8
         self.bias = nnx.data(nnx.Param(jnp.zeros((out_size,), jnp.float32)) if bias else None)
+        self.split: Literal["outputs", "inputs"] | None = None  # of this map, the part that one of several devices has
 
     def __call__(self, x: Float[Array, "B T D"], *, norm: RMSNorm | None = None, **options: Any) -> Float[Array, "B T M"]:
         """See `pallas_kernels.fused_linear` for the options: residual, gated, out_dtype, implementation."""
         weight = self.weight[...] if self.scales is None else QuantizedWeight(self.weight[...], self.scales[...])
         if norm is not None:
             options |= {"norm": norm.scale[...], "norm_eps": norm.eps}
-        out = fused_linear(x, weight, **options)
+        if self.split == "inputs":
+            residual = options.pop("residual")
+            out = sharding.leaving(fused_linear(x, weight, out_dtype=jnp.float32, **options)).astype(x.dtype) + residual
+        else:
+            out = fused_linear(sharding.entering(x) if self.split else x, weight, **options)
         return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
 
     def quantize(self) -> None:
@@ -147,6 +153,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.vocab = vocab
         self.vocab_size = vocab_size
+        self.gathers = False  # the parameters of each layer, from the devices that keep parts of them
         self.embed_tokens = Embedding(
             vocab_size,
             config.hidden_size,
@@ -175,9 +182,14 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
 
         def run(layer: Layer, x, angles, cache):
+            if self.gathers:
+                graph, params = nnx.split(layer)
+                layer = nnx.merge(graph, sharding.gathered(params, self.config.compute_dtype))
             return layer(x, angles, attend, cache, implementation=linear)
 
-        run = nnx.remat(run) if self.config.remat else run
+        if self.config.remat or self.gathers:
+            forget = None if self.config.remat else jax.checkpoint_policies.save_anything_except_these_names("gathered")
+            run = nnx.remat(run, policy=forget)
         after = []
         for layer, cache in zip(self.layers, caches or (None,) * self.config.num_layers, strict=True):
             x, cache = run(layer, x, angles, cache)

@@ -7,6 +7,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32 on a GPU too, not TF32
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever asks for none sees the first
 
 # The same examples in every run: a test that fails in CI fails here.
 hypothesis.settings.register_profile("selfspan", derandomize=True, deadline=None, database=None)

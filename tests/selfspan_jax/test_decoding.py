@@ -202,7 +202,7 @@ def test_tokens_are_drawn_with_the_stated_probabilities(temperature, top_p):
         mass += probabilities[token]
     probabilities = probabilities * kept / (probabilities * kept).sum()
     config = DecodeConfig(temperature=temperature, top_p=top_p)
-    drawn = decoding.choose(jnp.broadcast_to(jnp.array(logits, jnp.float32), (40_000, 6)), jax.random.key(0), config)
+    drawn = decoding.choose(jnp.broadcast_to(jnp.array(logits, jnp.float32), (40_000, 6)), decoding.sequence_keys(None, 40_000), config)
     frequencies = np.bincount(drawn, minlength=6) / 40_000
     # four standard deviations of a binomial share of 40,000 draws are at most 0.01
     np.testing.assert_allclose(frequencies, probabilities, atol=0.01)

@@ -1,0 +1,197 @@
+"""Meshes and what they refuse; decoding and training on several (virtual) devices against one, and what they tell each other."""
+
+import ast
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selfspan_jax import decoding, sharding
+from selfspan_jax.config import DecodeConfig
+from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
+
+ROOT = Path(__file__).parents[2]
+COLLECTIVE = re.compile(r"(?<= )(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\(")
+
+if jax.device_count() < 8:
+    pytest.skip("needs 8 devices of one kind", allow_module_level=True)
+
+
+def test_one_module_names_partition_specs():
+    for file in [*ROOT.glob("*.py"), *(ROOT / "selfspan_jax").glob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")]:
+        names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+        names |= {alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert ("PartitionSpec" in names) == (file.name == "sharding.py"), file
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model=2", "no axis 'model'; allowed: data, fsdp, tensor"),
+        ("data=2,data=2", "each axis takes one size"),
+        ("data", "each axis takes one size"),
+        ("tensor=0", "each axis takes one size, 1 and above"),
+        ("data=4,tensor=4", "takes 16 devices, here are 8"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_with_the_reason(text, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(text)
+
+
+@pytest.mark.parametrize(
+    "changes, text, message",
+    [
+        ({}, "tensor=4", "tensor=4 does not divide num_kv_heads=2"),
+        ({"intermediate_size": 49}, "tensor=2", "tensor=2 does not divide intermediate_size=49"),
+        ({}, "fsdp=2", "fsdp is for training"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(changes, text, message):
+    with pytest.raises(ValueError, match=message):
+        decoding.FrozenDecoder.of(random_model(**changes), sharding.make_mesh(text))
+
+
+# ------------------------------------------------------------------------------------------------------- decoding
+
+HEADS = dict(num_heads=8, num_kv_heads=4)
+LENGTHS = np.array([20, 18, 17, 20, 19, 16, 20, 20], np.int32)
+
+
+def prompts(batch=8):
+    token_ids = np.random.default_rng(0).integers(4, VOCAB_SIZE, (batch, 20)).astype(np.int32)
+    token_ids[:, 15] = VOCAB.solve_id
+    return token_ids, LENGTHS[:batch]
+
+
+MODELS = {
+    "plain": (HEADS, {}),
+    "queries share heads, biases, norms of heads": (
+        dict(num_heads=8, num_kv_heads=2, qkv_bias=True, output_bias=True, qk_norm=True, tie_embeddings=False),
+        {},
+    ),
+    "int8": (HEADS, {"int8": True}),
+}
+
+
+@pytest.mark.parametrize(
+    "model, text, attention, temperature",
+    [
+        ("plain", "tensor=2", "span", 0.0),
+        ("plain", "data=4", "span", 1.0),
+        ("plain", "data=2,tensor=4", "span", 1.0),
+        ("plain", "data=2,tensor=2", "window", 0.0),
+        ("queries share heads, biases, norms of heads", "tensor=2", "dense", 0.0),
+        ("int8", "tensor=2", "span", 0.0),
+    ],
+)
+def test_several_devices_write_the_tokens_of_one(model, text, attention, temperature):
+    changes, precision = MODELS[model]
+    model = random_model(**changes).for_decoding(**precision)
+    config = DecodeConfig(max_new_tokens=16, attention=attention, temperature=temperature)
+    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh(text))
+    one, several = (decoding.generate(decoder, *prompts(4), config, num_samples=2) for decoder in (model, frozen))
+    assert len({tuple(row) for row in np.asarray(one.new_tokens).tolist()}) > 1
+    np.testing.assert_array_equal(one.new_tokens, several.new_tokens)
+    np.testing.assert_array_equal(one.num_attended, several.num_attended)
+    assert int(one.num_steps) == int(several.num_steps)
+
+
+def test_a_stream_on_several_devices_is_that_of_one():
+    model, config = random_model(**HEADS), DecodeConfig(max_new_tokens=10)
+    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("data=2,tensor=2"))
+    one, several = ([chunk.tokens for chunk in decoding.stream(m, *prompts(), config, chunk_tokens=4)] for m in (model, frozen))
+    np.testing.assert_array_equal(np.concatenate(one, axis=1), np.concatenate(several, axis=1))
+
+
+def test_parts_of_a_batch_end_by_themselves():
+    """Sequences that end early end their device's loop; what the state says is the most steps that any part took."""
+    model = random_model(**HEADS)
+    config, (token_ids, lengths) = DecodeConfig(max_new_tokens=12), prompts()
+    forced = np.full((8, 12), 5, np.int32)
+    forced[:4, 2] = VOCAB.eos_id
+    forced[4:, 7] = VOCAB.eos_id
+    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("data=2"))
+    for decoder in (model, frozen):
+        state = decoding.run(decoder, decoding.prefill(decoder, token_ids, lengths, config), config, forced=forced)
+        assert int(state.num_steps) == 8 and np.all(state.done)
+        assert np.all(np.asarray(state.new_tokens)[:4, 3:] == VOCAB.pad_id)
+
+
+def test_prompts_that_do_not_divide_are_refused():
+    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), sharding.make_mesh("data=4"))
+    with pytest.raises(ValueError, match="data=4 does not divide the number of prompts=3"):
+        decoding.prefill(frozen, *prompts(3), DecodeConfig(max_new_tokens=4))
+
+
+def run_program(text, config=None):
+    """The compiled loop of a decoder of two layers on a mesh, as text."""
+    config = config or DecodeConfig(max_new_tokens=8)
+    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), sharding.make_mesh(text))
+    state = decoding.prefill(frozen, *prompts(), config)
+    return decoding._jit_run.lower(frozen.structure, frozen.params, state, jnp.int32(8), None, config, 1).compile().as_text()
+
+
+def bodies(program):
+    """The computations of a compiled program by name."""
+    return dict(re.findall(r"^(?:ENTRY )?%([\w.\-]+) .*?\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+
+
+def loop_collectives(program):
+    """The collectives in bodies of loops and what those call."""
+    computations = bodies(program)
+    waiting = set(re.findall(r"body=%([\w.\-]+)", program))
+    inside = set()
+    while waiting:
+        inside.add(name := waiting.pop())
+        waiting |= set(re.findall(r"(?:to_apply|calls|body|true_computation|false_computation)=%([\w.\-]+)", computations[name])) - inside
+    return [found for name in sorted(inside) for found in COLLECTIVE.findall(computations[name])]
+
+
+@pytest.mark.parametrize("text", ["tensor=2", "tensor=4", "data=2,tensor=2"])
+def test_a_step_adds_up_twice_a_layer_and_nothing_else(text):
+    """After the attention output and after the feed-forward, of two layers; beside the loop, the parts compare their steps once."""
+    program = run_program(text)
+    assert loop_collectives(program) == ["all-reduce"] * 4
+    assert len(COLLECTIVE.findall(program)) == 4 + ("data" in text)
+
+
+def test_parts_of_a_batch_tell_each_other_nothing_in_a_step():
+    program = run_program("data=4")
+    assert loop_collectives(program) == [] and COLLECTIVE.findall(program) == ["all-reduce"]
+
+
+def test_the_count_of_collectives_sees_one_more(monkeypatch):
+    """Teeth: an attention that asked the other devices would be seen, in the loop and in attention."""
+    rotated = decoding.attend_cached
+
+    def asking(*arguments):
+        attend = rotated(*arguments)
+
+        def with_question(qkv, angles, pools):
+            out, pools = attend(qkv, angles, pools)
+            return out + 0 * jax.lax.psum(out, "tensor"), pools
+
+        return with_question
+
+    monkeypatch.setattr(decoding, "attend_cached", asking)
+    program = run_program("tensor=2", DecodeConfig(max_new_tokens=9))
+    assert loop_collectives(program) == ["all-reduce"] * 6
+
+
+def test_each_device_keeps_its_share():
+    model = random_model(**HEADS)
+    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("tensor=4"))
+    gate_up = next(array for array in frozen.params if array.shape == (96, 32))
+    whole = np.asarray(model.layers[0].mlp.gate_up_proj.weight[...])
+    for number, shard in enumerate(gate_up.addressable_shards):
+        np.testing.assert_array_equal(shard.data[:12], whole[12 * number : 12 * number + 12])  # its gates
+        np.testing.assert_array_equal(shard.data[12:], whole[48 + 12 * number : 60 + 12 * number])  # its ups
+    state = decoding.prefill(frozen, *prompts(), DecodeConfig(max_new_tokens=4))
+    pool = state.cache.pools[0][0]
+    assert [shard.data.shape for shard in pool.addressable_shards] == [(pool.shape[0], 1, 8)] * 4
+    assert all(shard.data.shape == state.slots.rows.shape for shard in state.slots.rows.addressable_shards)
