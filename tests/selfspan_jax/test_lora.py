@@ -218,6 +218,13 @@ def fine_tune(call, run_dir, base, *more, kind="finetune-lora"):
     return call(train.main, kind, "--run-dir", run_dir, "--init", base, "--corpus", "arithmetic", *TOY, *more)
 
 
+def bench(call, model, tmp_path, *more):
+    options = ["--batch-size", 2, "--steps", 8, "--attention", "span", "--json", tmp_path / "bench.json"]
+    status, _, err = call(decode.main, "bench", model, *options, *more)
+    assert status == 0, err
+    return json.loads((tmp_path / "bench.json").read_text())
+
+
 def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base, tmp_path):
     status, out, err = fine_tune(call, tmp_path / "run", base, "--rank", 4, "--eval-examples", 2)
     assert status == 0, err
@@ -234,6 +241,7 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     status, _, err = call(decode.main, "eval", model, "--num-examples", 2, "--max-ops", 3, "--json", tmp_path / "eval.json")
     assert status == 0, err
     assert json.loads((tmp_path / "eval.json").read_text())["num_examples"] == 2
+    assert bench(call, model, tmp_path, "--context", 96)["workload"] == "arithmetic"  # in its own words
     status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4, "--eval-examples", 2)
     assert status == 0 and "this run is finished" in out
     # into a Hugging Face directory and out of it again: nothing is lost but what the tokens mean
@@ -241,6 +249,17 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     ids = whole.task.encode_prompt("(1+2)*3")
     again = huggingface.load_decoder(tmp_path / "exported", whole.model.vocab)
     np.testing.assert_allclose(SpanLM(again, whole.task).logits(ids), whole.logits(ids, attention="dense"), atol=1e-5)
+
+
+def test_an_imported_model_is_timed_on_segments_with_its_own_ids(call, base, tmp_path):
+    assert bench(call, base, tmp_path, "--context", 256, "--attended-fraction", 0.3)["workload"] == "segments"
+
+
+def test_a_directory_is_read_without_the_package_for_gguf_files(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert huggingface.load_decoder(base, mask="span", header_view="span").config.mask == "span"
+    with pytest.raises(ImportError):
+        huggingface.load_decoder(base.with_suffix(".gguf"))
 
 
 @pytest.mark.parametrize("kind", ["finetune-lora", "finetune-full"])
