@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from selfspan_jax import checkpoint, decoding, huggingface, lora
+from selfspan_jax import checkpoint, decoding, huggingface, lora, sharding
 from selfspan_jax.attention import attend_under, sequence_mask
 from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.model import Decoder
@@ -116,9 +116,9 @@ class Output:
 class SpanLM:
     """A decoder, as `Decoder.for_decoding` makes it of the one given, and the task that it was trained for."""
 
-    def __init__(self, model: Decoder, task: Task, *, int8: bool = False):
+    def __init__(self, model: Decoder, task: Task, *, int8: bool = False, mesh: str | None = None):
         self.model = model.for_decoding(int8=int8)
-        self.frozen = decoding.FrozenDecoder.of(self.model)
+        self.frozen = decoding.FrozenDecoder.of(self.model, sharding.make_mesh(mesh) if mesh else None)
         self.task = task
 
     @classmethod
@@ -129,6 +129,7 @@ class SpanLM:
         *,
         base: str | Path | None = None,
         int8: bool = False,
+        mesh: str | None = None,
     ) -> SpanLM:
         """Loads a finished model.
 
@@ -138,13 +139,14 @@ class SpanLM:
           tasks: what can turn text into ids, by the name that a checkpoint has for it; by default the installed ones.
           base: of an adapter, the model of others that it was trained on.
           int8: compute with int8 weights, half the bytes of bfloat16 ones.
+          mesh: decode on several devices, `data=2,tensor=2` say: sequences are divided over `data`, kv heads over `tensor`.
 
         Raises: FileNotFoundError, ValueError with one line that says what is wrong with the directory.
         """
         if base is not None and not lora.is_adapter(Path(directory)):
             raise ValueError(f"{directory} is no adapter, so it takes no base")
         if huggingface.is_foreign(Path(directory)):
-            return cls(*huggingface.load(directory), int8=int8)
+            return cls(*huggingface.load(directory), int8=int8, mesh=mesh)
         if lora.is_adapter(Path(directory)):
             model, fields = lora.load_adapter(Path(directory), None if base is None else Path(base))
         else:
@@ -153,7 +155,7 @@ class SpanLM:
         if (name := str(fields.get("task"))) not in tasks:
             known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
             raise ValueError(f"{directory}: of task {name!r}; {known}")
-        return cls(model, tasks[name].from_json(fields), int8=int8)
+        return cls(model, tasks[name].from_json(fields), int8=int8, mesh=mesh)
 
     @overload
     def generate(self, prompts: str, *, num_samples: None = None, **options: Any) -> Output: ...
@@ -247,7 +249,12 @@ class SpanLM:
         return [self.task.decode([int(token)]) for token in token_ids]
 
     def padded(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-        """Prompts of different lengths as one array and their lengths. Raises ValueError for one beyond the context."""
+        """Prompts of different lengths as one array and their lengths; on a mesh the first once more until they divide evenly.
+
+        Raises: ValueError for a prompt beyond the context.
+        """
+        if self.frozen.mesh is not None:
+            prompts = [*prompts, *[prompts[0]] * (-len(prompts) % sharding.num_parts(self.frozen.mesh))]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         context = self.model.config.max_context_tokens
         if lengths.max() >= context:

@@ -268,6 +268,16 @@ def gathered(params: Any, dtype: Any) -> Any:
     return jax.tree.map_with_path(whole, params)
 
 
+def gathered_ends(params: Any) -> Any:
+    """Embedding and output layer put together, in float32: their gradients add up many rows. Layers gather their own."""
+
+    def end(path, leaf):
+        axis = None if _names(path)[0] == "layers" else _gathered_axis(path, leaf.ndim)
+        return leaf if axis is None else _gather(axis, leaf.dtype, leaf)
+
+    return jax.tree.map_with_path(end, params)
+
+
 def added_up(grads: Any, mesh: Mesh | None) -> Any:
     """Gradients of the loss of one device's sequences, as those of all; what `fsdp` divides is added up over it already."""
     if mesh is None:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.arithmetic import ArithmeticTask
 from selfspan_jax import decoding, sharding
 from selfspan_jax.config import DecodeConfig
+from selfspan_jax.lm import SpanLM
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 
@@ -195,3 +197,12 @@ def test_each_device_keeps_its_share():
     pool = state.cache.pools[0][0]
     assert [shard.data.shape for shard in pool.addressable_shards] == [(pool.shape[0], 1, 8)] * 4
     assert all(shard.data.shape == state.slots.rows.shape for shard in state.slots.rows.addressable_shards)
+
+
+def test_a_model_on_several_devices_says_what_it_says_on_one():
+    """Three prompts on two parts of a batch: one of them is decoded twice and shown once."""
+    texts = ["((51+75)-(95*3))", "1+2", "(7*8)-9"]
+    directory = ROOT / "checkpoints" / "arithmetic-tiny"
+    one, several = (SpanLM.load(directory, {"arithmetic": ArithmeticTask}, mesh=mesh) for mesh in (None, "data=2,tensor=2"))
+    assert [out.text for out in several.generate(texts, max_new_tokens=64)] == [out.text for out in one.generate(texts, max_new_tokens=64)]
+    assert "".join(several.stream(texts[1], max_new_tokens=64)) == one.generate(texts[1], max_new_tokens=64).text
