@@ -80,7 +80,9 @@ def test_a_model_of_others_continues_text(call, tmp_path):
     status, out, err = call(decode.main, "generate", tmp_path / "model", "abc j", "--max-new-tokens", 8, "--int8")
     assert (status, err) == (0, "") and out.startswith("abc j") and "100.0% of the context" in out
     status, _, err = call(decode.main, "eval", tmp_path / "model", "--num-examples", 2)
-    assert status == 2 and re.fullmatch(r"error: .*model: was trained neither on expressions nor on news, so there is nothing to verify\n", err)
+    assert status == 2 and re.fullmatch(
+        r"error: .*model: was trained neither on expressions nor on news, so there is nothing to verify\n", err
+    )
 
 
 def test_generate_says_what_is_wrong_with_a_response(call):
