@@ -268,8 +268,11 @@ def gathered(params: Any, dtype: Any) -> Any:
     return jax.tree.map_with_path(whole, params)
 
 
-def gathered_ends(params: Any) -> Any:
+def gathered_ends(params: Any, mesh: Mesh) -> Any:
     """Embedding and output layer put together, in float32: their gradients add up many rows. Layers gather their own."""
+
+    if mesh.shape["fsdp"] == 1:
+        return params
 
     def end(path, leaf):
         axis = None if _names(path)[0] == "layers" else _gathered_axis(path, leaf.ndim)

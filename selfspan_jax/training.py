@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
+from selfspan_jax import sharding
 from selfspan_jax.attention import SequenceImplementation, attend_in_training
 from selfspan_jax.checkpoint import TrainingCheckpoints, load_export, save_export
 from selfspan_jax.config import TrainConfig
@@ -74,6 +75,8 @@ class Fixed:
 
     graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     frozen: nnx.State
+    mesh: sharding.Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+    """Where there is one, `graph` is of one device's share."""
 
     def model(self, params: nnx.State) -> Decoder:
         """The model with these trainable parameters."""
@@ -114,6 +117,25 @@ def initial_state(model: Decoder, config: TrainConfig) -> tuple[Fixed, TrainStat
     return Fixed(graph, frozen), TrainState(params, optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
+def placed_state(model: Decoder, config: TrainConfig, mesh: sharding.Mesh) -> tuple[Fixed, TrainState]:
+    """As `initial_state`, laid out on a mesh. Batches are for `placed_batch`.
+
+    Raises: ValueError for a mesh that does not divide the model or the batch, or for a model with frozen parameters.
+    """
+    sharding.check_batch(config.batch_size // config.accumulation_steps, mesh, "rows of an accumulation step")
+    fixed, state = initial_state(model, config)
+    if jax.tree.leaves(fixed.frozen):
+        raise ValueError("mesh: adapters are trained on one device")
+    shard = fixed.model(state.params)
+    sharding.make_shard(shard, mesh)
+    return Fixed(nnx.split(shard)[0], fixed.frozen, mesh), sharding.place(state, mesh)
+
+
+def placed_batch(batch: DeviceBatch, mesh: sharding.Mesh) -> DeviceBatch:
+    """The rows of a batch on the devices that compute with them."""
+    return sharding.put(batch, mesh, sharding.spec("sequences"))
+
+
 def num_trained(model: Decoder) -> int:
     """Parameters that are trained."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -139,20 +161,31 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the mean loss over all targets of the batch, computed in `config.accumulation_steps` parts.
 
-    Gradients are taken of `state.params` alone: nothing of the size of the frozen parameters is made.
+    Gradients are taken of `state.params` alone: nothing of the size of the frozen parameters is made. On a mesh each device
+    takes those of its rows and its heads, kernels included; what the optimizer does is done to the shards where they lie.
     """
+    mesh = fixed.mesh
 
-    def gradients(params, part):
-        return jax.grad(lambda params: loss_sums(fixed.model(params), part, attention), has_aux=True)(params)
+    def loss(params, part):
+        return loss_sums(fixed.model(params if mesh is None else sharding.gathered_ends(params, mesh)), part, attention)
 
-    if config.accumulation_steps == 1:
-        grads, sums = gradients(state.params, batch)
-    else:
-        parts = jax.tree.map(lambda x: x.reshape(config.accumulation_steps, -1, *x.shape[1:]), batch)
-        shapes = jax.eval_shape(gradients, state.params, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        add = functools.partial(jax.tree.map, jnp.add)
-        (grads, sums), _ = jax.lax.scan(lambda total, part: (add(total, gradients(state.params, part)), None), zeros, parts)
+    def sums_of_gradients(params, batch):
+        def gradients(part):
+            return jax.grad(loss, has_aux=True)(params, part)
+
+        if config.accumulation_steps == 1:
+            grads, sums = gradients(batch)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(config.accumulation_steps, -1, *x.shape[1:]), batch)
+            shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            add = functools.partial(jax.tree.map, jnp.add)
+            (grads, sums), _ = jax.lax.scan(lambda total, part: (add(total, gradients(part)), None), zeros, parts)
+        return sharding.added_up(grads, mesh), sharding.sum_of_parts(sums, mesh)
+
+    where = sharding.parameter_specs(state.params)
+    rows = sharding.spec("sequences")
+    grads, sums = sharding.per_device(sums_of_gradients, mesh, (where, rows), (where, sharding.WHOLE))(state.params, batch)
     targets = jnp.maximum(sums["targets"], 1.0)
     grads = jax.tree.map(lambda grad: grad / targets, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes step counts and rates

@@ -1,6 +1,7 @@
 """Meshes and what they refuse; decoding and training on several (virtual) devices against one, and what they tell each other."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from data.arithmetic import ArithmeticTask
-from selfspan_jax import decoding, sharding
+from selfspan_jax import decoding, sharding, training
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.lm import SpanLM
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
+from tests.selfspan_jax.test_training import CONFIG, batch_of
 
 ROOT = Path(__file__).parents[2]
 COLLECTIVE = re.compile(r"(?<= )(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\(")
@@ -206,3 +208,42 @@ def test_a_model_on_several_devices_says_what_it_says_on_one():
     one, several = (SpanLM.load(directory, {"arithmetic": ArithmeticTask}, mesh=mesh) for mesh in (None, "data=2,tensor=2"))
     assert [out.text for out in several.generate(texts, max_new_tokens=64)] == [out.text for out in one.generate(texts, max_new_tokens=64)]
     assert "".join(several.stream(texts[1], max_new_tokens=64)) == one.generate(texts[1], max_new_tokens=64).text
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def losses(model, config, mesh=None, steps=4):
+    """Loss and gradient norm of some steps, and the parameters after them in the order of files."""
+    fixed, state = training.placed_state(model, config, mesh) if mesh else training.initial_state(model, config)
+    state = jax.tree.map(jnp.copy, state)
+    seen = []
+    for number in range(steps):
+        batch = training.DeviceBatch.of(batch_of(number, rows=8))
+        state, metrics = training.train_step(fixed, state, training.placed_batch(batch, mesh) if mesh else batch, config)
+        seen.append([float(metrics[name]) for name in ("loss", "gradient_norm", "token_accuracy", "attended_pairs")])
+    params = sharding.natural(state.params, mesh) if mesh else state.params
+    return np.array(seen), [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    config = dataclasses.replace(CONFIG, batch_size=8)
+    return {steps: losses(random_model(**TRAINED), dataclasses.replace(config, accumulation_steps=steps)) for steps in (1, 2)}
+
+
+TRAINED = HEADS | dict(qkv_bias=True, output_bias=True, qk_norm=True)
+
+
+@pytest.mark.parametrize(
+    "text, accumulation_steps",
+    [("data=4", 1), ("fsdp=4", 1), ("tensor=4", 1), ("data=2,fsdp=2,tensor=2", 1), ("data=2,fsdp=2", 2)],
+)
+def test_several_devices_train_as_one(one_device, text, accumulation_steps):
+    """The same losses, gradient norms and parameters but for the order in which float32 numbers are added up."""
+    config = dataclasses.replace(CONFIG, batch_size=8, accumulation_steps=accumulation_steps)
+    seen, params = losses(random_model(**TRAINED), config, sharding.make_mesh(text))
+    expected, expected_params = one_device[accumulation_steps]
+    np.testing.assert_allclose(seen, expected, rtol=1e-4)
+    for leaf, wanted in zip(params, expected_params, strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=2e-3, atol=5e-5)
