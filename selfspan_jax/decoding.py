@@ -433,17 +433,22 @@ def generate(
     return run(model, prefill(model, token_ids, lengths, config, key, num_samples=num_samples), config)
 
 
-def compile_generate(
-    model: Decoder | FrozenDecoder,
-    token_ids: Int[np.ndarray, "b T"],
-    lengths: Int[np.ndarray, "b"],
-    config: DecodeConfig,
-    *,
-    num_samples: int = 1,
-) -> None:
-    """Compiles what `generate` runs for prompts of this shape, so that its next call can be timed."""
-    model = FrozenDecoder.of(model)
-    jax.block_until_ready(run(model, prefill(model, token_ids, lengths, config, num_samples=num_samples), config, until=0))
+def compile_generate(model: Decoder | FrozenDecoder, batch: int, prompt_tokens: int, config: DecodeConfig) -> None:
+    """Compiles what `generate` runs for so many prompts of at most so many tokens, so that its next call can be timed.
+
+    Nothing runs and no memory of the device is taken, so that several can be compiled at once.
+    """
+    frozen = FrozenDecoder.of(model)
+    prompts = jax.ShapeDtypeStruct((batch, bucket(prompt_tokens)), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    lowered = _jit_prefill.lower(frozen.structure, frozen.params, *prompts, sequence_keys(None, batch), config, 1)
+    places = lowered.compile().output_shardings
+
+    def shape(x, place):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place if frozen.mesh else None)
+
+    state = jax.tree.map(shape, lowered.out_info, places)
+    until, steps = jnp.int32(config.max_new_tokens), _unasked_steps(config.max_new_tokens)
+    _jit_run.lower(frozen.structure, frozen.params, state, until, None, config, steps).compile()
 
 
 class Chunk(NamedTuple):

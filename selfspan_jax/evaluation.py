@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -164,17 +166,13 @@ def evaluate(
     config = DecodeConfig(attention=attention, max_new_tokens=max_new_tokens)
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # alike lengths end at about the same step
     results: dict[int, Result] = {}
-    seconds = compile_seconds = 0.0
+    compile_seconds, seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
     bar = tqdm(total=len(ids), desc=f"decode ({attention})", unit="prompt", leave=False, disable=None if progress else True)
     with bar:
         for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]
             filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]  # the last batch repeats a prompt, for one shape
             batch = (token_ids[filled], lengths[filled])
-            if start == 0:
-                began = time.perf_counter()
-                decoding.compile_generate(lm.frozen, *batch, config)
-                compile_seconds = time.perf_counter() - began
             began = time.perf_counter()
             state = jax.block_until_ready(decoding.generate(lm.frozen, *batch, config))
             seconds += time.perf_counter() - began
@@ -199,10 +197,27 @@ def evaluate_all(
       gold: a prompt's gold response. Other options as for `evaluate`.
     """
     rooms = {name: max(len(gold(prompt)) for prompt in own) + 16 for name, own in prompts.items()}
-    return {
-        name: [evaluate(lm, own, max_new_tokens=rooms[name], batch_size=size, **options) for size in batch_sizes]
-        for name, own in prompts.items()
-    }
+    cases = [(name, size) for name in prompts for size in batch_sizes]
+    longest = {name: max(len(lm.task.encode_prompt(prompt)) for prompt in own) for name, own in prompts.items()}
+
+    def compile_case(name: str, size: int) -> float:
+        config = DecodeConfig(attention=options.get("attention", "span"), max_new_tokens=rooms[name])
+        return _compile(lm, min(size, len(prompts[name])), longest[name], config)
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA leaves most processors idle on one
+        seconds = dict(zip(cases, pool.map(compile_case, *zip(*cases, strict=True)), strict=True))
+    found: dict[str, list[Evaluation]] = {name: [] for name in prompts}
+    for name, size in cases:
+        evaluation = evaluate(lm, prompts[name], max_new_tokens=rooms[name], batch_size=size, **options)
+        found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds[name, size]))
+    return found
+
+
+def _compile(lm: SpanLM, batch: int, prompt_tokens: int, config: DecodeConfig) -> float:
+    """Seconds that it took; none to speak of where it was compiled before."""
+    began = time.perf_counter()
+    decoding.compile_generate(lm.frozen, batch, prompt_tokens, config)
+    return time.perf_counter() - began
 
 
 def fastest(evaluations: Sequence[Evaluation]) -> Evaluation:
