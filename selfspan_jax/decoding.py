@@ -60,6 +60,7 @@ class DecodeState:
         return cls(**same | {"cache": cache, "num_steps": sharding.WHOLE})  # type: ignore[arg-type]
 
 
+@functools.partial(jax.jit, static_argnames=("num_sequences",))
 def sequence_keys(key: PRNGKeyArray | None, num_sequences: int) -> PRNGKeyArray:
     """A key for each sequence of a batch; of key 0 where none is given."""
     numbers = jnp.arange(num_sequences, dtype=jnp.uint32)

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from pallas_kernels import fused_linear
+from pallas_kernels.gradients import swiglu
 from selfspan_jax import huggingface
 from selfspan_jax.checkpoint import new_directory, read_json
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, from_json
@@ -70,9 +71,8 @@ class AdaptedLinear(nnx.Module):
         out += self.scale * fused_linear(low, self.lora_b[...], implementation=implementation)
         if self.bias is not None:
             out += self.bias[...].astype(out.dtype)[None, None, :]
-        if gated:  # as `fused_linear` rounds it
-            gate, up = jnp.split(out, 2, axis=-1)
-            out = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+        if gated:
+            out = swiglu(out.reshape(-1, out.shape[-1])).reshape(*out.shape[:-1], -1)
         return out if residual is None else out + residual
 
     def merged(self) -> Float[Array, "M D"]:
