@@ -13,25 +13,23 @@ is arbitrary, so a model whose prompt tokens see only their surroundings cannot 
     <bos>((51+75)-(95*3))<solve>51+75=126<solve>95*3=285<solve>126-285=-159<eos>
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import operator
 import random
 import re
-import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from data import workers
+from data import streams
+from data.streams import Split
 from data.vocab import DEFAULT_VOCAB, Vocab, check_json
 
 Labelling = Literal["tree", "none", "plain"]
-Split = Literal["train", "test"]
 
 MAX_DIGITS = 640  # the longest integer that every setting of Python converts to and from text
 CHUNK_EXAMPLES = 512  # the unit of random state, and of a worker's work
@@ -596,19 +594,15 @@ class Corpus:
 
 
 def likely_longest_tokens(corpus: Corpus, vocab: Vocab | None = None, num_examples: int = 256) -> int:
-    """A length, in tokens, that hardly any example of a corpus exceeds.
-
-    As far beyond the longest of a sample of the largest expressions as that is beyond their mean: lengths are sums of many
-    small parts, so this is some six standard deviations out.
-    """
+    """A length, in tokens, that hardly any example of a corpus exceeds."""
     largest = dataclasses.replace(corpus, min_ops=corpus.max_ops)
     lengths = [len(example.token_ids) for example in itertools.islice(stream(largest, seed=0, vocab=vocab), num_examples)]
-    return 2 * max(lengths) - sum(lengths) // len(lengths)
+    return streams.likely_longest(lengths)
 
 
 def split_of(expression: Expression) -> Split:
     """The split that an expression belongs to, by a hash of its text: an eighth of all expressions is "test"."""
-    return "test" if zlib.crc32(expression.text.encode()) % 8 == 0 else "train"
+    return streams.split_of(expression.text)
 
 
 def stream(
@@ -622,20 +616,8 @@ def stream(
     Raises:
       ValueError: a split, start or number of workers that there is not.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split is {split!r}: expected one of {', '.join(get_args(Split))}")
-    if start < 0:
-        raise ValueError(f"start is {start}: expected at least 0")
-    first_chunk, skipped = divmod(start, CHUNK_EXAMPLES)
-    chunks = workers.ordered(functools.partial(_chunk, corpus, vocab or corpus.vocab, seed, split), first_chunk, num_workers)
-    return _flatten(chunks, skipped)
-
-
-def _flatten(chunks: Generator[list[Example], None, None], skipped: int) -> Generator[Example, None, None]:
-    with contextlib.closing(chunks):
-        for chunk in chunks:
-            yield from chunk[skipped:]
-            skipped = 0
+    chunk = functools.partial(_chunk, corpus, vocab or corpus.vocab, seed, split)
+    return streams.stream(chunk, CHUNK_EXAMPLES, split=split, start=start, num_workers=num_workers)
 
 
 def _chunk(corpus: Corpus, vocab: Vocab, seed: int, split: Split, number: int) -> list[Example]:
@@ -648,10 +630,7 @@ def _chunk(corpus: Corpus, vocab: Vocab, seed: int, split: Split, number: int) -
         expression = _draw(corpus, num_ops, uniform)
         while split_of(expression) != split:
             expression = _draw(corpus, num_ops, uniform)
-        # Uniform over every place where the labels overlap the vocabulary, then moved inside: the outermost labels, 1
-        # among them, are as frequent as the others (drawn inside at once, label 1 would be seen a twelfth as often).
-        first_label = 2 - num_ops + int(uniform() * (vocab.num_labels + num_ops - 2))
-        first_label = min(max(first_label, 1), vocab.num_labels - num_ops)
+        first_label = vocab.first_label(num_ops, uniform())
         names = corpus.names_first_step
         examples.append(encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=first_label, names_first_step=names))
     return examples

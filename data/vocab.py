@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -81,6 +82,15 @@ class Vocab:
             "ref_base": self.ref_base,
             "num_labels": self.num_labels,
         }
+
+    def first_label(self, num_used: int, uniform: float) -> int:
+        """Where `num_used` consecutive labels begin, by a number from [0, 1).
+
+        Uniform over every place where they overlap the vocabulary, then moved inside: the outermost labels, 1 among them,
+        are as frequent as the others (drawn inside at once, label 1 would be seen a twelfth as often).
+        """
+        first = 2 - num_used + int(uniform * (self.num_labels + num_used - 2))
+        return min(max(first, 1), self.num_labels - num_used)
 
     def split(self, text: str) -> list[tuple[int, str]]:
         """Cuts written tokens apart: (0-based offset, token), known to the vocabulary or not; white space is dropped."""
@@ -203,6 +213,12 @@ class TokenizerVocab(Vocab):
         return self.num_tokens
 
     @functools.cached_property
+    def structural(self) -> frozenset[int]:
+        """The ids of all structural tokens."""
+        families = (range(base, base + self.num_labels) for base in self.structural_ids[4:])
+        return frozenset(itertools.chain(self.structural_ids[:4], *families))
+
+    @functools.cached_property
     def tokens(self) -> tuple[str, ...]:
         written = [self._tokenizer.id_to_token(i) or f"<id:{i}>" for i in range(self.num_tokens)]
         for i, token in zip(self.structural_ids, _STRUCTURAL):
@@ -218,12 +234,10 @@ class TokenizerVocab(Vocab):
     def decode(self, token_ids: Iterable[int]) -> str:
         pieces: list[str] = []
         text: list[int] = []  # ids whose bytes may make characters together
-        structural = {*self.structural_ids[:4], *range(self.seg_base, self.seg_base + self.num_labels)}
-        structural |= {*range(self.ref_base, self.ref_base + self.num_labels)}
         for i in map(int, token_ids):
             if not 0 <= i < self.size:
                 raise ValueError(f"id {i} is outside the vocabulary of {self.size} tokens")
-            if i in structural:
+            if i in self.structural:
                 pieces += [self._tokenizer.decode(text, skip_special_tokens=False), self.tokens[i]]
                 text = []
             else:

@@ -6,28 +6,26 @@ Labels of one example are consecutive, in training from a random offset. Article
 the end of a sentence; a summary sentence whose sources are all cut off is left out.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import random
-import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from data import workers
+from data import streams
 from data.news import scoring, synthetic
 from data.news.alignment import Alignment, split_sentences
 from data.news.synthetic import Fact, Story
+from data.streams import Split
 from data.vocab import TokenizerVocab, Vocab, check_json
 
 __all__ = ["Alignment", "Corpus", "Example", "Fact", "NewsTask", "Story", "split_sentences", "train_vocab"]
 
-Split = Literal["train", "test"]
 INSTRUCTION = " Summarize:"
 CHUNK_EXAMPLES = 64
 _VOCAB_STORIES = 3000
@@ -104,15 +102,9 @@ class NewsTask:
         """The tokens at which a piece of the text begins."""
         return frozenset(range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels))
 
-    @functools.cached_property
-    def _structural(self) -> frozenset[int]:
-        vocab = self.vocab
-        families = (range(base, base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
-        return frozenset(itertools.chain((vocab.pad_id, vocab.bos_id, vocab.eos_id, vocab.solve_id), *families))
-
     def text_ids(self, text: str) -> list[int]:
         """Ids of text; whatever a tokenizer reads as structure is left out, so that no text can open or name anything."""
-        return [i for i in self.vocab.text_ids(text).tolist() if i not in self._structural]
+        return [i for i in self.vocab.text_ids(text).tolist() if i not in self.vocab.structural]
 
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Article -> prompt, int32 [n], labels from 1 on. ValueError: no sentence, or more sentences than labels."""
@@ -160,9 +152,8 @@ class NewsTask:
             story = Story(story.article[:kept], tuple(steps[n][0] for n in numbers), kept_sources, facts)
         used = kept + len(numbers)
         first_label = 1
-        if uniform is not None:  # every label as often as the others: drawn wherever they overlap the vocabulary, then moved inside
-            first_label = 2 - used + int(uniform * (self.vocab.num_labels + used - 2))
-            first_label = min(max(first_label, 1), self.vocab.num_labels - used)
+        if uniform is not None:
+            first_label = self.vocab.first_label(used, uniform)
             tags = range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels)
             prompt = [i + first_label - 1 if i in tags else i for i in prompt]
         token_ids = list(prompt)
@@ -187,7 +178,7 @@ class NewsTask:
                 found.append((i - vocab.seg_base, set(), []))
             elif found and vocab.ref_base <= i < vocab.ref_base + vocab.num_labels:
                 found[-1][1].add(i - vocab.ref_base)
-            elif found and i not in self._structural:
+            elif found and i not in self.vocab.structural:
                 found[-1][2].append(i)
         return [(label, frozenset(named), self.vocab.decode(body).strip()) for label, named, body in found]
 
@@ -276,31 +267,20 @@ class Corpus:
         Raises:
           ValueError: a split, start or number of workers that there is not.
         """
-        if split not in get_args(Split):
-            raise ValueError(f"split is {split!r}: expected one of {', '.join(get_args(Split))}")
-        if start < 0:
-            raise ValueError(f"start is {start}: expected at least 0")
-        first_chunk, skipped = divmod(start, CHUNK_EXAMPLES)
-        return _flatten(workers.ordered(functools.partial(_chunk, self, task, seed, split), first_chunk, num_workers), skipped)
+        chunk = functools.partial(_chunk, self, task, seed, split)
+        return streams.stream(chunk, CHUNK_EXAMPLES, split=split, start=start, num_workers=num_workers)
 
     def check_rows(self, task: NewsTask, sequence_tokens: int) -> None:
         """Raises ValueError where the longest examples would hardly fit into rows of so many tokens."""
         largest = dataclasses.replace(self, min_events=self.max_events)
         lengths = [len(example.token_ids) for example in _chunk(largest, task, 0, "train", 0)]
-        if (longest := 2 * max(lengths) - sum(lengths) // len(lengths)) > sequence_tokens:
+        if (longest := streams.likely_longest(lengths)) > sequence_tokens:
             raise ValueError(f"articles of {self.max_events} events take up to {longest} tokens, a row only {sequence_tokens}")
 
 
 def split_of(story: Story) -> Split:
     """The split that a story belongs to, by a hash of its article: an eighth of all stories is "test"."""
-    return "test" if zlib.crc32("\n".join(story.article).encode()) % 8 == 0 else "train"
-
-
-def _flatten(chunks: Generator[list[Example], None, None], skipped: int) -> Generator[Example, None, None]:
-    with contextlib.closing(chunks):
-        for chunk in chunks:
-            yield from chunk[skipped:]
-            skipped = 0
+    return streams.split_of("\n".join(story.article))
 
 
 def _chunk(corpus: Corpus, task: NewsTask, seed: int, split: Split, number: int) -> list[Example]:
