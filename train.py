@@ -30,7 +30,7 @@ from selfspan_jax.spans import SpanVocab
 
 # What a corpus is to training: settings with `description`, `num_labels`, `task`, `task_in`, `stream` and `check_rows`.
 CORPORA = {
-    "arithmetic-tiny": arithmetic.Corpus(min_ops=2, max_ops=12),
+    "arithmetic-tiny": arithmetic.Corpus(min_ops=2, max_ops=12, names_first_step=True),
     "arithmetic-small": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
     "arithmetic-base": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
     "news-small": news.Corpus(),

@@ -261,17 +261,17 @@ class Preset:
     training: TrainConfig
 
 
-# Positions of the larger two reach 4,000 by way of the gaps: the length of 200 operators, nine times that of their rows.
+# Positions of the arithmetic presets reach 4,000 by way of the gaps: the length of 200 operators, nine times that of their rows.
 _FAR = (0, 1, 4, 16, 64, 512)
 
 PRESETS = {
     "arithmetic-tiny": Preset(
         ModelConfig(hidden_size=256, intermediate_size=512, num_layers=8, num_heads=4, num_kv_heads=2),
-        TrainConfig(steps=8_000, batch_size=64, learning_rate=2e-3),
+        TrainConfig(steps=8_000, batch_size=64, learning_rate=2e-3, gap_scales=_FAR, eval_every_steps=4_000),
     ),
     "arithmetic-small": Preset(
         ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4, max_context_tokens=8192),
-        TrainConfig(steps=6_000, batch_size=128, learning_rate=1e-3, gap_scales=_FAR, eval_every_steps=2_000),
+        TrainConfig(steps=5_000, batch_size=128, learning_rate=1e-3, gap_scales=_FAR, eval_every_steps=2_500),
     ),
     "arithmetic-base": Preset(
         ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12, max_context_tokens=8192),

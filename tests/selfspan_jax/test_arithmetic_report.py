@@ -4,15 +4,20 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from selfspan_jax import arithmetic_report as report
+from selfspan_jax.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
-RUN = json.loads((ROOT / "docs/arithmetic/span-0.run.json").read_text())
+SMALL = PRESETS["arithmetic-small"]
+RUN = json.loads(
+    json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": {"labelling": "tree", "max_ops": 22}})
+)
 PAGE = "".join(
     f"<!-- {name} -->\n<!-- end -->\n"
     for name in ("arms", "targets", "range", "long", "errors", "speed", "training", "not run", "commands")
@@ -41,13 +46,16 @@ def run_of(arm, seed):
 
 def evaluation(scores, rates=((8, 10.0),)):
     """As `decode.py eval --json` writes it; `scores`: by number of operators, right ones of 10; `rates`: by batch size."""
-    speeds = [{"batch_size": size, "problems_per_second": rate, "answer_accuracy": 1.0, "decode_seconds": 1.0} for size, rate in rates]
+
+    def speeds(right):
+        return [{"batch_size": size, "problems_per_second": rate, "decode_seconds": right / rate} for size, rate in rates]
+
     rows = {}
     for ops, right in scores.items():
         accuracies = dict.fromkeys(("answer_accuracy", "step_accuracy", "span_accuracy"), right / 10)
         errors = {"refs": 10 - right} if right < 10 else {}
         rows[str(ops)] = accuracies | {"num_examples": 10, "attended_tokens": 30.0, "attended_fraction": 0.1, "first_errors": errors}
-    sets = {name: {"context_tokens": 100.0, "by_batch_size": speeds} for name in rows}
+    sets = {name: {"context_tokens": 100.0, "by_batch_size": speeds(scores[int(name)])} for name in rows}
     device = {"device": "some GPU", "jax": "1.0", "num_parameters": 1000, "seed": 1, "attention": "span"}
     return {**device, "by_ops": rows, "sets": sets, "first_wrong": None}
 
@@ -103,12 +111,14 @@ def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
 
 def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
     place("span", 0, speed=evaluation({20: 10, 200: 10}, [(8, 50.0), (16, 70.0)]))
-    path = place("long", 0, speed=evaluation({20: 10, 200: 9}, [(8, 20.0), (16, 10.0)]))
+    path = place("long", 0, speed=evaluation({20: 10, 200: 8}, [(8, 20.0), (16, 10.0)]))
     assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     page = (path / "out.md").read_text()
-    assert re.search(r"`span` \| 200 \| .* \| 70.0 \| 16 of 8, 16 \| 3.50x \|", page)
-    assert re.search(r"`long` \| 200 \| 100 \| 9 of 10 .* \| 20.0 \| 8 of 8, 16 \| - \|", page)
-    assert "3x the control trained there | yes: 3.50x |" in page and "(out/speed.png)" in page
+    # The control answers 25 a second and 20 of them right.
+    assert re.search(r"`span` \| 200 \| .* \| 70.0 \| 70.0 \| 16 of 8, 16 \| 3.50x \(2.80x\) \|", page)
+    assert re.search(r"`long` \| 200 \| 100 \| 8 of 10 .* \| 20.0 \| 25.0 \| 8 of 8, 16 \| - \|", page)
+    assert "3x the control trained there | yes: 3.50x; 2.80x were all of the control's answers right |" in page
+    assert "(out/speed.png)" in page
     assert (path / "out" / "speed.png").exists()
 
 
@@ -122,7 +132,7 @@ def test_a_curve_is_reduced_to_its_means_and_its_time(place, capsys):
     curve = json.loads((path / "out" / "span-0.curve.json").read_text())
     assert len(curve["step"]) == 100 and curve["step"][-1] == 4000 and set(curve["loss"]) == {1.5}
     assert curve["seconds"] == pytest.approx(10 + 399 * 2)
-    assert "| `span` | 0 | 4,000 of 6,000 x 128 x 512 | 808 | 1,000 | 50.0% | 1.0% | 1.5 |" in (path / "out.md").read_text()
+    assert "| `span` | 0 | 4,000 of 5,000 x 128 x 512 | 808 | 1,000 | 50.0% | 1.0% | 1.5 |" in (path / "out.md").read_text()
     # Taken again, nothing changes.
     before = {file: file.read_bytes() for file in (path / "out").glob("*.json")}
     assert call(capsys, path / "out", "--take", path / "raw", "--commit", "def")[0] == 0
