@@ -241,15 +241,24 @@ def _plot_accuracy(axes: Axes, trials: Sequence[Trial], kind: str) -> bool:
         axes.vlines(lengths, low, high, color=color, linewidth=1, alpha=0.5)
         points = [(ops, 100 * share) for ops, tally in zip(lengths, tallies) for share in tally.by_seed]
         axes.scatter([x for x, _ in points], [y for _, y in points], s=6, color=color, alpha=0.5)
-    axes.set(xlabel="operators", ylabel="all steps right, %")
+    axes.set(ylabel="all steps right, %")
     if kind == "long" and arms:
-        lengths = sorted({ops for own in arms.values() for ops in _lengths(own, kind)})
-        axes.set(xscale="log", ylim=(-3, 103))
-        axes.set_xticks(lengths, [str(ops) for ops in lengths])
-        axes.minorticks_off()
+        axes.set(ylim=(-3, 103))
+        _by_length(axes, arms, kind)
     else:
+        axes.set(xlabel="operators")
         axes.locator_params(axis="x", integer=True)
     return bool(arms)
+
+
+def _by_length(axes: Axes, arms: dict[str, list[Trial]], kind: str) -> None:
+    """A logarithmic axis of operators, marked at the lengths that there are."""
+    from matplotlib.ticker import NullLocator
+
+    lengths = sorted({ops for own in arms.values() for ops in _lengths(own, kind)})
+    axes.set(xlabel="operators", xscale="log")
+    axes.set_xticks(lengths, [str(ops) for ops in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _plot_loss(axes: Axes, trials: Sequence[Trial]) -> bool:
@@ -265,11 +274,15 @@ def _plot_loss(axes: Axes, trials: Sequence[Trial]) -> bool:
 def _plot_speed(axes: Axes, trials: Sequence[Trial]) -> bool:
     arms, ratios = _with(trials, "speed"), _ratios(trials)
     for arm, own in arms.items():
-        lengths = _lengths(own, "speed")
-        axes.plot(lengths, [_best(own, ops)[0] for ops in lengths], marker="o", label=arm)
+        lengths, color = _lengths(own, "speed"), f"C{list(ARMS).index(arm)}"
+        axes.plot(lengths, [_best(own, ops)[0] for ops in lengths], marker="o", color=color, label=arm)
+        axes.plot(lengths, [_answers(own, ops) for ops in lengths], linestyle=":", color=color, label=f"{arm}, wrong answers too")
     for ops, ratio in ratios.items():
         axes.annotate(f"{ratio.measured:.1f}x", (ops, _best(arms["span"], ops)[0]), textcoords="offset points", xytext=(0, 6), ha="center")
-    axes.set(xlabel="operators", ylabel="right answers per second, best batch", xscale="log", yscale="log")
+    axes.margins(y=0.12)
+    axes.set(ylabel="answers per second, best batch", yscale="log")
+    if arms:
+        _by_length(axes, arms, "speed")
     return bool(arms)
 
 

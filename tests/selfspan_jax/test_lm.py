@@ -143,7 +143,7 @@ def test_an_unknown_task_is_refused():
 
 def test_the_installed_package_offers_its_task():
     assert installed_tasks()["arithmetic"] is arithmetic.ArithmeticTask
-    assert SpanLM.load(CHECKPOINT).task == arithmetic.ArithmeticTask()
+    assert SpanLM.load(CHECKPOINT).task == arithmetic.ArithmeticTask(names_first_step=True)
 
 
 def test_the_shipped_model_is_small_and_right(lm):
