@@ -10,15 +10,13 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
-import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional
 
 from data import arithmetic, commandline, news, replay
-from selfspan_jax import benchmark, benchmark_peers, benchmark_report, summaries
+from selfspan_jax import benchmark, benchmark_peers, benchmark_report, evaluation, summaries
 from selfspan_jax.config import Attention, Sampling
-from selfspan_jax.evaluation import evaluate_all, evaluation_table, output_json, report, response_table
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.spans import SpanVocab
 
@@ -69,14 +67,13 @@ class Generate(Model):
             print()
         out = lm.generate(prompt, **options)
         verdict = lm.task.verify(prompt, out.response_ids) if isinstance(lm.task, arithmetic.ArithmeticTask) else None
-        print(summaries.sources_table(out) if isinstance(lm.task, news.NewsTask) else response_table(out, verdict))
+        print(summaries.sources_table(out) if isinstance(lm.task, news.NewsTask) else evaluation.response_table(out, verdict))
         if self.json:
-            commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **output_json(out)})
+            commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **evaluation.output_json(out)})
         if self.html:
             commandline.write_text(self.html, out.to_html())
         if self.plot:
-            self.plot.parent.mkdir(parents=True, exist_ok=True)
-            out.plot().savefig(self.plot, dpi=100)
+            out.save_plot(self.plot)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,15 +100,13 @@ class Eval(Model):
     """Write the scores, in all and by number of operators, into this file."""
 
     def __post_init__(self):
-        for name in ("num_examples", "batch_size"):
-            if np.min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 and above")
+        commandline.check_least(1, self, "num_examples", "batch_size")
 
     def run(self) -> None:
         lm = load(self.checkpoint, base=self.base)
         left_out = ("base", "data", "json")
         settings = {**{k: v for k, v in vars(self).items() if k not in left_out}, "checkpoint": self.checkpoint.name}
-        options = {"attention": self.attention or lm.model.config.mask}
+        options: dict[str, Any] = {"attention": self.attention or lm.model.config.mask}
         if isinstance(task := lm.task, news.NewsTask):
             examples = news.held_out(task, self.num_examples, seed=self.seed, directory=self.data)
             results = summaries.report(lm, examples, scores=task.scores, batch_sizes=self.batch_size, settings=settings, **options)
@@ -120,9 +115,10 @@ class Eval(Model):
             sets = arithmetic.held_out(
                 task, [(n, n) for n in self.ops] or [(self.min_ops, self.max_ops)], self.num_examples, seed=self.seed
             )
-            evaluations = evaluate_all(lm, sets, verify=task.verify, gold=task.gold, batch_sizes=self.batch_size, progress=True, **options)
-            results = report(lm, evaluations, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)
-            print(evaluation_table(results))
+            options |= {"verify": task.verify, "gold": task.gold, "batch_sizes": self.batch_size, "progress": True}
+            found = evaluation.evaluate_all(lm, sets, **options)
+            results = evaluation.report(lm, found, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)
+            print(evaluation.evaluation_table(results))
         else:
             raise ValueError(f"{self.checkpoint}: was trained neither on expressions nor on news, so there is nothing to verify")
         if self.json:

@@ -59,9 +59,7 @@ class Run(Generic[Corpus]):
     """Do not train: time so many steps, three times over, and write RUN_DIR/throughput.json; 0 to train."""
 
     def __post_init__(self):
-        for name in ("workers", "time_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 and above")
+        commandline.check_least(0, self, "workers", "time_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,14 @@ def commas(*kinds: Any) -> Any:
     )
 
 
+def check_least(least: int, options: Any, *names: str) -> None:
+    """Raises ValueError for an option, a number or a tuple of numbers, below the least that is allowed."""
+    for name in names:
+        value = getattr(options, name)
+        if min(value if isinstance(value, tuple) else (value,), default=least) < least:
+            raise ValueError(f"{name} is {value}; allowed: {least} and above")
+
+
 def check_picture(file: Path | None) -> None:
     """Raises ValueError for a file that a plot cannot be written into."""
     if file and file.suffix not in (".png", ".svg", ".pdf"):

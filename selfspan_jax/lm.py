@@ -101,6 +101,11 @@ class Output:
         mask, texts = self.lm.mask(self.token_ids, self.attention), self.lm.token_texts(self.token_ids)
         return viz.plot_reading(mask, texts, self.prompt_tokens, [step.indices for step in page.read_steps(self)])
 
+    def save_plot(self, file: Path) -> None:
+        """Draws `plot` into a PNG, SVG or PDF file."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.plot().savefig(file, dpi=100)
+
     def to_html(self) -> str:
         """A page of its own, without network or other files, that shows what each step read and what named it."""
         from selfspan_jax import page
