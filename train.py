@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union
 
-import jax
 import tyro
 from flax import nnx
 
 from data import arithmetic, commandline, news, packing
 from data.vocab import TokenizerVocab
-from selfspan_jax import checkpoint, huggingface, lora, runs, training, training_benchmark
+from selfspan_jax import checkpoint, huggingface, lora, runs, sharding, training, training_benchmark
 from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, fine_tuning
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
@@ -51,6 +50,8 @@ class Run(Generic[Corpus]):
     adapters: ClassVar[LoraConfig | None] = None
     workers: int = max(1, min(16, (os.cpu_count() or 2) - 1))
     """Processes that generate examples, beside one that packs them; 0 for none. The data does not depend on it."""
+    mesh: str | None = None
+    """Devices, as in data=2,fsdp=4: data and fsdp divide rows, fsdp also parameters, tensor heads and features. By default one."""
     resume_from: Path | None = None
     """A directory RUN_DIR/export of the same run, from another machine: go on from it where this RUN_DIR has no checkpoint."""
     stop_after_seconds: float | None = None
@@ -147,18 +148,20 @@ def main() -> None:
     run = commandline.parse(commands(), description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     preset, config = sys.argv[1], run.training
     with commandline.errors_for_people():
+        mesh = sharding.make_mesh(run.mesh) if run.mesh else None
         model, task, stream, identity = run.prepare()
+        training.check_mesh(model, config, mesh)
         identity |= {"training": dataclasses.asdict(config), "corpus": dataclasses.asdict(run.corpus)}
         identity = json.loads(json.dumps(identity))
         runs.claim(run.run_dir, identity, run.resume_from)
         batches_from = packing.batches_from(stream, task.vocab, num_workers=run.workers, gap_ids=task.step_ids, **config.packing)
         trained = "" if run.adapters is None else f", {training.num_trained(model):,} of them trained"
-        print(f"{preset}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {jax.devices()[0].device_kind}")
+        print(f"{preset}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {sharding.devices(mesh)}")
         if (run.run_dir / "model").exists():
             print(f"this run is finished: {run.run_dir / 'model'}")
             return
         if run.time_steps:
-            figures = training_benchmark.measure(model, config, batches_from(0), steps=run.time_steps)
+            figures = training_benchmark.measure(model, config, batches_from(0), steps=run.time_steps, mesh=mesh)
             commandline.write_json(run.run_dir / "throughput.json", figures)
             print(training_benchmark.table(figures))
             return
@@ -170,9 +173,9 @@ def main() -> None:
             return scores
 
         evaluates = evaluation if config.eval_examples else None
-        stopping = {"resume_from": run.resume_from, "stop_after_seconds": run.stop_after_seconds}
+        options = {"mesh": mesh, "evaluate": evaluates, "resume_from": run.resume_from, "stop_after_seconds": run.stop_after_seconds}
         try:
-            model = training.train(model, config, batches_from=batches_from, run_dir=run.run_dir, evaluate=evaluates, **stopping)
+            model = training.train(model, config, batches_from=batches_from, run_dir=run.run_dir, **options)
         except training.Stopped as stop:
             print(f"{stop} of {config.steps:,}: {runs.how_to_go_on(run.run_dir)}")
             return

@@ -37,6 +37,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from selfspan_jax import sharding
 from selfspan_jax.config import ModelConfig, from_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
@@ -222,12 +223,15 @@ class TrainingCheckpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, next_example: int) -> None:
-        """Begins to write the state after `step` steps, with the data position; waits only for the write before it."""
+    def save(self, step: int, state: Any, next_example: int | Sequence[int]) -> None:
+        """Begins to write the state after `step` steps, with the data position; waits only for the write before it.
+
+        Of several processes all take part: each writes the shards that it has.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_example": next_example}))
         self._manager.save(step, args=args)
 
-    def restore(self, like: Any) -> tuple[Any, int]:
+    def restore(self, like: Any) -> tuple[Any, int | list[int]]:
         """The latest state, with the structure, shapes and placement of `like`, and its data position."""
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)), data=ocp.args.JsonRestore()
@@ -251,7 +255,7 @@ _BLOCK = 256  # neighbours that share a scale
 _SHARES = np.array([0.0] + [math.ldexp(2.0 ** (-(i % 8) / 8), -(i // 8)) for i in range(254, -1, -1)], np.float32)
 
 
-def save_export(directory: Path, state: Any, step: int, next_example: int, beside: Sequence[Path] = ()) -> Any:
+def save_export(directory: Path, state: Any, step: int, next_example: int | Sequence[int], beside: Sequence[Path] = ()) -> Any:
     """Writes a training state after `step` steps compactly, in place of an older export, and returns what `load_export` will read.
 
     The state is rounded by this, so a run that goes on from what is returned and one that goes on from the files are one and
@@ -260,12 +264,15 @@ def save_export(directory: Path, state: Any, step: int, next_example: int, besid
     Args:
       state: a pytree; leaves below a `params` become bfloat16, below a `mu` and a `nu` 8 bits with a float32 scale for every
         256 neighbours, others stay as they are.
+      next_example: the position in the data: a number, or one for each of its parts.
       beside: files to copy into the export.
+
+    Of several processes all take part, and the first writes.
 
     Raises: ValueError for an array larger than a part.
     """
     leaves, tree = jax.tree.flatten_with_path(state)
-    encoded = {_name(path): _encode(_name(path), np.asarray(leaf)) for path, leaf in leaves}
+    encoded = {_name(path): _encode(_name(path), sharding.whole(leaf)) for path, leaf in leaves}
     parts: list[dict[str, np.ndarray]] = []
     room = 0
     for name, arrays in encoded.items():
@@ -277,7 +284,13 @@ def save_export(directory: Path, state: Any, step: int, next_example: int, besid
                 room = _PART_BYTES - _HEADER_BYTES
             parts[-1][f"{name}:{suffix}"] = array
             room -= array.nbytes
-    directory = Path(directory)
+    if jax.process_index() == 0:
+        fields = {**_EXPORT_FORMAT, "step": step, "next_example": next_example, "parts": len(parts)}
+        _write_export(Path(directory), parts, fields, beside)
+    return jax.tree.unflatten(tree, [_decode(encoded[_name(path)], leaf) for path, leaf in leaves])
+
+
+def _write_export(directory: Path, parts: Sequence[Mapping[str, np.ndarray]], fields: dict[str, Any], beside: Sequence[Path]) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial, older = (directory.with_name(f".{directory.name}.{os.getpid()}.{kind}") for kind in ("partial", "older"))
     partial.mkdir()
@@ -285,7 +298,6 @@ def save_export(directory: Path, state: Any, step: int, next_example: int, besid
         for number, part in enumerate(parts):
             save_file({name: jnp.asarray(array) for name, array in part.items()}, partial / _part(number))
             (partial / _part(number)).chmod(0o644)
-        fields = {**_EXPORT_FORMAT, "step": step, "next_example": next_example, "parts": len(parts)}
         (partial / "state.json").write_text(json.dumps(fields, indent=2) + "\n")
         for file in beside:
             shutil.copyfile(file, partial / file.name)
@@ -295,11 +307,9 @@ def save_export(directory: Path, state: Any, step: int, next_example: int, besid
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(older, ignore_errors=True)
-    decoded = [_decode(encoded[_name(path)], leaf) for path, leaf in leaves]
-    return jax.tree.unflatten(tree, decoded)
 
 
-def load_export(directory: Path, like: Any) -> tuple[Any, int]:
+def load_export(directory: Path, like: Any) -> tuple[Any, int | list[int]]:
     """The training state of an export, with the structure, shapes and placement of `like`, and its position in the data.
 
     Raises:
@@ -317,7 +327,9 @@ def load_export(directory: Path, like: Any) -> tuple[Any, int]:
         "parts",
     }:
         raise ValueError(f"{directory / 'state.json'}: expected format {_EXPORT_FORMAT['format']!r} version {_EXPORT_FORMAT['version']}")
-    if any(type(fields[key]) is not int or fields[key] < 0 for key in ("step", "next_example", "parts")) or fields["parts"] > 9999:
+    position = fields["next_example"]
+    numbers = [fields["step"], fields["parts"], *(position if isinstance(position, list) and position else [position])]
+    if any(type(number) is not int or number < 0 for number in numbers) or fields["parts"] > 9999:
         raise ValueError(f"{directory / 'state.json'}: step, next_example and parts must be whole numbers")
     found: dict[str, np.ndarray] = {}
     for number in range(fields["parts"]):
@@ -389,4 +401,4 @@ def _decode(arrays: Mapping[str, np.ndarray], like: Any) -> Array:
         codes = arrays["codes"].reshape(-1)
         shares = codes.astype(np.float32) if codes.dtype == np.int8 else _SHARES[codes]
         value = (shares * np.repeat(arrays["scales"], _BLOCK)[: codes.size]).reshape(like.shape).astype(like.dtype)
-    return jax.device_put(value, like.sharding)
+    return sharding.laid_out(value, like.sharding)

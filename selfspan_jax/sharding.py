@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 if TYPE_CHECKING:
@@ -79,6 +80,15 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
         raise ValueError(f"mesh is {text!r}: takes {wanted} devices; {jax.process_count()} processes must use all of their {len(devices)}")
     grid = np.array(devices[:wanted]).reshape([sizes[name] for name in MESH_AXES])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def devices(mesh: Mesh | None) -> str:
+    """Which devices, for people."""
+    kind = jax.devices()[0].device_kind
+    if mesh is None:
+        return kind
+    divided = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {kind}" + (f" ({divided})" if divided else "")
 
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:
@@ -161,8 +171,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
         sharding = NamedSharding(mesh, spec(*_parameter_axes(path, np.ndim(leaf))))
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        values = _reordered(path, np.asarray(leaf), mesh.shape["tensor"], back=False)
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+        return laid_out(_reordered(path, np.asarray(leaf), mesh.shape["tensor"], back=False), sharding)
 
     return jax.tree.map_with_path(put, tree)
 
@@ -177,10 +186,52 @@ def put(tree: Any, mesh: Mesh, where: Any) -> Any:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(leaf, sharding)
-        values = np.asarray(leaf)
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+        return laid_out(np.asarray(leaf), sharding)
 
     return jax.tree.map(one, tree, where)
+
+
+def laid_out(values: np.ndarray, where: Sharding) -> Array:
+    """An array that every process has whole, where it is to lie."""
+    return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+
+def whole(array: Array) -> np.ndarray:
+    """All of an array, on every process; one at a time, so that no device and no host needs room for a whole tree."""
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def own_parts(num_parts: int, mesh: Mesh | None) -> range:
+    """Which of the equal parts of a batch's rows the devices of this process compute with.
+
+    Raises: ValueError where a part would be divided between processes.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return range(num_parts)
+    shards = np.arange(mesh.shape["data"] * mesh.shape["fsdp"]).reshape(mesh.shape["data"], mesh.shape["fsdp"], 1)
+    here = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    own = np.unique(np.broadcast_to(shards, here.shape)[here])
+    if num_parts * len(own) % shards.size:
+        raise ValueError(
+            f"data_parts is {num_parts}: {shards.size // len(own)} hosts, or groups of them, read parts of their own; "
+            f"allowed: multiples of {shards.size // len(own)}"
+        )
+    return range(int(own[0]) * num_parts // shards.size, (int(own[-1]) + 1) * num_parts // shards.size)
+
+
+def own_rows(rows: np.ndarray, num_rows: int, mesh: Mesh) -> Array:
+    """A batch of `num_rows` rows on the devices that compute with them, from those rows that this process has devices for."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec("sequences")), rows, (num_rows, *rows.shape[1:]))
+
+
+def most_of_processes(values: int | Sequence[int]) -> Any:
+    """The largest that any process has, number by number."""
+    if jax.process_count() == 1:
+        return values
+    return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)), axis=0).tolist()
 
 
 # --------------------------------------------------------------------------------------------------- one shard's view
@@ -315,27 +366,28 @@ def _divided(mesh: Mesh | None) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------- whole trees again
 
 
-def natural(tree: Any, mesh: Mesh) -> Any:
+def natural(tree: Any, mesh: Mesh | None) -> Any:
     """Placed parameters, or what has their paths, still as shards, with all gates before all ups: what is written to disk."""
     return _ordered(tree, mesh, back=True)
 
 
-def placed(tree: Any, mesh: Mesh) -> Any:
+def placed(tree: Any, mesh: Mesh | None) -> Any:
     """The inverse of `natural`."""
     return _ordered(tree, mesh, back=False)
 
 
-def _ordered(tree: Any, mesh: Mesh, *, back: bool) -> Any:
-    parts = mesh.shape["tensor"]
-    if parts == 1:
+def _ordered(tree: Any, mesh: Mesh | None, *, back: bool) -> Any:
+    if mesh is None or mesh.shape["tensor"] == 1:
         return tree
     where = jax.tree.map(lambda leaf: leaf.sharding, tree)
-    reorder = functools.partial(jax.tree.map_with_path, functools.partial(_reordered, parts=parts, back=back))
+    reorder = functools.partial(jax.tree.map_with_path, functools.partial(_reordered, parts=mesh.shape["tensor"], back=back))
     return jax.jit(reorder, out_shardings=where)(tree)
 
 
-def on_one_device(tree: Any, mesh: Mesh) -> Any:
+def on_one_device(tree: Any, mesh: Mesh | None) -> Any:
     """Placed parameters, whole and in their natural order, on the first device of each process."""
+    if mesh is None:
+        return tree
     everywhere = jax.tree.map(lambda _: NamedSharding(mesh, WHOLE), tree)
     reorder = functools.partial(jax.tree.map_with_path, functools.partial(_reordered, parts=mesh.shape["tensor"], back=True))
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), jax.jit(reorder, out_shardings=everywhere)(tree))

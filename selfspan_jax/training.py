@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,10 @@ from selfspan_jax.throughput import peak_fraction, step_flops
 
 
 class Batch(Protocol):
-    """What training needs of its data: rows of packed examples, as arrays [B, T], and where the data goes on after them."""
+    """What training needs of its data: rows of packed examples, as arrays [B, T], and where the data goes on after them.
+
+    Of several processes each has the rows that its devices compute with.
+    """
 
     @property
     def token_ids(self) -> Int[np.ndarray, "B T"]: ...
@@ -50,7 +53,8 @@ class Batch(Protocol):
         """True where the token is to be predicted."""
 
     @property
-    def next_example(self) -> int: ...
+    def next_example(self) -> int | Sequence[int]:
+        """Where data is packed in parts one number for each, 0 where another process packs it."""
 
 
 @jax.tree_util.register_dataclass
@@ -117,23 +121,34 @@ def initial_state(model: Decoder, config: TrainConfig) -> tuple[Fixed, TrainStat
     return Fixed(graph, frozen), TrainState(params, optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
+def check_mesh(model: Decoder, config: TrainConfig, mesh: sharding.Mesh | None) -> None:
+    """Raises ValueError for a mesh that does not divide the model or the batch, or for a model with frozen parameters."""
+    if mesh is None:
+        return
+    sharding.check_model(model.config, mesh)
+    sharding.check_batch(config.batch_size // config.accumulation_steps, mesh, "rows of an accumulation step")
+    if jax.tree.leaves(nnx.state(model, Frozen)):
+        raise ValueError("mesh: adapters are trained on one device")
+
+
 def placed_state(model: Decoder, config: TrainConfig, mesh: sharding.Mesh) -> tuple[Fixed, TrainState]:
     """As `initial_state`, laid out on a mesh. Batches are for `placed_batch`.
 
-    Raises: ValueError for a mesh that does not divide the model or the batch, or for a model with frozen parameters.
+    Raises: as `check_mesh`.
     """
-    sharding.check_batch(config.batch_size // config.accumulation_steps, mesh, "rows of an accumulation step")
+    check_mesh(model, config, mesh)
     fixed, state = initial_state(model, config)
-    if jax.tree.leaves(fixed.frozen):
-        raise ValueError("mesh: adapters are trained on one device")
     shard = fixed.model(state.params)
     sharding.make_shard(shard, mesh)
     return Fixed(nnx.split(shard)[0], fixed.frozen, mesh), sharding.place(state, mesh)
 
 
-def placed_batch(batch: DeviceBatch, mesh: sharding.Mesh) -> DeviceBatch:
+def placed_batch(batch: Batch, config: TrainConfig, mesh: sharding.Mesh | None) -> DeviceBatch:
     """The rows of a batch on the devices that compute with them."""
-    return sharding.put(batch, mesh, sharding.spec("sequences"))
+    if mesh is None:
+        return DeviceBatch.of(batch)
+    names = [field.name for field in dataclasses.fields(DeviceBatch)]
+    return DeviceBatch(*(sharding.own_rows(getattr(batch, name), config.batch_size, mesh) for name in names))
 
 
 def num_trained(model: Decoder) -> int:
@@ -214,9 +229,15 @@ class Stopped(Exception):
 
 
 class MetricsLog:
-    """Scalars of a run as JSON lines and TensorBoard events. Lines after the step that a run resumes from are dropped."""
+    """Scalars of a run as JSON lines and TensorBoard events. Lines after the step that a run resumes from are dropped.
+
+    Of several processes the first writes.
+    """
 
     def __init__(self, run_dir: Path, resumed_step: int):
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self._file = run_dir / "metrics.jsonl"
         kept = []
         if self._file.exists():
@@ -231,16 +252,21 @@ class MetricsLog:
         self._events = Writer(str(run_dir / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._writes:
+            return
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        if self._writes:
+            self._lines.close()
+            self._events.close()
 
 
-def prefetched(batches: Iterator[Batch], ahead: int = 4) -> Generator[tuple[Batch, DeviceBatch], None, None]:
+def prefetched(
+    batches: Iterator[Batch], place: Callable[[Batch], DeviceBatch] = DeviceBatch.of, ahead: int = 4
+) -> Generator[tuple[Batch, DeviceBatch], None, None]:
     """Batches with their device copies, made by a thread that stays a few batches ahead. Its errors are raised here."""
     ready: queue.Queue[Any] = queue.Queue(ahead)
     stopped = threading.Event()
@@ -253,7 +279,7 @@ def prefetched(batches: Iterator[Batch], ahead: int = 4) -> Generator[tuple[Batc
     def work() -> None:
         try:
             for batch in batches:
-                put((batch, DeviceBatch.of(batch)))
+                put((batch, place(batch)))
                 if stopped.is_set():
                     return
             put(StopIteration())
@@ -278,38 +304,54 @@ def train(
     model: Decoder,
     config: TrainConfig,
     *,
-    batches_from: Callable[[int], Iterator[Batch]],
+    batches_from: Callable[[Any], Iterator[Batch]],
     run_dir: Path,
+    mesh: sharding.Mesh | None = None,
     evaluate: Callable[[Decoder], Mapping[str, float]] | None = None,
     resume_from: Path | None = None,
     stop_after_seconds: float | None = None,
 ) -> Decoder:
     """Trains a model, or goes on where `run_dir` has a checkpoint; the end is the same, bit for bit.
 
+    What is on disk does not depend on the mesh, so a run may go on on another one; sums are then rounded in another order.
+    Of several processes, which see the same `run_dir`, all call this; the first writes what is not a checkpoint.
+
     Args:
-      batches_from: the endless batches whose first example has the given number.
-      evaluate: scores of a model, logged every `config.eval_every_steps` and at the end.
+      batches_from: the endless batches from a position in the data on: 0, or what a batch has as `next_example`.
+      mesh: the devices to train on, by default one.
+      evaluate: scores of a model, logged every `config.eval_every_steps` and at the end. Every process computes them.
       resume_from: an export of this run, to go on from where `run_dir` has no checkpoint.
       stop_after_seconds: stop then; with exports, at the first step after it that writes one.
 
-    Returns: the trained model.
-    Raises: TrainingDiverged with the step at which the loss or its gradient was not finite; Stopped when the time is over.
+    Returns: the trained model, on one device.
+    Raises: ValueError for a mesh that does not fit; TrainingDiverged with the step at which the loss or its gradient was not finite;
+      Stopped when the time is over.
     """
     began = time.perf_counter()
-    fixed, state = initial_state(model, config)
+    whole, state = initial_state(model, config)
+    fixed = whole
+    if mesh is not None:
+        fixed, state = placed_state(model, config, mesh)
     checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
-    next_example = 0
+    first = jax.process_index() == 0
+    next_example: int | Sequence[int] = 0
     if checkpoints.latest_step is not None:
-        state, next_example = checkpoints.restore(state)
+        restored, next_example = checkpoints.restore(state)
+        state = sharding.placed(restored, mesh)
     elif resume_from is not None:
-        state, next_example = load_export(resume_from, state)
-        if (log_there := resume_from / "metrics.jsonl").exists():
+        restored, next_example = load_export(resume_from, state)
+        state = sharding.placed(restored, mesh)
+        if first and (log_there := resume_from / "metrics.jsonl").exists():
             (run_dir / "metrics.jsonl").write_bytes(log_there.read_bytes())
     first_step = int(state.step)
     log = MetricsLog(run_dir, first_step)
-    batches = prefetched(batches_from(next_example))
-    bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=None)
-    window = _Window(model)
+    batches = prefetched(batches_from(next_example), functools.partial(placed_batch, config=config, mesh=mesh))
+    bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=None if first else True)
+    window = _Window(model, 1 if mesh is None else mesh.size)
+
+    def trained() -> Decoder:
+        return whole.model(sharding.on_one_device(state.params, mesh))
+
     try:
         for step in range(first_step + 1, config.steps + 1):
             waited = time.perf_counter()
@@ -317,13 +359,16 @@ def train(
             waited = time.perf_counter() - waited
             previous = window.latest
             state, metrics = train_step(fixed, state, on_device, config)
-            window.add(step, metrics, int(np.count_nonzero(batch.segment_ids)), waited)
+            # Of several processes each sees its rows alone, and takes the others for as full.
+            num_tokens = np.count_nonzero(batch.segment_ids) * config.batch_size / len(batch.segment_ids)
+            window.add(step, metrics, num_tokens, waited)
             if previous:  # fetched while this step runs
                 _check_finite(*previous)
             bar.update()
             exports = config.export_every_steps > 0 and step % config.export_every_steps == 0
-            stops = stop_after_seconds is not None and time.perf_counter() - began >= stop_after_seconds
-            stops &= step < config.steps and (exports or not config.export_every_steps)
+            stops = False
+            if stop_after_seconds is not None and step < config.steps and (exports or not config.export_every_steps):
+                stops = bool(sharding.most_of_processes(time.perf_counter() - began >= stop_after_seconds))
             saves = step % config.checkpoint_every_steps == 0 or step == config.steps or stops
             evaluates = step % config.eval_every_steps == 0 or step == config.steps
             if saves or exports or step % config.log_every_steps == 0:
@@ -332,16 +377,20 @@ def train(
                 log.write(step, values)
                 share = f", {100 * values['bf16_peak_fraction']:.1f}% of bf16 peak" if "bf16_peak_fraction" in values else ""
                 bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s{share}")
+            if exports or saves:
+                next_example = sharding.most_of_processes(batch.next_example)
             if exports:
                 beside = [file for name in ("run.json", "metrics.jsonl") if (file := run_dir / name).exists()]
-                state = save_export(run_dir / "export", state, step, batch.next_example, beside)
+                exported = save_export(run_dir / "export", sharding.natural(state, mesh), step, next_example, beside)
+                state = sharding.placed(exported, mesh)
                 window.restart()
             if saves:
-                checkpoints.save(step, state, batch.next_example)
+                checkpoints.save(step, sharding.natural(state, mesh), next_example)
             if evaluates and evaluate is not None:
-                scores = evaluate(fixed.model(state.params))
+                scores = evaluate(trained())
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
-                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+                if first:
+                    bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
                 window.restart()
             if stops:
                 raise Stopped(step)
@@ -350,21 +399,22 @@ def train(
         batches.close()
         log.close()
         checkpoints.close()
-    return fixed.model(state.params)
+    return trained()
 
 
 class _Window:
     """The steps since the last line of the log."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, num_devices: int) -> None:
         self._model = model
+        self._num_devices = num_devices
         self.latest: tuple[int, dict[str, Array]] | None = None
         self.restart()
 
     def restart(self) -> None:
-        self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0, 0.0, 0
+        self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0.0, 0.0, 0
 
-    def add(self, step: int, metrics: dict[str, Array], tokens: int, waited: float) -> None:
+    def add(self, step: int, metrics: dict[str, Array], tokens: float, waited: float) -> None:
         self.latest = (step, metrics)
         self._tokens += tokens
         self._waited += waited
@@ -377,7 +427,7 @@ class _Window:
         seconds = time.perf_counter() - self._start
         # The pairs are those of the latest step: batches differ little in them, and they are a small part of the sum.
         flops = step_flops(self._model, self._tokens, self._steps * values["attended_pairs"])
-        if (share := peak_fraction(self._model, flops / seconds)) is not None:
+        if (share := peak_fraction(self._model, flops / seconds / self._num_devices)) is not None:
             values["bf16_peak_fraction"] = share
         values |= {
             "model_flops_per_second": flops / seconds,

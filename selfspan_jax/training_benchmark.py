@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selfspan_jax import training
+from selfspan_jax import sharding, training
 from selfspan_jax.attention import SequenceImplementation
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder
@@ -39,6 +39,7 @@ def measure(
     batches: Iterator[training.Batch],
     *,
     steps: int,
+    mesh: sharding.Mesh | None = None,
     attention: Sequence[SequenceImplementation] | None = None,
 ) -> dict[str, Any]:
     """The figures of a training step, for each implementation of its attention.
@@ -46,6 +47,7 @@ def measure(
     Args:
       batches: its first two are what the steps are taken on, in turn.
       steps: of one repetition, 1 and above.
+      mesh: the devices to train on, by default one. Tokens and operations are those of all, the share of the peak that of each.
       attention: implementations; by default the project's and cuDNN's on a GPU, XLA's elsewhere.
 
     Returns: device, shapes, and for each implementation ms, tokens and operations per second, share of the bf16 peak, GB of
@@ -55,10 +57,11 @@ def measure(
     taken = list(itertools.islice(batches, 2))
     if isinstance(batches, Generator):
         batches.close()
-    on_device = [training.DeviceBatch.of(batch) for batch in taken]
+    on_device = [training.placed_batch(batch, config, mesh) for batch in taken]
     device = jax.devices()[0]
     result: dict[str, Any] = {
         "device": device.device_kind,
+        "mesh": None if mesh is None else dict(mesh.shape),
         "bf16_peak_flops_per_second": bf16_peak(device.device_kind),
         "jax": jax.__version__,
         "parameters": model.num_parameters,
@@ -67,9 +70,9 @@ def measure(
         "mask": model.config.mask,
         "attention": {},
     }
-    tokens = statistics.mean(int(np.count_nonzero(batch.segment_ids)) for batch in taken)
+    tokens = statistics.mean(np.count_nonzero(batch.segment_ids) * config.batch_size / len(batch.segment_ids) for batch in taken)
     for name in names if attention is None else attention:
-        fixed, state = training.initial_state(model, config)
+        fixed, state = training.initial_state(model, config) if mesh is None else training.placed_state(model, config, mesh)
         state = jax.tree.map(jnp.copy, state)  # the step takes its state's memory; the model keeps its own
         feed = itertools.cycle(on_device)
 
@@ -97,7 +100,7 @@ def measure(
             "tokens_per_second": tokens / second,
             "model_flops_per_step": flops,
             "model_flops_per_second": flops / second,
-            "peak_fraction": peak_fraction(model, flops / second),
+            "peak_fraction": peak_fraction(model, flops / second / (1 if mesh is None else mesh.size)),
             "attended_pairs": float(metrics["attended_pairs"]),
             "first_step_seconds": compile_seconds,
             "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None,

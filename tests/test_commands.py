@@ -235,6 +235,38 @@ def test_a_run_stops_in_time_and_goes_on_from_its_export_in_another_directory(ca
     assert models[0] == models[1]
 
 
+def test_a_run_on_a_mesh_goes_on_without_one(call, tmp_path):
+    """The mesh is how a run is computed, not what it is; the finished model is one file whatever the mesh was."""
+    options = [*TOY, "--batch-size", 4, "--num-kv-heads", 2]
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = [train.main, "arithmetic-tiny", "--run-dir"]
+    status, out, err = call(*command, first, *options, "--mesh", "data=2,tensor=2", "--stop-after-seconds", 0)
+    assert status == 0 and "steps on 4 x cpu (data=2,tensor=2)" in out and out.splitlines()[-1].startswith("stopped after step 1"), err
+    status, out, err = call(*command, first, *options, "--eval-examples", 0)
+    assert status == 0 and "steps on cpu" in out, err
+    assert call(*command, second, *options, "--mesh", "fsdp=2,data=2")[0] == 0
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (first, second)]
+    np.testing.assert_allclose(*losses, rtol=2e-2)  # bfloat16
+    shapes = [{name: x.shape for name, x in load_file(run / "model" / "model.safetensors").items()} for run in (first, second)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        ("model=2", "no axis 'model'; allowed: data, fsdp, tensor"),
+        ("data=64", "takes 64 devices, here are 8 (cpu)"),
+        ("tensor=2", "tensor=2 does not divide num_kv_heads=1"),
+        ("fsdp=3", "fsdp=3 does not divide hidden_size=32"),
+        ("data=4", "data=4 does not divide rows of an accumulation step=2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_in_one_line_before_anything_is_written(call, tmp_path, mesh, message):
+    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", tmp_path / "run", *TOY, "--mesh", mesh)
+    assert status == 2 and err.startswith("error: mesh") and err.count("\n") == 1 and message in err, err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [["--mask", "dense"], ["--mask", "dense", "--labelling", "plain"], ["--labelling", "none", "--header-view", "all"]],

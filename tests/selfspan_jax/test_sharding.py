@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from data.arithmetic import ArithmeticTask
 from selfspan_jax import decoding, sharding, training
@@ -219,8 +221,8 @@ def losses(model, config, mesh=None, steps=4):
     state = jax.tree.map(jnp.copy, state)
     seen = []
     for number in range(steps):
-        batch = training.DeviceBatch.of(batch_of(number, rows=8))
-        state, metrics = training.train_step(fixed, state, training.placed_batch(batch, mesh) if mesh else batch, config)
+        batch = training.placed_batch(batch_of(number, rows=8), config, mesh)
+        state, metrics = training.train_step(fixed, state, batch, config)
         seen.append([float(metrics[name]) for name in ("loss", "gradient_norm", "token_accuracy", "attended_pairs")])
     params = sharding.natural(state.params, mesh) if mesh else state.params
     return np.array(seen), [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
@@ -247,3 +249,74 @@ def test_several_devices_train_as_one(one_device, text, accumulation_steps):
     np.testing.assert_allclose(seen, expected, rtol=1e-4)
     for leaf, wanted in zip(params, expected_params, strict=True):
         np.testing.assert_allclose(leaf, wanted, rtol=2e-3, atol=5e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- the loop
+
+
+LOOP = dataclasses.replace(CONFIG, steps=8, batch_size=8, log_every_steps=1, eval_every_steps=4)
+
+
+def batches_from(number):
+    while True:
+        yield batch_of(number, rows=8)
+        number += 1
+
+
+def trained(run_dir, text=None, config=LOOP, **options):
+    """A run of the loop on a mesh, or on one device: losses, gradient norms and scores by step, and the finished parameters."""
+    mesh = sharding.make_mesh(text) if text else None
+
+    def evaluate(model):
+        gate_up = model.layers[0].mlp.gate_up_proj.weight[...]
+        return {"first_gate": float(gate_up[0, 0]), "last_up": float(gate_up[-1, -1])}
+
+    model = training.train(
+        random_model(**TRAINED), config, batches_from=batches_from, run_dir=run_dir, mesh=mesh, evaluate=evaluate, **options
+    )
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    seen = [[line["step"], line["loss"], line["gradient_norm"]] for line in lines if "loss" in line]
+    scores = [[line["eval/first_gate"], line["eval/last_up"]] for line in lines if "eval/last_up" in line]
+    return np.array(seen), np.array(scores), [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+
+
+def assert_same_run(found, expected):
+    """The tolerances that docs/multi-gpu.md states: float32 sums in another order."""
+    for (ours, theirs), tolerance in zip(zip(found[:2], expected[:2]), (1e-4, 2e-3)):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance)
+    for leaf, wanted in zip(found[2], expected[2], strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=2e-3, atol=5e-5)
+
+
+@pytest.fixture(scope="module")
+def run_of_one_device(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("text", ["data=2", "fsdp=4", "tensor=2", "data=2,fsdp=2,tensor=2"])
+def test_the_loop_on_several_devices_is_that_of_one(run_of_one_device, tmp_path, text):
+    assert_same_run(trained(tmp_path, text), run_of_one_device)
+
+
+ELSEWHERE = [("tensor=4", None), (None, "tensor=2,fsdp=2"), ("data=2,tensor=2", "fsdp=8")]
+
+
+@pytest.mark.parametrize("first, second", ELSEWHERE)
+def test_a_run_goes_on_on_another_mesh(run_of_one_device, tmp_path, first, second):
+    with pytest.raises(training.Stopped, match="step 1"):
+        trained(tmp_path, first, stop_after_seconds=0)
+    assert_same_run(trained(tmp_path, second), run_of_one_device)
+
+
+@pytest.mark.parametrize("first, second", ELSEWHERE)
+def test_an_export_goes_on_on_another_mesh(tmp_path, first, second):
+    """Its first losses are those of a run that was not interrupted; then a moment that was rounded to its other neighbour shows."""
+    config = dataclasses.replace(LOOP, export_every_steps=4)
+    whole, stopped, resumed = (tmp_path / name for name in ("whole", "stopped", "resumed"))
+    with pytest.raises(training.Stopped, match="step 4"):
+        trained(stopped, first, config, stop_after_seconds=0)
+    for directory in (whole, resumed):
+        directory.mkdir()
+    (seen, *_), (expected, *_) = trained(resumed, second, config, resume_from=stopped / "export"), trained(whole, None, config)
+    np.testing.assert_allclose(seen[:5], expected[:5], rtol=1e-4)
+    np.testing.assert_allclose(seen, expected, rtol=5e-3)
