@@ -21,8 +21,8 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.spans import SpanVocab
 
 
-def load(checkpoint: Path, *, base: Path | None = None, int8: bool = False) -> SpanLM:
-    return SpanLM.load(checkpoint, {task.name: task for task in (arithmetic.ArithmeticTask, news.NewsTask)}, base=base, int8=int8)
+def load(checkpoint: Path, **options: Any) -> SpanLM:
+    return SpanLM.load(checkpoint, {task.name: task for task in (arithmetic.ArithmeticTask, news.NewsTask)}, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Model:
     """Directory of a finished model or an adapter, a Hugging Face directory or a GGUF file."""
     base: Path | None = None
     """Of an adapter: the Hugging Face directory or GGUF file that it was trained on."""
+    mesh: str | None = None
+    """Devices, as in data=2,tensor=4: sequences are divided over data, kv heads over tensor. By default one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Generate(Model):
 
     def run(self) -> None:
         prompt = commandline.read_text(self.article) if self.article else str(self.prompt)
-        lm, options = load(self.checkpoint, base=self.base, int8=self.int8), dataclasses.asdict(self.sampling)
+        lm, options = load(self.checkpoint, base=self.base, int8=self.int8, mesh=self.mesh), dataclasses.asdict(self.sampling)
         if self.stream:
             for text in lm.stream(prompt, **options):
                 print(text, end="", flush=True)
@@ -103,7 +105,7 @@ class Eval(Model):
         commandline.check_least(1, self, "num_examples", "batch_size")
 
     def run(self) -> None:
-        lm = load(self.checkpoint, base=self.base)
+        lm = load(self.checkpoint, base=self.base, mesh=self.mesh)
         left_out = ("base", "data", "json")
         settings = {**{k: v for k, v in vars(self).items() if k not in left_out}, "checkpoint": self.checkpoint.name}
         options: dict[str, Any] = {"attention": self.attention or lm.model.config.mask}
@@ -156,6 +158,8 @@ class Bench:
     """Above 1, two rows more: so many sequences that share their prompt, and as many that do not."""
     stream_check: bool = False
     """One row more: the first span configuration streamed, against one loop."""
+    mesh: str | None = None
+    """Devices, as in data=2,tensor=4; by default one. Bytes and floor are then those of one device."""
     seed: int = 0
     """Of weights and tokens."""
     json: Path | None = None

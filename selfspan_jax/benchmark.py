@@ -7,7 +7,8 @@ and their maximum taken. The replayed tokens stand around the context asked for:
 `context_tokens`. Milliseconds per step are the wall time of the loop divided by its steps, the median of several
 repetitions of the same steps, launches and the loop's own questions to the host included, compilation apart.
 
-The floor of a step is its bytes (`step_bytes`) at the read ceiling of the memory, which is measured in the same process.
+The floor of a step is its bytes (`step_bytes`) at the read ceiling of the memory, which is measured in the same process. On
+a mesh bytes, memory and floor are those of one device: its heads and features of the weights, its sequences' rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import statistics
 import time
@@ -29,7 +31,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 from tqdm import tqdm
 
-from selfspan_jax import benchmark_peers, decoding
+from selfspan_jax import benchmark_peers, decoding, sharding
 from selfspan_jax.attention import attend_cached, sequence_mask
 from selfspan_jax.cache import SlotList
 from selfspan_jax.config import PRESETS, Attention, DecodeConfig, ModelConfig
@@ -227,8 +229,9 @@ def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
     """Bytes that one decode step must move: weights once, embeddings of the tokens, rows attended to, rows written.
 
     Args:
-      model: as `for_decoding` makes it, or its shapes.
-      num_attended: tokens attended to, over the whole batch.
+      model: as `for_decoding` makes it, or its shapes; on a mesh what one device has of it (`FrozenDecoder.share`).
+      num_attended: tokens attended to, over the whole batch; on a mesh over the device's sequences.
+      batch_size: sequences; on a mesh the device's.
     """
     config = model.config
     embedding = model.embed_tokens.embedding.get_value()
@@ -241,13 +244,19 @@ def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
 
 
 def bytes_of(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+    """Of arrays or shapes; on a mesh what one device has of them."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(sharding.shard_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def device_memory_bytes() -> int | None:
     """What the first device lets this process have; None where it does not say."""
     stats = jax.devices()[0].memory_stats()
     return stats.get("bytes_limit") if stats else None
+
+
+# Where arrays lie whose first, or second, axis is that of the sequences.
+_EACH, _EACH_STEP = sharding.spec("sequences"), sharding.spec(None, "sequences")
 
 
 class DoesNotFit(Exception):
@@ -258,6 +267,7 @@ class DoesNotFit(Exception):
 class Programs:
     """What a case runs, compiled: nothing is allocated yet."""
 
+    frozen: decoding.FrozenDecoder  # shapes in place of parameters
     prefill: Any
     replay: Any
     bare: Any | None  # see `_bare_loop`
@@ -265,14 +275,14 @@ class Programs:
     compile_seconds: float
 
 
-def compile_case(shape: Shape, case: Case) -> Programs:
+def compile_case(shape: Shape, case: Case, mesh: sharding.Mesh | None = None) -> Programs:
     """Compiles a case from shapes alone. Raises DoesNotFit where what it needs exceeds the device's memory."""
     began = time.perf_counter()
-    frozen = decoding.FrozenDecoder.of(shape.abstract(int8=case.int8))
+    frozen = decoding.FrozenDecoder.of(shape.abstract(int8=case.int8), mesh)
     params, config = frozen.params, case.config
 
     def prefill(params, token_ids, lengths, keys):
-        return decoding.read_prompts(frozen.structure.decoder(params), token_ids, lengths, keys, config, case.num_samples)
+        return decoding.prefill_on_devices(frozen.structure, params, token_ids, lengths, keys, config, case.num_samples)
 
     def replay(params, state, forced):
         return decoding.run(dataclasses.replace(frozen, params=params), state, config, forced=forced)
@@ -282,20 +292,22 @@ def compile_case(shape: Shape, case: Case) -> Programs:
 
     num_prompts = case.batch_size // case.num_samples
     keys = jax.eval_shape(lambda: decoding.sequence_keys(None, case.batch_size))
-    prompts = (ints(num_prompts, decoding.bucket(case.prompt_tokens)), ints(num_prompts), keys)
+    prompts = sharding.put((ints(num_prompts, decoding.bucket(case.prompt_tokens)), ints(num_prompts), keys), mesh, _EACH)
     traced = jax.jit(prefill).trace(params, *prompts)
-    state = traced.out_info
+    state = sharding.put(traced.out_info, mesh, decoding.DecodeState.places())
     _check_fits(case, bytes_of(params) + bytes_of(state))
     compiled_prefill = traced.lower().compile()
-    compiled_replay = jax.jit(replay, donate_argnums=1).lower(params, state, ints(case.batch_size, case.steps)).compile()
+    forced = sharding.put(ints(case.batch_size, case.steps), mesh, _EACH)
+    compiled_replay = jax.jit(replay, donate_argnums=1).lower(params, state, forced).compile()
     bare = None
     if case.attention == "span" and case.num_samples == 1:
-        rows = (ints(case.steps, case.batch_size, state.cache.table.shape[1]), ints(case.steps, case.batch_size))
+        shapes = (ints(case.steps, case.batch_size, state.cache.table.shape[1]), ints(case.steps, case.batch_size))
+        rows = sharding.put(shapes, mesh, _EACH_STEP)
         loop = jax.jit(functools.partial(_bare_loop, frozen, config, case.prompt_tokens), donate_argnums=1)
         bare = loop.lower(params, state.cache.pools, state.logits, *rows, rows[1]).compile()
     needed = max(_footprint(compiled_prefill), _footprint(compiled_replay))
     _check_fits(case, needed)
-    return Programs(compiled_prefill, compiled_replay, bare, needed, time.perf_counter() - began)
+    return Programs(frozen, compiled_prefill, compiled_replay, bare, needed, time.perf_counter() - began)
 
 
 def _footprint(program) -> int:
@@ -319,18 +331,22 @@ def _bare_loop(frozen: decoding.FrozenDecoder, config: DecodeConfig, first_posit
     The same products, cache writes and attention to as many and the same rows, and the most likely token fed back, in a loop
     of known length. The difference to the replay is what choosing its own span costs.
     """
-    model = frozen.structure.decoder(params)
-    batch = logits.shape[0]
 
-    def step(index, carry):
-        pools, logits = carry
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        attend = attend_cached(own[index], SlotList(rows[index], counts[index]), config.implementation)
-        positions = jnp.full((batch, 1), first_position + index, jnp.int32)
-        hidden, pools = model(tokens[:, None], positions, attend, pools, linear=config.linear)
-        return pools, model.logits(hidden[:, 0], linear=config.linear)
+    def steps(model, pools, logits, rows, counts, own):
+        def step(index, carry):
+            pools, logits = carry
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            attend = attend_cached(own[index], SlotList(rows[index], counts[index]), config.implementation)
+            positions = jnp.full((logits.shape[0], 1), first_position + index, jnp.int32)
+            hidden, pools = model(tokens[:, None], positions, attend, pools, linear=config.linear)
+            return pools, model.logits(hidden[:, 0], linear=config.linear)
 
-    return jax.lax.fori_loop(0, counts.shape[0], step, (pools, logits))
+        return jax.lax.fori_loop(0, counts.shape[0], step, (pools, logits))
+
+    places = decoding.DecodeState.places()
+    carried = (places.cache.pools, places.logits)
+    loop = frozen.structure.on_devices(steps, *carried, _EACH_STEP, _EACH_STEP, _EACH_STEP, outputs=carried)
+    return loop(params, pools, logits, rows, counts, own)
 
 
 def measure_case(
@@ -339,14 +355,16 @@ def measure_case(
     """Runs a compiled case on a workload and returns its row."""
     state, first_token_ms = _prefilled(shape, params, case, programs, token_ids)
     forced = np.repeat(token_ids[: case.batch_size // case.num_samples, case.prompt_tokens :], case.num_samples, axis=0)
+    mesh = programs.frozen.mesh
     lists = () if programs.bare is None else _row_lists(shape, case, token_ids, np.asarray(state.cache.table))
+    lists = sharding.put(lists, mesh, _EACH_STEP)
     # A replay consumes its state. So each one gets a copy of everything but the pools, in which it writes the same rows again.
     pools = state.cache.pools
     kept = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=()))
     del state
 
     seconds, bare_seconds = [], []
-    given = jnp.asarray(forced)
+    given = sharding.put(jnp.asarray(forced), mesh, _EACH)
     for _ in range(WARM_UPS + REPETITIONS):
         fresh = jax.tree.map(lambda x: x.copy(), kept)
         state = jax.block_until_ready(dataclasses.replace(fresh, cache=dataclasses.replace(fresh.cache, pools=pools)))
@@ -361,6 +379,7 @@ def measure_case(
 
     ms = [1e3 * s / case.steps for s in seconds[WARM_UPS:]]
     counts, contexts = np.asarray(state.num_attended), np.arange(case.prompt_tokens + 1, case.num_tokens + 1)
+    parts = 1 if mesh is None else sharding.num_parts(mesh)
     row: dict[str, Any] = {
         "ms_per_step": statistics.median(ms),
         "spread_ms": max(ms) - min(ms),
@@ -368,7 +387,7 @@ def measure_case(
         "mean_context_tokens": float(contexts.mean()),
         "attended_tokens": float(counts.mean()),
         "attended_fraction": float((counts / contexts).mean()),
-        "bytes_per_step": step_bytes(shape.abstract(int8=case.int8), float(counts.sum(axis=0).mean()), case.batch_size),
+        "bytes_per_step": step_bytes(programs.frozen.share, float(counts.sum(axis=0).mean()) / parts, case.batch_size // parts),
         "time_to_first_token_ms": first_token_ms,
         "kv_memory_bytes": bytes_of(pools),
         "program_memory_bytes": programs.needed_bytes,
@@ -394,7 +413,8 @@ def _prefilled(shape: Shape, params, case: Case, programs: Programs, token_ids: 
     room = decoding.bucket(length)
     prompts = np.full((num_prompts, room), shape.vocab.pad_id, np.int32)
     prompts[:, :length] = token_ids[:num_prompts, :length]
-    arguments = (params, jnp.asarray(prompts), jnp.full((num_prompts,), length, jnp.int32), decoding.sequence_keys(None, case.batch_size))
+    inputs = (jnp.asarray(prompts), jnp.full((num_prompts,), length, jnp.int32), decoding.sequence_keys(None, case.batch_size))
+    arguments = (params, *sharding.put(inputs, programs.frozen.mesh, _EACH))
     state: Any = None
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= REPETITIONS and sum(seconds) < 2):
@@ -421,12 +441,12 @@ def _row_lists(shape: Shape, case: Case, token_ids: Int[np.ndarray, "B T"], tabl
     return jnp.asarray(rows), jnp.asarray(counts), jnp.asarray(own)
 
 
-def measure_stream(model: Decoder, token_ids: Int[np.ndarray, "B T"], case: Case) -> dict[str, Any]:
+def measure_stream(model: Decoder, token_ids: Int[np.ndarray, "B T"], case: Case, mesh: sharding.Mesh | None = None) -> dict[str, Any]:
     """What streaming costs: ms per step of `decoding.stream` against one loop, free running, the first chunk apart.
 
     Both write the same tokens after the prompt of a case; prefill and the first chunk of 8 tokens are not counted.
     """
-    chunk, frozen = 8, decoding.FrozenDecoder.of(model)
+    chunk, frozen = 8, decoding.FrozenDecoder.of(model, mesh)
     room = model.config.max_context_tokens - case.prompt_tokens
     new_tokens = min(STREAMED_TOKENS, room // chunk * chunk)
     if new_tokens < 2 * chunk:
@@ -472,6 +492,7 @@ class Plan:
     attended_fraction: float
     num_samples: int
     stream_check: bool
+    mesh: str | None
     seed: int
 
     def __post_init__(self):
@@ -487,6 +508,8 @@ class Plan:
             raise ValueError(f"attended_fraction is {self.attended_fraction}; allowed: above 0, below 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; allowed: 0 and above")
+        if self.peers and self.mesh:
+            raise ValueError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
 
     def within(self, max_context_tokens: int | None) -> Plan:
         """The same with the contexts filled in where none were given; None for models with any room.
@@ -500,6 +523,15 @@ class Plan:
         if max_context_tokens is not None and longest > max_context_tokens:
             raise ValueError(f"context {max(self.context)} takes {longest} tokens; the model's context is {max_context_tokens}")
         return self
+
+    def devices(self, config: ModelConfig) -> sharding.Mesh | None:
+        """The mesh. Raises ValueError for one that does not fit the model or the batches."""
+        mesh = sharding.make_mesh(self.mesh) if self.mesh else None
+        if mesh is not None:
+            sharding.check_decoding(config, mesh)
+            for case in self.cases:
+                sharding.check_batch(case.batch_size // case.num_samples, mesh, "the number of prompts")
+        return mesh
 
     @property
     def cases(self) -> list[Case]:
@@ -526,6 +558,7 @@ def sweep(
     model: Decoder | None = None,
     seed: int = 0,
     stream: bool = False,
+    mesh: sharding.Mesh | None = None,
     compiled: Mapping[Case, Programs | str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures cases and yields a row for each; one that does not fit in memory gets a row that says so.
@@ -535,12 +568,13 @@ def sweep(
       tokens_of: the workload of a case, [B, case.num_tokens].
       compiled: what `compile_all` returned for the cases.
       stream: measure streaming too, on the first case with span attention.
+      mesh: the devices to decode on, by default one.
     """
     cases = list(dict.fromkeys(cases))
     streamed = next((case for case in cases if case.attention == "span" and not case.int8), None)
-    waiting = dict(compile_all(shape, cases) if compiled is None else compiled)
+    waiting = dict(compile_all(shape, cases, mesh) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
-    params, quantized = decoding.FrozenDecoder.of(decoder).params, False
+    params, quantized = decoding.FrozenDecoder.of(decoder, mesh).params, False
     for case in tqdm(cases, desc="measure", unit="row", leave=False, disable=None):
         row = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
         programs = waiting.pop(case)
@@ -549,7 +583,7 @@ def sweep(
                 raise DoesNotFit(programs)
             if case.int8 and not quantized:
                 decoder, quantized = decoder.for_decoding(int8=True), True
-                params = decoding.FrozenDecoder.of(decoder).params
+                params = decoding.FrozenDecoder.of(decoder, mesh).params
             yield row | measure_case(shape, params, case, programs, tokens_of(case))
         except DoesNotFit as reason:
             yield row | {"not_run": str(reason)}
@@ -558,19 +592,19 @@ def sweep(
                 raise
             yield row | {"not_run": "does not fit: the device ran out of memory"}
         if stream and case == streamed:
-            yield row | {"stream": True} | measure_stream(decoder, tokens_of(case), case)
+            yield row | {"stream": True} | measure_stream(decoder, tokens_of(case), case, mesh)
 
 
 def _out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
-def compile_all(shape: Shape, cases: Sequence[Case]) -> dict[Case, Programs | str]:
+def compile_all(shape: Shape, cases: Sequence[Case], mesh: sharding.Mesh | None = None) -> dict[Case, Programs | str]:
     """Programs of every case, or why there are none. Compiled side by side: XLA leaves most processors idle on one program."""
 
     def compile_one(case: Case) -> Programs | str:
         try:
-            return compile_case(shape, case)
+            return compile_case(shape, case, mesh)
         except DoesNotFit as reason:
             return str(reason)
         except jax.errors.JaxRuntimeError as error:

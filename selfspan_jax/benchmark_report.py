@@ -18,7 +18,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from pallas_kernels.bench import read_ceiling_tbps
-from selfspan_jax import benchmark_peers
+from selfspan_jax import benchmark_peers, sharding
 from selfspan_jax.benchmark import (
     STREAMED_TOKENS,
     Case,
@@ -80,9 +80,12 @@ def run(
         size = {"batch_size": batch_size, "num_tokens": num_tokens, "steps": plan.steps, "seed": plan.seed}
         return segment_tokens(shape, attended_fraction=plan.attended_fraction, **size)
 
+    mesh = plan.devices(shape.config)
     draw(1, min(plan.context) + plan.steps // 2)  # what cannot be had is said before anything is measured
     report = header(name, shape, workload=workload, plan=dataclasses.asdict(plan))
-    print(f"{report['device']}, JAX {jax.__version__}, read ceiling {report['read_ceiling_terabytes_per_second']:.2f} TB/s", flush=True)
+    print(
+        f"{sharding.devices(mesh)}, JAX {jax.__version__}, read ceiling {report['read_ceiling_terabytes_per_second']:.2f} TB/s", flush=True
+    )
 
     def add(row: dict[str, Any]) -> None:
         add_row(report, shape, row)
@@ -98,7 +101,7 @@ def run(
         elif plan.peers:
             config = dataclasses.asdict(shape.config)
             peers = stack.enter_context(benchmark_peers.Peers(config, shape.vocab_size, plan.peer_cases, plan.seed))
-        compiled = compile_all(shape, plan.cases)  # beside the peers' own compilation
+        compiled = compile_all(shape, plan.cases, mesh)  # beside the peers' own compilation
         for row in peers.rows() if peers else ():
             report["versions"] |= row.pop("versions")
             add(row)
@@ -106,7 +109,8 @@ def run(
     def tokens_of(case: Case):
         return draw(case.batch_size, case.num_tokens)
 
-    for row in sweep(shape, plan.cases, tokens_of, model=model, seed=plan.seed, stream=plan.stream_check, compiled=compiled):
+    options: dict[str, Any] = {"seed": plan.seed, "stream": plan.stream_check, "mesh": mesh, "compiled": compiled}
+    for row in sweep(shape, plan.cases, tokens_of, model=model, **options):
         add(row)
     if picture:
         plot(report, picture)

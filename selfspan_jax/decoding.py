@@ -291,16 +291,29 @@ class FrozenDecoder:
     def mesh(self) -> sharding.Mesh | None:
         return self.structure.mesh
 
+    @property
+    def share(self) -> Decoder:
+        """What one device has of it, as shapes: on a mesh its heads and features, else everything."""
+        sizes = [jax.ShapeDtypeStruct(sharding.shard_shape(leaf), leaf.dtype) for leaf in self.params]
+        return self.structure.decoder(sizes)  # type: ignore[arg-type]
+
 
 _EACH = sharding.spec("sequences")
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "config", "num_samples"))
-def _jit_prefill(structure, params, token_ids, lengths, keys, config, num_samples):
+def prefill_on_devices(
+    structure: _Structure, params: Any, token_ids: Int[Array, "b T"], lengths: Int[Array, "b"], keys: PRNGKeyArray, config: DecodeConfig,
+    num_samples: int,
+) -> DecodeState:  # fmt: skip
+    """`read_prompts` of a decoder taken apart, on its mesh where it has one. Pure."""
+
     def read(model, *prompts):
         return read_prompts(model, *prompts, config, num_samples)
 
     return structure.on_devices(read, _EACH, _EACH, _EACH, outputs=DecodeState.places())(params, token_ids, lengths, keys)
+
+
+_jit_prefill = jax.jit(prefill_on_devices, static_argnames=("structure", "config", "num_samples"))
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "config"), donate_argnames=("state",))

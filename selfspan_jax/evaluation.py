@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from selfspan_jax import decoding
+from selfspan_jax import decoding, sharding
 from selfspan_jax.config import Attention, DecodeConfig
 from selfspan_jax.lm import Output, SpanLM
 from selfspan_jax.spans import SpanVocab
@@ -161,8 +161,8 @@ def evaluate(
       verify: the task's verdict on (prompt, response ids).
     """
     ids = [lm.task.encode_prompt(prompt) for prompt in prompts]
-    batch_size = min(batch_size, len(ids))
     token_ids, lengths = lm.padded(ids)
+    batch_size = _batch_size(lm, batch_size, len(ids))
     config = DecodeConfig(attention=attention, max_new_tokens=max_new_tokens)
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # alike lengths end at about the same step
     results: dict[int, Result] = {}
@@ -202,7 +202,7 @@ def evaluate_all(
 
     def compile_case(name: str, size: int) -> float:
         config = DecodeConfig(attention=options.get("attention", "span"), max_new_tokens=rooms[name])
-        return _compile(lm, min(size, len(prompts[name])), longest[name], config)
+        return _compile(lm, _batch_size(lm, size, len(prompts[name])), longest[name], config)
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA leaves most processors idle on one
         seconds = dict(zip(cases, pool.map(compile_case, *zip(*cases, strict=True)), strict=True))
@@ -211,6 +211,15 @@ def evaluate_all(
         evaluation = evaluate(lm, prompts[name], max_new_tokens=rooms[name], batch_size=size, **options)
         found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds[name, size]))
     return found
+
+
+def _batch_size(lm: SpanLM, wanted: int, num_prompts: int) -> int:
+    """No more than there are prompts; on a mesh rounded up to what it divides. Raises ValueError for a size that it does not divide."""
+    if lm.frozen.mesh is None:
+        return min(wanted, num_prompts)
+    sharding.check_batch(wanted, lm.frozen.mesh)
+    parts = sharding.num_parts(lm.frozen.mesh)
+    return min(wanted, -(-num_prompts // parts) * parts)
 
 
 def _compile(lm: SpanLM, batch: int, prompt_tokens: int, config: DecodeConfig) -> float:

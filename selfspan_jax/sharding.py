@@ -176,8 +176,10 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(put, tree)
 
 
-def put(tree: Any, mesh: Mesh, where: Any) -> Any:
-    """Arrays that every process has whole, placed as `where`, a tree of specs or one for all, says."""
+def put(tree: Any, mesh: Mesh | None, where: Any) -> Any:
+    """Arrays that every process has whole, placed as `where`, a tree of specs or one for all, says. Without a mesh as they are."""
+    if mesh is None:
+        return tree
     where = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), where, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
     def one(leaf, spec):
@@ -189,6 +191,11 @@ def put(tree: Any, mesh: Mesh, where: Any) -> Any:
         return laid_out(np.asarray(leaf), sharding)
 
     return jax.tree.map(one, tree, where)
+
+
+def shard_shape(leaf: Any) -> tuple[int, ...]:
+    """The sizes of what one device has of an array, or of a shape with a place."""
+    return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
 
 
 def laid_out(values: np.ndarray, where: Sharding) -> Array:

@@ -151,6 +151,27 @@ def test_bench_skips_what_does_not_fit_and_streams(call, monkeypatch):
     assert skipped.split()[:3] == ["span", "500", "96"] and "not run: does not fit: needs" in skipped
 
 
+def test_decoding_on_a_mesh_says_what_one_device_says(call, tmp_path):
+    """The same tokens, the same scores, and a benchmark whose bytes are those of one device."""
+    for command in (
+        ["generate", CHECKPOINT, "((51+75)-(95*3))"],
+        ["eval", CHECKPOINT, "--num-examples", 5, "--ops", "2,3", "--batch-size", 4],
+    ):
+        found = []
+        for mesh in ([], ["--mesh", "data=2,tensor=2"]):
+            status, _, err = call(decode.main, *command, "--json", tmp_path / "found.json", *mesh)
+            assert status == 0, err
+            found.append(json.loads((tmp_path / "found.json").read_text()))
+        same = [
+            name for name in found[0] if name in ("token_ids", "num_attended", "num_examples", "attended_fraction") or "accuracy" in name
+        ]
+        assert len(same) >= 3 and all(found[0][name] == found[1][name] for name in same)
+    status, out, err = call(decode.main, "bench", CHECKPOINT, *BENCH, "--mesh", "data=2,tensor=2", "--json", tmp_path / "bench.json")
+    assert (status, err) == (0, "") and out.startswith("4 x cpu (data=2,tensor=2)")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["dense", "span"] and all(row["floor_ms"] > 0 for row in rows)
+
+
 def damaged(tmp_path):
     directory = tmp_path / "damaged"
     directory.mkdir()
@@ -189,6 +210,11 @@ DECODE_ERRORS = {
         "attended_fraction is 0.99",
     ),
     "no picture of a benchmark": (["bench", CHECKPOINT, "--plot", "bench.txt"], "plot is bench.txt"),
+    "no such mesh": (["generate", CHECKPOINT, "1+2", "--mesh", "heads=2"], "no axis 'heads'"),
+    "devices missing": (["eval", CHECKPOINT, "--mesh", "data=64"], "takes 64 devices, here are 8"),
+    "sequences do not divide": (["eval", CHECKPOINT, "--batch-size", "3", "--mesh", "data=2"], "data=2 does not divide batch_size=3"),
+    "heads do not divide": (["bench", CHECKPOINT, "--mesh", "tensor=4"], "tensor=4 does not divide num_kv_heads=2"),
+    "mesh for training": (["bench", CHECKPOINT, "--mesh", "fsdp=2"], "fsdp is for training"),
     "no labels": (["eval", CHECKPOINT, "--ops", "600"], "512 labels allow at most 511"),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from data import arithmetic, replay
-from selfspan_jax import benchmark, benchmark_peers, benchmark_report
+from selfspan_jax import benchmark, benchmark_peers, benchmark_report, sharding
 from selfspan_jax.benchmark import Case, Plan, Shape
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab
@@ -21,7 +21,7 @@ SIZES = dict(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, nu
 SHAPE = Shape(ModelConfig(**SIZES), benchmark.borrowed_labels(700, 200), 700)
 PLAN = dict(
     batch_size=(1, 3), context=(256,), attention=("span", "dense", "window"), steps=32, int8=False, peers=(), workload=None,
-    attended_fraction=0.15, num_samples=1, stream_check=False, seed=0,
+    attended_fraction=0.15, num_samples=1, stream_check=False, mesh=None, seed=0,
 )  # fmt: skip
 
 
@@ -137,6 +137,43 @@ def test_bytes_of_a_step_by_hand(tied, int8):
     batch, attended = 3, 100
     expected = weights + batch * d * 2 + (attended + batch) * layers * 2 * k * h * 2
     assert benchmark.step_bytes(shape.abstract(int8=int8), attended, batch) == expected
+
+
+@pytest.mark.parametrize("text", ["tensor=2", "data=2", "data=2,tensor=2"])
+def test_on_a_mesh_bytes_and_memory_are_those_of_one_device(text):
+    """Heads and features are divided over tensor, sequences over data; embeddings and norms are whole everywhere."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    mesh = sharding.make_mesh(text)
+    parts, split = mesh.shape["data"], mesh.shape["tensor"]
+    cases = [Case("span", 4, 256, 32), Case("dense", 4, 256, 32), Case("span", 4, 256, 32, int8=True)]
+    rows = list(benchmark.sweep(SHAPE, cases, segments, mesh=mesh, stream=True))
+    alone = list(benchmark.sweep(SHAPE, cases, segments))
+    d, f, layers, n, k, h, v = 32, 48, 2, 4 // split, 2 // split, 8, 700
+    f //= split
+    outputs, inputs = [(n + 2 * k) * h, d, 2 * f, d], [d, n * h, d, f]
+    for row, one in zip([rows[0], *rows[2:]], alone, strict=True):
+        maps = sum(m * i * (1 if row["int8"] else 2) + (4 * m if row["int8"] else 0) for m, i in zip(outputs, inputs))
+        weights = layers * (maps + 2 * d * 2) + d * 2 + v * d * 2
+        batch, attended = 4 // parts, row["attended_tokens"] * 4 / parts
+        assert row["bytes_per_step"] == round(weights + batch * d * 2 + (attended + batch) * layers * 2 * k * h * 2)
+        assert row["kv_memory_bytes"] * mesh.size == one["kv_memory_bytes"]
+        assert row["attended_tokens"] == one["attended_tokens"]
+        assert ("upkeep_fraction" in row) == (row["attention"] == "span")
+    assert rows[1]["stream"] and ("ms_per_step" in rows[1] or "ended its response" in rows[1]["not_run"])
+
+
+def test_a_plan_whose_mesh_does_not_fit_is_refused():
+    wrong = {
+        "data=2 does not divide the number of prompts=3": dict(mesh="data=2"),
+        "data=2 does not divide the number of prompts=1": dict(mesh="data=2", batch_size=(2,), num_samples=4),
+        "tensor=4 does not divide num_kv_heads=2": dict(mesh="tensor=4"),
+        "fsdp is for training": dict(mesh="fsdp=2"),
+        "give one of --mesh and --peers": dict(mesh="tensor=2", peers=("hf-eager",)),
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            Plan(**{**PLAN, "batch_size": (3,), **change}).devices(SHAPE.config)
 
 
 def test_random_weights_are_drawn_in_the_dtype_that_decodes():
