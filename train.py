@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union
 
+import jax
 import tyro
 from flax import nnx
 
 from data import arithmetic, commandline, news, packing
 from data.vocab import TokenizerVocab
-from selfspan_jax import checkpoint, huggingface, lora, runs, sharding, training, training_benchmark
+from selfspan_jax import checkpoint, hosts, huggingface, lora, runs, sharding, training, training_benchmark
 from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, fine_tuning
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
@@ -49,9 +50,11 @@ class Run(Generic[Corpus]):
     corpus: Corpus
     adapters: ClassVar[LoraConfig | None] = None
     workers: int = max(1, min(16, (os.cpu_count() or 2) - 1))
-    """Processes that generate examples, beside one that packs them; 0 for none. The data does not depend on it."""
+    """Processes on this host that generate examples, beside one that packs them; 0 for none. The data does not depend on it."""
     mesh: str | None = None
     """Devices, as in data=2,fsdp=4: data and fsdp divide rows, fsdp also parameters, tensor heads and features. By default one."""
+    hosts: str | None = None
+    """One of several processes: "auto" under SLURM, or HOST:PORT,N,I, the first one's address, how many, this one's number."""
     resume_from: Path | None = None
     """A directory RUN_DIR/export of the same run, from another machine: go on from it where this RUN_DIR has no checkpoint."""
     stop_after_seconds: float | None = None
@@ -124,7 +127,8 @@ class LoraTuning(FineTuning[Corpus]):
 
 def generated(run: Run, task: Any) -> Callable[..., Iterator]:
     run.corpus.check_rows(task, run.training.sequence_tokens)
-    return functools.partial(run.corpus.stream, task, seed=run.training.seed, split="train", num_workers=run.workers)
+    workers = -(-run.workers * jax.process_count() // run.training.data_parts)  # for each part that is packed here
+    return functools.partial(run.corpus.stream, task, seed=run.training.seed, split="train", num_workers=workers)
 
 
 def commands() -> Any:
@@ -147,23 +151,27 @@ def commands() -> Any:
 def main() -> None:
     run = commandline.parse(commands(), description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     preset, config = sys.argv[1], run.training
-    with commandline.errors_for_people():
-        mesh = sharding.make_mesh(run.mesh) if run.mesh else None
+    with commandline.errors_for_people(), hosts.together():
+        hosts.join(run.hosts)
+        mesh = sharding.mesh_of_run(run.mesh)
         model, task, stream, identity = run.prepare()
         training.check_mesh(model, config, mesh)
-        identity |= {"training": dataclasses.asdict(config), "corpus": dataclasses.asdict(run.corpus)}
+        data_parts = sharding.own_parts(config.data_parts, mesh)
+        identity |= {"training": config.identity, "corpus": dataclasses.asdict(run.corpus)}
         identity = json.loads(json.dumps(identity))
         runs.claim(run.run_dir, identity, run.resume_from)
-        batches_from = packing.batches_from(stream, task.vocab, num_workers=run.workers, gap_ids=task.step_ids, **config.packing)
+        packed = {"num_workers": run.workers, "gap_ids": task.step_ids, "parts": data_parts, **config.packing}
+        batches_from = packing.batches_from(stream, task.vocab, **packed)
         trained = "" if run.adapters is None else f", {training.num_trained(model):,} of them trained"
-        print(f"{preset}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {sharding.devices(mesh)}")
+        hosts.say(f"{preset}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {sharding.devices(mesh)}")
         if (run.run_dir / "model").exists():
-            print(f"this run is finished: {run.run_dir / 'model'}")
+            hosts.say(f"this run is finished: {run.run_dir / 'model'}")
             return
         if run.time_steps:
             figures = training_benchmark.measure(model, config, batches_from(0), steps=run.time_steps, mesh=mesh)
-            commandline.write_json(run.run_dir / "throughput.json", figures)
-            print(training_benchmark.table(figures))
+            if hosts.is_first():
+                commandline.write_json(run.run_dir / "throughput.json", figures)
+            hosts.say(training_benchmark.table(figures))
             return
         scores: dict[str, float] = {}
 
@@ -177,12 +185,13 @@ def main() -> None:
         try:
             model = training.train(model, config, batches_from=batches_from, run_dir=run.run_dir, **options)
         except training.Stopped as stop:
-            print(f"{stop} of {config.steps:,}: {runs.how_to_go_on(run.run_dir)}")
+            hosts.say(f"{stop} of {config.steps:,}: {runs.how_to_go_on(run.run_dir)}")
             return
         if evaluates and not scores:  # resumed after its last step
             evaluation(model)
-        run.finish(model, task, runs.card(preset, model, config, run.corpus.description, scores, identity))
-        print(f"finished: {run.run_dir / 'model'}")
+        if hosts.is_first():
+            run.finish(model, task, runs.card(preset, model, config, run.corpus.description, scores, identity))
+        hosts.say(f"finished: {run.run_dir / 'model'}")
 
 
 if __name__ == "__main__":

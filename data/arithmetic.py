@@ -582,10 +582,17 @@ class Corpus:
         return ArithmeticTask(vocab, self.labelling, self.names_first_step)
 
     def stream(
-        self, task: "ArithmeticTask", *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0
+        self,
+        task: "ArithmeticTask",
+        *,
+        seed: int,
+        split: Split = "train",
+        start: int = 0,
+        num_workers: int = 0,
+        part: streams.Part = streams.ALL,
     ) -> Generator["Example", None, None]:
         """Endless examples in the vocabulary of a task of this corpus; see the function `stream`."""
-        return stream(self, seed=seed, split=split, start=start, num_workers=num_workers, vocab=task.vocab)
+        return stream(self, seed=seed, split=split, start=start, num_workers=num_workers, part=part, vocab=task.vocab)
 
     def check_rows(self, task: "ArithmeticTask", sequence_tokens: int) -> None:
         """Raises ValueError where the largest expressions would hardly fit into rows of so many tokens."""
@@ -606,18 +613,25 @@ def split_of(expression: Expression) -> Split:
 
 
 def stream(
-    corpus: Corpus, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0, vocab: Vocab | None = None
+    corpus: Corpus,
+    *,
+    seed: int,
+    split: Split = "train",
+    start: int = 0,
+    num_workers: int = 0,
+    part: streams.Part = streams.ALL,
+    vocab: Vocab | None = None,
 ) -> Generator[Example, None, None]:
     """Endless examples of a corpus, from number `start` on, in its own vocabulary or the one given.
 
     Example i depends on (corpus, seed, split, i) alone, and the splits share no expression. With `num_workers`
-    processes the examples are the same; closing the iterator ends the processes.
+    processes the examples are the same; closing the iterator ends the processes. `part` is as for `streams.stream`.
 
     Raises:
       ValueError: a split, start or number of workers that there is not.
     """
     chunk = functools.partial(_chunk, corpus, vocab or corpus.vocab, seed, split)
-    return streams.stream(chunk, CHUNK_EXAMPLES, split=split, start=start, num_workers=num_workers)
+    return streams.stream(chunk, CHUNK_EXAMPLES, split=split, start=start, num_workers=num_workers, part=part)
 
 
 def _chunk(corpus: Corpus, vocab: Vocab, seed: int, split: Split, number: int) -> list[Example]:

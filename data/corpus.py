@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
-from data import arithmetic, card, news
+from data import arithmetic, card, news, streams
 from data.news import card as news_card
 from data.vocab import check_json
 
@@ -160,20 +160,25 @@ class StoredCorpus:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def stream(self, *, seed: int, start: int = 0) -> Iterator[Any]:
+    def stream(self, *, seed: int, start: int = 0, part: streams.Part = streams.ALL) -> Iterator[Any]:
         """Endless examples from number `start` on: epoch after epoch, each in an order of its own, drawn from the seed.
 
+        Args:
+          part: (p, n): every n-th example of an epoch's order, from the p-th on; `start` counts these.
+
         Raises:
-          ValueError: a negative seed or start; (on iterating) a row that is not an example of the task.
+          ValueError: a negative seed or start, more parts than examples; (on iterating) a row that is not an example of the task.
         """
         if seed < 0 or start < 0:
             raise ValueError(f"seed is {seed} and start {start}: expected at least 0")
-        return self._epochs(seed, *divmod(start, len(self)))
+        if part[1] > len(self):
+            raise ValueError(f"{self.path}: {len(self)} examples cannot be read in {part[1]} parts")
+        return self._epochs(seed, part, *divmod(start, len(range(part[0], len(self), part[1]))))
 
-    def _epochs(self, seed: int, epoch: int, skipped: int) -> Iterator[Any]:
+    def _epochs(self, seed: int, part: streams.Part, epoch: int, skipped: int) -> Iterator[Any]:
         while True:
-            order = np.random.default_rng((seed, epoch)).permutation(len(self))
-            for block in range(skipped, len(self), _READ_EXAMPLES):
+            order = np.random.default_rng((seed, epoch)).permutation(len(self))[part[0] :: part[1]]
+            for block in range(skipped, len(order), _READ_EXAMPLES):
                 numbers = order[block : block + _READ_EXAMPLES]
                 columns = self.dataset[numbers]
                 for i, number in enumerate(numbers):

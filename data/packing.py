@@ -1,7 +1,8 @@
 """Packs examples into fixed [B, T] batches: several a row, each with its own segment and its own positions."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,14 +18,15 @@ class Batch(NamedTuple):
     segment_ids    int32 [B, T]  0 is padding, 1, 2, ... the examples within the row: no token may see another's
     positions      int32 [B, T]  rotary positions, from 0 in every example; padding has 0
     target_mask    bool  [B, T]  True where the token is one to predict: the response, `<eos>` included
-    next_example   number of the first example that is in no batch yet: packing resumes from it exactly
+    next_example   number of the first example that is in no batch yet: packing resumes from it exactly;
+                   of rows that are packed in parts a number for each part, 0 for those that are packed elsewhere
     """
 
     token_ids: npt.NDArray[np.int32]
     segment_ids: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
     target_mask: npt.NDArray[np.bool_]
-    next_example: int
+    next_example: int | tuple[int, ...]
 
 
 class PackableExample(Protocol):
@@ -55,7 +57,7 @@ def pack(
     sequence_tokens: int,
     start: int = 0,
     gap_scales: Sequence[int] = (),
-    gap_seed: int = 0,
+    gap_seed: int | tuple[int, ...] = 0,
     gap_ids: Collection[int] | None = None,
 ) -> Iterator[Batch]:
     """Packs examples, the first of which has number `start`, into batches of `batch_size` rows (B) of T tokens.
@@ -78,35 +80,79 @@ def pack(
         raise ValueError(f"a batch of {batch_size} rows of {sequence_tokens} tokens: expected at least 1 of each")
     if any(scale < 0 for scale in gap_scales):
         raise ValueError(f"gap_scales are {tuple(gap_scales)}: expected numbers of at least 0")
-    if gap_seed < 0 or start < 0:
+    gap_seeds = (gap_seed,) if isinstance(gap_seed, int) else gap_seed
+    if min(gap_seeds) < 0 or start < 0:
         raise ValueError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
     jumps_at = np.zeros(max([*(gap_ids or ()), vocab.seg_base + vocab.num_labels]) + 2, np.bool_)  # by id; the last for all ids beyond
     jumps_at[slice(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else list(gap_ids)] = True
-    return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, np.sort(np.array(gap_scales, np.int64)), gap_seed, jumps_at)
+    return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, np.sort(np.array(gap_scales, np.int64)), gap_seeds, jumps_at)
 
 
 def pack_stream(
-    stream: Callable[..., Iterable[PackableExample]], vocab: PackingVocab, *, start: int = 0, **options: Any
+    stream: Callable[..., Iterable[PackableExample]],
+    vocab: PackingVocab,
+    *,
+    start: int = 0,
+    stream_part: tuple[int, int] | None = None,
+    **options: Any,
 ) -> Iterator[Batch]:
-    """`pack` of `stream(start=start)`: all that a process needs to make the batches from an example on. Options as there."""
-    return pack(stream(start=start), vocab, start=start, **options)
+    """`pack` of `stream(start=start)`, or of a part of it: all that a process needs to make its batches. Options as there."""
+    examples = stream(start=start) if stream_part is None else stream(start=start, part=stream_part)
+    return pack(examples, vocab, start=start, **options)
 
 
 def batches_from(
-    stream: Callable[..., Iterable[PackableExample]], vocab: PackingVocab, *, num_workers: int = 0, **options: Any
-) -> Callable[[int], Iterator[Batch]]:
+    stream: Callable[..., Iterable[PackableExample]],
+    vocab: PackingVocab,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    num_parts: int = 1,
+    parts: Sequence[int] | None = None,
+    gap_seed: int = 0,
+    **options: Any,
+) -> Callable[[Any], Iterator[Batch]]:
     """The endless batches of a stream from any example on: a function of its number. With workers one process more packs them.
 
+    In `num_parts` parts, each packs its share of the rows from examples of its own, so that several hosts can pack and read
+    some of them each; which host packs which part changes nothing. The function is then of the parts' numbers, or 0.
+
     Args:
-      stream: takes `start=`, and pickles.
+      stream: takes `start=`, and `part=` where there are several; pickles.
+      parts: those to pack here, by default all; a batch has their rows only.
       options: of `pack`.
+
+    Raises: ValueError for a number of parts that does not divide the rows.
     """
-    make = functools.partial(pack_stream, stream, vocab, **options)
+    if num_parts < 1 or batch_size % num_parts:
+        raise ValueError(f"num_parts is {num_parts}: expected a divisor of {batch_size} rows")
+    make = functools.partial(pack_stream, stream, vocab, batch_size=batch_size // num_parts, **options)
+    chosen = range(num_parts) if parts is None else parts
+
+    def packed(**options: Any) -> Iterator[Batch]:
+        return workers.remote(functools.partial(make, **options)) if num_workers else make(**options)
 
     def from_example(start: int) -> Iterator[Batch]:
-        return workers.remote(functools.partial(make, start=start)) if num_workers else make(start=start)
+        return packed(start=start, gap_seed=gap_seed)
 
-    return from_example
+    def from_examples(starts: Sequence[int] | int) -> Iterator[Batch]:
+        starts = starts if isinstance(starts, Sequence) else [starts] * num_parts
+        made = {p: packed(start=starts[p], gap_seed=(gap_seed, p), stream_part=(p, num_parts)) for p in chosen}
+        return _side_by_side(made, num_parts)
+
+    return from_example if num_parts == 1 else from_examples
+
+
+def _side_by_side(parts: Mapping[int, Iterator[Batch]], num_parts: int) -> Iterator[Batch]:
+    """One batch of the rows of all. Closing it closes them."""
+    with contextlib.ExitStack() as stack:
+        for part in parts.values():
+            if isinstance(part, Generator):
+                stack.callback(part.close)
+        for batches in zip(*parts.values(), strict=True):
+            next_examples = dict(zip(parts, (batch.next_example for batch in batches), strict=True))
+            arrays = [np.concatenate(rows) for rows in zip(*(batch[:-1] for batch in batches), strict=True)]
+            yield Batch(*arrays, tuple(next_examples.get(p, 0) for p in range(num_parts)))  # type: ignore[arg-type, call-arg]
 
 
 def _batches(
@@ -116,7 +162,7 @@ def _batches(
     sequence_tokens: int,
     start: int,
     gap_scales: npt.NDArray[np.int64],
-    gap_seed: int,
+    gap_seeds: tuple[int, ...],
     jumps_at: npt.NDArray[np.bool_],
 ) -> Iterator[Batch]:
     ahead: list[PackableExample] = []  # read, in no batch yet
@@ -153,7 +199,7 @@ def _batches(
                 batch.segment_ids[row, begin:end] = segment
                 batch.positions[row, begin:end] = np.arange(lengths[index], dtype=np.int32)
                 if len(gap_scales):
-                    gaps = _gaps(example.token_ids, jumps_at, gap_scales, (gap_seed, start + index))
+                    gaps = _gaps(example.token_ids, jumps_at, gap_scales, (*gap_seeds, start + index))
                     batch.positions[row, begin:end] += gaps
                 batch.target_mask[row, begin + example.prompt_tokens : end] = True
                 begin = end
@@ -178,7 +224,7 @@ def _arrange(lengths: list[int], num_rows: int, row_tokens: int) -> list[list[in
 
 
 def _gaps(
-    token_ids: npt.NDArray[np.int32], jumps_at: npt.NDArray[np.bool_], scales: npt.NDArray[np.int64], seed: tuple[int, int]
+    token_ids: npt.NDArray[np.int32], jumps_at: npt.NDArray[np.bool_], scales: npt.NDArray[np.int64], seed: tuple[int, ...]
 ) -> npt.NDArray[np.int32]:
     """How far each rotary position, int32 [n], moves up."""
     generator = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """Endless streams of generated examples: made in chunks, each with a random state of its own, read from any number on."""
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal, TypeVar, get_args
@@ -9,6 +10,8 @@ from data import workers
 
 T = TypeVar("T")
 Split = Literal["train", "test"]
+Part = tuple[int, int]  # (p, n): the p-th of n parts, from 0
+ALL: Part = (0, 1)
 
 
 def split_of(text: str) -> Split:
@@ -17,13 +20,14 @@ def split_of(text: str) -> Split:
 
 
 def stream(
-    chunk: Callable[[int], list[T]], chunk_examples: int, *, split: Split, start: int = 0, num_workers: int = 0
+    chunk: Callable[[int], list[T]], chunk_examples: int, *, split: Split, start: int = 0, num_workers: int = 0, part: Part = ALL
 ) -> Generator[T, None, None]:
     """The examples of chunks 0, 1, ... of `chunk_examples` each, from example `start` on. Closing it ends the processes.
 
     Args:
       chunk: something that pickles, see `workers.ordered`.
       split: what the chunks are of; checked here.
+      part: of n parts the p-th has chunks p, p + n, p + 2n, ...; `start` counts its own examples.
 
     Raises:
       ValueError: a split, start or number of workers that there is not.
@@ -33,7 +37,11 @@ def stream(
     if start < 0:
         raise ValueError(f"start is {start}: expected at least 0")
     first_chunk, skipped = divmod(start, chunk_examples)
-    return _flatten(workers.ordered(chunk, first_chunk, num_workers), skipped)
+    return _flatten(workers.ordered(functools.partial(_of_part, chunk, part), first_chunk, num_workers), skipped)
+
+
+def _of_part(chunk: Callable[[int], list[T]], part: Part, number: int) -> list[T]:
+    return chunk(part[0] + part[1] * number)
 
 
 def _flatten(chunks: Generator[list[T], None, None], skipped: int) -> Generator[T, None, None]:

@@ -37,7 +37,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from selfspan_jax import sharding
+from selfspan_jax import hosts, sharding
 from selfspan_jax.config import ModelConfig, from_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
@@ -284,7 +284,7 @@ def save_export(directory: Path, state: Any, step: int, next_example: int | Sequ
                 room = _PART_BYTES - _HEADER_BYTES
             parts[-1][f"{name}:{suffix}"] = array
             room -= array.nbytes
-    if jax.process_index() == 0:
+    if hosts.is_first():
         fields = {**_EXPORT_FORMAT, "step": step, "next_example": next_example, "parts": len(parts)}
         _write_export(Path(directory), parts, fields, beside)
     return jax.tree.unflatten(tree, [_decode(encoded[_name(path)], leaf) for path, leaf in leaves])

@@ -110,6 +110,8 @@ class TrainConfig:
     """T, tokens of a row; several examples share one."""
     accumulation_steps: int = 1
     """Parts a step's batch is computed in, one after the other: less memory, the same gradient."""
+    data_parts: int = 1
+    """Parts a step's rows are packed in, each from examples of its own: a multiple of the hosts, which each read theirs."""
     learning_rate: float = 1e-3
     """Peak, reached after the warm-up."""
     warmup_steps: int = 200
@@ -133,13 +135,14 @@ class TrainConfig:
     """Write RUN_DIR/export, to go on elsewhere, and go on from what it rounds the state to; 0 for never."""
 
     def __post_init__(self):
-        _require_positive(self, "steps", "batch_size", "sequence_tokens", "accumulation_steps", "learning_rate", "clip_norm")
+        _require_positive(self, "steps", "batch_size", "sequence_tokens", "accumulation_steps", "data_parts", "learning_rate", "clip_norm")
         _require_positive(self, "checkpoint_every_steps", "keep_checkpoints", "eval_every_steps", "log_every_steps")
         _require(self.seed >= 0, self, "seed", "0 and above")
         _require(self.eval_examples >= 0, self, "eval_examples", "0 and above")
         _require(self.export_every_steps >= 0, self, "export_every_steps", "0 and above")
         _require(0 <= self.warmup_steps <= self.steps, self, "warmup_steps", f"0 to steps={self.steps}")
         _require(self.batch_size % self.accumulation_steps == 0, self, "accumulation_steps", f"divisors of batch_size={self.batch_size}")
+        _require(self.batch_size % self.data_parts == 0, self, "data_parts", f"divisors of batch_size={self.batch_size}")
         _require(0 <= self.final_learning_rate_fraction <= 1, self, "final_learning_rate_fraction", "0 to 1")
         _require(0 <= self.beta1 < 1, self, "beta1", "0 to below 1")
         _require(0 <= self.beta2 < 1, self, "beta2", "0 to below 1")
@@ -148,9 +151,14 @@ class TrainConfig:
 
     @property
     def packing(self) -> dict[str, Any]:
-        """How examples become batches: arguments of `data.packing.pack`."""
-        rows = {"batch_size": self.batch_size, "sequence_tokens": self.sequence_tokens}
+        """How examples become batches: arguments of `data.packing.batches_from`."""
+        rows = {"batch_size": self.batch_size, "sequence_tokens": self.sequence_tokens, "num_parts": self.data_parts}
         return {**rows, "gap_scales": self.gap_scales, "gap_seed": self.seed}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides a run's result; a setting that older runs do not name only where it is not what they were."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "data_parts" or value != 1}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from selfspan_jax import hosts
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.evaluation import evaluate
 from selfspan_jax.lm import SpanLM, Task
@@ -42,6 +43,8 @@ class ScoringTask(Task, Protocol):
 def claim(run_dir: Path, identity: dict[str, Any], resume_from: Path | None = None) -> None:
     """Makes the run directory, or checks that it is one of this very run, and so is what is to be resumed.
 
+    Of several processes all check, and the first makes it.
+
     Raises: ValueError that names the differences; FileNotFoundError where there is nothing to resume from.
     """
     if resume_from:
@@ -49,10 +52,13 @@ def claim(run_dir: Path, identity: dict[str, Any], resume_from: Path | None = No
             raise FileNotFoundError(f"{resume_from}: not an export of a run, run.json is missing")
         _check_same(resume_from, identity)
     file, partial = run_dir / "run.json", run_dir / ".run.json.partial"
-    if file.exists():
+    there = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    if file.name in there:
         return _check_same(run_dir, identity)
-    if run_dir.exists() and {path.name for path in run_dir.iterdir()} - {partial.name}:
+    if there - {partial.name}:
         raise ValueError(f"{run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
+    if not hosts.is_first():
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(identity, indent=2) + "\n")
     os.replace(partial, file)
@@ -68,7 +74,12 @@ def _check_same(directory: Path, here: dict[str, Any]) -> None:
         raise ValueError(f"{file} was not written by this version of train.py: choose another --run-dir") from None
     settings = {name: value for name, value in here.items() if not isinstance(value, dict)}
     pairs = [(there, settings), *((there[name], value) for name, value in here.items() if isinstance(value, dict))]
-    differences = [f"{key} is {old.get(key)!r} there, {new[key]!r} here" for old, new in pairs for key in new if old.get(key) != new[key]]
+    differences = [
+        f"{key} is {old.get(key)!r} there, {new.get(key)!r} here"
+        for old, new in pairs
+        for key in [*new, *(key for key in old if key not in new and new is not settings)]
+        if old.get(key) != new.get(key)
+    ]
     if differences:
         raise ValueError(f"{directory} holds a run of another config: {'; '.join(differences)}")
 
@@ -93,7 +104,7 @@ def score(model: Decoder, task: ScoringTask, examples: Sequence[Example]) -> dic
         attention=model.config.mask,
         max_new_tokens=max(len(example.response_ids) for example in examples) + 16,
         batch_size=128,
-        progress=True,
+        progress=hosts.is_first(),
     )
     outputs = [result.output for result in evaluation.results]
     attended = np.concatenate([out.num_attended for out in outputs])

@@ -55,6 +55,13 @@ _SHARED = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
 # ------------------------------------------------------------------------------------------------------------- meshes
 
 
+def mesh_of_run(text: str | None) -> Mesh | None:
+    """The mesh that a text asks for; by default none, but of several processes one that divides rows over all devices."""
+    if text is None and jax.process_count() == 1:
+        return None
+    return make_mesh(text or f"data={jax.device_count()}")
+
+
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that a text like `data=2,tensor=4` asks for, of the first devices that there are; axes not named have size 1.
 
@@ -222,10 +229,8 @@ def own_parts(num_parts: int, mesh: Mesh | None) -> range:
     here = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
     own = np.unique(np.broadcast_to(shards, here.shape)[here])
     if num_parts * len(own) % shards.size:
-        raise ValueError(
-            f"data_parts is {num_parts}: {shards.size // len(own)} hosts, or groups of them, read parts of their own; "
-            f"allowed: multiples of {shards.size // len(own)}"
-        )
+        least = shards.size // len(own)
+        raise ValueError(f"data_parts is {num_parts}: each of {least} hosts reads a part of its own; allowed: multiples of {least}")
     return range(int(own[0]) * num_parts // shards.size, (int(own[-1]) + 1) * num_parts // shards.size)
 
 

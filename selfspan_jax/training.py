@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from selfspan_jax import sharding
+from selfspan_jax import hosts, sharding
 from selfspan_jax.attention import SequenceImplementation, attend_in_training
 from selfspan_jax.checkpoint import TrainingCheckpoints, load_export, save_export
 from selfspan_jax.config import TrainConfig
@@ -235,7 +235,7 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, resumed_step: int):
-        self._writes = jax.process_index() == 0
+        self._writes = hosts.is_first()
         if not self._writes:
             return
         self._file = run_dir / "metrics.jsonl"
@@ -333,7 +333,7 @@ def train(
     if mesh is not None:
         fixed, state = placed_state(model, config, mesh)
     checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
-    first = jax.process_index() == 0
+    first = hosts.is_first()
     next_example: int | Sequence[int] = 0
     if checkpoints.latest_step is not None:
         restored, next_example = checkpoints.restore(state)
@@ -394,6 +394,9 @@ def train(
                 window.restart()
             if stops:
                 raise Stopped(step)
+    except (RuntimeError, ValueError) as error:
+        hosts.end_if_lost(error)  # before anything is waited for
+        raise
     finally:
         bar.close()
         batches.close()

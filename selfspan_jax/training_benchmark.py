@@ -58,7 +58,7 @@ def measure(
     if isinstance(batches, Generator):
         batches.close()
     on_device = [training.placed_batch(batch, config, mesh) for batch in taken]
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     result: dict[str, Any] = {
         "device": device.device_kind,
         "mesh": None if mesh is None else dict(mesh.shape),

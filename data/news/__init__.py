@@ -260,15 +260,22 @@ class Corpus:
         return NewsTask(vocab, self.max_prompt_tokens)
 
     def stream(
-        self, task: NewsTask, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0
+        self,
+        task: NewsTask,
+        *,
+        seed: int,
+        split: Split = "train",
+        start: int = 0,
+        num_workers: int = 0,
+        part: streams.Part = streams.ALL,
     ) -> Generator[Example, None, None]:
-        """Endless synthetic examples from number `start` on; the i-th depends on (self, seed, split, i) alone, as in arithmetic.
+        """Endless synthetic examples from number `start` on; the i-th depends on (self, seed, split, part, i) alone, as in arithmetic.
 
         Raises:
           ValueError: a split, start or number of workers that there is not.
         """
         chunk = functools.partial(_chunk, self, task, seed, split)
-        return streams.stream(chunk, CHUNK_EXAMPLES, split=split, start=start, num_workers=num_workers)
+        return streams.stream(chunk, CHUNK_EXAMPLES, split=split, start=start, num_workers=num_workers, part=part)
 
     def check_rows(self, task: NewsTask, sequence_tokens: int) -> None:
         """Raises ValueError where the longest examples would hardly fit into rows of so many tokens."""

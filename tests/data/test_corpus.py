@@ -165,6 +165,20 @@ def test_epochs_are_shuffled_whole_and_resumable(directory, expected):
         stored.stream(seed=0, start=-1)
 
 
+def test_parts_of_an_epoch_are_apart_and_together_whole(directory, expected):
+    """Three parts of 700 examples: 234, 233 and 233, each shuffled anew in each epoch and resumable."""
+    stored = corpus.load(directory)
+    parts = [[identity(e) for e in itertools.islice(stored.stream(seed=1, part=(p, 3)), 500)] for p in range(3)]
+    sizes = (234, 233, 233)
+    everything = sorted(map(identity, expected))
+    for epoch in range(2):
+        assert sorted(x for part, size in zip(parts, sizes) for x in part[epoch * size : (epoch + 1) * size]) == everything
+    for p, start in ((0, 234), (1, 100), (2, 240)):
+        assert [identity(e) for e in itertools.islice(stored.stream(seed=1, start=start, part=(p, 3)), 50)] == parts[p][start : start + 50]
+    with pytest.raises(ValueError, match="700 examples cannot be read in 701 parts"):
+        stored.stream(seed=0, part=(0, 701))
+
+
 def damaged(directory, tmp_path, name, change):
     copy = tmp_path / "damaged"
     shutil.copytree(directory, copy)

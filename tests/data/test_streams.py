@@ -222,6 +222,14 @@ def test_seeds_splits_and_starts(examples):
     assert len({e.expression for e in examples if e.expression.num_ops > 4}) > 3400
 
 
+def test_parts_of_a_stream_are_its_chunks_in_turn(examples):
+    size = arithmetic.CHUNK_EXAMPLES
+    chunks = [fingerprint(examples[begin : begin + size]) for begin in range(0, 4 * size, size)]
+    for part in range(2):
+        assert [fingerprint(take(Corpus(), size, start=start, part=(part, 2))) for start in (0, size)] == chunks[part::2]
+    assert fingerprint(take(Corpus(), 20, start=size + 7, part=(1, 2))) == fingerprint(examples[3 * size + 7 : 3 * size + 27])
+
+
 def test_the_stream_of_a_seed_is_for_ever():
     """What checkpoints rely on: the same examples on every version of Python and on every machine."""
     digest = zlib.crc32(b"".join(e.token_ids.astype("<i4").tobytes() for e in take(Corpus(), 600, seed=7)))

@@ -198,6 +198,8 @@ def test_zeros_and_the_second_export_of_a_state(tmp_path):
     once = checkpoint.save_export(tmp_path / "export", training_state(300), 7, 99)
     assert_same(checkpoint.save_export(tmp_path / "export", once, 7, 99), once)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "zeros"]
+    checkpoint.save_export(tmp_path / "export", once, 7, (99, 0, 12))
+    assert checkpoint.load_export(tmp_path / "export", once)[1] == [99, 0, 12]
 
 
 def test_parts_are_small_and_all_needed(tmp_path, monkeypatch):
@@ -229,7 +231,7 @@ def test_exports_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"step:value is not of this run"):
         checkpoint.load_export(tmp_path / "export", {name: value for name, value in state.items() if name != "step"})
     fields = json.loads((tmp_path / "export" / "state.json").read_text())
-    for change in ({"version": 2}, {"parts": -1}, {"next_example": "1"}, {"more": 1}):
+    for change in ({"version": 2}, {"parts": -1}, {"next_example": "1"}, {"next_example": []}, {"next_example": [1, -1]}, {"more": 1}):
         (tmp_path / "export" / "state.json").write_text(json.dumps({**fields, **change}))
         with pytest.raises(ValueError, match=r"state\.json: "):
             checkpoint.load_export(tmp_path / "export", state)

@@ -1,0 +1,122 @@
+"""Several processes on loopback: they train as one does, end when one of them is killed, and go on; what they refuse."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selfspan_jax import hosts
+from tests.test_commands import TOY
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = [*TOY, "--batch-size", "4", "--compute-dtype", "float32", "--data-parts", "2"]
+LONG = [*OPTIONS, "--steps", "60", "--checkpoint-every-steps", "7"]
+SECONDS = 240  # that a run may take on a busy machine
+
+
+def environment(num_devices=1):
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
+
+
+def start(run_dir, *options, hosts=None, num_devices=1):
+    command = [sys.executable, "train.py", "arithmetic-tiny", "--run-dir", str(run_dir), *map(str, options)]
+    command += ["--hosts", hosts] if hosts else []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment(num_devices), **pipes)
+
+
+def start_two(run_dir, *options, num_devices=1):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(run_dir, *options, hosts=f"127.0.0.1:{port},2,{number}", num_devices=num_devices) for number in range(2)]
+
+
+def finish(*processes, seconds=SECONDS):
+    """(status, stdout, stderr) of each; none is left running."""
+    try:
+        return [(process.returncode, *outputs) for process in processes for outputs in [process.communicate(timeout=seconds)]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def losses(run_dir):
+    file = run_dir / "metrics.jsonl"
+    lines = [line for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    return [[json.loads(line)[name] for name in ("step", "loss", "gradient_norm")] for line in lines if '"loss"' in line]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process on one device packs both parts of the data: the oracle."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    [(status, _, err)] = finish(start(run_dir, *LONG))
+    assert status == 0, err
+    return losses(run_dir)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(alone, tmp_path):
+    """Two of two devices each, rows and parameters divided over all four, with an evaluation in mid-run."""
+    options = [*OPTIONS, "--steps", 60, "--mesh", "data=2,fsdp=2", "--eval-examples", 2, "--eval-every-steps", 30]
+    (first, second) = finish(*start_two(tmp_path / "run", *options, num_devices=2))
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-4)
+    assert "steps on 4 x cpu (data=2,fsdp=2)" in first[1] and first[1].splitlines()[-1] == f"finished: {tmp_path / 'run' / 'model'}"
+    assert "finished" not in second[1] and "step 30" in first[1] and "step 30" not in second[1]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed, goes_on", [(1, "as two"), (0, "alone")])
+def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(alone, tmp_path, killed, goes_on):
+    """The run resumes by the same commands; or in one process, because how many there are is no part of it."""
+    run_dir = tmp_path / "run"
+    processes = start_two(run_dir, *LONG)
+    while len(losses(run_dir)) < 10 and all(process.poll() is None for process in processes):
+        time.sleep(0.002)
+    processes[killed].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    found = finish(*processes)
+    assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 15
+    assert found[killed][0] == -signal.SIGKILL and 10 <= len(losses(run_dir)) < 60
+    status, _, err = found[1 - killed]
+    assert "Traceback" not in err
+    if killed == 1:
+        assert status == 1 and len(re.findall("^error: another process of this run ended", err, re.MULTILINE)) == 1
+        assert len(err.splitlines()) <= 3
+    else:  # the runtime, whose coordinator is gone, may be faster to end the process with its own words
+        assert status != 0 and ("another process of this run ended" in err or "another task died" in err)
+    resumed = finish(*(start_two(run_dir, *LONG) if goes_on == "as two" else [start(run_dir, *LONG)]))
+    assert all(status == 0 for status, *_ in resumed), resumed
+    np.testing.assert_allclose(losses(run_dir), alone, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_the_user_of_several_processes_got_wrong_is_said_by_each_in_one_line(tmp_path):
+    """And before anything is written."""
+    wrong = {
+        "data_parts is 1: each of 2 hosts reads a part of its own; allowed: multiples of 2": ["--data-parts", "1"],
+        "takes 1 devices; 2 processes must use all of their 2": ["--mesh", "tensor=1"],
+    }
+    for message, options in wrong.items():
+        for status, out, err in finish(*start_two(tmp_path / "run", *OPTIONS, *options)):
+            lines = [line for line in err.splitlines() if "Gloo" not in line]
+            assert status == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["10.0.0.1", "10.0.0.1:9876", "10.0.0.1:9876,2", "10.0.0.1:9876,2,2", ":9876,2,0", "slurm"])
+def test_hosts_that_cannot_be_are_refused(text):
+    with pytest.raises(ValueError, match=r"allowed: auto, or HOST:PORT,N,I with I from 0 to N - 1"):
+        hosts.join(text)
