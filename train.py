@@ -33,6 +33,7 @@ CORPORA = {
     "arithmetic-tiny": arithmetic.Corpus(min_ops=2, max_ops=12, names_first_step=True),
     "arithmetic-small": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
     "arithmetic-base": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
+    "arithmetic-1b": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True),
     "news-small": news.Corpus(),
 }
 TUNING_CORPORA: dict[str, Any] = {

@@ -285,6 +285,19 @@ PRESETS = {
         ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12, max_context_tokens=8192),
         TrainConfig(steps=6_000, batch_size=256, learning_rate=6e-4, warmup_steps=500, gap_scales=_FAR, eval_every_steps=2_000),
     ),
+    # For several devices, fsdp say: the sizes of Llama 3.2 1B (its config.json) but for the vocabulary. Not trained yet.
+    "arithmetic-1b": Preset(
+        ModelConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_layers=16,
+            num_heads=32,
+            num_kv_heads=8,
+            max_context_tokens=8192,
+            remat=True,
+        ),
+        TrainConfig(steps=6_000, batch_size=512, learning_rate=3e-4, warmup_steps=1_000, gap_scales=_FAR, eval_every_steps=2_000),
+    ),
     # Choosing sources reads the whole article, and articles are read causally, so positions need no gaps.
     "news-small": Preset(
         ModelConfig(

@@ -35,6 +35,8 @@ def join(hosts: str | None) -> None:
     if hosts != "auto" and not (found and int(found["own"]) < int(found["number"])):
         raise ValueError(f"hosts is {hosts!r}; allowed: auto, or HOST:PORT,N,I with I from 0 to N - 1, as in 10.0.0.1:9876,2,0")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from its meaning
+    # Where one does not come the runtime ends this process, in words of its own: so ours come before.
+    print(f"waiting for all processes ({hosts}), {JOIN_SECONDS} s at most", file=sys.stderr, flush=True)
     waits = {"initialization_timeout": JOIN_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if found:
         who = {"coordinator_address": found["address"], "num_processes": int(found["number"]), "process_id": int(found["own"])}
@@ -43,7 +45,7 @@ def join(hosts: str | None) -> None:
     try:
         jax.distributed.initialize(**waits)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ValueError(f"hosts is 'auto', but no cluster's environment says who is who ({error}); give HOST:PORT,N,I") from error
+        raise ValueError("hosts is 'auto', but nothing here says who is who, as SLURM does; allowed elsewhere: HOST:PORT,N,I") from error
 
 
 def is_first() -> bool:

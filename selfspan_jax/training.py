@@ -137,10 +137,15 @@ def placed_state(model: Decoder, config: TrainConfig, mesh: sharding.Mesh) -> tu
     Raises: as `check_mesh`.
     """
     check_mesh(model, config, mesh)
-    fixed, state = initial_state(model, config)
-    shard = fixed.model(state.params)
+    graph, *states = nnx.split(model, nnx.Param, Frozen)
+    params, frozen = states
+    shard = nnx.merge(graph, params, frozen)
     sharding.make_shard(shard, mesh)
-    return Fixed(nnx.split(shard)[0], fixed.frozen, mesh), sharding.place(state, mesh)
+    params, init = sharding.place(params, mesh), optimizer(config).init
+    where = jax.tree.map(lambda shape: shape.sharding, sharding.place(jax.eval_shape(init, params), mesh))
+    moments = jax.jit(init, out_shardings=where)(params)  # never whole on one device
+    state = TrainState(params, moments, sharding.put(jnp.zeros((), jnp.int32), mesh, sharding.WHOLE))
+    return Fixed(nnx.split(shard)[0], frozen, mesh), state
 
 
 def placed_batch(batch: Batch, config: TrainConfig, mesh: sharding.Mesh | None) -> DeviceBatch:
@@ -328,10 +333,8 @@ def train(
       Stopped when the time is over.
     """
     began = time.perf_counter()
-    whole, state = initial_state(model, config)
-    fixed = whole
-    if mesh is not None:
-        fixed, state = placed_state(model, config, mesh)
+    graph, *_ = nnx.split(model, nnx.Param, Frozen)
+    fixed, state = initial_state(model, config) if mesh is None else placed_state(model, config, mesh)
     checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
     first = hosts.is_first()
     next_example: int | Sequence[int] = 0
@@ -350,7 +353,7 @@ def train(
     window = _Window(model, 1 if mesh is None else mesh.size)
 
     def trained() -> Decoder:
-        return whole.model(sharding.on_one_device(state.params, mesh))
+        return nnx.merge(graph, sharding.on_one_device(state.params, mesh), fixed.frozen)
 
     try:
         for step in range(first_step + 1, config.steps + 1):

@@ -111,7 +111,8 @@ def test_what_the_user_of_several_processes_got_wrong_is_said_by_each_in_one_lin
     }
     for message, options in wrong.items():
         for status, out, err in finish(*start_two(tmp_path / "run", *OPTIONS, *options)):
-            lines = [line for line in err.splitlines() if "Gloo" not in line]
+            waiting, *lines = [line for line in err.splitlines() if "Gloo" not in line]
+            assert waiting.startswith("waiting for all processes (127.0.0.1:")
             assert status == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
     assert not (tmp_path / "run").exists()
 

@@ -14,8 +14,10 @@ from flax import nnx
 
 from data.arithmetic import ArithmeticTask
 from selfspan_jax import decoding, sharding, training
-from selfspan_jax.config import DecodeConfig
+from selfspan_jax.config import PRESETS, DecodeConfig
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import SpanVocab
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 from tests.selfspan_jax.test_training import CONFIG, batch_of
@@ -249,6 +251,19 @@ def test_several_devices_train_as_one(one_device, text, accumulation_steps):
     np.testing.assert_allclose(seen, expected, rtol=1e-4)
     for leaf, wanted in zip(params, expected_params, strict=True):
         np.testing.assert_allclose(leaf, wanted, rtol=2e-3, atol=5e-5)
+
+
+def test_the_preset_of_a_billion_divides_over_eight():
+    """By shapes alone: its parameters by hand, and every axis of 8."""
+    preset, vocab = PRESETS["arithmetic-1b"], SpanVocab(**ArithmeticTask().vocab.span_ids())
+    model = nnx.eval_shape(lambda: Decoder(preset.model, vocab=vocab, vocab_size=1044, rngs=nnx.Rngs(0)))
+    d, f, layers, n, k, h = 2048, 8192, 16, 32, 8, 64
+    assert model.num_parameters == 1044 * d + layers * (d * (2 * n + 2 * k) * h + 3 * d * f + 2 * d) + d == 975_284_224
+    for text in ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"):
+        training.check_mesh(model, preset.training, sharding.make_mesh(text))
+    shapes = sharding.place(nnx.state(model, nnx.Param), sharding.make_mesh("fsdp=8"))
+    stored = sum(np.prod(sharding.shard_shape(leaf)) for leaf in jax.tree.leaves(shapes))
+    assert stored == pytest.approx(975_284_224 / 8, rel=1e-3)  # norms are whole everywhere
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
