@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -121,3 +122,75 @@ def test_what_the_user_of_several_processes_got_wrong_is_said_by_each_in_one_lin
 def test_hosts_that_cannot_be_are_refused(text):
     with pytest.raises(ValueError, match=r"allowed: auto, or HOST:PORT,N,I with I from 0 to N - 1"):
         hosts.join(text)
+
+
+# ------------------------------------------------------------------------- the launch lines of docs/multi-gpu.md
+
+
+def launch_lines():
+    """Commands of the page that want processes of their own, by what tells them apart."""
+    text = (ROOT / "docs" / "multi-gpu.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line.partition("  #")[0] for block in blocks for line in block.splitlines() if not line.startswith("#")]
+    kinds = {"--time-steps": "timed", "bench": "bench", "JAX_NUM_CPU_DEVICES": "rehearsal", "srun": "slurm", "--hosts 10.0.0.1": "told"}
+    found = {}
+    for line in lines:
+        (kind,) = (kind for word, kind in kinds.items() if word in line)
+        found.setdefault(kind, []).append(shlex.split(line))
+    assert found.keys() == set(kinds.values())
+    return found
+
+
+def toy(words, run_dir, *options):
+    """The arguments of a documented `train.py`, at toy size, into a directory that is ours."""
+    arguments = words[words.index("train.py") + 1 :]
+    arguments[arguments.index("--run-dir") + 1] = str(run_dir)
+    sizes = ["--batch-size", 8, "--num-heads", 2, "--num-kv-heads", 2, *options]
+    return [sys.executable, "train.py", *arguments, *TOY, *map(str, sizes)]
+
+
+def run(commands, environments):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    found = finish(*(subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for command, env in zip(commands, environments, strict=True)))
+    assert all(status == 0 for status, *_ in found), found
+    return found
+
+
+@pytest.mark.slow
+def test_the_launch_lines_of_one_machine_run(tmp_path):
+    lines = launch_lines()
+    (timed,), (bench,), (rehearsal,) = lines["timed"], lines["bench"], lines["rehearsal"]
+    run([toy(timed, tmp_path / "timed", "--time-steps", 1)], [environment(2)])
+    figures = json.loads((tmp_path / "timed" / "throughput.json").read_text())
+    assert figures["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+    variables = dict(word.split("=") for word in rehearsal[: rehearsal.index("python")])
+    [(_, out, _)] = run([toy(rehearsal, tmp_path / "rehearsal")], [os.environ | variables])
+    assert "steps on 8 x cpu (data=2,fsdp=2,tensor=2)" in out
+    arguments = bench[bench.index("decode.py") : bench.index("--json")]
+    arguments[arguments.index("--shape") : arguments.index("--shape") + 2] = ["checkpoints/arithmetic-tiny"]
+    small = ["--context", "96", "--steps", "8", "--batch-size", "2", "--json", str(tmp_path / "bench.json")]
+    run([[sys.executable, *arguments, *small]], [environment(2)])
+    assert json.loads((tmp_path / "bench.json").read_text())["plan"]["mesh"] == "tensor=2"
+
+
+@pytest.mark.slow
+def test_the_launch_line_of_a_cluster_runs_where_slurm_says_who_is_who(tmp_path):
+    """Two tasks of four devices each stand in for eight of one; the variables are those that srun sets."""
+    [words] = launch_lines()["slurm"]
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    tasks = [environment(4) | job | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(2)]
+    (first, second) = run([toy(words, tmp_path / "run")] * 2, tasks)
+    assert "steps on 8 x cpu (data=2,fsdp=4)" in first[1] and first[1].endswith(f"finished: {tmp_path / 'run' / 'model'}\n")
+    assert "steps on" not in second[1] and len(losses(tmp_path / "run")) == 12
+
+
+@pytest.mark.slow
+def test_the_launch_lines_of_hosts_that_are_told_run(tmp_path):
+    lines = launch_lines()["told"]
+    assert len(lines) == 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands = [[word.replace("10.0.0.1:9876", f"127.0.0.1:{port}") for word in toy(line, tmp_path / "run")] for line in lines]
+    (first, _) = run(commands, [environment(2)] * 2)
+    assert "steps on 4 x cpu (data=4)" in first[1] and len(losses(tmp_path / "run")) == 12
