@@ -153,7 +153,7 @@ def main() -> None:
     run = commandline.parse(commands(), description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     preset, config = sys.argv[1], run.training
     with commandline.errors_for_people(), hosts.together():
-        hosts.join(run.hosts)
+        hosts.join(run.hosts, command=repr(dataclasses.replace(run, hosts=None, workers=0)))
         mesh = sharding.mesh_of_run(run.mesh)
         model, task, stream, identity = run.prepare()
         training.check_mesh(model, config, mesh)

@@ -12,22 +12,28 @@ import contextlib
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 
 import jax
 
+from selfspan_jax import sharding
+
 HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as dead
 JOIN_SECONDS = 120  # that processes wait for each other when they start
+LEAVE_SECONDS = 20  # and when they end: then one that ended by an error of its own takes the others with it
 
 
-def join(hosts: str | None) -> None:
+def join(hosts: str | None, command: str = "") -> None:
     """Makes this process one of several, before anything else is asked of JAX; returns when all are there.
 
     Args:
       hosts: None for a process alone; "auto" where a cluster says who is who (SLURM, Open MPI, Kubernetes); or `HOST:PORT,N,I`:
         where process 0 is to be reached, how many there are, and which one this is.
+      command: what all of them must agree on.
 
-    Raises: ValueError for a text that is none of these, or an environment that does not say who is who.
+    Raises: ValueError for a text that is none of these, an environment that does not say who is who, or, in every process,
+      where they do not agree.
     """
     if hosts is None:
         return
@@ -38,10 +44,18 @@ def join(hosts: str | None) -> None:
     # Where one does not come the runtime ends this process, in words of its own: so ours come before.
     print(f"waiting for all processes ({hosts}), {JOIN_SECONDS} s at most", file=sys.stderr, flush=True)
     waits = {"initialization_timeout": JOIN_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    waits["shutdown_timeout_seconds"] = LEAVE_SECONDS
     if found:
         who = {"coordinator_address": found["address"], "num_processes": int(found["number"]), "process_id": int(found["own"])}
         jax.distributed.initialize(**who, cluster_detection_method="deactivate", **waits)  # type: ignore[arg-type]
-        return
+    else:
+        _join_cluster(waits)
+    number = zlib.crc32(command.encode()) >> 1
+    if sharding.most_of_processes([number, -number]) != [number, -number]:
+        raise ValueError("hosts: the processes were started with different options; allowed to differ: --hosts and --workers")
+
+
+def _join_cluster(waits: dict[str, int]) -> None:
     try:
         jax.distributed.initialize(**waits)  # type: ignore[arg-type]
     except ValueError as error:
@@ -79,9 +93,11 @@ def end_if_lost(error: Exception) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """`end_if_lost` for the errors of a block."""
+    """For a whole run: `end_if_lost` for its errors, and no process ends before the first has written everything."""
     try:
         yield
+        if jax.process_count() > 1:
+            sharding.most_of_processes(0)
     except (RuntimeError, ValueError) as error:
         end_if_lost(error)
         raise

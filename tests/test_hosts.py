@@ -34,11 +34,12 @@ def start(run_dir, *options, hosts=None, num_devices=1):
     return subprocess.Popen(command, cwd=ROOT, env=environment(num_devices), **pipes)
 
 
-def start_two(run_dir, *options, num_devices=1):
+def start_two(run_dir, *options, num_devices=1, second=()):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(run_dir, *options, hosts=f"127.0.0.1:{port},2,{number}", num_devices=num_devices) for number in range(2)]
+    each = (options, (*options, *second))
+    return [start(run_dir, *own, hosts=f"127.0.0.1:{port},2,{number}", num_devices=num_devices) for number, own in enumerate(each)]
 
 
 def finish(*processes, seconds=SECONDS):
@@ -79,6 +80,21 @@ def test_two_processes_train_as_one(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_export_and_go_on_from_an_export_on_another_mesh(tmp_path):
+    """Heads divided between the two, then parameters; the oracle is one process that was not interrupted and exports as often."""
+    options = [*OPTIONS, "--num-kv-heads", 2, "--export-every-steps", 6]
+    whole, stopped, resumed = (tmp_path / name for name in ("whole", "stopped", "resumed"))
+    assert finish(start(whole, *options))[0][0] == 0
+    (first, second) = finish(*start_two(stopped, *options, "--mesh", "tensor=2", "--stop-after-seconds", 0))
+    assert first[0] == second[0] == 0 and "stopped after step 6 of 12" in first[1], first[2] + second[2]
+    (first, second) = finish(*start_two(resumed, *options, "--mesh", "fsdp=2", "--resume-from", stopped / "export"))
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    np.testing.assert_allclose(losses(resumed)[:7], losses(whole)[:7], rtol=1e-4)
+    np.testing.assert_allclose(losses(resumed), losses(whole), rtol=5e-3)  # a moment rounded to its other neighbour shows
+    assert json.loads((stopped / "export" / "state.json").read_text())["next_example"][1] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("killed, goes_on", [(1, "as two"), (0, "alone")])
 def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(alone, tmp_path, killed, goes_on):
     """The run resumes by the same commands; or in one process, because how many there are is no part of it."""
@@ -104,17 +120,33 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(alone, tm
 
 
 @pytest.mark.slow
+def test_an_error_in_one_process_ends_the_other(tmp_path):
+    """A data worker that dies is the trouble of one host; the other, which waits for it in a sum, ends too."""
+    processes = start_two(tmp_path / "run", *LONG, "--steps", 100_000, "--workers", 1)
+    while len(losses(tmp_path / "run")) < 3 and all(process.poll() is None for process in processes):
+        time.sleep(0.01)
+    began = time.monotonic()
+    (child, *_) = (c for file in Path(f"/proc/{processes[1].pid}/task").glob("*/children") for c in file.read_text().split())
+    os.kill(int(child), signal.SIGKILL)
+    (first, second) = finish(*processes)
+    assert time.monotonic() - began < hosts.LEAVE_SECONDS + 30
+    assert first[0] != 0 and second[0] != 0 and "a data worker ended" in second[2]
+
+
+@pytest.mark.slow
 def test_what_the_user_of_several_processes_got_wrong_is_said_by_each_in_one_line(tmp_path):
     """And before anything is written."""
     wrong = {
         "data_parts is 1: each of 2 hosts reads a part of its own; allowed: multiples of 2": ["--data-parts", "1"],
         "takes 1 devices; 2 processes must use all of their 2": ["--mesh", "tensor=1"],
+        "the processes were started with different options; allowed to differ: --hosts and --workers": [],
     }
     for message, options in wrong.items():
-        for status, out, err in finish(*start_two(tmp_path / "run", *OPTIONS, *options)):
+        second = [] if options else ["--seed", "1"]
+        for status, out, err in finish(*start_two(tmp_path / "run", *OPTIONS, *options, second=second)):
             waiting, *lines = [line for line in err.splitlines() if "Gloo" not in line]
             assert waiting.startswith("waiting for all processes (127.0.0.1:")
-            assert status == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
+            assert status == 2 and "steps on" not in out and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
     assert not (tmp_path / "run").exists()
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,34 @@ def test_a_mesh_that_cannot_be_is_refused_with_the_reason(text, message):
 def test_a_mesh_that_does_not_divide_the_model_is_refused(changes, text, message):
     with pytest.raises(ValueError, match=message):
         decoding.FrozenDecoder.of(random_model(**changes), sharding.make_mesh(text))
+
+
+@pytest.mark.parametrize(
+    "text, per_process, num_parts, expected",
+    [
+        ("data=8", 2, 4, [[0], [1], [2], [3]]),
+        ("data=2,fsdp=4", 4, 4, [[0, 1], [2, 3]]),
+        ("data=2,tensor=4", 2, 2, [[0], [0], [1], [1]]),  # two processes hold the heads of the same rows
+        ("tensor=8", 4, 1, [[0], [0]]),
+        ("data=4,tensor=2", 4, 1, "data_parts is 1: each of 2 hosts reads a part of its own; allowed: multiples of 2"),
+        ("data=8", 1, 12, "data_parts is 12: each of 8 hosts reads a part of its own; allowed: multiples of 8"),
+    ],
+)
+def test_a_process_reads_the_parts_that_its_devices_compute_with(monkeypatch, text, per_process, num_parts, expected):
+    """The devices of this process in the places of those of several."""
+    mesh = sharding.make_mesh(text)
+    places = np.array([SimpleNamespace(process_index=i // per_process) for i in range(8)]).reshape(mesh.devices.shape)
+    monkeypatch.setattr(jax, "process_count", lambda: 8 // per_process)
+    found = []
+    for process in range(8 // per_process):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        where = SimpleNamespace(shape=mesh.shape, devices=places)
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                sharding.own_parts(num_parts, where)
+            continue
+        found.append(list(sharding.own_parts(num_parts, where)))
+    assert isinstance(expected, str) or found == expected
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
