@@ -199,7 +199,8 @@ class Example:
     """A prompt and its gold response.
 
     `token_ids` is int32 [n]; the first `prompt_tokens` of them, `<solve>` included, are the prompt. The operations
-    carry the labels `first_label`, `first_label + 1`, ... in post-order.
+    carry the labels `first_label`, `first_label + 1`, ... in post-order; where labels jump they are larger. `unpredictable`
+    has the places of the `<seg:k>` tokens of the response before which they do: nothing tells how far.
     """
 
     expression: Expression
@@ -207,6 +208,7 @@ class Example:
     prompt_tokens: int
     first_label: int
     labelling: Labelling
+    unpredictable: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def prompt(self) -> str:
@@ -272,6 +274,29 @@ def encode_prompt(
     """The prompt of `encode` alone, int32 [n], ending in `<solve>`; the same errors, but for large values."""
     expression, first_label = _checked(expression, vocab, labelling, first_label)
     return np.array(_prompt(expression, vocab, labelling, first_label, names_first_step), np.int32)
+
+
+def relabelled(example: Example, labels: Sequence[int], vocab: Vocab) -> Example:
+    """An example with other labels for its operations, in post-order; they grow.
+
+    Raises: ValueError for labels that do not grow, that the vocabulary has not, or too few.
+    """
+    new = np.array([0, *labels])
+    if len(labels) != example.expression.num_ops or (np.diff(new) < 1).any() or new[-1] >= vocab.num_labels:
+        raise ValueError(f"labels are {list(labels)}: expected {example.expression.num_ops} that grow, from 1 to {vocab.num_labels - 1}")
+    ids = example.token_ids.copy()
+    for base in (vocab.seg_base, vocab.ref_base):
+        own = (ids >= base) & (ids < base + vocab.num_labels)
+        ids[own] = base + new[ids[own] - base - example.first_label + 1]
+    jumps = jumps_of(ids, example.prompt_tokens, vocab)
+    return dataclasses.replace(example, token_ids=ids, first_label=int(new[1]), unpredictable=jumps)
+
+
+def jumps_of(token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab) -> npt.NDArray[np.int64]:
+    """Where the steps of a response, the first apart, carry a label that is not one more than the step's before."""
+    places = np.flatnonzero((token_ids >= vocab.seg_base) & (token_ids < vocab.seg_base + vocab.num_labels))
+    places = places[places >= prompt_tokens]
+    return places[1:][np.diff(token_ids[places]) != 1]
 
 
 def _checked(expression: Expression | str, vocab: Vocab, labelling: Labelling, first_label: int) -> tuple[Expression, int]:
@@ -519,6 +544,8 @@ class Corpus:
       max_value: No value on the way is larger in magnitude; every operator is uniform among those that keep to this.
       labelling: "tree" tags the prompt with labels, "none" leaves it in the sink, "plain" has no span tokens at all.
       num_labels: Labels of the vocabulary; an example uses consecutive ones from a random offset.
+      label_jumps: Most places at which the labels of an example jump ahead, near or far, so that children are named over
+        distances that only longer expressions have. The label after a jump is not to be predicted. 0 for none.
       names_first_step: The prompt ends in a <ref:k> that says which label the first step has.
     """
 
@@ -532,6 +559,7 @@ class Corpus:
     max_value: int = 999
     labelling: Labelling = "tree"
     num_labels: int = 512
+    label_jumps: int = 0
     names_first_step: bool = False
 
     name: ClassVar[str] = "arithmetic"
@@ -556,6 +584,8 @@ class Corpus:
                 f"max_value is {self.max_value}: expected at least the largest operand, {10**self.max_digits - 1}, "
                 f"and at most {MAX_DIGITS} digits"
             )
+        if self.label_jumps < 0:
+            raise ValueError(f"label_jumps is {self.label_jumps}: expected at least 0")
         _check_labelling(self.labelling)
 
     @property
@@ -644,10 +674,23 @@ def _chunk(corpus: Corpus, vocab: Vocab, seed: int, split: Split, number: int) -
         expression = _draw(corpus, num_ops, uniform)
         while split_of(expression) != split:
             expression = _draw(corpus, num_ops, uniform)
-        first_label = vocab.first_label(num_ops, uniform())
+        labels = _draw_labels(corpus, vocab, num_ops, uniform)
         names = corpus.names_first_step
-        examples.append(encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=first_label, names_first_step=names))
+        example = encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=labels[0], names_first_step=names)
+        examples.append(example if labels[-1] - labels[0] == num_ops - 1 else relabelled(example, labels, vocab))
     return examples
+
+
+def _draw_labels(corpus: Corpus, vocab: Vocab, num_ops: int, uniform: Callable[[], float]) -> Sequence[int]:
+    """Labels of the operations of an example: one after the other but for jumps, whose sizes are log-uniform."""
+    ahead = [0] * num_ops  # what a label is further than the one before, beyond one
+    left = vocab.num_labels - 1 - num_ops
+    for _ in range(int(uniform() * (corpus.label_jumps + 1)) if corpus.label_jumps and num_ops > 1 else 0):
+        size = min(left, int((left + 1) ** uniform()))
+        ahead[1 + int(uniform() * (num_ops - 1))] += size
+        left -= size
+    first_label = vocab.first_label(num_ops + sum(ahead), uniform())
+    return [first_label + number + jumped for number, jumped in enumerate(itertools.accumulate(ahead))]
 
 
 def _draw(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Expression:

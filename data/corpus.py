@@ -139,7 +139,9 @@ def _row(example: arithmetic.Example) -> dict[str, Any]:
 
 def _arithmetic_example(task: arithmetic.ArithmeticTask, row: Mapping[str, Any]) -> arithmetic.Example:
     expression = arithmetic.parse(row["expression"])
-    return arithmetic.Example(expression, np.array(row["token_ids"], np.int32), row["prompt_tokens"], row["first_label"], task.labelling)
+    ids, prompt_tokens = np.array(row["token_ids"], np.int32), row["prompt_tokens"]
+    jumps = arithmetic.jumps_of(ids, prompt_tokens, task.vocab)
+    return arithmetic.Example(expression, ids, prompt_tokens, row["first_label"], task.labelling, jumps)
 
 
 _KINDS = {

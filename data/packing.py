@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     token_ids      int32 [B, T]  padded with `pad_id`
     segment_ids    int32 [B, T]  0 is padding, 1, 2, ... the examples within the row: no token may see another's
     positions      int32 [B, T]  rotary positions, from 0 in every example; padding has 0
-    target_mask    bool  [B, T]  True where the token is one to predict: the response, `<eos>` included
+    target_mask    bool  [B, T]  True where the token is one to predict: the response, `<eos>` included, but for what nothing tells
     next_example   number of the first example that is in no batch yet: packing resumes from it exactly;
                    of rows that are packed in parts a number for each part, 0 for those that are packed elsewhere
     """
@@ -30,7 +30,10 @@ class Batch(NamedTuple):
 
 
 class PackableExample(Protocol):
-    """What packing needs of an example of any corpus: int32 [n] ids, the first `prompt_tokens` of them the prompt."""
+    """What packing needs of an example of any corpus: int32 [n] ids, the first `prompt_tokens` of them the prompt.
+
+    It may have `unpredictable`, places of the response that are not to be predicted.
+    """
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]: ...
@@ -202,6 +205,7 @@ def _batches(
                     gaps = _gaps(example.token_ids, jumps_at, gap_scales, (*gap_seeds, start + index))
                     batch.positions[row, begin:end] += gaps
                 batch.target_mask[row, begin + example.prompt_tokens : end] = True
+                batch.target_mask[row, [begin + place for place in getattr(example, "unpredictable", ())]] = False
                 begin = end
         start += num_taken
         total_tokens -= sum(lengths[:num_taken])

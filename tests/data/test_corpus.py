@@ -17,7 +17,7 @@ from data.arithmetic import ArithmeticTask, Corpus, encode, stream
 from data.card import attended_tokens
 from data.vocab import Vocab
 
-ARGUMENTS = ["arithmetic", "--num-examples", "700", "--min-ops", "2", "--max-ops", "9", "--seed", "3"]
+ARGUMENTS = ["arithmetic", "--num-examples", "700", "--min-ops", "2", "--max-ops", "9", "--label-jumps", "2", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    return list(itertools.islice(stream(Corpus(max_ops=9), seed=3), 700))
+    return list(itertools.islice(stream(Corpus(max_ops=9, label_jumps=2), seed=3), 700))
 
 
 def contents(path):
@@ -79,7 +79,7 @@ def test_the_card_says_what_is_in_the_corpus(directory, expected):
     assert statistics["example_tokens_histogram"]["64-95"] == sum(64 <= n < 96 for n in lengths)
     combs = sum(bool(re.fullmatch(r"\(+-?\d+([-+*]-?\d+\))+", e.expression.text)) for e in expected)
     assert statistics["tree_shape_share"]["left comb"] == pytest.approx(combs / 700, abs=1e-6)
-    assert card["distributions"] == {**json.loads(json.dumps(vars(Corpus(max_ops=9))))}
+    assert card["distributions"] == {**json.loads(json.dumps(vars(Corpus(max_ops=9, label_jumps=2))))}
     assert (card["num_examples"], card["seed"], card["split"]) == (700, 3, "train")
     assert ArithmeticTask.from_json(card["task"]) == ArithmeticTask()
 
@@ -147,7 +147,7 @@ def test_attended_tokens_of_the_specification_s_example():
 
 
 def identity(example):
-    return example.expression.text, example.first_label, example.prompt_tokens, example.token_ids.tobytes()
+    return example.expression.text, example.first_label, example.prompt_tokens, example.token_ids.tobytes(), example.unpredictable.tolist()
 
 
 def test_epochs_are_shuffled_whole_and_resumable(directory, expected):

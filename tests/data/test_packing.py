@@ -25,11 +25,14 @@ class Made:
 
     token_ids: np.ndarray
     prompt_tokens: int
+    unpredictable: np.ndarray
 
 
 def made(lengths):
     rng = np.random.default_rng(0)
-    return [Made(rng.integers(1, VOCAB.size, n).astype(np.int32), int(rng.integers(1, n))) for n in lengths]
+    prompts = [int(rng.integers(1, n)) for n in lengths]
+    left_out = [rng.integers(prompt, n, rng.integers(3)) for prompt, n in zip(prompts, lengths)]
+    return [Made(rng.integers(1, VOCAB.size, n).astype(np.int32), *places) for n, *places in zip(lengths, prompts, left_out)]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +58,12 @@ def unpack(batch):
 def check(batch, expected):
     """The batch holds exactly these examples, each whole and alone in its segment."""
     left = collections.Counter(example.token_ids.tobytes() for example in expected)
-    prompt_tokens = {example.token_ids.tobytes(): example.prompt_tokens for example in expected}
+    targets = {x.token_ids.tobytes(): (x.prompt_tokens, list(getattr(x, "unpredictable", ()))) for x in expected}
     for token_ids, positions, target_mask in unpack(batch):
         left[token_ids.tobytes()] -= 1
         assert positions.tolist() == list(range(len(token_ids)))
-        assert target_mask.tolist() == [t >= prompt_tokens[token_ids.tobytes()] for t in range(len(token_ids))]
+        first, left_out = targets[token_ids.tobytes()]
+        assert target_mask.tolist() == [t >= first and t not in left_out for t in range(len(token_ids))]
     assert not any(left.values())
 
 

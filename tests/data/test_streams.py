@@ -10,10 +10,11 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import arithmetic, workers
-from data.arithmetic import Corpus, encode, likely_longest_tokens, parse, stream, verify
+from data.arithmetic import Corpus, encode, likely_longest_tokens, parse, relabelled, stream, verify
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,6 +151,37 @@ def test_labels_are_consecutive_and_the_outermost_as_frequent_as_the_others():
         assert list(map(int, labels)) == list(range(example.first_label, example.first_label + 3))
 
 
+def test_labels_jump_at_places_that_are_not_to_be_predicted():
+    """In all else an example is the one with consecutive labels: the oracle is the verifier, after the labels are closed up."""
+    corpus = Corpus(min_ops=6, max_ops=6, num_labels=100, label_jumps=3, names_first_step=True)
+    found, sizes, places, numbers = take(corpus, 1500), [], collections.Counter(), collections.Counter()
+    for example in found:
+        text = corpus.vocab.decode(example.token_ids)
+        steps = re.findall(r"<seg:(\d+)>", corpus.vocab.decode(example.response_ids))
+        labels = list(map(int, steps))
+        assert labels[0] == example.first_label >= 1 and labels == sorted(set(labels)) and labels[-1] < 100
+        assert text[: text.index("<solve>")].endswith(f"<ref:{labels[0]}>")
+        closed = {str(label): str(number) for number, label in enumerate(labels, 1)}
+        again = re.sub(r"(?<=[gf]:)\d+", lambda match, closed=closed: closed[match[0]], text)
+        assert again == corpus.vocab.decode(encode(example.expression.text, vocab=corpus.vocab, names_first_step=True).token_ids)
+        jumps = {place: after - before - 1 for place, (before, after) in enumerate(itertools.pairwise(labels), 1) if after - before > 1}
+        written = [corpus.vocab.tokens[i] for i in example.token_ids]
+        at = [i for i in range(example.prompt_tokens, len(written)) if written[i].startswith("<seg")]
+        assert [at.index(i) for i in example.unpredictable] == list(jumps)
+        sizes += jumps.values()
+        places.update(jumps)
+        numbers[len(jumps)] += 1
+    assert numbers.keys() == {0, 1, 2, 3} and places.keys() == {1, 2, 3, 4, 5} and min(places.values()) > max(places.values()) / 2
+    assert min(sizes) == 1 and max(sizes) > 60 and 4 < np.median(sizes) < 16  # as many from 1 to 10 as from 10 to 93
+    assert {e.first_label for e in found} >= {1, 2, 50}
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [1, 2, 2], [0, 1, 2], [3, 2, 1], [1, 2, 512]])
+def test_labels_that_cannot_be_are_refused(labels):
+    with pytest.raises(ValueError, match="expected 3 that grow, from 1 to 511"):
+        relabelled(encode("1+2+3+4"), labels, Corpus().vocab)
+
+
 def test_the_untagged_corpus_draws_the_same_expressions():
     tagged, untagged = take(Corpus(), 50), take(Corpus(labelling="none"), 50)
     assert [e.expression for e in tagged] == [e.expression for e in untagged]
@@ -169,6 +201,7 @@ def test_the_untagged_corpus_draws_the_same_expressions():
         ({"uniform_weight": 0, "balanced_weight": 0, "left_comb_weight": 0}, "every shape weight is 0"),
         ({"negative_fraction": 1.1}, "negative_fraction is 1.1: expected 0 to 1"),
         ({"max_digits": 0}, "max_digits is 0"),
+        ({"label_jumps": -1}, "label_jumps is -1: expected at least 0"),
         ({"max_digits": 3, "max_value": 998}, "max_value is 998: expected at least the largest operand, 999"),
         ({"labelling": "flat"}, "labelling is 'flat': expected one of tree, none"),
     ],
