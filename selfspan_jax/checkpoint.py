@@ -11,12 +11,14 @@ A finished model is a directory:
 An export is a directory of about 4 bytes a parameter in files of at most 16 MiB:
 
     state.json                 step, position in the data, how many parts there are
-    part-00.safetensors ...    parameters as bfloat16, Adam's first moments as int8, its second ones as uint8 on a scale of powers
+    part-00.safetensors ...    parameters as bfloat16, Adam's first moments as int8, its second ones as uint8 on a scale of powers;
+                               arrays that are larger than a file by their rows
     run.json, metrics.jsonl    of the run that wrote it
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -269,7 +271,7 @@ def save_export(directory: Path, state: Any, step: int, next_example: int | Sequ
 
     Of several processes all take part, and the first writes.
 
-    Raises: ValueError for an array larger than a part.
+    Raises: ValueError for an array of which one row is larger than a part.
     """
     leaves, tree = jax.tree.flatten_with_path(state)
     encoded = {_name(path): _encode(_name(path), sharding.whole(leaf)) for path, leaf in leaves}
@@ -277,17 +279,38 @@ def save_export(directory: Path, state: Any, step: int, next_example: int | Sequ
     room = 0
     for name, arrays in encoded.items():
         for suffix, array in arrays.items():
-            if array.nbytes > _PART_BYTES - _HEADER_BYTES:
-                raise ValueError(f"{name} takes {array.nbytes:,} bytes; a part of an export has {_PART_BYTES - _HEADER_BYTES:,}")
-            if array.nbytes > room:
-                parts.append({})
-                room = _PART_BYTES - _HEADER_BYTES
-            parts[-1][f"{name}:{suffix}"] = array
-            room -= array.nbytes
+            for piece, rows in _pieces(f"{name}:{suffix}", array):
+                if rows.nbytes > room:
+                    parts.append({})
+                    room = _PART_BYTES - _HEADER_BYTES
+                parts[-1][piece] = rows
+                room -= rows.nbytes
     if hosts.is_first():
         fields = {**_EXPORT_FORMAT, "step": step, "next_example": next_example, "parts": len(parts)}
         _write_export(Path(directory), parts, fields, beside)
     return jax.tree.unflatten(tree, [_decode(encoded[_name(path)], leaf) for path, leaf in leaves])
+
+
+def _pieces(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """An array under its name; one that is larger than a part as pieces of its rows, with numbers behind the name."""
+    room = _PART_BYTES - _HEADER_BYTES
+    if array.nbytes <= room:
+        yield name, array
+        return
+    row_bytes = array.nbytes // len(array)
+    if row_bytes > room:
+        raise ValueError(f"{name}: a row takes {row_bytes:,} bytes; a part of an export has {room:,}")
+    for number, start in enumerate(range(0, len(array), room // row_bytes)):
+        yield f"{name}#{number}", array[start : start + room // row_bytes]
+
+
+def _joined(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `_pieces`, of all arrays; where pieces are missing the shape tells."""
+    pieces: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
+    for name, array in found.items():
+        whole, _, number = name.partition("#")
+        pieces[whole][int(number) if number.isdecimal() else 0] = array
+    return {name: np.concatenate([own[i] for i in sorted(own)]) if len(own) > 1 else own.popitem()[1] for name, own in pieces.items()}
 
 
 def _write_export(directory: Path, parts: Sequence[Mapping[str, np.ndarray]], fields: dict[str, Any], beside: Sequence[Path]) -> None:
@@ -341,6 +364,7 @@ def load_export(directory: Path, like: Any) -> tuple[Any, int | list[int]]:
                 found |= {name: np.asarray(part.get_tensor(name)) for name in part.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a safetensors file ({error})") from error
+    found = _joined(found)
     leaves, tree = jax.tree.flatten_with_path(like)
     wanted = {_name(path): _layout(_name(path), leaf) for path, leaf in leaves}
     layout = {f"{name}:{suffix}": kind for name, arrays in wanted.items() for suffix, kind in arrays.items()}

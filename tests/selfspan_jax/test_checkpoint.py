@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.flax
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -213,10 +214,30 @@ def test_parts_are_small_and_all_needed(tmp_path, monkeypatch):
     (tmp_path / "export" / "part-01.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"part-01\.safetensors: missing; the export has 2 parts"):
         checkpoint.load_export(tmp_path / "export", state)
-    with pytest.raises(ValueError, match=r"^params/w takes 1,204 bytes; a part of an export has 1,200$"):
-        monkeypatch.setattr(checkpoint, "_PART_BYTES", checkpoint._HEADER_BYTES + 1200)
-        checkpoint.save_export(tmp_path / "other", training_state(301), 7, 99)
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("room", [1200, 602], ids=["a part is just too small", "no more than a row"])
+def test_arrays_that_are_larger_than_a_part_are_cut_by_rows(tmp_path, monkeypatch, room):
+    """Parameters of 2 x 301 take 1,204 bytes, moments 602 and 12 of scales."""
+    monkeypatch.setattr(checkpoint, "_PART_BYTES", checkpoint._HEADER_BYTES + room)
+    state = training_state(301)
+    rounded = checkpoint.save_export(tmp_path / "export", state, 7, 99)
+    assert_same(checkpoint.load_export(tmp_path / "export", state)[0], rounded)
+    assert_same(rounded["params"]["w"], state["params"]["w"].astype(jnp.bfloat16).astype(jnp.float32))
+    parts = sorted((tmp_path / "export").glob("part-*"))
+    held = {part: safetensors.flax.load_file(part) for part in parts}
+    assert all(sum(array.nbytes for array in arrays.values()) <= room for arrays in held.values())
+    (lost,) = (part for part, arrays in held.items() if "params/w:value#1" in arrays)
+    safetensors.flax.save_file({name: array for name, array in held[lost].items() if name != "params/w:value#1"}, lost)
+    with pytest.raises(ValueError, match=r"params/w:value is bfloat16\[1, 301\], expected bfloat16\[2, 301\]"):
+        checkpoint.load_export(tmp_path / "export", state)
+
+
+def test_a_row_that_is_larger_than_a_part_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PART_BYTES", checkpoint._HEADER_BYTES + 600)
+    with pytest.raises(ValueError, match=r"^params/w:value: a row takes 602 bytes; a part of an export has 600$"):
+        checkpoint.save_export(tmp_path / "export", training_state(301), 7, 99)
+    assert not (tmp_path / "export").exists()
 
 
 def test_exports_that_do_not_fit(tmp_path):
