@@ -1,16 +1,18 @@
-"""Hugging Face's decode step on the same shape: static cache, eager and compiled. Runs in a process of its own.
+"""Hugging Face's decode step on the same shape: static cache, eager, compiled and by `generate`. Runs in a process of its own.
 
     python -m selfspan_jax.benchmark_peers JOB      (JOB is JSON; see `Peers`)
 
-What is timed is what `generate` does for each token with a static cache: one forward of the token, greedy choice, fed back.
-Weights, tokens and cached rows are random, in the dtype of the shape. "hf-compiled" is
-`torch.compile(mode="reduce-overhead", fullgraph=True)` of that forward, "hf-eager" the forward as it is. Milliseconds per
-step are CUDA events around the steps (a clock without a GPU), the median of five runs of the same steps after two.
+What is timed is one forward of the token with a static cache, greedy choice, fed back. Weights, tokens and cached rows are
+random, in the dtype of the shape. "hf-compiled" is `torch.compile(mode="reduce-overhead", fullgraph=True)` of that forward,
+"hf-eager" the forward as it is, "hf-generate" what users call: `model.generate` with that cache, which compiles by itself where
+it sees fit, less the same call for one token. Milliseconds per step are CUDA events around the steps (a clock without a GPU),
+the median of five runs of the same steps after two.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -22,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-Name = Literal["hf-compiled", "hf-eager"]
+Name = Literal["hf-compiled", "hf-eager", "hf-generate"]
 WARM_UPS, REPETITIONS = 2, 5  # an eager step needs one warm-up only
 _MARK = "row: "  # in front of a result among what libraries print
 
@@ -131,41 +133,60 @@ class _Run:
         batch, steps = case["batch_size"], case["steps"]
         self.num_tokens = case["context_tokens"] + steps // 2  # as ours: the mean context of the steps is the one asked for
         generator = torch.Generator(device).manual_seed(seed)
-        tokens = torch.randint(vocab_size, (batch, 16), device=device, generator=generator)
-        cache: Any = StaticCache(config=model.config, max_cache_len=self.num_tokens)
-
-        def forward(tokens):
-            out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return out.logits[:, -1].argmax(-1, keepdim=True)
-
-        forward(tokens)  # allocates the cache, whose rows are then as good as those of a prompt of that length
-        for layer in cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
-        compiled = case["peer"] == "hf-compiled"
-        self.step = torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False) if compiled else forward
-        self.first, self.cache = tokens[:, :1].clone(memory_format=torch.contiguous_format), cache  # strides as a step returns them
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.num_tokens)
+        self.compiled = case["peer"] != "hf-eager"
+        if case["peer"] == "hf-generate":
+            prompts = torch.randint(vocab_size, (batch, self.num_tokens - steps), device=device, generator=generator)
+            self.ms_per_step = functools.partial(self._ms_of_generate, model, prompts)
+        else:
+            tokens = torch.randint(vocab_size, (batch, 16), device=device, generator=generator)
+            self.ms_per_step = functools.partial(self._ms_of_steps, self._make_step(model, tokens), tokens[:, :1])
         began = time.perf_counter()
         self.ms_per_step()
         self.compile_seconds = time.perf_counter() - began
 
-    def ms_per_step(self) -> float:
+    def _make_step(self, model, tokens):
+        import torch
+
+        def forward(tokens):
+            out = model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1].argmax(-1, keepdim=True)
+
+        forward(tokens)  # allocates the cache, whose rows are then as good as those of a prompt of that length
+        for layer in self.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        return torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False) if self.compiled else forward
+
+    def _ms_of_steps(self, step, first) -> float:
         import torch
 
         steps = self.case["steps"]
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.num_tokens - steps)
+        first = first.clone(memory_format=torch.contiguous_format)  # strides as a step returns them
 
         def decode() -> None:
-            tokens = self.first
+            tokens = first
             for _ in range(steps):
                 torch.compiler.cudagraph_mark_step_begin()
-                tokens = self.step(tokens).clone()  # the graph's own output is overwritten by its next run
+                tokens = step(tokens).clone()  # the graph's own output is overwritten by its next run
 
         return _run_ms(self.device, decode) / steps
 
+    def _ms_of_generate(self, model, prompts) -> float:
+        import torch
+
+        def new_tokens(number: int) -> float:
+            self.cache.reset()
+            options = {"attention_mask": torch.ones_like(prompts), "past_key_values": self.cache, "do_sample": False}
+            return _run_ms(self.device, lambda: model.generate(prompts, max_new_tokens=number, **options))
+
+        steps = self.case["steps"]
+        return (new_tokens(steps) - new_tokens(1)) / (steps - 1)
+
     def row(self) -> dict[str, Any]:
-        for _ in range(WARM_UPS if self.case["peer"] == "hf-compiled" else 1):
+        for _ in range(WARM_UPS if self.compiled else 1):
             self.ms_per_step()
         ms = [self.ms_per_step() for _ in range(REPETITIONS)]
         return {
@@ -192,7 +213,7 @@ def _main(job: dict[str, Any]) -> None:
             return "does not fit: PyTorch ran out of memory"
 
     with torch.no_grad():
-        runs = [make(case) if case["peer"] == "hf-compiled" else None for case in job["cases"]]
+        runs = [make(case) if case["peer"] != "hf-eager" else None for case in job["cases"]]
         sys.stdin.readline()  # the word to measure; nothing when the caller is gone
         for index, case in enumerate(job["cases"]):
             run = runs[index] or make(case)

@@ -287,8 +287,9 @@ def test_the_peers_process_is_heard_and_its_failure_is_told(monkeypatch, tmp_pat
 
 
 @pytest.mark.skipif(benchmark_peers.missing_reason() is not None, reason="PyTorch and transformers are not installed")
-def test_the_eager_peer_runs():
-    case = {"peer": "hf-eager", "batch_size": 2, "context_tokens": 64, "steps": 16}
-    with benchmark_peers.Peers(dataclasses.asdict(SHAPE.config), SHAPE.vocab_size, [case], seed=0) as peers:
-        (row,) = peers.rows()
-    assert row["ms_per_step"] > 0 and row["mean_context_tokens"] == 64.5
+def test_the_peers_that_need_no_compiler_run():
+    cases = [{"peer": peer, "batch_size": 2, "context_tokens": 64, "steps": 16} for peer in ("hf-eager", "hf-generate")]
+    with benchmark_peers.Peers(dataclasses.asdict(SHAPE.config), SHAPE.vocab_size, cases, seed=0) as peers:
+        rows = list(peers.rows())
+    assert [row["peer"] for row in rows] == ["hf-eager", "hf-generate"]
+    assert all(row["ms_per_step"] > 0 and row["mean_context_tokens"] == 64.5 for row in rows)
