@@ -1,5 +1,7 @@
 """Strict JAX for every test, and GPU tests only where there is a GPU."""
 
+import gc
+
 import hypothesis
 import jax
 import pytest
@@ -12,6 +14,14 @@ jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever asks for non
 # The same examples in every run: a test that fails in CI fails here.
 hypothesis.settings.register_profile("selfspan", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("selfspan")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_of_one_file():
+    """They go when a file is done: each holds several memory maps, and a process that has kept 65,530 of them crashes in XLA."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items):
