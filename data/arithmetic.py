@@ -668,26 +668,30 @@ def _chunk(corpus: Corpus, vocab: Vocab, seed: int, split: Split, number: int) -
     # random.Random: Python promises the same random() from the same text for all versions, and it is many times
     # faster than numpy for one number at a time. Nothing but random() is used.
     uniform = random.Random(f"arithmetic/{seed}/{split}/{number}").random
+    jumping = random.Random(f"arithmetic/jumps/{seed}/{split}/{number}").random  # apart, so that expressions do not depend on jumps
     examples = []
     for _ in range(CHUNK_EXAMPLES):
         num_ops = corpus.min_ops + int(uniform() * (corpus.max_ops - corpus.min_ops + 1))
         expression = _draw(corpus, num_ops, uniform)
         while split_of(expression) != split:
             expression = _draw(corpus, num_ops, uniform)
-        labels = _draw_labels(corpus, vocab, num_ops, uniform)
+        labels = _draw_labels(corpus, vocab, num_ops, uniform, jumping)
         names = corpus.names_first_step
         example = encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=labels[0], names_first_step=names)
         examples.append(example if labels[-1] - labels[0] == num_ops - 1 else relabelled(example, labels, vocab))
     return examples
 
 
-def _draw_labels(corpus: Corpus, vocab: Vocab, num_ops: int, uniform: Callable[[], float]) -> Sequence[int]:
-    """Labels of the operations of an example: one after the other but for jumps, whose sizes are log-uniform."""
+def _draw_labels(corpus: Corpus, vocab: Vocab, num_ops: int, uniform: Callable[[], float], jumping: Callable[[], float]) -> Sequence[int]:
+    """Labels of the operations of an example: one after the other but for jumps, whose sizes are log-uniform.
+
+    Where they begin is drawn by `uniform`, which is called once whatever jumps; jumps are drawn by `jumping`.
+    """
     ahead = [0] * num_ops  # what a label is further than the one before, beyond one
     left = vocab.num_labels - 1 - num_ops
-    for _ in range(int(uniform() * (corpus.label_jumps + 1)) if corpus.label_jumps and num_ops > 1 else 0):
-        size = min(left, int((left + 1) ** uniform()))
-        ahead[1 + int(uniform() * (num_ops - 1))] += size
+    for _ in range(int(jumping() * (corpus.label_jumps + 1)) if corpus.label_jumps and num_ops > 1 else 0):
+        size = min(left, int((left + 1) ** jumping()))
+        ahead[1 + int(jumping() * (num_ops - 1))] += size
         left -= size
     first_label = vocab.first_label(num_ops + sum(ahead), uniform())
     return [first_label + number + jumped for number, jumped in enumerate(itertools.accumulate(ahead))]

@@ -182,10 +182,11 @@ def test_labels_that_cannot_be_are_refused(labels):
         relabelled(encode("1+2+3+4"), labels, Corpus().vocab)
 
 
-def test_the_untagged_corpus_draws_the_same_expressions():
-    tagged, untagged = take(Corpus(), 50), take(Corpus(labelling="none"), 50)
-    assert [e.expression for e in tagged] == [e.expression for e in untagged]
-    assert {e.labelling for e in untagged} == {"none"}
+@pytest.mark.parametrize("settings", [{"labelling": "none"}, {"labelling": "plain"}, {"label_jumps": 3}])
+def test_arms_of_an_experiment_draw_the_same_expressions(settings):
+    tagged, other = take(Corpus(), 200), take(Corpus(**settings), 200)
+    assert [e.expression for e in tagged] == [e.expression for e in other]
+    assert {e.labelling for e in other} == {settings.get("labelling", "tree")}
 
 
 @pytest.mark.parametrize(
