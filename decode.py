@@ -62,7 +62,7 @@ class Generate(Model):
 
     def run(self) -> None:
         prompt = commandline.read_text(self.article) if self.article else str(self.prompt)
-        lm, options = load(self.checkpoint, base=self.base, int8=self.int8, mesh=self.mesh), dataclasses.asdict(self.sampling)
+        lm, options = load(self.checkpoint, base=self.base, int8=self.int8, mesh=self.mesh), vars(self.sampling)
         if self.stream:
             for text in lm.stream(prompt, **options):
                 print(text, end="", flush=True)
@@ -106,8 +106,7 @@ class Eval(Model):
 
     def run(self) -> None:
         lm = load(self.checkpoint, base=self.base, mesh=self.mesh)
-        left_out = ("base", "data", "json")
-        settings = {**{k: v for k, v in vars(self).items() if k not in left_out}, "checkpoint": self.checkpoint.name}
+        settings = {**{k: v for k, v in vars(self).items() if k not in ("base", "data", "json")}, "checkpoint": self.checkpoint.name}
         options: dict[str, Any] = {"attention": self.attention or lm.model.config.mask}
         if isinstance(task := lm.task, news.NewsTask):
             examples = news.held_out(task, self.num_examples, seed=self.seed, directory=self.data)
@@ -158,6 +157,8 @@ class Bench:
     """Above 1, two rows more: so many sequences that share their prompt, and as many that do not."""
     stream_check: bool = False
     """One row more: the first span configuration streamed, against one loop."""
+    profile: bool = False
+    """Run every configuration once more under the profiler: the device's time by kind of operation, in --json."""
     mesh: str | None = None
     """Devices, as in data=2,tensor=4; by default one. Bytes and floor are then those of one device."""
     seed: int = 0

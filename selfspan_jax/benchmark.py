@@ -36,6 +36,7 @@ from selfspan_jax.attention import attend_cached, sequence_mask
 from selfspan_jax.cache import SlotList
 from selfspan_jax.config import PRESETS, Attention, DecodeConfig, ModelConfig
 from selfspan_jax.model import Decoder
+from selfspan_jax.profiling import device_times
 from selfspan_jax.spans import SpanVocab
 
 WARM_UPS, REPETITIONS = 2, 5
@@ -350,9 +351,9 @@ def _bare_loop(frozen: decoding.FrozenDecoder, config: DecodeConfig, first_posit
 
 
 def measure_case(
-    shape: Shape, params: tuple[Array, ...], case: Case, programs: Programs, token_ids: Int[np.ndarray, "B T"]
+    shape: Shape, params: tuple[Array, ...], case: Case, programs: Programs, token_ids: Int[np.ndarray, "B T"], *, profile: bool = False
 ) -> dict[str, Any]:
-    """Runs a compiled case on a workload and returns its row."""
+    """Runs a compiled case on a workload and returns its row; a profiled row has the device's time by kind of operation too."""
     state, first_token_ms = _prefilled(shape, params, case, programs, token_ids)
     forced = np.repeat(token_ids[: case.batch_size // case.num_samples, case.prompt_tokens :], case.num_samples, axis=0)
     mesh = programs.frozen.mesh
@@ -365,10 +366,13 @@ def measure_case(
 
     seconds, bare_seconds = [], []
     given = sharding.put(jnp.asarray(forced), mesh, _EACH)
-    for _ in range(WARM_UPS + REPETITIONS):
+
+    def ready():
         fresh = jax.tree.map(lambda x: x.copy(), kept)
-        state = jax.block_until_ready(dataclasses.replace(fresh, cache=dataclasses.replace(fresh.cache, pools=pools)))
-        state, elapsed = _timed(programs.replay, params, state, given)
+        return jax.block_until_ready(dataclasses.replace(fresh, cache=dataclasses.replace(fresh.cache, pools=pools)))
+
+    for _ in range(WARM_UPS + REPETITIONS):
+        state, elapsed = _timed(programs.replay, params, ready(), given)
         seconds.append(elapsed)
         pools = state.cache.pools
         if programs.bare is not None:  # in turns, so that both see the device in the same state
@@ -397,6 +401,10 @@ def measure_case(
     if bare_seconds:
         bare_ms = 1e3 * statistics.median(bare_seconds[WARM_UPS:]) / case.steps
         row |= {"bare_ms_per_step": bare_ms, "upkeep_fraction": 1 - bare_ms / row["ms_per_step"]}
+    if profile:
+        del state
+        traced = ready()
+        row |= device_times(lambda: jax.block_until_ready(programs.replay(params, traced, given)), case.steps)
     return row
 
 
@@ -492,6 +500,7 @@ class Plan:
     attended_fraction: float
     num_samples: int
     stream_check: bool
+    profile: bool
     mesh: str | None
     seed: int
 
@@ -558,6 +567,7 @@ def sweep(
     model: Decoder | None = None,
     seed: int = 0,
     stream: bool = False,
+    profile: bool = False,
     mesh: sharding.Mesh | None = None,
     compiled: Mapping[Case, Programs | str] | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -568,6 +578,7 @@ def sweep(
       tokens_of: the workload of a case, [B, case.num_tokens].
       compiled: what `compile_all` returned for the cases.
       stream: measure streaming too, on the first case with span attention.
+      profile: run each case once more, under the profiler.
       mesh: the devices to decode on, by default one.
     """
     cases = list(dict.fromkeys(cases))
@@ -584,7 +595,7 @@ def sweep(
             if case.int8 and not quantized:
                 decoder, quantized = decoder.for_decoding(int8=True), True
                 params = decoding.FrozenDecoder.of(decoder, mesh).params
-            yield row | measure_case(shape, params, case, programs, tokens_of(case))
+            yield row | measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
         except DoesNotFit as reason:
             yield row | {"not_run": str(reason)}
         except jax.errors.JaxRuntimeError as error:

@@ -109,7 +109,7 @@ def run(
     def tokens_of(case: Case):
         return draw(case.batch_size, case.num_tokens)
 
-    options: dict[str, Any] = {"seed": plan.seed, "stream": plan.stream_check, "mesh": mesh, "compiled": compiled}
+    options: dict[str, Any] = {"seed": plan.seed, "stream": plan.stream_check, "profile": plan.profile, "mesh": mesh, "compiled": compiled}
     for row in sweep(shape, plan.cases, tokens_of, model=model, **options):
         add(row)
     if picture:

@@ -7,14 +7,10 @@ device, summed over its streams.
 
 from __future__ import annotations
 
-import collections
 import itertools
-import re
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +21,10 @@ from selfspan_jax import sharding, training
 from selfspan_jax.attention import SequenceImplementation
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder
+from selfspan_jax.profiling import device_times
 from selfspan_jax.throughput import bf16_peak, peak_fraction, step_flops
 
-REPETITIONS, TRACED_STEPS, TOP_OPERATIONS = 3, 3, 20
-
-# By the name of a device's program: ours, cuDNN's attention, matrix products of cuBLAS and of the compiler.
-_KINDS = {"attention": r"masked_attention|sdpa|fmha|flash", "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|dot"}
+REPETITIONS, TRACED_STEPS = 3, 3
 
 
 def measure(
@@ -104,33 +98,10 @@ def measure(
             "attended_pairs": float(metrics["attended_pairs"]),
             "first_step_seconds": compile_seconds,
             "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None,
-            **device_times(run, TRACED_STEPS),
+            **device_times(lambda: run(TRACED_STEPS), TRACED_STEPS),
         }
         del state
     return result
-
-
-def device_times(run: Callable[[int], Any], steps: int) -> dict[str, Any]:
-    """Milliseconds per step that the device spends, by kind of operation, and on what most; nothing on a CPU."""
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            run(steps)
-        (file,) = Path(directory).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(file))
-    times: collections.Counter[str] = collections.Counter()
-    kinds: collections.Counter[str] = collections.Counter()
-    for plane in profile.planes:
-        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
-            for event in line.events if line.name.startswith("Stream") else ():
-                operation = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
-                kind = next((kind for kind, pattern in _KINDS.items() if re.search(pattern, f"{operation} {event.name}")), "the rest")
-                kinds[kind] += event.duration_ns
-                times[f"{operation}: {event.name}"] += event.duration_ns
-    per_step = 1e6 * steps
-    return {
-        "device_ms_by_kind": {kind: total / per_step for kind, total in kinds.items()},
-        "longest_operations_ms": {name: total / per_step for name, total in times.most_common(TOP_OPERATIONS)},
-    }
 
 
 def table(result: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ SIZES = dict(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, nu
 SHAPE = Shape(ModelConfig(**SIZES), benchmark.borrowed_labels(700, 200), 700)
 PLAN = dict(
     batch_size=(1, 3), context=(256,), attention=("span", "dense", "window"), steps=32, int8=False, peers=(), workload=None,
-    attended_fraction=0.15, num_samples=1, stream_check=False, mesh=None, seed=0,
+    attended_fraction=0.15, num_samples=1, stream_check=False, profile=False, mesh=None, seed=0,
 )  # fmt: skip
 
 
