@@ -16,7 +16,7 @@ TOP_OPERATIONS = 20
 # By the name of a device's program: NCCL's; ours and cuDNN's attention; matrix products of ours, of cuBLAS and of the compiler.
 # A collective's time has in it the waiting for the other devices.
 _KINDS = {
-    "communication": r"nccl|all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute",
+    "communication": r"nccl|(?i:all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective.?permute)",
     "attention": r"masked_attention|span_decode|sdpa|fmha|flash",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|dot|fused_linear",
 }
