@@ -12,6 +12,7 @@ from PIL import Image
 
 from selfspan_jax import arithmetic_report as report
 from selfspan_jax.config import PRESETS
+from selfspan_jax.experiments import digest
 
 ROOT = Path(__file__).parents[2]
 SMALL = PRESETS["arithmetic-small"]
@@ -87,7 +88,7 @@ def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
     plots = re.findall(r"\]\(arithmetic/(\w+\.png)\)", page)
     assert {"accuracy.png", "length.png", "loss.png"} <= set(plots)
     for plot in plots:  # and they were drawn from these results
-        assert Image.open(ROOT / "docs/arithmetic" / plot).text["Description"] == report.digest(ROOT / "docs/arithmetic"), plot
+        assert Image.open(ROOT / "docs/arithmetic" / plot).text["Description"] == digest(ROOT / "docs/arithmetic"), plot
     assert sum(file.stat().st_size for file in (ROOT / "docs/arithmetic").iterdir()) < 300_000
 
 
@@ -158,8 +159,8 @@ BAD = {
     "no JSON": (_rewrite("raw/span-0.range.json", '{"by_ops"'), "span-0.range.json: not JSON"),
     "another version": (_rewrite("raw/span-0.range.json", '{"seed": 1}'), "has no 'attention'; not written by this version"),
     "another seed": (_rewrite("raw/span-0.run.json", json.dumps(run_of("span", 4))), "span-0.run.json: is of seed 4"),
-    "another arm": (_rewrite("raw/dense-0.run.json", json.dumps(RUN)), "mask is span, but dense in the arm 'dense'"),
-    "no such arm": (_rewrite("raw/spam-0.run.json", "{}"), "of no arm that is known; allowed: span, dense"),
+    "another arm": (_rewrite("raw/dense-0.run.json", json.dumps(RUN)), "mask is span, but dense in this arm"),
+    "no such arm": (_rewrite("raw/spam-0.run.json", "{}"), "of no arm that is known; allowed: span, consecutive, dense, "),
     "a training without steps": (_rewrite("raw/span-0.metrics.jsonl", ""), "has no step"),
     "no page": (_remove("out.md"), "out.md: no such page"),
     "a page without tables": (_rewrite("out.md", "# Arithmetic"), "not just one `<!-- arms -->` line"),
