@@ -1,20 +1,19 @@
 """The report of the arithmetic experiments: the page says what the stored results say, and results that do not fit are refused."""
 
 import copy
+import functools
 import json
 import re
-import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from selfspan_jax import arithmetic_report as report
-from selfspan_jax.config import PRESETS
-from selfspan_jax.experiments import digest
+from selfspan_jax.config import PRESETS, LoraConfig, fine_tuning
+from tests.selfspan_jax import reports
 
-ROOT = Path(__file__).parents[2]
+call = functools.partial(reports.call, report)
 SMALL = PRESETS["arithmetic-small"]
 RUN = json.loads(
     json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": {"labelling": "tree", "max_ops": 22}})
@@ -23,15 +22,6 @@ PAGE = "".join(
     f"<!-- {name} -->\n<!-- end -->\n"
     for name in ("arms", "targets", "range", "long", "errors", "speed", "training", "not run", "commands")
 )
-
-
-def call(capsys, *arguments):
-    """(exit status, stdout, stderr) of the command."""
-    try:
-        status = report.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
 
 
 def run_of(arm, seed):
@@ -43,6 +33,14 @@ def run_of(arm, seed):
         run["corpus"] |= {"labelling": "plain", "max_ops": 200}
         run["training"] |= {"sequence_tokens": 4096, "batch_size": 16, "gap_scales": [0]}
     return run
+
+
+def tuned_run_of(arm, seed):
+    """Fine-tuning writes other parts (test_experiments.py compares with train.py itself)."""
+    attention, training = fine_tuning("arithmetic", adapters=True)
+    run = {"attention": asdict(attention) | {"mask": "dense" if arm.endswith("dense") else "span"}, "lora": asdict(LoraConfig())}
+    run |= {"base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}, "corpus": {"max_ops": 22, "num_labels": 64}}
+    return json.loads(json.dumps(run | {"training": training.identity | {"seed": seed}}))
 
 
 def evaluation(scores, rates=((8, 10.0),)):
@@ -77,19 +75,11 @@ def place(tmp_path):
 
 def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
     """If this fails, run `python -m selfspan_jax.arithmetic_report docs/arithmetic`."""
-    shutil.copytree(ROOT / "docs/arithmetic", tmp_path / "arithmetic")
-    page = (ROOT / "docs/arithmetic.md").read_text()
+    # 12 arms of one to three seeds, each of up to 13,000 with its speed, and four plots of two panels, some 60,000 each.
+    page = reports.check_page(report, "arithmetic", tmp_path, capsys, max_bytes=500_000)
     for name in ("arms", "range", "long", "training", "commands"):
         assert re.search(rf"<!-- {name} -->\n\n[|`]", page)
-    # Emptied first, so that nothing can be left standing.
-    (tmp_path / "arithmetic.md").write_text(re.sub(r"(<!-- (?!end)[\w ]+ -->\n).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL))
-    assert call(capsys, tmp_path / "arithmetic")[0] == 0
-    assert (tmp_path / "arithmetic.md").read_text() == page
-    plots = re.findall(r"\]\(arithmetic/(\w+\.png)\)", page)
-    assert {"accuracy.png", "length.png", "loss.png"} <= set(plots)
-    for plot in plots:  # and they were drawn from these results
-        assert Image.open(ROOT / "docs/arithmetic" / plot).text["Description"] == digest(ROOT / "docs/arithmetic"), plot
-    assert sum(file.stat().st_size for file in (ROOT / "docs/arithmetic").iterdir()) < 300_000
+    assert {"accuracy.png", "length.png", "loss.png"} <= {*re.findall(r"\]\(arithmetic/(\w+\.png)\)", page)}
 
 
 def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
@@ -138,6 +128,36 @@ def test_a_curve_is_reduced_to_its_means_and_its_time(place, capsys):
     before = {file: file.read_bytes() for file in (path / "out").glob("*.json")}
     assert call(capsys, path / "out", "--take", path / "raw", "--commit", "def")[0] == 0
     assert before == {file: file.read_bytes() for file in (path / "out").glob("*.json")}
+
+
+def test_fine_tuned_models_are_reported_beside_the_others(place, capsys):
+    path = place("span", 0, range=evaluation({2: 10, 3: 10}))
+    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    with Image.open(path / "out" / "accuracy.png") as image:
+        narrow = image.size[0]
+    place("smollm2", 0, run=tuned_run_of("smollm2", 0), range=evaluation({2: 10, 3: 9}), long=evaluation({20: 10, 50: 4}))
+    place("smollm2_dense", 2, run=tuned_run_of("smollm2_dense", 2), range=evaluation({2: 10, 3: 10}))
+    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    page = (path / "out.md").read_text()
+    tuned = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus arithmetic"
+    assert f"| `smollm2` | SmolLM2-135M, LoRA, span mask | `finetune-lora {tuned}` | 0 |" in page
+    assert f"python train.py finetune-lora --run-dir runs/smollm2-0 {tuned}\n" in page
+    assert f"python train.py finetune-lora --run-dir runs/smollm2_dense-2 {tuned} --mask dense --seed 2\n" in page
+    assert "| `smollm2` | 50 | 100 | 4 of 10 (16.8% to 68.7%) |" in page and "| `smollm2` | 2-3 | 19 of 20 " in page
+    assert "| `smollm2` | 0 | 1,500 x 64 x 512 | - |" in page
+    assert "- `smollm2_dense`, seed 2: length generalization, right answers per second" in page
+    assert "smollm2" not in page[page.index("<!-- targets") : page.index("<!-- range")]  # no target was set for them
+    with Image.open(path / "out" / "accuracy.png") as image:
+        assert image.size[0] > narrow  # a panel of their own
+
+
+def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys):
+    (tmp_path / "out.md").write_text(PAGE)
+    assert call(capsys, tmp_path / "out")[0] == 0
+    page = (tmp_path / "out.md").read_text()
+    for section in ("range", "long", "errors", "speed", "training", "commands"):
+        assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
+    assert page.count(": not trained") == len(report.ARMS) and not list(tmp_path.rglob("*.png"))
 
 
 def _remove(file):
