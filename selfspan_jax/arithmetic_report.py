@@ -245,16 +245,20 @@ def targets(trials: Sequence[Trial]) -> str:
 
 
 def _plot_accuracy(axes: Axes, trials: Sequence[Trial], kind: str) -> bool:
-    """All steps right by number of operators, of all seeds: the 95% interval as a bar, and single seeds as points."""
+    """All steps right by number of operators, of all seeds: the 95% interval as a bar, and single seeds as points.
+
+    Arms stand a little aside of each other, for many are right on everything.
+    """
     arms = by_arm(trials, kind)
-    for arm, own in arms.items():
-        lengths, color = _lengths(own, kind), EXPERIMENT.color(arm)
+    for place, (arm, own) in enumerate(arms.items()):
+        lengths, color, aside = _lengths(own, kind), EXPERIMENT.color(arm), place - (len(arms) - 1) / 2
+        x = [ops * 1.015**aside if kind == "long" else ops + 0.1 * aside for ops in lengths]
         tallies = [_tally(own, kind, "step_accuracy", [ops]) for ops in lengths]
-        axes.plot(lengths, [100 * tally.share for tally in tallies], color=color, marker=".", linewidth=1, label=arm)
+        axes.plot(x, [100 * tally.share for tally in tallies], color=color, marker=".", linewidth=1, label=arm)
         low, high = ([100 * tally.interval[side] for tally in tallies] for side in (0, 1))
-        axes.vlines(lengths, low, high, color=color, linewidth=1, alpha=0.5)
-        points = [(ops, 100 * share) for ops, tally in zip(lengths, tallies) for share in tally.by_seed]
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=6, color=color, alpha=0.5)
+        axes.vlines(x, low, high, color=color, linewidth=1, alpha=0.5)
+        points = [(at, 100 * share) for at, tally in zip(x, tallies) for share in tally.by_seed]
+        axes.scatter([at for at, _ in points], [share for _, share in points], s=6, color=color, alpha=0.5)
     axes.set(ylabel="all steps right, %")
     if kind == "long" and arms:
         axes.set(ylim=(-3, 103))

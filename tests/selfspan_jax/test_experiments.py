@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shlex
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -109,16 +108,6 @@ def test_runs_that_name_no_label_jumps_had_none(kept):
     trials = arithmetic_report.EXPERIMENT.load(path)
     assert [trial.run["corpus"]["label_jumps"] for trial in trials] == [0, 0]
     assert "--label-jumps 0" in arithmetic_report.EXPERIMENT.command(trials[0])
-
-
-def test_the_kept_runs_of_span_without_jumps_can_be_renamed(tmp_path):
-    """They are older than the setting."""
-    for file in (Path(__file__).parents[2] / "docs/arithmetic").glob("*-?.*.json"):
-        arm, _, rest = file.name.partition("-")
-        if arm in ("span", "consecutive") and "label_jumps" not in file.read_text():
-            (tmp_path / f"consecutive-{rest}").write_bytes(file.read_bytes())
-    trials = arithmetic_report.EXPERIMENT.load(tmp_path)
-    assert [(trial.arm, trial.seed) for trial in trials] == [("consecutive", 0), ("consecutive", 1), ("consecutive", 2)]
 
 
 REFUSED = {

@@ -91,8 +91,7 @@ def rows_of(page, section):
 
 def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
     """If this fails, run `python -m selfspan_jax.news_report docs/news`."""
-    # Two plots of two panels are some 100,000; each of five arms has 4,000 a seed.
-    check_page(report, "news", tmp_path, capsys, max_bytes=200_000)
+    check_page(report, "news", tmp_path, capsys, max_bytes=100_000)
 
 
 @pytest.mark.parametrize("there", [False, True])
