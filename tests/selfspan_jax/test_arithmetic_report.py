@@ -9,15 +9,15 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
+import train
 from selfspan_jax import arithmetic_report as report
 from selfspan_jax.config import PRESETS, LoraConfig, fine_tuning
 from tests.selfspan_jax import reports
 
 call = functools.partial(reports.call, report)
 SMALL = PRESETS["arithmetic-small"]
-RUN = json.loads(
-    json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": {"labelling": "tree", "max_ops": 22}})
-)
+CORPORA = {"small": asdict(train.CORPORA["arithmetic-small"]), "tuned": asdict(train.TUNING_CORPORA["arithmetic"])}
+RUN = json.loads(json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": CORPORA["small"]}))
 PAGE = "".join(
     f"<!-- {name} -->\n<!-- end -->\n"
     for name in ("arms", "targets", "range", "long", "errors", "speed", "training", "not run", "commands")
@@ -39,7 +39,7 @@ def tuned_run_of(arm, seed):
     """Fine-tuning writes other parts (test_experiments.py compares with train.py itself)."""
     attention, training = fine_tuning("arithmetic", adapters=True)
     run = {"attention": asdict(attention) | {"mask": "dense" if arm.endswith("dense") else "span"}, "lora": asdict(LoraConfig())}
-    run |= {"base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}, "corpus": {"max_ops": 22, "num_labels": 64}}
+    run |= {"base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}, "corpus": CORPORA["tuned"]}
     return json.loads(json.dumps(run | {"training": training.identity | {"seed": seed}}))
 
 
