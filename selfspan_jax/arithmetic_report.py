@@ -2,35 +2,93 @@
 
     python -m selfspan_jax.arithmetic_report docs/arithmetic
 
-Of the page beside the results directory (docs/arithmetic.md) what stands between `<!-- NAME -->` and `<!-- end -->` is written anew.
 `--take DIR` first adds, reduced to what is used here, what train.py and decode.py eval left in DIR under the names of
-`arithmetic_results` (there metrics.jsonl is the curve). What was not run is not made up: the page says so.
+`experiments` (there metrics.jsonl is the curve).
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from selfspan_jax.arithmetic_results import ARMS, EVALUATIONS, Tally, Trial, digest, load, take
+from selfspan_jax.experiments import Arm, Experiment, Plot, Tally, Trial, by_arm, picked, table, targets_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_CORPUS = {
+    **{"min_ops": 2, "max_ops": 22, "uniform_weight": 0.6, "balanced_weight": 0.2, "left_comb_weight": 0.2},
+    **{"max_digits": 2, "negative_fraction": 0.1, "max_value": 999},
+    **{"labelling": "tree", "num_labels": 512, "label_jumps": 0, "names_first_step": True},
+}
+_TUNING_CORPUS = _CORPUS | {"num_labels": 64}
+_SMALL = functools.partial(Arm, preset="arithmetic-small", corpus=_CORPUS)
+_BASE = "--batch-size 128 --steps 2000"  # a sixth of the preset's tokens: what four arms of this size could be given
+_TUNED = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus arithmetic"
+ARMS = {
+    "span": _SMALL("span tokens and span mask"),
+    "consecutive": _SMALL("as span, labels of an example always consecutive", options="--label-jumps 0"),
+    "dense": _SMALL("the same text, dense mask", options="--mask dense"),
+    "plain": _SMALL("text without span tokens, dense mask", options="--mask dense --labelling plain"),
+    "untagged": _SMALL("untagged prompt, headers see all", options="--labelling none --header-view all"),
+    "long": _SMALL(
+        "as plain, trained on 2-200 operators",
+        options="--mask dense --labelling plain --max-ops 200 --sequence-tokens 4096 --batch-size 16 --gap-scales 0",
+    ),
+    **{
+        f"base{name}": Arm(f"{words}, 114M parameters", "arithmetic-base", _CORPUS, f"{_BASE} {options}".strip())
+        for name, words, options in (
+            ("", "span tokens and span mask", ""),
+            ("_dense", "the same text, dense mask", "--mask dense"),
+            ("_plain", "text without span tokens, dense mask", "--mask dense --labelling plain"),
+            ("_untagged", "untagged prompt, headers see all", "--labelling none --header-view all"),
+        )
+    },
+    "smollm2": Arm("SmolLM2-135M, LoRA, span mask", "finetune-lora", _TUNING_CORPUS, _TUNED),
+    "smollm2_dense": Arm("SmolLM2-135M, LoRA, dense mask", "finetune-lora", _TUNING_CORPUS, f"{_TUNED} --mask dense"),
+}
+_SCORES = ("num_examples", "answer_accuracy", "step_accuracy", "span_accuracy", "attended_tokens", "attended_fraction", "first_errors")
+
+
+def reduced_evaluation(values: Any, where: str) -> dict[str, Any]:
+    """Of what `decode.py eval --json` wrote: the scores by number of operators, the speed at each batch size, and what decides them."""
+    kept = picked(values, ("seed", "attention", "device", "jax", "num_parameters", "by_ops", "sets"), where)
+    speeds = ("batch_size", "problems_per_second", "decode_seconds")
+    sets = {name: picked(own, ("context_tokens", "by_batch_size"), where) for name, own in kept["sets"].items()}
+    for own in sets.values():
+        own["by_batch_size"] = [picked(speed, speeds, where) for speed in own["by_batch_size"]]
+    return kept | {"by_ops": {name: picked(row, _SCORES, where) for name, row in kept["by_ops"].items()}, "sets": sets}
+
+
+def evaluation_options(evaluation: dict[str, Any]) -> str:
+    names = list(evaluation["sets"])
+    total = sum(row["num_examples"] for row in evaluation["by_ops"].values())
+    low, _, high = names[0].partition("-")
+    which = f"--min-ops {low} --max-ops {high}" if high else f"--ops {','.join(names)}"
+    batches = ",".join(str(speed["batch_size"]) for speed in evaluation["sets"][names[0]]["by_batch_size"])
+    return f"--num-examples {total // len(names)} {which} --batch-size {batches}"
+
+
+EXPERIMENT = Experiment(
+    arms=ARMS,
+    kinds={
+        "range": "accuracy inside the training range",
+        "long": "length generalization",
+        "speed": "right answers per second",
+    },
+    reduced_evaluation=reduced_evaluation,
+    evaluation_options=evaluation_options,
+    panels={
+        "26M parameters": [arm for arm, own in ARMS.items() if own.preset == "arithmetic-small"],
+        "114M parameters, SmolLM2-135M": [arm for arm, own in ARMS.items() if own.preset != "arithmetic-small"],
+    },
+)
 _GROUPS = ((2, 8), (9, 15), (16, 22))
-
-
-def _with(trials: Sequence[Trial], kind: str) -> dict[str, list[Trial]]:
-    """The trials that have an evaluation, by arm."""
-    arms = {arm: [trial for trial in trials if trial.arm == arm and kind in trial.evaluations] for arm in ARMS}
-    return {arm: own for arm, own in arms.items() if own}
 
 
 def _rows(evaluation: dict[str, Any], ops: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -42,60 +100,38 @@ def _lengths(trials: Sequence[Trial], kind: str) -> list[int]:
     return sorted(set.intersection(*({int(name) for name in trial.evaluations[kind]["by_ops"]} for trial in trials)))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def arms_table(trials: Sequence[Trial]) -> str:
-    seeds = {arm: ", ".join(str(trial.seed) for trial in trials if trial.arm == arm) or "not run" for arm in ARMS}
-    rows = [(f"`{arm}`", own.words, f"`{f'{own.preset} {own.options}'.strip()}`", seeds[arm]) for arm, own in ARMS.items()]
-    return _table(("arm", "what it is", "`python train.py`", "seeds"), rows)
-
-
-def training_table(trials: Sequence[Trial]) -> str:
-    rows = []
-    for trial in trials:
-        settings, curve = trial.run["training"], trial.curve
-        done = f"{settings['steps']:,}"
-        if curve and curve["step"][-1] != settings["steps"]:
-            done = f"{curve['step'][-1]:,} of {done}"
-        cells = ["-"] * 5
-        if curve:
-            share = curve["bf16_peak_fraction"]
-            cells = [f"{curve['seconds']:,.0f}", f"{round(curve['tokens_per_second'], -3):,.0f}", "-" if share is None else f"{share:.1%}"]
-            cells += [f"{curve['input_wait_fraction']:.1%}", f"{curve['loss'][-1]:.2g}"]
-        rows.append((f"`{trial.arm}`", str(trial.seed), f"{done} x {settings['batch_size']} x {settings['sequence_tokens']}", *cells))
-    return _table(("arm", "seed", "steps x rows x tokens", "seconds", "tokens/s", "of the bf16 peak", "input wait", "last loss"), rows)
+def _tally(trials: Sequence[Trial], kind: str, accuracy: str, ops: Sequence[int] | None = None) -> Tally:
+    """Of an evaluation of several seeds, of some numbers of operators or of all."""
+    found = [_rows(trial.evaluations[kind], ops) for trial in trials]
+    return Tally.of(
+        [(sum(round(row[accuracy] * row["num_examples"]) for row in rows), sum(row["num_examples"] for row in rows)) for rows in found]
+    )
 
 
 def range_table(trials: Sequence[Trial]) -> str:
     rows = []
-    for arm, own in _with(trials, "range").items():
+    for arm, own in by_arm(trials, "range").items():
         lengths = _lengths(own, "range")
         groups = [[n for n in lengths if low <= n <= high] for low, high in _GROUPS]
         for ops in [*(group for group in groups if group and group != lengths), lengths]:
-            tallies = [str(Tally.of(own, "range", name, ops)) for name in ("answer_accuracy", "step_accuracy", "span_accuracy")]
+            tallies = [str(_tally(own, "range", name, ops)) for name in ("answer_accuracy", "step_accuracy", "span_accuracy")]
             tokens = mean([mean([row["attended_tokens"] for row in _rows(trial.evaluations["range"], ops)]) for trial in own])
             rows.append((f"`{arm}`", f"{ops[0]}-{ops[-1]}", *tallies, f"{tokens:.1f}"))
-    return (
-        _table(("arm", "operators", "answers", "all steps", "all spans minimal", "tokens attended, mean over lengths"), rows)
-        if rows
-        else "Not run."
-    )
+    return table(("arm", "operators", "answers", "all steps", "all spans minimal", "tokens attended, mean over lengths"), rows)
 
 
 def long_table(trials: Sequence[Trial]) -> str:
     rows = []
-    for arm, own in _with(trials, "long").items():
+    for arm, own in by_arm(trials, "long").items():
         for ops in _lengths(own, "long"):
-            tallies = [str(Tally.of(own, "long", name, [ops])) for name in ("answer_accuracy", "step_accuracy", "span_accuracy")]
+            tallies = [str(_tally(own, "long", name, [ops])) for name in ("answer_accuracy", "step_accuracy", "span_accuracy")]
             scores = [row for trial in own for row in _rows(trial.evaluations["long"], [ops])]
             context = mean([trial.evaluations["long"]["sets"][str(ops)]["context_tokens"] for trial in own])
             tokens, fraction = (mean([row[key] for row in scores]) for key in ("attended_tokens", "attended_fraction"))
             attended = f"{tokens:.1f} ({fraction:.1%})"
             rows.append((f"`{arm}`", str(ops), f"{context:,.0f}", *tallies, attended))
     head = ("arm", "operators", "tokens of context", "answers", "all steps", "all spans minimal", "tokens attended")
-    return _table(head, rows) if rows else "Not run."
+    return table(head, rows)
 
 
 def errors_table(trials: Sequence[Trial]) -> str:
@@ -103,7 +139,7 @@ def errors_table(trials: Sequence[Trial]) -> str:
     kinds = ("first label", "next label", "refs", "body", "eos")
     rows = []
     for kind in ("range", "long"):
-        for arm, own in _with(trials, kind).items():
+        for arm, own in by_arm(trials, kind).items():
             lengths = _lengths(own, kind)
             for ops in [lengths] if kind == "range" else [[n] for n in lengths]:
                 found = [row for trial in own for row in _rows(trial.evaluations[kind], ops)]
@@ -114,7 +150,9 @@ def errors_table(trials: Sequence[Trial]) -> str:
                     name = f"{ops[0]}-{ops[-1]}" if len(ops) > 1 else str(ops[0])
                     total = f"{sum(row['num_examples'] for row in found):,}"
                     rows.append((f"`{arm}`", name, total, *(str(errors[error]) for error in kinds)))
-    return _table(("arm", "operators", "examples", *kinds), rows) if rows else "No errors, in what was run."
+    if not rows and any({"range", "long"} & trial.evaluations.keys() for trial in trials):
+        return "No errors, in what was run."
+    return table(("arm", "operators", "examples", *kinds), rows)
 
 
 def _best(trials: Sequence[Trial], ops: int) -> tuple[float, int]:
@@ -144,7 +182,7 @@ class Ratio:
 
 def _ratios(trials: Sequence[Trial]) -> dict[int, Ratio]:
     """By number of operators."""
-    arms = _with(trials, "speed")
+    arms = by_arm(trials, "speed")
     if not {"span", "long"} <= arms.keys():
         return {}
     ratios = {}
@@ -155,7 +193,7 @@ def _ratios(trials: Sequence[Trial]) -> dict[int, Ratio]:
 
 
 def speed_table(trials: Sequence[Trial]) -> str:
-    arms, ratios, rows = _with(trials, "speed"), _ratios(trials), []
+    arms, ratios, rows = by_arm(trials, "speed"), _ratios(trials), []
     for arm, own in arms.items():
         for ops in _lengths(own, "speed"):
             rate, batch = _best(own, ops)
@@ -164,83 +202,63 @@ def speed_table(trials: Sequence[Trial]) -> str:
             ratio = str(ratios[ops]) if arm == "span" and ops in ratios else "-"
             cells = [
                 f"{mean([one['context_tokens'] for one in sets]):,.0f}",
-                str(Tally.of(own, "speed", "answer_accuracy", [ops])),
+                str(_tally(own, "speed", "answer_accuracy", [ops])),
             ]
             rows.append((f"`{arm}`", str(ops), *cells, f"{rate:,.1f}", f"{_answers(own, ops):,.1f}", f"{batch} of {tried}", ratio))
     head = ("arm", "operators", "tokens of context", "answers", "right answers/s", "answers/s", "best batch of those tried")
-    return _table((*head, "over `long` (were all its answers right)"), rows) if rows else "Not run."
+    return table((*head, "over `long` (were all its answers right)"), rows)
 
 
-def targets_table(trials: Sequence[Trial]) -> str:
-    arms, long_arms = _with(trials, "range"), _with(trials, "long")
+def targets(trials: Sequence[Trial]) -> str:
+    arms, long_arms = by_arm(trials, "range"), by_arm(trials, "long")
 
     def inside(arm: str) -> tuple[bool, str]:
-        tally = Tally.of(arms[arm], "range", "step_accuracy")
+        tally = _tally(arms[arm], "range", "step_accuracy")
         return tally.share >= 0.995, str(tally)
 
     def against(*pair: str) -> tuple[bool, str]:
-        span, dense = (Tally.of(arms[arm], "range", "step_accuracy") for arm in pair)
+        span, dense = (_tally(arms[arm], "range", "step_accuracy") for arm in pair)
         return span.share >= dense.share - max(span.spread, dense.spread), f"{span} against {dense}"
 
     def at_200() -> tuple[bool, str]:
-        tally = Tally.of(long_arms["span"], "long", "step_accuracy", [200])
+        tally = _tally(long_arms["span"], "long", "step_accuracy", [200])
         return tally.share >= 0.95, str(tally)
 
     def speed() -> tuple[bool, str]:
         ratio = _ratios(trials)[200]
         return ratio.measured >= 3, f"{ratio.measured:.2f}x; {ratio.were_all_right:.2f}x were all of the control's answers right"
 
+    def known(judge: Callable[..., tuple[bool, str]], *names: str) -> Callable[[], tuple[bool, str]] | None:
+        return functools.partial(judge, *names) if {*names} <= arms.keys() else None
+
     has_200 = "span" in long_arms and 200 in _lengths(long_arms["span"], "long")
-    targets: list[tuple[str, bool, Callable[[], tuple[bool, str]]]] = [
-        ("span, 2-22 operators: all steps right on 99.5%", "span" in arms, functools.partial(inside, "span")),
-        (
-            "not below the dense control by more than the seeds' spread",
-            {"span", "dense"} <= arms.keys(),
-            functools.partial(against, "span", "dense"),
-        ),
-        ("base, 2-22 operators: all steps right on 99.5%", "base" in arms, functools.partial(inside, "base")),
-        ("base not below its dense control", {"base", "base_dense"} <= arms.keys(), functools.partial(against, "base", "base_dense")),
-        ("span, 200 operators, trained on 22 at most: 95% right", has_200, at_200),
-        ("right answers per second at 200 operators: 3x the control trained there", 200 in _ratios(trials), speed),
-    ]
-    rows = []
-    for name, known, judge in targets:
-        reached, found = judge() if known else (False, "")
-        rows.append((name, ("yes: " if reached else "**no**: ") + found if known else "not run"))
-    return _table(("target", "reached"), rows)
-
-
-def not_run(trials: Sequence[Trial]) -> str:
-    lines = [f"- `{arm}` ({own.words}): not trained" for arm, own in ARMS.items() if arm not in {trial.arm for trial in trials}]
-    for trial in trials:
-        missing = [EVALUATIONS[kind] for kind in EVALUATIONS if kind not in trial.evaluations]
-        if missing:
-            lines.append(f"- `{trial.arm}`, seed {trial.seed}: {', '.join(missing)}")
-    return "\n".join(lines) or "Nothing: all arms were trained and evaluated."
-
-
-def commands(trials: Sequence[Trial]) -> str:
-    lines = []
-    for trial in trials:
-        machine = next((f"one {e['device']}, JAX {e['jax']}" for e in trial.evaluations.values()), "machine not recorded")
-        lines += [f"# {trial.arm}, seed {trial.seed}: {machine}, commit {trial.run['commit']}", trial.command]
-        for kind, evaluation in trial.evaluations.items():
-            other = "" if evaluation["commit"] == trial.run["commit"] else f"  # commit {evaluation['commit']}"
-            lines.append(trial.evaluation_command(kind) + other)
-    return "\n".join(["```", *lines, "```"])
+    return targets_table(
+        [
+            ("span, 2-22 operators: all steps right on 99.5%", known(inside, "span")),
+            ("not below the dense control by more than the seeds' spread", known(against, "span", "dense")),
+            ("base, 2-22 operators: all steps right on 99.5%", known(inside, "base")),
+            ("base not below its dense control", known(against, "base", "base_dense")),
+            ("span, 200 operators, trained on 22 at most: 95% right", at_200 if has_200 else None),
+            ("right answers per second at 200 operators: 3x the control trained there", speed if 200 in _ratios(trials) else None),
+        ]
+    )
 
 
 def _plot_accuracy(axes: Axes, trials: Sequence[Trial], kind: str) -> bool:
-    """All steps right by number of operators, of all seeds: the 95% interval as a bar, and single seeds as points."""
-    arms = _with(trials, kind)
-    for arm, own in arms.items():
-        lengths, color = _lengths(own, kind), f"C{list(ARMS).index(arm)}"
-        tallies = [Tally.of(own, kind, "step_accuracy", [ops]) for ops in lengths]
-        axes.plot(lengths, [100 * tally.share for tally in tallies], color=color, marker=".", linewidth=1, label=arm)
+    """All steps right by number of operators, of all seeds: the 95% interval as a bar, and single seeds as points.
+
+    Arms stand a little aside of each other, for many are right on everything.
+    """
+    arms = by_arm(trials, kind)
+    for place, (arm, own) in enumerate(arms.items()):
+        lengths, color, aside = _lengths(own, kind), EXPERIMENT.color(arm), place - (len(arms) - 1) / 2
+        x = [ops * 1.015**aside if kind == "long" else ops + 0.1 * aside for ops in lengths]
+        tallies = [_tally(own, kind, "step_accuracy", [ops]) for ops in lengths]
+        axes.plot(x, [100 * tally.share for tally in tallies], color=color, marker=".", linewidth=1, label=arm)
         low, high = ([100 * tally.interval[side] for tally in tallies] for side in (0, 1))
-        axes.vlines(lengths, low, high, color=color, linewidth=1, alpha=0.5)
-        points = [(ops, 100 * share) for ops, tally in zip(lengths, tallies) for share in tally.by_seed]
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=6, color=color, alpha=0.5)
+        axes.vlines(x, low, high, color=color, linewidth=1, alpha=0.5)
+        points = [(at, 100 * share) for at, tally in zip(x, tallies) for share in tally.by_seed]
+        axes.scatter([at for at, _ in points], [share for _, share in points], s=6, color=color, alpha=0.5)
     axes.set(ylabel="all steps right, %")
     if kind == "long" and arms:
         axes.set(ylim=(-3, 103))
@@ -261,20 +279,10 @@ def _by_length(axes: Axes, arms: dict[str, list[Trial]], kind: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _plot_loss(axes: Axes, trials: Sequence[Trial]) -> bool:
-    drawn = [trial for trial in trials if trial.curve]
-    for trial in drawn:
-        assert trial.curve
-        color = f"C{list(ARMS).index(trial.arm)}"
-        axes.plot(trial.curve["step"], trial.curve["loss"], color=color, linewidth=1, label=f"{trial.arm}, seed {trial.seed}")
-    axes.set(xlabel="step", ylabel="loss of a response token, nats", yscale="log")
-    return bool(drawn)
-
-
 def _plot_speed(axes: Axes, trials: Sequence[Trial]) -> bool:
-    arms, ratios = _with(trials, "speed"), _ratios(trials)
+    arms, ratios = by_arm(trials, "speed"), _ratios(trials)
     for arm, own in arms.items():
-        lengths, color = _lengths(own, "speed"), f"C{list(ARMS).index(arm)}"
+        lengths, color = _lengths(own, "speed"), EXPERIMENT.color(arm)
         axes.plot(lengths, [_best(own, ops)[0] for ops in lengths], marker="o", color=color, label=arm)
         axes.plot(lengths, [_answers(own, ops) for ops in lengths], linestyle=":", color=color, label=f"{arm}, wrong answers too")
     for ops, ratio in ratios.items():
@@ -286,83 +294,26 @@ def _plot_speed(axes: Axes, trials: Sequence[Trial]) -> bool:
     return bool(arms)
 
 
-PLOTS: dict[str, tuple[str, Callable[[Axes, Sequence[Trial]], bool]]] = {
-    "accuracy": (
-        "all steps right inside the training range",
-        lambda axes, trials: _plot_accuracy(axes, trials, "range"),
-    ),
-    "length": ("all steps right against the number of operators", lambda axes, trials: _plot_accuracy(axes, trials, "long")),
-    "speed": ("right answers per second against the number of operators", _plot_speed),
-    "loss": ("loss against steps", _plot_loss),
+PLOTS = {
+    "accuracy": Plot("all steps right inside the training range", lambda axes, trials: _plot_accuracy(axes, trials, "range")),
+    "length": Plot("all steps right against the number of operators", lambda axes, trials: _plot_accuracy(axes, trials, "long")),
+    "speed": Plot("right answers per second against the number of operators", _plot_speed),
 }
 
 
-def draw(trials: Sequence[Trial], results: Path) -> dict[str, str]:
-    """Draws what there is into the results directory; returns the page's line for each plot, empty where there is nothing to draw."""
-    from matplotlib.figure import Figure
-
-    lines = {}
-    for name, (words, plot) in PLOTS.items():
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        lines[name] = ""
-        if plot(axes, trials):
-            axes.legend(fontsize=7)
-            axes.grid(alpha=0.3)
-            figure.savefig(results / f"{name}.png", dpi=100, metadata={"Description": digest(results)})
-            lines[name] = f"\n\n![{words}]({results.name}/{name}.png)"
-        else:
-            (results / f"{name}.png").unlink(missing_ok=True)
-    return lines
-
-
 def sections(trials: Sequence[Trial], plots: dict[str, str]) -> dict[str, str]:
-    """What stands between the page's markers."""
+    """What stands between the page's markers, beside what every report has."""
     return {
-        "arms": arms_table(trials),
-        "targets": targets_table(trials),
+        "targets": targets(trials),
         "range": range_table(trials) + plots["accuracy"],
         "long": long_table(trials) + plots["length"],
         "errors": errors_table(trials),
         "speed": speed_table(trials) + plots["speed"],
-        "training": training_table(trials) + plots["loss"],
-        "not run": not_run(trials),
-        "commands": commands(trials),
     }
 
 
-def filled(page: str, sections: dict[str, str]) -> str:
-    """The page with its sections written anew. Raises ValueError for a page that lacks one."""
-    for name, text in sections.items():
-        begin = f"<!-- {name} -->\n"
-        before, _, rest = page.partition(begin)
-        _, end, after = rest.partition("<!-- end -->")
-        if not end or begin in rest:
-            raise ValueError(f"the page has not just one `<!-- {name} -->` line with an `<!-- end -->` line after it")
-        page = f"{before}{begin}\n{text}\n\n{end}{after}"
-    return page
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m selfspan_jax.arithmetic_report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path, help="directory of results; the page is the .md file of the same name beside it")
-    parser.add_argument("--take", type=Path, help="first add the results of this directory, reduced")
-    parser.add_argument("--commit", help="with --take: the commit that made them")
-    args = parser.parse_args(arguments)
-    page = args.results.with_name(f"{args.results.name}.md")
-    try:
-        if bool(args.take) != bool(args.commit):
-            raise ValueError("--take and --commit belong together")
-        if not page.is_file():
-            raise ValueError(f"{page}: no such page")
-        if args.take:
-            print("added: " + ", ".join(take(args.take, args.results, args.commit)))
-        trials = load(args.results)
-        page.write_text(filled(page.read_text(encoding="utf-8"), sections(trials, draw(trials, args.results))), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    print(f"{page}: {len(trials)} runs of {len({trial.arm for trial in trials})} arms")
-    return 0
+    return EXPERIMENT.main("selfspan_jax.arithmetic_report", (__doc__ or "").split("\n")[0], PLOTS, sections, arguments)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,27 @@
 """The report of the arithmetic experiments: the page says what the stored results say, and results that do not fit are refused."""
 
 import copy
+import functools
 import json
 import re
-import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import train
 from selfspan_jax import arithmetic_report as report
-from selfspan_jax.config import PRESETS
+from selfspan_jax.config import PRESETS, LoraConfig, fine_tuning
+from tests.selfspan_jax import reports
 
-ROOT = Path(__file__).parents[2]
+call = functools.partial(reports.call, report)
 SMALL = PRESETS["arithmetic-small"]
-RUN = json.loads(
-    json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": {"labelling": "tree", "max_ops": 22}})
-)
+CORPORA = {"small": asdict(train.CORPORA["arithmetic-small"]), "tuned": asdict(train.TUNING_CORPORA["arithmetic"])}
+RUN = json.loads(json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": CORPORA["small"]}))
 PAGE = "".join(
     f"<!-- {name} -->\n<!-- end -->\n"
     for name in ("arms", "targets", "range", "long", "errors", "speed", "training", "not run", "commands")
 )
-
-
-def call(capsys, *arguments):
-    """(exit status, stdout, stderr) of the command."""
-    try:
-        status = report.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
 
 
 def run_of(arm, seed):
@@ -42,6 +33,14 @@ def run_of(arm, seed):
         run["corpus"] |= {"labelling": "plain", "max_ops": 200}
         run["training"] |= {"sequence_tokens": 4096, "batch_size": 16, "gap_scales": [0]}
     return run
+
+
+def tuned_run_of(arm, seed):
+    """Fine-tuning writes other parts (test_experiments.py compares with train.py itself)."""
+    attention, training = fine_tuning("arithmetic", adapters=True)
+    run = {"attention": asdict(attention) | {"mask": "dense" if arm.endswith("dense") else "span"}, "lora": asdict(LoraConfig())}
+    run |= {"base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}, "corpus": CORPORA["tuned"]}
+    return json.loads(json.dumps(run | {"training": training.identity | {"seed": seed}}))
 
 
 def evaluation(scores, rates=((8, 10.0),)):
@@ -76,19 +75,10 @@ def place(tmp_path):
 
 def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
     """If this fails, run `python -m selfspan_jax.arithmetic_report docs/arithmetic`."""
-    shutil.copytree(ROOT / "docs/arithmetic", tmp_path / "arithmetic")
-    page = (ROOT / "docs/arithmetic.md").read_text()
+    page = reports.check_page(report, "arithmetic", tmp_path, capsys, max_bytes=300_000)
     for name in ("arms", "range", "long", "training", "commands"):
         assert re.search(rf"<!-- {name} -->\n\n[|`]", page)
-    # Emptied first, so that nothing can be left standing.
-    (tmp_path / "arithmetic.md").write_text(re.sub(r"(<!-- (?!end)[\w ]+ -->\n).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL))
-    assert call(capsys, tmp_path / "arithmetic")[0] == 0
-    assert (tmp_path / "arithmetic.md").read_text() == page
-    plots = re.findall(r"\]\(arithmetic/(\w+\.png)\)", page)
-    assert {"accuracy.png", "length.png", "loss.png"} <= set(plots)
-    for plot in plots:  # and they were drawn from these results
-        assert Image.open(ROOT / "docs/arithmetic" / plot).text["Description"] == report.digest(ROOT / "docs/arithmetic"), plot
-    assert sum(file.stat().st_size for file in (ROOT / "docs/arithmetic").iterdir()) < 300_000
+    assert {"accuracy.png", "length.png", "loss.png"} <= {*re.findall(r"\]\(arithmetic/(\w+\.png)\)", page)}
 
 
 def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
@@ -139,6 +129,36 @@ def test_a_curve_is_reduced_to_its_means_and_its_time(place, capsys):
     assert before == {file: file.read_bytes() for file in (path / "out").glob("*.json")}
 
 
+def test_fine_tuned_models_are_reported_beside_the_others(place, capsys):
+    path = place("span", 0, range=evaluation({2: 10, 3: 10}))
+    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    with Image.open(path / "out" / "accuracy.png") as image:
+        narrow = image.size[0]
+    place("smollm2", 0, run=tuned_run_of("smollm2", 0), range=evaluation({2: 10, 3: 9}), long=evaluation({20: 10, 50: 4}))
+    place("smollm2_dense", 2, run=tuned_run_of("smollm2_dense", 2), range=evaluation({2: 10, 3: 10}))
+    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    page = (path / "out.md").read_text()
+    tuned = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus arithmetic"
+    assert f"| `smollm2` | SmolLM2-135M, LoRA, span mask | `finetune-lora {tuned}` | 0 |" in page
+    assert f"python train.py finetune-lora --run-dir runs/smollm2-0 {tuned}\n" in page
+    assert f"python train.py finetune-lora --run-dir runs/smollm2_dense-2 {tuned} --mask dense --seed 2\n" in page
+    assert "| `smollm2` | 50 | 100 | 4 of 10 (16.8% to 68.7%) |" in page and "| `smollm2` | 2-3 | 19 of 20 " in page
+    assert "| `smollm2` | 0 | 1,500 x 64 x 512 | - |" in page
+    assert "- `smollm2_dense`, seed 2: length generalization, right answers per second" in page
+    assert "smollm2" not in page[page.index("<!-- targets") : page.index("<!-- range")]  # no target was set for them
+    with Image.open(path / "out" / "accuracy.png") as image:
+        assert image.size[0] > narrow  # a panel of their own
+
+
+def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys):
+    (tmp_path / "out.md").write_text(PAGE)
+    assert call(capsys, tmp_path / "out")[0] == 0
+    page = (tmp_path / "out.md").read_text()
+    for section in ("range", "long", "errors", "speed", "training", "commands"):
+        assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
+    assert page.count(": not trained") == len(report.ARMS) and not list(tmp_path.rglob("*.png"))
+
+
 def _remove(file):
     def change(path):
         (path / file).unlink()
@@ -158,8 +178,8 @@ BAD = {
     "no JSON": (_rewrite("raw/span-0.range.json", '{"by_ops"'), "span-0.range.json: not JSON"),
     "another version": (_rewrite("raw/span-0.range.json", '{"seed": 1}'), "has no 'attention'; not written by this version"),
     "another seed": (_rewrite("raw/span-0.run.json", json.dumps(run_of("span", 4))), "span-0.run.json: is of seed 4"),
-    "another arm": (_rewrite("raw/dense-0.run.json", json.dumps(RUN)), "mask is span, but dense in the arm 'dense'"),
-    "no such arm": (_rewrite("raw/spam-0.run.json", "{}"), "of no arm that is known; allowed: span, dense"),
+    "another arm": (_rewrite("raw/dense-0.run.json", json.dumps(RUN)), "mask is span, but dense in this arm"),
+    "no such arm": (_rewrite("raw/spam-0.run.json", "{}"), "of no arm that is known; allowed: span, consecutive, dense, "),
     "a training without steps": (_rewrite("raw/span-0.metrics.jsonl", ""), "has no step"),
     "no page": (_remove("out.md"), "out.md: no such page"),
     "a page without tables": (_rewrite("out.md", "# Arithmetic"), "not just one `<!-- arms -->` line"),

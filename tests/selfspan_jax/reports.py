@@ -1,0 +1,37 @@
+"""What the tests of all reports do."""
+
+import re
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from selfspan_jax.experiments import digest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def call(report, capsys, *arguments):
+    """(exit status, stdout, stderr) of a report's command."""
+    try:
+        status = report.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def check_page(report, name, tmp_path, capsys, max_bytes):
+    """The page is what the stored results say, and its plots were drawn from them; returns the page."""
+    results, page = DOCS / name, (DOCS / f"{name}.md").read_text()
+    if results.exists():
+        shutil.copytree(results, tmp_path / name)
+    # Emptied first, so that nothing can be left standing.
+    (tmp_path / f"{name}.md").write_text(re.sub(r"(<!-- (?!end)[\w ]+ -->\n).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL))
+    assert call(report, capsys, tmp_path / name)[0] == 0
+    assert (tmp_path / f"{name}.md").read_text() == page
+    plots = re.findall(rf"\]\({name}/(\w+\.png)\)", page)
+    assert {file.name for file in results.glob("*.png")} == set(plots)
+    for plot in plots:
+        assert Image.open(results / plot).text["Description"] == digest(results), plot
+    assert sum(file.stat().st_size for file in results.glob("*")) < max_bytes
+    return page
