@@ -9,6 +9,9 @@ BIN := .venv/bin
 
 .PHONY: demo test lint types clean
 
+# Where bytecode is not kept, each of the many processes that the tests start compiles all that it imports, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 demo: .venv/runtime
 	$(BIN)/python decode.py generate checkpoints/arithmetic-tiny "$(EXPR)"
 
