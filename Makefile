@@ -16,7 +16,7 @@ demo: .venv/runtime
 	$(BIN)/python decode.py generate checkpoints/arithmetic-tiny "$(EXPR)"
 
 test: .venv/development
-	$(BIN)/python -m pytest --numprocesses logical --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 lint: .venv/development
 	$(BIN)/ruff check .

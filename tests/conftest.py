@@ -38,7 +38,14 @@ def compiled_programs_of_one_file():
     gc.collect()
 
 
+# Files that take minutes, the longest first: begun last, one would leave the other processors idle. They count with
+# `--no-loadscope-reorder`; without it those of few tests come last, which are the longest.
+LONGEST = ["test_hosts", "test_commands", "test_sharding", "test_decoding", "test_lora", "test_huggingface", "test_docs", "test_training"]
+LONGEST += ["test_notebooks", "test_readme", "test_span_decode", "test_linear", "test_page", "test_benchmark"]
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and jax.default_backend() != "gpu":
         for item in gpu_items:
