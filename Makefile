@@ -9,11 +9,14 @@ BIN := .venv/bin
 
 .PHONY: demo test lint types clean
 
+# Where bytecode is not kept, each of the many processes that the tests start compiles all that it imports, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 demo: .venv/runtime
 	$(BIN)/python decode.py generate checkpoints/arithmetic-tiny "$(EXPR)"
 
 test: .venv/development
-	$(BIN)/python -m pytest --numprocesses logical --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 lint: .venv/development
 	$(BIN)/ruff check .
