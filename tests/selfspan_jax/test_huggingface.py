@@ -320,6 +320,25 @@ def test_a_real_model_is_what_transformers_makes_of_the_same_file(lm):
     np.testing.assert_array_equal(out.response_ids, written[: len(out.response_ids)])
 
 
+@NEEDS_SMOLLM2
+def test_the_shipped_adapter_evaluates_on_the_real_model():
+    """With it the model writes spans, which without it it cannot; without its base it is refused (tests/selfspan_jax/test_lora.py)."""
+    lm = SpanLM.load("checkpoints/smollm2-arithmetic", base=smollm2())
+    out = lm.generate("((51+75)-(95*3))")
+    assert out.answer == "-159" and [step.refs for step in out.steps] == [(), (), (1, 2)]
+    assert out.attended_fraction < 0.7
+
+
+@NEEDS_SMOLLM2
+def test_the_shipped_news_adapter_names_what_it_writes_from():
+    lm = SpanLM.load("checkpoints/smollm2-news", base=smollm2())
+    out = lm.generate((ROOT / "docs" / "article.txt").read_text())
+    assert [step.refs for step in out.steps] == [(2, 6, 8), (5, 10, 11)]
+    fire, cup = (step.text for step in out.steps)
+    assert all(fact in fire for fact in ("Oakton", "Anna Kessler", "14", "faulty cable"))
+    assert all(fact in cup for fact in ("Ivan Moreno", "63", "Millford", "Clara Frost"))
+
+
 def test_files_that_are_no_gguf_are_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUX" + bytes(100))
     with pytest.raises(ValueError, match="not a GGUF file"):
