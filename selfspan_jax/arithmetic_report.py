@@ -32,7 +32,8 @@ _BASE = "--batch-size 128 --steps 2000"  # a sixth of the preset's tokens: what 
 _TUNED = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus arithmetic"
 ARMS = {
     "span": _SMALL("span tokens and span mask"),
-    "consecutive": _SMALL("as span, labels of an example always consecutive", options="--label-jumps 0"),
+    "jumps": _SMALL("as span, labels jump at up to three places", options="--label-jumps 3"),
+    "jumps_10k": _SMALL("the same, twice the steps", options="--label-jumps 3 --steps 10000"),
     "dense": _SMALL("the same text, dense mask", options="--mask dense"),
     "plain": _SMALL("text without span tokens, dense mask", options="--mask dense --labelling plain"),
     "untagged": _SMALL("untagged prompt, headers see all", options="--labelling none --header-view all"),
@@ -220,9 +221,11 @@ def targets(trials: Sequence[Trial]) -> str:
         span, dense = (_tally(arms[arm], "range", "step_accuracy") for arm in pair)
         return span.share >= dense.share - max(span.spread, dense.spread), f"{span} against {dense}"
 
-    def at_200() -> tuple[bool, str]:
-        tally = _tally(long_arms["span"], "long", "step_accuracy", [200])
-        return tally.share >= 0.95, str(tally)
+    def at_200(arm: str) -> Callable[[], tuple[bool, str]] | None:
+        if arm not in long_arms or 200 not in _lengths(long_arms[arm], "long"):
+            return None
+        tally = _tally(long_arms[arm], "long", "step_accuracy", [200])
+        return lambda: (tally.share >= 0.95, str(tally))
 
     def speed() -> tuple[bool, str]:
         ratio = _ratios(trials)[200]
@@ -231,14 +234,13 @@ def targets(trials: Sequence[Trial]) -> str:
     def known(judge: Callable[..., tuple[bool, str]], *names: str) -> Callable[[], tuple[bool, str]] | None:
         return functools.partial(judge, *names) if {*names} <= arms.keys() else None
 
-    has_200 = "span" in long_arms and 200 in _lengths(long_arms["span"], "long")
     return targets_table(
         [
             ("span, 2-22 operators: all steps right on 99.5%", known(inside, "span")),
             ("not below the dense control by more than the seeds' spread", known(against, "span", "dense")),
             ("base, 2-22 operators: all steps right on 99.5%", known(inside, "base")),
             ("base not below its dense control", known(against, "base", "base_dense")),
-            ("span, 200 operators, trained on 22 at most: 95% right", at_200 if has_200 else None),
+            *((f"{arm}, 200 operators, trained on 22 at most: 95% right", at_200(arm)) for arm in ("span", "jumps", "base")),
             ("right answers per second at 200 operators: 3x the control trained there", speed if 200 in _ratios(trials) else None),
         ]
     )

@@ -116,7 +116,7 @@ class Experiment:
         if kind == "run":
             kept = reduced_run(values, self.arms[arm], int(seed), str(file))
         else:
-            kept = picked(values, _CURVE, str(file)) if kind == "curve" else self.reduced_evaluation(values, str(file))
+            kept = reduced_curve(values, str(file)) if kind == "curve" else self.reduced_evaluation(values, str(file))
         return file.name, kept | ({"commit": values["commit"]} if "commit" in values else {})
 
     def take(self, source: Path, results: Path, commit: str) -> list[str]:
@@ -332,7 +332,9 @@ def _check_alike(first: Trial, other: Trial, where: str) -> None:
 
 
 def reduced_metrics(rows: Sequence[dict[str, Any]], where: str) -> dict[str, Any]:
-    """Of a metrics.jsonl: the loss, as means over neighbouring rows; the time of all steps, compilation included; medians of rates."""
+    """Of a metrics.jsonl: the loss, as means over neighbouring rows; the time of all steps, compilation included; medians of rates;
+    and, where there is one, the run's own evaluation after its last step.
+    """
     keys = ("step", "loss", "steps_per_second", "tokens_per_second", "input_wait_fraction")
     logged = [picked(row, keys, where) for row in rows if "loss" in row]
     if not logged:
@@ -341,6 +343,7 @@ def reduced_metrics(rows: Sequence[dict[str, Any]], where: str) -> dict[str, Any
     blocks = [logged[start : start + size] for start in range(0, len(logged), size)]
     steps = [0, *(row["step"] for row in logged)]
     shares = [row["bf16_peak_fraction"] for row in rows if "bf16_peak_fraction" in row]
+    last = {key.removeprefix("eval/"): value for row in rows if row["step"] == steps[-1] for key, value in row.items() if "eval/" in key}
     return {
         "step": [block[-1]["step"] for block in blocks],
         "loss": [float(f"{mean(row['loss'] for row in block):.4g}") for block in blocks],
@@ -348,7 +351,13 @@ def reduced_metrics(rows: Sequence[dict[str, Any]], where: str) -> dict[str, Any
         "tokens_per_second": median(row["tokens_per_second"] for row in logged),
         "input_wait_fraction": median(row["input_wait_fraction"] for row in logged),
         "bf16_peak_fraction": median(shares) if shares else None,
+        **({"evaluation": last} if last else {}),
     }
+
+
+def reduced_curve(values: Any, where: str) -> dict[str, Any]:
+    """Of what `reduced_metrics` returned."""
+    return picked(values, _CURVE, where) | ({"evaluation": values["evaluation"]} if "evaluation" in values else {})
 
 
 def _read(file: Path) -> Any:

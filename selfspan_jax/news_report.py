@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,22 @@ def scores_table(trials: Sequence[Trial]) -> str:
     return table(("arm", "summaries", *_SCORES.values()), rows)
 
 
+def _own(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """The trials that were evaluated by their runs, by arm, as if that were all that there is of them."""
+    with_own = [trial for trial in trials if trial.curve and "evaluation" in trial.curve]
+    return by_arm([dataclasses.replace(trial, evaluations={"eval": trial.curve["evaluation"]}) for trial in with_own if trial.curve])
+
+
+def own_table(trials: Sequence[Trial]) -> str:
+    """The evaluation after the last step of training, of few articles, the same for all arms."""
+    keys = [*_SCORES, "attended_fraction"]
+    rows = []
+    for arm, own in _own(trials).items():
+        cells = [str(_all_facts_right(own)) if key == "all_facts_right" else _cell(own, key) for key in keys]
+        rows.append((f"`{arm}`", f"{_all_facts_right(own).num_examples:,}", *cells))
+    return table(("arm", "summaries", *_SCORES.values(), "attended, of the context"), rows)
+
+
 def reading_table(trials: Sequence[Trial]) -> str:
     rows = [(f"`{arm}`", *(_cell(own, key) for key in _READING)) for arm, own in by_arm(trials, "eval").items()]
     return table(("arm", *_READING.values()), rows)
@@ -126,13 +143,16 @@ def speed_table(trials: Sequence[Trial]) -> str:
 
 
 def targets(trials: Sequence[Trial]) -> str:
-    arms = by_arm(trials, "eval")
+    arms, own = by_arm(trials, "eval"), _own(trials)
 
     def rouge(arm: str) -> Callable[[], tuple[bool, str]] | None:
-        if not {arm, CONTROLS[arm]} <= arms.keys():
-            return None
-        span, dense = (100 * mean(_values(arms[name], "rougeL")) for name in (arm, CONTROLS[arm]))
-        return lambda: (dense - span < 0.5, f"{span:.2f} against {dense:.2f}")
+        pair = (arm, CONTROLS[arm])
+        for found in (arms, own):  # the larger evaluation, if both have it
+            if {*pair} <= found.keys():
+                span, dense = (100 * mean(_values(found[name], "rougeL")) for name in pair)
+                summaries = found[arm][0].evaluations["eval"]["num_examples"]
+                return lambda: (dense - span < 0.5, f"{span:.2f} against {dense:.2f} ({summaries:,} summaries)")
+        return None
 
     def reading(arm: str) -> Callable[[], tuple[bool, str]] | None:
         if arm not in arms:
@@ -180,6 +200,7 @@ def sections(trials: Sequence[Trial], plots: dict[str, str]) -> dict[str, str]:
     return {
         "targets": targets(trials),
         "scores": scores_table(trials) + plots["scores"],
+        "own": own_table(trials),
         "reading": reading_table(trials),
         "speed": speed_table(trials),
     }

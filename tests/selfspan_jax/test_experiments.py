@@ -57,8 +57,8 @@ def test_an_arms_corpus_is_that_of_train(name, arm):
 
 
 CHANGED = {
-    ("arithmetic", "span"): "--seed 3 --label-jumps 2 --no-names-first-step --remat --gap-scales 0 8 --negative-fraction 0.25",
-    ("arithmetic", "consecutive"): "--seed 3 --data-parts 2",
+    ("arithmetic", "span"): "--seed 3 --label-jumps 2 --no-names-first-step --remat --gap-scales 0 8 --negative-fraction 0.05",
+    ("arithmetic", "jumps"): "--seed 3 --data-parts 2",
     ("arithmetic", "base_untagged"): "--seed 3 --learning-rate 2e-4",
     ("arithmetic", "smollm2_dense"): "--seed 3 --rank 8 --targets qkv_proj o_proj --min-ops 3 --prompt-window-tokens 4 --label-jumps 1",
     ("news", "prompt"): "--seed 3 --max-distractors 2 --max-prompt-tokens 880",
@@ -103,16 +103,18 @@ def kept(tmp_path):
 
 
 def test_runs_that_name_no_label_jumps_had_none(kept):
-    path = kept("arithmetic", "consecutive", 0, without=["label_jumps"])
-    kept("arithmetic", "consecutive", 1)
+    path = kept("arithmetic", "span", 0, without=["label_jumps"])
+    kept("arithmetic", "span", 1)
     trials = arithmetic_report.EXPERIMENT.load(path)
     assert [trial.run["corpus"]["label_jumps"] for trial in trials] == [0, 0]
-    assert "--label-jumps 0" in arithmetic_report.EXPERIMENT.command(trials[0])
+    kept("arithmetic", "jumps", 0, without=["label_jumps"])
+    with pytest.raises(ValueError, match="label_jumps is 0, but 3 in this arm"):
+        arithmetic_report.EXPERIMENT.load(path)
 
 
 REFUSED = {
-    "jumps": (("arithmetic", "span", 0, "consecutive"), {"label_jumps": 3}, "label_jumps is 3, but 0 in this arm"),
-    "one jump": (("arithmetic", "consecutive", 0), {"label_jumps": 1}, "label_jumps is 1, but 0 in this arm"),
+    "no jumps": (("arithmetic", "span", 0, "jumps"), {}, "label_jumps is 0, but 3 in this arm"),
+    "one jump": (("arithmetic", "jumps", 0), {"label_jumps": 1}, "label_jumps is 1, but 3 in this arm"),
     "another base": (("news", "smollm2", 0), {"init": "Other.gguf"}, "init is Other.gguf, but SmolLM2"),
     "another mask": (("arithmetic", "smollm2", 0, "smollm2_dense"), {}, "mask is span, but dense in this arm"),
     "a new model": (("news", "span", 0, "smollm2"), {}, "has no 'base'; not written by this version"),

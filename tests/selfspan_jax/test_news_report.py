@@ -21,7 +21,8 @@ from tests.selfspan_jax.reports import call, check_page
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
 PAGE = "".join(
-    f"<!-- {name} -->\n<!-- end -->\n" for name in ("arms", "targets", "scores", "reading", "speed", "training", "not run", "commands")
+    f"<!-- {name} -->\n<!-- end -->\n"
+    for name in ("arms", "targets", "scores", "own", "reading", "speed", "training", "not run", "commands")
 )
 
 
@@ -102,7 +103,7 @@ def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys, there):
     status, out, _ = call(report, capsys, tmp_path / "out")
     assert status == 0 and "0 runs of 0 arms" in out
     page = (tmp_path / "out.md").read_text()
-    for section in ("scores", "reading", "speed", "training", "commands"):
+    for section in ("scores", "own", "reading", "speed", "training", "commands"):
         assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
     assert {cells[-1] for name, cells in rows_of(page, "targets").items() if name not in ("target", "---")} == {"not run"}
     assert page.count(": not trained") == 5 and not list(tmp_path.rglob("*.png"))
@@ -131,7 +132,7 @@ def test_targets_are_judged_against_the_control_of_the_same_kind(place, capsys, 
     assert targets[f"`{span}`: ROUGE-L less than 0.5 points below `{control}`"] == ["not run"]
     place(control, rougeL=0.7070, attended_fraction_body=1.0)
     targets = rows_of(take(path, capsys), "targets")
-    assert targets[f"`{span}`: ROUGE-L less than 0.5 points below `{control}`"] == ["yes: 70.21 against 70.70"]
+    assert targets[f"`{span}`: ROUGE-L less than 0.5 points below `{control}`"] == ["yes: 70.21 against 70.70 (100 summaries)"]
     assert targets[f"`{span}`: body tokens attend to less than 25% of their context"] == ["yes: 24.9%"]
     assert targets[f"`{other}`: body tokens attend to less than 25% of their context"] == ["**no**: 90.0%"]
 
@@ -140,8 +141,35 @@ def test_targets_that_are_missed_are_said_to_be(place, capsys):
     path = place("span", rougeL=0.7019, attended_fraction_body=0.25)
     place("dense", rougeL=0.7070)
     targets = rows_of(take(path, capsys), "targets")
-    assert targets["`span`: ROUGE-L less than 0.5 points below `dense`"] == ["**no**: 70.19 against 70.70"]
+    assert targets["`span`: ROUGE-L less than 0.5 points below `dense`"] == ["**no**: 70.19 against 70.70 (100 summaries)"]
     assert targets["`span`: body tokens attend to less than 25% of their context"] == ["**no**: 25.0%"]
+
+
+def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, written, capsys):
+    """The last one of metrics.jsonl, and only if it is of the last step."""
+    path = place("span", rougeL=0.7100)
+
+    def trained(arm, rouge, last=20, **changes):
+        scores = {key: value for key, value in written.items() if isinstance(value, float | int)} | {
+            "num_examples": 8,
+            "all_facts_right": 0.5,
+        }
+        evaluation = {f"eval/{key}": value for key, value in (scores | {"rougeL": rouge} | changes).items()}
+        step = {"loss": 1.0, "steps_per_second": 2.0, "tokens_per_second": 3.0, "input_wait_fraction": 0.0}
+        rows = [{"step": 10, **step}, {"step": 10, **evaluation, "eval/rougeL": 0.1}, {"step": 20, **step}, {"step": last, **evaluation}]
+        (path / "raw" / f"{arm}-0.metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (path / "raw" / f"{arm}-0.run.json").write_text(json.dumps(run_of(arm, 0)))
+
+    trained("span", 0.7000)
+    trained("dense", 0.7040, attended_fraction=1.0)
+    trained("prompt", 0.9, last=10)
+    page = take(path, capsys)
+    assert rows_of(page, "targets")["`span`: ROUGE-L less than 0.5 points below `dense`"] == ["yes: 70.00 against 70.40 (8 summaries)"]
+    own = rows_of(page, "own")
+    assert own.keys() == {"arm", "---", "`span`", "`dense`"} and "`dense`" not in rows_of(page, "scores")
+    cells = dict(zip(own["arm"], own["`dense`"], strict=True))
+    assert (cells["summaries"], cells["ROUGE-L"], cells["attended, of the context"]) == ("8", "70.4", "100.0%")
+    assert cells["all facts right"].startswith("4 of 8 ") and "- `dense`, seed 0: scores, reading and speed" in page
 
 
 def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
