@@ -177,9 +177,10 @@ class Experiment:
     def not_run(self, trials: Sequence[Trial]) -> str:
         trained = by_arm(trials)
         lines = [f"- `{arm}` ({own.words}): not trained" for arm, own in self.arms.items() if arm not in trained]
-        for trial in trials:
-            if missing := [words for kind, words in self.kinds.items() if kind not in trial.evaluations]:
-                lines.append(f"- `{trial.arm}`, seed {trial.seed}: {', '.join(missing)}")
+        for kind, words in self.kinds.items():
+            missing = by_arm([trial for trial in trials if kind not in trial.evaluations])
+            names = [f"`{arm}` with seed {', '.join(str(trial.seed) for trial in own)}" for arm, own in missing.items()]
+            lines += [f"- {words}: {'; '.join(names)}"] if names else []
         return "\n".join(lines) or "Nothing: all arms were trained and evaluated."
 
     def commands(self, trials: Sequence[Trial]) -> str:

@@ -92,7 +92,7 @@ def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
     assert "spread | yes: 38 of 40" in page  # 5 points below, the seeds differ by 10
     assert "| `span` | 50 | 20 | 0 | 0 | 1 | 0 | 0 |" in page and "| `span` | 2-3 | 40 | 0 | 0 | 2 | 0 | 0 |" in page
     assert "- `plain` (text without span tokens, dense mask): not trained" in page and "- `long`" in page
-    assert "- `dense`, seed 0: length generalization, right answers per second" in page
+    assert "- length generalization: `dense` with seed 0\n- right answers per second: `span` with seed 0, 1; `dense` with seed 0\n" in page
     assert "python train.py arithmetic-small --run-dir runs/dense-0 --mask dense\n" in page
     assert "python train.py arithmetic-small --run-dir runs/span-1 --seed 1\n" in page
     assert "eval runs/span-1/model --seed 1 --num-examples 10 --ops 50 --batch-size 8\n" in page
@@ -144,7 +144,7 @@ def test_fine_tuned_models_are_reported_beside_the_others(place, capsys):
     assert f"python train.py finetune-lora --run-dir runs/smollm2_dense-2 {tuned} --mask dense --seed 2\n" in page
     assert "| `smollm2` | 50 | 100 | 4 of 10 (16.8% to 68.7%) |" in page and "| `smollm2` | 2-3 | 19 of 20 " in page
     assert "| `smollm2` | 0 | 1,500 x 64 x 512 | - |" in page
-    assert "- `smollm2_dense`, seed 2: length generalization, right answers per second" in page
+    assert re.search("^- length generalization: .*`smollm2_dense` with seed 2", page, re.MULTILINE)
     assert "smollm2" not in page[page.index("<!-- targets") : page.index("<!-- range")]  # no target was set for them
     with Image.open(path / "out" / "accuracy.png") as image:
         assert image.size[0] > narrow  # a panel of their own

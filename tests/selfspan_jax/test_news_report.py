@@ -169,7 +169,7 @@ def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, wri
     assert own.keys() == {"arm", "---", "`span`", "`dense`"} and "`dense`" not in rows_of(page, "scores")
     cells = dict(zip(own["arm"], own["`dense`"], strict=True))
     assert (cells["summaries"], cells["ROUGE-L"], cells["attended, of the context"]) == ("8", "70.4", "100.0%")
-    assert cells["all facts right"].startswith("4 of 8 ") and "- `dense`, seed 0: scores, reading and speed" in page
+    assert cells["all facts right"].startswith("4 of 8 ") and "- scores, reading and speed: `prompt` with seed 0; `dense` with seed 0" in page
 
 
 def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
