@@ -173,13 +173,13 @@ def targets(trials: Sequence[Trial]) -> str:
 _MARKS = {
     "rougeL": ("ROUGE-L", {"marker": "o", "markersize": 7}),
     "fact_accuracy": ("right facts, of those stated", {"marker": "s", "markersize": 7}),
-    "attended_fraction_body": ("context read by body tokens", {"marker": "|", "markersize": 14}),
+    "attended_fraction": ("context read by response tokens", {"marker": "|", "markersize": 14}),
 }
 
 
 def _plot_scores(axes: Axes, trials: Sequence[Trial]) -> bool:
-    """Of each arm, on its line: what it scores, and how little its body tokens read for it."""
-    arms = by_arm(trials, "eval")
+    """Of each arm, on its line: what its run found it to score, and how much it read for it."""
+    arms = _own(trials)
     for place, (arm, own) in enumerate(arms.items()):
         for key, (words, mark) in _MARKS.items():
             style: dict[str, Any] = {"linestyle": "", "fillstyle": "none", "markeredgewidth": 2, "color": EXPERIMENT.color(arm), **mark}
@@ -192,15 +192,15 @@ def _plot_scores(axes: Axes, trials: Sequence[Trial]) -> bool:
     return bool(arms)
 
 
-PLOTS = {"scores": Plot("ROUGE-L, fact accuracy and the share of the context that body tokens read", _plot_scores)}
+PLOTS = {"scores": Plot("ROUGE-L, fact accuracy and the share of the context that was read", _plot_scores)}
 
 
 def sections(trials: Sequence[Trial], plots: dict[str, str]) -> dict[str, str]:
     """What stands between the page's markers, beside what every report has."""
     return {
         "targets": targets(trials),
-        "scores": scores_table(trials) + plots["scores"],
-        "own": own_table(trials),
+        "scores": scores_table(trials),
+        "own": own_table(trials) + plots["scores"],
         "reading": reading_table(trials),
         "speed": speed_table(trials),
     }

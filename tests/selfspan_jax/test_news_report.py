@@ -73,6 +73,25 @@ def place(tmp_path, written):
     return write
 
 
+@pytest.fixture
+def trained(tmp_path, written):
+    """A function that writes the run of an arm and its metrics, with an evaluation at step 10 and one at step `last` of 20."""
+
+    def write(arm, rouge, last=20, **changes):
+        scores = {key: value for key, value in written.items() if isinstance(value, float | int)} | {
+            "num_examples": 8,
+            "all_facts_right": 0.5,
+        }
+        evaluation = {f"eval/{key}": value for key, value in (scores | {"rougeL": rouge} | changes).items()}
+        step = {"loss": 1.0, "steps_per_second": 2.0, "tokens_per_second": 3.0, "input_wait_fraction": 0.0}
+        rows = [{"step": 10, **step}, {"step": 10, **evaluation, "eval/rougeL": 0.1}, {"step": 20, **step}, {"step": last, **evaluation}]
+        (tmp_path / "raw" / f"{arm}-0.metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "raw" / f"{arm}-0.run.json").write_text(json.dumps(run_of(arm, 0)))
+        return tmp_path
+
+    return write
+
+
 def take(path, capsys):
     status, _, err = call(report, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
     assert status == 0, err
@@ -145,21 +164,9 @@ def test_targets_that_are_missed_are_said_to_be(place, capsys):
     assert targets["`span`: body tokens attend to less than 25% of their context"] == ["**no**: 25.0%"]
 
 
-def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, written, capsys):
+def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, trained, capsys):
     """The last one of metrics.jsonl, and only if it is of the last step."""
     path = place("span", rougeL=0.7100)
-
-    def trained(arm, rouge, last=20, **changes):
-        scores = {key: value for key, value in written.items() if isinstance(value, float | int)} | {
-            "num_examples": 8,
-            "all_facts_right": 0.5,
-        }
-        evaluation = {f"eval/{key}": value for key, value in (scores | {"rougeL": rouge} | changes).items()}
-        step = {"loss": 1.0, "steps_per_second": 2.0, "tokens_per_second": 3.0, "input_wait_fraction": 0.0}
-        rows = [{"step": 10, **step}, {"step": 10, **evaluation, "eval/rougeL": 0.1}, {"step": 20, **step}, {"step": last, **evaluation}]
-        (path / "raw" / f"{arm}-0.metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (path / "raw" / f"{arm}-0.run.json").write_text(json.dumps(run_of(arm, 0)))
-
     trained("span", 0.7000)
     trained("dense", 0.7040, attended_fraction=1.0)
     trained("prompt", 0.9, last=10)
@@ -169,7 +176,9 @@ def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, wri
     assert own.keys() == {"arm", "---", "`span`", "`dense`"} and "`dense`" not in rows_of(page, "scores")
     cells = dict(zip(own["arm"], own["`dense`"], strict=True))
     assert (cells["summaries"], cells["ROUGE-L"], cells["attended, of the context"]) == ("8", "70.4", "100.0%")
-    assert cells["all facts right"].startswith("4 of 8 ") and "- scores, reading and speed: `prompt` with seed 0; `dense` with seed 0" in page
+    assert (
+        cells["all facts right"].startswith("4 of 8 ") and "- scores, reading and speed: `prompt` with seed 0; `dense` with seed 0" in page
+    )
 
 
 def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
@@ -207,11 +216,13 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
     assert "# span, seed 0: one some GPU, JAX 1.0, commit abc" in page
 
 
-def test_fine_tuned_models_have_a_panel_of_their_own(place, capsys):
+def test_fine_tuned_models_have_a_panel_of_their_own(place, trained, capsys):
     path = place("span")
-    assert "(out/scores.png)" in take(path, capsys) and not (path / "out" / "loss.png").exists()
+    assert "scores.png" not in take(path, capsys) and not list(path.rglob("*.png"))
+    trained("span", 0.5)
+    assert "(out/scores.png)" in take(path, capsys) and (path / "out" / "loss.png").exists()
     one = width(path / "out" / "scores.png")
-    place("smollm2")
+    trained("smollm2", 0.5)
     take(path, capsys)
     assert width(path / "out" / "scores.png") > one
 
