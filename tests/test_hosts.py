@@ -191,18 +191,22 @@ def run(commands, environments):
 @pytest.mark.slow
 def test_the_launch_lines_of_one_machine_run(tmp_path):
     lines = launch_lines()
-    (timed,), (bench,), (rehearsal,) = lines["timed"], lines["bench"], lines["rehearsal"]
-    run([toy(timed, tmp_path / "timed", "--time-steps", 1)], [environment(2)])
-    figures = json.loads((tmp_path / "timed" / "throughput.json").read_text())
-    assert figures["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+    (rehearsal,) = lines["rehearsal"]
+    for words, size in zip(lines["timed"], ({"data": 2}, {"fsdp": 2}), strict=True):
+        run_dir = tmp_path / "-".join(size)
+        run([toy(words, run_dir, "--time-steps", 1)], [environment(2)])
+        figures = json.loads((run_dir / "throughput.json").read_text())
+        assert figures["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} | size
     variables = dict(word.split("=") for word in rehearsal[: rehearsal.index("python")])
     [(_, out, _)] = run([toy(rehearsal, tmp_path / "rehearsal")], [os.environ | variables])
     assert "steps on 8 x cpu (data=2,fsdp=2,tensor=2)" in out
-    arguments = bench[bench.index("decode.py") : bench.index("--json")]
-    arguments[arguments.index("--shape") : arguments.index("--shape") + 2] = ["checkpoints/arithmetic-tiny"]
-    small = ["--context", "96", "--steps", "8", "--batch-size", "2", "--json", str(tmp_path / "bench.json")]
-    run([[sys.executable, *arguments, *small]], [environment(2)])
-    assert json.loads((tmp_path / "bench.json").read_text())["plan"]["mesh"] == "tensor=2"
+    small = ["--context", "96", "--steps", "8", "--batch-size", "2", "--attention", "span", "--json", str(tmp_path / "bench.json")]
+    for words, mesh in zip(lines["bench"], ("tensor=2", "data=2"), strict=True):
+        arguments = words[words.index("decode.py") : words.index("--json")]
+        arguments[arguments.index("--shape") : arguments.index("--shape") + 2] = ["checkpoints/arithmetic-tiny"]
+        run([[sys.executable, *arguments, *small]], [environment(2)])
+        report = json.loads((tmp_path / "bench.json").read_text())
+        assert report["plan"]["mesh"] == mesh and report["rows"][0]["device_ms_by_kind"] == {}  # a CPU has no such events
 
 
 @pytest.mark.slow

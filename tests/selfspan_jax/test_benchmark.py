@@ -200,14 +200,14 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
     assert "does not fit: needs" in rows[0]["not_run"] and "ms_per_step" not in rows[0]
     assert rows[1]["ms_per_step"] > 0
 
-    def out_of_memory(*_):
+    def out_of_memory(*_, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
 
-    def broken(*_):
+    def broken(*_, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     measure = benchmark.measure_case
-    monkeypatch.setattr(benchmark, "measure_case", lambda *a: (out_of_memory if a[2].attention == "dense" else measure)(*a))
+    monkeypatch.setattr(benchmark, "measure_case", lambda *a, **o: (out_of_memory if a[2].attention == "dense" else measure)(*a, **o))
     rows = list(benchmark.sweep(shape, [Case("dense", 1, 256, 32), small], segments))
     assert rows[0]["not_run"] == "does not fit: the device ran out of memory" and rows[1]["ms_per_step"] > 0
     monkeypatch.setattr(benchmark, "measure_case", broken)
