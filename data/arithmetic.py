@@ -30,6 +30,7 @@ from data.streams import Split
 from data.vocab import DEFAULT_VOCAB, Vocab, check_json
 
 Labelling = Literal["tree", "none", "plain"]
+JumpsAt = Literal["any", "leaves"]
 
 MAX_DIGITS = 640  # the longest integer that every setting of Python converts to and from text
 CHUNK_EXAMPLES = 512  # the unit of random state, and of a worker's work
@@ -546,6 +547,8 @@ class Corpus:
       num_labels: Labels of the vocabulary; an example uses consecutive ones from a random offset.
       label_jumps: Most places at which the labels of an example jump ahead, near or far, so that children are named over
         distances that only longer expressions have. The label after a jump is not to be predicted. 0 for none.
+      jumps_at: Before which steps: "any", or "leaves", those that name nothing, so that a right child's label stays the one
+        before its parent's.
       names_first_step: The prompt ends in a <ref:k> that says which label the first step has.
     """
 
@@ -560,6 +563,7 @@ class Corpus:
     labelling: Labelling = "tree"
     num_labels: int = 512
     label_jumps: int = 0
+    jumps_at: JumpsAt = "any"
     names_first_step: bool = False
 
     name: ClassVar[str] = "arithmetic"
@@ -586,6 +590,8 @@ class Corpus:
             )
         if self.label_jumps < 0:
             raise ValueError(f"label_jumps is {self.label_jumps}: expected at least 0")
+        if self.jumps_at not in get_args(JumpsAt):
+            raise ValueError(f"jumps_at is {self.jumps_at!r}: expected one of {', '.join(get_args(JumpsAt))}")
         _check_labelling(self.labelling)
 
     @property
@@ -675,23 +681,30 @@ def _chunk(corpus: Corpus, vocab: Vocab, seed: int, split: Split, number: int) -
         expression = _draw(corpus, num_ops, uniform)
         while split_of(expression) != split:
             expression = _draw(corpus, num_ops, uniform)
-        labels = _draw_labels(corpus, vocab, num_ops, uniform, jumping)
+        labels = _draw_labels(corpus, vocab, expression, uniform, jumping)
         names = corpus.names_first_step
         example = encode(expression, vocab=vocab, labelling=corpus.labelling, first_label=labels[0], names_first_step=names)
         examples.append(example if labels[-1] - labels[0] == num_ops - 1 else relabelled(example, labels, vocab))
     return examples
 
 
-def _draw_labels(corpus: Corpus, vocab: Vocab, num_ops: int, uniform: Callable[[], float], jumping: Callable[[], float]) -> Sequence[int]:
+def _draw_labels(
+    corpus: Corpus, vocab: Vocab, expression: Expression, uniform: Callable[[], float], jumping: Callable[[], float]
+) -> Sequence[int]:
     """Labels of the operations of an example: one after the other but for jumps, whose sizes are log-uniform.
 
     Where they begin is drawn by `uniform`, which is called once whatever jumps; jumps are drawn by `jumping`.
     """
+    num_ops, postfix = expression.num_ops, expression.postfix
+    places: Sequence[int] = range(1, num_ops)
+    if corpus.jumps_at == "leaves":
+        operations = [i for i, node in enumerate(postfix) if type(node) is str]
+        places = [number for number in places if type(postfix[operations[number] - 1]) is type(postfix[operations[number] - 2]) is int]
     ahead = [0] * num_ops  # what a label is further than the one before, beyond one
     left = vocab.num_labels - 1 - num_ops
-    for _ in range(int(jumping() * (corpus.label_jumps + 1)) if corpus.label_jumps and num_ops > 1 else 0):
+    for _ in range(int(jumping() * (corpus.label_jumps + 1)) if corpus.label_jumps and places else 0):
         size = min(left, int((left + 1) ** jumping()))
-        ahead[1 + int(jumping() * (num_ops - 1))] += size
+        ahead[places[int(jumping() * len(places))]] += size
         left -= size
     first_label = vocab.first_label(num_ops + sum(ahead), uniform())
     return [first_label + number + jumped for number, jumped in enumerate(itertools.accumulate(ahead))]

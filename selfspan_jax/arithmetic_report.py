@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _CORPUS = {
     **{"min_ops": 2, "max_ops": 22, "uniform_weight": 0.6, "balanced_weight": 0.2, "left_comb_weight": 0.2},
     **{"max_digits": 2, "negative_fraction": 0.1, "max_value": 999},
-    **{"labelling": "tree", "num_labels": 512, "label_jumps": 0, "names_first_step": True},
+    **{"labelling": "tree", "num_labels": 512, "label_jumps": 0, "jumps_at": "any", "names_first_step": True},
 }
 _TUNING_CORPUS = _CORPUS | {"num_labels": 64}
 _SMALL = functools.partial(Arm, preset="arithmetic-small", corpus=_CORPUS)
@@ -34,6 +34,7 @@ ARMS = {
     "span": _SMALL("span tokens and span mask"),
     "jumps": _SMALL("as span, labels jump at up to three places", options="--label-jumps 3"),
     "jumps_10k": _SMALL("the same, twice the steps", options="--label-jumps 3 --steps 10000"),
+    "leaf_jumps": _SMALL("as jumps, before steps that name nothing", options="--label-jumps 3 --jumps-at leaves"),
     "dense": _SMALL("the same text, dense mask", options="--mask dense"),
     "plain": _SMALL("text without span tokens, dense mask", options="--mask dense --labelling plain"),
     "untagged": _SMALL("untagged prompt, headers see all", options="--labelling none --header-view all"),
@@ -240,7 +241,7 @@ def targets(trials: Sequence[Trial]) -> str:
             ("not below the dense control by more than the seeds' spread", known(against, "span", "dense")),
             ("base, 2-22 operators: all steps right on 99.5%", known(inside, "base")),
             ("base not below its dense control", known(against, "base", "base_dense")),
-            *((f"{arm}, 200 operators, trained on 22 at most: 95% right", at_200(arm)) for arm in ("span", "jumps", "base")),
+            *((f"{arm}, 200 operators, trained on 22 at most: 95% right", at_200(arm)) for arm in ("span", "jumps", "leaf_jumps", "base")),
             ("right answers per second at 200 operators: 3x the control trained there", speed if 200 in _ratios(trials) else None),
         ]
     )

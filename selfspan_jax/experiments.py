@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _CURVE = ("step", "loss", "seconds", "tokens_per_second", "input_wait_fraction", "bf16_peak_fraction")
 _CURVE_POINTS = 100
-_UNNAMED = {"label_jumps": 0}  # what settings were in runs that are older than them
+_UNNAMED = {"label_jumps": 0, "jumps_at": "any"}  # what settings were in runs that are older than them
 _LENGTHS = ("steps", "batch_size", "sequence_tokens")
 
 

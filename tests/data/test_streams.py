@@ -176,13 +176,35 @@ def test_labels_jump_at_places_that_are_not_to_be_predicted():
     assert {e.first_label for e in found} >= {1, 2, 50}
 
 
+def test_labels_that_jump_at_leaves_leave_a_right_child_the_label_before_its_parents():
+    """Read from the responses: a step after a jump names nothing, and all such steps are jumped to alike."""
+    corpus = Corpus(min_ops=8, max_ops=8, num_labels=100, label_jumps=3, jumps_at="leaves", left_comb_weight=0)
+    jumped, started, rights = 0, 0, 0
+    for example in take(corpus, 1500):
+        steps = re.findall(r"<seg:(\d+)>((?:<ref:\d+>)*)", corpus.vocab.decode(example.response_ids))
+        labels, names = [int(label) for label, _ in steps], [[int(i) for i in re.findall(r"\d+", refs)] for _, refs in steps]
+        for before, label, refs in zip(labels, labels[1:], names[1:]):
+            assert label > before and (label == before + 1 or not refs)
+            started += not refs
+            jumped += label > before + 1
+            if len(refs) == 2:
+                assert refs[1] == label - 1
+                rights += refs[0] < label - 20  # while the left one may be anywhere
+        assert len(example.unpredictable) == sum(after - before > 1 for before, after in itertools.pairwise(labels))
+    assert 0.2 < jumped / started < 0.8 and rights > 200
+    combs = take(Corpus(min_ops=5, max_ops=5, label_jumps=3, jumps_at="leaves", uniform_weight=0, balanced_weight=0), 50)
+    assert not any(len(example.unpredictable) for example in combs)  # whose only step that names nothing is the first
+
+
 @pytest.mark.parametrize("labels", [[1, 2], [1, 2, 2], [0, 1, 2], [3, 2, 1], [1, 2, 512]])
 def test_labels_that_cannot_be_are_refused(labels):
     with pytest.raises(ValueError, match="expected 3 that grow, from 1 to 511"):
         relabelled(encode("1+2+3+4"), labels, Corpus().vocab)
 
 
-@pytest.mark.parametrize("settings", [{"labelling": "none"}, {"labelling": "plain"}, {"label_jumps": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"labelling": "none"}, {"labelling": "plain"}, {"label_jumps": 3}, {"label_jumps": 3, "jumps_at": "leaves"}]
+)
 def test_arms_of_an_experiment_draw_the_same_expressions(settings):
     tagged, other = take(Corpus(), 200), take(Corpus(**settings), 200)
     assert [e.expression for e in tagged] == [e.expression for e in other]
@@ -203,6 +225,7 @@ def test_arms_of_an_experiment_draw_the_same_expressions(settings):
         ({"negative_fraction": 1.1}, "negative_fraction is 1.1: expected 0 to 1"),
         ({"max_digits": 0}, "max_digits is 0"),
         ({"label_jumps": -1}, "label_jumps is -1: expected at least 0"),
+        ({"jumps_at": "roots"}, "jumps_at is 'roots': expected one of any, leaves"),
         ({"max_digits": 3, "max_value": 998}, "max_value is 998: expected at least the largest operand, 999"),
         ({"labelling": "flat"}, "labelling is 'flat': expected one of tree, none"),
     ],
