@@ -204,9 +204,11 @@ def test_the_launch_lines_of_one_machine_run(tmp_path):
     for words, mesh in zip(lines["bench"], ("tensor=2", "data=2"), strict=True):
         arguments = words[words.index("decode.py") : words.index("--json")]
         arguments[arguments.index("--shape") : arguments.index("--shape") + 2] = ["checkpoints/arithmetic-tiny"]
-        run([[sys.executable, *arguments, *small]], [environment(2)])
+        [(_, out, _)] = run([[sys.executable, *arguments, *small]], [environment(2)])
         report = json.loads((tmp_path / "bench.json").read_text())
-        assert report["plan"]["mesh"] == mesh and report["rows"][0]["device_ms_by_kind"] == {}  # a CPU has no such events
+        (row,) = report["rows"]
+        assert out.startswith(f"2 x cpu ({mesh})") and report["plan"]["mesh"] == mesh
+        assert row["floor_ms"] > 0 and row["device_ms_by_kind"] == {}  # a CPU has no such events
 
 
 @pytest.mark.slow
