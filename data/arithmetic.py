@@ -303,7 +303,7 @@ def jumps_of(token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab)
 def _checked(expression: Expression | str, vocab: Vocab, labelling: Labelling, first_label: int) -> tuple[Expression, int]:
     if isinstance(expression, str):
         expression = parse(expression)
-    _check_labelling(labelling)
+    _check_one_of(Labelling, "labelling", labelling)
     if not expression.num_ops:
         raise ValueError(f"nothing to evaluate: {_quoted(expression.text)} has no operator")
     first_label = operator.index(first_label)
@@ -317,9 +317,10 @@ def _checked(expression: Expression | str, vocab: Vocab, labelling: Labelling, f
     return expression, first_label
 
 
-def _check_labelling(labelling: str) -> None:
-    if labelling not in get_args(Labelling):
-        raise ValueError(f"labelling is {labelling!r}: expected one of {', '.join(get_args(Labelling))}")
+def _check_one_of(choices: Any, name: str, value: str) -> None:
+    """Raises ValueError for a value that is none of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(get_args(choices))}")
 
 
 def _prompt(expression: Expression, vocab: Vocab, labelling: Labelling, first_label: int, names_first_step: bool) -> list[int]:
@@ -590,9 +591,8 @@ class Corpus:
             )
         if self.label_jumps < 0:
             raise ValueError(f"label_jumps is {self.label_jumps}: expected at least 0")
-        if self.jumps_at not in get_args(JumpsAt):
-            raise ValueError(f"jumps_at is {self.jumps_at!r}: expected one of {', '.join(get_args(JumpsAt))}")
-        _check_labelling(self.labelling)
+        _check_one_of(JumpsAt, "jumps_at", self.jumps_at)
+        _check_one_of(Labelling, "labelling", self.labelling)
 
     @property
     def shape_weights(self) -> tuple[float, float, float]:
@@ -695,11 +695,11 @@ def _draw_labels(
 
     Where they begin is drawn by `uniform`, which is called once whatever jumps; jumps are drawn by `jumping`.
     """
-    num_ops, postfix = expression.num_ops, expression.postfix
+    num_ops = expression.num_ops
     places: Sequence[int] = range(1, num_ops)
     if corpus.jumps_at == "leaves":
-        operations = [i for i, node in enumerate(postfix) if type(node) is str]
-        places = [number for number in places if type(postfix[operations[number] - 1]) is type(postfix[operations[number] - 2]) is int]
+        steps = _steps(expression)
+        places = [number for number in places if steps[number].left_step is steps[number].right_step is None]
     ahead = [0] * num_ops  # what a label is further than the one before, beyond one
     left = vocab.num_labels - 1 - num_ops
     for _ in range(int(jumping() * (corpus.label_jumps + 1)) if corpus.label_jumps and places else 0):
@@ -797,7 +797,7 @@ class ArithmeticTask:
     name = "arithmetic"
 
     def __post_init__(self) -> None:
-        _check_labelling(self.labelling)
+        _check_one_of(Labelling, "labelling", self.labelling)
         if type(self.names_first_step) is not bool:
             raise ValueError(f"names_first_step is {self.names_first_step!r}: expected true or false")
 
