@@ -170,16 +170,19 @@ class Experiment:
     # -------------------------------------------------------------------------------------------------------------- tables
 
     def arms_table(self, trials: Sequence[Trial]) -> str:
-        seeds = {arm: ", ".join(str(trial.seed) for trial in trials if trial.arm == arm) or "not run" for arm in self.arms}
-        rows = [(f"`{arm}`", own.words, f"`{f'{own.preset} {own.options}'.strip()}`", seeds[arm]) for arm, own in self.arms.items()]
+        seeds = seeds_by_arm(trials)
+        rows = [
+            (f"`{arm}`", own.words, f"`{f'{own.preset} {own.options}'.strip()}`", seeds.get(arm, "not run"))
+            for arm, own in self.arms.items()
+        ]
         return table(("arm", "what it is", "`python train.py`", "seeds"), rows)
 
     def not_run(self, trials: Sequence[Trial]) -> str:
         trained = by_arm(trials)
         lines = [f"- `{arm}` ({own.words}): not trained" for arm, own in self.arms.items() if arm not in trained]
         for kind, words in self.kinds.items():
-            missing = by_arm([trial for trial in trials if kind not in trial.evaluations])
-            names = [f"`{arm}` with seed {', '.join(str(trial.seed) for trial in own)}" for arm, own in missing.items()]
+            missing = seeds_by_arm([trial for trial in trials if kind not in trial.evaluations])
+            names = [f"`{arm}` with seed {seeds}" for arm, seeds in missing.items()]
             lines += [f"- {words}: {'; '.join(names)}"] if names else []
         return "\n".join(lines) or "Nothing: all arms were trained and evaluated."
 
@@ -426,6 +429,11 @@ def by_arm(trials: Sequence[Trial], kind: str | None = None) -> dict[str, list[T
         if kind is None or kind in trial.evaluations:
             arms.setdefault(trial.arm, []).append(trial)
     return arms
+
+
+def seeds_by_arm(trials: Sequence[Trial]) -> dict[str, str]:
+    """For people."""
+    return {arm: ", ".join(str(trial.seed) for trial in own) for arm, own in by_arm(trials).items()}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -90,28 +90,29 @@ def _all_facts_right(trials: Sequence[Trial]) -> Tally:
     return Tally.of([(round(share * num_examples), num_examples) for share, num_examples in counts])
 
 
+def _scores_table(arms: Mapping[str, Sequence[Trial]], **more: str) -> str:
+    """A row for each arm; `more` of what its evaluations have, by name: the column's head."""
+    columns, rows = _SCORES | more, []
+    for arm, own in arms.items():
+        right = _all_facts_right(own)
+        cells = [str(right) if key == "all_facts_right" else _cell(own, key) for key in columns]
+        rows.append((f"`{arm}`", f"{right.num_examples:,}", *cells))
+    return table(("arm", "summaries", *columns.values()), rows)
+
+
 def scores_table(trials: Sequence[Trial]) -> str:
-    rows = []
-    for arm, own in by_arm(trials, "eval").items():
-        cells = [str(_all_facts_right(own)) if key == "all_facts_right" else _cell(own, key) for key in _SCORES]
-        rows.append((f"`{arm}`", f"{_all_facts_right(own).num_examples:,}", *cells))
-    return table(("arm", "summaries", *_SCORES.values()), rows)
+    return _scores_table(by_arm(trials, "eval"))
 
 
 def _own(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     """The trials that were evaluated by their runs, by arm, as if that were all that there is of them."""
-    with_own = [trial for trial in trials if trial.curve and "evaluation" in trial.curve]
-    return by_arm([dataclasses.replace(trial, evaluations={"eval": trial.curve["evaluation"]}) for trial in with_own if trial.curve])
+    found = ((trial, (trial.curve or {}).get("evaluation")) for trial in trials)
+    return by_arm([dataclasses.replace(trial, evaluations={"eval": evaluation}) for trial, evaluation in found if evaluation])
 
 
 def own_table(trials: Sequence[Trial]) -> str:
     """The evaluation after the last step of training, of few articles, the same for all arms."""
-    keys = [*_SCORES, "attended_fraction"]
-    rows = []
-    for arm, own in _own(trials).items():
-        cells = [str(_all_facts_right(own)) if key == "all_facts_right" else _cell(own, key) for key in keys]
-        rows.append((f"`{arm}`", f"{_all_facts_right(own).num_examples:,}", *cells))
-    return table(("arm", "summaries", *_SCORES.values(), "attended, of the context"), rows)
+    return _scores_table(_own(trials), attended_fraction="attended, of the context")
 
 
 def reading_table(trials: Sequence[Trial]) -> str:
