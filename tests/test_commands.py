@@ -155,7 +155,7 @@ def test_bench_skips_what_does_not_fit_and_streams(call, monkeypatch):
 
 @several
 def test_decoding_on_a_mesh_says_what_one_device_says(call, tmp_path):
-    """The same scores. Tokens: test_sharding.py, `generate`: test_docs.py, `bench`: test_hosts.py."""
+    """The same scores, and a benchmark whose bytes are those of one device. Tokens: test_sharding.py, `generate`: test_docs.py."""
     found = []
     for mesh in ([], ["--mesh", "data=2,tensor=2"]):
         arguments = ["--num-examples", 5, "--ops", "2", "--batch-size", 4, "--json", tmp_path / "found.json", *mesh]
@@ -164,6 +164,10 @@ def test_decoding_on_a_mesh_says_what_one_device_says(call, tmp_path):
         found.append(json.loads((tmp_path / "found.json").read_text()))
     same = [name for name in found[0] if name in ("num_examples", "attended_fraction", "attended_tokens") or "accuracy" in name]
     assert len(same) >= 6 and all(found[0][name] == found[1][name] for name in same)
+    status, out, err = call(decode.main, "bench", CHECKPOINT, *BENCH, "--mesh", "data=2,tensor=2", "--json", tmp_path / "bench.json")
+    assert (status, err) == (0, "") and out.startswith("4 x cpu (data=2,tensor=2)")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["dense", "span"] and all(row["floor_ms"] > 0 for row in rows)
 
 
 def damaged(tmp_path):

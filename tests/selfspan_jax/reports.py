@@ -1,11 +1,14 @@
 """What the tests of all reports do."""
 
+import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
 
+from selfspan_jax.config import LoraConfig, fine_tuning
 from selfspan_jax.experiments import digest
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -18,6 +21,14 @@ def call(report, capsys, *arguments):
     except SystemExit as end:
         status = end.code
     return status, *capsys.readouterr()
+
+
+def tuned_run(corpus_name, corpus, seed, **attention):
+    """The run.json of an adapter's fine-tuning, as train.py writes it (test_experiments.py compares with train.py itself)."""
+    tuned, training = fine_tuning(corpus_name, adapters=True)
+    run = {"attention": asdict(tuned) | attention, "base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}}
+    run |= {"lora": asdict(LoraConfig()), "training": training.identity | {"seed": seed}, "corpus": corpus}
+    return json.loads(json.dumps(run))
 
 
 def check_page(report, name, tmp_path, capsys, max_bytes):

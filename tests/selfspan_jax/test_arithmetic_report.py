@@ -11,7 +11,7 @@ from PIL import Image
 
 import train
 from selfspan_jax import arithmetic_report as report
-from selfspan_jax.config import PRESETS, LoraConfig, fine_tuning
+from selfspan_jax.config import PRESETS
 from tests.selfspan_jax import reports
 
 call = functools.partial(reports.call, report)
@@ -36,11 +36,7 @@ def run_of(arm, seed):
 
 
 def tuned_run_of(arm, seed):
-    """Fine-tuning writes other parts (test_experiments.py compares with train.py itself)."""
-    attention, training = fine_tuning("arithmetic", adapters=True)
-    run = {"attention": asdict(attention) | {"mask": "dense" if arm.endswith("dense") else "span"}, "lora": asdict(LoraConfig())}
-    run |= {"base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}, "corpus": CORPORA["tuned"]}
-    return json.loads(json.dumps(run | {"training": training.identity | {"seed": seed}}))
+    return reports.tuned_run("arithmetic", CORPORA["tuned"], seed, mask="dense" if arm.endswith("dense") else "span")
 
 
 def evaluation(scores, rates=((8, 10.0),)):

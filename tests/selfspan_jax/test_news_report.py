@@ -13,11 +13,11 @@ from PIL import Image
 from data import news
 from selfspan_jax import news_report as report
 from selfspan_jax import summaries
-from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, fine_tuning
+from selfspan_jax.config import PRESETS, ModelConfig
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from tests.selfspan_jax.reports import call, check_page
+from tests.selfspan_jax.reports import call, check_page, tuned_run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
 PAGE = "".join(
@@ -28,17 +28,12 @@ PAGE = "".join(
 
 def run_of(arm, seed):
     """As train.py writes it (test_experiments.py compares with train.py itself)."""
+    changes = {"mask": "dense"} if arm.endswith("dense") else {"header_view": "prompt"} if arm == "prompt" else {}
     if arm.startswith("smollm2"):
-        attention, training = fine_tuning("news", adapters=True)
-        base = {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}
-        run = {"attention": asdict(attention), "base": base, "lora": asdict(LoraConfig())}
-    else:
-        training = PRESETS["news-small"].training
-        run = {"model": asdict(PRESETS["news-small"].model), "data": None}
-    attention = run["attention" if arm.startswith("smollm2") else "model"]
-    attention |= {"mask": "dense"} if arm.endswith("dense") else {"header_view": "prompt"} if arm == "prompt" else {}
-    run |= {"training": training.identity | {"seed": seed}, "corpus": asdict(news.Corpus())}
-    return json.loads(json.dumps(run))
+        return tuned_run("news", asdict(news.Corpus()), seed, **changes)
+    preset = PRESETS["news-small"]
+    run = {"model": asdict(preset.model) | changes, "data": None, "training": preset.training.identity | {"seed": seed}}
+    return json.loads(json.dumps(run | {"corpus": asdict(news.Corpus())}))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +189,7 @@ def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
     cells = dict(zip(head, dense, strict=True))
     assert cells["fact accuracy"] == "12.3%" and cells["finished"] == "100.0%"
     assert rows_of(page, "reading")["`span`"][1] == "45.0 (40.0 to 50.0)" and rows_of(page, "reading")["`dense`"][-1] == "25.0%"
-    assert "- `prompt`" in page and "- `span`, seed" not in page
+    assert "- `prompt`" in page and "- scores, reading and speed: " not in page
 
 
 def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
