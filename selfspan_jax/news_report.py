@@ -27,6 +27,7 @@ ARMS = {
     "span": Arm("span tokens see everything, body tokens what is named", "news-small", _CORPUS),
     "prompt": Arm("as span, but span tokens see the prompt and what is named", "news-small", _CORPUS, "--header-view prompt"),
     "dense": Arm("the same text, dense mask", "news-small", _CORPUS, "--mask dense"),
+    "dense_18k": Arm("the same, three times the steps", "news-small", _CORPUS, "--mask dense --steps 18000"),
     "smollm2": Arm("SmolLM2-135M, LoRA, span mask", "finetune-lora", _CORPUS, _TUNED),
     "smollm2_dense": Arm("SmolLM2-135M, LoRA, dense mask", "finetune-lora", _CORPUS, f"{_TUNED} --mask dense"),
 }
