@@ -315,6 +315,8 @@ def reduced_run(values: Any, arm: Arm, seed: int, where: str) -> dict[str, Any]:
     if unknown := sorted(run["corpus"].keys() - arm.corpus.keys()):
         raise ValueError(f"{where}: {unknown[0]} is no setting of the arm's corpus")
     run["corpus"] = {key: value for key, value in _UNNAMED.items() if key in arm.corpus} | run["corpus"]
+    if not run["corpus"].get("label_jumps", True):
+        del run["corpus"]["jumps_at"]  # which says nothing then
     settings = {key: value for section in run.values() for key, value in section.items()}
     if "base" in run:  # which corpus it is was told by its settings
         settings |= {"init": picked(run["base"], ("name",), where)["name"], "corpus": arm.settings["corpus"]}

@@ -27,6 +27,7 @@ PAGE = "".join(
 def run_of(arm, seed):
     run = {name: copy.deepcopy(RUN[name]) for name in ("model", "training", "corpus")}
     run["training"]["seed"] = seed
+    run["corpus"]["label_jumps"] = 0
     if arm != "span":
         run["model"]["mask"] = "dense"
     if arm == "long":
@@ -89,8 +90,8 @@ def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
     assert "| `span` | 50 | 20 | 0 | 0 | 1 | 0 | 0 |" in page and "| `span` | 2-3 | 40 | 0 | 0 | 2 | 0 | 0 |" in page
     assert "- `plain` (text without span tokens, dense mask): not trained" in page and "- `long`" in page
     assert "- length generalization: `dense` with seed 0\n- right answers per second: `span` with seed 0, 1; `dense` with seed 0\n" in page
-    assert "python train.py arithmetic-small --run-dir runs/dense-0 --mask dense\n" in page
-    assert "python train.py arithmetic-small --run-dir runs/span-1 --seed 1\n" in page
+    assert "python train.py arithmetic-small --run-dir runs/dense-0 --mask dense --label-jumps 0\n" in page
+    assert "python train.py arithmetic-small --run-dir runs/span-1 --label-jumps 0 --seed 1\n" in page
     assert "eval runs/span-1/model --seed 1 --num-examples 10 --ops 50 --batch-size 8\n" in page
     assert "commit abc" in page and not (path / "out" / "speed.png").exists()
 
@@ -174,8 +175,8 @@ BAD = {
     "no JSON": (_rewrite("raw/span-0.range.json", '{"by_ops"'), "span-0.range.json: not JSON"),
     "another version": (_rewrite("raw/span-0.range.json", '{"seed": 1}'), "has no 'attention'; not written by this version"),
     "another seed": (_rewrite("raw/span-0.run.json", json.dumps(run_of("span", 4))), "span-0.run.json: is of seed 4"),
-    "another arm": (_rewrite("raw/dense-0.run.json", json.dumps(RUN)), "mask is span, but dense in this arm"),
-    "no such arm": (_rewrite("raw/spam-0.run.json", "{}"), "of no arm that is known; allowed: span, jumps, "),
+    "another arm": (_rewrite("raw/dense-0.run.json", json.dumps(run_of("span", 0))), "mask is span, but dense in this arm"),
+    "no such arm": (_rewrite("raw/spam-0.run.json", "{}"), "of no arm that is known; allowed: leaf_jumps, span, "),
     "a training without steps": (_rewrite("raw/span-0.metrics.jsonl", ""), "has no step"),
     "no page": (_remove("out.md"), "out.md: no such page"),
     "a page without tables": (_rewrite("out.md", "# Arithmetic"), "not just one `<!-- arms -->` line"),

@@ -57,7 +57,7 @@ def test_an_arms_corpus_is_that_of_train(name, arm):
 
 
 CHANGED = {
-    ("arithmetic", "span"): "--seed 3 --label-jumps 2 --no-names-first-step --remat --gap-scales 0 8 --negative-fraction 0.05",
+    ("arithmetic", "leaf_jumps"): "--seed 3 --label-jumps 2 --no-names-first-step --remat --gap-scales 0 8 --negative-fraction 0.05",
     ("arithmetic", "jumps"): "--seed 3 --data-parts 2",
     ("arithmetic", "base_untagged"): "--seed 3 --learning-rate 2e-4",
     ("arithmetic", "smollm2_dense"): "--seed 3 --rank 8 --targets qkv_proj o_proj --min-ops 3 --prompt-window-tokens 4 --label-jumps 1",
@@ -107,6 +107,7 @@ def test_runs_that_name_no_label_jumps_had_none(kept):
     kept("arithmetic", "span", 1)
     trials = arithmetic_report.EXPERIMENT.load(path)
     assert [trial.run["corpus"]["label_jumps"] for trial in trials] == [0, 0]
+    assert all("--jumps-at" not in arithmetic_report.EXPERIMENT.command(trial) for trial in trials)  # there is nothing to jump
     kept("arithmetic", "jumps", 0, without=["label_jumps"])
     with pytest.raises(ValueError, match="label_jumps is 0, but 3 in this arm"):
         arithmetic_report.EXPERIMENT.load(path)
@@ -133,14 +134,14 @@ def test_a_run_on_another_corpus_is_refused(kept, tmp_path):
         news_report.EXPERIMENT.load(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"label_jumps": 3}, {"steps": 6000}, {"prompt_view": "causal"}])
+@pytest.mark.parametrize("changes", [{"label_jumps": 2}, {"steps": 6000}, {"prompt_view": "causal"}])
 def test_seeds_of_different_settings_are_not_pooled(kept, changes):
-    kept("arithmetic", "span", 0, label_jumps=0, log_every_steps=7)
-    path = kept("arithmetic", "span", 1, label_jumps=0)
+    kept("arithmetic", "leaf_jumps", 0, log_every_steps=7)
+    path = kept("arithmetic", "leaf_jumps", 1)
     assert len(arithmetic_report.EXPERIMENT.load(path)) == 2
     ((key, value),) = changes.items()
-    kept("arithmetic", "span", 1, **{"label_jumps": 0, **changes})
-    with pytest.raises(ValueError, match=rf"in the arm 'span' {key} is \w+ with seed 0, but {value} with seed 1"):
+    kept("arithmetic", "leaf_jumps", 1, **changes)
+    with pytest.raises(ValueError, match=rf"in the arm 'leaf_jumps' {key} is \w+ with seed 0, but {value} with seed 1"):
         arithmetic_report.EXPERIMENT.load(path)
 
 
