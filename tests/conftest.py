@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import tempfile
 
 import hypothesis
@@ -12,6 +13,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32 on a GPU too, not TF32
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever asks for none sees the first
+
+# Without a GPU: what tests compile runs for moments, and to make it fast takes longer. Read when the first program is compiled.
+if not shutil.which("nvidia-smi"):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 # What one process of the tests has compiled the others read: those that they start, and those that run beside them. The first
 # makes the directory, empty; the others inherit its name. A bound on its size is what makes JAX lock it: else a program may be
