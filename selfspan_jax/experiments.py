@@ -443,12 +443,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) if rows else "Not run."
 
 
-def targets_table(targets: Iterable[tuple[str, Callable[[], tuple[bool, str]] | None]]) -> str:
-    """Of each target: in words, and what tells whether it is reached and by what; None where that was not run."""
+def targets_table(targets: Iterable[tuple[str, tuple[bool, str] | None]]) -> str:
+    """Of each target: in words, and whether it is reached, with what was found; None where that was not run."""
     rows = []
-    for words, judge in targets:
-        reached, found = judge() if judge else (False, "")
-        rows.append((words, ("yes: " if reached else "**no**: ") + found if judge else "not run"))
+    for words, judged in targets:
+        reached, found = judged or (False, "")
+        rows.append((words, ("yes: " if reached else "**no**: ") + found if judged else "not run"))
     return table(("target", "reached"), rows)
 
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -147,20 +147,20 @@ def speed_table(trials: Sequence[Trial]) -> str:
 def targets(trials: Sequence[Trial]) -> str:
     arms, own = by_arm(trials, "eval"), _own(trials)
 
-    def rouge(arm: str) -> Callable[[], tuple[bool, str]] | None:
+    def rouge(arm: str) -> tuple[bool, str] | None:
         pair = (arm, CONTROLS[arm])
         for found in (arms, own):  # the larger evaluation, if both have it
             if {*pair} <= found.keys():
                 span, dense = (100 * mean(_values(found[name], "rougeL")) for name in pair)
                 summaries = found[arm][0].evaluations["eval"]["num_examples"]
-                return lambda: (dense - span < 0.5, f"{span:.2f} against {dense:.2f} ({summaries:,} summaries)")
+                return dense - span < 0.5, f"{span:.2f} against {dense:.2f} ({summaries:,} summaries)"
         return None
 
-    def reading(arm: str) -> Callable[[], tuple[bool, str]] | None:
+    def reading(arm: str) -> tuple[bool, str] | None:
         if arm not in arms:
             return None
         values = _values(arms[arm], "attended_fraction_body")
-        return lambda: (bool(values) and mean(values) < 0.25, _cell(arms[arm], "attended_fraction_body"))
+        return bool(values) and mean(values) < 0.25, _cell(arms[arm], "attended_fraction_body")
 
     return targets_table(
         target
