@@ -252,7 +252,7 @@ def targets(trials: Sequence[Trial]) -> str:
     )
 
 
-def _plot_accuracy(axes: Axes, trials: Sequence[Trial], kind: str) -> bool:
+def _plot_accuracy(axes: Axes, trials: Sequence[Trial], kind: str) -> None:
     """All steps right by number of operators, of all seeds: the 95% interval as a bar, and single seeds as points.
 
     Arms stand a little aside of each other, for many are right on everything.
@@ -268,13 +268,12 @@ def _plot_accuracy(axes: Axes, trials: Sequence[Trial], kind: str) -> bool:
         points = [(at, 100 * share) for at, tally in zip(x, tallies) for share in tally.by_seed]
         axes.scatter([at for at, _ in points], [share for _, share in points], s=6, color=color, alpha=0.5)
     axes.set(ylabel="all steps right, %")
-    if kind == "long" and arms:
+    if kind == "long":
         axes.set(ylim=(-3, 103))
         _by_length(axes, arms, kind)
     else:
         axes.set(xlabel="operators")
         axes.locator_params(axis="x", integer=True)
-    return bool(arms)
 
 
 def _by_length(axes: Axes, arms: dict[str, list[Trial]], kind: str) -> None:
@@ -287,7 +286,7 @@ def _by_length(axes: Axes, arms: dict[str, list[Trial]], kind: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _plot_speed(axes: Axes, trials: Sequence[Trial]) -> bool:
+def _plot_speed(axes: Axes, trials: Sequence[Trial]) -> None:
     arms, ratios = by_arm(trials, "speed"), _ratios(trials)
     for arm, own in arms.items():
         lengths, color = _lengths(own, "speed"), EXPERIMENT.color(arm)
@@ -297,15 +296,21 @@ def _plot_speed(axes: Axes, trials: Sequence[Trial]) -> bool:
         axes.annotate(f"{ratio.measured:.1f}x", (ops, _best(arms["span"], ops)[0]), textcoords="offset points", xytext=(0, 6), ha="center")
     axes.margins(y=0.12)
     axes.set(ylabel="answers per second, best batch", yscale="log")
-    if arms:
-        _by_length(axes, arms, "speed")
-    return bool(arms)
+    _by_length(axes, arms, "speed")
 
 
 PLOTS = {
-    "accuracy": Plot("all steps right inside the training range", lambda axes, trials: _plot_accuracy(axes, trials, "range")),
-    "length": Plot("all steps right against the number of operators", lambda axes, trials: _plot_accuracy(axes, trials, "long")),
-    "speed": Plot("right answers per second against the number of operators", _plot_speed),
+    "accuracy": Plot(
+        "all steps right inside the training range",
+        lambda trial: "range" in trial.evaluations,
+        functools.partial(_plot_accuracy, kind="range"),
+    ),
+    "length": Plot(
+        "all steps right against the number of operators",
+        lambda trial: "long" in trial.evaluations,
+        functools.partial(_plot_accuracy, kind="long"),
+    ),
+    "speed": Plot("right answers per second against the number of operators", lambda trial: "speed" in trial.evaluations, _plot_speed),
 }
 
 

@@ -75,10 +75,11 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """What a picture shows, for people, and what draws the trials of a panel, or returns False where there is nothing to draw."""
+    """What a picture shows, for people, which trials have that, and what draws those of a panel: one at least."""
 
     words: str
-    draw: Callable[[Axes, Sequence[Trial]], bool]
+    shows: Callable[[Trial], Any]
+    draw: Callable[[Axes, Sequence[Trial]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Experiment:
 
         return matplotlib.colormaps["tab10" if len(self.arms) <= 10 else "tab20"](list(self.arms).index(arm))
 
-    def plot_loss(self, axes: Axes, trials: Sequence[Trial]) -> bool:
+    def plot_loss(self, axes: Axes, trials: Sequence[Trial]) -> None:
         labelled: set[str] = set()
         for trial in trials:
             if trial.curve:
@@ -224,7 +225,6 @@ class Experiment:
                 axes.plot(trial.curve["step"], trial.curve["loss"], color=self.color(trial.arm), linewidth=1, label=label)
                 labelled.add(trial.arm)
         axes.set(xlabel="step", ylabel="loss of a response token, nats", yscale="log")
-        return bool(labelled)
 
     def draw(self, plots: Mapping[str, Plot], trials: Sequence[Trial], results: Path) -> dict[str, str]:
         """Draws what there is into the results directory; returns the page's line for each plot, empty where there is nothing to draw.
@@ -235,8 +235,8 @@ class Experiment:
 
         lines = {}
         for name, plot in plots.items():
-            panels = {title: [trial for trial in trials if trial.arm in arms] for title, arms in self.panels.items()}
-            panels = {title: own for title, own in panels.items() if plot.draw(Figure().add_subplot(), own)}
+            shown = [trial for trial in trials if plot.shows(trial)]
+            panels = {title: own for title, arms in self.panels.items() if (own := [trial for trial in shown if trial.arm in arms])}
             file, lines[name] = results / f"{name}.png", ""
             if not panels:
                 file.unlink(missing_ok=True)
@@ -284,7 +284,8 @@ class Experiment:
             if args.take:
                 print("added: " + ", ".join(self.take(args.take, args.results, args.commit)))
             trials = self.load(args.results)
-            lines = self.draw({**plots, "loss": Plot("loss against steps", self.plot_loss)}, trials, args.results)
+            loss = Plot("loss against steps", lambda trial: trial.curve, self.plot_loss)
+            lines = self.draw({**plots, "loss": loss}, trials, args.results)
             texts = {"arms": self.arms_table(trials), **sections(trials, lines), "training": training_table(trials) + lines["loss"]}
             texts |= {"not run": self.not_run(trials), "commands": self.commands(trials)}
             page.write_text(filled(page.read_text(encoding="utf-8"), texts), encoding="utf-8")

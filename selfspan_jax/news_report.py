@@ -179,7 +179,7 @@ _MARKS = {
 }
 
 
-def _plot_scores(axes: Axes, trials: Sequence[Trial]) -> bool:
+def _plot_scores(axes: Axes, trials: Sequence[Trial]) -> None:
     """Of each arm, on its line: what its run found it to score, and how much it read for it."""
     arms = _own(trials)
     for place, (arm, own) in enumerate(arms.items()):
@@ -191,10 +191,9 @@ def _plot_scores(axes: Axes, trials: Sequence[Trial]) -> bool:
     axes.set_yticks(range(len(arms)), [*arms])
     axes.margins(y=0.5)
     axes.invert_yaxis()
-    return bool(arms)
 
 
-PLOTS = {"scores": Plot("ROUGE-L, fact accuracy and the share of the context that was read", _plot_scores)}
+PLOTS = {"scores": Plot("ROUGE-L, fact accuracy and the share of the context that was read", lambda trial: _own([trial]), _plot_scores)}
 
 
 def sections(trials: Sequence[Trial], plots: dict[str, str]) -> dict[str, str]:
