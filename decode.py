@@ -94,6 +94,8 @@ class Eval(Model):
     """span: what the model names; dense: everything before; window: first and recent tokens. Default: as it was trained."""
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (128,)
     """Sequences decoded together; of several with commas, the fastest counts."""
+    passes: int = 1
+    """Times that each batch is decoded; the median counts. The first time has what happens once, such as loading kernels."""
     seed: int = 1
     """Of the expressions or articles."""
     data: Path | None = None
@@ -102,22 +104,20 @@ class Eval(Model):
     """Write the scores, in all and by number of operators, into this file."""
 
     def __post_init__(self):
-        commandline.check_least(1, self, "num_examples", "batch_size")
+        commandline.check_least(1, self, "num_examples", "batch_size", "passes")
 
     def run(self) -> None:
         lm = load(self.checkpoint, base=self.base, mesh=self.mesh)
         settings = {**{k: v for k, v in vars(self).items() if k not in ("base", "data", "json")}, "checkpoint": self.checkpoint.name}
-        options: dict[str, Any] = {"attention": self.attention or lm.model.config.mask}
+        options: dict[str, Any] = {"attention": self.attention or lm.model.config.mask, "passes": self.passes}
         if isinstance(task := lm.task, news.NewsTask):
             examples = news.held_out(task, self.num_examples, seed=self.seed, directory=self.data)
             results = summaries.report(lm, examples, scores=task.scores, batch_sizes=self.batch_size, settings=settings, **options)
             print(summaries.table(results))
         elif isinstance(task, arithmetic.ArithmeticTask):
-            sets = arithmetic.held_out(
-                task, [(n, n) for n in self.ops] or [(self.min_ops, self.max_ops)], self.num_examples, seed=self.seed
-            )
-            options |= {"verify": task.verify, "gold": task.gold, "batch_sizes": self.batch_size, "progress": True}
-            found = evaluation.evaluate_all(lm, sets, **options)
+            bounds = [(n, n) for n in self.ops] or [(self.min_ops, self.max_ops)]
+            sets = arithmetic.held_out(task, bounds, self.num_examples, seed=self.seed)
+            found = evaluation.evaluate_all(lm, sets, task.verify, task.gold, batch_sizes=self.batch_size, progress=True, **options)
             results = evaluation.report(lm, found, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)
             print(evaluation.evaluation_table(results))
         else:

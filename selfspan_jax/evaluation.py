@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -153,12 +154,14 @@ def evaluate(
     attention: Attention = "span",
     max_new_tokens: int,
     batch_size: int = 64,
+    passes: int = 1,
     progress: bool = False,
 ) -> Evaluation:
     """Decodes prompts greedily, all batches of one shape, and judges the responses.
 
     Args:
       verify: the task's verdict on (prompt, response ids).
+      passes: times that each batch is decoded; of its times the median counts.
     """
     ids = [lm.task.encode_prompt(prompt) for prompt in prompts]
     token_ids, lengths = lm.padded(ids)
@@ -173,9 +176,12 @@ def evaluate(
             chosen = order[start : start + batch_size]
             filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]  # the last batch repeats a prompt, for one shape
             batch = (token_ids[filled], lengths[filled])
-            began = time.perf_counter()
-            state = jax.block_until_ready(decoding.generate(lm.frozen, *batch, config))
-            seconds += time.perf_counter() - began
+            taken = []
+            for _ in range(passes):
+                began = time.perf_counter()
+                state = jax.block_until_ready(decoding.generate(lm.frozen, *batch, config))
+                taken.append(time.perf_counter() - began)
+            seconds += statistics.median(taken)
             outputs = lm.outputs([prompts[i] for i in chosen], [ids[i] for i in chosen], state, attention)
             for i, output in zip(chosen, outputs, strict=True):
                 results[i] = Result(output, verify(prompts[i], output.response_ids))
@@ -186,15 +192,16 @@ def evaluate(
 def evaluate_all(
     lm: SpanLM,
     prompts: Mapping[str, Sequence[str]],
-    *,
+    verify: Callable[[str, np.ndarray], Verdict],
     gold: Callable[[str], np.ndarray],
+    *,
     batch_sizes: Sequence[int],
     **options: Any,
 ) -> dict[str, list[Evaluation]]:
     """`evaluate` of sets of prompts at each batch size. Responses may be 16 tokens longer than the longest gold one of their set.
 
     Args:
-      gold: a prompt's gold response. Other options as for `evaluate`.
+      gold: a prompt's gold response. `verify` and other options as for `evaluate`.
     """
     rooms = {name: max(len(gold(prompt)) for prompt in own) + 16 for name, own in prompts.items()}
     cases = [(name, size) for name in prompts for size in batch_sizes]
@@ -208,7 +215,7 @@ def evaluate_all(
         seconds = dict(zip(cases, pool.map(compile_case, *zip(*cases, strict=True)), strict=True))
     found: dict[str, list[Evaluation]] = {name: [] for name in prompts}
     for name, size in cases:
-        evaluation = evaluate(lm, prompts[name], max_new_tokens=rooms[name], batch_size=size, **options)
+        evaluation = evaluate(lm, prompts[name], verify=verify, max_new_tokens=rooms[name], batch_size=size, **options)
         found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds[name, size]))
     return found
 

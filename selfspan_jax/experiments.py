@@ -118,7 +118,7 @@ class Experiment:
             kept = reduced_run(values, self.arms[arm], int(seed), str(file))
         else:
             kept = reduced_curve(values, str(file)) if kind == "curve" else self.reduced_evaluation(values, str(file))
-        return file.name, kept | ({"commit": values["commit"]} if "commit" in values else {})
+        return file.name, kept | {key: values[key] for key in ("commit", "passes") if key in values}
 
     def take(self, source: Path, results: Path, commit: str) -> list[str]:
         """Adds reduced results of a commit, all of them or none; returns their names.
@@ -195,6 +195,7 @@ class Experiment:
             for evaluation in trial.evaluations.values():
                 other = "" if evaluation["commit"] == trial.run["commit"] else f"  # commit {evaluation['commit']}"
                 options = self.evaluation_options(evaluation)
+                options += f" --passes {passes}" if (passes := evaluation.get("passes", 1)) > 1 else ""
                 lines.append(f"python decode.py eval runs/{trial.arm}-{trial.seed}/model --seed {evaluation['seed']} {options}{other}")
         return "\n".join(["```", *lines, "```"]) if lines else "Not run."
 

@@ -48,6 +48,7 @@ def report(
     attention: Attention,
     batch_sizes: Sequence[int],
     settings: Mapping[str, Any],
+    passes: int = 1,
 ) -> dict[str, Any]:
     """Decodes the examples' prompts greedily: what JSON can hold of scores, of what was read, and of speed at each batch size.
 
@@ -55,9 +56,11 @@ def report(
 
     Args:
       scores: of examples and the ids of their responses; see `runs.ScoringTask`.
+      passes: as for `evaluate`.
     """
     room = max(len(example.response_ids) for example in examples) + 32
-    options: dict[str, Any] = {"verify": lambda prompt, ids: None, "attention": attention, "max_new_tokens": room, "progress": True}
+    options: dict[str, Any] = {"attention": attention, "max_new_tokens": room, "passes": passes, "progress": True}
+    options["verify"] = lambda prompt, ids: None
     evaluations = [evaluate(lm, [example.prompt for example in examples], batch_size=size, **options) for size in batch_sizes]
     best = min(evaluations, key=lambda evaluation: evaluation.decode_seconds)
     outputs = [result.output for result in best.results]

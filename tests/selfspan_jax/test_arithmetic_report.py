@@ -97,7 +97,7 @@ def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
 
 
 def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
-    place("span", 0, speed=evaluation({20: 10, 200: 10}, [(8, 50.0), (16, 70.0)]))
+    place("span", 0, speed={**evaluation({20: 10, 200: 10}, [(8, 50.0), (16, 70.0)]), "passes": 3})
     path = place("long", 0, speed=evaluation({20: 10, 200: 8}, [(8, 20.0), (16, 10.0)]))
     assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     page = (path / "out.md").read_text()
@@ -105,6 +105,7 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
     assert re.search(r"`span` \| 200 \| .* \| 70.0 \| 70.0 \| 16 of 8, 16 \| 3.50x \(2.80x\) \|", page)
     assert re.search(r"`long` \| 200 \| 100 \| 8 of 10 .* \| 20.0 \| 25.0 \| 8 of 8, 16 \| - \|", page)
     assert "3x the control trained there | yes: 3.50x; 2.80x were all of the control's answers right |" in page
+    assert "--ops 20,200 --batch-size 8,16 --passes 3\n" in page and "--ops 20,200 --batch-size 8,16\n" in page
     assert "(out/speed.png)" in page
     assert (path / "out" / "speed.png").exists()
 

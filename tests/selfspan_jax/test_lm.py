@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,8 +201,8 @@ def test_intervals_are_wilson_s(right, num_examples, expected):
         assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / num_examples, abs=1e-9)
 
 
-def test_scores_count_what_the_verdicts_say():
-    """A model that writes noise, and a verifier that is told what to say: shares, order and the last, smaller batch."""
+def test_scores_count_what_the_verdicts_say(monkeypatch):
+    """A model that writes noise, and a verifier and a clock that are told what to say: shares, order, seconds, the last, smaller batch."""
     lm = SpanLM(random_model(max_context_tokens=80), _Digits())
     verdicts = {"4": (True, True, True), "45": (True, False, True), "456": (False, False, False)}
 
@@ -210,7 +211,11 @@ def test_scores_count_what_the_verdicts_say():
             self.answer_right, self.steps_right, self.spans_right = verdicts[prompt]
             self.message = prompt
 
-    evaluated = evaluation.evaluate(lm, list(verdicts), verify=lambda prompt, ids: Told(prompt), max_new_tokens=6, batch_size=2)
+    lasted = [100, *(5, 1, 2), *(7, 3, 3)]  # compilation, three passes of each batch
+    readings = iter(reading for seconds in lasted for reading in (0.0, seconds))
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    evaluated = evaluation.evaluate(lm, list(verdicts), verify=lambda prompt, ids: Told(prompt), max_new_tokens=6, batch_size=2, passes=3)
+    assert (evaluated.decode_seconds, evaluated.compile_seconds, next(readings, "read")) == (2 + 3, 100, "read")
     assert [result.verdict.message for result in evaluated.results] == list(verdicts)
     scores = evaluation.Scores.of(evaluated.results)
     assert (scores.answer_accuracy, scores.step_accuracy, scores.span_accuracy) == (2 / 3, 1 / 3, 2 / 3)
