@@ -141,8 +141,10 @@ def test_the_command_itself(tmp_path):
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_command_leaves_nothing(tmp_path, sent, status):
     words = ["arithmetic", "--num-examples", "1000000", "--workers", "1", "--out", str(tmp_path / "corpus")]
-    heeds = {"preexec_fn": lambda: signal.signal(sent, signal.SIG_DFL)}  # also where the tests run in the background of a shell
-    with subprocess.Popen([sys.executable, "-m", "data", *words], cwd=ROOT, stderr=subprocess.PIPE, **heeds) as process:
+    before = signal.signal(sent, signal.SIG_DFL)  # what a shell starts in the background inherits that SIGINT is ignored
+    process = subprocess.Popen([sys.executable, "-m", "data", *words], cwd=ROOT, stderr=subprocess.PIPE)
+    signal.signal(sent, before)
+    with process:
         while not os.listdir(tmp_path):
             time.sleep(0.05)
         process.send_signal(sent)
