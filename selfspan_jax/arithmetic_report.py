@@ -27,7 +27,7 @@ _CORPUS = {
     **{"labelling": "tree", "num_labels": 512, "label_jumps": 3, "jumps_at": "leaves", "names_first_step": True},
 }
 _TUNING_CORPUS = _CORPUS | {"num_labels": 64, "label_jumps": 0, "jumps_at": "any"}
-_CONSECUTIVE = "--label-jumps 0"  # labels of an example
+_CONSECUTIVE = "--label-jumps 0"  # the labels of an example follow one another
 _SMALL = functools.partial(Arm, preset="arithmetic-small", corpus=_CORPUS)
 _BASE = f"--batch-size 128 --steps 2000 {_CONSECUTIVE}"  # a sixth of the preset's tokens: what four arms of this size could be given
 _TUNED = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus arithmetic"
