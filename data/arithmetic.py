@@ -696,13 +696,13 @@ def _draw_labels(
     Where they begin is drawn by `uniform`, which is called once whatever jumps; jumps are drawn by `jumping`.
     """
     num_ops = expression.num_ops
-    places: Sequence[int] = range(1, num_ops)
-    if corpus.jumps_at == "leaves":
+    places: Sequence[int] = range(1, num_ops) if corpus.label_jumps else ()
+    if places and corpus.jumps_at == "leaves":
         steps = _steps(expression)
         places = [number for number in places if steps[number].left_step is steps[number].right_step is None]
     ahead = [0] * num_ops  # what a label is further than the one before, beyond one
     left = vocab.num_labels - 1 - num_ops
-    for _ in range(int(jumping() * (corpus.label_jumps + 1)) if corpus.label_jumps and places else 0):
+    for _ in range(int(jumping() * (corpus.label_jumps + 1)) if places else 0):
         size = min(left, int((left + 1) ** jumping()))
         ahead[places[int(jumping() * len(places))]] += size
         left -= size
