@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -299,18 +299,15 @@ def _plot_speed(axes: Axes, trials: Sequence[Trial]) -> None:
     _by_length(axes, arms, "speed")
 
 
+def _of(kind: str, words: str, draw: Callable[..., None]) -> Plot:
+    """A plot of the trials that have such an evaluation."""
+    return Plot(words, lambda trial: kind in trial.evaluations, draw)
+
+
 PLOTS = {
-    "accuracy": Plot(
-        "all steps right inside the training range",
-        lambda trial: "range" in trial.evaluations,
-        functools.partial(_plot_accuracy, kind="range"),
-    ),
-    "length": Plot(
-        "all steps right against the number of operators",
-        lambda trial: "long" in trial.evaluations,
-        functools.partial(_plot_accuracy, kind="long"),
-    ),
-    "speed": Plot("right answers per second against the number of operators", lambda trial: "speed" in trial.evaluations, _plot_speed),
+    "accuracy": _of("range", "all steps right inside the training range", functools.partial(_plot_accuracy, kind="range")),
+    "length": _of("long", "all steps right against the number of operators", functools.partial(_plot_accuracy, kind="long")),
+    "speed": _of("speed", "right answers per second against the number of operators", _plot_speed),
 }
 
 

@@ -219,12 +219,9 @@ class Experiment:
         return matplotlib.colormaps["tab10" if len(self.arms) <= 10 else "tab20"](list(self.arms).index(arm))
 
     def plot_loss(self, axes: Axes, trials: Sequence[Trial]) -> None:
-        labelled: set[str] = set()
-        for trial in trials:
-            if trial.curve:
-                label = None if trial.arm in labelled else trial.arm
-                axes.plot(trial.curve["step"], trial.curve["loss"], color=self.color(trial.arm), linewidth=1, label=label)
-                labelled.add(trial.arm)
+        for arm, own in by_arm(trials).items():
+            for number, curve in enumerate(trial.curve for trial in own if trial.curve):
+                axes.plot(curve["step"], curve["loss"], color=self.color(arm), linewidth=1, label=None if number else arm)
         axes.set(xlabel="step", ylabel="loss of a response token, nats", yscale="log")
 
     def draw(self, plots: Mapping[str, Plot], trials: Sequence[Trial], results: Path) -> dict[str, str]:
