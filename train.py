@@ -28,8 +28,8 @@ from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, T
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
-# What a corpus is to training: settings with `description`, `num_labels`, `task`, `task_in`, `stream` and `check_rows`.
 EXPRESSIONS = arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True, label_jumps=3, jumps_at="leaves")
+# What a corpus is to training: settings with `description`, `num_labels`, `task`, `task_in`, `stream` and `check_rows`.
 CORPORA = {
     "arithmetic-tiny": dataclasses.replace(EXPRESSIONS, max_ops=12),
     **dict.fromkeys(("arithmetic-small", "arithmetic-base", "arithmetic-1b"), EXPRESSIONS),

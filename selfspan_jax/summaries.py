@@ -59,9 +59,9 @@ def report(
       passes: as for `evaluate`.
     """
     room = max(len(example.response_ids) for example in examples) + 32
-    options: dict[str, Any] = {"attention": attention, "max_new_tokens": room, "passes": passes, "progress": True}
-    options["verify"] = lambda prompt, ids: None
-    evaluations = [evaluate(lm, [example.prompt for example in examples], batch_size=size, **options) for size in batch_sizes]
+    prompts = [example.prompt for example in examples]
+    options: dict[str, Any] = {"verify": lambda prompt, ids: None, "attention": attention, "max_new_tokens": room}
+    evaluations = [evaluate(lm, prompts, batch_size=size, passes=passes, progress=True, **options) for size in batch_sizes]
     best = min(evaluations, key=lambda evaluation: evaluation.decode_seconds)
     outputs = [result.output for result in best.results]
     first = outputs[0]
