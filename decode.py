@@ -14,8 +14,12 @@ from typing import Annotated, Any, get_args
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from data import arithmetic, commandline, news, replay
-from selfspan_jax import benchmark, benchmark_peers, benchmark_report, evaluation, summaries
+from benchmarks import decoding as benchmark
+from benchmarks import peers as benchmark_peers
+from benchmarks import report as benchmark_report
+from benchmarks import workloads as replay
+from data import arithmetic, commandline, news
+from selfspan_jax import evaluation, summaries
 from selfspan_jax.config import Attention, Sampling
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.spans import SpanVocab

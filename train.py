@@ -21,12 +21,18 @@ import jax
 import tyro
 from flax import nnx
 
+from benchmarks import training as training_benchmark
 from data import arithmetic, commandline, news, packing
 from data.vocab import TokenizerVocab
-from selfspan_jax import checkpoint, hosts, huggingface, lora, runs, sharding, training, training_benchmark
 from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, fine_tuning
 from selfspan_jax.model import Decoder
+from selfspan_jax.parallel import distributed as hosts
+from selfspan_jax.parallel import layout as sharding
 from selfspan_jax.spans import SpanVocab
+from selfspan_jax.training import loop as training
+from selfspan_jax.training import runs
+from selfspan_jax.weights import checkpoints as checkpoint
+from selfspan_jax.weights import huggingface, lora
 
 EXPRESSIONS = arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True, label_jumps=3, jumps_at="leaves")
 # What a corpus is to training: settings with `description`, `num_labels`, `task`, `task_in`, `stream` and `check_rows`.
@@ -79,7 +85,7 @@ class NewModel(Run[Corpus]):
         if self.data is None:
             task, stream = self.corpus.task, generated(self, self.corpus.task)
         else:
-            from data import corpus  # the datasets library takes seconds to import
+            from data import dataset as corpus
 
             stored = corpus.load(self.data)
             task, stream = stored.task, functools.partial(stored.stream, seed=self.training.seed)

@@ -44,7 +44,7 @@ class Arithmetic:
 
 def write_arithmetic(command: Arithmetic) -> None:
     """Writes the corpus that the command line asks for."""
-    from data import corpus  # here, so that --help and wrong arguments need not wait for `datasets`
+    from data import dataset as corpus
 
     distributions = dataclasses.asdict(command.corpus)
     drawn: dict[str, Any] = {"num_examples": command.num_examples, "seed": command.seed, "split": command.split}
@@ -98,7 +98,7 @@ class News:
 
 def write_news(command: News) -> None:
     """Writes the corpus that the command line asks for."""
-    from data import corpus
+    from data import dataset as corpus
     from data.news import sources
 
     drawn: dict[str, Any] = {"source": command.source, "num_examples": command.num_examples, "seed": command.seed, "split": command.split}

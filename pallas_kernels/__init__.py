@@ -2,8 +2,8 @@
 
 from pallas_kernels.linear import QuantizedWeight, fused_linear, quantize_weight
 from pallas_kernels.rotary import rotate_and_write
-from pallas_kernels.row_lists import update_row_lists
 from pallas_kernels.sequence_attention import TileMask, masked_attention
+from pallas_kernels.slots import update_row_lists
 from pallas_kernels.span_decode import (
     QuantizedPool,
     expected_bytes,

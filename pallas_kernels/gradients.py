@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.device import device_reason
+from pallas_kernels.common import device_reason
 
 ROTATED_ROWS = 32  # tokens of a program
 GATED_ROWS, GATED_COLUMNS = 8, 256

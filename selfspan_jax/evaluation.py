@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from selfspan_jax import decoding, sharding
 from selfspan_jax.config import Attention, DecodeConfig
+from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.lm import Output, SpanLM
+from selfspan_jax.parallel import layout as sharding
 from selfspan_jax.spans import SpanVocab
 
 _Z = 1.959964  # the normal distribution's two-sided 95% quantile

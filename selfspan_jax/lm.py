@@ -16,11 +16,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from selfspan_jax import checkpoint, decoding, huggingface, lora, sharding
-from selfspan_jax.attention import attend_under, sequence_mask
+from selfspan_jax.attention.sequences import attend_under, sequence_mask
 from selfspan_jax.config import Attention, DecodeConfig, Implementation
+from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.model import Decoder
+from selfspan_jax.parallel import layout as sharding
 from selfspan_jax.spans import TokenRoles, token_roles
+from selfspan_jax.weights import checkpoints as checkpoint
+from selfspan_jax.weights import huggingface, lora
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +99,8 @@ class Output:
 
     def plot(self) -> Figure:
         """A matplotlib figure: the mask under which this was decoded, tokens attended to by position, KV rows read per step."""
-        from selfspan_jax import page, viz  # matplotlib takes a second to import, and most uses draw nothing
+        from selfspan_jax.viewing import html as page
+        from selfspan_jax.viewing import plots as viz
 
         mask, texts = self.lm.mask(self.token_ids, self.attention), self.lm.token_texts(self.token_ids)
         return viz.plot_reading(mask, texts, self.prompt_tokens, [step.indices for step in page.read_steps(self)])
@@ -108,12 +112,12 @@ class Output:
 
     def to_html(self) -> str:
         """A page of its own, without network or other files, that shows what each step read and what named it."""
-        from selfspan_jax import page
+        from selfspan_jax.viewing import html as page
 
         return page.document(self)
 
     def _repr_html_(self) -> str:
-        from selfspan_jax import page
+        from selfspan_jax.viewing import html as page
 
         return page.fragment(self)
 
@@ -243,7 +247,7 @@ class SpanLM:
 
     def plot_mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> Figure:
         """A matplotlib figure of `mask`, the prompt (up to the first `<solve>`) told apart from the response."""
-        from selfspan_jax import viz
+        from selfspan_jax.viewing import plots as viz
 
         solves = np.flatnonzero(np.asarray(token_ids) == self.model.vocab.solve_id)
         prompt_tokens = int(solves[0]) + 1 if len(solves) else len(token_ids)

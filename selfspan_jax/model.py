@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from selfspan_jax import sharding
 from selfspan_jax.config import LinearImplementation, ModelConfig, RopeScaling
+from selfspan_jax.parallel import layout as sharding
 from selfspan_jax.spans import SpanVocab
 
 Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]

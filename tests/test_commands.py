@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 import decode
 import train
+from benchmarks import decoding as benchmark
+from benchmarks import peers as benchmark_peers
 from data.__main__ import main as data_main
-from selfspan_jax import benchmark, benchmark_peers
-from tests.selfspan_jax import test_huggingface
+from tests.selfspan_jax.weights import test_huggingface
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoints/arithmetic-tiny"

@@ -11,8 +11,8 @@ import pytest
 
 import decode
 import train
+from benchmarks import span_decode as bench
 from data.__main__ import main as data_main
-from pallas_kernels import bench
 from tests.test_commands import TOY
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ SMALLER = {
     "train.py": (train.main, TOY),
     "decode.py": (decode.main, ["--num-examples", "4"]),
     "data": (data_main, ["--num-examples", "30"]),
-    "pallas_kernels.bench": (bench.main, ["--help"]),  # it wants a GPU, or minutes
+    "benchmarks.span_decode": (bench.main, ["--help"]),  # it wants a GPU, or minutes
 }
 
 

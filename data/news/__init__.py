@@ -307,7 +307,7 @@ def held_out(task: NewsTask, num_examples: int, *, seed: int, directory: Path | 
         corpus = Corpus(num_labels=task.vocab.num_labels, max_prompt_tokens=task.max_prompt_tokens)
         stories = (example.story for example in corpus.stream(task, seed=seed, split="test"))
     else:
-        from data.corpus import load  # the datasets library takes seconds to import
+        from data.dataset import load
 
         stored = load(directory)
         if not isinstance(stored.task, NewsTask):

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import device_reason
+from pallas_kernels.common import device_reason
 from pallas_kernels.linear import triton
 from pallas_kernels.linear.heuristics import MOST_NORM_ROWS, is_fastest, linear_config
 from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear

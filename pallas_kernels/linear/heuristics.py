@@ -1,6 +1,6 @@
 """Which settings the kernel runs with, and when it is the fastest.
 
-Measured on one H200 (JAX 0.11.2), bf16 unless said; docs/linear.md has the tables, `python -m pallas_kernels.linear.bench --tune`
+Measured on one H200 (JAX 0.11.2), bf16 unless said; docs/linear.md has the tables, `python -m benchmarks.linear --tune`
 times the settings of single matrices.
 """
 

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import device_reason
+from pallas_kernels.common import device_reason
 from pallas_kernels.sequence_attention import triton
 from pallas_kernels.sequence_attention.heuristics import triton_config
 from pallas_kernels.sequence_attention.mask import TileMask

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import device_reason
+from pallas_kernels.common import device_reason
 from pallas_kernels.span_decode import mosaic, triton
 from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
 from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values

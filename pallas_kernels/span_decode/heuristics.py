@@ -1,6 +1,6 @@
 """Which settings the kernels run with, and why.
 
-Measured on one H200 (JAX 0.11.2, bf16) by `python -m pallas_kernels.bench --tune`; microseconds with
+Measured on one H200 (JAX 0.11.2, bf16) by `python -m benchmarks.span_decode --tune`; microseconds with
 100% / 10% / 2% of the rows named as single tokens; docs/kernel.md has the whole table.
 """
 

@@ -11,7 +11,8 @@ import re
 import numpy as np
 import pytest
 
-from data import corpus, news
+from data import dataset as corpus
+from data import news
 from data.__main__ import main as data_main
 from data.news import scoring, sources, synthetic
 from data.news.alignment import Alignment, split_sentences, words

@@ -13,9 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from benchmarks import linear as bench
+from benchmarks.linear import MATRICES
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from pallas_kernels.linear import bench, expected_bytes, unsupported_reason
-from pallas_kernels.linear.bench import MATRICES
+from pallas_kernels.linear import expected_bytes, unsupported_reason
 from pallas_kernels.linear.cases import CASES, Case, Problem, make_problem
 from pallas_kernels.linear.heuristics import MULTIPROCESSORS, LinearConfig, is_fastest, linear_config
 from pallas_kernels.linear.triton import padded_rows, triton_linear

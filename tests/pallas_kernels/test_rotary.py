@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import rotate_and_write
-from pallas_kernels.rotary import _rotate_and_write_triton, unsupported_reason
+from pallas_kernels.rotary.api import _rotate_and_write_triton, unsupported_reason
 from tests.pallas_kernels.lowering import cuda_lowering
 
 IMPLEMENTATIONS = [("xla", False), ("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu, id="triton-gpu")]

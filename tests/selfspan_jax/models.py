@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from selfspan_jax.attention import attend_under
+from selfspan_jax.attention.sequences import attend_under
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.model import Decoder
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE

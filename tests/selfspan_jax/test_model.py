@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from selfspan_jax import checkpoint
-from selfspan_jax.attention import attend_under
+from selfspan_jax.attention.sequences import attend_under
 from selfspan_jax.config import PRESETS, ModelConfig
 from selfspan_jax.model import Decoder
+from selfspan_jax.weights import checkpoints as checkpoint
 from tests.selfspan_jax.models import TINY, forward, random_model
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED, VIEWS, VOCAB, VOCAB_SIZE

@@ -1,0 +1,228 @@
+"""Hugging Face's decode step on the same shape: static cache, eager, compiled and by `generate`. Runs in a process of its own.
+
+    python -m benchmarks.peers JOB      (JOB is JSON; see `Peers`)
+
+What is timed is one forward of the token with a static cache, greedy choice, fed back. Weights, tokens and cached rows are
+random, in the dtype of the shape. "hf-compiled" is `torch.compile(mode="reduce-overhead", fullgraph=True)` of that forward,
+"hf-eager" the forward as it is, "hf-generate" what users call: `model.generate` with that cache, which compiles by itself where
+it sees fit, less the same call for one token. Milliseconds per step are CUDA events around the steps (a clock without a GPU),
+the median of five runs of the same steps after two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+Name = Literal["hf-compiled", "hf-eager", "hf-generate"]
+WARM_UPS, REPETITIONS = 2, 5  # an eager step needs one warm-up only
+_MARK = "row: "  # in front of a result among what libraries print
+
+
+def missing_reason() -> str | None:
+    """Why the peers cannot run here; None when they can."""
+    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed" if absent else None
+
+
+class Peers:
+    """Peers in a process of its own, so that its memory is free again afterwards. A context manager.
+
+    The process builds the model and compiles as soon as it is there, beside whatever the caller compiles; it measures when
+    `rows` is called, and should then have the device to itself.
+
+    Args:
+      config: the shape, as `dataclasses.asdict` of a ModelConfig.
+      cases: each with peer, batch_size, context_tokens and steps.
+    """
+
+    def __init__(self, config: dict[str, Any], vocab_size: int, cases: Sequence[dict[str, Any]], seed: int):
+        job = json.dumps({"config": config, "vocab_size": vocab_size, "cases": list(cases), "seed": seed})
+        # Closed at the end.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [sys.executable, "-m", "benchmarks.peers", job]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Measures, and yields each row as it comes. Raises RuntimeError with the end of what the process said if it fails."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # a process that has failed says why below
+            self._process.stdin.write("measure\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(_MARK):
+                yield json.loads(line.removeprefix(_MARK))
+        if status := self._process.wait():
+            self._log.seek(0)
+            last = self._log.read().splitlines()[-20:]
+            raise RuntimeError("\n".join([f"the peers' process ended with status {status}:", *last]))
+
+
+def _make_model(config: dict[str, Any], vocab_size: int, device: str, dtype):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options: dict[str, Any] = dict(
+        vocab_size=vocab_size,
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["num_layers"],
+        num_attention_heads=config["num_heads"],
+        num_key_value_heads=config["num_kv_heads"],
+        head_dim=config["head_size"],
+        max_position_embeddings=config["max_context_tokens"],
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
+        tie_word_embeddings=config["tie_embeddings"],
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**options)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _run_ms(device: str, run) -> float:
+    """Milliseconds of a call."""
+    import torch
+
+    if device == "cpu":
+        began = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - began)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+class _Run:
+    """One peer at one batch and context: its cache, its step, compiled where the peer is."""
+
+    def __init__(self, model, case: dict[str, Any], vocab_size: int, device: str, seed: int):
+        import torch
+        from transformers import StaticCache
+
+        self.case, self.device = case, device
+        batch, steps = case["batch_size"], case["steps"]
+        self.num_tokens = case["context_tokens"] + steps // 2  # as ours: the mean context of the steps is the one asked for
+        generator = torch.Generator(device).manual_seed(seed)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.num_tokens)
+        self.compiled = case["peer"] != "hf-eager"
+        if case["peer"] == "hf-generate":
+            prompts = torch.randint(vocab_size, (batch, self.num_tokens - steps), device=device, generator=generator)
+            self.ms_per_step = functools.partial(self._ms_of_generate, model, prompts)
+        else:
+            tokens = torch.randint(vocab_size, (batch, 16), device=device, generator=generator)
+            self.ms_per_step = functools.partial(self._ms_of_steps, self._make_step(model, tokens), tokens[:, :1])
+        began = time.perf_counter()
+        self.ms_per_step()
+        self.compile_seconds = time.perf_counter() - began
+
+    def _make_step(self, model, tokens):
+        import torch
+
+        def forward(tokens):
+            out = model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1].argmax(-1, keepdim=True)
+
+        forward(tokens)  # allocates the cache, whose rows are then as good as those of a prompt of that length
+        for layer in self.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        return torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False) if self.compiled else forward
+
+    def _ms_of_steps(self, step, first) -> float:
+        import torch
+
+        steps = self.case["steps"]
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.num_tokens - steps)
+        first = first.clone(memory_format=torch.contiguous_format)  # strides as a step returns them
+
+        def decode() -> None:
+            tokens = first
+            for _ in range(steps):
+                torch.compiler.cudagraph_mark_step_begin()
+                tokens = step(tokens).clone()  # the graph's own output is overwritten by its next run
+
+        return _run_ms(self.device, decode) / steps
+
+    def _ms_of_generate(self, model, prompts) -> float:
+        import torch
+
+        def new_tokens(number: int) -> float:
+            self.cache.reset()
+            options = {"attention_mask": torch.ones_like(prompts), "past_key_values": self.cache, "do_sample": False}
+            return _run_ms(self.device, lambda: model.generate(prompts, max_new_tokens=number, **options))
+
+        steps = self.case["steps"]
+        return (new_tokens(steps) - new_tokens(1)) / (steps - 1)
+
+    def row(self) -> dict[str, Any]:
+        for _ in range(WARM_UPS if self.compiled else 1):
+            self.ms_per_step()
+        ms = [self.ms_per_step() for _ in range(REPETITIONS)]
+        return {
+            "ms_per_step": statistics.median(ms),
+            "spread_ms": max(ms) - min(ms),
+            "tokens_per_second": 1e3 * self.case["batch_size"] / statistics.median(ms),
+            "mean_context_tokens": self.num_tokens - (self.case["steps"] - 1) / 2,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def _main(job: dict[str, Any]) -> None:
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    model = _make_model(job["config"], job["vocab_size"], device, getattr(torch, job["config"]["compute_dtype"]))
+
+    def make(case: dict[str, Any]) -> _Run | str:
+        try:
+            return _Run(model, case, job["vocab_size"], device, job["seed"])
+        except torch.OutOfMemoryError:
+            return "does not fit: PyTorch ran out of memory"
+
+    with torch.no_grad():
+        runs = [make(case) if case["peer"] != "hf-eager" else None for case in job["cases"]]
+        sys.stdin.readline()  # the word to measure; nothing when the caller is gone
+        for index, case in enumerate(job["cases"]):
+            run = runs[index] or make(case)
+            row = {"not_run": run} if isinstance(run, str) else run.row()
+            print(_MARK + json.dumps({**case, **row, "versions": versions}), flush=True)
+            del run
+            runs[index] = None
+            gc.collect()
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

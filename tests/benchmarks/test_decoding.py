@@ -1,0 +1,298 @@
+"""The decode benchmark: its workloads, its bytes, what it says of what does not fit, and its report."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import decoding as benchmark
+from benchmarks import peers as benchmark_peers
+from benchmarks import report as benchmark_report
+from benchmarks import workloads as replay
+from benchmarks.decoding import Case, Plan, Shape
+from data import arithmetic
+from selfspan_jax.config import ModelConfig
+from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.spans import SpanVocab
+from tests.selfspan_jax.reference import Reference
+
+ARITHMETIC = SpanVocab(**arithmetic.ArithmeticTask().vocab.span_ids())
+SIZES = dict(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, tie_embeddings=False)
+SHAPE = Shape(ModelConfig(**SIZES), benchmark.borrowed_labels(700, 200), 700)
+PLAN = dict(
+    batch_size=(1, 3), context=(256,), attention=("span", "dense", "window"), steps=32, int8=False, peers=(), workload=None,
+    attended_fraction=0.15, num_samples=1, stream_check=False, profile=False, mesh=None, seed=0,
+)  # fmt: skip
+
+
+def counts(shape, row, steps):
+    """How many tokens each of the last tokens attends to, by the reference automaton."""
+    views = {name: getattr(shape.config, name) for name in ("header_view", "prompt_view", "prompt_window_tokens")}
+    return np.array(Reference(row, shape.vocab, **views).mask())[-steps:].sum(axis=1)
+
+
+def segments(case, fraction=0.15, shape=SHAPE, seed=0):
+    size = dict(batch_size=case.batch_size, num_tokens=case.num_tokens, steps=case.steps)
+    return benchmark.segment_tokens(shape, **size, attended_fraction=fraction, seed=seed)
+
+
+def oracle(case, seed=0):
+    return replay.tokens(arithmetic.ArithmeticTask(), case.batch_size, case.num_tokens, case.steps, seed=seed)
+
+
+@pytest.mark.parametrize(("context", "fraction"), [(512, 0.1), (512, 0.3), (1024, 0.05), (300, 0.2)])
+def test_segments_attend_to_the_share_that_was_asked_for(context, fraction):
+    case = Case("span", 4, context, 64)
+    token_ids = segments(case, fraction)
+    assert token_ids.shape == (4, context + 32)
+    attended = np.array([counts(SHAPE, row, case.steps) for row in token_ids])
+    contexts = np.arange(case.prompt_tokens + 1, case.num_tokens + 1)
+    assert contexts.mean() == context + 0.5
+    # Steps are drawn to stay on course, but the timed window cuts them anywhere: measured worst 4%.
+    assert np.mean(attended / contexts) == pytest.approx(fraction, rel=0.06)
+
+
+def test_segments_have_span_tokens_at_different_places_in_each_sequence():
+    case = Case("span", 8, 512, 64)
+    token_ids = segments(case)
+    vocab, timed = SHAPE.vocab, token_ids[:, -case.steps :]
+    opens = (timed >= vocab.seg_base) & (timed < vocab.seg_base + vocab.num_labels)
+    names = (timed >= vocab.ref_base) & (timed < vocab.ref_base + vocab.num_labels)
+    assert (opens.sum(axis=1) == 2).all()  # 64 tokens are two steps of 32
+    assert ((names.sum(axis=1) >= 4) & (names.sum(axis=1) <= 12)).all()
+    assert len(np.unique(opens.argmax(axis=1))) > 4
+    assert (token_ids == vocab.solve_id).sum() == 8 and (token_ids == vocab.bos_id).sum() == 8
+    assert not np.isin(token_ids, [vocab.eos_id, vocab.pad_id]).any()
+    assert not np.array_equal(token_ids, segments(case, seed=1)) and np.array_equal(token_ids, segments(case))
+
+
+@pytest.mark.parametrize(
+    ("context", "fraction", "why"),
+    [(512, 0.9, "fewer than eight segments"), (256, 0.05, "segments without text"), (8192, 0.01, "more labels than there are")],
+)
+def test_a_share_that_cannot_be_had_is_refused(context, fraction, why):
+    with pytest.raises(ValueError, match=f"attended_fraction is {fraction}"):
+        segments(Case("span", 1, context, 32), fraction)
+
+
+def test_oracle_examples_are_cut_within_their_responses():
+    case = Case("span", 5, 300, 64)
+    token_ids = oracle(case)
+    assert token_ids.shape == (5, 332) and len(np.unique(token_ids, axis=0)) == 5
+    solve = (token_ids == ARITHMETIC.solve_id).argmax(axis=1)
+    assert (solve < case.prompt_tokens).all() and (token_ids[:, 0] == ARITHMETIC.bos_id).all()
+    assert not (token_ids == ARITHMETIC.eos_id).any()
+    with pytest.raises(ValueError, match="one for each label"):
+        replay.tokens(arithmetic.ArithmeticTask(), 1, 20_000, 64, seed=0)
+
+
+ARITHMETIC_SHAPE = Shape(ModelConfig(**SIZES), ARITHMETIC, 1044)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, ARITHMETIC_SHAPE], ids=["segments", "arithmetic"])
+def test_what_is_measured_attends_to_what_the_mask_says(shape):
+    """The replayed loop sees what the reference automaton sees, and the loop that it is compared with reads the same rows."""
+    draw = segments if shape is SHAPE else oracle
+    cases = [Case("span", 3, 256, 32), Case("dense", 3, 256, 32), Case("span", 2, 256, 32, num_samples=2)]
+    rows = list(benchmark.sweep(shape, cases, draw))
+    expected = np.array([counts(shape, row, 32) for row in draw(cases[0])])
+    contexts = np.arange(241, 273)
+    assert rows[0]["attended_tokens"] == pytest.approx(expected.mean())
+    assert rows[0]["attended_fraction"] == pytest.approx((expected / contexts).mean())
+    assert rows[0]["mean_context_tokens"] == rows[1]["mean_context_tokens"] == rows[1]["attended_tokens"] == 256.5
+    assert rows[1]["attended_fraction"] == 1.0
+    assert rows[2]["attended_tokens"] == pytest.approx(counts(shape, draw(cases[2])[0], 32).mean())
+    for row in rows:
+        assert row["ms_per_step"] > 0 and row["tokens_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["ms_per_step"])
+        assert row["time_to_first_token_ms"] > 0 and row["compile_seconds"] > 0
+    assert ("upkeep_fraction" in rows[0], "upkeep_fraction" in rows[1]) == (True, False)
+
+    token_ids = draw(cases[0])
+    table = 1000 * np.arange(3)[:, None] + np.arange(300)
+    listed, how_many, own = map(np.asarray, benchmark._row_lists(shape, cases[0], token_ids, table.astype(np.int32)))
+    np.testing.assert_array_equal(how_many.T, expected)
+    np.testing.assert_array_equal(own.T, table[:, 240:272])
+    mask = Reference(token_ids[2], shape.vocab, prompt_view="local").mask()
+    for step in (0, 7, 31):
+        np.testing.assert_array_equal(listed[step, 2, : how_many[step, 2]], table[2, np.flatnonzero(mask[240 + step])])
+
+
+def test_samples_share_the_memory_of_their_prompt():
+    cases = [Case("span", 4, 256, 32), Case("span", 4, 256, 32, num_samples=4)]
+    apart, shared = list(benchmark.sweep(SHAPE, cases, segments))
+    row_bytes = 2 * 2 * 2 * 8 * 2  # K and V, layers, kv heads, head size, bfloat16
+    assert apart["kv_memory_bytes"] == 4 * (256 + 32) * row_bytes
+    assert shared["kv_memory_bytes"] == (256 + 4 * 32) * row_bytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
+def test_bytes_of_a_step_by_hand(tied, int8):
+    shape = Shape(dataclasses.replace(SHAPE.config, tie_embeddings=tied), SHAPE.vocab, SHAPE.vocab_size)
+    d, f, layers, n, k, h, v = 32, 48, 2, 4, 2, 8, 700
+    outputs = [(n + 2 * k) * h, d, 2 * f, d]  # of a layer's maps: query, key and value; o; gate and up; down
+    inputs = [d, n * h, d, f]
+    maps = sum(m * i * (1 if int8 else 2) + (4 * m if int8 else 0) for m, i in zip(outputs, inputs))
+    weights = layers * (maps + 2 * d * 2) + d * 2 + v * d * 2
+    batch, attended = 3, 100
+    expected = weights + batch * d * 2 + (attended + batch) * layers * 2 * k * h * 2
+    assert benchmark.step_bytes(shape.abstract(int8=int8), attended, batch) == expected
+
+
+def test_on_a_mesh_bytes_and_memory_are_those_of_one_device():
+    """Heads and features are divided over tensor, sequences over data; embeddings and norms are whole everywhere."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    mesh = sharding.make_mesh("data=2,tensor=2")
+    parts, split = mesh.shape["data"], mesh.shape["tensor"]
+    cases = [Case("span", 4, 256, 32), Case("dense", 4, 256, 32), Case("span", 4, 256, 32, int8=True)]
+    rows = list(benchmark.sweep(SHAPE, cases, segments, mesh=mesh, stream=True))
+    alone = list(benchmark.sweep(SHAPE, cases, segments))
+    d, f, layers, n, k, h, v = 32, 48, 2, 4 // split, 2 // split, 8, 700
+    f //= split
+    outputs, inputs = [(n + 2 * k) * h, d, 2 * f, d], [d, n * h, d, f]
+    for row, one in zip([rows[0], *rows[2:]], alone, strict=True):
+        maps = sum(m * i * (1 if row["int8"] else 2) + (4 * m if row["int8"] else 0) for m, i in zip(outputs, inputs))
+        weights = layers * (maps + 2 * d * 2) + d * 2 + v * d * 2
+        batch, attended = 4 // parts, row["attended_tokens"] * 4 / parts
+        assert row["bytes_per_step"] == round(weights + batch * d * 2 + (attended + batch) * layers * 2 * k * h * 2)
+        assert row["kv_memory_bytes"] * mesh.size == one["kv_memory_bytes"]
+        assert row["attended_tokens"] == one["attended_tokens"]
+        assert ("upkeep_fraction" in row) == (row["attention"] == "span")
+    assert rows[1]["stream"] and ("ms_per_step" in rows[1] or "ended its response" in rows[1]["not_run"])
+
+
+def test_a_plan_whose_mesh_does_not_fit_is_refused():
+    wrong = {
+        "data=2 does not divide the number of prompts=3": dict(mesh="data=2"),
+        "data=2 does not divide the number of prompts=1": dict(mesh="data=2", batch_size=(2,), num_samples=4),
+        "tensor=4 does not divide num_kv_heads=2": dict(mesh="tensor=4"),
+        "fsdp is for training": dict(mesh="fsdp=2"),
+        "give one of --mesh and --peers": dict(mesh="tensor=2", peers=("hf-eager",)),
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            Plan(**{**PLAN, "batch_size": (3,), **change}).devices(SHAPE.config)
+
+
+def test_random_weights_are_drawn_in_the_dtype_that_decodes():
+    leaves = jax.tree.leaves(nnx.state(SHAPE.random(0), nnx.Param))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
+    assert all(float(jnp.std(leaf.astype(jnp.float32))) == pytest.approx(0.02, rel=0.1) for leaf in leaves if leaf.ndim == 2)
+
+
+def test_shapes_are_those_of_the_published_models():
+    vocab_sizes = {"llama2-7b": 32_000, "llama3-8b": 128_256, "smollm2-135m": 49_152}
+    parameters = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
+    for name, size in vocab_sizes.items():
+        shape = benchmark.named_shape(name, None)
+        assert shape.vocab_size == size == shape.vocab.ref_base + shape.vocab.num_labels
+        assert shape.abstract().num_parameters == parameters[name]
+    assert benchmark.named_shape("arithmetic-base", ARITHMETIC).vocab_size == 1044
+
+
+def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
+    shape = Shape(dataclasses.replace(SHAPE.config, num_layers=1), SHAPE.vocab, SHAPE.vocab_size)
+    small, large = Case("window", 1, 256, 32), Case("dense", 64, 256, 32)
+    needed = 2 * benchmark.compile_case(shape, small).needed_bytes
+    monkeypatch.setattr(benchmark, "device_memory_bytes", lambda: needed)
+    rows = list(benchmark.sweep(shape, [large, small], segments))
+    assert "does not fit: needs" in rows[0]["not_run"] and "ms_per_step" not in rows[0]
+    assert rows[1]["ms_per_step"] > 0
+
+    def out_of_memory(*_, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+
+    def broken(*_, **options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    measure = benchmark.measure_case
+    monkeypatch.setattr(benchmark, "measure_case", lambda *a, **o: (out_of_memory if a[2].attention == "dense" else measure)(*a, **o))
+    rows = list(benchmark.sweep(shape, [Case("dense", 1, 256, 32), small], segments))
+    assert rows[0]["not_run"] == "does not fit: the device ran out of memory" and rows[1]["ms_per_step"] > 0
+    monkeypatch.setattr(benchmark, "measure_case", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        list(benchmark.sweep(shape, [small], segments))
+
+
+def test_a_plan_measures_dense_first_and_int8_last():
+    cases = Plan(**{**PLAN, "int8": True, "num_samples": 4}).cases
+    assert [case.attention for case in cases[:3]] == ["dense", "span", "window"]
+    assert [case.int8 for case in cases] == [False] * 8 + [True] * 6
+    assert cases[7] == Case("span", 4, 256, 32, num_samples=4) and cases[6] == Case("span", 4, 256, 32)
+    assert len(set(cases)) == len(cases)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(steps=7), dict(steps=0), dict(context=(32,)), dict(batch_size=(0,)), dict(attended_fraction=1.0), dict(seed=-1)]
+)
+def test_a_plan_that_makes_no_sense_is_refused(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        Plan(**{**PLAN, **change})
+
+
+def report_of(*rows):
+    report = {"read_ceiling_terabytes_per_second": 2.0, "shape": "toy", "rows": []}
+    for row in rows:
+        benchmark_report.add_row(report, SHAPE, {"batch_size": 2, "context_tokens": 256, "steps": 32, **row})
+    return report
+
+
+OURS = {"int8": False, "num_samples": 1, "bytes_per_step": 10**9}
+
+
+def test_rows_are_compared_with_their_floor_their_dense_row_and_the_peer():
+    report = report_of(
+        {"peer": "hf-compiled", "ms_per_step": 6.0},
+        {**OURS, "attention": "dense", "ms_per_step": 4.0},
+        {**OURS, "attention": "span", "ms_per_step": 1.0},
+        {**OURS, "attention": "span", "int8": True, "ms_per_step": 0.8},
+        {**OURS, "attention": "span", "context_tokens": 512, "ms_per_step": 1.0},
+        {**OURS, "attention": "window", "not_run": "does not fit"},
+    )
+    peer, dense, span, int8, other, _ = report["rows"]
+    assert span["floor_ms"] == pytest.approx(0.5) and span["percent_of_floor"] == pytest.approx(50)
+    assert (span["speedup_over_dense"], span["speedup_over_hf"]) == (4.0, 6.0)
+    assert (dense["speedup_over_dense"], dense["speedup_over_hf"], peer["speedup_over_hf"]) == (1.0, 1.5, 1.0)
+    assert "speedup_over_dense" not in int8 and "speedup_over_hf" in int8  # there is no dense int8 row
+    assert not {"speedup_over_dense", "speedup_over_hf"} & other.keys()
+    # A static cache is read to its end, whatever stands in it.
+    assert peer["bytes_per_step"] == benchmark.step_bytes(SHAPE.abstract(), 2 * 272, 2)
+    text = benchmark_report.table(report["rows"]).splitlines()
+    assert len(text) == 7 and "6.00x" in text[3] and text[6].endswith("not run: does not fit")
+
+
+@pytest.mark.parametrize("swept", ["batch_size", "context_tokens"])
+def test_the_picture_is_drawn(tmp_path, swept):
+    rows = [{**OURS, "attention": name, swept: x, "ms_per_step": x / 100} for name in ("dense", "span") for x in (64, 128)]
+    benchmark_report.plot(report_of(*rows), tmp_path / "plots" / "decode.png")
+    assert (tmp_path / "plots" / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_peers_process_is_heard_and_its_failure_is_told(monkeypatch, tmp_path):
+    """With a stand-in for the interpreter: it waits for the word, then two rows among other talk, then a failure."""
+    script = tmp_path / "python"
+    rows = [{"peer": "hf-eager", "ms_per_step": 1.5}, {"peer": "hf-compiled", "not_run": "does not fit"}]
+    lines = "\n".join(f"echo 'row: {json.dumps(row)}'\necho a warning" for row in rows)
+    script.write_text(f"#!/bin/sh\nread word; test $word = measure || exit 1\n{lines}\necho it broke >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(benchmark_peers.sys, "executable", str(script))
+    with benchmark_peers.Peers(SIZES, 100, [], seed=0) as peers:
+        heard = peers.rows()
+        assert [next(heard), next(heard)] == rows
+        with pytest.raises(RuntimeError, match=r"status 3:\nit broke"):
+            next(heard)
+
+
+@pytest.mark.skipif(benchmark_peers.missing_reason() is not None, reason="PyTorch and transformers are not installed")
+def test_the_peers_that_need_no_compiler_run():
+    cases = [{"peer": peer, "batch_size": 2, "context_tokens": 64, "steps": 16} for peer in ("hf-eager", "hf-generate")]
+    with benchmark_peers.Peers(dataclasses.asdict(SHAPE.config), SHAPE.vocab_size, cases, seed=0) as peers:
+        rows = list(peers.rows())
+    assert [row["peer"] for row in rows] == ["hf-eager", "hf-generate"]
+    assert all(row["ms_per_step"] > 0 and row["mean_context_tokens"] == 64.5 for row in rows)

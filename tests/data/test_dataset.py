@@ -1,0 +1,248 @@
+"""Dataset directories and their cards, through the command line in this process; the real command in test_commandline."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+
+from data import dataset as corpus
+from data.__main__ import main
+from data.arithmetic import ArithmeticTask, Corpus, encode, stream
+from data.card import attended_tokens
+from data.vocab import Vocab
+
+ARGUMENTS = ["arithmetic", "--num-examples", "700", "--min-ops", "2", "--max-ops", "9", "--label-jumps", "2", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpora") / "nested" / "corpus"
+    main([*ARGUMENTS, "--out", str(path)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return list(itertools.islice(stream(Corpus(max_ops=9, label_jumps=2), seed=3), 700))
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_columns_are_the_stream_s(directory, expected):
+    dataset = datasets.load_from_disk(str(directory))
+    assert dataset.column_names == ["expression", "answer", "num_ops", "first_label", "prompt_tokens", "token_ids"]
+    assert len(dataset) == 700
+    for row, example in zip(dataset, expected, strict=True):
+        assert row["expression"] == example.expression.text
+        assert row["answer"] == str(eval(row["expression"]))
+        assert row["num_ops"] == len(re.findall(r"(?<=[\d)])[-+*]", row["expression"]))
+        assert row["first_label"] == example.first_label
+        assert row["prompt_tokens"] == example.prompt_tokens
+        assert row["token_ids"] == example.token_ids.tolist()
+
+
+@pytest.mark.slow
+def test_same_seed_same_bytes_whatever_the_workers(directory, tmp_path):
+    main([*ARGUMENTS, "--workers", "2", "--out", str(tmp_path / "again")])
+    assert contents(tmp_path / "again") == contents(directory)
+    assert set(contents(directory)) == {"README.md", "card.json", "data-00000-of-00001.arrow", "dataset_info.json", "state.json"}
+
+
+def test_another_seed_is_another_corpus(directory, tmp_path):
+    main([*ARGUMENTS[:-1], "4", "--out", str(tmp_path / "other")])
+    assert contents(tmp_path / "other")["data-00000-of-00001.arrow"] != contents(directory)["data-00000-of-00001.arrow"]
+
+
+def test_the_card_says_what_is_in_the_corpus(directory, expected):
+    card = json.loads((directory / "card.json").read_text())
+    statistics = card["statistics"]
+    lengths = [len(e.token_ids) for e in expected]
+    assert statistics["example_tokens"]["mean"] == pytest.approx(np.mean(lengths), abs=1e-3)
+    for name, quantile in (("min", 0), ("5%", 0.05), ("median", 0.5), ("95%", 0.95), ("max", 1)):
+        assert statistics["example_tokens"][name] == np.quantile(lengths, quantile, method="inverted_cdf")
+    assert statistics["prompt_tokens"]["max"] == max(e.prompt_tokens for e in expected)
+    assert statistics["response_tokens"]["min"] == min(len(e.token_ids) - e.prompt_tokens for e in expected)
+    assert statistics["num_ops_histogram"] == {
+        str(n): c for n, c in sorted(collections.Counter(e.expression.num_ops for e in expected).items())
+    }
+    symbols = collections.Counter(node for e in expected for node in e.expression if isinstance(node, str))
+    assert statistics["operators"] == symbols
+    assert sum(statistics["example_tokens_histogram"].values()) == 700
+    assert statistics["example_tokens_histogram"]["64-95"] == sum(64 <= n < 96 for n in lengths)
+    combs = sum(bool(re.fullmatch(r"\(+-?\d+([-+*]-?\d+\))+", e.expression.text)) for e in expected)
+    assert statistics["tree_shape_share"]["left comb"] == pytest.approx(combs / 700, abs=1e-6)
+    assert card["distributions"] == {**json.loads(json.dumps(vars(Corpus(max_ops=9, label_jumps=2))))}
+    assert (card["num_examples"], card["seed"], card["split"]) == (700, 3, "train")
+    assert ArithmeticTask.from_json(card["task"]) == ArithmeticTask()
+
+
+def test_the_card_s_command_makes_the_corpus_again(directory, tmp_path):
+    card = json.loads((directory / "card.json").read_text())
+    words = card["command"].split()
+    assert words[:4] == ["python", "-m", "data", "arithmetic"] and words[-2:] == ["--out", "DIR"]
+    main([*words[3:-1], str(tmp_path / "again")])
+    assert contents(tmp_path / "again") == contents(directory)
+    assert card["command"] in (directory / "README.md").read_text()
+
+
+def automaton(token_ids, vocab):
+    """The specification's pseudo-code: what each token of the response attends to, as sets of positions."""
+    label, named, in_response, carries, attended = 0, set(), False, [], []
+    for x in token_ids:
+        if x == vocab.solve_id and not in_response:
+            in_response, label, named = True, 0, set()
+        elif vocab.seg_base <= x < vocab.ref_base:
+            label = x - vocab.seg_base
+            named = set() if in_response else named
+        elif x >= vocab.ref_base and in_response:
+            named = named | {x - vocab.ref_base}
+        carries.append(label)
+        attended.append([s for s, carried in enumerate(carries) if carried in {0, label} | named])
+    return attended[list(token_ids).index(vocab.solve_id) + 1 :]
+
+
+@pytest.mark.parametrize("labelling", ["tree", "none"])
+def test_attended_tokens_follow_the_automaton(labelling):
+    vocab = Vocab(64)
+    for example in itertools.islice(stream(Corpus(labelling=labelling, num_labels=64), seed=1), 60):
+        expected = [len(positions) for positions in automaton(example.token_ids.tolist(), vocab)]
+        assert attended_tokens(example, vocab).tolist() == expected
+
+
+@pytest.mark.parametrize("refs", ["<ref:0>", "<ref:3>", "<ref:1><ref:1>", "<ref:9>", "<ref:2><ref:0><ref:1><ref:2>"])
+def test_naming_what_is_seen_already_adds_nothing(refs):
+    vocab = Vocab(16)
+    token_ids = vocab.encode(f"<bos><seg:3>(<seg:1>(1+2)<seg:3>*<seg:2>(3-4)<seg:3>)<solve><seg:1>1<seg:2>{refs}2<seg:3>{refs}3<eos>")
+    example = dataclasses.replace(encode("1+2"), token_ids=token_ids, prompt_tokens=token_ids.tolist().index(vocab.solve_id) + 1)
+    assert attended_tokens(example, vocab).tolist() == [len(positions) for positions in automaton(token_ids.tolist(), vocab)]
+
+
+def test_attended_fraction_of_the_card(directory, expected):
+    fractions, counts = [], []
+    for example in expected:
+        for t, positions in enumerate(automaton(example.token_ids.tolist(), Vocab()), example.prompt_tokens):
+            fractions.append(len(positions) / (t + 1))
+            counts.append(len(positions))
+    statistics = json.loads((directory / "card.json").read_text())["statistics"]
+    assert statistics["attended_fraction"] == pytest.approx(np.mean(fractions), abs=1e-6)
+    assert statistics["attended_tokens_mean"] == pytest.approx(np.mean(counts), abs=1e-3)
+    assert statistics["attended_tokens_max"] == max(counts)
+
+
+def test_attended_tokens_of_the_specification_s_example():
+    attended = attended_tokens(encode("((51+75)-(95*3))"), Vocab()).tolist()
+    assert attended[0] == 2 + 8 + 1  # <bos> <solve>, the tagged (51+75) and the step's own <seg:1>
+    assert attended[-1] == 2 + 8 + 10 + 7 + 9 + 6 + 16  # sink; nodes 1 and 2 with their steps; node 3; this step
+
+
+# --- reading
+
+
+def identity(example):
+    return example.expression.text, example.first_label, example.prompt_tokens, example.token_ids.tobytes(), example.unpredictable.tolist()
+
+
+def test_epochs_are_shuffled_whole_and_resumable(directory, expected):
+    stored = corpus.load(directory)
+    assert len(stored) == 700 and stored.task == ArithmeticTask()
+    found = [identity(e) for e in itertools.islice(stored.stream(seed=1), 1500)]
+    everything = sorted(map(identity, expected))
+    assert sorted(found[:700]) == everything and sorted(found[700:1400]) == everything
+    assert found[:700] != found[700:1400]
+    for start in (0, 1, 255, 256, 699, 700, 1100):
+        again = [identity(e) for e in itertools.islice(stored.stream(seed=1, start=start), 300)]
+        assert again == found[start : start + 300]
+    assert [identity(e) for e in itertools.islice(stored.stream(seed=2), 50)] != found[:50]
+    with pytest.raises(ValueError, match="start -1: expected at least 0"):
+        stored.stream(seed=0, start=-1)
+
+
+def test_parts_of_an_epoch_are_apart_and_together_whole(directory, expected):
+    """Three parts of 700 examples: 234, 233 and 233, each shuffled anew in each epoch and resumable."""
+    stored = corpus.load(directory)
+    parts = [[identity(e) for e in itertools.islice(stored.stream(seed=1, part=(p, 3)), 500)] for p in range(3)]
+    sizes = (234, 233, 233)
+    everything = sorted(map(identity, expected))
+    for epoch in range(2):
+        assert sorted(x for part, size in zip(parts, sizes) for x in part[epoch * size : (epoch + 1) * size]) == everything
+    for p, start in ((0, 234), (1, 100), (2, 240)):
+        assert [identity(e) for e in itertools.islice(stored.stream(seed=1, start=start, part=(p, 3)), 50)] == parts[p][start : start + 50]
+    with pytest.raises(ValueError, match="700 examples cannot be read in 701 parts"):
+        stored.stream(seed=0, part=(0, 701))
+
+
+def damaged(directory, tmp_path, name, change):
+    copy = tmp_path / "damaged"
+    shutil.copytree(directory, copy)
+    if change is None:
+        (copy / name).unlink()
+    else:
+        (copy / name).write_bytes(change((copy / name).read_bytes()))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("card.json", None, "is not a corpus directory: it has no card.json"),
+        ("card.json", lambda b: b"", "or it is damaged"),
+        ("card.json", lambda b: b"\xff", "or it is damaged"),
+        ("card.json", lambda b: b"[]", "or it is damaged: expected a JSON object"),
+        ("card.json", lambda b: b"[" * 100_000, "or it is damaged"),
+        ("card.json", lambda b: b.replace(b'"version": 1', b'"version": 2', 1), "version is 2"),
+        ("card.json", lambda b: b.replace(b"selfspan corpus", b"other"), "format is 'other'"),
+        ("card.json", lambda b: b.replace(b'"tree"', b'"bush"', 1), "labelling is 'bush'"),
+        ("card.json", lambda b: b.replace(b'"num_examples": 700', b'"num_examples": 701'), "700 examples where its card says 701"),
+        ("state.json", None, "or it is damaged"),
+        ("state.json", lambda b: b"{}", "or it is damaged"),
+        ("dataset_info.json", lambda b: b"{", "or it is damaged"),
+        ("dataset_info.json", lambda b: b.replace(b"first_label", b"first_lapel"), "is not a corpus directory"),
+        ("data-00000-of-00001.arrow", None, "or it is damaged"),
+        ("data-00000-of-00001.arrow", lambda b: b[:1000], "or it is damaged"),
+        ("data-00000-of-00001.arrow", lambda b: b"", "or it is damaged"),
+    ],
+)
+def test_what_is_not_a_corpus_is_said_in_one_line(directory, tmp_path, name, change, message):
+    copy = damaged(directory, tmp_path, name, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        corpus.load(copy)
+    assert str(caught.value).startswith(str(copy))
+
+
+def test_paths_that_are_not_directories(directory, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such directory"):
+        corpus.load(tmp_path / "absent")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        corpus.load(directory / "card.json")
+    with pytest.raises(ValueError, match=r"no card\.json"):
+        corpus.load(tmp_path)
+
+
+def test_rows_are_checked_when_read(directory, tmp_path):
+    path = damaged(directory, tmp_path, "card.json", lambda b: b.replace(b'"num_labels": 512', b'"num_labels": 20', 1))
+    with pytest.raises(ValueError, match=r"example \d+ has ids outside its vocabulary of 60 tokens"):
+        list(itertools.islice(corpus.load(path).stream(seed=0), 700))
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, expected):
+    def failing():
+        yield from expected[:10]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        corpus.write(tmp_path / "out", failing(), ArithmeticTask(), {"num_examples": 700})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_directory_may_be_written_to(tmp_path):
+    (tmp_path / "empty").mkdir()
+    main(["arithmetic", "--num-examples", "5", "--out", str(tmp_path / "empty")])
+    assert len(corpus.load(tmp_path / "empty")) == 5

@@ -1,0 +1,48 @@
+"""What the tests of all reports do."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image
+
+from experiments.results import digest
+from selfspan_jax.config import LoraConfig, fine_tuning
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def call(report, capsys, *arguments):
+    """(exit status, stdout, stderr) of a report's command."""
+    try:
+        status = report.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def tuned_run(corpus_name, corpus, seed, **attention):
+    """The run.json of an adapter's fine-tuning, as train.py writes it (test_experiments.py compares with train.py itself)."""
+    tuned, training = fine_tuning(corpus_name, adapters=True)
+    run = {"attention": asdict(tuned) | attention, "base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}}
+    run |= {"lora": asdict(LoraConfig()), "training": training.identity | {"seed": seed}, "corpus": corpus}
+    return json.loads(json.dumps(run))
+
+
+def check_page(report, name, tmp_path, capsys, max_bytes):
+    """The page is what the stored results say, and its plots were drawn from them; returns the page."""
+    results, page = DOCS / name, (DOCS / f"{name}.md").read_text()
+    if results.exists():
+        shutil.copytree(results, tmp_path / name)
+    # Emptied first, so that nothing can be left standing.
+    (tmp_path / f"{name}.md").write_text(re.sub(r"(<!-- (?!end)[\w ]+ -->\n).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL))
+    assert call(report, capsys, tmp_path / name)[0] == 0
+    assert (tmp_path / f"{name}.md").read_text() == page
+    plots = re.findall(rf"\]\({name}/(\w+\.png)\)", page)
+    assert {file.name for file in results.glob("*.png")} == set(plots)
+    for plot in plots:
+        assert Image.open(results / plot).text["Description"] == digest(results), plot
+    assert sum(file.stat().st_size for file in results.glob("*")) < max_bytes
+    return page

@@ -1,0 +1,153 @@
+"""What all reports share: arms against the command line that trains them, and what of their runs may be pooled."""
+
+import dataclasses
+import json
+import shlex
+import sys
+
+import jax
+import pytest
+
+import train
+from experiments import arithmetic as arithmetic_report
+from experiments import news as news_report
+from selfspan_jax.model import Decoder
+from selfspan_jax.training.loop import Stopped
+from selfspan_jax.weights import huggingface
+from tests.selfspan_jax.models import TINY
+from tests.selfspan_jax.weights.test_lora import directory
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # `transformers` warns about itself
+EXPERIMENTS = {"arithmetic": arithmetic_report.EXPERIMENT, "news": news_report.EXPERIMENT}
+ARMS = [(name, arm) for name, experiment in EXPERIMENTS.items() for arm in experiment.arms]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Stands for the file that arms are fine-tuned from."""
+    return directory(tmp_path_factory.mktemp("base") / "base", max_context_tokens=1024)
+
+
+@pytest.fixture
+def claimed(monkeypatch, base):
+    """A function that gives train.py a command line and returns the run.json that it writes before it trains."""
+    load = huggingface.load
+    monkeypatch.setattr(train, "Decoder", lambda config, **rest: Decoder(dataclasses.replace(config, **TINY), **rest))
+    monkeypatch.setattr(huggingface, "load", lambda path, **options: load(base, **options))
+
+    def stop(*_, **__):
+        raise Stopped(0)
+
+    monkeypatch.setattr(train.training, "train", stop)
+
+    def run(run_dir, words):
+        before, after = words.index("--run-dir"), words.index("--run-dir") + 2
+        monkeypatch.setattr(sys, "argv", ["train.py", *words[:before], "--run-dir", str(run_dir), *words[after:], "--workers", "0"])
+        with jax.numpy_dtype_promotion("standard"):
+            train.main()
+        return json.loads((run_dir / "run.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "arm"), ARMS)
+def test_an_arms_corpus_is_that_of_train(name, arm):
+    """If this fails, a preset's corpus in train.py was changed, and the report's must follow: commands tell what runs have otherwise."""
+    own = EXPERIMENTS[name].arms[arm]
+    corpus = train.CORPORA.get(own.preset) or train.TUNING_CORPORA[own.settings["corpus"]]
+    assert own.corpus == dataclasses.asdict(corpus)
+
+
+CHANGED = {
+    ("arithmetic", "leaf_jumps"): "--seed 3 --label-jumps 2 --no-names-first-step --remat --gap-scales 0 8 --negative-fraction 0.05",
+    ("arithmetic", "jumps"): "--seed 3 --data-parts 2",
+    ("arithmetic", "base_untagged"): "--seed 3 --learning-rate 2e-4",
+    ("arithmetic", "smollm2_dense"): "--seed 3 --rank 8 --targets qkv_proj o_proj --min-ops 3 --prompt-window-tokens 4 --label-jumps 1",
+    ("news", "prompt"): "--seed 3 --max-distractors 2 --max-prompt-tokens 880",
+    ("news", "smollm2"): "--seed 3 --batch-size 8 --header-view prompt",
+}
+
+
+@pytest.mark.parametrize(("name", "arm"), CHANGED)
+def test_the_command_of_a_trial_is_the_one_that_trained_it(name, arm, claimed, tmp_path):
+    """train.py itself is the oracle: what it writes of a command line must give a command line of which it writes the same."""
+    experiment = EXPERIMENTS[name]
+    own = experiment.arms[arm]
+    there = claimed(tmp_path / "run", [own.preset, "--run-dir", "-", *own.options.split(), *CHANGED[name, arm].split()])
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / f"{arm}-3.run.json").write_text(json.dumps(there))
+    assert experiment.take(tmp_path / "raw", tmp_path / "kept", "abc") == [f"{arm}-3.run.json"]
+    assert experiment.take(tmp_path / "raw", tmp_path / "kept", "abc") == [f"{arm}-3.run.json"]
+    (trial,) = experiment.load(tmp_path / "kept")
+    words = shlex.split(experiment.command(trial))
+    assert words[:2] == ["python", "train.py"] and words[words.index("--run-dir") + 1] == f"runs/{arm}-3"
+    assert claimed(tmp_path / "again", words[2:]) == there
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A function that writes the reduced run of an arm, by its own settings and others."""
+
+    def write(name, arm, seed, file_arm=None, without=(), **changes):
+        own = EXPERIMENTS[name].arms[arm]
+        given = {key: int(value) if value.isdigit() else value for key, value in own.settings.items()} | {"seed": seed, **changes}
+        sections = {
+            section: {key: given.get(key, value) for key, value in settings.items() if key not in without}
+            for section, settings in own.defaults.items()
+        }
+        if "base" in sections:
+            sections["base"] = {"name": changes.get("init", own.settings["init"]), "sha256": "0" * 64}
+        file = tmp_path / f"{file_arm or arm}-{seed}.run.json"
+        file.write_text(json.dumps({"commit": "abc", **sections}))
+        return tmp_path
+
+    return write
+
+
+def test_runs_that_name_no_label_jumps_had_none(kept):
+    path = kept("arithmetic", "span", 0, without=["label_jumps"])
+    kept("arithmetic", "span", 1)
+    trials = arithmetic_report.EXPERIMENT.load(path)
+    assert [trial.run["corpus"]["label_jumps"] for trial in trials] == [0, 0]
+    assert all("--jumps-at" not in arithmetic_report.EXPERIMENT.command(trial) for trial in trials)  # there is nothing to jump
+    kept("arithmetic", "jumps", 0, without=["label_jumps"])
+    with pytest.raises(ValueError, match="label_jumps is 0, but 3 in this arm"):
+        arithmetic_report.EXPERIMENT.load(path)
+
+
+REFUSED = {
+    "no jumps": (("arithmetic", "span", 0, "jumps"), {}, "label_jumps is 0, but 3 in this arm"),
+    "one jump": (("arithmetic", "jumps", 0), {"label_jumps": 1}, "label_jumps is 1, but 3 in this arm"),
+    "another base": (("news", "smollm2", 0), {"init": "Other.gguf"}, "init is Other.gguf, but SmolLM2"),
+    "another mask": (("arithmetic", "smollm2", 0, "smollm2_dense"), {}, "mask is span, but dense in this arm"),
+    "a new model": (("news", "span", 0, "smollm2"), {}, "has no 'base'; not written by this version"),
+}
+
+
+@pytest.mark.parametrize(("which", "changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_run_of_another_arm_is_refused(kept, which, changes, message):
+    with pytest.raises(ValueError, match=message):
+        EXPERIMENTS[which[0]].load(kept(*which, **changes))
+
+
+def test_a_run_on_another_corpus_is_refused(kept, tmp_path):
+    kept("arithmetic", "smollm2", 0)
+    with pytest.raises(ValueError, match="balanced_weight is no setting of the arm's corpus"):
+        news_report.EXPERIMENT.load(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"label_jumps": 2}, {"steps": 6000}, {"prompt_view": "causal"}])
+def test_seeds_of_different_settings_are_not_pooled(kept, changes):
+    kept("arithmetic", "leaf_jumps", 0, log_every_steps=7)
+    path = kept("arithmetic", "leaf_jumps", 1)
+    assert len(arithmetic_report.EXPERIMENT.load(path)) == 2
+    ((key, value),) = changes.items()
+    kept("arithmetic", "leaf_jumps", 1, **changes)
+    with pytest.raises(ValueError, match=rf"in the arm 'leaf_jumps' {key} is \w+ with seed 0, but {value} with seed 1"):
+        arithmetic_report.EXPERIMENT.load(path)
+
+
+def test_every_arm_has_one_colour_and_one_panel():
+    for experiment in EXPERIMENTS.values():
+        assert len({experiment.color(arm) for arm in experiment.arms}) == len(experiment.arms)
+        assert sorted(arm for arms in experiment.panels.values() for arm in arms) == sorted(experiment.arms)

@@ -1,0 +1,368 @@
+"""Meshes and what they refuse; decoding and training on several (virtual) devices against one, and what they tell each other."""
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from data.arithmetic import ArithmeticTask
+from selfspan_jax.config import PRESETS, DecodeConfig
+from selfspan_jax.decoding import engine as decoding
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.model import Decoder
+from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.spans import SpanVocab
+from selfspan_jax.training import loop as training
+from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
+from tests.selfspan_jax.training.test_loop import CONFIG, batch_of
+
+ROOT = Path(__file__).parents[3]
+COLLECTIVE = re.compile(r"(?<= )(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\(")
+
+if jax.device_count() < 8:
+    pytest.skip("needs 8 devices of one kind", allow_module_level=True)
+
+
+def test_one_module_names_partition_specs():
+    for file in [*ROOT.glob("*.py"), *(ROOT / "selfspan_jax").glob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")]:
+        names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+        names |= {alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert ("PartitionSpec" in names) == (file.name == "sharding.py"), file
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model=2", "no axis 'model'; allowed: data, fsdp, tensor"),
+        ("data=2,data=2", "each axis takes one size"),
+        ("data", "each axis takes one size"),
+        ("tensor=0", "each axis takes one size, 1 and above"),
+        ("data=4,tensor=4", "takes 16 devices, here are 8"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_with_the_reason(text, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(text)
+
+
+@pytest.mark.parametrize(
+    "changes, text, message",
+    [
+        ({}, "tensor=4", "tensor=4 does not divide num_kv_heads=2"),
+        ({"intermediate_size": 49}, "tensor=2", "tensor=2 does not divide intermediate_size=49"),
+        ({}, "fsdp=2", "fsdp is for training"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(changes, text, message):
+    with pytest.raises(ValueError, match=message):
+        decoding.FrozenDecoder.of(random_model(**changes), sharding.make_mesh(text))
+
+
+@pytest.mark.parametrize(
+    "text, per_process, num_parts, expected",
+    [
+        ("data=8", 2, 4, [[0], [1], [2], [3]]),
+        ("data=2,fsdp=4", 4, 4, [[0, 1], [2, 3]]),
+        ("data=2,tensor=4", 2, 2, [[0], [0], [1], [1]]),  # two processes hold the heads of the same rows
+        ("tensor=8", 4, 1, [[0], [0]]),
+        ("data=4,tensor=2", 4, 1, "data_parts is 1: each of 2 hosts reads a part of its own; allowed: multiples of 2"),
+        ("data=8", 1, 12, "data_parts is 12: each of 8 hosts reads a part of its own; allowed: multiples of 8"),
+    ],
+)
+def test_a_process_reads_the_parts_that_its_devices_compute_with(monkeypatch, text, per_process, num_parts, expected):
+    """The devices of this process in the places of those of several."""
+    mesh = sharding.make_mesh(text)
+    places = np.array([SimpleNamespace(process_index=i // per_process) for i in range(8)]).reshape(mesh.devices.shape)
+    monkeypatch.setattr(jax, "process_count", lambda: 8 // per_process)
+    found = []
+    for process in range(8 // per_process):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        where = SimpleNamespace(shape=mesh.shape, devices=places)
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                sharding.own_parts(num_parts, where)
+            continue
+        found.append(list(sharding.own_parts(num_parts, where)))
+    assert isinstance(expected, str) or found == expected
+
+
+# ------------------------------------------------------------------------------------------------------- decoding
+
+HEADS = dict(num_heads=8, num_kv_heads=4)
+LENGTHS = np.array([20, 18, 17, 20, 19, 16, 20, 20], np.int32)
+
+
+def prompts(batch=8):
+    token_ids = np.random.default_rng(0).integers(4, VOCAB_SIZE, (batch, 20)).astype(np.int32)
+    token_ids[:, 15] = VOCAB.solve_id
+    return token_ids, LENGTHS[:batch]
+
+
+MODELS = {
+    "plain": (HEADS, {}),
+    "queries share heads, biases, norms of heads": (
+        dict(num_heads=8, num_kv_heads=2, qkv_bias=True, output_bias=True, qk_norm=True, tie_embeddings=False),
+        {},
+    ),
+    "int8": (HEADS, {"int8": True}),
+}
+
+
+@pytest.mark.parametrize(
+    "model, text, attention, temperature",
+    [
+        ("plain", "tensor=2", "span", 0.0),
+        ("plain", "data=4", "span", 1.0),
+        ("plain", "data=2,tensor=4", "span", 1.0),
+        ("plain", "data=2,tensor=2", "window", 0.0),
+        ("queries share heads, biases, norms of heads", "tensor=2", "dense", 0.0),
+        ("int8", "tensor=2", "span", 0.0),
+    ],
+)
+def test_several_devices_write_the_tokens_of_one(model, text, attention, temperature):
+    changes, precision = MODELS[model]
+    model = random_model(**changes).for_decoding(**precision)
+    config = DecodeConfig(max_new_tokens=16, attention=attention, temperature=temperature)
+    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh(text))
+    one, several = (decoding.generate(decoder, *prompts(4), config, num_samples=2) for decoder in (model, frozen))
+    assert len({tuple(row) for row in np.asarray(one.new_tokens).tolist()}) > 1
+    np.testing.assert_array_equal(one.new_tokens, several.new_tokens)
+    np.testing.assert_array_equal(one.num_attended, several.num_attended)
+    assert int(one.num_steps) == int(several.num_steps)
+
+
+def test_a_stream_on_several_devices_is_that_of_one():
+    model, config = random_model(**HEADS), DecodeConfig(max_new_tokens=10)
+    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("data=2,tensor=2"))
+    one, several = ([chunk.tokens for chunk in decoding.stream(m, *prompts(), config, chunk_tokens=4)] for m in (model, frozen))
+    np.testing.assert_array_equal(np.concatenate(one, axis=1), np.concatenate(several, axis=1))
+
+
+def test_parts_of_a_batch_end_by_themselves():
+    """Sequences that end early end their device's loop; what the state says is the most steps that any part took."""
+    model = random_model(**HEADS)
+    config, (token_ids, lengths) = DecodeConfig(max_new_tokens=12), prompts()
+    forced = np.full((8, 12), 5, np.int32)
+    forced[:4, 2] = VOCAB.eos_id
+    forced[4:, 7] = VOCAB.eos_id
+    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("data=2"))
+    for decoder in (model, frozen):
+        state = decoding.run(decoder, decoding.prefill(decoder, token_ids, lengths, config), config, forced=forced)
+        assert int(state.num_steps) == 8 and np.all(state.done)
+        assert np.all(np.asarray(state.new_tokens)[:4, 3:] == VOCAB.pad_id)
+
+
+def test_prompts_that_do_not_divide_are_refused():
+    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), sharding.make_mesh("data=4"))
+    with pytest.raises(ValueError, match="data=4 does not divide the number of prompts=3"):
+        decoding.prefill(frozen, *prompts(3), DecodeConfig(max_new_tokens=4))
+
+
+def run_program(text, config=None):
+    """The compiled loop of a decoder of two layers on a mesh, as text."""
+    config = config or DecodeConfig(max_new_tokens=8)
+    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), sharding.make_mesh(text))
+    state = decoding.prefill(frozen, *prompts(), config)
+    return decoding._jit_run.lower(frozen.structure, frozen.params, state, jnp.int32(8), None, config, 1).compile().as_text()
+
+
+def bodies(program):
+    """The computations of a compiled program by name."""
+    return dict(re.findall(r"^(?:ENTRY )?%([\w.\-]+) .*?\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+
+
+def loop_collectives(program):
+    """The collectives in bodies of loops and what those call."""
+    computations = bodies(program)
+    waiting = set(re.findall(r"body=%([\w.\-]+)", program))
+    inside = set()
+    while waiting:
+        inside.add(name := waiting.pop())
+        waiting |= set(re.findall(r"(?:to_apply|calls|body|true_computation|false_computation)=%([\w.\-]+)", computations[name])) - inside
+    return [found for name in sorted(inside) for found in COLLECTIVE.findall(computations[name])]
+
+
+@pytest.mark.parametrize("text", ["tensor=2", "tensor=4", "data=2,tensor=2"])
+def test_a_step_adds_up_twice_a_layer_and_nothing_else(text):
+    """After the attention output and after the feed-forward, of two layers; beside the loop, the parts compare their steps once."""
+    program = run_program(text)
+    assert loop_collectives(program) == ["all-reduce"] * 4
+    assert len(COLLECTIVE.findall(program)) == 4 + ("data" in text)
+
+
+def test_parts_of_a_batch_tell_each_other_nothing_in_a_step():
+    program = run_program("data=4")
+    assert loop_collectives(program) == [] and COLLECTIVE.findall(program) == ["all-reduce"]
+
+
+def test_the_count_of_collectives_sees_one_more(monkeypatch):
+    """Teeth: an attention that asked the other devices would be seen, in the loop and in attention."""
+    rotated = decoding.attend_cached
+
+    def asking(*arguments):
+        attend = rotated(*arguments)
+
+        def with_question(qkv, angles, pools):
+            out, pools = attend(qkv, angles, pools)
+            return out + 0 * jax.lax.psum(out, "tensor"), pools
+
+        return with_question
+
+    monkeypatch.setattr(decoding, "attend_cached", asking)
+    program = run_program("tensor=2", DecodeConfig(max_new_tokens=9))
+    assert loop_collectives(program) == ["all-reduce"] * 6
+
+
+def test_each_device_keeps_its_share():
+    model = random_model(**HEADS)
+    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("tensor=4"))
+    gate_up = next(array for array in frozen.params if array.shape == (96, 32))
+    whole = np.asarray(model.layers[0].mlp.gate_up_proj.weight[...])
+    for number, shard in enumerate(gate_up.addressable_shards):
+        np.testing.assert_array_equal(shard.data[:12], whole[12 * number : 12 * number + 12])  # its gates
+        np.testing.assert_array_equal(shard.data[12:], whole[48 + 12 * number : 60 + 12 * number])  # its ups
+    state = decoding.prefill(frozen, *prompts(), DecodeConfig(max_new_tokens=4))
+    pool = state.cache.pools[0][0]
+    assert [shard.data.shape for shard in pool.addressable_shards] == [(pool.shape[0], 1, 8)] * 4
+    assert all(shard.data.shape == state.slots.rows.shape for shard in state.slots.rows.addressable_shards)
+
+
+def test_a_model_on_several_devices_says_what_it_says_on_one():
+    """Three prompts on two parts of a batch: one of them is decoded twice and shown once."""
+    texts = ["((51+75)-(95*3))", "1+2", "(7*8)-9"]
+    directory = ROOT / "checkpoints" / "arithmetic-tiny"
+    one, several = (SpanLM.load(directory, {"arithmetic": ArithmeticTask}, mesh=mesh) for mesh in (None, "data=2,tensor=2"))
+    assert [out.text for out in several.generate(texts, max_new_tokens=64)] == [out.text for out in one.generate(texts, max_new_tokens=64)]
+    assert "".join(several.stream(texts[1], max_new_tokens=64)) == one.generate(texts[1], max_new_tokens=64).text
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def losses(model, config, mesh=None, steps=4):
+    """Loss and gradient norm of some steps, and the parameters after them in the order of files."""
+    fixed, state = training.placed_state(model, config, mesh) if mesh else training.initial_state(model, config)
+    state = jax.tree.map(jnp.copy, state)
+    seen = []
+    for number in range(steps):
+        batch = training.placed_batch(batch_of(number, rows=8), config, mesh)
+        state, metrics = training.train_step(fixed, state, batch, config)
+        seen.append([float(metrics[name]) for name in ("loss", "gradient_norm", "token_accuracy", "attended_pairs")])
+    params = sharding.natural(state.params, mesh) if mesh else state.params
+    return np.array(seen), [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    config = dataclasses.replace(CONFIG, batch_size=8)
+    return {steps: losses(random_model(**TRAINED), dataclasses.replace(config, accumulation_steps=steps)) for steps in (1, 2)}
+
+
+TRAINED = HEADS | dict(qkv_bias=True, output_bias=True, qk_norm=True)
+
+
+@pytest.mark.parametrize(
+    "text, accumulation_steps",
+    [("data=4", 1), ("fsdp=4", 1), ("tensor=4", 1), ("data=2,fsdp=2,tensor=2", 1), ("data=2,fsdp=2", 2)],
+)
+def test_several_devices_train_as_one(one_device, text, accumulation_steps):
+    """The same losses, gradient norms and parameters but for the order in which float32 numbers are added up."""
+    config = dataclasses.replace(CONFIG, batch_size=8, accumulation_steps=accumulation_steps)
+    seen, params = losses(random_model(**TRAINED), config, sharding.make_mesh(text))
+    expected, expected_params = one_device[accumulation_steps]
+    np.testing.assert_allclose(seen, expected, rtol=1e-4)
+    for leaf, wanted in zip(params, expected_params, strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=2e-3, atol=5e-5)
+
+
+def test_the_preset_of_a_billion_divides_over_eight():
+    """By shapes alone: its parameters by hand, and every axis of 8."""
+    preset, vocab = PRESETS["arithmetic-1b"], SpanVocab(**ArithmeticTask().vocab.span_ids())
+    model = nnx.eval_shape(lambda: Decoder(preset.model, vocab=vocab, vocab_size=1044, rngs=nnx.Rngs(0)))
+    d, f, layers, n, k, h = 2048, 8192, 16, 32, 8, 64
+    assert model.num_parameters == 1044 * d + layers * (d * (2 * n + 2 * k) * h + 3 * d * f + 2 * d) + d == 975_284_224
+    for text in ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"):
+        training.check_mesh(model, preset.training, sharding.make_mesh(text))
+    shapes = sharding.place(nnx.state(model, nnx.Param), sharding.make_mesh("fsdp=8"))
+    stored = sum(np.prod(sharding.shard_shape(leaf)) for leaf in jax.tree.leaves(shapes))
+    assert stored == pytest.approx(975_284_224 / 8, rel=1e-3)  # norms are whole everywhere
+
+
+# ------------------------------------------------------------------------------------------------------- the loop
+
+
+LOOP = dataclasses.replace(CONFIG, steps=8, batch_size=8, log_every_steps=1, eval_every_steps=4)
+
+
+def batches_from(number):
+    while True:
+        yield batch_of(number, rows=8)
+        number += 1
+
+
+def trained(run_dir, text=None, config=LOOP, **options):
+    """A run of the loop on a mesh, or on one device: losses, gradient norms and scores by step, and the finished parameters."""
+    mesh = sharding.make_mesh(text) if text else None
+
+    def evaluate(model):
+        gate_up = model.layers[0].mlp.gate_up_proj.weight[...]
+        return {"first_gate": float(gate_up[0, 0]), "last_up": float(gate_up[-1, -1])}
+
+    model = training.train(
+        random_model(**TRAINED), config, batches_from=batches_from, run_dir=run_dir, mesh=mesh, evaluate=evaluate, **options
+    )
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    seen = [[line["step"], line["loss"], line["gradient_norm"]] for line in lines if "loss" in line]
+    scores = [[line["eval/first_gate"], line["eval/last_up"]] for line in lines if "eval/last_up" in line]
+    return np.array(seen), np.array(scores), [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+
+
+def assert_same_run(found, expected):
+    """The tolerances that docs/multi-gpu.md states: float32 sums in another order."""
+    for (ours, theirs), tolerance in zip(zip(found[:2], expected[:2]), (1e-4, 2e-3)):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance)
+    for leaf, wanted in zip(found[2], expected[2], strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=2e-3, atol=5e-5)
+
+
+@pytest.fixture(scope="module")
+def run_of_one_device(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("text", ["fsdp=4", "data=2,fsdp=2,tensor=2"])
+def test_the_loop_on_several_devices_is_that_of_one(run_of_one_device, tmp_path, text):
+    assert_same_run(trained(tmp_path, text), run_of_one_device)
+
+
+ELSEWHERE = [("tensor=4", None), (None, "tensor=2,fsdp=2"), ("data=2,tensor=2", "fsdp=8")]
+
+
+@pytest.mark.parametrize("first, second", ELSEWHERE)
+def test_a_run_goes_on_on_another_mesh(run_of_one_device, tmp_path, first, second):
+    with pytest.raises(training.Stopped, match="step 1"):
+        trained(tmp_path, first, stop_after_seconds=0)
+    assert_same_run(trained(tmp_path, second), run_of_one_device)
+
+
+@pytest.mark.parametrize("first, second", ELSEWHERE)
+def test_an_export_goes_on_on_another_mesh(tmp_path, first, second):
+    """Its first losses are those of a run that was not interrupted; then a moment that was rounded to its other neighbour shows."""
+    config = dataclasses.replace(LOOP, export_every_steps=4)
+    whole, stopped, resumed = (tmp_path / name for name in ("whole", "stopped", "resumed"))
+    with pytest.raises(training.Stopped, match="step 4"):
+        trained(stopped, first, config, stop_after_seconds=0)
+    for directory in (whole, resumed):
+        directory.mkdir()
+    (seen, *_), (expected, *_) = trained(resumed, second, config, resume_from=stopped / "export"), trained(whole, None, config)
+    np.testing.assert_allclose(seen[:5], expected[:5], rtol=1e-4)
+    np.testing.assert_allclose(seen, expected, rtol=5e-3)

