@@ -32,7 +32,7 @@ from jaxtyping import Array, Int
 from tqdm import tqdm
 
 from benchmarks import peers as benchmark_peers
-from benchmarks.profiling import device_times
+from benchmarks.timing import device_times, median_and_spread, timed
 from selfspan_jax.attention.sequences import attend_cached, sequence_mask
 from selfspan_jax.config import PRESETS, Attention, DecodeConfig, ModelConfig
 from selfspan_jax.decoding import engine as decoding
@@ -374,22 +374,22 @@ def measure_case(
         return jax.block_until_ready(dataclasses.replace(fresh, cache=dataclasses.replace(fresh.cache, pools=pools)))
 
     for _ in range(WARM_UPS + REPETITIONS):
-        state, elapsed = _timed(programs.replay, params, ready(), given)
+        state, elapsed = timed(programs.replay, params, ready(), given)
         seconds.append(elapsed)
         pools = state.cache.pools
         if programs.bare is not None:  # in turns, so that both see the device in the same state
-            (pools, _), elapsed = _timed(programs.bare, params, pools, kept.logits, *lists)
+            (pools, _), elapsed = timed(programs.bare, params, pools, kept.logits, *lists)
             bare_seconds.append(elapsed)
     if not np.array_equal(np.asarray(state.new_tokens), forced):
         raise RuntimeError(f"{case}: the loop did not replay the tokens that it was given")
 
-    ms = [1e3 * s / case.steps for s in seconds[WARM_UPS:]]
+    median_ms, spread_ms = median_and_spread([1e3 * s / case.steps for s in seconds[WARM_UPS:]])
     counts, contexts = np.asarray(state.num_attended), np.arange(case.prompt_tokens + 1, case.num_tokens + 1)
     parts = 1 if mesh is None else sharding.num_parts(mesh)
     row: dict[str, Any] = {
-        "ms_per_step": statistics.median(ms),
-        "spread_ms": max(ms) - min(ms),
-        "tokens_per_second": 1e3 * case.batch_size / statistics.median(ms),
+        "ms_per_step": median_ms,
+        "spread_ms": spread_ms,
+        "tokens_per_second": 1e3 * case.batch_size / median_ms,
         "mean_context_tokens": float(contexts.mean()),
         "attended_tokens": float(counts.mean()),
         "attended_fraction": float((counts / contexts).mean()),
@@ -410,13 +410,6 @@ def measure_case(
     return row
 
 
-def _timed(program, *arguments) -> tuple[Any, float]:
-    """What a program returns, and the seconds until it is there."""
-    began = time.perf_counter()
-    out = jax.block_until_ready(program(*arguments))
-    return out, time.perf_counter() - began
-
-
 def _prefilled(shape: Shape, params, case: Case, programs: Programs, token_ids: Int[np.ndarray, "B T"]) -> tuple[Any, float]:
     """The state after the prompts, and the milliseconds that it took: the median after one run, of one run if they are long."""
     num_prompts, length = case.batch_size // case.num_samples, case.prompt_tokens
@@ -429,7 +422,7 @@ def _prefilled(shape: Shape, params, case: Case, programs: Programs, token_ids: 
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= REPETITIONS and sum(seconds) < 2):
         del state  # the next one needs its memory
-        state, elapsed = _timed(programs.prefill, *arguments)
+        state, elapsed = timed(programs.prefill, *arguments)
         seconds.append(elapsed)
     return state, 1e3 * statistics.median(seconds[1:])
 
@@ -468,9 +461,8 @@ def measure_stream(model: Decoder, token_ids: Int[np.ndarray, "B T"], case: Case
     for _ in range(1 + REPETITIONS):
         state = decoding.run(frozen, decoding.prefill(frozen, prompts, lengths, config), config, until=chunk)
         jax.block_until_ready(state)
-        began = time.perf_counter()
-        state = jax.block_until_ready(decoding.run(frozen, state, config))
-        whole.append(time.perf_counter() - began)
+        state, elapsed = timed(decoding.run, frozen, state, config)
+        whole.append(elapsed)
         if int(state.num_steps) < new_tokens:
             return {"not_run": f"the model ended its response after {int(state.num_steps)} tokens"}
         del state

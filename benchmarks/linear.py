@@ -12,20 +12,17 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 import math
 import os
 import pathlib
-import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.span_decode import CACHE_BYTES, read_ceiling_tbps
+from benchmarks.timing import CACHE_BYTES, header_line, median_and_spread, report_header, run_seconds
 from pallas_kernels.linear.api import expected_bytes, fused_linear
 from pallas_kernels.linear.heuristics import MOST_NORM_ROWS, MULTIPROCESSORS, LinearConfig
 from pallas_kernels.linear.reference import rms_norm
@@ -139,28 +136,19 @@ def compile_all(programs: dict) -> dict:
 
 def time_us(program, arguments, calls: int, runs: int) -> tuple[float, float]:
     """Median microseconds per call and the spread (largest minus smallest) of `runs` of a program of so many calls."""
-    times = []
-    for run in range(2 + runs):
-        start = time.perf_counter()
-        for _ in range(2):  # one queued while the other runs
-            out = program(*arguments)
-        jax.block_until_ready(out)
-        if run >= 2:
-            times.append((time.perf_counter() - start) / (2 * calls) * 1e6)
-    return statistics.median(times), max(times) - min(times)
+    seconds = run_seconds(lambda: program(*arguments), queued=2, repetitions=runs)  # one queued while the other runs
+    return median_and_spread([1e6 * each / calls for each in seconds])
 
 
 class Report:
     """Rows that are printed as they come, and the JSON beside them."""
 
     def __init__(self, seed: int, path: pathlib.Path | None):
-        device = jax.devices()[0].device_kind
-        self.ceiling_tbps = read_ceiling_tbps()
+        header = report_header()
+        self.ceiling_tbps = header["read_ceiling_terabytes_per_second"]
         self.path = path
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-        ceiling = {"read_ceiling_terabytes_per_second": self.ceiling_tbps}
-        self.content = {"device": device, "versions": versions, **ceiling, "seed": seed, "cases": []}
-        print(f"{device}, JAX {jax.__version__}, read ceiling {self.ceiling_tbps:.2f} TB/s", flush=True)
+        self.content = {**header, "seed": seed, "cases": []}
+        print(header_line(header), flush=True)
 
     def add(self, name: str, batch: int, what: str, microseconds: float, moved_bytes: int, **more) -> None:
         floor_us = moved_bytes / self.ceiling_tbps / 1e6

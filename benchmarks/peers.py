@@ -24,6 +24,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from benchmarks.timing import torch_ms
+
 Name = Literal["hf-compiled", "hf-eager", "hf-generate"]
 WARM_UPS, REPETITIONS = 2, 5  # an eager step needs one warm-up only
 _MARK = "row: "  # in front of a result among what libraries print
@@ -105,23 +107,6 @@ def _make_model(config: dict[str, Any], vocab_size: int, device: str, dtype):
         torch.set_default_dtype(before)
 
 
-def _run_ms(device: str, run) -> float:
-    """Milliseconds of a call."""
-    import torch
-
-    if device == "cpu":
-        began = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - began)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
 class _Run:
     """One peer at one batch and context: its cache, its step, compiled where the peer is."""
 
@@ -172,7 +157,7 @@ class _Run:
                 torch.compiler.cudagraph_mark_step_begin()
                 tokens = step(tokens).clone()  # the graph's own output is overwritten by its next run
 
-        return _run_ms(self.device, decode) / steps
+        return torch_ms(decode, self.device) / steps
 
     def _ms_of_generate(self, model, prompts) -> float:
         import torch
@@ -180,7 +165,7 @@ class _Run:
         def new_tokens(number: int) -> float:
             self.cache.reset()
             options = {"attention_mask": torch.ones_like(prompts), "past_key_values": self.cache, "do_sample": False}
-            return _run_ms(self.device, lambda: model.generate(prompts, max_new_tokens=number, **options))
+            return torch_ms(lambda: model.generate(prompts, max_new_tokens=number, **options), self.device)
 
         steps = self.case["steps"]
         return (new_tokens(steps) - new_tokens(1)) / (steps - 1)

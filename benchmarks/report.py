@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import jax
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
@@ -31,12 +28,10 @@ from benchmarks.decoding import (
     step_bytes,
     sweep,
 )
-from benchmarks.span_decode import read_ceiling_tbps
+from benchmarks.timing import header_line, report_header
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel import layout as sharding
 from selfspan_jax.spans import SpanVocab
-
-_PACKAGES = ("jax", "jaxlib", "flax", "triton")
 
 
 def run(
@@ -84,9 +79,7 @@ def run(
     mesh = plan.devices(shape.config)
     draw(1, min(plan.context) + plan.steps // 2)  # what cannot be had is said before anything is measured
     report = header(name, shape, workload=workload, plan=dataclasses.asdict(plan))
-    print(
-        f"{sharding.devices(mesh)}, JAX {jax.__version__}, read ceiling {report['read_ceiling_terabytes_per_second']:.2f} TB/s", flush=True
-    )
+    print(header_line(report, sharding.devices(mesh)), flush=True)
 
     def add(row: dict[str, Any]) -> None:
         add_row(report, shape, row)
@@ -120,13 +113,9 @@ def run(
 
 def header(name: str, shape: Shape, **settings: Any) -> dict[str, Any]:
     """A report without rows: the device, its read ceiling (measured here), versions, the shape and the settings of the run."""
-    device = jax.devices()[0]
-    size = 2**31 if device.platform == "gpu" else 2**25
     return {
         "shape": name,
-        "device": device.device_kind,
-        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES if importlib.util.find_spec(package)},
-        "read_ceiling_terabytes_per_second": read_ceiling_tbps(size),
+        **report_header(),
         **settings,
         "model": dataclasses.asdict(shape.config),
         "vocab_size": shape.vocab_size,

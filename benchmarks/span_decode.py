@@ -14,15 +14,12 @@ and, for `triton`, how long the kernels themselves ran by the profiler ("kernel_
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import math
 import pathlib
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 
 import jax
@@ -31,11 +28,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from benchmarks.timing import CACHE_BYTES, header_line, kernel_us, median_and_spread, report_header, run_seconds, timed, torch_ms
 from pallas_kernels.span_decode import expected_bytes, quantize_pool, span_decode_attention, unsupported_reason
 from pallas_kernels.span_decode.heuristics import TritonConfig, triton_config
 from pallas_kernels.span_decode.triton import triton_attention
-
-CACHE_BYTES = 64 * 2**20  # more than the L2 of any device meant here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,18 +139,10 @@ def time_chain_us(attend, q, pools, lists, rounds: int = 8, runs: int = 5) -> tu
     chain = functools.partial(_chain, attend, rounds)
     calls = rounds * len(lists)
     chain(q, pools, lists).block_until_ready()
-    start = time.perf_counter()
-    chain(q, pools, lists).block_until_ready()
-    repeats = max(2, math.ceil(0.01 / (time.perf_counter() - start)))  # 10 ms queued at a time hide the host
-    times = []
-    for run in range(3 + runs):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            out = chain(q, pools, lists)
-        out.block_until_ready()
-        if run >= 3:
-            times.append((time.perf_counter() - start) / (repeats * calls) * 1e6)
-    return statistics.median(times), max(times) - min(times)
+    _, once = timed(chain, q, pools, lists)
+    queued = max(2, math.ceil(0.01 / once))  # 10 ms queued at a time hide the host
+    seconds = run_seconds(lambda: chain(q, pools, lists), queued=queued, warm_ups=3, repetitions=runs)
+    return median_and_spread([1e6 * each / calls for each in seconds])
 
 
 def empty_call(q, *_):
@@ -165,38 +153,6 @@ def empty_call(q, *_):
 
     settings = {"input_output_aliases": {0: 0}, "compiler_params": plt.CompilerParams(num_warps=1, num_stages=1)}
     return pl.pallas_call(kernel, grid=(1,), out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype), **settings)(q)
-
-
-def kernel_us(attend, q, pools, lists, rounds: int = 8) -> float:
-    """Microseconds that the kernels of a call ran, by the profiler; what they wait for each other is not in it."""
-    chain = functools.partial(_chain, attend, rounds)
-    chain(q, pools, lists).block_until_ready()
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            chain(q, pools, lists).block_until_ready()
-        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(trace)).planes if "GPU" in plane.name]
-        events = (event for plane in planes for line in plane.lines if "Stream" in line.name for event in line.events)
-        durations: dict[str, list[float]] = {}
-        for event in events:
-            if event.name.startswith("span_decode"):
-                durations.setdefault(event.name, []).append(event.duration_ns / 1e3)
-    return sum(statistics.median(each) for each in durations.values())
-
-
-def read_ceiling_tbps(size_bytes: int = 2 * 2**30) -> float:
-    """Bytes per second of a plain sum over `size_bytes`, in TB/s; the fastest of five."""
-    array = jax.random.bits(jax.random.key(0), (size_bytes // 4,), jnp.uint32)
-    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.uint32))
-    times = []
-    for run in range(8):
-        start = time.perf_counter()
-        for _ in range(8):
-            out = total(array)
-        out.block_until_ready()
-        if run >= 3:
-            times.append((time.perf_counter() - start) / 8)
-    return array.size * 4 / min(times) / 1e12
 
 
 # Peers. Each reads a contiguous cache of every sequence, which all sequences being equally long allows.
@@ -239,15 +195,7 @@ def torch_rows(shape: Shape, seed: int) -> Iterator[dict]:
         with torch.cuda.graph(graph):
             for k, v in caches:
                 attend(q, k, v)
-        times = []
-        for _ in range(8):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / len(caches))
-        return statistics.median(times[3:])
+        return statistics.median([1e3 * torch_ms(graph.replay) / len(caches) for _ in range(8)][3:])
 
     sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
     yield {"implementation": "PyTorch SDPA, dense", "density": 1.0, "pattern": "all", "microseconds": time_us(sdpa)}
@@ -268,11 +216,8 @@ def torch_rows(shape: Shape, seed: int) -> Iterator[dict]:
             mask[b, slots[b, : counts[b]] - b * length] = True
         named.copy_(torch.from_numpy(mask))
         build()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        build_us = 1e3 * torch_ms(build)
         block_mask = build()
-        torch.cuda.synchronize()
-        build_us = (time.perf_counter() - start) * 1e6
         try:
             microseconds = time_us(functools.partial(flex, block_mask=block_mask, enable_gqa=True))
         except RuntimeError as error:
@@ -344,7 +289,7 @@ def run_shape(shape: Shape, implementations: list[str], peers: list[str], ceilin
             moved = expected_bytes(q, pools[0], int(lists[0][1].sum()))
             more = {"spread_microseconds": spread, "net_microseconds": microseconds - empty_us, "relative_error": error}
             if name == "triton" and pattern in ("tokens", "all"):
-                more["kernel_microseconds"] = kernel_us(attend, q, pools, lists)
+                more["kernel_microseconds"] = kernel_us(functools.partial(_chain, attend, 8, q, pools, lists), "span_decode")
             record(name, density, pattern, microseconds, moved, **more)
 
     if peers and len(set(shape.lengths)) == 1:
@@ -450,14 +395,10 @@ def main(arguments: list[str] | None = None) -> int:
     if jax.devices()[0].platform != "gpu":
         parser.exit(2, f"error: needs a GPU, the default device is a {jax.devices()[0].platform}\n")
 
-    ceiling_tbps = read_ceiling_tbps()
-    device = jax.devices()[0].device_kind
-    print(f"{device}, JAX {jax.__version__}, read ceiling {ceiling_tbps:.2f} TB/s", flush=True)
-    packages = [name for name in ("jax", "jaxlib", "jax-triton", "torch", "triton") if importlib.util.find_spec(name.replace("-", "_"))]
+    header = report_header()
+    print(header_line(header), flush=True)
     report = {
-        "device": device,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "read_ceiling_terabytes_per_second": ceiling_tbps,
+        **header,
         "seed": args.seed,
         "shapes": [dataclasses.asdict(by_name[name]) for name in args.shapes.split(",")],
         "cases": [],
@@ -467,7 +408,7 @@ def main(arguments: list[str] | None = None) -> int:
             report["cases"] += tune_shape(by_name[name], args.seed)
         else:
             implementations, peers = ([x for x in text.split(",") if x] for text in (args.implementations, args.peers))
-            report["cases"] += run_shape(by_name[name], implementations, peers, ceiling_tbps, args.seed)
+            report["cases"] += run_shape(by_name[name], implementations, peers, header["read_ceiling_terabytes_per_second"], args.seed)
         if args.json:  # after every shape, so that a run cut short leaves what it has
             args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

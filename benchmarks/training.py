@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.profiling import device_times
+from benchmarks.timing import device_times, run_seconds, timed
 from selfspan_jax.attention.sequences import SequenceImplementation
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder
@@ -77,15 +76,9 @@ def measure(
                 state, metrics = training.train_step(fixed, state, next(feed), config, name)  # noqa: B023
             return jax.block_until_ready(metrics)
 
-        began = time.perf_counter()
-        metrics = run(1)
-        compile_seconds = time.perf_counter() - began
+        metrics, compile_seconds = timed(run, 1)
         run(2)
-        seconds = []
-        for _ in range(REPETITIONS):
-            began = time.perf_counter()
-            run(steps)
-            seconds.append((time.perf_counter() - began) / steps)
+        seconds = [elapsed / steps for elapsed in run_seconds(lambda: run(steps), warm_ups=0, repetitions=REPETITIONS)]
         second = statistics.median(seconds)
         flops = step_flops(model, tokens, float(metrics["attended_pairs"]))
         memory = device.memory_stats() or {}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import profiling
 from benchmarks import training as training_benchmark
 from pallas_kernels import TileMask, masked_attention
 from selfspan_jax.attention.sequences import attend_in_training, attend_under, rotated_heads, sequence_mask
@@ -92,19 +91,3 @@ def test_the_benchmark_of_a_step_names_every_figure():
     assert "32 tokens a step" in training_benchmark.table(result)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(nnx.state(model, nnx.Param)), strict=True):
         np.testing.assert_array_equal(old, new)  # it measures, it does not train
-
-
-@pytest.mark.parametrize(
-    ("program", "kind"),
-    [
-        ("all-reduce.3 ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
-        ("all-gather-start.1 ncclDevKernel_AllGather_RING_LL", "communication"),
-        ("custom-call.7 span_decode_attend", "attention"),
-        (" masked_attention_forward", "attention"),
-        ("custom-call.9 nvjet_tst_128x8_64x12_4x1_v_bz_TNT", "matrix products"),
-        ("custom-call fused_linear", "matrix products"),
-        ("loop_add_fusion.12 loop_add_fusion_12", "the rest"),
-    ],
-)
-def test_a_devices_programs_are_told_apart_by_their_names(program, kind):
-    assert profiling.kind_of(program) == kind

@@ -1,0 +1,174 @@
+"""Time programs on a device: medians of repeated runs, the memory's read ceiling, the profiler's events, the head of a report."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib.metadata
+import importlib.util
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+TOP_OPERATIONS = 20
+CACHE_BYTES = 64 * 2**20  # more than the L2 of any device meant here: chains read three times as much before they repeat
+_PACKAGES = ("jax", "jaxlib", "flax", "jax-triton", "torch", "triton")
+
+# ---------------------------------------------------------------------------------------------------------- clocks
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """Call `function` and wait for its result; returns the result and the seconds."""
+    began = time.perf_counter()
+    out = jax.block_until_ready(function(*arguments))
+    return out, time.perf_counter() - began
+
+
+def run_seconds(function: Callable[[], Any], *, queued: int = 1, warm_ups: int = 2, repetitions: int = 5) -> list[float]:
+    """Seconds per call of each repetition, in which `queued` calls are dispatched one after the other and waited for once."""
+
+    def repetition() -> Any:
+        for _ in range(queued):
+            out = function()
+        return out
+
+    seconds = [timed(repetition)[1] / queued for _ in range(warm_ups + repetitions)]
+    return seconds[warm_ups:]
+
+
+def median_and_spread(values: list[float]) -> tuple[float, float]:
+    """The median, and the largest value minus the smallest."""
+    return statistics.median(values), max(values) - min(values)
+
+
+def torch_ms(function: Callable[[], Any], device: str = "cuda") -> float:
+    """Milliseconds of a call of PyTorch, by CUDA events; by the clock on a CPU."""
+    if device == "cpu":
+        began = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - began)
+    import torch  # an extra of the benchmarks with peers
+
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+@jax.jit
+def _total(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, dtype=jnp.uint32)
+
+
+def read_ceiling_tbps(size_bytes: int | None = None) -> float:
+    """Measure how fast the memory can be read: a plain sum, the fastest of five repetitions, in TB/s.
+
+    Args:
+      size_bytes: what is summed up, by default 2 GiB on a GPU and 32 MiB elsewhere.
+    """
+    if size_bytes is None:
+        size_bytes = 2**31 if jax.default_backend() == "gpu" else 2**25
+    array = jax.random.bits(jax.random.key(0), (size_bytes // 4,), jnp.uint32)
+    seconds = run_seconds(lambda: _total(array), queued=8, warm_ups=3, repetitions=5)
+    return array.size * 4 / min(seconds) / 1e12
+
+
+# -------------------------------------------------------------------------------------------------------- profiles
+
+# By the name of a device's program: NCCL's; ours and cuDNN's attention; matrix products of ours, of cuBLAS and of the compiler.
+# A collective's time has in it the waiting for the other devices.
+_KINDS = {
+    "communication": r"nccl|(?i:all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective.?permute)",
+    "attention": r"masked_attention|span_decode|sdpa|fmha|flash",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|dot|fused_linear",
+}
+
+
+def kind_of(program: str) -> str:
+    """What a device's program does, by its name."""
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, program)), "the rest")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceEvent:
+    """One run of a program on a device."""
+
+    name: str
+    operation: str  # of the compiled module; "" where the profiler does not say
+    ms: float
+
+
+def device_events(function: Callable[[], Any]) -> list[list[DeviceEvent]]:
+    """Run `function` under the profiler and return what each GPU of this process ran; nothing on a CPU.
+
+    Args:
+      function: returns when the devices are done, or returns arrays to wait for.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(function())
+        (file,) = Path(directory).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(file))
+    devices = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
+    streams = [[line for line in plane.lines if line.name.startswith("Stream")] for plane in devices]
+    return [[_device_event(event) for line in lines for event in line.events] for lines in streams]
+
+
+def _device_event(event: Any) -> DeviceEvent:
+    operation = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
+    return DeviceEvent(event.name, operation, event.duration_ns / 1e6)
+
+
+def device_times(function: Callable[[], Any], steps: int) -> dict[str, Any]:
+    """Profile `steps` steps: ms per step by kind of operation, and the longest operations; the mean of this process's GPUs.
+
+    Streams are summed up, so that what overlaps counts twice. On a CPU there are no such events and both are empty.
+    """
+    devices = device_events(function)
+    times: dict[str, float] = collections.defaultdict(float)
+    kinds: dict[str, float] = collections.defaultdict(float)
+    for event in (event for events in devices for event in events):
+        per_step = event.ms / (steps * len(devices))
+        kinds[kind_of(f"{event.operation} {event.name}")] += per_step
+        times[f"{event.operation}: {event.name}"] += per_step
+    longest = sorted(times.items(), key=lambda item: -item[1])[:TOP_OPERATIONS]
+    return {"device_ms_by_kind": dict(kinds), "longest_operations_ms": dict(longest)}
+
+
+def kernel_us(function: Callable[[], Any], prefix: str) -> float:
+    """Profile a program and add up the median microseconds of each kernel whose name begins with `prefix`.
+
+    What the kernels wait for each other is not in it.
+    """
+    durations: dict[str, list[float]] = {}
+    for event in (event for events in device_events(function) for event in events if event.name.startswith(prefix)):
+        durations.setdefault(event.name, []).append(1e3 * event.ms)
+    return sum(statistics.median(each) for each in durations.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- reports
+
+
+def report_header() -> dict[str, Any]:
+    """The head of every report: the device, versions of the packages there are, and the read ceiling, measured here."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name.replace("-", "_"))},
+        "read_ceiling_terabytes_per_second": read_ceiling_tbps(),
+    }
+
+
+def header_line(header: dict[str, Any], devices: str | None = None) -> str:
+    """The head of a report as one line; `devices` replaces the device's name, where there are several."""
+    ceiling = header["read_ceiling_terabytes_per_second"]
+    return f"{devices or header['device']}, JAX {header['versions']['jax']}, read ceiling {ceiling:.2f} TB/s"
