@@ -26,8 +26,8 @@ from data import arithmetic, commandline, news, packing
 from data.vocab import TokenizerVocab
 from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, fine_tuning
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import distributed as hosts
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel import distributed
+from selfspan_jax.parallel.mesh import describe, process_parts, training_mesh
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training import loop as training
 from selfspan_jax.training import runs
@@ -157,27 +157,27 @@ def commands() -> Any:
 def main() -> None:
     run = commandline.parse(commands(), description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     preset, config = sys.argv[1], run.training
-    with commandline.errors_for_people(), hosts.together():
-        hosts.join(run.hosts, command=repr(dataclasses.replace(run, hosts=None, workers=0)))
-        mesh = sharding.mesh_of_run(run.mesh)
+    with commandline.errors_for_people(), distributed.barrier():
+        distributed.initialize(run.hosts, command=repr(dataclasses.replace(run, hosts=None, workers=0)))
+        mesh = training_mesh(run.mesh)
         model, task, stream, identity = run.prepare()
         training.check_mesh(model, config, mesh)
-        data_parts = sharding.own_parts(config.data_parts, mesh)
+        data_parts = process_parts(config.data_parts, mesh)
         identity |= {"training": config.identity, "corpus": dataclasses.asdict(run.corpus)}
         identity = json.loads(json.dumps(identity))
         runs.claim(run.run_dir, identity, run.resume_from)
         packed = {"num_workers": run.workers, "gap_ids": task.step_ids, "parts": data_parts, **config.packing}
         batches_from = packing.batches_from(stream, task.vocab, **packed)
         trained = "" if run.adapters is None else f", {training.num_trained(model):,} of them trained"
-        hosts.say(f"{preset}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {sharding.devices(mesh)}")
+        distributed.log_once(f"{preset}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {describe(mesh)}")
         if (run.run_dir / "model").exists():
-            hosts.say(f"this run is finished: {run.run_dir / 'model'}")
+            distributed.log_once(f"this run is finished: {run.run_dir / 'model'}")
             return
         if run.time_steps:
             figures = training_benchmark.measure(model, config, batches_from(0), steps=run.time_steps, mesh=mesh)
-            if hosts.is_first():
+            if distributed.is_first_process():
                 commandline.write_json(run.run_dir / "throughput.json", figures)
-            hosts.say(training_benchmark.table(figures))
+            distributed.log_once(training_benchmark.table(figures))
             return
         scores: dict[str, float] = {}
 
@@ -191,13 +191,13 @@ def main() -> None:
         try:
             model = training.train(model, config, batches_from=batches_from, run_dir=run.run_dir, **options)
         except training.Stopped as stop:
-            hosts.say(f"{stop} of {config.steps:,}: {runs.how_to_go_on(run.run_dir)}")
+            distributed.log_once(f"{stop} of {config.steps:,}: {runs.how_to_go_on(run.run_dir)}")
             return
         if evaluates and not scores:  # resumed after its last step
             evaluation(model)
-        if hosts.is_first():
+        if distributed.is_first_process():
             run.finish(model, task, runs.card(preset, model, config, run.corpus.description, scores, identity))
-        hosts.say(f"finished: {run.run_dir / 'model'}")
+        distributed.log_once(f"finished: {run.run_dir / 'model'}")
 
 
 if __name__ == "__main__":

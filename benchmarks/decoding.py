@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from tqdm import tqdm
 
@@ -38,7 +39,8 @@ from selfspan_jax.config import PRESETS, Attention, DecodeConfig, ModelConfig
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.decoding.cache import SlotList
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel import layout
+from selfspan_jax.parallel.mesh import check_batch, check_decoding, make_mesh, num_data_shards
 from selfspan_jax.spans import SpanVocab
 
 WARM_UPS, REPETITIONS = 2, 5
@@ -249,7 +251,7 @@ def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
 def bytes_of(tree: Any) -> int:
     """Of arrays or shapes; on a mesh what one device has of them."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    return sum(math.prod(sharding.shard_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(math.prod(layout.shard_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def device_memory_bytes() -> int | None:
@@ -259,7 +261,7 @@ def device_memory_bytes() -> int | None:
 
 
 # Where arrays lie whose first, or second, axis is that of the sequences.
-_EACH, _EACH_STEP = sharding.spec("sequences"), sharding.spec(None, "sequences")
+_EACH, _EACH_STEP = layout.spec("sequences"), layout.spec(None, "sequences")
 
 
 class DoesNotFit(Exception):
@@ -278,7 +280,7 @@ class Programs:
     compile_seconds: float
 
 
-def compile_case(shape: Shape, case: Case, mesh: sharding.Mesh | None = None) -> Programs:
+def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs:
     """Compiles a case from shapes alone. Raises DoesNotFit where what it needs exceeds the device's memory."""
     began = time.perf_counter()
     frozen = decoding.FrozenDecoder.of(shape.abstract(int8=case.int8), mesh)
@@ -295,17 +297,17 @@ def compile_case(shape: Shape, case: Case, mesh: sharding.Mesh | None = None) ->
 
     num_prompts = case.batch_size // case.num_samples
     keys = jax.eval_shape(lambda: decoding.sequence_keys(None, case.batch_size))
-    prompts = sharding.put((ints(num_prompts, decoding.bucket(case.prompt_tokens)), ints(num_prompts), keys), mesh, _EACH)
+    prompts = layout.device_put_global((ints(num_prompts, decoding.bucket(case.prompt_tokens)), ints(num_prompts), keys), mesh, _EACH)
     traced = jax.jit(prefill).trace(params, *prompts)
-    state = sharding.put(traced.out_info, mesh, decoding.DecodeState.places())
+    state = layout.device_put_global(traced.out_info, mesh, decoding.DecodeState.places())
     _check_fits(case, bytes_of(params) + bytes_of(state))
     compiled_prefill = traced.lower().compile()
-    forced = sharding.put(ints(case.batch_size, case.steps), mesh, _EACH)
+    forced = layout.device_put_global(ints(case.batch_size, case.steps), mesh, _EACH)
     compiled_replay = jax.jit(replay, donate_argnums=1).lower(params, state, forced).compile()
     bare = None
     if case.attention == "span" and case.num_samples == 1:
         shapes = (ints(case.steps, case.batch_size, state.cache.table.shape[1]), ints(case.steps, case.batch_size))
-        rows = sharding.put(shapes, mesh, _EACH_STEP)
+        rows = layout.device_put_global(shapes, mesh, _EACH_STEP)
         loop = jax.jit(functools.partial(_bare_loop, frozen, config, case.prompt_tokens), donate_argnums=1)
         bare = loop.lower(params, state.cache.pools, state.logits, *rows, rows[1]).compile()
     needed = max(_footprint(compiled_prefill), _footprint(compiled_replay))
@@ -360,14 +362,14 @@ def measure_case(
     forced = np.repeat(token_ids[: case.batch_size // case.num_samples, case.prompt_tokens :], case.num_samples, axis=0)
     mesh = programs.frozen.mesh
     lists = () if programs.bare is None else _row_lists(shape, case, token_ids, np.asarray(state.cache.table))
-    lists = sharding.put(lists, mesh, _EACH_STEP)
+    lists = layout.device_put_global(lists, mesh, _EACH_STEP)
     # A replay consumes its state. So each one gets a copy of everything but the pools, in which it writes the same rows again.
     pools = state.cache.pools
     kept = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=()))
     del state
 
     seconds, bare_seconds = [], []
-    given = sharding.put(jnp.asarray(forced), mesh, _EACH)
+    given = layout.device_put_global(jnp.asarray(forced), mesh, _EACH)
 
     def ready():
         fresh = jax.tree.map(lambda x: x.copy(), kept)
@@ -385,7 +387,7 @@ def measure_case(
 
     median_ms, spread_ms = median_and_spread([1e3 * s / case.steps for s in seconds[WARM_UPS:]])
     counts, contexts = np.asarray(state.num_attended), np.arange(case.prompt_tokens + 1, case.num_tokens + 1)
-    parts = 1 if mesh is None else sharding.num_parts(mesh)
+    parts = 1 if mesh is None else num_data_shards(mesh)
     row: dict[str, Any] = {
         "ms_per_step": median_ms,
         "spread_ms": spread_ms,
@@ -417,7 +419,7 @@ def _prefilled(shape: Shape, params, case: Case, programs: Programs, token_ids: 
     prompts = np.full((num_prompts, room), shape.vocab.pad_id, np.int32)
     prompts[:, :length] = token_ids[:num_prompts, :length]
     inputs = (jnp.asarray(prompts), jnp.full((num_prompts,), length, jnp.int32), decoding.sequence_keys(None, case.batch_size))
-    arguments = (params, *sharding.put(inputs, programs.frozen.mesh, _EACH))
+    arguments = (params, *layout.device_put_global(inputs, programs.frozen.mesh, _EACH))
     state: Any = None
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= REPETITIONS and sum(seconds) < 2):
@@ -444,7 +446,7 @@ def _row_lists(shape: Shape, case: Case, token_ids: Int[np.ndarray, "B T"], tabl
     return jnp.asarray(rows), jnp.asarray(counts), jnp.asarray(own)
 
 
-def measure_stream(model: Decoder, token_ids: Int[np.ndarray, "B T"], case: Case, mesh: sharding.Mesh | None = None) -> dict[str, Any]:
+def measure_stream(model: Decoder, token_ids: Int[np.ndarray, "B T"], case: Case, mesh: Mesh | None = None) -> dict[str, Any]:
     """What streaming costs: ms per step of `decoding.stream` against one loop, free running, the first chunk apart.
 
     Both write the same tokens after the prompt of a case; prefill and the first chunk of 8 tokens are not counted.
@@ -527,13 +529,13 @@ class Plan:
             raise ValueError(f"context {max(self.context)} takes {longest} tokens; the model's context is {max_context_tokens}")
         return self
 
-    def devices(self, config: ModelConfig) -> sharding.Mesh | None:
+    def devices(self, config: ModelConfig) -> Mesh | None:
         """The mesh. Raises ValueError for one that does not fit the model or the batches."""
-        mesh = sharding.make_mesh(self.mesh) if self.mesh else None
+        mesh = make_mesh(self.mesh) if self.mesh else None
         if mesh is not None:
-            sharding.check_decoding(config, mesh)
+            check_decoding(config, mesh)
             for case in self.cases:
-                sharding.check_batch(case.batch_size // case.num_samples, mesh, "the number of prompts")
+                check_batch(case.batch_size // case.num_samples, mesh, "the number of prompts")
         return mesh
 
     @property
@@ -562,7 +564,7 @@ def sweep(
     seed: int = 0,
     stream: bool = False,
     profile: bool = False,
-    mesh: sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
     compiled: Mapping[Case, Programs | str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures cases and yields a row for each; one that does not fit in memory gets a row that says so.
@@ -604,7 +606,7 @@ def _out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
-def compile_all(shape: Shape, cases: Sequence[Case], mesh: sharding.Mesh | None = None) -> dict[Case, Programs | str]:
+def compile_all(shape: Shape, cases: Sequence[Case], mesh: Mesh | None = None) -> dict[Case, Programs | str]:
     """Programs of every case, or why there are none. Compiled side by side: XLA leaves most processors idle on one program."""
 
     def compile_one(case: Case) -> Programs | str:

@@ -30,7 +30,7 @@ from benchmarks.decoding import (
 )
 from benchmarks.timing import header_line, report_header
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel.mesh import describe
 from selfspan_jax.spans import SpanVocab
 
 
@@ -79,7 +79,7 @@ def run(
     mesh = plan.devices(shape.config)
     draw(1, min(plan.context) + plan.steps // 2)  # what cannot be had is said before anything is measured
     report = header(name, shape, workload=workload, plan=dataclasses.asdict(plan))
-    print(header_line(report, sharding.devices(mesh)), flush=True)
+    print(header_line(report, describe(mesh)), flush=True)
 
     def add(row: dict[str, Any]) -> None:
         add_row(report, shape, row)

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from benchmarks.timing import device_times, run_seconds, timed
 from selfspan_jax.attention.sequences import SequenceImplementation
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import layout as sharding
 from selfspan_jax.training import loop as training
 from selfspan_jax.training.metrics import bf16_peak, peak_fraction, step_flops
 
@@ -33,7 +33,7 @@ def measure(
     batches: Iterator[training.Batch],
     *,
     steps: int,
-    mesh: sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
     attention: Sequence[SequenceImplementation] | None = None,
 ) -> dict[str, Any]:
     """The figures of a training step, for each implementation of its attention.

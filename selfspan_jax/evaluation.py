@@ -20,7 +20,7 @@ from tqdm import tqdm
 from selfspan_jax.config import Attention, DecodeConfig
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.lm import Output, SpanLM
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab
 
 _Z = 1.959964  # the normal distribution's two-sided 95% quantile
@@ -225,8 +225,8 @@ def _batch_size(lm: SpanLM, wanted: int, num_prompts: int) -> int:
     """No more than there are prompts; on a mesh rounded up to what it divides. Raises ValueError for a size that it does not divide."""
     if lm.frozen.mesh is None:
         return min(wanted, num_prompts)
-    sharding.check_batch(wanted, lm.frozen.mesh)
-    parts = sharding.num_parts(lm.frozen.mesh)
+    check_batch(wanted, lm.frozen.mesh)
+    parts = num_data_shards(lm.frozen.mesh)
     return min(wanted, -(-num_prompts // parts) * parts)
 
 

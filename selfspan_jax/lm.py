@@ -20,7 +20,7 @@ from selfspan_jax.attention.sequences import attend_under, sequence_mask
 from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.spans import TokenRoles, token_roles
 from selfspan_jax.weights import checkpoints as checkpoint
 from selfspan_jax.weights import huggingface, lora
@@ -127,7 +127,7 @@ class SpanLM:
 
     def __init__(self, model: Decoder, task: Task, *, int8: bool = False, mesh: str | None = None):
         self.model = model.for_decoding(int8=int8)
-        self.frozen = decoding.FrozenDecoder.of(self.model, sharding.make_mesh(mesh) if mesh else None)
+        self.frozen = decoding.FrozenDecoder.of(self.model, make_mesh(mesh) if mesh else None)
         self.task = task
 
     @classmethod
@@ -263,7 +263,7 @@ class SpanLM:
         Raises: ValueError for a prompt beyond the context.
         """
         if self.frozen.mesh is not None:
-            prompts = [*prompts, *[prompts[0]] * (-len(prompts) % sharding.num_parts(self.frozen.mesh))]
+            prompts = [*prompts, *[prompts[0]] * (-len(prompts) % num_data_shards(self.frozen.mesh))]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         context = self.model.config.max_context_tokens
         if lengths.max() >= context:

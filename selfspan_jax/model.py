@@ -8,6 +8,7 @@ and value; gate and up), because in decoding every launch and every pass over th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -15,11 +16,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
 from selfspan_jax.config import LinearImplementation, ModelConfig, RopeScaling
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.errors import UserError
+from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_to_tensor_parallel, reduce_from_tensor_parallel
 from selfspan_jax.spans import SpanVocab
 
 Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
@@ -73,18 +76,18 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (out_size, in_size), jnp.float32))
         self.scales: nnx.Param | None = nnx.data(None)  # per output, float32, where the weight is int8
         self.bias = nnx.data(nnx.Param(jnp.zeros((out_size,), jnp.float32)) if bias else None)
-        self.split: Literal["outputs", "inputs"] | None = None  # of this map, the part that one of several devices has
+        self.tensor_parallel: Literal["column", "row"] | None = None  # divided by outputs, or by inputs, over devices
 
     def __call__(self, x: Float[Array, "B T D"], *, norm: RMSNorm | None = None, **options: Any) -> Float[Array, "B T M"]:
         """See `pallas_kernels.fused_linear` for the options: residual, gated, out_dtype, implementation."""
         weight = self.weight[...] if self.scales is None else QuantizedWeight(self.weight[...], self.scales[...])
         if norm is not None:
             options |= {"norm": norm.scale[...], "norm_eps": norm.eps}
-        if self.split == "inputs":
+        if self.tensor_parallel == "row":
             residual = options.pop("residual")
-            out = sharding.leaving(fused_linear(x, weight, out_dtype=jnp.float32, **options)).astype(x.dtype) + residual
+            out = reduce_from_tensor_parallel(fused_linear(x, weight, out_dtype=jnp.float32, **options)).astype(x.dtype) + residual
         else:
-            out = fused_linear(sharding.entering(x) if self.split else x, weight, **options)
+            out = fused_linear(copy_to_tensor_parallel(x) if self.tensor_parallel else x, weight, **options)
         return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
 
     def quantize(self) -> None:
@@ -94,10 +97,13 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention: projections of queries, keys and values, the caller's `attend`, the output projection."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
+        self.projections = config.num_heads // config.num_kv_heads + 2  # G + 2: of each kv head its G queries, its key and its value
+        self.head_size = config.head_size
         query_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-        # Outputs in the order [K, G + 2, H]: for each kv head its G queries, its key and its value.
+        # Outputs in the order [K, G + 2, H].
         self.qkv_proj = Linear(config.hidden_size, query_size + 2 * kv_size, config, rngs, bias=config.qkv_bias)
         self.o_proj = Linear(query_size, config.hidden_size, config, rngs, residual=True, bias=config.output_bias)
         self.q_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
@@ -106,7 +112,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, **linear: Any):
         batch, num_tokens, _ = x.shape
         qkv = self.qkv_proj(x, norm=norm, **linear)
-        qkv = qkv.reshape(batch, num_tokens, self.config.num_kv_heads, -1, self.config.head_size)
+        qkv = qkv.reshape(batch, num_tokens, -1, self.projections, self.head_size)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys, values = jnp.split(qkv, (qkv.shape[3] - 2, qkv.shape[3] - 1), axis=3)
             qkv = jnp.concatenate([self.q_norm(queries), self.k_norm(keys), values], axis=3)
@@ -149,11 +155,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, vocab: SpanVocab, vocab_size: int, rngs: nnx.Rngs):
         if vocab_size < vocab.least_vocab_size:
-            raise ValueError(f"vocab_size is {vocab_size}, but the structural tokens need ids up to {vocab.least_vocab_size - 1}")
+            raise UserError(f"vocab_size is {vocab_size}, but the structural tokens need ids up to {vocab.least_vocab_size - 1}")
         self.config = config
         self.vocab = vocab
         self.vocab_size = vocab_size
-        self.gathers = False  # the parameters of each layer, from the devices that keep parts of them
+        self.gather_layers = False  # over `fsdp`, layer by layer
         self.embed_tokens = Embedding(
             vocab_size,
             config.hidden_size,
@@ -182,14 +188,14 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
 
         def run(layer: Layer, x, angles, cache):
-            if self.gathers:
+            if self.gather_layers:
                 graph, params = nnx.split(layer)
-                layer = nnx.merge(graph, sharding.gathered(params, self.config.compute_dtype))
+                layer = nnx.merge(graph, all_gather_params(params, self.config.compute_dtype))
             return layer(x, angles, attend, cache, implementation=linear)
 
-        if self.config.remat or self.gathers:
-            forget = None if self.config.remat else jax.checkpoint_policies.save_anything_except_these_names("gathered")
-            run = nnx.remat(run, policy=forget)
+        if self.config.remat or self.gather_layers:
+            policy = None if self.config.remat else jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+            run = nnx.remat(run, policy=policy)
         after = []
         for layer, cache in zip(self.layers, caches or (None,) * self.config.num_layers, strict=True):
             x, cache = run(layer, x, angles, cache)
@@ -206,6 +212,22 @@ class Decoder(nnx.Module):
     def num_parameters(self) -> int:
         """Of all, the frozen ones included."""
         return sum(leaf.size for leaf in jax.tree.leaves((nnx.state(self, nnx.Param), nnx.state(self, Frozen))))
+
+    def shard(self, mesh: Mesh) -> Decoder:
+        """Return a copy that one device of a mesh runs on its part of the parameters: local sizes, and collectives.
+
+        Its parameters are these, not yet divided: see `parallel.layout.shard_params`.
+        """
+        tensor = mesh.shape["tensor"]
+        sizes = {name: getattr(self.config, name) // tensor for name in ("num_heads", "num_kv_heads", "intermediate_size")}
+        shard = nnx.merge(*nnx.split(self))
+        shard.config = dataclasses.replace(self.config, **sizes)
+        shard.gather_layers = mesh.shape["fsdp"] > 1
+        if tensor > 1:
+            for layer in shard.layers:
+                layer.self_attn.qkv_proj.tensor_parallel = layer.mlp.gate_up_proj.tensor_parallel = "column"
+                layer.self_attn.o_proj.tensor_parallel = layer.mlp.down_proj.tensor_parallel = "row"
+        return shard
 
     def for_decoding(self, *, int8: bool = False) -> Decoder:
         """A copy with parameters in the compute dtype, to which every product rounds them anyway.

@@ -156,7 +156,7 @@ def test_bench_skips_what_does_not_fit_and_streams(call, monkeypatch):
 
 @several
 def test_decoding_on_a_mesh_says_what_one_device_says(call, tmp_path):
-    """The same scores, and a benchmark whose bytes are those of one device. Tokens: test_sharding.py, `generate`: test_docs.py."""
+    """The same scores, and a benchmark whose bytes are those of one device. Tokens: test_layout.py, `generate`: test_docs.py."""
     found = []
     for mesh in ([], ["--mesh", "data=2,tensor=2"]):
         arguments = ["--num-examples", 5, "--ops", "2", "--batch-size", 4, "--json", tmp_path / "found.json", *mesh]

@@ -22,13 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from selfspan_jax.attention.sequences import attend_cached, masked_attention, rotated_heads, sequence_mask
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import KVCache, SlotList, write_rows
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel import collectives, layout
+from selfspan_jax.parallel.mesh import check_batch, check_decoding
 from selfspan_jax.spans import SpanState, SpanVocab
 
 _LEAST_CHUNK_TOKENS = 64  # of a prompt
@@ -54,10 +56,10 @@ class DecodeState:
     @classmethod
     def places(cls) -> DecodeState:
         """Where a state lies on a mesh: specs in place of its parts."""
-        each = sharding.spec("sequences")
+        each = layout.spec("sequences")
         same = dict.fromkeys((field.name for field in dataclasses.fields(cls)), each)
-        cache = KVCache(pools=sharding.spec("sequences", "heads"), table=each)  # type: ignore[arg-type]
-        return cls(**same | {"cache": cache, "num_steps": sharding.WHOLE})  # type: ignore[arg-type]
+        cache = KVCache(pools=layout.spec("sequences", "heads"), table=each)  # type: ignore[arg-type]
+        return cls(**same | {"cache": cache, "num_steps": layout.REPLICATED})  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnames=("num_sequences",))
@@ -233,7 +235,7 @@ class _Structure:
     On a mesh it is one device's share of the decoder, and `places` says where the parameters lie.
     """
 
-    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: sharding.Mesh | None = None, places: tuple = ()):
+    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | None = None, places: tuple = ()):
         self._key = (graph, tree, mesh, places)
         self._hash = hash(self._key)
         self.mesh = mesh
@@ -251,7 +253,7 @@ class _Structure:
     def on_devices(self, compute: Callable, *inputs: Any, outputs: Any) -> Callable:
         """`compute(decoder, *arrays)` as a function of parameters and arrays; on a mesh on each device, of what it has of them."""
         places = self._key[3]
-        return sharding.per_device(lambda params, *arrays: compute(self.decoder(params), *arrays), self.mesh, (places, *inputs), outputs)
+        return collectives.shard_map(lambda params, *arrays: compute(self.decoder(params), *arrays), self.mesh, (places, *inputs), outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +267,7 @@ class FrozenDecoder:
     params: tuple[Array, ...]
 
     @classmethod
-    def of(cls, model: Decoder | FrozenDecoder, mesh: sharding.Mesh | None = None) -> FrozenDecoder:
+    def of(cls, model: Decoder | FrozenDecoder, mesh: Mesh | None = None) -> FrozenDecoder:
         """The parameters as they are now, or shapes in their place; later changes to the model are not seen.
 
         Args:
@@ -278,27 +280,25 @@ class FrozenDecoder:
         graph, state = nnx.split(model)
         places: tuple = ()
         if mesh is not None:
-            sharding.check_decoding(model.config, mesh)
-            places = tuple(jax.tree.leaves(sharding.parameter_specs(state)))
-            state = sharding.place(state, mesh)
-            shard = nnx.merge(graph, state)
-            sharding.make_shard(shard, mesh)
-            graph, state = nnx.split(shard)
+            check_decoding(model.config, mesh)
+            places = tuple(jax.tree.leaves(layout.parameter_specs(state)))
+            state = layout.shard_params(state, mesh)
+            graph, _ = nnx.split(model.shard(mesh))
         params, tree = jax.tree.flatten(state)
         return cls(model.config, model.vocab, model.vocab_size, _Structure(graph, tree, mesh, places), tuple(params))
 
     @property
-    def mesh(self) -> sharding.Mesh | None:
+    def mesh(self) -> Mesh | None:
         return self.structure.mesh
 
     @property
     def share(self) -> Decoder:
         """What one device has of it, as shapes: on a mesh its heads and features, else everything."""
-        sizes = [jax.ShapeDtypeStruct(sharding.shard_shape(leaf), leaf.dtype) for leaf in self.params]
+        sizes = [jax.ShapeDtypeStruct(layout.shard_shape(leaf), leaf.dtype) for leaf in self.params]
         return self.structure.decoder(sizes)  # type: ignore[arg-type]
 
 
-_EACH = sharding.spec("sequences")
+_EACH = layout.spec("sequences")
 
 
 def prefill_on_devices(
@@ -341,10 +341,10 @@ def _jit_run(structure, params, state, until, forced, config, unasked_steps):
             lambda state: step(None, state) if unasked_steps == 1 else jax.lax.fori_loop(0, unasked_steps, step, state),
             state,
         )
-        return dataclasses.replace(state, num_steps=sharding.most_of_parts(state.num_steps, structure.mesh))
+        return dataclasses.replace(state, num_steps=collectives.pmax_data(state.num_steps, structure.mesh))
 
     places = DecodeState.places()
-    return structure.on_devices(steps, places, sharding.WHOLE, _EACH, outputs=places)(params, state, until, forced)
+    return structure.on_devices(steps, places, layout.REPLICATED, _EACH, outputs=places)(params, state, until, forced)
 
 
 def _unasked_steps(num_steps: int) -> int:
@@ -399,7 +399,7 @@ def prefill(
     token_ids = np.pad(token_ids, ((0, 0), (0, room - token_ids.shape[1])), constant_values=model.vocab.pad_id)
     frozen = FrozenDecoder.of(model)
     if frozen.mesh is not None:
-        sharding.check_batch(len(lengths), frozen.mesh, "the number of prompts")
+        check_batch(len(lengths), frozen.mesh, "the number of prompts")
     prompts = jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
     keys = sequence_keys(key, len(lengths) * num_samples)
     return _jit_prefill(frozen.structure, frozen.params, *prompts, keys, config, num_samples)
@@ -482,10 +482,10 @@ def _jit_chunk(structure, params, state, start, config, size):
 
     def steps(model, state, start):
         state = jax.lax.fori_loop(0, size, lambda _, state: _step(model, state, start + size, None, config), state)
-        return dataclasses.replace(state, num_steps=sharding.most_of_parts(state.num_steps, structure.mesh))
+        return dataclasses.replace(state, num_steps=collectives.pmax_data(state.num_steps, structure.mesh))
 
     places = DecodeState.places()
-    state = structure.on_devices(steps, places, sharding.WHOLE, outputs=places)(params, state, start)
+    state = structure.on_devices(steps, places, layout.REPLICATED, outputs=places)(params, state, start)
     tokens, attended = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (state.new_tokens, state.num_attended))
     return state, (tokens, attended, state.num_steps, jnp.all(state.done))
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from tensorboard.summary import Writer
 from tqdm import tqdm
@@ -27,8 +28,8 @@ from tqdm import tqdm
 from selfspan_jax.attention.sequences import SequenceImplementation, attend_in_training
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder, Frozen
-from selfspan_jax.parallel import distributed as hosts
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel import collectives, distributed, layout
+from selfspan_jax.parallel.mesh import check_batch, check_model
 from selfspan_jax.training.metrics import peak_fraction, step_flops
 from selfspan_jax.weights.checkpoints import TrainingCheckpoints, load_export, save_export
 
@@ -80,7 +81,7 @@ class Fixed:
 
     graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     frozen: nnx.State
-    mesh: sharding.Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
     """Where there is one, `graph` is of one device's share."""
 
     def model(self, params: nnx.State) -> Decoder:
@@ -122,39 +123,37 @@ def initial_state(model: Decoder, config: TrainConfig) -> tuple[Fixed, TrainStat
     return Fixed(graph, frozen), TrainState(params, optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
-def check_mesh(model: Decoder, config: TrainConfig, mesh: sharding.Mesh | None) -> None:
+def check_mesh(model: Decoder, config: TrainConfig, mesh: Mesh | None) -> None:
     """Raises ValueError for a mesh that does not divide the model or the batch, or for a model with frozen parameters."""
     if mesh is None:
         return
-    sharding.check_model(model.config, mesh)
-    sharding.check_batch(config.batch_size // config.accumulation_steps, mesh, "rows of an accumulation step")
+    check_model(model.config, mesh)
+    check_batch(config.batch_size // config.accumulation_steps, mesh, "rows of an accumulation step")
     if jax.tree.leaves(nnx.state(model, Frozen)):
         raise ValueError("mesh: adapters are trained on one device")
 
 
-def placed_state(model: Decoder, config: TrainConfig, mesh: sharding.Mesh) -> tuple[Fixed, TrainState]:
+def placed_state(model: Decoder, config: TrainConfig, mesh: Mesh) -> tuple[Fixed, TrainState]:
     """As `initial_state`, laid out on a mesh. Batches are for `placed_batch`.
 
     Raises: as `check_mesh`.
     """
     check_mesh(model, config, mesh)
-    graph, *states = nnx.split(model, nnx.Param, Frozen)
+    _, *states = nnx.split(model, nnx.Param, Frozen)
     params, frozen = states
-    shard = nnx.merge(graph, params, frozen)
-    sharding.make_shard(shard, mesh)
-    params, init = sharding.place(params, mesh), optimizer(config).init
-    where = jax.tree.map(lambda shape: shape.sharding, sharding.place(jax.eval_shape(init, params), mesh))
+    params, init = layout.shard_params(params, mesh), optimizer(config).init
+    where = jax.tree.map(lambda shape: shape.sharding, layout.shard_params(jax.eval_shape(init, params), mesh))
     moments = jax.jit(init, out_shardings=where)(params)  # never whole on one device
-    state = TrainState(params, moments, sharding.put(jnp.zeros((), jnp.int32), mesh, sharding.WHOLE))
-    return Fixed(nnx.split(shard)[0], frozen, mesh), state
+    state = TrainState(params, moments, layout.device_put_global(jnp.zeros((), jnp.int32), mesh, layout.REPLICATED))
+    return Fixed(nnx.split(model.shard(mesh))[0], frozen, mesh), state
 
 
-def placed_batch(batch: Batch, config: TrainConfig, mesh: sharding.Mesh | None) -> DeviceBatch:
+def placed_batch(batch: Batch, config: TrainConfig, mesh: Mesh | None) -> DeviceBatch:
     """The rows of a batch on the devices that compute with them."""
     if mesh is None:
         return DeviceBatch.of(batch)
     names = [field.name for field in dataclasses.fields(DeviceBatch)]
-    return DeviceBatch(*(sharding.own_rows(getattr(batch, name), config.batch_size, mesh) for name in names))
+    return DeviceBatch(*(layout.from_process_local(getattr(batch, name), config.batch_size, mesh) for name in names))
 
 
 def num_trained(model: Decoder) -> int:
@@ -188,7 +187,7 @@ def train_step(
     mesh = fixed.mesh
 
     def loss(params, part):
-        return loss_sums(fixed.model(params if mesh is None else sharding.gathered_ends(params, mesh)), part, attention)
+        return loss_sums(fixed.model(params if mesh is None else collectives.all_gather_embeddings(params, mesh)), part, attention)
 
     def sums_of_gradients(params, batch):
         def gradients(part):
@@ -202,11 +201,11 @@ def train_step(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             add = functools.partial(jax.tree.map, jnp.add)
             (grads, sums), _ = jax.lax.scan(lambda total, part: (add(total, gradients(part)), None), zeros, parts)
-        return sharding.added_up(grads, mesh), sharding.sum_of_parts(sums, mesh)
+        return collectives.psum_gradients(grads, mesh), collectives.psum_data(sums, mesh)
 
-    where = sharding.parameter_specs(state.params)
-    rows = sharding.spec("sequences")
-    grads, sums = sharding.per_device(sums_of_gradients, mesh, (where, rows), (where, sharding.WHOLE))(state.params, batch)
+    where = layout.parameter_specs(state.params)
+    rows = layout.spec("sequences")
+    grads, sums = collectives.shard_map(sums_of_gradients, mesh, (where, rows), (where, layout.REPLICATED))(state.params, batch)
     targets = jnp.maximum(sums["targets"], 1.0)
     grads = jax.tree.map(lambda grad: grad / targets, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes step counts and rates
@@ -241,7 +240,7 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, resumed_step: int):
-        self._writes = hosts.is_first()
+        self._writes = distributed.is_first_process()
         if not self._writes:
             return
         self._file = run_dir / "metrics.jsonl"
@@ -312,7 +311,7 @@ def train(
     *,
     batches_from: Callable[[Any], Iterator[Batch]],
     run_dir: Path,
-    mesh: sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
     evaluate: Callable[[Decoder], Mapping[str, float]] | None = None,
     resume_from: Path | None = None,
     stop_after_seconds: float | None = None,
@@ -337,14 +336,14 @@ def train(
     graph, *_ = nnx.split(model, nnx.Param, Frozen)
     fixed, state = initial_state(model, config) if mesh is None else placed_state(model, config, mesh)
     checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
-    first = hosts.is_first()
+    first = distributed.is_first_process()
     next_example: int | Sequence[int] = 0
     if checkpoints.latest_step is not None:
         restored, next_example = checkpoints.restore(state)
-        state = sharding.placed(restored, mesh)
+        state = layout.from_saved_order(restored, mesh)
     elif resume_from is not None:
         restored, next_example = load_export(resume_from, state)
-        state = sharding.placed(restored, mesh)
+        state = layout.from_saved_order(restored, mesh)
         if first and (log_there := resume_from / "metrics.jsonl").exists():
             (run_dir / "metrics.jsonl").write_bytes(log_there.read_bytes())
     first_step = int(state.step)
@@ -354,7 +353,7 @@ def train(
     window = _Window(model, 1 if mesh is None else mesh.size)
 
     def trained() -> Decoder:
-        return nnx.merge(graph, sharding.on_one_device(state.params, mesh), fixed.frozen)
+        return nnx.merge(graph, layout.gather_params(state.params, mesh), fixed.frozen)
 
     try:
         for step in range(first_step + 1, config.steps + 1):
@@ -372,7 +371,7 @@ def train(
             exports = config.export_every_steps > 0 and step % config.export_every_steps == 0
             stops = False
             if stop_after_seconds is not None and step < config.steps and (exports or not config.export_every_steps):
-                stops = bool(sharding.most_of_processes(time.perf_counter() - began >= stop_after_seconds))
+                stops = bool(collectives.process_max(time.perf_counter() - began >= stop_after_seconds))
             saves = step % config.checkpoint_every_steps == 0 or step == config.steps or stops
             evaluates = step % config.eval_every_steps == 0 or step == config.steps
             if saves or exports or step % config.log_every_steps == 0:
@@ -382,14 +381,14 @@ def train(
                 share = f", {100 * values['bf16_peak_fraction']:.1f}% of bf16 peak" if "bf16_peak_fraction" in values else ""
                 bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s{share}")
             if exports or saves:
-                next_example = sharding.most_of_processes(batch.next_example)
+                next_example = collectives.process_max(batch.next_example)
             if exports:
                 beside = [file for name in ("run.json", "metrics.jsonl") if (file := run_dir / name).exists()]
-                exported = save_export(run_dir / "export", sharding.natural(state, mesh), step, next_example, beside)
-                state = sharding.placed(exported, mesh)
+                exported = save_export(run_dir / "export", layout.to_saved_order(state, mesh), step, next_example, beside)
+                state = layout.from_saved_order(exported, mesh)
                 window.restart()
             if saves:
-                checkpoints.save(step, sharding.natural(state, mesh), next_example)
+                checkpoints.save(step, layout.to_saved_order(state, mesh), next_example)
             if evaluates and evaluate is not None:
                 scores = evaluate(trained())
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
@@ -399,7 +398,7 @@ def train(
             if stops:
                 raise Stopped(step)
     except (RuntimeError, ValueError) as error:
-        hosts.end_if_lost(error)  # before anything is waited for
+        distributed.exit_if_peer_lost(error)  # before anything is waited for
         raise
     finally:
         bar.close()

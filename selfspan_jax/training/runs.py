@@ -22,7 +22,7 @@ from selfspan_jax.config import TrainConfig
 from selfspan_jax.evaluation import evaluate
 from selfspan_jax.lm import SpanLM, Task
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import distributed as hosts
+from selfspan_jax.parallel import distributed
 
 
 class Example(Protocol):
@@ -57,7 +57,7 @@ def claim(run_dir: Path, identity: dict[str, Any], resume_from: Path | None = No
         return _check_same(run_dir, identity)
     if there - {partial.name}:
         raise ValueError(f"{run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
-    if not hosts.is_first():
+    if not distributed.is_first_process():
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(identity, indent=2) + "\n")
@@ -104,7 +104,7 @@ def score(model: Decoder, task: ScoringTask, examples: Sequence[Example]) -> dic
         attention=model.config.mask,
         max_new_tokens=max(len(example.response_ids) for example in examples) + 16,
         batch_size=128,
-        progress=hosts.is_first(),
+        progress=distributed.is_first_process(),
     )
     outputs = [result.output for result in evaluation.results]
     attended = np.concatenate([out.num_attended for out in outputs])

@@ -35,14 +35,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from selfspan_jax.config import ModelConfig, from_json
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import distributed as hosts
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel import distributed
 from selfspan_jax.spans import SpanVocab
 
 _FORMAT = {"format": "selfspan model", "version": 1}
@@ -275,7 +275,10 @@ def save_export(directory: Path, state: Any, step: int, next_example: int | Sequ
     Raises: ValueError for an array of which one row is larger than a part.
     """
     leaves, tree = jax.tree.flatten_with_path(state)
-    encoded = {_name(path): _encode(_name(path), sharding.whole(leaf)) for path, leaf in leaves}
+    encoded = {
+        _name(path): _encode(_name(path), np.asarray(leaf if leaf.is_fully_addressable else process_allgather(leaf, tiled=True)))
+        for path, leaf in leaves
+    }
     parts: list[dict[str, np.ndarray]] = []
     room = 0
     for name, arrays in encoded.items():
@@ -286,7 +289,7 @@ def save_export(directory: Path, state: Any, step: int, next_example: int | Sequ
                     room = _PART_BYTES - _HEADER_BYTES
                 parts[-1][piece] = rows
                 room -= rows.nbytes
-    if hosts.is_first():
+    if distributed.is_first_process():
         fields = {**_EXPORT_FORMAT, "step": step, "next_example": next_example, "parts": len(parts)}
         _write_export(Path(directory), parts, fields, beside)
     return jax.tree.unflatten(tree, [_decode(encoded[_name(path)], leaf) for path, leaf in leaves])
@@ -426,4 +429,4 @@ def _decode(arrays: Mapping[str, np.ndarray], like: Any) -> Array:
         codes = arrays["codes"].reshape(-1)
         shares = codes.astype(np.float32) if codes.dtype == np.int8 else _SHARES[codes]
         value = (shares * np.repeat(arrays["scales"], _BLOCK)[: codes.size]).reshape(like.shape).astype(like.dtype)
-    return sharding.laid_out(value, like.sharding)
+    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])

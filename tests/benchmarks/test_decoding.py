@@ -16,7 +16,7 @@ from benchmarks import workloads as replay
 from benchmarks.decoding import Case, Plan, Shape
 from data import arithmetic
 from selfspan_jax.config import ModelConfig
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.spans import SpanVocab
 from tests.selfspan_jax.reference import Reference
 
@@ -147,7 +147,7 @@ def test_on_a_mesh_bytes_and_memory_are_those_of_one_device():
     """Heads and features are divided over tensor, sequences over data; embeddings and norms are whole everywhere."""
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices")
-    mesh = sharding.make_mesh("data=2,tensor=2")
+    mesh = make_mesh("data=2,tensor=2")
     parts, split = mesh.shape["data"], mesh.shape["tensor"]
     cases = [Case("span", 4, 256, 32), Case("dense", 4, 256, 32), Case("span", 4, 256, 32, int8=True)]
     rows = list(benchmark.sweep(SHAPE, cases, segments, mesh=mesh, stream=True))

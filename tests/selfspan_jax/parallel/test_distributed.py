@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfspan_jax.parallel import distributed as hosts
+from selfspan_jax.parallel import distributed
 from tests.test_commands import TOY
 
 ROOT = Path(__file__).parents[3]
@@ -105,7 +105,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(alone, tm
     processes[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()
     found = finish(*processes)
-    assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 15
+    assert time.monotonic() - began < distributed.HEARTBEAT_SECONDS + 15
     assert found[killed][0] == -signal.SIGKILL and 10 <= len(losses(run_dir)) < 60
     status, _, err = found[1 - killed]
     assert "Traceback" not in err
@@ -129,7 +129,7 @@ def test_an_error_in_one_process_ends_the_other(tmp_path):
     (child, *_) = (c for file in Path(f"/proc/{processes[1].pid}/task").glob("*/children") for c in file.read_text().split())
     os.kill(int(child), signal.SIGKILL)
     (first, second) = finish(*processes)
-    assert time.monotonic() - began < hosts.LEAVE_SECONDS + 30
+    assert time.monotonic() - began < distributed.SHUTDOWN_SECONDS + 30
     assert first[0] != 0 and second[0] != 0 and "a data worker ended" in second[2]
 
 
@@ -153,7 +153,7 @@ def test_what_the_user_of_several_processes_got_wrong_is_said_by_each_in_one_lin
 @pytest.mark.parametrize("text", ["10.0.0.1", "10.0.0.1:9876", "10.0.0.1:9876,2", "10.0.0.1:9876,2,2", ":9876,2,0", "slurm"])
 def test_hosts_that_cannot_be_are_refused(text):
     with pytest.raises(ValueError, match=r"allowed: auto, or HOST:PORT,N,I with I from 0 to N - 1"):
-        hosts.join(text)
+        distributed.initialize(text)
 
 
 # ------------------------------------------------------------------------- the launch lines of docs/multi-gpu.md

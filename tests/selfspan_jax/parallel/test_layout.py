@@ -18,7 +18,8 @@ from selfspan_jax.config import PRESETS, DecodeConfig
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import layout as sharding
+from selfspan_jax.parallel import layout
+from selfspan_jax.parallel.mesh import make_mesh, process_parts
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training import loop as training
 from tests.selfspan_jax.models import random_model
@@ -33,10 +34,13 @@ if jax.device_count() < 8:
 
 
 def test_one_module_names_partition_specs():
-    for file in [*ROOT.glob("*.py"), *(ROOT / "selfspan_jax").glob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")]:
+    for file in [
+        *ROOT.glob("*.py"),
+        *(file for folder in ("selfspan_jax", "pallas_kernels", "benchmarks") for file in (ROOT / folder).rglob("*.py")),
+    ]:
         names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
         names |= {alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) for alias in node.names}
-        assert ("PartitionSpec" in names) == (file.name == "sharding.py"), file
+        assert ("PartitionSpec" in names) == (file.name == "layout.py"), file
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_one_module_names_partition_specs():
 )
 def test_a_mesh_that_cannot_be_is_refused_with_the_reason(text, message):
     with pytest.raises(ValueError, match=message):
-        sharding.make_mesh(text)
+        make_mesh(text)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,7 @@ def test_a_mesh_that_cannot_be_is_refused_with_the_reason(text, message):
 )
 def test_a_mesh_that_does_not_divide_the_model_is_refused(changes, text, message):
     with pytest.raises(ValueError, match=message):
-        decoding.FrozenDecoder.of(random_model(**changes), sharding.make_mesh(text))
+        decoding.FrozenDecoder.of(random_model(**changes), make_mesh(text))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(changes, text, message
 )
 def test_a_process_reads_the_parts_that_its_devices_compute_with(monkeypatch, text, per_process, num_parts, expected):
     """The devices of this process in the places of those of several."""
-    mesh = sharding.make_mesh(text)
+    mesh = make_mesh(text)
     places = np.array([SimpleNamespace(process_index=i // per_process) for i in range(8)]).reshape(mesh.devices.shape)
     monkeypatch.setattr(jax, "process_count", lambda: 8 // per_process)
     found = []
@@ -89,9 +93,9 @@ def test_a_process_reads_the_parts_that_its_devices_compute_with(monkeypatch, te
         where = SimpleNamespace(shape=mesh.shape, devices=places)
         if isinstance(expected, str):
             with pytest.raises(ValueError, match=expected):
-                sharding.own_parts(num_parts, where)
+                process_parts(num_parts, where)
             continue
-        found.append(list(sharding.own_parts(num_parts, where)))
+        found.append(list(process_parts(num_parts, where)))
     assert isinstance(expected, str) or found == expected
 
 
@@ -132,7 +136,7 @@ def test_several_devices_write_the_tokens_of_one(model, text, attention, tempera
     changes, precision = MODELS[model]
     model = random_model(**changes).for_decoding(**precision)
     config = DecodeConfig(max_new_tokens=16, attention=attention, temperature=temperature)
-    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh(text))
+    frozen = decoding.FrozenDecoder.of(model, make_mesh(text))
     one, several = (decoding.generate(decoder, *prompts(4), config, num_samples=2) for decoder in (model, frozen))
     assert len({tuple(row) for row in np.asarray(one.new_tokens).tolist()}) > 1
     np.testing.assert_array_equal(one.new_tokens, several.new_tokens)
@@ -142,7 +146,7 @@ def test_several_devices_write_the_tokens_of_one(model, text, attention, tempera
 
 def test_a_stream_on_several_devices_is_that_of_one():
     model, config = random_model(**HEADS), DecodeConfig(max_new_tokens=10)
-    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("data=2,tensor=2"))
+    frozen = decoding.FrozenDecoder.of(model, make_mesh("data=2,tensor=2"))
     one, several = ([chunk.tokens for chunk in decoding.stream(m, *prompts(), config, chunk_tokens=4)] for m in (model, frozen))
     np.testing.assert_array_equal(np.concatenate(one, axis=1), np.concatenate(several, axis=1))
 
@@ -154,7 +158,7 @@ def test_parts_of_a_batch_end_by_themselves():
     forced = np.full((8, 12), 5, np.int32)
     forced[:4, 2] = VOCAB.eos_id
     forced[4:, 7] = VOCAB.eos_id
-    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("data=2"))
+    frozen = decoding.FrozenDecoder.of(model, make_mesh("data=2"))
     for decoder in (model, frozen):
         state = decoding.run(decoder, decoding.prefill(decoder, token_ids, lengths, config), config, forced=forced)
         assert int(state.num_steps) == 8 and np.all(state.done)
@@ -162,7 +166,7 @@ def test_parts_of_a_batch_end_by_themselves():
 
 
 def test_prompts_that_do_not_divide_are_refused():
-    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), sharding.make_mesh("data=4"))
+    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), make_mesh("data=4"))
     with pytest.raises(ValueError, match="data=4 does not divide the number of prompts=3"):
         decoding.prefill(frozen, *prompts(3), DecodeConfig(max_new_tokens=4))
 
@@ -170,7 +174,7 @@ def test_prompts_that_do_not_divide_are_refused():
 def run_program(text, config=None):
     """The compiled loop of a decoder of two layers on a mesh, as text."""
     config = config or DecodeConfig(max_new_tokens=8)
-    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), sharding.make_mesh(text))
+    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), make_mesh(text))
     state = decoding.prefill(frozen, *prompts(), config)
     return decoding._jit_run.lower(frozen.structure, frozen.params, state, jnp.int32(8), None, config, 1).compile().as_text()
 
@@ -224,7 +228,7 @@ def test_the_count_of_collectives_sees_one_more(monkeypatch):
 
 def test_each_device_keeps_its_share():
     model = random_model(**HEADS)
-    frozen = decoding.FrozenDecoder.of(model, sharding.make_mesh("tensor=4"))
+    frozen = decoding.FrozenDecoder.of(model, make_mesh("tensor=4"))
     gate_up = next(array for array in frozen.params if array.shape == (96, 32))
     whole = np.asarray(model.layers[0].mlp.gate_up_proj.weight[...])
     for number, shard in enumerate(gate_up.addressable_shards):
@@ -257,7 +261,7 @@ def losses(model, config, mesh=None, steps=4):
         batch = training.placed_batch(batch_of(number, rows=8), config, mesh)
         state, metrics = training.train_step(fixed, state, batch, config)
         seen.append([float(metrics[name]) for name in ("loss", "gradient_norm", "token_accuracy", "attended_pairs")])
-    params = sharding.natural(state.params, mesh) if mesh else state.params
+    params = layout.to_saved_order(state.params, mesh) if mesh else state.params
     return np.array(seen), [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
@@ -277,7 +281,7 @@ TRAINED = HEADS | dict(qkv_bias=True, output_bias=True, qk_norm=True)
 def test_several_devices_train_as_one(one_device, text, accumulation_steps):
     """The same losses, gradient norms and parameters but for the order in which float32 numbers are added up."""
     config = dataclasses.replace(CONFIG, batch_size=8, accumulation_steps=accumulation_steps)
-    seen, params = losses(random_model(**TRAINED), config, sharding.make_mesh(text))
+    seen, params = losses(random_model(**TRAINED), config, make_mesh(text))
     expected, expected_params = one_device[accumulation_steps]
     np.testing.assert_allclose(seen, expected, rtol=1e-4)
     for leaf, wanted in zip(params, expected_params, strict=True):
@@ -291,9 +295,9 @@ def test_the_preset_of_a_billion_divides_over_eight():
     d, f, layers, n, k, h = 2048, 8192, 16, 32, 8, 64
     assert model.num_parameters == 1044 * d + layers * (d * (2 * n + 2 * k) * h + 3 * d * f + 2 * d) + d == 975_284_224
     for text in ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"):
-        training.check_mesh(model, preset.training, sharding.make_mesh(text))
-    shapes = sharding.place(nnx.state(model, nnx.Param), sharding.make_mesh("fsdp=8"))
-    stored = sum(np.prod(sharding.shard_shape(leaf)) for leaf in jax.tree.leaves(shapes))
+        training.check_mesh(model, preset.training, make_mesh(text))
+    shapes = layout.shard_params(nnx.state(model, nnx.Param), make_mesh("fsdp=8"))
+    stored = sum(np.prod(layout.shard_shape(leaf)) for leaf in jax.tree.leaves(shapes))
     assert stored == pytest.approx(975_284_224 / 8, rel=1e-3)  # norms are whole everywhere
 
 
@@ -311,7 +315,7 @@ def batches_from(number):
 
 def trained(run_dir, text=None, config=LOOP, **options):
     """A run of the loop on a mesh, or on one device: losses, gradient norms and scores by step, and the finished parameters."""
-    mesh = sharding.make_mesh(text) if text else None
+    mesh = make_mesh(text) if text else None
 
     def evaluate(model):
         gate_up = model.layers[0].mlp.gate_up_proj.weight[...]

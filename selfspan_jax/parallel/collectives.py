@@ -1,0 +1,135 @@
+"""All collectives between devices and processes.
+
+What runs on a device is written for one shard and run by `shard_map`, so that kernels see ordinary arrays. The forward pass
+takes one all-reduce after the attention output and one after the feed-forward layer, over `tensor` (Megatron-LM, 1909.08053),
+and the gathering of parameters over `fsdp` (ZeRO, 1910.02054, stage 3).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.tree_util import keystr
+from jaxtyping import Array
+
+from selfspan_jax.parallel.layout import TABLE, fsdp_axis, gradient_axes
+
+GATHERED = "gathered"  # name of gathered parameters, for the policy of `jax.checkpoint`
+
+
+def shard_map(compute: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
+    """Map a function of one device's shards to one of global arrays; without a mesh return it as it is."""
+    if mesh is None:
+        return compute
+    # Kernels do not declare which mesh axes their outputs vary over, and gradients are summed by `psum_gradients`.
+    return jax.shard_map(compute, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+# -------------------------------------------------------------------------------------------------------- tensor
+
+
+@jax.custom_vjp
+def copy_to_tensor_parallel(x: Array) -> Array:
+    """Return x; the backward pass is a psum over `tensor` (Megatron-LM's f)."""
+    return x
+
+
+copy_to_tensor_parallel.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "tensor"),))
+
+
+@jax.custom_vjp
+def reduce_from_tensor_parallel(x: Array) -> Array:
+    """Sum x over `tensor`; the backward pass is the identity (Megatron-LM's g)."""
+    return jax.lax.psum(x, "tensor")
+
+
+reduce_from_tensor_parallel.defvjp(lambda x: (reduce_from_tensor_parallel(x), None), lambda _, grad: (grad,))
+
+
+# ---------------------------------------------------------------------------------------------------------- fsdp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _all_gather(axis: int, dtype: Any, weight: Array) -> Array:
+    return jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+def _all_gather_backward(axis: int, dtype: Any, _, grad: Array) -> tuple[Array]:
+    return (jax.lax.psum_scatter(grad.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_all_gather.defvjp(lambda axis, dtype, weight: (_all_gather(axis, dtype, weight), None), _all_gather_backward)
+
+
+def all_gather_params(params: Any, dtype: Any) -> Any:
+    """Gather the parameters of a layer over `fsdp`, in the dtype of its products; the backward pass is a float32 reduce-scatter.
+
+    What is gathered is named GATHERED, so that `jax.checkpoint` can drop it after the forward pass.
+    """
+
+    def gather(path, leaf):
+        axis = fsdp_axis(path, leaf.ndim)
+        return leaf if axis is None else checkpoint_name(_all_gather(axis, jnp.dtype(dtype), leaf), GATHERED)
+
+    return jax.tree.map_with_path(gather, params)
+
+
+def all_gather_embeddings(params: Any, mesh: Mesh) -> Any:
+    """Gather the embedding and the output layer over `fsdp`, in float32 because their gradients sum many rows.
+
+    Parameters of the layers stay sharded: each layer gathers its own by `all_gather_params`.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return params
+
+    def gather(path, leaf):
+        axis = None if keystr(path[:1], simple=True) == "layers" else fsdp_axis(path, leaf.ndim)
+        return leaf if axis is None else _all_gather(axis, leaf.dtype, leaf)
+
+    return jax.tree.map_with_path(gather, params)
+
+
+# ------------------------------------------------------------------------------------------------- data and processes
+
+
+def psum_gradients(grads: Any, mesh: Mesh | None) -> Any:
+    """Sum the gradients of each device's sequences over all sequences."""
+    if mesh is None:
+        return grads
+
+    def psum(path, grad):
+        axes = gradient_axes(path, grad.ndim, mesh)
+        return jax.lax.psum(grad, axes) if axes else grad
+
+    return jax.tree.map_with_path(psum, grads)
+
+
+def psum_data(tree: Any, mesh: Mesh | None) -> Any:
+    """Sum values over the devices that hold different sequences."""
+    axes = _data_axes(mesh)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def pmax_data(x: Array, mesh: Mesh | None) -> Array:
+    """Return the maximum over the devices that hold different sequences."""
+    axes = _data_axes(mesh)
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def _data_axes(mesh: Mesh | None) -> tuple[str, ...]:
+    return () if mesh is None else tuple(axis for axis in TABLE["sequences"] if mesh.shape[axis] > 1)
+
+
+def process_max(values: int | Sequence[int]) -> Any:
+    """Return the maximum over all processes of a number, or of each number of a sequence."""
+    if jax.process_count() == 1:
+        return values
+    return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)), axis=0).tolist()
