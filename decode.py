@@ -21,7 +21,7 @@ from benchmarks import workloads as replay
 from data import arithmetic, commandline, news
 from selfspan_jax import evaluation, summaries
 from selfspan_jax.config import Attention, Sampling
-from selfspan_jax.lm import SpanLM
+from selfspan_jax.lm import SpanLM, Weights
 from selfspan_jax.spans import SpanVocab
 
 
@@ -48,8 +48,8 @@ class Generate(Model):
     article: Path | None = None
     """A text file in place of the prompt, for a model that sums up news."""
     sampling: OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
-    int8: bool = False
-    """Compute with int8 weights."""
+    weights: Weights = "bf16"
+    """bf16: the model's own compute dtype; int8: half the bytes of bfloat16."""
     stream: bool = False
     """Print tokens as they are decoded."""
     json: Path | None = None
@@ -66,16 +66,15 @@ class Generate(Model):
 
     def run(self) -> None:
         prompt = commandline.read_text(self.article) if self.article else str(self.prompt)
-        lm, options = load(self.checkpoint, base=self.base, int8=self.int8, mesh=self.mesh), vars(self.sampling)
+        lm, options = load(self.checkpoint, base=self.base, weights=self.weights, mesh=self.mesh), vars(self.sampling)
         if self.stream:
             for text in lm.stream(prompt, **options):
                 print(text, end="", flush=True)
             print()
         out = lm.generate(prompt, **options)
-        verdict = lm.task.verify(prompt, out.response_ids) if isinstance(lm.task, arithmetic.ArithmeticTask) else None
-        print(summaries.sources_table(out) if isinstance(lm.task, news.NewsTask) else evaluation.response_table(out, verdict))
+        print(summaries.sources_table(out) if isinstance(lm.task, news.NewsTask) else evaluation.response_table(out, out.verdict))
         if self.json:
-            commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **evaluation.output_json(out)})
+            commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **out.to_json()})
         if self.html:
             commandline.write_text(self.html, out.to_html())
         if self.plot:

@@ -165,7 +165,7 @@ def evaluate(
       passes: times that each batch is decoded; of its times the median counts.
     """
     ids = [lm.task.encode_prompt(prompt) for prompt in prompts]
-    token_ids, lengths = lm.padded(ids)
+    token_ids, lengths = lm.pad(ids)
     batch_size = _batch_size(lm, batch_size, len(ids))
     config = DecodeConfig(attention=attention, max_new_tokens=max_new_tokens)
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # alike lengths end at about the same step
@@ -295,13 +295,6 @@ def report(
         "by_ops": by_ops,
         "sets": sets,
     }
-
-
-def output_json(out: Output) -> dict[str, Any]:
-    """What JSON can hold of a decoded response."""
-    values = {field.name: getattr(out, field.name) for field in dataclasses.fields(out) if field.name != "lm"}
-    values |= {"steps": [dataclasses.asdict(step) for step in out.steps], "attended_fraction": out.attended_fraction}
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
 
 
 def response_table(out: Output, verdict: Verdict | None) -> str:

@@ -1,14 +1,11 @@
-"""SpanLM: a model and its task behind one face, for notebooks and command lines."""
+"""SpanLM: a model and its task in one object, for notebooks and command lines."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,112 +18,30 @@ from selfspan_jax.config import Attention, DecodeConfig, Implementation
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
-from selfspan_jax.spans import TokenRoles, token_roles
+from selfspan_jax.task import Task, installed_tasks
+from selfspan_jax.viewing.output import Output, Step
+from selfspan_jax.viewing.reading import Reading, attention_mask
 from selfspan_jax.weights import checkpoints as checkpoint
 from selfspan_jax.weights import huggingface, lora
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["Output", "SpanLM", "Step", "Task", "Weights", "installed_tasks"]
+
+Weights = Literal["bf16", "int8"]
+
 _DEFAULT_NEW_TOKENS = 1024
 
 
-class Task(Protocol):
-    """How a corpus turns text into ids and back. Packages offer theirs under the entry point `selfspan.tasks`."""
-
-    def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:
-        """Ids up to and including `<solve>`. Raises ValueError for text that is no prompt."""
-
-    def decode(self, token_ids: Iterable[int]) -> str: ...
-
-    def answer(self, response_ids: Iterable[int]) -> str | None: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Task: ...
-
-
-def installed_tasks() -> dict[str, type[Task]]:
-    """The tasks that installed packages offer, this project among them (`pip install -e .`)."""
-    return {entry.name: entry.load() for entry in metadata.entry_points(group="selfspan.tasks")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One step of a response: the label that it opens, the labels that it names, and what it writes."""
-
-    label: int
-    refs: tuple[int, ...]
-    text: str
-    attended_tokens: float
-    """Tokens that the step's own tokens attended to, on average."""
-
-    def __str__(self) -> str:
-        return f"<seg:{self.label}>{''.join(f'<ref:{ref}>' for ref in self.refs)}{self.text}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """A response, what it says and what each of its tokens read."""
-
-    prompt: str
-    text: str
-    """The response as written, span tokens included."""
-    answer: str | None
-    """What the task reads as the response's answer; None where it has none."""
-    steps: tuple[Step, ...]
-    token_ids: Int[np.ndarray, "T"]
-    """Prompt and response."""
-    prompt_tokens: int
-    num_attended: Int[np.ndarray, "R"]
-    """For each response token, how many tokens it attended to, itself included."""
-    attention: Attention
-    finished: bool
-    """False where decoding stopped at the token limit instead of `<eos>`."""
-    unresolved_refs: int
-    """`<ref:k>` tokens that named a label which no token carried."""
-    lm: SpanLM = dataclasses.field(repr=False)
-
-    @property
-    def response_ids(self) -> Int[np.ndarray, "R"]:
-        return self.token_ids[self.prompt_tokens :]
-
-    @property
-    def attended_fraction(self) -> float:
-        """Mean over response tokens of |attended| / (t + 1); dense decoding has 1."""
-        return float(np.mean(self.num_attended / np.arange(self.prompt_tokens + 1, len(self.token_ids) + 1)))
-
-    def plot(self) -> Figure:
-        """A matplotlib figure: the mask under which this was decoded, tokens attended to by position, KV rows read per step."""
-        from selfspan_jax.viewing import html as page
-        from selfspan_jax.viewing import plots as viz
-
-        mask, texts = self.lm.mask(self.token_ids, self.attention), self.lm.token_texts(self.token_ids)
-        return viz.plot_reading(mask, texts, self.prompt_tokens, [step.indices for step in page.read_steps(self)])
-
-    def save_plot(self, file: Path) -> None:
-        """Draws `plot` into a PNG, SVG or PDF file."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.plot().savefig(file, dpi=100)
-
-    def to_html(self) -> str:
-        """A page of its own, without network or other files, that shows what each step read and what named it."""
-        from selfspan_jax.viewing import html as page
-
-        return page.document(self)
-
-    def _repr_html_(self) -> str:
-        from selfspan_jax.viewing import html as page
-
-        return page.fragment(self)
-
-
 class SpanLM:
-    """A decoder, as `Decoder.for_decoding` makes it of the one given, and the task that it was trained for."""
+    """Decode with a model, in the words of the task that it was trained for."""
 
-    def __init__(self, model: Decoder, task: Task, *, int8: bool = False, mesh: str | None = None):
-        self.model = model.for_decoding(int8=int8)
+    def __init__(self, model: Decoder, task: Task, *, weights: Weights = "bf16", mesh: str | None = None):
+        """Copy a model for decoding; see `load` for the options."""
+        if weights not in get_args(Weights):
+            raise ValueError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
+        self.model = model.for_decoding(int8=weights == "int8")
         self.frozen = decoding.FrozenDecoder.of(self.model, make_mesh(mesh) if mesh else None)
         self.task = task
 
@@ -137,34 +52,32 @@ class SpanLM:
         tasks: Mapping[str, type[Task]] | None = None,
         *,
         base: str | Path | None = None,
-        int8: bool = False,
+        weights: Weights = "bf16",
         mesh: str | None = None,
     ) -> SpanLM:
-        """Loads a finished model.
+        """Load a finished model.
 
         Args:
-          directory: as `train.py` writes it, an adapter included; or a model of others, see `huggingface.load`: a Hugging Face
-            directory or a GGUF file.
-          tasks: what can turn text into ids, by the name that a checkpoint has for it; by default the installed ones.
-          base: of an adapter, the model of others that it was trained on.
-          int8: compute with int8 weights, half the bytes of bfloat16 ones.
-          mesh: decode on several devices, `data=2,tensor=2` say: sequences are divided over `data`, kv heads over `tensor`.
+          directory: as `train.py` writes it, adapters included; a Hugging Face directory; or a GGUF file.
+          tasks: task classes by the name that a checkpoint has for them; by default the installed ones.
+          base: for an adapter, the pretrained model that it was trained on.
+          weights: "bf16", the model's own compute dtype, or "int8", half the bytes of bfloat16.
+          mesh: decode on several devices, for example `data=2,tensor=2`: `data` divides sequences, `tensor` kv heads.
 
         Raises: FileNotFoundError, ValueError with one line that says what is wrong with the directory.
         """
-        if base is not None and not lora.is_adapter(Path(directory)):
+        path = Path(directory)
+        is_adapter = lora.is_adapter(path)
+        if base is not None and not is_adapter:
             raise ValueError(f"{directory} is no adapter, so it takes no base")
-        if huggingface.is_foreign(Path(directory)):
-            return cls(*huggingface.load(directory), int8=int8, mesh=mesh)
-        if lora.is_adapter(Path(directory)):
-            model, fields = lora.load_adapter(Path(directory), None if base is None else Path(base))
-        else:
-            model, fields = checkpoint.load_model(Path(directory))
+        if huggingface.is_foreign(path):
+            return cls(*huggingface.load(directory), weights=weights, mesh=mesh)
+        model, fields = lora.load_adapter(path, None if base is None else Path(base)) if is_adapter else checkpoint.load_model(path)
         tasks = installed_tasks() if tasks is None else tasks
         if (name := str(fields.get("task"))) not in tasks:
             known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
             raise ValueError(f"{directory}: of task {name!r}; {known}")
-        return cls(model, tasks[name].from_json(fields), int8=int8, mesh=mesh)
+        return cls(model, tasks[name].from_json(fields), weights=weights, mesh=mesh)
 
     @overload
     def generate(self, prompts: str, *, num_samples: None = None, **options: Any) -> Output: ...
@@ -182,83 +95,76 @@ class SpanLM:
         num_samples: int | None = None,
         attention: Attention | None = None,
         max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
         seed: int = 0,
         implementation: Implementation | None = None,
+        **sampling: Any,
     ) -> Output | list[Output] | list[list[Output]]:
-        """Decodes a prompt, or several in one batch.
+        """Decode a response to a prompt, or to each of several in one batch.
 
         Args:
           prompts: text of the task (for arithmetic: expressions).
-          num_samples: responses to each prompt; they share its cache rows. A prompt's result is then a list of so many.
-          attention: "span" reads what the model names, "dense" everything, "window" first and recent tokens; by default
-            what the model was trained with.
-          max_new_tokens: default: what the model's context leaves, 1,024 at the most.
-          temperature, top_p, seed: 0 is greedy; see DecodeConfig.
+          num_samples: responses to each prompt, which share its cache rows; a prompt's result is then a list of that length.
+          attention: "span" reads what the model names, "dense" everything, "window" the first and the most recent tokens; by
+            default what the model was trained with.
+          max_new_tokens: at most as many as the model's context leaves; by default that, up to 1,024.
+          seed: of what is drawn at a temperature above 0.
+          implementation: of the decode attention kernel; by default the best that the device has.
+          sampling: `temperature` (0, the default, takes the most likely token) and `top_p`, see `Sampling`.
+
+        Returns: an Output; for several prompts a list of them in order.
 
         Raises: ValueError for a prompt that the task cannot read, or that is too long for the model's context.
         """
-        attention = self._trained(attention)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             return []
         ids = [self.task.encode_prompt(text) for text in texts]
-        token_ids, lengths = self.padded(ids)
-        config = DecodeConfig(
-            attention=attention,
-            max_new_tokens=self._room(lengths) if max_new_tokens is None else max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            implementation=implementation,
-        )
+        token_ids, lengths = self.pad(ids)
+        config = self._config(lengths, attention, max_new_tokens, implementation=implementation, **sampling)
         samples = 1 if num_samples is None else num_samples
         state = decoding.generate(self.frozen, token_ids, lengths, config, jax.random.key(seed), num_samples=samples)
-        flat = self.outputs([text for text in texts for _ in range(samples)], [i for i in ids for _ in range(samples)], state, attention)
+        repeated = [(text, own) for text, own in zip(texts, ids, strict=True) for _ in range(samples)]
+        flat = self.outputs([text for text, _ in repeated], [own for _, own in repeated], state, config.attention)
         outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
 
-    def stream(self, prompt: str, *, chunk_tokens: int = 8, **options: Any) -> Iterator[str]:
-        """The text of one response as it is decoded. Options as for `generate`."""
-        token_ids, lengths = self.padded([self.task.encode_prompt(prompt)])
-        seed = options.pop("seed", 0)
-        options["attention"] = self._trained(options.get("attention"))
-        if options.get("max_new_tokens") is None:
-            options["max_new_tokens"] = self._room(lengths)
-        chunks = decoding.stream(self.frozen, token_ids, lengths, DecodeConfig(**options), jax.random.key(seed), chunk_tokens=chunk_tokens)
-        for chunk in chunks:
-            yield self.task.decode(chunk.tokens[0, : _num_written(chunk.tokens[0], self.model.vocab.eos_id)])
+    def stream(
+        self,
+        prompt: str,
+        *,
+        chunk_tokens: int = 8,
+        attention: Attention | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Yield the text of one response while it is decoded, `chunk_tokens` tokens at a time; options as for `generate`."""
+        token_ids, lengths = self.pad([self.task.encode_prompt(prompt)])
+        config = self._config(lengths, attention, max_new_tokens, **options)
+        for chunk in decoding.stream(self.frozen, token_ids, lengths, config, jax.random.key(seed), chunk_tokens=chunk_tokens):
+            yield self.task.decode(_written(chunk.tokens[0], self.model.vocab.eos_id))
 
     def logits(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> Float[np.ndarray, "T V"]:
-        """Scores of the next token after each token, float32, in one forward under the mask of a policy."""
-        token_ids = self._checked(token_ids)
-        return np.asarray(_forward(*nnx.split(self.model), jnp.asarray(token_ids)[None], self._trained(attention))[0])
+        """Score the token after each token, in float32, in one forward pass under the mask of a policy."""
+        token_ids = self._check_ids(token_ids)
+        return np.asarray(_forward(*nnx.split(self.model), jnp.asarray(token_ids)[None], self._policy(attention))[0])
 
     def mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> np.ndarray:
-        """bool [T, T]: which token attends to which."""
-        ids = self._checked(token_ids)
-        mask = _mask(self._rounded(ids), self.model.vocab, self.model.config, self._trained(attention))
-        return np.asarray(mask[0, : len(ids), : len(ids)])
-
-    def roles(self, token_ids: Int[np.ndarray, "T"]) -> TokenRoles:
-        """What the automaton makes of each token, as numpy arrays [T]."""
-        ids = self._checked(token_ids)
-        return jax.tree.map(lambda role: np.asarray(role)[0, : len(ids)], _roles(self._rounded(ids), self.model.vocab))
+        """Compute which token attends to which under a policy: bool [T, T], True where it does."""
+        return attention_mask(self._check_ids(token_ids), self.model.vocab, self.model.config, self._policy(attention))
 
     def plot_mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> Figure:
-        """A matplotlib figure of `mask`, the prompt (up to the first `<solve>`) told apart from the response."""
-        from selfspan_jax.viewing import plots as viz
+        """Draw `mask` as a matplotlib figure, the prompt (up to the first `<solve>`) in another colour than the response."""
+        from selfspan_jax.viewing import plots
 
-        solves = np.flatnonzero(np.asarray(token_ids) == self.model.vocab.solve_id)
+        token_ids = self._check_ids(token_ids)
+        solves = np.flatnonzero(token_ids == self.model.vocab.solve_id)
         prompt_tokens = int(solves[0]) + 1 if len(solves) else len(token_ids)
-        return viz.plot_mask(self.mask(token_ids, attention), self.token_texts(token_ids), prompt_tokens)
+        attended = self.mask(token_ids, attention)[prompt_tokens:].sum(axis=1)
+        return plots.plot_mask(self._reading(token_ids, prompt_tokens, attended, self._policy(attention)))
 
-    def token_texts(self, token_ids: Int[np.ndarray, "T"]) -> list[str]:
-        """The written form of each token."""
-        return [self.task.decode([int(token)]) for token in token_ids]
-
-    def padded(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-        """Prompts of different lengths as one array and their lengths; on a mesh the first once more until they divide evenly.
+    def pad(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+        """Put prompts of different lengths into one array; on a mesh the first is repeated until it divides the batch.
 
         Raises: ValueError for a prompt beyond the context.
         """
@@ -273,16 +179,28 @@ class SpanLM:
             row[: len(prompt)] = prompt
         return token_ids, lengths
 
-    def _room(self, lengths: Int[np.ndarray, "B"]) -> int:
-        left = self.model.config.max_context_tokens - int(lengths.max())
-        return min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
+    def outputs(
+        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: decoding.DecodeState, attention: Attention
+    ) -> list[Output]:
+        """Read back what was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
+        outputs = []
+        for prompt, ids, tokens, attended in zip(prompts, prompt_ids, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
+            response = _written(tokens, self.model.vocab.eos_id)
+            reading = self._reading(np.concatenate([ids, response]), len(ids), attended[: len(response)], attention)
+            outputs.append(Output(prompt, self.task.decode(response), self.task.answer(response), reading, self.task))
+        return outputs
 
-    def _rounded(self, token_ids: Int[np.ndarray, "T"]) -> Int[Array, "1 R"]:
-        """One sequence in one of few lengths, so that few are compiled: what follows a token changes nothing about it."""
-        padding = -len(token_ids) % 128
-        return jnp.asarray(np.pad(token_ids, (0, padding), constant_values=self.model.vocab.pad_id))[None]
+    def _reading(self, token_ids, prompt_tokens: int, num_attended, attention: Attention) -> Reading:
+        model = self.model
+        return Reading(token_ids, prompt_tokens, num_attended, attention, model.config, model.vocab, self.task.decode)
 
-    def _checked(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
+    def _config(self, lengths: Int[np.ndarray, "B"], attention: Attention | None, max_new_tokens: int | None, **options) -> DecodeConfig:
+        if max_new_tokens is None:
+            left = self.model.config.max_context_tokens - int(lengths.max())
+            max_new_tokens = min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
+        return DecodeConfig(attention=self._policy(attention), max_new_tokens=max_new_tokens, **options)
+
+    def _check_ids(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)
         context = self.model.config.max_context_tokens
         if token_ids.ndim != 1 or not 0 < len(token_ids) <= context:
@@ -290,78 +208,14 @@ class SpanLM:
         decoding.check_ids(self.model, token_ids)
         return token_ids
 
-    def _trained(self, attention: Attention | None) -> Attention:
+    def _policy(self, attention: Attention | None) -> Attention:
         return self.model.config.mask if attention is None else attention
 
-    def outputs(
-        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: decoding.DecodeState, attention: Attention
-    ) -> list[Output]:
-        """What was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
-        tokens, attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
-        unresolved = np.asarray(state.span.unresolved_refs)
-        rows = np.full(state.cache.table.shape, self.model.vocab.pad_id, np.int32)  # one shape for all batches that decode alike
-        for row, ids, new in zip(rows, prompt_ids, tokens):
-            row[: len(ids) + len(new)] = np.concatenate([ids, new])
-        roles = jax.tree.map(np.asarray, _roles(jnp.asarray(rows), self.model.vocab))
-        return [
-            self._output(prompt, ids, tokens[b], attended[b], jax.tree.map(operator.itemgetter(b), roles), attention, int(unresolved[b]))
-            for b, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
-        ]
 
-    def _output(
-        self,
-        prompt: str,
-        prompt_ids: Int[np.ndarray, "T"],
-        new_tokens: Int[np.ndarray, "M"],
-        num_attended: Int[np.ndarray, "M"],
-        roles: TokenRoles,
-        attention: Attention,
-        unresolved_refs: int,
-    ) -> Output:
-        eos_id = self.model.vocab.eos_id
-        written = _num_written(new_tokens, eos_id)
-        response = new_tokens[:written]
-        token_ids = np.concatenate([prompt_ids, response])
-        return Output(
-            prompt=prompt,
-            text=self.task.decode(response),
-            answer=self.task.answer(response),
-            steps=self._steps(token_ids, len(prompt_ids), num_attended[:written], roles),
-            token_ids=token_ids,
-            prompt_tokens=len(prompt_ids),
-            num_attended=num_attended[:written],
-            attention=attention,
-            finished=bool(written and response[-1] == eos_id),
-            unresolved_refs=unresolved_refs,
-            lm=self,
-        )
-
-    def _steps(self, token_ids, prompt_tokens: int, num_attended, roles: TokenRoles) -> tuple[Step, ...]:
-        response = roles.step_index[prompt_tokens : len(token_ids)]
-        steps = []
-        for start in np.unique(response):
-            indices = prompt_tokens + np.flatnonzero(response == start)
-            if roles.is_header[start]:
-                body = [token_ids[i] for i in indices if not roles.is_header[i] and token_ids[i] != self.model.vocab.eos_id]
-                steps.append(
-                    Step(
-                        label=int(roles.labels[start]),
-                        refs=tuple(int(name) for name in roles.names[indices] if name >= 0),
-                        text=self.task.decode(body),
-                        attended_tokens=float(np.mean(num_attended[indices - prompt_tokens])),
-                    )
-                )
-        return tuple(steps)
-
-
-def _num_written(new_tokens: Int[np.ndarray, "M"], eos_id: int) -> int:
-    """Tokens up to and including the first `<eos>`."""
-    ends = np.flatnonzero(new_tokens == eos_id)
-    return int(ends[0]) + 1 if len(ends) else len(new_tokens)
-
-
-_mask = jax.jit(sequence_mask, static_argnames=("vocab", "config", "attention"))
-_roles = jax.jit(token_roles, static_argnames=("vocab",))
+def _written(tokens: Int[np.ndarray, "M"], eos_id: int) -> Int[np.ndarray, "R"]:
+    """Cut tokens after the first `<eos>`."""
+    ends = np.flatnonzero(tokens == eos_id)
+    return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "attention"))

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from selfspan_jax.config import Attention
 from selfspan_jax.evaluation import Evaluation, evaluate
 from selfspan_jax.lm import Output, SpanLM
+from selfspan_jax.viewing.reading import attended
 
 
 class Example(Protocol):
@@ -21,23 +22,6 @@ class Example(Protocol):
     def prompt(self) -> str: ...
     @property
     def response_ids(self) -> Int[np.ndarray, "R"]: ...
-
-
-def header_tokens(out: Output) -> Bool[np.ndarray, "R"]:
-    """Which response tokens are span tokens."""
-    vocab, ids = out.lm.model.vocab, out.response_ids
-    return np.any([(ids >= base) & (ids < base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base)], axis=0)
-
-
-def reading(outputs: Sequence[Output]) -> dict[str, float]:
-    """Mean attended fraction and attended tokens of response tokens: of all, of body tokens, of span tokens (NaN where there are none)."""
-    header = np.concatenate([header_tokens(out) for out in outputs])
-    attended = np.concatenate([out.num_attended for out in outputs])
-    fractions = attended / np.concatenate([np.arange(out.prompt_tokens + 1, len(out.token_ids) + 1) for out in outputs])
-    parts = {"": np.ones_like(header), "_body": ~header, "_header": header}
-    values = {f"attended_fraction{part}": float(fractions[chosen].mean()) if chosen.any() else None for part, chosen in parts.items()}
-    values |= {f"attended_tokens{part}": float(attended[chosen].mean()) if chosen.any() else None for part, chosen in parts.items()}
-    return values | {"header_share": float(header.mean())}  # type: ignore[return-value]
 
 
 def report(
@@ -73,7 +57,7 @@ def report(
         "num_parameters": lm.model.num_parameters,
         "num_examples": len(outputs),
         **scores(examples, [out.response_ids for out in outputs]),
-        **reading(outputs),
+        **attended([out.reading for out in outputs]),
         "finished_fraction": float(np.mean([out.finished for out in outputs])),
         "unresolved_refs": sum(out.unresolved_refs for out in outputs),
         **_speed(best),
@@ -115,8 +99,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def sources_table(out: Output) -> str:
     """The response, each step below it with the pieces of the prompt that it named; and how much was read."""
-    roles = out.lm.roles(out.token_ids)
-    vocab, labels = out.lm.model.vocab, np.asarray(roles.labels)
+    vocab, labels = out.reading.vocab, out.reading.roles.labels
     ids, prompt = np.asarray(out.token_ids), np.arange(len(out.token_ids)) < out.prompt_tokens
     opens = (ids >= vocab.seg_base) & (ids < vocab.seg_base + vocab.num_labels)
     lines = [out.answer or "(no step was opened)", ""]
@@ -125,9 +108,9 @@ def sources_table(out: Output) -> str:
         for ref in dict.fromkeys(step.refs):
             piece = ids[(labels == ref) & prompt & ~opens]
             lines.append(
-                f"    from <{ref}> {out.lm.task.decode(piece).strip() if len(piece) else '(nothing of the article carries that label)'}"
+                f"    from <{ref}> {out.task.decode(piece).strip() if len(piece) else '(nothing of the article carries that label)'}"
             )
-    read = reading([out]) if len(out.response_ids) else {}
+    read = attended([out.reading]) if len(out.response_ids) else {}
     parts = {"text": read.get("attended_fraction_body"), "span tokens": read.get("attended_fraction_header")}
     lines += ["", "attended, of the context: " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)]
     if not out.finished:

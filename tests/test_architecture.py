@@ -31,7 +31,7 @@ LEVELS = [
     {"errors"},
     {"files"},
     {"spans"},
-    {"config"},
+    {"config", "task"},
     {"parallel.collectives"},
     {"parallel.layout", "parallel.mesh"},
     {"model"},

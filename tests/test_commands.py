@@ -80,7 +80,7 @@ def test_a_model_of_others_continues_text(call, tmp_path):
     """A Hugging Face directory goes through the same commands; what only makes sense for expressions says so."""
     shutil.copytree(ROOT / "tests/selfspan_jax/recorded/llama", tmp_path / "model")
     test_huggingface.tokenizer().save_pretrained(tmp_path / "model")
-    status, out, err = call(decode.main, "generate", tmp_path / "model", "abc j", "--max-new-tokens", 8, "--int8")
+    status, out, err = call(decode.main, "generate", tmp_path / "model", "abc j", "--max-new-tokens", 8, "--weights", "int8")
     assert (status, err) == (0, "") and out.startswith("abc j") and "100.0% of the context" in out
     status, _, err = call(decode.main, "eval", tmp_path / "model", "--num-examples", 2)
     assert status == 2 and re.fullmatch(

@@ -1,55 +1,46 @@
-"""Pictures of spans."""
+"""Draw attention masks and what a response read."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from selfspan_jax.viewing.reading import Reading
+
 _UNREAD, _READ_BY_PROMPT, _READ_BY_RESPONSE, _DENSE = "#f3f4f6", "#9fb3c8", "#d1495b", "#52606d"
 _MAX_LABELLED_TOKENS = 120
 
 
-def plot_mask(mask: Bool[np.ndarray, "T T"], token_texts: Sequence[str], prompt_tokens: int) -> Figure:
-    """The attention mask of one sequence: a row is a token, its coloured cells are the tokens that it attends to.
+def plot_mask(reading: Reading) -> Figure:
+    """Draw the attention mask of a sequence: a row is a token, its coloured cells are the tokens that it attends to.
 
-    Args:
-      token_texts: the written form of each token; shown along the edges of sequences of up to 120 tokens.
-      prompt_tokens: where the response begins.
+    The written form of the tokens stands along the edges of sequences of up to 120 tokens.
     """
-    side = _mask_inches(len(token_texts))
+    side = _mask_inches(reading)
     figure = _figure(side, side)
-    _draw_mask(figure.subplots(), mask, token_texts, prompt_tokens)
+    _draw_mask(figure.subplots(), reading)
     return figure
 
 
-def plot_reading(
-    mask: Bool[np.ndarray, "T T"], token_texts: Sequence[str], prompt_tokens: int, steps: Sequence[Int[np.ndarray, "I"]]
-) -> Figure:
-    """What a response read, in three pictures: its mask, tokens attended to by position, and KV rows read by each step.
-
-    Args:
-      token_texts, prompt_tokens: as for `plot_mask`.
-      steps: indices of each step's tokens in the sequence.
-    """
-    side = _mask_inches(len(token_texts))
+def plot_reading(reading: Reading) -> Figure:
+    """Draw what a response read, in three pictures: its mask, tokens attended to by position, and KV rows read by each step."""
+    side = _mask_inches(reading)
     figure = _figure(side + 5.0, side)
     axes = figure.subplot_mosaic([["mask", "positions"], ["mask", "steps"]], width_ratios=[side, 5.0])
-    _draw_mask(axes["mask"], mask, token_texts, prompt_tokens)
-    _draw_positions(axes["positions"], mask, prompt_tokens)
-    _draw_steps(axes["steps"], mask, steps)
+    _draw_mask(axes["mask"], reading)
+    _draw_positions(axes["positions"], reading)
+    _draw_steps(axes["steps"], reading)
     return figure
 
 
 class Picture(Figure):
-    """A figure that a notebook shows, whatever its matplotlib is set to. It is not pyplot's, so nothing keeps it open."""
+    """Show itself in a notebook, whatever matplotlib's backend. It is not pyplot's, so nothing keeps it open."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -63,14 +54,12 @@ def _figure(width: float, height: float) -> Picture:
     return figure
 
 
-def _mask_inches(num_tokens: int) -> float:
-    return min(14.0, 4.0 + 0.12 * num_tokens)
+def _mask_inches(reading: Reading) -> float:
+    return min(14.0, 4.0 + 0.12 * len(reading.token_ids))
 
 
-def _draw_mask(axes: Axes, mask: Bool[np.ndarray, "T T"], token_texts: Sequence[str], prompt_tokens: int) -> None:
-    num_tokens = len(token_texts)
-    if mask.shape != (num_tokens, num_tokens):
-        raise ValueError(f"a mask of shape {mask.shape} for {num_tokens} tokens")
+def _draw_mask(axes: Axes, reading: Reading) -> None:
+    mask, prompt_tokens, num_tokens = reading.mask, reading.prompt_tokens, len(reading.token_ids)
     cells = np.where(mask, np.where(np.arange(num_tokens) < prompt_tokens, 1, 2)[:, None], 0).astype(float)
     cells[np.triu_indices(num_tokens, 1)] = np.nan  # the future
     axes.imshow(cells, cmap=ListedColormap([_UNREAD, _READ_BY_PROMPT, _READ_BY_RESPONSE]), vmin=0, vmax=2, interpolation="nearest")
@@ -83,7 +72,7 @@ def _draw_mask(axes: Axes, mask: Bool[np.ndarray, "T T"], token_texts: Sequence[
     axes.set_xlabel("token attended to")
     axes.set_ylabel("token")
     if num_tokens <= _MAX_LABELLED_TOKENS:
-        texts = [text.replace("$", r"\$") for text in token_texts]  # a dollar would begin a formula
+        texts = [text.replace("$", r"\$") for text in reading.texts]  # a dollar would begin a formula
         axes.set_xticks(range(num_tokens), texts, rotation=90, fontsize=6, family="monospace")
         axes.set_yticks(range(num_tokens), texts, fontsize=6, family="monospace")
     for spine in axes.spines.values():
@@ -91,21 +80,24 @@ def _draw_mask(axes: Axes, mask: Bool[np.ndarray, "T T"], token_texts: Sequence[
     axes.tick_params(length=0)
 
 
-def _draw_positions(axes: Axes, mask: Bool[np.ndarray, "T T"], prompt_tokens: int) -> None:
-    num_tokens = len(mask)
-    positions, attended = np.arange(num_tokens), mask.sum(axis=1)
+def _draw_positions(axes: Axes, reading: Reading) -> None:
+    positions, attended = np.arange(len(reading.token_ids)), reading.mask.sum(axis=1)
     axes.plot(positions, positions + 1, color=_DENSE, linestyle="--", linewidth=1, label="dense")
-    parts = (("prompt", _READ_BY_PROMPT, slice(None, prompt_tokens)), ("response", _READ_BY_RESPONSE, slice(prompt_tokens, None)))
+    parts = (
+        ("prompt", _READ_BY_PROMPT, slice(None, reading.prompt_tokens)),
+        ("response", _READ_BY_RESPONSE, slice(reading.prompt_tokens, None)),
+    )
     for name, color, part in parts:
         axes.plot(positions[part], attended[part], color=color, marker=".", markersize=3, linewidth=1, label=name)
     axes.set(title="tokens attended to", xlabel="position", ylim=(0, None))
     _finish(axes)
 
 
-def _draw_steps(axes: Axes, mask: Bool[np.ndarray, "T T"], steps: Sequence[Int[np.ndarray, "I"]]) -> None:
+def _draw_steps(axes: Axes, reading: Reading) -> None:
+    steps = reading.steps
     numbers = np.arange(1, len(steps) + 1)
-    read = np.array([mask[step].sum() for step in steps], float)
-    dense = np.array([(step + 1).sum() for step in steps], float)
+    read = np.array([reading.mask[step.indices].sum() for step in steps], float)
+    dense = np.array([(step.indices + 1).sum() for step in steps], float)
     axes.bar(numbers, dense, width=0.8, color=_UNREAD, edgecolor=_DENSE, linewidth=0.5, label="dense")
     axes.bar(numbers, read, width=0.6, color=_READ_BY_RESPONSE, label="read")
     share = f": {read.sum() / dense.sum():.0%} of dense" if len(steps) else ""

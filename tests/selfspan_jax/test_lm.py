@@ -90,7 +90,7 @@ def test_samples_of_a_prompt_come_as_a_list(lm, out):
 
 
 def test_int8_weights_are_a_little_less_exact_and_as_right(lm, out):
-    int8 = SpanLM.load(CHECKPOINT, TASKS, int8=True)
+    int8 = SpanLM.load(CHECKPOINT, TASKS, weights="int8")
     assert int8.generate(EXPRESSION, max_new_tokens=64).text == out.text
     exact, rounded = lm.logits(out.token_ids), int8.logits(out.token_ids)
     error = np.sqrt(np.mean((rounded - exact) ** 2) / np.mean(exact**2))

@@ -1,6 +1,5 @@
 """Scores of models that write from sources: what was read, by hand; the commands end to end on the smallest model."""
 
-import dataclasses
 import itertools
 import json
 import sys
@@ -17,9 +16,10 @@ from data import news
 from data.__main__ import main as data_main
 from selfspan_jax import summaries
 from selfspan_jax.config import ModelConfig
-from selfspan_jax.lm import SpanLM, Step
+from selfspan_jax.lm import Output, SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
+from selfspan_jax.viewing.reading import Reading, attended
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
@@ -40,21 +40,19 @@ def lm():
 
 @pytest.fixture(scope="module")
 def gold(lm):
-    """What a model that writes the gold response would have returned, and its story."""
+    """What a model that writes the gold response would have returned, and the example."""
     story = news.Story(("Ada won.", "Rain fell.", "It was Monday."), ("Ada won on Monday.", "It rained."), ((0, 2), (1,)), ())
     example = lm.task.encode(story)
     mask = lm.mask(example.token_ids, "span")
-    out = dataclasses.replace(lm.generate("Ada won.", max_new_tokens=1), prompt=example.prompt, finished=True)
     attended = mask.sum(axis=1)[example.prompt_tokens :]
-    changes = {"token_ids": example.token_ids, "prompt_tokens": example.prompt_tokens, "num_attended": attended}
-    out = dataclasses.replace(out, **changes, answer=lm.task.answer(example.response_ids))
-    steps = tuple(Step(label, tuple(sorted(refs)), text, 0.0) for label, refs, text in lm.task.steps(example.response_ids))
-    return dataclasses.replace(out, steps=steps), example
+    task, model = lm.task, lm.model
+    reading = Reading(example.token_ids, example.prompt_tokens, attended, "span", model.config, model.vocab, task.decode)
+    return Output(example.prompt, task.decode(example.response_ids), task.answer(example.response_ids), reading, task), example
 
 
 def test_header_tokens_read_everything_and_body_tokens_what_is_named(gold):
     out, example = gold
-    task = out.lm.task
+    task = out.task
     length = {i: len(task.text_ids(" " + text)) + 1 for i, text in enumerate(example.story.article)}
     sink = 2 + len(task.text_ids(news.INSTRUCTION))  # <bos>, instruction, <solve>
     fractions, position = {"body": [], "header": []}, example.prompt_tokens
@@ -67,7 +65,7 @@ def test_header_tokens_read_everything_and_body_tokens_what_is_named(gold):
             own, position = own + 1, position + 1
             fractions["body"].append((sink + sum(length[i] for i in sources) + own) / position)
     fractions["body"].append((fractions["body"][-1] * position + 1) / (position + 1))  # <eos>
-    read = summaries.reading([out])
+    read = attended([out.reading])
     assert read["attended_fraction_header"] == 1 and np.isclose(read["attended_fraction_body"], np.mean(fractions["body"]))
     assert np.isclose(read["header_share"], len(fractions["header"]) / len(out.response_ids))
     assert np.isclose(read["attended_fraction"], np.mean(fractions["body"] + fractions["header"]))
