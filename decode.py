@@ -7,22 +7,16 @@ python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 """
 
 import dataclasses
-import functools
-import os
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from benchmarks import decoding as benchmark
-from benchmarks import peers as benchmark_peers
-from benchmarks import report as benchmark_report
-from benchmarks import workloads as replay
+from benchmarks.sweep import Bench
 from data import arithmetic, commandline, news
 from selfspan_jax import evaluation, summaries
 from selfspan_jax.config import Attention, Sampling
 from selfspan_jax.lm import SpanLM, Weights
-from selfspan_jax.spans import SpanVocab
 
 
 def load(checkpoint: Path, **options: Any) -> SpanLM:
@@ -127,69 +121,6 @@ class Eval(Model):
             raise ValueError(f"{self.checkpoint}: was trained neither on expressions nor on news, so there is nothing to verify")
         if self.json:
             commandline.write_json(self.json, results)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """Times decode steps against the bytes that they must move: of a checkpoint, or of a shape with random weights.
-
-    Whole sequences are made for it and replayed, so that automaton and mask do what they do for a trained model of that size.
-    """
-
-    checkpoint: Positional[Path | None] = None
-    """Directory of a finished model; or give --shape."""
-    shape: benchmark.ShapeName | None = None
-    """A model's sizes, filled with random weights."""
-    batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (1, 8, 32)
-    """Sequences decoded together; several with commas."""
-    context: Annotated[tuple[int, ...], commandline.commas(int)] = ()
-    """Tokens of context, the mean over the timed steps; several with commas. Default: 2048, or what a checkpoint has room for."""
-    attention: Annotated[tuple[Attention, ...], commandline.commas(*get_args(Attention))] = ("dense", "span", "window")
-    """dense: everything before; span: what the tokens name; window: first and recent tokens; several with commas."""
-    steps: int = 64
-    """Timed steps of every sequence, an even number."""
-    int8: bool = False
-    """Measure every configuration once more, with int8 weights."""
-    peers: Annotated[tuple[benchmark_peers.Name, ...], commandline.commas(*get_args(benchmark_peers.Name))] = ()
-    """Time Hugging Face's step with a static cache on the same shape, where PyTorch is installed; several with commas."""
-    workload: benchmark.WorkloadName | None = None
-    """arithmetic: oracle responses; segments: steps that name pieces of a long prompt. Default: as the vocabulary is."""
-    attended_fraction: float = 0.1
-    """Of "segments": share of its context that a response token attends to, on average."""
-    num_samples: int = 1
-    """Above 1, two rows more: so many sequences that share their prompt, and as many that do not."""
-    stream_check: bool = False
-    """One row more: the first span configuration streamed, against one loop."""
-    profile: bool = False
-    """Run every configuration once more under the profiler: the device's time by kind of operation, in --json."""
-    mesh: str | None = None
-    """Devices, as in data=2,tensor=4; by default one. Bytes and floor are then those of one device."""
-    seed: int = 0
-    """Of weights and tokens."""
-    json: Path | None = None
-    """Write the rows into this file, after each of them."""
-    plot: Path | None = None
-    """Draw milliseconds per step and their floors into this file (PNG, SVG or PDF)."""
-
-    def __post_init__(self):
-        commandline.check_picture(self.plot)
-        if (self.checkpoint is None) == (self.shape is None):
-            raise ValueError("give either a checkpoint or --shape")
-        self.plan()
-
-    def plan(self) -> benchmark.Plan:
-        return benchmark.Plan(**{field.name: getattr(self, field.name) for field in dataclasses.fields(benchmark.Plan)})
-
-    def run(self) -> None:
-        if self.peers:  # they share the device with this process
-            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        lm = load(self.checkpoint) if self.checkpoint else None
-        task = lm.task if lm and isinstance(lm.task, arithmetic.ArithmeticTask) else arithmetic.ArithmeticTask()
-        name = self.checkpoint.name if self.checkpoint else str(self.shape)
-        draw = functools.partial(replay.tokens, task, seed=self.seed)
-        save = functools.partial(commandline.write_json, self.json) if self.json else None
-        results = benchmark_report.run(self.plan(), name, lm, SpanVocab(**task.vocab.span_ids()), draw, save, self.plot)
-        print(benchmark_report.table(results["rows"]))
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from benchmarks.timing import torch_ms
 
-Name = Literal["hf-compiled", "hf-eager", "hf-generate"]
+PeerName = Literal["hf-compiled", "hf-eager", "hf-generate"]
 WARM_UPS, REPETITIONS = 2, 5  # an eager step needs one warm-up only
 _MARK = "row: "  # in front of a result among what libraries print
 

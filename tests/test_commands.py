@@ -18,8 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import decode
 import train
-from benchmarks import decoding as benchmark
-from benchmarks import peers as benchmark_peers
+from benchmarks import decoding, peers
 from data.__main__ import main as data_main
 from tests.selfspan_jax.weights import test_huggingface
 
@@ -123,10 +122,10 @@ BENCH = ["--batch-size", "2", "--context", "96", "--steps", "8", "--attention", 
 
 
 def test_bench_writes_a_row_for_each_configuration(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark_peers, "missing_reason", lambda: "torch not installed")
+    monkeypatch.setattr(peers, "missing_reason", lambda: "torch not installed")
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     status, out, err = call(
-        decode.main, "bench", CHECKPOINT, *BENCH, "--int8", "--peers", "hf-eager", "--json", file, "--plot", picture
+        decode.main, "bench", CHECKPOINT, *BENCH, "--weights", "bf16,int8", "--peers", "hf-eager", "--json", file, "--plot", picture
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert "peers not run: torch not installed" in out and "read ceiling" in out
@@ -145,7 +144,7 @@ def test_bench_writes_a_row_for_each_configuration(call, tmp_path, monkeypatch):
 
 
 def test_bench_skips_what_does_not_fit_and_streams(call, monkeypatch):
-    monkeypatch.setattr(benchmark, "device_memory_bytes", lambda: 60 * 2**20)
+    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: 60 * 2**20)
     arguments = ["--batch-size", "1,500", "--context", "96", "--steps", "8", "--attention", "span", "--stream-check"]
     status, out, err = call(decode.main, "bench", CHECKPOINT, *arguments)
     assert (status, err) == (0, "")

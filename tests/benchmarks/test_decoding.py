@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import decoding as benchmark
-from benchmarks import peers as benchmark_peers
-from benchmarks import report as benchmark_report
-from benchmarks import workloads as replay
-from benchmarks.decoding import Case, Plan, Shape
+from benchmarks import decoding, peers, report, shapes, sweep, workloads
+from benchmarks.decoding import Case
+from benchmarks.shapes import Shape
+from benchmarks.sweep import Bench
 from data import arithmetic
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.parallel.mesh import make_mesh
@@ -22,11 +21,8 @@ from tests.selfspan_jax.reference import Reference
 
 ARITHMETIC = SpanVocab(**arithmetic.ArithmeticTask().vocab.span_ids())
 SIZES = dict(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, tie_embeddings=False)
-SHAPE = Shape(ModelConfig(**SIZES), benchmark.borrowed_labels(700, 200), 700)
-PLAN = dict(
-    batch_size=(1, 3), context=(256,), attention=("span", "dense", "window"), steps=32, int8=False, peers=(), workload=None,
-    attended_fraction=0.15, num_samples=1, stream_check=False, profile=False, mesh=None, seed=0,
-)  # fmt: skip
+SHAPE = Shape(ModelConfig(**SIZES), shapes.borrow_labels(700, 200), 700)
+BENCH = dict(shape="llama2-7b", batch_size=(1, 3), context=(256,), attention=("span", "dense", "window"), steps=32)
 
 
 def counts(shape, row, steps):
@@ -37,11 +33,12 @@ def counts(shape, row, steps):
 
 def segments(case, fraction=0.15, shape=SHAPE, seed=0):
     size = dict(batch_size=case.batch_size, num_tokens=case.num_tokens, steps=case.steps)
-    return benchmark.segment_tokens(shape, **size, attended_fraction=fraction, seed=seed)
+    return workloads.segment_tokens(shape, **size, attended_fraction=fraction, seed=seed)
 
 
 def oracle(case, seed=0):
-    return replay.tokens(arithmetic.ArithmeticTask(), case.batch_size, case.num_tokens, case.steps, seed=seed)
+    size = dict(batch_size=case.batch_size, num_tokens=case.num_tokens, steps=case.steps)
+    return workloads.arithmetic_tokens(arithmetic.ArithmeticTask(), **size, seed=seed)
 
 
 @pytest.mark.parametrize(("context", "fraction"), [(512, 0.1), (512, 0.3), (1024, 0.05), (300, 0.2)])
@@ -87,7 +84,7 @@ def test_oracle_examples_are_cut_within_their_responses():
     assert (solve < case.prompt_tokens).all() and (token_ids[:, 0] == ARITHMETIC.bos_id).all()
     assert not (token_ids == ARITHMETIC.eos_id).any()
     with pytest.raises(ValueError, match="one for each label"):
-        replay.tokens(arithmetic.ArithmeticTask(), 1, 20_000, 64, seed=0)
+        oracle(Case("span", 1, 20_000, 64))
 
 
 ARITHMETIC_SHAPE = Shape(ModelConfig(**SIZES), ARITHMETIC, 1044)
@@ -98,7 +95,7 @@ def test_what_is_measured_attends_to_what_the_mask_says(shape):
     """The replayed loop sees what the reference automaton sees, and the loop that it is compared with reads the same rows."""
     draw = segments if shape is SHAPE else oracle
     cases = [Case("span", 3, 256, 32), Case("dense", 3, 256, 32), Case("span", 2, 256, 32, num_samples=2)]
-    rows = list(benchmark.sweep(shape, cases, draw))
+    rows = list(sweep.sweep(shape, cases, draw))
     expected = np.array([counts(shape, row, 32) for row in draw(cases[0])])
     contexts = np.arange(241, 273)
     assert rows[0]["attended_tokens"] == pytest.approx(expected.mean())
@@ -113,7 +110,7 @@ def test_what_is_measured_attends_to_what_the_mask_says(shape):
 
     token_ids = draw(cases[0])
     table = 1000 * np.arange(3)[:, None] + np.arange(300)
-    listed, how_many, own = map(np.asarray, benchmark._row_lists(shape, cases[0], token_ids, table.astype(np.int32)))
+    listed, how_many, own = map(np.asarray, decoding.oracle_slots(shape, cases[0], token_ids, table.astype(np.int32)))
     np.testing.assert_array_equal(how_many.T, expected)
     np.testing.assert_array_equal(own.T, table[:, 240:272])
     mask = Reference(token_ids[2], shape.vocab, prompt_view="local").mask()
@@ -123,24 +120,25 @@ def test_what_is_measured_attends_to_what_the_mask_says(shape):
 
 def test_samples_share_the_memory_of_their_prompt():
     cases = [Case("span", 4, 256, 32), Case("span", 4, 256, 32, num_samples=4)]
-    apart, shared = list(benchmark.sweep(SHAPE, cases, segments))
+    apart, shared = list(sweep.sweep(SHAPE, cases, segments))
     row_bytes = 2 * 2 * 2 * 8 * 2  # K and V, layers, kv heads, head size, bfloat16
     assert apart["kv_memory_bytes"] == 4 * (256 + 32) * row_bytes
     assert shared["kv_memory_bytes"] == (256 + 4 * 32) * row_bytes
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("int8", [False, True])
-def test_bytes_of_a_step_by_hand(tied, int8):
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_bytes_of_a_step_by_hand(tied, weights):
     shape = Shape(dataclasses.replace(SHAPE.config, tie_embeddings=tied), SHAPE.vocab, SHAPE.vocab_size)
     d, f, layers, n, k, h, v = 32, 48, 2, 4, 2, 8, 700
     outputs = [(n + 2 * k) * h, d, 2 * f, d]  # of a layer's maps: query, key and value; o; gate and up; down
     inputs = [d, n * h, d, f]
+    int8 = weights == "int8"
     maps = sum(m * i * (1 if int8 else 2) + (4 * m if int8 else 0) for m, i in zip(outputs, inputs))
-    weights = layers * (maps + 2 * d * 2) + d * 2 + v * d * 2
+    parameters = layers * (maps + 2 * d * 2) + d * 2 + v * d * 2
     batch, attended = 3, 100
-    expected = weights + batch * d * 2 + (attended + batch) * layers * 2 * k * h * 2
-    assert benchmark.step_bytes(shape.abstract(int8=int8), attended, batch) == expected
+    expected = parameters + batch * d * 2 + (attended + batch) * layers * 2 * k * h * 2
+    assert shapes.step_bytes(shape.abstract(weights), attended, batch) == expected
 
 
 def test_on_a_mesh_bytes_and_memory_are_those_of_one_device():
@@ -149,9 +147,9 @@ def test_on_a_mesh_bytes_and_memory_are_those_of_one_device():
         pytest.skip("needs 4 devices")
     mesh = make_mesh("data=2,tensor=2")
     parts, split = mesh.shape["data"], mesh.shape["tensor"]
-    cases = [Case("span", 4, 256, 32), Case("dense", 4, 256, 32), Case("span", 4, 256, 32, int8=True)]
-    rows = list(benchmark.sweep(SHAPE, cases, segments, mesh=mesh, stream=True))
-    alone = list(benchmark.sweep(SHAPE, cases, segments))
+    cases = [Case("span", 4, 256, 32), Case("dense", 4, 256, 32), Case("span", 4, 256, 32, weights="int8")]
+    rows = list(sweep.sweep(SHAPE, cases, segments, mesh=mesh, stream=True))
+    alone = list(sweep.sweep(SHAPE, cases, segments))
     d, f, layers, n, k, h, v = 32, 48, 2, 4 // split, 2 // split, 8, 700
     f //= split
     outputs, inputs = [(n + 2 * k) * h, d, 2 * f, d], [d, n * h, d, f]
@@ -176,7 +174,7 @@ def test_a_plan_whose_mesh_does_not_fit_is_refused():
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
-            Plan(**{**PLAN, "batch_size": (3,), **change}).devices(SHAPE.config)
+            Bench(**{**BENCH, "batch_size": (3,), **change}).make_mesh(SHAPE.config)
 
 
 def test_random_weights_are_drawn_in_the_dtype_that_decodes():
@@ -189,18 +187,18 @@ def test_shapes_are_those_of_the_published_models():
     vocab_sizes = {"llama2-7b": 32_000, "llama3-8b": 128_256, "smollm2-135m": 49_152}
     parameters = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
     for name, size in vocab_sizes.items():
-        shape = benchmark.named_shape(name, None)
+        shape = shapes.named_shape(name)
         assert shape.vocab_size == size == shape.vocab.ref_base + shape.vocab.num_labels
         assert shape.abstract().num_parameters == parameters[name]
-    assert benchmark.named_shape("arithmetic-base", ARITHMETIC).vocab_size == 1044
+    assert shapes.named_shape("arithmetic-base").vocab_size == 1044
 
 
 def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
     shape = Shape(dataclasses.replace(SHAPE.config, num_layers=1), SHAPE.vocab, SHAPE.vocab_size)
     small, large = Case("window", 1, 256, 32), Case("dense", 64, 256, 32)
-    needed = 2 * benchmark.compile_case(shape, small).needed_bytes
-    monkeypatch.setattr(benchmark, "device_memory_bytes", lambda: needed)
-    rows = list(benchmark.sweep(shape, [large, small], segments))
+    needed = 2 * decoding.compile_case(shape, small).needed_bytes
+    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: needed)
+    rows = list(sweep.sweep(shape, [large, small], segments))
     assert "does not fit: needs" in rows[0]["not_run"] and "ms_per_step" not in rows[0]
     assert rows[1]["ms_per_step"] > 0
 
@@ -210,19 +208,19 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
     def broken(*_, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    measure = benchmark.measure_case
-    monkeypatch.setattr(benchmark, "measure_case", lambda *a, **o: (out_of_memory if a[2].attention == "dense" else measure)(*a, **o))
-    rows = list(benchmark.sweep(shape, [Case("dense", 1, 256, 32), small], segments))
+    measure = sweep.measure_case
+    monkeypatch.setattr(sweep, "measure_case", lambda *a, **o: (out_of_memory if a[2].attention == "dense" else measure)(*a, **o))
+    rows = list(sweep.sweep(shape, [Case("dense", 1, 256, 32), small], segments))
     assert rows[0]["not_run"] == "does not fit: the device ran out of memory" and rows[1]["ms_per_step"] > 0
-    monkeypatch.setattr(benchmark, "measure_case", broken)
+    monkeypatch.setattr(sweep, "measure_case", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        list(benchmark.sweep(shape, [small], segments))
+        list(sweep.sweep(shape, [small], segments))
 
 
 def test_a_plan_measures_dense_first_and_int8_last():
-    cases = Plan(**{**PLAN, "int8": True, "num_samples": 4}).cases
+    cases = Bench(**BENCH, weights=("int8", "bf16"), num_samples=4).cases
     assert [case.attention for case in cases[:3]] == ["dense", "span", "window"]
-    assert [case.int8 for case in cases] == [False] * 8 + [True] * 6
+    assert [case.weights for case in cases] == ["bf16"] * 8 + ["int8"] * 6
     assert cases[7] == Case("span", 4, 256, 32, num_samples=4) and cases[6] == Case("span", 4, 256, 32)
     assert len(set(cases)) == len(cases)
 
@@ -233,21 +231,21 @@ def test_a_plan_measures_dense_first_and_int8_last():
 def test_a_plan_that_makes_no_sense_is_refused(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"^{name} is "):
-        Plan(**{**PLAN, **change})
+        Bench(**{**BENCH, **change})
 
 
 def report_of(*rows):
-    report = {"read_ceiling_terabytes_per_second": 2.0, "shape": "toy", "rows": []}
+    found = {"read_ceiling_terabytes_per_second": 2.0, "shape": "toy", "rows": []}
     for row in rows:
-        benchmark_report.add_row(report, SHAPE, {"batch_size": 2, "context_tokens": 256, "steps": 32, **row})
-    return report
+        report.add_row(found, SHAPE, {"batch_size": 2, "context_tokens": 256, "steps": 32, **row})
+    return found
 
 
 OURS = {"int8": False, "num_samples": 1, "bytes_per_step": 10**9}
 
 
 def test_rows_are_compared_with_their_floor_their_dense_row_and_the_peer():
-    report = report_of(
+    found = report_of(
         {"peer": "hf-compiled", "ms_per_step": 6.0},
         {**OURS, "attention": "dense", "ms_per_step": 4.0},
         {**OURS, "attention": "span", "ms_per_step": 1.0},
@@ -255,22 +253,22 @@ def test_rows_are_compared_with_their_floor_their_dense_row_and_the_peer():
         {**OURS, "attention": "span", "context_tokens": 512, "ms_per_step": 1.0},
         {**OURS, "attention": "window", "not_run": "does not fit"},
     )
-    peer, dense, span, int8, other, _ = report["rows"]
+    peer, dense, span, int8, other, _ = found["rows"]
     assert span["floor_ms"] == pytest.approx(0.5) and span["percent_of_floor"] == pytest.approx(50)
     assert (span["speedup_over_dense"], span["speedup_over_hf"]) == (4.0, 6.0)
     assert (dense["speedup_over_dense"], dense["speedup_over_hf"], peer["speedup_over_hf"]) == (1.0, 1.5, 1.0)
     assert "speedup_over_dense" not in int8 and "speedup_over_hf" in int8  # there is no dense int8 row
     assert not {"speedup_over_dense", "speedup_over_hf"} & other.keys()
     # A static cache is read to its end, whatever stands in it.
-    assert peer["bytes_per_step"] == benchmark.step_bytes(SHAPE.abstract(), 2 * 272, 2)
-    text = benchmark_report.table(report["rows"]).splitlines()
+    assert peer["bytes_per_step"] == shapes.step_bytes(SHAPE.abstract(), 2 * 272, 2)
+    text = report.table(found["rows"]).splitlines()
     assert len(text) == 7 and "6.00x" in text[3] and text[6].endswith("not run: does not fit")
 
 
 @pytest.mark.parametrize("swept", ["batch_size", "context_tokens"])
 def test_the_picture_is_drawn(tmp_path, swept):
     rows = [{**OURS, "attention": name, swept: x, "ms_per_step": x / 100} for name in ("dense", "span") for x in (64, 128)]
-    benchmark_report.plot(report_of(*rows), tmp_path / "plots" / "decode.png")
+    report.plot(report_of(*rows), tmp_path / "plots" / "decode.png")
     assert (tmp_path / "plots" / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -281,18 +279,18 @@ def test_the_peers_process_is_heard_and_its_failure_is_told(monkeypatch, tmp_pat
     lines = "\n".join(f"echo 'row: {json.dumps(row)}'\necho a warning" for row in rows)
     script.write_text(f"#!/bin/sh\nread word; test $word = measure || exit 1\n{lines}\necho it broke >&2\nexit 3\n")
     script.chmod(0o755)
-    monkeypatch.setattr(benchmark_peers.sys, "executable", str(script))
-    with benchmark_peers.Peers(SIZES, 100, [], seed=0) as peers:
-        heard = peers.rows()
+    monkeypatch.setattr(peers.sys, "executable", str(script))
+    with peers.Peers(SIZES, 100, [], seed=0) as process:
+        heard = process.rows()
         assert [next(heard), next(heard)] == rows
         with pytest.raises(RuntimeError, match=r"status 3:\nit broke"):
             next(heard)
 
 
-@pytest.mark.skipif(benchmark_peers.missing_reason() is not None, reason="PyTorch and transformers are not installed")
+@pytest.mark.skipif(peers.missing_reason() is not None, reason="PyTorch and transformers are not installed")
 def test_the_peers_that_need_no_compiler_run():
     cases = [{"peer": peer, "batch_size": 2, "context_tokens": 64, "steps": 16} for peer in ("hf-eager", "hf-generate")]
-    with benchmark_peers.Peers(dataclasses.asdict(SHAPE.config), SHAPE.vocab_size, cases, seed=0) as peers:
-        rows = list(peers.rows())
+    with peers.Peers(dataclasses.asdict(SHAPE.config), SHAPE.vocab_size, cases, seed=0) as process:
+        rows = list(process.rows())
     assert [row["peer"] for row in rows] == ["hf-eager", "hf-generate"]
     assert all(row["ms_per_step"] > 0 and row["mean_context_tokens"] == 64.5 for row in rows)

@@ -1,0 +1,126 @@
+"""Model sizes that benchmarks measure, and the bytes that a decode step of them moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from data import arithmetic
+from selfspan_jax.config import PRESETS, ModelConfig
+from selfspan_jax.errors import UserError
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import SpanVocab
+
+NUM_LABELS = 512  # borrowed by a vocabulary that has none
+Weights = Literal["bf16", "int8"]
+ShapeName = Literal["llama2-7b", "llama3-8b", "smollm2-135m", "arithmetic-base"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model without its weights."""
+
+    config: ModelConfig
+    vocab: SpanVocab
+    vocab_size: int
+
+    def abstract(self, weights: Weights = "bf16") -> Decoder:
+        """Build the decoder as `for_decoding` returns it, with shapes in place of arrays."""
+        make = functools.partial(Decoder, self.config, vocab=self.vocab, vocab_size=self.vocab_size)
+        return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)).for_decoding(int8=weights == "int8"))
+
+    def random(self, seed: int) -> Decoder:
+        """Build the decoder with random weights, drawn on the device in the compute dtype."""
+        graph, params = nnx.split(self.abstract())
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        drawn = [_draw(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves)]
+        return nnx.merge(graph, jax.tree.unflatten(tree, drawn))
+
+    def with_context(self, tokens: int) -> Shape:
+        """Return this shape with room for sequences of at least `tokens` tokens."""
+        room = max(tokens, self.config.max_context_tokens)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, max_context_tokens=room))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _draw(key, shape: tuple[int, ...], dtype) -> Array:
+    return jnp.ones(shape, dtype) if len(shape) == 1 else 0.02 * jax.random.normal(key, shape, dtype)
+
+
+# Sizes of published models (their config.json) with their vocabulary sizes; None for the arithmetic vocabulary.
+_SHAPES: dict[ShapeName, tuple[ModelConfig, int | None]] = {
+    "llama2-7b": (
+        ModelConfig(
+            hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_size=128, tie_embeddings=False
+        ),
+        32_000,
+    ),
+    "llama3-8b": (
+        ModelConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_size=128,
+            rope_theta=500_000.0,
+            tie_embeddings=False,
+        ),
+        128_256,
+    ),
+    "smollm2-135m": (
+        ModelConfig(hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, rope_theta=100_000.0),
+        49_152,
+    ),
+    "arithmetic-base": (PRESETS["arithmetic-base"].model, None),
+}
+
+
+def named_shape(name: ShapeName, *, arithmetic_vocab: bool = False) -> Shape:
+    """Look a shape up by its name.
+
+    Args:
+      arithmetic_vocab: use the control tokens of the arithmetic vocabulary. By default a published model gets its own number
+        of ids, the last of them borrowed as control tokens.
+    """
+    config, vocab_size = _SHAPES[name]
+    if vocab_size is not None and not arithmetic_vocab:
+        return Shape(config, borrow_labels(vocab_size), vocab_size)
+    vocab = SpanVocab(**arithmetic.ArithmeticTask().vocab.span_ids())
+    return Shape(config, vocab, vocab_size or vocab.least_vocab_size)
+
+
+def borrow_labels(vocab_size: int, num_labels: int = NUM_LABELS) -> SpanVocab:
+    """Place control tokens at the top of a vocabulary that has none.
+
+    Raises: UserError where they leave no ids for text.
+    """
+    first = vocab_size - 2 * num_labels - 4
+    if first < 1:
+        raise UserError(f"vocab_size is {vocab_size}; {num_labels} labels need {2 * num_labels + 4} ids and leave none for text")
+    return SpanVocab.consecutive(first, num_labels)
+
+
+def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
+    """Count the bytes that a decode step must move: weights, embeddings of the tokens, KV rows attended to, KV rows written.
+
+    Args:
+      model: as `for_decoding` returns it, or its shapes; on a mesh the share of one device.
+      num_attended: tokens attended to, summed over the batch; on a mesh over the device's sequences.
+      batch_size: sequences; on a mesh those of the device.
+    """
+    config = model.config
+    embedding = model.embed_tokens.embedding.get_value()
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    if model.lm_head is not None:  # otherwise the embedding is the output layer too, and is read as a whole
+        weights -= embedding.size * embedding.dtype.itemsize
+    lookups = batch_size * config.hidden_size * embedding.dtype.itemsize
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_size * jnp.dtype(config.compute_dtype).itemsize
+    return round(weights + lookups + (num_attended + batch_size) * row)

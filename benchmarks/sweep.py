@@ -1,0 +1,263 @@
+"""Sweep decode benchmarks over batch sizes, contexts, policies and weights: the `bench` command of decode.py."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from benchmarks import peers as hf
+from benchmarks import report
+from benchmarks.decoding import STREAMED_TOKENS, Case, DoesNotFit, Programs, compile_case, measure_case, measure_stream
+from benchmarks.shapes import Shape, ShapeName, Weights, named_shape
+from benchmarks.timing import header_line
+from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
+from data import arithmetic, commandline, news
+from selfspan_jax.config import Attention, ModelConfig
+from selfspan_jax.decoding import engine as decoding
+from selfspan_jax.errors import UserError
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.model import Decoder
+from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
+from selfspan_jax.spans import SpanVocab
+
+DEFAULT_CONTEXT = 2048
+TokensOf = Callable[[Case], Int[np.ndarray, "B T"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Time decode steps against the bytes that they must move: of a checkpoint, or of a shape with random weights.
+
+    Whole sequences are drawn and replayed, so that automaton and mask do what they do for a trained model of that size.
+    """
+
+    checkpoint: Positional[Path | None] = None
+    """Directory of a finished model; or give --shape."""
+    shape: ShapeName | None = None
+    """A model's sizes, filled with random weights."""
+    batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (1, 8, 32)
+    """Sequences decoded together; several with commas."""
+    context: Annotated[tuple[int, ...], commandline.commas(int)] = ()
+    """Tokens of context, the mean over the timed steps; several with commas. Default: 2048, or the room of the checkpoint."""
+    attention: Annotated[tuple[Attention, ...], commandline.commas(*get_args(Attention))] = ("dense", "span", "window")
+    """dense: everything before; span: what the tokens name; window: first and recent tokens; several with commas."""
+    weights: Annotated[tuple[Weights, ...], commandline.commas(*get_args(Weights))] = ("bf16",)
+    """Precision of the weights; both with a comma."""
+    steps: int = 64
+    """Timed steps of every sequence, an even number."""
+    peers: Annotated[tuple[hf.PeerName, ...], commandline.commas(*get_args(hf.PeerName))] = ()
+    """Time Hugging Face's step with a static cache on the same shape, where PyTorch is installed; several with commas."""
+    workload: WorkloadName | None = None
+    """arithmetic: oracle responses; segments: steps that name pieces of a long prompt. Default: by the vocabulary."""
+    attended_fraction: float = 0.1
+    """Share of its context that a response token of "segments" attends to, on average."""
+    num_samples: int = 1
+    """Above 1, add two rows: so many sequences that share their prompt, and as many that do not."""
+    stream_check: bool = False
+    """Add a row: the first span configuration streamed, against one loop."""
+    profile: bool = False
+    """Run every configuration once more under the profiler: the device's time by kind of operation, in --json."""
+    mesh: str | None = None
+    """Devices, as in data=2,tensor=4; by default one. Bytes and roofline are then those of one device."""
+    seed: int = 0
+    """Seed of weights and tokens."""
+    json: Path | None = None
+    """Write the rows into this file, after each of them."""
+    plot: Path | None = None
+    """Draw milliseconds per step and their rooflines into this file (PNG, SVG or PDF)."""
+
+    def __post_init__(self):
+        commandline.check_picture(self.plot)
+        if (self.checkpoint is None) == (self.shape is None):
+            raise UserError("give either a checkpoint or --shape")
+        commandline.check_least(1, self, "batch_size", "context", "num_samples")
+        if self.steps < 2 or self.steps % 2:
+            raise UserError(f"steps is {self.steps}; allowed: even numbers, 2 and above")
+        if self.context and min(self.context) <= self.steps:
+            raise UserError(f"context is {min(self.context)}; allowed: more than the {self.steps} timed steps")
+        if not 0 < self.attended_fraction < 1:
+            raise UserError(f"attended_fraction is {self.attended_fraction}; allowed: above 0, below 1")
+        commandline.check_least(0, self, "seed")
+        if self.peers and self.mesh:
+            raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
+
+    @property
+    def cases(self) -> list[Case]:
+        """The cases in the order in which they are measured: dense first, because the others are compared with it, int8 last."""
+        policies = sorted(dict.fromkeys(self.attention), key=lambda policy: policy != "dense")
+        every = itertools.product(self.weights, self.context, self.batch_size, policies)
+        cases = [Case(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every]
+        if self.num_samples > 1:
+            apart = Case("span", self.num_samples, max(self.context), self.steps)
+            cases += [apart, dataclasses.replace(apart, num_samples=self.num_samples)]
+        return sorted(dict.fromkeys(cases), key=lambda case: case.weights == "int8")
+
+    @property
+    def peer_cases(self) -> list[dict[str, Any]]:
+        every = itertools.product(self.peers, self.context, self.batch_size)
+        return [{"peer": p, "batch_size": batch, "context_tokens": context, "steps": self.steps} for p, context, batch in every]
+
+    def with_contexts(self, max_context_tokens: int | None) -> Bench:
+        """Fill in the context where none was given; None for a model with any room.
+
+        Raises: UserError for a context that the model has no room for.
+        """
+        if not self.context:
+            room = DEFAULT_CONTEXT if max_context_tokens is None else max_context_tokens - self.steps // 2
+            return dataclasses.replace(self, context=(min(DEFAULT_CONTEXT, room),))
+        longest = max(self.context) + self.steps // 2
+        if max_context_tokens is not None and longest > max_context_tokens:
+            raise UserError(f"context {max(self.context)} takes {longest} tokens; the model's context is {max_context_tokens}")
+        return self
+
+    def make_mesh(self, config: ModelConfig) -> Mesh | None:
+        """Make the mesh. Raises UserError for one that does not fit the model or the batches."""
+        mesh = make_mesh(self.mesh) if self.mesh else None
+        if mesh is not None:
+            check_decoding(config, mesh)
+            for case in self.cases:
+                check_batch(case.batch_size // case.num_samples, mesh, "the number of prompts")
+        return mesh
+
+    def run(self) -> None:
+        """Measure, peers first; print each row as it comes, then the table."""
+        if self.peers:  # they share the device with this process
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        bench, shape, model, workload, tokens_of = self._subject()
+        mesh = bench.make_mesh(shape.config)
+        tokens_of(Case("span", 1, min(bench.context), bench.steps))  # an impossible workload is refused before anything is measured
+        settings = {name: value for name, value in dataclasses.asdict(bench).items() if name not in ("checkpoint", "shape", "json", "plot")}
+        results = report.header(self.checkpoint.name if self.checkpoint else str(self.shape), shape, workload=workload, plan=settings)
+        print(header_line(results, describe(mesh)), flush=True)
+        for row in bench._rows(shape, model, tokens_of, mesh):
+            results["versions"] |= row.pop("versions", {})
+            report.add_row(results, shape, row)
+            tqdm.write("  ".join(report.line(row)))
+            if self.json:
+                commandline.write_json(self.json, results)
+        if self.plot:
+            report.plot(results, self.plot)
+        print(report.table(results["rows"]))
+
+    def _subject(self) -> tuple[Bench, Shape, Decoder | None, WorkloadName, TokensOf]:
+        """Open what is measured: the options with their contexts, the shape, a checkpoint's model, the workload and its tokens."""
+        task, model = arithmetic.ArithmeticTask(), None
+        if self.checkpoint:
+            lm = SpanLM.load(self.checkpoint, {task.name: task for task in (arithmetic.ArithmeticTask, news.NewsTask)})
+            model, task = lm.model, lm.task if isinstance(lm.task, arithmetic.ArithmeticTask) else task
+            shape = Shape(model.config, model.vocab, model.vocab_size)
+            bench = self.with_contexts(model.config.max_context_tokens)
+        else:
+            assert self.shape is not None
+            bench, shape = self.with_contexts(None), named_shape(self.shape, arithmetic_vocab=self.workload == "arithmetic")
+            shape = shape.with_context(max(bench.context) + self.steps // 2 + STREAMED_TOKENS)
+        is_arithmetic = shape.vocab == SpanVocab(**task.vocab.span_ids())
+        workload = self.workload or ("arithmetic" if is_arithmetic else "segments")
+        if workload == "arithmetic" and not is_arithmetic:
+            raise UserError("workload is 'arithmetic', but the model has another vocabulary; allowed: segments")
+
+        @functools.lru_cache(maxsize=2)
+        def draw(batch_size: int, num_tokens: int):
+            size: dict[str, int] = {"batch_size": batch_size, "num_tokens": num_tokens, "steps": self.steps, "seed": self.seed}
+            if workload == "arithmetic":
+                return arithmetic_tokens(task, **size)
+            return segment_tokens(shape, attended_fraction=self.attended_fraction, **size)
+
+        return bench, shape, model, workload, lambda case: draw(case.batch_size, case.num_tokens)
+
+    def _rows(self, shape: Shape, model: Decoder | None, tokens_of: TokensOf, mesh: Mesh | None) -> Iterator[dict[str, Any]]:
+        with contextlib.ExitStack() as stack:
+            process = None
+            if self.peers and (reason := hf.missing_reason()):
+                print(f"peers not run: {reason}", flush=True)
+            elif self.peers:
+                config = dataclasses.asdict(shape.config)
+                process = stack.enter_context(hf.Peers(config, shape.vocab_size, self.peer_cases, self.seed))
+            compiled = compile_all(shape, self.cases, mesh)  # beside the peers' own compilation
+            if process:
+                yield from process.rows()
+        options: dict[str, Any] = {"seed": self.seed, "stream": self.stream_check, "profile": self.profile}
+        yield from sweep(shape, self.cases, tokens_of, model=model, mesh=mesh, compiled=compiled, **options)
+
+
+def sweep(
+    shape: Shape,
+    cases: Sequence[Case],
+    tokens_of: TokensOf,
+    *,
+    model: Decoder | None = None,
+    seed: int = 0,
+    stream: bool = False,
+    profile: bool = False,
+    mesh: Mesh | None = None,
+    compiled: Mapping[Case, Programs | str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Measure cases and yield the row of each; a case that does not fit in memory gets a row that says so.
+
+    Args:
+      tokens_of: the workload of a case, [B, case.num_tokens].
+      model: with its weights in float32 or the compute dtype; by default random weights.
+      stream: measure streaming too, on the first case with span attention.
+      profile: run each case once more, under the profiler.
+      mesh: the devices to decode on, by default one.
+      compiled: the result of `compile_all` for the cases.
+    """
+    cases = list(dict.fromkeys(cases))
+    streamed = next((case for case in cases if case.attention == "span" and case.weights == "bf16"), None)
+    waiting = dict(compile_all(shape, cases, mesh) if compiled is None else compiled)
+    decoder = model.for_decoding() if model is not None else shape.random(seed)
+    params, quantized = decoding.FrozenDecoder.of(decoder, mesh).params, False
+    for case in tqdm(cases, desc="measure", unit="row", leave=False, disable=None):
+        programs = waiting.pop(case)
+        try:
+            if isinstance(programs, str):
+                raise DoesNotFit(programs)
+            if case.weights == "int8" and not quantized:
+                decoder, quantized = decoder.for_decoding(int8=True), True
+                params = decoding.FrozenDecoder.of(decoder, mesh).params
+            yield case.row | measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
+        except DoesNotFit as reason:
+            yield case.row | {"not_run": str(reason)}
+        except jax.errors.JaxRuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            yield case.row | {"not_run": "does not fit: the device ran out of memory"}
+        if stream and case == streamed:
+            yield case.row | {"stream": True} | measure_stream(decoder, tokens_of(case), case, mesh)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+
+
+def compile_all(shape: Shape, cases: Sequence[Case], mesh: Mesh | None = None) -> dict[Case, Programs | str]:
+    """Compile every case, side by side because XLA leaves most processors idle on one program; a reason where one does not fit."""
+
+    def compile_one(case: Case) -> Programs | str:
+        try:
+            return compile_case(shape, case, mesh)
+        except DoesNotFit as reason:
+            return str(reason)
+        except jax.errors.JaxRuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            return "does not fit: the device ran out of memory while it was compiled"
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        waiting = {pool.submit(compile_one, case): case for case in cases}
+        done = concurrent.futures.as_completed(waiting)
+        return {waiting[future]: future.result() for future in tqdm(done, "compile", len(cases), unit="case", leave=False, disable=None)}
