@@ -7,20 +7,24 @@ python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
+import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from benchmarks.sweep import Bench
-from data import arithmetic, commandline, news
+from data import arithmetic, commandline, files, news
+from data.tasks import TASKS
 from selfspan_jax import evaluation, summaries
 from selfspan_jax.config import Attention, Sampling
+from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM, Weights
 
 
 def load(checkpoint: Path, **options: Any) -> SpanLM:
-    return SpanLM.load(checkpoint, {task.name: task for task in (arithmetic.ArithmeticTask, news.NewsTask)}, **options)
+    return SpanLM.load(checkpoint, TASKS, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class Generate(Model):
             raise ValueError("give either a prompt or --article")
 
     def run(self) -> None:
-        prompt = commandline.read_text(self.article) if self.article else str(self.prompt)
+        prompt = files.read_text(self.article) if self.article else str(self.prompt)
         lm, options = load(self.checkpoint, base=self.base, weights=self.weights, mesh=self.mesh), vars(self.sampling)
         if self.stream:
             for text in lm.stream(prompt, **options):
@@ -68,9 +72,9 @@ class Generate(Model):
         out = lm.generate(prompt, **options)
         print(summaries.sources_table(out) if isinstance(lm.task, news.NewsTask) else evaluation.response_table(out, out.verdict))
         if self.json:
-            commandline.write_json(self.json, {"checkpoint": self.checkpoint.name, **out.to_json()})
+            files.write_json(self.json, {"checkpoint": self.checkpoint.name, **out.to_json()})
         if self.html:
-            commandline.write_text(self.html, out.to_html())
+            files.write_text(self.html, out.to_html())
         if self.plot:
             out.save_plot(self.plot)
 
@@ -101,32 +105,38 @@ class Eval(Model):
     """Write the scores, in all and by number of operators, into this file."""
 
     def __post_init__(self):
-        commandline.check_least(1, self, "num_examples", "batch_size", "passes")
+        commandline.check_at_least(1, self, "num_examples", "batch_size", "passes")
 
     def run(self) -> None:
         lm = load(self.checkpoint, base=self.base, mesh=self.mesh)
         settings = {**{k: v for k, v in vars(self).items() if k not in ("base", "data", "json")}, "checkpoint": self.checkpoint.name}
         options: dict[str, Any] = {"attention": self.attention or lm.model.config.mask, "passes": self.passes}
         if isinstance(task := lm.task, news.NewsTask):
-            examples = news.held_out(task, self.num_examples, seed=self.seed, directory=self.data)
+            if self.data:
+                from data import dataset  # which imports Hugging Face's datasets
+
+                stored = (example.story for example in dataset.load(self.data, TASKS))
+                examples = list(itertools.islice(filter(None, map(task.encode, stored)), self.num_examples))
+            else:
+                ((_, examples),) = task.held_out(self.num_examples, seed=self.seed).items()
             results = summaries.report(lm, examples, scores=task.scores, batch_sizes=self.batch_size, settings=settings, **options)
             print(summaries.table(results))
         elif isinstance(task, arithmetic.ArithmeticTask):
             bounds = [(n, n) for n in self.ops] or [(self.min_ops, self.max_ops)]
-            sets = arithmetic.held_out(task, bounds, self.num_examples, seed=self.seed)
+            held_out = task.held_out(self.num_examples, seed=self.seed, ops=bounds)
+            sets = {name: [example.prompt for example in own] for name, own in held_out.items()}
             found = evaluation.evaluate_all(lm, sets, task.verify, task.gold, batch_sizes=self.batch_size, progress=True, **options)
             results = evaluation.report(lm, found, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)
             print(evaluation.evaluation_table(results))
         else:
             raise ValueError(f"{self.checkpoint}: was trained neither on expressions nor on news, so there is nothing to verify")
         if self.json:
-            commandline.write_json(self.json, results)
+            files.write_json(self.json, results)
 
 
 def main() -> None:
-    command = commandline.parse(Generate | Eval | Bench, description=__doc__)
-    with commandline.errors_for_people():
-        command.run()
+    with commandline.exit_on_user_error(ValueError, NotImplementedError):
+        commandline.parse(tyro.cli, Generate | Eval | Bench, description=__doc__, user_error=UserError).run()
 
 
 if __name__ == "__main__":

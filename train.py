@@ -22,9 +22,11 @@ import tyro
 from flax import nnx
 
 from benchmarks import training as training_benchmark
-from data import arithmetic, commandline, news, packing
+from data import arithmetic, commandline, files, news, packing
+from data.tasks import TASKS
 from data.vocab import TokenizerVocab
 from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, fine_tuning
+from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import distributed
 from selfspan_jax.parallel.mesh import describe, process_parts, training_mesh
@@ -45,6 +47,7 @@ TUNING_CORPORA: dict[str, Any] = {
     "arithmetic": arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True, num_labels=64),
     "news": news.Corpus(),
 }
+TASK_OF = {task.Corpus: task for task in TASKS.values()}
 Corpus = TypeVar("Corpus", bound=Any)
 
 
@@ -69,7 +72,7 @@ class Run(Generic[Corpus]):
     """Do not train: time so many steps, three times over, and write RUN_DIR/throughput.json; 0 to train."""
 
     def __post_init__(self):
-        commandline.check_least(0, self, "workers", "time_steps")
+        commandline.check_at_least(0, self, "workers", "time_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +86,12 @@ class NewModel(Run[Corpus]):
     def prepare(self) -> tuple[Decoder, Any, Callable[..., Iterator], dict[str, Any]]:
         """The model, the task, the examples from any number on, and what decides the result."""
         if self.data is None:
-            task, stream = self.corpus.task, generated(self, self.corpus.task)
+            task = TASK_OF[type(self.corpus)].of(self.corpus)
+            stream = generated(self, task)
         else:
             from data import dataset as corpus
 
-            stored = corpus.load(self.data)
+            stored = corpus.load(self.data, TASKS)
             task, stream = stored.task, functools.partial(stored.stream, seed=self.training.seed)
         span_vocab, rngs = SpanVocab(**task.vocab.span_ids()), nnx.Rngs(self.training.seed)
         model = Decoder(self.model, vocab=span_vocab, vocab_size=task.vocab.size, rngs=rngs)
@@ -112,7 +116,8 @@ class FineTuning(Run[Corpus]):
         model, text = huggingface.load(self.init, num_labels=self.corpus.num_labels, seed=seed, **attention)
         if (context := model.config.max_context_tokens) < self.training.sequence_tokens:
             raise ValueError(f"rows of {self.training.sequence_tokens} tokens, but the context of {self.init} is {context}")
-        task = self.corpus.task_in(TokenizerVocab.of(text.tokenizer_json, dataclasses.asdict(model.vocab), model.vocab_size))
+        vocab = TokenizerVocab.of(text.tokenizer_json, dataclasses.asdict(model.vocab), model.vocab_size)
+        task = TASK_OF[type(self.corpus)].of(self.corpus, vocab)
         stream = generated(self, task)
         model = lora.unfrozen(model) if self.adapters is None else lora.adapt(model, self.adapters, seed=seed)
         identity = {"attention": attention, "base": {"name": self.init.name, "sha256": lora.fingerprint(model)}}
@@ -132,9 +137,9 @@ class LoraTuning(FineTuning[Corpus]):
 
 
 def generated(run: Run, task: Any) -> Callable[..., Iterator]:
-    run.corpus.check_rows(task, run.training.sequence_tokens)
+    run.corpus.check_sequence_tokens(run.training.sequence_tokens, task.vocab)
     workers = -(-run.workers * jax.process_count() // run.training.data_parts)  # for each part that is packed here
-    return functools.partial(run.corpus.stream, task, seed=run.training.seed, split="train", num_workers=workers)
+    return functools.partial(run.corpus.stream, vocab=task.vocab, seed=run.training.seed, split="train", num_workers=workers)
 
 
 def commands() -> Any:
@@ -155,9 +160,10 @@ def commands() -> Any:
 
 
 def main() -> None:
-    run = commandline.parse(commands(), description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    preset, config = sys.argv[1], run.training
-    with commandline.errors_for_people(), distributed.barrier():
+    preset = sys.argv[1] if len(sys.argv) > 1 else ""
+    with commandline.exit_on_user_error(ValueError, NotImplementedError), distributed.barrier():
+        run = commandline.parse(tyro.cli, commands(), description=__doc__, config=(tyro.conf.OmitArgPrefixes,), user_error=UserError)
+        config = run.training
         distributed.initialize(run.hosts, command=repr(dataclasses.replace(run, hosts=None, workers=0)))
         mesh = training_mesh(run.mesh)
         model, task, stream, identity = run.prepare()
@@ -176,13 +182,13 @@ def main() -> None:
         if run.time_steps:
             figures = training_benchmark.measure(model, config, batches_from(0), steps=run.time_steps, mesh=mesh)
             if distributed.is_first_process():
-                commandline.write_json(run.run_dir / "throughput.json", figures)
+                files.write_json(run.run_dir / "throughput.json", figures)
             distributed.log_once(training_benchmark.table(figures))
             return
         scores: dict[str, float] = {}
 
         def evaluation(model: Decoder) -> dict[str, float]:
-            fresh = run.corpus.stream(task, seed=config.seed, split="test")
+            fresh = run.corpus.stream(vocab=task.vocab, seed=config.seed, split="test")
             scores.update(runs.score(lora.plain(model), task, list(itertools.islice(fresh, config.eval_examples))))
             return scores
 

@@ -25,7 +25,7 @@ from benchmarks.decoding import STREAMED_TOKENS, Case, DoesNotFit, Programs, com
 from benchmarks.shapes import Shape, ShapeName, Weights, named_shape
 from benchmarks.timing import header_line
 from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
-from data import arithmetic, commandline, news
+from data import arithmetic, commandline, files, news
 from selfspan_jax.config import Attention, ModelConfig
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.errors import UserError
@@ -84,14 +84,14 @@ class Bench:
         commandline.check_picture(self.plot)
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("give either a checkpoint or --shape")
-        commandline.check_least(1, self, "batch_size", "context", "num_samples")
+        commandline.check_at_least(1, self, "batch_size", "context", "num_samples")
         if self.steps < 2 or self.steps % 2:
             raise UserError(f"steps is {self.steps}; allowed: even numbers, 2 and above")
         if self.context and min(self.context) <= self.steps:
             raise UserError(f"context is {min(self.context)}; allowed: more than the {self.steps} timed steps")
         if not 0 < self.attended_fraction < 1:
             raise UserError(f"attended_fraction is {self.attended_fraction}; allowed: above 0, below 1")
-        commandline.check_least(0, self, "seed")
+        commandline.check_at_least(0, self, "seed")
         if self.peers and self.mesh:
             raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
 
@@ -148,7 +148,7 @@ class Bench:
             report.add_row(results, shape, row)
             tqdm.write("  ".join(report.line(row)))
             if self.json:
-                commandline.write_json(self.json, results)
+                files.write_json(self.json, results)
         if self.plot:
             report.plot(results, self.plot)
         print(report.table(results["rows"]))

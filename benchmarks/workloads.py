@@ -34,7 +34,7 @@ def arithmetic_tokens(
         if num_ops >= vocab.num_labels:
             raise UserError(f"{num_tokens} tokens are more than an expression of {vocab.num_labels - 1} operators has, one for each label")
         corpus = task.corpus(min_ops=num_ops, max_ops=num_ops)
-        examples = itertools.islice(arithmetic.stream(corpus, seed=seed, split="test"), arithmetic.CHUNK_EXAMPLES)
+        examples = itertools.islice(arithmetic.stream(corpus, seed=seed, split="test"), corpus.chunk_examples)
         fitting = [x.token_ids for x in examples if len(x.token_ids) > num_tokens and x.prompt_tokens <= num_tokens - steps]
         rows += fitting[: batch_size - len(rows)]
         num_ops = num_ops + max(1, num_ops // 16)

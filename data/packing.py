@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data import workers
+from data.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -77,15 +78,15 @@ def pack(
       gap_ids: the tokens at which positions jump, where they are not the `<seg>` ones.
 
     Raises:
-      ValueError: an example longer than a row, or sizes or scales out of range.
+      UserError: an example longer than a row, or sizes or scales out of range.
     """
     if batch_size < 1 or sequence_tokens < 1:
-        raise ValueError(f"a batch of {batch_size} rows of {sequence_tokens} tokens: expected at least 1 of each")
+        raise UserError(f"a batch of {batch_size} rows of {sequence_tokens} tokens: expected at least 1 of each")
     if any(scale < 0 for scale in gap_scales):
-        raise ValueError(f"gap_scales are {tuple(gap_scales)}: expected numbers of at least 0")
+        raise UserError(f"gap_scales are {tuple(gap_scales)}: expected numbers of at least 0")
     gap_seeds = (gap_seed,) if isinstance(gap_seed, int) else gap_seed
     if min(gap_seeds) < 0 or start < 0:
-        raise ValueError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
+        raise UserError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
     jumps_at = np.zeros(max([*(gap_ids or ()), vocab.seg_base + vocab.num_labels]) + 2, np.bool_)  # by id; the last for all ids beyond
     jumps_at[slice(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else list(gap_ids)] = True
     return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, np.sort(np.array(gap_scales, np.int64)), gap_seeds, jumps_at)
@@ -100,7 +101,7 @@ def pack_stream(
     **options: Any,
 ) -> Iterator[Batch]:
     """`pack` of `stream(start=start)`, or of a part of it: all that a process needs to make its batches. Options as there."""
-    examples = stream(start=start) if stream_part is None else stream(start=start, part=stream_part)
+    examples = stream(start=start) if stream_part is None else stream(start=start, shard=stream_part)
     return pack(examples, vocab, start=start, **options)
 
 
@@ -128,7 +129,7 @@ def batches_from(
     Raises: ValueError for a number of parts that does not divide the rows.
     """
     if num_parts < 1 or batch_size % num_parts:
-        raise ValueError(f"num_parts is {num_parts}: expected a divisor of {batch_size} rows")
+        raise UserError(f"num_parts is {num_parts}: expected a divisor of {batch_size} rows")
     make = functools.partial(pack_stream, stream, vocab, batch_size=batch_size // num_parts, **options)
     chosen = range(num_parts) if parts is None else parts
 
@@ -176,7 +177,7 @@ def _batches(
             if example is None:
                 break
             if len(example.token_ids) > sequence_tokens:
-                raise ValueError(f"example {start + len(ahead)} has {len(example.token_ids)} tokens, a row only {sequence_tokens}")
+                raise UserError(f"example {start + len(ahead)} has {len(example.token_ids)} tokens, a row only {sequence_tokens}")
             ahead.append(example)
             total_tokens += len(example.token_ids)
         if not ahead:

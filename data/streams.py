@@ -1,47 +1,108 @@
 """Endless streams of generated examples: made in chunks, each with a random state of its own, read from any number on."""
 
+import abc
 import contextlib
+import dataclasses
 import functools
+import itertools
 import zlib
-from collections.abc import Callable, Generator, Sequence
-from typing import Literal, TypeVar, get_args
+from collections.abc import Generator
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from data import workers
+from data.errors import UserError, check_choice
 
-T = TypeVar("T")
 Split = Literal["train", "test"]
-Part = tuple[int, int]  # (p, n): the p-th of n parts, from 0
-ALL: Part = (0, 1)
+Shard = tuple[int, int]  # (i, n): the i-th of n shards, from 0
+WHOLE: Shard = (0, 1)
+
+_SAMPLED_EXAMPLES = 256  # at most, to estimate lengths
+
+
+class Example(Protocol):
+    """What training needs of an example: int32 [T] ids, the first `prompt_tokens` of them the prompt."""
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+
+
+E = TypeVar("E", bound=Example)
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedCorpus(abc.ABC, Generic[E]):
+    """Settings of a corpus whose examples are generated; a task's `Corpus` is a frozen dataclass that subclasses it."""
+
+    chunk_examples: ClassVar[int]
+
+    @property
+    @abc.abstractmethod
+    def vocab(self) -> Any:
+        """The corpus's own vocabulary."""
+
+    @property
+    @abc.abstractmethod
+    def description(self) -> str:
+        """What a prompt is, in a few words."""
+
+    @abc.abstractmethod
+    def largest(self) -> "GeneratedCorpus[E]":
+        """Return the same corpus with the longest examples only."""
+
+    @abc.abstractmethod
+    def chunk(self, vocab: Any, seed: int, split: Split, number: int) -> list[E]:
+        """Generate `chunk_examples` examples; they depend on the arguments and the settings alone."""
+
+    def stream(
+        self, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0, shard: Shard = WHOLE, vocab: Any = None
+    ) -> Generator[E, None, None]:
+        """Generate examples without end, from number `start` on, in the corpus's own vocabulary or the one given.
+
+        Example i depends on (settings, vocab, seed, split, shard, i) alone, and the splits share no prompt. Closing the
+        generator ends its worker processes.
+
+        Args:
+          num_workers: processes that generate ahead; 0 generates in this one, when asked. The examples are the same.
+          shard: (i, n) generates chunks i, i + n, i + 2n, ...; `start` counts the shard's own examples.
+
+        Raises:
+          UserError: a split, start or number of workers that there is not.
+        """
+        check_choice("split", split, Split)
+        if start < 0:
+            raise UserError(f"start is {start}: expected at least 0")
+        first_chunk, skipped = divmod(start, self.chunk_examples)
+        chunk = functools.partial(self._chunk_of_shard, self.vocab if vocab is None else vocab, seed, split, shard)
+        return _flatten(workers.ordered(chunk, first_chunk, num_workers), skipped)
+
+    def _chunk_of_shard(self, vocab: Any, seed: int, split: Split, shard: Shard, number: int) -> list[E]:
+        return self.chunk(vocab, seed, split, shard[0] + shard[1] * number)
+
+    def likely_longest_tokens(self, vocab: Any = None) -> int:
+        """Estimate a length, in tokens, that hardly any example exceeds.
+
+        As far beyond the longest of a sample of the largest examples as that is beyond their mean: lengths are sums of many
+        small parts, so this is some six standard deviations out.
+        """
+        sample = itertools.islice(self.largest().stream(seed=0, vocab=vocab), min(self.chunk_examples, _SAMPLED_EXAMPLES))
+        lengths = [len(example.token_ids) for example in sample]
+        return 2 * max(lengths) - sum(lengths) // len(lengths)
+
+    def check_sequence_tokens(self, sequence_tokens: int, vocab: Any = None) -> None:
+        """Raises UserError where the largest examples would hardly fit into sequences of so many tokens."""
+        if (longest := self.likely_longest_tokens(vocab)) > sequence_tokens:
+            raise UserError(f"{self.description} take up to {longest} tokens, a row only {sequence_tokens}")
 
 
 def split_of(text: str) -> Split:
-    """The split that an example of this text belongs to, by a hash: an eighth of all is "test"."""
+    """Return the split that an example of this text belongs to, by a hash: an eighth of all is "test"."""
     return "test" if zlib.crc32(text.encode()) % 8 == 0 else "train"
-
-
-def stream(
-    chunk: Callable[[int], list[T]], chunk_examples: int, *, split: Split, start: int = 0, num_workers: int = 0, part: Part = ALL
-) -> Generator[T, None, None]:
-    """The examples of chunks 0, 1, ... of `chunk_examples` each, from example `start` on. Closing it ends the processes.
-
-    Args:
-      chunk: something that pickles, see `workers.ordered`.
-      split: what the chunks are of; checked here.
-      part: of n parts the p-th has chunks p, p + n, p + 2n, ...; `start` counts its own examples.
-
-    Raises:
-      ValueError: a split, start or number of workers that there is not.
-    """
-    if split not in get_args(Split):
-        raise ValueError(f"split is {split!r}: expected one of {', '.join(get_args(Split))}")
-    if start < 0:
-        raise ValueError(f"start is {start}: expected at least 0")
-    first_chunk, skipped = divmod(start, chunk_examples)
-    return _flatten(workers.ordered(functools.partial(_of_part, chunk, part), first_chunk, num_workers), skipped)
-
-
-def _of_part(chunk: Callable[[int], list[T]], part: Part, number: int) -> list[T]:
-    return chunk(part[0] + part[1] * number)
 
 
 def _flatten(chunks: Generator[list[T], None, None], skipped: int) -> Generator[T, None, None]:
@@ -49,12 +110,3 @@ def _flatten(chunks: Generator[list[T], None, None], skipped: int) -> Generator[
         for chunk in chunks:
             yield from chunk[skipped:]
             skipped = 0
-
-
-def likely_longest(lengths: Sequence[int]) -> int:
-    """A length that hardly any example exceeds, from those of a sample of the largest ones.
-
-    As far beyond the longest as that is beyond their mean: lengths are sums of many small parts, so this is some six
-    standard deviations out.
-    """
-    return 2 * max(lengths) - sum(lengths) // len(lengths)

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.errors import UserError
+
 CHARACTERS = "0123456789+-*()="
 MAX_LABELS = 65_536
+MIN_TOKENIZER_TOKENS = 300  # the 256 bytes are among them
 
 _STRUCTURAL = ("<pad>", "<bos>", "<eos>", "<solve>")
 _TOKEN = re.compile(r"<[a-z]+(?::[0-9]+)?>|\S")
@@ -30,7 +33,7 @@ class Vocab:
 
     def __post_init__(self) -> None:
         if type(self.num_labels) is not int or not 2 <= self.num_labels <= MAX_LABELS:
-            raise ValueError(f"num_labels is {self.num_labels!r}: expected an integer from 2 to {MAX_LABELS}")
+            raise UserError(f"num_labels is {self.num_labels!r}: expected an integer from 2 to {MAX_LABELS}")
 
     @property
     def pad_id(self) -> int:
@@ -100,12 +103,12 @@ class Vocab:
         """Tokens written one after the other (`<bos><seg:3>(51+75)`; spaces ignored) -> int32 [n].
 
         Raises:
-          ValueError: something is not a token of this vocabulary; names the column.
+          UserError: something is not a token of this vocabulary; names the column.
         """
         token_ids = []
         for offset, token in self.split(text):
             if token not in self.ids:
-                raise ValueError(f"column {offset + 1}: {token[:24]!r} is not a token of the vocabulary")
+                raise UserError(f"column {offset + 1}: {token[:24]!r} is not a token of the vocabulary")
             token_ids.append(self.ids[token])
         return np.array(token_ids, np.int32)
 
@@ -113,12 +116,12 @@ class Vocab:
         """Ids [n] -> their written form without spaces, the inverse of `encode`.
 
         Raises:
-          ValueError: an id lies outside the vocabulary.
+          UserError: an id lies outside the vocabulary.
         """
         token_ids = [int(i) for i in token_ids]
         for position, i in enumerate(token_ids):
             if not 0 <= i < self.size:
-                raise ValueError(f"id {i} at position {position} is outside the vocabulary of {self.size} tokens")
+                raise UserError(f"id {i} at position {position} is outside the vocabulary of {self.size} tokens")
         return "".join(self.tokens[i] for i in token_ids)
 
     def to_json(self) -> dict[str, Any]:
@@ -130,7 +133,7 @@ class Vocab:
         """The inverse of `to_json`.
 
         Raises:
-          ValueError: a key or a version that this code does not know, or a missing one.
+          UserError: a key or a version that this code does not know, or a missing one.
         """
         if isinstance(fields, Mapping) and fields.get("kind") == "tokenizer":
             return TokenizerVocab.from_json(fields)
@@ -160,11 +163,11 @@ class TokenizerVocab(Vocab):
         super().__post_init__()
         ids = self.structural_ids
         if len(ids) != 6 or not all(type(i) is int and i >= 0 for i in ids) or type(self.num_tokens) is not int:
-            raise ValueError(f"structural_ids are {ids}: expected those of <pad> <bos> <eos> <solve> <seg:0> <ref:0>")
+            raise UserError(f"structural_ids are {ids}: expected those of <pad> <bos> <eos> <solve> <seg:0> <ref:0>")
         if max(*ids[:4], *(base + self.num_labels - 1 for base in ids[4:])) >= self.num_tokens:
-            raise ValueError(f"structural_ids are {ids}, with {self.num_labels} labels: beyond the {self.num_tokens} tokens")
+            raise UserError(f"structural_ids are {ids}, with {self.num_labels} labels: beyond the {self.num_tokens} tokens")
         if absent := [c for c in CHARACTERS if c not in self.ids]:
-            raise ValueError(f"the tokenizer has no token of its own for {absent[0]!r}: expressions cannot be written with it")
+            raise UserError(f"the tokenizer has no token of its own for {absent[0]!r}: expressions cannot be written with it")
 
     @classmethod
     def of(cls, tokenizer_json: str, span_ids: Mapping[str, int], num_tokens: int) -> "TokenizerVocab":
@@ -182,7 +185,7 @@ class TokenizerVocab(Vocab):
         try:
             return Tokenizer.from_str(self.tokenizer_json)
         except Exception as error:  # that is what the library raises
-            raise ValueError(f"not a tokenizer: {error}") from error
+            raise UserError(f"not a tokenizer: {error}") from error
 
     @property
     def pad_id(self) -> int:
@@ -231,12 +234,16 @@ class TokenizerVocab(Vocab):
         """Text as the tokenizer itself cuts it, int32 [n], without what it puts at its ends."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def plain_text_ids(self, text: str) -> list[int]:
+        """Cut text into ids without whatever the tokenizer reads as structure, so that no text can open or name anything."""
+        return [i for i in self.text_ids(text).tolist() if i not in self.structural]
+
     def decode(self, token_ids: Iterable[int]) -> str:
         pieces: list[str] = []
         text: list[int] = []  # ids whose bytes may make characters together
         for i in map(int, token_ids):
             if not 0 <= i < self.size:
-                raise ValueError(f"id {i} is outside the vocabulary of {self.size} tokens")
+                raise UserError(f"id {i} is outside the vocabulary of {self.size} tokens")
             if i in self.structural:
                 pieces += [self._tokenizer.decode(text, skip_special_tokens=False), self.tokens[i]]
                 text = []
@@ -253,23 +260,44 @@ class TokenizerVocab(Vocab):
         checked = check_json(fields, "vocabulary", {"kind": "tokenizer", "version": _JSON_VERSION}, names)
         values = {name: checked[name] for name in names}
         if not isinstance(values["tokenizer_json"], str) or not isinstance(values["structural_ids"], list):
-            raise ValueError("vocabulary: expected text for tokenizer_json and a list for structural_ids")
+            raise UserError("vocabulary: expected text for tokenizer_json and a list for structural_ids")
         return cls(**values | {"structural_ids": tuple(values["structural_ids"])})
+
+
+def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> TokenizerVocab:
+    """Train a byte-pair vocabulary of at most `vocab_tokens` tokens, digits apart, and add the structural tokens after them.
+
+    The tokenizer knows nothing of the structural tokens, so no text can contain one.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_tokens < MIN_TOKENIZER_TOKENS:
+        raise UserError(f"vocab_tokens is {vocab_tokens}: expected at least {MIN_TOKENIZER_TOKENS} (the 256 bytes are among them)")
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_tokens, initial_alphabet=alphabet, show_progress=False))
+    first = tokenizer.get_vocab_size()
+    single = {"pad_id": first, "bos_id": first + 1, "eos_id": first + 2, "solve_id": first + 3}
+    families = {"seg_base": first + 4, "ref_base": first + 4 + num_labels, "num_labels": num_labels}
+    return TokenizerVocab.of(tokenizer.to_str(), single | families, first + 4 + 2 * num_labels)
 
 
 def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> Mapping[str, Any]:
     """Returns a JSON object, having checked that it has exactly the keys expected, and the fixed ones the values expected.
 
     Raises:
-      ValueError: names `what`, the offending key or value, and what is allowed.
+      UserError: names `what`, the offending key or value, and what is allowed.
     """
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{what}: expected a JSON object, found {type(fields).__name__}")
+        raise UserError(f"{what}: expected a JSON object, found {type(fields).__name__}")
     allowed = {*fixed, *free}
     if wrong := sorted(map(str, set(fields) ^ allowed)):
         state = "unknown" if wrong[0] not in allowed else "missing"
-        raise ValueError(f"{what}: {state} key {wrong[0]!r}; expected exactly {', '.join(sorted(allowed))}")
+        raise UserError(f"{what}: {state} key {wrong[0]!r}; expected exactly {', '.join(sorted(allowed))}")
     for key, value in fixed.items():
         if type(fields[key]) is not type(value) or fields[key] != value:
-            raise ValueError(f"{what}: {key} is {fields[key]!r}; this version of selfspan reads {value!r}")
+            raise UserError(f"{what}: {key} is {fields[key]!r}; this version of selfspan reads {value!r}")
     return fields

@@ -15,6 +15,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from data.errors import UserError
+
 T = TypeVar("T")
 
 _MAX_WORKERS = 256
@@ -23,7 +25,7 @@ _MAIN = "from data import workers; workers.main()"
 
 
 class _Failure(NamedTuple):
-    """What a worker sends in place of a result: the text of a ValueError."""
+    """What a worker sends in place of a result: the text of a UserError."""
 
     message: str
 
@@ -37,11 +39,11 @@ def ordered(function: Callable[[int], T], start: int, num_workers: int) -> Gener
       num_workers: processes that compute ahead; 0 computes here, when asked.
 
     Raises:
-      ValueError: a number of workers that cannot be; (on iterating) what the function raised.
+      UserError: a number of workers out of range; (on iterating) what the function raised.
       RuntimeError: (on iterating) a worker ended.
     """
     if not 0 <= num_workers <= _MAX_WORKERS:
-        raise ValueError(f"the number of workers is {num_workers}: expected 0 to {_MAX_WORKERS}")
+        raise UserError(f"the number of workers is {num_workers}: expected 0 to {_MAX_WORKERS}")
     if num_workers == 0:
         return _strided(function, start, 1)
     return _from_workers([functools.partial(_strided, function, start + i, num_workers) for i in range(num_workers)])
@@ -88,7 +90,7 @@ def _from_workers(iterables: list[Callable[[], Iterable[T]]]) -> Generator[T, No
             except (EOFError, pickle.UnpicklingError):
                 raise RuntimeError(f"a data worker ended with exit status {process.wait()}") from None
             if isinstance(item, _Failure):
-                raise ValueError(item.message)
+                raise UserError(item.message)
             yield item
             number += 1
     finally:
@@ -114,5 +116,5 @@ def main() -> None:
 def _guarded(iterable: Callable[[], Iterable[T]]) -> Iterator[T | _Failure]:
     try:
         yield from iterable()
-    except ValueError as error:
+    except UserError as error:
         yield _Failure(str(error))

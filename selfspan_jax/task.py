@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -55,5 +55,12 @@ class ScoringTask(Task, Protocol):
 
 
 def installed_tasks() -> dict[str, type[Task]]:
-    """Load the tasks of installed packages by name, this project's among them (`pip install -e .`)."""
-    return {entry.name: entry.load() for entry in metadata.entry_points(group="selfspan.tasks")}
+    """Load the tasks of installed packages by name, this project's among them (`pip install -e .`).
+
+    An entry point is the class of a task, under the task's name, or a mapping from names to classes.
+    """
+    tasks: dict[str, type[Task]] = {}
+    for entry in metadata.entry_points(group="selfspan.tasks"):
+        loaded = entry.load()
+        tasks |= loaded if isinstance(loaded, Mapping) else {entry.name: loaded}
+    return tasks

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import sentencex
 
+from data.errors import UserError
+
 _WORD = re.compile(r"[^\W_]+(?:[.,'’][^\W_]+)*")
 # Words that say nothing of where a sentence comes from.
 _FUNCTION_WORDS = frozenset(
@@ -53,9 +55,9 @@ class Alignment:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_gain <= 1:
-            raise ValueError(f"min_gain is {self.min_gain}: expected above 0, up to 1")
+            raise UserError(f"min_gain is {self.min_gain}: expected above 0, up to 1")
         if self.max_sources < 1:
-            raise ValueError(f"max_sources is {self.max_sources}: expected at least 1")
+            raise UserError(f"max_sources is {self.max_sources}: expected at least 1")
 
     def align(self, article: Sequence[str], summary: Sequence[str]) -> list[tuple[int, ...]]:
         """For each summary sentence, the indices of its sources in ascending order; none where no sentence gains enough."""

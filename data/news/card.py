@@ -1,4 +1,4 @@
-"""Statistics of a news corpus, for `card.json` and for people."""
+"""Statistics of a news corpus, for its card."""
 
 import collections
 from collections.abc import Mapping
@@ -6,29 +6,28 @@ from typing import Any
 
 import numpy as np
 
-from data.card import QUANTILES, counts, quantiles, table
-from data.news import Example
+from data import card, spans
 from data.news.alignment import Alignment
+from data.news.oracle import Example
 from data.vocab import Vocab
 
-_MAX_GUESSED = 6
+_MAX_GUESSED_SENTENCES = 6
 
 
 class Statistics:
-    """Counts over the examples of a corpus, added one by one."""
+    """Statistics of a corpus, counted example by example."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
         self._counts: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
         self._positions: collections.Counter[tuple[int, int]] = collections.Counter()  # (summary sentence, source)
-        self._sources: collections.Counter[int] = collections.Counter()  # by summary sentence
-        self._summary: collections.Counter[int] = collections.Counter()
+        self._summary: collections.Counter[int] = collections.Counter()  # summaries with an n-th sentence
         self._attended = {"body": [0.0, 0], "header": [0.0, 0]}  # sum of fractions, tokens
         self._aligned = [0, 0, 0]  # right, found, true
         self._facts: collections.Counter[str] = collections.Counter()
 
     def add(self, example: Example) -> None:
-        """Counts one more example."""
+        """Count one more example."""
         story, length = example.story, len(example.token_ids)
         for name, value in {
             "article_sentences": len(story.article),
@@ -50,37 +49,23 @@ class Statistics:
                     self._aligned[i] += count
 
     def _attend(self, example: Example) -> None:
-        """Adds what response tokens attend to (header_view="all", prompt_view="causal"); span protocol, sections 2 and 7."""
-        ids, seg, ref, labels = example.token_ids, self._vocab.seg_base, self._vocab.ref_base, self._vocab.num_labels
-        prompt = ids[: example.prompt_tokens - 1]
-        opens = np.flatnonzero((prompt >= seg) & (prompt < seg + labels))
-        lengths = np.diff(opens, append=len(prompt)).tolist()
-        carried = collections.Counter(dict(zip((prompt[opens] - seg).tolist(), lengths, strict=True)))
-        carried[0] = example.prompt_tokens - sum(lengths)
-        label, named = 0, {0}
-        for position, token in enumerate(example.response_ids.tolist(), example.prompt_tokens):
-            header = True
-            if seg <= token < seg + labels:
-                label, named = token - seg, {0, token - seg}
-            elif ref <= token < ref + labels:
-                named.add(token - ref)
-            else:
-                header = False
-            carried[label] += 1
-            attended = position + 1 if header else sum(carried[k] for k in named)
-            sums = self._attended["header" if header else "body"]
-            sums[0] += attended / (position + 1)
-            sums[1] += 1
+        """Add up what the response tokens attend to, as a share of their context."""
+        ids, prompt_tokens = example.token_ids, example.prompt_tokens
+        attended = spans.attended_tokens(ids, prompt_tokens, self._vocab, header_view="all") / np.arange(prompt_tokens + 1, len(ids) + 1)
+        headers = spans.is_header(example.response_ids, self._vocab)
+        for part, chosen in (("header", headers), ("body", ~headers)):
+            self._attended[part][0] += float(attended[chosen].sum())
+            self._attended[part][1] += int(chosen.sum())
 
     def guesser(self) -> dict[str, float]:
-        """The best that naming the same article sentences for the n-th summary sentence of every article can do.
+        """Score the best guess by position: the same article sentences for the n-th summary sentence of every article.
 
         For each n, the k most frequent positions, for the k of 1 to 6 with the highest F1; chosen on these very examples,
         so no guesser by position (from the start) does better than by chance.
         """
         best = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "sentences_named": 0}
         true = self._positions.total()
-        for k in range(1, _MAX_GUESSED + 1):
+        for k in range(1, _MAX_GUESSED_SENTENCES + 1):
             hits = named = 0
             for number, total in self._summary.items():
                 own = sorted((count for (n, _), count in self._positions.items() if n == number), reverse=True)[:k]
@@ -92,9 +77,9 @@ class Statistics:
         return best
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict."""
+        """Return a plain dict, for `card.json`."""
         right, found, true = self._aligned
-        values: dict[str, Any] = {name: quantiles(counter) for name, counter in self._counts.items()}
+        values: dict[str, Any] = {name: card.quantiles(counter) for name, counter in self._counts.items()}
         values["sources_histogram"] = {str(n): count for n, count in sorted(self._counts["sources_per_summary_sentence"].items())}
         values["position_guesser"] = self.guesser()
         for part, (fractions, tokens) in self._attended.items():
@@ -105,33 +90,33 @@ class Statistics:
         )
         return values
 
-
-def readme(fields: Mapping[str, Any]) -> str:
-    """The card's JSON as Markdown."""
-    statistics = fields["statistics"]
-    lengths = [name for name, value in statistics.items() if isinstance(value, dict) and "median" in value]
-    guess, aligned = statistics["position_guesser"], statistics["alignment_against_truth"]
-    parts = [
-        f"# news corpus, {fields['num_examples']} examples, split {fields['split']}",
-        "Articles and gold summaries of the span protocol. Read it with `datasets.load_from_disk`; the same numbers are in `card.json`.",
-        f"    {fields['command']}",
-        "## Settings",
-        table(("setting", "value"), fields["distributions"].items()),
-        "## Articles read",
-        table(("", "articles"), fields["articles"].items()),
-        "## What was written",
-        table(("", "mean", *QUANTILES), ((name, *statistics[name].values()) for name in lengths)),
-        "## Sources",
-        counts("sources of a summary sentence", statistics["sources_histogram"]),
-        f"Attended fraction of response tokens: body {statistics['attended_fraction_body']:.4f}, span tokens "
-        f'{statistics["attended_fraction_header"]:.4f} (`header_view="all"`, `prompt_view="causal"`).',
-        f"Naming the {guess['sentences_named']} most frequent positions of each summary sentence's sources, whatever the article says: "
-        f"precision {guess['precision']:.3f}, recall {guess['recall']:.3f}.",
-    ]
-    if aligned:
-        parts.append(
-            f"The sources are the true ones. Alignment by ROUGE, as other corpora get theirs, finds them with precision "
-            f"{aligned['precision']:.3f} and recall {aligned['recall']:.3f} ({aligned['sources']:,} sources; min_gain "
-            f"{Alignment().min_gain}, max_sources {Alignment().max_sources})."
-        )
-    return "\n\n".join(parts) + "\n"
+    def readme(self, fields: Mapping[str, Any]) -> str:
+        """Write the card's JSON as Markdown."""
+        statistics = fields["statistics"]
+        lengths = [name for name, value in statistics.items() if isinstance(value, dict) and "median" in value]
+        guess, aligned = statistics["position_guesser"], statistics["alignment_against_truth"]
+        parts = [
+            f"# news corpus, {fields['num_examples']} examples, split {fields['split']}",
+            "Articles and gold summaries of the span protocol. Read it with `datasets.load_from_disk`; the same numbers are in "
+            "`card.json`.",
+            f"    {fields['command']}",
+            "## Settings",
+            card.table(("setting", "value"), fields["distributions"].items()),
+            "## Articles read",
+            card.table(("", "articles"), fields["articles"].items()),
+            "## What was written",
+            card.table(("", "mean", *card.QUANTILES), ((name, *statistics[name].values()) for name in lengths)),
+            "## Sources",
+            card.counts("sources of a summary sentence", statistics["sources_histogram"]),
+            f"Attended fraction of response tokens: body {statistics['attended_fraction_body']:.4f}, span tokens "
+            f'{statistics["attended_fraction_header"]:.4f} (`header_view="all"`, `prompt_view="causal"`).',
+            f"Naming the {guess['sentences_named']} most frequent positions of each summary sentence's sources, whatever the article says: "
+            f"precision {guess['precision']:.3f}, recall {guess['recall']:.3f}.",
+        ]
+        if aligned:
+            parts.append(
+                f"The sources are the true ones. Alignment by ROUGE, as other corpora get theirs, finds them with precision "
+                f"{aligned['precision']:.3f} and recall {aligned['recall']:.3f} ({aligned['sources']:,} sources; min_gain "
+                f"{Alignment().min_gain}, max_sources {Alignment().max_sources})."
+            )
+        return "\n\n".join(parts) + "\n"

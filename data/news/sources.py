@@ -8,13 +8,18 @@ import itertools
 import json
 import multiprocessing
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from data.news import Example, NewsTask, Story, split_sentences, train_vocab
-from data.news.alignment import Alignment
+from data import writing
+from data.errors import UserError
+from data.news.alignment import Alignment, split_sentences
+from data.news.corpus import Corpus
+from data.news.oracle import Example, encode
+from data.news.synthetic import Story
+from data.vocab import TokenizerVocab, train_vocab
 
 ARTICLE_COLUMNS = ("article", "document", "text", "content", "body")
 SUMMARY_COLUMNS = ("summary", "highlights", "abstract", "headline")
@@ -45,13 +50,13 @@ class Source:
 
         Raises:
           FileNotFoundError, IsADirectoryError: there is no such file.
-          ValueError: a file that is not what its name says, or lacks a column; names the row.
+          UserError: a file that is not what its name says, or lacks a column; names the row.
         """
         path = Path(self.name)
         if path.suffix in _SUFFIXES:
             rows = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
         elif path.exists():
-            raise ValueError(f"{self.name}: expected a file that ends in {', '.join(_SUFFIXES)}")
+            raise UserError(f"{self.name}: expected a file that ends in {', '.join(_SUFFIXES)}")
         else:
             rows = self._hub_rows()
         article = summary = ""
@@ -61,10 +66,10 @@ class Source:
                 summary = _column(self.name, row, self.summary_column, SUMMARY_COLUMNS, "summary")
             values = (row.get(article), row.get(summary))
             if not all(value is None or isinstance(value, str) for value in values):
-                raise ValueError(f"{self.name}: row {number}: expected text in {article!r} and {summary!r}")
+                raise UserError(f"{self.name}: row {number}: expected text in {article!r} and {summary!r}")
             yield values[0] or "", values[1] or ""
         if not article:
-            raise ValueError(f"{self.name}: no rows")
+            raise UserError(f"{self.name}: no rows")
 
     def _hub_rows(self) -> Iterator[Mapping[str, Any]]:
         import datasets
@@ -73,7 +78,7 @@ class Source:
         try:
             rows = datasets.load_dataset(name, configuration or None, split=self.split, streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.name}: neither a file nor a data set that could be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{self.name}: neither a file nor a data set that could be loaded: {str(error).splitlines()[0]}") from error
         return iter(rows)
 
 
@@ -81,7 +86,7 @@ def _column(source: str, row: Mapping[str, Any], named: str | None, known: Seque
     wanted = known if named is None else (named,)
     found = next((name for name in wanted if name in row), None)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{source}: no column {' or '.join(wanted)}; there are {', '.join(map(str, row)) or 'none'}: name one with --{what}-column"
         )
     return found
@@ -95,9 +100,9 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
+                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number}: expected a JSON object")
+                raise UserError(f"{path}: line {number}: expected a JSON object")
             yield row
 
 
@@ -107,7 +112,7 @@ def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         try:
             yield from csv.DictReader(lines)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not CSV in UTF-8: {error}") from None
+            raise UserError(f"{path} is not CSV in UTF-8: {error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -119,59 +124,69 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=_CHUNK_ARTICLES):
                 yield from batch.to_pylist()
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is not Parquet: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path} is not Parquet: {str(error).splitlines()[0]}") from None
 
 
-class Aligned(NamedTuple):
+class AlignedPair(NamedTuple):
     """An article in sentences with the sources of its summary, or why there is none."""
 
     story: Story | None
     dropped: str
 
 
-def aligned(pair: Pair, alignment: Alignment) -> Aligned:
-    """Splits an article and its summary (whose lines may be sentences without a full stop) and finds the sources.
+def align_pair(pair: Pair, alignment: Alignment) -> AlignedPair:
+    """Split an article and its summary (whose lines may be sentences without a full stop) and finds the sources.
 
     Summary sentences without sources are left out; an article without any left is dropped.
     """
     article = split_sentences(pair[0])
     summary = [sentence for line in pair[1].splitlines() for sentence in split_sentences(line)]
     if not article:
-        return Aligned(None, "without a sentence")
+        return AlignedPair(None, "without a sentence")
     if not summary:
-        return Aligned(None, "without a summary")
+        return AlignedPair(None, "without a summary")
     found = [(text, own) for text, own in zip(summary, alignment.align(article, summary), strict=True) if own]
     if not found:
-        return Aligned(None, "without a usable alignment")
-    return Aligned(Story(tuple(article), tuple(text for text, _ in found), tuple(own for _, own in found), ()), "")
+        return AlignedPair(None, "without a usable alignment")
+    return AlignedPair(Story(tuple(article), tuple(text for text, _ in found), tuple(own for _, own in found), ()), "")
 
 
-def _encoded(task: NewsTask, alignment: Alignment, seed: int, chunk: tuple[int, list[Pair]]) -> list[Example | str]:
-    """The examples of a chunk of articles, or why an article is dropped."""
+def _encode_chunk(
+    vocab: TokenizerVocab, max_prompt_tokens: int, alignment: Alignment, seed: int, chunk: tuple[int, list[Pair]]
+) -> list[Example | str]:
+    """Write the examples of a chunk of articles, or say why an article is dropped."""
     results: list[Example | str] = []
     for number, pair in enumerate(chunk[1], chunk[0]):
-        story, dropped = aligned(pair, alignment)
+        story, dropped = align_pair(pair, alignment)
         if story is None:
             results.append(dropped)
             continue
         try:
-            example = task.encode(story, random.Random(f"news/{seed}/labels/{number}").random())
-        except ValueError as error:
-            raise ValueError(f"article {number + 1}: {error}") from None
+            uniform = random.Random(f"news/{seed}/labels/{number}").random()
+            example = encode(story, vocab, max_prompt_tokens=max_prompt_tokens, uniform=uniform)
+        except UserError as error:
+            raise UserError(f"article {number + 1}: {error}") from None
         results.append("with all sources beyond the cut" if example is None else example)
     return results
 
 
 def examples(
-    source: Source, task: NewsTask, alignment: Alignment, *, seed: int, workers: int, dropped: collections.Counter[str]
+    source: Source,
+    vocab: TokenizerVocab,
+    alignment: Alignment,
+    *,
+    max_prompt_tokens: int,
+    seed: int,
+    num_workers: int,
+    counts: collections.Counter[str],
 ) -> Iterator[Example]:
-    """The labelled examples of a source in order; `dropped` counts the articles read, cut and dropped."""
-    function = functools.partial(_encoded, task, alignment, seed)
-    for chunk in _mapped(function, _chunks(source.pairs()), workers):
+    """Make the labelled examples of a source in order; `counts` counts the articles read, cut and dropped."""
+    function = functools.partial(_encode_chunk, vocab, max_prompt_tokens, alignment, seed)
+    for chunk in _mapped(function, _chunks(source.pairs()), num_workers):
         for result in chunk:
-            dropped["read"] += 1
+            counts["read"] += 1
             if isinstance(result, str):
-                dropped[result] += 1
+                counts[result] += 1
             else:
                 yield result
 
@@ -184,14 +199,14 @@ def _chunks(pairs: Iterator[Pair]) -> Iterator[tuple[int, list[Pair]]]:
         start += len(chunk)
 
 
-def vocab_of(source: Source, *, vocab_tokens: int, num_labels: int) -> Any:
-    """A byte-pair vocabulary trained on the first articles and summaries of a source, 10,000 at most."""
+def vocab_of(source: Source, *, vocab_tokens: int, num_labels: int) -> TokenizerVocab:
+    """Train a byte-pair vocabulary on the first articles and summaries of a source, 10,000 at most."""
     pairs = itertools.islice(source.pairs(), _VOCAB_ARTICLES)
     return train_vocab((f" {text}" for pair in pairs for text in pair), vocab_tokens=vocab_tokens, num_labels=num_labels)
 
 
 def _mapped(function: Callable[[Any], Any], items: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """function(item) of each in order, by so many processes, none of which runs far ahead; 0 for this one."""
+    """Yield function(item) of each item in order, computed by so many processes, none of which runs far ahead; 0 for this one."""
     if num_workers == 0:
         yield from map(function, items)
         return
@@ -207,3 +222,52 @@ def _mapped(function: Callable[[Any], Any], items: Iterable[Any], num_workers: i
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteCommand(writing.WriteCommand):
+    """Write examples of news (articles and gold summaries with the sources of each sentence) as a datasets.load_from_disk directory.
+
+    Attributes:
+      source: "synthetic", a file (.jsonl, .csv, .parquet) or a Hugging Face data set (NAME or NAME:CONFIGURATION).
+      split: Of synthetic news, whose two splits share no article (train, test), or of a Hugging Face data set.
+      article_column: Column of the articles; by default article, document, text, content or body.
+      summary_column: Column of the summaries; by default summary, highlights, abstract or headline.
+      alignment: Of files and data sets: which sentences a summary sentence was written from.
+    """
+
+    task_name: ClassVar[str] = "news"
+
+    source: str = "synthetic"
+    split: str = "train"
+    article_column: str | None = None
+    summary_column: str | None = None
+    alignment: Alignment = dataclasses.field(default_factory=Alignment)
+    corpus: Corpus = dataclasses.field(default_factory=Corpus)
+
+    def drawn(self) -> dict[str, Any]:
+        return {"source": self.source, **super().drawn()}
+
+    def settings(self) -> dict[str, Any]:
+        columns = {"article_column": self.article_column, "summary_column": self.summary_column}
+        named = {name: value for name, value in columns.items() if value is not None}
+        return {**named, **super().settings(), **dataclasses.asdict(self.alignment)}
+
+    def vocab_and_examples(self, counts: collections.Counter[str]) -> tuple[TokenizerVocab, Generator[Example, None, None]]:
+        if self.source == "synthetic":
+            vocab, made = super().vocab_and_examples(counts)
+            return vocab, self._counted(made, counts)
+        source = Source(self.source, self.split, self.article_column, self.summary_column)
+        vocab = vocab_of(source, vocab_tokens=self.corpus.vocab_tokens, num_labels=self.corpus.num_labels)
+        options = {"max_prompt_tokens": self.corpus.max_prompt_tokens, "seed": self.seed, "num_workers": self.workers}
+        return vocab, self._counted(examples(source, vocab, self.alignment, counts=counts, **options), counts)
+
+    def _counted(self, made: Iterator[Example], counts: collections.Counter[str]) -> Generator[Example, None, None]:
+        """Count the examples; UserError where there are none."""
+        for example in made:
+            counts["written"] += 1
+            counts["read"] += self.source == "synthetic"  # of other sources all articles are counted
+            yield example
+        if not counts["written"]:
+            why = "; ".join(f"{count} {name}" for name, count in counts.items() if name not in ("read", "written"))
+            raise UserError(f"{self.source}: none of its articles can be used: {why}")

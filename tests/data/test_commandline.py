@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from data import commandline
 from data.__main__ import main
+from data.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,10 +39,10 @@ def assert_one_line(capsys, *expected):
     ("words", "expected"),
     [
         ([], ["arithmetic"]),
-        (["geometry"], ["geometry", "subcommands: arithmetic"]),
+        (["geometry"], ["geometry", "subcommands: arithmetic, news"]),
         (["arithmetic"], ["--out"]),
         (["arithmetic", "--out", "{tmp}/x", "--num-examples", "many"], ["--num-examples", "'many'"]),
-        (["arithmetic", "--out", "{tmp}/x", "--num-example", "3"], ["--num-example", "did you mean --num-examples?"]),
+        (["arithmetic", "--out", "{tmp}/x", "--num-example", "3"], ["--num-example", "Perhaps you meant: --num-examples"]),
         (["arithmetic", "--out", "{tmp}/x", "--split", "dev"], ["'dev'", "train", "test"]),
         (["arithmetic", "--out", "{tmp}/x", "--num-examples", "0"], ["--num-examples is 0: expected at least 1"]),
         (["arithmetic", "--out", "{tmp}/x", "--min-ops", "0"], ["min_ops is 0", "expected 1 <= min_ops <= max_ops"]),
@@ -79,13 +81,13 @@ class Settings:
 
     def __post_init__(self):
         if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}:\nexpected at least 0")
+            raise UserError(f"steps is {self.steps}:\nexpected at least 0")
 
 
 def test_parse_takes_any_config(capsys):
-    assert commandline.parse(Settings, ["--steps", "4"]) == Settings(4)
+    assert commandline.parse(tyro.cli, Settings, args=["--steps", "4"]) == Settings(4)
     with pytest.raises(SystemExit, match="2"):
-        commandline.parse(Settings, ["--steps", "-4"])
+        commandline.parse(tyro.cli, Settings, args=["--steps", "-4"])
     assert_one_line(capsys, "steps is -4: expected at least 0")
 
 
@@ -102,7 +104,7 @@ def test_file_errors_are_one_line(tmp_path, capsys):
         (tmp_path, lambda path: path.mkdir()),
         (Path(__file__) / "below", lambda path: path.mkdir()),
     ):
-        with pytest.raises(SystemExit, match="2"), commandline.errors_for_people():
+        with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
             function(path)
         assert_one_line(capsys, str(path))
 
@@ -110,20 +112,20 @@ def test_file_errors_are_one_line(tmp_path, capsys):
 def test_bugs_keep_their_traceback():
     for bug in (lambda: {}["key"], lambda: np.random.default_rng(-1), lambda: int("x" * 3)):
         with pytest.raises((KeyError, ValueError)), contextlib.ExitStack() as stack:
-            stack.enter_context(commandline.errors_for_people())
+            stack.enter_context(commandline.exit_on_user_error())
             bug()
 
 
 def test_a_value_error_of_the_project_is_one_line(capsys):
     from data.arithmetic import parse
 
-    with pytest.raises(SystemExit, match="2"), commandline.errors_for_people():
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
         parse("1+")
     assert_one_line(capsys, 'column 3: expected a number or "(", found the end')
 
 
 def test_an_interrupt_is_status_130(capsys):
-    with pytest.raises(SystemExit, match="130"), commandline.errors_for_people():
+    with pytest.raises(SystemExit, match="130"), commandline.exit_on_user_error():
         raise KeyboardInterrupt
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -14,7 +14,8 @@ import pytest
 from data import dataset as corpus
 from data.__main__ import main
 from data.arithmetic import ArithmeticTask, Corpus, encode, stream
-from data.card import attended_tokens
+from data.spans import attended_tokens
+from data.tasks import TASKS
 from data.vocab import Vocab
 
 ARGUMENTS = ["arithmetic", "--num-examples", "700", "--min-ops", "2", "--max-ops", "9", "--label-jumps", "2", "--seed", "3"]
@@ -114,7 +115,7 @@ def test_attended_tokens_follow_the_automaton(labelling):
     vocab = Vocab(64)
     for example in itertools.islice(stream(Corpus(labelling=labelling, num_labels=64), seed=1), 60):
         expected = [len(positions) for positions in automaton(example.token_ids.tolist(), vocab)]
-        assert attended_tokens(example, vocab).tolist() == expected
+        assert attended_tokens(example.token_ids, example.prompt_tokens, vocab).tolist() == expected
 
 
 @pytest.mark.parametrize("refs", ["<ref:0>", "<ref:3>", "<ref:1><ref:1>", "<ref:9>", "<ref:2><ref:0><ref:1><ref:2>"])
@@ -122,7 +123,9 @@ def test_naming_what_is_seen_already_adds_nothing(refs):
     vocab = Vocab(16)
     token_ids = vocab.encode(f"<bos><seg:3>(<seg:1>(1+2)<seg:3>*<seg:2>(3-4)<seg:3>)<solve><seg:1>1<seg:2>{refs}2<seg:3>{refs}3<eos>")
     example = dataclasses.replace(encode("1+2"), token_ids=token_ids, prompt_tokens=token_ids.tolist().index(vocab.solve_id) + 1)
-    assert attended_tokens(example, vocab).tolist() == [len(positions) for positions in automaton(token_ids.tolist(), vocab)]
+    assert attended_tokens(example.token_ids, example.prompt_tokens, vocab).tolist() == [
+        len(positions) for positions in automaton(token_ids.tolist(), vocab)
+    ]
 
 
 def test_attended_fraction_of_the_card(directory, expected):
@@ -138,7 +141,8 @@ def test_attended_fraction_of_the_card(directory, expected):
 
 
 def test_attended_tokens_of_the_specification_s_example():
-    attended = attended_tokens(encode("((51+75)-(95*3))"), Vocab()).tolist()
+    example = encode("((51+75)-(95*3))")
+    attended = attended_tokens(example.token_ids, example.prompt_tokens, Vocab()).tolist()
     assert attended[0] == 2 + 8 + 1  # <bos> <solve>, the tagged (51+75) and the step's own <seg:1>
     assert attended[-1] == 2 + 8 + 10 + 7 + 9 + 6 + 16  # sink; nodes 1 and 2 with their steps; node 3; this step
 
@@ -151,7 +155,7 @@ def identity(example):
 
 
 def test_epochs_are_shuffled_whole_and_resumable(directory, expected):
-    stored = corpus.load(directory)
+    stored = corpus.load(directory, TASKS)
     assert len(stored) == 700 and stored.task == ArithmeticTask()
     found = [identity(e) for e in itertools.islice(stored.stream(seed=1), 1500)]
     everything = sorted(map(identity, expected))
@@ -165,18 +169,18 @@ def test_epochs_are_shuffled_whole_and_resumable(directory, expected):
         stored.stream(seed=0, start=-1)
 
 
-def test_parts_of_an_epoch_are_apart_and_together_whole(directory, expected):
-    """Three parts of 700 examples: 234, 233 and 233, each shuffled anew in each epoch and resumable."""
-    stored = corpus.load(directory)
-    parts = [[identity(e) for e in itertools.islice(stored.stream(seed=1, part=(p, 3)), 500)] for p in range(3)]
+def test_shards_of_an_epoch_are_apart_and_together_whole(directory, expected):
+    """Three shards of 700 examples: 234, 233 and 233, each shuffled anew in each epoch and resumable."""
+    stored = corpus.load(directory, TASKS)
+    parts = [[identity(e) for e in itertools.islice(stored.stream(seed=1, shard=(p, 3)), 500)] for p in range(3)]
     sizes = (234, 233, 233)
     everything = sorted(map(identity, expected))
     for epoch in range(2):
         assert sorted(x for part, size in zip(parts, sizes) for x in part[epoch * size : (epoch + 1) * size]) == everything
     for p, start in ((0, 234), (1, 100), (2, 240)):
-        assert [identity(e) for e in itertools.islice(stored.stream(seed=1, start=start, part=(p, 3)), 50)] == parts[p][start : start + 50]
-    with pytest.raises(ValueError, match="700 examples cannot be read in 701 parts"):
-        stored.stream(seed=0, part=(0, 701))
+        assert [identity(e) for e in itertools.islice(stored.stream(seed=1, start=start, shard=(p, 3)), 50)] == parts[p][start : start + 50]
+    with pytest.raises(ValueError, match="700 examples cannot be read in 701 shards"):
+        stored.stream(seed=0, shard=(0, 701))
 
 
 def damaged(directory, tmp_path, name, change):
@@ -213,23 +217,23 @@ def damaged(directory, tmp_path, name, change):
 def test_what_is_not_a_corpus_is_said_in_one_line(directory, tmp_path, name, change, message):
     copy = damaged(directory, tmp_path, name, change)
     with pytest.raises(ValueError, match=message) as caught:
-        corpus.load(copy)
+        corpus.load(copy, TASKS)
     assert str(caught.value).startswith(str(copy))
 
 
 def test_paths_that_are_not_directories(directory, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such directory"):
-        corpus.load(tmp_path / "absent")
+        corpus.load(tmp_path / "absent", TASKS)
     with pytest.raises(NotADirectoryError, match="is a file"):
-        corpus.load(directory / "card.json")
+        corpus.load(directory / "card.json", TASKS)
     with pytest.raises(ValueError, match=r"no card\.json"):
-        corpus.load(tmp_path)
+        corpus.load(tmp_path, TASKS)
 
 
 def test_rows_are_checked_when_read(directory, tmp_path):
     path = damaged(directory, tmp_path, "card.json", lambda b: b.replace(b'"num_labels": 512', b'"num_labels": 20', 1))
     with pytest.raises(ValueError, match=r"example \d+ has ids outside its vocabulary of 60 tokens"):
-        list(itertools.islice(corpus.load(path).stream(seed=0), 700))
+        list(itertools.islice(corpus.load(path, TASKS).stream(seed=0), 700))
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, expected):
@@ -245,4 +249,4 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, expected):
 def test_an_empty_directory_may_be_written_to(tmp_path):
     (tmp_path / "empty").mkdir()
     main(["arithmetic", "--num-examples", "5", "--out", str(tmp_path / "empty")])
-    assert len(corpus.load(tmp_path / "empty")) == 5
+    assert len(corpus.load(tmp_path / "empty", TASKS)) == 5

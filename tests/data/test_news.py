@@ -16,18 +16,19 @@ from data import news
 from data.__main__ import main as data_main
 from data.news import scoring, sources, synthetic
 from data.news.alignment import Alignment, split_sentences, words
+from data.tasks import TASKS
 
 STORIES = [synthetic.draw(f"tests/{i}") for i in range(150)]
 
 
 @pytest.fixture(scope="module")
 def task():
-    return news.Corpus().task
+    return news.NewsTask.of(news.Corpus())
 
 
 @pytest.fixture(scope="module")
 def examples(task):
-    return list(itertools.islice(news.Corpus().stream(task, seed=3), 96))
+    return list(itertools.islice(news.Corpus().stream(seed=3), 96))
 
 
 # ------------------------------------------------------------------------------------------------ splitting
@@ -155,9 +156,7 @@ def test_every_event_is_told_before_it_is_referred_to():
 
 
 def test_splits_share_no_article(task):
-    drawn = {
-        split: {x.prompt for x in itertools.islice(news.Corpus().stream(task, seed=0, split=split), 64)} for split in ("train", "test")
-    }
+    drawn = {split: {x.prompt for x in itertools.islice(news.Corpus().stream(seed=0, split=split), 64)} for split in ("train", "test")}
     assert not drawn["train"] & drawn["test"]
 
 
@@ -178,10 +177,10 @@ def test_an_example_is_written_as_the_protocol_says(task):
 
 
 def test_streams_start_anywhere_and_do_not_depend_on_workers(task, examples):
-    later = list(itertools.islice(news.Corpus().stream(task, seed=3, start=70), 10))
+    later = list(itertools.islice(news.Corpus().stream(seed=3, start=70), 10))
     for one, other in zip(examples[70:80], later, strict=True):
         assert (one.token_ids == other.token_ids).all()
-    stream = news.Corpus().stream(task, seed=3, num_workers=1)
+    stream = news.Corpus().stream(seed=3, num_workers=1)
     for one, other in zip(examples, itertools.islice(stream, 4), strict=False):
         assert (one.token_ids == other.token_ids).all()
     stream.close()
@@ -273,8 +272,8 @@ def run(capsys, *arguments):
 
 def test_a_synthetic_corpus_is_read_back(tmp_path, capsys):
     assert run(capsys, "--num-examples", 30, "--out", tmp_path / "out")[0] == 0
-    stored = corpus.load(tmp_path / "out")
-    expected = {x.prompt: x for x in itertools.islice(news.Corpus().stream(stored.task, seed=0), 30)}
+    stored = corpus.load(tmp_path / "out", TASKS)
+    expected = {x.prompt: x for x in itertools.islice(news.Corpus().stream(seed=0), 30)}
     for example in itertools.islice(stored.stream(seed=1), 30):
         own = expected.pop(example.prompt)
         assert example.story == own.story and (example.token_ids == own.token_ids).all()
@@ -317,7 +316,7 @@ def write_rows(path):
 def test_files_become_corpora_and_the_card_counts_what_was_dropped(tmp_path, capsys, suffix):
     write_rows(tmp_path / f"rows{suffix}")
     assert run(capsys, "--source", tmp_path / f"rows{suffix}", "--out", tmp_path / "out")[0] == 0
-    stored = corpus.load(tmp_path / "out")
+    stored = corpus.load(tmp_path / "out", TASKS)
     (row,) = stored.dataset
     assert (row["sources"], len(row["article"])) == ([[0, 2]], 3)
     dropped = {"without a sentence": 1, "without a summary": 1, "without a usable alignment": 1}
@@ -333,7 +332,9 @@ def test_workers_change_nothing(task, tmp_path):
         made.append(
             [
                 x.token_ids.tolist()
-                for x in sources.examples(source, task, Alignment(), seed=0, workers=workers, dropped=collections.Counter())
+                for x in sources.examples(
+                    source, task.vocab, Alignment(), max_prompt_tokens=896, seed=0, num_workers=workers, counts=collections.Counter()
+                )
             ]
         )
     assert made[0] == made[1] and len(made[0]) == len(STORIES)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import packing, workers
-from data.arithmetic import Corpus, stream
+from data.arithmetic import ArithmeticTask, Corpus, stream
 from data.packing import batches_from, pack
 from data.vocab import Vocab
 
@@ -210,7 +210,7 @@ def test_gaps_open_where_a_text_without_tags_has_its_pieces(labelling):
     corpus = Corpus(labelling=labelling)
     written = list(itertools.islice(stream(corpus, seed=0), 200))
     seen = set()
-    for batch in pack(written, VOCAB, batch_size=4, sequence_tokens=512, gap_scales=(16,), gap_ids=corpus.task.step_ids):
+    for batch in pack(written, VOCAB, batch_size=4, sequence_tokens=512, gap_scales=(16,), gap_ids=ArithmeticTask.of(corpus).step_ids):
         for token_ids, positions, _ in unpack(batch):
             seen |= set(token_ids[np.diff(positions, prepend=-1) > 1].tolist())
     pieces = {VOCAB.ids["("], VOCAB.ids[")"]}

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import arithmetic, workers
-from data.arithmetic import Corpus, encode, likely_longest_tokens, parse, relabelled, stream, verify
+from data import workers
+from data.arithmetic import Corpus, encode, parse, relabel, stream, verify
 
 ROOT = Path(__file__).parents[2]
 
@@ -199,7 +199,7 @@ def test_labels_that_jump_at_leaves_leave_a_right_child_the_label_before_its_par
 @pytest.mark.parametrize("labels", [[1, 2], [1, 2, 2], [0, 1, 2], [3, 2, 1], [1, 2, 512]])
 def test_labels_that_cannot_be_are_refused(labels):
     with pytest.raises(ValueError, match="expected 3 that grow, from 1 to 511"):
-        relabelled(encode("1+2+3+4"), labels, Corpus().vocab)
+        relabel(encode("1+2+3+4"), labels, Corpus().vocab)
 
 
 @pytest.mark.parametrize(
@@ -279,12 +279,12 @@ def test_seeds_splits_and_starts(examples):
     assert len({e.expression for e in examples if e.expression.num_ops > 4}) > 3400
 
 
-def test_parts_of_a_stream_are_its_chunks_in_turn(examples):
-    size = arithmetic.CHUNK_EXAMPLES
+def test_shards_of_a_stream_are_its_chunks_in_turn(examples):
+    size = Corpus.chunk_examples
     chunks = [fingerprint(examples[begin : begin + size]) for begin in range(0, 4 * size, size)]
     for part in range(2):
-        assert [fingerprint(take(Corpus(), size, start=start, part=(part, 2))) for start in (0, size)] == chunks[part::2]
-    assert fingerprint(take(Corpus(), 20, start=size + 7, part=(1, 2))) == fingerprint(examples[3 * size + 7 : 3 * size + 27])
+        assert [fingerprint(take(Corpus(), size, start=start, shard=(part, 2))) for start in (0, size)] == chunks[part::2]
+    assert fingerprint(take(Corpus(), 20, start=size + 7, shard=(1, 2))) == fingerprint(examples[3 * size + 7 : 3 * size + 27])
 
 
 def test_the_stream_of_a_seed_is_for_ever():
@@ -316,7 +316,7 @@ def test_a_worker_that_ends_is_an_error(monkeypatch):
     next(examples)
     processes[0].kill()
     with pytest.raises(RuntimeError, match="a data worker ended with exit status -9"):
-        for _ in range(5 * arithmetic.CHUNK_EXAMPLES):
+        for _ in range(5 * Corpus.chunk_examples):
             next(examples)
 
 
@@ -361,6 +361,6 @@ def test_a_signal_leaves_no_orphans(sent):
 
 @pytest.mark.parametrize("corpus", [Corpus(max_ops=3), Corpus(), Corpus(max_ops=40, labelling="plain", names_first_step=True)])
 def test_the_likely_longest_example_is_not_exceeded_and_not_far_off(corpus):
-    bound = likely_longest_tokens(corpus)
+    bound = corpus.likely_longest_tokens()
     longest = max(len(example.token_ids) for example in take(corpus, 4000))
     assert longest <= bound < 1.3 * longest

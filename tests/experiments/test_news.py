@@ -40,10 +40,10 @@ def run_of(arm, seed):
 def written():
     """What `decode.py eval --json` writes of news, of the smallest model that there is."""
     corpus = news.Corpus(vocab_tokens=400, num_labels=64, max_events=2, max_distractors=0)
-    task = corpus.task
+    task = news.NewsTask.of(corpus)
     config = ModelConfig(**SIZES, header_view="all", prompt_view="causal", compute_dtype="float32")
     lm = SpanLM(Decoder(config, vocab=SpanVocab(**task.vocab.span_ids()), vocab_size=task.vocab.size, rngs=nnx.Rngs(0)), task)
-    examples = list(itertools.islice(corpus.stream(task, seed=1, split="test"), 2))
+    examples = list(itertools.islice(corpus.stream(seed=1, split="test"), 2))
     settings = {"num_examples": 2, "ops": (), "seed": 1, "batch_size": (1, 2), "mesh": None, "checkpoint": "model"}
     values = summaries.report(lm, examples, scores=task.scores, attention="span", batch_sizes=(1, 2), settings=settings)
     return json.loads(json.dumps(values))

@@ -33,7 +33,7 @@ TOY += ["--num-labels", "48", "--vocab-tokens", "400"]
 def lm():
     corpus = news.Corpus(vocab_tokens=400, num_labels=64)
     config = ModelConfig(**SIZES, header_view="all", prompt_view="causal", compute_dtype="float32")
-    task = corpus.task
+    task = news.NewsTask.of(corpus)
     model = Decoder(config, vocab=SpanVocab(**task.vocab.span_ids()), vocab_size=task.vocab.size, rngs=nnx.Rngs(0))
     return SpanLM(model, task)
 
@@ -53,15 +53,15 @@ def gold(lm):
 def test_header_tokens_read_everything_and_body_tokens_what_is_named(gold):
     out, example = gold
     task = out.task
-    length = {i: len(task.text_ids(" " + text)) + 1 for i, text in enumerate(example.story.article)}
-    sink = 2 + len(task.text_ids(news.INSTRUCTION))  # <bos>, instruction, <solve>
+    length = {i: len(task.vocab.plain_text_ids(" " + text)) + 1 for i, text in enumerate(example.story.article)}
+    sink = 2 + len(task.vocab.plain_text_ids(news.INSTRUCTION))  # <bos>, instruction, <solve>
     fractions, position = {"body": [], "header": []}, example.prompt_tokens
     for text, sources in zip(example.story.summary, example.story.sources, strict=True):
         own = 0
         for _ in range(1 + len(sources)):
             fractions["header"].append(1.0)
             own, position = own + 1, position + 1
-        for _ in task.text_ids(" " + text):
+        for _ in task.vocab.plain_text_ids(" " + text):
             own, position = own + 1, position + 1
             fractions["body"].append((sink + sum(length[i] for i in sources) + own) / position)
     fractions["body"].append((fractions["body"][-1] * position + 1) / (position + 1))  # <eos>
@@ -80,7 +80,7 @@ def test_the_table_has_the_sources_of_each_sentence(gold):
 
 
 def test_a_report_scores_what_was_decoded(lm):
-    examples = [x for x in news.held_out(lm.task, 3, seed=0) if len(x.token_ids) < 1500]
+    examples = [x for x in lm.task.held_out(3, seed=0)["synthetic"] if len(x.token_ids) < 1500]
     given = []
 
     def scores(golds, responses):
@@ -155,6 +155,6 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
 
 def test_examples_held_out_are_of_no_training_stream(lm):
     task = lm.task
-    held = {example.prompt for example in news.held_out(task, 16, seed=0)}
+    held = {example.prompt for example in task.held_out(16, seed=0)["synthetic"]}
     corpus = news.Corpus(vocab_tokens=400, num_labels=64)
-    assert not held & {example.prompt for example in itertools.islice(corpus.stream(task, seed=0), 64)}
+    assert not held & {example.prompt for example in itertools.islice(corpus.stream(seed=0), 64)}

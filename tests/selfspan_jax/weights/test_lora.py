@@ -162,12 +162,12 @@ def test_expressions_in_a_tokenizers_own_words_are_the_corpus_in_other_ids():
     """The built-in vocabulary is the oracle: the same tokens, one for one, and the same verdicts."""
     vocab, builtin = tokenizer_vocab(), Vocab(8)
     corpus = arithmetic.Corpus(min_ops=2, max_ops=3, num_labels=8)
-    task = arithmetic.ArithmeticTask.from_json(json.loads(json.dumps(corpus.task_in(vocab).to_json())))
-    assert task == corpus.task_in(vocab) and vocab.text_ids("51+75").size == 3  # the tokenizer's own cut joins digits
-    streams = corpus.stream(task, seed=3), corpus.stream(corpus.task, seed=3)
+    task = arithmetic.ArithmeticTask.from_json(json.loads(json.dumps(arithmetic.ArithmeticTask.of(corpus, vocab).to_json())))
+    assert task == arithmetic.ArithmeticTask.of(corpus, vocab) and vocab.text_ids("51+75").size == 3  # the tokenizer's own cut joins digits
+    streams = corpus.stream(vocab=vocab, seed=3), corpus.stream(seed=3)
     for _, own, other in zip(range(20), *streams):
         assert [vocab.tokens[i] for i in own.token_ids] == [builtin.tokens[i] for i in other.token_ids]
-        assert task.decode(own.token_ids) == corpus.task.decode(other.token_ids)
+        assert task.decode(own.token_ids) == corpus.vocab.decode(other.token_ids)
         gold = task.gold(own.prompt)
         assert task.verify(own.prompt, gold).steps_right and task.verify(own.prompt, gold).spans_right
         assert task.answer(gold) == str(own.expression.value)
@@ -310,7 +310,7 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(call, base, tmp_pat
     wide = directory(tmp_path / "wide", intermediate_size=64)
     model, text = huggingface.load(base, num_labels=8)
     vocab = TokenizerVocab.of(text.tokenizer_json, vars(model.vocab), model.vocab_size)
-    task = arithmetic.Corpus(num_labels=8, max_ops=3).task_in(vocab).to_json()
+    task = arithmetic.ArithmeticTask.of(arithmetic.Corpus(num_labels=8, max_ops=3), vocab).to_json()
     model = trained(lora.adapt(model, LORA))
     adapter = tmp_path / "adapter"
     lora.save_adapter(adapter, model, LORA, "base", task, "# card\n")
@@ -373,7 +373,9 @@ def test_the_operations_of_a_step_are_those_of_its_program(tie):
 
 def test_an_adapter_is_decoded_with_its_base(call, base, tmp_path):
     model, text = huggingface.load(base, num_labels=8)
-    task = arithmetic.Corpus(num_labels=8, max_ops=3).task_in(TokenizerVocab.of(text.tokenizer_json, vars(model.vocab), model.vocab_size))
+    task = arithmetic.ArithmeticTask.of(
+        arithmetic.Corpus(num_labels=8, max_ops=3), TokenizerVocab.of(text.tokenizer_json, vars(model.vocab), model.vocab_size)
+    )
     lora.save_adapter(tmp_path / "adapter", trained(lora.adapt(model, LORA)), LORA, "base", task.to_json(), "")
     status, out, err = call(decode.main, "generate", tmp_path / "adapter", "1+2*3", "--base", base, "--max-new-tokens", 8)
     assert (status, err) == (0, "") and "attended" in out

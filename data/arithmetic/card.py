@@ -1,0 +1,113 @@
+"""Statistics of an arithmetic corpus, for its card."""
+
+import collections
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data import card
+from data.arithmetic.expressions import Expression
+from data.arithmetic.oracle import Example
+from data.spans import attended_tokens
+from data.vocab import Vocab
+
+_LENGTH_BIN_TOKENS = 32
+
+
+class Statistics:
+    """Statistics of a corpus, counted example by example."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+        self._prompt_tokens: collections.Counter[int] = collections.Counter()
+        self._response_tokens: collections.Counter[int] = collections.Counter()
+        self._example_tokens: collections.Counter[int] = collections.Counter()
+        self._num_ops: collections.Counter[int] = collections.Counter()
+        self._depth: collections.Counter[int] = collections.Counter()
+        self._operators: collections.Counter[str] = collections.Counter()
+        self._shapes: collections.Counter[str] = collections.Counter()
+        self._attended_fractions = 0.0
+        self._attended_tokens = 0
+        self._most_attended_tokens = 0
+
+    def add(self, example: Example) -> None:
+        """Count one more example."""
+        length = len(example.token_ids)
+        self._prompt_tokens[example.prompt_tokens] += 1
+        self._response_tokens[length - example.prompt_tokens] += 1
+        self._example_tokens[length] += 1
+        self._num_ops[example.expression.num_ops] += 1
+        self._operators.update(node for node in example.expression if isinstance(node, str))
+        depth, is_left_comb = _shape(example.expression)
+        self._depth[depth] += 1
+        self._shapes["left comb"] += is_left_comb
+        self._shapes["least depth"] += depth == example.expression.num_ops.bit_length()
+        attended = attended_tokens(example.token_ids, example.prompt_tokens, self._vocab)
+        self._attended_fractions += float((attended / np.arange(example.prompt_tokens + 1, length + 1)).sum())
+        self._attended_tokens += int(attended.sum())
+        self._most_attended_tokens = max(self._most_attended_tokens, int(attended.max(initial=0)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dict, for `card.json`."""
+        num_examples = sum(self._example_tokens.values())
+        response_tokens = sum(length * count for length, count in self._response_tokens.items())
+        bins: collections.Counter[int] = collections.Counter()
+        for length, count in self._example_tokens.items():
+            bins[length // _LENGTH_BIN_TOKENS * _LENGTH_BIN_TOKENS] += count
+        return {
+            "prompt_tokens": card.quantiles(self._prompt_tokens),
+            "response_tokens": card.quantiles(self._response_tokens),
+            "example_tokens": card.quantiles(self._example_tokens),
+            "example_tokens_histogram": {f"{low}-{low + _LENGTH_BIN_TOKENS - 1}": bins[low] for low in sorted(bins)},
+            "num_ops_histogram": {str(n): self._num_ops[n] for n in sorted(self._num_ops)},
+            "operators": {symbol: self._operators[symbol] for symbol in sorted(self._operators)},
+            "tree_depth": card.quantiles(self._depth),
+            "tree_shape_share": {shape: round(self._shapes[shape] / num_examples, 6) for shape in ("left comb", "least depth")},
+            "attended_fraction": round(self._attended_fractions / response_tokens, 6),
+            "attended_tokens_mean": round(self._attended_tokens / response_tokens, 3),
+            "attended_tokens_max": self._most_attended_tokens,
+        }
+
+    def readme(self, fields: Mapping[str, Any]) -> str:
+        """Write the card's JSON as Markdown."""
+        statistics = fields["statistics"]
+        lengths = ("prompt_tokens", "response_tokens", "example_tokens", "tree_depth")
+        parts = [
+            f"# {fields['task']['task']} corpus, {fields['num_examples']} examples, split {fields['split']}",
+            "Prompts and gold responses of the span protocol. Read it with `datasets.load_from_disk`; the same numbers are in `card.json`.",
+            f"    {fields['command']}",
+            "The same command gives the same bytes, whatever the number of workers. The splits share no expression.",
+            "## Distributions that it was drawn from",
+            card.table(("setting", "value"), fields["distributions"].items()),
+            "## What was drawn",
+            card.table(("", "mean", *card.QUANTILES), ((name, *statistics[name].values()) for name in lengths)),
+            f"Attended fraction {statistics['attended_fraction']:.4f}: the mean, over response tokens, of the tokens attended to as a "
+            'share of those that dense attention reads (itself included; `header_view="span"`, `prompt_view="causal"`). A response token '
+            f"attends to {statistics['attended_tokens_mean']} tokens on average, to {statistics['attended_tokens_max']} at most.",
+            "## Operators",
+            card.counts("operator", statistics["operators"]),
+            "## Number of operators",
+            card.counts("operators", statistics["num_ops_histogram"]),
+            "## Tree shapes",
+            "Share of the trees that are left combs (every right operand is a leaf) and that have the least depth possible (operators on "
+            "the longest way down); small trees can be both, and uniform ones either.",
+            card.table(("shape", "share"), statistics["tree_shape_share"].items()),
+            "## Tokens per example",
+            card.counts("tokens", statistics["example_tokens_histogram"]),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def _shape(expression: Expression) -> tuple[int, bool]:
+    """Return (operators on the longest way down, whether every right operand is a leaf)."""
+    depths: list[int] = []
+    is_left_comb = True
+    for node in expression:
+        if isinstance(node, int):
+            depths.append(0)
+        else:
+            right = depths.pop()
+            is_left_comb &= right == 0
+            depths[-1] = 1 + max(depths[-1], right)
+    return depths[0], is_left_comb

@@ -1,0 +1,151 @@
+"""The arithmetic task: expressions in, token ids out, and back."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from data.arithmetic import card, corpus, oracle, verifier
+from data.arithmetic.expressions import parse
+from data.arithmetic.oracle import Example, Labelling
+from data.arithmetic.verifier import Verdict
+from data.errors import UserError, check_choice
+from data.vocab import DEFAULT_VOCAB, Vocab, check_json
+
+_VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ArithmeticTask:
+    """What a model directory keeps of this corpus, to turn an expression into ids and a response into text."""
+
+    vocab: Vocab = DEFAULT_VOCAB
+    labelling: Labelling = "tree"
+    names_first_step: bool = False
+
+    name: ClassVar[str] = "arithmetic"
+    Corpus: ClassVar[type] = corpus.Corpus
+    WriteCommand: ClassVar[type] = corpus.WriteCommand
+    columns: ClassVar[Mapping[str, Any]] = {
+        "expression": "string",
+        "answer": "string",
+        "num_ops": "int32",
+        "first_label": "int32",
+        "prompt_tokens": "int32",
+        "token_ids": ["int32"],
+    }
+
+    def __post_init__(self) -> None:
+        check_choice("labelling", self.labelling, Labelling)
+        if type(self.names_first_step) is not bool:
+            raise UserError(f"names_first_step is {self.names_first_step!r}: expected true or false")
+
+    @classmethod
+    def of(cls, settings: corpus.Corpus, vocab: Vocab | None = None) -> "ArithmeticTask":
+        """Return the task of a corpus, in the corpus's own vocabulary or the one given."""
+        return cls(settings.vocab if vocab is None else vocab, settings.labelling, settings.names_first_step)
+
+    @property
+    def step_ids(self) -> frozenset[int]:
+        """The tokens at which a piece of the text begins: tags; without tags in the prompt its parentheses; `<solve>` in plain text."""
+        tags = range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels)
+        parentheses = (self.vocab.ids["("], self.vocab.ids[")"])
+        return frozenset({"tree": (*tags,), "none": (*parentheses, *tags), "plain": (*parentheses, self.vocab.solve_id)}[self.labelling])
+
+    def corpus(self, *, min_ops: int, max_ops: int) -> corpus.Corpus:
+        """Return the corpus of expressions of so many operators, otherwise drawn by default, as this task writes them."""
+        return corpus.Corpus(
+            min_ops=min_ops,
+            max_ops=max_ops,
+            labelling=self.labelling,
+            num_labels=self.vocab.num_labels,
+            names_first_step=self.names_first_step,
+        )
+
+    def encode(self, text: str) -> Example:
+        """Write the prompt and the gold response of an expression, labels from 1 on. UserError: see `arithmetic.encode`."""
+        return oracle.encode(text, vocab=self.vocab, labelling=self.labelling, names_first_step=self.names_first_step)
+
+    def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
+        """Write the prompt of `encode(text)` alone, int32 [n]."""
+        return oracle.encode_prompt(text, vocab=self.vocab, labelling=self.labelling, names_first_step=self.names_first_step)
+
+    def gold(self, text: str) -> npt.NDArray[np.int32]:
+        """Write the gold response of `encode(text)` alone, int32 [n]."""
+        return self.encode(text).response_ids
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Write ids [n] as text."""
+        return self.vocab.decode(token_ids)
+
+    def answer(self, response_ids: Iterable[int]) -> str | None:
+        """Read the value that a response ends in; None where it ends in none."""
+        return verifier.answer(response_ids, vocab=self.vocab)
+
+    def verify(self, text: str, response_ids: Iterable[int]) -> Verdict:
+        """Check a response to `encode_prompt(text)` step by step."""
+        return verifier.verify(text, response_ids, vocab=self.vocab, labelling=self.labelling)
+
+    def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
+        """Score responses to the examples' prompts: the shares whose answer, whose every step and whose spans are right."""
+        verdicts = [self.verify(example.prompt, response) for example, response in zip(examples, responses, strict=True)]
+        judged = {"answer": "answer_right", "step": "steps_right", "span": "spans_right"}
+        return {f"{what}_accuracy": float(np.mean([getattr(verdict, name) for verdict in verdicts])) for what, name in judged.items()}
+
+    def held_out(self, num_examples: int, *, seed: int, ops: Iterable[tuple[int, int]] = ((2, 12),)) -> dict[str, list[Example]]:
+        """Draw examples of the test split, labels from 1 on, for each range of numbers of operators by its name ("2-12", "20")."""
+        sets = {}
+        for low, high in ops:
+            drawn = self.corpus(min_ops=low, max_ops=high).stream(seed=seed, split="test", vocab=self.vocab)
+            sets[str(low) if low == high else f"{low}-{high}"] = [self.encode(x.prompt) for x in itertools.islice(drawn, num_examples)]
+        return sets
+
+    def group(self, prompt: str) -> str:
+        """Name the group that an expression is evaluated in: its number of operators."""
+        return str(parse(prompt).num_ops)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dict for `from_json`."""
+        return {
+            "task": self.name,
+            "version": _VERSION,
+            "labelling": self.labelling,
+            "names_first_step": self.names_first_step,
+            "vocab": self.vocab.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, fields: object) -> "ArithmeticTask":
+        """Read what `to_json` wrote, also in version 1, whose prompts do not name the first step.
+
+        Raises:
+          UserError: unknown or missing keys, another task or version.
+        """
+        if isinstance(fields, Mapping) and fields.get("version") == 1 and "names_first_step" not in fields:
+            fields = {**fields, "version": _VERSION, "names_first_step": False}
+        checked = check_json(fields, "task", {"task": cls.name, "version": _VERSION}, ("labelling", "names_first_step", "vocab"))
+        return cls(Vocab.from_json(checked["vocab"]), checked["labelling"], checked["names_first_step"])
+
+    def to_row(self, example: Example) -> dict[str, Any]:
+        """Return the columns of an example in a corpus directory."""
+        return {
+            "expression": example.expression.text,
+            "answer": str(example.expression.value),
+            "num_ops": example.expression.num_ops,
+            "first_label": example.first_label,
+            "prompt_tokens": example.prompt_tokens,
+            "token_ids": example.token_ids,
+        }
+
+    def from_row(self, row: Mapping[str, Any]) -> Example:
+        """Read what `to_row` returned."""
+        ids, prompt_tokens = np.array(row["token_ids"], np.int32), row["prompt_tokens"]
+        jumps = oracle.find_label_jumps(ids, prompt_tokens, self.vocab)
+        return Example(parse(row["expression"]), ids, prompt_tokens, row["first_label"], self.labelling, jumps)
+
+    def statistics(self) -> card.Statistics:
+        """Return the empty statistics of a corpus."""
+        return card.Statistics(self.vocab)

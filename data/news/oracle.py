@@ -1,0 +1,90 @@
+"""Write the prompt and the gold response of an article and its summary."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import UserError
+from data.news.synthetic import Story
+from data.vocab import TokenizerVocab
+
+INSTRUCTION = " Summarize:"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """An article and its gold summary: int32 [n] ids, the first `prompt_tokens` of them the prompt, and what they say."""
+
+    story: Story
+    token_ids: npt.NDArray[np.int32]
+    prompt_tokens: int
+    first_label: int
+
+    @property
+    def prompt(self) -> str:
+        """The article as `NewsTask.encode_prompt` takes it."""
+        return "\n\n".join(self.story.article)
+
+    @property
+    def response_ids(self) -> npt.NDArray[np.int32]:
+        return self.token_ids[self.prompt_tokens :]
+
+
+def encode_prompt(
+    sentences: Sequence[str], vocab: TokenizerVocab, *, max_prompt_tokens: int, summary_sentences: int = 1
+) -> tuple[list[int], int]:
+    """Write an article's prompt, labels from 1 on, cut at the end of a sentence: (ids, sentences that were kept).
+
+    Raises:
+      UserError: a first sentence that does not fit, or more sentences than labels.
+    """
+    token_ids = [vocab.bos_id, *vocab.plain_text_ids(INSTRUCTION)]
+    kept = 0
+    for number, sentence in enumerate(sentences):
+        ids = vocab.plain_text_ids(" " + sentence)
+        if len(token_ids) + len(ids) + 2 > max_prompt_tokens:
+            break
+        token_ids += [vocab.seg_base + min(1 + number, vocab.num_labels - 1), *ids]
+        kept += 1
+    if not kept:
+        raise UserError(f"the article's first sentence does not fit into {max_prompt_tokens} tokens of prompt")
+    if kept + summary_sentences >= vocab.num_labels:
+        raise UserError(
+            f"{kept} article sentences and {summary_sentences} of summary need labels up to {kept + summary_sentences}, "
+            f"but the last one is {vocab.num_labels - 1}: more num_labels, or fewer max_prompt_tokens"
+        )
+    return [*token_ids, vocab.solve_id], kept
+
+
+def encode(story: Story, vocab: TokenizerVocab, *, max_prompt_tokens: int, uniform: float | None = None) -> Example | None:
+    """Write the prompt and the gold response of a story; None where the cut left no summary sentence a source.
+
+    Args:
+      uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
+
+    Raises:
+      UserError: a first sentence that does not fit, or more sentences than labels.
+    """
+    prompt, kept = encode_prompt(story.article, vocab, max_prompt_tokens=max_prompt_tokens, summary_sentences=len(story.summary))
+    steps = [(text, [i for i in sources if i < kept]) for text, sources in zip(story.summary, story.sources, strict=True)]
+    numbers = [number for number, (_, sources) in enumerate(steps) if sources]
+    if not numbers:
+        return None
+    if len(numbers) < len(steps) or kept < len(story.article):
+        facts = tuple(fact._replace(sentence=numbers.index(fact.sentence)) for fact in story.facts if fact.sentence in numbers)
+        kept_sources = tuple(tuple(steps[n][1]) for n in numbers)
+        story = Story(story.article[:kept], tuple(steps[n][0] for n in numbers), kept_sources, facts)
+    first_label = 1
+    if uniform is not None:
+        first_label = vocab.first_label(kept + len(numbers), uniform)
+        tags = range(vocab.seg_base, vocab.seg_base + vocab.num_labels)
+        prompt = [i + first_label - 1 if i in tags else i for i in prompt]
+    token_ids = list(prompt)
+    for number, (text, sources) in enumerate(zip(story.summary, story.sources)):
+        token_ids.append(vocab.seg_base + first_label + kept + number)
+        token_ids += [vocab.ref_base + first_label + i for i in sources]
+        token_ids += vocab.plain_text_ids(" " + text)
+    token_ids.append(vocab.eos_id)
+    return Example(story, np.array(token_ids, np.int32), len(prompt), first_label)

@@ -1,0 +1,139 @@
+"""The news task: articles in, token ids out, and summaries back."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from data import spans
+from data.errors import UserError
+from data.news import card, corpus, oracle, scoring, sources
+from data.news.alignment import split_sentences
+from data.news.oracle import Example
+from data.news.synthetic import Fact, Story
+from data.vocab import TokenizerVocab, check_json
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class NewsTask:
+    """What a model directory keeps of this corpus, to turn an article into ids and a response into a summary.
+
+    Attributes:
+      vocab: trained by `data.vocab.train_vocab`, or a language model's own with structural tokens added.
+      max_prompt_tokens: Longer articles are cut at the end of a sentence.
+    """
+
+    vocab: TokenizerVocab
+    max_prompt_tokens: int = 896
+
+    name: ClassVar[str] = "news"
+    Corpus: ClassVar[type] = corpus.Corpus
+    WriteCommand: ClassVar[type] = sources.WriteCommand
+    columns: ClassVar[Mapping[str, Any]] = {
+        "article": ["string"],
+        "summary": ["string"],
+        "sources": [["int32"]],
+        "facts": [{"sentence": "int32", "kind": "string", "text": "string"}],
+        "first_label": "int32",
+        "prompt_tokens": "int32",
+        "token_ids": ["int32"],
+    }
+
+    def __post_init__(self) -> None:
+        if type(self.max_prompt_tokens) is not int or self.max_prompt_tokens < corpus.MIN_PROMPT_TOKENS:
+            raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens!r}: expected an integer of at least {corpus.MIN_PROMPT_TOKENS}")
+
+    @classmethod
+    def of(cls, settings: corpus.Corpus, vocab: TokenizerVocab | None = None) -> "NewsTask":
+        """Return the task of a corpus, in the corpus's own vocabulary or the one given."""
+        return cls(settings.vocab if vocab is None else vocab, settings.max_prompt_tokens)
+
+    @property
+    def step_ids(self) -> frozenset[int]:
+        """The tokens at which a piece of the text begins."""
+        return frozenset(range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels))
+
+    def encode(self, story: Story) -> Example | None:
+        """Write the prompt and the gold response of a story, labels from 1 on; see `oracle.encode`."""
+        return oracle.encode(story, self.vocab, max_prompt_tokens=self.max_prompt_tokens)
+
+    def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
+        """Write the prompt of an article, int32 [n], labels from 1 on. UserError: no sentence, or more sentences than labels."""
+        sentences = split_sentences(text)
+        if not sentences:
+            raise UserError("the article has no sentence")
+        return np.array(oracle.encode_prompt(sentences, self.vocab, max_prompt_tokens=self.max_prompt_tokens)[0], np.int32)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Write ids [n] as text, span tokens included."""
+        return self.vocab.decode(token_ids)
+
+    def steps(self, response_ids: Iterable[int]) -> list[tuple[int, frozenset[int], str]]:
+        """Read the steps of a response: (label, labels named, sentence); what stands before the first step is left out."""
+        _, steps, _ = spans.read_steps(response_ids, self.vocab)
+        text = [self.vocab.decode(i for i in step.body if i not in self.vocab.structural).strip() for step in steps]
+        return [(step.label, frozenset(step.named), sentence) for step, sentence in zip(steps, text)]
+
+    def answer(self, response_ids: Iterable[int]) -> str | None:
+        """Read the summary without span tokens; None where no step was opened."""
+        return " ".join(text for *_, text in self.steps(response_ids)) or None
+
+    def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
+        """Score responses to the examples' prompts, labels from 1 on: ROUGE, right facts and right spans; see `scoring`."""
+        found = [self.steps(response) for response in responses]
+        golds = [example.story for example in examples]
+        scores = scoring.rouge([gold.summary for gold in golds], [[text for *_, text in steps] for steps in found])
+        # Labels count from 1 on: a source's label is its index and one.
+        named = [[{label - 1 for label in refs} for _, refs, _ in steps] for steps in found]
+        scores |= scoring.span_scores([[set(own) for own in gold.sources] for gold in golds], named)
+        if any(gold.facts for gold in golds):
+            scores |= scoring.fact_scores([gold.facts for gold in golds], [[text for *_, text in steps] for steps in found])
+        return scores
+
+    def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
+        """Draw synthetic examples of the test split, labels from 1 on, as one set."""
+        settings = corpus.Corpus(num_labels=self.vocab.num_labels, max_prompt_tokens=self.max_prompt_tokens)
+        drawn = (self.encode(example.story) for example in settings.stream(seed=seed, split="test", vocab=self.vocab))
+        return {"synthetic": list(itertools.islice((example for example in drawn if example is not None), num_examples))}
+
+    def group(self, prompt: str) -> str:
+        """Name the group that an article is evaluated in: all are in one."""
+        return "synthetic"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dict for `from_json`."""
+        return {"task": self.name, "version": _VERSION, "max_prompt_tokens": self.max_prompt_tokens, "vocab": self.vocab.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: object) -> "NewsTask":
+        """Read what `to_json` returned. UserError: unknown or missing keys, another task or version."""
+        checked = check_json(fields, "task", {"task": cls.name, "version": _VERSION}, ("max_prompt_tokens", "vocab"))
+        return cls(TokenizerVocab.from_json(checked["vocab"]), checked["max_prompt_tokens"])
+
+    def to_row(self, example: Example) -> dict[str, Any]:
+        """Return the columns of an example in a corpus directory."""
+        story = example.story
+        return {
+            "article": list(story.article),
+            "summary": list(story.summary),
+            "sources": [list(own) for own in story.sources],
+            "facts": [fact._asdict() for fact in story.facts],
+            "first_label": example.first_label,
+            "prompt_tokens": example.prompt_tokens,
+            "token_ids": example.token_ids,
+        }
+
+    def from_row(self, row: Mapping[str, Any]) -> Example:
+        """Read what `to_row` returned."""
+        facts = tuple(Fact(fact["sentence"], fact["kind"], fact["text"]) for fact in row["facts"])
+        story = Story(tuple(row["article"]), tuple(row["summary"]), tuple(map(tuple, row["sources"])), facts)
+        return Example(story, np.array(row["token_ids"], np.int32), row["prompt_tokens"], row["first_label"])
+
+    def statistics(self) -> card.Statistics:
+        """Return the empty statistics of a corpus."""
+        return card.Statistics(self.vocab)
