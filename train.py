@@ -25,13 +25,13 @@ from benchmarks import training as training_benchmark
 from data import arithmetic, commandline, files, news, packing
 from data.tasks import TASKS
 from data.vocab import TokenizerVocab
+from selfspan_jax import training
 from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, fine_tuning
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import distributed
 from selfspan_jax.parallel.mesh import describe, process_parts, training_mesh
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.training import loop as training
 from selfspan_jax.training import runs
 from selfspan_jax.weights import checkpoints as checkpoint
 from selfspan_jax.weights import huggingface, lora
@@ -64,10 +64,8 @@ class Run(Generic[Corpus]):
     """Devices, as in data=2,fsdp=4: data and fsdp divide rows, fsdp also parameters, tensor heads and features. By default one."""
     hosts: str | None = None
     """One of several processes: "auto" under SLURM, or HOST:PORT,N,I, the first one's address, how many, this one's number."""
-    resume_from: Path | None = None
-    """A directory RUN_DIR/export of the same run, from another machine: go on from it where this RUN_DIR has no checkpoint."""
     stop_after_seconds: float | None = None
-    """Stop after so many seconds of training with everything written, at the next export where there are any."""
+    """Save a checkpoint and stop after so many seconds of training."""
     time_steps: int = 0
     """Do not train: time so many steps, three times over, and write RUN_DIR/throughput.json; 0 to train."""
 
@@ -171,7 +169,7 @@ def main() -> None:
         data_parts = process_parts(config.data_parts, mesh)
         identity |= {"training": config.identity, "corpus": dataclasses.asdict(run.corpus)}
         identity = json.loads(json.dumps(identity))
-        runs.claim(run.run_dir, identity, run.resume_from)
+        runs.claim(run.run_dir, identity)
         packed = {"num_workers": run.workers, "gap_ids": task.step_ids, "parts": data_parts, **config.packing}
         batches_from = packing.batches_from(stream, task.vocab, **packed)
         trained = "" if run.adapters is None else f", {training.num_trained(model):,} of them trained"
@@ -193,11 +191,11 @@ def main() -> None:
             return scores
 
         evaluates = evaluation if config.eval_examples else None
-        options = {"mesh": mesh, "evaluate": evaluates, "resume_from": run.resume_from, "stop_after_seconds": run.stop_after_seconds}
+        options = {"mesh": mesh, "evaluate": evaluates, "stop_after_seconds": run.stop_after_seconds}
         try:
             model = training.train(model, config, batches_from=batches_from, run_dir=run.run_dir, **options)
         except training.Stopped as stop:
-            distributed.log_once(f"{stop} of {config.steps:,}: {runs.how_to_go_on(run.run_dir)}")
+            distributed.log_once(f"{stop} of {config.steps:,}: the same command goes on")
             return
         if evaluates and not scores:  # resumed after its last step
             evaluation(model)

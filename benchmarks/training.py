@@ -14,15 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks.timing import device_times, run_seconds, timed
+from selfspan_jax import training
 from selfspan_jax.attention.sequences import SequenceImplementation
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder
-from selfspan_jax.training import loop as training
-from selfspan_jax.training.metrics import bf16_peak, peak_fraction, step_flops
+from selfspan_jax.training.metrics import bf16_peak, mfu, step_flops
 
 REPETITIONS, TRACED_STEPS = 3, 3
 
@@ -51,7 +50,7 @@ def measure(
     taken = list(itertools.islice(batches, 2))
     if isinstance(batches, Generator):
         batches.close()
-    on_device = [training.placed_batch(batch, config, mesh) for batch in taken]
+    on_device = [training.device_batch(batch, config, mesh) for batch in taken]
     device = jax.local_devices()[0]
     result: dict[str, Any] = {
         "device": device.device_kind,
@@ -64,9 +63,9 @@ def measure(
         "mask": model.config.mask,
         "attention": {},
     }
-    tokens = statistics.mean(np.count_nonzero(batch.segment_ids) * config.batch_size / len(batch.segment_ids) for batch in taken)
+    tokens = statistics.mean(training.count_tokens(batch, config) for batch in taken)
     for name in names if attention is None else attention:
-        fixed, state = training.initial_state(model, config) if mesh is None else training.placed_state(model, config, mesh)
+        fixed, state = training.initial_state(model, config, mesh)
         state = jax.tree.map(jnp.copy, state)  # the step takes its state's memory; the model keeps its own
         feed = itertools.cycle(on_device)
 
@@ -88,7 +87,7 @@ def measure(
             "tokens_per_second": tokens / second,
             "model_flops_per_step": flops,
             "model_flops_per_second": flops / second,
-            "peak_fraction": peak_fraction(model, flops / second / (1 if mesh is None else mesh.size)),
+            "peak_fraction": mfu(model, flops / second / (1 if mesh is None else mesh.size)),
             "attended_pairs": float(metrics["attended_pairs"]),
             "first_step_seconds": compile_seconds,
             "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None,

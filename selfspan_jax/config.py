@@ -131,15 +131,12 @@ class TrainConfig:
     eval_examples: int = 128
     """Fresh test expressions decoded and verified at each evaluation."""
     log_every_steps: int = 20
-    export_every_steps: int = 0
-    """Write RUN_DIR/export, to go on elsewhere, and go on from what it rounds the state to; 0 for never."""
 
     def __post_init__(self):
         _require_positive(self, "steps", "batch_size", "sequence_tokens", "accumulation_steps", "data_parts", "learning_rate", "clip_norm")
         _require_positive(self, "checkpoint_every_steps", "keep_checkpoints", "eval_every_steps", "log_every_steps")
         _require(self.seed >= 0, self, "seed", "0 and above")
         _require(self.eval_examples >= 0, self, "eval_examples", "0 and above")
-        _require(self.export_every_steps >= 0, self, "export_every_steps", "0 and above")
         _require(0 <= self.warmup_steps <= self.steps, self, "warmup_steps", f"0 to steps={self.steps}")
         _require(self.batch_size % self.accumulation_steps == 0, self, "accumulation_steps", f"divisors of batch_size={self.batch_size}")
         _require(self.batch_size % self.data_parts == 0, self, "data_parts", f"divisors of batch_size={self.batch_size}")

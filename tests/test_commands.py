@@ -249,21 +249,15 @@ def test_training_writes_a_model_that_decode_reads(call, tmp_path):
     assert status == 0 and "this run is finished" in out
 
 
-def test_a_run_stops_in_time_and_goes_on_from_its_export_in_another_directory(call, tmp_path):
-    options = [*TOY, "--export-every-steps", 6]
-    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
-    status, out, _ = call(train.main, "arithmetic-tiny", "--run-dir", first, *options, "--stop-after-seconds", 0)
-    line = f"stopped after step 6 of 12: the same command goes on; elsewhere with --resume-from and the 4 files of {first / 'export'}"
-    assert status == 0 and out.splitlines()[-1] == line and not (first / "model").exists()
-    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", other, *options, "--seed", 4, "--resume-from", first / "export")
-    assert status == 2 and "holds a run of another config: seed is 0 there, 4 here" in err and not other.exists()
-    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", other, *options, "--resume-from", first)
-    assert status == 2 and "not an export of a training state" in err
-    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", second, *options, "--resume-from", tmp_path)
-    assert status == 2 and "not an export of a run" in err and not second.exists()
-    for run_dir, more in ((first, []), (second, ["--resume-from", first / "export"])):
-        assert call(train.main, "arithmetic-tiny", "--run-dir", run_dir, *options, *more)[0] == 0
-    models = [(run_dir / "model" / "model.safetensors").read_bytes() for run_dir in (first, second)]
+def test_a_run_stops_in_time_and_goes_on_by_the_same_command(call, tmp_path):
+    first, whole = tmp_path / "first", tmp_path / "whole"
+    status, out, _ = call(train.main, "arithmetic-tiny", "--run-dir", first, *TOY, "--stop-after-seconds", 0)
+    assert status == 0 and out.splitlines()[-1] == "stopped after step 1 of 12: the same command goes on" and not (first / "model").exists()
+    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", first, *TOY, "--seed", 4)
+    assert status == 2 and "holds a run of another config: seed is 0 there, 4 here" in err
+    for run_dir in (first, whole):
+        assert call(train.main, "arithmetic-tiny", "--run-dir", run_dir, *TOY)[0] == 0
+    models = [(run_dir / "model" / "model.safetensors").read_bytes() for run_dir in (first, whole)]
     assert models[0] == models[1]
 
 

@@ -92,12 +92,19 @@ def exit_if_peer_lost(error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def barrier() -> Iterator[None]:
-    """Run a block in all processes: errors go to `exit_if_peer_lost`, and no process leaves before all have finished it."""
+def exit_on_peer_errors() -> Iterator[None]:
+    """Pass the errors of a block to `exit_if_peer_lost`, before anything waits for the lost process."""
     try:
         yield
-        if jax.process_count() > 1:
-            process_max(0)
     except (RuntimeError, ValueError) as error:
         exit_if_peer_lost(error)
         raise
+
+
+@contextlib.contextmanager
+def barrier() -> Iterator[None]:
+    """Run a block in all processes, as `exit_on_peer_errors`; no process leaves before all have finished it."""
+    with exit_on_peer_errors():
+        yield
+        if jax.process_count() > 1:
+            process_max(0)

@@ -1,11 +1,21 @@
-"""What a training step computes, and the most that its device could have computed meanwhile."""
+"""Metrics of a run: operations of a step, model FLOPs utilisation (MFU), speed between two lines of the log, the log itself."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
 import jax
 from flax import nnx
+from jaxtyping import Array
+from tensorboard.summary import Writer
 
+from selfspan_jax.files import write_text
 from selfspan_jax.model import Decoder, Frozen
+from selfspan_jax.parallel import distributed
 
 # Dense bfloat16 products with float32 sums, per second, by a part of the device's name: NVIDIA's data sheets, without sparsity.
 _BF16_PEAKS = {
@@ -22,20 +32,24 @@ _BF16_PEAKS = {
 
 
 def bf16_peak(device_kind: str) -> float | None:
-    """Floating-point operations per second of a device's matrix units in bfloat16; None for a device not in the list."""
+    """Return the bfloat16 FLOP/s of a device's matrix units; None for a device not in the list."""
     return next((peak for name, peak in _BF16_PEAKS.items() if name in device_kind), None)
 
 
 def step_flops(model: Decoder, num_tokens: float, num_pairs: float) -> float:
-    """Floating-point operations that training on so many tokens needs, forward and backward.
+    """Count the floating-point operations of training on some tokens, forward and backward.
 
         6 x (parameters of matrix products) x tokens  +  12 x layers x N x H x (pairs of tokens that the mask allows)
 
     A product of n parameters with a token is 2 n operations, its two gradients 4 n; scores and values of a pair are 4 H for
-    each query head, their gradients 8 H (PaLM, 2204.02311, appendix B, which counts every pair of the context where this
-    counts those that the mask allows, so that a sparse mask earns nothing by what it leaves out). The output layer counts
-    for every token, the lookup of embeddings not at all; frozen matrices have one gradient instead of two, and adapters add
-    theirs; padding is for the caller to leave out. What is computed twice, norms, rotations and the optimizer are not counted.
+    each query head, their gradients 8 H (PaLM, 2204.02311, appendix B, which counts every pair of the context; here only
+    those that the mask allows, so that a sparse mask earns nothing by what it leaves out). The output layer counts for every
+    token, the lookup of embeddings not at all. Frozen matrices have one gradient instead of two, and adapters add theirs.
+    Recomputation, norms, rotations and the optimizer are not counted.
+
+    Args:
+      num_tokens: tokens without padding.
+      num_pairs: attended pairs of tokens.
     """
     config = model.config
     head_sizes = (2 * config.num_kv_heads + 2 * config.num_heads) * config.head_size  # queries, keys, values and the output map
@@ -49,7 +63,78 @@ def step_flops(model: Decoder, num_tokens: float, num_pairs: float) -> float:
     return products + 12.0 * config.num_layers * config.num_heads * config.head_size * num_pairs
 
 
-def peak_fraction(model: Decoder, flops_per_second: float) -> float | None:
-    """Of the default device's bfloat16 peak; None for devices not in the list and for models that compute in float32."""
+def mfu(model: Decoder, flops_per_second: float) -> float | None:
+    """Return the model FLOPs utilisation of one device, 0 to 1; None for an unknown device or a model that computes in float32."""
     peak = bf16_peak(jax.devices()[0].device_kind)
     return flops_per_second / peak if peak is not None and model.config.compute_dtype == "bfloat16" else None
+
+
+class StepTimer:
+    """Measure the speed of the steps since the last line of the log."""
+
+    def __init__(self, model: Decoder, num_devices: int) -> None:
+        self._model, self._num_devices = model, num_devices
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the steps so far and start now."""
+        self._start, self._tokens, self._waited, self._steps = time.perf_counter(), 0.0, 0.0, 0
+
+    def add(self, num_tokens: float, waited_seconds: float) -> None:
+        """Add a step that was dispatched: its tokens without padding, and the time that it waited for its batch."""
+        self._tokens += num_tokens
+        self._waited += waited_seconds
+        self._steps += 1
+
+    def finish(self, metrics: Mapping[str, Array]) -> dict[str, float]:
+        """Return the metrics of the last step, for which it waits, with the speed of all; then restart."""
+        values = {name: float(value) for name, value in metrics.items()}
+        seconds = time.perf_counter() - self._start
+        # The pairs are those of the last step: batches differ little in them, and they are a small part of the sum.
+        flops = step_flops(self._model, self._tokens, self._steps * values["attended_pairs"])
+        if (utilisation := mfu(self._model, flops / seconds / self._num_devices)) is not None:
+            values["bf16_peak_fraction"] = utilisation
+        values |= {
+            "model_flops_per_second": flops / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "steps_per_second": self._steps / seconds,
+            "input_wait_fraction": self._waited / seconds,
+        }
+        self.restart()
+        return values
+
+
+class MetricsLog:
+    """Write scalars of a run as JSON lines and TensorBoard events; with several processes, the first one writes.
+
+    Lines after the step that a run resumes from are dropped.
+    """
+
+    def __init__(self, run_dir: Path, resumed_step: int):
+        self._writes = distributed.is_first_process()
+        if not self._writes:
+            return
+        file = run_dir / "metrics.jsonl"
+        kept = []
+        if file.exists():
+            for line in file.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+                    if json.loads(line)["step"] <= resumed_step:
+                        kept.append(line + "\n")
+        write_text(file, "".join(kept))
+        self._lines = file.open("a", buffering=1)
+        self._events = Writer(str(run_dir / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a line of scalars."""
+        if not self._writes:
+            return
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._writes:
+            self._lines.close()
+            self._events.close()

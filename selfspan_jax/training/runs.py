@@ -1,13 +1,12 @@
-"""Run directories: whose they are, how a run that stopped goes on, and what is said of its model.
+"""Run directories: the identity of a run, its scores, the card of its model.
 
-A run's identity is what decides its result, as JSON: parts by name, most of them objects of settings. It is in
-`run.json`, in the run directory and in an export of it alike.
+The identity is everything that decides the result of a run, as JSON: sections by name, most of them objects of settings. It is
+in `run.json` of the run directory.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +18,14 @@ import numpy as np
 from jaxtyping import Int
 
 from selfspan_jax.config import TrainConfig
+from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import evaluate
+from selfspan_jax.files import read_json, write_json
 from selfspan_jax.lm import SpanLM, Task
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import distributed
+
+_REMOVED = {"export_every_steps": 0}  # settings of older versions, with the value that this version still computes
 
 
 class Example(Protocol):
@@ -40,56 +43,38 @@ class ScoringTask(Task, Protocol):
     def scores(self, examples: Sequence[Any], responses: Sequence[Iterable[int]]) -> dict[str, float]: ...
 
 
-def claim(run_dir: Path, identity: dict[str, Any], resume_from: Path | None = None) -> None:
-    """Makes the run directory, or checks that it is one of this very run, and so is what is to be resumed.
+def claim(run_dir: Path, identity: dict[str, Any]) -> None:
+    """Create a run directory, or check that it belongs to this very run. With several processes, the first one creates it.
 
-    Of several processes all check, and the first makes it.
-
-    Raises: ValueError that names the differences; FileNotFoundError where there is nothing to resume from.
+    Raises: UserError that names the differences, or for a directory that holds something else.
     """
-    if resume_from:
-        if not (resume_from / "run.json").exists():
-            raise FileNotFoundError(f"{resume_from}: not an export of a run, run.json is missing")
-        _check_same(resume_from, identity)
-    file, partial = run_dir / "run.json", run_dir / ".run.json.partial"
+    file = run_dir / "run.json"
     there = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
     if file.name in there:
-        return _check_same(run_dir, identity)
-    if there - {partial.name}:
-        raise ValueError(f"{run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
-    if not distributed.is_first_process():
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(identity, indent=2) + "\n")
-    os.replace(partial, file)
+        return _check_same(file, identity)
+    if there - {f".{file.name}.partial"}:
+        raise UserError(f"{run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
+    if distributed.is_first_process():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(file, identity)
 
 
-def _check_same(directory: Path, here: dict[str, Any]) -> None:
-    file = directory / "run.json"
+def _check_same(file: Path, here: dict[str, Any]) -> None:
     try:
-        there = json.loads(file.read_text())
-        if there.keys() != here.keys():
-            raise ValueError
-    except (ValueError, AttributeError):
-        raise ValueError(f"{file} was not written by this version of train.py: choose another --run-dir") from None
-    settings = {name: value for name, value in here.items() if not isinstance(value, dict)}
-    pairs = [(there, settings), *((there[name], value) for name, value in here.items() if isinstance(value, dict))]
-    differences = [
-        f"{key} is {old.get(key)!r} there, {new.get(key)!r} here"
-        for old, new in pairs
-        for key in [*new, *(key for key in old if key not in new and new is not settings)]
-        if old.get(key) != new.get(key)
-    ]
+        there = read_json(file)
+    except UserError:
+        there = {}
+    if there.keys() != here.keys() or any(isinstance(here[name], dict) and not isinstance(there[name], dict) for name in here):
+        raise UserError(f"{file} was not written by this version of train.py: choose another --run-dir")
+    differences = []
+    for name, new in here.items():
+        old, new = ({name: value} if not isinstance(new, dict) else value for value in (there[name], new))
+        removed = [key for key in old.keys() - new.keys() if (key, old[key]) in _REMOVED.items()]
+        for key in [*new, *(key for key in old if key not in new and key not in removed)]:
+            if old.get(key) != new.get(key):
+                differences.append(f"{key} is {old.get(key)!r} there, {new.get(key)!r} here")
     if differences:
-        raise ValueError(f"{directory} holds a run of another config: {'; '.join(differences)}")
-
-
-def how_to_go_on(run_dir: Path) -> str:
-    """For people: how a stopped run goes on, here and, where there is an export, elsewhere."""
-    line, export = "the same command goes on", run_dir / "export"
-    if export.exists():
-        line += f"; elsewhere with --resume-from and the {len(list(export.iterdir()))} files of {export}"
-    return line
+        raise UserError(f"{file.parent} holds a run of another config: {'; '.join(differences)}")
 
 
 def score(model: Decoder, task: ScoringTask, examples: Sequence[Example]) -> dict[str, float]:

@@ -18,12 +18,10 @@ An export is a directory of about 4 bytes a parameter in files of at most 16 MiB
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,17 +30,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from selfspan_jax.config import ModelConfig, from_json
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import distributed
 from selfspan_jax.spans import SpanVocab
 
 _FORMAT = {"format": "selfspan model", "version": 1}
@@ -246,187 +241,3 @@ class TrainingCheckpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-# ------------------------------------------------------------------------------------------------- compact exports
-
-_EXPORT_FORMAT = {"format": "selfspan training state", "version": 1}
-_PART_BYTES = 16 * 2**20
-_HEADER_BYTES = 2**16  # room for a part's own table of contents
-_BLOCK = 256  # neighbours that share a scale
-# What a second moment is as a share of the largest of its block: 0, then powers of 2^(1/8), from 2^-31.75 to 1.
-_SHARES = np.array([0.0] + [math.ldexp(2.0 ** (-(i % 8) / 8), -(i // 8)) for i in range(254, -1, -1)], np.float32)
-
-
-def save_export(directory: Path, state: Any, step: int, next_example: int | Sequence[int], beside: Sequence[Path] = ()) -> Any:
-    """Writes a training state after `step` steps compactly, in place of an older export, and returns what `load_export` will read.
-
-    The state is rounded by this, so a run that goes on from what is returned and one that goes on from the files are one and
-    the same. Decoding takes nothing but products and tables, so the result is the same bits on every machine.
-
-    Args:
-      state: a pytree; leaves below a `params` become bfloat16, below a `mu` and a `nu` 8 bits with a float32 scale for every
-        256 neighbours, others stay as they are.
-      next_example: the position in the data: a number, or one for each of its parts.
-      beside: files to copy into the export.
-
-    Of several processes all take part, and the first writes.
-
-    Raises: ValueError for an array of which one row is larger than a part.
-    """
-    leaves, tree = jax.tree.flatten_with_path(state)
-    encoded = {
-        _name(path): _encode(_name(path), np.asarray(leaf if leaf.is_fully_addressable else process_allgather(leaf, tiled=True)))
-        for path, leaf in leaves
-    }
-    parts: list[dict[str, np.ndarray]] = []
-    room = 0
-    for name, arrays in encoded.items():
-        for suffix, array in arrays.items():
-            for piece, rows in _pieces(f"{name}:{suffix}", array):
-                if rows.nbytes > room:
-                    parts.append({})
-                    room = _PART_BYTES - _HEADER_BYTES
-                parts[-1][piece] = rows
-                room -= rows.nbytes
-    if distributed.is_first_process():
-        fields = {**_EXPORT_FORMAT, "step": step, "next_example": next_example, "parts": len(parts)}
-        _write_export(Path(directory), parts, fields, beside)
-    return jax.tree.unflatten(tree, [_decode(encoded[_name(path)], leaf) for path, leaf in leaves])
-
-
-def _pieces(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """An array under its name; one that is larger than a part as pieces of its rows, with numbers behind the name."""
-    room = _PART_BYTES - _HEADER_BYTES
-    if array.nbytes <= room:
-        yield name, array
-        return
-    row_bytes = array.nbytes // len(array)
-    if row_bytes > room:
-        raise ValueError(f"{name}: a row takes {row_bytes:,} bytes; a part of an export has {room:,}")
-    for number, start in enumerate(range(0, len(array), room // row_bytes)):
-        yield f"{name}#{number}", array[start : start + room // row_bytes]
-
-
-def _joined(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `_pieces`, of all arrays; where pieces are missing the shape tells."""
-    pieces: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
-    for name, array in found.items():
-        whole, _, number = name.partition("#")
-        pieces[whole][int(number) if number.isdecimal() else 0] = array
-    return {name: np.concatenate([own[i] for i in sorted(own)]) if len(own) > 1 else own.popitem()[1] for name, own in pieces.items()}
-
-
-def _write_export(directory: Path, parts: Sequence[Mapping[str, np.ndarray]], fields: dict[str, Any], beside: Sequence[Path]) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial, older = (directory.with_name(f".{directory.name}.{os.getpid()}.{kind}") for kind in ("partial", "older"))
-    partial.mkdir()
-    try:
-        for number, part in enumerate(parts):
-            save_file({name: jnp.asarray(array) for name, array in part.items()}, partial / _part(number))
-            (partial / _part(number)).chmod(0o644)
-        (partial / "state.json").write_text(json.dumps(fields, indent=2) + "\n")
-        for file in beside:
-            shutil.copyfile(file, partial / file.name)
-        if directory.exists():
-            os.rename(directory, older)
-        os.rename(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(older, ignore_errors=True)
-
-
-def load_export(directory: Path, like: Any) -> tuple[Any, int | list[int]]:
-    """The training state of an export, with the structure, shapes and placement of `like`, and its position in the data.
-
-    Raises:
-      FileNotFoundError: there is no export, or a part of it is missing.
-      ValueError: a file that is not what it should be, or arrays that do not fit `like`.
-    """
-    directory = Path(directory)
-    if not (directory / "state.json").is_file():
-        raise FileNotFoundError(f"{directory}: not an export of a training state, state.json is missing")
-    fields = read_json(directory / "state.json")
-    if {key: fields.get(key) for key in _EXPORT_FORMAT} != _EXPORT_FORMAT or fields.keys() != {
-        *_EXPORT_FORMAT,
-        "step",
-        "next_example",
-        "parts",
-    }:
-        raise ValueError(f"{directory / 'state.json'}: expected format {_EXPORT_FORMAT['format']!r} version {_EXPORT_FORMAT['version']}")
-    position = fields["next_example"]
-    numbers = [fields["step"], fields["parts"], *(position if isinstance(position, list) and position else [position])]
-    if any(type(number) is not int or number < 0 for number in numbers) or fields["parts"] > 9999:
-        raise ValueError(f"{directory / 'state.json'}: step, next_example and parts must be whole numbers")
-    found: dict[str, np.ndarray] = {}
-    for number in range(fields["parts"]):
-        file = directory / _part(number)
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: missing; the export has {fields['parts']} parts")
-        try:
-            with safe_open(file, "flax") as part:
-                found |= {name: np.asarray(part.get_tensor(name)) for name in part.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a safetensors file ({error})") from error
-    found = _joined(found)
-    leaves, tree = jax.tree.flatten_with_path(like)
-    wanted = {_name(path): _layout(_name(path), leaf) for path, leaf in leaves}
-    layout = {f"{name}:{suffix}": kind for name, arrays in wanted.items() for suffix, kind in arrays.items()}
-    for name in sorted(layout.keys() | found.keys()):
-        if name not in found or name not in layout:
-            raise ValueError(f"{directory}: {name} is {'missing' if name in layout else 'not of this run'}")
-        if (found[name].shape, str(found[name].dtype)) != layout[name]:
-            raise ValueError(
-                f"{directory}: {name} is {found[name].dtype}{list(found[name].shape)}, expected {layout[name][1]}{list(layout[name][0])}"
-            )
-    decoded = [_decode({suffix: found[f"{_name(path)}:{suffix}"] for suffix in wanted[_name(path)]}, leaf) for path, leaf in leaves]
-    return jax.tree.unflatten(tree, decoded), fields["next_example"]
-
-
-def _part(number: int) -> str:
-    return f"part-{number:02d}.safetensors"
-
-
-def _name(path: Any) -> str:
-    return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
-
-
-def _layout(name: str, leaf: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The arrays that a leaf becomes: shape and type by what they hold."""
-    keys, shape = name.split("/"), tuple(leaf.shape)
-    moment = next((key for key in ("mu", "nu") if key in keys), None)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return {"value": (shape, str(leaf.dtype))}
-    if moment:
-        blocks = -(-math.prod(shape) // _BLOCK)
-        return {"codes": (shape, "int8" if moment == "mu" else "uint8"), "scales": ((blocks,), "float32")}
-    return {"value": (shape, "bfloat16" if keys[0] == "params" else str(leaf.dtype))}
-
-
-def _encode(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    layout = _layout(name, array)
-    if "codes" not in layout:
-        return {"value": array.astype(jnp.dtype(layout["value"][1]))}
-    (num_blocks,), _ = layout["scales"]
-    blocks = np.zeros((num_blocks, _BLOCK), np.float32)
-    blocks.reshape(-1)[: array.size] = array.reshape(-1)
-    largest = np.abs(blocks).max(axis=1, initial=0)
-    shares = blocks / np.where(largest > 0, largest, np.float32(1))[:, None]
-    if layout["codes"][1] == "int8":
-        codes = np.rint(shares * 127)
-        scales = largest / np.float32(127)
-    else:  # nothing above 0 becomes 0: a step is divided by its root
-        with np.errstate(divide="ignore"):
-            codes = np.where(shares > 0, np.clip(255 + np.rint(8 * np.log2(shares)), 1, 255), 0)
-        scales = largest
-    return {"codes": codes.reshape(-1)[: array.size].reshape(array.shape).astype(layout["codes"][1]), "scales": scales}
-
-
-def _decode(arrays: Mapping[str, np.ndarray], like: Any) -> Array:
-    if "codes" not in arrays:
-        value = arrays["value"].astype(like.dtype)
-    else:
-        codes = arrays["codes"].reshape(-1)
-        shares = codes.astype(np.float32) if codes.dtype == np.int8 else _SHARES[codes]
-        value = (shares * np.repeat(arrays["scales"], _BLOCK)[: codes.size]).reshape(like.shape).astype(like.dtype)
-    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])

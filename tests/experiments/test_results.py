@@ -12,7 +12,7 @@ import train
 from experiments import arithmetic as arithmetic_report
 from experiments import news as news_report
 from selfspan_jax.model import Decoder
-from selfspan_jax.training.loop import Stopped
+from selfspan_jax.training import Stopped
 from selfspan_jax.weights import huggingface
 from tests.selfspan_jax.models import TINY
 from tests.selfspan_jax.weights.test_lora import directory

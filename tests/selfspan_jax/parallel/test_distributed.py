@@ -80,18 +80,15 @@ def test_two_processes_train_as_one(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_export_and_go_on_from_an_export_on_another_mesh(tmp_path):
-    """Heads divided between the two, then parameters; the oracle is one process that was not interrupted and exports as often."""
-    options = [*OPTIONS, "--num-kv-heads", 2, "--export-every-steps", 6]
-    whole, stopped, resumed = (tmp_path / name for name in ("whole", "stopped", "resumed"))
+def test_two_processes_stop_in_time_and_go_on_on_another_mesh(tmp_path):
+    """Heads divided between the two, then parameters; the position in the data is that of both processes."""
+    options, whole, run_dir = [*OPTIONS, "--num-kv-heads", 2], tmp_path / "whole", tmp_path / "run"
     assert finish(start(whole, *options))[0][0] == 0
-    (first, second) = finish(*start_two(stopped, *options, "--mesh", "tensor=2", "--stop-after-seconds", 0))
-    assert first[0] == second[0] == 0 and "stopped after step 6 of 12" in first[1], first[2] + second[2]
-    (first, second) = finish(*start_two(resumed, *options, "--mesh", "fsdp=2", "--resume-from", stopped / "export"))
+    (first, second) = finish(*start_two(run_dir, *options, "--mesh", "tensor=2", "--stop-after-seconds", 0))
+    assert first[0] == second[0] == 0 and "stopped after step 1 of 12" in first[1], first[2] + second[2]
+    (first, second) = finish(*start_two(run_dir, *options, "--mesh", "fsdp=2"))
     assert first[0] == second[0] == 0, first[2] + second[2]
-    np.testing.assert_allclose(losses(resumed)[:7], losses(whole)[:7], rtol=1e-4)
-    np.testing.assert_allclose(losses(resumed), losses(whole), rtol=5e-3)  # a moment rounded to its other neighbour shows
-    assert json.loads((stopped / "export" / "state.json").read_text())["next_example"][1] > 0
+    np.testing.assert_allclose(losses(run_dir), losses(whole), rtol=1e-4)
 
 
 @pytest.mark.slow

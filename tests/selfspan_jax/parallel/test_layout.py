@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from data.arithmetic import ArithmeticTask
+from selfspan_jax import training
 from selfspan_jax.config import PRESETS, DecodeConfig
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.lm import SpanLM
@@ -21,7 +22,6 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.parallel.mesh import make_mesh, process_parts
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.training import loop as training
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 from tests.selfspan_jax.training.test_loop import CONFIG, batch_of
@@ -254,11 +254,11 @@ def test_a_model_on_several_devices_says_what_it_says_on_one():
 
 def losses(model, config, mesh=None, steps=4):
     """Loss and gradient norm of some steps, and the parameters after them in the order of files."""
-    fixed, state = training.placed_state(model, config, mesh) if mesh else training.initial_state(model, config)
+    fixed, state = training.initial_state(model, config, mesh)
     state = jax.tree.map(jnp.copy, state)
     seen = []
     for number in range(steps):
-        batch = training.placed_batch(batch_of(number, rows=8), config, mesh)
+        batch = training.device_batch(batch_of(number, rows=8), config, mesh)
         state, metrics = training.train_step(fixed, state, batch, config)
         seen.append([float(metrics[name]) for name in ("loss", "gradient_norm", "token_accuracy", "attended_pairs")])
     params = layout.to_saved_order(state.params, mesh) if mesh else state.params
@@ -356,17 +356,3 @@ def test_a_run_goes_on_on_another_mesh(run_of_one_device, tmp_path, first, secon
     with pytest.raises(training.Stopped, match="step 1"):
         trained(tmp_path, first, stop_after_seconds=0)
     assert_same_run(trained(tmp_path, second), run_of_one_device)
-
-
-@pytest.mark.parametrize("first, second", ELSEWHERE)
-def test_an_export_goes_on_on_another_mesh(tmp_path, first, second):
-    """Its first losses are those of a run that was not interrupted; then a moment that was rounded to its other neighbour shows."""
-    config = dataclasses.replace(LOOP, export_every_steps=4)
-    whole, stopped, resumed = (tmp_path / name for name in ("whole", "stopped", "resumed"))
-    with pytest.raises(training.Stopped, match="step 4"):
-        trained(stopped, first, config, stop_after_seconds=0)
-    for directory in (whole, resumed):
-        directory.mkdir()
-    (seen, *_), (expected, *_) = trained(resumed, second, config, resume_from=stopped / "export"), trained(whole, None, config)
-    np.testing.assert_allclose(seen[:5], expected[:5], rtol=1e-4)
-    np.testing.assert_allclose(seen, expected, rtol=5e-3)

@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 from data.packing import Batch
+from selfspan_jax import training
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Frozen
-from selfspan_jax.training import loop as training
-from selfspan_jax.training.loop import DeviceBatch, TrainingDiverged
+from selfspan_jax.training import DeviceBatch, TrainingDiverged
+from selfspan_jax.training import step as step_module
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
@@ -203,32 +204,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop_after):
         assert (expected["step"], expected["loss"], expected["gradient_norm"]) == (found["step"], found["loss"], found["gradient_norm"])
 
 
-def test_a_run_that_goes_on_from_an_export_elsewhere_ends_as_an_uninterrupted_one(tmp_path):
-    """The time is over at once, so that each run stops at its next export; the last one goes to the end."""
-    config = dataclasses.replace(CONFIG, export_every_steps=5)
-    whole = run(tmp_path / "whole", config=config)
-    for name, there, step in (("first", None, 5), ("second", "first", 10)):
-        with pytest.raises(training.Stopped, match=f"^stopped after step {step}$"):
-            run(tmp_path / name, config=config, resume_from=there and tmp_path / there / "export", stop_after_seconds=0)
-    last = run(tmp_path / "last", config=config, resume_from=tmp_path / "second" / "export")
-    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, last)), strict=True):
-        np.testing.assert_array_equal(expected, found)
-    losses = [{line["step"]: (line["loss"], line["gradient_norm"]) for line in lines(tmp_path / name)} for name in ("whole", "last")]
-    assert losses[0] == losses[1]
-    unrounded = run(tmp_path / "unrounded")
-    assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, unrounded)), strict=True))
-
-
 def test_a_run_that_is_stopped_in_time_goes_on_from_its_checkpoint(tmp_path):
-    """Also where an export is at hand: the run directory is further."""
-    config = dataclasses.replace(CONFIG, export_every_steps=5)
-    with pytest.raises(training.Stopped):
-        run(tmp_path / "other", config=config, stop_after_seconds=0)
     with pytest.raises(training.Stopped, match=r"^stopped after step 1$"):
         run(tmp_path / "run", stop_after_seconds=0)
     assert [line["step"] for line in lines(tmp_path / "run")] == [1]
     with pytest.raises(training.Stopped, match=r"^stopped after step 2$"):
-        run(tmp_path / "run", resume_from=tmp_path / "other" / "export", stop_after_seconds=0)
+        run(tmp_path / "run", stop_after_seconds=0)
     resumed, whole = run(tmp_path / "run"), run(tmp_path / "whole")
     for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, resumed)), strict=True):
         np.testing.assert_array_equal(expected, found)
@@ -269,7 +250,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
         return loss * bad, {**sums, "loss": sums["loss"] * bad}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "loss_sums", loss_sums)
+        patch.setattr(step_module, "loss_sums", loss_sums)
         training.train_step.clear_cache()
         with pytest.raises(TrainingDiverged, match="nan at step 6"):
             training.train(model, config, batches_from=poisoned, run_dir=tmp_path)
@@ -282,7 +263,7 @@ def test_errors_of_the_data_reach_the_caller():
         yield batch_of(0)
         raise ValueError("row 17 is damaged")
 
-    batches = training.prefetched(broken())
+    batches = training.prefetch(broken())
     next(batches)
     with pytest.raises(ValueError, match="row 17 is damaged"):
         next(batches)

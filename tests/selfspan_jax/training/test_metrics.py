@@ -11,10 +11,9 @@ from flax import nnx
 
 from benchmarks import training as training_benchmark
 from pallas_kernels import TileMask, masked_attention
+from selfspan_jax import training
 from selfspan_jax.attention.sequences import attend_in_training, attend_under, rotated_heads, sequence_mask
-from selfspan_jax.training import loop as training
-from selfspan_jax.training import metrics as throughput
-from selfspan_jax.training.loop import DeviceBatch
+from selfspan_jax.training import DeviceBatch, metrics
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.training.test_loop import CONFIG, batch_of, batches_from
 
@@ -30,7 +29,7 @@ def test_operations_are_those_of_the_compiled_model():
 
     counted = jax.jit(forward).lower(ids).compile().cost_analysis()["flops"]
     # XLA computes every pair, whatever the mask allows.
-    assert throughput.step_flops(model, 128, 128 * 128) == pytest.approx(3 * counted, rel=0.03)
+    assert metrics.step_flops(model, 128, 128 * 128) == pytest.approx(3 * counted, rel=0.03)
 
 
 @pytest.mark.parametrize("mask", ["span", "dense"])
@@ -45,9 +44,9 @@ def test_pairs_are_counted_without_padding(mask):
 
 
 def test_peaks_are_of_the_device_that_is_named():
-    assert throughput.bf16_peak("NVIDIA H200") == throughput.bf16_peak("NVIDIA H100 80GB HBM3") == 989.4e12
-    assert throughput.bf16_peak("NVIDIA H100 PCIe") == 756e12
-    assert throughput.bf16_peak("cpu") is None and throughput.peak_fraction(random_model(), 1e12) is None
+    assert metrics.bf16_peak("NVIDIA H200") == metrics.bf16_peak("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert metrics.bf16_peak("NVIDIA H100 PCIe") == 756e12
+    assert metrics.bf16_peak("cpu") is None and metrics.mfu(random_model(), 1e12) is None
 
 
 def test_gradients_through_the_kernels_are_those_of_xla():

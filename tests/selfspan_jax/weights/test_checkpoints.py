@@ -4,10 +4,8 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.flax
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -148,115 +146,3 @@ def test_a_checkpoint_that_does_not_fit_itself_is_refused(saved, tmp_path, damag
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
         checkpoint.load_model(tmp_path / "nothing")
-
-
-# --- exports
-
-
-def training_state(numbers):
-    """What a state looks like: parameters, Adam's moments by their names, counts and something else."""
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=(2, numbers)).astype(np.float32)
-    first = (rng.normal(size=(2, numbers)) * 10.0 ** rng.uniform(-12, 2, (2, numbers))).astype(np.float32)
-    return {
-        "params": {"w": jnp.asarray(weights)},
-        "opt_state": ({"mu": {"w": jnp.asarray(first)}, "nu": {"w": jnp.asarray(first**2)}, "count": jnp.int32(7)}, jnp.float32(0.1)),
-        "step": jnp.int32(7),
-    }
-
-
-def assert_same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-
-
-@pytest.mark.parametrize("numbers", [1, 128, 300])
-def test_an_export_is_read_as_the_state_that_its_writer_goes_on_from(tmp_path, numbers):
-    state = training_state(numbers)
-    rounded = checkpoint.save_export(tmp_path / "export", state, 7, 99)
-    loaded, next_example = checkpoint.load_export(tmp_path / "export", jax.tree.map(jnp.zeros_like, state))
-    assert next_example == 99
-    assert_same(loaded, rounded)
-    assert_same(rounded["params"]["w"], state["params"]["w"].astype(jnp.bfloat16).astype(jnp.float32))
-    assert_same((rounded["step"], rounded["opt_state"][1]), (state["step"], state["opt_state"][1]))
-    flat = {name: np.asarray(state["opt_state"][0][name]["w"], np.float64).reshape(-1) for name in ("mu", "nu")}
-    found = {name: np.asarray(rounded["opt_state"][0][name]["w"], np.float64).reshape(-1) for name in ("mu", "nu")}
-    for begin in range(0, 2 * numbers, 256):
-        block = slice(begin, begin + 256)
-        largest = {name: np.abs(values[block]).max() for name, values in flat.items()}
-        assert np.abs(found["mu"][block] - flat["mu"][block]).max() <= largest["mu"] / 254 * 1.001
-        inside = flat["nu"][block] >= largest["nu"] * 2.0**-31.7
-        ratio = found["nu"][block] / flat["nu"][block]
-        assert np.abs(np.log2(ratio[inside])).max() <= 1 / 16 + 1e-4
-        assert (ratio[~inside] >= 1).all()  # rounded up: too small a step, never too large a one
-
-
-def test_zeros_and_the_second_export_of_a_state(tmp_path):
-    """A first state has moments of 0; what was rounded once does not move again."""
-    state = jax.tree.map(jnp.zeros_like, training_state(300))
-    assert_same(checkpoint.save_export(tmp_path / "zeros", state, 0, 0), state)
-    once = checkpoint.save_export(tmp_path / "export", training_state(300), 7, 99)
-    assert_same(checkpoint.save_export(tmp_path / "export", once, 7, 99), once)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "zeros"]
-    checkpoint.save_export(tmp_path / "export", once, 7, (99, 0, 12))
-    assert checkpoint.load_export(tmp_path / "export", once)[1] == [99, 0, 12]
-
-
-def test_parts_are_small_and_all_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_PART_BYTES", checkpoint._HEADER_BYTES + 1300)
-    state = training_state(300)
-    (tmp_path / "log").write_text("words")
-    rounded = checkpoint.save_export(tmp_path / "export", state, 7, 99, [tmp_path / "log"])
-    files = sorted(path.name for path in (tmp_path / "export").iterdir())
-    assert files == ["log", *(f"part-{i:02d}.safetensors" for i in range(2)), "state.json"]
-    assert_same(checkpoint.load_export(tmp_path / "export", state)[0], rounded)
-    (tmp_path / "export" / "part-01.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"part-01\.safetensors: missing; the export has 2 parts"):
-        checkpoint.load_export(tmp_path / "export", state)
-
-
-@pytest.mark.parametrize("room", [1200, 602], ids=["a part is just too small", "no more than a row"])
-def test_arrays_that_are_larger_than_a_part_are_cut_by_rows(tmp_path, monkeypatch, room):
-    """Parameters of 2 x 301 take 1,204 bytes, moments 602 and 12 of scales."""
-    monkeypatch.setattr(checkpoint, "_PART_BYTES", checkpoint._HEADER_BYTES + room)
-    state = training_state(301)
-    rounded = checkpoint.save_export(tmp_path / "export", state, 7, 99)
-    assert_same(checkpoint.load_export(tmp_path / "export", state)[0], rounded)
-    assert_same(rounded["params"]["w"], state["params"]["w"].astype(jnp.bfloat16).astype(jnp.float32))
-    parts = sorted((tmp_path / "export").glob("part-*"))
-    held = {part: safetensors.flax.load_file(part) for part in parts}
-    assert all(sum(array.nbytes for array in arrays.values()) <= room for arrays in held.values())
-    (lost,) = (part for part, arrays in held.items() if "params/w:value#1" in arrays)
-    safetensors.flax.save_file({name: array for name, array in held[lost].items() if name != "params/w:value#1"}, lost)
-    with pytest.raises(ValueError, match=r"params/w:value is bfloat16\[1, 301\], expected bfloat16\[2, 301\]"):
-        checkpoint.load_export(tmp_path / "export", state)
-
-
-def test_a_row_that_is_larger_than_a_part_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_PART_BYTES", checkpoint._HEADER_BYTES + 600)
-    with pytest.raises(ValueError, match=r"^params/w:value: a row takes 602 bytes; a part of an export has 600$"):
-        checkpoint.save_export(tmp_path / "export", training_state(301), 7, 99)
-    assert not (tmp_path / "export").exists()
-
-
-def test_exports_that_do_not_fit(tmp_path):
-    state = training_state(8)
-    with pytest.raises(FileNotFoundError, match=r"not an export of a training state"):
-        checkpoint.load_export(tmp_path, state)
-    checkpoint.save_export(tmp_path / "export", state, 7, 99)
-    with pytest.raises(ValueError, match=r"opt_state/0/mu/w:codes is int8\[2, 8\], expected int8\[2, 9\]"):
-        checkpoint.load_export(tmp_path / "export", training_state(9))
-    with pytest.raises(ValueError, match=r"params/b:value is missing"):
-        checkpoint.load_export(tmp_path / "export", {**state, "params": {**state["params"], "b": jnp.zeros(3)}})
-    with pytest.raises(ValueError, match=r"step:value is not of this run"):
-        checkpoint.load_export(tmp_path / "export", {name: value for name, value in state.items() if name != "step"})
-    fields = json.loads((tmp_path / "export" / "state.json").read_text())
-    for change in ({"version": 2}, {"parts": -1}, {"next_example": "1"}, {"next_example": []}, {"next_example": [1, -1]}, {"more": 1}):
-        (tmp_path / "export" / "state.json").write_text(json.dumps({**fields, **change}))
-        with pytest.raises(ValueError, match=r"state\.json: "):
-            checkpoint.load_export(tmp_path / "export", state)
-    (tmp_path / "export" / "state.json").write_text(json.dumps(fields))
-    (tmp_path / "export" / "part-00.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match=r"not a safetensors file"):
-        checkpoint.load_export(tmp_path / "export", state)

@@ -17,12 +17,11 @@ import decode
 import train
 from data import arithmetic
 from data.vocab import CHARACTERS, TokenizerVocab, Vocab
-from selfspan_jax import SpanLM
+from selfspan_jax import SpanLM, training
 from selfspan_jax.config import LoraConfig, ModelConfig
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.training import loop as training
-from selfspan_jax.training.loop import DeviceBatch
+from selfspan_jax.training import DeviceBatch
 from selfspan_jax.training.metrics import step_flops
 from selfspan_jax.weights import huggingface, lora
 from tests.selfspan_jax.models import TINY, forward, random_model

@@ -1,0 +1,198 @@
+"""The training step: batches, the loss, the state, and one pure update of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from selfspan_jax.attention.sequences import SequenceImplementation, attend_in_training
+from selfspan_jax.config import TrainConfig
+from selfspan_jax.errors import UserError
+from selfspan_jax.model import Decoder, Frozen
+from selfspan_jax.parallel import collectives, layout
+from selfspan_jax.parallel.mesh import check_batch, check_model
+from selfspan_jax.training.optimizer import learning_rate, make_optimizer
+
+
+class Batch(Protocol):
+    """Rows of packed examples, and the position in the data after them. With several processes, the rows of this process only."""
+
+    @property
+    def token_ids(self) -> Int[np.ndarray, "B T"]: ...
+    @property
+    def segment_ids(self) -> Int[np.ndarray, "B T"]:
+        """Number of the example within its row; 0 is padding."""
+
+    @property
+    def positions(self) -> Int[np.ndarray, "B T"]:
+        """Rotary positions."""
+
+    @property
+    def target_mask(self) -> Bool[np.ndarray, "B T"]:
+        """True where the token is a target of the loss."""
+
+    @property
+    def next_example(self) -> int | Sequence[int]:
+        """Index of the next example; for data packed in parts, one of each part, 0 for parts of other processes."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeviceBatch:
+    """The arrays of a batch, on the device."""
+
+    token_ids: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    target_mask: Bool[Array, "B T"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> DeviceBatch:
+        """Copy a batch to the default device."""
+        return cls(*(jnp.asarray(getattr(batch, field.name)) for field in dataclasses.fields(cls)))
+
+
+def device_batch(batch: Batch, config: TrainConfig, mesh: Mesh | None) -> DeviceBatch:
+    """Copy a batch to the devices of a mesh, divided by rows, or without a mesh to the default device."""
+    if mesh is None:
+        return DeviceBatch.of(batch)
+    names = [field.name for field in dataclasses.fields(DeviceBatch)]
+    return DeviceBatch(*(layout.from_process_local(getattr(batch, name), config.batch_size, mesh) for name in names))
+
+
+def count_tokens(batch: Batch, config: TrainConfig) -> float:
+    """Count the tokens of a step without padding; with several processes, estimated from the rows of this one."""
+    return np.count_nonzero(batch.segment_ids) * config.batch_size / len(batch.segment_ids)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What a run does not change: the structure of the model and its frozen parameters."""
+
+    graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    frozen: nnx.State
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+    """With a mesh, `graph` is that of one device's shard."""
+
+    def model(self, params: nnx.State) -> Decoder:
+        """Build the model with these trainable parameters."""
+        return nnx.merge(self.graph, params, self.frozen)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Trainable parameters, optimizer state and number of steps taken."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+def check_mesh(model: Decoder, config: TrainConfig, mesh: Mesh | None) -> None:
+    """Raise UserError for a mesh that does not divide the model or the batch, or for a model with frozen parameters."""
+    if mesh is None:
+        return
+    check_model(model.config, mesh)
+    check_batch(config.batch_size // config.accumulation_steps, mesh, "rows of an accumulation step")
+    if jax.tree.leaves(nnx.state(model, Frozen)):
+        raise UserError("mesh: adapters are trained on one device")
+
+
+def initial_state(model: Decoder, config: TrainConfig, mesh: Mesh | None = None) -> tuple[Fixed, TrainState]:
+    """Split a model into its fixed parts and the state before the first step, sharded over the mesh if there is one.
+
+    Raises: UserError, see `check_mesh`.
+    """
+    check_mesh(model, config, mesh)
+    graph, *states = nnx.split(model, nnx.Param, Frozen)
+    params, frozen = states
+    init = make_optimizer(config).init
+    if mesh is None:
+        return Fixed(graph, frozen), TrainState(params, init(params), jnp.zeros((), jnp.int32))
+    params = layout.shard_params(params, mesh)
+    shapes = layout.shard_params(jax.eval_shape(init, params), mesh)
+    opt_state = jax.jit(init, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))(params)  # never whole on one device
+    step = layout.device_put_global(jnp.zeros((), jnp.int32), mesh, layout.REPLICATED)
+    return Fixed(nnx.split(model.shard(mesh))[0], frozen, mesh), TrainState(params, opt_state, step)
+
+
+def num_trained(model: Decoder) -> int:
+    """Count the trainable parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def loss_sums(
+    model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Compute the cross-entropy summed over the targets.
+
+    Returns: the loss, and sums over the batch: "loss", "right" (targets predicted right), "targets", "pairs" (attended pairs).
+    """
+    attend, pairs = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids, implementation=attention)
+    hidden, _ = model(batch.token_ids, batch.positions, attend)
+    logits = model.logits(hidden[:, :-1])
+    targets, weights = batch.token_ids[:, 1:], batch.target_mask[:, 1:].astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    loss = jnp.sum(losses * weights)
+    return loss, {"loss": loss, "right": jnp.sum(right * weights), "targets": jnp.sum(weights), "pairs": pairs}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames=("state",))
+def train_step(
+    fixed: Fixed, state: TrainState, batch: DeviceBatch, config: TrainConfig, attention: SequenceImplementation | None = None
+) -> tuple[TrainState, dict[str, Array]]:
+    """Take one optimizer step on the mean loss over all targets of a batch, in `config.accumulation_steps` parts.
+
+    Gradients are taken of `state.params` only: no array of the size of the frozen parameters is made. On a mesh each device
+    computes the gradients of its rows and heads, kernels included, and the optimizer updates each shard in place.
+
+    Returns: the next state, and metrics: loss, token_accuracy, gradient_norm, learning_rate, attended_pairs.
+    """
+    mesh = fixed.mesh
+
+    def loss(params, part):
+        return loss_sums(fixed.model(params if mesh is None else collectives.all_gather_embeddings(params, mesh)), part, attention)
+
+    def sum_gradients(params, batch):
+        def gradients(part):
+            return jax.grad(loss, has_aux=True)(params, part)
+
+        if config.accumulation_steps == 1:
+            grads, sums = gradients(batch)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(config.accumulation_steps, -1, *x.shape[1:]), batch)
+            shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            add = functools.partial(jax.tree.map, jnp.add)
+            (grads, sums), _ = jax.lax.scan(lambda total, part: (add(total, gradients(part)), None), zeros, parts)
+        return collectives.psum_gradients(grads, mesh), collectives.psum_data(sums, mesh)
+
+    param_specs, row_spec = layout.parameter_specs(state.params), layout.spec("sequences")
+    sharded = collectives.shard_map(sum_gradients, mesh, (param_specs, row_spec), (param_specs, layout.REPLICATED))
+    grads, sums = sharded(state.params, batch)
+    targets = jnp.maximum(sums["targets"], 1.0)
+    grads = jax.tree.map(lambda grad: grad / targets, grads)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes step counts and rates
+        rate = learning_rate(config)(state.step)
+        updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    metrics = {
+        "loss": sums["loss"] / targets,
+        "token_accuracy": sums["right"] / targets,
+        "gradient_norm": optax.tree.norm(grads),
+        "learning_rate": rate,
+        "attended_pairs": sums["pairs"],
+    }
+    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
