@@ -18,9 +18,9 @@ from benchmarks.sweep import Bench
 from data import arithmetic, commandline, files, news
 from data.tasks import TASKS
 from selfspan_jax import evaluation, summaries
-from selfspan_jax.config import Attention, Sampling
+from selfspan_jax.config import Attention, Sampling, Weights
 from selfspan_jax.errors import UserError
-from selfspan_jax.lm import SpanLM, Weights
+from selfspan_jax.lm import SpanLM
 
 
 def load(checkpoint: Path, **options: Any) -> SpanLM:

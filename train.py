@@ -170,7 +170,9 @@ def main() -> None:
         identity |= {"training": config.identity, "corpus": dataclasses.asdict(run.corpus)}
         identity = json.loads(json.dumps(identity))
         runs.claim(run.run_dir, identity)
-        packed = {"num_workers": run.workers, "gap_ids": task.step_ids, "parts": data_parts, **config.packing}
+        rows = {"batch_size": config.batch_size, "sequence_tokens": config.sequence_tokens, "num_parts": config.data_parts}
+        gaps = {"gap_ids": task.step_ids, "gap_scales": config.gap_scales, "gap_seed": config.seed}
+        packed = {"num_workers": run.workers, "parts": data_parts, **rows, **gaps}
         batches_from = packing.batches_from(stream, task.vocab, **packed)
         trained = "" if run.adapters is None else f", {training.num_trained(model):,} of them trained"
         distributed.log_once(f"{preset}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {describe(mesh)}")

@@ -25,10 +25,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from benchmarks.shapes import Shape, Weights, step_bytes
+from benchmarks.shapes import Shape, step_bytes
 from benchmarks.timing import device_times, median_and_spread, timed
 from selfspan_jax.attention.sequences import attend_cached, sequence_mask
-from selfspan_jax.config import Attention, DecodeConfig
+from selfspan_jax.config import Attention, DecodeConfig, Weights
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.decoding.cache import SlotList
 from selfspan_jax.model import Decoder

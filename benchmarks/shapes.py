@@ -12,13 +12,12 @@ from flax import nnx
 from jaxtyping import Array
 
 from data import arithmetic
-from selfspan_jax.config import PRESETS, ModelConfig
+from selfspan_jax.config import PRESETS, ModelConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
 NUM_LABELS = 512  # borrowed by a vocabulary that has none
-Weights = Literal["bf16", "int8"]
 ShapeName = Literal["llama2-7b", "llama3-8b", "smollm2-135m", "arithmetic-base"]
 
 
@@ -33,7 +32,7 @@ class Shape:
     def abstract(self, weights: Weights = "bf16") -> Decoder:
         """Build the decoder as `for_decoding` returns it, with shapes in place of arrays."""
         make = functools.partial(Decoder, self.config, vocab=self.vocab, vocab_size=self.vocab_size)
-        return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)).for_decoding(int8=weights == "int8"))
+        return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)).for_decoding(weights=weights))
 
     def random(self, seed: int) -> Decoder:
         """Build the decoder with random weights, drawn on the device in the compute dtype."""

@@ -22,11 +22,11 @@ from tyro.conf import Positional
 from benchmarks import peers as hf
 from benchmarks import report
 from benchmarks.decoding import STREAMED_TOKENS, Case, DoesNotFit, Programs, compile_case, measure_case, measure_stream
-from benchmarks.shapes import Shape, ShapeName, Weights, named_shape
+from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line
 from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
 from data import arithmetic, commandline, files, news
-from selfspan_jax.config import Attention, ModelConfig
+from selfspan_jax.config import Attention, ModelConfig, Weights
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
@@ -227,7 +227,7 @@ def sweep(
             if isinstance(programs, str):
                 raise DoesNotFit(programs)
             if case.weights == "int8" and not quantized:
-                decoder, quantized = decoder.for_decoding(int8=True), True
+                decoder, quantized = decoder.for_decoding(weights="int8"), True
                 params = decoding.FrozenDecoder.of(decoder, mesh).params
             yield case.row | measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
         except DoesNotFit as reason:

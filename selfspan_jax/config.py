@@ -1,4 +1,4 @@
-"""Everything a model and its training depend on, as frozen dataclasses, and the presets."""
+"""Configs of models, training, fine-tuning and decoding as frozen dataclasses, and the presets."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import dataclasses
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from selfspan_jax import spans
+from selfspan_jax.errors import UserError
 
 T = TypeVar("T")
 Attention = Literal["span", "dense", "window"]
 Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
 ComputeDtype = Literal["bfloat16", "float32"]
+Weights = Literal["bf16", "int8"]  # precision of a decoding model: its own compute dtype, or int8 with a scale for each output
 LinearImplementation = Literal["reference", "xla", "triton"]  # of the linear maps
 LoraTarget = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}; allowed: {allowed}")
+        raise UserError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}; allowed: {allowed}")
 
 
 def _require_positive(config: Any, *fields: str) -> None:
@@ -27,7 +29,7 @@ def _require_positive(config: Any, *fields: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the rotary frequencies (The Llama 3 Herd of Models, 2407.21783; as in its reference code).
+    """Llama 3's scaling of the rotary frequencies (The Llama 3 Herd of Models, 2407.21783; as in its reference code).
 
     Wavelengths above `original_context_tokens / low_freq_factor` are stretched by `factor`, those below
     `original_context_tokens / high_freq_factor` stay, and those between are blended.
@@ -43,8 +45,26 @@ class RopeScaling:
         _require(self.high_freq_factor > self.low_freq_factor, self, "high_freq_factor", f"above low_freq_factor={self.low_freq_factor}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionViews:
+    """What tokens attend to in training, and in decoding by their own spans."""
+
+    mask: Literal["span", "dense"] = "span"
+    """Mask of training: what the model's own span tokens name, or everything before (the dense control)."""
+    header_view: spans.HeaderView = "span"
+    """What span tokens of the response see: no more than other tokens, also the prompt, or all."""
+    prompt_view: spans.PromptView = "local"
+    """What prompt tokens see: their label, the sink and a window (local), or everything before (causal)."""
+    prompt_window_tokens: int = 16
+    """Width of the local prompt window, in tokens."""
+
+    def __post_init__(self):
+        _require(self.mask in ("span", "dense"), self, "mask", "span, dense")
+        spans.check_views(self.header_view, self.prompt_view, self.prompt_window_tokens)
+
+
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(AttentionViews):
     """A Llama-like decoder and the attention it is trained with."""
 
     hidden_size: int
@@ -59,12 +79,12 @@ class ModelConfig:
     head_size: int = 64
     """H."""
     max_context_tokens: int = 2048
-    """The longest sequence, prompt and response together, that decoding accepts."""
+    """Longest sequence, prompt and response together, that decoding accepts."""
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
     rms_norm_eps: float = 1e-5
     rope_scaling: RopeScaling | None = None
-    """None, or Llama 3's stretching of the rotary frequencies."""
+    """None, or Llama 3's scaling of the rotary frequencies."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen 2)."""
     output_bias: bool = False
@@ -77,14 +97,6 @@ class ModelConfig:
     """Type of activations and matrix products; parameters are float32."""
     remat: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about 30% more time."""
-    mask: Literal["span", "dense"] = "span"
-    """Mask of training: what the model's own span tokens name, or everything before (the dense control)."""
-    header_view: spans.HeaderView = "span"
-    """What span tokens of the response see: no more than other tokens, also the prompt, or all."""
-    prompt_view: spans.PromptView = "local"
-    """What prompt tokens see: their label, the sink and a window (local), or everything before (causal)."""
-    prompt_window_tokens: int = 16
-    """Width of the local prompt window, in tokens."""
 
     def __post_init__(self):
         _require_positive(self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size")
@@ -92,33 +104,32 @@ class ModelConfig:
         _require(self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads", f"divisors of num_heads={self.num_heads}")
         _require(self.head_size % 2 == 0, self, "head_size", "even numbers (rotary positions turn pairs)")
         _require(self.compute_dtype in ("bfloat16", "float32"), self, "compute_dtype", "bfloat16, float32")
-        _require(self.mask in ("span", "dense"), self, "mask", "span, dense")
-        spans.check_views(self.header_view, self.prompt_view, self.prompt_window_tokens)
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained: AdamW, linear warm-up and cosine decay, gradients clipped by their global norm."""
+    """Settings of training: AdamW, linear warm-up and cosine decay, gradients clipped by their global norm."""
 
     steps: int
     """Optimizer steps of the whole run."""
     seed: int = 0
-    """Of the initial parameters, the data order and the position gaps."""
+    """Seed of the initial parameters, the data order and the position gaps."""
     batch_size: int = 64
-    """Rows of a step, over all accumulation steps."""
+    """Rows of an optimizer step, over all accumulation steps and devices."""
     sequence_tokens: int = 512
-    """T, tokens of a row; several examples share one."""
+    """T, tokens of a row, into which several examples are packed."""
     accumulation_steps: int = 1
-    """Parts a step's batch is computed in, one after the other: less memory, the same gradient."""
+    """Parts of a batch, computed one after the other: less memory, the same gradient."""
     data_parts: int = 1
-    """Parts a step's rows are packed in, each from examples of its own: a multiple of the hosts, which each read theirs."""
+    """Parts of a batch's rows, each packed from examples of its own: a multiple of the hosts, each of which reads its parts."""
     learning_rate: float = 1e-3
-    """Peak, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     warmup_steps: int = 200
     final_learning_rate_fraction: float = 0.02
-    """Of the peak, reached at the last step."""
+    """Learning rate of the last step, as a fraction of the peak."""
     weight_decay: float = 0.05
-    """On matrices; norms and embeddings are not decayed."""
+    """Weight decay of the layers' matrices; norms and embeddings are not decayed."""
     beta1: float = 0.9
     beta2: float = 0.98
     clip_norm: float = 1.0
@@ -147,29 +158,17 @@ class TrainConfig:
         _require(bool(self.gap_scales) and min(self.gap_scales) >= 0, self, "gap_scales", "one or more numbers, 0 and above")
 
     @property
-    def packing(self) -> dict[str, Any]:
-        """How examples become batches: arguments of `data.packing.batches_from`."""
-        rows = {"batch_size": self.batch_size, "sequence_tokens": self.sequence_tokens, "num_parts": self.data_parts}
-        return {**rows, "gap_scales": self.gap_scales, "gap_seed": self.seed}
-
-    @property
     def identity(self) -> dict[str, Any]:
-        """What decides a run's result; a setting that older runs do not name only where it is not what they were."""
+        """The settings that decide a run's result, as in `run.json`; `data_parts`, which older runs lack, only if it is not 1."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "data_parts" or value != 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class TunedAttention:
-    """The attention that an imported model is fine-tuned with, and decodes with from then on: fields of `ModelConfig`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunedAttention(AttentionViews):
+    """The attention that an imported model is fine-tuned with, and decodes with from then on."""
 
-    mask: Literal["span", "dense"] = "span"
-    """Mask of training: what the model's own span tokens name, or everything before (the dense control)."""
-    header_view: spans.HeaderView = "span"
-    """What span tokens of the response see: no more than other tokens, also the prompt, or all."""
     prompt_view: spans.PromptView = "causal"
     """What prompt tokens see: everything before, as in pretraining (causal), or their label, the sink and a window (local)."""
-    prompt_window_tokens: int = 16
-    """Width of the local prompt window, in tokens."""
     remat: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about 30% more time."""
 
@@ -181,9 +180,9 @@ class LoraConfig:
     rank: int = 16
     """Rows of A and columns of B."""
     alpha: float = 32.0
-    """The adapters' scale, times the rank."""
+    """Scale of the adapters, times the rank."""
     targets: tuple[LoraTarget, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    """The maps that get one. Query, key and value are one map with one adapter; so are gate and up."""
+    """Linear maps that get an adapter. Query, key and value are one map with one adapter; so are gate and up."""
 
     def __post_init__(self):
         _require(type(self.rank) is int and self.rank > 0, self, "rank", "whole numbers above 0")
@@ -240,22 +239,25 @@ class Sampling:
 
 
 def from_json(config_type: type[T], values: dict) -> T:
-    """A config from what `dataclasses.asdict` wrote of it. Unknown and missing keys are refused."""
+    """Build a config from the JSON of its `dataclasses.asdict`.
+
+    Raises: UserError for unknown or missing keys, or values that the config does not allow.
+    """
     name = config_type.__name__
     if not isinstance(values, dict):
-        raise ValueError(f"{name}: expected an object, found {type(values).__name__}")
+        raise UserError(f"{name}: expected an object, found {type(values).__name__}")
     fields = {field.name for field in dataclasses.fields(cast(Any, config_type))}
     if unknown := sorted(values.keys() - fields):
-        raise ValueError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
+        raise UserError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
     if missing := sorted(fields - values.keys()):
-        raise ValueError(f"{name}: {', '.join(missing)} missing")
+        raise UserError(f"{name}: {', '.join(missing)} missing")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if isinstance(values.get("rope_scaling"), dict):
         values["rope_scaling"] = from_json(RopeScaling, values["rope_scaling"])
     try:
         return config_type(**values)
     except TypeError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +317,7 @@ _TUNING = TrainConfig(steps=1_500, learning_rate=2e-4, warmup_steps=100, gap_sca
 
 
 def fine_tuning(corpus: str, *, adapters: bool) -> tuple[TunedAttention, TrainConfig]:
-    """Attention and training that fit a corpus; adapters take a higher rate than all parameters, and do not decay."""
+    """Return the attention and training settings for a corpus; adapters take a higher learning rate and no weight decay."""
     training = dataclasses.replace(_TUNING, learning_rate=1e-3, weight_decay=0.0) if adapters else _TUNING
     if corpus == "news":  # articles are longer, and choosing sources reads all of them
         return TunedAttention(header_view="all"), dataclasses.replace(training, sequence_tokens=1024, batch_size=32)

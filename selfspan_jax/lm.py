@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from selfspan_jax.attention.sequences import attend_under, sequence_mask
-from selfspan_jax.config import Attention, DecodeConfig, Implementation
+from selfspan_jax.config import Attention, DecodeConfig, Implementation, Weights
 from selfspan_jax.decoding import engine as decoding
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
@@ -27,9 +27,8 @@ from selfspan_jax.weights import huggingface, lora
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Output", "SpanLM", "Step", "Task", "Weights", "installed_tasks"]
+__all__ = ["Output", "SpanLM", "Step", "Task", "installed_tasks"]
 
-Weights = Literal["bf16", "int8"]
 
 _DEFAULT_NEW_TOKENS = 1024
 
@@ -41,7 +40,7 @@ class SpanLM:
         """Copy a model for decoding; see `load` for the options."""
         if weights not in get_args(Weights):
             raise ValueError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
-        self.model = model.for_decoding(int8=weights == "int8")
+        self.model = model.for_decoding(weights=weights)
         self.frozen = decoding.FrozenDecoder.of(self.model, make_mesh(mesh) if mesh else None)
         self.task = task
 

@@ -1,9 +1,9 @@
 """The decoder: RMSNorm, rotary positions, grouped-query attention and SwiGLU, with Llama's names and numerics (Flax NNX).
 
-One forward serves training, prefill and decoding: the caller hands in the attention and says how linear maps are computed.
-Parameters are one leaf per layer and map, float32 while they are trained; activations and matrix products are
-`config.compute_dtype`; norms, rotations, softmax and logits float32. Maps that read the same input are one map (query, key
-and value; gate and up), because in decoding every launch and every pass over the activations counts.
+One forward pass serves training, prefill and decoding: the caller passes the attention and the implementation of linear maps.
+Parameters are one leaf per layer and map, float32 in training; activations and matrix products are `config.compute_dtype`;
+norms, rotations, softmax and logits float32. Maps of the same input are fused into one (query, key and value; gate and up),
+because in decoding every launch and every pass over the activations counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from selfspan_jax.config import LinearImplementation, ModelConfig, RopeScaling
+from selfspan_jax.config import LinearImplementation, ModelConfig, RopeScaling, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_to_tensor_parallel, reduce_from_tensor_parallel
 from selfspan_jax.spans import SpanVocab
@@ -32,15 +32,15 @@ Attend = Callable[[Array, Angles, Any], tuple[Array, Any]]
 
 
 def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig) -> Angles:
-    """Cosines and sines, float32, of positions times theta^(-2i / H) (RoFormer, 2104.09864, section 3.2)."""
+    """Return cosines and sines, float32, of positions times theta^(-2i / H) (RoFormer, 2104.09864, section 3.2)."""
     frequencies = config.rope_theta ** (-jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size)
     if config.rope_scaling is not None:
-        frequencies = _stretched(frequencies, config.rope_scaling)
+        frequencies = _scaled(frequencies, config.rope_scaling)
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _stretched(frequencies: Float[Array, "H/2"], scaling: RopeScaling) -> Float[Array, "H/2"]:
+def _scaled(frequencies: Float[Array, "H/2"], scaling: RopeScaling) -> Float[Array, "H/2"]:
     turns = scaling.original_context_tokens * frequencies / (2 * math.pi)  # over the context of the first training
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = jnp.clip(kept, 0.0, 1.0)
@@ -48,7 +48,7 @@ def _stretched(frequencies: Float[Array, "H/2"], scaling: RopeScaling) -> Float[
 
 
 class Frozen(nnx.Variable):
-    """A parameter that training leaves as it is: no gradient of it is taken."""
+    """A parameter that is not trained: no gradient of it is taken."""
 
 
 class RMSNorm(nnx.Module):
@@ -66,9 +66,9 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A linear map, `weight[M, D]` (each output's inputs next to each other), with what stands before and after it.
+    """A linear map with `weight[M, D]`, fused with the norm before it and the gate or residual after it.
 
-    Initialised with N(0, 0.02^2); maps that write to the residual stream start smaller, by the number of them (GPT-2).
+    Initialised with N(0, 0.02^2); maps that write to the residual stream are scaled down by the root of their number (GPT-2).
     """
 
     def __init__(self, in_size: int, out_size: int, config: ModelConfig, rngs: nnx.Rngs, *, residual: bool = False, bias: bool = False):
@@ -79,7 +79,7 @@ class Linear(nnx.Module):
         self.tensor_parallel: Literal["column", "row"] | None = None  # divided by outputs, or by inputs, over devices
 
     def __call__(self, x: Float[Array, "B T D"], *, norm: RMSNorm | None = None, **options: Any) -> Float[Array, "B T M"]:
-        """See `pallas_kernels.fused_linear` for the options: residual, gated, out_dtype, implementation."""
+        """Apply the map to norm(x). Options are those of `pallas_kernels.fused_linear`: residual, gated, out_dtype, implementation."""
         weight = self.weight[...] if self.scales is None else QuantizedWeight(self.weight[...], self.scales[...])
         if norm is not None:
             options |= {"norm": norm.scale[...], "norm_eps": norm.eps}
@@ -91,7 +91,7 @@ class Linear(nnx.Module):
         return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
 
     def quantize(self) -> None:
-        """Makes the weight int8, symmetric per output."""
+        """Round the weight to int8, symmetric per output."""
         quantized = quantize_weight(self.weight[...])
         self.weight, self.scales = nnx.Param(quantized.values), nnx.Param(quantized.scales)
 
@@ -132,6 +132,8 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
+    """One layer: attention and feed-forward, each after a norm and added to its input."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, rngs)
@@ -144,14 +146,15 @@ class Layer(nnx.Module):
 
 
 class Embedding(nnx.Embed):
-    """A row for each token [V, D]: what it enters as and, where embeddings are tied, what it is scored with as the next one."""
+    """The embedding [V, D], which is also the output layer of a model with tied embeddings."""
 
     def scores(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None) -> Float[Array, "*batch V"]:
+        """Compute logits, float32."""
         return fused_linear(hidden, self.embedding[...], out_dtype=jnp.float32, implementation=linear)
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer over a vocabulary whose structural ids `vocab` names."""
+    """A decoder-only transformer over a vocabulary with the structural tokens of `vocab`."""
 
     def __init__(self, config: ModelConfig, *, vocab: SpanVocab, vocab_size: int, rngs: nnx.Rngs):
         if vocab_size < vocab.least_vocab_size:
@@ -178,10 +181,12 @@ class Decoder(nnx.Module):
         caches: Sequence[Any] | None = None,
         linear: LinearImplementation | None = "xla",
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """Hidden states after the last norm, and each layer's cache as `attend` left it.
+        """Return the hidden states after the last norm, and each layer's cache as `attend` left it.
 
         Args:
-          linear: how linear maps are computed: "xla", which has gradients, or None for the fastest on few rows.
+          attend: the attention of every layer, see `Attend`.
+          caches: one for each layer, passed to `attend`.
+          linear: implementation of linear maps: "xla", which has gradients, or None for the fastest on few rows.
         """
         angles = rotary_angles(positions, self.config)
         # Rounded after the lookup: its gradient is a scatter with many hits per row, which GPUs add up in float32 only.
@@ -203,14 +208,14 @@ class Decoder(nnx.Module):
         return self.norm(x), tuple(after)
 
     def logits(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None = "xla") -> Float[Array, "*batch V"]:
-        """Scores of the next token, float32."""
+        """Return the logits of the next token, float32."""
         if self.lm_head is None:
             return self.embed_tokens.scores(hidden, linear)
         return self.lm_head(hidden, out_dtype=jnp.float32, implementation=linear)
 
     @property
     def num_parameters(self) -> int:
-        """Of all, the frozen ones included."""
+        """Number of all parameters, frozen ones included."""
         return sum(leaf.size for leaf in jax.tree.leaves((nnx.state(self, nnx.Param), nnx.state(self, Frozen))))
 
     def shard(self, mesh: Mesh) -> Decoder:
@@ -229,15 +234,15 @@ class Decoder(nnx.Module):
                 layer.self_attn.o_proj.tensor_parallel = layer.mlp.down_proj.tensor_parallel = "row"
         return shard
 
-    def for_decoding(self, *, int8: bool = False) -> Decoder:
-        """A copy with parameters in the compute dtype, to which every product rounds them anyway.
+    def for_decoding(self, *, weights: Weights = "bf16") -> Decoder:
+        """Return a copy with parameters in the compute dtype, to which every product rounds them anyway.
 
         Args:
-          int8: make the weights of the layers int8, symmetric per output channel; embedding and output layer stay as they are.
+          weights: "int8" rounds the layers' weights to int8, symmetric per output channel, but not embedding and output layer.
         """
         graph, params = nnx.split(self, nnx.Param)
         copy = nnx.merge(graph, jax.tree.map(lambda x: x.astype(self.config.compute_dtype), params))
-        if int8:
+        if weights == "int8":
             for layer in copy.layers:
                 for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
                     linear.quantize()

@@ -117,7 +117,7 @@ MODELS = {
         dict(num_heads=8, num_kv_heads=2, qkv_bias=True, output_bias=True, qk_norm=True, tie_embeddings=False),
         {},
     ),
-    "int8": (HEADS, {"int8": True}),
+    "int8": (HEADS, {"weights": "int8"}),
 }
 
 
