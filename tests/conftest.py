@@ -14,21 +14,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32 on a GPU too, not TF32
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; whatever asks for none sees the first
 
-# Without a GPU: what tests compile runs for moments, and to make it fast takes longer. Read when the first program is compiled.
+# Without a GPU: a test's programs run for moments, so compile them fast instead of well. XLA reads the flags when it compiles first.
 if not shutil.which("nvidia-smi"):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.__version_info__ < (0, 11):  # later versions do not know it; half of the time that compiling takes
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
-# What one process of the tests has compiled the others read: those that they start, and those that run beside them. The first
-# makes the directory, empty; the others inherit its name. A bound on its size is what makes JAX lock it: else a program may be
-# read while it is written.
+# Every program is compiled once: workers and the processes that tests start share a directory, which the first process makes
+# and removes. A bound on its size would cost more than it saves: JAX then reads the whole directory for each new program.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.TemporaryDirectory(prefix="selfspan-compiled-", ignore_cleanup_errors=True)  # gone with this process
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled.name, "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**31)}
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    compiled = tempfile.TemporaryDirectory(prefix="selfspan-compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "-1", "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])  # JAX was imported before they were set
-for name in ("jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs"):
-    if value := os.environ.get(name.upper()):
-        jax.config.update(name, float(value) if name.endswith("secs") else int(value))
+jax.config.update("jax_compilation_cache_max_size", -1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # The same examples in every run: a test that fails in CI fails here.
 hypothesis.settings.register_profile("selfspan", derandomize=True, deadline=None, database=None)
