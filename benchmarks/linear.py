@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import CACHE_BYTES, header_line, median_and_spread, report_header, run_seconds
-from pallas_kernels.linear.api import expected_bytes, fused_linear
-from pallas_kernels.linear.heuristics import MOST_NORM_ROWS, MULTIPROCESSORS, LinearConfig
+from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
+from pallas_kernels.common import MULTIPROCESSORS
+from pallas_kernels.linear import expected_bytes
+from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, LinearConfig
 from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.linear.triton import triton_linear
-from pallas_kernels.linear.weight import quantize_weight
-from pallas_kernels.rotary.api import rotate_and_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +336,7 @@ def tune_variants(matrix: Matrix, batches: tuple[int, ...], kinds: list[str]) ->
 
 
 def configured_linear(config: LinearConfig, x, weight, *, norm, residual, gated, out_dtype):
-    if norm is not None and x.shape[0] > MOST_NORM_ROWS:
+    if norm is not None and x.shape[0] > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, 1e-5), None
     return triton_linear(x, weight, norm, residual, norm_eps=1e-5, gated=gated, out_dtype=out_dtype, config=config)
 

@@ -1,14 +1,60 @@
-"""Which devices a kernel can run on."""
+"""Shared by all kernels: the choice of an implementation, the device's limits, constants, matrix products."""
+
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
+
+FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+MULTIPROCESSORS = 132  # of an H100 or H200; another number costs a little balance, nothing else
+LOG2_E = 1.4426950408889634
 
 
-def device_reason(least_capability: int) -> str | None:
+def choose_implementation(
+    implementation: str | None,
+    known: Sequence[str],
+    unsupported_reason: Callable[[str], str | None],
+    *,
+    preferred: Sequence[str],
+) -> str:
+    """Choose how to compute: `implementation` where it is named, else the first of `preferred` that can do it.
+
+    Args:
+      implementation: one of `known`, or None.
+      known: the implementations of the op.
+      unsupported_reason: says why one of them cannot compute this; None when it can.
+      preferred: the best first; the last one can compute anything.
+
+    Raises:
+      ValueError: `implementation` is not known.
+      NotImplementedError: the implementation that was named cannot compute this.
+    """
+    if implementation is None:
+        return next((name for name in preferred[:-1] if unsupported_reason(name) is None), preferred[-1])
+    check_known(implementation, known)
+    if reason := unsupported_reason(implementation):
+        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+    return implementation
+
+
+def check_known(implementation: str, known: Sequence[str]) -> None:
+    """Raise ValueError for an implementation that the op does not have."""
+    if implementation not in known:
+        raise ValueError(f"unknown implementation {implementation!r}, choose from {', '.join(known)}")
+
+
+def device_reason(min_capability: int) -> str | None:
     """Why the default device cannot run a kernel that needs a compute capability (80: Ampere, 90: Hopper); None when it can."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "").replace(".", "")  # "90"; "gfx942" on AMD devices
     if device.platform != "gpu" or not capability.isdigit():
         return f"needs a CUDA device, the default device is a {device.device_kind} (interpret=True runs anywhere)"
-    if int(capability) < least_capability:
-        return f"needs compute capability {least_capability / 10}, {device.device_kind} has {int(capability) / 10}"
+    if int(capability) < min_capability:
+        return f"needs compute capability {min_capability / 10}, {device.device_kind} has {int(capability) / 10}"
     return None
+
+
+def dot(a: jax.Array, b: jax.Array, contracting: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    """Multiply two matrices inside a kernel: float32 sums, and IEEE products (not TF32) of float32 numbers."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)

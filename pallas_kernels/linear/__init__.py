@@ -1,7 +1,7 @@
-"""Matrix products of few rows, with what stands before and after them in a Llama layer."""
+"""Skinny GEMMs: few rows times a large matrix, fused with what stands before and after them in a Llama layer."""
 
 from pallas_kernels.linear.api import expected_bytes, fused_linear, unsupported_reason
-from pallas_kernels.linear.weight import QuantizedWeight, quantize_weight
+from pallas_kernels.linear.quantized import QuantizedWeight, quantize_weight
 
 __all__ = [
     "QuantizedWeight",

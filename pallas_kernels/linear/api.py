@@ -1,4 +1,4 @@
-"""The public function: check the arguments, choose an implementation, call it."""
+"""The public function: validate, choose an implementation, launch."""
 
 import functools
 import math
@@ -6,14 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import device_reason
+from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason
 from pallas_kernels.linear import triton
-from pallas_kernels.linear.heuristics import MOST_NORM_ROWS, is_fastest, linear_config
+from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, is_fastest, linear_config
+from pallas_kernels.linear.quantized import QuantizedWeight, Weight, weight_values
 from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear
-from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
 
 IMPLEMENTATIONS = ("reference", "xla", "triton")
-FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def fused_linear(
@@ -28,7 +27,7 @@ def fused_linear(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`residual + silu(gate) * up` or `residual + product`, of RMS-normalised rows with a matrix stored output by output.
+    """Multiply rows, RMS-normalised or not, with a matrix `[M, D]`; then SwiGLU and a residual, where they are asked for.
 
     Args:
       x: `[..., D]` rows, bfloat16, float16 or float32; B is how many there are.
@@ -37,7 +36,7 @@ def fused_linear(
       norm: `[D]`, the scale of an RMSNorm of `x` before the product (1910.07467, equation 4), in any float dtype.
       norm_eps: added to the mean square, a static number.
       residual: `[..., M]` (`[..., F]` if gated), added last, in any float dtype.
-      gated: SwiGLU (2002.05202, equation 6): `weight` is `[2 F, D]`, its first F outputs are the gate and the last F go up.
+      gated: SwiGLU (2002.05202, equation 6): `weight` is `[2 F, D]`, the first F outputs being the gate and the last F up.
       out_dtype: of the result, that of `x` unless given; float32 for logits.
       implementation: None for the fastest that was measured and can do it, or one of `IMPLEMENTATIONS`.
       interpret: run a Pallas implementation in its interpreter (tests on machines without a GPU).
@@ -49,7 +48,13 @@ def fused_linear(
       ValueError: the arguments do not fit together.
       NotImplementedError: the named implementation cannot do this, or a gradient of a Pallas implementation was asked for.
     """
-    _validate(x, weight, norm, residual, gated, out_dtype, implementation)
+    _validate(x, weight, norm, residual, gated, out_dtype)
+    chosen = choose_implementation(
+        implementation,
+        IMPLEMENTATIONS,
+        lambda name: unsupported_reason(name, x, weight, norm=norm, gated=gated, interpret=interpret),
+        preferred=("triton", "xla") if _is_fastest(x, weight) else ("xla",),
+    )
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
     num_inputs, num_outputs = x.shape[-1], _num_results(weight, gated)
     out_shape = (*x.shape[:-1], num_outputs)
@@ -57,13 +62,9 @@ def fused_linear(
         return jnp.zeros(out_shape, out_dtype)
     rows = x.reshape(-1, num_inputs)
     residual = None if residual is None else residual.reshape(-1, num_outputs)
-    if implementation is None:
-        implementation = _best_implementation(rows, weight, norm, gated)
-    elif reason := unsupported_reason(implementation, x, weight, norm=norm, gated=gated, interpret=interpret):
-        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-    if implementation == "triton":
+    if chosen == "triton":
         return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, residual).reshape(out_shape)
-    compute = reference_linear if implementation == "reference" else xla_linear
+    compute = reference_linear if chosen == "reference" else xla_linear
     return compute(rows, weight, norm, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
 
 
@@ -71,13 +72,12 @@ def unsupported_reason(
     implementation: str, x: jax.Array, weight: Weight, *, norm: jax.Array | None = None, gated: bool = False, interpret: bool = False
 ) -> str | None:
     """Why `implementation` cannot compute this on the default device; None when it can."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
+    check_known(implementation, IMPLEMENTATIONS)
     if implementation in ("reference", "xla"):
         return None
     if not interpret and (reason := device_reason(80)):
         return reason
-    return triton.unsupported_reason(x.reshape(-1, x.shape[-1]), weight, norm, gated)
+    return triton.unsupported_reason(_num_rows(x), x.dtype, weight, norm, gated)
 
 
 def expected_bytes(
@@ -89,10 +89,14 @@ def expected_bytes(
     gated: bool = False,
     out_dtype: jnp.dtype | None = None,
 ) -> int:
-    """Bytes that must move: weights, scales, rows, norm and residual in once, the result out once."""
-    num_results = math.prod(x.shape[:-1]) * _num_results(weight, gated)
+    """Count the bytes that must move: weights, scales, rows, norm and residual in once, the result out once."""
+    num_results = _num_rows(x) * _num_results(weight, gated)
     read = [x, *jax.tree.leaves((weight, norm, residual))]
     return sum(a.size * a.dtype.itemsize for a in read) + num_results * jnp.dtype(out_dtype or x.dtype).itemsize
+
+
+def _num_rows(x: jax.Array) -> int:
+    return math.prod(x.shape[:-1])
 
 
 def _num_results(weight: Weight, gated: bool) -> int:
@@ -101,7 +105,7 @@ def _num_results(weight: Weight, gated: bool) -> int:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, residual):
-    if norm is not None and x.shape[0] > MOST_NORM_ROWS:
+    if norm is not None and x.shape[0] > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, norm_eps), None
     num_inputs, item_bytes = x.shape[1], weight_values(weight).dtype.itemsize
     config = linear_config(x.shape[0], _num_results(weight, gated), num_inputs, item_bytes, gated)
@@ -117,16 +121,12 @@ def _no_gradient(*_):
 _triton = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3))  # so that a model's layers trace it once
 
 
-def _best_implementation(x: jax.Array, weight: Weight, norm: jax.Array | None, gated: bool) -> str:
-    if unsupported_reason("triton", x, weight, norm=norm, gated=gated):
-        return "xla"
+def _is_fastest(x: jax.Array, weight: Weight) -> bool:
     num_outputs, num_inputs = weight.shape
-    return "triton" if is_fastest(x.shape[0], num_outputs, num_inputs, weight_values(weight).dtype.itemsize) else "xla"
+    return is_fastest(_num_rows(x), num_outputs, num_inputs, weight_values(weight).dtype.itemsize)
 
 
-def _validate(x, weight, norm, residual, gated, out_dtype, implementation) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS} or None")
+def _validate(x, weight, norm, residual, gated, out_dtype) -> None:
     if x.ndim == 0 or x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be [..., D] in bfloat16, float16 or float32, got {x.dtype}{list(x.shape)}")
     if out_dtype is not None and jnp.dtype(out_dtype) not in FLOAT_DTYPES:

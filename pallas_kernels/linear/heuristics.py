@@ -1,4 +1,4 @@
-"""Which settings the kernel runs with, and when it is the fastest.
+"""Choose the kernel's settings, and tell when it is faster than XLA.
 
 Measured on one H200 (JAX 0.11.2), bf16 unless said; docs/linear.md has the tables, `python -m benchmarks.linear --tune`
 times the settings of single matrices.
@@ -6,17 +6,19 @@ times the settings of single matrices.
 
 from typing import NamedTuple
 
-MULTIPROCESSORS = 132  # of an H100 or H200; another number costs a little balance, nothing else
+from jax.experimental import pallas as pl
+
+from pallas_kernels.common import MULTIPROCESSORS
 
 # A layer of Llama-2-7B with the norms in the kernel or in one of their own: 114 against 116 us at one row, 128 against 121 at
 # eight: each program normalises all rows anew. Two rows stand between these measurements.
-MOST_NORM_ROWS = 2
+MAX_NORM_ROWS = 2
 
 # Where the kernel was measured to be faster than XLA: a layer of Llama-2-7B takes 113 against 127 us at one row, 119 against
 # 128 at eight, 126 against 142 at 32. With int8 weights 73 and 85 us at one and eight rows; more rows wait for the conversion.
-MOST_ROWS = 32
-MOST_INT8_ROWS = 8
-LEAST_WEIGHTS = 2**24  # smaller matrices were not measured
+MAX_ROWS = 32
+MAX_INT8_ROWS = 8
+MIN_WEIGHTS = 2**24  # smaller matrices were not measured
 
 
 class LinearConfig(NamedTuple):
@@ -32,8 +34,8 @@ class LinearConfig(NamedTuple):
 
 def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int) -> bool:
     """Whether the kernel was measured to be faster than XLA on problems like this one."""
-    most_rows = {1: MOST_INT8_ROWS, 2: MOST_ROWS}.get(item_bytes, 0)
-    return batch <= most_rows and num_outputs * num_inputs >= LEAST_WEIGHTS
+    max_rows = {1: MAX_INT8_ROWS, 2: MAX_ROWS}.get(item_bytes, 0)
+    return batch <= max_rows and num_outputs * num_inputs >= MIN_WEIGHTS
 
 
 def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> LinearConfig:
@@ -49,8 +51,8 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
     Few outputs (4096) are divided into two segments from 8 rows on, to have a program for every multiprocessor.
     Int8 values are widened by every warp for itself, so warps must not share matrix rows: 16 rows for each.
     """
-    rows, parts = next_power_of_2(batch), 2 if gated else 1
-    few_outputs = parts * num_results < 8192
+    rows, halves = pl.next_power_of_2(batch), 2 if gated else 1
+    few_outputs = halves * num_results < 8192
     if rows == 1:
         matrix_rows, segments, inputs = 128, 8, 128 // min(item_bytes, 2)
     elif rows < 8:
@@ -65,24 +67,20 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
         segments //= 2
     inputs = largest_power_of_2_in(num_inputs // segments, inputs)
 
-    least_tiles = 192 if rows < 8 else 100
-    while matrix_rows > 16 and num_results * segments * parts < least_tiles * matrix_rows:
+    min_tiles = 192 if rows < 8 else 100
+    while matrix_rows > 16 and num_results * segments * halves < min_tiles * matrix_rows:
         matrix_rows //= 2
-    tile = max(1, matrix_rows // segments // parts)
+    tile = max(1, matrix_rows // segments // halves)
     each = 2 if num_results > tile * MULTIPROCESSORS else 1
     read_bytes = (matrix_rows * item_bytes + max(8, rows * segments) * max(2, item_bytes)) * inputs
     if rows < 8 or item_bytes == 1:
-        budget_bytes, most_stages = 72_000 if rows < 8 else 60_000, 6
+        budget_bytes, max_stages = 72_000 if rows < 8 else 60_000, 6
     else:
-        budget_bytes, most_stages = (100_000, 4) if each == 2 else (170_000, 7)
-    num_stages = max(2, min(most_stages, budget_bytes // read_bytes))
+        budget_bytes, max_stages = (100_000, 4) if each == 2 else (170_000, 7)
+    num_stages = max(2, min(max_stages, budget_bytes // read_bytes))
     return LinearConfig(tile, segments, inputs, min(4, matrix_rows // 16), num_stages, each * MULTIPROCESSORS)
 
 
-def next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def largest_power_of_2_in(number: int, most: int) -> int:
-    """The largest power of two that divides `number`, up to `most`."""
-    return min(number & -number, most)
+def largest_power_of_2_in(number: int, limit: int) -> int:
+    """The largest power of two that divides `number`, up to `limit`."""
+    return min(number & -number, limit)

@@ -1,16 +1,16 @@
-"""The formula in plain JAX: in float32, and as a model in the dtype of `x` writes it."""
+"""The formula in plain JAX: in float32, and rounded where a model in the dtype of `x` rounds."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gradients import swiglu
-from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
+from pallas_kernels.linear.quantized import QuantizedWeight, Weight, weight_values
+from pallas_kernels.swiglu import silu_and_mul
 
 
 def reference_linear(
     x: jax.Array, weight: Weight, norm: jax.Array | None, residual: jax.Array | None, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
-    """Everything in float32, rounded once at the end; shapes as in `fused_linear`, `x` `[B, D]`."""
+    """Compute everything in float32 and round once at the end; shapes as in `fused_linear`, `x` `[B, D]`."""
     out_dtype = jnp.dtype(out_dtype)
     wide = x.astype(jnp.float32)
     if norm is not None:
@@ -29,7 +29,7 @@ def reference_linear(
 
 
 def rms_norm(x: jax.Array, norm: jax.Array, norm_eps: float) -> jax.Array:
-    """`[B, D]` normalised in float32 and rounded before the scale `[D]`, as Llama does."""
+    """Normalise `[B, D]` in float32 and round before the scale `[D]`, as Llama does."""
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
     return wide.astype(x.dtype) * norm.astype(x.dtype)[None, :]
@@ -38,7 +38,7 @@ def rms_norm(x: jax.Array, norm: jax.Array, norm_eps: float) -> jax.Array:
 def xla_linear(
     x: jax.Array, weight: Weight, norm: jax.Array | None, residual: jax.Array | None, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
-    """As a Llama in the dtype of `x` computes it, differentiable: the path of training and prefill.
+    """Compute what a Llama in the dtype of `x` computes, with gradients: the path of training and prefill.
 
     RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
     rounded; the gate and the residual in `out_dtype`. Float32 products are float32 products, not TF32.
@@ -55,7 +55,7 @@ def xla_linear(
     if isinstance(weight, QuantizedWeight):
         out = (out * weight.scales[None, :]).astype(out_dtype)
     if gated:
-        out = swiglu(out)
+        out = silu_and_mul(out)
     if residual is not None:
         out += residual.astype(out_dtype)
     return out

@@ -1,4 +1,4 @@
-"""Products of few rows with a large matrix, as a Pallas kernel with the Triton lowering (Ampere and newer).
+"""Skinny GEMMs, few rows times a large matrix, as a Pallas kernel with the Triton lowering (Ampere and newer).
 
 For row `b` and output `m`, with the normalised row `n[b] = x[b] rsqrt(mean(x[b]^2) + eps) * norm` (or `x[b]` without norm):
 
@@ -30,28 +30,29 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.common import dot
 from pallas_kernels.linear.heuristics import LinearConfig
-from pallas_kernels.linear.weight import QuantizedWeight, Weight, weight_values
+from pallas_kernels.linear.quantized import QuantizedWeight, Weight, weight_values
 
-LEAST_ROWS = 8  # of the short side of the matrix unit's product
-MOST_ROWS = 64  # beyond, this is a job for a kernel bound by arithmetic
-LEAST_OUTPUTS = 16  # of the long side
-LEAST_INPUTS = 16  # of a step of the matrix unit
+MIN_ROWS = 8  # of the short side of the matrix unit's product
+MAX_ROWS = 64  # beyond, a kernel bound by arithmetic is the better one
+MIN_OUTPUTS = 16  # of the long side
+MIN_INPUTS = 16  # of a step of the matrix unit
 
 
-def unsupported_reason(x: jax.Array, weight: Weight, norm: jax.Array | None, gated: bool) -> str | None:
-    """Why this kernel cannot run on such arrays, `x` `[B, D]`; None when it can."""
+def unsupported_reason(num_rows: int, dtype: jnp.dtype, weight: Weight, norm: jax.Array | None, gated: bool) -> str | None:
+    """Why this kernel cannot run on so many rows of such a dtype; None when it can."""
     values = weight_values(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
-    if x.shape[0] > MOST_ROWS:
-        return f"at most {MOST_ROWS} rows, got {x.shape[0]}"
-    if x.shape[1] % LEAST_INPUTS:
-        return f"the number of inputs must be a multiple of {LEAST_INPUTS}, got {x.shape[1]}"
-    if num_results < LEAST_OUTPUTS:
-        return f"at least {LEAST_OUTPUTS} outputs, got {num_results}"
-    if values.dtype not in (x.dtype, jnp.int8):
-        return f"{values.dtype} weights for {x.dtype} rows would be read at twice the bytes: cast them once"
-    if norm is not None and x.dtype == jnp.float16:
+    if num_rows > MAX_ROWS:
+        return f"at most {MAX_ROWS} rows, got {num_rows}"
+    if values.shape[1] % MIN_INPUTS:
+        return f"the number of inputs must be a multiple of {MIN_INPUTS}, got {values.shape[1]}"
+    if num_results < MIN_OUTPUTS:
+        return f"at least {MIN_OUTPUTS} outputs, got {num_results}"
+    if values.dtype not in (dtype, jnp.int8):
+        return f"{values.dtype} weights for {dtype} rows would be read at twice the bytes: cast them once"
+    if norm is not None and dtype == jnp.float16:
         return "float16 rows times the norm's scale may overflow before they are normalised"
     if values.dtype == jnp.int8 and 2**31 <= values.size <= 2**32:
         # Pallas counts elements of arrays up to 4 GiB in 32 bits, which only int8 arrays overflow.
@@ -95,14 +96,14 @@ def triton_linear(
 
 
 def num_programs(num_results: int, config: LinearConfig) -> int:
-    """As many programs as there may be at most, or the fewest that take no longer."""
+    """How many programs to launch: the fewest that take no longer than `config.programs`."""
     tiles = pl.cdiv(num_results, config.tile_outputs)
     return pl.cdiv(tiles, pl.cdiv(tiles, config.programs))
 
 
 def padded_rows(batch: int, segments: int) -> int:
-    """How many rows a program computes: with their segments, as many as the matrix unit's short side has at least."""
-    return max(pl.next_power_of_2(batch), LEAST_ROWS // segments, 1)
+    """How many rows a program computes: with their segments, at least the matrix unit's short side."""
+    return max(pl.next_power_of_2(batch), MIN_ROWS // segments, 1)
 
 
 def _kernel(
@@ -120,12 +121,12 @@ def _kernel(
     batch, num_segments, segment_inputs = x_ref.shape
     num_results = out_ref.shape[1]
     program, num_programs, num_tiles = pl.program_id(0), pl.num_programs(0), pl.cdiv(num_results, tile)
-    steps, parts = num_segments // segments, 2 if gated else 1  # of a tile: its reads; its gate and its up outputs
+    steps, halves = num_segments // segments, 2 if gated else 1  # of a tile: its reads; its gate and its up outputs
 
-    # The rows of the two operands: (part, output, segment) and (row of x, segment). Beyond the batch the last row is read
+    # The rows of the two operands: (half, output, segment) and (row of x, segment). Beyond the batch the last row is read
     # again, computed and stored like itself, which saves masks.
     padded = padded_rows(batch, segments)
-    output, segment = _divide(jnp.arange(parts * tile * segments, dtype=jnp.int32), segments)
+    output, segment = _divide(jnp.arange(halves * tile * segments, dtype=jnp.int32), segments)
     output = _matrix_row(output, tile, num_results)
     row, row_segment = _divide(jnp.arange(padded * segments, dtype=jnp.int32), segments)
     row = jnp.minimum(row, batch - 1)
@@ -138,7 +139,7 @@ def _kernel(
         if "norm" in ref_of:
             squares += jnp.square(x.astype(jnp.float32))
             x *= ref_of["norm"][k * segments + row_segment, :]
-        sums += _dot(weight_ref[start + output, k * segments + segment, :].astype(x.dtype), x)
+        sums += dot(weight_ref[start + output, k * segments + segment, :].astype(x.dtype), x, ((1,), (1,)))
 
         @pl.when(k == steps - 1)
         def _():
@@ -149,16 +150,16 @@ def _kernel(
     def finish(start, squares, sums):
         if segments > 1:  # only the sums of two same segments belong to the product
             sums = jnp.where(segment[:, None] == row_segment[None, :], sums, 0.0)
-            sums = jnp.sum(sums.reshape(parts * tile, segments, padded * segments), axis=1)
-            sums = jnp.sum(sums.reshape(parts * tile, padded, segments), axis=2)
+            sums = jnp.sum(sums.reshape(halves * tile, segments, padded * segments), axis=1)
+            sums = jnp.sum(sums.reshape(halves * tile, padded, segments), axis=2)
         if "scales" in ref_of:
-            sums *= ref_of["scales"][start + _matrix_row(jnp.arange(parts * tile, dtype=jnp.int32), tile, num_results)][:, None]
+            sums *= ref_of["scales"][start + _matrix_row(jnp.arange(halves * tile, dtype=jnp.int32), tile, num_results)][:, None]
         if "norm" in ref_of:
             mean_squares = jnp.sum(jnp.sum(squares, axis=1).reshape(padded, segments), axis=1) / (num_segments * segment_inputs)
             sums *= jax.lax.rsqrt(mean_squares + norm_eps)[None, :]
         if gated:
-            sums = sums.reshape(parts, tile, padded)
-            is_gate = jnp.arange(parts, dtype=jnp.int32)[:, None, None] == 0
+            sums = sums.reshape(halves, tile, padded)
+            is_gate = jnp.arange(halves, dtype=jnp.int32)[:, None, None] == 0
             gate, up = (jnp.sum(jnp.where(mine, sums, 0.0), axis=0) for mine in (is_gate, ~is_gate))
             sums = gate / (1.0 + jnp.exp(-gate)) * up
         own = (jnp.minimum(jnp.arange(padded, dtype=jnp.int32), batch - 1), pl.ds(start, tile))
@@ -168,23 +169,17 @@ def _kernel(
         out_ref[own] = out.astype(out_ref.dtype)
 
     squares = jnp.zeros((padded * segments, segment_inputs) if "norm" in ref_of else (1, 1), jnp.float32)
-    sums = jnp.zeros((parts * tile * segments, padded * segments), jnp.float32)
+    sums = jnp.zeros((halves * tile * segments, padded * segments), jnp.float32)
     own_tiles = pl.cdiv(num_tiles - program, num_programs)
     jax.lax.fori_loop(0, own_tiles * steps, step, (squares, sums))
 
 
 def _matrix_row(output, tile: int, num_results: int):
-    """Where the outputs of the first tile stand in the matrix: those of the gate, then those that go up."""
-    part, output = _divide(output, tile)
-    return part * num_results + output
+    """Rows of the matrix with the outputs of the first tile: those of the gate, then those of up."""
+    half, output = _divide(output, tile)
+    return half * num_results + output
 
 
 def _divide(index, by: int):
     """Quotient and remainder, of an index that is not negative."""
     return jax.lax.div(index, jnp.full_like(index, by)), jax.lax.rem(index, jnp.full_like(index, by))
-
-
-def _dot(a, b):
-    """`[M, D]` times `[N, D]` is `[M, N]`, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

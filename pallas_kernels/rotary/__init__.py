@@ -1,3 +1,5 @@
-from pallas_kernels.rotary.api import rotate_and_write
+"""Rotary positions of queries and keys: for whole sequences, with gradients, and for one decode step, with its pool writes."""
 
-__all__ = ["rotate_and_write"]
+from pallas_kernels.rotary.api import rotate_and_write, rotate_heads, unsupported_reason
+
+__all__ = ["rotate_and_write", "rotate_heads", "unsupported_reason"]

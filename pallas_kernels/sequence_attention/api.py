@@ -1,4 +1,4 @@
-"""The public function: check the arguments, choose an implementation, pad, call it."""
+"""The public function: validate, choose an implementation, pad, launch, unpad; the gradient is by hand."""
 
 import functools
 import math
@@ -6,14 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import device_reason
+from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason
 from pallas_kernels.sequence_attention import triton
 from pallas_kernels.sequence_attention.heuristics import triton_config
 from pallas_kernels.sequence_attention.mask import TileMask
 from pallas_kernels.sequence_attention.reference import reference_attention
 
 IMPLEMENTATIONS = ("reference", "triton")
-FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def masked_attention(
@@ -26,7 +25,7 @@ def masked_attention(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(scale q k^T) v over the pairs that the mask allows, with gradients.
+    """Compute softmax(scale q k^T) v over the pairs that the mask allows, with gradients.
 
     Args:
       q: `[B, T, N, H]` queries, bfloat16, float16 or float32. Query head `n` reads kv head `n // (N // K)`.
@@ -45,35 +44,31 @@ def masked_attention(
       NotImplementedError: the named implementation cannot do this.
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    _validate(q, k, v, mask, scale, implementation)
+    _validate(q, k, v, mask, scale)
+    chosen = choose_implementation(
+        implementation,
+        IMPLEMENTATIONS,
+        lambda name: unsupported_reason(name, q.shape[3], interpret=interpret),
+        preferred=("triton", "reference"),
+    )
     if q.size == 0 or k.size == 0:
         return jnp.zeros(q.shape, q.dtype)
-    if implementation is None:
-        implementation = "reference" if unsupported_reason("triton", q.shape[3]) else "triton"
-    elif reason := unsupported_reason(implementation, q.shape[3], interpret=interpret):
-        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-    if implementation == "reference":
+    if chosen == "reference":
         return reference_attention(q, k, v, mask, scale=scale)
     missing_queries, missing_keys = -q.shape[1] % mask.block_q, -k.shape[1] % mask.block_k
-    q = _lengthened(q, missing_queries)
-    k, v = _lengthened(k, missing_keys), _lengthened(v, missing_keys)
+    q = _pad(q, missing_queries)
+    k, v = _pad(k, missing_keys), _pad(v, missing_keys)
     return _attend(scale, interpret, q, k, v, mask)[:, : mask.num_queries]
 
 
 def unsupported_reason(implementation: str, head_size: int, *, interpret: bool = False) -> str | None:
     """Why `implementation` cannot compute heads of this size on the default device; None when it can."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
+    check_known(implementation, IMPLEMENTATIONS)
     if implementation == "reference":
         return None
     if not interpret and (reason := device_reason(80)):
         return reason
     return triton.unsupported_reason(head_size)
-
-
-def attention_flops(num_pairs: int, num_heads: int, head_size: int) -> int:
-    """Floating-point operations of the forward pass over so many (query, key) pairs: two products; the backward has twice as many."""
-    return 4 * num_pairs * num_heads * head_size
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -98,13 +93,11 @@ _differentiable.defvjp(_forward, _backward)
 _attend = jax.jit(_differentiable, static_argnums=(0, 1))  # so that a model's layers trace it once
 
 
-def _lengthened(x: jax.Array, missing: int) -> jax.Array:
+def _pad(x: jax.Array, missing: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 
 
-def _validate(q, k, v, mask: TileMask, scale: float, implementation) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS} or None")
+def _validate(q, k, v, mask: TileMask, scale: float) -> None:
     for name, array, letters in (("q", q, "[B, T, N, H]"), ("k", k, "[B, S, K, H]"), ("v", v, "[B, S, K, H]")):
         if array.ndim != 4:
             raise ValueError(f"{name} must be {letters}, got shape {list(array.shape)}")

@@ -1,4 +1,4 @@
-"""Which settings the kernels run with, and why."""
+"""Choose the kernels' settings."""
 
 from typing import NamedTuple
 

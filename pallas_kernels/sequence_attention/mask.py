@@ -1,4 +1,4 @@
-"""A boolean mask as the kernels read it: packed to bits, with the lists of its tiles that hold anything."""
+"""Pack a boolean mask to bits, with the lists of its tiles that are not empty: the mask as the kernels read it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.sequence_attention.heuristics import TILE
 
 WORD_BITS = 32
-MOST_ELEMENTS = 2**26  # of the boolean mask that is in memory at a time
+MAX_ELEMENTS = 2**26  # of the boolean mask in memory at a time
 
 
 def _static():
@@ -21,7 +21,7 @@ def _static():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TileMask:
-    """Which of S keys each of T queries may attend to, in 1/8 byte a pair, and which tiles of it can be left out.
+    """A mask of T queries and S keys, one bit a pair, with the tiles that kernels need not visit.
 
     Tiles are `block_q` queries by `block_k` keys; T' and S' are T and S rounded up to whole tiles, with nothing allowed in
     what was added. A mask is shared by all heads and layers; it is made once.
@@ -51,8 +51,8 @@ class TileMask:
 
     @classmethod
     def of(cls, mask: jax.Array, tile: tuple[int, int] = TILE) -> TileMask:
-        """From bool `[B, T, S]`, True where attention is allowed; `tile` is (block_q, block_k), multiples of 32."""
-        return cls.of_rows(lambda first, count: mask[:, first : first + count], *mask.shape, tile=tile, most_elements=mask.size)
+        """Pack a bool `[B, T, S]`, True where attention is allowed; `tile` is (block_q, block_k), multiples of 32."""
+        return cls.of_rows(lambda first, count: mask[:, first : first + count], *mask.shape, tile=tile, max_elements=mask.size)
 
     @classmethod
     def of_rows(
@@ -63,27 +63,27 @@ class TileMask:
         num_keys: int,
         *,
         tile: tuple[int, int] = TILE,
-        most_elements: int = MOST_ELEMENTS,
+        max_elements: int = MAX_ELEMENTS,
     ) -> TileMask:
-        """From a function that makes some rows of the mask, so that the whole is never in memory.
+        """Pack a mask that a function makes some rows at a time, so that the whole is never in memory.
 
         Args:
           rows: first query and number of queries Q (static) -> bool `[B, Q, S]`.
-          most_elements: of `rows` at a time, as far as 128 queries are not more.
+          max_elements: of `rows` at a time; 128 queries are always allowed.
         """
         block_q, block_k = tile
-        chunk = max(1, min(num_queries, max(most_elements // max(batch * num_keys, 1) // 128, 1) * 128))
+        chunk = max(1, min(num_queries, max(max_elements // max(batch * num_keys, 1) // 128, 1) * 128))
         num_chunks, rest = divmod(num_queries, chunk)
-        parts = []
+        chunks = []
         if num_chunks == 1:
-            parts.append(_packed(rows(0, chunk)))
+            chunks.append(_packed(rows(0, chunk)))
         elif num_chunks:
             firsts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
             words = jax.lax.map(lambda first: _packed(rows(first, chunk)), firsts)  # [chunks, B, W, Q]
-            parts.append(jnp.moveaxis(words, 0, 2).reshape(*words.shape[1:3], -1))
-        if rest or not parts:
-            parts.append(_packed(rows(num_chunks * chunk, rest)))
-        bits = jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+            chunks.append(jnp.moveaxis(words, 0, 2).reshape(*words.shape[1:3], -1))
+        if rest or not chunks:
+            chunks.append(_packed(rows(num_chunks * chunk, rest)))
+        bits = jnp.concatenate(chunks, axis=2) if len(chunks) > 1 else chunks[0]
         padding = ((0, 0), (0, -bits.shape[1] % (block_k // WORD_BITS)), (0, -num_queries % block_q))
         bits = jnp.pad(bits, padding)
 
@@ -94,7 +94,7 @@ class TileMask:
         return cls(bits, *_listed(some.swapaxes(1, 2), every.swapaxes(1, 2)), *_listed(some, every), num_queries, num_keys)
 
     def unpacked(self) -> jax.Array:
-        """bool `[B, T, S]`."""
+        """Return the bool `[B, T, S]`."""
         shifts = jnp.arange(WORD_BITS, dtype=jnp.int32)[None, None, :, None]
         pairs = (self.bits[:, :, None, :] >> shifts) & 1  # [B, W, 32, T']
         return pairs.reshape(pairs.shape[0], -1, pairs.shape[3])[:, : self.num_keys, : self.num_queries].swapaxes(1, 2) == 1

@@ -1,4 +1,4 @@
-"""The formula in plain JAX, float32, over the whole mask: slow, differentiable, nothing shared with the kernels."""
+"""The formula in plain JAX, float32, over the whole mask: slow, differentiable, independent of the kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from pallas_kernels.sequence_attention.mask import TileMask
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float) -> jax.Array:
-    """Shapes as in `masked_attention`."""
+    """Compute all pairs and mask them; shapes as in `masked_attention`."""
     batch, num_queries, _, head_size = q.shape
     num_kv_heads = k.shape[2]
     allowed = mask.unpacked()[:, None, None]  # [B, 1, 1, T, S]

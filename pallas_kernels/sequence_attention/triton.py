@@ -12,7 +12,7 @@ and, from the gradient g of `out` (FlashAttention-2, 2307.08691, sections 3.1 an
 
 Why it exists: other fused kernels take a mask as a bias, 2 bytes a pair of one head (B T S of them, and as many again to
 make it from booleans), read again for every head, and compute every pair. Here a pair is one bit, and tiles of pairs
-that are all forbidden are neither read nor computed: the table of those left is part of the mask.
+that are all forbidden are neither read nor computed: the list of those left is part of the mask.
 
 How: a program owns a tile of queries of one head and goes through the list of its key tiles with a running softmax in
 float32; the gradient of the queries goes the same way. The gradient of keys and values owns a tile of keys of one kv
@@ -33,21 +33,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.common import LOG2_E, dot
 from pallas_kernels.sequence_attention.heuristics import KernelConfig, TritonConfig
 from pallas_kernels.sequence_attention.mask import WORD_BITS, TileMask
 
-LOG2_E = 1.4426950408889634
-
 
 def unsupported_reason(head_size: int) -> str | None:
-    """Why these kernels cannot run; None when they can."""
+    """Why these kernels cannot run on heads of this size; None when they can."""
     if head_size not in (32, 64, 128):
         return f"head size must be 32, 64 or 128, got {head_size}"
     return None
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float, config: TritonConfig, interpret: bool = False):
-    """`out` [B, T', N, H] and `lse`, float32 [B, N, T'], L in units of log 2; q is [B, T', N, H], k and v [B, S', K, H]."""
+    """Run the forward kernel on q [B, T', N, H], k and v [B, S', K, H].
+
+    Returns `out` [B, T', N, H] and `lse`, float32 [B, N, T'], L in units of log 2.
+    """
     batch, num_queries, num_heads, _ = q.shape
     return _call(
         functools.partial(_forward_kernel, scale=scale, block_q=mask.block_q, block_k=mask.block_k),
@@ -72,7 +74,7 @@ def backward(
     config: TritonConfig,
     interpret: bool = False,
 ):
-    """Gradients of q, k and v from that of `out`; shapes as in `forward`."""
+    """Run the backward kernels: gradients of q, k and v from that of `out`; shapes as in `forward`."""
     batch, num_queries, num_heads, _ = q.shape
     _, num_keys, num_kv_heads, _ = k.shape
     sizes = {"block_q": mask.block_q, "block_k": mask.block_k}
@@ -129,7 +131,7 @@ def _forward_kernel(
     def attend(key_tile, carry, masked, _):
         running_max, running_sum, acc = carry
         keys = pl.ds(key_tile * block_k, block_k)
-        scores = _dot(q, k_ref[b, keys, kv_head, :], ((1,), (1,)))  # [block_q, block_k]
+        scores = dot(q, k_ref[b, keys, kv_head, :], ((1,), (1,)))  # [block_q, block_k]
         if masked:
             scores = jnp.where(_allowed(bits_ref, b, key_tile, queries, block_q, block_k, query_axis=0), scores, -jnp.inf)
         new_max = jnp.maximum(running_max, jnp.max(scores, axis=1))
@@ -137,7 +139,7 @@ def _forward_kernel(
         weights = jnp.exp2(scores * factor - shift[:, None])
         decay = jnp.exp2(running_max * factor - shift)
         running_sum = running_sum * decay + jnp.sum(weights, axis=1)
-        acc = acc * decay[:, None] + _dot(weights.astype(q.dtype), v_ref[b, keys, kv_head, :], ((1,), (0,)))
+        acc = acc * decay[:, None] + dot(weights.astype(q.dtype), v_ref[b, keys, kv_head, :], ((1,), (0,)))
         return new_max, running_sum, acc
 
     init = (jnp.full((block_q,), -jnp.inf, jnp.float32), jnp.zeros((block_q,), jnp.float32), jnp.zeros(q.shape, jnp.float32))
@@ -176,11 +178,11 @@ def _queries_kernel(
     def add(key_tile, dq, masked, _):
         keys = pl.ds(key_tile * block_k, block_k)
         k = k_ref[b, keys, kv_head, :]
-        weights = jnp.exp2(_dot(q, k, ((1,), (1,))) * (scale * LOG2_E) - lse[:, None])  # [block_q, block_k]
+        weights = jnp.exp2(dot(q, k, ((1,), (1,))) * (scale * LOG2_E) - lse[:, None])  # [block_q, block_k]
         if masked:
             weights = jnp.where(_allowed(bits_ref, b, key_tile, queries, block_q, block_k, query_axis=0), weights, 0.0)
-        dscores = weights * (_dot(grad, v_ref[b, keys, kv_head, :], ((1,), (1,))) - delta[:, None])
-        return dq + _dot(dscores.astype(q.dtype), k, ((1,), (0,)))
+        dscores = weights * (dot(grad, v_ref[b, keys, kv_head, :], ((1,), (1,))) - delta[:, None])
+        return dq + dot(dscores.astype(q.dtype), k, ((1,), (0,)))
 
     dq = _over_tiles(add, jnp.zeros(q.shape, jnp.float32), tiles_ref, counts_ref, b, tile)
     dq_ref[b, queries, head, :] = (dq * scale).astype(dq_ref.dtype)
@@ -214,12 +216,12 @@ def _keys_kernel(
         queries = pl.ds(query_tile * block_q, block_q)
         q, grad = q_ref[b, queries, head, :], grad_ref[b, queries, head, :]
         lse, delta = lse_ref[b, head, queries], delta_ref[b, head, queries]
-        weights = jnp.exp2(_dot(k, q, ((1,), (1,))) * (scale * LOG2_E) - lse[None, :])  # [block_k, block_q]
+        weights = jnp.exp2(dot(k, q, ((1,), (1,))) * (scale * LOG2_E) - lse[None, :])  # [block_k, block_q]
         if masked:
             weights = jnp.where(_allowed(bits_ref, b, tile, queries, block_q, block_k, query_axis=1), weights, 0.0)
-        dv += _dot(weights.astype(grad.dtype), grad, ((1,), (0,)))
-        dscores = weights * (_dot(v, grad, ((1,), (1,))) - delta[None, :])
-        return dk + _dot(dscores.astype(q.dtype), q, ((1,), (0,))), dv
+        dv += dot(weights.astype(grad.dtype), grad, ((1,), (0,)))
+        dscores = weights * (dot(v, grad, ((1,), (1,))) - delta[None, :])
+        return dk + dot(dscores.astype(q.dtype), q, ((1,), (0,))), dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = _over_tiles(add, (zeros, zeros), tiles_ref, counts_ref, b, tile, group)
@@ -255,8 +257,3 @@ def _allowed(bits_ref, b, key_tile, queries, block_q: int, block_k: int, query_a
     for w in range(1, num_words):
         own = jnp.where((key >> 5) == w, jnp.broadcast_to(words[w], shape), own)
     return (own >> (key & 31)) & 1 == 1
-
-
-def _dot(a, b, contracting):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)

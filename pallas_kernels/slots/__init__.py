@@ -1,3 +1,5 @@
-from pallas_kernels.slots.api import update_row_lists
+"""Lists of the pool rows that each sequence attends to, kept up to date on the device."""
 
-__all__ = ["update_row_lists"]
+from pallas_kernels.slots.api import unsupported_reason, update_slots
+
+__all__ = ["unsupported_reason", "update_slots"]

@@ -1,31 +1,20 @@
-"""Lists of pool rows kept up to date on the device: one list per sequence, rebuilt or extended by one.
-
-    rebuild[b]:  rows[b] = the table[b, t] with visible[b, t], in order of t;  counts[b] = how many
-    append[b]:   rows[b, counts[b]] = own[b];  counts[b] += 1
-    neither:     as it was
-
-Why it exists: which sequences rebuild is known on the device only. A conditional of XLA asks the host,
-once per decode step; a plain compaction (cumulative sum and scatter) does the work for all sequences
-in every step. Here each sequence has a program that does what its own flags say, in place.
-"""
-
-import functools
+"""The public function: validate, choose an implementation, launch."""
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.common import device_reason
+from pallas_kernels.common import check_known, choose_implementation, device_reason
+from pallas_kernels.slots.reference import xla_update
+from pallas_kernels.slots.triton import triton_update
 
-TILE = 1024  # table entries that a program compacts at once
+IMPLEMENTATIONS = ("xla", "triton")
 
 
-def update_row_lists(
-    rows: jax.Array,
+def update_slots(
+    slots: jax.Array,
     counts: jax.Array,
     visible: jax.Array,
-    table: jax.Array,
+    slot_table: jax.Array,
     own: jax.Array,
     rebuild: jax.Array,
     append: jax.Array,
@@ -33,102 +22,53 @@ def update_row_lists(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The lists after one step.
+    """Update the slots of every sequence after one step: rebuild them, append one, or leave them.
 
     Args:
-      rows: int32 `[B, A + 1]`; `rows[b, :counts[b]]` is the list. What stands beyond is arbitrary,
-        and the last column is never part of it.
+      slots: int32 `[B, A + 1]`; `slots[b, :counts[b]]` are in use. What stands beyond is arbitrary, and the last column
+        is never in use.
       counts: int32 `[B]`.
-      visible: bool `[B, A]`, which table entries a rebuilt list holds.
-      table: int32 `[B, A]`.
-      own: int32 `[B]`, the row to append. Appended to a list of A rows it is lost.
+      visible: bool `[B, A]`, the entries of the table that a rebuilt sequence keeps, in order.
+      slot_table: int32 `[B, A]`, the pool row of each token.
+      own: int32 `[B]`, the slot to append. Appended to a sequence with A slots it is lost.
       rebuild, append: bool `[B]`, never both.
-      implementation: None for "triton" on CUDA devices and "xla" elsewhere.
-      interpret: run the Pallas kernel in its interpreter.
+      implementation: None for the best one that the default device supports, or one of `IMPLEMENTATIONS`.
+      interpret: run the Pallas implementation in its interpreter (tests on machines without a GPU).
 
     Returns:
-      `rows` and `counts`, updated; the arrays given may be updated in place.
+      `slots` and `counts`, updated; the arrays given may be updated in place.
 
     Raises:
       ValueError: the arguments do not fit together.
-      NotImplementedError: "triton" without a CUDA device.
+      NotImplementedError: the named implementation cannot do this.
     """
-    batch, capacity = table.shape
-    if rows.shape != (batch, capacity + 1) or visible.shape != table.shape:
-        raise ValueError(f"rows must be [B, A + 1] and visible [B, A] for a table {list(table.shape)}, got {rows.shape}, {visible.shape}")
-    if any(x.shape != (batch,) for x in (counts, own, rebuild, append)):
-        raise ValueError(f"counts, own, rebuild and append must be [{batch}]")
-    if implementation not in (None, "xla", "triton"):
-        raise ValueError(f"unknown implementation {implementation!r}, choose from xla, triton or None")
-    reason = None if interpret else device_reason(80)
-    if implementation == "triton" and reason:
-        raise NotImplementedError(f"implementation='triton': {reason}")
-    if implementation == "xla" or (implementation is None and reason):
-        return _xla(rows, counts, visible, table, own, rebuild, append)
-    return _triton(rows, counts, visible, table, own, rebuild, append, interpret)
+    _validate(slots, counts, visible, slot_table, own, rebuild, append)
+    chosen = choose_implementation(
+        implementation, IMPLEMENTATIONS, lambda name: unsupported_reason(name, interpret=interpret), preferred=("triton", "xla")
+    )
+    if chosen == "xla":
+        return xla_update(slots, counts, visible, slot_table, own, rebuild, append)
+    return triton_update(slots, counts, visible, slot_table, own, rebuild, append, interpret=interpret)
 
 
-def _xla(rows, counts, visible, table, own, rebuild, append):
-    batch, capacity = table.shape
-    sequence = jnp.arange(batch, dtype=jnp.int32)
-    target = jnp.where(append, jnp.minimum(counts, capacity), capacity)
-    rows = rows.at[sequence, target].set(own)
-    counts = counts + append.astype(jnp.int32)
-
-    def compact():
-        place = jnp.cumsum(visible, axis=1, dtype=jnp.int32) - 1
-        target = jnp.where(visible & rebuild[:, None], place, capacity)
-        return rows.at[sequence[:, None], target].set(table), jnp.where(rebuild, place[:, -1] + 1, counts)
-
-    return jax.lax.cond(jnp.any(rebuild), compact, lambda: (rows, counts))
+def unsupported_reason(implementation: str, *, interpret: bool = False) -> str | None:
+    """Why `implementation` cannot run on the default device; None when it can."""
+    check_known(implementation, IMPLEMENTATIONS)
+    return None if implementation == "xla" or interpret else device_reason(80)
 
 
-def _kernel(
-    _rows,  # the list, which rows_ref is
-    _counts,
-    visible_ref,  # int32 [B, A], 0 or 1
-    table_ref,  # int32 [B, A]
-    own_ref,  # int32 [B]
-    rebuild_ref,  # int32 [B]
-    append_ref,  # int32 [B]
-    rows_ref,  # int32 [B, A + 1]
-    counts_ref,  # int32 [B]
-    *,
-    tile: int,
-):
-    capacity = table_ref.shape[1]
-    b = pl.program_id(0)
-
-    @pl.when(append_ref[b] != 0)
-    def extend():
-        count = counts_ref[b]
-        rows_ref[b, jnp.minimum(count, capacity)] = own_ref[b]
-        counts_ref[b] = count + 1
-
-    @pl.when(rebuild_ref[b] != 0)
-    def compact():
-        lanes = jnp.arange(tile, dtype=jnp.int32)
-
-        def step(index, count):
-            token = index * tile + lanes
-            at = jnp.minimum(token, capacity - 1)
-            seen = jnp.where(token < capacity, visible_ref[b, at], 0)
-            place = count + jnp.cumsum(seen) - 1
-            # What is not in the list goes to the last column, so that no store needs a mask.
-            rows_ref[b, jnp.where(seen != 0, place, capacity)] = table_ref[b, at]
-            return count + jnp.sum(seen)
-
-        counts_ref[b] = jax.lax.fori_loop(0, pl.cdiv(capacity, tile), step, jnp.int32(0))
-
-
-def _triton(rows, counts, visible, table, own, rebuild, append, interpret):
-    tile = min(TILE, pl.next_power_of_2(max(table.shape[1], 32)))
-    return pl.pallas_call(
-        functools.partial(_kernel, tile=tile),
-        grid=(table.shape[0],),
-        out_shape=(jax.ShapeDtypeStruct(rows.shape, rows.dtype), jax.ShapeDtypeStruct(counts.shape, counts.dtype)),
-        input_output_aliases={0: 0, 1: 1},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name="update_row_lists",
-    )(rows, counts, visible.astype(jnp.int32), table, own, rebuild.astype(jnp.int32), append.astype(jnp.int32))
+def _validate(slots, counts, visible, slot_table, own, rebuild, append) -> None:
+    if slot_table.ndim != 2 or slot_table.dtype != jnp.int32:
+        raise ValueError(f"slot_table must be int32 [B, A], got {slot_table.dtype}{list(slot_table.shape)}")
+    batch, capacity = slot_table.shape
+    for name, array, shape, dtype in (
+        ("slots", slots, (batch, capacity + 1), jnp.int32),
+        ("visible", visible, (batch, capacity), jnp.bool_),
+        ("counts", counts, (batch,), jnp.int32),
+        ("own", own, (batch,), jnp.int32),
+        ("rebuild", rebuild, (batch,), jnp.bool_),
+        ("append", append, (batch,), jnp.bool_),
+    ):
+        if array.shape != shape or array.dtype != dtype:
+            wanted = f"{jnp.dtype(dtype)}{list(shape)} beside a slot_table {list(slot_table.shape)}"
+            raise ValueError(f"{name} must be {wanted}, got {array.dtype}{list(array.shape)}")

@@ -1,4 +1,4 @@
-"""The public function: check the arguments, choose an implementation, call it."""
+"""The public function: validate, choose an implementation, launch."""
 
 import functools
 import importlib.util
@@ -7,14 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import device_reason
-from pallas_kernels.span_decode import mosaic, triton
+from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason
+from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
-from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
+from pallas_kernels.span_decode.quantized import Pool, QuantizedPool, pool_values
 from pallas_kernels.span_decode.reference import reference_attention, xla_attention
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic", "jax_triton")
-FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def span_decode_attention(
@@ -28,15 +27,15 @@ def span_decode_attention(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of one query per sequence over exactly the KV rows that `slots` names.
+    """Compute attention of one query per sequence over exactly the KV rows in its slots.
 
     Args:
       q: `[B, N, H]` queries, bfloat16, float16 or float32. Query head `n` reads kv head
         `n // (N // K)`.
       k_pool, v_pool: `[P, K, H]` rows in the dtype of `q`, or two `QuantizedPool`s.
-      slots: int32 `[B, A]`, the rows each sequence attends to, in any order. What stands beyond
-        `counts[b]` is never used. A row listed twice counts twice. Ids outside `[0, P)` are
-        clamped to it, so that no id can read foreign memory.
+      slots: int32 `[B, A]`, the pool rows that each sequence attends to, in any order. What stands
+        beyond `counts[b]` is never used. A row listed twice counts twice. Slots outside `[0, P)` are
+        clamped to it, so that none can read foreign memory.
       counts: int32 `[B]`, how many slots of each sequence are in use; clamped to `[0, A]`.
         Zero gives an output of zeros.
       scale: factor on the scores, `1 / sqrt(H)` unless given; a static number.
@@ -51,22 +50,23 @@ def span_decode_attention(
       ValueError: the arguments do not fit together.
       NotImplementedError: the named implementation cannot do this, or a gradient was asked for.
     """
-    _validate(q, k_pool, v_pool, slots, counts, implementation)
+    _validate(q, k_pool, v_pool, slots, counts)
+    chosen = choose_implementation(
+        implementation,
+        IMPLEMENTATIONS,
+        lambda name: unsupported_reason(name, q, k_pool, interpret=interpret),
+        preferred=("triton", "xla"),
+    )
     if q.size == 0 or slots.shape[1] == 0:
         return jnp.zeros(q.shape, q.dtype)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    if implementation is None:
-        implementation = _best_implementation(q, k_pool)
-    elif reason := unsupported_reason(implementation, q, k_pool, interpret=interpret):
-        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-    return _attend(implementation, float(scale), interpret, q, k_pool, v_pool, slots, counts)
+    return _attend(chosen, float(scale), interpret, q, k_pool, v_pool, slots, counts)
 
 
 def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, *, interpret: bool = False) -> str | None:
     """Why `implementation` cannot compute this on the default device; None when it can."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
+    check_known(implementation, IMPLEMENTATIONS)
     if implementation in ("reference", "xla"):
         return None
     if implementation == "jax_triton":
@@ -76,24 +76,25 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, *, inter
             return "int8 pools are only in triton"
         if not importlib.util.find_spec("jax_triton"):
             return "needs the package jax-triton"
-        return device_reason(80) or triton.unsupported_reason(q, k_pool, interpret)
-    module, least_capability = (triton, 80) if implementation == "triton" else (mosaic, 90)
-    if not interpret and (reason := device_reason(least_capability)):
+    if not interpret and (reason := device_reason(90 if implementation == "mosaic" else 80)):
         return reason
-    return module.unsupported_reason(q, k_pool, interpret)
+    if implementation == "mosaic":
+        from pallas_kernels.span_decode import mosaic  # it takes a second to import
+
+        return mosaic.unsupported_reason(q, k_pool, interpret)
+    return triton.unsupported_reason(q, k_pool)
 
 
-def expected_bytes(q: jax.Array, k_pool: Pool, num_named_rows: int) -> int:
-    """Bytes that must move: the named K and V rows and their ids once, queries in, outputs out.
+def expected_bytes(q: jax.Array, k_pool: Pool, num_slots: int) -> int:
+    """Count the bytes that must move: the K and V rows attended to and their slots once, queries in, outputs out.
 
-    `num_named_rows` is `counts.sum()`. Dense attention moves the same with every row of every
-    sequence in place of the named ones.
+    `num_slots` is `counts.sum()`. Dense attention moves the same with every row of every sequence.
     """
     values = pool_values(k_pool)
     row_bytes = values.shape[1] * values.shape[2] * values.dtype.itemsize
     if isinstance(k_pool, QuantizedPool):
         row_bytes += values.shape[1] * k_pool.scales.dtype.itemsize
-    return num_named_rows * (2 * row_bytes + 4) + 2 * q.size * q.dtype.itemsize
+    return num_slots * (2 * row_bytes + 4) + 2 * q.size * q.dtype.itemsize
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -101,14 +102,16 @@ def _dispatch(implementation, scale, interpret, q, k_pool, v_pool, slots, counts
     batch, head_size = q.shape[0], q.shape[2]
     num_kv_heads, item_bytes = pool_values(k_pool).shape[1], pool_values(k_pool).dtype.itemsize
     if implementation in ("triton", "jax_triton"):
-        most_kv_heads = 2 if implementation == "triton" else 1
-        config = triton_config(batch, num_kv_heads, head_size, item_bytes, slots.shape[1], most_kv_heads)
+        max_kv_heads = 2 if implementation == "triton" else 1
+        config = triton_config(batch, num_kv_heads, head_size, item_bytes, slots.shape[1], max_kv_heads)
         if implementation == "triton":
             return triton.triton_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)
-        from pallas_kernels.span_decode import jax_triton  # an extra: imported by those who ask for it
+        from pallas_kernels.span_decode import jax_triton  # needs the package jax-triton
 
         return jax_triton.jax_triton_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config)
     if implementation == "mosaic":
+        from pallas_kernels.span_decode import mosaic
+
         config = mosaic_config(batch, num_kv_heads, head_size, slots.shape[1])
         return mosaic.mosaic_attention(q, k_pool, v_pool, slots, counts, scale=scale, config=config, interpret=interpret)
     if implementation == "reference":
@@ -126,13 +129,7 @@ def _no_gradient(*_):
 _attend = jax.jit(_dispatch, static_argnums=(0, 1, 2))  # so that a model's layers trace it once
 
 
-def _best_implementation(q: jax.Array, k_pool: Pool) -> str:
-    return "xla" if unsupported_reason("triton", q, k_pool) else "triton"
-
-
-def _validate(q, k_pool, v_pool, slots, counts, implementation) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}, choose from {IMPLEMENTATIONS} or None")
+def _validate(q, k_pool, v_pool, slots, counts) -> None:
     quantized = isinstance(k_pool, QuantizedPool)
     if quantized != isinstance(v_pool, QuantizedPool):
         raise ValueError("k_pool and v_pool must both be quantized, or neither")

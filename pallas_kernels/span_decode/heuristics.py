@@ -1,4 +1,4 @@
-"""Which settings the kernels run with, and why.
+"""Choose the kernels' settings.
 
 Measured on one H200 (JAX 0.11.2, bf16) by `python -m benchmarks.span_decode --tune`; microseconds with
 100% / 10% / 2% of the rows named as single tokens; docs/kernel.md has the whole table.
@@ -6,7 +6,7 @@ Measured on one H200 (JAX 0.11.2, bf16) by `python -m benchmarks.span_decode --t
 
 from typing import NamedTuple
 
-MULTIPROCESSORS = 132  # of an H100 or H200; another number costs a little balance, nothing else
+from pallas_kernels.common import MULTIPROCESSORS
 
 
 class TritonConfig(NamedTuple):
@@ -15,7 +15,7 @@ class TritonConfig(NamedTuple):
     tile_rows: int  # K and V rows that a program gathers at once
     num_warps: int
     num_stages: int  # of the software pipeline: tiles in flight plus one
-    splits: int  # parts that a sequence of mean length is divided into
+    splits: int  # of the rows of a sequence of mean length (split-KV)
     kv_heads: int = 1  # that a program owns; divides the number there is
 
 
@@ -24,10 +24,10 @@ class MosaicConfig(NamedTuple):
 
     tile_rows: int  # rows of 8 kv heads that a program copies at once
     num_stages: int  # tiles in flight
-    splits: int  # parts that a sequence of mean length is divided into
+    splits: int  # of the rows of a sequence of mean length (split-KV)
 
 
-def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int, most_kv_heads: int = 2) -> TritonConfig:
+def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int, max_kv_heads: int = 2) -> TritonConfig:
     """Settings for a static shape; `item_bytes` is what an element of the pool takes up.
 
     All programs should be on the machine at once, each with enough bytes in flight that together
@@ -37,7 +37,7 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         64 rows, 2 warps, 3 stages             250 / 33.7 / 13.1
         64 rows, 4 warps, 3 stages             265 / 35.0 / 13.6    more warps only wait for each other
         32 rows, 2 warps, 3 stages             376 / 44.7 / 14.5    too little in flight
-        64 rows, 2 warps, 3 stages, 2 splits   279 / 41.7 / 18.1    a second wave, and parts to combine
+        64 rows, 2 warps, 3 stages, 2 splits   279 / 41.7 / 18.1    a second wave, and splits to combine
         32 rows, 1 warp, 4 stages, 2 splits    254 / 36.4 / 14.5
     Many programs, so small tiles and one warp, which needs no barriers:
         64 rows, 2 warps, 3 stages             254 / 41.0 / 16.9       B 32, K 32, H 128, 2048 rows
@@ -58,7 +58,7 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         per_multiprocessor = 4 if item_bytes == 1 and programs >= MULTIPROCESSORS else 2
         splits = max(1, min(per_multiprocessor * MULTIPROCESSORS // programs, capacity // tile_rows))
         return TritonConfig(tile_rows, num_warps=2, num_stages=3, splits=splits)
-    if head_size == 128 and item_bytes == 2 and most_kv_heads > 1 and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
+    if head_size == 128 and item_bytes == 2 and max_kv_heads > 1 and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
         return TritonConfig(16, num_warps=1, num_stages=4, splits=1, kv_heads=2)
     return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=1)
 

@@ -1,7 +1,7 @@
 """The kernels of triton.py written in Triton's own language, called through jax-triton.
 
-The way on if Pallas drops its Triton lowering. Same formula, same dealing of the work, same
-settings, but one kv head to a program; float pools only. Needs the package jax-triton 0.3.1, which needs the CUDA plugin of JAX.
+The way on if Pallas drops its Triton lowering. Same formula, same splits, same settings, but one
+kv head to a program; float pools only. Needs the package jax-triton 0.3.1, which needs the CUDA plugin of JAX.
 """
 
 import jax
@@ -10,8 +10,9 @@ import jax_triton
 import triton
 import triton.language as tl
 
+from pallas_kernels.common import LOG2_E
 from pallas_kernels.span_decode.heuristics import TritonConfig
-from pallas_kernels.span_decode.triton import LOG2_E, MATRIX_ROWS, combine_tile, max_parts
+from pallas_kernels.span_decode.triton import MATRIX_ROWS, combine_tile, max_splits
 
 
 def jax_triton_attention(
@@ -27,7 +28,7 @@ def jax_triton_attention(
     """Run the kernels; shapes as in `span_decode_attention`, already checked."""
     batch, num_heads, head_size = q.shape
     num_rows, num_kv_heads, _ = k_pool.shape
-    num_parts = max_parts(batch, config.splits)
+    num_splits = max_splits(batch, config.splits)
     sizes = {
         "batch": batch,
         "padded_batch": triton.next_power_of_2(batch),
@@ -37,16 +38,16 @@ def jax_triton_attention(
         "tile_rows": config.tile_rows,
         "splits": config.splits,
     }
-    out, *parts = jax_triton.triton_call(
+    out, *partial = jax_triton.triton_call(
         *(q, k_pool, v_pool, slots, counts),
         kernel=attend_kernel,
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_parts, num_heads, head_size), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads, head_size), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
         ),
-        grid=(num_kv_heads, num_parts),
+        grid=(num_kv_heads, num_splits),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         num_rows=num_rows,
@@ -55,11 +56,11 @@ def jax_triton_attention(
         scale=scale * LOG2_E,
         **sizes,
     )
-    if num_parts == batch:  # one part each: nothing to combine
+    if num_splits == batch:  # one split each: nothing to combine
         return out
-    columns, read_parts = combine_tile(batch, num_heads, head_size)
+    columns, read_splits = combine_tile(batch, num_heads, head_size)
     return jax_triton.triton_call(
-        *(out, *parts, counts),
+        *(out, *partial, counts),
         kernel=combine_kernel,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(num_heads, batch, head_size // columns),
@@ -67,24 +68,24 @@ def jax_triton_attention(
         num_stages=1,
         input_output_aliases={0: 0},
         own_columns=columns,
-        read_parts=read_parts,
+        read_splits=read_splits,
         **sizes,
     )
 
 
 @triton.jit
-def num_parts_of(count, part_rows):
-    return tl.maximum(tl.cdiv(count, part_rows), 1)
+def num_splits_of(count, split_rows):
+    return tl.maximum(tl.cdiv(count, split_rows), 1)
 
 
 @triton.jit
-def deal(counts_ptr, batch, padded_batch: tl.constexpr, capacity, tile_rows, splits):
+def split_sequences(counts_ptr, batch, padded_batch: tl.constexpr, capacity, tile_rows, mean_splits):
     sequences = tl.arange(0, padded_batch)
     counts = tl.load(counts_ptr + sequences, mask=sequences < batch, other=0)
     counts = tl.minimum(tl.maximum(counts, 0), capacity)
-    part_rows = tl.maximum(tl.cdiv(tl.sum(counts), batch * splits), tile_rows)
-    parts = tl.where(sequences < batch, num_parts_of(counts, part_rows), 0)
-    return part_rows, sequences, parts
+    split_rows = tl.maximum(tl.cdiv(tl.sum(counts), batch * mean_splits), tile_rows)
+    splits_of = tl.where(sequences < batch, num_splits_of(counts, split_rows), 0)
+    return split_rows, sequences, splits_of
 
 
 @triton.jit
@@ -95,9 +96,9 @@ def attend_kernel(
     slots_ptr,
     counts_ptr,
     out_ptr,
-    part_out_ptr,
-    part_max_ptr,
-    part_sum_ptr,
+    split_out_ptr,
+    split_max_ptr,
+    split_sum_ptr,
     batch: tl.constexpr,
     padded_batch: tl.constexpr,
     capacity: tl.constexpr,
@@ -110,14 +111,14 @@ def attend_kernel(
     splits: tl.constexpr,
     scale: tl.constexpr,
 ):
-    kv_head, part = tl.program_id(0), tl.program_id(1)
-    part_rows, sequences, parts = deal(counts_ptr, batch, padded_batch, capacity, tile_rows, splits)
-    b = tl.sum((tl.cumsum(parts) <= part).to(tl.int32))
+    kv_head, split = tl.program_id(0), tl.program_id(1)
+    split_rows, sequences, splits_of = split_sequences(counts_ptr, batch, padded_batch, capacity, tile_rows, splits)
+    b = tl.sum((tl.cumsum(splits_of) <= split).to(tl.int32))
     if b < batch:
         count = tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), capacity)
-        num_parts = num_parts_of(count, part_rows)
-        index = part - tl.sum(tl.where(sequences < b, parts, 0))
-        base, extra = count // num_parts, count % num_parts
+        num_splits = num_splits_of(count, split_rows)
+        index = split - tl.sum(tl.where(sequences < b, splits_of, 0))
+        base, extra = count // num_splits, count % num_splits
         start = index * base + tl.minimum(index, extra)
         stop = start + base + (index < extra).to(tl.int32)
 
@@ -152,22 +153,22 @@ def attend_kernel(
             running_max = new_max
             rows = next_rows
 
-        if num_parts == 1:
+        if num_splits == 1:
             total = tl.where(running_sum > 0, running_sum, 1.0)
             out = (acc / total[:, None]).to(q.dtype)
             tl.store(out_ptr + b * num_heads * head_size + out_offsets, out, mask=in_group[:, None])
         else:
-            tl.store(part_out_ptr + part * num_heads * head_size + out_offsets, acc, mask=in_group[:, None])
-            tl.store(part_max_ptr + part * num_heads + heads, running_max, mask=in_group)
-            tl.store(part_sum_ptr + part * num_heads + heads, running_sum, mask=in_group)
+            tl.store(split_out_ptr + split * num_heads * head_size + out_offsets, acc, mask=in_group[:, None])
+            tl.store(split_max_ptr + split * num_heads + heads, running_max, mask=in_group)
+            tl.store(split_sum_ptr + split * num_heads + heads, running_sum, mask=in_group)
 
 
 @triton.jit
 def combine_kernel(
     _,
-    part_out_ptr,
-    part_max_ptr,
-    part_sum_ptr,
+    split_out_ptr,
+    split_max_ptr,
+    split_sum_ptr,
     counts_ptr,
     out_ptr,
     batch: tl.constexpr,
@@ -178,27 +179,27 @@ def combine_kernel(
     tile_rows: tl.constexpr,
     splits: tl.constexpr,
     own_columns: tl.constexpr,
-    read_parts: tl.constexpr,
+    read_splits: tl.constexpr,
 ):
     head, b = tl.program_id(0), tl.program_id(1)
-    part_rows, sequences, parts = deal(counts_ptr, batch, padded_batch, capacity, tile_rows, splits)
+    split_rows, sequences, splits_of = split_sequences(counts_ptr, batch, padded_batch, capacity, tile_rows, splits)
     count = tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), capacity)
-    num_parts = num_parts_of(count, part_rows)
-    if num_parts > 1:
-        first = tl.sum(tl.where(sequences < b, parts, 0))
+    num_splits = num_splits_of(count, split_rows)
+    if num_splits > 1:
+        first = tl.sum(tl.where(sequences < b, splits_of, 0))
         columns = tl.program_id(2) * own_columns + tl.arange(0, own_columns)
         running_max = tl.full([1], float("-inf"), tl.float32)
         running_sum = tl.zeros([1], tl.float32)
         acc = tl.zeros([own_columns], tl.float32)
-        for i in range(0, tl.cdiv(num_parts, read_parts)):
-            index = i * read_parts + tl.arange(0, read_parts)
-            valid = index < num_parts
+        for i in range(0, tl.cdiv(num_splits, read_splits)):
+            index = i * read_splits + tl.arange(0, read_splits)
+            valid = index < num_splits
             rows = (first + index) * num_heads + head
-            peaks = tl.load(part_max_ptr + rows, mask=valid, other=float("-inf"))
+            peaks = tl.load(split_max_ptr + rows, mask=valid, other=float("-inf"))
             new_max = tl.maximum(running_max, tl.max(peaks, axis=0))
             weights, decay = tl.exp2(peaks - new_max), tl.exp2(running_max - new_max)
-            outs = tl.load(part_out_ptr + rows[:, None] * head_size + columns[None, :], mask=valid[:, None], other=0.0)
-            sums = tl.load(part_sum_ptr + rows, mask=valid, other=0.0)
+            outs = tl.load(split_out_ptr + rows[:, None] * head_size + columns[None, :], mask=valid[:, None], other=0.0)
+            sums = tl.load(split_sum_ptr + rows, mask=valid, other=0.0)
             acc = acc * decay + tl.sum(weights[:, None] * outs, axis=0)
             running_sum = running_sum * decay + tl.sum(weights * sums, axis=0)
             running_max = new_max

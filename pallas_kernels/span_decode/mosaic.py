@@ -2,7 +2,7 @@
 
 The formula, the bytes and the numerics are those of the Triton kernel (triton.py).
 
-How: a program owns 8 kv heads and a part of one sequence's named rows. The 8 heads of a row stand
+How: a program owns 8 kv heads and a split of one sequence's slots. The 8 heads of a row stand
 next to each other in the pool, so one TMA copy moves a row: 2 KiB at H 128, where one head
 alone would be 256 bytes and the copy engine would be the limit. In shared memory the (row, head)
 pairs of a tile are the keys of an ordinary flash-attention step, and all query heads of the 8 kv
@@ -11,10 +11,10 @@ a query's own kv head. That wastes seven eighths of the matrix unit, which a dec
 leaves idle anyway, and in return single rows land in swizzled tiles: 8 rows are the
 least that such a tile can be cut into. A warpgroup issues copies, a warpgroup computes.
 
-Balance: the batch is dealt out by `counts` as in triton.py, but by plain JAX, into a table with a row
+Balance: the batch is split by `counts` as in triton.py, but by plain JAX, into a table with a row
 for each program: Mosaic has no cumulative sum. The layers of a model share `slots` and `counts`, so
-XLA makes the table once for all of them. The parts of divided sequences are put together by the
-combining kernel of triton.py.
+XLA makes the table once for all of them. The splits of a sequence are combined by the kernel of
+triton.py.
 
 The keys are on the wide side N of the product and not on M, so that the softmax of a query stays
 inside a warp. The weights go through shared memory although wgmma would take them from registers:
@@ -30,13 +30,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import LOG2_E
 from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import MosaicConfig
-from pallas_kernels.span_decode.pool import Pool, QuantizedPool
+from pallas_kernels.span_decode.quantized import Pool, QuantizedPool
 
 KV_HEADS = 8  # of a program: swizzled tiles are cut at multiples of 8 rows
 QUERIES = 64  # the fewest rows of a warpgroup's matrix product
-LOG2_E = 1.4426950408889634
 
 
 def unsupported_reason(q: jax.Array, k_pool: Pool, interpret: bool) -> str | None:
@@ -71,9 +71,9 @@ def mosaic_attention(
     batch, num_heads, head_size = q.shape
     num_kv_heads = k_pool.shape[1]
     keys = config.tile_rows * KV_HEADS
-    num_parts = triton.max_parts(batch, config.splits)
+    num_splits = triton.max_splits(batch, config.splits)
     counts = jnp.clip(counts, 0, slots.shape[1])
-    table = _part_table(counts, slots.shape[1], config)
+    split_table = _split_table(counts, slots.shape[1], config)
 
     def tiled(shape, dtype):
         transforms = (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
@@ -83,12 +83,12 @@ def mosaic_attention(
         functools.partial(_kernel, scale=scale, config=config),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_parts, num_heads, head_size), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads, head_size), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
         ),
-        grid=(num_kv_heads // KV_HEADS, num_parts),
-        grid_names=("head_block", "part"),
+        grid=(num_kv_heads // KV_HEADS, num_splits),
+        grid_names=("head_block", "split"),
         num_threads=2,
         thread_name="warpgroup",
         scratch_types=(
@@ -107,22 +107,22 @@ def mosaic_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else False,  # type: ignore[attr-defined]  # JAX 0.11
     )
-    out, *parts = kernel(q, k_pool, v_pool, slots, table)
-    if num_parts == batch:  # one part each: nothing to combine
+    out, *partial = kernel(q, k_pool, v_pool, slots, split_table)
+    if num_splits == batch:  # one split each: nothing to combine
         return out
-    return triton.combine(out, parts, counts, slots.shape[1], config, interpret)
+    return triton.combine(out, partial, counts, slots.shape[1], config, interpret)
 
 
-def _part_table(counts: jax.Array, capacity: int, config: MosaicConfig) -> jax.Array:
-    """int32 `[parts, 4]`: sequence, first and last + 1 of its rows, and in how many parts it is, 0 for spare programs."""
+def _split_table(counts: jax.Array, capacity: int, config: MosaicConfig) -> jax.Array:
+    """int32 `[splits, 4]`: sequence, first and last + 1 of its slots, and how many splits it has, 0 for spare programs."""
     batch = counts.shape[0]
-    _, _, parts = triton.deal(counts, batch, capacity, config)
-    part = jnp.arange(triton.max_parts(batch, config.splits), dtype=jnp.int32)
-    ends = jnp.cumsum(parts)[:batch]
-    b = jnp.sum(ends[None, :] <= part[:, None], axis=1, dtype=jnp.int32)
+    _, _, splits = triton.split_sequences(counts, batch, capacity, config)
+    split = jnp.arange(triton.max_splits(batch, config.splits), dtype=jnp.int32)
+    ends = jnp.cumsum(splits)[:batch]
+    b = jnp.sum(ends[None, :] <= split[:, None], axis=1, dtype=jnp.int32)
     spare, b = b == batch, jnp.minimum(b, batch - 1)
-    start, stop = triton.rows_of_part(counts[b], parts[b], part - (ends - parts[:batch])[b])
-    return jnp.stack([b, jnp.where(spare, 0, start), jnp.where(spare, 0, stop), jnp.where(spare, 0, parts[b])], axis=1)
+    start, stop = triton.rows_of_split(counts[b], splits[b], split - (ends - splits[:batch])[b])
+    return jnp.stack([b, jnp.where(spare, 0, start), jnp.where(spare, 0, stop), jnp.where(spare, 0, splits[b])], axis=1)
 
 
 def _kernel(
@@ -130,11 +130,11 @@ def _kernel(
     k_ref,  # [P, K, H]
     v_ref,  # [P, K, H]
     slots_ref,  # int32 [B, A]
-    table_ref,  # int32 [parts, 4]
+    split_table_ref,  # int32 [splits, 4]
     out_ref,  # [B, N, H]
-    part_out_ref,  # float32 [parts, N, H]
-    part_max_ref,  # float32 [parts, N]
-    part_sum_ref,  # float32 [parts, N]
+    split_out_ref,  # float32 [splits, N, H]
+    split_max_ref,  # float32 [splits, N]
+    split_sum_ref,  # float32 [splits, N]
     q_smem,  # [64, H]
     k_smem,  # [stages, tile * 8, H]
     v_smem,  # [stages, tile * 8, H]
@@ -153,8 +153,8 @@ def _kernel(
     num_rows, num_kv_heads, head_size = k_ref.shape
     group = q_ref.shape[1] // num_kv_heads
     heads, keys, stages = KV_HEADS * group, config.tile_rows * KV_HEADS, config.num_stages
-    part = jax.lax.axis_index("part")
-    b, start, stop, num_parts = (table_ref[part, i] for i in range(4))
+    split = jax.lax.axis_index("split")
+    b, start, stop, num_splits = (split_table_ref[split, i] for i in range(4))
     first_head = jax.lax.axis_index("head_block") * heads
     first_kv_head = jax.lax.axis_index("head_block") * KV_HEADS
     num_tiles = jax.lax.div(stop - start + (config.tile_rows - 1), config.tile_rows)
@@ -232,7 +232,7 @@ def _kernel(
         )
         peak, total, acc = jax.lax.fori_loop(0, num_tiles, step, init)
 
-        @pl.when(num_parts == 1)
+        @pl.when(num_splits == 1)
         def finish():
             divisor = jnp.where(total > 0, total, 1.0)  # nothing named: 0 / 1
             q_smem[...] = (acc / jax.lax.broadcast_in_dim(divisor, acc.shape, [0])).astype(q_smem.dtype)  # read for good by now
@@ -240,13 +240,13 @@ def _kernel(
             plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(0, heads)], out_ref.at[b, pl.ds(first_head, heads)])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(num_parts > 1)
+        @pl.when(num_splits > 1)
         def hand_over():
             out_smem[...] = acc
             max_smem[...] = peak
             sum_smem[...] = total
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, heads)], part_out_ref.at[part, pl.ds(first_head, heads)])
-            plgpu.copy_smem_to_gmem(max_smem.at[pl.ds(0, heads)], part_max_ref.at[part, pl.ds(first_head, heads)])
-            plgpu.copy_smem_to_gmem(sum_smem.at[pl.ds(0, heads)], part_sum_ref.at[part, pl.ds(first_head, heads)])
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, heads)], split_out_ref.at[split, pl.ds(first_head, heads)])
+            plgpu.copy_smem_to_gmem(max_smem.at[pl.ds(0, heads)], split_max_ref.at[split, pl.ds(first_head, heads)])
+            plgpu.copy_smem_to_gmem(sum_smem.at[pl.ds(0, heads)], split_sum_ref.at[split, pl.ds(first_head, heads)])
             plgpu.wait_smem_to_gmem(0)

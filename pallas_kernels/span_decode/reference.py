@@ -10,11 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
+from pallas_kernels.span_decode.quantized import Pool, QuantizedPool, pool_values
 
 
 def reference_attention(q: jax.Array, k_pool: Pool, v_pool: Pool, slots: jax.Array, counts: jax.Array, *, scale: float) -> jax.Array:
-    """The formula in float32, one sequence after the other: slow, small, nothing shared."""
+    """Compute the formula in float32, one sequence after the other: slow, small, independent of the kernels."""
     num_kv_heads = pool_values(k_pool).shape[1]
 
     def gather(pool: Pool, rows: jax.Array, named: jax.Array) -> jax.Array:  # -> [A, K, H]
@@ -43,7 +43,7 @@ def reference_attention(q: jax.Array, k_pool: Pool, v_pool: Pool, slots: jax.Arr
 
 
 def xla_attention(q: jax.Array, k_pool: Pool, v_pool: Pool, slots: jax.Array, counts: jax.Array, *, scale: float) -> jax.Array:
-    """One gather and two einsums for the whole batch, in the pool's dtype with float32 sums.
+    """Gather the rows and compute two einsums for the whole batch, in the pool's dtype with float32 sums.
 
     Runs anywhere that XLA does. It reads all A slots of every sequence and writes the gathered
     rows to memory, so its cost follows the capacity A and not `counts`.

@@ -8,16 +8,16 @@ Why it exists: XLA gathers rows into a copy (each byte read, written, and read a
 slots whatever `counts` says). Here every named row is read once, by the program that uses it, and
 nothing else is: `expected_bytes()` in and out.
 
-How: a program owns a kv head, or two neighbouring ones, and a run of one sequence's named rows. It
+How: a program owns a kv head, or two neighbouring ones, and a run of one sequence's slots. It
 gathers tiles of K and V rows through shared memory and keeps a running softmax in float32. The G
 query heads of a kv head share the tile on the matrix unit, where they take up 16 rows, so K and V
 are read once for all.
 
-Balance: the programs are dealt out by `counts`, on the device. A sequence gets as many programs as
-its share of the batch's named rows deserves, at least one, so a long sequence beside short ones is
+Balance (split-KV): the programs are assigned by `counts`, on the device. A sequence gets as many
+programs as its share of the batch's slots, at least one, so a long sequence beside short ones is
 spread over the machine. `counts` is read again by every program, which is cheaper than a kernel
-that plans for them. The parts of a divided sequence are put together by a second kernel, by
-log-sum-exp; an undivided one is finished by its only program.
+that plans for them. The splits of a sequence are combined by a second kernel, by log-sum-exp; a
+sequence of one split is finished by its only program.
 
 Numerics: scores, softmax and sums in float32; the weights are rounded to the dtype of `q` for the
 second product, as plain attention in that dtype does. float32 pools use IEEE products.
@@ -34,16 +34,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.span_decode.heuristics import MULTIPROCESSORS, MosaicConfig, TritonConfig
-from pallas_kernels.span_decode.pool import Pool, QuantizedPool, pool_values
+from pallas_kernels.common import LOG2_E, MULTIPROCESSORS, dot
+from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
+from pallas_kernels.span_decode.quantized import Pool, QuantizedPool, pool_values
 
 MATRIX_ROWS = 16  # the fewest rows that a matrix product has on the matrix unit
-LOG2_E = 1.4426950408889634
 
 
-def unsupported_reason(q: jax.Array, k_pool: Pool, interpret: bool) -> str | None:
+def unsupported_reason(q: jax.Array, k_pool: Pool) -> str | None:
     """Why these kernels cannot run on such arrays; None when they can."""
-    del interpret
     head_size, values = q.shape[2], pool_values(k_pool)
     if head_size not in (32, 64, 128, 256):
         return f"head size must be 32, 64, 128 or 256, got {head_size}"
@@ -69,83 +68,83 @@ def triton_attention(
     """Run the kernel; shapes as in `span_decode_attention`, already checked."""
     batch, num_heads, head_size = q.shape
     num_kv_heads = pool_values(k_pool).shape[1]
-    num_parts = max_parts(batch, config.splits)
+    num_splits = max_splits(batch, config.splits)
     scales: tuple[jax.Array, ...] = ()
     if isinstance(k_pool, QuantizedPool) and isinstance(v_pool, QuantizedPool):
         scales = (k_pool.scales, v_pool.scales)
         k_pool, v_pool = k_pool.values, v_pool.values
 
-    out, *parts = pl.pallas_call(
+    out, *partial = pl.pallas_call(
         functools.partial(_attend_kernel, scale=scale, config=config),
-        grid=(num_kv_heads // config.kv_heads, num_parts),
+        grid=(num_kv_heads // config.kv_heads, num_splits),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_parts, num_heads, head_size), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads, head_size), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
         ),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="span_decode_attend",
     )(q, k_pool, v_pool, slots, counts, *scales)
-    if num_parts == batch:  # one part each: nothing to combine
+    if num_splits == batch:  # one split each: nothing to combine
         return out
-    return combine(out, parts, counts, slots.shape[1], config, interpret)
+    return combine(out, partial, counts, slots.shape[1], config, interpret)
 
 
 def combine(
-    out: jax.Array, parts: list[jax.Array], counts: jax.Array, capacity: int, config: TritonConfig | MosaicConfig, interpret: bool
+    out: jax.Array, partial: list[jax.Array], counts: jax.Array, capacity: int, config: TritonConfig | MosaicConfig, interpret: bool
 ) -> jax.Array:
-    """`out` with what was left to do: the sequences that were divided, put together from their parts."""
+    """Fill in `out` the sequences that were split, from the partial results of their splits."""
     batch, num_heads, head_size = out.shape
-    columns, read_parts = combine_tile(batch, num_heads, head_size)
+    columns, read_splits = combine_tile(batch, num_heads, head_size)
     return pl.pallas_call(
-        functools.partial(_combine_kernel, config=config, capacity=capacity, columns=columns, read_parts=read_parts),
+        functools.partial(_combine_kernel, config=config, capacity=capacity, columns=columns, read_splits=read_splits),
         grid=(num_heads, batch, head_size // columns),
         out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
         input_output_aliases={0: 0},
         compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
         interpret=interpret,
         name="span_decode_combine",
-    )(out, *parts, counts)
+    )(out, *partial, counts)
 
 
-def max_parts(batch: int, splits: int) -> int:
-    """How many parts `deal` can make of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
+def max_splits(batch: int, splits: int) -> int:
+    """How many splits `split_sequences` can make of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
     return batch * splits + batch - 1
 
 
 def combine_tile(batch: int, num_heads: int, head_size: int) -> tuple[int, int]:
-    """How many columns of a head a program of `_combine_kernel` owns, and how many parts it reads at once.
+    """How many columns of a head a program of `_combine_kernel` owns, and how many splits it reads at once.
 
-    With few sequences each has many parts, and narrow programs read them in one go; with many there
+    With few sequences each has many splits, and narrow programs read them in one go; with many there
     are programs enough, and most find nothing to do.
     """
     columns = 32 if batch * num_heads < 2 * MULTIPROCESSORS else min(head_size, 128)
     return columns, 4096 // columns
 
 
-def deal(counts_ref, batch: int, capacity: int, config: TritonConfig | MosaicConfig):
-    """Divide the named rows of the batch into parts of about equal size.
+def split_sequences(counts_ref, batch: int, capacity: int, config: TritonConfig | MosaicConfig):
+    """Divide the slots of the batch into splits of about equal size.
 
-    Returns how many rows a part may have, and for each sequence, padded to a power of two, how many
-    parts it has: at least one, which may be empty. A sequence of mean length has `splits` parts.
+    Returns how many slots a split may have, the sequences padded to a power of two, and how many splits
+    each of them has: at least one, which may be empty. A sequence of mean length has `config.splits`.
     """
     sequences = jnp.arange(pl.next_power_of_2(batch), dtype=jnp.int32)
     counts = jnp.clip(counts_ref[jnp.minimum(sequences, batch - 1)], 0, capacity)
     counts = jnp.where(sequences < batch, counts, 0)
-    part_rows = jnp.maximum(pl.cdiv(jnp.sum(counts), batch * config.splits), config.tile_rows)
-    parts = jnp.where(sequences < batch, _num_parts(counts, part_rows), 0)
-    return part_rows, sequences, parts
+    split_rows = jnp.maximum(pl.cdiv(jnp.sum(counts), batch * config.splits), config.tile_rows)
+    splits = jnp.where(sequences < batch, _num_splits(counts, split_rows), 0)
+    return split_rows, sequences, splits
 
 
-def _num_parts(count, part_rows):
-    return jnp.maximum(pl.cdiv(count, part_rows), 1)
+def _num_splits(count, split_rows):
+    return jnp.maximum(pl.cdiv(count, split_rows), 1)
 
 
-def rows_of_part(count, num_parts, index):
-    """First and last + 1 of the named rows in part `index` of a sequence."""
-    base, extra = count // num_parts, count % num_parts
+def rows_of_split(count, num_splits, index):
+    """First and last + 1 of the slots in split `index` of a sequence."""
+    base, extra = count // num_splits, count % num_splits
     start = index * base + jnp.minimum(index, extra)
     return start, start + base + (index < extra).astype(jnp.int32)
 
@@ -157,27 +156,27 @@ def _attend_kernel(
     slots_ref,  # int32 [B, A]
     counts_ref,  # int32 [B]
     *refs,  # (k_scale_ref, v_scale_ref: [P, K], only for int8 pools), then the outputs:
-    # out_ref [B, N, H], part_out_ref [parts, N, H], part_max_ref, part_sum_ref [parts, N]
+    # out_ref [B, N, H], split_out_ref [splits, N, H], split_max_ref, split_sum_ref [splits, N]
     scale: float,
     config: TritonConfig,
 ):
-    *scale_refs, out_ref, part_out_ref, part_max_ref, part_sum_ref = refs
+    *scale_refs, out_ref, split_out_ref, split_max_ref, split_sum_ref = refs
     batch, num_heads, head_size = q_ref.shape
     num_rows, num_kv_heads, _ = k_ref.shape
     group = num_heads // num_kv_heads
-    part = pl.program_id(1)
+    split = pl.program_id(1)
     kv_heads = [pl.program_id(0) * config.kv_heads + i for i in range(config.kv_heads)]
 
-    part_rows, _, parts = deal(counts_ref, batch, slots_ref.shape[1], config)
-    ends = jnp.cumsum(parts)
-    b = jnp.sum((ends <= part).astype(jnp.int32))
+    split_rows, _, splits = split_sequences(counts_ref, batch, slots_ref.shape[1], config)
+    ends = jnp.cumsum(splits)
+    b = jnp.sum((ends <= split).astype(jnp.int32))
 
     @pl.when(b < batch)
     def attend():
         count = jnp.clip(counts_ref[b], 0, slots_ref.shape[1])
-        num_parts = _num_parts(count, part_rows)
-        index = part - jnp.max(jnp.where(ends <= part, ends, 0))  # of this part among those of its sequence
-        start, stop = rows_of_part(count, num_parts, index)
+        num_splits = _num_splits(count, split_rows)
+        index = split - jnp.max(jnp.where(ends <= split, ends, 0))  # of this split among those of its sequence
+        start, stop = rows_of_split(count, num_splits, index)
 
         # The group fills up the matrix unit's rows with copies of its last head. They compute and
         # store what that head does, which saves masks where G is no power of two.
@@ -203,7 +202,7 @@ def _attend_kernel(
         def attend_tile(kv_head, q, state, rows, named):
             running_max, running_sum, acc = state
             keys = k_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
-            scores = _dot(q, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
+            scores = dot(q, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
             if scale_refs:
                 scores *= scale_refs[0][rows, kv_head][None, :]
             scores = jnp.where(named[None, :], scores, -jnp.inf)
@@ -214,7 +213,7 @@ def _attend_kernel(
             if scale_refs:
                 weights *= scale_refs[1][rows, kv_head][None, :]
             values = v_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
-            return new_max, running_sum, acc * decay[:, None] + _dot(weights.astype(q.dtype), values, ((1,), (0,)))
+            return new_max, running_sum, acc * decay[:, None] + dot(weights.astype(q.dtype), values, ((1,), (0,)))
 
         nothing = (
             jnp.full(head_of_group.shape, -jnp.inf, jnp.float32),
@@ -223,64 +222,59 @@ def _attend_kernel(
         )
         _, states = jax.lax.fori_loop(0, pl.cdiv(stop - start, config.tile_rows), step, (tile_slots(0), (nothing,) * config.kv_heads))
 
-        @pl.when(num_parts == 1)
+        @pl.when(num_splits == 1)
         def finish():
             for own, (_, running_sum, acc) in zip(heads, states, strict=True):
                 total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
                 out_ref[b, own, :] = (acc / total[:, None]).astype(out_ref.dtype)
 
-        @pl.when(num_parts > 1)
+        @pl.when(num_splits > 1)
         def hand_over():
             for own, (running_max, running_sum, acc) in zip(heads, states, strict=True):
-                part_out_ref[part, own, :] = acc
-                part_max_ref[part, own] = running_max
-                part_sum_ref[part, own] = running_sum
+                split_out_ref[split, own, :] = acc
+                split_max_ref[split, own] = running_max
+                split_sum_ref[split, own] = running_sum
 
 
 def _combine_kernel(
     _,  # the output of _attend_kernel, which out_ref is
-    part_out_ref,  # [parts, N, H]
-    part_max_ref,  # [parts, N]
-    part_sum_ref,  # [parts, N]
+    split_out_ref,  # [splits, N, H]
+    split_max_ref,  # [splits, N]
+    split_sum_ref,  # [splits, N]
     counts_ref,  # int32 [B]
     out_ref,  # [B, N, H]
     *,
     config: TritonConfig | MosaicConfig,
     capacity: int,
     columns: int,
-    read_parts: int,
+    read_splits: int,
 ):
-    """out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the parts i of a sequence."""
+    """out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the splits i of a sequence."""
     head, b = pl.program_id(0), pl.program_id(1)
     own = pl.ds(pl.program_id(2) * columns, columns)
     batch = out_ref.shape[0]
-    part_rows, sequences, parts = deal(counts_ref, batch, capacity, config)
-    num_parts = _num_parts(jnp.clip(counts_ref[b], 0, capacity), part_rows)
+    split_rows, sequences, splits = split_sequences(counts_ref, batch, capacity, config)
+    num_splits = _num_splits(jnp.clip(counts_ref[b], 0, capacity), split_rows)
 
-    @pl.when(num_parts > 1)
+    @pl.when(num_splits > 1)
     def combine():
-        first = jnp.sum(jnp.where(sequences < b, parts, 0))
+        first = jnp.sum(jnp.where(sequences < b, splits, 0))
 
         def step(i, carry):
             running_max, running_sum, acc = carry
-            index = i * read_parts + jnp.arange(read_parts, dtype=jnp.int32)
-            rows = first + jnp.minimum(index, num_parts - 1)
-            peaks = jnp.where(index < num_parts, part_max_ref[rows, head], -jnp.inf)
+            index = i * read_splits + jnp.arange(read_splits, dtype=jnp.int32)
+            rows = first + jnp.minimum(index, num_splits - 1)
+            peaks = jnp.where(index < num_splits, split_max_ref[rows, head], -jnp.inf)
             new_max = jnp.maximum(running_max, jnp.max(peaks))
             weights, decay = jnp.exp2(peaks - new_max), jnp.exp2(running_max - new_max)
-            acc = acc * decay + jnp.sum(weights[:, None] * part_out_ref[rows, head, own], axis=0)
-            running_sum = running_sum * decay + jnp.sum(weights * part_sum_ref[rows, head])
+            acc = acc * decay + jnp.sum(weights[:, None] * split_out_ref[rows, head, own], axis=0)
+            running_sum = running_sum * decay + jnp.sum(weights * split_sum_ref[rows, head])
             return new_max, running_sum, acc
 
         init = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((columns,), jnp.float32))
-        _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_parts, read_parts), step, init)
+        _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_splits, read_splits), step, init)
         out_ref[b, head, own] = (acc / total).astype(out_ref.dtype)
 
 
 def _group_rows(group: int) -> int:
     return max(MATRIX_ROWS, pl.next_power_of_2(group))
-
-
-def _dot(a, b, contracting):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)

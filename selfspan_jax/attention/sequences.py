@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import TileMask, rotate_and_write, span_decode_attention
+from pallas_kernels import TileMask, rotate_and_write, rotate_heads, span_decode_attention
 from pallas_kernels import masked_attention as attend_tiles
-from pallas_kernels.gradients import rotated_heads as rotate_rows
 from pallas_kernels.sequence_attention import unsupported_reason
 from selfspan_jax import spans
 from selfspan_jax.config import Attention, DecodeConfig, Implementation, ModelConfig
@@ -93,7 +92,7 @@ def rotated_heads(
     """
     batch, num_tokens, *heads = qkv.shape
     cos, sin = (angle.reshape(batch * num_tokens, -1) for angle in angles)
-    parts = rotate_rows(qkv.reshape(batch * num_tokens, *heads), cos, sin)
+    parts = rotate_heads(qkv.reshape(batch * num_tokens, *heads), cos, sin)
     q, k, v = (part.reshape(batch, num_tokens, *part.shape[1:]) for part in parts)
     return q, k, v
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import update_row_lists
+from pallas_kernels import update_slots
 from selfspan_jax.config import ModelConfig
 
 LayerPools = tuple[Float[Array, "P K H"], Float[Array, "P K H"]]
@@ -74,4 +74,4 @@ class SlotList:
         append: Bool[Array, "B"],
     ) -> SlotList:
         """The rows of the visible tokens where `rebuild`, one more row where `append`, elsewhere the same."""
-        return SlotList(*update_row_lists(self.rows, self.counts, visible, table, own, rebuild, append))
+        return SlotList(*update_slots(self.rows, self.counts, visible, table, own, rebuild, append))

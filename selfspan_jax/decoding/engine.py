@@ -147,7 +147,7 @@ def _first_slots(table: Int[Array, "B A"], config: DecodeConfig) -> SlotList:
     if config.attention == "dense":
         return SlotList(table, counts)  # for good: only the counts will grow
     window = min(table.shape[1], config.sink_tokens + config.window_tokens)
-    width = window if config.attention == "window" else table.shape[1] + 1  # a column to spare, see `update_row_lists`
+    width = window if config.attention == "window" else table.shape[1] + 1  # a column to spare, see `update_slots`
     return SlotList(jnp.zeros((table.shape[0], width), jnp.int32), counts)
 
 

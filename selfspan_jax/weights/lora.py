@@ -31,8 +31,7 @@ from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from pallas_kernels import fused_linear
-from pallas_kernels.gradients import swiglu
+from pallas_kernels import fused_linear, silu_and_mul
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, from_json
 from selfspan_jax.model import Decoder, Embedding, Frozen, Linear, RMSNorm
 from selfspan_jax.spans import SpanVocab
@@ -72,7 +71,7 @@ class AdaptedLinear(nnx.Module):
         if self.bias is not None:
             out += self.bias[...].astype(out.dtype)[None, None, :]
         if gated:
-            out = swiglu(out.reshape(-1, out.shape[-1])).reshape(*out.shape[:-1], -1)
+            out = silu_and_mul(out.reshape(-1, out.shape[-1])).reshape(*out.shape[:-1], -1)
         return out if residual is None else out + residual
 
     def merged(self) -> Float[Array, "M D"]:

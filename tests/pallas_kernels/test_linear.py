@@ -13,18 +13,34 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import linear as bench
 from benchmarks.linear import MATRICES
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
 from pallas_kernels.linear import expected_bytes, unsupported_reason
-from pallas_kernels.linear.cases import CASES, Case, Problem, make_problem
-from pallas_kernels.linear.heuristics import MULTIPROCESSORS, LinearConfig, is_fastest, linear_config
+from pallas_kernels.linear.heuristics import LinearConfig, is_fastest, linear_config
 from pallas_kernels.linear.triton import padded_rows, triton_linear
+from tests.pallas_kernels.budget import KERNELS, error, gpu_run, program, rms, round_to, run
+from tests.pallas_kernels.cases.linear import CASE, CASES, Case, Problem, make_problem, shared_memory_bytes
 from tests.pallas_kernels.lowering import cuda_lowering
 
-CASE = {case.name: case for case in CASES}
-KERNEL = [("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu, id="triton-gpu")]
-ALL = [("reference", False), ("xla", False), *KERNEL]
+ALL = [("reference", False), ("xla", False), *KERNELS]
+
+# The interpreter runs each case once, in one dtype, since it compiles each for a second; XLA has no tiles, so that few shapes, with
+# everything that can be fused, are enough. A GPU runs all.
+FLOAT32 = ("batch_1", "batch_8", "qkv", "all_of_it", "odd_gate", "inputs_576")
+FLOAT16 = ("batch_3", "batch_33")
+INT8 = ("batch_1", "qkv", "all_of_it", "odd_gate", "batch_33", "inputs_48")
+PLAIN = [CASE[name] for name in ("o", "qkv", "all_of_it")]
+FLOAT32_RUNS = [run(CASE[name], np.float32, "triton", True) for name in FLOAT32]
+FLOAT32_RUNS += [run(case, np.float32, name) for case in PLAIN for name in ("reference", "xla")]
+FLOAT32_RUNS += [gpu_run(case, np.float32, "triton") for case in CASES]
+HALF_RUNS = [run(case, ml_dtypes.bfloat16, "triton", True) for case in CASES if case.name not in (*FLOAT32, *FLOAT16)]
+HALF_RUNS += [run(case, ml_dtypes.bfloat16, name) for case in PLAIN for name in ("reference", "xla")]
+HALF_RUNS += [run(CASE[name], np.float16, "triton", True) for name in FLOAT16] + [run(CASE["batch_3"], np.float16, "xla")]
+HALF_RUNS += [gpu_run(case, ml_dtypes.bfloat16, "triton") for case in CASES]
+HALF_RUNS += [gpu_run(CASE[name], np.float16, "triton") for name in FLOAT16]
+INT8_RUNS = [run(CASE[name], ml_dtypes.bfloat16, "triton", True) for name in INT8]
+INT8_RUNS += [run(CASE["all_of_it"], ml_dtypes.bfloat16, name) for name in ("reference", "xla")]
+INT8_RUNS += [gpu_run(CASE[name], ml_dtypes.bfloat16, "triton") for name in INT8]
 
 
 def silu(x):
@@ -60,24 +76,8 @@ def plain(problem: Problem, dtype) -> np.ndarray:
     return out if problem.residual is None else rounded(out + rounded(problem.residual))
 
 
-def rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))
-
-
 def within_budget(out: np.ndarray, problem: Problem, dtype) -> bool:
-    """RMS error below twice that of a plain model in the same dtype on the same input."""
-    exact = oracle(problem)
-    return rms(out - exact) < 2 * rms(plain(problem, dtype) - exact)
-
-
-def round_to(problem: Problem, dtype) -> Problem:
-    """The same problem in numbers that `dtype` can hold, so that only the computation's error is seen."""
-
-    def rounded(x):
-        return None if x is None else x.astype(dtype).astype(np.float64)
-
-    arrays = {name: rounded(getattr(problem, name)) for name in ("x", "weight", "norm", "residual")}
-    return dataclasses.replace(problem, **arrays)
+    return error(out, plain(problem, dtype), oracle(problem)) < 2
 
 
 def arrays_of(problem: Problem, dtype, weight=lambda weight: weight):
@@ -89,55 +89,48 @@ def arrays_of(problem: Problem, dtype, weight=lambda weight: weight):
     return array(problem.x), weight(array(problem.weight)), array(problem.norm, jnp.float32), array(problem.residual)
 
 
-def run(problem: Problem, dtype, implementation, interpret=False, weight=lambda weight: weight, out_dtype=None) -> np.ndarray:
-    options = {"gated": problem.gated, "norm_eps": problem.norm_eps, "out_dtype": out_dtype}
+@functools.cache
+def compiled(implementation, interpret, gated, norm_eps, out_dtype):
+    options = {"gated": gated, "norm_eps": norm_eps, "out_dtype": out_dtype, "implementation": implementation, "interpret": interpret}
 
     def product(x, weight, norm, residual):
-        return fused_linear(x, weight, norm=norm, residual=residual, implementation=implementation, interpret=interpret, **options)
+        return fused_linear(x, weight, norm=norm, residual=residual, **options)
 
-    # The interpreter's program runs for a moment and compiles for seconds.
-    compiler_options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} if interpret else None
+    return program(product, interpret)
+
+
+def product(problem: Problem, dtype, implementation, interpret=False, weight=lambda weight: weight, out_dtype=None) -> np.ndarray:
+    function = compiled(implementation, interpret, problem.gated, problem.norm_eps, out_dtype)
     x, weight, norm, residual = arrays_of(problem, dtype, weight)
-    out = jax.jit(product, compiler_options=compiler_options)(x, weight, norm, residual)
+    out = function(x, weight, norm, residual)
     assert out.dtype == (out_dtype or x.dtype) and out.shape == oracle(problem).shape
     return np.asarray(out).astype(np.float64)
 
 
-@pytest.mark.parametrize("implementation, interpret", ALL)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float32_matches_oracle(case, implementation, interpret):
-    problem = round_to(make_problem(case), np.float32)
-    out = run(problem, jnp.float32, implementation, interpret)
-    np.testing.assert_allclose(out, oracle(problem), atol=1e-5, rtol=2e-5)
+@pytest.mark.parametrize("case, dtype, implementation, interpret", FLOAT32_RUNS)
+def test_float32_matches_oracle(case, dtype, implementation, interpret):
+    problem = round_to(make_problem(case), dtype)
+    np.testing.assert_allclose(product(problem, dtype, implementation, interpret), oracle(problem), atol=1e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("implementation, interpret", ALL)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bfloat16_within_budget(case, implementation, interpret):
-    problem = round_to(make_problem(case), ml_dtypes.bfloat16)
-    assert within_budget(run(problem, ml_dtypes.bfloat16, implementation, interpret), problem, ml_dtypes.bfloat16)
-
-
-@pytest.mark.parametrize("implementation, interpret", ALL)
-@pytest.mark.parametrize("name", ["batch_3", "batch_33"])
-def test_float16_within_budget(name, implementation, interpret):
-    problem = round_to(make_problem(CASE[name]), np.float16)
-    assert within_budget(run(problem, np.float16, implementation, interpret), problem, np.float16)
+@pytest.mark.parametrize("case, dtype, implementation, interpret", HALF_RUNS)
+def test_half_precision_within_budget(case, dtype, implementation, interpret):
+    problem = round_to(make_problem(case), dtype)
+    assert within_budget(product(problem, dtype, implementation, interpret), problem, dtype)
 
 
 def dequantized(problem: Problem) -> Problem:
     """The problem whose weight is what the int8 weight stands for."""
-    weight = quantize_weight(jnp.asarray(problem.weight, jnp.float32))
+    weight = jax.jit(quantize_weight)(jnp.asarray(problem.weight, jnp.float32))
     values = np.asarray(weight.values, np.float64) * np.asarray(weight.scales, np.float64)[:, None]
     return dataclasses.replace(problem, weight=values)
 
 
-@pytest.mark.parametrize("implementation, interpret", ALL)
-@pytest.mark.parametrize("name", ["batch_1", "qkv", "all_of_it", "odd_gate", "batch_33", "inputs_48"])
-def test_int8_weights(name, implementation, interpret):
-    problem = round_to(make_problem(CASE[name]), ml_dtypes.bfloat16)
-    out = run(problem, ml_dtypes.bfloat16, implementation, interpret, weight=quantize_weight)
-    assert within_budget(out, dequantized(problem), ml_dtypes.bfloat16)
+@pytest.mark.parametrize("case, dtype, implementation, interpret", INT8_RUNS)
+def test_int8_weights(case, dtype, implementation, interpret):
+    problem = round_to(make_problem(case), dtype)
+    out = product(problem, dtype, implementation, interpret, weight=jax.jit(quantize_weight))
+    assert within_budget(out, dequantized(problem), dtype)
     # Rounding the weights costs more than the computation: measured 0.6 to 1.1% of the result's RMS.
     exact = oracle(problem)
     assert rms(out - exact) < 0.02 * rms(exact)
@@ -147,7 +140,7 @@ def test_int8_weights(name, implementation, interpret):
 def test_float32_logits_of_bfloat16_rows(implementation, interpret):
     """Logits are not rounded to bfloat16: the budget is a tenth of what that rounding alone costs."""
     problem = round_to(make_problem(Case("head", "", 2, 200, 256)), ml_dtypes.bfloat16)
-    out, exact = run(problem, ml_dtypes.bfloat16, implementation, interpret, out_dtype=jnp.float32), oracle(problem)
+    out, exact = product(problem, ml_dtypes.bfloat16, implementation, interpret, out_dtype=jnp.float32), oracle(problem)
     assert rms(out - exact) < 0.1 * rms(exact.astype(ml_dtypes.bfloat16).astype(np.float64) - exact)
 
 
@@ -166,10 +159,10 @@ SABOTAGE = {
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_budget_has_teeth(name):
     problem = round_to(make_problem(Case("teeth", "", 4, 96, 256, norm=True, residual=True, gated=True)), ml_dtypes.bfloat16)
-    out = run(SABOTAGE[name](problem), ml_dtypes.bfloat16, "xla")
+    out = product(SABOTAGE[name](problem), ml_dtypes.bfloat16, "xla")
     assert not within_budget(out, problem, ml_dtypes.bfloat16)
     assert not within_budget(np.zeros_like(out), problem, ml_dtypes.bfloat16)
-    assert within_budget(run(problem, ml_dtypes.bfloat16, "xla"), problem, ml_dtypes.bfloat16)
+    assert within_budget(product(problem, ml_dtypes.bfloat16, "xla"), problem, ml_dtypes.bfloat16)
 
 
 def test_int8_scales_have_teeth():
@@ -179,7 +172,7 @@ def test_int8_scales_have_teeth():
         weight = quantize_weight(weight)
         return QuantizedWeight(weight.values, jnp.roll(weight.scales, 1))
 
-    out = run(problem, ml_dtypes.bfloat16, "triton", True, weight=neighbours_scales)
+    out = product(problem, ml_dtypes.bfloat16, "triton", True, weight=jax.jit(neighbours_scales))
     assert not within_budget(out, dequantized(problem), ml_dtypes.bfloat16)
 
 
@@ -189,7 +182,7 @@ def test_int8_scales_have_teeth():
 def test_xla_is_plain_llama_in_bfloat16():
     """Rounded where an ordinary model rounds: equal to one up to the last bit, which sums in another order may turn."""
     problem = round_to(make_problem(CASE["all_of_it"]), ml_dtypes.bfloat16)
-    out, expected = run(problem, ml_dtypes.bfloat16, "xla"), plain(problem, ml_dtypes.bfloat16)
+    out, expected = product(problem, ml_dtypes.bfloat16, "xla"), plain(problem, ml_dtypes.bfloat16)
     assert np.mean(out == expected) > 0.9
     np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-9)
 
@@ -224,14 +217,12 @@ def test_gradient_of_the_kernel_is_refused():
 def test_leading_axes():
     problem = make_problem(CASE["all_of_it"])
     x, weight, norm, residual = arrays_of(problem, jnp.float32)
-    flat = fused_linear(x, weight, norm=norm, residual=residual, gated=True)
-    for leading in ((2, 2), (1, 4), (4, 1, 1)):
-        shaped = (array.reshape(*leading, -1) for array in (x, residual))
-        x_shaped, residual_shaped = shaped
-        out = fused_linear(x_shaped, weight, norm=norm, residual=residual_shaped, gated=True)
+    product = compiled(None, False, True, problem.norm_eps, None)
+    flat = product(x, weight, norm, residual)
+    for leading in ((2, 2), (4, 1, 1)):
+        out = product(x.reshape(*leading, -1), weight, norm, residual.reshape(*leading, -1))
         np.testing.assert_array_equal(out, flat.reshape(*leading, -1))
-    one = fused_linear(x[0], weight, norm=norm, residual=residual[0], gated=True)
-    np.testing.assert_allclose(one, flat[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(product(x[0], weight, norm, residual[0]), flat[0], rtol=1e-5, atol=1e-6)
     assert fused_linear(x[:0], weight, gated=True).shape == (0, 48)
 
 
@@ -295,14 +286,13 @@ def test_expected_bytes():
 
 
 def test_quantize_weight_rounds_to_half_a_step():
-    weight = jax.random.normal(jax.random.key(0), (32, 64)) * 3.0
-    weight = weight.at[5].set(0.0)
-    quantized = quantize_weight(weight)
+    weight = 3.0 * np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
+    weight[5] = 0.0
+    quantized = jax.jit(quantize_weight)(weight)
     assert quantized.shape == (32, 64) and quantized.values.dtype == jnp.int8
-    assert jnp.all(jnp.max(jnp.abs(quantized.values), axis=1)[jnp.arange(32) != 5] == 127)
-    step = quantized.scales[:, None]
-    restored = quantized.values.astype(jnp.float32) * step
-    assert jnp.all(jnp.abs(restored - weight) <= 0.5001 * step) and jnp.all(restored[5] == 0)
+    values, step = np.asarray(quantized.values, np.float32), np.asarray(quantized.scales)[:, None]
+    assert np.all(np.abs(values).max(axis=1)[np.arange(32) != 5] == 127) and np.all(values[5] == 0)
+    assert np.all(np.abs(values * step - weight) <= 0.5001 * step)
     with pytest.raises(ValueError, match="must be a float"):
         quantize_weight(quantized.values)
 
@@ -319,19 +309,17 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu, id="gpu")])
-@pytest.mark.parametrize("config", SETTINGS, ids=str)
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(
+    "batch, config, interpret",
+    [(1 if config.segments == 8 else 5, config, True) for config in SETTINGS]
+    + [pytest.param(batch, config, False, marks=pytest.mark.gpu) for batch in (1, 5) for config in SETTINGS],
+    ids=str,
+)
 def test_settings_do_not_change_the_answer(batch, config, interpret):
     problem = round_to(make_problem(Case("settings", "", batch, 2 * 39, 256, norm=True, residual=True, gated=True)), ml_dtypes.bfloat16)
     options = {"norm_eps": 1e-5, "gated": True, "out_dtype": jnp.dtype(jnp.bfloat16), "config": config, "interpret": interpret}
-    out = triton_linear(*arrays_of(problem, jnp.bfloat16), **options)
+    out = program(functools.partial(triton_linear, **options), interpret)(*arrays_of(problem, jnp.bfloat16))
     assert within_budget(np.asarray(out, np.float64), problem, ml_dtypes.bfloat16)
-
-
-def shared_memory_bytes(config: LinearConfig, batch: int, item_bytes: int, x_bytes: int, gated: bool) -> int:
-    rows = config.tile_outputs * (2 if gated else 1) * item_bytes + padded_rows(batch, config.segments) * x_bytes
-    return rows * config.segments * config.segment_inputs * (config.num_stages + 1)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64])
@@ -357,41 +345,19 @@ def test_none_takes_the_kernel_where_it_was_measured_to_be_faster(batch, num_out
     assert not is_fastest(batch, num_outputs, 4096, 4)  # float32 was not measured
 
 
-@pytest.mark.parametrize("batch", [1, 8, 64])
-@pytest.mark.parametrize("matrix", MATRICES, ids=lambda matrix: matrix.name)
-def test_lowers_for_cuda(matrix, batch):
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "name, batch", [("7b-qkv", 1), ("7b-gate-up", 8), ("7b-down", 1), ("7b-head", 64), ("8b-head", 8), ("768-qkv", 64), ("576-gate-up", 1)]
+)
+def test_lowers_for_cuda(name, batch, quantized):
+    (matrix,) = (matrix for matrix in MATRICES if matrix.name == name)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     x, norm = shape((batch, matrix.num_inputs)), shape((matrix.num_inputs,)) if matrix.norm else None
     rows = (matrix.num_outputs, matrix.num_inputs)
-    quantized = QuantizedWeight(jax.ShapeDtypeStruct(rows, jnp.int8), jax.ShapeDtypeStruct(rows[:1], jnp.float32))
-    for weight, item_bytes in ((shape(rows), 2), (quantized, 1)):
-        config = linear_config(batch, matrix.num_results, matrix.num_inputs, item_bytes, matrix.gated)
-        product = functools.partial(triton_linear, norm_eps=1e-5, config=config, **matrix.options())
-        residual = shape((batch, matrix.num_results))
-        assert cuda_lowering(product, x, weight, norm, residual).count("__gpu$xla.gpu.triton") == 1
-
-
-# The benchmark's own parts that need no GPU.
-
-
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("matrix", MATRICES[:5], ids=lambda matrix: matrix.name)
-def test_benchmark_tries_settings_that_can_run(matrix, int8):
-    for batch in (1, 8, 32):
-        configs = bench.settings(matrix, batch, int8)
-        assert configs
-        for config in configs:
-            assert matrix.num_inputs % (config.segments * config.segment_inputs) == 0
-            # The tuner fills the multiprocessor with as many programs as it asks for.
-            programs = config.programs // MULTIPROCESSORS
-            used = shared_memory_bytes(config, batch, 1 if int8 else 2, 2, matrix.gated) * config.num_stages // (config.num_stages + 1)
-            assert programs * used < 227 * 1024
-
-
-@pytest.mark.parametrize(
-    "arguments, message", [(["--matrices", "7b-q"], "unknown matrix '7b-q', choose from 7b-qkv"), (["--layers", "x"], "unknown layer")]
-)
-def test_benchmark_names_wrong_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(arguments)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    weight = shape(rows)
+    if quantized:
+        weight = QuantizedWeight(jax.ShapeDtypeStruct(rows, jnp.int8), jax.ShapeDtypeStruct(rows[:1], jnp.float32))
+    config = linear_config(batch, matrix.num_results, matrix.num_inputs, 1 if quantized else 2, matrix.gated)
+    product = functools.partial(triton_linear, norm_eps=1e-5, config=config, **matrix.options())
+    residual = shape((batch, matrix.num_results))
+    assert cuda_lowering(product, x, weight, norm, residual).count("__gpu$xla.gpu.triton") == 1

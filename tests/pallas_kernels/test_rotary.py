@@ -1,4 +1,4 @@
-"""Rotation and pool writes of a decode step against numpy, the rows of the pools bit by bit."""
+"""Rotation against complex numbers in numpy, its gradient, and the pool writes of a decode step bit by bit."""
 
 import functools
 
@@ -8,12 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import rotate_and_write
-from pallas_kernels.rotary.api import _rotate_and_write_triton, unsupported_reason
+from pallas_kernels import rotate_and_write, rotate_heads
+from pallas_kernels.rotary import unsupported_reason
+from pallas_kernels.rotary.triton import triton_rotate_and_write, triton_rotate_heads, triton_rotate_heads_gradient
+from tests.pallas_kernels.budget import KERNELS, program
 from tests.pallas_kernels.lowering import cuda_lowering
 
-IMPLEMENTATIONS = [("xla", False), ("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu, id="triton-gpu")]
-CASES = {  # kv heads, query heads of each, head size, rows of the new tokens in a pool of 12
+BFLOAT16 = ml_dtypes.bfloat16
+CASES = {  # kv heads, query heads of each, head size, slots of the new tokens in a pool of 12
     "mha": (4, 1, 64, [3, 0, 11]),
     "gqa_3": (2, 3, 64, [5]),  # a group that is no power of two
     "gqa_4": (2, 4, 128, [7, 2]),
@@ -21,18 +23,31 @@ CASES = {  # kv heads, query heads of each, head size, rows of the new tokens in
     "nothing_written": (2, 1, 64, [-1, 12, 2**31 - 1, -(2**31)]),
     "some_written": (1, 2, 256, [-12, 4, 12, 9, -1]),  # -12 and -1 would be rows if counted from the end
 }
+# The interpreter runs each case once, in one dtype; a GPU runs all.
+DTYPES = {
+    "mha": np.float32,
+    "gqa_3": BFLOAT16,
+    "gqa_4": np.float16,
+    "mqa_16": BFLOAT16,
+    "nothing_written": np.float32,
+    "some_written": BFLOAT16,
+}
+RUNS = [(name, dtype, *implementation) for name, dtype in DTYPES.items() for implementation in (("xla", False), ("triton", True))]
+RUNS += [
+    pytest.param(name, dtype, "triton", False, marks=pytest.mark.gpu) for name in CASES for dtype in (np.float32, np.float16, BFLOAT16)
+]
 
 
 def make(name, dtype, seed=0):
-    """qkv, cos, sin, rows and pools, which hold NaN in some rows and infinities in others."""
-    num_kv_heads, group, head_size, rows = CASES[name]
+    """qkv, cos, sin, slots and pools, which hold NaN in some rows and infinities in others."""
+    num_kv_heads, group, head_size, slots = CASES[name]
     rng = np.random.default_rng(seed)
-    qkv = rng.normal(size=(len(rows), num_kv_heads, group + 2, head_size)).astype(dtype)
-    angles = rng.uniform(-100, 100, (len(rows), head_size // 2)).astype(np.float32)
+    qkv = rng.normal(size=(len(slots), num_kv_heads, group + 2, head_size)).astype(dtype)
+    angles = rng.uniform(-100, 100, (len(slots), head_size // 2)).astype(np.float32)
     k_pool, v_pool = (rng.normal(size=(12, num_kv_heads, head_size)).astype(dtype) for _ in range(2))
     for pool in (k_pool, v_pool):
         pool[::3], pool[1::4] = np.nan, -np.inf
-    return qkv, np.cos(angles), np.sin(angles), np.asarray(rows, np.int32), k_pool, v_pool
+    return qkv, np.cos(angles), np.sin(angles), np.asarray(slots, np.int32), k_pool, v_pool
 
 
 def oracle(qkv, cos, sin):
@@ -46,25 +61,23 @@ def oracle(qkv, cos, sin):
 
 def run(arrays, implementation, interpret):
     write = functools.partial(rotate_and_write, implementation=implementation, interpret=interpret)
-    return [np.asarray(out) for out in jax.jit(write)(*(jnp.asarray(array) for array in arrays))]
+    return [np.asarray(out) for out in program(write, interpret)(*(jnp.asarray(array) for array in arrays))]
 
 
 def bits(array):
     return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
 
 
-@pytest.mark.parametrize("implementation, interpret", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("name", CASES)
-def test_matches_oracle_and_writes_its_rows_alone(name, dtype, implementation, interpret):
+@pytest.mark.parametrize("name, dtype, implementation, interpret", RUNS)
+def test_matches_oracle_and_writes_its_slots_alone(name, dtype, implementation, interpret):
     arrays = make(name, dtype)
-    qkv, cos, sin, rows, k_before, v_before = arrays
+    qkv, cos, sin, slots, k_before, v_before = arrays
     q, k_after, v_after = run(arrays, implementation, interpret)
     exact_q, exact_k = oracle(qkv, cos, sin)
     # Rounded once: half a unit in the last place, and what float32 arithmetic leaves.
     tolerance = {"atol": 2e-6, "rtol": float(ml_dtypes.finfo(dtype).eps) / 2 + 1e-6}
     np.testing.assert_allclose(q.astype(np.float64), exact_q, **tolerance)
-    written = {row: b for b, row in enumerate(rows.tolist()) if 0 <= row < len(k_before)}
+    written = {row: b for b, row in enumerate(slots.tolist()) if 0 <= row < len(k_before)}
     for row in range(len(k_before)):
         if row in written:
             np.testing.assert_allclose(k_after[row].astype(np.float64), exact_k[written[row]], **tolerance)
@@ -103,10 +116,10 @@ def test_donated_pools_are_updated_in_place():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({0: jnp.ones((3, 4, 2, 64))}, r"qkv must be a float \[B, K, G \+ 2, H\]"),
-        ({1: jnp.ones((3, 64))}, r"cos must be float32 \[B, H / 2\] = \[3, 32\], got float32\[3, 64\]"),
+        ({0: jnp.ones((3, 4, 2, 64))}, r"qkv must be a float \[rows, K, G \+ 2, H\]"),
+        ({1: jnp.ones((3, 64))}, r"cos must be float32 \[rows, H / 2\] = \[3, 32\], got float32\[3, 64\]"),
         ({2: jnp.ones((3, 32), jnp.bfloat16)}, "sin must be float32"),
-        ({3: jnp.ones((3,))}, r"rows must be int32 \[B\] = \[3\]"),
+        ({3: jnp.ones((3,))}, r"slots must be int32 \[B\] = \[3\]"),
         ({4: jnp.ones((12, 4, 64), jnp.bfloat16)}, "k_pool must be float32"),
         ({5: jnp.ones((9, 4, 64))}, "k_pool and v_pool must agree"),
     ],
@@ -122,18 +135,63 @@ def test_wrong_arguments_are_named(change, message):
 def test_kernel_says_what_it_cannot_do():
     qkv, angles, pool = jnp.ones((1, 1, 3, 96)), jnp.ones((1, 48)), jnp.ones((4, 1, 96))
     assert "head size must be 32, 64, 128 or 256, got 96" in unsupported_reason("triton", qkv, interpret=True)
-    rows = jnp.zeros((1,), jnp.int32)
+    slots = jnp.zeros((1,), jnp.int32)
     with pytest.raises(NotImplementedError, match="'triton': head size"):
-        rotate_and_write(qkv, angles, angles, rows, pool, pool, implementation="triton", interpret=True)
-    assert rotate_and_write(qkv, angles, angles, rows, pool, pool)[0].shape == (1, 1, 96)  # None picks one that can
+        rotate_and_write(qkv, angles, angles, slots, pool, pool, implementation="triton", interpret=True)
+    assert rotate_and_write(qkv, angles, angles, slots, pool, pool)[0].shape == (1, 1, 96)  # None picks one that can
+    assert "multiple of 32, got 1" in unsupported_reason("triton", jnp.ones((1, 1, 3, 64)), row_multiple=32, interpret=True)
+    with pytest.raises(NotImplementedError, match="'triton': the number of rows must be a multiple of 32, got 1"):
+        rotate_heads(qkv, angles, angles, implementation="triton", interpret=True)
     with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
-        rotate_and_write(qkv, angles, angles, rows, pool, pool, implementation="cuda")
+        rotate_and_write(qkv, angles, angles, slots, pool, pool, implementation="cuda")
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("num_kv_heads, group, head_size", [(32, 1, 128), (8, 4, 128), (3, 3, 64), (1, 16, 256)])
+@pytest.mark.parametrize(
+    "num_kv_heads, group, head_size, dtype", [(8, 4, 128, jnp.bfloat16), (3, 3, 64, jnp.bfloat16), (1, 16, 256, jnp.float32)]
+)
 def test_lowers_for_cuda(num_kv_heads, group, head_size, dtype):
     shape = jax.ShapeDtypeStruct
     pool, angles = shape((640, num_kv_heads, head_size), dtype), shape((8, head_size // 2), jnp.float32)
     args = (shape((8, num_kv_heads, group + 2, head_size), dtype), angles, angles, shape((8,), jnp.int32), pool, pool)
-    assert cuda_lowering(functools.partial(_rotate_and_write_triton, interpret=False), *args).count("__gpu$xla.gpu.triton") == 1
+    assert cuda_lowering(triton_rotate_and_write, *args).count("__gpu$xla.gpu.triton") == 1
+
+
+# Whole sequences.
+
+
+def by_complex_numbers(qkv, angles):
+    turned_q, turned_k = oracle(qkv, np.cos(angles), np.sin(angles))
+    return turned_q, turned_k, qkv[:, :, -1]
+
+
+@pytest.mark.parametrize(("implementation", "interpret"), [("xla", False), *KERNELS])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 1, 64), np.float32), ((1, 3, 32), np.float32), ((2, 2, 64), BFLOAT16)], ids=["mha", "gqa_3", "bfloat16"]
+)
+def test_heads_are_turned_and_their_gradients_turned_back(shape, dtype, implementation, interpret):
+    """A rotation is orthogonal: its transpose, the gradient, undoes it."""
+    num_kv_heads, group, head_size = shape
+    rng = np.random.default_rng(0)
+    angles = rng.uniform(0, 7, (64, head_size // 2))
+    qkv = rng.normal(size=(64, num_kv_heads, group + 2, head_size)).astype(dtype)
+    cos, sin, x = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32), jnp.asarray(qkv)
+
+    def both(x):
+        heads, backward = jax.vjp(lambda x: rotate_heads(x, cos, sin, implementation=implementation, interpret=interpret), x)
+        return heads, backward(heads)[0]
+
+    heads, restored = program(both, interpret)(x)
+    tolerance = {"atol": 2e-6} if dtype == np.float32 else {"rtol": 2**-8, "atol": 1e-5}
+    for one, other in zip(heads, by_complex_numbers(qkv.astype(np.float64), angles), strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, **tolerance)
+    # In half precision it was rounded twice, in pairs whose larger number says how much.
+    np.testing.assert_allclose(
+        np.asarray(restored, np.float64), qkv.astype(np.float64), **{"atol": 2e-6} if dtype == np.float32 else {"atol": 0.03}
+    )
+
+
+def test_heads_of_whole_sequences_lower_for_cuda():
+    qkv, angles = jax.ShapeDtypeStruct((64, 4, 3, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    q = jax.ShapeDtypeStruct((64, 4, 64), jnp.bfloat16)
+    assert "__gpu$xla.gpu.triton" in cuda_lowering(triton_rotate_heads, qkv, angles, angles)
+    assert "__gpu$xla.gpu.triton" in cuda_lowering(triton_rotate_heads_gradient, q, q, q, angles, angles)

@@ -1,4 +1,4 @@
-"""The two kinds of KV pool: a float array `[P, K, H]`, or int8 rows with their scales."""
+"""KV pools of either kind: a float array `[P, K, H]`, or int8 rows with float32 scales."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class QuantizedPool(NamedTuple):
-    """Int8 rows of a KV pool; row `p` of head `k` stands for `values[p, k] * scales[p, k]`."""
+    """An int8 KV pool: row `p` of head `k` is `values[p, k] * scales[p, k]`."""
 
     values: jax.Array  # int8 [P, K, H]
     scales: jax.Array  # float32 [P, K]

@@ -1,4 +1,4 @@
-"""Named problems, each with the reason it is here, for tests on the CPU and on the GPU."""
+"""Named problems of masked attention, each with the reason it is here."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def blocks(rng: np.random.Generator, num_queries: int, num_keys: int) -> np.ndar
     return (run[:num_queries, None] == run[None, :num_keys]) & np.tri(num_queries, num_keys, dtype=bool)
 
 
-def with_gaps(rng: np.random.Generator, num_queries: int, num_keys: int) -> np.ndarray:
-    """Tiles of every kind: full ones, empty ones, and queries and keys that nobody attends with."""
+def gaps(rng: np.random.Generator, num_queries: int, num_keys: int) -> np.ndarray:
+    """Tiles of every kind: full ones, empty ones, and queries and keys without any pair."""
     mask = np.tri(num_queries, num_keys, dtype=bool)
     mask[:, 64:130] = False
     mask[3] = mask[70:140] = False
@@ -54,22 +54,19 @@ class Case:
 
 
 CASES = (
-    Case("spotted", "single pairs in every tile", (spotted, spotted)),
-    Case("causal", "partial tiles on the diagonal, full ones below", (causal,)),
-    Case("blocks", "several sequences packed in a row", (blocks, blocks)),
-    Case("gaps", "empty tiles between others, queries and keys without pairs", (with_gaps,)),
-    Case("nothing", "no pair at all beside another sequence", (nothing, causal)),
+    Case("spotted", "single pairs in every tile; partial tiles on the diagonal, full ones below", (spotted, causal)),
+    Case("blocks_gaps", "several sequences packed in a row; empty tiles between others, queries and keys without pairs", (blocks, gaps)),
+    Case("nothing", "no pair at all beside another sequence; one less than a tile", (nothing, causal), 127),
     Case("odd_length", "lengths that no tile divides", (spotted,), 133, 97),
-    Case("edge_below", "one less than a tile", (causal,), 127),
     Case("edge_above", "one more than a tile", (causal,), 129),
     Case("one_token", "the shortest sequence", (everything,), 1),
     Case("few_queries", "fewer queries than keys, as in chunks of a prompt", (everything,), 16, 200),
     Case("gqa_3", "a group that is no power of two (SmolLM2 has 9 heads on 3)", (blocks,), 128, None, 6, 2),
-    Case("mqa", "one kv head for all", (spotted,), 128, None, 4, 1),
+    Case("mqa_scale", "one kv head for all; a scale other than 1/sqrt(H)", (spotted,), 128, None, 4, 1, scale=0.3),
     Case("head_32", "the smallest head size", (blocks,), 128, None, 2, 1, 32),
     Case("head_128", "the usual head size", (spotted,), 128, None, 2, 1, 128),
-    Case("scale", "a scale other than 1/sqrt(H)", (causal,), 128, scale=0.3),
 )
+CASE = {case.name: case for case in CASES}
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The two kinds of weight: an array `[M, D]`, or int8 rows with a scale for each output."""
+"""Weights of either kind: an array `[M, D]`, or int8 rows with a float32 scale per output."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """Int8 rows of a matrix; row `m` stands for `values[m] * scales[m]`."""
+    """An int8 matrix with a scale per output: row `m` is `values[m] * scales[m]`."""
 
     values: jax.Array  # int8 [M, D]
     scales: jax.Array  # float32 [M]

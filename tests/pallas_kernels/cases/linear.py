@@ -1,8 +1,11 @@
-"""Named problems, each with the reason it is here, for tests on the CPU and on the GPU."""
+"""Named skinny GEMMs, each with the reason it is here."""
 
 import dataclasses
 
 import numpy as np
+
+from pallas_kernels.linear.heuristics import LinearConfig
+from pallas_kernels.linear.triton import padded_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,7 @@ CASES = (
     Case("inputs_576", "SmolLM2-135M's width, nine times 64", 2, 64, 576, norm=True),
     Case("inputs_48", "inputs with a power of two as low as 16", 1, 32, 48, norm=True),
 )
+CASE = {case.name: case for case in CASES}
 
 
 @dataclasses.dataclass
@@ -66,3 +70,9 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     norm = 1.0 + 0.3 * rng.normal(size=case.num_inputs) if case.norm else None
     residual = rng.normal(size=(case.batch, case.num_results)) if case.residual else None
     return Problem(x, weight, norm, residual, case.gated)
+
+
+def shared_memory_bytes(config: LinearConfig, batch: int, item_bytes: int, x_bytes: int, gated: bool) -> int:
+    """What a program of the kernel keeps in shared memory."""
+    rows = config.tile_outputs * (2 if gated else 1) * item_bytes + padded_rows(batch, config.segments) * x_bytes
+    return rows * config.segments * config.segment_inputs * (config.num_stages + 1)

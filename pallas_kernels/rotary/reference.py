@@ -1,0 +1,45 @@
+"""Rotary positions in plain JAX (RoFormer, 2104.09864, section 3.2; Llama's order of pairs).
+
+For each pair (i, i + H/2) of a head, in float32:
+
+    out[i] = x[i] cos[i] - x[i + H/2] sin[i],    out[i + H/2] = x[i + H/2] cos[i] + x[i] sin[i]
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def rotate_pairs(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rotate the halves of heads by float32 angles; the kernels call it too."""
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate heads `[R, K, heads, H]` by the angles `[R, H / 2]` of their rows, rounded once to the dtype of `x`."""
+    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
+    return jnp.concatenate(rotate_pairs(*jnp.split(x, 2, axis=-1), cos, sin), axis=-1).astype(x.dtype)
+
+
+def xla_rotate_heads(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Shapes as in `rotate_heads`."""
+    num_rows, num_kv_heads, fused, head_size = qkv.shape
+    rotated = rotate(qkv[:, :, :-1], cos, sin)
+    q = rotated[:, :, :-1].reshape(num_rows, num_kv_heads * (fused - 2), head_size)
+    return q, rotated[:, :, -1], qkv[:, :, -1]
+
+
+def xla_rotate_heads_gradient(dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The gradient of `rotate_heads`, `[R, K, G + 2, H]`: a rotation is orthogonal, so its transpose turns back."""
+    num_rows, num_kv_heads, head_size = dk.shape
+    turned = jnp.concatenate([dq.reshape(num_rows, num_kv_heads, -1, head_size), dk[:, :, None]], axis=2)
+    return jnp.concatenate([rotate(turned, cos, -sin), dv[:, :, None]], axis=2)
+
+
+def xla_rotate_and_write(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, slots: jax.Array, k_pool: jax.Array, v_pool: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Shapes as in `rotate_and_write`."""
+    q, k, v = xla_rotate_heads(qkv, cos, sin)
+    slots = jnp.where(slots < 0, k_pool.shape[0], slots)  # indices below zero would count from the end
+    return q, k_pool.at[slots].set(k, mode="drop"), v_pool.at[slots].set(v, mode="drop")

@@ -1,0 +1,53 @@
+"""The choice of an implementation, and what importing the kernels costs."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pallas_kernels
+from pallas_kernels.common import choose_implementation
+
+PACKAGE = Path(pallas_kernels.__file__).parent
+
+
+def choose(implementation, reasons):
+    return choose_implementation(implementation, ("xla", "fast", "fastest"), reasons.get, preferred=("fastest", "fast", "xla"))
+
+
+def test_the_best_that_can_do_it_is_chosen():
+    assert choose(None, {}) == "fastest"
+    assert choose(None, {"fastest": "no"}) == "fast"
+    assert choose(None, {"fastest": "no", "fast": "no"}) == "xla"
+    assert choose("fast", {"fastest": "no"}) == "fast"
+
+
+def test_what_is_named_is_never_replaced():
+    with pytest.raises(NotImplementedError, match="implementation='fast': needs a faster device"):
+        choose("fast", {"fast": "needs a faster device"})
+    with pytest.raises(ValueError, match="unknown implementation 'cuda', choose from xla, fast, fastest"):
+        choose("cuda", {})
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """Modules that a file imports when it is imported itself."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_mosaic_and_jax_triton_are_imported_where_they_are_launched():
+    """Mosaic GPU takes more time to import than everything else here; jax-triton is an extra."""
+    slow = (
+        "jax.experimental.pallas.mosaic_gpu",
+        "jax_triton",
+        "triton",
+        "pallas_kernels.span_decode.mosaic",
+        "pallas_kernels.span_decode.jax_triton",
+    )
+    users = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if imported_at_once(path) & set(slow)}
+    assert users == {"span_decode/mosaic.py", "span_decode/jax_triton.py"}
