@@ -1,0 +1,264 @@
+"""Pages that report experiments: tables and plots of stored runs, written between the markers of a Markdown file.
+
+The text between `<!-- NAME -->` and `<!-- end -->` is replaced. A page says what was not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, PngImagePlugin
+
+from experiments.results import Run, digest, load, take
+from experiments.variants import Experiment
+from selfspan_jax.errors import UserError
+from selfspan_jax.evaluation import wilson
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """How many of some examples were right, over all seeds and as the share of each seed."""
+
+    right: int
+    num_examples: int
+    by_seed: tuple[float, ...]
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, score: str) -> Tally:
+        """Pool rows with the columns seed, num_examples and `score`, the share that was right."""
+        counts = pd.DataFrame({"right": (frame[score] * frame["num_examples"]).round(), "all": frame["num_examples"]})
+        by_seed = counts.groupby(frame["seed"]).sum()
+        return cls(int(counts["right"].sum()), int(counts["all"].sum()), tuple(by_seed["right"] / by_seed["all"]))
+
+    @property
+    def share(self) -> float:
+        return self.right / self.num_examples
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.share, self.num_examples)
+
+    @property
+    def spread(self) -> float:
+        return max(self.by_seed) - min(self.by_seed)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        seeds = f"; seeds {min(self.by_seed):.1%} to {max(self.by_seed):.1%}" if len(self.by_seed) > 1 else ""
+        return f"{self.right:,} of {self.num_examples:,} ({low:.1%} to {high:.1%}{seeds})"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table; "Not run." where it has no rows."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) if rows else "Not run."
+
+
+def targets_table(targets: Iterable[tuple[str, tuple[bool, str] | None]]) -> str:
+    """Write a table of targets, each with whether it is reached and what was found; None where that was not run."""
+
+    def cell(judged: tuple[bool, str] | None) -> str:
+        return "not run" if judged is None else ("yes: " if judged[0] else "**no**: ") + judged[1]
+
+    return markdown_table(("target", "reached"), [(target, cell(judged)) for target, judged in targets])
+
+
+def _seeds(runs: Iterable[Run]) -> dict[str, str]:
+    """List the seeds of each variant."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        seeds.setdefault(run.variant, []).append(str(run.seed))
+    return {name: ", ".join(own) for name, own in seeds.items()}
+
+
+def _variants_table(experiment: Experiment, runs: Sequence[Run]) -> str:
+    seeds = _seeds(runs)
+    rows = [
+        (f"`{name}`", own.description, f"`{f'{own.preset} {own.options}'.strip()}`", seeds.get(name, "not run"))
+        for name, own in experiment.variants.items()
+    ]
+    return markdown_table(("variant", "what it is", "`python train.py`", "seeds"), rows)
+
+
+def _training_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        settings, curve = run.settings["training"], run.curve
+        done = f"{settings['steps']:,}"
+        if curve and curve["step"][-1] != settings["steps"]:
+            done = f"{curve['step'][-1]:,} of {done}"
+        cells = ["-"] * 5
+        if curve:
+            mfu = curve["bf16_peak_fraction"]
+            cells = [f"{curve['seconds']:,.0f}", f"{round(curve['tokens_per_second'], -3):,.0f}", "-" if mfu is None else f"{mfu:.1%}"]
+            cells += [f"{curve['input_wait_fraction']:.1%}", f"{curve['loss'][-1]:.2g}"]
+        rows.append((f"`{run.variant}`", str(run.seed), f"{done} x {settings['batch_size']} x {settings['sequence_tokens']}", *cells))
+    return markdown_table(("variant", "seed", "steps x rows x tokens", "seconds", "tokens/s", "MFU", "input wait", "last loss"), rows)
+
+
+def _not_run(experiment: Experiment, runs: Sequence[Run]) -> str:
+    trained = _seeds(runs)
+    lines = [f"- `{name}` ({own.description}): not trained" for name, own in experiment.variants.items() if name not in trained]
+    for kind, description in experiment.evaluations.items():
+        missing = _seeds(run for run in runs if kind not in run.evaluations)
+        names = [f"`{name}` with seed {seeds}" for name, seeds in missing.items()]
+        lines += [f"- {description}: {'; '.join(names)}"] if names else []
+    return "\n".join(lines) or "Nothing: all variants were trained and evaluated."
+
+
+def _commands(experiment: Experiment, runs: Sequence[Run]) -> str:
+    lines = []
+    for run in runs:
+        commit, directory = run.settings["commit"], f"runs/{run.variant}-{run.seed}"
+        machine = next((f"one {e['device']}, JAX {e['jax']}" for e in run.evaluations.values()), "machine not recorded")
+        lines += [f"# {run.variant}, seed {run.seed}: {machine}, commit {commit}"]
+        lines += [experiment.variants[run.variant].command(run.settings, directory)]
+        for evaluation in run.evaluations.values():
+            other = "" if evaluation["commit"] == commit else f"  # commit {evaluation['commit']}"
+            lines.append(f"python decode.py eval {directory}/model {_eval_options(evaluation)}{other}")
+    return "\n".join(["```", *lines, "```"]) if lines else "Not run."
+
+
+def _eval_options(evaluation: Mapping[str, Any]) -> str:
+    """Write the options of `decode.py eval` that an evaluation was made with."""
+    num_examples, speeds, which = evaluation.get("num_examples"), evaluation.get("by_batch_size"), ""
+    if sets := evaluation.get("sets"):  # of expressions, by number of operators or a range of them
+        low, _, high = next(iter(sets)).partition("-")
+        which = f" --min-ops {low} --max-ops {high}" if high else f" --ops {','.join(sets)}"
+        num_examples = sum(row["num_examples"] for row in evaluation["by_ops"].values()) // len(sets)
+        speeds = next(iter(sets.values()))["by_batch_size"]
+    passes = f" --passes {evaluation['passes']}" if evaluation.get("passes", 1) > 1 else ""
+    batches = ",".join(str(speed["batch_size"]) for speed in speeds)
+    return f"--seed {evaluation['seed']} --num-examples {num_examples}{which} --batch-size {batches}{passes}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ plots
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plot: its title in the page, which runs have something to show in it, and what draws the runs of one panel."""
+
+    title: str
+    shows: Callable[[Run], Any]
+    draw: Callable[[Axes, Sequence[Run]], None]
+
+
+def color(experiment: Experiment, variant: str) -> Any:
+    """Return a variant's colour, the same in all plots."""
+    names = list(experiment.variants)
+    return matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"](names.index(variant))
+
+
+def _loss_plot(experiment: Experiment) -> Plot:
+    def draw(axes: Axes, runs: Sequence[Run]) -> None:
+        labelled: set[str] = set()
+        for run in runs:
+            if run.curve:
+                label = None if run.variant in labelled else run.variant
+                axes.plot(run.curve["step"], run.curve["loss"], color=color(experiment, run.variant), linewidth=1, label=label)
+                labelled.add(run.variant)
+        axes.set(xlabel="step", ylabel="loss of a response token, nats", yscale="log")
+
+    return Plot("loss against steps", lambda run: run.curve, draw)
+
+
+def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence[Run], results: Path) -> dict[str, str]:
+    """Draw plots into the results directory; return the page's line for each, empty where there is nothing to draw.
+
+    Every plot carries a digest of all results as its description, so that a plot of older results is recognized.
+    """
+    lines = {}
+    for name, plot in plots.items():
+        shown = [run for run in runs if plot.shows(run)]
+        panels = {title: own for title, names in experiment.panels.items() if (own := [run for run in shown if run.variant in names])}
+        file, lines[name] = results / f"{name}.png", ""
+        if not panels:
+            file.unlink(missing_ok=True)
+            continue
+        figure = Figure(figsize=(6.4 if len(panels) == 1 else 10, 3.6), layout="constrained")
+        for number, (title, own) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(1, len(panels), number)
+            plot.draw(axes, own)
+            axes.legend(fontsize=7)
+            axes.grid(alpha=0.3)
+            if len(panels) > 1:
+                axes.set_title(title, fontsize=9)
+        _save(figure, file, digest(results))
+        lines[name] = f"\n\n![{plot.title}]({results.name}/{name}.png)"
+    return lines
+
+
+def _save(figure: Figure, file: Path, description: str) -> None:
+    """Save a figure in 256 colours, which lines and letters need no more than; the file is a third of its size otherwise."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Description", description)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, format="png", dpi=100)
+        with Image.open(buffer) as picture:
+            few = picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, pnginfo=info, optimize=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------- page
+
+
+def fill(page: str, sections: Mapping[str, str]) -> str:
+    """Replace the sections of a page. Raises UserError for a page that lacks one."""
+    for name, text in sections.items():
+        begin = f"<!-- {name} -->\n"
+        before, _, rest = page.partition(begin)
+        _, end, after = rest.partition("<!-- end -->")
+        if not end or begin in rest:
+            raise UserError(f"the page has not just one `<!-- {name} -->` line with an `<!-- end -->` line after it")
+        page = f"{before}{begin}\n{text}\n\n{end}{after}"
+    return page
+
+
+def main(
+    module: str,
+    experiment: Experiment,
+    plots: Mapping[str, Plot],
+    sections: Callable[[Sequence[Run], dict[str, str]], dict[str, str]],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run the command of a report: add results if asked to, and write the page.
+
+    Args:
+      plots: by the names of their files, beside "loss", which every report has.
+      sections: makes the sections of the page beside those that every report has, of the runs and the page's lines of the plots.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Write the page of an experiment from its stored results.")
+    parser.add_argument("results", type=Path, help="directory of results; the page is the .md file of the same name beside it")
+    parser.add_argument("--take", type=Path, help="first add the results of this directory, reduced")
+    parser.add_argument("--commit", help="with --take: the commit that made them")
+    args = parser.parse_args(arguments)
+    page = args.results.with_name(f"{args.results.name}.md")
+    try:
+        if bool(args.take) != bool(args.commit):
+            raise UserError("--take and --commit belong together")
+        if not page.is_file():
+            raise UserError(f"{page}: no such page")
+        if args.take:
+            print("added: " + ", ".join(take(experiment, args.take, args.results, args.commit)))
+        runs = load(experiment, args.results)
+        lines = draw_plots(experiment, {**plots, "loss": _loss_plot(experiment)}, runs, args.results)
+        texts = {"variants": _variants_table(experiment, runs), **sections(runs, lines)}
+        texts |= {"training": _training_table(runs) + lines["loss"], "not run": _not_run(experiment, runs)}
+        texts |= {"commands": _commands(experiment, runs)}
+        page.write_text(fill(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
+    except (UserError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"{page}: {len(runs)} runs of {len(_seeds(runs))} variants")
+    return 0

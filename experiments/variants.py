@@ -1,0 +1,81 @@
+"""What an experiment compares: variants of a model, each with the command of train.py that trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selfspan_jax.config import PRESETS, LoraConfig, fine_tuning
+from selfspan_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One model of a comparison. A run is a variant trained with one seed."""
+
+    description: str
+    preset: str
+    """The subcommand of train.py: a preset, or finetune-lora."""
+    corpus: Mapping[str, Any]
+    """All settings of the preset's corpus."""
+    options: str = ""
+    """Options of the command, in pairs of --name and value; every run of this variant has these settings."""
+
+    @functools.cached_property
+    def settings(self) -> dict[str, str]:
+        """The options by name."""
+        words = self.options.split()
+        return {option[2:].replace("-", "_"): value for option, value in zip(words[::2], words[1::2], strict=True)}
+
+    @functools.cached_property
+    def defaults(self) -> dict[str, Mapping[str, Any]]:
+        """The settings of a run without options, by the sections of its run.json."""
+        if self.preset in PRESETS:
+            preset = PRESETS[self.preset]
+            configs: dict[str, Any] = {"model": preset.model, "training": preset.training}
+        else:
+            attention, training = fine_tuning(self.settings["corpus"], adapters=True)
+            configs = {"attention": attention, "lora": LoraConfig(), "training": training}
+        base: dict[str, Mapping[str, Any]] = {} if self.preset in PRESETS else {"base": {}}
+        return base | {name: dataclasses.asdict(config) for name, config in configs.items()} | {"corpus": self.corpus}
+
+    def check(self, run: Mapping[str, Mapping[str, Any]], where: str) -> None:
+        """Raise UserError unless the sections of a run.json are those of this variant with its options."""
+        if unknown := sorted(run["corpus"].keys() - self.corpus.keys()):
+            raise UserError(f"{where}: {unknown[0]} is no setting of the variant's corpus")
+        found = {key: value for section in run.values() for key, value in section.items()}
+        if "base" in run:  # the corpus of fine-tuning is known by its settings
+            found |= {"init": run["base"].get("name"), "corpus": self.settings["corpus"]}
+        for key, expected in self.settings.items():
+            if (value := as_option(found.get(key, "missing"))) != expected:
+                raise UserError(f"{where}: {key} is {value}, but {expected} in this variant")
+
+    def command(self, run: Mapping[str, Mapping[str, Any]], run_dir: str) -> str:
+        """Write the command that trains a run: the variant's options, and whatever else differs from the preset."""
+        words = ["python train.py", self.preset, f"--run-dir {run_dir}", *self.options.split()]
+        for section, defaults in self.defaults.items():
+            for key, value in run[section].items():
+                if key in defaults and key not in self.settings and as_option(value) != as_option(defaults[key]):
+                    option = key.replace("_", "-")
+                    words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", as_option(value)]
+        return " ".join(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A comparison of variants."""
+
+    variants: Mapping[str, Variant]
+    evaluations: Mapping[str, str]
+    """The kinds of evaluation that a run may have, each with its description."""
+    evaluation_fields: Any
+    """What is kept of `decode.py eval --json`: the `fields` argument of `results.pick`."""
+    panels: Mapping[str, Sequence[str]]
+    """The variants in each panel of a plot, by the panel's title."""
+
+
+def as_option(value: Any) -> str:
+    """Write a setting as the value of a command-line option."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
