@@ -216,7 +216,9 @@ def targets(frame: pd.DataFrame) -> str:
     def right(name: str) -> tuple[str, tuple[bool, str] | None]:
         return f"{name}, 2-22 operators: all steps right on 99.5%", reached(inside, name, 0.995)
 
-    speed = ratio and (ratio.measured >= 3, f"{ratio.measured:.2f}x; {ratio.if_all_right:.2f}x were all of the control's answers right")
+    speed = None
+    if ratio:
+        speed = (ratio.measured >= 3, f"{ratio.measured:.2f}x; {ratio.if_all_right:.2f}x were all of the control's answers right")
     return targets_table(
         [
             right("leaf_jumps"),

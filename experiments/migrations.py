@@ -11,7 +11,7 @@ _UNNAMED = {"label_jumps": 0, "jumps_at": "any"}
 
 def migrate_corpus(corpus: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's corpus settings with those that it is too old to name; `known` has all settings of such a corpus."""
-    corpus = {key: value for key, value in _UNNAMED.items() if key in known} | corpus
-    if not corpus.get("label_jumps", True):
-        del corpus["jumps_at"]  # means nothing without jumps
-    return corpus
+    settings = {**{key: value for key, value in _UNNAMED.items() if key in known}, **corpus}
+    if not settings.get("label_jumps", True):
+        del settings["jumps_at"]  # means nothing without jumps
+    return settings

@@ -132,12 +132,13 @@ def _commands(experiment: Experiment, runs: Sequence[Run]) -> str:
 
 def _eval_options(evaluation: Mapping[str, Any]) -> str:
     """Write the options of `decode.py eval` that an evaluation was made with."""
-    num_examples, speeds, which = evaluation.get("num_examples"), evaluation.get("by_batch_size"), ""
     if sets := evaluation.get("sets"):  # of expressions, by number of operators or a range of them
         low, _, high = next(iter(sets)).partition("-")
         which = f" --min-ops {low} --max-ops {high}" if high else f" --ops {','.join(sets)}"
         num_examples = sum(row["num_examples"] for row in evaluation["by_ops"].values()) // len(sets)
         speeds = next(iter(sets.values()))["by_batch_size"]
+    else:
+        num_examples, speeds, which = evaluation["num_examples"], evaluation["by_batch_size"], ""
     passes = f" --passes {evaluation['passes']}" if evaluation.get("passes", 1) > 1 else ""
     batches = ",".join(str(speed["batch_size"]) for speed in speeds)
     return f"--seed {evaluation['seed']} --num-examples {num_examples}{which} --batch-size {batches}{passes}"

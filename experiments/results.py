@@ -163,7 +163,7 @@ def _read(file: Path) -> Any:
 
 def _reduced_run(values: Any, variant: Variant, seed: int, where: str) -> dict[str, Any]:
     """Reduce a run.json to the sections that its variant has. Raises UserError unless it is of the variant and seed."""
-    run = pick(values, dict.fromkeys(variant.defaults, {"*": None}), where)
+    run = pick(values, {section: {"*": None} for section in variant.defaults}, where)
     pick(run, {"training": dict.fromkeys(("seed", *_SIZES)), **({"base": {"name": None}} if "base" in run else {})}, where)
     if run["training"]["seed"] != seed:
         raise UserError(f"{where}: is of seed {run['training']['seed']}")

@@ -20,24 +20,24 @@ CORPORA = {"small": asdict(train.CORPORA["arithmetic-small"]), "tuned": asdict(t
 RUN = json.loads(json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": CORPORA["small"]}))
 PAGE = "".join(
     f"<!-- {name} -->\n<!-- end -->\n"
-    for name in ("arms", "targets", "range", "long", "errors", "speed", "training", "not run", "commands")
+    for name in ("variants", "targets", "range", "long", "errors", "speed", "training", "not run", "commands")
 )
 
 
-def run_of(arm, seed):
+def run_of(variant, seed):
     run = {name: copy.deepcopy(RUN[name]) for name in ("model", "training", "corpus")}
     run["training"]["seed"] = seed
     run["corpus"]["label_jumps"] = 0
-    if arm != "span":
+    if variant != "span":
         run["model"]["mask"] = "dense"
-    if arm == "long":
+    if variant == "long":
         run["corpus"] |= {"labelling": "plain", "max_ops": 200}
         run["training"] |= {"sequence_tokens": 4096, "batch_size": 16, "gap_scales": [0]}
     return run
 
 
-def tuned_run_of(arm, seed):
-    return reports.tuned_run("arithmetic", CORPORA["tuned"], seed, mask="dense" if arm.endswith("dense") else "span")
+def tuned_run_of(variant, seed):
+    return reports.tuned_run("arithmetic", CORPORA["tuned"], seed, mask="dense" if variant.endswith("dense") else "span")
 
 
 def evaluation(scores, rates=((8, 10.0),)):
@@ -58,13 +58,13 @@ def evaluation(scores, rates=((8, 10.0),)):
 
 @pytest.fixture
 def place(tmp_path):
-    """A function that writes raw results: of an arm and seed, what kind by what values."""
+    """A function that writes raw results: of a variant and seed, what kind by what values."""
     (tmp_path / "raw").mkdir()
     (tmp_path / "out.md").write_text(PAGE)
 
-    def write(arm, seed, **kinds):
-        for kind, values in {"run": run_of(arm, seed), **kinds}.items():
-            (tmp_path / "raw" / f"{arm}-{seed}.{kind}.json").write_text(json.dumps(values))
+    def write(variant, seed, **kinds):
+        for kind, values in {"run": run_of(variant, seed), **kinds}.items():
+            (tmp_path / "raw" / f"{variant}-{seed}.{kind}.json").write_text(json.dumps(values))
         return tmp_path
 
     return write
@@ -73,7 +73,7 @@ def place(tmp_path):
 def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
     """If this fails, run `python -m experiments.arithmetic docs/arithmetic`."""
     page = reports.check_page(report, "arithmetic", tmp_path, capsys, max_bytes=340_000)
-    for name in ("arms", "range", "long", "training", "commands"):
+    for name in ("variants", "range", "long", "training", "commands"):
         assert re.search(rf"<!-- {name} -->\n\n[|`]", page)
     assert {"accuracy.png", "length.png", "loss.png"} <= {*re.findall(r"\]\(arithmetic/(\w+\.png)\)", page)}
 
@@ -154,7 +154,7 @@ def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys):
     page = (tmp_path / "out.md").read_text()
     for section in ("range", "long", "errors", "speed", "training", "commands"):
         assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
-    assert page.count(": not trained") == len(report.ARMS) and not list(tmp_path.rglob("*.png"))
+    assert page.count(": not trained") == len(report.VARIANTS) and not list(tmp_path.rglob("*.png"))
 
 
 def _remove(file):
@@ -172,15 +172,15 @@ def _rewrite(file, text):
 
 
 BAD = {
-    "no run": (_remove("raw/span-0.run.json"), "span-0.run.json: missing, beside range of the same arm and seed"),
+    "no run": (_remove("raw/span-0.run.json"), "span-0.run.json: missing, beside range of the same variant and seed"),
     "no JSON": (_rewrite("raw/span-0.range.json", '{"by_ops"'), "span-0.range.json: not JSON"),
     "another version": (_rewrite("raw/span-0.range.json", '{"seed": 1}'), "has no 'attention'; not written by this version"),
     "another seed": (_rewrite("raw/span-0.run.json", json.dumps(run_of("span", 4))), "span-0.run.json: is of seed 4"),
-    "another arm": (_rewrite("raw/dense-0.run.json", json.dumps(run_of("span", 0))), "mask is span, but dense in this arm"),
-    "no such arm": (_rewrite("raw/spam-0.run.json", "{}"), "of no arm that is known; allowed: leaf_jumps, span, "),
+    "another variant": (_rewrite("raw/dense-0.run.json", json.dumps(run_of("span", 0))), "mask is span, but dense in this variant"),
+    "no such variant": (_rewrite("raw/spam-0.run.json", "{}"), "of an unknown variant; allowed: leaf_jumps, span, "),
     "a training without steps": (_rewrite("raw/span-0.metrics.jsonl", ""), "has no step"),
     "no page": (_remove("out.md"), "out.md: no such page"),
-    "a page without tables": (_rewrite("out.md", "# Arithmetic"), "not just one `<!-- arms -->` line"),
+    "a page without tables": (_rewrite("out.md", "# Arithmetic"), "not just one `<!-- variants -->` line"),
 }
 
 
@@ -198,7 +198,7 @@ def test_two_runs_of_one_arm_and_seed_that_differ_are_refused(place, capsys):
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.parent.name != "raw"}
     place("span", 0, range=evaluation({2: 9}), long=evaluation({50: 9}))
     status, _, err = call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")
-    assert status == 2 and "span-0.range.json: another run of the same arm and seed is kept" in err and err.count("\n") == 1
+    assert status == 2 and "span-0.range.json: another run of the same variant and seed is in" in err and err.count("\n") == 1
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.parent.name != "raw"}
     for arguments in ([path / "none"], [path / "out", "--take", path / "raw"], [path / "out", "--take", path / "none", "--commit", "a"]):
         status, _, err = call(capsys, *arguments)

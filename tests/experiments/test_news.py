@@ -22,14 +22,14 @@ from tests.experiments.reports import call, check_page, tuned_run
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
 PAGE = "".join(
     f"<!-- {name} -->\n<!-- end -->\n"
-    for name in ("arms", "targets", "scores", "own", "reading", "speed", "training", "not run", "commands")
+    for name in ("variants", "targets", "scores", "own", "reading", "speed", "training", "not run", "commands")
 )
 
 
-def run_of(arm, seed):
+def run_of(variant, seed):
     """As train.py writes it (test_experiments.py compares with train.py itself)."""
-    changes = {"mask": "dense"} if arm.endswith("dense") else {"header_view": "prompt"} if arm == "prompt" else {}
-    if arm.startswith("smollm2"):
+    changes = {"mask": "dense"} if variant.endswith("dense") else {"header_view": "prompt"} if variant == "prompt" else {}
+    if variant.startswith("smollm2"):
         return tuned_run("news", asdict(news.Corpus()), seed, **changes)
     preset = PRESETS["news-small"]
     run = {"model": asdict(preset.model) | changes, "data": None, "training": preset.training.identity | {"seed": seed}}
@@ -51,18 +51,18 @@ def written():
 
 @pytest.fixture
 def place(tmp_path, written):
-    """A function that writes raw results of an arm and seed: an evaluation with some values changed; `rates`: by batch size."""
+    """A function that writes raw results of a variant and seed: an evaluation with some values changed; `rates`: by batch size."""
     (tmp_path / "raw").mkdir()
     (tmp_path / "out.md").write_text(PAGE)
 
-    def write(arm, seed=0, rates=((64, 10.0),), **changes):
+    def write(variant, seed=0, rates=((64, 10.0),), **changes):
         values = copy.deepcopy(written) | {"num_examples": 100, "all_facts_right": 0.5, "device": "some GPU", "jax": "1.0"} | changes
         timed = values["by_batch_size"][0]
         values["by_batch_size"] = [
             timed | {"batch_size": size, "summaries_per_second": rate, "response_tokens_per_second": 50 * rate} for size, rate in rates
         ]
-        (tmp_path / "raw" / f"{arm}-{seed}.run.json").write_text(json.dumps(run_of(arm, seed)))
-        (tmp_path / "raw" / f"{arm}-{seed}.eval.json").write_text(json.dumps(values))
+        (tmp_path / "raw" / f"{variant}-{seed}.run.json").write_text(json.dumps(run_of(variant, seed)))
+        (tmp_path / "raw" / f"{variant}-{seed}.eval.json").write_text(json.dumps(values))
         return tmp_path
 
     return write
@@ -70,9 +70,9 @@ def place(tmp_path, written):
 
 @pytest.fixture
 def trained(tmp_path, written):
-    """A function that writes the run of an arm and its metrics, with an evaluation at step 10 and one at step `last` of 20."""
+    """A function that writes the run of a variant and its metrics, with an evaluation at step 10 and one at step `last` of 20."""
 
-    def write(arm, rouge, last=20, **changes):
+    def write(variant, rouge, last=20, **changes):
         scores = {key: value for key, value in written.items() if isinstance(value, float | int)} | {
             "num_examples": 8,
             "all_facts_right": 0.5,
@@ -80,8 +80,8 @@ def trained(tmp_path, written):
         evaluation = {f"eval/{key}": value for key, value in (scores | {"rougeL": rouge} | changes).items()}
         step = {"loss": 1.0, "steps_per_second": 2.0, "tokens_per_second": 3.0, "input_wait_fraction": 0.0}
         rows = [{"step": 10, **step}, {"step": 10, **evaluation, "eval/rougeL": 0.1}, {"step": 20, **step}, {"step": last, **evaluation}]
-        (tmp_path / "raw" / f"{arm}-0.metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / "raw" / f"{arm}-0.run.json").write_text(json.dumps(run_of(arm, 0)))
+        (tmp_path / "raw" / f"{variant}-0.metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "raw" / f"{variant}-0.run.json").write_text(json.dumps(run_of(variant, 0)))
         return tmp_path
 
     return write
@@ -115,12 +115,12 @@ def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys, there):
     if there:
         (tmp_path / "out").mkdir()
     status, out, _ = call(report, capsys, tmp_path / "out")
-    assert status == 0 and "0 runs of 0 arms" in out
+    assert status == 0 and "0 runs of 0 variants" in out
     page = (tmp_path / "out.md").read_text()
     for section in ("scores", "own", "reading", "speed", "training", "commands"):
         assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
     assert {cells[-1] for name, cells in rows_of(page, "targets").items() if name not in ("target", "---")} == {"not run"}
-    assert page.count(": not trained") == len(report.ARMS) and not list(tmp_path.rglob("*.png"))
+    assert page.count(": not trained") == len(report.VARIANTS) and not list(tmp_path.rglob("*.png"))
 
 
 def test_an_evaluation_of_an_untrained_model_is_taken_as_it_was_written(written, tmp_path, capsys):
@@ -168,8 +168,8 @@ def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, tra
     page = take(path, capsys)
     assert rows_of(page, "targets")["`span`: ROUGE-L less than 0.5 points below `dense`"] == ["yes: 70.00 against 70.40 (8 summaries)"]
     own = rows_of(page, "own")
-    assert own.keys() == {"arm", "---", "`span`", "`dense`"} and "`dense`" not in rows_of(page, "scores")
-    cells = dict(zip(own["arm"], own["`dense`"], strict=True))
+    assert own.keys() == {"variant", "---", "`span`", "`dense`"} and "`dense`" not in rows_of(page, "scores")
+    cells = dict(zip(own["variant"], own["`dense`"], strict=True))
     assert (cells["summaries"], cells["ROUGE-L"], cells["attended, of the context"]) == ("8", "70.4", "100.0%")
     assert (
         cells["all facts right"].startswith("4 of 8 ") and "- scores, reading and speed: `prompt` with seed 0; `dense` with seed 0" in page
@@ -181,7 +181,7 @@ def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
     path = place("span", 1, rouge1=0.5, rougeL=0.5, all_facts_right=0.9, num_examples=200, attended_tokens_body=50.0)
     place("dense", fact_accuracy=0.123, finished_fraction=1.0, header_share=0.25)
     page = take(path, capsys)
-    head, span, dense = (rows_of(page, "scores")[name] for name in ("arm", "`span`", "`dense`"))
+    head, span, dense = (rows_of(page, "scores")[name] for name in ("variant", "`span`", "`dense`"))
     cells = dict(zip(head, span, strict=True))
     assert cells["summaries"] == "300" and cells["ROUGE-1"] == "50.0 (50.0 to 50.0)" and cells["ROUGE-L"] == "56.2 (50.0 to 62.5)"
     # Wilson's interval of 278 of 300, as published calculators give it.

@@ -1,4 +1,4 @@
-"""What all reports share: arms against the command line that trains them, and what of their runs may be pooled."""
+"""What all reports share: variants against the command line that trains them, and what of their runs may be pooled."""
 
 import dataclasses
 import json
@@ -9,8 +9,7 @@ import jax
 import pytest
 
 import train
-from experiments import arithmetic as arithmetic_report
-from experiments import news as news_report
+from experiments import arithmetic, news, pages, results
 from selfspan_jax.model import Decoder
 from selfspan_jax.training import Stopped
 from selfspan_jax.weights import huggingface
@@ -18,13 +17,13 @@ from tests.selfspan_jax.models import TINY
 from tests.selfspan_jax.weights.test_lora import directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # `transformers` warns about itself
-EXPERIMENTS = {"arithmetic": arithmetic_report.EXPERIMENT, "news": news_report.EXPERIMENT}
-ARMS = [(name, arm) for name, experiment in EXPERIMENTS.items() for arm in experiment.arms]
+EXPERIMENTS = {"arithmetic": arithmetic.EXPERIMENT, "news": news.EXPERIMENT}
+VARIANTS = [(name, variant) for name, experiment in EXPERIMENTS.items() for variant in experiment.variants]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Stands for the file that arms are fine-tuned from."""
+    """Stands for the file that variants are fine-tuned from."""
     return directory(tmp_path_factory.mktemp("base") / "base", max_context_tokens=1024)
 
 
@@ -50,10 +49,10 @@ def claimed(monkeypatch, base):
     return run
 
 
-@pytest.mark.parametrize(("name", "arm"), ARMS)
-def test_an_arms_corpus_is_that_of_train(name, arm):
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_a_variants_corpus_is_that_of_train(name, variant):
     """If this fails, a preset's corpus in train.py was changed, and the report's must follow: commands tell what runs have otherwise."""
-    own = EXPERIMENTS[name].arms[arm]
+    own = EXPERIMENTS[name].variants[variant]
     corpus = train.CORPORA.get(own.preset) or train.TUNING_CORPORA[own.settings["corpus"]]
     assert own.corpus == dataclasses.asdict(corpus)
 
@@ -68,28 +67,28 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize(("name", "arm"), CHANGED)
-def test_the_command_of_a_trial_is_the_one_that_trained_it(name, arm, claimed, tmp_path):
+@pytest.mark.parametrize(("name", "variant"), CHANGED)
+def test_the_command_of_a_run_is_the_one_that_trained_it(name, variant, claimed, tmp_path):
     """train.py itself is the oracle: what it writes of a command line must give a command line of which it writes the same."""
     experiment = EXPERIMENTS[name]
-    own = experiment.arms[arm]
-    there = claimed(tmp_path / "run", [own.preset, "--run-dir", "-", *own.options.split(), *CHANGED[name, arm].split()])
+    own = experiment.variants[variant]
+    there = claimed(tmp_path / "run", [own.preset, "--run-dir", "-", *own.options.split(), *CHANGED[name, variant].split()])
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / f"{arm}-3.run.json").write_text(json.dumps(there))
-    assert experiment.take(tmp_path / "raw", tmp_path / "kept", "abc") == [f"{arm}-3.run.json"]
-    assert experiment.take(tmp_path / "raw", tmp_path / "kept", "abc") == [f"{arm}-3.run.json"]
-    (trial,) = experiment.load(tmp_path / "kept")
-    words = shlex.split(experiment.command(trial))
-    assert words[:2] == ["python", "train.py"] and words[words.index("--run-dir") + 1] == f"runs/{arm}-3"
+    (tmp_path / "raw" / f"{variant}-3.run.json").write_text(json.dumps(there))
+    assert results.take(experiment, tmp_path / "raw", tmp_path / "kept", "abc") == [f"{variant}-3.run.json"]
+    assert results.take(experiment, tmp_path / "raw", tmp_path / "kept", "abc") == [f"{variant}-3.run.json"]
+    (run,) = results.load(experiment, tmp_path / "kept")
+    words = shlex.split(own.command(run.settings, f"runs/{variant}-3"))
+    assert words[:2] == ["python", "train.py"] and words[words.index("--run-dir") + 1] == f"runs/{variant}-3"
     assert claimed(tmp_path / "again", words[2:]) == there
 
 
 @pytest.fixture
 def kept(tmp_path):
-    """A function that writes the reduced run of an arm, by its own settings and others."""
+    """A function that writes the reduced run of a variant, by its own settings and others."""
 
-    def write(name, arm, seed, file_arm=None, without=(), **changes):
-        own = EXPERIMENTS[name].arms[arm]
+    def write(name, variant, seed, file_variant=None, without=(), **changes):
+        own = EXPERIMENTS[name].variants[variant]
         given = {key: int(value) if value.isdigit() else value for key, value in own.settings.items()} | {"seed": seed, **changes}
         sections = {
             section: {key: given.get(key, value) for key, value in settings.items() if key not in without}
@@ -97,7 +96,7 @@ def kept(tmp_path):
         }
         if "base" in sections:
             sections["base"] = {"name": changes.get("init", own.settings["init"]), "sha256": "0" * 64}
-        file = tmp_path / f"{file_arm or arm}-{seed}.run.json"
+        file = tmp_path / f"{file_variant or variant}-{seed}.run.json"
         file.write_text(json.dumps({"commit": "abc", **sections}))
         return tmp_path
 
@@ -107,47 +106,49 @@ def kept(tmp_path):
 def test_runs_that_name_no_label_jumps_had_none(kept):
     path = kept("arithmetic", "span", 0, without=["label_jumps"])
     kept("arithmetic", "span", 1)
-    trials = arithmetic_report.EXPERIMENT.load(path)
-    assert [trial.run["corpus"]["label_jumps"] for trial in trials] == [0, 0]
-    assert all("--jumps-at" not in arithmetic_report.EXPERIMENT.command(trial) for trial in trials)  # there is nothing to jump
+    runs = results.load(arithmetic.EXPERIMENT, path)
+    assert [run.settings["corpus"]["label_jumps"] for run in runs] == [0, 0]
+    assert all(
+        "--jumps-at" not in arithmetic.VARIANTS["span"].command(run.settings, "runs/span-0") for run in runs
+    )  # there is nothing to jump
     kept("arithmetic", "jumps", 0, without=["label_jumps"])
-    with pytest.raises(ValueError, match="label_jumps is 0, but 3 in this arm"):
-        arithmetic_report.EXPERIMENT.load(path)
+    with pytest.raises(ValueError, match="label_jumps is 0, but 3 in this variant"):
+        results.load(arithmetic.EXPERIMENT, path)
 
 
 REFUSED = {
-    "no jumps": (("arithmetic", "span", 0, "jumps"), {}, "label_jumps is 0, but 3 in this arm"),
-    "one jump": (("arithmetic", "jumps", 0), {"label_jumps": 1}, "label_jumps is 1, but 3 in this arm"),
+    "no jumps": (("arithmetic", "span", 0, "jumps"), {}, "label_jumps is 0, but 3 in this variant"),
+    "one jump": (("arithmetic", "jumps", 0), {"label_jumps": 1}, "label_jumps is 1, but 3 in this variant"),
     "another base": (("news", "smollm2", 0), {"init": "Other.gguf"}, "init is Other.gguf, but SmolLM2"),
-    "another mask": (("arithmetic", "smollm2", 0, "smollm2_dense"), {}, "mask is span, but dense in this arm"),
+    "another mask": (("arithmetic", "smollm2", 0, "smollm2_dense"), {}, "mask is span, but dense in this variant"),
     "a new model": (("news", "span", 0, "smollm2"), {}, "has no 'base'; not written by this version"),
 }
 
 
 @pytest.mark.parametrize(("which", "changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_run_of_another_arm_is_refused(kept, which, changes, message):
+def test_a_run_of_another_variant_is_refused(kept, which, changes, message):
     with pytest.raises(ValueError, match=message):
-        EXPERIMENTS[which[0]].load(kept(*which, **changes))
+        results.load(EXPERIMENTS[which[0]], kept(*which, **changes))
 
 
 def test_a_run_on_another_corpus_is_refused(kept, tmp_path):
     kept("arithmetic", "smollm2", 0)
-    with pytest.raises(ValueError, match="balanced_weight is no setting of the arm's corpus"):
-        news_report.EXPERIMENT.load(tmp_path)
+    with pytest.raises(ValueError, match="balanced_weight is no setting of the variant's corpus"):
+        results.load(news.EXPERIMENT, tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"label_jumps": 2}, {"steps": 6000}, {"prompt_view": "causal"}])
 def test_seeds_of_different_settings_are_not_pooled(kept, changes):
     kept("arithmetic", "leaf_jumps", 0, log_every_steps=7)
     path = kept("arithmetic", "leaf_jumps", 1)
-    assert len(arithmetic_report.EXPERIMENT.load(path)) == 2
+    assert len(results.load(arithmetic.EXPERIMENT, path)) == 2
     ((key, value),) = changes.items()
     kept("arithmetic", "leaf_jumps", 1, **changes)
-    with pytest.raises(ValueError, match=rf"in the arm 'leaf_jumps' {key} is \w+ with seed 0, but {value} with seed 1"):
-        arithmetic_report.EXPERIMENT.load(path)
+    with pytest.raises(ValueError, match=rf"in the variant 'leaf_jumps' {key} is \w+ with seed 0, but {value} with seed 1"):
+        results.load(arithmetic.EXPERIMENT, path)
 
 
-def test_every_arm_has_one_colour_and_one_panel():
+def test_every_variant_has_one_colour_and_one_panel():
     for experiment in EXPERIMENTS.values():
-        assert len({experiment.color(arm) for arm in experiment.arms}) == len(experiment.arms)
-        assert sorted(arm for arms in experiment.panels.values() for arm in arms) == sorted(experiment.arms)
+        assert len({pages.color(experiment, variant) for variant in experiment.variants}) == len(experiment.variants)
+        assert sorted(variant for variants in experiment.panels.values() for variant in variants) == sorted(experiment.variants)
