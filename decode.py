@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.extras import literal_type_from_choices
 
 from benchmarks.sweep import Bench
 from data import arithmetic, commandline, files, news
 from data.tasks import TASKS
 from selfspan_jax import evaluation, summaries
-from selfspan_jax.config import Attention, Sampling, Weights
+from selfspan_jax.attention.policies import POLICIES, policy_help
+from selfspan_jax.config import Sampling, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+
+PolicyName = literal_type_from_choices(tuple(POLICIES))
 
 
 def load(checkpoint: Path, **options: Any) -> SpanLM:
@@ -45,7 +49,12 @@ class Generate(Model):
     """An expression: whole numbers, + - * and parentheses; or text."""
     article: Path | None = None
     """A text file in place of the prompt, for a model that sums up news."""
+    attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
+    max_new_tokens: int | None = None
+    """Stop after so many tokens; by default what the model's context leaves, 1024 at most."""
     sampling: OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    """Of the draws."""
     weights: Weights = "bf16"
     """bf16: the model's own compute dtype; int8: half the bytes of bfloat16."""
     stream: bool = False
@@ -64,7 +73,8 @@ class Generate(Model):
 
     def run(self) -> None:
         prompt = files.read_text(self.article) if self.article else str(self.prompt)
-        lm, options = load(self.checkpoint, base=self.base, weights=self.weights, mesh=self.mesh), vars(self.sampling)
+        lm = load(self.checkpoint, base=self.base, weights=self.weights, mesh=self.mesh)
+        options = {"attention": self.attention, "max_new_tokens": self.max_new_tokens, "seed": self.seed, **vars(self.sampling)}
         if self.stream:
             for text in lm.stream(prompt, **options):
                 print(text, end="", flush=True)
@@ -91,8 +101,7 @@ class Eval(Model):
     """Without --ops: fewest operators; their number is uniform between the bounds."""
     max_ops: int = 12
     """Without --ops: most operators."""
-    attention: Attention | None = None
-    """span: what the model names; dense: everything before; window: first and recent tokens. Default: as it was trained."""
+    attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (128,)
     """Sequences decoded together; of several with commas, the fastest counts."""
     passes: int = 1

@@ -1,7 +1,7 @@
 """Measure decode steps: milliseconds against the bytes that a step must move.
 
 A workload is whole sequences, prompt and response. All but the last `steps` tokens of each are prefilled. The rest is replayed
-in one compiled loop (`decoding.run` with `forced` tokens), so that automaton, slots and mask do what they do for a model that
+in one compiled loop (`Engine.run` with `forced_tokens`), so that automaton, slots and mask do what they do for a model that
 writes these tokens, whatever its weights are; logits are still computed and their maximum taken. The mean context of the
 replayed tokens is `context_tokens`. Milliseconds per step are the wall time of the loop divided by its steps: the median of
 several repetitions of the same steps, launches and the loop's own questions to the host included, compilation excluded.
@@ -27,13 +27,16 @@ from jaxtyping import Array, Int
 
 from benchmarks.shapes import Shape, step_bytes
 from benchmarks.timing import device_times, median_and_spread, timed
-from selfspan_jax.attention.sequences import attend_cached, sequence_mask
-from selfspan_jax.config import Attention, DecodeConfig, Weights
-from selfspan_jax.decoding import engine as decoding
-from selfspan_jax.decoding.cache import SlotList
+from selfspan_jax.attention.policies import Policy, Slots, get_policy
+from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
+from selfspan_jax.decoding.cache import attend_cached
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.sampling import sequence_keys
+from selfspan_jax.decoding.state import DecodeState, bucket
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.parallel.mesh import num_data_shards
+from selfspan_jax.spans import SpanVocab
 
 WARM_UPS, REPETITIONS = 2, 5
 STREAMED_TOKENS, CHUNK_TOKENS = 256, 8
@@ -43,7 +46,7 @@ STREAMED_TOKENS, CHUNK_TOKENS = 256, 8
 class Case:
     """One configuration to measure."""
 
-    attention: Attention
+    attention: str
     batch_size: int
     context_tokens: int
     steps: int
@@ -90,7 +93,7 @@ class DoesNotFit(Exception):
 class Programs:
     """The compiled programs of a case; nothing is allocated yet."""
 
-    frozen: decoding.FrozenDecoder  # shapes in place of parameters
+    engine: Engine  # shapes in place of parameters
     prefill: Any
     replay: Any
     oracle_mask: Any | None  # see `_oracle_mask_loop`
@@ -104,36 +107,26 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     Raises: DoesNotFit where its arguments, results and temporaries exceed the device's memory.
     """
     began = time.perf_counter()
-    frozen = decoding.FrozenDecoder.of(shape.abstract(case.weights), mesh)
-    params, config = frozen.params, case.config
-
-    def prefill(params, token_ids, lengths, keys):
-        return decoding.prefill_on_devices(frozen.structure, params, token_ids, lengths, keys, config, case.num_samples)
-
-    def replay(params, state, forced):
-        return decoding.run(dataclasses.replace(frozen, params=params), state, config, forced=forced)
+    engine, config = Engine(shape.abstract(case.weights), mesh), case.config
 
     def ints(*sizes: int):
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
-    num_prompts = case.batch_size // case.num_samples
-    keys = jax.eval_shape(lambda: decoding.sequence_keys(None, case.batch_size))
-    prompts = layout.device_put_global((ints(num_prompts, decoding.bucket(case.prompt_tokens)), ints(num_prompts), keys), mesh, _EACH)
-    traced = jax.jit(prefill).trace(params, *prompts)
-    state = layout.device_put_global(traced.out_info, mesh, decoding.DecodeState.places())
-    _check_fits(bytes_of(params) + bytes_of(state))
-    compiled_prefill = traced.lower().compile()
-    forced = layout.device_put_global(ints(case.batch_size, case.steps), mesh, _EACH)
-    compiled_replay = jax.jit(replay, donate_argnums=1).lower(params, state, forced).compile()
+    lowered = engine.lower_prefill(case.batch_size // case.num_samples, case.prompt_tokens, config, num_samples=case.num_samples)
+    state = layout.device_put_global(lowered.out_info, mesh, DecodeState.partition_specs())
+    _check_fits(bytes_of(engine.params) + bytes_of(state))
+    prefill = lowered.compile()
+    forced_tokens = layout.device_put_global(ints(case.batch_size, case.steps), mesh, _EACH)
+    replay = engine.lower_run(state, config, forced_tokens=forced_tokens).compile()
     oracle_mask = None
     if case.attention == "span" and case.num_samples == 1:
-        shapes = (ints(case.steps, case.batch_size, state.cache.table.shape[1]), ints(case.steps, case.batch_size))
+        shapes = (ints(case.steps, case.batch_size, state.cache.slot_table.shape[1]), ints(case.steps, case.batch_size))
         slots = layout.device_put_global(shapes, mesh, _EACH_STEP)
-        loop = jax.jit(functools.partial(_oracle_mask_loop, frozen, config, case.prompt_tokens), donate_argnums=1)
-        oracle_mask = loop.lower(params, state.cache.pools, state.logits, *slots, slots[1]).compile()
-    needed = max(_footprint(compiled_prefill), _footprint(compiled_replay))
+        loop = jax.jit(functools.partial(_oracle_mask_loop, engine, config, case.prompt_tokens), donate_argnums=1)
+        oracle_mask = loop.lower(engine.params, state.cache.pools, state.logits, *slots, slots[1]).compile()
+    needed = max(_footprint(prefill), _footprint(replay))
     _check_fits(needed)
-    return Programs(frozen, compiled_prefill, compiled_replay, oracle_mask, needed, time.perf_counter() - began)
+    return Programs(engine, prefill, replay, oracle_mask, needed, time.perf_counter() - began)
 
 
 def _footprint(program) -> int:
@@ -163,7 +156,7 @@ def bytes_of(tree: Any) -> int:
     return sum(math.prod(layout.shard_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _oracle_mask_loop(frozen: decoding.FrozenDecoder, config: DecodeConfig, first_position: int, params, pools, logits, slots, counts, own):
+def _oracle_mask_loop(engine: Engine, config: DecodeConfig, first_position: int, params, pools, logits, slots, counts, own):
     """Take the steps of a replay with the slots of each step given, without automaton, slot updates and bookkeeping.
 
     The same products, cache writes and attention to the same rows, the most likely token fed back, in a loop of known length.
@@ -174,16 +167,16 @@ def _oracle_mask_loop(frozen: decoding.FrozenDecoder, config: DecodeConfig, firs
         def step(index, carry):
             pools, logits = carry
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            attend = attend_cached(own[index], SlotList(slots[index], counts[index]), config.implementation)
+            attend = attend_cached(own[index], Slots(slots[index], counts[index]), config.implementation)
             positions = jnp.full((logits.shape[0], 1), first_position + index, jnp.int32)
             hidden, pools = model(tokens[:, None], positions, attend, pools, linear=config.linear)
             return pools, model.logits(hidden[:, 0], linear=config.linear)
 
         return jax.lax.fori_loop(0, counts.shape[0], step, (pools, logits))
 
-    places = decoding.DecodeState.places()
-    carried = (places.cache.pools, places.logits)
-    loop = frozen.structure.on_devices(steps, *carried, _EACH_STEP, _EACH_STEP, _EACH_STEP, outputs=carried)
+    specs = DecodeState.partition_specs()
+    carried = (specs.cache.pools, specs.logits)
+    loop = engine.shard_map(steps, *carried, _EACH_STEP, _EACH_STEP, _EACH_STEP, out_specs=carried)
     return loop(params, pools, logits, slots, counts, own)
 
 
@@ -196,14 +189,14 @@ def measure_case(
     """Run a compiled case on a workload and return its row, with the device's time by kind of operation if `profile`."""
     state, first_token_ms = _prefill(shape, params, case, programs, token_ids)
     forced = np.repeat(token_ids[: case.batch_size // case.num_samples, case.prompt_tokens :], case.num_samples, axis=0)
-    mesh = programs.frozen.mesh
-    slots = () if programs.oracle_mask is None else oracle_slots(shape, case, token_ids, np.asarray(state.cache.table))
+    mesh = programs.engine.mesh
+    slots = () if programs.oracle_mask is None else oracle_slots(shape, case, token_ids, np.asarray(state.cache.slot_table))
     slots = layout.device_put_global(slots, mesh, _EACH_STEP)
     # A replay consumes its state. So each one gets a copy of everything but the pools, in which it writes the same rows again.
     pools = state.cache.pools
     kept = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=()))
     del state
-    forced_on_device = layout.device_put_global(jnp.asarray(forced), mesh, _EACH)
+    until_and_forced = (jnp.int32(case.steps), layout.device_put_global(jnp.asarray(forced), mesh, _EACH))
 
     def ready():
         fresh = jax.tree.map(lambda x: x.copy(), kept)
@@ -211,7 +204,7 @@ def measure_case(
 
     seconds, oracle_seconds = [], []
     for _ in range(WARM_UPS + REPETITIONS):
-        state, elapsed = timed(programs.replay, params, ready(), forced_on_device)
+        state, elapsed = timed(programs.replay, params, ready(), *until_and_forced)
         seconds.append(elapsed)
         pools = state.cache.pools
         if programs.oracle_mask is not None:  # in turns, so that both see the device in the same state
@@ -230,7 +223,7 @@ def measure_case(
         "mean_context_tokens": float(contexts.mean()),
         "attended_tokens": float(counts.mean()),
         "attended_fraction": float((counts / contexts).mean()),
-        "bytes_per_step": step_bytes(programs.frozen.share, float(counts.sum(axis=0).mean()) / parts, case.batch_size // parts),
+        "bytes_per_step": step_bytes(programs.engine.shard, float(counts.sum(axis=0).mean()) / parts, case.batch_size // parts),
         "time_to_first_token_ms": first_token_ms,
         "kv_memory_bytes": bytes_of(pools),
         "program_memory_bytes": programs.needed_bytes,
@@ -243,17 +236,17 @@ def measure_case(
     if profile:
         del state
         traced = ready()
-        row |= device_times(lambda: jax.block_until_ready(programs.replay(params, traced, forced_on_device)), case.steps)
+        row |= device_times(lambda: jax.block_until_ready(programs.replay(params, traced, *until_and_forced)), case.steps)
     return row
 
 
 def _prefill(shape: Shape, params, case: Case, programs: Programs, token_ids: Int[np.ndarray, "B T"]) -> tuple[Any, float]:
     """Prefill the prompts; return the state and the median milliseconds after one warm-up (of a single run where it is long)."""
     num_prompts, length = case.batch_size // case.num_samples, case.prompt_tokens
-    prompts = np.full((num_prompts, decoding.bucket(length)), shape.vocab.pad_id, np.int32)
+    prompts = np.full((num_prompts, bucket(length)), shape.vocab.pad_id, np.int32)
     prompts[:, :length] = token_ids[:num_prompts, :length]
-    inputs = (jnp.asarray(prompts), jnp.full((num_prompts,), length, jnp.int32), decoding.sequence_keys(None, case.batch_size))
-    arguments = (params, *layout.device_put_global(inputs, programs.frozen.mesh, _EACH))
+    inputs = (jnp.asarray(prompts), jnp.full((num_prompts,), length, jnp.int32), sequence_keys(None, case.batch_size))
+    arguments = (params, *jax.device_put(inputs, programs.prefill.input_shardings[0][1:]))
     state: Any = None
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= REPETITIONS and sum(seconds) < 2):
@@ -263,7 +256,9 @@ def _prefill(shape: Shape, params, case: Case, programs: Programs, token_ids: In
     return state, 1e3 * statistics.median(seconds[1:])
 
 
-_jit_mask = jax.jit(sequence_mask, static_argnames=("vocab", "config", "attention", "first_query", "num_queries"))
+@functools.partial(jax.jit, static_argnames=("policy", "vocab", "config", "first_query", "num_queries"))
+def _mask(policy: Policy, token_ids, vocab: SpanVocab, config: ModelConfig, first_query: int, num_queries: int):
+    return policy.mask(token_ids, vocab, config, first_query=first_query, num_queries=num_queries)
 
 
 def oracle_slots(shape: Shape, case: Case, token_ids: Int[np.ndarray, "B T"], slot_table: Int[np.ndarray, "B A"]):
@@ -273,9 +268,10 @@ def oracle_slots(shape: Shape, case: Case, token_ids: Int[np.ndarray, "B T"], sl
     """
     slots = np.zeros((case.steps, *slot_table.shape), np.int32)
     counts = np.zeros((case.steps, case.batch_size), np.int32)
-    which = {"first_query": case.prompt_tokens, "num_queries": case.steps}
+    policy = get_policy(case.attention)
     for b in range(case.batch_size):
-        visible = np.asarray(_jit_mask(jnp.asarray(token_ids[b : b + 1]), shape.vocab, shape.config, case.attention, **which))[0]
+        ids = jnp.asarray(token_ids[b : b + 1])
+        visible = np.asarray(_mask(policy, ids, shape.vocab, shape.config, case.prompt_tokens, case.steps))[0]
         counts[:, b] = visible.sum(axis=1)
         for step in range(case.steps):
             slots[step, b, : counts[step, b]] = slot_table[b, np.flatnonzero(visible[step])]
@@ -284,11 +280,11 @@ def oracle_slots(shape: Shape, case: Case, token_ids: Int[np.ndarray, "B T"], sl
 
 
 def measure_stream(model: Decoder, token_ids: Int[np.ndarray, "B T"], case: Case, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Measure streaming: ms per step of `decoding.stream` against one loop that writes the same tokens, both sampling freely.
+    """Measure streaming: ms per step of `Engine.stream` against one loop that writes the same tokens, both sampling freely.
 
     Prefill and the first chunk are not counted.
     """
-    frozen = decoding.FrozenDecoder.of(model, mesh)
+    engine = Engine(model, mesh)
     room = model.config.max_context_tokens - case.prompt_tokens
     new_tokens = min(STREAMED_TOKENS, room // CHUNK_TOKENS * CHUNK_TOKENS)
     if new_tokens < 2 * CHUNK_TOKENS:
@@ -298,14 +294,14 @@ def measure_stream(model: Decoder, token_ids: Int[np.ndarray, "B T"], case: Case
     config = dataclasses.replace(case.config, max_new_tokens=new_tokens)
     whole, streamed = [], []
     for _ in range(1 + REPETITIONS):
-        state = decoding.run(frozen, decoding.prefill(frozen, prompts, lengths, config), config, until=CHUNK_TOKENS)
+        state = engine.run(engine.prefill(prompts, lengths, config), config, until=CHUNK_TOKENS)
         jax.block_until_ready(state)
-        state, elapsed = timed(decoding.run, frozen, state, config)
+        state, elapsed = timed(engine.run, state, config)
         whole.append(elapsed)
         if int(state.num_steps) < new_tokens:
             return {"not_run": f"the model ended its response after {int(state.num_steps)} tokens"}
         del state
-        times = [time.perf_counter() for _ in decoding.stream(frozen, prompts, lengths, config, chunk_tokens=CHUNK_TOKENS)]
+        times = [time.perf_counter() for _ in engine.stream(prompts, lengths, config, chunk_tokens=CHUNK_TOKENS)]
         streamed.append(times[-1] - times[0])
     whole_ms, stream_ms = (1e3 * statistics.median(x[1:]) / (new_tokens - CHUNK_TOKENS) for x in (whole, streamed))
     return {

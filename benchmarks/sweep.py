@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 from tqdm import tqdm
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from benchmarks import peers as hf
 from benchmarks import report
@@ -26,8 +26,9 @@ from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line
 from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
 from data import arithmetic, commandline, files, news
-from selfspan_jax.config import Attention, ModelConfig, Weights
-from selfspan_jax.decoding import engine as decoding
+from selfspan_jax.attention.policies import POLICIES, policy_help
+from selfspan_jax.config import ModelConfig, Weights
+from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
@@ -53,8 +54,7 @@ class Bench:
     """Sequences decoded together; several with commas."""
     context: Annotated[tuple[int, ...], commandline.commas(int)] = ()
     """Tokens of context, the mean over the timed steps; several with commas. Default: 2048, or the room of the checkpoint."""
-    attention: Annotated[tuple[Attention, ...], commandline.commas(*get_args(Attention))] = ("dense", "span", "window")
-    """dense: everything before; span: what the tokens name; window: first and recent tokens; several with commas."""
+    attention: Annotated[tuple[str, ...], commandline.commas(*POLICIES), arg(help=f"{policy_help()}; several with commas.")] = (*POLICIES,)
     weights: Annotated[tuple[Weights, ...], commandline.commas(*get_args(Weights))] = ("bf16",)
     """Precision of the weights; both with a comma."""
     steps: int = 64
@@ -220,7 +220,7 @@ def sweep(
     streamed = next((case for case in cases if case.attention == "span" and case.weights == "bf16"), None)
     waiting = dict(compile_all(shape, cases, mesh) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
-    params, quantized = decoding.FrozenDecoder.of(decoder, mesh).params, False
+    params, quantized = Engine(decoder, mesh).params, False
     for case in tqdm(cases, desc="measure", unit="row", leave=False, disable=None):
         programs = waiting.pop(case)
         try:
@@ -228,7 +228,7 @@ def sweep(
                 raise DoesNotFit(programs)
             if case.weights == "int8" and not quantized:
                 decoder, quantized = decoder.for_decoding(weights="int8"), True
-                params = decoding.FrozenDecoder.of(decoder, mesh).params
+                params = Engine(decoder, mesh).params
             yield case.row | measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
         except DoesNotFit as reason:
             yield case.row | {"not_run": str(reason)}

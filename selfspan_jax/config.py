@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from selfspan_jax import spans
 from selfspan_jax.errors import UserError
 
 T = TypeVar("T")
-Attention = Literal["span", "dense", "window"]
 Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
 ComputeDtype = Literal["bfloat16", "float32"]
 Weights = Literal["bf16", "int8"]  # precision of a decoding model: its own compute dtype, or int8 with a scale for each output
@@ -193,20 +193,27 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """How tokens are chosen and what they may read."""
+class Sampling:
+    """How a token is chosen."""
 
-    attention: Attention = "span"
-    """span: what the model names; dense: everything before; window: the first tokens and the most recent ones."""
-    max_new_tokens: int = 256
     temperature: float = 0.0
     """0 takes the most likely token."""
     top_p: float = 1.0
     """Draw from the most likely tokens whose probabilities add up to this."""
-    sink_tokens: int = 4
-    """First tokens that "window" always sees."""
-    window_tokens: int = 128
-    """Most recent tokens that "window" sees, the current one included."""
+
+    def __post_init__(self):
+        _require(self.temperature >= 0, self, "temperature", "0 and above")
+        _require(0 < self.top_p <= 1, self, "top_p", "above 0, up to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How an engine decodes."""
+
+    attention: str | Hashable = "span"
+    """A policy of `selfspan_jax.attention.policies`, or the name of one."""
+    max_new_tokens: int = 256
+    sampling: Sampling = Sampling()
     prefill_tokens: int = 16_384
     """Prompt tokens, over the batch, that go through the model at once; at least 64 of each prompt. Fewer take less memory."""
     implementation: Implementation | None = None
@@ -215,27 +222,7 @@ class DecodeConfig:
     """Of a step's linear maps; None takes the fastest that the device has for the number of rows. Prefill takes "xla"."""
 
     def __post_init__(self):
-        _require(self.attention in get_args(Attention), self, "attention", ", ".join(get_args(Attention)))
-        _require_positive(self, "max_new_tokens", "window_tokens", "prefill_tokens")
-        _require(self.temperature >= 0, self, "temperature", "0 and above")
-        _require(0 < self.top_p <= 1, self, "top_p", "above 0, up to 1")
-        _require(self.sink_tokens >= 0, self, "sink_tokens", "0 and above")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """What a user chooses of one decoding: the options of `SpanLM.generate`."""
-
-    attention: Attention | None = None
-    """span: what the model names; dense: everything before; window: first and recent tokens. Default: as it was trained."""
-    max_new_tokens: int | None = None
-    """Stop after so many tokens; by default what the model's context leaves, 1024 at most."""
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_p: float = 1.0
-    """Draw from the most likely tokens whose probabilities add up to this."""
-    seed: int = 0
-    """Of the draws."""
+        _require_positive(self, "max_new_tokens", "prefill_tokens")
 
 
 def from_json(config_type: type[T], values: dict) -> T:

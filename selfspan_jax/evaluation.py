@@ -17,8 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from selfspan_jax.config import Attention, DecodeConfig
-from selfspan_jax.decoding import engine as decoding
+from selfspan_jax.config import DecodeConfig
 from selfspan_jax.lm import Output, SpanLM
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab
@@ -152,7 +151,7 @@ def evaluate(
     prompts: Sequence[str],
     *,
     verify: Callable[[str, np.ndarray], Verdict],
-    attention: Attention = "span",
+    attention: str = "span",
     max_new_tokens: int,
     batch_size: int = 64,
     passes: int = 1,
@@ -180,7 +179,7 @@ def evaluate(
             taken = []
             for _ in range(passes):
                 began = time.perf_counter()
-                state = jax.block_until_ready(decoding.generate(lm.frozen, *batch, config))
+                state = jax.block_until_ready(lm.engine.generate(*batch, config))
                 taken.append(time.perf_counter() - began)
             seconds += statistics.median(taken)
             outputs = lm.outputs([prompts[i] for i in chosen], [ids[i] for i in chosen], state, attention)
@@ -223,17 +222,17 @@ def evaluate_all(
 
 def _batch_size(lm: SpanLM, wanted: int, num_prompts: int) -> int:
     """No more than there are prompts; on a mesh rounded up to what it divides. Raises ValueError for a size that it does not divide."""
-    if lm.frozen.mesh is None:
+    if lm.engine.mesh is None:
         return min(wanted, num_prompts)
-    check_batch(wanted, lm.frozen.mesh)
-    parts = num_data_shards(lm.frozen.mesh)
+    check_batch(wanted, lm.engine.mesh)
+    parts = num_data_shards(lm.engine.mesh)
     return min(wanted, -(-num_prompts // parts) * parts)
 
 
 def _compile(lm: SpanLM, batch: int, prompt_tokens: int, config: DecodeConfig) -> float:
     """Seconds that it took; none to speak of where it was compiled before."""
     began = time.perf_counter()
-    decoding.compile_generate(lm.frozen, batch, prompt_tokens, config)
+    lm.engine.compile(batch, prompt_tokens, config)
     return time.perf_counter() - began
 
 

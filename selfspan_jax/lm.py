@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from selfspan_jax.attention.sequences import attend_under, sequence_mask
-from selfspan_jax.config import Attention, DecodeConfig, Implementation, Weights
-from selfspan_jax.decoding import engine as decoding
+from selfspan_jax.attention.policies import Policy, get_policy
+from selfspan_jax.attention.sequences import attend_under
+from selfspan_jax.config import DecodeConfig, Implementation, Sampling, Weights
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.task import Task, installed_tasks
@@ -41,7 +43,7 @@ class SpanLM:
         if weights not in get_args(Weights):
             raise ValueError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
         self.model = model.for_decoding(weights=weights)
-        self.frozen = decoding.FrozenDecoder.of(self.model, make_mesh(mesh) if mesh else None)
+        self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
         self.task = task
 
     @classmethod
@@ -92,7 +94,7 @@ class SpanLM:
         prompts: str | Sequence[str],
         *,
         num_samples: int | None = None,
-        attention: Attention | None = None,
+        attention: str | Policy | None = None,
         max_new_tokens: int | None = None,
         seed: int = 0,
         implementation: Implementation | None = None,
@@ -103,8 +105,8 @@ class SpanLM:
         Args:
           prompts: text of the task (for arithmetic: expressions).
           num_samples: responses to each prompt, which share its cache rows; a prompt's result is then a list of that length.
-          attention: "span" reads what the model names, "dense" everything, "window" the first and the most recent tokens; by
-            default what the model was trained with.
+          attention: a policy of `selfspan_jax.attention.policies` or its name: "span" reads what the model names, "dense"
+            everything, "window" the first and the most recent tokens; by default what the model was trained with.
           max_new_tokens: at most as many as the model's context leaves; by default that, up to 1,024.
           seed: of what is drawn at a temperature above 0.
           implementation: of the decode attention kernel; by default the best that the device has.
@@ -121,9 +123,9 @@ class SpanLM:
         token_ids, lengths = self.pad(ids)
         config = self._config(lengths, attention, max_new_tokens, implementation=implementation, **sampling)
         samples = 1 if num_samples is None else num_samples
-        state = decoding.generate(self.frozen, token_ids, lengths, config, jax.random.key(seed), num_samples=samples)
+        state = self.engine.generate(token_ids, lengths, config, jax.random.key(seed), num_samples=samples)
         repeated = [(text, own) for text, own in zip(texts, ids, strict=True) for _ in range(samples)]
-        flat = self.outputs([text for text, _ in repeated], [own for _, own in repeated], state, config.attention)
+        flat = self.outputs([text for text, _ in repeated], [own for _, own in repeated], state, self._policy(attention))
         outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
 
@@ -132,7 +134,7 @@ class SpanLM:
         prompt: str,
         *,
         chunk_tokens: int = 8,
-        attention: Attention | None = None,
+        attention: str | Policy | None = None,
         max_new_tokens: int | None = None,
         seed: int = 0,
         **options: Any,
@@ -140,19 +142,19 @@ class SpanLM:
         """Yield the text of one response while it is decoded, `chunk_tokens` tokens at a time; options as for `generate`."""
         token_ids, lengths = self.pad([self.task.encode_prompt(prompt)])
         config = self._config(lengths, attention, max_new_tokens, **options)
-        for chunk in decoding.stream(self.frozen, token_ids, lengths, config, jax.random.key(seed), chunk_tokens=chunk_tokens):
+        for chunk in self.engine.stream(token_ids, lengths, config, jax.random.key(seed), chunk_tokens=chunk_tokens):
             yield self.task.decode(_written(chunk.tokens[0], self.model.vocab.eos_id))
 
-    def logits(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> Float[np.ndarray, "T V"]:
+    def logits(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> Float[np.ndarray, "T V"]:
         """Score the token after each token, in float32, in one forward pass under the mask of a policy."""
         token_ids = self._check_ids(token_ids)
         return np.asarray(_forward(*nnx.split(self.model), jnp.asarray(token_ids)[None], self._policy(attention))[0])
 
-    def mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> np.ndarray:
+    def mask(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> np.ndarray:
         """Compute which token attends to which under a policy: bool [T, T], True where it does."""
         return attention_mask(self._check_ids(token_ids), self.model.vocab, self.model.config, self._policy(attention))
 
-    def plot_mask(self, token_ids: Int[np.ndarray, "T"], attention: Attention | None = None) -> Figure:
+    def plot_mask(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> Figure:
         """Draw `mask` as a matplotlib figure, the prompt (up to the first `<solve>`) in another colour than the response."""
         from selfspan_jax.viewing import plots
 
@@ -167,8 +169,8 @@ class SpanLM:
 
         Raises: ValueError for a prompt beyond the context.
         """
-        if self.frozen.mesh is not None:
-            prompts = [*prompts, *[prompts[0]] * (-len(prompts) % num_data_shards(self.frozen.mesh))]
+        if self.engine.mesh is not None:
+            prompts = [*prompts, *[prompts[0]] * (-len(prompts) % num_data_shards(self.engine.mesh))]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         context = self.model.config.max_context_tokens
         if lengths.max() >= context:
@@ -179,36 +181,44 @@ class SpanLM:
         return token_ids, lengths
 
     def outputs(
-        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: decoding.DecodeState, attention: Attention
+        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, attention: str | Policy
     ) -> list[Output]:
         """Read back what was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
         outputs = []
         for prompt, ids, tokens, attended in zip(prompts, prompt_ids, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
             response = _written(tokens, self.model.vocab.eos_id)
-            reading = self._reading(np.concatenate([ids, response]), len(ids), attended[: len(response)], attention)
+            reading = self._reading(np.concatenate([ids, response]), len(ids), attended[: len(response)], get_policy(attention))
             outputs.append(Output(prompt, self.task.decode(response), self.task.answer(response), reading, self.task))
         return outputs
 
-    def _reading(self, token_ids, prompt_tokens: int, num_attended, attention: Attention) -> Reading:
+    def _reading(self, token_ids, prompt_tokens: int, num_attended, policy: Policy) -> Reading:
         model = self.model
-        return Reading(token_ids, prompt_tokens, num_attended, attention, model.config, model.vocab, self.task.decode)
+        return Reading(token_ids, prompt_tokens, num_attended, policy, model.config, model.vocab, self.task.decode)
 
-    def _config(self, lengths: Int[np.ndarray, "B"], attention: Attention | None, max_new_tokens: int | None, **options) -> DecodeConfig:
+    def _config(
+        self,
+        lengths: Int[np.ndarray, "B"],
+        attention: str | Policy | None,
+        max_new_tokens: int | None,
+        implementation: Implementation | None = None,
+        **sampling: Any,
+    ) -> DecodeConfig:
         if max_new_tokens is None:
             left = self.model.config.max_context_tokens - int(lengths.max())
             max_new_tokens = min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
-        return DecodeConfig(attention=self._policy(attention), max_new_tokens=max_new_tokens, **options)
+        policy = self._policy(attention)
+        return DecodeConfig(policy, max_new_tokens, Sampling(**sampling), implementation=implementation)
 
     def _check_ids(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)
         context = self.model.config.max_context_tokens
         if token_ids.ndim != 1 or not 0 < len(token_ids) <= context:
             raise ValueError(f"token ids of shape {token_ids.shape}; expected [T] with T from 1 to the model's context of {context}")
-        decoding.check_ids(self.model, token_ids)
+        self.engine.check_ids(token_ids)
         return token_ids
 
-    def _policy(self, attention: Attention | None) -> Attention:
-        return self.model.config.mask if attention is None else attention
+    def _policy(self, attention: str | Policy | None) -> Policy:
+        return get_policy(self.model.config.mask if attention is None else attention)
 
 
 def _written(tokens: Int[np.ndarray, "M"], eos_id: int) -> Int[np.ndarray, "R"]:
@@ -217,10 +227,10 @@ def _written(tokens: Int[np.ndarray, "M"], eos_id: int) -> Int[np.ndarray, "R"]:
     return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "attention"))
-def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"], attention: Attention) -> Float[Array, "B T V"]:
+@functools.partial(jax.jit, static_argnames=("graph", "policy"))
+def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"], policy: Policy) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, params)
-    mask = sequence_mask(token_ids, model.vocab, model.config, attention)
+    mask = policy.mask(token_ids, model.vocab, model.config)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     hidden, _ = model(token_ids, positions, attend_under(mask))
     return model.logits(hidden)

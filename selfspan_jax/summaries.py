@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from selfspan_jax.config import Attention
 from selfspan_jax.evaluation import Evaluation, evaluate
 from selfspan_jax.lm import Output, SpanLM
 from selfspan_jax.viewing.reading import attended
@@ -29,7 +28,7 @@ def report(
     examples: Sequence[Example],
     *,
     scores: Callable[[Sequence[Any], Sequence[Int[np.ndarray, "R"]]], dict[str, float]],
-    attention: Attention,
+    attention: str,
     batch_sizes: Sequence[int],
     settings: Mapping[str, Any],
     passes: int = 1,

@@ -1,4 +1,4 @@
-"""The one place that picks an implementation of attention: for whole sequences here, for one query token in the kernels."""
+"""Attention over whole sequences, for training and prefill, and the choice of its implementation."""
 
 from __future__ import annotations
 
@@ -8,56 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import TileMask, rotate_and_write, rotate_heads, span_decode_attention
-from pallas_kernels import masked_attention as attend_tiles
+from pallas_kernels import TileMask, masked_attention, rotate_heads
 from pallas_kernels.sequence_attention import unsupported_reason
-from selfspan_jax import spans
-from selfspan_jax.config import Attention, DecodeConfig, Implementation, ModelConfig
-from selfspan_jax.decoding.cache import SlotList
+from selfspan_jax.attention.policies import get_policy
+from selfspan_jax.config import ModelConfig
 from selfspan_jax.model import Angles, Attend
+from selfspan_jax.spans import SpanVocab
 
 SequenceImplementation = Literal["xla", "cudnn", "triton"]
-
-
-def sequence_mask(
-    token_ids: Int[Array, "B T"],
-    vocab: spans.SpanVocab,
-    config: ModelConfig,
-    attention: Attention,
-    *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    sink_tokens: int = DecodeConfig.sink_tokens,
-    window_tokens: int = DecodeConfig.window_tokens,
-    first_query: int | Int[Array, ""] = 0,
-    num_queries: int | None = None,
-) -> Bool[Array, "B Q T"]:
-    """Which tokens attend to which under a policy; `segment_ids` keeps packed sequences apart.
-
-    `first_query` and `num_queries` choose rows of the mask, by default all T.
-    """
-    if attention == "span":
-        return spans.attention_mask(
-            token_ids,
-            vocab,
-            header_view=config.header_view,
-            prompt_view=config.prompt_view,
-            prompt_window_tokens=config.prompt_window_tokens,
-            segment_ids=segment_ids,
-            first_query=first_query,
-            num_queries=num_queries,
-        )
-    batch, num_tokens = token_ids.shape
-    num_queries = num_tokens if num_queries is None else num_queries
-    index = jnp.arange(num_tokens, dtype=jnp.int32)
-    distance = (first_query + jnp.arange(num_queries, dtype=jnp.int32))[:, None] - index[None, :]
-    mask = distance >= 0
-    if attention == "window":
-        mask &= (distance < window_tokens) | (index[None, :] < sink_tokens)
-    mask = jnp.broadcast_to(mask[None], (batch, num_queries, num_tokens))
-    if segment_ids is not None:
-        queries = jax.lax.dynamic_slice_in_dim(segment_ids, first_query, num_queries, axis=1)
-        mask &= queries[:, :, None] == segment_ids[:, None, :]
-    return mask
 
 
 def default_implementation(q: Float[Array, "B T N H"]) -> Literal["xla", "cudnn"]:
@@ -66,7 +24,7 @@ def default_implementation(q: Float[Array, "B T N H"]) -> Literal["xla", "cudnn"
     return "cudnn" if jax.default_backend() == "gpu" and half and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0 else "xla"
 
 
-def masked_attention(
+def dot_product_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -78,12 +36,12 @@ def masked_attention(
     A `TileMask` is for the project's own kernels; `implementation` chooses among others for a boolean one.
     """
     if isinstance(mask, TileMask):
-        return attend_tiles(q, k, v, mask)
+        return masked_attention(q, k, v, mask)
     with jax.numpy_dtype_promotion("standard"):  # the library promotes its own scores
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation or default_implementation(q))
 
 
-def rotated_heads(
+def split_and_rotate(
     qkv: Float[Array, "B T K G+2 H"], angles: Angles
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries and keys, their pairs (i, i + H/2) turned by the angles in float32 (Llama's order), and values.
@@ -101,14 +59,14 @@ def attend_under(mask: Bool[Array, "B T T"] | TileMask, implementation: Literal[
     """The attention that a `Decoder` takes for whole sequences without a cache."""
 
     def attend(qkv, angles, cache):
-        return masked_attention(*rotated_heads(qkv, angles), mask, implementation), cache
+        return dot_product_attention(*split_and_rotate(qkv, angles), mask, implementation), cache
 
     return attend
 
 
 def attend_in_training(
     token_ids: Int[Array, "B T"],
-    vocab: spans.SpanVocab,
+    vocab: SpanVocab,
     config: ModelConfig,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -130,7 +88,7 @@ def attend_in_training(
 
     def rows(first_query, num_queries):
         some = {} if num_queries == token_ids.shape[1] else {"first_query": first_query, "num_queries": num_queries}
-        return sequence_mask(token_ids, vocab, config, config.mask, segment_ids=segment_ids, **some)
+        return get_policy(config.mask).mask(token_ids, vocab, config, segment_ids=segment_ids, **some)
 
     half = config.compute_dtype != "float32"
     if implementation == "triton" or (implementation is None and half and not reason):
@@ -143,17 +101,3 @@ def attend_in_training(
         keys = jnp.sum(mask, axis=2, dtype=jnp.int32)
         attend = attend_under(mask, implementation)
     return attend, jnp.sum(keys if segment_ids is None else jnp.where(segment_ids > 0, keys, 0), dtype=jnp.float32)
-
-
-def attend_cached(rows: Int[Array, "B"], slots: SlotList, implementation: Implementation | None) -> Attend:
-    """The attention that a `Decoder` takes for one new token per sequence: written to its pool row, then over what `slots` lists.
-
-    A row outside the pool writes nothing.
-    """
-
-    def attend(qkv, angles, pools):
-        q, k_pool, v_pool = rotate_and_write(qkv[:, 0], angles[0][:, 0], angles[1][:, 0], rows, *pools)
-        out = span_decode_attention(q, k_pool, v_pool, slots.rows, slots.counts, implementation=implementation)
-        return out[:, None], (k_pool, v_pool)
-
-    return attend

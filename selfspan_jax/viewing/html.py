@@ -50,7 +50,7 @@ def fragment(reading: Reading, prompt: str, answer: str | None) -> str:
     facts = [
         f"steps: {sum(step.opened for step in reading.steps)}",
         f"tokens written: {len(reading.response_ids)}",
-        f"attention: {reading.attention}",
+        f"attention: {reading.policy.name}",
     ]
     if len(reading.response_ids):
         facts.append(f"reads {reading.attended_tokens:.1f} tokens on average, {reading.attended_fraction:.1%} of its context")
@@ -74,7 +74,7 @@ def fragment(reading: Reading, prompt: str, answer: str | None) -> str:
 def _groups(reading: Reading, step: ReadStep) -> dict[str, Int[np.ndarray, "I"]]:
     """Group what the step read by what made it visible; a label that was named in vain has an empty group."""
     reads, labels = reading.reads(step), reading.roles.labels
-    if reading.attention != "span":
+    if reading.policy.name != "span":
         return {"policy": np.flatnonzero(reads)}
     groups = {"sink": reads & (labels == 0), "own": reads & (labels == step.label) & (labels != 0)}
     named = {str(k): reads & (labels == k) for k in step.refs if k not in (0, step.label)}

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from selfspan_jax.config import Attention
 from selfspan_jax.task import Task, Verdict
 from selfspan_jax.viewing import html
 from selfspan_jax.viewing.reading import Reading
@@ -70,9 +69,9 @@ class Output:
         return self.reading.response_ids
 
     @property
-    def attention(self) -> Attention:
-        """The policy under which it was decoded."""
-        return self.reading.attention
+    def attention(self) -> str:
+        """Name of the policy under which it was decoded."""
+        return self.reading.policy.name
 
     @property
     def num_attended(self) -> Int[np.ndarray, "R"]:

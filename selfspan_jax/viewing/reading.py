@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from selfspan_jax import spans
-from selfspan_jax.attention.sequences import sequence_mask
-from selfspan_jax.config import Attention, ModelConfig
+from selfspan_jax.attention.policies import Policy
+from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab, TokenRoles
 
 
@@ -42,7 +42,7 @@ class Reading:
     prompt_tokens: int
     num_attended: Int[np.ndarray, "R"]
     """For each response token, how many tokens it attended to, itself included."""
-    attention: Attention
+    policy: Policy
     config: ModelConfig
     vocab: SpanVocab
     decode: Callable[[Iterable[int]], str] = dataclasses.field(repr=False)
@@ -66,7 +66,7 @@ class Reading:
     @functools.cached_property
     def mask(self) -> Bool[np.ndarray, "T T"]:
         """Which token attends to which."""
-        return attention_mask(self.token_ids, self.vocab, self.config, self.attention)
+        return attention_mask(self.token_ids, self.vocab, self.config, self.policy)
 
     @functools.cached_property
     def steps(self) -> tuple[ReadStep, ...]:
@@ -158,10 +158,10 @@ def attended(readings: Sequence[Reading]) -> dict[str, float | None]:
     return means | {"header_share": float(np.mean(header))}
 
 
-def attention_mask(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab, config: ModelConfig, attention: Attention) -> Bool[np.ndarray, "T T"]:
+def attention_mask(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab, config: ModelConfig, policy: Policy) -> Bool[np.ndarray, "T T"]:
     """Compute which token attends to which under a policy and the model's views."""
     size = len(token_ids)
-    return np.asarray(_sequence_mask(_rounded(token_ids, vocab), vocab, config, attention)[0, :size, :size])
+    return np.asarray(_policy_mask(policy, _rounded(token_ids, vocab), vocab, config)[0, :size, :size])
 
 
 def _rounded(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab) -> Int[Array, "1 R"]:
@@ -170,5 +170,9 @@ def _rounded(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab) -> Int[Array, "1
     return jnp.asarray(np.pad(token_ids, (0, padding), constant_values=vocab.pad_id))[None]
 
 
-_sequence_mask = jax.jit(sequence_mask, static_argnames=("vocab", "config", "attention"))
+@functools.partial(jax.jit, static_argnames=("policy", "vocab", "config"))
+def _policy_mask(policy: Policy, token_ids: Int[Array, "B T"], vocab: SpanVocab, config: ModelConfig) -> Bool[Array, "B T T"]:
+    return policy.mask(token_ids, vocab, config)
+
+
 _token_roles = jax.jit(spans.token_roles, static_argnames=("vocab",))

@@ -9,7 +9,7 @@ import pytest
 
 from data import arithmetic
 from selfspan_jax import SpanLM, evaluation
-from selfspan_jax.config import DecodeConfig
+from selfspan_jax.attention.policies import Window
 from selfspan_jax.lm import Step, installed_tasks
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.reference import Reference
@@ -68,8 +68,8 @@ def test_by_default_a_model_attends_as_it_was_trained_to(lm):
 
 def test_window_decoding_attends_to_a_bounded_number(lm):
     out = lm.generate("-".join(["(12*34)"] * 12), attention="window", max_new_tokens=8)
-    assert out.prompt_tokens > DecodeConfig.sink_tokens + DecodeConfig.window_tokens
-    assert set(out.num_attended) == {DecodeConfig.sink_tokens + DecodeConfig.window_tokens}
+    assert out.prompt_tokens > Window().sink_tokens + Window().window_tokens
+    assert set(out.num_attended) == {Window().sink_tokens + Window().window_tokens}
 
 
 def test_a_list_is_decoded_as_a_batch(lm):

@@ -15,6 +15,7 @@ import train
 from data import news
 from data.__main__ import main as data_main
 from selfspan_jax import summaries
+from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.lm import Output, SpanLM
 from selfspan_jax.model import Decoder
@@ -46,7 +47,7 @@ def gold(lm):
     mask = lm.mask(example.token_ids, "span")
     attended = mask.sum(axis=1)[example.prompt_tokens :]
     task, model = lm.task, lm.model
-    reading = Reading(example.token_ids, example.prompt_tokens, attended, "span", model.config, model.vocab, task.decode)
+    reading = Reading(example.token_ids, example.prompt_tokens, attended, get_policy("span"), model.config, model.vocab, task.decode)
     return Output(example.prompt, task.decode(example.response_ids), task.answer(example.response_ids), reading, task), example
 
 

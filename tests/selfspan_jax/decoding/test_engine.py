@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfspan_jax.config import DecodeConfig
-from selfspan_jax.decoding import engine as decoding
+from selfspan_jax.attention.policies import Window
+from selfspan_jax.config import DecodeConfig, Sampling
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.sampling import sample, sequence_keys
+from selfspan_jax.decoding.state import bucket, prefill_chunk_tokens
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED, VIEWS, VOCAB, VOCAB_SIZE, streams
@@ -31,7 +34,7 @@ def assert_decodes_like_one_forward(model, rows, prompt_lengths, masks, config):
     """Feeds each row after its own prompt, token by token, and compares every step's logits with one masked forward."""
     expected = reference_logits(model, rows, masks)
     prompts = padded([row[:n] for row, n in zip(rows, prompt_lengths)], MAX_PROMPT, VOCAB_SIZE - 1)  # garbage after the prompts
-    state = decoding.prefill(model, prompts, np.array(prompt_lengths, np.int32), config)
+    state = Engine(model).prefill(prompts, np.array(prompt_lengths, np.int32), config)
     ended = np.array([VOCAB.eos_id in row[:0] for row in rows])
     for step in range(LENGTH - max(prompt_lengths)):
         at = np.array(prompt_lengths) + step
@@ -39,10 +42,10 @@ def assert_decodes_like_one_forward(model, rows, prompt_lengths, masks, config):
         for b in np.flatnonzero(~ended):
             np.testing.assert_allclose(logits[b], expected[b, at[b] - 1], atol=TOLERANCE, rtol=TOLERANCE, err_msg=f"{b} {step}")
         tokens = np.array([row[i] for row, i in zip(rows, at)])
-        state = decoding.feed(model, state, tokens, config)
-        slot_rows, counts, table = map(np.asarray, (state.slots.rows, state.slots.counts, state.cache.table))
+        state = Engine(model).step(state, tokens, config)
+        slots, counts, table = map(np.asarray, (state.slots.slots, state.slots.counts, state.cache.slot_table))
         for b in np.flatnonzero(~ended):
-            rows_read = np.sort(slot_rows[b, : counts[b]])
+            rows_read = np.sort(slots[b, : counts[b]])
             np.testing.assert_array_equal(rows_read, table[b][np.flatnonzero(masks[b][at[b]])])
         ended |= tokens == VOCAB.eos_id  # a sequence that is done is no longer computed
     return state
@@ -83,7 +86,7 @@ def test_any_streams_decode_like_one_forward(batch, prompt_lengths, model):
 
 @pytest.mark.parametrize("attention", ["dense", "window"])
 def test_baseline_policies_decode_like_one_forward(attention):
-    config = DecodeConfig(attention=attention, max_new_tokens=LENGTH, sink_tokens=2, window_tokens=5)
+    config = DecodeConfig(attention=Window(2, 5) if attention == "window" else attention, max_new_tokens=LENGTH)
     rows = padded([token_ids for token_ids, _ in NAMED.values()], LENGTH, fill=4)
     t, s = np.indices((LENGTH, LENGTH))
     mask = (s <= t) if attention == "dense" else (s <= t) & ((t - s < 5) | (s < 2))
@@ -130,7 +133,7 @@ def generate_by_whole_forwards(model, prompt, steps):
 @pytest.mark.parametrize("model", MODELS[::4], ids=VIEW_IDS[::4])
 def test_generate_is_greedy_decoding_without_a_cache(model):
     config = DecodeConfig(max_new_tokens=12)
-    new_tokens = np.asarray(decoding.generate(model, PROMPT_IDS, LENGTHS, config).new_tokens)
+    new_tokens = np.asarray(Engine(model).generate(PROMPT_IDS, LENGTHS, config).new_tokens)
     for b, prompt in enumerate(PROMPTS):
         expected = generate_by_whole_forwards(model, prompt, 12)
         assert list(new_tokens[b, : len(expected)]) == expected
@@ -139,7 +142,7 @@ def test_generate_is_greedy_decoding_without_a_cache(model):
 
 def test_attended_counts_are_those_of_the_mask():
     model, config = MODELS[0], DecodeConfig(max_new_tokens=12)
-    state = decoding.generate(model, PROMPT_IDS, LENGTHS, config)
+    state = Engine(model).generate(PROMPT_IDS, LENGTHS, config)
     new_tokens, num_attended = np.asarray(state.new_tokens), np.asarray(state.num_attended)
     for b, prompt in enumerate(PROMPTS):
         tokens = [*prompt, *new_tokens[b]]
@@ -153,9 +156,9 @@ def test_attended_counts_are_those_of_the_mask():
 
 @pytest.mark.parametrize("attention", ["span", "dense", "window"])
 def test_stream_gives_what_generate_gives(attention):
-    config = DecodeConfig(attention=attention, max_new_tokens=11, temperature=0.7)
-    state = decoding.generate(MODELS[0], PROMPT_IDS, LENGTHS, config, jax.random.key(3))
-    chunks = list(decoding.stream(MODELS[0], PROMPT_IDS, LENGTHS, config, jax.random.key(3), chunk_tokens=4))
+    config = DecodeConfig(attention=attention, max_new_tokens=11, sampling=Sampling(0.7))
+    state = Engine(MODELS[0]).generate(PROMPT_IDS, LENGTHS, config, jax.random.key(3))
+    chunks = list(Engine(MODELS[0]).stream(PROMPT_IDS, LENGTHS, config, jax.random.key(3), chunk_tokens=4))
     streamed = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
     np.testing.assert_array_equal(streamed, state.new_tokens[:, : streamed.shape[1]])
     np.testing.assert_array_equal(
@@ -166,9 +169,9 @@ def test_stream_gives_what_generate_gives(attention):
 
 def test_sequences_of_a_batch_do_not_touch_each_other():
     config = DecodeConfig(max_new_tokens=10)
-    together = decoding.generate(MODELS[4], PROMPT_IDS, LENGTHS, config)
+    together = Engine(MODELS[4]).generate(PROMPT_IDS, LENGTHS, config)
     for b in range(len(PROMPTS)):
-        alone = decoding.generate(MODELS[4], PROMPT_IDS[b : b + 1], LENGTHS[b : b + 1], config)
+        alone = Engine(MODELS[4]).generate(PROMPT_IDS[b : b + 1], LENGTHS[b : b + 1], config)
         np.testing.assert_array_equal(together.new_tokens[b], alone.new_tokens[0])
         np.testing.assert_array_equal(together.num_attended[b], alone.num_attended[0])
 
@@ -176,16 +179,16 @@ def test_sequences_of_a_batch_do_not_touch_each_other():
 def test_decoding_stops_at_eos_and_stays_stopped():
     """Sequences end at different steps; the loop ends with the last of them."""
     model, config = MODELS[0], DecodeConfig(max_new_tokens=12)
-    state = decoding.prefill(model, PROMPT_IDS, LENGTHS, config)
-    state = decoding.feed(model, state, np.array([2, 4, 4]), config)
+    state = Engine(model).prefill(PROMPT_IDS, LENGTHS, config)
+    state = Engine(model).step(state, np.array([2, 4, 4]), config)
     frozen = jax.tree.map(np.asarray, (state.span, state.cache.pools))
     assert list(np.asarray(state.done)) == [True, False, False]
-    state = decoding.feed(model, state, np.array([4, 2, 4]), config)
-    state = decoding.feed(model, state, np.array([10, 16, 2]), config)
+    state = Engine(model).step(state, np.array([4, 2, 4]), config)
+    state = Engine(model).step(state, np.array([10, 16, 2]), config)
     assert np.all(state.done)
     for field, before in vars(frozen[0]).items():
         np.testing.assert_array_equal(getattr(state.span, field)[0], before[0], err_msg=field)
-    own_rows = np.asarray(state.cache.table[0])
+    own_rows = np.asarray(state.cache.slot_table[0])
     for (k_before, v_before), (k, v) in zip(frozen[1], state.cache.pools):
         np.testing.assert_array_equal(np.asarray(k)[own_rows], k_before[own_rows])
         np.testing.assert_array_equal(np.asarray(v)[own_rows], v_before[own_rows])
@@ -201,8 +204,7 @@ def test_tokens_are_drawn_with_the_stated_probabilities(temperature, top_p):
             kept[token] = True
         mass += probabilities[token]
     probabilities = probabilities * kept / (probabilities * kept).sum()
-    config = DecodeConfig(temperature=temperature, top_p=top_p)
-    drawn = decoding.choose(jnp.broadcast_to(jnp.array(logits, jnp.float32), (40_000, 6)), decoding.sequence_keys(None, 40_000), config)
+    drawn = sample(jnp.broadcast_to(jnp.array(logits, jnp.float32), (40_000, 6)), sequence_keys(None, 40_000), Sampling(temperature, top_p))
     frequencies = np.bincount(drawn, minlength=6) / 40_000
     # four standard deviations of a binomial share of 40,000 draws are at most 0.01
     np.testing.assert_allclose(frequencies, probabilities, atol=0.01)
@@ -210,9 +212,9 @@ def test_tokens_are_drawn_with_the_stated_probabilities(temperature, top_p):
 
 
 def test_the_same_key_gives_the_same_tokens_and_another_key_others():
-    config = DecodeConfig(max_new_tokens=10, temperature=1.5)
+    config = DecodeConfig(max_new_tokens=10, sampling=Sampling(1.5))
     first, again, other = (
-        np.asarray(decoding.generate(MODELS[0], PROMPT_IDS, LENGTHS, config, jax.random.key(key)).new_tokens) for key in (0, 0, 1)
+        np.asarray(Engine(MODELS[0]).generate(PROMPT_IDS, LENGTHS, config, jax.random.key(key)).new_tokens) for key in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
@@ -232,7 +234,7 @@ def test_the_same_key_gives_the_same_tokens_and_another_key_others():
 def test_prompts_that_the_model_cannot_take_are_refused(token_ids, lengths, changes, message):
     config = dataclasses.replace(DecodeConfig(max_new_tokens=4), **changes)
     with pytest.raises(ValueError, match=message):
-        decoding.prefill(MODELS[0], np.array(token_ids), np.array(lengths), config)
+        Engine(MODELS[0]).prefill(np.array(token_ids), np.array(lengths), config)
 
 
 # The kernels in the loop, on a GPU. (Head sizes of the tests above are none that they take.)
@@ -261,10 +263,10 @@ def test_the_kernels_in_half_precision_err_as_plain_arithmetic_does(weights):
     masks = [np.array(Reference(row, VOCAB, **views).mask()) for row in rows]
     expected, forward_half = (reference_logits(model, rows, masks)[:, 4:-1] for model in (exact, half))
     config = dataclasses.replace(SPAN, implementation="triton", linear="triton")
-    state = decoding.prefill(half, rows[:, :4], np.full(len(rows), 4, np.int32), config)
+    state = Engine(half).prefill(rows[:, :4], np.full(len(rows), 4, np.int32), config)
     found = []
     for t in range(4, LENGTH - 1):
-        state = decoding.feed(half, state, rows[:, t], config)
+        state = Engine(half).step(state, rows[:, t], config)
         found.append(np.asarray(state.logits))
     alive = np.array([VOCAB.eos_id not in row for row in rows])
     error, budget = (np.sqrt(np.mean(np.square(logits - expected)[alive])) for logits in (np.stack(found, axis=1), forward_half))
@@ -290,15 +292,16 @@ def test_prefill_in_chunks_is_one_forward(views, attention):
     """Lengths at and around the ends of chunks of 64; a prompt far shorter than the rest; what follows a prompt is ignored."""
     model = random_model(max_context_tokens=300, **views)
     rows, lengths = long_prompts([256, 1, 63, 64, 65, 128, 200, 255], seed=3)
-    config = DecodeConfig(attention=attention, max_new_tokens=4, sink_tokens=2, window_tokens=70, prefill_tokens=8 * 64)
+    policy = Window(2, 70) if attention == "window" else attention
+    config = DecodeConfig(policy, max_new_tokens=4, prefill_tokens=8 * 64)
     if attention == "span":
         masks = [np.array(Reference(row, VOCAB, **views).mask()) for row in rows]
     else:
         t, s = np.indices((256, 256))
         masks = [(s <= t) if attention == "dense" else (s <= t) & ((t - s < 70) | (s < 2))] * len(rows)
     expected = reference_logits(model, rows, masks)
-    assert decoding._chunk_tokens(8, 256, config) == 64
-    state = decoding.prefill(model, rows, lengths, config)
+    assert prefill_chunk_tokens(8, 256, config) == 64
+    state = Engine(model).prefill(rows, lengths, config)
     for b, length in enumerate(lengths):
         np.testing.assert_allclose(state.logits[b], expected[b, length - 1], atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -306,35 +309,41 @@ def test_prefill_in_chunks_is_one_forward(views, attention):
 def test_lengths_of_a_bucket_share_their_programs():
     model, config = random_model(max_context_tokens=300), DecodeConfig(max_new_tokens=4)
     rows, _ = long_prompts([1], seed=0)
+    traced = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: traced.append(name) if "jaxpr_trace" in name else None)
 
     def programs_after(length):
-        decoding.generate(model, rows[:, :length], np.array([length], np.int32), config)
-        return decoding._jit_prefill._cache_size(), decoding._jit_run._cache_size()
+        Engine(model).generate(rows[:, :length], np.array([length], np.int32), config)
+        return len(traced)
 
     first = programs_after(130)
     assert programs_after(192) == programs_after(150) == first
     assert programs_after(193) != first
-    assert [decoding.bucket(n) for n in (1, 64, 65, 500, 513, 2048, 2049, 8000)] == [64, 64, 128, 512, 640, 2048, 2560, 8192]
+    assert [bucket(n) for n in (1, 64, 65, 500, 513, 2048, 2049, 8000)] == [64, 64, 128, 512, 640, 2048, 2560, 8192]
+
+
+def pool_bytes(state):
+    return sum(pool.nbytes for pool in jax.tree.leaves(state.cache.pools))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_samples_of_a_prompt_are_what_copies_of_it_would_write(temperature):
     """The same tokens from fewer rows: the prompt's are there once, and no sample writes to them."""
-    model, config = MODELS[4], DecodeConfig(max_new_tokens=12, temperature=temperature)
+    model, config = MODELS[4], DecodeConfig(max_new_tokens=12, sampling=Sampling(temperature))
     key = jax.random.key(5)
-    shared = decoding.generate(model, PROMPT_IDS, LENGTHS, config, key, num_samples=3)
-    copies = decoding.generate(model, np.repeat(PROMPT_IDS, 3, axis=0), np.repeat(LENGTHS, 3), config, key)
+    shared = Engine(model).generate(PROMPT_IDS, LENGTHS, config, key, num_samples=3)
+    copies = Engine(model).generate(np.repeat(PROMPT_IDS, 3, axis=0), np.repeat(LENGTHS, 3), config, key)
     np.testing.assert_array_equal(shared.new_tokens, copies.new_tokens)
     np.testing.assert_array_equal(shared.num_attended, copies.num_attended)
     assert temperature == 0 or np.any(shared.new_tokens[0] != shared.new_tokens[1])
-    room = decoding.bucket(PROMPT_IDS.shape[1])
-    assert copies.cache.size_bytes - shared.cache.size_bytes == 2 * 3 * room * model.config.num_layers * 2 * 2 * 8 * 4
-    prompts_only = decoding.prefill(model, PROMPT_IDS, LENGTHS, config)
-    table, width = np.asarray(shared.cache.table), LENGTHS.max()
+    room = bucket(PROMPT_IDS.shape[1])
+    assert pool_bytes(copies) - pool_bytes(shared) == 2 * 3 * room * model.config.num_layers * 2 * 2 * 8 * 4
+    prompts_only = Engine(model).prefill(PROMPT_IDS, LENGTHS, config)
+    table, width = np.asarray(shared.cache.slot_table), LENGTHS.max()
     for b, length in enumerate(LENGTHS):
-        for sample in range(3):
-            np.testing.assert_array_equal(table[3 * b + sample, :length], table[3 * b, :length])
-            assert len(set(table[3 * b + sample, : length + 12])) == length + 12
+        for i in range(3):
+            np.testing.assert_array_equal(table[3 * b + i, :length], table[3 * b, :length])
+            assert len(set(table[3 * b + i, : length + 12])) == length + 12
         own = table[3 * b : 3 * b + 3, length : length + 12]
         assert len(np.unique(own)) == own.size and own.min() >= len(PROMPTS) * room > table[3 * b, :width][:length].max()
         for (k, v), (k_before, v_before) in zip(shared.cache.pools, prompts_only.cache.pools):
@@ -345,7 +354,7 @@ def test_samples_of_a_prompt_are_what_copies_of_it_would_write(temperature):
 
 def test_no_sample_is_refused():
     with pytest.raises(ValueError, match="num_samples is 0"):
-        decoding.prefill(MODELS[0], PROMPT_IDS, LENGTHS, DecodeConfig(max_new_tokens=4), num_samples=0)
+        Engine(MODELS[0]).prefill(PROMPT_IDS, LENGTHS, DecodeConfig(max_new_tokens=4), num_samples=0)
 
 
 # The loop: replay, and how seldom it asks.
@@ -353,30 +362,29 @@ def test_no_sample_is_refused():
 
 def test_forced_tokens_are_written_and_fed_in_place_of_the_chosen_ones():
     model, config = MODELS[0], DecodeConfig(max_new_tokens=8)
-    free = np.asarray(decoding.generate(model, PROMPT_IDS, LENGTHS, config).new_tokens)
+    free = np.asarray(Engine(model).generate(PROMPT_IDS, LENGTHS, config).new_tokens)
     forced = np.full((3, 8), -1)
     forced[0, :5], forced[1, 2] = [11, 16, 5, 6, 7], 4
-    state = decoding.run(model, decoding.prefill(model, PROMPT_IDS, LENGTHS, config), config, forced=forced)
+    state = Engine(model).run(Engine(model).prefill(PROMPT_IDS, LENGTHS, config), config, forced_tokens=forced)
     written = np.asarray(state.new_tokens)
     np.testing.assert_array_equal(written[0, :5], forced[0, :5])
     np.testing.assert_array_equal(written[1, :2], free[1, :2])
     assert written[1, 2] == 4
     np.testing.assert_array_equal(written[2], free[2])
-    fed = decoding.prefill(model, PROMPT_IDS, LENGTHS, config)
+    fed = Engine(model).prefill(PROMPT_IDS, LENGTHS, config)
     for step in range(8):
-        fed = decoding.feed(model, fed, written[:, step], config)
+        fed = Engine(model).step(fed, written[:, step], config)
     np.testing.assert_allclose(state.logits, fed.logits, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("unasked", [2, 4, 7])
-def test_a_loop_that_seldom_asks_writes_the_same(monkeypatch, unasked):
+def test_a_loop_that_seldom_asks_writes_the_same(unasked):
     """Steps beyond the limit, or after the last <eos>, change nothing."""
-    config = DecodeConfig(max_new_tokens=11, temperature=1.0)
+    config = DecodeConfig(max_new_tokens=11, sampling=Sampling(1.0))
     key = jax.random.key(2)
-    every_step = decoding.generate(MODELS[0], PROMPT_IDS, LENGTHS, config, key)
-    monkeypatch.setattr(decoding, "_unasked_steps", lambda num_steps: unasked)
-    seldom = decoding.generate(MODELS[0], PROMPT_IDS, LENGTHS, config, key)
-    streamed = list(decoding.stream(MODELS[0], PROMPT_IDS, LENGTHS, config, key, chunk_tokens=4))
+    every_step = Engine(MODELS[0]).generate(PROMPT_IDS, LENGTHS, config, key)
+    seldom = Engine(MODELS[0], steps_per_sync=unasked).generate(PROMPT_IDS, LENGTHS, config, key)
+    streamed = list(Engine(MODELS[0]).stream(PROMPT_IDS, LENGTHS, config, key, chunk_tokens=4))
     for name in ("new_tokens", "num_attended", "num_steps", "done"):
         np.testing.assert_array_equal(getattr(seldom, name), getattr(every_step, name))
     for field in vars(every_step.span):
@@ -391,10 +399,10 @@ def test_a_loop_that_seldom_asks_writes_the_same(monkeypatch, unasked):
 def compiled_loop(model, config, batch=4, prompt_tokens=512):
     """The compiled program of `run` for prompts of a length, and the shape of a pool as the program writes it."""
     token_ids, lengths = np.full((batch, prompt_tokens), 4, np.int32), np.full(batch, prompt_tokens, np.int32)
-    state = decoding.prefill(model, token_ids, lengths, config)
-    frozen = decoding.FrozenDecoder.of(model)
+    engine = Engine(model, steps_per_sync=8)
+    state = engine.prefill(token_ids, lengths, config)
     pool = state.cache.pools[0][0]
-    compiled = decoding._jit_run.lower(frozen.structure, frozen.params, state, jnp.int32(8), None, config, 8).compile()
+    compiled = engine.lower_run(state, config).compile()
     dtype = {"float32": "f32", "bfloat16": "bf16"}[pool.dtype.name]
     return compiled, f"{dtype}[{','.join(map(str, pool.shape))}]", pool.nbytes
 
@@ -419,8 +427,7 @@ def test_the_search_for_copies_has_teeth():
     model = random_model(max_context_tokens=1024, head_size=32)
     config = DecodeConfig(max_new_tokens=64)
     token_ids, lengths = np.full((4, 512), 4, np.int32), np.full(4, 512, np.int32)
-    state = decoding.prefill(model, token_ids, lengths, config)
-    frozen = decoding.FrozenDecoder.of(model)
-    kept = jax.jit(decoding._jit_run.__wrapped__, static_argnames=("structure", "config", "unasked_steps"))
-    program = kept.lower(frozen.structure, frozen.params, state, jnp.int32(8), None, config, 8).compile().as_text()
+    engine = Engine(model, steps_per_sync=8)
+    state = engine.prefill(token_ids, lengths, config)
+    program = jax.jit(lambda state: engine.run(state, config)).lower(state).compile().as_text()
     assert re.search(r"= f32\[\d+,2,32\]\S* copy", program)

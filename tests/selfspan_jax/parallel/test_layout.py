@@ -15,8 +15,9 @@ from flax import nnx
 
 from data.arithmetic import ArithmeticTask
 from selfspan_jax import training
-from selfspan_jax.config import PRESETS, DecodeConfig
-from selfspan_jax.decoding import engine as decoding
+from selfspan_jax.config import PRESETS, DecodeConfig, Sampling
+from selfspan_jax.decoding import state as decode_state
+from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
@@ -68,7 +69,7 @@ def test_a_mesh_that_cannot_be_is_refused_with_the_reason(text, message):
 )
 def test_a_mesh_that_does_not_divide_the_model_is_refused(changes, text, message):
     with pytest.raises(ValueError, match=message):
-        decoding.FrozenDecoder.of(random_model(**changes), make_mesh(text))
+        Engine(random_model(**changes), make_mesh(text))
 
 
 @pytest.mark.parametrize(
@@ -135,9 +136,9 @@ MODELS = {
 def test_several_devices_write_the_tokens_of_one(model, text, attention, temperature):
     changes, precision = MODELS[model]
     model = random_model(**changes).for_decoding(**precision)
-    config = DecodeConfig(max_new_tokens=16, attention=attention, temperature=temperature)
-    frozen = decoding.FrozenDecoder.of(model, make_mesh(text))
-    one, several = (decoding.generate(decoder, *prompts(4), config, num_samples=2) for decoder in (model, frozen))
+    config = DecodeConfig(max_new_tokens=16, attention=attention, sampling=Sampling(temperature))
+    engines = Engine(model), Engine(model, make_mesh(text))
+    one, several = (engine.generate(*prompts(4), config, num_samples=2) for engine in engines)
     assert len({tuple(row) for row in np.asarray(one.new_tokens).tolist()}) > 1
     np.testing.assert_array_equal(one.new_tokens, several.new_tokens)
     np.testing.assert_array_equal(one.num_attended, several.num_attended)
@@ -146,8 +147,8 @@ def test_several_devices_write_the_tokens_of_one(model, text, attention, tempera
 
 def test_a_stream_on_several_devices_is_that_of_one():
     model, config = random_model(**HEADS), DecodeConfig(max_new_tokens=10)
-    frozen = decoding.FrozenDecoder.of(model, make_mesh("data=2,tensor=2"))
-    one, several = ([chunk.tokens for chunk in decoding.stream(m, *prompts(), config, chunk_tokens=4)] for m in (model, frozen))
+    engines = Engine(model), Engine(model, make_mesh("data=2,tensor=2"))
+    one, several = ([chunk.tokens for chunk in engine.stream(*prompts(), config, chunk_tokens=4)] for engine in engines)
     np.testing.assert_array_equal(np.concatenate(one, axis=1), np.concatenate(several, axis=1))
 
 
@@ -158,25 +159,23 @@ def test_parts_of_a_batch_end_by_themselves():
     forced = np.full((8, 12), 5, np.int32)
     forced[:4, 2] = VOCAB.eos_id
     forced[4:, 7] = VOCAB.eos_id
-    frozen = decoding.FrozenDecoder.of(model, make_mesh("data=2"))
-    for decoder in (model, frozen):
-        state = decoding.run(decoder, decoding.prefill(decoder, token_ids, lengths, config), config, forced=forced)
+    for engine in (Engine(model), Engine(model, make_mesh("data=2"))):
+        state = engine.run(engine.prefill(token_ids, lengths, config), config, forced_tokens=forced)
         assert int(state.num_steps) == 8 and np.all(state.done)
         assert np.all(np.asarray(state.new_tokens)[:4, 3:] == VOCAB.pad_id)
 
 
 def test_prompts_that_do_not_divide_are_refused():
-    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), make_mesh("data=4"))
+    engine = Engine(random_model(**HEADS), make_mesh("data=4"))
     with pytest.raises(ValueError, match="data=4 does not divide the number of prompts=3"):
-        decoding.prefill(frozen, *prompts(3), DecodeConfig(max_new_tokens=4))
+        engine.prefill(*prompts(3), DecodeConfig(max_new_tokens=4))
 
 
 def run_program(text, config=None):
     """The compiled loop of a decoder of two layers on a mesh, as text."""
     config = config or DecodeConfig(max_new_tokens=8)
-    frozen = decoding.FrozenDecoder.of(random_model(**HEADS), make_mesh(text))
-    state = decoding.prefill(frozen, *prompts(), config)
-    return decoding._jit_run.lower(frozen.structure, frozen.params, state, jnp.int32(8), None, config, 1).compile().as_text()
+    engine = Engine(random_model(**HEADS), make_mesh(text), steps_per_sync=1)
+    return engine.lower_run(engine.prefill(*prompts(), config), config).compile().as_text()
 
 
 def bodies(program):
@@ -210,7 +209,7 @@ def test_parts_of_a_batch_tell_each_other_nothing_in_a_step():
 
 def test_the_count_of_collectives_sees_one_more(monkeypatch):
     """Teeth: an attention that asked the other devices would be seen, in the loop and in attention."""
-    rotated = decoding.attend_cached
+    rotated = decode_state.attend_cached
 
     def asking(*arguments):
         attend = rotated(*arguments)
@@ -221,23 +220,23 @@ def test_the_count_of_collectives_sees_one_more(monkeypatch):
 
         return with_question
 
-    monkeypatch.setattr(decoding, "attend_cached", asking)
+    monkeypatch.setattr(decode_state, "attend_cached", asking)
     program = run_program("tensor=2", DecodeConfig(max_new_tokens=9))
     assert loop_collectives(program) == ["all-reduce"] * 6
 
 
 def test_each_device_keeps_its_share():
     model = random_model(**HEADS)
-    frozen = decoding.FrozenDecoder.of(model, make_mesh("tensor=4"))
-    gate_up = next(array for array in frozen.params if array.shape == (96, 32))
+    engine = Engine(model, make_mesh("tensor=4"))
+    gate_up = next(array for array in engine.params if array.shape == (96, 32))
     whole = np.asarray(model.layers[0].mlp.gate_up_proj.weight[...])
     for number, shard in enumerate(gate_up.addressable_shards):
         np.testing.assert_array_equal(shard.data[:12], whole[12 * number : 12 * number + 12])  # its gates
         np.testing.assert_array_equal(shard.data[12:], whole[48 + 12 * number : 60 + 12 * number])  # its ups
-    state = decoding.prefill(frozen, *prompts(), DecodeConfig(max_new_tokens=4))
+    state = engine.prefill(*prompts(), DecodeConfig(max_new_tokens=4))
     pool = state.cache.pools[0][0]
     assert [shard.data.shape for shard in pool.addressable_shards] == [(pool.shape[0], 1, 8)] * 4
-    assert all(shard.data.shape == state.slots.rows.shape for shard in state.slots.rows.addressable_shards)
+    assert all(shard.data.shape == state.slots.slots.shape for shard in state.slots.slots.addressable_shards)
 
 
 def test_a_model_on_several_devices_says_what_it_says_on_one():

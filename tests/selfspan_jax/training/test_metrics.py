@@ -12,7 +12,8 @@ from flax import nnx
 from benchmarks import training as training_benchmark
 from pallas_kernels import TileMask, masked_attention
 from selfspan_jax import training
-from selfspan_jax.attention.sequences import attend_in_training, attend_under, rotated_heads, sequence_mask
+from selfspan_jax.attention.policies import get_policy
+from selfspan_jax.attention.sequences import attend_in_training, attend_under, split_and_rotate
 from selfspan_jax.training import DeviceBatch, metrics
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.training.test_loop import CONFIG, batch_of, batches_from
@@ -36,7 +37,7 @@ def test_operations_are_those_of_the_compiled_model():
 def test_pairs_are_counted_without_padding(mask):
     model, batch = random_model(mask=mask), DeviceBatch.of(batch_of(0))
     _, pairs = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids)
-    allowed = np.asarray(sequence_mask(batch.token_ids, model.vocab, model.config, mask, segment_ids=batch.segment_ids))
+    allowed = np.asarray(get_policy(mask).mask(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids))
     assert int(pairs) == allowed[np.asarray(batch.segment_ids) > 0].sum()
     if mask == "dense":
         lengths = [np.sum(row == segment) for row in np.asarray(batch.segment_ids) for segment in (1, 2)]
@@ -52,10 +53,10 @@ def test_peaks_are_of_the_device_that_is_named():
 def test_gradients_through_the_kernels_are_those_of_xla():
     """The whole model under a span mask, with the kernels in the interpreter, against attention as XLA computes it."""
     model, batch = random_model(head_size=32), DeviceBatch.of(batch_of(1, rows=2))
-    mask = sequence_mask(batch.token_ids, model.vocab, model.config, "span", segment_ids=batch.segment_ids)
+    mask = get_policy("span").mask(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids)
 
     def kernels(qkv, angles, cache):
-        return masked_attention(*rotated_heads(qkv, angles), TileMask.of(mask), implementation="triton", interpret=True), cache
+        return masked_attention(*split_and_rotate(qkv, angles), TileMask.of(mask), implementation="triton", interpret=True), cache
 
     graph, params = nnx.split(model, nnx.Param)
 

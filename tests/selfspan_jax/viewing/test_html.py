@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from selfspan_jax import Output
+from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.viewing.reading import Reading
 from tests import browser
@@ -61,7 +62,7 @@ def output(token_ids, attention="span", *, task=None, **config):
         distance = np.subtract.outer(np.arange(len(token_ids)), np.arange(len(token_ids)))
         mask &= (distance < DecodeConfig.window_tokens) | (np.arange(len(token_ids)) < DecodeConfig.sink_tokens)
     response, attended = token_ids[prompt_tokens:], mask.sum(axis=1)[prompt_tokens:]
-    reading = Reading(token_ids, prompt_tokens, attended, attention, model, VOCAB, task.decode)
+    reading = Reading(token_ids, prompt_tokens, attended, get_policy(attention), model, VOCAB, task.decode)
     out = Output(task.decode(token_ids[:prompt_tokens]), task.decode(response), task.answer(response), reading, task)
     assert out.unresolved_refs == reference.unresolved_refs
     return out, reference, mask

@@ -1,0 +1,193 @@
+"""Attention policies: which earlier tokens a token attends to.
+
+A policy says it twice, and both must agree for every token: `mask` for whole sequences (training, prefill, logits) and
+`step_slots` for one new token per sequence (decoding). Kernels, cache and model know nothing of policies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from typing import ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels import update_slots
+from selfspan_jax import spans
+from selfspan_jax.config import ModelConfig
+from selfspan_jax.errors import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The pool rows that each sequence's query attends to: `slots[b, :counts[b]]`, in any order, none twice; the rest is arbitrary."""
+
+    slots: Int[Array, "B A"]
+    counts: Int[Array, "B"]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A frozen dataclass of a policy's settings: hashable, static under jit."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    """What a query reads, in a few words, for the help of command lines."""
+
+    def __hash__(self) -> int: ...
+
+    def mask(
+        self,
+        token_ids: Int[Array, "B T"],
+        vocab: spans.SpanVocab,
+        config: ModelConfig,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        first_query: int | Int[Array, ""] = 0,
+        num_queries: int | None = None,
+    ) -> Bool[Array, "B Q T"]:
+        """Compute the mask of whole sequences, True = may attend.
+
+        Args:
+          config: its views (`header_view`, `prompt_view`, `prompt_window_tokens`) are part of the model.
+          segment_ids: sequences packed in one row, told apart by number; none attends to another.
+          first_query, num_queries: compute these Q rows of the mask only; all T by default.
+        """
+        ...
+
+    def initial_slots(self, slot_table: Int[Array, "B A"]) -> Slots:
+        """Allocate slots of the shape that the policy needs, none in use."""
+        ...
+
+    def step_slots(
+        self,
+        slots: Slots,
+        slot_table: Int[Array, "B A"],
+        *,
+        own: Int[Array, "B"],
+        before: spans.SpanState,
+        span: spans.SpanState,
+        active: Bool[Array, "B"],
+        config: ModelConfig,
+    ) -> Slots:
+        """Compute the slots that each sequence's newest token attends to. Traced, in the decode loop.
+
+        Args:
+          slots: those of the token before; `counts` is 0 right after prefill.
+          slot_table: the slot of each token.
+          own: the slot of the newest token.
+          before, span: the automaton before and after the newest token; its index is `span.num_tokens - 1`.
+          active: False for sequences that take no token in this step; their slots are not read.
+        """
+        ...
+
+
+def _earlier(token_ids, segment_ids, first_query, num_queries) -> tuple[Bool[Array, "B Q T"], Int[Array, "Q T"], Int[Array, "1 T"]]:
+    """The causal mask, the distance from query to key, and the key's index."""
+    batch, num_tokens = token_ids.shape
+    num_queries = num_tokens if num_queries is None else num_queries
+    key = jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+    distance = (first_query + jnp.arange(num_queries, dtype=jnp.int32))[:, None] - key
+    mask = jnp.broadcast_to((distance >= 0)[None], (batch, num_queries, num_tokens))
+    if segment_ids is not None:
+        queries = jax.lax.dynamic_slice_in_dim(segment_ids, first_query, num_queries, axis=1)
+        mask &= queries[:, :, None] == segment_ids[:, None, :]
+    return mask, distance, key
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Attend to what the model's own tokens name (`selfspan_jax.spans`)."""
+
+    name: ClassVar[str] = "span"
+    description: ClassVar[str] = "what the model names"
+
+    def mask(self, token_ids, vocab, config, *, segment_ids=None, first_query=0, num_queries=None):
+        rows = {"segment_ids": segment_ids, "first_query": first_query, "num_queries": num_queries}
+        return spans.attention_mask(token_ids, vocab, **_views(config), **rows)
+
+    def initial_slots(self, slot_table):
+        batch, capacity = slot_table.shape
+        return Slots(jnp.zeros((batch, capacity + 1), jnp.int32), jnp.zeros(batch, jnp.int32))  # one spare, see `update_slots`
+
+    def step_slots(self, slots, slot_table, *, own, before, span, active, config):
+        # A body token reads what the token before read and itself; where that was a header with a wider view, its own span.
+        narrow = before.is_response & (~before.is_header | (config.header_view == "span"))
+        append = narrow & (slots.counts > 0) & span.is_response & ~span.is_header
+        visible = span.visible(**_views(config))
+        updated = update_slots(
+            slots.slots, slots.counts, visible, slot_table, own, rebuild=~append & active, append=append & active
+        )  # fmt: skip
+        return Slots(*updated)
+
+
+def _views(config: ModelConfig):
+    return {name: getattr(config, name) for name in ("header_view", "prompt_view", "prompt_window_tokens")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Attend to every token before."""
+
+    name: ClassVar[str] = "dense"
+    description: ClassVar[str] = "everything before"
+
+    def mask(self, token_ids, vocab, config, *, segment_ids=None, first_query=0, num_queries=None):
+        return _earlier(token_ids, segment_ids, first_query, num_queries)[0]
+
+    def initial_slots(self, slot_table):
+        return Slots(slot_table, jnp.zeros(slot_table.shape[0], jnp.int32))  # for good: only the counts grow
+
+    def step_slots(self, slots, slot_table, *, own, before, span, active, config):
+        return Slots(slots.slots, span.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Attend to the first tokens and the most recent ones (StreamingLLM, 2309.17453)."""
+
+    sink_tokens: int = 4
+    """First tokens that are always read."""
+    window_tokens: int = 128
+    """Most recent tokens that are read, the query's own included."""
+
+    name: ClassVar[str] = "window"
+    description: ClassVar[str] = "first and recent tokens"
+
+    def __post_init__(self):
+        if self.sink_tokens < 0 or self.window_tokens < 1:
+            raise UserError(f"Window: sink_tokens is {self.sink_tokens}, window_tokens is {self.window_tokens}; allowed: from 0, from 1")
+
+    def mask(self, token_ids, vocab, config, *, segment_ids=None, first_query=0, num_queries=None):
+        mask, distance, key = _earlier(token_ids, segment_ids, first_query, num_queries)
+        return mask & ((distance < self.window_tokens) | (key < self.sink_tokens))[None]
+
+    def initial_slots(self, slot_table):
+        batch, capacity = slot_table.shape
+        return Slots(jnp.zeros((batch, min(capacity, self.sink_tokens + self.window_tokens)), jnp.int32), jnp.zeros(batch, jnp.int32))
+
+    def step_slots(self, slots, slot_table, *, own, before, span, active, config):
+        place = jnp.arange(slots.slots.shape[1], dtype=jnp.int32)[None, :]
+        first_recent = jnp.maximum(span.num_tokens - self.window_tokens, self.sink_tokens)[:, None]
+        token = jnp.where(place < self.sink_tokens, place, place - self.sink_tokens + first_recent)
+        chosen = jnp.take_along_axis(slot_table, jnp.minimum(token, slot_table.shape[1] - 1), axis=1)
+        return Slots(chosen, jnp.minimum(span.num_tokens, self.sink_tokens + self.window_tokens))
+
+
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(), Window())}
+
+
+def policy_help() -> str:
+    """Describe the policies in one line, for the help of command lines."""
+    return "; ".join(f"{name}: {policy.description}" for name, policy in POLICIES.items())
+
+
+def get_policy(attention: str | Hashable) -> Policy:
+    """Look up a policy by name; a policy is returned as it is. Raises UserError for anything else."""
+    policy = POLICIES.get(attention) if isinstance(attention, str) else attention
+    if not isinstance(policy, Policy):
+        raise UserError(f"attention is {attention!r}; allowed: {', '.join(POLICIES)}, or a policy")
+    return policy

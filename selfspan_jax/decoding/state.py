@@ -1,0 +1,160 @@
+"""The decode state and its pure functions: `prefill_state` reads prompts, `decode_step` feeds a token, `sample_step` samples and feeds one.
+
+They are written for one device; `Engine` compiles them, on a mesh for each device's shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from selfspan_jax.attention.policies import Slots, get_policy
+from selfspan_jax.attention.sequences import dot_product_attention, split_and_rotate
+from selfspan_jax.config import DecodeConfig
+from selfspan_jax.decoding.cache import KVCache, attend_cached, write_slots
+from selfspan_jax.decoding.sampling import sample
+from selfspan_jax.model import Decoder
+from selfspan_jax.parallel import layout
+from selfspan_jax.spans import SpanState
+
+MIN_PREFILL_CHUNK_TOKENS = 64  # of each prompt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that decoding B sequences carries from step to step: A tokens of room each, M of them new."""
+
+    cache: KVCache
+    span: SpanState  # the automaton after the tokens fed so far; span.num_tokens is the next rotary position
+    slots: Slots  # what the latest token attended to
+    logits: Float[Array, "B V"]  # of the next token
+    done: Bool[Array, "B"]  # <eos> was fed: the sequence no longer changes
+    num_steps: Int[Array, ""]
+    new_tokens: Int[Array, "B M"]  # tokens sampled so far, then padding
+    num_attended: Int[Array, "B M"]  # how many tokens each of them attended to, itself included
+    keys: PRNGKeyArray  # [B], one for each sequence
+
+    @classmethod
+    def partition_specs(cls) -> DecodeState:
+        """Return the PartitionSpec of every field."""
+        each = layout.spec("sequences")
+        fields = dict.fromkeys((field.name for field in dataclasses.fields(cls)), each)
+        cache = KVCache(pools=layout.spec("sequences", "heads"), slot_table=each)  # type: ignore[arg-type]
+        return cls(**fields | {"cache": cache, "num_steps": layout.REPLICATED})  # type: ignore[arg-type]
+
+
+def bucket(num_tokens: int) -> int:
+    """Round a prompt's length up to one of few sizes (64 tokens and up, four to an octave), so that few programs are compiled."""
+    step = max(MIN_PREFILL_CHUNK_TOKENS, 1 << max(0, num_tokens.bit_length() - 3))
+    return -(-num_tokens // step) * step
+
+
+def prefill_chunk_tokens(batch_size: int, prompt_capacity: int, config: DecodeConfig) -> int:
+    """Tokens of each prompt that go through the model at once: all of them, or a power of two that divides the capacity."""
+    wanted = max(MIN_PREFILL_CHUNK_TOKENS, config.prefill_tokens // max(batch_size, 1))
+    largest_divisor = prompt_capacity & -prompt_capacity
+    return prompt_capacity if prompt_capacity <= wanted else min(largest_divisor, 1 << (wanted.bit_length() - 1))
+
+
+def prefill_state(
+    model: Decoder, token_ids: Int[Array, "b T"], lengths: Int[Array, "b"], keys: PRNGKeyArray, config: DecodeConfig, num_samples: int
+) -> DecodeState:
+    """Read prompts, `lengths[b]` tokens of row b, and return the state of `num_samples` sequences of each."""
+    batch, prompt_capacity = token_ids.shape
+    policy = get_policy(config.attention)
+    cache = KVCache.empty(model.config, lengths, prompt_capacity, num_samples, config.max_new_tokens)
+    chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
+    first_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
+
+    def read_chunk(index, carry):
+        pools, last = carry
+        start = index * chunk
+        positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
+        mask = policy.mask(token_ids, model.vocab, model.config, first_query=start, num_queries=chunk)
+
+        def attend(qkv, angles, pools):
+            q, k, v = split_and_rotate(qkv, angles)
+            pools = write_slots(pools, first_slots + positions, k, v)
+            k, v = (pool[: batch * prompt_capacity].reshape(batch, prompt_capacity, *pool.shape[1:]) for pool in pools)
+            return dot_product_attention(q, k, v, mask), pools
+
+        tokens = jax.lax.dynamic_slice_in_dim(token_ids, start, chunk, axis=1)
+        hidden, pools = model(tokens, positions, attend, pools)
+        at = lengths - 1 - start
+        here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        return pools, jnp.where(((at >= 0) & (at < chunk))[:, None], here, last)
+
+    carry = (cache.pools, jnp.zeros((batch, model.config.hidden_size), model.config.compute_dtype))
+    pools, last = jax.lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, read_chunk, carry)
+
+    def for_each_sample(x):
+        return jnp.repeat(x, num_samples, axis=0)
+
+    span = SpanState.of_prefix(token_ids, lengths, model.vocab, prompt_capacity + config.max_new_tokens)
+    new_shape = (batch * num_samples, config.max_new_tokens)
+    return DecodeState(
+        cache=dataclasses.replace(cache, pools=pools),
+        span=jax.tree.map(for_each_sample, span),
+        slots=policy.initial_slots(cache.slot_table),
+        logits=for_each_sample(model.logits(last)),
+        done=jnp.zeros(new_shape[:1], bool),
+        num_steps=jnp.zeros((), jnp.int32),
+        new_tokens=jnp.full(new_shape, model.vocab.pad_id, jnp.int32),
+        num_attended=jnp.zeros(new_shape, jnp.int32),
+        keys=keys,
+    )
+
+
+def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig) -> DecodeState:
+    """Feed one token of every active sequence through the automaton and the model; nothing changes for the others."""
+    advanced = state.span.advance(tokens, model.vocab)
+    span = jax.tree.map(lambda old, new: jnp.where(_like(active, old), new, old), state.span, advanced)
+    position = jnp.maximum(span.num_tokens - 1, 0)
+    cache = state.cache
+    own = jnp.take_along_axis(cache.slot_table, position[:, None], axis=1)[:, 0]
+    slots = get_policy(config.attention).step_slots(
+        state.slots, cache.slot_table, own=own, before=state.span, span=span, active=active, config=model.config
+    )
+    outside = cache.pools[0][0].shape[0]
+    read = Slots(slots.slots, jnp.where(active, slots.counts, 0))
+    attend = attend_cached(jnp.where(active, own, outside), read, config.implementation)
+    hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(cache, pools=pools),
+        span=span,
+        slots=slots,
+        logits=jnp.where(active[:, None], model.logits(hidden[:, 0], linear=config.linear), state.logits),
+        done=state.done | (active & (tokens == model.vocab.eos_id)),
+    )
+
+
+def sample_step(
+    model: Decoder, state: DecodeState, until: Int[Array, ""], forced_tokens: Int[Array, "B M"] | None, config: DecodeConfig
+) -> DecodeState:
+    """Sample the next token of every sequence and feed it; nothing changes once `until` steps are done, or in sequences that are.
+
+    Args:
+      forced_tokens: written in place of the sampled ones, -1 where the sample stands.
+    """
+    active = ~state.done & (state.num_steps < until)
+    tokens = sample(state.logits, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.num_steps), config.sampling)
+    if forced_tokens is not None:
+        forced = jax.lax.dynamic_index_in_dim(forced_tokens, state.num_steps, axis=1, keepdims=False)
+        tokens = jnp.where(forced >= 0, forced, tokens)
+    tokens = jnp.where(active, tokens, model.vocab.pad_id)
+    fed = decode_step(model, state, tokens, active, config)
+    return dataclasses.replace(
+        fed,
+        num_steps=state.num_steps + jnp.any(active).astype(jnp.int32),
+        new_tokens=fed.new_tokens.at[:, state.num_steps].set(tokens, mode="drop"),
+        num_attended=fed.num_attended.at[:, state.num_steps].set(jnp.where(active, fed.slots.counts, 0), mode="drop"),
+    )
+
+
+def _like(flags: Bool[Array, "B"], x: Array) -> Array:
+    return flags.reshape(flags.shape + (1,) * (x.ndim - 1))
