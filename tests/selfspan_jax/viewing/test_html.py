@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from selfspan_jax import Output
-from selfspan_jax.attention.policies import get_policy
-from selfspan_jax.config import DecodeConfig, ModelConfig
+from selfspan_jax.attention.policies import Window, get_policy
+from selfspan_jax.config import ModelConfig
 from selfspan_jax.viewing.reading import Reading
 from tests import browser
 from tests.selfspan_jax.models import TINY
@@ -60,7 +60,7 @@ def output(token_ids, attention="span", *, task=None, **config):
     mask = np.array(reference.mask()) if attention == "span" else np.tri(len(token_ids), dtype=bool)
     if attention == "window":
         distance = np.subtract.outer(np.arange(len(token_ids)), np.arange(len(token_ids)))
-        mask &= (distance < DecodeConfig.window_tokens) | (np.arange(len(token_ids)) < DecodeConfig.sink_tokens)
+        mask &= (distance < Window().window_tokens) | (np.arange(len(token_ids)) < Window().sink_tokens)
     response, attended = token_ids[prompt_tokens:], mask.sum(axis=1)[prompt_tokens:]
     reading = Reading(token_ids, prompt_tokens, attended, get_policy(attention), model, VOCAB, task.decode)
     out = Output(task.decode(token_ids[:prompt_tokens]), task.decode(response), task.answer(response), reading, task)
