@@ -1,8 +1,7 @@
-"""What a training step costs: milliseconds, tokens per second, the share of the device's peak, and where the time goes.
+"""Measure training steps: milliseconds, tokens per second, MFU, and the device's time by kind of operation.
 
-The batches lie on the device beforehand, so that the input costs nothing (a run logs `input_wait_fraction` instead). A time
-is the wall time of many steps queued one after the other, compilation apart; the shares are from the profiler's events of the
-device, summed over its streams.
+The batches are on the device beforehand, so input costs nothing (a run logs `input_wait_fraction` instead). A time is the wall
+time of many steps queued one after the other, compilation excluded. Times by kind are the profiler's, summed over streams.
 """
 
 from __future__ import annotations
@@ -35,78 +34,91 @@ def measure(
     mesh: Mesh | None = None,
     attention: Sequence[SequenceImplementation] | None = None,
 ) -> dict[str, Any]:
-    """The figures of a training step, for each implementation of its attention.
+    """Measure a training step with each implementation of its attention.
 
     Args:
-      batches: its first two are what the steps are taken on, in turn.
+      batches: the steps are taken on the first two, in turn.
       steps: of one repetition, 1 and above.
-      mesh: the devices to train on, by default one. Tokens and operations are those of all, the share of the peak that of each.
+      mesh: the devices to train on, by default one. Tokens and operations are those of all devices, MFU is per device.
       attention: implementations; by default the project's and cuDNN's on a GPU, XLA's elsewhere.
 
-    Returns: device, shapes, and for each implementation ms, tokens and operations per second, share of the bf16 peak, GB of
-    device memory at its peak so far, ms by kind of device operation, and the longest operations.
+    Returns: device, sizes, and the figures of each implementation, see `_measure_steps`.
     """
     names: Sequence[SequenceImplementation] = ("triton", "cudnn") if jax.default_backend() == "gpu" else ("xla",)
     taken = list(itertools.islice(batches, 2))
     if isinstance(batches, Generator):
         batches.close()
+    tokens = statistics.mean(training.count_tokens(batch, config) for batch in taken)
     on_device = [training.device_batch(batch, config, mesh) for batch in taken]
-    device = jax.local_devices()[0]
-    result: dict[str, Any] = {
-        "device": device.device_kind,
+    device_kind = jax.local_devices()[0].device_kind
+    return {
+        "device": device_kind,
         "mesh": None if mesh is None else dict(mesh.shape),
-        "bf16_peak_flops_per_second": bf16_peak(device.device_kind),
+        "bf16_peak_flops_per_second": bf16_peak(device_kind),
         "jax": jax.__version__,
         "parameters": model.num_parameters,
         "batch_size": config.batch_size,
         "sequence_tokens": config.sequence_tokens,
         "mask": model.config.mask,
-        "attention": {},
+        "attention": {name: _measure_steps(model, config, on_device, tokens, steps, mesh, name) for name in attention or names},
     }
-    tokens = statistics.mean(training.count_tokens(batch, config) for batch in taken)
-    for name in names if attention is None else attention:
-        fixed, state = training.initial_state(model, config, mesh)
-        state = jax.tree.map(jnp.copy, state)  # the step takes its state's memory; the model keeps its own
-        feed = itertools.cycle(on_device)
 
-        def run(count: int) -> dict[str, jax.Array]:
-            nonlocal state
-            for _ in range(count):
-                state, metrics = training.train_step(fixed, state, next(feed), config, name)  # noqa: B023
-            return jax.block_until_ready(metrics)
 
-        metrics, compile_seconds = timed(run, 1)
-        run(2)
-        seconds = [elapsed / steps for elapsed in run_seconds(lambda: run(steps), warm_ups=0, repetitions=REPETITIONS)]
-        second = statistics.median(seconds)
-        flops = step_flops(model, tokens, float(metrics["attended_pairs"]))
-        memory = device.memory_stats() or {}
-        result["attention"][name] = {
-            "ms_per_step": 1e3 * second,
-            "ms_of_repetitions": [1e3 * value for value in seconds],
-            "tokens_per_second": tokens / second,
-            "model_flops_per_step": flops,
-            "model_flops_per_second": flops / second,
-            "peak_fraction": mfu(model, flops / second / (1 if mesh is None else mesh.size)),
-            "attended_pairs": float(metrics["attended_pairs"]),
-            "first_step_seconds": compile_seconds,
-            "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None,
-            **device_times(lambda: run(TRACED_STEPS), TRACED_STEPS),
-        }
-        del state
-    return result
+def _measure_steps(
+    model: Decoder,
+    config: TrainConfig,
+    batches: Sequence[training.DeviceBatch],
+    tokens: float,
+    steps: int,
+    mesh: Mesh | None,
+    attention: SequenceImplementation,
+) -> dict[str, Any]:
+    """Measure steps of `tokens` tokens.
+
+    Returns: milliseconds, tokens and model FLOPs per second, MFU ("peak_fraction"), the device memory's peak so far in GB,
+    milliseconds by kind of device operation, and the longest operations.
+    """
+    fixed, state = training.initial_state(model, config, mesh)
+    state = jax.tree.map(jnp.copy, state)  # a step donates its state; the model keeps its own
+    feed = itertools.cycle(batches)
+
+    def run(count: int) -> dict[str, jax.Array]:
+        nonlocal state
+        metrics: dict[str, jax.Array] = {}
+        for _ in range(count):
+            state, metrics = training.train_step(fixed, state, next(feed), config, attention)
+        return metrics
+
+    metrics, first_step_seconds = timed(run, 1)
+    timed(run, 2)
+    seconds = [elapsed / steps for elapsed in run_seconds(lambda: run(steps), warm_ups=0, repetitions=REPETITIONS)]
+    second = statistics.median(seconds)
+    flops = step_flops(model, tokens, float(metrics["attended_pairs"]))
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "ms_per_step": 1e3 * second,
+        "ms_of_repetitions": [1e3 * value for value in seconds],
+        "tokens_per_second": tokens / second,
+        "model_flops_per_step": flops,
+        "model_flops_per_second": flops / second,
+        "peak_fraction": mfu(model, flops / second / (1 if mesh is None else mesh.size)),
+        "attended_pairs": float(metrics["attended_pairs"]),
+        "first_step_seconds": first_step_seconds,
+        "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None,
+        **device_times(lambda: run(TRACED_STEPS), TRACED_STEPS),
+    }
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as text."""
+    """Format what `measure` returned."""
     lines = [
         f"{result['parameters']:,} parameters, {result['batch_size']} x {result['sequence_tokens']} tokens a step, "
         f"{result['mask']} mask, {result['device']}",
-        f"{'attention':12}{'ms/step':>10}{'tokens/s':>14}{'% of peak':>11}",
+        f"{'attention':12}{'ms/step':>10}{'tokens/s':>14}{'MFU, %':>11}",
     ]
     for name, figures in result["attention"].items():
-        share = figures["peak_fraction"]
-        percent = "-" if share is None else f"{100 * share:.1f}"
+        fraction = figures["peak_fraction"]
+        percent = "-" if fraction is None else f"{100 * fraction:.1f}"
         lines.append(f"{name:12}{figures['ms_per_step']:10.1f}{figures['tokens_per_second']:14,.0f}{percent:>11}")
         lines += [f"  {kind:20}{ms:8.1f} ms" for kind, ms in figures["device_ms_by_kind"].items()]
     return "\n".join(lines)
