@@ -93,7 +93,7 @@ def named_shape(name: ShapeName, *, arithmetic_vocab: bool = False) -> Shape:
     if vocab_size is not None and not arithmetic_vocab:
         return Shape(config, borrow_labels(vocab_size), vocab_size)
     vocab = SpanVocab(**arithmetic.ArithmeticTask().vocab.span_ids())
-    return Shape(config, vocab, vocab_size or vocab.least_vocab_size)
+    return Shape(config, vocab, vocab_size or vocab.min_vocab_size)
 
 
 def borrow_labels(vocab_size: int, num_labels: int = NUM_LABELS) -> SpanVocab:

@@ -157,8 +157,8 @@ class Decoder(nnx.Module):
     """A decoder-only transformer over a vocabulary with the structural tokens of `vocab`."""
 
     def __init__(self, config: ModelConfig, *, vocab: SpanVocab, vocab_size: int, rngs: nnx.Rngs):
-        if vocab_size < vocab.least_vocab_size:
-            raise UserError(f"vocab_size is {vocab_size}, but the structural tokens need ids up to {vocab.least_vocab_size - 1}")
+        if vocab_size < vocab.min_vocab_size:
+            raise UserError(f"vocab_size is {vocab_size}, but the structural tokens need ids up to {vocab.min_vocab_size - 1}")
         self.config = config
         self.vocab = vocab
         self.vocab_size = vocab_size

@@ -58,7 +58,7 @@ class SpanVocab:
         return cls(first, first + 1, first + 2, first + 3, seg_base=first + 4, ref_base=first + 4 + num_labels, num_labels=num_labels)
 
     @property
-    def least_vocab_size(self) -> int:
+    def min_vocab_size(self) -> int:
         """One more than the highest id."""
         families = max(self.seg_base, self.ref_base) + self.num_labels
         return max(families, 1 + max(self.pad_id, self.bos_id, self.eos_id, self.solve_id))

@@ -181,7 +181,7 @@ def _decoder(config: ModelConfig, vocab: SpanVocab, old_size: int, tensors: _Ten
     A new row is the mean of the old ones plus a hundredth of their spread: the mean leaves the probabilities of the old tokens
     nearly as they were (a new token scores like an average one), the noise tells the new tokens apart.
     """
-    new_size = max(old_size, vocab.least_vocab_size)
+    new_size = max(old_size, vocab.min_vocab_size)
     abstract = nnx.eval_shape(lambda: Decoder(config, vocab=vocab, vocab_size=new_size, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(abstract, nnx.Param)
     wanted = {name: tensor.shape for name, tensor in jax.eval_shape(functools.partial(to_llama, config), params).items()}

@@ -85,10 +85,10 @@ def test_only_the_targets_are_adapted_and_merging_twice_is_refused():
 def test_gradients_are_of_adapters_and_new_rows_alone(tie):
     """Nothing of the shape of a frozen matrix is computed in a step, the rows of old tokens included; the step changes what is trained."""
     vocab = SpanVocab.consecutive(20, 4)
-    model = Decoder(ModelConfig(**TINY, tie_embeddings=tie), vocab=vocab, vocab_size=vocab.least_vocab_size, rngs=nnx.Rngs(0))
+    model = Decoder(ModelConfig(**TINY, tie_embeddings=tie), vocab=vocab, vocab_size=vocab.min_vocab_size, rngs=nnx.Rngs(0))
     model = lora.adapt(model, LORA)
     batch = batch_of(0, tokens=29)
-    ids = np.clip(batch.token_ids + 10, 0, vocab.least_vocab_size - 1)
+    ids = np.clip(batch.token_ids + 10, 0, vocab.min_vocab_size - 1)
     ids[batch.token_ids == 3] = vocab.solve_id
     batch = DeviceBatch.of(batch._replace(token_ids=ids))
     fixed, state = training.initial_state(model, CONFIG)
@@ -154,7 +154,7 @@ def tokenizer_vocab(num_labels=8):
     own = tokenizer()
     ids = huggingface.span_vocab(own, num_labels)
     span_ids = {name: getattr(ids, name) for name in ids.__dataclass_fields__}
-    return TokenizerVocab.of(huggingface.TextTask(own).tokenizer_json, span_ids, ids.least_vocab_size)
+    return TokenizerVocab.of(huggingface.TextTask(own).tokenizer_json, span_ids, ids.min_vocab_size)
 
 
 def test_expressions_in_a_tokenizers_own_words_are_the_corpus_in_other_ids():
