@@ -1,4 +1,4 @@
-"""Packs examples into fixed [B, T] batches: several a row, each with its own segment and its own positions."""
+"""Pack examples into [B, T] batches: several a row, each with its own segment and its own positions."""
 
 import contextlib
 import functools
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from data import workers
 from data.errors import UserError
+from data.streams import Example, Shard
 
 
 class Batch(NamedTuple):
@@ -18,9 +19,9 @@ class Batch(NamedTuple):
     token_ids      int32 [B, T]  padded with `pad_id`
     segment_ids    int32 [B, T]  0 is padding, 1, 2, ... the examples within the row: no token may see another's
     positions      int32 [B, T]  rotary positions, from 0 in every example; padding has 0
-    target_mask    bool  [B, T]  True where the token is one to predict: the response, `<eos>` included, but for what nothing tells
+    target_mask    bool  [B, T]  True where the token is to be predicted: the response with `<eos>`, but for an example's `unpredictable`
     next_example   number of the first example that is in no batch yet: packing resumes from it exactly;
-                   of rows that are packed in parts a number for each part, 0 for those that are packed elsewhere
+                   of rows that are packed in shards a number for each shard, 0 for those that are packed elsewhere
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -30,20 +31,8 @@ class Batch(NamedTuple):
     next_example: int | tuple[int, ...]
 
 
-class PackableExample(Protocol):
-    """What packing needs of an example of any corpus: int32 [n] ids, the first `prompt_tokens` of them the prompt.
-
-    It may have `unpredictable`, places of the response that are not to be predicted.
-    """
-
-    @property
-    def token_ids(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-
-
 class PackingVocab(Protocol):
-    """What packing needs of a vocabulary: a `data.vocab.Vocab` has it, and so has a SpanVocab."""
+    """What packing needs of a vocabulary; a `data.vocab.Vocab` has it, and so has a SpanVocab."""
 
     @property
     def pad_id(self) -> int: ...
@@ -54,7 +43,7 @@ class PackingVocab(Protocol):
 
 
 def pack(
-    examples: Iterable[PackableExample],
+    examples: Iterable[Example],
     vocab: PackingVocab,
     *,
     batch_size: int,
@@ -64,7 +53,7 @@ def pack(
     gap_seed: int | tuple[int, ...] = 0,
     gap_ids: Collection[int] | None = None,
 ) -> Iterator[Batch]:
-    """Packs examples, the first of which has number `start`, into batches of `batch_size` rows (B) of T tokens.
+    """Pack examples, the first of which has number `start`, into batches of `batch_size` rows (B) of T tokens.
 
     A batch takes as many examples as the next ones in order allow, none left out, and arranges them in its rows. So
     a batch depends on nothing but the examples from its first on: `pack(stream(start=n), start=n)`, with n the
@@ -93,45 +82,41 @@ def pack(
 
 
 def pack_stream(
-    stream: Callable[..., Iterable[PackableExample]],
-    vocab: PackingVocab,
-    *,
-    start: int = 0,
-    stream_part: tuple[int, int] | None = None,
-    **options: Any,
+    stream: Callable[..., Iterable[Example]], vocab: PackingVocab, *, start: int = 0, shard: Shard | None = None, **options: Any
 ) -> Iterator[Batch]:
-    """`pack` of `stream(start=start)`, or of a part of it: all that a process needs to make its batches. Options as there."""
-    examples = stream(start=start) if stream_part is None else stream(start=start, shard=stream_part)
+    """Pack `stream(start=start)`, or a shard of it: all that a process needs to make its batches. Options are those of `pack`."""
+    examples = stream(start=start) if shard is None else stream(start=start, shard=shard)
     return pack(examples, vocab, start=start, **options)
 
 
 def batches_from(
-    stream: Callable[..., Iterable[PackableExample]],
+    stream: Callable[..., Iterable[Example]],
     vocab: PackingVocab,
     *,
     batch_size: int,
     num_workers: int = 0,
-    num_parts: int = 1,
-    parts: Sequence[int] | None = None,
+    num_shards: int = 1,
+    shards: Sequence[int] | None = None,
     gap_seed: int = 0,
     **options: Any,
 ) -> Callable[[Any], Iterator[Batch]]:
-    """The endless batches of a stream from any example on: a function of its number. With workers one process more packs them.
+    """Return the function from a position in a stream to the endless batches from there on. With workers one process more packs.
 
-    In `num_parts` parts, each packs its share of the rows from examples of its own, so that several hosts can pack and read
-    some of them each; which host packs which part changes nothing. The function is then of the parts' numbers, or 0.
+    In `num_shards` shards, each packs its share of the rows from examples of its own, so that several hosts can each pack and
+    read some of them; which host packs which shard changes nothing. A position is a batch's `next_example`, or 0.
 
     Args:
-      stream: takes `start=`, and `part=` where there are several; pickles.
-      parts: those to pack here, by default all; a batch has their rows only.
+      stream: takes `start=`, and `shard=` where there are several; pickles.
+      shards: those to pack here, by default all; a batch has their rows only.
       options: of `pack`.
 
-    Raises: ValueError for a number of parts that does not divide the rows.
+    Raises:
+      UserError: a number of shards that does not divide the rows.
     """
-    if num_parts < 1 or batch_size % num_parts:
-        raise UserError(f"num_parts is {num_parts}: expected a divisor of {batch_size} rows")
-    make = functools.partial(pack_stream, stream, vocab, batch_size=batch_size // num_parts, **options)
-    chosen = range(num_parts) if parts is None else parts
+    if num_shards < 1 or batch_size % num_shards:
+        raise UserError(f"num_shards is {num_shards}: expected a divisor of {batch_size} rows")
+    make = functools.partial(pack_stream, stream, vocab, batch_size=batch_size // num_shards, **options)
+    chosen = range(num_shards) if shards is None else shards
 
     def packed(**options: Any) -> Iterator[Batch]:
         return workers.remote(functools.partial(make, **options)) if num_workers else make(**options)
@@ -140,27 +125,27 @@ def batches_from(
         return packed(start=start, gap_seed=gap_seed)
 
     def from_examples(starts: Sequence[int] | int) -> Iterator[Batch]:
-        starts = starts if isinstance(starts, Sequence) else [starts] * num_parts
-        made = {p: packed(start=starts[p], gap_seed=(gap_seed, p), stream_part=(p, num_parts)) for p in chosen}
-        return _side_by_side(made, num_parts)
+        starts = starts if isinstance(starts, Sequence) else [starts] * num_shards
+        made = {i: packed(start=starts[i], gap_seed=(gap_seed, i), shard=(i, num_shards)) for i in chosen}
+        return _side_by_side(made, num_shards)
 
-    return from_example if num_parts == 1 else from_examples
+    return from_example if num_shards == 1 else from_examples
 
 
-def _side_by_side(parts: Mapping[int, Iterator[Batch]], num_parts: int) -> Iterator[Batch]:
-    """One batch of the rows of all. Closing it closes them."""
+def _side_by_side(shards: Mapping[int, Iterator[Batch]], num_shards: int) -> Iterator[Batch]:
+    """Concatenate the rows of the shards' batches. Closing it closes them."""
     with contextlib.ExitStack() as stack:
-        for part in parts.values():
-            if isinstance(part, Generator):
-                stack.callback(part.close)
-        for batches in zip(*parts.values(), strict=True):
-            next_examples = dict(zip(parts, (batch.next_example for batch in batches), strict=True))
-            arrays = [np.concatenate(rows) for rows in zip(*(batch[:-1] for batch in batches), strict=True)]
-            yield Batch(*arrays, tuple(next_examples.get(p, 0) for p in range(num_parts)))  # type: ignore[arg-type, call-arg]
+        for batches in shards.values():
+            if isinstance(batches, Generator):
+                stack.callback(batches.close)
+        for own in zip(*shards.values(), strict=True):
+            next_examples = dict(zip(shards, (batch.next_example for batch in own), strict=True))
+            arrays = [np.concatenate(rows) for rows in zip(*(batch[:-1] for batch in own), strict=True)]
+            yield Batch(*arrays, tuple(next_examples.get(i, 0) for i in range(num_shards)))  # type: ignore[arg-type, call-arg]
 
 
 def _batches(
-    examples: Iterator[PackableExample],
+    examples: Iterator[Example],
     vocab: PackingVocab,
     batch_size: int,
     sequence_tokens: int,
@@ -169,7 +154,7 @@ def _batches(
     gap_seeds: tuple[int, ...],
     jumps_at: npt.NDArray[np.bool_],
 ) -> Iterator[Batch]:
-    ahead: list[PackableExample] = []  # read, in no batch yet
+    ahead: list[Example] = []  # read, in no batch yet
     total_tokens = 0
     while True:
         while total_tokens <= batch_size * sequence_tokens:
@@ -215,7 +200,7 @@ def _batches(
 
 
 def _arrange(lengths: list[int], num_rows: int, row_tokens: int) -> list[list[int]] | None:
-    """Best fit, longest first: the indices that each row gets, or None where they do not all fit."""
+    """Distribute examples to rows, best fit, longest first: the indices that each row gets, or None where they do not all fit."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     free = np.full(num_rows, row_tokens)
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -231,7 +216,7 @@ def _arrange(lengths: list[int], num_rows: int, row_tokens: int) -> list[list[in
 def _gaps(
     token_ids: npt.NDArray[np.int32], jumps_at: npt.NDArray[np.bool_], scales: npt.NDArray[np.int64], seed: tuple[int, ...]
 ) -> npt.NDArray[np.int32]:
-    """How far each rotary position, int32 [n], moves up."""
+    """Draw how far each rotary position moves up, int32 [n]."""
     generator = np.random.default_rng(seed)
     largest = int(generator.integers(len(scales)))
     places = np.flatnonzero(jumps_at[np.minimum(token_ids, len(jumps_at) - 1)])

@@ -23,7 +23,10 @@ _SAMPLED_EXAMPLES = 256  # at most, to estimate lengths
 
 
 class Example(Protocol):
-    """What training needs of an example: int32 [T] ids, the first `prompt_tokens` of them the prompt."""
+    """What training needs of an example: int32 [n] ids, the first `prompt_tokens` of them the prompt.
+
+    It may have `unpredictable`, positions of response tokens that are not to be predicted.
+    """
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]: ...
@@ -40,6 +43,11 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
     """Settings of a corpus whose examples are generated; a task's `Corpus` is a frozen dataclass that subclasses it."""
 
     chunk_examples: ClassVar[int]
+
+    @property
+    @abc.abstractmethod
+    def num_labels(self) -> int:
+        """Labels of the vocabulary."""
 
     @property
     @abc.abstractmethod

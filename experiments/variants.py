@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from selfspan_jax.config import PRESETS, LoraConfig, fine_tuning
+from selfspan_jax.config import PRESETS, LoraConfig, tuning_preset
 from selfspan_jax.errors import UserError
 
 
@@ -36,8 +36,8 @@ class Variant:
             preset = PRESETS[self.preset]
             configs: dict[str, Any] = {"model": preset.model, "training": preset.training}
         else:
-            attention, training = fine_tuning(self.settings["corpus"], adapters=True)
-            configs = {"attention": attention, "lora": LoraConfig(), "training": training}
+            tuning = tuning_preset(self.settings["corpus"], adapters=True)
+            configs = {"attention": tuning.attention, "lora": LoraConfig(), "training": tuning.training}
         base: dict[str, Mapping[str, Any]] = {} if self.preset in PRESETS else {"base": {}}
         return base | {name: dataclasses.asdict(config) for name, config in configs.items()} | {"corpus": self.corpus}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from selfspan_jax import spans
@@ -249,30 +249,53 @@ def from_json(config_type: type[T], values: dict) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A model and its training; the corpus it is meant for has the same name in `train.py`."""
+    """A model, its training, and the task and corpus that it is trained on."""
 
+    task: str
+    """Name of the task."""
+    corpus: Mapping[str, Any]
+    """Settings of the task's corpus that differ from its defaults."""
     model: ModelConfig
+    training: TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningPreset:
+    """How an imported model is fine-tuned on a task."""
+
+    corpus: Mapping[str, Any]
+    """Settings of the task's corpus that differ from its defaults."""
+    attention: TunedAttention
     training: TrainConfig
 
 
 # Positions of the arithmetic presets reach 4,000 by way of the gaps: the length of 200 operators, nine times that of their rows.
 _FAR = (0, 1, 4, 16, 64, 512)
+_JUMPS = {"names_first_step": True, "label_jumps": 3, "jumps_at": "leaves"}
 
 PRESETS = {
     "arithmetic-tiny": Preset(
+        "arithmetic",
+        {**_JUMPS, "max_ops": 12},
         ModelConfig(hidden_size=256, intermediate_size=512, num_layers=8, num_heads=4, num_kv_heads=2),
         TrainConfig(steps=8_000, batch_size=64, learning_rate=2e-3, gap_scales=_FAR, eval_every_steps=4_000),
     ),
     "arithmetic-small": Preset(
+        "arithmetic",
+        _JUMPS,
         ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4, max_context_tokens=8192),
         TrainConfig(steps=5_000, batch_size=128, learning_rate=1e-3, gap_scales=_FAR, eval_every_steps=2_500),
     ),
     "arithmetic-base": Preset(
+        "arithmetic",
+        _JUMPS,
         ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12, max_context_tokens=8192),
         TrainConfig(steps=6_000, batch_size=256, learning_rate=6e-4, warmup_steps=500, gap_scales=_FAR, eval_every_steps=2_000),
     ),
     # For several devices, fsdp say: the sizes of Llama 3.2 1B (its config.json) but for the vocabulary. Not trained yet.
     "arithmetic-1b": Preset(
+        "arithmetic",
+        _JUMPS,
         ModelConfig(
             hidden_size=2048,
             intermediate_size=8192,
@@ -286,6 +309,8 @@ PRESETS = {
     ),
     # Choosing sources reads the whole article, and articles are read causally, so positions need no gaps.
     "news-small": Preset(
+        "news",
+        {},
         ModelConfig(
             hidden_size=512,
             intermediate_size=1536,
@@ -302,10 +327,15 @@ PRESETS = {
 # Without position gaps: the rotary positions of an imported model are trained far beyond its rows here.
 _TUNING = TrainConfig(steps=1_500, learning_rate=2e-4, warmup_steps=100, gap_scales=(0,), eval_every_steps=500)
 
+TUNING_PRESETS = {
+    "arithmetic": TuningPreset({"names_first_step": True, "num_labels": 64}, TunedAttention(), _TUNING),
+    # Articles are longer, and choosing sources reads all of them.
+    "news": TuningPreset({}, TunedAttention(header_view="all"), dataclasses.replace(_TUNING, sequence_tokens=1024, batch_size=32)),
+}
 
-def fine_tuning(corpus: str, *, adapters: bool) -> tuple[TunedAttention, TrainConfig]:
-    """Return the attention and training settings for a corpus; adapters take a higher learning rate and no weight decay."""
-    training = dataclasses.replace(_TUNING, learning_rate=1e-3, weight_decay=0.0) if adapters else _TUNING
-    if corpus == "news":  # articles are longer, and choosing sources reads all of them
-        return TunedAttention(header_view="all"), dataclasses.replace(training, sequence_tokens=1024, batch_size=32)
-    return TunedAttention(), training
+
+def tuning_preset(task: str, *, adapters: bool) -> TuningPreset:
+    """Return how a model is fine-tuned on a task; adapters take a higher learning rate than all parameters, and do not decay."""
+    preset = TUNING_PRESETS.get(task, TuningPreset({}, TunedAttention(), _TUNING))
+    changes = {"learning_rate": 1e-3, "weight_decay": 0.0} if adapters else {}
+    return dataclasses.replace(preset, training=dataclasses.replace(preset.training, **changes))

@@ -122,12 +122,12 @@ def rows_of(batch, rows):
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_parts_are_packed_from_examples_of_their_own_wherever_they_are_packed(num_workers):
+def test_shards_are_packed_from_examples_of_their_own_wherever_they_are_packed(num_workers):
     """All parts in one place, or each in its own: the same rows; no example is in two parts; resuming is exact."""
     source = functools.partial(stream, Corpus(), seed=5)
     options = {"batch_size": 8, "sequence_tokens": 512, "gap_scales": GAP_SCALES, "gap_seed": 3, "num_workers": num_workers}
-    together = batches_from(source, VOCAB, num_parts=2, **options)(0)
-    apart = [batches_from(source, VOCAB, num_parts=2, parts=[part], **options)(0) for part in range(2)]
+    together = batches_from(source, VOCAB, num_shards=2, **options)(0)
+    apart = [batches_from(source, VOCAB, num_shards=2, shards=[part], **options)(0) for part in range(2)]
     prompts, batches = [set(), set()], []
     for _ in range(6):
         batches.append(next(together))
@@ -137,16 +137,16 @@ def test_parts_are_packed_from_examples_of_their_own_wherever_they_are_packed(nu
             assert own.next_example[part] == batches[-1].next_example[part] and own.next_example[1 - part] == 0
             prompts[part] |= {token_ids.tobytes() for token_ids, *_ in unpack(own) if len(token_ids) > 100}
     assert min(map(len, prompts)) > 30 and not prompts[0] & prompts[1]
-    resumed = batches_from(source, VOCAB, num_parts=2, **options)(list(batches[1].next_example))
+    resumed = batches_from(source, VOCAB, num_shards=2, **options)(list(batches[1].next_example))
     for expected, found in zip(batches[2:], resumed, strict=False):
         assert same(expected[:4], found[:4]) and expected.next_example == found.next_example
     for iterator in (together, resumed, *apart):
         iterator.close()
 
 
-def test_parts_that_do_not_divide_the_rows_are_refused():
-    with pytest.raises(ValueError, match="num_parts is 3: expected a divisor of 8 rows"):
-        batches_from(stream, VOCAB, num_parts=3, batch_size=8, sequence_tokens=512)
+def test_shards_that_do_not_divide_the_rows_are_refused():
+    with pytest.raises(ValueError, match="num_shards is 3: expected a divisor of 8 rows"):
+        batches_from(stream, VOCAB, num_shards=3, batch_size=8, sequence_tokens=512)
 
 
 @pytest.mark.parametrize(("batch_size", "least"), [(16, 0.92), (64, 0.97)])

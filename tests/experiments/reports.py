@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from experiments.results import digest
-from selfspan_jax.config import LoraConfig, fine_tuning
+from selfspan_jax.config import LoraConfig, tuning_preset
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -25,9 +25,9 @@ def call(report, capsys, *arguments):
 
 def tuned_run(corpus_name, corpus, seed, **attention):
     """The run.json of an adapter's fine-tuning, as train.py writes it (test_experiments.py compares with train.py itself)."""
-    tuned, training = fine_tuning(corpus_name, adapters=True)
-    run = {"attention": asdict(tuned) | attention, "base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}}
-    run |= {"lora": asdict(LoraConfig()), "training": training.identity | {"seed": seed}, "corpus": corpus}
+    tuning = tuning_preset(corpus_name, adapters=True)
+    run = {"attention": asdict(tuning.attention) | attention, "base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}}
+    run |= {"lora": asdict(LoraConfig()), "training": tuning.training.identity | {"seed": seed}, "corpus": corpus}
     return json.loads(json.dumps(run))
 
 

@@ -9,14 +9,17 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
-import train
+from data import arithmetic
 from experiments import arithmetic as report
-from selfspan_jax.config import PRESETS
+from selfspan_jax.config import PRESETS, TUNING_PRESETS
 from tests.experiments import reports
 
 call = functools.partial(reports.call, report)
 SMALL = PRESETS["arithmetic-small"]
-CORPORA = {"small": asdict(train.CORPORA["arithmetic-small"]), "tuned": asdict(train.TUNING_CORPORA["arithmetic"])}
+CORPORA = {
+    "small": asdict(arithmetic.Corpus(**SMALL.corpus)),
+    "tuned": asdict(arithmetic.Corpus(**TUNING_PRESETS["arithmetic"].corpus)),
+}
 RUN = json.loads(json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": CORPORA["small"]}))
 PAGE = "".join(
     f"<!-- {name} -->\n<!-- end -->\n"

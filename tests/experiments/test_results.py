@@ -9,7 +9,9 @@ import jax
 import pytest
 
 import train
+from data.tasks import TASKS
 from experiments import arithmetic, news, pages, results
+from selfspan_jax.config import PRESETS, TUNING_PRESETS
 from selfspan_jax.model import Decoder
 from selfspan_jax.training import Stopped
 from selfspan_jax.weights import huggingface
@@ -53,8 +55,8 @@ def claimed(monkeypatch, base):
 def test_a_variants_corpus_is_that_of_train(name, variant):
     """If this fails, a preset's corpus in train.py was changed, and the report's must follow: commands tell what runs have otherwise."""
     own = EXPERIMENTS[name].variants[variant]
-    corpus = train.CORPORA.get(own.preset) or train.TUNING_CORPORA[own.settings["corpus"]]
-    assert own.corpus == dataclasses.asdict(corpus)
+    preset = PRESETS.get(own.preset) or TUNING_PRESETS[own.settings["corpus"]]
+    assert own.corpus == dataclasses.asdict(TASKS[name].Corpus(**preset.corpus))
 
 
 CHANGED = {
