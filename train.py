@@ -143,8 +143,8 @@ def parse() -> NewModel | FineTuning:
         configs["adapters"] = LoraConfig() if kind == "lora" else None
         tuned = FineTuning(name=name, task=task, corpus_name=task, run_dir=tyro.MISSING, init=tyro.MISSING, **configs)
         runs[name] = f"Fine-tune an imported language model: {parts}.", tuned
-    options: dict[str, Any] = {"description": __doc__, "config": (tyro.conf.OmitArgPrefixes,), "user_error": UserError}
-    return commandline.parse(tyro.extras.overridable_config_cli, runs, **options)
+    config = (tyro.conf.OmitArgPrefixes,)
+    return commandline.parse(tyro.extras.overridable_config_cli, runs, description=__doc__, config=config, user_error=UserError)
 
 
 def train(run: NewModel | FineTuning) -> None:
@@ -156,10 +156,9 @@ def train(run: NewModel | FineTuning) -> None:
     runs.claim(run.run_dir, identity)
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "sequence_tokens": config.sequence_tokens, "num_workers": run.workers}
     gaps: dict[str, Any] = {"gap_scales": config.gap_scales, "gap_ids": task.step_ids, "gap_seed": config.seed}
-    shards = {"num_shards": config.data_parts, "shards": process_parts(config.data_parts, mesh)}
+    shards: dict[str, Any] = {"num_shards": config.data_parts, "shards": process_parts(config.data_parts, mesh)}
     batches_from = packing.batches_from(stream, task.vocab, **sizes, **gaps, **shards)
-    num_trained = training.num_trained(model)
-    trained = f", {num_trained:,} of them trained" if num_trained < model.num_parameters else ""
+    trained = f", {training.num_trained(model):,} of them trained" if training.num_trained(model) < model.num_parameters else ""
     distributed.log_once(f"{run.name}: {model.num_parameters:,} parameters{trained}, {config.steps:,} steps on {describe(mesh)}")
     if (run.run_dir / "model").exists():
         return distributed.log_once(f"this run is finished: {run.run_dir / 'model'}")
@@ -176,9 +175,9 @@ def train(run: NewModel | FineTuning) -> None:
         scores.update(runs.score(lora.plain(model), task, list(itertools.islice(fresh, config.eval_examples))))
         return scores
 
-    options = {"mesh": mesh, "evaluate": evaluate if config.eval_examples else None, "stop_after_seconds": run.stop_after_seconds}
+    options: dict[str, Any] = {"evaluate": evaluate if config.eval_examples else None, "stop_after_seconds": run.stop_after_seconds}
     try:
-        model = training.train(model, config, batches_from=batches_from, run_dir=run.run_dir, **options)
+        model = training.train(model, config, batches_from=batches_from, run_dir=run.run_dir, mesh=mesh, **options)
     except training.Stopped as stop:
         return distributed.log_once(f"{stop} of {config.steps:,}: the same command goes on")
     if config.eval_examples and not scores:  # resumed after its last step

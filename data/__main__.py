@@ -37,7 +37,7 @@ def write(command: WriteCommand) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     commands = {name: task.WriteCommand for name, task in TASKS.items()}
-    options = {"args": argv, "prog": "python -m data", "description": __doc__, "config": (tyro.conf.OmitArgPrefixes,)}
+    options: dict[str, Any] = {"args": argv, "prog": "python -m data", "description": __doc__, "config": (tyro.conf.OmitArgPrefixes,)}
     with commandline.exit_on_user_error():
         write(commandline.parse(tyro.extras.subcommand_cli_from_dict, commands, **options))
 

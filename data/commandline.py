@@ -33,10 +33,11 @@ def parse(parser: Callable[..., T], /, *arguments: Any, user_error: type[Excepti
         if end.code != 2:
             sys.stderr.write(captured.getvalue())
             raise
-        error: BaseException | None = end
-        while error := error.__context__:
-            if isinstance(error, (UserError, user_error)):
-                fail(str(error))
+        cause = end.__context__
+        while cause is not None:
+            if isinstance(cause, UserError | user_error):
+                fail(str(cause))
+            cause = cause.__context__
     _, *lines = captured.getvalue().splitlines()  # the first is the title
     fail(" ".join(word for line in lines for word in line.split() if word.strip("─│╭╮╰╯-•")))
 
@@ -48,6 +49,7 @@ def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
     That is UserError, `errors`, and files that are missing, in the way, not directories or not permitted. An interrupt from
     the keyboard ends with status 130 and one line.
     """
+    user_errors: tuple[type[Exception], ...] = (UserError, *errors)
     try:
         yield
     except KeyboardInterrupt:
@@ -55,7 +57,7 @@ def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
         raise SystemExit(130) from None
     except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
-    except (UserError, *errors) as error:
+    except user_errors as error:
         fail(str(error))
 
 

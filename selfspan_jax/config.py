@@ -337,5 +337,5 @@ TUNING_PRESETS = {
 def tuning_preset(task: str, *, adapters: bool) -> TuningPreset:
     """Return how a model is fine-tuned on a task; adapters take a higher learning rate than all parameters, and do not decay."""
     preset = TUNING_PRESETS.get(task, TuningPreset({}, TunedAttention(), _TUNING))
-    changes = {"learning_rate": 1e-3, "weight_decay": 0.0} if adapters else {}
+    changes: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.0} if adapters else {}
     return dataclasses.replace(preset, training=dataclasses.replace(preset.training, **changes))
