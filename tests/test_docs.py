@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
+import decode
+import train
+from tests.test_commands import TOY
 from tests.test_readme import SMALLER, run_command
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +64,40 @@ def test_the_commands_of_a_page_run(page, workplace, monkeypatch):
         arguments = words[3:] if words[1] == "-m" else words[2:]
         smaller = smaller if "--num-examples" in arguments or words[1] != "decode.py" else []
         run_command(monkeypatch, main, [*arguments, *smaller], line)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices of one kind")
+def test_the_launch_lines_of_one_machine_run(workplace, monkeypatch, capsys):
+    """The bash lines of multi-gpu.md that want several GPUs of one process; 8 devices are here, as the rehearsal asks for."""
+    lines = [line for language, text in blocks("multi-gpu") if language == "bash" for line in text.splitlines()]
+    lines = [line for line in lines if "python" in line and "--hosts" not in line]
+    sizes = [*TOY, "--batch-size", "8", "--num-heads", "2", "--num-kv-heads", "2"]
+    seen = []
+    for line in lines:
+        words = shlex.split(line)
+        script = words.index("python") + 1
+        arguments, mesh = words[script + 1 :], words[words.index("--mesh") + 1]
+        capsys.readouterr()
+        if words[script] == "decode.py":
+            arguments[arguments.index("--shape") : arguments.index("--shape") + 2] = ["checkpoints/arithmetic-tiny"]
+            small = ["--context", "96", "--steps", "8", "--batch-size", "2", "--json", "bench.json"]
+            run_command(monkeypatch, decode.main, [*arguments, *small], line)
+            report = json.loads(Path("bench.json").read_text())
+            assert capsys.readouterr().out.startswith(f"2 x cpu ({mesh})") and report["plan"]["mesh"] == mesh
+            assert [row["attention"] for row in report["rows"]] == ["dense", "span"]
+            assert all(row["floor_ms"] > 0 and row["device_ms_by_kind"] == {} for row in report["rows"])  # a CPU has no such events
+            seen.append("bench")
+        elif "--time-steps" in words:
+            run_command(monkeypatch, train.main, [*arguments, *sizes, "--time-steps", "1"], line)
+            figures = json.loads(Path(words[words.index("--run-dir") + 1], "throughput.json").read_text())
+            assert figures["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} | dict([(mesh[:-2], int(mesh[-1]))])
+            seen.append("timed")
+        else:
+            assert dict(word.split("=") for word in words[: script - 1]) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+            run_command(monkeypatch, train.main, [*arguments, *sizes, "--steps", "4"], line)
+            assert "steps on 8 x cpu (data=2,fsdp=2,tensor=2)" in capsys.readouterr().out
+            seen.append("rehearsal")
+    assert seen == ["rehearsal", "timed", "timed", "bench", "bench"]
 
 
 @pytest.mark.parametrize("page", PAGES)
