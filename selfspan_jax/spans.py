@@ -1,7 +1,7 @@
-"""The span protocol: which earlier tokens a token attends to, as the tokens themselves say it.
+"""The span protocol: the tokens themselves say which earlier tokens a token attends to.
 
-One definition, twice in JAX: `attention_mask` for whole sequences (training, prefill) and `SpanState` for one token at a
-time (decoding). They agree token for token, and with the reference automaton in the tests.
+Defined once, implemented twice: `attention_mask` for whole sequences (training, prefill) and `SpanState` for one token at a
+time (decoding). They agree token for token, with each other and with the reference automaton of the tests.
 
 The automaton, per sequence; each token first updates the state, then its query attends under the updated state:
 
@@ -11,8 +11,8 @@ The automaton, per sequence; each token first updates the state, then its query 
     <ref:k>, response   -> named |= {k}
     after <eos>         -> nothing changes any more
 
-A token carries the label that stands after its own update. A response token attends to the tokens before it (itself
-included) that carry label 0, its own label or a named one; header tokens (`<seg>`, `<ref>` of a response) may look wider.
+A token carries the label after its own update. A response token attends to the tokens up to itself that carry label 0, its
+own label or a named one; header tokens (`<seg>` and `<ref>` of a response) may attend to more (`header_view`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from selfspan_jax.errors import UserError
+
 HeaderView = Literal["span", "prompt", "all"]
 PromptView = Literal["causal", "local"]
 
 
 @dataclasses.dataclass(frozen=True)
 class SpanVocab:
-    """The ids of the structural tokens. Label k is `seg_base + k` when opened and `ref_base + k` when named."""
+    """Ids of the structural tokens: `<seg:k>` is `seg_base + k`, `<ref:k>` is `ref_base + k`, for labels k in [0, num_labels)."""
 
     pad_id: int
     bos_id: int
@@ -43,23 +45,23 @@ class SpanVocab:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if (value := getattr(self, field.name)) < 0:
-                raise ValueError(f"SpanVocab: {field.name} is {value}; ids and sizes are not negative")
+                raise UserError(f"SpanVocab: {field.name} is {value}; ids and sizes are not negative")
         if self.num_labels < 2:
-            raise ValueError(f"SpanVocab: num_labels is {self.num_labels}; at least 2 are needed, label 0 being the sink")
+            raise UserError(f"SpanVocab: num_labels is {self.num_labels}; at least 2 are needed, label 0 being the sink")
         families = (range(self.seg_base, self.seg_base + self.num_labels), range(self.ref_base, self.ref_base + self.num_labels))
         singles = (self.pad_id, self.bos_id, self.eos_id, self.solve_id)
         distinct = {*singles, *families[0], *families[1]}
         if len(distinct) != len(singles) + 2 * self.num_labels:
-            raise ValueError(f"SpanVocab: ids overlap: {self}")
+            raise UserError(f"SpanVocab: ids overlap: {self}")
 
     @classmethod
     def consecutive(cls, first: int, num_labels: int) -> SpanVocab:
-        """Ids next to each other from `first` on: `<pad> <bos> <eos> <solve>`, then both label families."""
+        """Number ids from `first` on: `<pad> <bos> <eos> <solve>`, then both label families."""
         return cls(first, first + 1, first + 2, first + 3, seg_base=first + 4, ref_base=first + 4 + num_labels, num_labels=num_labels)
 
     @property
     def min_vocab_size(self) -> int:
-        """One more than the highest id."""
+        """The smallest vocabulary that holds all structural ids: the highest of them plus one."""
         families = max(self.seg_base, self.ref_base) + self.num_labels
         return max(families, 1 + max(self.pad_id, self.bos_id, self.eos_id, self.solve_id))
 
@@ -71,28 +73,29 @@ class SpanVocab:
 
     def _in_family(self, base: int, label: int) -> int:
         if not 0 <= label < self.num_labels:
-            raise ValueError(f"label {label} is outside 0..{self.num_labels - 1}")
+            raise UserError(f"label {label} is outside 0..{self.num_labels - 1}")
         return base + label
 
     def label_of(self, token_ids: Int[Array, "..."], base: int) -> Int[Array, "..."]:
-        """The label k where a token is `base + k`, -1 where it is of no such family."""
+        """Return the label k where a token is `base + k`, -1 where it is outside that family."""
         label = token_ids - base
         return jnp.where((label >= 0) & (label < self.num_labels), label, -1)
 
 
 def check_views(header_view: str, prompt_view: str, prompt_window_tokens: int) -> None:
+    """Raise UserError for a view that does not exist."""
     if header_view not in get_args(HeaderView):
-        raise ValueError(f"header_view is {header_view!r}; allowed: {', '.join(get_args(HeaderView))}")
+        raise UserError(f"header_view is {header_view!r}; allowed: {', '.join(get_args(HeaderView))}")
     if prompt_view not in get_args(PromptView):
-        raise ValueError(f"prompt_view is {prompt_view!r}; allowed: {', '.join(get_args(PromptView))}")
+        raise UserError(f"prompt_view is {prompt_view!r}; allowed: {', '.join(get_args(PromptView))}")
     if prompt_window_tokens < 1:
-        raise ValueError(f"prompt_window_tokens is {prompt_window_tokens}; at least 1 is needed, the token itself")
+        raise UserError(f"prompt_window_tokens is {prompt_window_tokens}; at least 1 is needed, the token itself")
 
 
 class TokenRoles(NamedTuple):
-    """What the automaton makes of each token of whole sequences; every field is [..., T]."""
+    """The automaton's view of each token of whole sequences; every field is [..., T]."""
 
-    labels: Int[Array, "... T"]  # the label that the token carries
+    labels: Int[Array, "... T"]  # label that the token carries
     is_response: Bool[Array, "... T"]  # after the first <solve>
     is_header: Bool[Array, "... T"]  # a <seg> or <ref> of the response
     in_response: Bool[Array, "... T"]  # the automaton's flag after this token: also true of the first <solve>
@@ -104,9 +107,10 @@ class TokenRoles(NamedTuple):
 
 
 def token_roles(token_ids: Int[Array, "... T"], vocab: SpanVocab, segment_ids: Int[Array, "... T"] | None = None) -> TokenRoles:
-    """Runs the automaton over whole sequences, all tokens at once.
+    """Run the automaton over whole sequences, all tokens in parallel.
 
-    `segment_ids` marks several sequences packed in one row by different numbers; the automaton starts anew at each.
+    Args:
+      segment_ids: different numbers for sequences packed in one row; the automaton restarts at each.
     """
     axis = token_ids.ndim - 1
     index = jax.lax.broadcasted_iota(jnp.int32, token_ids.shape, axis)
@@ -158,22 +162,22 @@ def attention_mask(
     first_query: int | Int[Array, ""] = 0,
     num_queries: int | None = None,
 ) -> Bool[Array, "... Q T"]:
-    """The mask under which a span model is trained and prefilled: `[..., t, s]` is True where token t may attend to token s.
+    """Compute the mask of training and prefill: `[..., t, s]` is True where token t may attend to token s.
 
     Args:
       token_ids: any integers; malformed sequences are never an error.
       vocab: the structural ids.
-      header_view: what `<seg>` and `<ref>` tokens of a response see: no more than others ("span"), also the prompt, or all.
-      prompt_view: what prompt tokens see: everything before ("causal"), or their own label, the sink and the last
+      header_view: what `<seg>` and `<ref>` tokens of a response attend to: the same as others ("span"), also the whole
+        prompt ("prompt"), or everything before ("all").
+      prompt_view: what prompt tokens attend to: everything before ("causal"), or their own label, the sink and the last
         `prompt_window_tokens` tokens ("local").
-      segment_ids: sequences packed in one row, told apart by number; none attends to another.
-      first_query, num_queries: only these rows of the mask, Q in number; all T by default.
+      segment_ids: different numbers for sequences packed in one row; none attends to another.
+      first_query, num_queries: compute these Q rows of the mask only; all T by default.
 
-    Raises: ValueError for an unknown view.
+    Raises: UserError for an unknown view.
     """
     check_views(header_view, prompt_view, prompt_window_tokens)
     roles = token_roles(token_ids, vocab, segment_ids)
-    num_tokens = token_ids.shape[-1]
     whole = num_queries is None
     index = jax.lax.broadcasted_iota(jnp.int32, token_ids.shape, token_ids.ndim - 1)
 
@@ -188,14 +192,8 @@ def attention_mask(
     # The last token at or before t that names the label of s; it counts when the step of t had begun by then.
     naming = jnp.where(query(roles.names) == key(roles.labels), query(index), -1)
     last_naming = jax.lax.cummax(naming, axis=naming.ndim - 2)
-    if not whole:  # labels that tokens before the first query named
-        earlier = jnp.where(index < first_query, roles.names, -1).reshape(-1, num_tokens)
-        row = jax.lax.broadcasted_iota(jnp.int32, earlier.shape, 0)
-        target = jnp.where(earlier >= 0, earlier, vocab.num_labels)
-        by_label = jnp.full((earlier.shape[0], vocab.num_labels), -1, jnp.int32)
-        by_label = by_label.at[row, target].max(index.reshape(earlier.shape), mode="drop")
-        before = jnp.take_along_axis(by_label, roles.labels.reshape(earlier.shape), axis=1).reshape(token_ids.shape)
-        last_naming = jnp.maximum(last_naming, key(before))
+    if not whole:
+        last_naming = jnp.maximum(last_naming, key(_last_naming_before(first_query, roles, vocab)))
     named = last_naming >= query(roles.step_index)
     response = own | named
     if header_view == "all":
@@ -210,32 +208,38 @@ def attention_mask(
     return causal & jnp.where(query(roles.is_response), response, prompt)
 
 
+def _last_naming_before(first_query: int | Int[Array, ""], roles: TokenRoles, vocab: SpanVocab) -> Int[Array, "... T"]:
+    """Find for each token the last token before `first_query` that names its label; -1 where there is none."""
+    names, labels = (x.reshape(-1, x.shape[-1]) for x in (roles.names, roles.labels))
+    row, index = (jax.lax.broadcasted_iota(jnp.int32, names.shape, axis) for axis in (0, 1))
+    target = jnp.where((index < first_query) & (names >= 0), names, vocab.num_labels)
+    by_label = jnp.full((names.shape[0], vocab.num_labels), -1, jnp.int32).at[row, target].max(index, mode="drop")
+    return jnp.take_along_axis(by_label, labels, axis=1).reshape(roles.labels.shape)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SpanState:
-    """The automaton of B sequences while they are decoded, with room for A tokens each.
-
-    `token_labels[b, s]` is the label carried by token s of sequence b, -1 where there is no token yet.
-    """
+    """The automaton of B sequences during decoding, with a capacity of A tokens each."""
 
     label: Int[Array, "B"]
     named: Bool[Array, "B L"]
     in_response: Bool[Array, "B"]
     ended: Bool[Array, "B"]
     solve_index: Int[Array, "B"]  # index of the first <solve>, -1 before it
-    token_labels: Int[Array, "B A"]
+    token_labels: Int[Array, "B A"]  # label that token s of sequence b carries, -1 where there is no token yet
     num_tokens: Int[Array, "B"]
-    unresolved_refs: Int[Array, "B"]  # <ref:k> so far that named a label which no token carried
+    unresolved_refs: Int[Array, "B"]  # <ref:k> tokens so far that named a label which no token carried
     # of the latest token
     is_response: Bool[Array, "B"]
     is_header: Bool[Array, "B"]
 
     @classmethod
     def of_prefix(cls, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], vocab: SpanVocab, capacity: int) -> SpanState:
-        """The state after the first `lengths[b]` tokens of each row; what follows them is ignored. An empty prefix is a start."""
+        """Compute the state after the first `lengths[b]` tokens of each row, from 0 tokens on; the rest of a row is ignored."""
         batch, num_tokens = token_ids.shape
         if num_tokens > capacity:
-            raise ValueError(f"{num_tokens} tokens do not fit in a capacity of {capacity}")
+            raise UserError(f"{num_tokens} tokens do not fit in a capacity of {capacity}")
         index = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), token_ids.shape)
         inside = index < lengths[:, None]
         roles = token_roles(token_ids, vocab)
@@ -245,7 +249,7 @@ class SpanState:
         def latest(x):
             return jnp.take_along_axis(x, at, axis=1)[:, 0]
 
-        def per_label(labels, counted):  # [B, T] -> [B, L], how many counted tokens have each label
+        def per_label(labels, counted):  # [B, T] -> [B, L], number of counted tokens with each label
             row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], labels.shape)
             zeros = jnp.zeros((batch, vocab.num_labels), jnp.int32)
             return zeros.at[row, jnp.where(counted, labels, vocab.num_labels)].add(1, mode="drop")
@@ -268,7 +272,7 @@ class SpanState:
         )
 
     def advance(self, tokens: Int[Array, "B"], vocab: SpanVocab) -> SpanState:
-        """The state after one more token in every sequence."""
+        """Compute the state after one more token in every sequence."""
         alive = ~self.ended
         opens = jnp.where(alive, vocab.label_of(tokens, vocab.seg_base), -1)
         refers = vocab.label_of(tokens, vocab.ref_base)
@@ -299,7 +303,7 @@ class SpanState:
         )
 
     def visible(self, *, header_view: HeaderView, prompt_view: PromptView, prompt_window_tokens: int) -> Bool[Array, "B A"]:
-        """Which tokens the latest token of each sequence may attend to, itself included."""
+        """Mark the tokens that the latest token of each sequence may attend to, itself included."""
         check_views(header_view, prompt_view, prompt_window_tokens)
         index = jnp.arange(self.token_labels.shape[1], dtype=jnp.int32)[None, :]
         is_token = index < self.num_tokens[:, None]
