@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 
 
-def rotate_pairs(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rotate the halves of heads by float32 angles; the kernels call it too."""
+def rotate_pairs(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array, *, back: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Rotate the two halves of heads by float32 angles, or back; the kernels call it too."""
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    if back:
+        return first * cos + second * sin, second * cos - first * sin
     return first * cos - second * sin, second * cos + first * sin
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate heads `[R, K, heads, H]` by the angles `[R, H / 2]` of their rows, rounded once to the dtype of `x`."""
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, back: bool = False) -> jax.Array:
+    """Rotate heads `[R, K, heads, H]` by the angles `[R, H / 2]` of their rows, or back, rounded once to the dtype of `x`."""
     cos, sin = cos[:, None, None, :], sin[:, None, None, :]
-    return jnp.concatenate(rotate_pairs(*jnp.split(x, 2, axis=-1), cos, sin), axis=-1).astype(x.dtype)
+    return jnp.concatenate(rotate_pairs(*jnp.split(x, 2, axis=-1), cos, sin, back=back), axis=-1).astype(x.dtype)
 
 
 def xla_rotate_heads(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -30,10 +32,10 @@ def xla_rotate_heads(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[ja
 
 
 def xla_rotate_heads_gradient(dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The gradient of `rotate_heads`, `[R, K, G + 2, H]`: a rotation is orthogonal, so its transpose turns back."""
+    """The gradient of `rotate_heads`, `[R, K, G + 2, H]`: a rotation is orthogonal, so its transpose rotates back."""
     num_rows, num_kv_heads, head_size = dk.shape
     turned = jnp.concatenate([dq.reshape(num_rows, num_kv_heads, -1, head_size), dk[:, :, None]], axis=2)
-    return jnp.concatenate([rotate(turned, cos, -sin), dv[:, :, None]], axis=2)
+    return jnp.concatenate([rotate(turned, cos, sin, back=True), dv[:, :, None]], axis=2)
 
 
 def xla_rotate_and_write(

@@ -151,7 +151,7 @@ def _heads_gradient_kernel(
     cos, sin = cos_ref[own, :], sin_ref[own, :]
     for member in range(group + 1):
         source, head = (dq_ref, kv_head * group + member) if member < group else (dk_ref, kv_head)
-        first, second = rotate_pairs(source[own, head, low], source[own, head, high], cos, -sin)
+        first, second = rotate_pairs(source[own, head, low], source[own, head, high], cos, sin, back=True)
         out_ref[own, kv_head, member, low] = first.astype(out_ref.dtype)
         out_ref[own, kv_head, member, high] = second.astype(out_ref.dtype)
     out_ref[own, kv_head, group + 1, :] = dv_ref[own, kv_head, :]
