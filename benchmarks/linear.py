@@ -1,4 +1,4 @@
-"""Time products of few rows against the read ceiling of the memory, and against XLA.
+"""Time skinny GEMMs (few rows) against the read ceiling of the memory, and against XLA.
 
     python -m benchmarks.linear --json FILE           single matrices and layers, beside XLA (docs/linear.md)
     python -m benchmarks.linear --tune --json FILE    re-derive heuristics.py
@@ -13,16 +13,18 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from benchmarks.timing import CACHE_BYTES, header_line, median_and_spread, report_header, run_seconds
+from benchmarks.shapes import ShapeName, matrix_sizes, named_shape
+from benchmarks.timing import CACHE_BYTES, KernelReport, median_and_spread, run_seconds
 from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
 from pallas_kernels.common import MULTIPROCESSORS
 from pallas_kernels.linear import expected_bytes
@@ -33,7 +35,7 @@ from pallas_kernels.linear.triton import triton_linear
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """A product of a decode step; `num_outputs` counts gate and up."""
+    """A matrix of a decode step and what is fused with it; `num_outputs` counts gate and up."""
 
     name: str
     num_outputs: int
@@ -50,26 +52,34 @@ class Matrix:
         return {"gated": self.gated, "out_dtype": jnp.float32 if self.float32 else jnp.bfloat16}
 
 
+_FUSED: dict[str, dict[str, bool]] = {
+    "qkv": {"norm": True},
+    "o": {},
+    "gate-up": {"norm": True, "gated": True},
+    "down": {},
+    "head": {"norm": True, "float32": True},
+}
+
+
+def _matrices(prefix: str, shape: ShapeName, *names: str) -> list[Matrix]:
+    sizes = matrix_sizes(shape)
+    return [Matrix(f"{prefix}-{name}", *sizes[name], **_FUSED[name]) for name in names]
+
+
 MATRICES = (
-    Matrix("7b-qkv", 12288, 4096, norm=True),
-    Matrix("7b-o", 4096, 4096),
-    Matrix("7b-gate-up", 22016, 4096, norm=True, gated=True),
-    Matrix("7b-down", 4096, 11008),
-    Matrix("7b-head", 32000, 4096, norm=True, float32=True),
-    Matrix("8b-qkv", 6144, 4096, norm=True),
-    Matrix("8b-gate-up", 28672, 4096, norm=True, gated=True),
-    Matrix("8b-down", 4096, 14336),
-    Matrix("8b-head", 128256, 4096, norm=True, float32=True),
-    Matrix("768-qkv", 2304, 768, norm=True),
-    Matrix("576-gate-up", 3072, 576, norm=True, gated=True),
-    Matrix("576-head", 49152, 576, norm=True, float32=True),
+    *_matrices("7b", "llama2-7b", "qkv", "o", "gate-up", "down", "head"),
+    *_matrices("8b", "llama3-8b", "qkv", "gate-up", "down", "head"),
+    *_matrices("768", "arithmetic-base", "qkv"),
+    *_matrices("576", "smollm2-135m", "gate-up", "head"),
 )
+LAYERS: tuple[ShapeName, ...] = ("llama2-7b", "llama3-8b")
+NUM_LAYERS = 4  # distinct ones in the chain
 BATCHES = (1, 8, 32, 64)
 IMPLEMENTATIONS = ("triton", "triton+int8", "xla", "xla+int8", "xla [D, M]")
 
 
 def transposed_linear(x, weight, *, norm=None, residual=None, gated=False, out_dtype=None):
-    """What `implementation="xla"` does, with the weight stored `[D, M]`."""
+    """Compute what `implementation="xla"` does, with the weight stored `[D, M]`."""
     if norm is not None:
         x = rms_norm(x, norm, 1e-5)
     out = jnp.dot(x, weight, preferred_element_type=out_dtype)
@@ -80,7 +90,7 @@ def transposed_linear(x, weight, *, norm=None, residual=None, gated=False, out_d
 
 
 def linear_function(implementation: str):
-    """What to time, by name; `+int8` wants int8 weights, `[D, M]` the transposed ones."""
+    """Look up what to time by its name; `+int8` takes int8 weights, `[D, M]` transposed ones."""
     if implementation == "xla [D, M]":
         return transposed_linear
     return functools.partial(fused_linear, implementation=implementation.partition("+")[0])
@@ -91,7 +101,7 @@ def draw(seed: int, *shape: int) -> jax.Array:
 
 
 def draw_weights(matrix: Matrix, seed: int) -> list[jax.Array]:
-    """Several weights of unit gain, which together outgrow the cache (24 of the small ones, which come close)."""
+    """Draw several weights of unit gain, which together outgrow the cache (24 of the small ones, which come close)."""
     number = min(24, max(2, math.ceil(3 * CACHE_BYTES / (2 * matrix.num_outputs * matrix.num_inputs))))
     scale = matrix.num_inputs**-0.5
     shape = (matrix.num_outputs, matrix.num_inputs)
@@ -100,7 +110,7 @@ def draw_weights(matrix: Matrix, seed: int) -> list[jax.Array]:
 
 
 def stored_as(implementation: str, weights: list[jax.Array]) -> list:
-    """The weights as the implementation wants them; int8 ones come in twice the number, where that fits."""
+    """Store the weights as the implementation takes them; int8 ones in twice the number."""
     if implementation.endswith("int8"):
         quantize = jax.jit(quantize_weight)
         return [quantize(w) for w in weights] + [quantize(-w) for w in weights]
@@ -108,7 +118,7 @@ def stored_as(implementation: str, weights: list[jax.Array]) -> list:
 
 
 def chain(linear, options, rounds, x, norm, residual, weights):
-    """`rounds` times through all the weights."""
+    """`rounds` times through all the weights, the result of a call being the residual of the next."""
 
     def body(_, residual):
         for weight in weights:
@@ -121,7 +131,7 @@ def chain(linear, options, rounds, x, norm, residual, weights):
 
 
 def compile_all(programs: dict) -> dict:
-    """Compiled programs of `name: (function, arguments)`, on all processors; what does not compile is an exception."""
+    """Compile `name: (function, arguments)` on all processors; what does not compile is an exception."""
 
     def compile_one(item):
         function, arguments = item
@@ -135,35 +145,17 @@ def compile_all(programs: dict) -> dict:
 
 
 def time_us(program, arguments, calls: int, runs: int) -> tuple[float, float]:
-    """Median microseconds per call and the spread (largest minus smallest) of `runs` of a program of so many calls."""
+    """Time a program of so many calls: median microseconds per call and the spread over `runs` repetitions."""
     seconds = run_seconds(lambda: program(*arguments), queued=2, repetitions=runs)  # one queued while the other runs
     return median_and_spread([1e6 * each / calls for each in seconds])
 
 
-class Report:
-    """Rows that are printed as they come, and the JSON beside them."""
+def add_row(report: KernelReport, name: str, batch: int, what: str, microseconds: float, moved_bytes: int, **more) -> None:
+    report.add(f"{name:12} B{batch:<3} {what:32}", microseconds, moved_bytes, {"name": name, "batch": batch, "what": what}, **more)
 
-    def __init__(self, seed: int, path: pathlib.Path | None):
-        header = report_header()
-        self.ceiling_tbps = header["read_ceiling_terabytes_per_second"]
-        self.path = path
-        self.content = {**header, "seed": seed, "cases": []}
-        print(header_line(header), flush=True)
 
-    def add(self, name: str, batch: int, what: str, microseconds: float, moved_bytes: int, **more) -> None:
-        floor_us = moved_bytes / self.ceiling_tbps / 1e6
-        row = {"name": name, "batch": batch, "what": what, "microseconds": microseconds, "bytes": moved_bytes}
-        row |= {"floor_microseconds": floor_us, "percent_of_ceiling": 100 * floor_us / microseconds, **more}
-        self.content["cases"].append(row)
-        print(
-            f"{name:12} B{batch:<3} {what:32}{microseconds:9.2f} us {moved_bytes / microseconds / 1e6:6.2f} TB/s "
-            f"{row['percent_of_ceiling']:4.0f}%",
-            flush=True,
-        )
-
-    def save(self) -> None:
-        if self.path:  # now and then, so that a run cut short leaves what it has
-            self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+def not_run(name: str, batch: int, what: str, error: Exception) -> None:
+    print(f"{name:12} B{batch:<3} {what:32} not run: {str(error).splitlines()[0][:200]}", flush=True)
 
 
 def relative_error(out: jax.Array, expected: jax.Array) -> float:
@@ -171,8 +163,8 @@ def relative_error(out: jax.Array, expected: jax.Array) -> float:
     return float(jnp.sqrt(jnp.mean((out - expected) ** 2) / jnp.mean(expected**2)))
 
 
-def run_matrix(matrix: Matrix, variants: dict, seed: int, report: Report, runs: int, run_ms: float = 3.0) -> None:
-    """Times `variants` (batch and name: function and how its weights are stored) of one matrix."""
+def run_matrix(matrix: Matrix, variants: dict, seed: int, report: KernelReport, runs: int, run_ms: float = 3.0) -> None:
+    """Time `variants` (batch and name: function and how its weights are stored) of one matrix."""
     weights = draw_weights(matrix, seed)
     stored = {kind: stored_as(kind, weights) for kind in dict.fromkeys(kind for _, kind in variants.values())}
     norm = 1.0 + 0.1 * draw(seed + 1, matrix.num_inputs) if matrix.norm else None
@@ -192,23 +184,23 @@ def run_matrix(matrix: Matrix, variants: dict, seed: int, report: Report, runs: 
     for (batch, name), program in compile_all(programs).items():
         kind, arguments = variants[batch, name][1], programs[batch, name][1]
         if isinstance(program, Exception):
-            print(f"{matrix.name:12} B{batch:<3} {name:32} not run: {str(program).splitlines()[0][:200]}", flush=True)
+            not_run(matrix.name, batch, name, program)
             continue
         error = None
         if "int8" not in kind:
-            # The residual adds up to the sum of all the weights' products, times the rounds.
+            # The residual adds up to the sum over all weights, times the rounds.
             key = (batch, rounds[batch, name])
             if key not in once:
                 once[key] = chain(linear_function("xla"), options, key[1], *inputs[batch], weights)
             error = relative_error(program(*arguments), once[key])
         microseconds, spread = time_us(program, arguments, len(stored[kind]) * rounds[batch, name], runs)
         moved = expected_bytes(arguments[0], as_stored(matrix, kind), norm=norm, residual=arguments[2], **options)
-        report.add(matrix.name, batch, name, microseconds, moved, spread_microseconds=spread, relative_error=error)
+        add_row(report, matrix.name, batch, name, microseconds, moved, spread_microseconds=spread, relative_error=error)
     report.save()
 
 
 def as_stored(matrix: Matrix, kind: str):
-    """The weight as shapes."""
+    """The weight's shapes."""
     shape = (matrix.num_outputs, matrix.num_inputs)
     if kind.endswith("int8"):
         return jax.eval_shape(quantize_weight, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
@@ -218,30 +210,8 @@ def as_stored(matrix: Matrix, kind: str):
 # Whole layers.
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerShape:
-    """A layer without its attention: what stands between two attentions of a decode step."""
-
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int = 128
-    num_layers: int = 4  # distinct ones in the chain
-
-    @property
-    def matrices(self) -> tuple[tuple[int, int], ...]:
-        heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-        width, wide = self.hidden_size, self.intermediate_size
-        return ((heads, width), (width, self.num_heads * self.head_size), (2 * wide, width), (width, wide))
-
-
-LAYERS = (LayerShape("llama2-7b", 4096, 11008, 32, 32), LayerShape("llama3-8b", 4096, 14336, 32, 8))
-
-
-def layer_chain(linear, rotary, rounds, x, norm, angles, rows, layers, pools):
-    """`rounds` times through all layers, the queries standing in for what attention makes of them."""
+def layer_chain(linear, rotary, rounds, x, norm, angles, slots, layers, pools):
+    """`rounds` times through all layers without attention: the queries stand in for its output."""
 
     def body(_, carry):
         x, pools = carry
@@ -250,7 +220,7 @@ def layer_chain(linear, rotary, rounds, x, norm, angles, rows, layers, pools):
             heads = linear(x, qkv, norm=norm)
             _, num_kv_heads, head_size = k_pool.shape
             heads = heads.reshape(x.shape[0], num_kv_heads, -1, head_size)
-            q, k_pool, v_pool = rotate_and_write(heads, *angles, rows, k_pool, v_pool, implementation=rotary)
+            q, k_pool, v_pool = rotate_and_write(heads, *angles, slots, k_pool, v_pool, implementation=rotary)
             x = linear(q.reshape(x.shape[0], -1), o, residual=x)
             x = linear(linear(x, gate_up, norm=norm, gated=True), down, residual=x)
             after.append((k_pool, v_pool))
@@ -259,62 +229,62 @@ def layer_chain(linear, rotary, rounds, x, norm, angles, rows, layers, pools):
     return jax.lax.fori_loop(0, rounds, body, (x, pools))
 
 
-def run_layers(shape: LayerShape, batches: tuple[int, ...], seed: int, report: Report) -> None:
+LAYER_VARIANTS = {  # name: (linear and how its weights are stored, rotation)
+    "triton": ("triton", "triton"),
+    "triton, rotary by xla": ("triton", "xla"),
+    "triton+int8": ("triton+int8", "triton"),
+    "xla": ("xla", "xla"),
+    "xla, rotary by triton": ("xla", "triton"),
+    "xla [D, M]": ("xla [D, M]", "xla"),
+}
+
+
+def run_layers(name: ShapeName, batches: tuple[int, ...], seed: int, report: KernelReport) -> None:
+    """Time whole layers of a model without their attention: what stands between two attentions of a decode step."""
+    config = named_shape(name).config
+    matrices = [size for matrix, size in matrix_sizes(name).items() if matrix != "head"]
     make = jax.jit(lambda seed, size: 0.5 * jax.random.normal(jax.random.key(seed), size, jnp.bfloat16) * size[1] ** -0.5, static_argnums=1)
     seeds = itertools.count(seed)
-    layers = [tuple(make(next(seeds), size) for size in shape.matrices) for _ in range(shape.num_layers)]
-    norm = 1.0 + 0.1 * draw(seed + 1, shape.hidden_size)
-    weight_bytes, rounds = 2 * sum(m * d for m, d in shape.matrices), 10
-    variants = {
-        "triton": ("triton", "triton"),
-        "triton, rotary by xla": ("triton", "xla"),
-        "triton+int8": ("triton+int8", "triton"),
-        "xla": ("xla", "xla"),
-        "xla, rotary by triton": ("xla", "triton"),
-        "xla [D, M]": ("xla [D, M]", "xla"),
-    }
-    stored: dict[str, list] = {}
-    for kind in dict.fromkeys(kind for kind, _ in variants.values()):
-        stored[kind] = layers
-        if kind == "triton+int8":
-            stored[kind] = [tuple(quantize_weight(w) for w in layer) for layer in layers]
-        elif kind == "xla [D, M]":
-            stored[kind] = [tuple(w.T for w in layer) for layer in layers]
+    layers = [tuple(make(next(seeds), size) for size in matrices) for _ in range(NUM_LAYERS)]
+    store: dict[str, Callable] = {"triton+int8": quantize_weight, "xla [D, M]": jnp.transpose}
+    stored = {kind: layers for kind, _ in LAYER_VARIANTS.values()}
+    stored |= {kind: [tuple(change(w) for w in layer) for layer in layers] for kind, change in store.items()}
+    norm = 1.0 + 0.1 * draw(seed + 1, config.hidden_size)
+    weight_bytes, rounds = 2 * sum(m * d for m, d in matrices), 10
     programs: dict[tuple, tuple] = {}
-    arguments: dict[tuple, tuple] = {}
     for batch in batches:
-        pool = jnp.zeros((batch, shape.num_kv_heads, shape.head_size), jnp.bfloat16)
-        angles = tuple(draw(seed + i, batch, shape.head_size // 2).astype(jnp.float32) for i in (5, 6))
-        rest = (draw(seed + 4, batch, shape.hidden_size), norm, angles, jnp.arange(batch, dtype=jnp.int32))
-        for name, (kind, rotary) in variants.items():
-            arguments[batch, name] = (*rest, stored[kind], [(pool, pool)] * shape.num_layers)
-            programs[batch, name] = (functools.partial(layer_chain, linear_function(kind), rotary, rounds), arguments[batch, name])
+        pool = jnp.zeros((batch, config.num_kv_heads, config.head_size), jnp.bfloat16)
+        angles = tuple(draw(seed + i, batch, config.head_size // 2).astype(jnp.float32) for i in (5, 6))
+        rest = (draw(seed + 4, batch, config.hidden_size), norm, angles, jnp.arange(batch, dtype=jnp.int32))
+        for variant, (kind, rotary) in LAYER_VARIANTS.items():
+            function = functools.partial(layer_chain, linear_function(kind), rotary, rounds)
+            programs[batch, variant] = (function, (*rest, stored[kind], [(pool, pool)] * NUM_LAYERS))
     expected: dict[int, jax.Array] = {}
-    for (batch, name), program in compile_all(programs).items():
+    for (batch, variant), program in compile_all(programs).items():
         if isinstance(program, Exception):
-            print(f"{shape.name:12} B{batch:<3} {name:32} not run: {str(program).splitlines()[0][:200]}", flush=True)
+            not_run(name, batch, variant, program)
             continue
-        out = program(*arguments[batch, name])[0]
-        expected.setdefault(batch, out)
-        error = relative_error(out, expected[batch])
-        microseconds, spread = time_us(program, arguments[batch, name], rounds * shape.num_layers, 5)
-        moved = weight_bytes // 2 if "int8" in name else weight_bytes
-        report.add(shape.name, batch, name, microseconds, moved, spread_microseconds=spread, difference_from_first=error)
+        arguments = programs[batch, variant][1]
+        out = program(*arguments)[0]
+        error = relative_error(out, expected.setdefault(batch, out))
+        microseconds, spread = time_us(program, arguments, rounds * NUM_LAYERS, 5)
+        moved = weight_bytes // 2 if "int8" in variant else weight_bytes
+        add_row(report, name, batch, variant, microseconds, moved, spread_microseconds=spread, difference_from_first=error)
     report.save()
 
 
 def settings(matrix: Matrix, batch: int, int8: bool) -> list[LinearConfig]:
-    """Settings worth a measurement: those within the machine's shared memory that keep enough bytes on their way."""
+    """List settings worth a measurement: within the machine's shared memory, with enough bytes in flight."""
     found = []
-    item_bytes, parts = 1 if int8 else 2, 2 if matrix.gated else 1
-    rows = 1 << (batch - 1).bit_length()
+    item_bytes, halves = 1 if int8 else 2, 2 if matrix.gated else 1
+    rows = pl.next_power_of_2(batch)
     shapes = ((32, 2, 8192), (64, 4, 8192), (64, 4, 16384), (64, 4, 32768), (128, 4, 16384), (128, 8, 32768))
     for (tile_rows, warps, step_bytes), segments, programs in itertools.product(shapes, (1, 2, 4, 8), (1, 2, 3, 4)):
         columns = max(8, rows * segments)  # of the matrix unit's product
         if columns > max(8, 2 * rows) or (rows == 1 and segments < 8):
             continue
         inputs = min(step_bytes // item_bytes // tile_rows, (matrix.num_inputs // segments) & -(matrix.num_inputs // segments))
-        tile = tile_rows // parts // segments
+        tile = tile_rows // halves // segments
         if inputs < 32 or tile_rows < 16 * warps or matrix.num_results // tile < (60 if rows > 8 else 100) * programs:
             continue
         read_bytes = (tile_rows * item_bytes + columns * 2) * inputs
@@ -345,9 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__.split("\n")[0])
     names = ",".join(matrix.name for matrix in MATRICES)
     parser.add_argument("--matrices", default=names, help="comma-separated, may be empty (default: all: %(default)s)")
-    parser.add_argument(
-        "--layers", default=",".join(s.name for s in LAYERS), help="comma-separated, may be empty (default: all: %(default)s)"
-    )
+    parser.add_argument("--layers", default=",".join(LAYERS), help="comma-separated, may be empty (default: all: %(default)s)")
     parser.add_argument("--batch-size", default=",".join(map(str, BATCHES)), help="rows, comma-separated (default: %(default)s)")
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="of the matrices (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="time every sensible setting of the Triton kernel on the matrices instead")
@@ -355,14 +323,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     args = parser.parse_args(arguments)
     matrices = _chosen(parser, "matrix", args.matrices, {matrix.name: matrix for matrix in MATRICES})
-    layers = _chosen(parser, "layer", args.layers, {shape.name: shape for shape in LAYERS})
+    layers = _chosen(parser, "layer", args.layers, {name: name for name in LAYERS})
     implementations = _split(args.implementations)
     batches = tuple(int(batch) for batch in _split(args.batch_size))
     if jax.devices()[0].platform != "gpu":
         parser.exit(2, f"error: needs a GPU, the default device is a {jax.devices()[0].platform}\n")
-    report = Report(args.seed, args.json)
-    for shape in () if args.tune else layers:
-        run_layers(shape, batches, args.seed, report)
+    report = KernelReport(args.json, seed=args.seed)
+    for layer in () if args.tune else layers:
+        run_layers(layer, batches, args.seed, report)
     for matrix in matrices:
         if args.tune:
             kinds = [name for name in implementations if name.startswith("triton")]
@@ -375,8 +343,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _split(text: str) -> list[str]:
     # A comma inside brackets belongs to the name.
-    parts = text.replace("[D, M]", "[D; M]").split(",")
-    return [part.strip().replace(";", ",") for part in parts if part.strip()]
+    names = text.replace("[D, M]", "[D; M]").split(",")
+    return [name.strip().replace(";", ",") for name in names if name.strip()]
 
 
 def _chosen(parser, what: str, text: str, by_name: dict) -> list:

@@ -123,3 +123,51 @@ def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
     lookups = batch_size * config.hidden_size * embedding.dtype.itemsize
     row = 2 * config.num_layers * config.num_kv_heads * config.head_size * jnp.dtype(config.compute_dtype).itemsize
     return round(weights + lookups + (num_attended + batch_size) * row)
+
+
+# Kernels. -----------------------------------------------------------------------------------------------------------
+
+
+def matrix_sizes(name: ShapeName) -> dict[str, tuple[int, int]]:
+    """Outputs M and inputs D of the matrices of a decode step: those of a layer and the output layer; gate and up are one."""
+    shape = named_shape(name)
+    config = shape.config
+    query_size = config.num_heads * config.head_size
+    return {
+        "qkv": (query_size + 2 * config.num_kv_heads * config.head_size, config.hidden_size),
+        "o": (config.hidden_size, query_size),
+        "gate-up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+        "head": (shape.vocab_size, config.hidden_size),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """A problem of the span decode kernel; `lengths` are the tokens that each sequence holds."""
+
+    name: str
+    why: str
+    lengths: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @property
+    def capacity(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a key and its value in bfloat16, all heads."""
+        return 2 * 2 * self.num_kv_heads * self.head_size
+
+
+ATTENTION_SHAPES = (
+    AttentionShape("b1-1k", "batch 1, short: nothing but latency", (1024,), 32, 4, 128),
+    AttentionShape("b1-16k", "batch 1, long: one sequence must fill the machine", (16384,), 32, 4, 128),
+    AttentionShape("b32-gqa4-8k", "Llama-3-8B heads, a full batch", (8192,) * 32, 32, 8, 128),
+    AttentionShape("b32-mha-2k", "Llama-2-7B heads: the most KV bytes per token", (2048,) * 32, 32, 32, 128),
+    AttentionShape("b128-mha-4k", "a small model at a large batch, head size 64", (4096,) * 128, 12, 12, 64),
+    AttentionShape("ragged", "one long sequence must not hold up 31 short ones", (32768, *(1024,) * 31), 32, 8, 128),
+)

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import re
 import statistics
 import tempfile
@@ -172,3 +173,45 @@ def header_line(header: dict[str, Any], devices: str | None = None) -> str:
     """The head of a report as one line; `devices` replaces the device's name, where there are several."""
     ceiling = header["read_ceiling_terabytes_per_second"]
     return f"{devices or header['device']}, JAX {header['versions']['jax']}, read ceiling {ceiling:.2f} TB/s"
+
+
+class KernelReport:
+    """Rows of kernel timings: printed as they come, and written as JSON beside a header."""
+
+    def __init__(self, path: Path | None, **settings: Any):
+        """Measure the header and print it; `settings` are those of the run."""
+        header = report_header()
+        self.content: dict[str, Any] = {**header, **settings, "cases": []}
+        self.ceiling_tbps: float = header["read_ceiling_terabytes_per_second"]
+        self._path = path
+        print(header_line(header), flush=True)
+
+    def add(self, label: str, microseconds: float, moved_bytes: int, case: dict[str, Any], **more: Any) -> None:
+        """Add a timing beside the time that its bytes take at the read ceiling.
+
+        Args:
+          label: of the printed line.
+          case: what was timed, the first keys of the row; `more` are the last.
+        """
+        floor_us = moved_bytes / self.ceiling_tbps / 1e6
+        row = {
+            **case,
+            "microseconds": microseconds,
+            "bytes": moved_bytes,
+            "floor_microseconds": floor_us,
+            "terabytes_per_second": moved_bytes / microseconds / 1e6,
+            "percent_of_ceiling": 100 * floor_us / microseconds,
+            **more,
+        }
+        self.content["cases"].append(row)
+        extras = (f", {key.split('_')[0]} {more[key]:.1f} us" for key in ("net_microseconds", "kernel_microseconds") if key in more)
+        print(
+            f"{label}{microseconds:9.2f} us {moved_bytes / 1e6:8.1f} MB {row['terabytes_per_second']:6.2f} TB/s "
+            f"{row['percent_of_ceiling']:5.0f}% of the ceiling{''.join(extras)}",
+            flush=True,
+        )
+
+    def save(self) -> None:
+        """Write what there is, so that a run cut short leaves it."""
+        if self._path:
+            self._path.write_text(json.dumps(self.content, indent=1) + "\n")

@@ -20,7 +20,8 @@ def rotate_pairs(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.A
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, back: bool = False) -> jax.Array:
     """Rotate heads `[R, K, heads, H]` by the angles `[R, H / 2]` of their rows, or back, rounded once to the dtype of `x`."""
     cos, sin = cos[:, None, None, :], sin[:, None, None, :]
-    return jnp.concatenate(rotate_pairs(*jnp.split(x, 2, axis=-1), cos, sin, back=back), axis=-1).astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate(rotate_pairs(first, second, cos, sin, back=back), axis=-1).astype(x.dtype)
 
 
 def xla_rotate_heads(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

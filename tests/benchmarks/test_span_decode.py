@@ -1,11 +1,12 @@
-"""The benchmark's own parts that need no GPU: which rows it names, and what it tells a user."""
+"""The benchmark's own parts that need no GPU: which slots it draws, and what it tells a user."""
 
 import numpy as np
 import pytest
 
 from benchmarks import span_decode as bench
+from benchmarks.shapes import AttentionShape
 
-SHAPE = bench.Shape("tiny", "", (640, 64, 1), 4, 2, 32)
+SHAPE = AttentionShape("tiny", "", (640, 64, 1), 4, 2, 32)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.1, 0.02])
@@ -25,12 +26,12 @@ def test_patterns_are_what_they_are_called():
     assert runs["tokens"] < 1.1 and 8 <= runs["spans"] <= 30 and runs["blocks"] > 60
 
 
-def test_sequences_name_rows_of_their_own():
+def test_sequences_have_slots_of_their_own():
     slots, counts = bench.draw_slots(0, SHAPE, 0.1, "tokens", first_row=1000)
     assert counts.tolist() == [64, 6, 1]
     for b, (first, last) in enumerate([(1000, 1640), (1640, 1704), (1704, 1705)]):
-        named = slots[b, : counts[b]]
-        assert np.all((named >= first) & (named < last)) and np.all(slots[b, counts[b] :] == -1)
+        used = slots[b, : counts[b]]
+        assert np.all((used >= first) & (used < last)) and np.all(slots[b, counts[b] :] == -1)
 
 
 @pytest.mark.parametrize(
