@@ -1,4 +1,4 @@
-"""Decodes with a trained span model: one expression step by step, many to see how often it is right, or to see how fast.
+"""Decode with a trained span model: one prompt step by step, many to see how often it is right, or to see how fast.
 
 python decode.py generate checkpoints/arithmetic-tiny "((51+75)-(95*3))"
 python decode.py generate runs/news/model --article article.txt
@@ -7,6 +7,7 @@ python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 """
 
 import dataclasses
+import inspect
 import itertools
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +17,14 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.extras import literal_type_from_choices
 
 from benchmarks.sweep import Bench
-from data import arithmetic, commandline, files, news
+from data import commandline, files
 from data.tasks import TASKS
-from selfspan_jax import evaluation, summaries
+from selfspan_jax import evaluation
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import Sampling, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.viewing import text
 
 PolicyName = literal_type_from_choices(tuple(POLICIES))
 
@@ -36,14 +38,14 @@ class Model:
     checkpoint: Positional[Path]
     """Directory of a finished model or an adapter, a Hugging Face directory or a GGUF file."""
     base: Path | None = None
-    """Of an adapter: the Hugging Face directory or GGUF file that it was trained on."""
+    """For an adapter: the Hugging Face directory or GGUF file that it was trained on."""
     mesh: str | None = None
-    """Devices, as in data=2,tensor=4: sequences are divided over data, kv heads over tensor. By default one."""
+    """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Model):
-    """Evaluates an expression, or sums up an article, and shows each step with what it read; or continues a text."""
+    """Decode a response to an expression, an article or a text, and show each step with what it read."""
 
     prompt: Positional[str | None] = None
     """An expression: whole numbers, + - * and parentheses; or text."""
@@ -69,18 +71,18 @@ class Generate(Model):
     def __post_init__(self):
         commandline.check_picture(self.plot)
         if (self.prompt is None) == (self.article is None):
-            raise ValueError("give either a prompt or --article")
+            raise UserError("give either a prompt or --article")
 
     def run(self) -> None:
         prompt = files.read_text(self.article) if self.article else str(self.prompt)
         lm = load(self.checkpoint, base=self.base, weights=self.weights, mesh=self.mesh)
         options = {"attention": self.attention, "max_new_tokens": self.max_new_tokens, "seed": self.seed, **vars(self.sampling)}
         if self.stream:
-            for text in lm.stream(prompt, **options):
-                print(text, end="", flush=True)
+            for piece in lm.stream(prompt, **options):
+                print(piece, end="", flush=True)
             print()
         out = lm.generate(prompt, **options)
-        print(summaries.sources_table(out) if isinstance(lm.task, news.NewsTask) else evaluation.response_table(out, out.verdict))
+        print(text.response_table(out))
         if self.json:
             files.write_json(self.json, {"checkpoint": self.checkpoint.name, **out.to_json()})
         if self.html:
@@ -91,27 +93,27 @@ class Generate(Model):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(Model):
-    """Decodes fresh expressions of the test stream, verifies every step, counts right answers per second; or scores summaries."""
+    """Decode fresh examples of the task's test split, score the responses, and count right answers per second."""
 
     num_examples: int = 1000
-    """Expressions, of each number of operators that --ops has."""
+    """Examples; expressions: of each number of operators that --ops has."""
     ops: Annotated[tuple[int, ...], commandline.commas(int)] = ()
-    """Operators of every expression; several with commas are decoded and timed one after the other."""
+    """Expressions: operators of each; several with commas are decoded and timed one after the other."""
     min_ops: int = 2
-    """Without --ops: fewest operators; their number is uniform between the bounds."""
+    """Expressions without --ops: fewest operators; their number is uniform between the bounds."""
     max_ops: int = 12
-    """Without --ops: most operators."""
+    """Expressions without --ops: most operators."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (128,)
     """Sequences decoded together; of several with commas, the fastest counts."""
     passes: int = 1
     """Times that each batch is decoded; the median counts. The first time has what happens once, such as loading kernels."""
     seed: int = 1
-    """Of the expressions or articles."""
+    """Of the examples."""
     data: Path | None = None
-    """Of a model that sums up news: a corpus directory; by default fresh synthetic articles."""
+    """A corpus directory that python -m data wrote; by default fresh examples."""
     json: Path | None = None
-    """Write the scores, in all and by number of operators, into this file."""
+    """Write the scores, in all and by group and set, into this file."""
 
     def __post_init__(self):
         commandline.check_at_least(1, self, "num_examples", "batch_size", "passes")
@@ -119,28 +121,29 @@ class Eval(Model):
     def run(self) -> None:
         lm = load(self.checkpoint, base=self.base, mesh=self.mesh)
         settings = {**{k: v for k, v in vars(self).items() if k not in ("base", "data", "json")}, "checkpoint": self.checkpoint.name}
-        options: dict[str, Any] = {"attention": self.attention or lm.model.config.mask, "passes": self.passes}
-        if isinstance(task := lm.task, news.NewsTask):
-            if self.data:
-                from data import dataset  # which imports Hugging Face's datasets
-
-                stored = (example.story for example in dataset.load(self.data, TASKS))
-                examples = list(itertools.islice(filter(None, map(task.encode, stored)), self.num_examples))
-            else:
-                ((_, examples),) = task.held_out(self.num_examples, seed=self.seed).items()
-            results = summaries.report(lm, examples, scores=task.scores, batch_sizes=self.batch_size, settings=settings, **options)
-            print(summaries.table(results))
-        elif isinstance(task, arithmetic.ArithmeticTask):
-            bounds = [(n, n) for n in self.ops] or [(self.min_ops, self.max_ops)]
-            held_out = task.held_out(self.num_examples, seed=self.seed, ops=bounds)
-            sets = {name: [example.prompt for example in own] for name, own in held_out.items()}
-            found = evaluation.evaluate_all(lm, sets, task.verify, task.gold, batch_sizes=self.batch_size, progress=True, **options)
-            results = evaluation.report(lm, found, gold=task.gold, keys=lambda text: arithmetic.parse(text).num_ops, settings=settings)
-            print(evaluation.evaluation_table(results))
-        else:
-            raise ValueError(f"{self.checkpoint}: was trained neither on expressions nor on news, so there is nothing to verify")
+        options: dict[str, Any] = {"attention": self.attention, "passes": self.passes, "progress": True}
+        found = evaluation.evaluate_all(lm, self.examples(lm.task), batch_sizes=self.batch_size, **options)
+        results = evaluation.report(lm, found, settings)
+        print(text.evaluation_table(results, lm.task))
         if self.json:
             files.write_json(self.json, results)
+
+    def examples(self, task: Any) -> dict[str, list[Any]]:
+        """Draw fresh examples of the task, or take those of a corpus directory, as sets by name."""
+        if not hasattr(task, "held_out"):
+            raise UserError(f"{self.checkpoint}: its task has no examples, so there is nothing to score")
+        takes_ops = "ops" in inspect.signature(task.held_out).parameters
+        if self.ops and (self.data or not takes_ops):
+            raise UserError(f"--ops is for fresh expressions, not for {self.data or task.name}")
+        if self.data is None:
+            bounds = {"ops": [(n, n) for n in self.ops] or [(self.min_ops, self.max_ops)]} if takes_ops else {}
+            return task.held_out(self.num_examples, seed=self.seed, **bounds)
+        from data import dataset  # which imports Hugging Face's datasets
+
+        stored = dataset.load(self.data, TASKS)
+        if stored.task.name != task.name:
+            raise UserError(f"{self.data} is a corpus of {stored.task.name}: expected one of {task.name}")
+        return {self.data.name: list(itertools.islice(filter(None, map(task.renumber, stored)), self.num_examples))}
 
 
 def main() -> None:

@@ -26,9 +26,10 @@ from data import commandline, files, packing
 from data.streams import GeneratedCorpus
 from data.tasks import TASKS
 from data.vocab import TokenizerVocab
-from selfspan_jax import training
+from selfspan_jax import evaluation, training
 from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, tuning_preset
 from selfspan_jax.errors import UserError
+from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import distributed
 from selfspan_jax.parallel.mesh import describe, process_parts, training_mesh
@@ -172,7 +173,8 @@ def train(run: NewModel | FineTuning) -> None:
 
     def evaluate(model: Decoder) -> dict[str, float]:
         fresh = run.corpus.stream(vocab=task.vocab, seed=config.seed, split="test")
-        scores.update(runs.score(lora.plain(model), task, list(itertools.islice(fresh, config.eval_examples))))
+        lm, examples = SpanLM(lora.plain(model), task), list(itertools.islice(fresh, config.eval_examples))
+        scores.update(evaluation.evaluate(lm, examples, batch_size=128, progress=distributed.is_first_process()).scores)
         return scores
 
     options: dict[str, Any] = {"evaluate": evaluate if config.eval_examples else None, "stop_after_seconds": run.stop_after_seconds}

@@ -1,99 +1,132 @@
-"""What a model is worth: the answers, steps and spans that are right, what it attended to, and right answers per second."""
+"""Evaluate a model on a task's examples: the task's own scores, attended tokens, throughput."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from tqdm import tqdm
 
+from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
-from selfspan_jax.lm import Output, SpanLM
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.state import DecodeState
+from selfspan_jax.errors import UserError
+from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab
+from selfspan_jax.task import Example, ScoringTask
+from selfspan_jax.viewing.output import Output
+from selfspan_jax.viewing.reading import attended, attended_by_kind
 
+MARGIN_TOKENS = 16  # that a response may be longer than the longest gold one
 _Z = 1.959964  # the normal distribution's two-sided 95% quantile
 
+Scores = dict[str, Any]
+"""Averages over examples by name; accuracies and fractions are between 0 and 1."""
 
-class Verdict(Protocol):
-    """What a task's verifier says of a response."""
+
+class LanguageModel(Protocol):
+    """What `evaluate` uses of a `SpanLM`."""
 
     @property
-    def answer_right(self) -> bool: ...
+    def model(self) -> Decoder: ...
     @property
-    def steps_right(self) -> bool: ...
+    def engine(self) -> Engine: ...
     @property
-    def spans_right(self) -> bool: ...
-    @property
-    def message(self) -> str: ...
+    def task(self) -> Any: ...
+    def pad(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]: ...
+    def outputs(
+        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, attention: str | Policy
+    ) -> list[Output]: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """One evaluated prompt."""
+class Evaluation:
+    """Outputs in the order of the examples, and the seconds that prefill and decoding took, compilation excluded."""
 
-    output: Output
-    verdict: Verdict
+    task: Any  # a ScoringTask, and what more it offers
+    examples: tuple[Example, ...]
+    outputs: tuple[Output, ...]
+    batch_size: int
+    decode_seconds: float
+    compile_seconds: float
 
+    @functools.cached_property
+    def scores(self) -> Scores:
+        """Average over the examples, see `score`."""
+        return score(self.task, self.examples, self.outputs)
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Over a set of prompts. Accuracies and fractions are between 0 and 1."""
+    @property
+    def right_per_second(self) -> float:
+        """Right answers per second of decoding; responses per second where the task verifies no answers."""
+        return sum(out.verdict is None or out.verdict.answer_right for out in self.outputs) / self.decode_seconds
 
-    num_examples: int
-    answer_accuracy: float
-    """The final value is right."""
-    step_accuracy: float
-    """All steps are right."""
-    span_accuracy: float
-    """All named sets are the minimal ones."""
-    attended_fraction: float
-    """Mean over response tokens of |attended| / (t + 1)."""
-    attended_tokens: float
-    """Mean over response tokens of |attended|."""
-    finished_fraction: float
-    """Responses that ended by themselves."""
-
-    @classmethod
-    def of(cls, results: Sequence[Result]) -> Scores:
-        """Raises ValueError for no results: their mean is not a number."""
-        if not results:
-            raise ValueError("no results to score")
-
-        def share(values) -> float:
-            return float(np.mean([bool(value) for value in values]))
-
-        contexts = [np.arange(out.prompt_tokens + 1, len(out.token_ids) + 1) for out in (r.output for r in results)]
-        attended = np.concatenate([result.output.num_attended for result in results])
-        return cls(
-            num_examples=len(results),
-            answer_accuracy=share(result.verdict.answer_right for result in results),
-            step_accuracy=share(result.verdict.steps_right for result in results),
-            span_accuracy=share(result.verdict.spans_right for result in results),
-            attended_fraction=float(np.mean(attended / np.concatenate(contexts))),
-            attended_tokens=float(np.mean(attended)),
-            finished_fraction=share(result.output.finished for result in results),
-        )
+    def speed(self) -> dict[str, Any]:
+        """Return what depends on the batch size, as JSON."""
+        return {
+            "batch_size": self.batch_size,
+            f"{self.task.unit}_per_second": self.right_per_second,
+            "response_tokens_per_second": sum(len(out.response_ids) for out in self.outputs) / self.decode_seconds,
+            "decode_seconds": self.decode_seconds,
+            "compile_seconds": self.compile_seconds,
+        }
 
     def to_json(self) -> dict[str, Any]:
-        """The scores, and for each accuracy its interval."""
-        values = dataclasses.asdict(self)
-        accuracies = [name for name in values if name.endswith("_accuracy")]
-        return values | {f"{name}_interval": wilson(values[name], self.num_examples) for name in accuracies}
+        """Return scores, with an interval for each accuracy of verified answers, and speed, as JSON."""
+        context_tokens = float(np.mean([len(out.token_ids) for out in self.outputs]))
+        return {**self._scores_and_intervals(), **self.speed(), "context_tokens": context_tokens}
+
+    def _scores_and_intervals(self) -> dict[str, Any]:
+        accuracies = [name for name in self.scores if name.endswith("_accuracy") and self.outputs[0].verdict]
+        return self.scores | {f"{name}_interval": wilson(self.scores[name], len(self.outputs)) for name in accuracies}
+
+    def _first_errors(self) -> dict[str, int]:
+        pairs = zip(self.outputs, self.examples, strict=True)
+        kinds = (first_error(out.response_ids, example.response_ids, out.reading.vocab) for out, example in pairs)
+        return dict(collections.Counter(kind for kind in kinds if kind).most_common())
+
+    def _groups(self) -> dict[str, Evaluation]:
+        """Return the evaluation of each of the task's groups of prompts, numbers in order."""
+        names = [self.task.group(example.prompt) for example in self.examples]
+        groups = {}
+        for group in sorted(set(names), key=lambda name: (len(name), name)):
+            own = [i for i, name in enumerate(names) if name == group]
+            groups[group] = dataclasses.replace(
+                self, examples=tuple(self.examples[i] for i in own), outputs=tuple(self.outputs[i] for i in own)
+            )
+        return groups
+
+
+def score(task: ScoringTask, examples: Sequence[Example], outputs: Sequence[Output]) -> Scores:
+    """Average over examples: the task's scores of the responses, what their tokens attended to, and how many finished.
+
+    Raises: UserError for no examples: their mean is not a number.
+    """
+    if not outputs:
+        raise UserError("no examples to score")
+    return {
+        "num_examples": len(outputs),
+        **task.scores(examples, [out.response_ids for out in outputs]),
+        **attended([out.reading for out in outputs]),
+        "finished_fraction": float(np.mean([out.finished for out in outputs])),
+    }
 
 
 def wilson(share: float, num_examples: int) -> tuple[float, float]:
-    """Bounds of the 95% interval of a share that was seen among so many (Wilson, 1927): true to its name near 0 and 1 too."""
+    """Compute the 95% interval of a share of so many examples (Wilson, 1927), which holds near 0 and 1 too."""
     middle = share + _Z**2 / (2 * num_examples)
     half = _Z * math.sqrt(share * (1 - share) / num_examples + (_Z / (2 * num_examples)) ** 2)
     whole = 1 + _Z**2 / num_examples
@@ -101,9 +134,9 @@ def wilson(share: float, num_examples: int) -> tuple[float, float]:
 
 
 def first_error(response_ids: Iterable[int], gold_ids: Iterable[int], vocab: SpanVocab) -> str | None:
-    """What a response got wrong first, or None: "first label", "next label", "refs", "eos" (too early or too late) or "body".
+    """Name what a response gets wrong first: "first label", "next label", "refs", "eos" (too early or too late), "body" or None.
 
-    By the first token that differs from the gold response: a `<ref:k>` written or left out counts as "refs", other text as "body".
+    Decided by the first token that differs from the gold response: a `<ref:k>` written or left out counts as "refs", other text as "body".
     """
     pairs = list(itertools.zip_longest(map(int, response_ids), map(int, gold_ids), fillvalue=vocab.pad_id))
     wrong = next((i for i, (found, gold) in enumerate(pairs) if found != gold), None)
@@ -120,57 +153,36 @@ def first_error(response_ids: Iterable[int], gold_ids: Iterable[int], vocab: Spa
     return "eos" if vocab.eos_id in tokens or vocab.pad_id in tokens else "body"
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Results in the order of the prompts, and the seconds that prefill and decoding took, compilation apart."""
-
-    results: tuple[Result, ...]
-    batch_size: int
-    decode_seconds: float
-    compile_seconds: float
-
-    @property
-    def problems_per_second(self) -> float:
-        """Right answers per second of decoding."""
-        return sum(result.verdict.answer_right for result in self.results) / self.decode_seconds
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **Scores.of(self.results).to_json(),
-            "batch_size": self.batch_size,
-            "problems_per_second": self.problems_per_second,
-            "response_tokens_per_second": sum(len(result.output.response_ids) for result in self.results) / self.decode_seconds,
-            "context_tokens": float(np.mean([len(result.output.token_ids) for result in self.results])),
-            "decode_seconds": self.decode_seconds,
-            "compile_seconds": self.compile_seconds,
-        }
-
-
 def evaluate(
-    lm: SpanLM,
-    prompts: Sequence[str],
+    lm: LanguageModel,
+    examples: Sequence[Example],
     *,
-    verify: Callable[[str, np.ndarray], Verdict],
-    attention: str = "span",
-    max_new_tokens: int,
+    attention: str | Policy | None = None,
     batch_size: int = 64,
+    max_new_tokens: int | None = None,
     passes: int = 1,
     progress: bool = False,
 ) -> Evaluation:
-    """Decodes prompts greedily, all batches of one shape, and judges the responses.
+    """Decode the examples' prompts greedily, all batches of one shape.
 
     Args:
-      verify: the task's verdict on (prompt, response ids).
-      passes: times that each batch is decoded; of its times the median counts.
+      attention: a policy or its name; by default what the model was trained with.
+      max_new_tokens: by default 16 more than the longest gold response has.
+      passes: times that each batch is decoded; the median of its times counts.
+
+    Raises: UserError for no examples, prompts that are too long, and a batch size that the mesh does not divide.
     """
-    ids = [lm.task.encode_prompt(prompt) for prompt in prompts]
+    if not examples:
+        raise UserError("no examples to evaluate")
+    ids = [lm.task.encode_prompt(example.prompt) for example in examples]
     token_ids, lengths = lm.pad(ids)
     batch_size = _batch_size(lm, batch_size, len(ids))
-    config = DecodeConfig(attention=attention, max_new_tokens=max_new_tokens)
-    order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # alike lengths end at about the same step
-    results: dict[int, Result] = {}
+    policy = get_policy(attention or lm.model.config.mask)
+    config = _config(examples, policy, max_new_tokens)
+    order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
+    outputs: dict[int, Output] = {}
     compile_seconds, seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
-    bar = tqdm(total=len(ids), desc=f"decode ({attention})", unit="prompt", leave=False, disable=None if progress else True)
+    bar = tqdm(total=len(ids), desc=f"decode ({policy.name})", unit="prompt", leave=False, disable=None if progress else True)
     with bar:
         for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]
@@ -182,46 +194,49 @@ def evaluate(
                 state = jax.block_until_ready(lm.engine.generate(*batch, config))
                 taken.append(time.perf_counter() - began)
             seconds += statistics.median(taken)
-            outputs = lm.outputs([prompts[i] for i in chosen], [ids[i] for i in chosen], state, attention)
-            for i, output in zip(chosen, outputs, strict=True):
-                results[i] = Result(output, verify(prompts[i], output.response_ids))
+            found = lm.outputs([examples[i].prompt for i in chosen], [ids[i] for i in chosen], state, policy)
+            outputs |= dict(zip(chosen, found, strict=True))
             bar.update(len(chosen))
-    return Evaluation(tuple(results[i] for i in range(len(ids))), batch_size, seconds, compile_seconds)
+    in_order = tuple(outputs[i] for i in range(len(ids)))
+    return Evaluation(lm.task, tuple(examples), in_order, batch_size, seconds, compile_seconds)
 
 
 def evaluate_all(
-    lm: SpanLM,
-    prompts: Mapping[str, Sequence[str]],
-    verify: Callable[[str, np.ndarray], Verdict],
-    gold: Callable[[str], np.ndarray],
+    lm: LanguageModel,
+    sets: Mapping[str, Sequence[Example]],
     *,
     batch_sizes: Sequence[int],
+    attention: str | Policy | None = None,
     **options: Any,
 ) -> dict[str, list[Evaluation]]:
-    """`evaluate` of sets of prompts at each batch size. Responses may be 16 tokens longer than the longest gold one of their set.
-
-    Args:
-      gold: a prompt's gold response. `verify` and other options as for `evaluate`.
-    """
-    rooms = {name: max(len(gold(prompt)) for prompt in own) + 16 for name, own in prompts.items()}
-    cases = [(name, size) for name in prompts for size in batch_sizes]
-    longest = {name: max(len(lm.task.encode_prompt(prompt)) for prompt in own) for name, own in prompts.items()}
+    """Call `evaluate` for sets of examples at each batch size, all of them compiled first, several at once."""
+    cases = [(name, size) for name in sets for size in batch_sizes]
+    policy = get_policy(attention or lm.model.config.mask)
 
     def compile_case(name: str, size: int) -> float:
-        config = DecodeConfig(attention=options.get("attention", "span"), max_new_tokens=rooms[name])
-        return _compile(lm, _batch_size(lm, size, len(prompts[name])), longest[name], config)
+        longest = max(len(lm.task.encode_prompt(example.prompt)) for example in sets[name])
+        return _compile(lm, _batch_size(lm, size, len(sets[name])), longest, _config(sets[name], policy))
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA leaves most processors idle on one
         seconds = dict(zip(cases, pool.map(compile_case, *zip(*cases, strict=True)), strict=True))
-    found: dict[str, list[Evaluation]] = {name: [] for name in prompts}
+    found: dict[str, list[Evaluation]] = {name: [] for name in sets}
     for name, size in cases:
-        evaluation = evaluate(lm, prompts[name], verify=verify, max_new_tokens=rooms[name], batch_size=size, **options)
+        evaluation = evaluate(lm, sets[name], batch_size=size, attention=policy, **options)
         found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds[name, size]))
     return found
 
 
-def _batch_size(lm: SpanLM, wanted: int, num_prompts: int) -> int:
-    """No more than there are prompts; on a mesh rounded up to what it divides. Raises ValueError for a size that it does not divide."""
+def _config(examples: Sequence[Example], policy: Policy, max_new_tokens: int | None = None) -> DecodeConfig:
+    if max_new_tokens is None:
+        max_new_tokens = max(len(example.response_ids) for example in examples) + MARGIN_TOKENS
+    return DecodeConfig(policy, max_new_tokens)
+
+
+def _batch_size(lm: LanguageModel, wanted: int, num_prompts: int) -> int:
+    """Limit a batch size to the number of prompts; on a mesh that is rounded up to what the mesh divides.
+
+    Raises: UserError for a size that the mesh does not divide.
+    """
     if lm.engine.mesh is None:
         return min(wanted, num_prompts)
     check_batch(wanted, lm.engine.mesh)
@@ -229,109 +244,58 @@ def _batch_size(lm: SpanLM, wanted: int, num_prompts: int) -> int:
     return min(wanted, -(-num_prompts // parts) * parts)
 
 
-def _compile(lm: SpanLM, batch: int, prompt_tokens: int, config: DecodeConfig) -> float:
-    """Seconds that it took; none to speak of where it was compiled before."""
+def _compile(lm: LanguageModel, batch_size: int, prompt_tokens: int, config: DecodeConfig) -> float:
+    """Compile for a batch and return the seconds that it took, hardly any where it was compiled before."""
     began = time.perf_counter()
-    lm.engine.compile(batch, prompt_tokens, config)
+    lm.engine.compile(batch_size, prompt_tokens, config)
     return time.perf_counter() - began
 
 
-def fastest(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The one with the most right answers per second."""
-    return max(evaluations, key=lambda evaluation: evaluation.problems_per_second)
+def report(lm: LanguageModel, evaluations: Mapping[str, Sequence[Evaluation]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Summarize what `evaluate_all` returned, with its settings and the device, as JSON.
 
-
-def scores_by(results: Sequence[Result], keys: Sequence[int]) -> dict[str, Scores]:
-    """Scores of the results that share a key, in order of the keys."""
-    return {str(key): Scores.of([result for result, own in zip(results, keys, strict=True) if own == key]) for key in sorted(set(keys))}
-
-
-def report(
-    lm: SpanLM,
-    evaluations: Mapping[str, Sequence[Evaluation]],
-    *,
-    gold: Callable[[str], np.ndarray],
-    keys: Callable[[str], int],
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What JSON can hold of what `evaluate_all` returns, with its settings and the device.
-
-    Everything about a set is of its fastest batch size, and `by_batch_size` has the speed of all. `by_ops` has the scores
-    of all results by what `keys` says of their prompt.
+    Everything about a set is of its fastest batch size; `by_batch_size` has the speed of all. Where the task groups its prompts,
+    `by_...` (`by_ops` for arithmetic) has the scores of each group over all sets.
     """
-    chosen = {name: fastest(own) for name, own in evaluations.items()}
-    results = [result for evaluation in chosen.values() for result in evaluation.results]
+    chosen = {name: max(own, key=lambda evaluation: evaluation.right_per_second) for name, own in evaluations.items()}
     whole = Evaluation(
-        tuple(results),
-        max(evaluation.batch_size for evaluation in chosen.values()),
-        sum(evaluation.decode_seconds for evaluation in chosen.values()),
-        sum(evaluation.compile_seconds for evaluation in chosen.values()),
+        lm.task,
+        tuple(example for own in chosen.values() for example in own.examples),
+        tuple(out for own in chosen.values() for out in own.outputs),
+        max(own.batch_size for own in chosen.values()),
+        sum(own.decode_seconds for own in chosen.values()),
+        sum(own.compile_seconds for own in chosen.values()),
     )
-
-    def errors(results: Sequence[Result]) -> dict[str, int]:
-        kinds = (first_error(r.output.response_ids, gold(r.output.prompt), lm.model.vocab) for r in results)
-        return dict(collections.Counter(kind for kind in kinds if kind).most_common())
-
-    by_ops = {
-        name: {**scores.to_json(), "first_errors": errors([result for result in results if str(keys(result.output.prompt)) == name])}
-        for name, scores in scores_by(results, [keys(result.output.prompt) for result in results]).items()
-    }
-    speeds = ("batch_size", "problems_per_second", "response_tokens_per_second", "decode_seconds", "compile_seconds", "answer_accuracy")
-    sets = {
-        name: chosen[name].to_json() | {"by_batch_size": [{key: every.to_json()[key] for key in speeds} for every in own]}
-        for name, own in evaluations.items()
-    }
-    wrong = next((result for result in results if not result.verdict.steps_right), None)
-    return {
+    outputs, first = whole.outputs, whole.outputs[0]
+    values = {
         **settings,
-        "attention": results[0].output.attention,
+        "attention": first.attention,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "num_parameters": lm.model.num_parameters,
         **whole.to_json(),
-        "first_errors": errors(results),
-        "first_wrong": None if wrong is None else f"{wrong.output.prompt}: {wrong.verdict.message}",
-        "by_ops": by_ops,
-        "sets": sets,
+        **attended_by_kind([out.reading for out in outputs]),
+        "unresolved_refs": sum(out.unresolved_refs for out in outputs),
+        "first": {"steps": [str(step) for step in first.steps], "gold": lm.task.decode(whole.examples[0].response_ids)},
+        "sets": {
+            name: chosen[name].to_json() | {"by_batch_size": [_speed_and_accuracy(every) for every in own]}
+            for name, own in evaluations.items()
+        },
     }
+    if len(evaluations) == 1:
+        values["by_batch_size"] = next(iter(values["sets"].values()))["by_batch_size"]
+    if first.verdict:
+        wrong = next((out for out in outputs if out.verdict and not out.verdict.steps_right), None)
+        values["first_errors"] = whole._first_errors()
+        values["first_wrong"] = f"{wrong.prompt}: {wrong.verdict.message}" if wrong and wrong.verdict else None
+    if hasattr(lm.task, "group"):
+        groups = whole._groups().items()
+        values[f"by_{lm.task.group_by}"] = {
+            name: own._scores_and_intervals() | {"first_errors": own._first_errors()} for name, own in groups
+        }
+    return values
 
 
-def response_table(out: Output, verdict: Verdict | None) -> str:
-    """The response, as a table where it has steps; the answer with the verdict on it; and how much of the context was read."""
-    lines = [out.prompt + out.text, ""]
-    if out.steps:
-        head = ("step", "reads", "writes", "attended tokens")
-        rows = [(f"<{s.label}>", " ".join(f"<{ref}>" for ref in s.refs) or "-", s.text, f"{s.attended_tokens:.1f}") for s in out.steps]
-        widths = [max(map(len, column)) for column in zip(head, *rows)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)] + [""]
-    mean_context = (out.prompt_tokens + 1 + len(out.token_ids)) / 2
-    lines += [f"{out.prompt} = {out.answer}   ({verdict.message})"] if verdict else []
-    lines += [
-        f"attended: {out.num_attended.mean():.1f} tokens, {out.attended_fraction:.1%} of the context"
-        f"   dense decoding: {mean_context:.1f} tokens, 100%",
-    ]
-    if not out.finished:
-        lines.append(f"stopped after {len(out.response_ids)} new tokens, before the response had ended")
-    if out.unresolved_refs:
-        lines.append(f"{out.unresolved_refs} span tokens named a label that nothing carried")
-    return "\n".join(lines)
-
-
-def evaluation_table(report: Mapping[str, Any]) -> str:
-    """What `report` returns, for people: scores by number of operators, what went wrong first, and how fast it was."""
-    columns = ("answer_accuracy", "step_accuracy", "span_accuracy", "attended_fraction")
-    lines = ["operators  examples  answers  steps   spans   attended  tokens"]
-    for name, row in [*report["by_ops"].items(), ("all", report)]:
-        answer, step, span, fraction = (row[column] for column in columns)
-        lines.append(
-            f"{name:>9}  {row['num_examples']:>8}  {answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {row['attended_tokens']:7.1f}"
-        )
-    for name, own in report["sets"].items():
-        for speed in own["by_batch_size"]:
-            rate, size = speed["problems_per_second"], speed["batch_size"]
-            lines.append(f"{name} operators: {rate:.1f} right answers per second of prefill and decoding, batch {size}")
-    if errors := report["first_errors"]:
-        lines.append("first errors: " + ", ".join(f"{kind} {count}" for kind, count in errors.items()))
-    if wrong := report["first_wrong"]:
-        lines.append(f"first wrong: {wrong}")
-    return "\n".join(lines)
+def _speed_and_accuracy(evaluation: Evaluation) -> dict[str, Any]:
+    accuracy = {"answer_accuracy": evaluation.scores["answer_accuracy"]} if "answer_accuracy" in evaluation.scores else {}
+    return evaluation.speed() | accuracy

@@ -18,6 +18,7 @@ from selfspan_jax.attention.sequences import attend_under
 from selfspan_jax.config import DecodeConfig, Implementation, Sampling, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState
+from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.task import Task, installed_tasks
@@ -41,7 +42,7 @@ class SpanLM:
     def __init__(self, model: Decoder, task: Task, *, weights: Weights = "bf16", mesh: str | None = None):
         """Copy a model for decoding; see `load` for the options."""
         if weights not in get_args(Weights):
-            raise ValueError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
+            raise UserError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
         self.model = model.for_decoding(weights=weights)
         self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
         self.task = task
@@ -65,19 +66,19 @@ class SpanLM:
           weights: "bf16", the model's own compute dtype, or "int8", half the bytes of bfloat16.
           mesh: decode on several devices, for example `data=2,tensor=2`: `data` divides sequences, `tensor` kv heads.
 
-        Raises: FileNotFoundError, ValueError with one line that says what is wrong with the directory.
+        Raises: FileNotFoundError, UserError with one line that says what is wrong with the directory.
         """
         path = Path(directory)
         is_adapter = lora.is_adapter(path)
         if base is not None and not is_adapter:
-            raise ValueError(f"{directory} is no adapter, so it takes no base")
+            raise UserError(f"{directory} is no adapter, so it takes no base")
         if huggingface.is_foreign(path):
             return cls(*huggingface.load(directory), weights=weights, mesh=mesh)
         model, fields = lora.load_adapter(path, None if base is None else Path(base)) if is_adapter else checkpoint.load_model(path)
         tasks = installed_tasks() if tasks is None else tasks
         if (name := str(fields.get("task"))) not in tasks:
             known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
-            raise ValueError(f"{directory}: of task {name!r}; {known}")
+            raise UserError(f"{directory}: of task {name!r}; {known}")
         return cls(model, tasks[name].from_json(fields), weights=weights, mesh=mesh)
 
     @overload
@@ -114,7 +115,7 @@ class SpanLM:
 
         Returns: an Output; for several prompts a list of them in order.
 
-        Raises: ValueError for a prompt that the task cannot read, or that is too long for the model's context.
+        Raises: UserError for a prompt that the task cannot read, or that is too long for the model's context.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
@@ -167,14 +168,14 @@ class SpanLM:
     def pad(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
         """Put prompts of different lengths into one array; on a mesh the first is repeated until it divides the batch.
 
-        Raises: ValueError for a prompt beyond the context.
+        Raises: UserError for a prompt beyond the context.
         """
         if self.engine.mesh is not None:
             prompts = [*prompts, *[prompts[0]] * (-len(prompts) % num_data_shards(self.engine.mesh))]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         context = self.model.config.max_context_tokens
         if lengths.max() >= context:
-            raise ValueError(f"the prompt is {lengths.max()} tokens long, but the model's context is {context}, response included")
+            raise UserError(f"the prompt is {lengths.max()} tokens long, but the model's context is {context}, response included")
         token_ids = np.full((len(prompts), lengths.max()), self.model.vocab.pad_id, np.int32)
         for row, prompt in zip(token_ids, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -213,7 +214,7 @@ class SpanLM:
         token_ids = np.asarray(token_ids, np.int32)
         context = self.model.config.max_context_tokens
         if token_ids.ndim != 1 or not 0 < len(token_ids) <= context:
-            raise ValueError(f"token ids of shape {token_ids.shape}; expected [T] with T from 1 to the model's context of {context}")
+            raise UserError(f"token ids of shape {token_ids.shape}; expected [T] with T from 1 to the model's context of {context}")
         self.engine.check_ids(token_ids)
         return token_ids
 

@@ -14,7 +14,7 @@ class Task(Protocol):
     """Turn text into ids and back. Packages offer their tasks under the entry point `selfspan.tasks`."""
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:
-        """Encode text up to and including `<solve>`. Raises ValueError for text that is no prompt."""
+        """Encode text up to and including `<solve>`. Raises an error (a ValueError) of one line for text that is no prompt."""
 
     def decode(self, token_ids: Iterable[int]) -> str: ...
 
@@ -49,9 +49,24 @@ class Example(Protocol):
 
 
 class ScoringTask(Task, Protocol):
-    """A task that scores responses to its examples."""
+    """A task with examples that `evaluation` can decode and score.
 
-    def scores(self, examples: Sequence[Any], responses: Sequence[Iterable[int]]) -> dict[str, float]: ...
+    Beyond what is listed here it may have
+      verify(prompt, response_ids) -> Verdict, which judges one response: then right answers per second are counted;
+      group(prompt) -> str, what an evaluation tells apart, such as the number of operators, with `group_by`, which names
+        the groups in JSON ("ops"), and `group_title`, which heads them in tables ("operators");
+      score_kinds, a mapping that says which scores stand together in a table ({"ROUGE": ("rouge1", "rouge2")});
+      view, how a response is laid out as text: "steps" (the default) or "sources".
+    """
+
+    unit: str
+    """What an evaluation counts per second, in JSON `{unit}_per_second`: "problems"."""
+
+    def scores(self, examples: Sequence[Any], responses: Sequence[Iterable[int]]) -> dict[str, float]:
+        """Score responses to the examples' prompts."""
+
+    def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Any]]:
+        """Draw sets of examples that no training sees, by name; labels from 1 on, as `encode_prompt` writes them."""
 
 
 def installed_tasks() -> dict[str, type[Task]]:

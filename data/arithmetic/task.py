@@ -27,6 +27,9 @@ class ArithmeticTask:
     names_first_step: bool = False
 
     name: ClassVar[str] = "arithmetic"
+    unit: ClassVar[str] = "problems"
+    group_by: ClassVar[str] = "ops"
+    group_title: ClassVar[str] = "operators"
     Corpus: ClassVar[type] = corpus.Corpus
     WriteCommand: ClassVar[type] = corpus.WriteCommand
     columns: ClassVar[Mapping[str, Any]] = {
@@ -102,6 +105,10 @@ class ArithmeticTask:
             drawn = self.corpus(min_ops=low, max_ops=high).stream(seed=seed, split="test", vocab=self.vocab)
             sets[str(low) if low == high else f"{low}-{high}"] = [self.encode(x.prompt) for x in itertools.islice(drawn, num_examples)]
         return sets
+
+    def renumber(self, example: Example) -> Example:
+        """Write an example again, labels from 1 on, as `encode_prompt` does."""
+        return self.encode(example.prompt)
 
     def group(self, prompt: str) -> str:
         """Name the group that an expression is evaluated in: its number of operators."""

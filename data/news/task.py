@@ -32,6 +32,13 @@ class NewsTask:
     max_prompt_tokens: int = 896
 
     name: ClassVar[str] = "news"
+    unit: ClassVar[str] = "summaries"
+    view: ClassVar[str] = "sources"
+    score_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "ROUGE": ("rouge1", "rouge2", "rougeL"),
+        "facts": ("fact_accuracy", "fact_recall", "all_facts_right"),
+        "spans": ("span_precision", "span_recall"),
+    }
     Corpus: ClassVar[type] = corpus.Corpus
     WriteCommand: ClassVar[type] = sources.WriteCommand
     columns: ClassVar[Mapping[str, Any]] = {
@@ -101,9 +108,9 @@ class NewsTask:
         drawn = (self.encode(example.story) for example in settings.stream(seed=seed, split="test", vocab=self.vocab))
         return {"synthetic": list(itertools.islice((example for example in drawn if example is not None), num_examples))}
 
-    def group(self, prompt: str) -> str:
-        """Name the group that an article is evaluated in: all are in one."""
-        return "synthetic"
+    def renumber(self, example: Example) -> Example | None:
+        """Write an example again, labels from 1 on, as `encode_prompt` does; None where no summary sentence has a source left."""
+        return self.encode(example.story)
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict for `from_json`."""

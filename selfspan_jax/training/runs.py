@@ -9,38 +9,19 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Int
 
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.errors import UserError
-from selfspan_jax.evaluation import evaluate
 from selfspan_jax.files import read_json, write_json
-from selfspan_jax.lm import SpanLM, Task
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import distributed
 
 _REMOVED = {"export_every_steps": 0}  # settings of older versions, with the value that this version still computes
-
-
-class Example(Protocol):
-    """A prompt, as its task's `encode_prompt` takes it, and the ids of its gold response."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def response_ids(self) -> Int[np.ndarray, "R"]: ...
-
-
-class ScoringTask(Task, Protocol):
-    """A task that judges responses."""
-
-    def scores(self, examples: Sequence[Any], responses: Sequence[Iterable[int]]) -> dict[str, float]: ...
 
 
 def claim(run_dir: Path, identity: dict[str, Any]) -> None:
@@ -75,36 +56,6 @@ def _check_same(file: Path, here: dict[str, Any]) -> None:
                 differences.append(f"{key} is {old.get(key)!r} there, {new.get(key)!r} here")
     if differences:
         raise UserError(f"{file.parent} holds a run of another config: {'; '.join(differences)}")
-
-
-def score(model: Decoder, task: ScoringTask, examples: Sequence[Example]) -> dict[str, float]:
-    """Decodes the examples' prompts greedily, as the model was trained to attend: the task's scores, and what was read.
-
-    Responses may be 16 tokens longer than the longest gold one.
-    """
-    evaluation = evaluate(
-        SpanLM(model, task),
-        [example.prompt for example in examples],
-        verify=_unjudged,
-        attention=model.config.mask,
-        max_new_tokens=max(len(example.response_ids) for example in examples) + 16,
-        batch_size=128,
-        progress=distributed.is_first_process(),
-    )
-    outputs = [result.output for result in evaluation.results]
-    attended = np.concatenate([out.num_attended for out in outputs])
-    contexts = np.concatenate([np.arange(out.prompt_tokens + 1, len(out.token_ids) + 1) for out in outputs])
-    return {
-        "num_examples": len(outputs),
-        **task.scores(examples, [out.response_ids for out in outputs]),
-        "attended_fraction": float(np.mean(attended / contexts)),
-        "attended_tokens": float(np.mean(attended)),
-        "finished_fraction": float(np.mean([out.finished for out in outputs])),
-    }
-
-
-def _unjudged(prompt: str, response_ids: Int[np.ndarray, "R"]) -> Any:
-    """The task judges all responses at once."""
 
 
 def card(title: str, model: Decoder, config: TrainConfig, prompts: str, scores: Mapping[str, float], identity: Mapping[str, Any]) -> str:

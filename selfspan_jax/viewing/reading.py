@@ -138,24 +138,30 @@ class Reading:
             yield f"Structural tokens of a prompt, which mean nothing in a response: {count}."
 
 
-def attended(readings: Sequence[Reading]) -> dict[str, float | None]:
-    """Average what the response tokens of several sequences attended to.
+def attended(readings: Sequence[Reading]) -> dict[str, float]:
+    """Average what the response tokens of several sequences attended to: `attended_fraction` and `attended_tokens`."""
+    return {name: float(np.mean(values)) for name, values in _attended(readings).items()}
 
-    Returns: `attended_fraction` and `attended_tokens` of all tokens, of body tokens (`_body`) and of header tokens, `<seg>` and
-    `<ref>` (`_header`), None where there are none; and `header_share`, the share of header tokens.
+
+def attended_by_kind(readings: Sequence[Reading]) -> dict[str, float | None]:
+    """Average the same over body tokens (`_body`) and header tokens, `<seg>` and `<ref>` (`_header`), apart.
+
+    A kind without tokens has None. `header_share` is the share of header tokens.
     """
     header = np.concatenate([reading.roles.is_header[reading.prompt_tokens :] for reading in readings])
-    figures = {
+    means = {
+        f"{name}_{kind}": float(np.mean(values[chosen])) if chosen.any() else None
+        for name, values in _attended(readings).items()
+        for kind, chosen in {"body": ~header, "header": header}.items()
+    }
+    return means | {"header_share": float(np.mean(header))}
+
+
+def _attended(readings: Sequence[Reading]) -> dict[str, np.ndarray]:
+    return {
         "attended_fraction": np.concatenate([reading.fractions for reading in readings]),
         "attended_tokens": np.concatenate([reading.num_attended for reading in readings]),
     }
-    kinds = {"": np.ones_like(header), "_body": ~header, "_header": header}
-    means = {
-        f"{name}{kind}": float(np.mean(values[chosen])) if chosen.any() else None
-        for name, values in figures.items()
-        for kind, chosen in kinds.items()
-    }
-    return means | {"header_share": float(np.mean(header))}
 
 
 def attention_mask(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab, config: ModelConfig, policy: Policy) -> Bool[np.ndarray, "T T"]:

@@ -373,3 +373,9 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     assert status == 2 and "none.jsonl: No such file or directory" in err and not list(tmp_path.iterdir())
     status, err = run(capsys, "--source", "synthetic", "--split", "dev", "--out", tmp_path / "out")
     assert status == 2 and "split is 'dev': expected one of train, test" in err and not list(tmp_path.iterdir())
+
+
+def test_examples_held_out_are_of_no_training_stream():
+    corpus = news.Corpus(vocab_tokens=400, num_labels=64)
+    held = {example.prompt for example in news.NewsTask.of(corpus).held_out(16, seed=0)["synthetic"]}
+    assert not held & {example.prompt for example in itertools.islice(corpus.stream(seed=0), 64)}

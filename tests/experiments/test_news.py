@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import news
 from experiments import news as report
-from selfspan_jax import summaries
+from selfspan_jax import evaluation
 from selfspan_jax.config import PRESETS, ModelConfig
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
@@ -45,7 +45,7 @@ def written():
     lm = SpanLM(Decoder(config, vocab=SpanVocab(**task.vocab.span_ids()), vocab_size=task.vocab.size, rngs=nnx.Rngs(0)), task)
     examples = list(itertools.islice(corpus.stream(seed=1, split="test"), 2))
     settings = {"num_examples": 2, "ops": (), "seed": 1, "batch_size": (1, 2), "mesh": None, "checkpoint": "model"}
-    values = summaries.report(lm, examples, scores=task.scores, attention="span", batch_sizes=(1, 2), settings=settings)
+    values = evaluation.report(lm, evaluation.evaluate_all(lm, {"synthetic": examples}, batch_sizes=(1, 2)), settings)
     return json.loads(json.dumps(values))
 
 
@@ -124,7 +124,7 @@ def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys, there):
 
 
 def test_an_evaluation_of_an_untrained_model_is_taken_as_it_was_written(written, tmp_path, capsys):
-    """Whatever `summaries.report` names, also where there is nothing to take a mean of."""
+    """Whatever `evaluation.report` names, also where there is nothing to take a mean of."""
     (tmp_path / "raw").mkdir()
     (tmp_path / "out.md").write_text(PAGE)
     nothing = {"attended_fraction_header": None, "attended_tokens_header": None, "attended_fraction_body": None, "header_share": 0.0}

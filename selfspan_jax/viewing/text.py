@@ -1,0 +1,99 @@
+"""Lay out responses and evaluations as text, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from selfspan_jax.viewing.output import Output
+from selfspan_jax.viewing.reading import attended_by_kind
+
+
+def response_table(out: Output) -> str:
+    """Lay out a response as its task's `view` says: "sources", or "steps", the default."""
+    return _sources_table(out) if getattr(out.task, "view", "steps") == "sources" else _steps_table(out)
+
+
+def _steps_table(out: Output) -> str:
+    """Lay out the steps with what each read, the answer with the verdict on it, and how much of the context was read."""
+    lines = [out.prompt + out.text, ""]
+    if out.steps:
+        head = ("step", "reads", "writes", "attended tokens")
+        rows = [(f"<{s.label}>", " ".join(f"<{ref}>" for ref in s.refs) or "-", s.text, f"{s.attended_tokens:.1f}") for s in out.steps]
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)] + [""]
+    mean_context = (out.prompt_tokens + 1 + len(out.token_ids)) / 2
+    lines += [f"{out.prompt} = {out.answer}   ({out.verdict.message})"] if out.verdict else []
+    lines += [
+        f"attended: {out.reading.attended_tokens:.1f} tokens, {out.attended_fraction:.1%} of the context"
+        f"   dense decoding: {mean_context:.1f} tokens, 100%",
+    ]
+    lines += _stopped(out)
+    if out.unresolved_refs:
+        lines.append(f"{out.unresolved_refs} span tokens named a label that nothing carried")
+    return "\n".join(lines)
+
+
+def _sources_table(out: Output) -> str:
+    """Lay out the steps, each with the pieces of the prompt that it named below it, and how much of the context was read."""
+    reading, labels = out.reading, out.reading.roles.labels
+    ids, prompt = out.token_ids, np.arange(len(out.token_ids)) < out.prompt_tokens
+    opens = (ids >= reading.vocab.seg_base) & (ids < reading.vocab.seg_base + reading.vocab.num_labels)
+    lines = [out.answer or "(no step was opened)", ""]
+    for step in out.steps:
+        lines.append(f"<{step.label}> {step.text.strip()}")
+        for ref in dict.fromkeys(step.refs):
+            piece = ids[(labels == ref) & prompt & ~opens]
+            source = out.task.decode(piece).strip() if len(piece) else "(nothing of the article carries that label)"
+            lines.append(f"    from <{ref}> {source}")
+    read = attended_by_kind([reading]) if len(out.response_ids) else {}
+    parts = {"text": read.get("attended_fraction_body"), "span tokens": read.get("attended_fraction_header")}
+    lines += ["", "attended, of the context: " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)]
+    return "\n".join([*lines, *_stopped(out)])
+
+
+def _stopped(out: Output) -> list[str]:
+    return [] if out.finished else [f"stopped after {len(out.response_ids)} new tokens, before the response had ended"]
+
+
+def evaluation_table(report: Mapping[str, Any], task: Any) -> str:
+    """Lay out what `evaluation.report` returned: a row for each group of verified answers, else a line for each kind of score."""
+    return _verified_table(report, task) if "first_errors" in report else _scores_table(report, task)
+
+
+def _verified_table(report: Mapping[str, Any], task: Any) -> str:
+    columns = ("answer_accuracy", "step_accuracy", "span_accuracy", "attended_fraction")
+    lines = [f"{task.group_title}  examples  answers  steps   spans   attended  tokens"]
+    for name, row in [*report[f"by_{task.group_by}"].items(), ("all", report)]:
+        answer, step, span, fraction = (row[column] for column in columns)
+        lines.append(
+            f"{name:>{len(task.group_title)}}  {row['num_examples']:>8}  "
+            f"{answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {row['attended_tokens']:7.1f}"
+        )
+    for name, own in report["sets"].items():
+        for speed in own["by_batch_size"]:
+            rate, size = speed[f"{task.unit}_per_second"], speed["batch_size"]
+            lines.append(f"{name} {task.group_title}: {rate:.1f} right answers per second of prefill and decoding, batch {size}")
+    if errors := report["first_errors"]:
+        lines.append("first errors: " + ", ".join(f"{kind} {count}" for kind, count in errors.items()))
+    if wrong := report["first_wrong"]:
+        lines.append(f"first wrong: {wrong}")
+    return "\n".join(lines)
+
+
+def _scores_table(report: Mapping[str, Any], task: Any) -> str:
+    head = f"{report['num_examples']} {task.unit} ({report['attention']} attention), "
+    lines = [head + f"{report['finished_fraction']:.1%} ended by themselves"]
+    kinds = {**getattr(task, "score_kinds", {}), "attended": ("attended_fraction", "attended_fraction_body", "attended_fraction_header")}
+    for title, keys in kinds.items():
+        known = [f"{key.replace('_', ' ')} {report[key]:.1%}" for key in keys if report.get(key) is not None]
+        lines += [f"{title:<9} {',  '.join(known)}"] if known else []
+    for own in report["sets"].values():
+        for speed in own["by_batch_size"]:
+            lines.append(
+                f"{speed[f'{task.unit}_per_second']:.1f} {task.unit} and {speed['response_tokens_per_second']:.0f} tokens per second "
+                f"of prefill and decoding, batch {speed['batch_size']}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""Evaluations: scores, order, seconds and reports, by a model that writes noise and a task that is told what to say of it."""
+
+import json
+from types import SimpleNamespace
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import pytest
+
+from data import arithmetic
+from selfspan_jax import SpanLM, evaluation
+from selfspan_jax.spans import SpanVocab
+from selfspan_jax.viewing import text
+from tests.selfspan_jax.models import random_model
+
+RIGHT = {"4": (True, True, True), "45": (True, False, True), "456": (False, False, False)}
+
+
+class Example(NamedTuple):
+    prompt: str
+    response_ids: np.ndarray = np.array([5, 2])
+
+
+class Summaries:
+    """A task over the small vocabulary of the tests, digits are themselves, with scores of its own."""
+
+    unit = "summaries"
+    score_kinds: ClassVar = {"ROUGE": ("rougeL",), "facts": ("fact_accuracy",)}
+
+    def encode_prompt(self, text):
+        return np.array([1, *(int(character) for character in text), 3], np.int32)
+
+    def decode(self, token_ids):
+        return " ".join(str(int(token)) for token in token_ids)
+
+    def answer(self, response_ids):
+        return None
+
+    def scores(self, examples, responses):
+        assert all(len(response) for response in responses)
+        return {"rougeL": np.mean([len(example.prompt) for example in examples]) / 4, "fact_accuracy": 0.5}
+
+
+class Problems(Summaries):
+    """The same, verified: a prompt decides what is right."""
+
+    unit, group_by, group_title = "problems", "ops", "operators"
+
+    def verify(self, prompt, response_ids):
+        answer, steps, spans = RIGHT[prompt]
+        return SimpleNamespace(answer_right=answer, steps_right=steps, spans_right=spans, message=f"of {prompt}")
+
+    def scores(self, examples, responses):
+        judged = np.mean([RIGHT[example.prompt] for example in examples], axis=0)
+        return dict(zip(("answer_accuracy", "step_accuracy", "span_accuracy"), judged.tolist(), strict=True))
+
+    def group(self, prompt):
+        return str(10 - len(prompt) if len(prompt) > 1 else 10)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(max_context_tokens=80)
+
+
+@pytest.fixture(scope="module")
+def lm(model):
+    return SpanLM(model, Problems())
+
+
+@pytest.fixture(scope="module")
+def evaluations(lm):
+    sets = {"short": [Example("4")], "long": [Example("45"), Example("456")]}
+    return evaluation.evaluate_all(lm, sets, batch_sizes=(1, 2), attention="span", passes=2)
+
+
+def test_scores_order_and_seconds(lm, monkeypatch):
+    """Shares, the order of the prompts, the median of passes, the last, smaller batch."""
+    lasted = [100, *(5, 1, 2), *(7, 3, 3)]  # compilation, three passes of each batch
+    readings = iter(reading for seconds in lasted for reading in (0.0, seconds))
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    found = evaluation.evaluate(lm, [Example(prompt) for prompt in RIGHT], max_new_tokens=6, batch_size=2, passes=3)
+    assert (found.decode_seconds, found.compile_seconds, next(readings, "read")) == (2 + 3, 100, "read")
+    assert [out.prompt for out in found.outputs] == list(RIGHT) and found.outputs[0].verdict.message == "of 4"
+    assert (found.scores["answer_accuracy"], found.scores["step_accuracy"], found.scores["span_accuracy"]) == (2 / 3, 1 / 3, 2 / 3)
+    attended = np.concatenate([out.num_attended for out in found.outputs])
+    contexts = np.concatenate([np.arange(out.prompt_tokens + 1, len(out.token_ids) + 1) for out in found.outputs])
+    assert found.scores["attended_tokens"] == pytest.approx(attended.mean())
+    assert found.scores["attended_fraction"] == pytest.approx((attended / contexts).mean())
+    assert found.scores["finished_fraction"] == np.mean([2 in out.response_ids for out in found.outputs])
+    assert found.right_per_second == 2 / 5
+    alone = lm.generate(list(RIGHT), max_new_tokens=6)
+    assert [out.text for out in found.outputs] == [out.text for out in alone] and found.outputs[0].attention == "span"
+    with pytest.raises(ValueError, match="no examples"):
+        evaluation.evaluate(lm, [])
+
+
+def test_a_report_of_verified_answers(lm, evaluations):
+    report = json.loads(json.dumps(evaluation.report(lm, evaluations, {"seed": 7})))
+    assert report["seed"] == 7 and report["attention"] == "span" and report["num_parameters"] == lm.model.num_parameters
+    assert (report["num_examples"], report["answer_accuracy"]) == (3, 2 / 3)
+    assert report["answer_accuracy_interval"] == list(evaluation.wilson(2 / 3, 3)) and report["first_wrong"] == "45: of 45"
+    assert list(report["by_ops"]) == ["7", "8", "10"] and report["by_ops"]["8"]["answer_accuracy"] == 1
+    assert sum(sum(row["first_errors"].values()) for row in report["by_ops"].values()) == sum(report["first_errors"].values())
+    long = report["sets"]["long"]
+    assert [speed["batch_size"] for speed in long["by_batch_size"]] == [1, 2] and long["num_examples"] == 2
+    best = max(long["by_batch_size"], key=lambda speed: speed["problems_per_second"])
+    assert {key: long[key] for key in best} == best and best["problems_per_second"] == 1 / best["decode_seconds"]
+    tokens = [len(out.token_ids) for out in evaluations["long"][0].outputs]
+    assert long["context_tokens"] == np.mean(tokens) and long["decode_seconds"] + report["sets"]["short"]["decode_seconds"] == (
+        pytest.approx(report["decode_seconds"])
+    )
+    assert {"attended_fraction_body", "attended_tokens_header", "header_share", "unresolved_refs", "device", "jax"} <= report.keys()
+    assert report["first"]["gold"] == "5 2"
+
+    table = text.evaluation_table(report, lm.task).splitlines()
+    assert table[0] == "operators  examples  answers  steps   spans   attended  tokens"
+    assert table[2].split()[:5] == ["8", "1", "100.0%", "0.0%", "100.0%"] and table[4].split()[:3] == ["all", "3", "66.7%"]
+    assert table[5].startswith("short operators: ") and table[5].endswith(" right answers per second of prefill and decoding, batch 1")
+    assert [line[:13] for line in table[-2:]] == ["first errors:", "first wrong: "] and len(table) == 5 + 4 + 2
+
+
+def test_a_report_of_a_task_that_verifies_nothing(model, evaluations):
+    lm = SpanLM(model, Summaries())
+    examples = [Example("45"), Example("456")]
+    found = evaluation.evaluate_all(lm, {"synthetic": examples}, batch_sizes=(1, 2), attention="span")
+    report = json.loads(json.dumps(evaluation.report(lm, found, {})))
+    assert report["rougeL"] == 5 / 8 and not {"by_ops", "first_errors", "first_wrong", "fact_accuracy_interval"} & report.keys()
+    assert [speed["batch_size"] for speed in report["by_batch_size"]] == [1, 2]
+    for speed in report["by_batch_size"]:
+        assert speed["summaries_per_second"] == pytest.approx(2 / speed["decode_seconds"])
+    assert report["summaries_per_second"] == max(speed["summaries_per_second"] for speed in report["by_batch_size"])
+    lines = text.evaluation_table(report, lm.task).splitlines()
+    assert lines[0].startswith("2 summaries (span attention), ") and lines[1] == "ROUGE     rougeL 62.5%"
+    assert lines[2] == "facts     fact accuracy 50.0%" and lines[3].startswith("attended  attended fraction ")
+    assert lines[-1].endswith("per second of prefill and decoding, batch 2") and len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("response", "kind"),
+    [
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159<eos>", None),
+        ("<seg:2>51+75=126", "first label"),
+        ("51+75=126", "first label"),
+        ("", "first label"),
+        ("<seg:1>51+75=127<seg:2>", "body"),
+        ("<seg:1>51+75=12<seg:2>", "body"),
+        ("<seg:1>51+75=1260", "body"),
+        ("<seg:1>51+75=126<seg:3>", "next label"),
+        ("<seg:1>51+75=126<eos>", "eos"),
+        ("<seg:1>51+75=126<seg:2><ref:1>", "refs"),
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:2>", "refs"),
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1>126", "refs"),
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159<seg:4>", "eos"),
+        ("<seg:1>51+75=126<seg:2>95*3=285<seg:3><ref:1><ref:2>126-285=-159", "eos"),
+    ],
+)
+def test_the_first_error_has_a_kind(response, kind):
+    task = arithmetic.ArithmeticTask()
+    gold, vocab = task.gold("((51+75)-(95*3))"), SpanVocab(**task.vocab.span_ids())
+    assert evaluation.first_error(task.vocab.encode(response), gold, vocab) == kind
+
+
+@pytest.mark.parametrize(
+    ("right", "num_examples", "expected"),
+    [(0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (81, 263, (0.2553, 0.3662)), (995, 1000, (0.9884, 0.9979))],
+)
+def test_intervals_are_wilson_s(right, num_examples, expected):
+    """Against published values (Newcombe, 1998, has 81 of 263) and the roots of the score equation."""
+    share = right / num_examples
+    low, high = evaluation.wilson(share, num_examples)
+    assert (low, high) == pytest.approx(expected, abs=1e-4)
+    for bound in (low, high):
+        assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / num_examples, abs=1e-9)

@@ -1,0 +1,111 @@
+"""What is read back of a decoded sequence, by hand and against the reference automaton, and how it is laid out as text."""
+
+import numpy as np
+import pytest
+
+from data import news
+from selfspan_jax import Output
+from selfspan_jax.attention.policies import Span
+from selfspan_jax.config import ModelConfig
+from selfspan_jax.spans import SpanVocab
+from selfspan_jax.viewing import text
+from selfspan_jax.viewing.reading import Reading, attended, attended_by_kind
+from tests.selfspan_jax.models import TINY
+from tests.selfspan_jax.reference import Reference
+from tests.selfspan_jax.streams import NAMED, VOCAB
+from tests.selfspan_jax.viewing.test_html import output
+
+_S, _R = VOCAB.seg_base, VOCAB.ref_base
+
+
+@pytest.fixture(scope="module")
+def gold():
+    """What a model that writes the gold response would have returned, and the example."""
+    task = news.NewsTask.of(news.Corpus(vocab_tokens=400, num_labels=64))
+    story = news.Story(("Ada won.", "Rain fell.", "It was Monday."), ("Ada won on Monday.", "It rained."), ((0, 2), (1,)), ())
+    example, vocab = task.encode(story), SpanVocab(**task.vocab.span_ids())
+    mask = np.array(Reference(example.token_ids, vocab, header_view="all").mask())
+    num_attended = mask.sum(axis=1)[example.prompt_tokens :]
+    config = ModelConfig(**TINY, header_view="all", prompt_view="causal")
+    reading = Reading(example.token_ids, example.prompt_tokens, num_attended, Span(), config, vocab, task.decode)
+    np.testing.assert_array_equal(reading.mask, mask)
+    return Output(example.prompt, task.decode(example.response_ids), task.answer(example.response_ids), reading, task), example
+
+
+def test_header_tokens_read_everything_and_body_tokens_what_is_named(gold):
+    out, example = gold
+    vocab = out.task.vocab
+    length = {i: len(vocab.plain_text_ids(" " + sentence)) + 1 for i, sentence in enumerate(example.story.article)}
+    sink = 2 + len(vocab.plain_text_ids(news.INSTRUCTION))  # <bos>, instruction, <solve>
+    fractions, position = {"body": [], "header": []}, example.prompt_tokens
+    for sentence, sources in zip(example.story.summary, example.story.sources, strict=True):
+        own = 0
+        for _ in range(1 + len(sources)):
+            fractions["header"].append(1.0)
+            own, position = own + 1, position + 1
+        for _ in vocab.plain_text_ids(" " + sentence):
+            own, position = own + 1, position + 1
+            fractions["body"].append((sink + sum(length[i] for i in sources) + own) / position)
+    fractions["body"].append((fractions["body"][-1] * position + 1) / (position + 1))  # <eos>
+    by_kind = attended_by_kind([out.reading])
+    assert by_kind["attended_fraction_header"] == 1 and np.isclose(by_kind["attended_fraction_body"], np.mean(fractions["body"]))
+    assert np.isclose(by_kind["header_share"], len(fractions["header"]) / len(out.response_ids))
+    mean = np.mean(fractions["body"] + fractions["header"])
+    assert np.isclose(out.attended_fraction, mean) and np.isclose(attended([out.reading])["attended_fraction"], mean)
+    # Over several responses each token counts once.
+    short, _, _ = output(NAMED["specification"][0])
+    both = [*out.num_attended, *short.num_attended]
+    assert np.isclose(attended([out.reading, short.reading])["attended_tokens"], np.mean(both))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_steps_are_those_of_the_reference(name):
+    out, reference, _ = output(NAMED[name][0])
+    tokens = NAMED[name][0]
+    expected, frozen = [], False  # (label, labels named, written tokens) of every <seg> of the response
+    for index in range(out.prompt_tokens, len(tokens)):
+        frozen = frozen or 2 in tokens[:index]
+        if reference.solve_position is not None and not frozen:
+            if _S <= tokens[index] < _S + VOCAB.num_labels:
+                expected.append((tokens[index] - _S, [], []))
+            elif _R <= tokens[index] < _R + VOCAB.num_labels and expected:
+                expected[-1][1].append(tokens[index] - _R)
+        if expected and not _S <= tokens[index] < _R + VOCAB.num_labels and tokens[index] != VOCAB.eos_id:
+            expected[-1][2].append(tokens[index])
+    found = [(step.label, list(step.refs), step.text) for step in out.steps]
+    assert found == [(label, refs, out.task.decode(body)) for label, refs, body in expected]
+    for step, arrays in zip(out.steps, [step for step in out.reading.steps if step.opened], strict=True):
+        assert step.attended_tokens == np.mean(out.num_attended[arrays.indices - out.prompt_tokens])
+    every = np.concatenate([step.indices for step in out.reading.steps]) if out.reading.steps else []
+    assert sorted(every) == list(range(out.prompt_tokens, len(tokens)))
+
+
+def test_an_output_as_json():
+    out, _, mask = output(NAMED["unresolved"][0])
+    values = out.to_json()
+    assert values["token_ids"] == NAMED["unresolved"][0] and values["num_attended"] == mask.sum(axis=1)[out.prompt_tokens :].tolist()
+    assert values["unresolved_refs"] == 1 and values["finished"] is False and values["attention"] == "span"
+    assert values["steps"][0] == {"label": 2, "refs": (4,), "text": "5", "attended_tokens": out.steps[0].attended_tokens}
+    assert values["attended_fraction"] == out.attended_fraction and out.warnings == out.reading.warnings != ()
+
+
+def test_a_response_with_sources_has_them_below_each_sentence(gold):
+    lines = text.response_table(gold[0]).splitlines()
+    assert lines[0] == "Ada won on Monday. It rained."
+    steps = ["<4> Ada won on Monday.", "    from <1> Ada won.", "    from <3> It was Monday.", "<5> It rained.", "    from <2> Rain fell."]
+    assert lines[2:7] == steps
+    assert lines[-1].startswith("attended, of the context: text ") and lines[-1].endswith("span tokens 100.0%")
+
+
+def test_a_response_with_steps_has_a_row_for_each():
+    out, _, mask = output(NAMED["unresolved"][0])
+    lines = text.response_table(out).splitlines()
+    assert lines[0].split() == ["step", "reads", "writes", "attended", "tokens"]
+    assert [line.split()[:3] for line in lines[1:4]] == [["<2>", "<4>", "5"], ["<4>", "-", "6"], ["<2>", "<4>", "7"]]
+    attended, size = mask.sum(axis=1)[out.prompt_tokens :], len(mask)
+    assert lines[5].startswith(f"attended: {attended.mean():.1f} tokens, {out.attended_fraction:.1%} of the context   dense decoding: ")
+    assert lines[5].endswith(f"{np.mean(np.arange(out.prompt_tokens, size) + 1):.1f} tokens, 100%")
+    assert lines[6:] == [
+        f"stopped after {size - out.prompt_tokens} new tokens, before the response had ended",
+        "1 span tokens named a label that nothing carried",
+    ]
