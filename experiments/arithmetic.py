@@ -17,16 +17,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from data import arithmetic
 from experiments import pages
 from experiments.pages import Plot, Tally, markdown_table, targets_table
 from experiments.results import Run
 from experiments.variants import Experiment, Variant
 
-_CORPUS = dataclasses.asdict(arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True, label_jumps=3, jumps_at="leaves"))
-_TUNING_CORPUS = dataclasses.asdict(arithmetic.Corpus(min_ops=2, max_ops=22, names_first_step=True, num_labels=64))
 _CONSECUTIVE = "--label-jumps 0"  # the labels of an example follow one another
-_SMALL = functools.partial(Variant, preset="arithmetic-small", corpus=_CORPUS)
+_SMALL = functools.partial(Variant, preset="arithmetic-small")
 _BASE = f"--batch-size 128 --steps 2000 {_CONSECUTIVE}"  # a sixth of the preset's tokens: the budget of four variants of this size
 _TUNED = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus arithmetic"
 VARIANTS = {
@@ -42,7 +39,7 @@ VARIANTS = {
         options=f"--mask dense --labelling plain --max-ops 200 --sequence-tokens 4096 --batch-size 16 --gap-scales 0 {_CONSECUTIVE}",
     ),
     **{
-        f"base{name}": Variant(f"{words}, 114M parameters", "arithmetic-base", _CORPUS, f"{_BASE} {options}".strip())
+        f"base{name}": Variant(f"{words}, 114M parameters", "arithmetic-base", f"{_BASE} {options}".strip())
         for name, words, options in (
             ("", "as span", ""),
             ("_dense", "as dense", "--mask dense"),
@@ -50,8 +47,8 @@ VARIANTS = {
             ("_untagged", "as untagged", "--labelling none --header-view all"),
         )
     },
-    "smollm2": Variant("SmolLM2-135M, LoRA, span mask", "finetune-lora", _TUNING_CORPUS, _TUNED),
-    "smollm2_dense": Variant("SmolLM2-135M, LoRA, dense mask", "finetune-lora", _TUNING_CORPUS, f"{_TUNED} --mask dense"),
+    "smollm2": Variant("SmolLM2-135M, LoRA, span mask", "finetune-lora", _TUNED),
+    "smollm2_dense": Variant("SmolLM2-135M, LoRA, dense mask", "finetune-lora", f"{_TUNED} --mask dense"),
 }
 _ACCURACIES = {"answer_accuracy": "answers", "step_accuracy": "all steps", "span_accuracy": "all spans minimal"}
 _SCORES = ("num_examples", *_ACCURACIES, "attended_tokens", "attended_fraction", "first_errors")

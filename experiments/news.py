@@ -8,28 +8,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 
-from data import news
 from experiments import pages
 from experiments.pages import Plot, Tally, markdown_table, targets_table
 from experiments.results import Run
 from experiments.variants import Experiment, Variant
 
-_CORPUS = dataclasses.asdict(news.Corpus())
 _TUNED = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus news"
 VARIANTS = {
-    "span": Variant("span tokens see everything, body tokens what is named", "news-small", _CORPUS),
-    "prompt": Variant("as span, but span tokens see the prompt and what is named", "news-small", _CORPUS, "--header-view prompt"),
-    "dense": Variant("the same text, dense mask", "news-small", _CORPUS, "--mask dense"),
-    "dense_18k": Variant("the same, three times the steps", "news-small", _CORPUS, "--mask dense --steps 18000"),
-    "smollm2": Variant("SmolLM2-135M, LoRA, span mask", "finetune-lora", _CORPUS, _TUNED),
-    "smollm2_dense": Variant("SmolLM2-135M, LoRA, dense mask", "finetune-lora", _CORPUS, f"{_TUNED} --mask dense"),
+    "span": Variant("span tokens see everything, body tokens what is named", "news-small"),
+    "prompt": Variant("as span, but span tokens see the prompt and what is named", "news-small", "--header-view prompt"),
+    "dense": Variant("the same text, dense mask", "news-small", "--mask dense"),
+    "dense_18k": Variant("the same, three times the steps", "news-small", "--mask dense --steps 18000"),
+    "smollm2": Variant("SmolLM2-135M, LoRA, span mask", "finetune-lora", _TUNED),
+    "smollm2_dense": Variant("SmolLM2-135M, LoRA, dense mask", "finetune-lora", f"{_TUNED} --mask dense"),
 }
 CONTROLS = {"span": "dense", "prompt": "dense", "smollm2": "smollm2_dense"}
 _SCORES = {

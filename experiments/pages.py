@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
+from data import commandline
 from experiments.results import Run, digest, load, take
 from experiments.variants import Experiment
 from selfspan_jax.errors import UserError
@@ -246,7 +247,7 @@ def main(
     parser.add_argument("--commit", help="with --take: the commit that made them")
     args = parser.parse_args(arguments)
     page = args.results.with_name(f"{args.results.name}.md")
-    try:
+    with commandline.exit_on_user_error(UserError):
         if bool(args.take) != bool(args.commit):
             raise UserError("--take and --commit belong together")
         if not page.is_file():
@@ -259,7 +260,5 @@ def main(
         texts |= {"training": _training_table(runs) + lines["loss"], "not run": _not_run(experiment, runs)}
         texts |= {"commands": _commands(experiment, runs)}
         page.write_text(fill(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
-    except (UserError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
     print(f"{page}: {len(runs)} runs of {len(_seeds(runs))} variants")
     return 0

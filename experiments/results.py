@@ -167,7 +167,7 @@ def _reduced_run(values: Any, variant: Variant, seed: int, where: str) -> dict[s
     pick(run, {"training": dict.fromkeys(("seed", *_SIZES)), **({"base": {"name": None}} if "base" in run else {})}, where)
     if run["training"]["seed"] != seed:
         raise UserError(f"{where}: is of seed {run['training']['seed']}")
-    run["corpus"] = migrate_corpus(run["corpus"], variant.corpus)
+    run["corpus"] = migrate_corpus(run["corpus"], variant.defaults["corpus"])
     variant.check(run, where)
     return run
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.tasks import TASKS
 from selfspan_jax.config import PRESETS, LoraConfig, tuning_preset
 from selfspan_jax.errors import UserError
 
@@ -18,8 +19,6 @@ class Variant:
     description: str
     preset: str
     """The subcommand of train.py: a preset, or finetune-lora."""
-    corpus: Mapping[str, Any]
-    """All settings of the preset's corpus."""
     options: str = ""
     """Options of the command, in pairs of --name and value; every run of this variant has these settings."""
 
@@ -30,20 +29,21 @@ class Variant:
         return {option[2:].replace("-", "_"): value for option, value in zip(words[::2], words[1::2], strict=True)}
 
     @functools.cached_property
-    def defaults(self) -> dict[str, Mapping[str, Any]]:
+    def defaults(self) -> dict[str, dict[str, Any]]:
         """The settings of a run without options, by the sections of its run.json."""
         if self.preset in PRESETS:
             preset = PRESETS[self.preset]
-            configs: dict[str, Any] = {"model": preset.model, "training": preset.training}
+            task, configs = preset.task, {"model": preset.model, "training": preset.training}
         else:
-            tuning = tuning_preset(self.settings["corpus"], adapters=True)
-            configs = {"attention": tuning.attention, "lora": LoraConfig(), "training": tuning.training}
-        base: dict[str, Mapping[str, Any]] = {} if self.preset in PRESETS else {"base": {}}
-        return base | {name: dataclasses.asdict(config) for name, config in configs.items()} | {"corpus": self.corpus}
+            task = self.settings["corpus"]
+            preset = tuning_preset(task, adapters=True)
+            configs = {"base": None, "attention": preset.attention, "lora": LoraConfig(), "training": preset.training}
+        configs |= {"corpus": TASKS[task].Corpus(**preset.corpus)}
+        return {section: dataclasses.asdict(config) if config else {} for section, config in configs.items()}
 
     def check(self, run: Mapping[str, Mapping[str, Any]], where: str) -> None:
         """Raise UserError unless the sections of a run.json are those of this variant with its options."""
-        if unknown := sorted(run["corpus"].keys() - self.corpus.keys()):
+        if unknown := sorted(run["corpus"].keys() - self.defaults["corpus"].keys()):
             raise UserError(f"{where}: {unknown[0]} is no setting of the variant's corpus")
         found = {key: value for section in run.values() for key, value in section.items()}
         if "base" in run:  # the corpus of fine-tuning is known by its settings

@@ -44,8 +44,8 @@ def written():
     config = ModelConfig(**SIZES, header_view="all", prompt_view="causal", compute_dtype="float32")
     lm = SpanLM(Decoder(config, vocab=SpanVocab(**task.vocab.span_ids()), vocab_size=task.vocab.size, rngs=nnx.Rngs(0)), task)
     examples = list(itertools.islice(corpus.stream(seed=1, split="test"), 2))
-    settings = {"num_examples": 2, "ops": (), "seed": 1, "batch_size": (1, 2), "mesh": None, "checkpoint": "model"}
-    values = evaluation.report(lm, evaluation.evaluate_all(lm, {"synthetic": examples}, batch_sizes=(1, 2)), settings)
+    settings = {"num_examples": 2, "ops": (), "seed": 1, "batch_size": (2,), "mesh": None, "checkpoint": "model"}
+    values = evaluation.report(lm, evaluation.evaluate_all(lm, {"synthetic": examples}, batch_sizes=(2,)), settings)
     return json.loads(json.dumps(values))
 
 
