@@ -118,7 +118,7 @@ def stored_as(implementation: str, weights: list[jax.Array]) -> list:
 
 
 def chain(linear, options, rounds, x, norm, residual, weights):
-    """`rounds` times through all the weights, the result of a call being the residual of the next."""
+    """Run `rounds` times through all the weights, the result of a call being the residual of the next."""
 
     def body(_, residual):
         for weight in weights:
@@ -200,7 +200,7 @@ def run_matrix(matrix: Matrix, variants: dict, seed: int, report: KernelReport, 
 
 
 def as_stored(matrix: Matrix, kind: str):
-    """The weight's shapes."""
+    """Return the shapes of a weight as it is stored."""
     shape = (matrix.num_outputs, matrix.num_inputs)
     if kind.endswith("int8"):
         return jax.eval_shape(quantize_weight, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
@@ -211,7 +211,7 @@ def as_stored(matrix: Matrix, kind: str):
 
 
 def layer_chain(linear, rotary, rounds, x, norm, angles, slots, layers, pools):
-    """`rounds` times through all layers without attention: the queries stand in for its output."""
+    """Run `rounds` times through all layers without attention: the queries stand in for its output."""
 
     def body(_, carry):
         x, pools = carry

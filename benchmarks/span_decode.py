@@ -100,7 +100,7 @@ class Workload:
 
 @functools.partial(jax.jit, static_argnums=0)
 def chain(attend, q, pools, inputs):
-    """`ROUNDS` times through all inputs, the output of a call being the query of the next."""
+    """Run `ROUNDS` times through all inputs, the output of a call being the query of the next."""
     attend = jax.jit(attend)  # traced once for all inputs
 
     def body(_, q):

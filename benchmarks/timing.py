@@ -1,4 +1,4 @@
-"""Time programs on a device: medians of repeated runs, the memory's read ceiling, the profiler's events, the head of a report."""
+"""Time programs on a device: medians of repeated runs, the memory's read ceiling, the profiler's events, headers and rows of reports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 def run_seconds(function: Callable[[], Any], *, queued: int = 1, warm_ups: int = 2, repetitions: int = 5) -> list[float]:
-    """Seconds per call of each repetition, in which `queued` calls are dispatched one after the other and waited for once."""
+    """Time repetitions of `queued` calls, dispatched one after the other and waited for once; returns seconds per call of each."""
 
     def repetition() -> Any:
         for _ in range(queued):
@@ -45,12 +45,12 @@ def run_seconds(function: Callable[[], Any], *, queued: int = 1, warm_ups: int =
 
 
 def median_and_spread(values: list[float]) -> tuple[float, float]:
-    """The median, and the largest value minus the smallest."""
+    """Return the median, and the largest value minus the smallest."""
     return statistics.median(values), max(values) - min(values)
 
 
 def torch_ms(function: Callable[[], Any], device: str = "cuda") -> float:
-    """Milliseconds of a call of PyTorch, by CUDA events; by the clock on a CPU."""
+    """Time a call of PyTorch in ms, by CUDA events; by the clock on a CPU."""
     if device == "cpu":
         began = time.perf_counter()
         function()
@@ -96,7 +96,7 @@ _KINDS = {
 
 
 def kind_of(program: str) -> str:
-    """What a device's program does, by its name."""
+    """Tell what a device's program does by its name."""
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, program)), "the rest")
 
 
@@ -161,7 +161,7 @@ def kernel_us(function: Callable[[], Any], prefix: str) -> float:
 
 
 def report_header() -> dict[str, Any]:
-    """The head of every report: the device, versions of the packages there are, and the read ceiling, measured here."""
+    """Make the header of a report: the device, versions of the installed packages, and the read ceiling, measured here."""
     return {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name.replace("-", "_"))},
@@ -170,7 +170,7 @@ def report_header() -> dict[str, Any]:
 
 
 def header_line(header: dict[str, Any], devices: str | None = None) -> str:
-    """The head of a report as one line; `devices` replaces the device's name, where there are several."""
+    """Write a header as one line; `devices` replaces the device's name where there are several."""
     ceiling = header["read_ceiling_terabytes_per_second"]
     return f"{devices or header['device']}, JAX {header['versions']['jax']}, read ceiling {ceiling:.2f} TB/s"
 

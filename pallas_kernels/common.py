@@ -44,7 +44,7 @@ def check_known(implementation: str, known: Sequence[str]) -> None:
 
 
 def device_reason(min_capability: int) -> str | None:
-    """Why the default device cannot run a kernel that needs a compute capability (80: Ampere, 90: Hopper); None when it can."""
+    """Say why the default device cannot run a kernel that needs a compute capability (80: Ampere, 90: Hopper); None when it can."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "").replace(".", "")  # "90"; "gfx942" on AMD devices
     if device.platform != "gpu" or not capability.isdigit():

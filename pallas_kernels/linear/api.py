@@ -71,7 +71,7 @@ def fused_linear(
 def unsupported_reason(
     implementation: str, x: jax.Array, weight: Weight, *, norm: jax.Array | None = None, gated: bool = False, interpret: bool = False
 ) -> str | None:
-    """Why `implementation` cannot compute this on the default device; None when it can."""
+    """Say why `implementation` cannot compute this on the default device; None when it can."""
     check_known(implementation, IMPLEMENTATIONS)
     if implementation in ("reference", "xla"):
         return None

@@ -33,13 +33,13 @@ class LinearConfig(NamedTuple):
 
 
 def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int) -> bool:
-    """Whether the kernel was measured to be faster than XLA on problems like this one."""
+    """Tell whether the kernel was measured to be faster than XLA on problems like this one."""
     max_rows = {1: MAX_INT8_ROWS, 2: MAX_ROWS}.get(item_bytes, 0)
     return batch <= max_rows and num_outputs * num_inputs >= MIN_WEIGHTS
 
 
 def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> LinearConfig:
-    """Settings for a static shape; `item_bytes` is what an element of the weight takes up.
+    """Choose settings for a static shape; `item_bytes` is what an element of the weight takes up.
 
     A program must read enough at once that the work between two reads (barriers, the norm) hides behind them, and with
     its neighbours keep some 64 KB or more per multiprocessor on their way. Microseconds per layer of Llama-2-7B:
@@ -82,5 +82,5 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
 
 
 def largest_power_of_2_in(number: int, limit: int) -> int:
-    """The largest power of two that divides `number`, up to `limit`."""
+    """Find the largest power of two that divides `number`, up to `limit`."""
     return min(number & -number, limit)

@@ -23,7 +23,7 @@ Weight = jax.Array | QuantizedWeight
 
 
 def weight_values(weight: Weight) -> jax.Array:
-    """The `[M, D]` array of a weight of either kind."""
+    """Return the `[M, D]` array of a weight of either kind."""
     return weight.values if isinstance(weight, QuantizedWeight) else weight
 
 

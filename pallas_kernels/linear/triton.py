@@ -41,7 +41,7 @@ MIN_INPUTS = 16  # of a step of the matrix unit
 
 
 def unsupported_reason(num_rows: int, dtype: jnp.dtype, weight: Weight, norm: jax.Array | None, gated: bool) -> str | None:
-    """Why this kernel cannot run on so many rows of such a dtype; None when it can."""
+    """Say why this kernel cannot run on so many rows of such a dtype; None when it can."""
     values = weight_values(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
     if num_rows > MAX_ROWS:
@@ -96,13 +96,13 @@ def triton_linear(
 
 
 def num_programs(num_results: int, config: LinearConfig) -> int:
-    """How many programs to launch: the fewest that take no longer than `config.programs`."""
+    """Choose how many programs to launch: the fewest that take no longer than `config.programs`."""
     tiles = pl.cdiv(num_results, config.tile_outputs)
     return pl.cdiv(tiles, pl.cdiv(tiles, config.programs))
 
 
 def padded_rows(batch: int, segments: int) -> int:
-    """How many rows a program computes: with their segments, at least the matrix unit's short side."""
+    """Count the rows that a program computes: with their segments, at least the matrix unit's short side."""
     return max(pl.next_power_of_2(batch), MIN_ROWS // segments, 1)
 
 
@@ -175,11 +175,11 @@ def _kernel(
 
 
 def _matrix_row(output, tile: int, num_results: int):
-    """Rows of the matrix with the outputs of the first tile: those of the gate, then those of up."""
+    """Find the matrix rows of the first tile's outputs: those of the gate, then those of up."""
     half, output = _divide(output, tile)
     return half * num_results + output
 
 
 def _divide(index, by: int):
-    """Quotient and remainder, of an index that is not negative."""
+    """Divide an index that is not negative: quotient and remainder."""
     return jax.lax.div(index, jnp.full_like(index, by)), jax.lax.rem(index, jnp.full_like(index, by))

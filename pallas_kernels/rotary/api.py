@@ -80,7 +80,7 @@ def rotate_and_write(
 
 
 def unsupported_reason(implementation: str, qkv: jax.Array, *, row_multiple: int = 1, interpret: bool = False) -> str | None:
-    """Why `implementation` cannot rotate these heads on the default device; None when it can.
+    """Say why `implementation` cannot rotate these heads on the default device; None when it can.
 
     `row_multiple` is what their number of rows must be a multiple of: `triton.TILE_ROWS` for `rotate_heads`.
     """

@@ -25,7 +25,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, back: bool = False) 
 
 
 def xla_rotate_heads(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Shapes as in `rotate_heads`."""
+    """Rotate whole sequences; shapes as in `rotate_heads`."""
     num_rows, num_kv_heads, fused, head_size = qkv.shape
     rotated = rotate(qkv[:, :, :-1], cos, sin)
     q = rotated[:, :, :-1].reshape(num_rows, num_kv_heads * (fused - 2), head_size)
@@ -33,7 +33,7 @@ def xla_rotate_heads(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[ja
 
 
 def xla_rotate_heads_gradient(dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The gradient of `rotate_heads`, `[R, K, G + 2, H]`: a rotation is orthogonal, so its transpose rotates back."""
+    """Compute the gradient of `rotate_heads`, `[R, K, G + 2, H]`: a rotation is orthogonal, so its transpose rotates back."""
     num_rows, num_kv_heads, head_size = dk.shape
     turned = jnp.concatenate([dq.reshape(num_rows, num_kv_heads, -1, head_size), dk[:, :, None]], axis=2)
     return jnp.concatenate([rotate(turned, cos, sin, back=True), dv[:, :, None]], axis=2)
@@ -42,7 +42,7 @@ def xla_rotate_heads_gradient(dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: 
 def xla_rotate_and_write(
     qkv: jax.Array, cos: jax.Array, sin: jax.Array, slots: jax.Array, k_pool: jax.Array, v_pool: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Shapes as in `rotate_and_write`."""
+    """Rotate and write by scatters; shapes as in `rotate_and_write`."""
     q, k, v = xla_rotate_heads(qkv, cos, sin)
     slots = jnp.where(slots < 0, k_pool.shape[0], slots)  # indices below zero would count from the end
     return q, k_pool.at[slots].set(k, mode="drop"), v_pool.at[slots].set(v, mode="drop")

@@ -25,7 +25,7 @@ TILE_ROWS = 32  # tokens of a program of `rotate_heads`, whose number of rows mu
 
 
 def unsupported_reason(head_size: int) -> str | None:
-    """Why the kernels cannot run on heads of this size; None when they can."""
+    """Say why the kernels cannot run on heads of this size; None when they can."""
     return None if head_size in HEAD_SIZES else f"head size must be 32, 64, 128 or 256, got {head_size}"
 
 
@@ -62,7 +62,7 @@ def triton_rotate_heads(
 def triton_rotate_heads_gradient(
     dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: jax.Array, sin: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """The gradient of `rotate_heads`, `[R, K, G + 2, H]`."""
+    """Run the kernel of the gradient of `rotate_heads`, `[R, K, G + 2, H]`."""
     num_rows, num_kv_heads, head_size = dk.shape
     out = jax.ShapeDtypeStruct((num_rows, num_kv_heads, dq.shape[1] // num_kv_heads + 2, head_size), dq.dtype)
     return _call(_heads_gradient_kernel, num_rows, num_kv_heads, out, interpret, "rotate_heads_gradient")(dq, dk, dv, cos, sin)

@@ -62,7 +62,7 @@ def masked_attention(
 
 
 def unsupported_reason(implementation: str, head_size: int, *, interpret: bool = False) -> str | None:
-    """Why `implementation` cannot compute heads of this size on the default device; None when it can."""
+    """Say why `implementation` cannot compute heads of this size on the default device; None when it can."""
     check_known(implementation, IMPLEMENTATIONS)
     if implementation == "reference":
         return None

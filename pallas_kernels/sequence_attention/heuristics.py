@@ -22,7 +22,7 @@ TILE = (64, 64)  # queries by keys: what one warp group (4 warps) multiplies at 
 
 
 def triton_config(head_size: int, item_bytes: int) -> TritonConfig:
-    """Settings for a static shape."""
+    """Choose settings for a static shape."""
     if item_bytes == 4:
         return TritonConfig(KernelConfig(4, 1), KernelConfig(4, 1), KernelConfig(8, 1))
     wide = head_size > 64  # two accumulators of 128 columns do not fit in the registers of 4 warps

@@ -76,13 +76,13 @@ class TileMask:
         num_chunks, rest = divmod(num_queries, chunk)
         chunks = []
         if num_chunks == 1:
-            chunks.append(_packed(rows(0, chunk)))
+            chunks.append(_pack_bits(rows(0, chunk)))
         elif num_chunks:
             firsts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
-            words = jax.lax.map(lambda first: _packed(rows(first, chunk)), firsts)  # [chunks, B, W, Q]
+            words = jax.lax.map(lambda first: _pack_bits(rows(first, chunk)), firsts)  # [chunks, B, W, Q]
             chunks.append(jnp.moveaxis(words, 0, 2).reshape(*words.shape[1:3], -1))
         if rest or not chunks:
-            chunks.append(_packed(rows(num_chunks * chunk, rest)))
+            chunks.append(_pack_bits(rows(num_chunks * chunk, rest)))
         bits = jnp.concatenate(chunks, axis=2) if len(chunks) > 1 else chunks[0]
         padding = ((0, 0), (0, -bits.shape[1] % (block_k // WORD_BITS)), (0, -num_queries % block_q))
         bits = jnp.pad(bits, padding)
@@ -91,7 +91,7 @@ class TileMask:
         tiled = bits.reshape(batch, words * WORD_BITS // block_k, block_k // WORD_BITS, queries // block_q, block_q)
         some = jnp.any(tiled != 0, axis=(2, 4))  # [B, S'/block_k, T'/block_q]
         every = jnp.all(tiled == -1, axis=(2, 4))
-        return cls(bits, *_listed(some.swapaxes(1, 2), every.swapaxes(1, 2)), *_listed(some, every), num_queries, num_keys)
+        return cls(bits, *_list_tiles(some.swapaxes(1, 2), every.swapaxes(1, 2)), *_list_tiles(some, every), num_queries, num_keys)
 
     def unpacked(self) -> jax.Array:
         """Return the bool `[B, T, S]`."""
@@ -100,8 +100,8 @@ class TileMask:
         return pairs.reshape(pairs.shape[0], -1, pairs.shape[3])[:, : self.num_keys, : self.num_queries].swapaxes(1, 2) == 1
 
 
-def _packed(mask: jax.Array) -> jax.Array:
-    """bool [B, Q, S] -> int32 [B, ceil(S / 32), Q]."""
+def _pack_bits(mask: jax.Array) -> jax.Array:
+    """Pack bool [B, Q, S] to int32 [B, ceil(S / 32), Q]."""
     batch, num_queries, num_keys = mask.shape
     num_words = -(-num_keys // WORD_BITS)
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -num_keys % WORD_BITS))).reshape(batch, num_queries, num_words, WORD_BITS)
@@ -110,8 +110,8 @@ def _packed(mask: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, jnp.int32).swapaxes(1, 2)
 
 
-def _listed(some: jax.Array, every: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """bool [B, I, J] twice -> for each i the j with some pairs but not every, then those with every; their counts [B, I, 2]."""
+def _list_tiles(some: jax.Array, every: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """List for each i of bool [B, I, J] the tiles j with some pairs but not every, then those with every; and their counts [B, I, 2]."""
     kinds = jnp.where(every, 1, jnp.where(some, 0, 2))
     partial, needed = jnp.sum(some & ~every, axis=2, dtype=jnp.int32), jnp.sum(some, axis=2, dtype=jnp.int32)
     return jnp.argsort(kinds, axis=2, stable=True).astype(jnp.int32), jnp.stack([partial, needed], axis=2)

@@ -39,7 +39,7 @@ from pallas_kernels.sequence_attention.mask import WORD_BITS, TileMask
 
 
 def unsupported_reason(head_size: int) -> str | None:
-    """Why these kernels cannot run on heads of this size; None when they can."""
+    """Say why these kernels cannot run on heads of this size; None when they can."""
     if head_size not in (32, 64, 128):
         return f"head size must be 32, 64 or 128, got {head_size}"
     return None
@@ -230,7 +230,7 @@ def _keys_kernel(
 
 
 def _over_tiles(body, init, tiles_ref, counts_ref, b, tile, group=1):
-    """`body(other tile, carry, masked, member)` over the tiles that `tile` needs and, within each, the members of a group."""
+    """Fold `body(other tile, carry, masked, member)` over the tiles that `tile` needs and, within each, the members of a group."""
     last = tiles_ref.shape[2] - 1
     partial, needed = counts_ref[b, tile, 0] * group, counts_ref[b, tile, 1] * group
 
@@ -248,7 +248,7 @@ def _over_tiles(body, init, tiles_ref, counts_ref, b, tile, group=1):
 
 
 def _allowed(bits_ref, b, key_tile, queries, block_q: int, block_k: int, query_axis: int):
-    """bool [block_q, block_k], or turned around if the queries are on axis 1."""
+    """Unpack bool [block_q, block_k] of the mask, transposed where the queries are on axis 1."""
     shape = (block_q, block_k) if query_axis == 0 else (block_k, block_q)
     key = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
     num_words = block_k // WORD_BITS

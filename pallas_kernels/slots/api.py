@@ -52,7 +52,7 @@ def update_slots(
 
 
 def unsupported_reason(implementation: str, *, interpret: bool = False) -> str | None:
-    """Why `implementation` cannot run on the default device; None when it can."""
+    """Say why `implementation` cannot run on the default device; None when it can."""
     check_known(implementation, IMPLEMENTATIONS)
     return None if implementation == "xla" or interpret else device_reason(80)
 

@@ -65,7 +65,7 @@ def span_decode_attention(
 
 
 def unsupported_reason(implementation: str, q: jax.Array, k_pool: Pool, *, interpret: bool = False) -> str | None:
-    """Why `implementation` cannot compute this on the default device; None when it can."""
+    """Say why `implementation` cannot compute this on the default device; None when it can."""
     check_known(implementation, IMPLEMENTATIONS)
     if implementation in ("reference", "xla"):
         return None

@@ -28,7 +28,7 @@ class MosaicConfig(NamedTuple):
 
 
 def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int, max_kv_heads: int = 2) -> TritonConfig:
-    """Settings for a static shape; `item_bytes` is what an element of the pool takes up.
+    """Choose settings for a static shape; `item_bytes` is what an element of the pool takes up.
 
     All programs should be on the machine at once, each with enough bytes in flight that together
     they hide the latency of the memory (some 40 KB per multiprocessor; more does no harm).
@@ -64,6 +64,6 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
 
 
 def mosaic_config(batch: int, num_kv_heads: int, head_size: int, capacity: int) -> MosaicConfig:
-    """Settings for a static shape: one wave of programs, all the shared memory in flight."""
+    """Choose settings for a static shape: one wave of programs, all the shared memory in flight."""
     wanted = MULTIPROCESSORS * (128 // head_size) // (batch * num_kv_heads // 8)
     return MosaicConfig(tile_rows=8, num_stages=5, splits=max(1, min(wanted, capacity // 64, 16)))

@@ -40,7 +40,7 @@ QUERIES = 64  # the fewest rows of a warpgroup's matrix product
 
 
 def unsupported_reason(q: jax.Array, k_pool: Pool, interpret: bool) -> str | None:
-    """Why this kernel cannot run on such arrays; None when it can."""
+    """Say why this kernel cannot run on such arrays; None when it can."""
     if interpret and not hasattr(plgpu, "InterpretGPUParams"):
         return f"JAX {jax.__version__} cannot interpret it, 0.11 can"
     if isinstance(k_pool, QuantizedPool):
@@ -114,7 +114,7 @@ def mosaic_attention(
 
 
 def _split_table(counts: jax.Array, capacity: int, config: MosaicConfig) -> jax.Array:
-    """int32 `[splits, 4]`: sequence, first and last + 1 of its slots, and how many splits it has, 0 for spare programs."""
+    """Make int32 `[splits, 4]`: sequence, first and last + 1 of its slots, and how many splits it has, 0 for spare programs."""
     batch = counts.shape[0]
     _, _, splits = triton.split_sequences(counts, batch, capacity, config)
     split = jnp.arange(triton.max_splits(batch, config.splits), dtype=jnp.int32)

@@ -17,7 +17,7 @@ Pool = jax.Array | QuantizedPool
 
 
 def pool_values(pool: Pool) -> jax.Array:
-    """The `[P, K, H]` array of a pool of either kind."""
+    """Return the `[P, K, H]` array of a pool of either kind."""
     return pool.values if isinstance(pool, QuantizedPool) else pool
 
 

@@ -42,7 +42,7 @@ MATRIX_ROWS = 16  # the fewest rows that a matrix product has on the matrix unit
 
 
 def unsupported_reason(q: jax.Array, k_pool: Pool) -> str | None:
-    """Why these kernels cannot run on such arrays; None when they can."""
+    """Say why these kernels cannot run on such arrays; None when they can."""
     head_size, values = q.shape[2], pool_values(k_pool)
     if head_size not in (32, 64, 128, 256):
         return f"head size must be 32, 64, 128 or 256, got {head_size}"
@@ -110,12 +110,12 @@ def combine(
 
 
 def max_splits(batch: int, splits: int) -> int:
-    """How many splits `split_sequences` can make of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
+    """Bound the number of splits that `split_sequences` makes of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
     return batch * splits + batch - 1
 
 
 def combine_tile(batch: int, num_heads: int, head_size: int) -> tuple[int, int]:
-    """How many columns of a head a program of `_combine_kernel` owns, and how many splits it reads at once.
+    """Choose how many columns of a head a program of `_combine_kernel` owns, and how many splits it reads at once.
 
     With few sequences each has many splits, and narrow programs read them in one go; with many there
     are programs enough, and most find nothing to do.
@@ -143,7 +143,7 @@ def _num_splits(count, split_rows):
 
 
 def rows_of_split(count, num_splits, index):
-    """First and last + 1 of the slots in split `index` of a sequence."""
+    """Find the first and last + 1 of the slots in split `index` of a sequence."""
     base, extra = count // num_splits, count % num_splits
     start = index * base + jnp.minimum(index, extra)
     return start, start + base + (index < extra).astype(jnp.int32)
@@ -249,7 +249,7 @@ def _combine_kernel(
     columns: int,
     read_splits: int,
 ):
-    """out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the splits i of a sequence."""
+    """Compute out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the splits i of a sequence."""
     head, b = pl.program_id(0), pl.program_id(1)
     own = pl.ds(pl.program_id(2) * columns, columns)
     batch = out_ref.shape[0]

@@ -40,7 +40,7 @@ def silu_and_mul(gate_up: jax.Array, *, implementation: str | None = None, inter
 
 
 def unsupported_reason(implementation: str, gate_up: jax.Array, *, interpret: bool = False) -> str | None:
-    """Why `implementation` cannot compute the gradient on the default device; None when it can."""
+    """Say why `implementation` cannot compute the gradient on the default device; None when it can."""
     check_known(implementation, IMPLEMENTATIONS)
     if implementation == "xla":
         return None

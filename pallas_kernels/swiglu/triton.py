@@ -24,14 +24,14 @@ TILE = (8, 256)  # rows by columns of a program
 
 
 def unsupported_reason(num_rows: int, width: int) -> str | None:
-    """Why the kernel cannot run on `[R, 2 F]` activations of so many rows R and such a width F; None when it can."""
+    """Say why the kernel cannot run on `[R, 2 F]` activations of so many rows R and such a width F; None when it can."""
     if num_rows % TILE[0] or width % TILE[1]:
         return f"rows and width must be multiples of {TILE[0]} and {TILE[1]}, got {num_rows} and {width}"
     return None
 
 
 def triton_gradient(gate_up: jax.Array, grad: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """The gradient of `silu_and_mul`, `[R, 2 F]`, from that of its result, `[R, F]`."""
+    """Run the kernel of the gradient of `silu_and_mul`, `[R, 2 F]`, from that of its result, `[R, F]`."""
     num_rows, width = grad.shape
     return pl.pallas_call(
         _kernel,
