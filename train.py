@@ -35,7 +35,7 @@ from selfspan_jax.parallel import distributed
 from selfspan_jax.parallel.mesh import describe, process_parts, training_mesh
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training import runs
-from selfspan_jax.weights import checkpoints, huggingface, lora
+from selfspan_jax.weights import importing, lora, models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Run:
 
     def finish(self, model: Decoder, task: Any, card: str) -> None:
         """Write the finished model."""
-        checkpoints.save_model(self.run_dir / "model", lora.plain(model), task.to_json(), card)
+        models.save_model(self.run_dir / "model", lora.plain(model), task.to_json(), card)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,12 +110,12 @@ class FineTuning(Run):
     def prepare(self) -> tuple[Decoder, Any, Callable[..., Iterator[Any]], dict[str, Any]]:
         """Return the model, the task, the examples from any number on, and what decides the result."""
         seed, attention = self.training.seed, dataclasses.asdict(self.attention)
-        model, text = huggingface.load(self.init, num_labels=self.corpus.num_labels, seed=seed, **attention)
+        model, text = importing.load(self.init, num_labels=self.corpus.num_labels, seed=seed, **attention)
         if (context := model.config.max_context_tokens) < self.training.sequence_tokens:
             raise UserError(f"rows of {self.training.sequence_tokens} tokens, but the context of {self.init} is {context}")
         vocab = TokenizerVocab.of(text.tokenizer_json, dataclasses.asdict(model.vocab), model.vocab_size)
         stream = self.generate(vocab)
-        model = lora.unfrozen(model) if self.adapters is None else lora.adapt(model, self.adapters, seed=seed)
+        model = lora.to_float32(model) if self.adapters is None else lora.adapt(model, self.adapters, seed=seed)
         identity = {"attention": attention, "base": {"name": self.init.name, "sha256": lora.fingerprint(model)}}
         identity |= {} if self.adapters is None else {"lora": dataclasses.asdict(self.adapters)}
         return model, TASKS[self.task].of(self.corpus, vocab), stream, identity

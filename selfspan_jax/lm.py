@@ -24,8 +24,7 @@ from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.task import Task, installed_tasks
 from selfspan_jax.viewing.output import Output, Step
 from selfspan_jax.viewing.reading import Reading, attention_mask
-from selfspan_jax.weights import checkpoints as checkpoint
-from selfspan_jax.weights import huggingface, lora
+from selfspan_jax.weights import importing, lora, models
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,9 +71,9 @@ class SpanLM:
         is_adapter = lora.is_adapter(path)
         if base is not None and not is_adapter:
             raise UserError(f"{directory} is no adapter, so it takes no base")
-        if huggingface.is_foreign(path):
-            return cls(*huggingface.load(directory), weights=weights, mesh=mesh)
-        model, fields = lora.load_adapter(path, None if base is None else Path(base)) if is_adapter else checkpoint.load_model(path)
+        if importing.is_pretrained(path):
+            return cls(*importing.load(directory), weights=weights, mesh=mesh)
+        model, fields = lora.load_adapter(path, None if base is None else Path(base)) if is_adapter else models.load_model(path)
         tasks = installed_tasks() if tasks is None else tasks
         if (name := str(fields.get("task"))) not in tasks:
             known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"

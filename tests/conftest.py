@@ -46,7 +46,7 @@ def compiled_programs_of_one_file():
 
 # Files that take minutes, the longest first: begun last, one would leave the other processors idle. They count with
 # `--no-loadscope-reorder`; without it those of few tests come last, which are the longest.
-LONGEST = ["test_hosts", "test_commands", "test_sharding", "test_decoding", "test_lora", "test_huggingface", "test_docs", "test_training"]
+LONGEST = ["test_hosts", "test_commands", "test_sharding", "test_decoding", "test_lora", "test_importing", "test_docs", "test_training"]
 LONGEST += ["test_notebooks", "test_readme", "test_span_decode", "test_linear", "test_page", "test_benchmark"]
 
 

@@ -21,7 +21,7 @@ import train
 from benchmarks import decoding, peers
 from data import news
 from data.__main__ import main as data_main
-from tests.selfspan_jax.weights import test_huggingface
+from tests.selfspan_jax.weights import test_importing
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoints/arithmetic-tiny"
@@ -79,7 +79,7 @@ def test_generate_shows_the_steps_and_what_each_one_read(call, tmp_path):
 def test_a_model_of_others_continues_text(call, tmp_path):
     """A Hugging Face directory goes through the same commands; what only makes sense for expressions says so."""
     shutil.copytree(ROOT / "tests/selfspan_jax/recorded/llama", tmp_path / "model")
-    test_huggingface.tokenizer().save_pretrained(tmp_path / "model")
+    test_importing.tokenizer().save_pretrained(tmp_path / "model")
     status, out, err = call(decode.main, "generate", tmp_path / "model", "abc j", "--max-new-tokens", 8, "--weights", "int8")
     assert (status, err) == (0, "") and out.startswith("abc j") and "100.0% of the context" in out
     status, _, err = call(decode.main, "eval", tmp_path / "model", "--num-examples", 2)

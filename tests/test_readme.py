@@ -82,7 +82,7 @@ def test_the_commands_of_the_readme_run(workplace, monkeypatch):
         main, smaller = SMALLER[name]
         if name == "decode.py" and "--num-examples" not in words:
             smaller = ["--help"] if words[0] == "bench" else []  # bench wants a GPU, or minutes; test_commands.py runs it
-        if "--base" in words:  # which is not here; test_huggingface.py decodes with the adapters
+        if "--base" in words:  # which is not here; test_importing.py decodes with the adapters
             smaller = ["--help"]
         if "--ops" in words:  # for which a GPU is wanted
             smaller = [*smaller, "--ops", "3,5", "--batch-size", "4"]

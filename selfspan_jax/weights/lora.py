@@ -1,15 +1,15 @@
-"""Low-rank adapters (LoRA, 2106.09685): a large model is fine-tuned by few parameters, which are kept apart from it.
+"""Low-rank adapters (LoRA, 2106.09685): fine-tune a large model by few parameters, which are stored apart from it.
 
-`adapt` freezes a decoder and gives its maps adapters: a map's output W x becomes W x + (alpha / rank) B A x, with A `[rank, D]`
-drawn at random and B `[M, rank]` zero, so that nothing changes at first (section 4.1). Maps that the decoder computes as one
-have one adapter. The rows of tokens that were added to the vocabulary are trained whole, apart from the frozen ones. `merged`
-gives a plain decoder again, which decodes at the speed of any other.
+`adapt` freezes a decoder and adds adapters to its linear maps: W x becomes W x + (alpha / rank) B A x, with A `[rank, D]` random
+and B `[M, rank]` zero, so that nothing changes at first (section 4.1). Fused maps have one adapter. The embeddings of tokens that
+were added to the vocabulary are trained in full, apart from the frozen ones. `merged` returns a plain decoder, which decodes at
+the speed of any other.
 
 An adapter is a directory:
 
     adapter.json           architecture and attention, rank, scale and targets, ids of the structural tokens, and the base: its
                            name and the SHA-256 of its weights
-    adapter.safetensors    A, B and the new rows, in the type that the model computes in
+    adapter.safetensors    A, B and the new rows, in the compute dtype
     vocab.json             the task: how text becomes ids
     README.md              the card: how it was trained and what it scores
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,27 +27,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
 from pallas_kernels import fused_linear, silu_and_mul
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, from_json
+from selfspan_jax.errors import UserError
+from selfspan_jax.files import new_directory, read_json, write_json
 from selfspan_jax.model import Decoder, Embedding, Frozen, Linear, RMSNorm
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.weights import huggingface
-from selfspan_jax.weights.checkpoints import new_directory, read_json
+from selfspan_jax.weights.importing import load_decoder
+from selfspan_jax.weights.models import abstract_decoder, describe, read_description
+from selfspan_jax.weights.tensors import open_safetensors, save_safetensors
 
-_FORMAT = {"format": "selfspan adapter", "version": 1}
+_FORMAT = "selfspan adapter"
 _FILES = ("adapter.json", "adapter.safetensors", "vocab.json")
 
 
 class AdaptedLinear(nnx.Module):
-    """A frozen linear map with an adapter. The adapter adds to the product, before the gate and the residual."""
+    """A frozen linear map with an adapter, which is added to the product, before the gate and the residual."""
 
     def __init__(self, linear: Linear, config: LoraConfig, rngs: nnx.Rngs):
         out_size, in_size = linear.weight.shape
         if config.rank > min(out_size, in_size):
-            raise ValueError(f"rank is {config.rank}; allowed: up to {min(out_size, in_size)}, the smaller side of the smallest map")
+            raise UserError(f"rank is {config.rank}; allowed: up to {min(out_size, in_size)}, the smaller side of the smallest map")
         self.weight = Frozen(linear.weight[...])
         self.bias = nnx.data(None if linear.bias is None else Frozen(linear.bias[...]))
         self.lora_a = nnx.Param(nnx.initializers.normal(1 / math.sqrt(in_size))(rngs.params(), (config.rank, in_size), jnp.float32))
@@ -75,15 +75,15 @@ class AdaptedLinear(nnx.Module):
         return out if residual is None else out + residual
 
     def merged(self) -> Float[Array, "M D"]:
-        """W + (alpha / rank) B A: of A and B as they are in products, summed in float32, rounded as W is."""
+        """Compute W + (alpha / rank) B A, with A and B rounded as in products, summed in float32, rounded to W's dtype."""
         dtype = self.weight[...].dtype
         a, b = (matrix[...].astype(dtype).astype(jnp.float32) for matrix in (self.lora_a, self.lora_b))
         product = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
         return (self.weight[...].astype(jnp.float32) + self.scale * product).astype(dtype)
 
 
-class GrownRows(nnx.Module):
-    """A row for each token: frozen those of the old ones, trained those from id `first` on."""
+class ExtendedRows(nnx.Module):
+    """A row for each token: frozen ones of the old tokens, trained ones from id `first` on."""
 
     def __init__(self, rows: Float[Array, "V D"], first: int):
         self.rows = Frozen(rows[:first])
@@ -91,21 +91,25 @@ class GrownRows(nnx.Module):
         self.first = first
 
     def scores(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None) -> Float[Array, "*batch V"]:
+        """Compute logits, float32."""
         parts = (fused_linear(hidden, rows[...], out_dtype=jnp.float32, implementation=linear) for rows in (self.rows, self.new_rows))
         return jnp.concatenate([*parts], axis=-1)
 
     def merged(self) -> Float[Array, "V D"]:
+        """Join old and new rows, in the dtype of the old ones."""
         return jnp.concatenate([self.rows[...], self.new_rows[...].astype(self.rows[...].dtype)])
 
 
-class GrownEmbedding(GrownRows):
+class ExtendedEmbedding(ExtendedRows):
+    """The embedding."""
+
     def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         old = self.rows[...][jnp.minimum(token_ids, self.first - 1)].astype(jnp.float32)
         new = self.new_rows[...][jnp.maximum(token_ids - self.first, 0)]
         return jnp.where((token_ids >= self.first)[:, :, None], new, old)
 
 
-class GrownHead(GrownRows):
+class ExtendedHead(ExtendedRows):
     """The output layer of a model whose embeddings are not tied."""
 
     def __call__(
@@ -118,7 +122,7 @@ class GrownHead(GrownRows):
 
 
 def first_new_id(vocab: SpanVocab) -> int:
-    """The first of the ids that were added: `<solve>`, or the first of the other structural tokens that stand right before it."""
+    """Return the first id that was added: `<solve>`, or the first of the structural tokens right before it."""
     first = vocab.solve_id
     while first > 1 and first - 1 in (vocab.pad_id, vocab.bos_id, vocab.eos_id):
         first -= 1
@@ -126,17 +130,17 @@ def first_new_id(vocab: SpanVocab) -> int:
 
 
 def adapt(model: Decoder, config: LoraConfig, *, seed: int = 0) -> Decoder:
-    """Freezes a decoder, in place, and gives it adapters and trainable rows for the tokens that were added.
+    """Freeze a decoder, in place, and add adapters and trainable rows for the added tokens.
 
     Frozen parameters are in the compute dtype, trainable ones float32.
 
     Args:
-      seed: of the matrices A.
+      seed: seed of the matrices A.
 
-    Raises: ValueError for a rank beyond the size of a map, or a model that is adapted already.
+    Raises: UserError for a rank beyond the size of a map, or a model that is adapted already.
     """
     if is_adapted(model):
-        raise ValueError("the model has adapters already: merge them first")
+        raise UserError("the model has adapters already: merge them first")
     rngs = nnx.Rngs(seed)
     first, dtype = first_new_id(model.vocab), model.config.compute_dtype
     nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model, nnx.Param)))
@@ -150,44 +154,44 @@ def adapt(model: Decoder, config: LoraConfig, *, seed: int = 0) -> Decoder:
         owner = _at(model, path[:-1])
         if not isinstance(owner, Embedding):
             setattr(owner, str(path[-1]), Frozen(leaf[...]))
-    grown: Any = model  # whose parts change their types from here on
+    extended: Any = model  # its modules change their types from here on
     for owner, target, linear in adapted:
         setattr(owner, target, linear)
-    grown.embed_tokens = GrownEmbedding(grown.embed_tokens.embedding[...], first)
-    if grown.lm_head is not None:
-        grown.lm_head = GrownHead(grown.lm_head.weight[...], first)
+    extended.embed_tokens = ExtendedEmbedding(extended.embed_tokens.embedding[...], first)
+    if extended.lm_head is not None:
+        extended.lm_head = ExtendedHead(extended.lm_head.weight[...], first)
     return model
 
 
-def unfrozen(model: Decoder) -> Decoder:
-    """A decoder with all its parameters float32, in place, as they are when all are trained."""
+def to_float32(model: Decoder) -> Decoder:
+    """Convert the parameters of a decoder to float32, in place, to train all of them."""
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(model, nnx.Param)))
     return model
 
 
 def is_adapted(model: Decoder) -> bool:
-    return isinstance(model.embed_tokens, GrownRows)
+    """Return whether a model has adapters."""
+    return isinstance(model.embed_tokens, ExtendedRows)
 
 
 def merged(model: Decoder) -> Decoder:
-    """A plain decoder, its parameters in the compute dtype, that computes what an adapted one does, up to their rounding.
+    """Merge the adapters: return a plain decoder, its parameters in the compute dtype, that differs by their rounding only.
 
-    Raises: ValueError for a model without adapters: a second merge would be a mistake.
+    Raises: UserError for a model without adapters: a second merge would be a mistake.
     """
     if not is_adapted(model):
-        raise ValueError("the model has no adapters: they are merged already, or it never had any")
-    abstract = nnx.eval_shape(lambda: Decoder(model.config, vocab=model.vocab, vocab_size=model.vocab_size, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(abstract, nnx.Param)
+        raise UserError("the model has no adapters: they are merged already, or it never had any")
+    graph, params = nnx.split(abstract_decoder(model.config, model.vocab, model.vocab_size), nnx.Param)
     flat = []
     for path, _ in nnx.to_flat_state(params):
         owner, leaf = _at(model, path[:-1]), str(path[-1])
-        whole = isinstance(owner, GrownRows) or (isinstance(owner, AdaptedLinear) and leaf == "weight")
-        flat.append((path, nnx.Param(owner.merged() if whole else getattr(owner, leaf)[...])))
+        changed = isinstance(owner, ExtendedRows) or (isinstance(owner, AdaptedLinear) and leaf == "weight")
+        flat.append((path, nnx.Param(owner.merged() if changed else getattr(owner, leaf)[...])))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def plain(model: Decoder) -> Decoder:
-    """The model, merged if it is adapted."""
+    """Merge a model if it is adapted."""
     return merged(model) if is_adapted(model) else model
 
 
@@ -199,7 +203,7 @@ def _at(model: Decoder, path: tuple[Any, ...]) -> Any:
 
 
 def fingerprint(model: Decoder) -> str:
-    """SHA-256 of the frozen parameters, which are the base's (of all, in a model without adapters): names, shapes and bits."""
+    """Compute the SHA-256 of the base's parameters: names, shapes and bits of the frozen ones, or of all if there are no adapters."""
     digest = hashlib.sha256()
     for path, leaf in sorted(
         (_name(path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, Frozen if is_adapted(model) else nnx.Param))
@@ -218,92 +222,72 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def save_adapter(directory: Path, model: Decoder, config: LoraConfig, base_name: str, task: dict[str, Any], card: str) -> None:
-    """Writes the adapter of an adapted model, whole or not at all.
+    """Write the adapter of an adapted model, atomically.
 
     Args:
-      base_name: of the base, for people.
-      task: what `vocab.json` is to say.
-      card: Markdown for people.
+      base_name: name of the base, shown to users.
+      task: content of `vocab.json`: the task's own `to_json`.
+      card: content of `README.md`, Markdown.
 
     Raises: FileExistsError if the directory exists.
     """
-    fields = {
-        **_FORMAT,
-        "base": {"name": base_name, "sha256": fingerprint(model)},
-        "lora": dataclasses.asdict(config),
-        "model": dataclasses.asdict(model.config),
-        "vocab_size": model.vocab_size,
-        "span_vocab": dataclasses.asdict(model.vocab),
-    }
+    base = {"name": base_name, "sha256": fingerprint(model)}
+    fields = describe(_FORMAT, model) | {"base": base, "lora": dataclasses.asdict(config)}
     dtype = model.config.compute_dtype
     arrays = {_name(path): leaf[...].astype(dtype) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     with new_directory(directory) as partial:
-        save_file(arrays, partial / "adapter.safetensors")
-        (partial / "adapter.safetensors").chmod(0o644)
-        (partial / "adapter.json").write_text(json.dumps(fields, indent=2) + "\n")
-        (partial / "vocab.json").write_text(json.dumps(task, indent=2) + "\n")
+        save_safetensors(partial / "adapter.safetensors", arrays)
+        write_json(partial / "adapter.json", fields)
+        write_json(partial / "vocab.json", task)
         (partial / "README.md").write_text(card)
 
 
 def is_adapter(directory: Path) -> bool:
+    """Return whether this is the directory of an adapter."""
     return (directory / "adapter.json").is_file()
 
 
 def load_adapter(directory: Path, base: Path | None) -> tuple[Decoder, dict[str, Any]]:
-    """An adapter merged into its base, and what its `vocab.json` says.
+    """Load an adapter, merged into its base, and its `vocab.json`.
 
     Args:
       base: the Hugging Face directory or GGUF file that it was trained on.
 
     Raises:
       FileNotFoundError: no such directory, or a file of it or of the base is missing.
-      ValueError: a file that is not what it should be, arrays that do not fit, no base, or another base.
+      UserError: a malformed file, tensors that do not fit, no base, or another base.
     """
     for file in _FILES:
         if not (directory / file).is_file():
             raise FileNotFoundError(f"{directory}: not an adapter, {file} is missing")
-    fields, task = read_json(directory / "adapter.json"), read_json(directory / "vocab.json")
-    where = directory / "adapter.json"
-    if {key: fields.get(key) for key in _FORMAT} != _FORMAT:
-        raise ValueError(f"{where}: expected format {_FORMAT['format']!r} version {_FORMAT['version']}")
-    if missing := {"base", "lora", "model", "vocab_size", "span_vocab"} - fields.keys():
-        raise ValueError(f"{where}: {', '.join(sorted(missing))} missing")
+    model_config, vocab, vocab_size, fields = read_description(directory / "adapter.json", _FORMAT, ("base", "lora"))
+    task = read_json(directory / "vocab.json")
     try:
         name, expected = fields["base"]["name"], fields["base"]["sha256"]
-        config, vocab = from_json(LoraConfig, fields["lora"]), from_json(SpanVocab, fields["span_vocab"])
-        model_config = from_json(ModelConfig, fields["model"])
+        config = from_json(LoraConfig, fields["lora"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{directory / 'adapter.json'}: {error}") from error
     if base is None:
-        raise ValueError(f"{directory} is an adapter of {name}: it needs that model too (--base)")
-    model = huggingface.load_decoder(base, vocab, **_changes(model_config))
-    if model.config != model_config or model.vocab_size != fields["vocab_size"]:
-        raise ValueError(f"{base}: another architecture than that of {name}, which {directory} is an adapter of")
+        raise UserError(f"{directory} is an adapter of {name}: it needs that model too (--base)")
+    model = load_decoder(base, vocab, **_tuned_fields(model_config))
+    if model.config != model_config or model.vocab_size != vocab_size:
+        raise UserError(f"{base}: another architecture than that of {name}, which {directory} is an adapter of")
     model = adapt(model, config)
     if fingerprint(model) != expected:
-        raise ValueError(f"{base}: other weights than those of {name}, which {directory} is an adapter of")
-    nnx.update(model, _read(directory / "adapter.safetensors", nnx.state(model, nnx.Param), model.config.compute_dtype))
+        raise UserError(f"{base}: other weights than those of {name}, which {directory} is an adapter of")
+    _read_params(directory / "adapter.safetensors", model)
     return merged(model), task
 
 
-def _changes(config: ModelConfig) -> dict[str, Any]:
-    """What of a config is the fine-tuning's choice and not the file's."""
+def _tuned_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields of a config that fine-tuning chose, not the base."""
     names = ("mask", "header_view", "prompt_view", "prompt_window_tokens", "remat", "compute_dtype")
     return {name: getattr(config, name) for name in names}
 
 
-def _read(file: Path, like: nnx.State, dtype: str) -> nnx.State:
-    wanted = {_name(path): leaf.shape for path, leaf in nnx.to_flat_state(like)}
-    try:
-        with safe_open(file, "flax") as found:
-            names = set(found.keys())
-            if wrong := sorted(wanted.keys() ^ names):
-                raise ValueError(f"{file}: {wrong[0]} is {'missing' if wrong[0] in wanted else 'not of this adapter'}")
-            for name, shape in wanted.items():
-                slice = found.get_slice(name)
-                if tuple(slice.get_shape()) != shape:
-                    raise ValueError(f"{file}: {name} is {list(slice.get_shape())}, expected {list(shape)}")
-            arrays = {name: found.get_tensor(name).astype(dtype).astype(jnp.float32) for name in wanted}
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a safetensors file ({error})") from error
-    return nnx.from_flat_state((path, nnx.Param(arrays[_name(path)])) for path, _ in nnx.to_flat_state(like))
+def _read_params(file: Path, model: Decoder) -> None:
+    """Replace the trainable parameters of an adapted model by those of a file."""
+    tensors, params, dtype = open_safetensors(file, [file]), nnx.to_flat_state(nnx.state(model, nnx.Param)), model.config.compute_dtype
+    tensors.check({_name(path): leaf[...] for path, leaf in params})
+    found = ((path, nnx.Param(tensors[_name(path)].astype(dtype).astype(jnp.float32))) for path, _ in params)
+    nnx.update(model, nnx.from_flat_state(found))

@@ -12,7 +12,7 @@ import train
 from experiments import arithmetic, news, pages, results
 from selfspan_jax.model import Decoder
 from selfspan_jax.training import Stopped
-from selfspan_jax.weights import huggingface
+from selfspan_jax.weights import importing
 from tests.selfspan_jax.models import TINY
 from tests.selfspan_jax.weights.test_lora import directory
 
@@ -29,9 +29,9 @@ def base(tmp_path_factory):
 @pytest.fixture
 def claimed(monkeypatch, base):
     """A function that gives train.py a command line and returns the run.json that it writes before it trains."""
-    load = huggingface.load
+    load = importing.load
     monkeypatch.setattr(train, "Decoder", lambda config, **rest: Decoder(dataclasses.replace(config, **TINY), **rest))
-    monkeypatch.setattr(huggingface, "load", lambda path, **options: load(base, **options))
+    monkeypatch.setattr(importing, "load", lambda path, **options: load(base, **options))
 
     def stop(*_, **__):
         raise Stopped(0)

@@ -11,7 +11,7 @@ from flax import nnx
 from selfspan_jax.attention.sequences import attend_under
 from selfspan_jax.config import PRESETS, ModelConfig
 from selfspan_jax.model import Decoder
-from selfspan_jax.weights import checkpoints as checkpoint
+from selfspan_jax.weights import models
 from tests.selfspan_jax.models import TINY, forward, random_model
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED, VIEWS, VOCAB, VOCAB_SIZE
@@ -54,7 +54,7 @@ def llama(weights, config, token_ids, positions, mask):
 
 def weights_of(model):
     """float64 arrays by Llama's names."""
-    arrays = checkpoint.to_llama(model.config, nnx.state(model, nnx.Param))
+    arrays = models.to_llama(model.config, nnx.state(model, nnx.Param))
     return {name: np.asarray(array, np.float64) for name, array in arrays.items()}
 
 

@@ -23,7 +23,8 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training import DeviceBatch
 from selfspan_jax.training.metrics import step_flops
-from selfspan_jax.weights import huggingface, lora
+from selfspan_jax.weights import huggingface, importing, lora
+from selfspan_jax.weights.tokenizers import TextTask, add_span_tokens
 from tests.selfspan_jax.models import TINY, forward, random_model
 from tests.selfspan_jax.training.test_loop import CONFIG, arrays_made, batch_of
 
@@ -152,9 +153,9 @@ def base(tmp_path_factory):
 
 def tokenizer_vocab(num_labels=8):
     own = tokenizer()
-    ids = huggingface.span_vocab(own, num_labels)
+    ids = add_span_tokens(own, num_labels)
     span_ids = {name: getattr(ids, name) for name in ids.__dataclass_fields__}
-    return TokenizerVocab.of(huggingface.TextTask(own).tokenizer_json, span_ids, ids.min_vocab_size)
+    return TokenizerVocab.of(TextTask(own).tokenizer_json, span_ids, ids.min_vocab_size)
 
 
 def test_expressions_in_a_tokenizers_own_words_are_the_corpus_in_other_ids():
@@ -246,9 +247,9 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4, "--eval-examples", 2)
     assert status == 0 and "this run is finished" in out
     # into a Hugging Face directory and out of it again: nothing is lost but what the tokens mean
-    huggingface.export(tmp_path / "exported", whole.model, huggingface.load(base, num_labels=8)[1].tokenizer)
+    huggingface.export(tmp_path / "exported", whole.model, importing.load(base, num_labels=8)[1].tokenizer)
     ids = whole.task.encode_prompt("(1+2)*3")
-    again = huggingface.load_decoder(tmp_path / "exported", whole.model.vocab)
+    again = importing.load_decoder(tmp_path / "exported", whole.model.vocab)
     np.testing.assert_allclose(SpanLM(again, whole.task).logits(ids), whole.logits(ids, attention="dense"), atol=1e-5)
 
 
@@ -258,9 +259,9 @@ def test_an_imported_model_is_timed_on_segments_with_its_own_ids(call, base, tmp
 
 def test_a_directory_is_read_without_the_package_for_gguf_files(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert huggingface.load_decoder(base, mask="span", header_view="span").config.mask == "span"
+    assert importing.load_decoder(base, mask="span", header_view="span").config.mask == "span"
     with pytest.raises(ImportError):
-        huggingface.load_decoder(base.with_suffix(".gguf"))
+        importing.load_decoder(base.with_suffix(".gguf"))
 
 
 @pytest.mark.parametrize("kind", ["finetune-lora", "finetune-full"])
@@ -307,7 +308,7 @@ def test_what_the_user_of_fine_tuning_got_wrong_is_said_in_one_line(call, base, 
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(call, base, tmp_path):
     other = directory(tmp_path / "other", seed=1)
     wide = directory(tmp_path / "wide", intermediate_size=64)
-    model, text = huggingface.load(base, num_labels=8)
+    model, text = importing.load(base, num_labels=8)
     vocab = TokenizerVocab.of(text.tokenizer_json, vars(model.vocab), model.vocab_size)
     task = arithmetic.ArithmeticTask.of(arithmetic.Corpus(num_labels=8, max_ops=3), vocab).to_json()
     model = trained(lora.adapt(model, LORA))
@@ -321,9 +322,9 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(call, base, tmp_pat
     tensors, fields = load_file(adapter / "adapter.safetensors"), json.loads((adapter / "adapter.json").read_text())
     first = sorted(tensors)[0]
     damages = {
-        "missing": ({**{n: t for n, t in tensors.items() if n != first}}, fields, f"{first} is missing"),
-        "shape": ({**tensors, first: tensors[first][:-1]}, fields, "expected"),
-        "more": ({**tensors, "x": tensors[first]}, fields, "x is not of this adapter"),
+        "missing": ({**{n: t for n, t in tensors.items() if n != first}}, fields, f"1 tensors missing, {first} among them"),
+        "shape": ({**tensors, first: tensors[first][:-1]}, fields, "but the config asks for"),
+        "more": ({**tensors, "x": tensors[first]}, fields, "1 tensors that the config does not know, x among them"),
         "version": (tensors, {**fields, "version": 9}, "expected format"),
         "settings": (tensors, {**fields, "lora": {"rank": 3}}, "missing"),
         "base": (tensors, {**fields, "base": {}}, "adapter.json"),
@@ -371,7 +372,7 @@ def test_the_operations_of_a_step_are_those_of_its_program(tie):
 
 
 def test_an_adapter_is_decoded_with_its_base(call, base, tmp_path):
-    model, text = huggingface.load(base, num_labels=8)
+    model, text = importing.load(base, num_labels=8)
     task = arithmetic.ArithmeticTask.of(
         arithmetic.Corpus(num_labels=8, max_ops=3), TokenizerVocab.of(text.tokenizer_json, vars(model.vocab), model.vocab_size)
     )

@@ -3,6 +3,7 @@
 Live where PyTorch is installed; against recorded logits everywhere (record_transformers.py made them).
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -22,8 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from selfspan_jax import SpanLM
-from selfspan_jax.spans import SpanVocab
-from selfspan_jax.weights import huggingface
+from selfspan_jax.weights import huggingface, importing
+from selfspan_jax.weights.tokenizers import add_span_tokens
 from tests.selfspan_jax.models import forward, random_model
 from tests.selfspan_jax.record_transformers import FAMILIES, RECORDED, VOCAB_SIZE, logits, token_ids
 from tests.selfspan_jax.record_transformers import random_model as torch_model
@@ -45,7 +46,7 @@ def dense_logits(model, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_recorded_from_transformers(family):
     expected = np.load(RECORDED / family / "logits.npz")["logits"]
-    model = huggingface.load_decoder(RECORDED / family)
+    model = importing.load_decoder(RECORDED / family)
     assert model.config.compute_dtype == "float32" and np.abs(expected).max() > 1
     np.testing.assert_allclose(dense_logits(model, token_ids())[..., :VOCAB_SIZE], expected, atol=TOLERANCE)
 
@@ -58,7 +59,7 @@ def test_logits_are_those_of_transformers_and_so_are_those_of_the_export(family,
     theirs = torch_model(family)
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    model = huggingface.load_decoder(tmp_path / "sharded")
+    model = importing.load_decoder(tmp_path / "sharded")
     np.testing.assert_allclose(dense_logits(model, token_ids())[..., :VOCAB_SIZE], logits(theirs), atol=TOLERANCE)
 
     huggingface.export(tmp_path / "exported", model)
@@ -76,24 +77,23 @@ def test_the_comparison_has_teeth():
     }.items():
         fields = json.loads((RECORDED / family / "config.json").read_text())
         change(fields)
-        config = huggingface.model_config(fields)
-        tensors = huggingface._safetensors(RECORDED / family)
-        tensors.shapes = {name: shape for name, shape in tensors.shapes.items() if "_norm.weight" not in name or "layernorm" in name}
-        vocab = SpanVocab.consecutive(VOCAB_SIZE, 256)
-        wrong = huggingface._decoder(config, vocab, VOCAB_SIZE, tensors, RECORDED / family, 0)
+        source = dataclasses.replace(huggingface.open_source(RECORDED / family), config=huggingface.model_config(fields))
+        for name in [name for name in source.tensors if name.endswith(("q_norm.weight", "k_norm.weight"))]:
+            del source.tensors.shapes[name]
+        wrong = importing.build_decoder(source)
         difference = dense_logits(wrong, token_ids())[..., :VOCAB_SIZE] - np.load(RECORDED / family / "logits.npz")["logits"]
         assert np.abs(difference).max() > 100 * TOLERANCE, family
 
 
 def test_a_sliding_window_bounds_the_context():
-    assert huggingface.load_decoder(RECORDED / "mistral").config.max_context_tokens == 48
+    assert importing.load_decoder(RECORDED / "mistral").config.max_context_tokens == 48
 
 
 def test_export_and_import_change_no_bit(tmp_path):
     for number, changes in enumerate(({}, dict(tie_embeddings=False, qkv_bias=True), dict(qk_norm=True))):
         model = random_model(seed=number, **changes)
         huggingface.export(tmp_path / str(number), model)
-        loaded = huggingface.load_decoder(tmp_path / str(number), model.vocab)
+        loaded = importing.load_decoder(tmp_path / str(number), model.vocab)
         for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (model, loaded)), strict=True):
             np.testing.assert_array_equal(ours, theirs)
         with pytest.raises(FileExistsError, match="exists: choose another"):
@@ -123,7 +123,7 @@ def tokenizer(**special):
 def test_structural_tokens_get_ids_next_to_each_other_after_the_old_ones():
     theirs = tokenizer()
     old = theirs("abc j")["input_ids"]
-    vocab = huggingface.span_vocab(theirs, 5)
+    vocab = add_span_tokens(theirs, 5)
     ids = theirs("abc j<solve><seg:0>a<ref:4>")["input_ids"]
     assert ids[: len(old)] == old
     assert ids[len(old) :] == [vocab.solve_id, vocab.seg_base, 1, vocab.ref_base + 4]
@@ -134,7 +134,7 @@ def test_structural_tokens_get_ids_next_to_each_other_after_the_old_ones():
 
 def test_a_padding_token_that_ends_the_text_gets_a_successor():
     theirs = tokenizer(pad_token="<eos>", bos_token="j")
-    vocab = huggingface.span_vocab(theirs, 2)
+    vocab = add_span_tokens(theirs, 2)
     assert vocab.eos_id == 0 and vocab.bos_id == 10 and vocab.pad_id == 13
 
 
@@ -147,19 +147,19 @@ def test_a_padding_token_that_ends_the_text_gets_a_successor():
 )
 def test_tokenizers_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        huggingface.span_vocab(make(), 2)
+        add_span_tokens(make(), 2)
 
 
 def test_new_embeddings_are_near_the_mean_and_differ():
     """An average row: before any training a new token is as likely as an average old one, and old tokens keep their order."""
     old = np.asarray(load_file(RECORDED / "llama" / "model.safetensors")["model.embed_tokens.weight"])
-    model = huggingface.load_decoder(RECORDED / "llama")
+    model = importing.load_decoder(RECORDED / "llama")
     rows = np.asarray(model.embed_tokens.embedding[...])
     np.testing.assert_array_equal(rows[:VOCAB_SIZE], old)
     new = rows[VOCAB_SIZE:]
     assert new.shape[0] == 4 + 2 * 256 and len(np.unique(new, axis=0)) == len(new)
     np.testing.assert_allclose(new, np.broadcast_to(old.mean(axis=0), new.shape), atol=0.06 * old.std())
-    again = huggingface.load_decoder(RECORDED / "llama", seed=1)
+    again = importing.load_decoder(RECORDED / "llama", seed=1)
     assert np.any(np.asarray(again.embed_tokens.embedding[...]) != rows)
 
 
@@ -257,12 +257,12 @@ def test_import_takes_little_more_memory_than_the_model(tmp_path):
     size = sum(tensor.nbytes for tensor in tensors.values())
     script = f"""
         from pathlib import Path
-        from selfspan_jax import huggingface
+        from selfspan_jax.weights import importing
         memory = lambda field: int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
-        huggingface.load_decoder({str(RECORDED / "llama")!r})
+        importing.load_decoder({str(RECORDED / "llama")!r})
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = memory("VmRSS")
-        model = huggingface.load_decoder({str(tmp_path / "big")!r})
+        model = importing.load_decoder({str(tmp_path / "big")!r})
         print(memory("VmHWM") - before)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -286,7 +286,7 @@ TEXT = "The capital of France is Paris. The capital of Italy is"
 
 @pytest.fixture(scope="module")
 def lm():
-    model, task = huggingface.load(smollm2(), compute_dtype="float32", num_labels=64)
+    model, task = importing.load(smollm2(), compute_dtype="float32", num_labels=64)
     return SpanLM(model, task)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from selfspan_jax.attention.sequences import attend_under
-from selfspan_jax.weights import checkpoints as checkpoint
+from selfspan_jax.weights import models
 from tests.selfspan_jax.models import random_model
 
 TASK = {"task": "test", "version": 1}
@@ -23,8 +23,8 @@ def leaves(model):
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_a_float32_model_comes_back_bit_for_bit(tmp_path, tie_embeddings):
     model = random_model(tie_embeddings=tie_embeddings)
-    checkpoint.save_model(tmp_path / "model", model, TASK, "# card\n")
-    loaded, task = checkpoint.load_model(tmp_path / "model")
+    models.save_model(tmp_path / "model", model, TASK, "# card\n")
+    loaded, task = models.load_model(tmp_path / "model")
     assert (loaded.config, loaded.vocab, loaded.vocab_size, task) == (model.config, model.vocab, model.vocab_size, TASK)
     for expected, found in zip(leaves(model), leaves(loaded), strict=True):
         np.testing.assert_array_equal(expected, found)
@@ -33,8 +33,8 @@ def test_a_float32_model_comes_back_bit_for_bit(tmp_path, tie_embeddings):
 
 def test_a_bfloat16_model_is_stored_in_half_the_bytes_and_computes_the_same(tmp_path):
     model = random_model(compute_dtype="bfloat16")
-    checkpoint.save_model(tmp_path / "model", model, TASK, "")
-    loaded, _ = checkpoint.load_model(tmp_path / "model")
+    models.save_model(tmp_path / "model", model, TASK, "")
+    loaded, _ = models.load_model(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").stat().st_size < 2 * model.num_parameters + 4096
     ids = np.arange(4, 12, dtype=np.int32)[None]
     attend = attend_under(np.tri(8, dtype=bool)[None])
@@ -44,7 +44,7 @@ def test_a_bfloat16_model_is_stored_in_half_the_bytes_and_computes_the_same(tmp_
 
 def test_names_and_layout_are_llamas(tmp_path):
     model = random_model(tie_embeddings=False)
-    checkpoint.save_model(tmp_path / "model", model, TASK, "")
+    models.save_model(tmp_path / "model", model, TASK, "")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].shape == (20, 32)
     assert tensors["lm_head.weight"].shape == (20, 32)
@@ -67,20 +67,20 @@ def test_names_and_layout_are_llamas(tmp_path):
 def test_an_existing_directory_is_not_overwritten(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(FileExistsError, match="model exists"):
-        checkpoint.save_model(tmp_path / "model", random_model(), TASK, "")
+        models.save_model(tmp_path / "model", random_model(), TASK, "")
     assert not list((tmp_path / "model").iterdir())
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        checkpoint.save_model(tmp_path / "model", random_model(), {"task": object()}, "")
+        models.save_model(tmp_path / "model", random_model(), {"task": object()}, "")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint") / "model"
-    checkpoint.save_model(directory, random_model(), TASK, "")
+    models.save_model(directory, random_model(), TASK, "")
     return directory
 
 
@@ -139,10 +139,10 @@ def test_a_checkpoint_that_does_not_fit_itself_is_refused(saved, tmp_path, damag
     shutil.copytree(saved, directory)
     damage(directory)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        checkpoint.load_model(directory)
+        models.load_model(directory)
     assert "\n" not in str(error.value)
 
 
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
-        checkpoint.load_model(tmp_path / "nothing")
+        models.load_model(tmp_path / "nothing")
