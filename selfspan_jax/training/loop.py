@@ -71,7 +71,8 @@ def train(
     first_step = int(state.step)
     batches = prefetch(batches_from(next_example), functools.partial(device_batch, config=config, mesh=mesh))
     log, bar = MetricsLog(run_dir, first_step), _progress_bar(first_step, config.steps)
-    timer, metrics = StepTimer(model, 1 if mesh is None else mesh.size), {}
+    timer = StepTimer(model, 1 if mesh is None else mesh.size)
+    metrics: dict[str, Array] = {}
 
     def trained() -> Decoder:
         return nnx.merge(graph, layout.gather_params(state.params, mesh), fixed.frozen)

@@ -92,8 +92,13 @@ def new_model_directory(directory: Path, model: Decoder, config: dict[str, Any])
 
 def describe(name: str, model: Decoder) -> dict[str, Any]:
     """Describe a model as JSON: name and version of the format, architecture, vocabulary."""
-    own = {"model": model.config, "span_vocab": model.vocab}
-    return {"format": name, "version": 1, "vocab_size": model.vocab_size} | {key: dataclasses.asdict(value) for key, value in own.items()}
+    return {
+        "format": name,
+        "version": 1,
+        "model": dataclasses.asdict(model.config),
+        "vocab_size": model.vocab_size,
+        "span_vocab": dataclasses.asdict(model.vocab),
+    }
 
 
 def read_description(file: Path, name: str, more: tuple[str, ...] = ()) -> tuple[ModelConfig, SpanVocab, int, dict[str, Any]]:
