@@ -1,1 +1,1 @@
-"""Corpora: text to labelled token sequences, batches and dataset directories. Knows nothing of JAX."""
+"""Corpora: labelled token sequences from text, batches, and corpus directories. Does not use JAX."""

@@ -1,4 +1,4 @@
-"""What the cards of all corpora share: quantiles, and tables in Markdown."""
+"""Quantiles and Markdown tables for the cards of all corpora."""
 
 from collections.abc import Iterable, Mapping
 

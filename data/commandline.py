@@ -1,4 +1,4 @@
-"""Command lines whose errors are one plain line and exit status 2, never a box, never a traceback."""
+"""Command lines whose errors are one plain line and exit status 2, without boxes and tracebacks."""
 
 import contextlib
 import io
@@ -80,7 +80,7 @@ def commas(*kinds: Any) -> Any:
 
 
 def check_at_least(minimum: int, options: Any, *names: str) -> None:
-    """Raises UserError for an option, a number or a tuple of numbers, below the minimum."""
+    """Raise UserError for an option, a number or a tuple of numbers, below the minimum."""
     for name in names:
         value = getattr(options, name)
         if min(value if isinstance(value, tuple) else (value,), default=minimum) < minimum:
@@ -88,6 +88,6 @@ def check_at_least(minimum: int, options: Any, *names: str) -> None:
 
 
 def check_picture(file: Path | None) -> None:
-    """Raises UserError for a file that a plot cannot be written into."""
+    """Raise UserError for a file that a plot cannot be written into."""
     if file and file.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"plot is {file}; allowed: names that end in .png, .svg or .pdf")

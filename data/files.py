@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Read text files, and write files and directories whole or not at all."""
 
 import contextlib
 import json

@@ -14,7 +14,7 @@ from data.streams import Example, Shard
 
 
 class Batch(NamedTuple):
-    """One batch of packed examples, and where the data goes on after it.
+    """A batch of packed examples, and the position in the data after it.
 
     token_ids      int32 [B, T]  padded with `pad_id`
     segment_ids    int32 [B, T]  0 is padding, 1, 2, ... the examples within the row: no token may see another's
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class PackingVocab(Protocol):
-    """What packing needs of a vocabulary; a `data.vocab.Vocab` has it, and so has a SpanVocab."""
+    """The ids that packing needs; a `data.vocab.Vocab` has them, and so has a SpanVocab."""
 
     @property
     def pad_id(self) -> int: ...

@@ -1,4 +1,4 @@
-"""The span protocol's automaton over token ids (docs/protocol.md), in numpy: for statistics of corpora and for reading responses."""
+"""The span protocol (docs/protocol.md) in numpy: what response tokens attend to, and the steps of a response."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class SpanIds(Protocol):
-    """Where the structural tokens are among the ids; a `data.vocab.Vocab` says so, and a `selfspan_jax.spans.SpanVocab`."""
+    """The ids of the structural tokens; a `data.vocab.Vocab` has them, and so has a `selfspan_jax.spans.SpanVocab`."""
 
     @property
     def pad_id(self) -> int: ...

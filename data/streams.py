@@ -1,4 +1,4 @@
-"""Endless streams of generated examples: made in chunks, each with a random state of its own, read from any number on."""
+"""Generated corpora: endless streams of examples, made in chunks of a random state each, and read from any number on."""
 
 import abc
 import contextlib
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedCorpus(abc.ABC, Generic[E]):
-    """Settings of a corpus whose examples are generated; a task's `Corpus` is a frozen dataclass that subclasses it."""
+    """Settings of a corpus whose examples are generated; a task's own settings are a frozen dataclass that subclasses it."""
 
     chunk_examples: ClassVar[int]
 
@@ -57,7 +57,7 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
     @property
     @abc.abstractmethod
     def description(self) -> str:
-        """What a prompt is, in a few words."""
+        """A few words on the prompts, in the plural."""
 
     @abc.abstractmethod
     def largest(self) -> "GeneratedCorpus[E]":
@@ -103,7 +103,7 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
         return 2 * max(lengths) - sum(lengths) // len(lengths)
 
     def check_sequence_tokens(self, sequence_tokens: int, vocab: Any = None) -> None:
-        """Raises UserError where the largest examples would hardly fit into sequences of so many tokens."""
+        """Raise UserError where the largest examples would hardly fit into sequences of so many tokens."""
         if (longest := self.likely_longest_tokens(vocab)) > sequence_tokens:
             raise UserError(f"{self.description} take up to {longest} tokens, a row only {sequence_tokens}")
 

@@ -1,4 +1,4 @@
-"""The small built-in vocabulary: structural tokens, sixteen characters, and two families of labels."""
+"""Vocabularies: the small built-in one of structural tokens, sixteen characters and labels, and those of tokenizers."""
 
 import dataclasses
 import functools
@@ -65,17 +65,17 @@ class Vocab:
 
     @functools.cached_property
     def tokens(self) -> tuple[str, ...]:
-        """The written form of every token; the index is the id."""
+        """The text of every token; the index is the id."""
         labels = range(self.num_labels)
         return (*_STRUCTURAL, *CHARACTERS, *(f"<seg:{k}>" for k in labels), *(f"<ref:{k}>" for k in labels))
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
-        """The id of every written token."""
+        """The id of every token's text."""
         return {token: i for i, token in enumerate(self.tokens)}
 
     def span_ids(self) -> dict[str, int]:
-        """The keyword arguments of `selfspan_jax.spans.SpanVocab`."""
+        """Return the keyword arguments of `selfspan_jax.spans.SpanVocab`."""
         return {
             "pad_id": self.pad_id,
             "bos_id": self.bos_id,
@@ -87,7 +87,7 @@ class Vocab:
         }
 
     def first_label(self, num_used: int, uniform: float) -> int:
-        """Where `num_used` consecutive labels begin, by a number from [0, 1).
+        """Choose where `num_used` consecutive labels begin, by a number from [0, 1).
 
         Uniform over every place where they overlap the vocabulary, then moved inside: the outermost labels, 1 among them,
         are as frequent as the others (drawn inside at once, label 1 would be seen a twelfth as often).
@@ -96,11 +96,11 @@ class Vocab:
         return min(max(first, 1), self.num_labels - num_used)
 
     def split(self, text: str) -> list[tuple[int, str]]:
-        """Cuts written tokens apart: (0-based offset, token), known to the vocabulary or not; white space is dropped."""
+        """Cut text into tokens: (0-based offset, token), known to the vocabulary or not; white space is dropped."""
         return [(match.start(), match.group()) for match in _TOKEN.finditer(text)]
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """Tokens written one after the other (`<bos><seg:3>(51+75)`; spaces ignored) -> int32 [n].
+        """Encode tokens written one after the other (`<bos><seg:3>(51+75)`; spaces ignored): int32 [n].
 
         Raises:
           UserError: something is not a token of this vocabulary; names the column.
@@ -113,7 +113,7 @@ class Vocab:
         return np.array(token_ids, np.int32)
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Ids [n] -> their written form without spaces, the inverse of `encode`.
+        """Write ids [n] as text without spaces; the inverse of `encode`.
 
         Raises:
           UserError: an id lies outside the vocabulary.
@@ -125,15 +125,15 @@ class Vocab:
         return "".join(self.tokens[i] for i in token_ids)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict for `from_json`."""
+        """Return a plain dict for `from_json`."""
         return {"kind": "characters", "version": _JSON_VERSION, "num_labels": self.num_labels}
 
     @classmethod
     def from_json(cls, fields: object) -> "Vocab":
-        """The inverse of `to_json`.
+        """Read what `to_json` returned.
 
         Raises:
-          UserError: a key or a version that this code does not know, or a missing one.
+          UserError: an unknown or missing key, or another version.
         """
         if isinstance(fields, Mapping) and fields.get("kind") == "tokenizer":
             return TokenizerVocab.from_json(fields)
@@ -146,16 +146,16 @@ DEFAULT_VOCAB = Vocab()
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerVocab(Vocab):
-    """The vocabulary of a language model's own tokenizer, to which the structural tokens were added.
+    """The vocabulary of a tokenizer, to which the structural tokens were added.
 
     Its characters are the tokenizer's tokens of one character, so that a number is written digit by digit whatever the
     tokenizer would make of it. The structural tokens are written as in `Vocab`, whatever the tokenizer calls them.
     """
 
     tokenizer_json: str = dataclasses.field(default="", repr=False)
-    """What `tokenizers.Tokenizer.to_str` writes."""
+    """The tokenizer, as `tokenizers.Tokenizer.to_str` writes it."""
     structural_ids: tuple[int, ...] = ()
-    """Of `<pad> <bos> <eos> <solve> <seg:0> <ref:0>`."""
+    """The ids of `<pad> <bos> <eos> <solve> <seg:0> <ref:0>`."""
     num_tokens: int = 0
     """Rows of the model's embedding."""
 
@@ -171,7 +171,7 @@ class TokenizerVocab(Vocab):
 
     @classmethod
     def of(cls, tokenizer_json: str, span_ids: Mapping[str, int], num_tokens: int) -> "TokenizerVocab":
-        """The vocabulary of a tokenizer whose structural tokens have the ids that `span_ids()` gives."""
+        """Make the vocabulary of a tokenizer whose structural tokens have the ids that `span_ids()` returns."""
         structural = tuple(span_ids[f"{name}_id"] for name in ("pad", "bos", "eos", "solve"))
         return cls(span_ids["num_labels"], tokenizer_json, (*structural, span_ids["seg_base"], span_ids["ref_base"]), num_tokens)
 
@@ -231,11 +231,11 @@ class TokenizerVocab(Vocab):
         return tuple(written)
 
     def text_ids(self, text: str) -> npt.NDArray[np.int32]:
-        """Text as the tokenizer itself cuts it, int32 [n], without what it puts at its ends."""
+        """Encode text as the tokenizer itself does, int32 [n], without special tokens at its ends."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def plain_text_ids(self, text: str) -> list[int]:
-        """Cut text into ids without whatever the tokenizer reads as structure, so that no text can open or name anything."""
+        """Encode text without the structural tokens that it may contain, so that no text can open or name anything."""
         return [i for i in self.text_ids(text).tolist() if i not in self.structural]
 
     def decode(self, token_ids: Iterable[int]) -> str:
@@ -286,7 +286,7 @@ def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> 
 
 
 def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> Mapping[str, Any]:
-    """Returns a JSON object, having checked that it has exactly the keys expected, and the fixed ones the values expected.
+    """Check that a JSON object has exactly the keys expected, and the fixed ones the values expected; return it.
 
     Raises:
       UserError: names `what`, the offending key or value, and what is allowed.

@@ -1,4 +1,4 @@
-"""Data computed ahead by worker processes: chunks by several, in order, or a whole iterator by one.
+"""Compute data ahead in worker processes: chunks in several, in order, or a whole iterator in one.
 
 The workers are fresh interpreters rather than `multiprocessing` ones: those would import the parent's main module
 again, JAX included (spawn), or copy a process with JAX's threads in it (fork). Each worker owns a pipe that only the
@@ -25,13 +25,13 @@ _MAIN = "from data import workers; workers.main()"
 
 
 class _Failure(NamedTuple):
-    """What a worker sends in place of a result: the text of a UserError."""
+    """The text of a UserError, sent in place of a result."""
 
     message: str
 
 
 def ordered(function: Callable[[int], T], start: int, num_workers: int) -> Generator[T, None, None]:
-    """Yields function(start), function(start + 1), ... without end.
+    """Yield function(start), function(start + 1), ... without end.
 
     Args:
       function: something that pickles (a partial of a module's function); its results pickle too.
@@ -50,7 +50,7 @@ def ordered(function: Callable[[int], T], start: int, num_workers: int) -> Gener
 
 
 def remote(iterable: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
-    """Yields what `iterable()` does, computed ahead by a process of its own, which may have workers in turn.
+    """Yield the items of `iterable()`, computed ahead by a process of its own, which may have workers in turn.
 
     `iterable` pickles (a partial of a module's function) and does not end. Raises as `ordered` does.
     """
@@ -64,7 +64,7 @@ def _strided(function: Callable[[int], T], number: int, stride: int) -> Generato
 
 
 def _from_workers(iterables: list[Callable[[], Iterable[T]]]) -> Generator[T, None, None]:
-    """One item of each in turn, each in a process."""
+    """Yield one item of each iterable in turn, each computed by a process."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, environment.get("PYTHONPATH"))))
     processes: list[subprocess.Popen[bytes]] = []
@@ -102,7 +102,7 @@ def _from_workers(iterables: list[Callable[[], Iterable[T]]]) -> Generator[T, No
 
 
 def main() -> None:
-    """The whole life of a worker: reads from stdin what to iterate over, writes the items to stdout."""
+    """Run a worker: read from stdin what to iterate over, and write the items to stdout."""
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes to stderr, not between the items
     try:

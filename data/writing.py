@@ -1,4 +1,4 @@
-"""What the commands `python -m data TASK` have in common."""
+"""The part of `python -m data TASK` that all tasks share."""
 
 import collections
 import dataclasses
@@ -13,7 +13,7 @@ from data.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WriteCommand:
-    """Options of a command that writes a corpus; a task's own command adds `corpus`, its settings, and whatever else it needs.
+    """Options of `python -m data TASK`; a task's own subclass says which corpus, and adds options where it needs them.
 
     Attributes:
       out: Directory to write; it must not exist, or be empty.

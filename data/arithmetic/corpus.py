@@ -29,11 +29,11 @@ class Corpus(GeneratedCorpus[Example]):
       left_comb_weight: Relative frequency of trees in which every right operand is a leaf.
       max_digits: Most digits of a leaf; their number is uniform from 1 on, and the leaf among those that have it.
       negative_fraction: Share of the leaves other than 0 that get a minus.
-      max_value: No value on the way is larger in magnitude; every operator is uniform among those that keep to this.
+      max_value: No intermediate value is larger in magnitude; every operator is uniform among those that keep to this.
       labelling: "tree" tags the prompt with labels, "none" leaves it in the sink, "plain" has no span tokens at all.
       num_labels: Labels of the vocabulary; an example uses consecutive ones from a random offset.
-      label_jumps: Most places at which the labels of an example jump ahead, near or far, so that children are named over
-        distances that only longer expressions have. The label after a jump is not to be predicted. 0 for none.
+      label_jumps: Most steps at which the labels of an example jump ahead, near or far, so that children are named over
+        distances that only longer expressions have. The label after a jump is no training target. 0 for none.
       jumps_at: Before which steps: "any", or "leaves", those that name nothing, so that a right child's label stays the one
         before its parent's.
       names_first_step: The prompt ends in a <ref:k> that says which label the first step has.
@@ -132,9 +132,9 @@ def split_of(expression: Expression) -> Split:
 def _draw_labels(
     corpus: Corpus, vocab: Vocab, expression: Expression, uniform: Callable[[], float], jumping: Callable[[], float]
 ) -> Sequence[int]:
-    """Labels of the operations of an example: one after the other but for jumps, whose sizes are log-uniform.
+    """Draw the labels of an example's operations: one after the other but for jumps, whose sizes are log-uniform.
 
-    Where they begin is drawn by `uniform`, which is called once whatever jumps; jumps are drawn by `jumping`.
+    Their begin is drawn by `uniform`, which is called once whatever jumps; jumps are drawn by `jumping`.
     """
     num_ops = expression.num_ops
     places: Sequence[int] = range(1, num_ops) if corpus.label_jumps else ()
@@ -152,7 +152,7 @@ def _draw_labels(
 
 
 def _draw(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Expression:
-    """A random expression of `num_ops` operators; `uniform` draws from [0, 1)."""
+    """Draw an expression of `num_ops` operators; `uniform` draws from [0, 1)."""
     bound = corpus.max_value
     postfix: list[int | str] = []
     values: list[int] = []
@@ -178,7 +178,7 @@ def _draw(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Express
 
 
 def _draw_shape(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Sequence[bool]:
-    """A tree in postfix order: False for a leaf, True for an operation."""
+    """Draw a tree in postfix order: False for a leaf, True for an operation."""
     uniform_weight, balanced_weight, left_comb_weight = corpus.shape_weights
     threshold = uniform() * (uniform_weight + balanced_weight + left_comb_weight)
     if threshold < uniform_weight:
@@ -189,7 +189,7 @@ def _draw_shape(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> S
 
 
 def _uniform_shape(num_ops: int, uniform: Callable[[], float]) -> list[bool]:
-    """Every binary tree of `num_ops` operations with the same probability.
+    """Draw a tree from all binary trees of `num_ops` operations with the same probability.
 
     Cycle lemma (Dvoretzky and Motzkin, 1947): of the rotations of a sequence of n operations and n + 1 leaves,
     exactly one is a tree in postfix order, so a uniform sequence gives a uniform tree.

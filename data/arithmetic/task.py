@@ -20,7 +20,7 @@ _VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticTask:
-    """What a model directory keeps of this corpus, to turn an expression into ids and a response into text."""
+    """Turn expressions into ids and responses into text; a model directory keeps it as JSON."""
 
     vocab: Vocab = DEFAULT_VOCAB
     labelling: Labelling = "tree"

@@ -17,7 +17,7 @@ _ANSWER = re.compile(rf"=(-?[0-9]{{1,{MAX_DIGITS}}})\Z")
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Say what is right and wrong with a response.
+    """The result of checking a response.
 
     answer: the value that the last step ends in, None where there is none.
     answer_right: it is the value of the expression.

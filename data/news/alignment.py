@@ -1,4 +1,4 @@
-"""Sentences of a text, and which sentences of an article a sentence of its summary was written from.
+"""Split text into sentences, and find the sentences of an article that a sentence of its summary was written from.
 
 Splitting is `sentencex`'s. Alignment grows a set of article sentences greedily by ROUGE-1 recall of the summary sentence
 (Lin, 2004: the share of its words, counted, that the set has), function words left out, ROUGE-2 recall deciding between
@@ -31,22 +31,22 @@ _FUNCTION_WORDS = frozenset(
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of an English text in order, each on one line; what has no letter or digit is left out."""
+    """Split an English text into sentences, each on one line; what has no letter or digit is left out."""
     lines = (" ".join(sentence.split()) for sentence in sentencex.segment("en", text))
     return [line for line in lines if any(character.isalnum() for character in line)]
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers; `1,200`, `3.5` and `it's` are one each."""
+    """Split text into lower-case words and numbers; `1,200`, `3.5` and `it's` are one each."""
     return _WORD.findall(text.lower().replace("’s", "").replace("'s", ""))
 
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """How sources are found.
+    """How the sources of summary sentences are found.
 
     Attributes:
-      min_gain: Least share of a summary sentence's content words that an article sentence must add to be a source.
+      min_gain: Smallest share of a summary sentence's content words that an article sentence must add to be a source.
       max_sources: Most sources of a summary sentence.
     """
 
@@ -60,7 +60,7 @@ class Alignment:
             raise UserError(f"max_sources is {self.max_sources}: expected at least 1")
 
     def align(self, article: Sequence[str], summary: Sequence[str]) -> list[tuple[int, ...]]:
-        """For each summary sentence, the indices of its sources in ascending order; none where no sentence gains enough."""
+        """Find the sources of each summary sentence: indices in ascending order, none where no sentence gains enough."""
         unigrams, bigrams = zip(*map(_counts, article)) if article else ((), ())
         return [self._sources(unigrams, bigrams, *_counts(sentence)) for sentence in summary]
 

@@ -15,7 +15,7 @@ INSTRUCTION = " Summarize:"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """An article and its gold summary: int32 [n] ids, the first `prompt_tokens` of them the prompt, and what they say."""
+    """An article and its gold summary: int32 [n] ids, the first `prompt_tokens` of them the prompt, and the story that they tell."""
 
     story: Story
     token_ids: npt.NDArray[np.int32]
@@ -24,7 +24,7 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The article as `NewsTask.encode_prompt` takes it."""
+        """The text that `NewsTask.encode_prompt` takes."""
         return "\n\n".join(self.story.article)
 
     @property

@@ -1,4 +1,4 @@
-"""What a summary is worth: ROUGE against the gold one, the facts that it states, the sources that it names.
+"""Score summaries: ROUGE against the gold ones, the facts that they state, the sources that they name.
 
 All take lists over examples, of lists over sentences.
 """
@@ -21,7 +21,7 @@ _NO_NAMES = frozenset(
 
 
 def rouge(golds: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, -2 and -L (`rouge-score`, stemmed; L over whole summaries, sentence by sentence)."""
+    """Return the mean F1 of ROUGE-1, -2 and -L (`rouge-score`, stemmed; L over whole summaries, sentence by sentence)."""
     from rouge_score import rouge_scorer  # imports nltk, which takes a second
 
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
@@ -31,7 +31,7 @@ def rouge(golds: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dic
 
 
 def stated(sentence: str) -> set[str]:
-    """The names, places and numbers that a sentence states: runs of capitalised words, and numbers."""
+    """Find the names, places and numbers that a sentence states: runs of capitalised words, and numbers."""
     found: set[str] = set()
     for run in _NAMED.findall(sentence):
         words = run.split()
@@ -45,7 +45,7 @@ def stated(sentence: str) -> set[str]:
 
 
 def fact_scores(golds: Sequence[Sequence[Fact]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Of the names, places and numbers that summaries state, the share that is right, and of the gold ones the share stated.
+    """Score the names, places and numbers that summaries state: the share that is right, and the share of the gold ones stated.
 
     Each sentence is judged by the one gold sentence that it has most in common with: a right number of the wrong event is wrong.
     Gold facts that look like none (see `stated`) do not occur in the synthetic corpus, and a test says so.
@@ -67,7 +67,7 @@ def fact_scores(golds: Sequence[Sequence[Fact]], found: Sequence[Sequence[str]])
 
 
 def span_scores(golds: Sequence[Sequence[Collection[int]]], found: Sequence[Sequence[Collection[int]]]) -> dict[str, float]:
-    """Precision and recall of the sources named, the n-th sentence judged by the n-th gold one, over all sentences."""
+    """Return precision and recall of the sources named, the n-th sentence compared with the n-th gold one, over all sentences."""
     hits = named = wanted = 0
     for gold, own in zip(golds, found, strict=True):
         hits += sum(len(set(a) & set(b)) for a, b in zip(gold, own))

@@ -1,4 +1,4 @@
-"""Articles and summaries from files and from Hugging Face datasets, as labelled examples."""
+"""Read articles and summaries from files and Hugging Face datasets, and make labelled examples of them."""
 
 import collections
 import csv
@@ -32,7 +32,7 @@ Pair = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where articles come from.
+    """A file or a dataset of articles.
 
     Attributes:
       name: A .jsonl, .csv or .parquet file, or the name of a Hugging Face dataset, its configuration after a colon.
@@ -46,7 +46,7 @@ class Source:
     summary_column: str | None = None
 
     def pairs(self) -> Iterator[Pair]:
-        """(article, summary), row by row; text that is missing is empty.
+        """Yield (article, summary), row by row; text that is missing is empty.
 
         Raises:
           FileNotFoundError, IsADirectoryError: there is no such file.
@@ -128,7 +128,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 class AlignedPair(NamedTuple):
-    """An article in sentences with the sources of its summary, or why there is none."""
+    """An article in sentences with the sources of its summary, or why it is dropped."""
 
     story: Story | None
     dropped: str
@@ -192,7 +192,7 @@ def examples(
 
 
 def _chunks(pairs: Iterator[Pair]) -> Iterator[tuple[int, list[Pair]]]:
-    """(number of the first, pairs)."""
+    """Yield (number of the first pair, pairs)."""
     start = 0
     while chunk := list(itertools.islice(pairs, _CHUNK_ARTICLES)):
         yield start, chunk

@@ -21,7 +21,7 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class NewsTask:
-    """What a model directory keeps of this corpus, to turn an article into ids and a response into a summary.
+    """Turn articles into ids and responses into summaries; a model directory keeps it as JSON.
 
     Attributes:
       vocab: trained by `data.vocab.train_vocab`, or a language model's own with structural tokens added.
