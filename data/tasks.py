@@ -26,11 +26,16 @@ class Statistics(Protocol):
 
 
 class Task(Protocol):
-    """What a task's class offers: text to ids and back for models, examples and scores for training, rows for corpus directories."""
+    """What a task's class offers: text to ids and back for models, examples, scores, and rows of corpus directories.
+
+    `selfspan_jax.task.ScoringTask` says what else it may have.
+    """
 
     name: ClassVar[str]
     Corpus: ClassVar[type[GeneratedCorpus[Any]]]
     WriteCommand: ClassVar[type[WriteCommand]]
+    unit: ClassVar[str]
+    """What an evaluation counts per second."""
     columns: ClassVar[Mapping[str, Any]]
     """The columns of a corpus directory, "token_ids" and "prompt_tokens" among them: "int32", "string", [item] or {name: column}."""
 
@@ -53,8 +58,8 @@ class Task(Protocol):
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Any]]:
         """Draw examples of the test split, labels from 1 on, in sets by name."""
 
-    def group(self, prompt: str) -> str:
-        """Name the group that a prompt is evaluated in."""
+    def renumber(self, example: Any) -> Any:
+        """Write an example again, labels from 1 on, as `encode_prompt` does; None where that cannot be."""
 
     def to_json(self) -> dict[str, Any]: ...
     @classmethod

@@ -1,7 +1,6 @@
 """Dataset directories and their cards, through the command line in this process; the real command in test_commandline."""
 
 import collections
-import dataclasses
 import itertools
 import json
 import re
@@ -13,10 +12,10 @@ import pytest
 
 from data import dataset as corpus
 from data.__main__ import main
-from data.arithmetic import ArithmeticTask, Corpus, encode, stream
-from data.spans import attended_tokens
+from data.arithmetic import ArithmeticTask, Corpus, stream
 from data.tasks import TASKS
 from data.vocab import Vocab
+from tests.data.test_spans import attended_positions
 
 ARGUMENTS = ["arithmetic", "--num-examples", "700", "--min-ops", "2", "--max-ops", "9", "--label-jumps", "2", "--seed", "3"]
 
@@ -94,57 +93,16 @@ def test_the_card_s_command_makes_the_corpus_again(directory, tmp_path):
     assert card["command"] in (directory / "README.md").read_text()
 
 
-def automaton(token_ids, vocab):
-    """The specification's pseudo-code: what each token of the response attends to, as sets of positions."""
-    label, named, in_response, carries, attended = 0, set(), False, [], []
-    for x in token_ids:
-        if x == vocab.solve_id and not in_response:
-            in_response, label, named = True, 0, set()
-        elif vocab.seg_base <= x < vocab.ref_base:
-            label = x - vocab.seg_base
-            named = set() if in_response else named
-        elif x >= vocab.ref_base and in_response:
-            named = named | {x - vocab.ref_base}
-        carries.append(label)
-        attended.append([s for s, carried in enumerate(carries) if carried in {0, label} | named])
-    return attended[list(token_ids).index(vocab.solve_id) + 1 :]
-
-
-@pytest.mark.parametrize("labelling", ["tree", "none"])
-def test_attended_tokens_follow_the_automaton(labelling):
-    vocab = Vocab(64)
-    for example in itertools.islice(stream(Corpus(labelling=labelling, num_labels=64), seed=1), 60):
-        expected = [len(positions) for positions in automaton(example.token_ids.tolist(), vocab)]
-        assert attended_tokens(example.token_ids, example.prompt_tokens, vocab).tolist() == expected
-
-
-@pytest.mark.parametrize("refs", ["<ref:0>", "<ref:3>", "<ref:1><ref:1>", "<ref:9>", "<ref:2><ref:0><ref:1><ref:2>"])
-def test_naming_what_is_seen_already_adds_nothing(refs):
-    vocab = Vocab(16)
-    token_ids = vocab.encode(f"<bos><seg:3>(<seg:1>(1+2)<seg:3>*<seg:2>(3-4)<seg:3>)<solve><seg:1>1<seg:2>{refs}2<seg:3>{refs}3<eos>")
-    example = dataclasses.replace(encode("1+2"), token_ids=token_ids, prompt_tokens=token_ids.tolist().index(vocab.solve_id) + 1)
-    assert attended_tokens(example.token_ids, example.prompt_tokens, vocab).tolist() == [
-        len(positions) for positions in automaton(token_ids.tolist(), vocab)
-    ]
-
-
 def test_attended_fraction_of_the_card(directory, expected):
     fractions, counts = [], []
     for example in expected:
-        for t, positions in enumerate(automaton(example.token_ids.tolist(), Vocab()), example.prompt_tokens):
+        for t, positions in enumerate(attended_positions(example.token_ids.tolist(), Vocab()), example.prompt_tokens):
             fractions.append(len(positions) / (t + 1))
             counts.append(len(positions))
     statistics = json.loads((directory / "card.json").read_text())["statistics"]
     assert statistics["attended_fraction"] == pytest.approx(np.mean(fractions), abs=1e-6)
     assert statistics["attended_tokens_mean"] == pytest.approx(np.mean(counts), abs=1e-3)
     assert statistics["attended_tokens_max"] == max(counts)
-
-
-def test_attended_tokens_of_the_specification_s_example():
-    example = encode("((51+75)-(95*3))")
-    attended = attended_tokens(example.token_ids, example.prompt_tokens, Vocab()).tolist()
-    assert attended[0] == 2 + 8 + 1  # <bos> <solve>, the tagged (51+75) and the step's own <seg:1>
-    assert attended[-1] == 2 + 8 + 10 + 7 + 9 + 6 + 16  # sink; nodes 1 and 2 with their steps; node 3; this step
 
 
 # --- reading
