@@ -105,6 +105,7 @@ class SumsTask:
 
     name: ClassVar[str] = "sums"
     unit: ClassVar[str] = "sums"
+    score_kinds: ClassVar[dict[str, Any]] = {"right": ("answer_accuracy",)}
     Corpus: ClassVar[type] = Corpus
     WriteCommand: ClassVar[type] = WriteCommand
     columns: ClassVar[dict[str, Any]] = {"prompt": "string", "token_ids": ["int32"], "prompt_tokens": "int32"}
