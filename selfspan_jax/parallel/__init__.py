@@ -1,1 +1,1 @@
-"""Several devices and processes: meshes, the layout of arrays on them, collectives, and runs of several processes."""
+"""Several devices and processes: meshes, the layout of arrays on them, collectives, and distributed runs."""

@@ -1,4 +1,4 @@
-"""Run directories: the identity of a run, its scores, the card of its model.
+"""Run directories: the identity of a run, and the card of its model.
 
 The identity is everything that decides the result of a run, as JSON: sections by name, most of them objects of settings. It is
 in `run.json` of the run directory.
@@ -59,10 +59,10 @@ def _check_same(file: Path, here: dict[str, Any]) -> None:
 
 
 def card(title: str, model: Decoder, config: TrainConfig, prompts: str, scores: Mapping[str, float], identity: Mapping[str, Any]) -> str:
-    """The README of a finished model, with the command line of this process.
+    """Write the README of a finished model, with the command line of this process.
 
     Args:
-      prompts: what the scores are on, for people.
+      prompts: description of the prompts that the scores are on.
     """
     lines = [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in scores.items()]
     return (
@@ -78,5 +78,5 @@ def card(title: str, model: Decoder, config: TrainConfig, prompts: str, scores: 
 
 
 def _shown(arguments: Sequence[str]) -> list[str]:
-    """The command line without this machine's paths."""
+    """Strip directories of this machine from a command line."""
     return [Path(word).name if Path(word).is_absolute() else word for word in arguments]

@@ -1,4 +1,4 @@
-"""Models of others: the numbers are those of `transformers` on PyTorch, what is exported loads there, and what does not fit is refused.
+"""Imported models: the numbers are those of `transformers` on PyTorch, what is exported loads there, and what does not fit is refused.
 
 Live where PyTorch is installed; against recorded logits everywhere (record_transformers.py made them).
 """
