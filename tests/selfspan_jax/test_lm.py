@@ -90,22 +90,15 @@ def test_window_decoding_attends_to_a_bounded_number(small):
     assert set(out.num_attended) == {Window().sink_tokens + Window().window_tokens}
 
 
-def test_a_list_is_decoded_as_a_batch(lm):
-    expressions = ["3*(4+5)", "1 - 2", EXPRESSION]
-    outs = lm.generate(expressions, max_new_tokens=64)
-    assert [out.answer for out in outs] == ["27", "-1", "-159"]
-    assert [out.prompt for out in outs] == expressions
-    assert lm.generate([]) == []
-
-
-def test_samples_of_a_prompt_come_as_a_list(small):
-    alone, other = (small.generate(prompt, max_new_tokens=12) for prompt in ("45", "678"))
-    samples = small.generate("45", num_samples=3, max_new_tokens=12)
-    assert [sample.text for sample in samples] == [alone.text] * 3
+def test_a_list_is_decoded_as_a_batch_and_samples_come_as_a_list(small):
+    alone = [small.generate(prompt, max_new_tokens=12).text for prompt in ("45", "678")]
+    outs = small.generate(["45", "678"], max_new_tokens=12)
+    assert [out.text for out in outs] == alone and [out.prompt for out in outs] == ["45", "678"] and alone[0] != alone[1]
     both = small.generate(["45", "678"], num_samples=2, max_new_tokens=12)
-    assert [[sample.text for sample in samples] for samples in both] == [[alone.text] * 2, [other.text] * 2]
+    assert [[sample.text for sample in samples] for samples in both] == [[text] * 2 for text in alone]
     drawn = small.generate("45", num_samples=3, max_new_tokens=12, temperature=3.0)
-    assert len({sample.text for sample in drawn}) > 1
+    assert len(drawn) == 3 and len({sample.text for sample in drawn}) > 1
+    assert small.generate([]) == []
 
 
 def test_int8_weights_are_a_little_less_exact_and_as_right(lm, out):
@@ -174,9 +167,9 @@ def test_the_installed_package_offers_its_task():
 def test_the_shipped_model_is_small_and_right(lm):
     """A sample of what its card claims for 1,000: every step, span and answer of fresh expressions of 2 to 12 operators."""
     assert (CHECKPOINT / "model.safetensors").stat().st_size < 16 * 2**20
-    ((name, examples),) = lm.task.held_out(16, seed=11).items()
+    ((name, examples),) = lm.task.held_out(8, seed=11).items()
     assert name == "2-12"
-    found = evaluate(lm, examples, batch_size=16)
-    assert all(found.scores[f"{what}_accuracy"] >= 15 / 16 for what in ("step", "answer", "span"))
-    assert sum(np.array_equal(own.response_ids, out.response_ids) for own, out in zip(examples, found.outputs, strict=True)) >= 15
-    assert found.right_per_second == pytest.approx(found.scores["answer_accuracy"] * 16 / found.decode_seconds)
+    found = evaluate(lm, examples)
+    assert all(found.scores[f"{what}_accuracy"] >= 7 / 8 for what in ("step", "answer", "span"))
+    assert sum(np.array_equal(own.response_ids, out.response_ids) for own, out in zip(examples, found.outputs, strict=True)) >= 7
+    assert found.right_per_second == pytest.approx(found.scores["answer_accuracy"] * 8 / found.decode_seconds)

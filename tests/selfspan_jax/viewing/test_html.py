@@ -1,6 +1,7 @@
 """The page of a response: its data against the reference automaton, what it must never do, and how it behaves in a real browser."""
 
 import base64
+import functools
 import hashlib
 import html.parser
 import itertools
@@ -13,7 +14,7 @@ import pytest
 from selfspan_jax import Output
 from selfspan_jax.attention.policies import Window, get_policy
 from selfspan_jax.config import ModelConfig
-from selfspan_jax.viewing.reading import Reading
+from selfspan_jax.viewing.reading import Reading, attention_mask
 from tests import browser
 from tests.selfspan_jax.models import TINY
 from tests.selfspan_jax.reference import Reference
@@ -50,10 +51,17 @@ class Words:
 HOSTILE_TASK = Words(HOSTILE, '<{}" onmouseover="window.broken = 1">')
 
 
-def output(token_ids, attention="span", *, task=None, **config):
-    """The output that decoding these tokens after their first <solve> (or the first token) would give, and its reference."""
-    token_ids = np.array(token_ids, np.int32)
+def read_back(token_ids, prompt_tokens, num_attended, attention="span", task=None, **config):
+    """The output that decoding these tokens would give."""
     task, model = task or Words(), ModelConfig(**TINY, **config)
+    reading = Reading(token_ids, prompt_tokens, num_attended, get_policy(attention), model, VOCAB, task.decode)
+    response = reading.response_ids
+    return Output(task.decode(token_ids[:prompt_tokens]), task.decode(response), task.answer(response), reading, task)
+
+
+def output(token_ids, attention="span", *, task=None, **config):
+    """The output that decoding these tokens after their first <solve> (or the first token) would give, its reference and mask."""
+    token_ids, model = np.array(token_ids, np.int32), ModelConfig(**TINY, **config)
     views = {name: getattr(model, name) for name in ("header_view", "prompt_view", "prompt_window_tokens")}
     reference = Reference(token_ids, VOCAB, **views)
     prompt_tokens = 1 + (0 if reference.solve_position is None else reference.solve_position)
@@ -61,9 +69,7 @@ def output(token_ids, attention="span", *, task=None, **config):
     if attention == "window":
         distance = np.subtract.outer(np.arange(len(token_ids)), np.arange(len(token_ids)))
         mask &= (distance < Window().window_tokens) | (np.arange(len(token_ids)) < Window().sink_tokens)
-    response, attended = token_ids[prompt_tokens:], mask.sum(axis=1)[prompt_tokens:]
-    reading = Reading(token_ids, prompt_tokens, attended, get_policy(attention), model, VOCAB, task.decode)
-    out = Output(task.decode(token_ids[:prompt_tokens]), task.decode(response), task.answer(response), reading, task)
+    out = read_back(token_ids, prompt_tokens, mask.sum(axis=1)[prompt_tokens:], attention, task, **config)
     assert out.unresolved_refs == reference.unresolved_refs
     return out, reference, mask
 
@@ -228,16 +234,19 @@ def test_several_outputs_share_one_notebook():
     assert all(part.strip().startswith(".selfspan") for selector in selectors for part in selector.split(","))
 
 
-def long_output(num_tokens=2000, task=None):
-    """Steps of ten tokens that name labels of a prompt of 200."""
+@functools.cache
+def long_page(*words, num_tokens=2000):
+    """A page of steps of ten tokens that name labels of a prompt of 200."""
     prompt = [1, *itertools.chain.from_iterable([_S + 1 + i % 4, 4, 5, 6, 7, 8, 9, 4, 5, 6] for i in range(20)), 3]
     steps = itertools.chain.from_iterable([_S + i % 5, _R + 1 + i % 4, 4, 5, 6, 7, 8, 9, 4, 5] for i in itertools.count())
-    return output([*prompt, *itertools.islice(steps, num_tokens - len(prompt) - 1), 2], task=task)[0]
+    token_ids = np.array([*prompt, *itertools.islice(steps, num_tokens - len(prompt) - 1), 2], np.int32)
+    mask = attention_mask(token_ids, VOCAB, ModelConfig(**TINY), get_policy("span"))
+    return read_back(token_ids, len(prompt), mask.sum(axis=1)[len(prompt) :], task=Words(words) if words else None).to_html()
 
 
 def test_two_thousand_tokens_make_a_small_page():
-    page_of_2000 = long_output().to_html()
-    assert len(Parsed(page_of_2000).tokens) == 2000 and len(page_of_2000) < 250_000
+    page = long_page()
+    assert len(Parsed(page).tokens) == 2000 and len(page) < 250_000
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
@@ -393,8 +402,7 @@ def test_text_is_readable_in_light_and_dark(show, scheme, name):
 @needs_browser
 @pytest.mark.parametrize("width", [360, 1400])
 def test_two_thousand_tokens_can_be_read(show, width):
-    out = long_output(task=Words(("48", " the", "(51+75)", "-", " summary", "9" * 99)))
-    page = show(out.to_html(), width=width, height=700)
+    page = show(long_page("48", " the", "(51+75)", "-", " summary", "9" * 99), width=width, height=700)
     assert page.run("document.documentElement.scrollWidth <= innerWidth")
     assert page.run("[...document.querySelectorAll('.prompt, .reads, .steps')].every(e => e.scrollWidth <= e.clientWidth)")
     page.run("document.querySelector('.step').focus()")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data import news
+from data.vocab import train_vocab
 from selfspan_jax import Output
 from selfspan_jax.attention.policies import Span
 from selfspan_jax.config import ModelConfig
@@ -21,8 +22,8 @@ _S, _R = VOCAB.seg_base, VOCAB.ref_base
 @pytest.fixture(scope="module")
 def gold():
     """What a model that writes the gold response would have returned, and the example."""
-    task = news.NewsTask.of(news.Corpus(vocab_tokens=400, num_labels=64))
     story = news.Story(("Ada won.", "Rain fell.", "It was Monday."), ("Ada won on Monday.", "It rained."), ((0, 2), (1,)), ())
+    task = news.NewsTask(train_vocab(story.article, vocab_tokens=300, num_labels=64))
     example, vocab = task.encode(story), SpanVocab(**task.vocab.span_ids())
     mask = np.array(Reference(example.token_ids, vocab, header_view="all").mask())
     num_attended = mask.sum(axis=1)[example.prompt_tokens :]
