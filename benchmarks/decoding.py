@@ -12,11 +12,13 @@ a mesh bytes, memory and roofline are those of one device: its heads and feature
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -64,6 +66,10 @@ class Case:
         return self.num_tokens - self.steps
 
     @property
+    def num_prompts(self) -> int:
+        return self.batch_size // self.num_samples
+
+    @property
     def config(self) -> DecodeConfig:
         return DecodeConfig(attention=self.attention, max_new_tokens=self.steps)
 
@@ -89,6 +95,17 @@ class DoesNotFit(Exception):
     """A case that needs more memory than the device has."""
 
 
+@contextlib.contextmanager
+def catch_out_of_memory() -> Iterator[None]:
+    """Raise DoesNotFit in place of JAX's error where the device runs out of memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            raise
+        raise DoesNotFit("does not fit: the device ran out of memory") from None
+
+
 @dataclasses.dataclass
 class Programs:
     """The compiled programs of a case; nothing is allocated yet."""
@@ -112,7 +129,7 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     def ints(*sizes: int):
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
-    lowered = engine.lower_prefill(case.batch_size // case.num_samples, case.prompt_tokens, config, num_samples=case.num_samples)
+    lowered = engine.lower_prefill(case.num_prompts, case.prompt_tokens, config, num_samples=case.num_samples)
     state = layout.device_put_global(lowered.out_info, mesh, DecodeState.partition_specs())
     _check_fits(bytes_of(engine.params) + bytes_of(state))
     prefill = lowered.compile()
@@ -188,7 +205,7 @@ def measure_case(
 ) -> dict[str, Any]:
     """Run a compiled case on a workload and return its row, with the device's time by kind of operation if `profile`."""
     state, first_token_ms = _prefill(shape, params, case, programs, token_ids)
-    forced = np.repeat(token_ids[: case.batch_size // case.num_samples, case.prompt_tokens :], case.num_samples, axis=0)
+    forced = np.repeat(token_ids[: case.num_prompts, case.prompt_tokens :], case.num_samples, axis=0)
     mesh = programs.engine.mesh
     slots = () if programs.oracle_mask is None else oracle_slots(shape, case, token_ids, np.asarray(state.cache.slot_table))
     slots = layout.device_put_global(slots, mesh, _EACH_STEP)
@@ -242,10 +259,10 @@ def measure_case(
 
 def _prefill(shape: Shape, params, case: Case, programs: Programs, token_ids: Int[np.ndarray, "B T"]) -> tuple[Any, float]:
     """Prefill the prompts; return the state and the median milliseconds after one warm-up (of a single run where it is long)."""
-    num_prompts, length = case.batch_size // case.num_samples, case.prompt_tokens
-    prompts = np.full((num_prompts, bucket(length)), shape.vocab.pad_id, np.int32)
-    prompts[:, :length] = token_ids[:num_prompts, :length]
-    inputs = (jnp.asarray(prompts), jnp.full((num_prompts,), length, jnp.int32), sequence_keys(None, case.batch_size))
+    length = case.prompt_tokens
+    prompts = np.full((case.num_prompts, bucket(length)), shape.vocab.pad_id, np.int32)
+    prompts[:, :length] = token_ids[: case.num_prompts, :length]
+    inputs = (jnp.asarray(prompts), jnp.full((case.num_prompts,), length, jnp.int32), sequence_keys(None, case.batch_size))
     arguments = (params, *jax.device_put(inputs, programs.prefill.input_shardings[0][1:]))
     state: Any = None
     seconds: list[float] = []
@@ -269,12 +286,11 @@ def oracle_slots(shape: Shape, case: Case, token_ids: Int[np.ndarray, "B T"], sl
     slots = np.zeros((case.steps, *slot_table.shape), np.int32)
     counts = np.zeros((case.steps, case.batch_size), np.int32)
     policy = get_policy(case.attention)
-    for b in range(case.batch_size):
+    for b in range(case.batch_size):  # one at a time: the masks of all would take gigabytes
         ids = jnp.asarray(token_ids[b : b + 1])
         visible = np.asarray(_mask(policy, ids, shape.vocab, shape.config, case.prompt_tokens, case.steps))[0]
         counts[:, b] = visible.sum(axis=1)
-        for step in range(case.steps):
-            slots[step, b, : counts[step, b]] = slot_table[b, np.flatnonzero(visible[step])]
+        slots[:, b, : visible.shape[1]] = slot_table[b, np.argsort(~visible, axis=1, kind="stable")]
     own = np.ascontiguousarray(slot_table[:, case.prompt_tokens : case.num_tokens].T)
     return jnp.asarray(slots), jnp.asarray(counts), jnp.asarray(own)
 

@@ -1,11 +1,11 @@
-"""Hugging Face's decode step on the same shape: static cache, eager, compiled and by `generate`. Runs in a process of its own.
+"""Measure Hugging Face's decode step on the same shape, with a static cache: eager, compiled, and by `generate`.
 
     python -m benchmarks.peers JOB      (JOB is JSON; see `Peers`)
 
-What is timed is one forward of the token with a static cache, greedy choice, fed back. Weights, tokens and cached rows are
+A step is one forward pass of the token with a static cache, greedy sampling, fed back. Weights, tokens and cached rows are
 random, in the dtype of the shape. "hf-compiled" is `torch.compile(mode="reduce-overhead", fullgraph=True)` of that forward,
-"hf-eager" the forward as it is, "hf-generate" what users call: `model.generate` with that cache, which compiles by itself where
-it sees fit, less the same call for one token. Milliseconds per step are CUDA events around the steps (a clock without a GPU),
+"hf-eager" the forward pass as it is, "hf-generate" is `model.generate` with that cache, which compiles by itself where it sees fit,
+less the same call for one token. Milliseconds per step are CUDA events around the steps (a clock without a GPU),
 the median of five runs of the same steps after two.
 """
 
@@ -16,7 +16,6 @@ import functools
 import gc
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from benchmarks.timing import torch_ms
+from benchmarks.timing import median_and_spread, torch_ms
 
 PeerName = Literal["hf-compiled", "hf-eager", "hf-generate"]
 WARM_UPS, REPETITIONS = 2, 5  # an eager step needs one warm-up only
@@ -32,16 +31,16 @@ _MARK = "row: "  # in front of a result among what libraries print
 
 
 def missing_reason() -> str | None:
-    """Why the peers cannot run here; None when they can."""
+    """Return why the peers cannot run here; None when they can."""
     absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     return f"{' and '.join(absent)} not installed" if absent else None
 
 
 class Peers:
-    """Peers in a process of its own, so that its memory is free again afterwards. A context manager.
+    """Run peers in a process of their own, so that its memory is free again afterwards. A context manager.
 
-    The process builds the model and compiles as soon as it is there, beside whatever the caller compiles; it measures when
-    `rows` is called, and should then have the device to itself.
+    The process builds the model and compiles at once, beside whatever the caller compiles. It measures when `rows` is called,
+    and should then have the device to itself.
 
     Args:
       config: the shape, as `dataclasses.asdict` of a ModelConfig.
@@ -64,7 +63,7 @@ class Peers:
         self._log.close()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Measures, and yields each row as it comes. Raises RuntimeError with the end of what the process said if it fails."""
+        """Measure, and yield each row as it comes. Raises RuntimeError with the last lines of the process if it fails."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # a process that has failed says why below
             self._process.stdin.write("measure\n")
@@ -108,7 +107,7 @@ def _make_model(config: dict[str, Any], vocab_size: int, device: str, dtype):
 
 
 class _Run:
-    """One peer at one batch and context: its cache, its step, compiled where the peer is."""
+    """One peer at one batch size and context: its cache and its step."""
 
     def __init__(self, model, case: dict[str, Any], vocab_size: int, device: str, seed: int):
         import torch
@@ -154,7 +153,8 @@ class _Run:
         def decode() -> None:
             tokens = first
             for _ in range(steps):
-                torch.compiler.cudagraph_mark_step_begin()
+                if self.compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
                 tokens = step(tokens).clone()  # the graph's own output is overwritten by its next run
 
         return torch_ms(decode, self.device) / steps
@@ -173,11 +173,11 @@ class _Run:
     def row(self) -> dict[str, Any]:
         for _ in range(WARM_UPS if self.compiled else 1):
             self.ms_per_step()
-        ms = [self.ms_per_step() for _ in range(REPETITIONS)]
+        median_ms, spread_ms = median_and_spread([self.ms_per_step() for _ in range(REPETITIONS)])
         return {
-            "ms_per_step": statistics.median(ms),
-            "spread_ms": max(ms) - min(ms),
-            "tokens_per_second": 1e3 * self.case["batch_size"] / statistics.median(ms),
+            "ms_per_step": median_ms,
+            "spread_ms": spread_ms,
+            "tokens_per_second": 1e3 * self.case["batch_size"] / median_ms,
             "mean_context_tokens": self.num_tokens - (self.case["steps"] - 1) / 2,
             "compile_seconds": self.compile_seconds,
         }

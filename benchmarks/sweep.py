@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -21,11 +20,12 @@ from tyro.conf import Positional, arg
 
 from benchmarks import peers as hf
 from benchmarks import report
-from benchmarks.decoding import STREAMED_TOKENS, Case, DoesNotFit, Programs, compile_case, measure_case, measure_stream
+from benchmarks.decoding import STREAMED_TOKENS, Case, DoesNotFit, Programs, catch_out_of_memory, compile_case, measure_case, measure_stream
 from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line
 from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
-from data import arithmetic, commandline, files, news
+from data import arithmetic, commandline, files
+from data.tasks import TASKS
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
@@ -130,7 +130,7 @@ class Bench:
         if mesh is not None:
             check_decoding(config, mesh)
             for case in self.cases:
-                check_batch(case.batch_size // case.num_samples, mesh, "the number of prompts")
+                check_batch(case.num_prompts, mesh, "the number of prompts")
         return mesh
 
     def run(self) -> None:
@@ -157,7 +157,7 @@ class Bench:
         """Open what is measured: the options with their contexts, the shape, a checkpoint's model, the workload and its tokens."""
         task, model = arithmetic.ArithmeticTask(), None
         if self.checkpoint:
-            lm = SpanLM.load(self.checkpoint, {task.name: task for task in (arithmetic.ArithmeticTask, news.NewsTask)})
+            lm = SpanLM.load(self.checkpoint, TASKS)
             model, task = lm.model, lm.task if isinstance(lm.task, arithmetic.ArithmeticTask) else task
             shape = Shape(model.config, model.vocab, model.vocab_size)
             bench = self.with_contexts(model.config.max_context_tokens)
@@ -204,7 +204,7 @@ def sweep(
     stream: bool = False,
     profile: bool = False,
     mesh: Mesh | None = None,
-    compiled: Mapping[Case, Programs | str] | None = None,
+    compiled: Mapping[Case, Programs | DoesNotFit] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure cases and yield the row of each; a case that does not fit in memory gets a row that says so.
 
@@ -224,38 +224,29 @@ def sweep(
     for case in tqdm(cases, desc="measure", unit="row", leave=False, disable=None):
         programs = waiting.pop(case)
         try:
-            if isinstance(programs, str):
-                raise DoesNotFit(programs)
-            if case.weights == "int8" and not quantized:
-                decoder, quantized = decoder.for_decoding(weights="int8"), True
-                params = Engine(decoder, mesh).params
-            yield case.row | measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
+            if isinstance(programs, DoesNotFit):
+                raise programs
+            with catch_out_of_memory():
+                if case.weights == "int8" and not quantized:
+                    decoder, quantized = decoder.for_decoding(weights="int8"), True
+                    params = Engine(decoder, mesh).params
+                row = measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
         except DoesNotFit as reason:
-            yield case.row | {"not_run": str(reason)}
-        except jax.errors.JaxRuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            yield case.row | {"not_run": "does not fit: the device ran out of memory"}
+            row = {"not_run": str(reason)}
+        yield case.row | row
         if stream and case == streamed:
             yield case.row | {"stream": True} | measure_stream(decoder, tokens_of(case), case, mesh)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+def compile_all(shape: Shape, cases: Sequence[Case], mesh: Mesh | None = None) -> dict[Case, Programs | DoesNotFit]:
+    """Compile every case, side by side because XLA leaves most processors idle on one program."""
 
-
-def compile_all(shape: Shape, cases: Sequence[Case], mesh: Mesh | None = None) -> dict[Case, Programs | str]:
-    """Compile every case, side by side because XLA leaves most processors idle on one program; a reason where one does not fit."""
-
-    def compile_one(case: Case) -> Programs | str:
+    def compile_one(case: Case) -> Programs | DoesNotFit:
         try:
-            return compile_case(shape, case, mesh)
+            with catch_out_of_memory():
+                return compile_case(shape, case, mesh)
         except DoesNotFit as reason:
-            return str(reason)
-        except jax.errors.JaxRuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            return "does not fit: the device ran out of memory while it was compiled"
+            return reason
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         waiting = {pool.submit(compile_one, case): case for case in cases}
