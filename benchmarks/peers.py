@@ -43,12 +43,12 @@ class Peers:
     and should then have the device to itself.
 
     Args:
-      config: the shape, as `dataclasses.asdict` of a ModelConfig.
+      config: the fields of the shape's Hugging Face config.json.
       cases: each with peer, batch_size, context_tokens and steps.
     """
 
-    def __init__(self, config: dict[str, Any], vocab_size: int, cases: Sequence[dict[str, Any]], seed: int):
-        job = json.dumps({"config": config, "vocab_size": vocab_size, "cases": list(cases), "seed": seed})
+    def __init__(self, config: dict[str, Any], cases: Sequence[dict[str, Any]], seed: int):
+        job = json.dumps({"config": config, "cases": list(cases), "seed": seed})
         # Closed at the end.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, "-m", "benchmarks.peers", job]
@@ -77,39 +77,19 @@ class Peers:
             raise RuntimeError("\n".join([f"the peers' process ended with status {status}:", *last]))
 
 
-def _make_model(config: dict[str, Any], vocab_size: int, device: str, dtype):
+def _make_model(config: dict[str, Any], device: str, dtype):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    options: dict[str, Any] = dict(
-        vocab_size=vocab_size,
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_layers"],
-        num_attention_heads=config["num_heads"],
-        num_key_value_heads=config["num_kv_heads"],
-        head_dim=config["head_size"],
-        max_position_embeddings=config["max_context_tokens"],
-        rms_norm_eps=config["rms_norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
-        tie_word_embeddings=config["tie_embeddings"],
-        attn_implementation="sdpa",
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(LlamaConfig(**options)).eval()
-    finally:
-        torch.set_default_dtype(before)
+    config = transformers.AutoConfig.for_model(**config | {"bos_token_id": None, "eos_token_id": None})  # a response never ends
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 class _Run:
     """One peer at one batch size and context: its cache and its step."""
 
-    def __init__(self, model, case: dict[str, Any], vocab_size: int, device: str, seed: int):
+    def __init__(self, model, case: dict[str, Any], device: str, seed: int):
         import torch
         from transformers import StaticCache
 
@@ -120,10 +100,10 @@ class _Run:
         self.cache: Any = StaticCache(config=model.config, max_cache_len=self.num_tokens)
         self.compiled = case["peer"] != "hf-eager"
         if case["peer"] == "hf-generate":
-            prompts = torch.randint(vocab_size, (batch, self.num_tokens - steps), device=device, generator=generator)
+            prompts = torch.randint(model.config.vocab_size, (batch, self.num_tokens - steps), device=device, generator=generator)
             self.ms_per_step = functools.partial(self._ms_of_generate, model, prompts)
         else:
-            tokens = torch.randint(vocab_size, (batch, 16), device=device, generator=generator)
+            tokens = torch.randint(model.config.vocab_size, (batch, 16), device=device, generator=generator)
             self.ms_per_step = functools.partial(self._ms_of_steps, self._make_step(model, tokens), tokens[:, :1])
         began = time.perf_counter()
         self.ms_per_step()
@@ -189,11 +169,11 @@ def _main(job: dict[str, Any]) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    model = _make_model(job["config"], job["vocab_size"], device, getattr(torch, job["config"]["compute_dtype"]))
+    model = _make_model(job["config"], device, getattr(torch, job["config"]["dtype"]))
 
     def make(case: dict[str, Any]) -> _Run | str:
         try:
-            return _Run(model, case, job["vocab_size"], device, job["seed"])
+            return _Run(model, case, device, job["seed"])
         except torch.OutOfMemoryError:
             return "does not fit: PyTorch ran out of memory"
 

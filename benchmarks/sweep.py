@@ -34,6 +34,7 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
 from selfspan_jax.spans import SpanVocab
+from selfspan_jax.weights.huggingface import to_hugging_face
 
 DEFAULT_CONTEXT = 2048
 TokensOf = Callable[[Case], Int[np.ndarray, "B T"]]
@@ -185,8 +186,8 @@ class Bench:
             if self.peers and (reason := hf.missing_reason()):
                 print(f"peers not run: {reason}", flush=True)
             elif self.peers:
-                config = dataclasses.asdict(shape.config)
-                process = stack.enter_context(hf.Peers(config, shape.vocab_size, self.peer_cases, self.seed))
+                config = to_hugging_face(shape.config, shape.vocab, shape.vocab_size)
+                process = stack.enter_context(hf.Peers(config, self.peer_cases, self.seed))
             compiled = compile_all(shape, self.cases, mesh)  # beside the peers' own compilation
             if process:
                 yield from process.rows()

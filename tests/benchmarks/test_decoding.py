@@ -1,7 +1,10 @@
 """The decode benchmark: its workloads, its bytes, what it says of what does not fit, and its report."""
 
 import dataclasses
+import io
 import json
+import runpy
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from data import arithmetic
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.spans import SpanVocab
+from selfspan_jax.weights.huggingface import to_hugging_face
 from tests.selfspan_jax.reference import Reference
 
 ARITHMETIC = SpanVocab(**arithmetic.ArithmeticTask().vocab.span_ids())
@@ -90,27 +94,29 @@ def test_oracle_examples_are_cut_within_their_responses():
 ARITHMETIC_SHAPE = Shape(ModelConfig(**SIZES), ARITHMETIC, 1044)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, ARITHMETIC_SHAPE], ids=["segments", "arithmetic"])
-def test_what_is_measured_attends_to_what_the_mask_says(shape):
-    """The replayed loop sees what the reference automaton sees, and the loop that it is compared with reads the same rows."""
-    draw = segments if shape is SHAPE else oracle
-    cases = [Case("span", 3, 256, 32), Case("dense", 3, 256, 32), Case("span", 2, 256, 32, num_samples=2)]
-    rows = list(sweep.sweep(shape, cases, draw))
-    expected = np.array([counts(shape, row, 32) for row in draw(cases[0])])
-    contexts = np.arange(241, 273)
-    assert rows[0]["attended_tokens"] == pytest.approx(expected.mean())
-    assert rows[0]["attended_fraction"] == pytest.approx((expected / contexts).mean())
-    assert rows[0]["mean_context_tokens"] == rows[1]["mean_context_tokens"] == rows[1]["attended_tokens"] == 256.5
-    assert rows[1]["attended_fraction"] == 1.0
-    assert rows[2]["attended_tokens"] == pytest.approx(counts(shape, draw(cases[2])[0], 32).mean())
-    for row in rows:
-        assert row["ms_per_step"] > 0 and row["tokens_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["ms_per_step"])
-        assert row["time_to_first_token_ms"] > 0 and row["compile_seconds"] > 0
-    assert ("upkeep_fraction" in rows[0], "upkeep_fraction" in rows[1]) == (True, False)
+SPAN, DENSE = Case("span", 4, 256, 32), Case("dense", 4, 256, 32)
+SAMPLES, INT8 = Case("span", 4, 256, 32, num_samples=4), Case("span", 4, 256, 32, weights="int8")
 
-    token_ids = draw(cases[0])
-    table = 1000 * np.arange(3)[:, None] + np.arange(300)
-    listed, how_many, own = map(np.asarray, decoding.oracle_slots(shape, cases[0], token_ids, table.astype(np.int32)))
+
+@pytest.fixture(scope="module")
+def measured():
+    """The rows of these cases on one device: what tests have in common is compiled once."""
+    cases = [SPAN, DENSE, SAMPLES, INT8]
+    return dict(zip(cases, sweep.sweep(SHAPE, cases, segments), strict=True))
+
+
+@pytest.mark.parametrize(("shape", "draw"), [(SHAPE, segments), (ARITHMETIC_SHAPE, oracle)], ids=["segments", "arithmetic"])
+def test_what_is_measured_attends_to_what_the_mask_says(shape, draw, measured):
+    """The replayed loop sees what the reference automaton sees, and the loop that it is compared with reads the same rows."""
+    row = measured[SPAN] if shape is SHAPE else next(sweep.sweep(shape, [SPAN], draw))
+    token_ids = draw(SPAN)
+    expected = np.array([counts(shape, sequence, 32) for sequence in token_ids])
+    assert row["attended_tokens"] == pytest.approx(expected.mean())
+    assert row["attended_fraction"] == pytest.approx((expected / np.arange(241, 273)).mean())
+    assert row["mean_context_tokens"] == 256.5 and "upkeep_fraction" in row
+
+    table = 1000 * np.arange(4)[:, None] + np.arange(300)
+    listed, how_many, own = map(np.asarray, decoding.oracle_slots(shape, SPAN, token_ids, table.astype(np.int32)))
     np.testing.assert_array_equal(how_many.T, expected)
     np.testing.assert_array_equal(own.T, table[:, 240:272])
     mask = Reference(token_ids[2], shape.vocab, prompt_view="local").mask()
@@ -118,12 +124,20 @@ def test_what_is_measured_attends_to_what_the_mask_says(shape):
         np.testing.assert_array_equal(listed[step, 2, : how_many[step, 2]], table[2, np.flatnonzero(mask[240 + step])])
 
 
-def test_samples_share_the_memory_of_their_prompt():
-    cases = [Case("span", 4, 256, 32), Case("span", 4, 256, 32, num_samples=4)]
-    apart, shared = list(sweep.sweep(SHAPE, cases, segments))
+def test_rows_of_other_cases(measured):
+    """Dense steps attend to everything; samples attend to what their one prompt says."""
+    assert measured[DENSE]["attended_tokens"] == measured[DENSE]["mean_context_tokens"] == 256.5
+    assert measured[DENSE]["attended_fraction"] == 1.0 and "upkeep_fraction" not in measured[DENSE]
+    assert measured[SAMPLES]["attended_tokens"] == pytest.approx(counts(SHAPE, segments(SAMPLES)[0], 32).mean())
+    for case, row in measured.items():
+        assert row["ms_per_step"] > 0 and row["tokens_per_second"] == pytest.approx(1e3 * case.batch_size / row["ms_per_step"])
+        assert row["time_to_first_token_ms"] > 0 and row["compile_seconds"] > 0 and row["int8"] == (case is INT8)
+
+
+def test_samples_share_the_memory_of_their_prompt(measured):
     row_bytes = 2 * 2 * 2 * 8 * 2  # K and V, layers, kv heads, head size, bfloat16
-    assert apart["kv_memory_bytes"] == 4 * (256 + 32) * row_bytes
-    assert shared["kv_memory_bytes"] == (256 + 4 * 32) * row_bytes
+    assert measured[SPAN]["kv_memory_bytes"] == 4 * (256 + 32) * row_bytes
+    assert measured[SAMPLES]["kv_memory_bytes"] == (256 + 4 * 32) * row_bytes
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -141,30 +155,24 @@ def test_bytes_of_a_step_by_hand(tied, weights):
     assert shapes.step_bytes(shape.abstract(weights), attended, batch) == expected
 
 
-def test_on_a_mesh_bytes_and_memory_are_those_of_one_device():
+def test_on_a_mesh_bytes_and_memory_are_those_of_one_device(measured):
     """Heads and features are divided over tensor, sequences over data; embeddings and norms are whole everywhere."""
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices")
     mesh = make_mesh("data=2,tensor=2")
     parts, split = mesh.shape["data"], mesh.shape["tensor"]
-    cases = [Case("span", 4, 256, 32), Case("dense", 4, 256, 32), Case("span", 4, 256, 32, weights="int8")]
-    rows = list(sweep.sweep(SHAPE, cases, segments, mesh=mesh, stream=True))
-    alone = list(sweep.sweep(SHAPE, cases, segments))
-    d, f, layers, n, k, h, v = 32, 48, 2, 4 // split, 2 // split, 8, 700
-    f //= split
+    d, f, layers, n, k, h, v = 32, 48 // split, 2, 4 // split, 2 // split, 8, 700
     outputs, inputs = [(n + 2 * k) * h, d, 2 * f, d], [d, n * h, d, f]
-    for row, one in zip([rows[0], *rows[2:]], alone, strict=True):
+    for case, row in zip([SPAN, INT8], sweep.sweep(SHAPE, [SPAN, INT8], segments, mesh=mesh), strict=True):
         maps = sum(m * i * (1 if row["int8"] else 2) + (4 * m if row["int8"] else 0) for m, i in zip(outputs, inputs))
         weights = layers * (maps + 2 * d * 2) + d * 2 + v * d * 2
         batch, attended = 4 // parts, row["attended_tokens"] * 4 / parts
         assert row["bytes_per_step"] == round(weights + batch * d * 2 + (attended + batch) * layers * 2 * k * h * 2)
-        assert row["kv_memory_bytes"] * mesh.size == one["kv_memory_bytes"]
-        assert row["attended_tokens"] == one["attended_tokens"]
-        assert ("upkeep_fraction" in row) == (row["attention"] == "span")
-    assert rows[1]["stream"] and ("ms_per_step" in rows[1] or "ended its response" in rows[1]["not_run"])
+        assert row["kv_memory_bytes"] * mesh.size == measured[case]["kv_memory_bytes"]
+        assert row["attended_tokens"] == measured[case]["attended_tokens"] and "upkeep_fraction" in row
 
 
-def test_a_plan_whose_mesh_does_not_fit_is_refused():
+def test_a_mesh_that_does_not_fit_is_refused():
     wrong = {
         "data=2 does not divide the number of prompts=3": dict(mesh="data=2"),
         "data=2 does not divide the number of prompts=1": dict(mesh="data=2", batch_size=(2,), num_samples=4),
@@ -195,10 +203,11 @@ def test_shapes_are_those_of_the_published_models():
 
 def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
     shape = Shape(dataclasses.replace(SHAPE.config, num_layers=1), SHAPE.vocab, SHAPE.vocab_size)
-    small, large = Case("window", 1, 256, 32), Case("dense", 64, 256, 32)
-    needed = 2 * decoding.compile_case(shape, small).needed_bytes
-    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: needed)
-    rows = list(sweep.sweep(shape, [large, small], segments))
+    small, large, other = Case("window", 1, 256, 32), Case("dense", 64, 256, 32), Case("dense", 1, 256, 32)
+    programs = decoding.compile_case(shape, small)
+    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: 2 * programs.needed_bytes)
+    compiled = {small: programs, other: programs} | sweep.compile_all(shape, [large])
+    rows = list(sweep.sweep(shape, [large, small], segments, compiled=compiled))
     assert "does not fit: needs" in rows[0]["not_run"] and "ms_per_step" not in rows[0]
     assert rows[1]["ms_per_step"] > 0
 
@@ -209,15 +218,15 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     measure = sweep.measure_case
-    monkeypatch.setattr(sweep, "measure_case", lambda *a, **o: (out_of_memory if a[2].attention == "dense" else measure)(*a, **o))
-    rows = list(sweep.sweep(shape, [Case("dense", 1, 256, 32), small], segments))
+    monkeypatch.setattr(sweep, "measure_case", lambda *a, **o: (out_of_memory if a[2] == other else measure)(*a, **o))
+    rows = list(sweep.sweep(shape, [other, small], segments, compiled=compiled))
     assert rows[0]["not_run"] == "does not fit: the device ran out of memory" and rows[1]["ms_per_step"] > 0
     monkeypatch.setattr(sweep, "measure_case", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        list(sweep.sweep(shape, [small], segments))
+        list(sweep.sweep(shape, [small], segments, compiled=compiled))
 
 
-def test_a_plan_measures_dense_first_and_int8_last():
+def test_a_sweep_measures_dense_first_and_int8_last():
     cases = Bench(**BENCH, weights=("int8", "bf16"), num_samples=4).cases
     assert [case.attention for case in cases[:3]] == ["dense", "span", "window"]
     assert [case.weights for case in cases] == ["bf16"] * 8 + ["int8"] * 6
@@ -228,7 +237,7 @@ def test_a_plan_measures_dense_first_and_int8_last():
 @pytest.mark.parametrize(
     "change", [dict(steps=7), dict(steps=0), dict(context=(32,)), dict(batch_size=(0,)), dict(attended_fraction=1.0), dict(seed=-1)]
 )
-def test_a_plan_that_makes_no_sense_is_refused(change):
+def test_options_that_make_no_sense_are_refused(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"^{name} is "):
         Bench(**{**BENCH, **change})
@@ -244,7 +253,7 @@ def report_of(*rows):
 OURS = {"int8": False, "num_samples": 1, "bytes_per_step": 10**9}
 
 
-def test_rows_are_compared_with_their_floor_their_dense_row_and_the_peer():
+def test_rows_are_compared_with_their_roofline_their_dense_row_and_the_peer():
     found = report_of(
         {"peer": "hf-compiled", "ms_per_step": 6.0},
         {**OURS, "attention": "dense", "ms_per_step": 4.0},
@@ -277,10 +286,11 @@ def test_the_peers_process_is_heard_and_its_failure_is_told(monkeypatch, tmp_pat
     script = tmp_path / "python"
     rows = [{"peer": "hf-eager", "ms_per_step": 1.5}, {"peer": "hf-compiled", "not_run": "does not fit"}]
     lines = "\n".join(f"echo 'row: {json.dumps(row)}'\necho a warning" for row in rows)
-    script.write_text(f"#!/bin/sh\nread word; test $word = measure || exit 1\n{lines}\necho it broke >&2\nexit 3\n")
+    told = '[ "$1 $2" = "-m benchmarks.peers" ] || exit 1\nread word; [ "$word" = measure ] || exit 2'
+    script.write_text(f"#!/bin/sh\n{told}\n{lines}\necho it broke >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setattr(peers.sys, "executable", str(script))
-    with peers.Peers(SIZES, 100, [], seed=0) as process:
+    with peers.Peers({}, [], seed=0) as process:
         heard = process.rows()
         assert [next(heard), next(heard)] == rows
         with pytest.raises(RuntimeError, match=r"status 3:\nit broke"):
@@ -288,9 +298,21 @@ def test_the_peers_process_is_heard_and_its_failure_is_told(monkeypatch, tmp_pat
 
 
 @pytest.mark.skipif(peers.missing_reason() is not None, reason="PyTorch and transformers are not installed")
-def test_the_peers_that_need_no_compiler_run():
-    cases = [{"peer": peer, "batch_size": 2, "context_tokens": 64, "steps": 16} for peer in ("hf-eager", "hf-generate")]
-    with peers.Peers(dataclasses.asdict(SHAPE.config), SHAPE.vocab_size, cases, seed=0) as process:
-        rows = list(process.rows())
+@pytest.mark.filterwarnings("ignore")
+def test_the_peers_that_need_no_compiler_run(monkeypatch, capsys):
+    """The module as the process runs it, but in this one: PyTorch and transformers take 8 seconds to import."""
+    import torch
+
+    cases = [{"peer": peer, "batch_size": 2, "context_tokens": 64, "steps": 8} for peer in ("hf-eager", "hf-generate")]
+    job = {"config": to_hugging_face(SHAPE.config, SHAPE.vocab, SHAPE.vocab_size), "cases": cases, "seed": 0}
+    monkeypatch.setattr(sys, "argv", ["benchmarks/peers.py", json.dumps(job)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("measure\n"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other longer than so small a model has work
+    try:
+        runpy.run_path(peers.__file__, run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    rows = [json.loads(line.removeprefix("row: ")) for line in capsys.readouterr().out.splitlines() if line.startswith("row: ")]
     assert [row["peer"] for row in rows] == ["hf-eager", "hf-generate"]
     assert all(row["ms_per_step"] > 0 and row["mean_context_tokens"] == 64.5 for row in rows)
