@@ -1,5 +1,7 @@
 """What the timers count and what they make of a profile."""
 
+import json
+
 import jax.numpy as jnp
 import pytest
 
@@ -31,6 +33,18 @@ def test_a_cpu_has_no_device_events_and_a_header_says_what_was_measured_with():
     header = timing.report_header()
     assert set(header) == {"device", "versions", "read_ceiling_terabytes_per_second"} and header["versions"]["jax"]
     assert timing.header_line(header, "2 devices").startswith("2 devices, JAX ")
+
+
+def test_rows_of_kernels_stand_beside_their_bytes(tmp_path, monkeypatch, capsys):
+    header = {"device": "some GPU", "versions": {"jax": "1"}, "read_ceiling_terabytes_per_second": 2.0}
+    monkeypatch.setattr(timing, "report_header", lambda: header)
+    report = timing.KernelReport(tmp_path / "report.json", seed=3)
+    report.add("a kernel", 10.0, 5_000_000, {"name": "a"}, spread_microseconds=1.0)
+    report.save()
+    written = json.loads((tmp_path / "report.json").read_text())
+    row = {"name": "a", "microseconds": 10.0, "bytes": 5_000_000, "floor_microseconds": 2.5, "terabytes_per_second": 0.5}
+    assert written == {**header, "seed": 3, "cases": [row | {"percent_of_ceiling": 25.0, "spread_microseconds": 1.0}]}
+    assert "25% of the ceiling" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
