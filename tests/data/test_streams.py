@@ -154,18 +154,19 @@ def test_labels_are_consecutive_and_the_outermost_as_frequent_as_the_others():
 def test_labels_jump_at_places_that_are_not_to_be_predicted():
     """In all else an example is the one with consecutive labels: the oracle is the verifier, after the labels are closed up."""
     corpus = Corpus(min_ops=6, max_ops=6, num_labels=100, label_jumps=3, names_first_step=True)
+    vocab = corpus.vocab
     found, sizes, places, numbers = take(corpus, 1500), [], collections.Counter(), collections.Counter()
     for example in found:
-        text = corpus.vocab.decode(example.token_ids)
-        steps = re.findall(r"<seg:(\d+)>", corpus.vocab.decode(example.response_ids))
+        text = vocab.decode(example.token_ids)
+        steps = re.findall(r"<seg:(\d+)>", vocab.decode(example.response_ids))
         labels = list(map(int, steps))
         assert labels[0] == example.first_label >= 1 and labels == sorted(set(labels)) and labels[-1] < 100
         assert text[: text.index("<solve>")].endswith(f"<ref:{labels[0]}>")
         closed = {str(label): str(number) for number, label in enumerate(labels, 1)}
         again = re.sub(r"(?<=[gf]:)\d+", lambda match, closed=closed: closed[match[0]], text)
-        assert again == corpus.vocab.decode(encode(example.expression.text, vocab=corpus.vocab, names_first_step=True).token_ids)
+        assert again == vocab.decode(encode(example.expression.text, vocab=vocab, names_first_step=True).token_ids)
         jumps = {place: after - before - 1 for place, (before, after) in enumerate(itertools.pairwise(labels), 1) if after - before > 1}
-        written = [corpus.vocab.tokens[i] for i in example.token_ids]
+        written = [vocab.tokens[i] for i in example.token_ids]
         at = [i for i in range(example.prompt_tokens, len(written)) if written[i].startswith("<seg")]
         assert [at.index(i) for i in example.unpredictable] == list(jumps)
         sizes += jumps.values()
@@ -179,9 +180,10 @@ def test_labels_jump_at_places_that_are_not_to_be_predicted():
 def test_labels_that_jump_at_leaves_leave_a_right_child_the_label_before_its_parents():
     """Read from the responses: a step after a jump names nothing, and all such steps are jumped to alike."""
     corpus = Corpus(min_ops=8, max_ops=8, num_labels=100, label_jumps=3, jumps_at="leaves", left_comb_weight=0)
+    vocab = corpus.vocab
     jumped, started, rights = 0, 0, 0
     for example in take(corpus, 1500):
-        steps = re.findall(r"<seg:(\d+)>((?:<ref:\d+>)*)", corpus.vocab.decode(example.response_ids))
+        steps = re.findall(r"<seg:(\d+)>((?:<ref:\d+>)*)", vocab.decode(example.response_ids))
         labels, names = [int(label) for label, _ in steps], [[int(i) for i in re.findall(r"\d+", refs)] for _, refs in steps]
         for before, label, refs in zip(labels, labels[1:], names[1:]):
             assert label > before and (label == before + 1 or not refs)
@@ -294,9 +296,8 @@ def test_the_stream_of_a_seed_is_for_ever():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_workers_give_the_same_stream(examples, num_workers):
-    assert fingerprint(take(Corpus(), 2500, start=100, num_workers=num_workers)) == fingerprint(examples[100:2600])
+def test_workers_give_the_same_stream(examples):
+    assert fingerprint(take(Corpus(), 2500, start=100, num_workers=3)) == fingerprint(examples[100:2600])
 
 
 @pytest.mark.slow
@@ -333,7 +334,7 @@ def spied_processes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_signal_leaves_no_orphans(sent):
     program = """if True:
         import time
