@@ -211,15 +211,16 @@ class DecodeConfig:
     """How an engine decodes."""
 
     attention: str | Hashable = "span"
-    """A policy of `selfspan_jax.attention.policies`, or the name of one."""
+    """A policy (`selfspan_jax.attention.policies`) or its name."""
     max_new_tokens: int = 256
+    """M, tokens that there is room for after each prompt."""
     sampling: Sampling = Sampling()
     prefill_tokens: int = 16_384
     """Prompt tokens, over the batch, that go through the model at once; at least 64 of each prompt. Fewer take less memory."""
     implementation: Implementation | None = None
-    """Of the decode attention kernel; None takes the best that the device has."""
+    """Of the decode attention kernel; None chooses the best that the device has."""
     linear: LinearImplementation | None = None
-    """Of a step's linear maps; None takes the fastest that the device has for the number of rows. Prefill takes "xla"."""
+    """Of a decode step's linear maps; None chooses the fastest that the device has for the batch size. Prefill uses "xla"."""
 
     def __post_init__(self):
         _require_positive(self, "max_new_tokens", "prefill_tokens")

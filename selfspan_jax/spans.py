@@ -66,9 +66,11 @@ class SpanVocab:
         return max(families, 1 + max(self.pad_id, self.bos_id, self.eos_id, self.solve_id))
 
     def seg_id(self, label: int) -> int:
+        """Return the id of `<seg:label>`."""
         return self._in_family(self.seg_base, label)
 
     def ref_id(self, label: int) -> int:
+        """Return the id of `<ref:label>`."""
         return self._in_family(self.ref_base, label)
 
     def _in_family(self, base: int, label: int) -> int:

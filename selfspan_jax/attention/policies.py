@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import update_slots
 from selfspan_jax import spans
-from selfspan_jax.config import ModelConfig
+from selfspan_jax.config import AttentionViews
 from selfspan_jax.errors import UserError
 
 
@@ -43,7 +43,7 @@ class Policy(Protocol):
         self,
         token_ids: Int[Array, "B T"],
         vocab: spans.SpanVocab,
-        config: ModelConfig,
+        views: AttentionViews,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         first_query: int | Int[Array, ""] = 0,
@@ -52,7 +52,7 @@ class Policy(Protocol):
         """Compute the mask of whole sequences, True = may attend.
 
         Args:
-          config: its views (`header_view`, `prompt_view`, `prompt_window_tokens`) are part of the model.
+          views: `header_view`, `prompt_view` and `prompt_window_tokens` of the model.
           segment_ids: sequences packed in one row, told apart by number; none attends to another.
           first_query, num_queries: compute these Q rows of the mask only; all T by default.
         """
@@ -71,7 +71,7 @@ class Policy(Protocol):
         before: spans.SpanState,
         span: spans.SpanState,
         active: Bool[Array, "B"],
-        config: ModelConfig,
+        views: AttentionViews,
     ) -> Slots:
         """Compute the slots that each sequence's newest token attends to. Traced, in the decode loop.
 
@@ -86,7 +86,7 @@ class Policy(Protocol):
 
 
 def _earlier(token_ids, segment_ids, first_query, num_queries) -> tuple[Bool[Array, "B Q T"], Int[Array, "Q T"], Int[Array, "1 T"]]:
-    """The causal mask, the distance from query to key, and the key's index."""
+    """Compute the causal mask, the distance from query to key, and the index of the key."""
     batch, num_tokens = token_ids.shape
     num_queries = num_tokens if num_queries is None else num_queries
     key = jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
@@ -105,27 +105,25 @@ class Span:
     name: ClassVar[str] = "span"
     description: ClassVar[str] = "what the model names"
 
-    def mask(self, token_ids, vocab, config, *, segment_ids=None, first_query=0, num_queries=None):
+    def mask(self, token_ids, vocab, views, *, segment_ids=None, first_query=0, num_queries=None):
         rows = {"segment_ids": segment_ids, "first_query": first_query, "num_queries": num_queries}
-        return spans.attention_mask(token_ids, vocab, **_views(config), **rows)
+        return spans.attention_mask(token_ids, vocab, **_views(views), **rows)
 
     def initial_slots(self, slot_table):
         batch, capacity = slot_table.shape
         return Slots(jnp.zeros((batch, capacity + 1), jnp.int32), jnp.zeros(batch, jnp.int32))  # one spare, see `update_slots`
 
-    def step_slots(self, slots, slot_table, *, own, before, span, active, config):
-        # A body token reads what the token before read and itself; where that was a header with a wider view, its own span.
-        narrow = before.is_response & (~before.is_header | (config.header_view == "span"))
-        append = narrow & (slots.counts > 0) & span.is_response & ~span.is_header
-        visible = span.visible(**_views(config))
-        updated = update_slots(
-            slots.slots, slots.counts, visible, slot_table, own, rebuild=~append & active, append=append & active
-        )  # fmt: skip
-        return Slots(*updated)
+    def step_slots(self, slots, slot_table, *, own, before, span, active, views):
+        # A body token reads what the token before it read, and itself: its slot is appended. Slots are rebuilt for headers, after a
+        # header whose view is wider than its span, and after a prompt, whose slots were not kept (counts are 0).
+        read_its_span = before.is_response & (~before.is_header | (views.header_view == "span"))
+        append = active & read_its_span & (slots.counts > 0) & span.is_response & ~span.is_header
+        visible = span.visible(**_views(views))
+        return Slots(*update_slots(slots.slots, slots.counts, visible, slot_table, own, rebuild=active & ~append, append=append))
 
 
-def _views(config: ModelConfig):
-    return {name: getattr(config, name) for name in ("header_view", "prompt_view", "prompt_window_tokens")}
+def _views(views: AttentionViews) -> dict[str, Any]:
+    return {name: getattr(views, name) for name in ("header_view", "prompt_view", "prompt_window_tokens")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +133,13 @@ class Dense:
     name: ClassVar[str] = "dense"
     description: ClassVar[str] = "everything before"
 
-    def mask(self, token_ids, vocab, config, *, segment_ids=None, first_query=0, num_queries=None):
+    def mask(self, token_ids, vocab, views, *, segment_ids=None, first_query=0, num_queries=None):
         return _earlier(token_ids, segment_ids, first_query, num_queries)[0]
 
     def initial_slots(self, slot_table):
         return Slots(slot_table, jnp.zeros(slot_table.shape[0], jnp.int32))  # for good: only the counts grow
 
-    def step_slots(self, slots, slot_table, *, own, before, span, active, config):
+    def step_slots(self, slots, slot_table, *, own, before, span, active, views):
         return Slots(slots.slots, span.num_tokens)
 
 
@@ -161,7 +159,7 @@ class Window:
         if self.sink_tokens < 0 or self.window_tokens < 1:
             raise UserError(f"Window: sink_tokens is {self.sink_tokens}, window_tokens is {self.window_tokens}; allowed: from 0, from 1")
 
-    def mask(self, token_ids, vocab, config, *, segment_ids=None, first_query=0, num_queries=None):
+    def mask(self, token_ids, vocab, views, *, segment_ids=None, first_query=0, num_queries=None):
         mask, distance, key = _earlier(token_ids, segment_ids, first_query, num_queries)
         return mask & ((distance < self.window_tokens) | (key < self.sink_tokens))[None]
 
@@ -169,7 +167,7 @@ class Window:
         batch, capacity = slot_table.shape
         return Slots(jnp.zeros((batch, min(capacity, self.sink_tokens + self.window_tokens)), jnp.int32), jnp.zeros(batch, jnp.int32))
 
-    def step_slots(self, slots, slot_table, *, own, before, span, active, config):
+    def step_slots(self, slots, slot_table, *, own, before, span, active, views):
         place = jnp.arange(slots.slots.shape[1], dtype=jnp.int32)[None, :]
         first_recent = jnp.maximum(span.num_tokens - self.window_tokens, self.sink_tokens)[:, None]
         token = jnp.where(place < self.sink_tokens, place, place - self.sink_tokens + first_recent)

@@ -32,7 +32,7 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import collectives, layout
 from selfspan_jax.parallel.mesh import check_batch, check_decoding
 
-MAX_STEPS_PER_SYNC = 8  # of the loop on a GPU, see `_run`
+MAX_STEPS_PER_SYNC = 8  # on a GPU, see `_run`
 
 
 class Chunk(NamedTuple):
@@ -73,12 +73,12 @@ class Engine:
 
     @property
     def shard(self) -> Decoder:
-        """What one device has of the decoder, as shapes: on a mesh its heads and features, else everything."""
+        """Return one device's part of the decoder, as shapes: on a mesh its heads and features, else everything."""
         shapes = [jax.ShapeDtypeStruct(layout.shard_shape(leaf), leaf.dtype) for leaf in self.params]
         return self._graph.decoder(shapes)  # type: ignore[arg-type]
 
     def shard_map(self, compute: Callable, *in_specs: Any, out_specs: Any) -> Callable:
-        """Make of `compute(decoder, *arrays)`, written for one device, a function of `params` and whole arrays."""
+        """Map `compute(decoder, *arrays)`, written for one device, to a function of `params` and global arrays."""
         return self._graph.shard_map(compute, *in_specs, out_specs=out_specs)
 
     def check_ids(self, token_ids: Int[np.ndarray, "..."]) -> None:

@@ -54,7 +54,7 @@ def bucket(num_tokens: int) -> int:
 
 
 def prefill_chunk_tokens(batch_size: int, prompt_capacity: int, config: DecodeConfig) -> int:
-    """Tokens of each prompt that go through the model at once: all of them, or a power of two that divides the capacity."""
+    """Choose how many tokens of each prompt go through the model at once: all, or a power of two that divides the capacity."""
     wanted = max(MIN_PREFILL_CHUNK_TOKENS, config.prefill_tokens // max(batch_size, 1))
     largest_divisor = prompt_capacity & -prompt_capacity
     return prompt_capacity if prompt_capacity <= wanted else min(largest_divisor, 1 << (wanted.bit_length() - 1))
@@ -117,7 +117,7 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
     cache = state.cache
     own = jnp.take_along_axis(cache.slot_table, position[:, None], axis=1)[:, 0]
     slots = get_policy(config.attention).step_slots(
-        state.slots, cache.slot_table, own=own, before=state.span, span=span, active=active, config=model.config
+        state.slots, cache.slot_table, own=own, before=state.span, span=span, active=active, views=model.config
     )
     outside = cache.pools[0][0].shape[0]
     read = Slots(slots.slots, jnp.where(active, slots.counts, 0))
