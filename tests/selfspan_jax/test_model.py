@@ -128,36 +128,45 @@ def test_remat_changes_no_gradient():
         np.testing.assert_allclose(plain, recomputed, rtol=1e-4, atol=1e-4 * float(jnp.abs(plain).max()))
 
 
-def influence(model, token_ids, mask):
-    """bool [T, T]: does the derivative of the last hidden state at t with respect to the embedding at s differ from exactly zero?"""
+@pytest.fixture(scope="module")
+def influence():
+    """(model, function of a mask): does the derivative of the last hidden state at t by the embedding at s differ from exactly zero?
+
+    Views are in the mask and nowhere else in a forward pass, so one compiled backward pass serves them all.
+    """
+    model, token_ids = random_model(), np.array(NAMED["span widens late"][0][:12])
     vocab_size, width = model.embed_tokens.embedding.shape
     num_tokens = len(token_ids)
     table = model.embed_tokens.embedding[...][token_ids]  # every position its own row, so that rows are positions
     graph, params = nnx.split(model, nnx.Param)
 
-    def hidden_states(rows):
+    def hidden_states(rows, mask):
         replaced = dict(nnx.to_flat_state(params))
         replaced["embed_tokens", "embedding"] = nnx.Param(jnp.zeros((vocab_size, width)).at[:num_tokens].set(rows))
         copy = nnx.merge(graph, nnx.from_flat_state(list(replaced.items())))
         ids = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        hidden, _ = copy(ids, ids, attend_under(jnp.asarray(mask)[None]))
+        hidden, _ = copy(ids, ids, attend_under(mask[None]))
         return hidden[0]
 
     # One backward pass per position, as training runs it. (A whole jacobian in one program, jit(jacrev), comes out wrong for
     # a norm before a product on the CPU of JAX 0.10.2; 0.11.2 has it right.)
     cotangents = jax.random.normal(jax.random.key(1), (num_tokens, width))
-    backward = jax.jit(lambda at: jax.vjp(hidden_states, table)[1](at)[0])
-    return np.stack([np.any(np.asarray(backward(jnp.zeros_like(table).at[t].set(cotangents[t]))) != 0, axis=1) for t in range(num_tokens)])
+    backward = jax.jit(lambda mask, at: jax.vjp(lambda rows: hidden_states(rows, mask), table)[1](at)[0])
+
+    def found(mask):
+        each = [backward(jnp.asarray(mask), jnp.zeros_like(table).at[t].set(cotangents[t])) for t in range(num_tokens)]
+        return np.any(np.array(each) != 0, axis=2)
+
+    return model, found
 
 
 @pytest.mark.parametrize("views", VIEWS, ids=["-".join(map(str, views.values())) for views in VIEWS])
-def test_gradients_flow_along_chains_of_the_mask_and_nowhere_else(views):
+def test_gradients_flow_along_chains_of_the_mask_and_nowhere_else(views, influence):
     """Exactly zero where no chain of at most num_layers steps leads, and not zero where one does."""
-    model = random_model(**views)
-    token_ids = NAMED["span widens late"][0][:12]
-    reference = Reference(token_ids, VOCAB, **views)
+    model, found_under = influence
+    reference = Reference(NAMED["span widens late"][0][:12], VOCAB, **views)
     mask = np.array(reference.mask())
-    found = influence(model, np.array(token_ids), mask)
+    found = found_under(mask)
     reachable = np.array([[s in reference.reaches(t) for s in range(12)] for t in range(12)])
     within_depth = np.linalg.matrix_power(mask.astype(int) + np.eye(12, dtype=int), model.config.num_layers) > 0
     assert not np.any(found & ~reachable)
