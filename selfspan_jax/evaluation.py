@@ -85,20 +85,22 @@ class Evaluation:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return scores, with an interval for each accuracy of verified answers, and speed, as JSON."""
+        """Return scores, speed and mean length, as JSON."""
         context_tokens = float(np.mean([len(out.token_ids) for out in self.outputs]))
-        return {**self._scores_and_intervals(), **self.speed(), "context_tokens": context_tokens}
+        return {**self.scores_json(), **self.speed(), "context_tokens": context_tokens}
 
-    def _scores_and_intervals(self) -> dict[str, Any]:
+    def scores_json(self) -> dict[str, Any]:
+        """Return scores, with Wilson's interval for each accuracy of verified answers, as JSON."""
         accuracies = [name for name in self.scores if name.endswith("_accuracy") and self.outputs[0].verdict]
         return self.scores | {f"{name}_interval": wilson(self.scores[name], len(self.outputs)) for name in accuracies}
 
-    def _first_errors(self) -> dict[str, int]:
+    def first_errors(self) -> dict[str, int]:
+        """Count the responses by what they get wrong first, see `first_error`; the most frequent kind first."""
         pairs = zip(self.outputs, self.examples, strict=True)
         kinds = (first_error(out.response_ids, example.response_ids, out.reading.vocab) for out, example in pairs)
         return dict(collections.Counter(kind for kind in kinds if kind).most_common())
 
-    def _groups(self) -> dict[str, Evaluation]:
+    def groups(self) -> dict[str, Evaluation]:
         """Return the evaluation of each of the task's groups of prompts, numbers in order."""
         names = [self.task.group(example.prompt) for example in self.examples]
         groups = {}
@@ -286,13 +288,11 @@ def report(lm: LanguageModel, evaluations: Mapping[str, Sequence[Evaluation]], s
         values["by_batch_size"] = next(iter(values["sets"].values()))["by_batch_size"]
     if first.verdict:
         wrong = next((out for out in outputs if out.verdict and not out.verdict.steps_right), None)
-        values["first_errors"] = whole._first_errors()
+        values["first_errors"] = whole.first_errors()
         values["first_wrong"] = f"{wrong.prompt}: {wrong.verdict.message}" if wrong and wrong.verdict else None
     if hasattr(lm.task, "group"):
-        groups = whole._groups().items()
-        values[f"by_{lm.task.group_by}"] = {
-            name: own._scores_and_intervals() | {"first_errors": own._first_errors()} for name, own in groups
-        }
+        groups = whole.groups().items()
+        values[f"by_{lm.task.group_by}"] = {name: own.scores_json() | {"first_errors": own.first_errors()} for name, own in groups}
     return values
 
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Output", "SpanLM", "Step", "Task", "installed_tasks"]
 
-
 _DEFAULT_NEW_TOKENS = 1024
 
 
@@ -39,7 +38,7 @@ class SpanLM:
     """Decode with a model, in the words of the task that it was trained for."""
 
     def __init__(self, model: Decoder, task: Task, *, weights: Weights = "bf16", mesh: str | None = None):
-        """Copy a model for decoding; see `load` for the options."""
+        """Copy a model for decoding; options as for `load`."""
         if weights not in get_args(Weights):
             raise UserError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
         self.model = model.for_decoding(weights=weights)
@@ -124,8 +123,8 @@ class SpanLM:
         config = self._config(lengths, attention, max_new_tokens, implementation=implementation, **sampling)
         samples = 1 if num_samples is None else num_samples
         state = self.engine.generate(token_ids, lengths, config, jax.random.key(seed), num_samples=samples)
-        repeated = [(text, own) for text, own in zip(texts, ids, strict=True) for _ in range(samples)]
-        flat = self.outputs([text for text, _ in repeated], [own for _, own in repeated], state, self._policy(attention))
+        order = [number for number in range(len(texts)) for _ in range(samples)]
+        flat = self.outputs([texts[i] for i in order], [ids[i] for i in order], state, self._policy(attention))
         outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
 
