@@ -81,9 +81,9 @@ def _make_model(config: dict[str, Any], device: str, dtype):
     import torch
     import transformers
 
-    config = transformers.AutoConfig.for_model(**config | {"bos_token_id": None, "eos_token_id": None})  # a response never ends
+    endless = transformers.AutoConfig.for_model(**config | {"bos_token_id": None, "eos_token_id": None})
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        return transformers.AutoModelForCausalLM.from_config(endless, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 class _Run:

@@ -24,32 +24,28 @@ def header(name: str, shape: Shape, **settings: Any) -> dict[str, Any]:
 
 def add_row(report: dict[str, Any], shape: Shape, row: dict[str, Any]) -> None:
     """Add a measured row, ours or a peer's, compared with its roofline, with our dense row and with the compiled peer."""
-    if "ms_per_step" in row:
-        if "peer" in row:  # reads its whole cache, whatever is in it
-            rows_read = row["batch_size"] * (row["context_tokens"] + row["steps"] / 2)
-            row["bytes_per_step"] = step_bytes(shape.abstract(), rows_read, row["batch_size"])
-        if "bytes_per_step" in row:
-            row["floor_ms"] = row["bytes_per_step"] / report["read_ceiling_terabytes_per_second"] / 1e9
-            row["percent_of_floor"] = 100 * row["floor_ms"] / row["ms_per_step"]
-        for name, other in (("speedup_over_dense", _find(report, row, attention="dense")), ("speedup_over_hf", _find(report, row))):
-            if other:
-                row[name] = other["ms_per_step"] / row["ms_per_step"]
     report["rows"].append(row)
+    if "ms_per_step" not in row:
+        return
+    if "peer" in row:  # reads its whole cache, whatever is in it
+        rows_read = row["batch_size"] * (row["context_tokens"] + row["steps"] / 2)
+        row["bytes_per_step"] = step_bytes(shape.abstract(), rows_read, row["batch_size"])
+    if "bytes_per_step" in row:
+        row["floor_ms"] = row["bytes_per_step"] / report["read_ceiling_terabytes_per_second"] / 1e9
+        row["percent_of_floor"] = 100 * row["floor_ms"] / row["ms_per_step"]
+    if not _is_plain(row):
+        return
+    for other in filter(_is_plain, report["rows"]):
+        if all(other[key] == row[key] for key in ("batch_size", "context_tokens")):
+            if other.get("peer") == "hf-compiled":
+                row["speedup_over_hf"] = other["ms_per_step"] / row["ms_per_step"]
+            elif other.get("attention") == "dense" and other["int8"] == row.get("int8"):
+                row["speedup_over_dense"] = other["ms_per_step"] / row["ms_per_step"]
 
 
-def _find(report: dict[str, Any], row: dict[str, Any], attention: str | None = None) -> dict[str, Any] | None:
-    """Find the measured row of the same batch and context: of a policy with the same weights, or of the compiled peer."""
-    if row.get("num_samples", 1) > 1 or row.get("stream"):
-        return None
-    for other in [*report["rows"], row]:
-        alike = all(other[key] == row[key] for key in ("batch_size", "context_tokens")) and "ms_per_step" in other
-        if not alike or other.get("num_samples", 1) > 1 or other.get("stream"):
-            continue
-        if attention and other.get("attention") == attention and other["int8"] == row.get("int8"):
-            return other
-        if not attention and other.get("peer") == "hf-compiled":
-            return other
-    return None
+def _is_plain(row: dict[str, Any]) -> bool:
+    """Tell whether a row was measured, in one loop, of sequences that share no prompt."""
+    return "ms_per_step" in row and row.get("num_samples", 1) == 1 and not row.get("stream")
 
 
 def label(row: dict[str, Any]) -> str:
@@ -105,7 +101,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     """Plot milliseconds per step against the swept axis, batch or context; the rooflines of our rows are dashed."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in report["rows"] if "ms_per_step" in row and row.get("num_samples", 1) == 1 and not row.get("stream")]
+    rows = list(filter(_is_plain, report["rows"]))
     contexts, batches = ({row[key] for row in rows} for key in ("context_tokens", "batch_size"))
     axis_key, axis_name, panel_key, panel_name = ("batch_size", "batch", "context_tokens", "context")
     if len(contexts) > len(batches):

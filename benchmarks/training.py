@@ -32,15 +32,13 @@ def measure(
     *,
     steps: int,
     mesh: Mesh | None = None,
-    attention: Sequence[SequenceImplementation] | None = None,
 ) -> dict[str, Any]:
-    """Measure a training step with each implementation of its attention.
+    """Measure a training step with each implementation of its attention: the project's and cuDNN's on a GPU, XLA's elsewhere.
 
     Args:
       batches: the steps are taken on the first two, in turn.
       steps: of one repetition, 1 and above.
       mesh: the devices to train on, by default one. Tokens and operations are those of all devices, MFU is per device.
-      attention: implementations; by default the project's and cuDNN's on a GPU, XLA's elsewhere.
 
     Returns: device, sizes, and the figures of each implementation, see `_measure_steps`.
     """
@@ -60,7 +58,7 @@ def measure(
         "batch_size": config.batch_size,
         "sequence_tokens": config.sequence_tokens,
         "mask": model.config.mask,
-        "attention": {name: _measure_steps(model, config, on_device, tokens, steps, mesh, name) for name in attention or names},
+        "attention": {name: _measure_steps(model, config, on_device, tokens, steps, mesh, name) for name in names},
     }
 
 

@@ -9,9 +9,8 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -97,45 +96,32 @@ def _at(frame: pd.DataFrame, ops: Sequence[int]) -> pd.DataFrame:
 
 
 def _speeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """Compute answers per second, each seed at its best batch and then the mean over seeds: a row for each variant and length."""
+    """Compute right answers and all answers per second, each seed at its best batch and then the mean over seeds.
+
+    Returns: a row for each variant and number of operators, with the best batch of its first seed beside those tried.
+    """
     rows = []
     for variant, own, lengths in _by_variant(frame, "speed"):
         for row in _at(own, lengths).itertuples():
             best = max(row.by_batch_size, key=lambda speed: speed["problems_per_second"])
-            rows.append(
-                {
-                    "variant": variant,
-                    "ops": row.ops,
-                    "right": best["problems_per_second"],
-                    "all": row.num_examples / min(speed["decode_seconds"] for speed in row.by_batch_size),
-                    "context_tokens": row.context_tokens,
-                    "batch": f"{best['batch_size']} of {', '.join(str(speed['batch_size']) for speed in row.by_batch_size)}",
-                }
-            )
-    columns = ["variant", "ops", "right", "all", "context_tokens", "batch"]
-    how = {**dict.fromkeys(("right", "all", "context_tokens"), "mean"), "batch": "first"}
-    return pd.DataFrame(rows, columns=columns).groupby(["variant", "ops"], sort=False).agg(how)
+            answers = row.num_examples / min(speed["decode_seconds"] for speed in row.by_batch_size)
+            batch = f"{best['batch_size']} of {', '.join(str(speed['batch_size']) for speed in row.by_batch_size)}"
+            rows.append((variant, row.ops, best["problems_per_second"], answers, row.context_tokens, batch))
+    speeds = pd.DataFrame(rows, columns=["variant", "ops", "right", "answers", "context_tokens", "batch"])
+    how = {"right": "mean", "answers": "mean", "context_tokens": "mean", "batch": "first"}
+    return speeds.groupby(["variant", "ops"], sort=False).agg(how)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """Right answers per second of span over those of the control that was trained at these lengths."""
+def _ratios(speeds: pd.DataFrame) -> dict[int, tuple[float, float]]:
+    """Divide right answers per second of span by those of long, the control trained at these lengths, and by all answers of long.
 
-    measured: float
-    if_all_right: float
-    """Over all answers of the control, right or wrong: what is left where the control is slow, and not just wrong."""
-
-    def __str__(self) -> str:
-        return f"{self.measured:.2f}x ({self.if_all_right:.2f}x)"
-
-
-def _ratios(speeds: pd.DataFrame) -> dict[int, Ratio]:
-    """Compare span with long at each number of operators that both were timed at."""
+    The second ratio is what is left where the control is slow, and not just wrong.
+    """
     if not {"span", "long"} <= {*speeds.index.get_level_values("variant")}:
         return {}
-    span, long = (speeds.loc[name] for name in ("span", "long"))
-    both = span.index.intersection(long.index)
-    return {ops: Ratio(span["right"][ops] / long["right"][ops], span["right"][ops] / long["all"][ops]) for ops in both}
+    right, long = speeds.loc["span"]["right"], speeds.loc["long"]
+    ratios = pd.concat([right / long["right"], right / long["answers"]], axis="columns").dropna()
+    return {ops: (measured, if_all_right) for ops, measured, if_all_right in ratios.itertuples()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
@@ -189,8 +175,8 @@ def speed_table(frame: pd.DataFrame) -> str:
     for variant, own, lengths in _by_variant(frame, "speed"):
         for ops in lengths:
             speed, answers = speeds.loc[(variant, ops)], Tally.of(_at(own, [ops]), "answer_accuracy")
-            ratio = str(ratios[ops]) if variant == "span" and ops in ratios else "-"
-            rates = (f"{speed['right']:,.1f}", f"{speed['all']:,.1f}", speed["batch"], ratio)
+            ratio = "{:.2f}x ({:.2f}x)".format(*ratios[ops]) if variant == "span" and ops in ratios else "-"
+            rates = (f"{speed['right']:,.1f}", f"{speed['answers']:,.1f}", speed["batch"], ratio)
             rows.append((f"`{variant}`", str(ops), f"{speed['context_tokens']:,.0f}", str(answers), *rates))
     head = ("variant", "operators", "tokens of context", "answers", "right answers/s", "answers/s", "best batch of those tried")
     return markdown_table((*head, "over `long` (were all its answers right)"), rows)
@@ -215,7 +201,7 @@ def targets(frame: pd.DataFrame) -> str:
 
     speed = None
     if ratio:
-        speed = (ratio.measured >= 3, f"{ratio.measured:.2f}x; {ratio.if_all_right:.2f}x were all of the control's answers right")
+        speed = (ratio[0] >= 3, "{:.2f}x; {:.2f}x were all of the control's answers right".format(*ratio))
     return targets_table(
         [
             right("leaf_jumps"),
@@ -271,23 +257,19 @@ def _plot_speed(axes: Axes, runs: Sequence[Run]) -> None:
     for variant, own in speeds.groupby("variant", sort=False):
         lengths, shade = own.index.get_level_values("ops"), pages.color(EXPERIMENT, str(variant))
         axes.plot(lengths, own["right"], marker="o", color=shade, label=variant)
-        axes.plot(lengths, own["all"], linestyle=":", color=shade, label=f"{variant}, wrong answers too")
-    for ops, ratio in _ratios(speeds).items():
+        axes.plot(lengths, own["answers"], linestyle=":", color=shade, label=f"{variant}, wrong answers too")
+    for ops, (ratio, _) in _ratios(speeds).items():
         place = (ops, speeds.loc[("span", ops), "right"])
-        axes.annotate(f"{ratio.measured:.1f}x", place, textcoords="offset points", xytext=(0, 6), ha="center")
+        axes.annotate(f"{ratio:.1f}x", place, textcoords="offset points", xytext=(0, 6), ha="center")
     axes.margins(y=0.12)
     axes.set(ylabel="answers per second, best batch", yscale="log")
     _mark_lengths(axes, set(speeds.index.get_level_values("ops")))
 
 
-def _plot_of(kind: str, title: str, draw: Callable[..., None]) -> Plot:
-    return Plot(title, lambda run: kind in run.evaluations, draw)
-
-
 PLOTS = {
-    "accuracy": _plot_of("range", "all steps right inside the training range", functools.partial(_plot_accuracy, kind="range")),
-    "length": _plot_of("long", "all steps right against the number of operators", functools.partial(_plot_accuracy, kind="long")),
-    "speed": _plot_of("speed", "right answers per second against the number of operators", _plot_speed),
+    "accuracy": Plot("all steps right inside the training range", "range", functools.partial(_plot_accuracy, kind="range")),
+    "length": Plot("all steps right against the number of operators", "long", functools.partial(_plot_accuracy, kind="long")),
+    "speed": Plot("right answers per second against the number of operators", "speed", _plot_speed),
 }
 
 

@@ -56,19 +56,14 @@ EXPERIMENT = Experiment(
 )
 
 
-def evaluations(runs: Iterable[Run]) -> pd.DataFrame:
-    """Collect the evaluations, a row for each run."""
-    return _frame((run, run.evaluations.get("eval")) for run in runs)
+def evaluations(runs: Iterable[Run], kind: str) -> pd.DataFrame:
+    """Collect evaluations, a row for each run that has one.
 
-
-def own_evaluations(runs: Iterable[Run]) -> pd.DataFrame:
-    """Collect the evaluations that runs made of themselves after their last steps, of few articles, the same for all variants."""
-    return _frame((run, (run.curve or {}).get("evaluation")) for run in runs)
-
-
-def _frame(found: Iterable[tuple[Run, dict[str, Any] | None]]) -> pd.DataFrame:
-    rows = [{**values, "variant": run.variant, "seed": run.seed} for run, values in found if values]
-    return pd.DataFrame(rows, columns=None if rows else ["variant", "rougeL"])
+    Args:
+      kind: "eval", or "own": of the run itself after its last step, on few articles, the same for all variants.
+    """
+    rows = [{**values, "variant": run.variant, "seed": run.seed} for run in runs if (values := run.part(kind))]
+    return pd.DataFrame(rows, columns=None if rows else ["variant"])
 
 
 def _by_variant(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -150,7 +145,7 @@ _MARKS = {
 
 def _plot_scores(axes: Axes, runs: Sequence[Run]) -> None:
     """Plot each variant on its line: the scores that its run found, and how much it read for them."""
-    variants = dict(_by_variant(own_evaluations(runs)))
+    variants = dict(_by_variant(evaluations(runs, "own")))
     for place, (variant, own) in enumerate(variants.items()):
         for key, (words, mark) in _MARKS.items():
             style: dict[str, Any] = {"linestyle": "", "fillstyle": "none", "markeredgewidth": 2, **mark}
@@ -162,16 +157,12 @@ def _plot_scores(axes: Axes, runs: Sequence[Run]) -> None:
     axes.invert_yaxis()
 
 
-def _has_own_evaluation(run: Run) -> bool:
-    return not own_evaluations([run]).empty
-
-
-PLOTS = {"scores": Plot("ROUGE-L, fact accuracy and the share of the context that was read", _has_own_evaluation, _plot_scores)}
+PLOTS = {"scores": Plot("ROUGE-L, fact accuracy and the share of the context that was read", "own", _plot_scores)}
 
 
 def sections(runs: Sequence[Run], plots: dict[str, str]) -> dict[str, str]:
     """Write the sections of the page beside those that every report has."""
-    evaluated, own = evaluations(runs), own_evaluations(runs)
+    evaluated, own = evaluations(runs, "eval"), evaluations(runs, "own")
     return {
         "targets": targets(evaluated, own),
         "scores": scores_table(evaluated),

@@ -150,10 +150,10 @@ def _eval_options(evaluation: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A plot: its title in the page, which runs have something to show in it, and what draws the runs of one panel."""
+    """A plot of the runs that have some part, see `Run.part`; `draw` draws those of one panel."""
 
     title: str
-    shows: Callable[[Run], Any]
+    part: str
     draw: Callable[[Axes, Sequence[Run]], None]
 
 
@@ -165,15 +165,14 @@ def color(experiment: Experiment, variant: str) -> Any:
 
 def _loss_plot(experiment: Experiment) -> Plot:
     def draw(axes: Axes, runs: Sequence[Run]) -> None:
-        labelled: set[str] = set()
-        for run in runs:
+        for number, run in enumerate(runs):
+            first = number == 0 or runs[number - 1].variant != run.variant
+            label = run.variant if first else None
             if run.curve:
-                label = None if run.variant in labelled else run.variant
                 axes.plot(run.curve["step"], run.curve["loss"], color=color(experiment, run.variant), linewidth=1, label=label)
-                labelled.add(run.variant)
         axes.set(xlabel="step", ylabel="loss of a response token, nats", yscale="log")
 
-    return Plot("loss against steps", lambda run: run.curve, draw)
+    return Plot("loss against steps", "curve", draw)
 
 
 def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence[Run], results: Path) -> dict[str, str]:
@@ -183,7 +182,7 @@ def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence
     """
     lines = {}
     for name, plot in plots.items():
-        shown = [run for run in runs if plot.shows(run)]
+        shown = [run for run in runs if run.part(plot.part)]
         panels = {title: own for title, names in experiment.panels.items() if (own := [run for run in shown if run.variant in names])}
         file, lines[name] = results / f"{name}.png", ""
         if not panels:

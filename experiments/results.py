@@ -36,6 +36,11 @@ class Run:
     curve: dict[str, Any] | None
     evaluations: dict[str, dict[str, Any]]
 
+    def part(self, name: str) -> dict[str, Any] | None:
+        """Return an evaluation, the "curve", or the run's "own" evaluation after its last step; None where there is none."""
+        parts = {"curve": self.curve, "own": (self.curve or {}).get("evaluation"), **self.evaluations}
+        return parts.get(name)
+
 
 def pick(values: Any, fields: Any, where: str) -> Any:
     """Reduce values from JSON to some fields.

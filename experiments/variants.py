@@ -33,12 +33,13 @@ class Variant:
         """The settings of a run without options, by the sections of its run.json."""
         if self.preset in PRESETS:
             preset = PRESETS[self.preset]
-            task, configs = preset.task, {"model": preset.model, "training": preset.training}
+            configs: dict[str, Any] = {"model": preset.model, "training": preset.training}
+            corpus = TASKS[preset.task].Corpus(**preset.corpus)
         else:
-            task = self.settings["corpus"]
-            preset = tuning_preset(task, adapters=True)
-            configs = {"base": None, "attention": preset.attention, "lora": LoraConfig(), "training": preset.training}
-        configs |= {"corpus": TASKS[task].Corpus(**preset.corpus)}
+            tuning = tuning_preset(self.settings["corpus"], adapters=True)
+            configs = {"base": None, "attention": tuning.attention, "lora": LoraConfig(), "training": tuning.training}
+            corpus = TASKS[self.settings["corpus"]].Corpus(**tuning.corpus)
+        configs["corpus"] = corpus
         return {section: dataclasses.asdict(config) if config else {} for section, config in configs.items()}
 
     def check(self, run: Mapping[str, Mapping[str, Any]], where: str) -> None:
