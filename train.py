@@ -168,13 +168,11 @@ def train(run: NewModel | FineTuning) -> None:
         if distributed.is_first_process():
             files.write_json(run.run_dir / "throughput.json", figures)
         return distributed.log_once(training_benchmark.table(figures))
-
     scores: dict[str, float] = {}
 
     def evaluate(model: Decoder) -> dict[str, float]:
-        fresh = run.corpus.stream(vocab=task.vocab, seed=config.seed, split="test")
-        lm, examples = SpanLM(lora.plain(model), task), list(itertools.islice(fresh, config.eval_examples))
-        scores.update(evaluation.evaluate(lm, examples, batch_size=128, progress=distributed.is_first_process()).scores)
+        fresh = list(itertools.islice(run.corpus.stream(vocab=task.vocab, seed=config.seed, split="test"), config.eval_examples))
+        scores.update(evaluation.evaluate(SpanLM(lora.plain(model), task), fresh, progress=distributed.is_first_process()).scores)
         return scores
 
     options: dict[str, Any] = {"evaluate": evaluate if config.eval_examples else None, "stop_after_seconds": run.stop_after_seconds}

@@ -160,7 +160,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     attention: str | Policy | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     max_new_tokens: int | None = None,
     passes: int = 1,
     progress: bool = False,

@@ -59,23 +59,27 @@ def _stopped(out: Output) -> list[str]:
 
 
 def evaluation_table(report: Mapping[str, Any], task: Any) -> str:
-    """Lay out what `evaluation.report` returned: a row for each group of verified answers, else a line for each kind of score."""
+    """Lay out what `evaluation.report` returned: verified answers by group, or by set; else a line for each kind of score."""
     return _verified_table(report, task) if "first_errors" in report else _scores_table(report, task)
 
 
 def _verified_table(report: Mapping[str, Any], task: Any) -> str:
     columns = ("answer_accuracy", "step_accuracy", "span_accuracy", "attended_fraction")
-    lines = [f"{task.group_title}  examples  answers  steps   spans   attended  tokens"]
-    for name, row in [*report[f"by_{task.group_by}"].items(), ("all", report)]:
+    grouped = hasattr(task, "group")
+    title, groups = (task.group_title, report[f"by_{task.group_by}"]) if grouped else ("set", report["sets"])
+    width = max(map(len, (title, *groups)))
+    lines = [f"{title:>{width}}  examples  answers  steps   spans   attended  tokens"]
+    for name, row in [*groups.items(), ("all", report)]:
         answer, step, span, fraction = (row[column] for column in columns)
         lines.append(
-            f"{name:>{len(task.group_title)}}  {row['num_examples']:>8}  "
+            f"{name:>{width}}  {row['num_examples']:>8}  "
             f"{answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {row['attended_tokens']:7.1f}"
         )
     for name, own in report["sets"].items():
         for speed in own["by_batch_size"]:
             rate, size = speed[f"{task.unit}_per_second"], speed["batch_size"]
-            lines.append(f"{name} {task.group_title}: {rate:.1f} right answers per second of prefill and decoding, batch {size}")
+            of = f"{name} {title}" if grouped else name
+            lines.append(f"{of}: {rate:.1f} right answers per second of prefill and decoding, batch {size}")
     if errors := report["first_errors"]:
         lines.append("first errors: " + ", ".join(f"{kind} {count}" for kind, count in errors.items()))
     if wrong := report["first_wrong"]:

@@ -1,5 +1,6 @@
 """Evaluations: scores, order, seconds and reports, by a model that writes noise and a task that is told what to say of it."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import ClassVar, NamedTuple
@@ -118,6 +119,17 @@ def test_a_report_of_verified_answers(lm, evaluations):
     assert table[2].split()[:5] == ["8", "1", "100.0%", "0.0%", "100.0%"] and table[4].split()[:3] == ["all", "3", "66.7%"]
     assert table[5].startswith("short operators: ") and table[5].endswith(" right answers per second of prefill and decoding, batch 1")
     assert [line[:13] for line in table[-2:]] == ["first errors:", "first wrong: "] and len(table) == 5 + 4 + 2
+
+
+def test_verified_answers_without_groups_are_told_apart_by_set(model, evaluations):
+    class Ungrouped(Summaries):
+        verify, scores, unit = Problems.verify, Problems.scores, "problems"
+
+    task = Ungrouped()
+    own = {name: [dataclasses.replace(e, task=task) for e in found] for name, found in evaluations.items()}
+    table = text.evaluation_table(evaluation.report(SpanLM(model, task), own, {}), task).splitlines()
+    assert [line.split()[:3] for line in table[1:4]] == [["short", "1", "100.0%"], ["long", "2", "50.0%"], ["all", "3", "66.7%"]]
+    assert table[4].startswith("short: ") and len(table[0].split()) == len(table[1].split())
 
 
 def test_a_report_of_a_task_that_verifies_nothing(model, evaluations):
