@@ -147,7 +147,7 @@ class Eval(Model):
 
 
 def main() -> None:
-    with commandline.exit_on_user_error(ValueError, NotImplementedError):
+    with commandline.exit_on_user_error(UserError, NotImplementedError):
         commandline.parse(tyro.cli, Generate | Eval | Bench, description=__doc__, user_error=UserError).run()
 
 

@@ -68,10 +68,6 @@ class Run:
         workers = -(-self.workers * jax.process_count() // self.training.data_parts)  # for each shard that is packed here
         return functools.partial(self.corpus.stream, vocab=vocab, seed=self.training.seed, num_workers=workers)
 
-    def finish(self, model: Decoder, task: Any, card: str) -> None:
-        """Write the finished model."""
-        models.save_model(self.run_dir / "model", lora.plain(model), task.to_json(), card)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewModel(Run):
@@ -119,12 +115,6 @@ class FineTuning(Run):
         identity = {"attention": attention, "base": {"name": self.init.name, "sha256": lora.fingerprint(model)}}
         identity |= {} if self.adapters is None else {"lora": dataclasses.asdict(self.adapters)}
         return model, TASKS[self.task].of(self.corpus, vocab), stream, identity
-
-    def finish(self, model: Decoder, task: Any, card: str) -> None:
-        """Write the finished model, and its adapter by itself where it has one."""
-        if self.adapters and not lora.is_adapter(self.run_dir / "adapter"):
-            lora.save_adapter(self.run_dir / "adapter", model, self.adapters, self.init.name, task.to_json(), card)
-        super().finish(model, task, card)
 
 
 def parse() -> NewModel | FineTuning:
@@ -183,12 +173,15 @@ def train(run: NewModel | FineTuning) -> None:
     if config.eval_examples and not scores:  # resumed after its last step
         evaluate(model)
     if distributed.is_first_process():
-        run.finish(model, task, runs.card(run.name, model, config, run.corpus.description, scores, identity))
+        card = runs.card(run.name, model, config, run.corpus.description, scores, identity)
+        if isinstance(run, FineTuning) and run.adapters and not lora.is_adapter(run.run_dir / "adapter"):
+            lora.save_adapter(run.run_dir / "adapter", model, run.adapters, run.init.name, task.to_json(), card)
+        models.save_model(run.run_dir / "model", lora.plain(model), task.to_json(), card)
     distributed.log_once(f"finished: {run.run_dir / 'model'}")
 
 
 def main() -> None:
-    with commandline.exit_on_user_error(ValueError, NotImplementedError):
+    with commandline.exit_on_user_error(UserError, NotImplementedError):
         run = parse()
         with distributed.barrier():
             distributed.initialize(run.hosts, command=repr(dataclasses.replace(run, hosts=None, workers=0)))
