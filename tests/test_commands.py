@@ -14,13 +14,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import decode
 import train
 from benchmarks import decoding, peers
-from data import news
+from data import arithmetic, news
 from data.__main__ import main as data_main
+from selfspan_jax.config import ModelConfig
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import SpanVocab
+from selfspan_jax.weights.models import save_model
 from tests.selfspan_jax.weights import test_importing
 
 ROOT = Path(__file__).parents[1]
@@ -118,14 +123,25 @@ def test_eval_at_several_batch_sizes(call, tmp_path):
     assert found["num_examples"] == 4 and found["seed"] == 3 and found["passes"] == 2 and found["first_errors"] == {}
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A finished model of one layer with the words of arithmetic: what a benchmark says does not depend on what a model knows."""
+    task = arithmetic.ArithmeticTask()
+    config = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_kv_heads=2, head_size=8)
+    model = Decoder(config, vocab=SpanVocab(**task.vocab.span_ids()), vocab_size=task.vocab.size, rngs=nnx.Rngs(0))
+    directory = tmp_path_factory.mktemp("benchmarked") / "small"
+    save_model(directory, model, task.to_json(), "")
+    return directory
+
+
 BENCH = ["--batch-size", "2", "--context", "96", "--steps", "8", "--attention", "dense,span"]
 
 
-def test_bench_writes_a_row_for_each_configuration(call, tmp_path, monkeypatch):
+def test_bench_writes_a_row_for_each_configuration(call, small, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "missing_reason", lambda: "torch not installed")
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     status, out, err = call(
-        decode.main, "bench", CHECKPOINT, *BENCH, "--weights", "bf16,int8", "--peers", "hf-eager", "--json", file, "--plot", picture
+        decode.main, "bench", small, *BENCH, "--weights", "bf16,int8", "--peers", "hf-eager", "--json", file, "--plot", picture
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert "peers not run: torch not installed" in out and "read ceiling" in out
@@ -143,10 +159,10 @@ def test_bench_writes_a_row_for_each_configuration(call, tmp_path, monkeypatch):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_skips_what_does_not_fit_and_streams(call, monkeypatch):
-    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: 60 * 2**20)
+def test_bench_skips_what_does_not_fit_and_streams(call, small, monkeypatch):
+    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: 20 * 2**20)
     arguments = ["--batch-size", "1,500", "--context", "96", "--steps", "8", "--attention", "span", "--stream-check"]
-    status, out, err = call(decode.main, "bench", CHECKPOINT, *arguments)
+    status, out, err = call(decode.main, "bench", small, *arguments)
     assert (status, err) == (0, "")
     streamed, skipped = out.splitlines()[-2:]
     assert streamed.split()[:4] == ["span", "streamed", "1", "96"] and ("against one loop" in streamed or "ended its response" in streamed)
@@ -154,7 +170,7 @@ def test_bench_skips_what_does_not_fit_and_streams(call, monkeypatch):
 
 
 @several
-def test_decoding_on_a_mesh_says_what_one_device_says(call, tmp_path):
+def test_decoding_on_a_mesh_says_what_one_device_says(call, small, tmp_path):
     """The same scores, and a benchmark whose bytes are those of one device. Tokens: test_layout.py, `generate`: test_docs.py."""
     found = []
     for mesh in ([], ["--mesh", "data=2,tensor=2"]):
@@ -164,7 +180,7 @@ def test_decoding_on_a_mesh_says_what_one_device_says(call, tmp_path):
         found.append(json.loads((tmp_path / "found.json").read_text()))
     same = [name for name in found[0] if name in ("num_examples", "attended_fraction", "attended_tokens") or "accuracy" in name]
     assert len(same) >= 6 and all(found[0][name] == found[1][name] for name in same)
-    status, out, err = call(decode.main, "bench", CHECKPOINT, *BENCH, "--mesh", "data=2,tensor=2", "--json", tmp_path / "bench.json")
+    status, out, err = call(decode.main, "bench", small, *BENCH, "--mesh", "data=2,tensor=2", "--json", tmp_path / "bench.json")
     assert (status, err) == (0, "") and out.startswith("4 x cpu (data=2,tensor=2)")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["attention"] for row in rows] == ["dense", "span"] and all(row["floor_ms"] > 0 for row in rows)
