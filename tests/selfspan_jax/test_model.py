@@ -1,6 +1,7 @@
 """The decoder against Llama written out in numpy (float64), and gradients against what the mask lets through (invariant 3)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +60,16 @@ def weights_of(model):
 
 
 def logits_of(model, token_ids, positions, mask):
-    ids, positions = (jnp.asarray(x, jnp.int32)[None] for x in (token_ids, positions))
-    hidden, _ = model(ids, positions, attend_under(jnp.asarray(mask)[None]))
-    return np.asarray(model.logits(hidden)[0])
+    return np.asarray(compute(model, *(jnp.asarray(x, jnp.int32)[None] for x in (token_ids, positions)), jnp.asarray(mask)[None])[0])
 
 
+@nnx.jit
+def compute(model, token_ids, positions, mask):
+    hidden, _ = model(token_ids, positions, attend_under(mask))
+    return model.logits(hidden)
+
+
+CHAIN = NAMED["span widens late"][0][:12]
 SHAPES = {
     "grouped": dict(),
     "one kv head": dict(num_kv_heads=1),
@@ -114,8 +120,9 @@ def test_bfloat16_differs_by_its_rounding_and_no_more():
 def test_parameters_are_float32_and_activations_what_the_config_says():
     model = random_model(compute_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype("float32")}
-    hidden, _ = model(jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 4), jnp.int32), attend_under(jnp.ones((1, 4, 4), bool)))
-    assert hidden.dtype == jnp.bfloat16 and model.logits(hidden).dtype == jnp.float32
+    ids = jnp.zeros((1, 4), jnp.int32)
+    hidden, logits = nnx.eval_shape(lambda: ((hidden := model(ids, ids, attend_under(jnp.ones((1, 4, 4), bool)))[0]), model.logits(hidden)))
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
 
 
 def test_remat_changes_no_gradient():
@@ -130,11 +137,8 @@ def test_remat_changes_no_gradient():
 
 @pytest.fixture(scope="module")
 def influence():
-    """(model, function of a mask): does the derivative of the last hidden state at t by the embedding at s differ from exactly zero?
-
-    Views are in the mask and nowhere else in a forward pass, so one compiled backward pass serves them all.
-    """
-    model, token_ids = random_model(), np.array(NAMED["span widens late"][0][:12])
+    """A function of a mask, compiled once: of the last hidden state at t the derivative by the embedding at s is not exactly zero."""
+    model, token_ids = random_model(), np.array(CHAIN)
     vocab_size, width = model.embed_tokens.embedding.shape
     num_tokens = len(token_ids)
     table = model.embed_tokens.embedding[...][token_ids]  # every position its own row, so that rows are positions
@@ -151,24 +155,19 @@ def influence():
     # One backward pass per position, as training runs it. (A whole jacobian in one program, jit(jacrev), comes out wrong for
     # a norm before a product on the CPU of JAX 0.10.2; 0.11.2 has it right.)
     cotangents = jax.random.normal(jax.random.key(1), (num_tokens, width))
-    backward = jax.jit(lambda mask, at: jax.vjp(lambda rows: hidden_states(rows, mask), table)[1](at)[0])
-
-    def found(mask):
-        each = [backward(jnp.asarray(mask), jnp.zeros_like(table).at[t].set(cotangents[t])) for t in range(num_tokens)]
-        return np.any(np.array(each) != 0, axis=2)
-
-    return model, found
+    backward = jax.jit(lambda at, mask: jax.vjp(functools.partial(hidden_states, mask=mask), table)[1](at)[0])
+    each = [jnp.zeros_like(table).at[t].set(cotangents[t]) for t in range(num_tokens)]
+    return lambda mask: np.stack([np.any(np.asarray(backward(at, jnp.asarray(mask))) != 0, axis=1) for at in each])
 
 
 @pytest.mark.parametrize("views", VIEWS, ids=["-".join(map(str, views.values())) for views in VIEWS])
-def test_gradients_flow_along_chains_of_the_mask_and_nowhere_else(views, influence):
+def test_gradients_flow_along_chains_of_the_mask_and_nowhere_else(influence, views):
     """Exactly zero where no chain of at most num_layers steps leads, and not zero where one does."""
-    model, found_under = influence
-    reference = Reference(NAMED["span widens late"][0][:12], VOCAB, **views)
+    reference = Reference(CHAIN, VOCAB, **views)
     mask = np.array(reference.mask())
-    found = found_under(mask)
+    found = influence(mask)
     reachable = np.array([[s in reference.reaches(t) for s in range(12)] for t in range(12)])
-    within_depth = np.linalg.matrix_power(mask.astype(int) + np.eye(12, dtype=int), model.config.num_layers) > 0
+    within_depth = np.linalg.matrix_power(mask.astype(int) + np.eye(12, dtype=int), TINY["num_layers"]) > 0
     assert not np.any(found & ~reachable)
     np.testing.assert_array_equal(found, within_depth)
 

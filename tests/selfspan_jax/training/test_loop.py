@@ -51,7 +51,7 @@ def batches_from(number):
 def test_the_loss_is_the_mean_over_targets_of_sequences_seen_alone():
     """Each packed sequence, cut out and run by itself under the reference mask, gives its share of the packed batch's loss."""
     model, batch = random_model(), batch_of(0)
-    _, sums = training.loss_sums(model, DeviceBatch.of(batch))
+    _, sums = nnx.jit(training.loss_sums)(model, DeviceBatch.of(batch))
     total, count, right = 0.0, 0, 0
     for row in range(4):
         for segment in (1, 2):
@@ -71,20 +71,20 @@ def test_the_loss_is_the_mean_over_targets_of_sequences_seen_alone():
 
 def test_a_dense_control_is_trained_under_the_causal_mask():
     batch = DeviceBatch.of(batch_of(0))
-    span, dense = (float(training.loss_sums(random_model(mask=mask), batch)[0]) for mask in ("span", "dense"))
+    loss_sums = nnx.jit(training.loss_sums)
+    span, dense = (float(loss_sums(random_model(mask=mask), batch)[0]) for mask in ("span", "dense"))
     assert span != pytest.approx(dense, rel=1e-3)
     prompt_only = dataclasses.replace(batch, token_ids=jnp.where(batch.token_ids == VOCAB.solve_id, 4, batch.token_ids))
-    span, dense = (float(training.loss_sums(random_model(mask=mask), prompt_only)[0]) for mask in ("span", "dense"))
+    span, dense = (float(loss_sums(random_model(mask=mask), prompt_only)[0]) for mask in ("span", "dense"))
     assert span == pytest.approx(dense, rel=1e-5)  # without <solve> all is prompt, and a causal prompt is dense
 
 
-@pytest.mark.parametrize("accumulation_steps", [2, 4])
-def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulation_steps):
-    """Parts hold different numbers of targets: the mean over parts would be another gradient."""
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    """Parts hold different numbers of targets, one of them none: the mean over parts would be another gradient."""
     uneven = batch_of(3)
     uneven.target_mask[0] = False
     states = []
-    for steps in (1, accumulation_steps):
+    for steps in (1, 4):
         fixed, state = training.initial_state(random_model(), config := dataclasses.replace(CONFIG, accumulation_steps=steps))
         for _ in range(3):  # the first step of a warm-up has rate 0
             state, metrics = training.train_step(fixed, state, DeviceBatch.of(uneven), config)
@@ -100,14 +100,16 @@ def test_a_step_is_adamw_on_the_clipped_gradient():
     fixed, state = training.initial_state(model, config)
     params = {path: np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     moments = {path: (0.0, 0.0) for path in params}
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, batch):
+        loss, sums = training.loss_sums(fixed.model(params), batch)
+        return loss / sums["targets"]
+
     for step in range(2):
         batch = DeviceBatch.of(batch_of(step))
-
-        def mean_loss(params, batch=batch):
-            loss, sums = training.loss_sums(fixed.model(params), batch)
-            return loss / sums["targets"]
-
-        grads = {path: np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(jax.grad(mean_loss)(state.params))}
+        grads = {path: np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(gradient(state.params, batch))}
         norm = np.sqrt(sum(np.sum(grad**2) for grad in grads.values()))
         assert norm > config.clip_norm
         progress = step / config.steps
@@ -186,33 +188,41 @@ class Stopped(Exception):
     pass
 
 
+def assert_same_parameters(models):
+    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in models), strict=True):
+        np.testing.assert_array_equal(expected, found)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was not interrupted: its model and its log."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    return run(run_dir), lines(run_dir)
+
+
 @pytest.mark.parametrize("stop_after", [3, 5, 9], ids=["before any checkpoint", "between checkpoints", "after two checkpoints"])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop_after):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, stop_after):
     def stopping(number):
         for batch in batches_from(number):
             if batch.next_example > stop_after:
                 raise Stopped
             yield batch
 
-    whole = run(tmp_path / "whole")
+    model, log = whole
     with pytest.raises(Stopped):
-        run(tmp_path / "parts", source=stopping)
-    resumed = run(tmp_path / "parts")
-    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, resumed)), strict=True):
-        np.testing.assert_array_equal(expected, found)
-    for expected, found in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        run(tmp_path, source=stopping)
+    assert_same_parameters((model, run(tmp_path)))
+    for expected, found in zip(log, lines(tmp_path), strict=True):
         assert (expected["step"], expected["loss"], expected["gradient_norm"]) == (found["step"], found["loss"], found["gradient_norm"])
 
 
-def test_a_run_that_is_stopped_in_time_goes_on_from_its_checkpoint(tmp_path):
+def test_a_run_that_is_stopped_in_time_goes_on_from_its_checkpoint(whole, tmp_path):
     with pytest.raises(training.Stopped, match=r"^stopped after step 1$"):
         run(tmp_path / "run", stop_after_seconds=0)
     assert [line["step"] for line in lines(tmp_path / "run")] == [1]
     with pytest.raises(training.Stopped, match=r"^stopped after step 2$"):
         run(tmp_path / "run", stop_after_seconds=0)
-    resumed, whole = run(tmp_path / "run"), run(tmp_path / "whole")
-    for expected, found in zip(*(jax.tree.leaves(nnx.state(model)) for model in (whole, resumed)), strict=True):
-        np.testing.assert_array_equal(expected, found)
+    assert_same_parameters((whole[0], run(tmp_path / "run")))
 
 
 def test_a_run_logs_and_evaluates_when_it_says(tmp_path):
@@ -226,9 +236,8 @@ def test_a_run_logs_and_evaluates_when_it_says(tmp_path):
 
 
 def test_a_half_written_line_of_the_log_is_dropped_on_resuming(tmp_path):
-    run(tmp_path, config=dataclasses.replace(CONFIG, steps=4))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "loss": 1.0}\n{"step": 4, "lo')
+    whole_lines = "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (2, 4, 6))
+    (tmp_path / "metrics.jsonl").write_text(whole_lines + '{"step": 4, "lo')
     training.MetricsLog(tmp_path, resumed_step=4).close()
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
 

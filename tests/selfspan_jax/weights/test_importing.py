@@ -300,7 +300,7 @@ def test_a_real_model_from_a_gguf_file_knows_its_capitals(lm):
 @NEEDS_SMOLLM2
 @NEEDS_TORCH
 def test_a_real_model_is_what_transformers_makes_of_the_same_file(lm):
-    """Their reader of GGUF, their tokenizer, their model: the same ids, logits within rounding, 200 greedy tokens alike."""
+    """Their GGUF reader, tokenizer and model: the same ids, logits within rounding; their 200 greedy tokens are our choices too."""
     import torch
     import transformers
 
@@ -310,15 +310,13 @@ def test_a_real_model_is_what_transformers_makes_of_the_same_file(lm):
     for text in (TEXT, "def f(x):\n    return x**2 + 12345  # naïve ☕\n\n\tEnd", "2024-01-31: 3,141.59 don't", ""):
         ids = tokenizer(text)["input_ids"]
         assert lm.task.tokenizer(text)["input_ids"] == ids and lm.task.decode(ids) == text
-    ids = lm.task.encode_prompt("Once upon a time, in a village by the sea, there lived")
+    prompt = torch.tensor(lm.task.encode_prompt("Once upon a time, in a village by the sea, there lived"))[None].long()
     with torch.no_grad():
-        expected = theirs(torch.tensor(ids)[None].long()).logits[0].numpy()
-        greedy = theirs.generate(torch.tensor(ids)[None].long(), max_new_tokens=200, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    np.testing.assert_allclose(lm.logits(ids)[:, :49152], expected, atol=2e-3)  # logits to 30; measured 1.5e-4
-    out = lm.generate("Once upon a time, in a village by the sea, there lived", max_new_tokens=200)
-    written = greedy[0].numpy()[len(ids) :]
-    assert len(out.response_ids) == 200 or out.finished
-    np.testing.assert_array_equal(out.response_ids, written[: len(out.response_ids)])
+        written = theirs.generate(prompt, max_new_tokens=200, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        expected = theirs(written).logits[0].numpy()
+    logits = lm.logits(written[0].numpy())
+    np.testing.assert_allclose(logits[:, :49152], expected, atol=2e-3)  # logits to 30; measured 1.5e-4
+    np.testing.assert_array_equal(np.argmax(logits[prompt.shape[1] - 1 : -1], axis=-1), written[0, prompt.shape[1] :])
 
 
 @NEEDS_SMOLLM2

@@ -46,7 +46,8 @@ def trained(model, seed=7):
 
 
 IDS = np.random.default_rng(0).integers(0, 17, (2, 12)).astype(np.int32)
-ARCHITECTURES = {"tied": {}, "untied and biased": dict(tie_embeddings=False, qkv_bias=True, output_bias=True), "norms": dict(qk_norm=True)}
+UNTIED = dict(tie_embeddings=False, qkv_bias=True, output_bias=True, qk_norm=True)
+ARCHITECTURES = {"tied": {}, "untied, with biases and norms of heads": UNTIED}
 
 
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
