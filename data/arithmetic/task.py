@@ -76,10 +76,6 @@ class ArithmeticTask:
         """Write the prompt of `encode(text)` alone, int32 [n]."""
         return oracle.encode_prompt(text, vocab=self.vocab, labelling=self.labelling, names_first_step=self.names_first_step)
 
-    def gold(self, text: str) -> npt.NDArray[np.int32]:
-        """Write the gold response of `encode(text)` alone, int32 [n]."""
-        return self.encode(text).response_ids
-
     def decode(self, token_ids: Iterable[int]) -> str:
         """Write ids [n] as text."""
         return self.vocab.decode(token_ids)

@@ -522,8 +522,8 @@ def test_a_task_writes_what_its_corpus_does(labelling, names_first_step):
         text, first_label = example.expression.text, example.first_label
         again = encode(text, vocab=corpus.vocab, labelling=labelling, names_first_step=names_first_step, first_label=first_label)
         assert np.array_equal(example.token_ids, again.token_ids)
-        assert len(task.encode_prompt(text)) == example.prompt_tokens and len(task.gold(text)) == len(example.response_ids)
-        assert task.verify(text, task.gold(text)).steps_right
+        assert len(task.encode_prompt(text)) == example.prompt_tokens and len(task.encode(text).response_ids) == len(example.response_ids)
+        assert task.verify(text, task.encode(text).response_ids).steps_right
     assert task.step_ids & set(example.prompt_ids.tolist()) and task.step_ids & set(example.response_ids.tolist())
 
 

@@ -169,7 +169,7 @@ def test_a_report_of_a_task_that_verifies_nothing(model, evaluations):
 )
 def test_the_first_error_has_a_kind(response, kind):
     task = arithmetic.ArithmeticTask()
-    gold, vocab = task.gold("((51+75)-(95*3))"), SpanVocab(**task.vocab.span_ids())
+    gold, vocab = task.encode("((51+75)-(95*3))").response_ids, SpanVocab(**task.vocab.span_ids())
     assert evaluation.first_error(task.vocab.encode(response), gold, vocab) == kind
 
 

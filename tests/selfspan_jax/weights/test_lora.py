@@ -169,7 +169,7 @@ def test_expressions_in_a_tokenizers_own_words_are_the_corpus_in_other_ids():
     for _, own, other in zip(range(20), *streams):
         assert [vocab.tokens[i] for i in own.token_ids] == [builtin.tokens[i] for i in other.token_ids]
         assert task.decode(own.token_ids) == corpus.vocab.decode(other.token_ids)
-        gold = task.gold(own.prompt)
+        gold = task.encode(own.prompt).response_ids
         assert task.verify(own.prompt, gold).steps_right and task.verify(own.prompt, gold).spans_right
         assert task.answer(gold) == str(own.expression.value)
         wrong = gold.copy()
