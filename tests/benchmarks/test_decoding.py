@@ -260,9 +260,11 @@ def test_rows_are_compared_with_their_roofline_their_dense_row_and_the_peer():
         {**OURS, "attention": "span", "ms_per_step": 1.0},
         {**OURS, "attention": "span", "int8": True, "ms_per_step": 0.8},
         {**OURS, "attention": "span", "context_tokens": 512, "ms_per_step": 1.0},
+        {**OURS, "attention": "dense", "stream": True, "ms_per_step": 2.0, "cost_of_streaming": -0.5},
         {**OURS, "attention": "window", "not_run": "does not fit"},
     )
-    peer, dense, span, int8, other, _ = found["rows"]
+    peer, dense, span, int8, other, streamed, _ = found["rows"]
+    assert not {"speedup_over_dense", "speedup_over_hf"} & streamed.keys()
     assert span["floor_ms"] == pytest.approx(0.5) and span["percent_of_floor"] == pytest.approx(50)
     assert (span["speedup_over_dense"], span["speedup_over_hf"]) == (4.0, 6.0)
     assert (dense["speedup_over_dense"], dense["speedup_over_hf"], peer["speedup_over_hf"]) == (1.0, 1.5, 1.0)
@@ -271,7 +273,7 @@ def test_rows_are_compared_with_their_roofline_their_dense_row_and_the_peer():
     # A static cache is read to its end, whatever stands in it.
     assert peer["bytes_per_step"] == shapes.step_bytes(SHAPE.abstract(), 2 * 272, 2)
     text = report.table(found["rows"]).splitlines()
-    assert len(text) == 7 and "6.00x" in text[3] and text[6].endswith("not run: does not fit")
+    assert len(text) == 8 and "6.00x" in text[3] and text[7].endswith("not run: does not fit")
 
 
 @pytest.mark.parametrize("swept", ["batch_size", "context_tokens"])

@@ -6,11 +6,13 @@ import json
 import re
 from dataclasses import asdict
 
+import pandas as pd
 import pytest
 from PIL import Image
 
 from data import arithmetic
 from experiments import arithmetic as report
+from experiments.pages import Tally
 from selfspan_jax.config import PRESETS, TUNING_PRESETS
 from tests.experiments import reports
 
@@ -83,7 +85,7 @@ def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
 
 def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
     place("span", 0, range=evaluation({2: 10, 3: 10}), long=evaluation({50: 9}))
-    place("span", 1, range=evaluation({2: 10, 3: 8}), long=evaluation({50: 10}))
+    place("span", 1, range=evaluation({2: 10, 3: 8}), long=evaluation({50: 10, 100: 10}))
     path = place("dense", 0, range=evaluation({2: 10, 3: 10}))
     assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     page = (path / "out.md").read_text()
@@ -95,8 +97,15 @@ def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
     assert "- length generalization: `dense` with seed 0\n- right answers per second: `span` with seed 0, 1; `dense` with seed 0\n" in page
     assert "python train.py arithmetic-small --run-dir runs/dense-0 --mask dense --label-jumps 0\n" in page
     assert "python train.py arithmetic-small --run-dir runs/span-1 --label-jumps 0 --seed 1\n" in page
-    assert "eval runs/span-1/model --seed 1 --num-examples 10 --ops 50 --batch-size 8\n" in page
+    assert "eval runs/span-1/model --seed 1 --num-examples 10 --ops 50,100 --batch-size 8\n" in page
+    assert "| `span` | 100 |" not in page  # of one seed only
     assert "commit abc" in page and not (path / "out" / "speed.png").exists()
+
+
+def test_right_examples_are_counted_from_their_share():
+    """0.29 of 100 is 28.999999999999996 in floating point."""
+    tally = Tally.of(pd.DataFrame({"seed": [0], "num_examples": [100], "accuracy": [0.29]}), "accuracy")
+    assert (tally.right, tally.num_examples, tally.by_seed) == (29, 100, (0.29,))
 
 
 def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):

@@ -195,6 +195,7 @@ def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
 def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
     place("span", rates=[(64, 10.0), (256, 60.0), (1000, 50.0)])
     place("smollm2", rates=[(64, 10.0)])
+    place("smollm2", 1, rates=[(64, 20.0), (128, 50.0)])
     path = place("dense", rates=[(64, 40.0), (256, 30.0)])
     page = take(path, capsys)
     lines = [line for line in page.splitlines() if re.match(r"\| `\w+` \| \d+ \| [\d.]+ \| [\d,]+ \| \S", line)]
@@ -204,6 +205,7 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
         "| `span` | 1000 | 50.0 | 2,500 | - |",
     ]
     assert [line.split(" | ")[-1] for line in lines[3:]] == ["- |"] * 3
+    assert lines[-1] == "| `smollm2` | 64 | 15.0 | 750 | - |"  # at what both seeds were timed at
     assert "python decode.py eval runs/span-0/model --seed 1 --num-examples 100 --batch-size 64,256,1000\n" in page
     assert "python train.py news-small --run-dir runs/dense-0 --mask dense\n" in page
     smollm2 = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus news"
