@@ -1,4 +1,7 @@
-"""Bring the settings of older runs up to date: the only place that knows how run.json files differed from today's."""
+"""Bring the settings of older runs up to date: the only place that knows how run.json files differed from today's.
+
+Settings of training and model that a run does not name (`data_parts`), or that no longer exist, need nothing: they are in no command.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def call(report, capsys, *arguments):
 
 
 def tuned_run(corpus_name, corpus, seed, **attention):
-    """The run.json of an adapter's fine-tuning, as train.py writes it (test_experiments.py compares with train.py itself)."""
+    """The run.json of an adapter's fine-tuning, as train.py writes it (test_results.py compares with train.py itself)."""
     tuning = tuning_preset(corpus_name, adapters=True)
     run = {"attention": asdict(tuning.attention) | attention, "base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}}
     run |= {"lora": asdict(LoraConfig()), "training": tuning.training.identity | {"seed": seed}, "corpus": corpus}

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_said_in_one_line(place, capsys, change, message):
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_two_runs_of_one_arm_and_seed_that_differ_are_refused(place, capsys):
+def test_two_runs_of_one_variant_and_seed_that_differ_are_refused(place, capsys):
     path = place("span", 0, range=evaluation({2: 10}))
     assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.parent.name != "raw"}

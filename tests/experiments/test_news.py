@@ -27,7 +27,7 @@ PAGE = "".join(
 
 
 def run_of(variant, seed):
-    """As train.py writes it (test_experiments.py compares with train.py itself)."""
+    """As train.py writes it (test_results.py compares with train.py itself)."""
     changes = {"mask": "dense"} if variant.endswith("dense") else {"header_view": "prompt"} if variant == "prompt" else {}
     if variant.startswith("smollm2"):
         return tuned_run("news", asdict(news.Corpus()), seed, **changes)
