@@ -17,6 +17,7 @@ from tests.test_readme import SMALLER, run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["protocol", "architecture", "models", "adding-a-corpus", "adding-an-attention-policy", "measuring", "limits", "arithmetic", "news"]
+PAGES += ["figures"]  # its commands are parsed: test_readme.py
 PAGES += ["multi-gpu"]  # its commands for several processes: test_distributed.py
 RAN_ELSEWHERE = ["kernel", "linear", "decode", "training"]  # pages of figures; their snippets and commands want a GPU
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
