@@ -88,7 +88,8 @@ class Generate(Model):
         if self.html:
             files.write_text(self.html, out.to_html())
         if self.plot:
-            out.save_plot(self.plot)
+            self.plot.parent.mkdir(parents=True, exist_ok=True)
+            out.plot().savefig(self.plot, dpi=100)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

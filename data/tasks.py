@@ -1,6 +1,6 @@
 """The registry of tasks: what `python -m data`, train.py, decode.py and `SpanLM.load` know by name."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -26,9 +26,9 @@ class Statistics(Protocol):
 
 
 class Task(Protocol):
-    """What a task's class offers: text to ids and back for models, examples, scores, and rows of corpus directories.
+    """What a task's class offers: text to ids and back for models, examples, and rows of corpus directories.
 
-    `selfspan_jax.task.ScoringTask` says what else it may have.
+    `selfspan_jax.task.Task` says what else it may have: a verifier or scores among others.
     """
 
     name: ClassVar[str]
@@ -52,9 +52,6 @@ class Task(Protocol):
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]: ...
     def decode(self, token_ids: Iterable[int]) -> str: ...
     def answer(self, response_ids: Iterable[int]) -> str | None: ...
-    def scores(self, examples: Sequence[Any], responses: Sequence[Iterable[int]]) -> dict[str, float]:
-        """Score responses to the examples' prompts."""
-
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Any]]:
         """Draw examples of the test split, labels from 1 on, in sets by name."""
 

@@ -27,7 +27,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.task import Example, ScoringTask
+from selfspan_jax.task import Example
 from selfspan_jax.viewing.output import Output
 from selfspan_jax.viewing.reading import attended, attended_by_kind
 
@@ -41,12 +41,10 @@ Scores = dict[str, Any]
 class LanguageModel(Protocol):
     """What `evaluate` uses of a `SpanLM`."""
 
-    @property
-    def model(self) -> Decoder: ...
-    @property
-    def engine(self) -> Engine: ...
-    @property
-    def task(self) -> Any: ...
+    model: Decoder
+    engine: Engine
+    task: Any
+
     def pad(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]: ...
     def outputs(
         self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, attention: str | Policy
@@ -57,7 +55,7 @@ class LanguageModel(Protocol):
 class Evaluation:
     """Outputs in the order of the examples, and the seconds that prefill and decoding took, compilation excluded."""
 
-    task: Any  # a ScoringTask, and what more it offers
+    task: Any  # a Task, and what more it offers
     examples: tuple[Example, ...]
     outputs: tuple[Output, ...]
     batch_size: int
@@ -66,8 +64,18 @@ class Evaluation:
 
     @functools.cached_property
     def scores(self) -> Scores:
-        """Average over the examples, see `score`."""
-        return score(self.task, self.examples, self.outputs)
+        """Averages over the examples: the task's scores, what response tokens attended to, and how many responses finished.
+
+        Where the task verifies responses, its scores are the shares of right answers, steps and spans.
+        """
+        verdicts = [out.verdict for out in self.outputs if out.verdict]
+        if verdicts:
+            judged = np.mean([(verdict.answer_right, verdict.steps_right, verdict.spans_right) for verdict in verdicts], axis=0)
+            own = dict(zip(("answer_accuracy", "step_accuracy", "span_accuracy"), judged.tolist(), strict=True))
+        else:
+            own = self.task.scores(self.examples, [out.response_ids for out in self.outputs])
+        finished = float(np.mean([out.finished for out in self.outputs]))
+        return {"num_examples": len(self.outputs), **own, **attended(self.outputs), "finished_fraction": finished}
 
     @property
     def right_per_second(self) -> float:
@@ -76,55 +84,42 @@ class Evaluation:
 
     def speed(self) -> dict[str, Any]:
         """Return what depends on the batch size, as JSON."""
+        accuracy = {name: score for name, score in self.scores.items() if name == "answer_accuracy"}
         return {
             "batch_size": self.batch_size,
             f"{self.task.unit}_per_second": self.right_per_second,
             "response_tokens_per_second": sum(len(out.response_ids) for out in self.outputs) / self.decode_seconds,
             "decode_seconds": self.decode_seconds,
             "compile_seconds": self.compile_seconds,
+            **accuracy,
         }
-
-    def to_json(self) -> dict[str, Any]:
-        """Return scores, speed and mean length, as JSON."""
-        context_tokens = float(np.mean([len(out.token_ids) for out in self.outputs]))
-        return {**self.scores_json(), **self.speed(), "context_tokens": context_tokens}
 
     def scores_json(self) -> dict[str, Any]:
         """Return scores, with Wilson's interval for each accuracy of verified answers, as JSON."""
         accuracies = [name for name in self.scores if name.endswith("_accuracy") and self.outputs[0].verdict]
         return self.scores | {f"{name}_interval": wilson(self.scores[name], len(self.outputs)) for name in accuracies}
 
+    def to_json(self) -> dict[str, Any]:
+        """Return scores, speed and mean length, as JSON."""
+        context_tokens = float(np.mean([len(out.token_ids) for out in self.outputs]))
+        return {**self.scores_json(), **self.speed(), "context_tokens": context_tokens}
+
     def first_errors(self) -> dict[str, int]:
         """Count the responses by what they get wrong first, see `first_error`; the most frequent kind first."""
         pairs = zip(self.outputs, self.examples, strict=True)
-        kinds = (first_error(out.response_ids, example.response_ids, out.reading.vocab) for out, example in pairs)
+        kinds = (first_error(out.response_ids, example.response_ids, out.vocab) for out, example in pairs)
         return dict(collections.Counter(kind for kind in kinds if kind).most_common())
 
     def groups(self) -> dict[str, Evaluation]:
         """Return the evaluation of each of the task's groups of prompts, numbers in order."""
-        names = [self.task.group(example.prompt) for example in self.examples]
-        groups = {}
-        for group in sorted(set(names), key=lambda name: (len(name), name)):
-            own = [i for i, name in enumerate(names) if name == group]
-            groups[group] = dataclasses.replace(
-                self, examples=tuple(self.examples[i] for i in own), outputs=tuple(self.outputs[i] for i in own)
-            )
-        return groups
-
-
-def score(task: ScoringTask, examples: Sequence[Example], outputs: Sequence[Output]) -> Scores:
-    """Average over examples: the task's scores of the responses, what their tokens attended to, and how many finished.
-
-    Raises: UserError for no examples: their mean is not a number.
-    """
-    if not outputs:
-        raise UserError("no examples to score")
-    return {
-        "num_examples": len(outputs),
-        **task.scores(examples, [out.response_ids for out in outputs]),
-        **attended([out.reading for out in outputs]),
-        "finished_fraction": float(np.mean([out.finished for out in outputs])),
-    }
+        members: dict[str, list] = {}
+        for example, out in zip(self.examples, self.outputs, strict=True):
+            members.setdefault(self.task.group(example.prompt), []).append((example, out))
+        found = {}
+        for name in sorted(members, key=lambda name: (len(name), name)):
+            examples, outputs = zip(*members[name], strict=True)
+            found[name] = dataclasses.replace(self, examples=examples, outputs=outputs)
+        return found
 
 
 def wilson(share: float, num_examples: int) -> tuple[float, float]:
@@ -144,13 +139,13 @@ def first_error(response_ids: Iterable[int], gold_ids: Iterable[int], vocab: Spa
     wrong = next((i for i, (found, gold) in enumerate(pairs) if found != gold), None)
     if wrong is None:
         return None
-    tokens = pairs[wrong]
-    segs = [vocab.seg_base <= token < vocab.seg_base + vocab.num_labels for token in tokens]
-    if any(vocab.ref_base <= token < vocab.ref_base + vocab.num_labels for token in tokens):
+    tokens = np.array(pairs[wrong])
+    segs, refs = ((tokens >= base) & (tokens < base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
+    if refs.any():
         return "refs"
     if wrong == 0 and segs[1]:
         return "first label"
-    if all(segs):
+    if segs.all():
         return "next label"
     return "eos" if vocab.eos_id in tokens or vocab.pad_id in tokens else "body"
 
@@ -181,19 +176,17 @@ def evaluate(
     batch_size = _batch_size(lm, batch_size, len(ids))
     policy = get_policy(attention or lm.model.config.mask)
     config = _config(examples, policy, max_new_tokens)
+    compile_seconds, seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
     outputs: dict[int, Output] = {}
-    compile_seconds, seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
-    bar = tqdm(total=len(ids), desc=f"decode ({policy.name})", unit="prompt", leave=False, disable=None if progress else True)
-    with bar:
+    with tqdm(total=len(ids), desc=f"decode ({policy.name})", unit="prompt", leave=False, disable=None if progress else True) as bar:
         for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]
             filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]  # the last batch repeats a prompt, for one shape
-            batch = (token_ids[filled], lengths[filled])
             taken = []
             for _ in range(passes):
                 began = time.perf_counter()
-                state = jax.block_until_ready(lm.engine.generate(*batch, config))
+                state = jax.block_until_ready(lm.engine.generate(token_ids[filled], lengths[filled], config))
                 taken.append(time.perf_counter() - began)
             seconds += statistics.median(taken)
             found = lm.outputs([examples[i].prompt for i in chosen], [ids[i] for i in chosen], state, policy)
@@ -215,12 +208,13 @@ def evaluate_all(
     cases = [(name, size) for name in sets for size in batch_sizes]
     policy = get_policy(attention or lm.model.config.mask)
 
-    def compile_case(name: str, size: int) -> float:
-        longest = max(len(lm.task.encode_prompt(example.prompt)) for example in sets[name])
-        return _compile(lm, _batch_size(lm, size, len(sets[name])), longest, _config(sets[name], policy))
+    def compile_case(case: tuple[str, int]) -> float:
+        examples = sets[case[0]]
+        longest = max(len(lm.task.encode_prompt(example.prompt)) for example in examples)
+        return _compile(lm, _batch_size(lm, case[1], len(examples)), longest, _config(examples, policy))
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA leaves most processors idle on one
-        seconds = dict(zip(cases, pool.map(compile_case, *zip(*cases, strict=True)), strict=True))
+        seconds = dict(zip(cases, pool.map(compile_case, cases), strict=True))
     found: dict[str, list[Evaluation]] = {name: [] for name in sets}
     for name, size in cases:
         evaluation = evaluate(lm, sets[name], batch_size=size, attention=policy, **options)
@@ -229,9 +223,8 @@ def evaluate_all(
 
 
 def _config(examples: Sequence[Example], policy: Policy, max_new_tokens: int | None = None) -> DecodeConfig:
-    if max_new_tokens is None:
-        max_new_tokens = max(len(example.response_ids) for example in examples) + MARGIN_TOKENS
-    return DecodeConfig(policy, max_new_tokens)
+    longest = max(len(example.response_ids) for example in examples)
+    return DecodeConfig(policy, longest + MARGIN_TOKENS if max_new_tokens is None else max_new_tokens)
 
 
 def _batch_size(lm: LanguageModel, wanted: int, num_prompts: int) -> int:
@@ -269,6 +262,7 @@ def report(lm: LanguageModel, evaluations: Mapping[str, Sequence[Evaluation]], s
         sum(own.compile_seconds for own in chosen.values()),
     )
     outputs, first = whole.outputs, whole.outputs[0]
+    by_batch_size = {name: [evaluation.speed() for evaluation in own] for name, own in evaluations.items()}
     values = {
         **settings,
         "attention": first.attention,
@@ -276,26 +270,17 @@ def report(lm: LanguageModel, evaluations: Mapping[str, Sequence[Evaluation]], s
         "jax": jax.__version__,
         "num_parameters": lm.model.num_parameters,
         **whole.to_json(),
-        **attended_by_kind([out.reading for out in outputs]),
+        **attended_by_kind(outputs),
         "unresolved_refs": sum(out.unresolved_refs for out in outputs),
         "first": {"steps": [str(step) for step in first.steps], "gold": lm.task.decode(whole.examples[0].response_ids)},
-        "sets": {
-            name: chosen[name].to_json() | {"by_batch_size": [_speed_and_accuracy(every) for every in own]}
-            for name, own in evaluations.items()
-        },
+        "sets": {name: chosen[name].to_json() | {"by_batch_size": speeds} for name, speeds in by_batch_size.items()},
     }
     if len(evaluations) == 1:
-        values["by_batch_size"] = next(iter(values["sets"].values()))["by_batch_size"]
+        (values["by_batch_size"],) = by_batch_size.values()
     if first.verdict:
-        wrong = next((out for out in outputs if out.verdict and not out.verdict.steps_right), None)
-        values["first_errors"] = whole.first_errors()
-        values["first_wrong"] = f"{wrong.prompt}: {wrong.verdict.message}" if wrong and wrong.verdict else None
+        wrong = (f"{out.prompt}: {out.verdict.message}" for out in outputs if out.verdict and not out.verdict.steps_right)
+        values |= {"first_errors": whole.first_errors(), "first_wrong": next(wrong, None)}
     if hasattr(lm.task, "group"):
         groups = whole.groups().items()
         values[f"by_{lm.task.group_by}"] = {name: own.scores_json() | {"first_errors": own.first_errors()} for name, own in groups}
     return values
-
-
-def _speed_and_accuracy(evaluation: Evaluation) -> dict[str, Any]:
-    accuracy = {"answer_accuracy": evaluation.scores["answer_accuracy"]} if "answer_accuracy" in evaluation.scores else {}
-    return evaluation.speed() | accuracy

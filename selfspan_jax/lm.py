@@ -22,8 +22,8 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.task import Task, installed_tasks
-from selfspan_jax.viewing.output import Output, Step
-from selfspan_jax.viewing.reading import Reading, attention_mask
+from selfspan_jax.viewing.output import Output
+from selfspan_jax.viewing.reading import Reading, Step, attention_mask
 from selfspan_jax.weights import importing, lora, models
 
 if TYPE_CHECKING:
@@ -157,11 +157,11 @@ class SpanLM:
         """Draw `mask` as a matplotlib figure, the prompt (up to the first `<solve>`) in another colour than the response."""
         from selfspan_jax.viewing import plots
 
-        token_ids = self._check_ids(token_ids)
-        solves = np.flatnonzero(token_ids == self.model.vocab.solve_id)
+        token_ids, model = self._check_ids(token_ids), self.model
+        solves = np.flatnonzero(token_ids == model.vocab.solve_id)
         prompt_tokens = int(solves[0]) + 1 if len(solves) else len(token_ids)
         attended = self.mask(token_ids, attention)[prompt_tokens:].sum(axis=1)
-        return plots.plot_mask(self._reading(token_ids, prompt_tokens, attended, self._policy(attention)))
+        return plots.plot_mask(Reading(self.task, token_ids, prompt_tokens, attended, self._policy(attention), model.config, model.vocab))
 
     def pad(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
         """Put prompts of different lengths into one array; on a mesh the first is repeated until it divides the batch.
@@ -183,16 +183,12 @@ class SpanLM:
         self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, attention: str | Policy
     ) -> list[Output]:
         """Read back what was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
-        outputs = []
+        model, outputs = self.model, []
         for prompt, ids, tokens, attended in zip(prompts, prompt_ids, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
-            response = _written(tokens, self.model.vocab.eos_id)
-            reading = self._reading(np.concatenate([ids, response]), len(ids), attended[: len(response)], get_policy(attention))
-            outputs.append(Output(prompt, self.task.decode(response), self.task.answer(response), reading, self.task))
+            token_ids = np.concatenate([ids, _written(tokens, model.vocab.eos_id)])
+            read = attended[: len(token_ids) - len(ids)]
+            outputs.append(Output(self.task, token_ids, len(ids), read, get_policy(attention), model.config, model.vocab, prompt))
         return outputs
-
-    def _reading(self, token_ids, prompt_tokens: int, num_attended, policy: Policy) -> Reading:
-        model = self.model
-        return Reading(token_ids, prompt_tokens, num_attended, policy, model.config, model.vocab, self.task.decode)
 
     def _config(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -11,32 +11,37 @@ from jaxtyping import Int
 
 
 class Task(Protocol):
-    """Turn text into ids and back. Packages offer their tasks under the entry point `selfspan.tasks`."""
+    """Turn text into ids and back. Packages offer their tasks under the entry point `selfspan.tasks`.
+
+    What a task has beyond this, evaluations and command lines use:
+      unit, what an evaluation counts per second, in JSON `{unit}_per_second`: "problems";
+      held_out(num_examples, *, seed) -> dict[str, list[Example]], sets of examples that no training sees, by name, labels
+        from 1 on, as `encode_prompt` writes them;
+      verify(prompt, response_ids) -> Verdict, which judges one response: then right answers per second are counted;
+      scores(examples, responses) -> dict[str, float], the scores of a task that has no verifier;
+      score_kinds, a mapping that says which scores stand together in a table ({"ROUGE": ("rouge1", "rouge2")});
+      group(prompt) -> str, what an evaluation tells apart, such as the number of operators, with `group_by`, which names
+        the groups in JSON ("ops"), and `group_title`, which heads them in tables ("operators");
+      view, how a response is laid out as text: "steps" (the default) or "sources".
+    """
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:
         """Encode text up to and including `<solve>`. Raises an error (a ValueError) of one line for text that is no prompt."""
 
     def decode(self, token_ids: Iterable[int]) -> str: ...
-
     def answer(self, response_ids: Iterable[int]) -> str | None: ...
-
     def to_json(self) -> dict[str, Any]: ...
-
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Task: ...
 
 
 class Verdict(Protocol):
-    """What a task's verifier finds in a response."""
+    """What a task's verifier finds in a response; `message` says it in one line."""
 
-    @property
-    def answer_right(self) -> bool: ...
-    @property
-    def steps_right(self) -> bool: ...
-    @property
-    def spans_right(self) -> bool: ...
-    @property
-    def message(self) -> str: ...
+    answer_right: bool
+    steps_right: bool
+    spans_right: bool
+    message: str
 
 
 class Example(Protocol):
@@ -46,27 +51,6 @@ class Example(Protocol):
     def prompt(self) -> str: ...
     @property
     def response_ids(self) -> Int[np.ndarray, "R"]: ...
-
-
-class ScoringTask(Task, Protocol):
-    """A task with examples that `evaluation` can decode and score.
-
-    Beyond what is listed here it may have
-      verify(prompt, response_ids) -> Verdict, which judges one response: then right answers per second are counted;
-      group(prompt) -> str, what an evaluation tells apart, such as the number of operators, with `group_by`, which names
-        the groups in JSON ("ops"), and `group_title`, which heads them in tables ("operators");
-      score_kinds, a mapping that says which scores stand together in a table ({"ROUGE": ("rouge1", "rouge2")});
-      view, how a response is laid out as text: "steps" (the default) or "sources".
-    """
-
-    unit: str
-    """What an evaluation counts per second, in JSON `{unit}_per_second`: "problems"."""
-
-    def scores(self, examples: Sequence[Any], responses: Sequence[Iterable[int]]) -> dict[str, float]:
-        """Score responses to the examples' prompts."""
-
-    def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Any]]:
-        """Draw sets of examples that no training sees, by name; labels from 1 on, as `encode_prompt` writes them."""
 
 
 def installed_tasks() -> dict[str, type[Task]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -87,12 +87,6 @@ class ArithmeticTask:
     def verify(self, text: str, response_ids: Iterable[int]) -> Verdict:
         """Check a response to `encode_prompt(text)` step by step."""
         return verifier.verify(text, response_ids, vocab=self.vocab, labelling=self.labelling)
-
-    def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
-        """Score responses to the examples' prompts: the shares whose answer, whose every step and whose spans are right."""
-        verdicts = [self.verify(example.prompt, response) for example, response in zip(examples, responses, strict=True)]
-        judged = {"answer": "answer_right", "step": "steps_right", "span": "spans_right"}
-        return {f"{what}_accuracy": float(np.mean([getattr(verdict, name) for verdict in verdicts])) for what, name in judged.items()}
 
     def held_out(self, num_examples: int, *, seed: int, ops: Iterable[tuple[int, int]] = ((2, 12),)) -> dict[str, list[Example]]:
         """Draw examples of the test split, labels from 1 on, for each range of numbers of operators by its name ("2-12", "20")."""

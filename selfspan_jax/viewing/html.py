@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from selfspan_jax.viewing.reading import Reading, ReadStep
+from selfspan_jax.viewing.reading import Reading, Step
 
 # Control characters and lone surrogates cannot stand in a page; each is shown as a symbol of its own.
 _INVISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -45,12 +45,12 @@ def document(reading: Reading, prompt: str, answer: str | None) -> str:
 def fragment(reading: Reading, prompt: str, answer: str | None) -> str:
     """Write the same for the output cell of a notebook."""
     tokens = _tokens(reading)
-    rows = "".join(_row(reading, step, tokens, tab_stop=number == 0) for number, step in enumerate(reading.steps))
+    rows = "".join(_row(reading, step, tokens, tab_stop=number == 0) for number, step in enumerate(reading.parts))
     shown = "" if answer is None else f"<strong>→ {_escaped(_clipped(answer, 200))}</strong>"
     facts = [
-        f"steps: {sum(step.opened for step in reading.steps)}",
+        f"steps: {len(reading.steps)}",
         f"tokens written: {len(reading.response_ids)}",
-        f"attention: {reading.policy.name}",
+        f"attention: {reading.attention}",
     ]
     if len(reading.response_ids):
         facts.append(f"reads {reading.attended_tokens:.1f} tokens on average, {reading.attended_fraction:.1%} of its context")
@@ -71,10 +71,10 @@ def fragment(reading: Reading, prompt: str, answer: str | None) -> str:
     )
 
 
-def _groups(reading: Reading, step: ReadStep) -> dict[str, Int[np.ndarray, "I"]]:
+def _groups(reading: Reading, step: Step) -> dict[str, Int[np.ndarray, "I"]]:
     """Group what the step read by what made it visible; a label that was named in vain has an empty group."""
-    reads, labels = reading.reads(step), reading.roles.labels
-    if reading.policy.name != "span":
+    reads, labels = reading.mask[step.indices].any(axis=0), reading.roles.labels
+    if reading.attention != "span":
         return {"policy": np.flatnonzero(reads)}
     groups = {"sink": reads & (labels == 0), "own": reads & (labels == step.label) & (labels != 0)}
     named = {str(k): reads & (labels == k) for k in step.refs if k not in (0, step.label)}
@@ -90,9 +90,9 @@ def _ranges(indices: Int[np.ndarray, "I"]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _row(reading: Reading, step: ReadStep, tokens: list[str], *, tab_stop: bool) -> str:
+def _row(reading: Reading, step: Step, tokens: list[str], *, tab_stop: bool) -> str:
     reads = " ".join(f"{name}:{_ranges(indices)}" for name, indices in _groups(reading, step).items())
-    attended, share = reading.step_attended(step)
+    attended, share = step.attended_tokens, step.attended_fraction
     what = f"label {step.label}" if step.opened else "before the first step"
     said = f"{what}: {attended:.1f} tokens on average ({share:.1%})"
     return (
@@ -109,7 +109,7 @@ def _tokens(reading: Reading) -> list[str]:
     opens, refers = (np.asarray(vocab.label_of(jnp.asarray(reading.token_ids), base)) for base in (vocab.seg_base, vocab.ref_base))
     named: set[int] = set()
     made = []
-    for index, (token, text, opened, referred) in enumerate(zip(reading.token_ids, reading.texts, opens, refers, strict=True)):
+    for index, (token, text, opened, referred) in enumerate(zip(reading.token_ids, reading.token_texts, opens, refers, strict=True)):
         name = int(roles.names[index])
         if opened >= 0:
             named = set()

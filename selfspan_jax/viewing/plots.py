@@ -72,7 +72,7 @@ def _draw_mask(axes: Axes, reading: Reading) -> None:
     axes.set_xlabel("token attended to")
     axes.set_ylabel("token")
     if num_tokens <= _MAX_LABELLED_TOKENS:
-        texts = [text.replace("$", r"\$") for text in reading.texts]  # a dollar would begin a formula
+        texts = [text.replace("$", r"\$") for text in reading.token_texts]  # a dollar would begin a formula
         axes.set_xticks(range(num_tokens), texts, rotation=90, fontsize=6, family="monospace")
         axes.set_yticks(range(num_tokens), texts, fontsize=6, family="monospace")
     for spine in axes.spines.values():
@@ -94,7 +94,7 @@ def _draw_positions(axes: Axes, reading: Reading) -> None:
 
 
 def _draw_steps(axes: Axes, reading: Reading) -> None:
-    steps = reading.steps
+    steps = reading.parts
     numbers = np.arange(1, len(steps) + 1)
     read = np.array([reading.mask[step.indices].sum() for step in steps], float)
     dense = np.array([(step.indices + 1).sum() for step in steps], float)

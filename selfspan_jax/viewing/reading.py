@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,43 +19,56 @@ from selfspan_jax import spans
 from selfspan_jax.attention.policies import Policy
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab, TokenRoles
+from selfspan_jax.task import Task
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ReadStep:
-    """A step of a response, or the tokens before its first step."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a response: the label that it opens, the labels that it names in order, and the text that it writes."""
 
-    indices: Int[np.ndarray, "I"]
-    """Positions of the step's tokens in the sequence."""
     label: int
-    opened: bool
-    """Whether a `<seg>` opens it; nothing opens the tokens before the first step."""
     refs: tuple[int, ...]
-    """Labels named, in order."""
+    text: str
+    attended_tokens: float
+    """Tokens that the step's own tokens attended to, on average."""
+    attended_fraction: float
+    """Share of the context that they attended to, on average."""
+    indices: Int[np.ndarray, "I"] = dataclasses.field(repr=False, compare=False)
+    """Positions of the step's tokens in the sequence."""
+    opened: bool = True
+    """Whether a `<seg>` opens it; nothing opens the tokens before the first step."""
+
+    def __str__(self) -> str:
+        return f"<seg:{self.label}>{''.join(f'<ref:{ref}>' for ref in self.refs)}{self.text}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
     """A sequence of T tokens, the last R of them a response, and how it was decoded."""
 
+    task: Task = dataclasses.field(repr=False)
     token_ids: Int[np.ndarray, "T"]
+    """Prompt and response."""
     prompt_tokens: int
     num_attended: Int[np.ndarray, "R"]
     """For each response token, how many tokens it attended to, itself included."""
     policy: Policy
     config: ModelConfig
     vocab: SpanVocab
-    decode: Callable[[Iterable[int]], str] = dataclasses.field(repr=False)
-    """Write token ids as text."""
 
     @property
     def response_ids(self) -> Int[np.ndarray, "R"]:
         return self.token_ids[self.prompt_tokens :]
 
+    @property
+    def attention(self) -> str:
+        """Name of the policy under which it was decoded."""
+        return self.policy.name
+
     @functools.cached_property
-    def texts(self) -> tuple[str, ...]:
+    def token_texts(self) -> tuple[str, ...]:
         """The written form of each token."""
-        return tuple(self.decode([int(token)]) for token in self.token_ids)
+        return tuple(self.task.decode([int(token)]) for token in self.token_ids)
 
     @functools.cached_property
     def roles(self) -> TokenRoles:
@@ -69,33 +82,38 @@ class Reading:
         return attention_mask(self.token_ids, self.vocab, self.config, self.policy)
 
     @functools.cached_property
-    def steps(self) -> tuple[ReadStep, ...]:
-        """The steps of the response in order; every response token is in one of them."""
+    def parts(self) -> tuple[Step, ...]:
+        """The steps of the response in order, after the tokens before the first of them; every response token is in one part."""
         roles, response = self.roles, np.arange(self.prompt_tokens, len(self.token_ids))
-        steps = []
+        parts = []
         for start in np.unique(roles.step_index[response]):
             indices = response[roles.step_index[response] == start]
-            opened = bool(start >= 0 and roles.is_header[start])
+            body = indices[~roles.is_header[indices] & (self.token_ids[indices] != self.vocab.eos_id)]
             refs = tuple(int(name) for name in roles.names[indices] if name >= 0)
-            steps.append(ReadStep(indices, int(roles.labels[indices[0]]), opened, refs))
-        return tuple(steps)
+            text, opened = self.task.decode(self.token_ids[body]), bool(start >= 0 and roles.is_header[start])
+            attended, share = (float(np.mean(x[indices - self.prompt_tokens])) for x in (self.num_attended, self.fractions))
+            parts.append(Step(int(roles.labels[indices[0]]), refs, text, attended, share, indices, opened))
+        return tuple(parts)
 
-    def reads(self, step: ReadStep) -> Bool[np.ndarray, "T"]:
-        """Mark the tokens that at least one token of a step attended to."""
-        return self.mask[step.indices].any(axis=0)
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that the response opens."""
+        return tuple(part for part in self.parts if part.opened)
 
     @functools.cached_property
     def unresolved(self) -> Bool[np.ndarray, "T"]:
         """Mark the `<ref:k>` tokens that name a label which no token so far carries."""
         labels, names = self.roles.labels, self.roles.names
-        unresolved = np.zeros(len(names), bool)
-        for index in np.flatnonzero(names >= 0):
-            unresolved[index] = names[index] not in labels[: index + 1]
-        return unresolved
+        return np.array([name >= 0 and name not in labels[: index + 1] for index, name in enumerate(names)], bool)
+
+    @property
+    def unresolved_refs(self) -> int:
+        """Count the `<ref:k>` tokens that name a label which no token carries."""
+        return int(self.unresolved.sum())
 
     @property
     def finished(self) -> bool:
-        """Whether the response ends in `<eos>` instead of at a token limit."""
+        """False where decoding stopped at the token limit instead of `<eos>`."""
         return bool(len(self.response_ids) and self.response_ids[-1] == self.vocab.eos_id)
 
     @property
@@ -113,29 +131,21 @@ class Reading:
         """Mean over response tokens of |attended|."""
         return float(np.mean(self.num_attended))
 
-    def step_attended(self, step: ReadStep) -> tuple[float, float]:
-        """Average a step's tokens: (tokens attended to, share of the context)."""
-        of_response = step.indices - self.prompt_tokens
-        return float(np.mean(self.num_attended[of_response])), float(np.mean(self.fractions[of_response]))
-
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is wrong with the form of the response, one line each."""
-        return tuple(self._warnings())
-
-    def _warnings(self) -> Iterator[str]:
-        vocab = self.vocab
+        vocab, found = self.vocab, []
         if not self.finished:
-            yield f"The response was stopped before it had ended; tokens written: {len(self.response_ids)}."
-        if count := int(self.unresolved.sum()):
-            yield f"References to a label that no token carries, for which nothing was read: {count}."
-        if len(self.response_ids) and not any(step.opened for step in self.steps):
-            yield "The response opens no step."
-        elif self.steps and not self.steps[0].opened:
-            yield f"Tokens before the first step: {len(self.steps[0].indices)}."
-        misplaced = np.isin(self.response_ids, (vocab.pad_id, vocab.bos_id, vocab.solve_id))
-        if count := int(misplaced.sum()):
-            yield f"Structural tokens of a prompt, which mean nothing in a response: {count}."
+            found.append(f"The response was stopped before it had ended; tokens written: {len(self.response_ids)}.")
+        if self.unresolved_refs:
+            found.append(f"References to a label that no token carries, for which nothing was read: {self.unresolved_refs}.")
+        if len(self.response_ids) and not self.steps:
+            found.append("The response opens no step.")
+        elif self.parts and not self.parts[0].opened:
+            found.append(f"Tokens before the first step: {len(self.parts[0].indices)}.")
+        if count := int(np.isin(self.response_ids, (vocab.pad_id, vocab.bos_id, vocab.solve_id)).sum()):
+            found.append(f"Structural tokens of a prompt, which mean nothing in a response: {count}.")
+        return tuple(found)
 
 
 def attended(readings: Sequence[Reading]) -> dict[str, float]:

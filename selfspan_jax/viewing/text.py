@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from selfspan_jax.viewing.output import Output
 from selfspan_jax.viewing.reading import attended_by_kind
 
@@ -26,29 +24,26 @@ def _steps_table(out: Output) -> str:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)] + [""]
     mean_context = (out.prompt_tokens + 1 + len(out.token_ids)) / 2
     lines += [f"{out.prompt} = {out.answer}   ({out.verdict.message})"] if out.verdict else []
-    lines += [
-        f"attended: {out.reading.attended_tokens:.1f} tokens, {out.attended_fraction:.1%} of the context"
-        f"   dense decoding: {mean_context:.1f} tokens, 100%",
-    ]
-    lines += _stopped(out)
-    if out.unresolved_refs:
-        lines.append(f"{out.unresolved_refs} span tokens named a label that nothing carried")
-    return "\n".join(lines)
+    lines.append(
+        f"attended: {out.attended_tokens:.1f} tokens, {out.attended_fraction:.1%} of the context"
+        f"   dense decoding: {mean_context:.1f} tokens, 100%"
+    )
+    lost = [f"{out.unresolved_refs} span tokens named a label that nothing carried"] if out.unresolved_refs else []
+    return "\n".join([*lines, *_stopped(out), *lost])
 
 
 def _sources_table(out: Output) -> str:
     """Lay out the steps, each with the pieces of the prompt that it named below it, and how much of the context was read."""
-    reading, labels = out.reading, out.reading.roles.labels
-    ids, prompt = out.token_ids, np.arange(len(out.token_ids)) < out.prompt_tokens
-    opens = (ids >= reading.vocab.seg_base) & (ids < reading.vocab.seg_base + reading.vocab.num_labels)
+    ids, labels = (x[: out.prompt_tokens] for x in (out.token_ids, out.roles.labels))
+    opens = (ids >= out.vocab.seg_base) & (ids < out.vocab.seg_base + out.vocab.num_labels)
     lines = [out.answer or "(no step was opened)", ""]
     for step in out.steps:
         lines.append(f"<{step.label}> {step.text.strip()}")
         for ref in dict.fromkeys(step.refs):
-            piece = ids[(labels == ref) & prompt & ~opens]
+            piece = ids[(labels == ref) & ~opens]
             source = out.task.decode(piece).strip() if len(piece) else "(nothing of the article carries that label)"
             lines.append(f"    from <{ref}> {source}")
-    read = attended_by_kind([reading]) if len(out.response_ids) else {}
+    read = attended_by_kind([out]) if len(out.response_ids) else {}
     parts = {"text": read.get("attended_fraction_body"), "span tokens": read.get("attended_fraction_header")}
     lines += ["", "attended, of the context: " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)]
     return "\n".join([*lines, *_stopped(out)])

@@ -14,7 +14,7 @@ import pytest
 from selfspan_jax import Output
 from selfspan_jax.attention.policies import Window, get_policy
 from selfspan_jax.config import ModelConfig
-from selfspan_jax.viewing.reading import Reading, attention_mask
+from selfspan_jax.viewing.reading import attention_mask
 from tests import browser
 from tests.selfspan_jax.models import TINY
 from tests.selfspan_jax.reference import Reference
@@ -54,9 +54,8 @@ HOSTILE_TASK = Words(HOSTILE, '<{}" onmouseover="window.broken = 1">')
 def read_back(token_ids, prompt_tokens, num_attended, attention="span", task=None, **config):
     """The output that decoding these tokens would give."""
     task, model = task or Words(), ModelConfig(**TINY, **config)
-    reading = Reading(token_ids, prompt_tokens, num_attended, get_policy(attention), model, VOCAB, task.decode)
-    response = reading.response_ids
-    return Output(task.decode(token_ids[:prompt_tokens]), task.decode(response), task.answer(response), reading, task)
+    prompt = task.decode(token_ids[:prompt_tokens])
+    return Output(task, token_ids, prompt_tokens, num_attended, get_policy(attention), model, VOCAB, prompt)
 
 
 def output(token_ids, attention="span", *, task=None, **config):

@@ -20,7 +20,7 @@ def cells_of(axes):
 
 def test_a_mask_is_drawn_as_it_is_and_the_response_apart():
     out, _, mask = output(TOKENS)
-    (axes,) = plots.plot_mask(out.reading).axes
+    (axes,) = plots.plot_mask(out).axes
     cells = cells_of(axes)
     np.testing.assert_array_equal(cells > 0, mask)
     assert np.all(cells[: out.prompt_tokens][mask[: out.prompt_tokens]] == 1)
@@ -32,7 +32,7 @@ def test_a_mask_is_drawn_as_it_is_and_the_response_apart():
 @pytest.mark.parametrize("attention", ["dense", "window"])
 def test_other_policies_have_their_own_mask(attention):
     out, _, mask = output([*TOKENS[:-1], *[4] * 120, 2], attention)  # longer than a window
-    np.testing.assert_array_equal(cells_of(plots.plot_mask(out.reading).axes[0]) > 0, mask)
+    np.testing.assert_array_equal(cells_of(plots.plot_mask(out).axes[0]) > 0, mask)
 
 
 def test_a_prompt_alone_is_all_prompt():

@@ -10,7 +10,7 @@ from selfspan_jax.attention.policies import Span
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing import text
-from selfspan_jax.viewing.reading import Reading, attended, attended_by_kind
+from selfspan_jax.viewing.reading import attended, attended_by_kind
 from tests.selfspan_jax.models import TINY
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED, VOCAB
@@ -28,9 +28,9 @@ def gold():
     mask = np.array(Reference(example.token_ids, vocab, header_view="all").mask())
     num_attended = mask.sum(axis=1)[example.prompt_tokens :]
     config = ModelConfig(**TINY, header_view="all", prompt_view="causal")
-    reading = Reading(example.token_ids, example.prompt_tokens, num_attended, Span(), config, vocab, task.decode)
-    np.testing.assert_array_equal(reading.mask, mask)
-    return Output(example.prompt, task.decode(example.response_ids), task.answer(example.response_ids), reading, task), example
+    out = Output(task, example.token_ids, example.prompt_tokens, num_attended, Span(), config, vocab, example.prompt)
+    np.testing.assert_array_equal(out.mask, mask)
+    return out, example
 
 
 def test_header_tokens_read_everything_and_body_tokens_what_is_named(gold):
@@ -48,15 +48,15 @@ def test_header_tokens_read_everything_and_body_tokens_what_is_named(gold):
             own, position = own + 1, position + 1
             fractions["body"].append((sink + sum(length[i] for i in sources) + own) / position)
     fractions["body"].append((fractions["body"][-1] * position + 1) / (position + 1))  # <eos>
-    by_kind = attended_by_kind([out.reading])
+    by_kind = attended_by_kind([out])
     assert by_kind["attended_fraction_header"] == 1 and np.isclose(by_kind["attended_fraction_body"], np.mean(fractions["body"]))
     assert np.isclose(by_kind["header_share"], len(fractions["header"]) / len(out.response_ids))
     mean = np.mean(fractions["body"] + fractions["header"])
-    assert np.isclose(out.attended_fraction, mean) and np.isclose(attended([out.reading])["attended_fraction"], mean)
+    assert np.isclose(out.attended_fraction, mean) and np.isclose(attended([out])["attended_fraction"], mean)
     # Over several responses each token counts once.
     short, _, _ = output(NAMED["specification"][0])
     both = [*out.num_attended, *short.num_attended]
-    assert np.isclose(attended([out.reading, short.reading])["attended_tokens"], np.mean(both))
+    assert np.isclose(attended([out, short])["attended_tokens"], np.mean(both))
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -75,9 +75,9 @@ def test_steps_are_those_of_the_reference(name):
             expected[-1][2].append(tokens[index])
     found = [(step.label, list(step.refs), step.text) for step in out.steps]
     assert found == [(label, refs, out.task.decode(body)) for label, refs, body in expected]
-    for step, arrays in zip(out.steps, [step for step in out.reading.steps if step.opened], strict=True):
+    for step, arrays in zip(out.steps, [step for step in out.parts if step.opened], strict=True):
         assert step.attended_tokens == np.mean(out.num_attended[arrays.indices - out.prompt_tokens])
-    every = np.concatenate([step.indices for step in out.reading.steps]) if out.reading.steps else []
+    every = np.concatenate([step.indices for step in out.parts]) if out.parts else []
     assert sorted(every) == list(range(out.prompt_tokens, len(tokens)))
 
 
@@ -87,7 +87,7 @@ def test_an_output_as_json():
     assert values["token_ids"] == NAMED["unresolved"][0] and values["num_attended"] == mask.sum(axis=1)[out.prompt_tokens :].tolist()
     assert values["unresolved_refs"] == 1 and values["finished"] is False and values["attention"] == "span"
     assert values["steps"][0] == {"label": 2, "refs": (4,), "text": "5", "attended_tokens": out.steps[0].attended_tokens}
-    assert values["attended_fraction"] == out.attended_fraction and out.warnings == out.reading.warnings != ()
+    assert values["attended_fraction"] == out.attended_fraction and out.warnings != ()
 
 
 def test_a_response_with_sources_has_them_below_each_sentence(gold):
