@@ -17,43 +17,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from experiments import pages
-from experiments.pages import Plot, Tally, markdown_table, targets_table
+from experiments.pages import Plot, Tally, judge, markdown_table
 from experiments.results import Run
-from experiments.variants import Experiment, Variant
+from experiments.variants import Experiment
 
-_CONSECUTIVE = "--label-jumps 0"  # the labels of an example follow one another
-_SMALL = functools.partial(Variant, preset="arithmetic-small")
-_BASE = f"--batch-size 128 --steps 2000 {_CONSECUTIVE}"  # a sixth of the preset's tokens: the budget of four variants of this size
-_TUNED = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus arithmetic"
-VARIANTS = {
-    "leaf_jumps": _SMALL("the preset: labels jump before steps that name nothing"),
-    "span": _SMALL("span tokens and span mask, consecutive labels", options=_CONSECUTIVE),
-    "jumps": _SMALL("labels jump anywhere", options="--label-jumps 3 --jumps-at any"),
-    "jumps_10k": _SMALL("the same, twice the steps", options="--label-jumps 3 --jumps-at any --steps 10000"),
-    "dense": _SMALL("the text of span, dense mask", options=f"--mask dense {_CONSECUTIVE}"),
-    "plain": _SMALL("text without span tokens, dense mask", options=f"--mask dense --labelling plain {_CONSECUTIVE}"),
-    "untagged": _SMALL("untagged prompt, headers see all", options=f"--labelling none --header-view all {_CONSECUTIVE}"),
-    "long": _SMALL(
-        "as plain, trained on 2-200 operators",
-        options=f"--mask dense --labelling plain --max-ops 200 --sequence-tokens 4096 --batch-size 16 --gap-scales 0 {_CONSECUTIVE}",
-    ),
-    **{
-        f"base{name}": Variant(f"{words}, 114M parameters", "arithmetic-base", f"{_BASE} {options}".strip())
-        for name, words, options in (
-            ("", "as span", ""),
-            ("_dense", "as dense", "--mask dense"),
-            ("_plain", "as plain", "--mask dense --labelling plain"),
-            ("_untagged", "as untagged", "--labelling none --header-view all"),
-        )
-    },
-    "smollm2": Variant("SmolLM2-135M, LoRA, span mask", "finetune-lora", _TUNED),
-    "smollm2_dense": Variant("SmolLM2-135M, LoRA, dense mask", "finetune-lora", f"{_TUNED} --mask dense"),
-}
 _ACCURACIES = {"answer_accuracy": "answers", "step_accuracy": "all steps", "span_accuracy": "all spans minimal"}
 _SCORES = ("num_examples", *_ACCURACIES, "attended_tokens", "attended_fraction", "first_errors")
 _SPEEDS = dict.fromkeys(("batch_size", "problems_per_second", "decode_seconds"))
 EXPERIMENT = Experiment(
-    variants=VARIANTS,
+    "arithmetic",
     evaluations={
         "range": "accuracy inside the training range",
         "long": "length generalization",
@@ -64,35 +36,37 @@ EXPERIMENT = Experiment(
         "by_ops": {"*": dict.fromkeys(_SCORES)},
         "sets": {"*": {"context_tokens": None, "by_batch_size": [_SPEEDS]}},
     },
-    panels={
-        "26M parameters": [name for name, own in VARIANTS.items() if own.preset == "arithmetic-small"],
-        "114M parameters, SmolLM2-135M": [name for name, own in VARIANTS.items() if own.preset != "arithmetic-small"],
-    },
 )
 
 # ----------------------------------------------------------------------------------------------------------------- frames
 
 
 def scores(runs: Iterable[Run]) -> pd.DataFrame:
-    """Collect the scores of all evaluations: a row for each run, kind of evaluation and number of operators."""
+    """Collect the scores of all evaluations: a row for each run, kind of evaluation and number of operators.
+
+    Numbers of operators that not all seeds of a variant were evaluated at are left out.
+    """
     rows = [
         {"variant": run.variant, "seed": run.seed, "kind": kind, "ops": int(ops), **row, **found["sets"].get(ops, {})}
         for run in runs
         for kind, found in run.evaluations.items()
-        for ops, row in found["by_ops"].items()
+        for ops, row in sorted(found["by_ops"].items(), key=lambda item: int(item[0]))
     ]
-    return pd.DataFrame(rows, columns=["variant", "seed", "kind", "ops", *_SCORES, "context_tokens", "by_batch_size"])
+    frame = pd.DataFrame(rows, columns=["variant", "seed", "kind", "ops", *_SCORES, "context_tokens", "by_batch_size"])
+    seeds, seeds_here = (frame.groupby(["variant", "kind", *more])["seed"].transform("nunique") for more in ([], ["ops"]))
+    return frame[seeds_here == seeds]
 
 
-def _by_variant(frame: pd.DataFrame, kind: str) -> Iterator[tuple[str, pd.DataFrame, list[int]]]:
-    """Yield each variant that has an evaluation, its rows, and the numbers of operators that all its seeds were evaluated at."""
-    for variant, own in frame[frame["kind"] == kind].groupby("variant", sort=False):
-        seeds = own.groupby("ops")["seed"].nunique()
-        yield str(variant), own, sorted(seeds.index[seeds == own["seed"].nunique()])
+def _by_variant(frame: pd.DataFrame, kind: str, *, each_length: bool = False) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield each variant with its rows of a kind of evaluation, all together or those of each number of operators."""
+    keys = ["variant", "ops"] if each_length else ["variant"]
+    return ((str(key[0]), own) for key, own in frame[frame["kind"] == kind].groupby(keys, sort=False))
 
 
-def _at(frame: pd.DataFrame, ops: Sequence[int]) -> pd.DataFrame:
-    return frame[frame["ops"].isin(ops)]
+def _operators(frame: pd.DataFrame) -> str:
+    """Write the number of operators of some rows, or their range."""
+    low, high = frame["ops"].min(), frame["ops"].max()
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def _speeds(frame: pd.DataFrame) -> pd.DataFrame:
@@ -101,12 +75,11 @@ def _speeds(frame: pd.DataFrame) -> pd.DataFrame:
     Returns: a row for each variant and number of operators, with the best batch of its first seed beside those tried.
     """
     rows = []
-    for variant, own, lengths in _by_variant(frame, "speed"):
-        for row in _at(own, lengths).itertuples():
-            best = max(row.by_batch_size, key=lambda speed: speed["problems_per_second"])
-            answers = row.num_examples / min(speed["decode_seconds"] for speed in row.by_batch_size)
-            batch = f"{best['batch_size']} of {', '.join(str(speed['batch_size']) for speed in row.by_batch_size)}"
-            rows.append((variant, row.ops, best["problems_per_second"], answers, row.context_tokens, batch))
+    for row in frame[frame["kind"] == "speed"].itertuples():
+        best = max(row.by_batch_size, key=lambda speed: speed["problems_per_second"])
+        answers = row.num_examples / min(speed["decode_seconds"] for speed in row.by_batch_size)
+        batch = f"{best['batch_size']} of {', '.join(str(speed['batch_size']) for speed in row.by_batch_size)}"
+        rows.append((row.variant, row.ops, best["problems_per_second"], answers, row.context_tokens, batch))
     speeds = pd.DataFrame(rows, columns=["variant", "ops", "right", "answers", "context_tokens", "batch"])
     how = {"right": "mean", "answers": "mean", "context_tokens": "mean", "batch": "first"}
     return speeds.groupby(["variant", "ops"], sort=False).agg(how)
@@ -119,34 +92,32 @@ def _ratios(speeds: pd.DataFrame) -> dict[int, tuple[float, float]]:
     """
     if not {"span", "long"} <= {*speeds.index.get_level_values("variant")}:
         return {}
-    right, long = speeds.loc["span"]["right"], speeds.loc["long"]
-    ratios = pd.concat([right / long["right"], right / long["answers"]], axis="columns").dropna()
+    ratios = speeds.loc[["long"], ["right", "answers"]].droplevel("variant").rdiv(speeds.loc["span"]["right"], axis="index").dropna()
     return {ops: (measured, if_all_right) for ops, measured, if_all_right in ratios.itertuples()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
 
 
+def _accuracies(frame: pd.DataFrame) -> list[str]:
+    return [str(Tally.of(frame, name)) for name in _ACCURACIES]
+
+
 def range_table(frame: pd.DataFrame) -> str:
     rows = []
-    for variant, own, lengths in _by_variant(frame, "range"):
-        groups = [[n for n in lengths if low <= n <= high] for low, high in ((2, 8), (9, 15), (16, 22))]
-        for ops in [*(group for group in groups if group and group != lengths), lengths]:
-            part = _at(own, ops)
-            tallies = [str(Tally.of(part, name)) for name in _ACCURACIES]
+    for variant, own in _by_variant(frame, "range"):
+        thirds = [own[own["ops"].between(low, high)] for low, high in ((2, 8), (9, 15), (16, 22))]
+        for part in [*(third for third in thirds if 0 < len(third) < len(own)), own]:
             tokens = part.groupby("seed")["attended_tokens"].mean().mean()
-            rows.append((f"`{variant}`", f"{ops[0]}-{ops[-1]}", *tallies, f"{tokens:.1f}"))
+            rows.append((f"`{variant}`", _operators(part), *_accuracies(part), f"{tokens:.1f}"))
     return markdown_table(("variant", "operators", *_ACCURACIES.values(), "tokens attended, mean over lengths"), rows)
 
 
 def long_table(frame: pd.DataFrame) -> str:
     rows = []
-    for variant, own, lengths in _by_variant(frame, "long"):
-        for ops in lengths:
-            part = _at(own, [ops])
-            tallies = [str(Tally.of(part, name)) for name in _ACCURACIES]
-            context, tokens, fraction = (part[key].mean() for key in ("context_tokens", "attended_tokens", "attended_fraction"))
-            rows.append((f"`{variant}`", str(ops), f"{context:,.0f}", *tallies, f"{tokens:.1f} ({fraction:.1%})"))
+    for variant, own in _by_variant(frame, "long", each_length=True):
+        context, tokens, fraction = own[["context_tokens", "attended_tokens", "attended_fraction"]].mean()
+        rows.append((f"`{variant}`", _operators(own), f"{context:,.0f}", *_accuracies(own), f"{tokens:.1f} ({fraction:.1%})"))
     return markdown_table(("variant", "operators", "tokens of context", *_ACCURACIES.values(), "tokens attended"), rows)
 
 
@@ -155,15 +126,10 @@ def errors_table(frame: pd.DataFrame) -> str:
     kinds = ("first label", "next label", "refs", "body", "eos")
     rows = []
     for kind in ("range", "long"):
-        for variant, own, lengths in _by_variant(frame, kind):
-            for ops in [lengths] if kind == "range" else [[n] for n in lengths]:
-                part = _at(own, ops)
-                errors: collections.Counter[str] = collections.Counter()
-                for found in part["first_errors"]:
-                    errors.update(found)
-                if errors:
-                    name = f"{ops[0]}-{ops[-1]}" if len(ops) > 1 else str(ops[0])
-                    rows.append((f"`{variant}`", name, f"{part['num_examples'].sum():,}", *(str(errors[error]) for error in kinds)))
+        for variant, own in _by_variant(frame, kind, each_length=kind == "long"):
+            errors = sum(map(collections.Counter, own["first_errors"]), collections.Counter())
+            if errors:
+                rows.append((f"`{variant}`", _operators(own), f"{own['num_examples'].sum():,}", *(str(errors[error]) for error in kinds)))
     if not rows and frame["kind"].isin(("range", "long")).any():
         return "No errors, in what was run."
     return markdown_table(("variant", "operators", "examples", *kinds), rows)
@@ -172,50 +138,44 @@ def errors_table(frame: pd.DataFrame) -> str:
 def speed_table(frame: pd.DataFrame) -> str:
     speeds, rows = _speeds(frame), []
     ratios = _ratios(speeds)
-    for variant, own, lengths in _by_variant(frame, "speed"):
-        for ops in lengths:
-            speed, answers = speeds.loc[(variant, ops)], Tally.of(_at(own, [ops]), "answer_accuracy")
-            ratio = "{:.2f}x ({:.2f}x)".format(*ratios[ops]) if variant == "span" and ops in ratios else "-"
-            rates = (f"{speed['right']:,.1f}", f"{speed['answers']:,.1f}", speed["batch"], ratio)
-            rows.append((f"`{variant}`", str(ops), f"{speed['context_tokens']:,.0f}", str(answers), *rates))
+    for variant, own in _by_variant(frame, "speed", each_length=True):
+        ops = own["ops"].iloc[0]
+        speed, answers = speeds.loc[(variant, ops)], Tally.of(own, "answer_accuracy")
+        ratio = "{:.2f}x ({:.2f}x)".format(*ratios[ops]) if variant == "span" and ops in ratios else "-"
+        rates = (f"{speed['right']:,.1f}", f"{speed['answers']:,.1f}", speed["batch"], ratio)
+        rows.append((f"`{variant}`", str(ops), f"{speed['context_tokens']:,.0f}", str(answers), *rates))
     head = ("variant", "operators", "tokens of context", "answers", "right answers/s", "answers/s", "best batch of those tried")
     return markdown_table((*head, "over `long` (were all its answers right)"), rows)
 
 
 def targets(frame: pd.DataFrame) -> str:
-    inside = {variant: Tally.of(own, "step_accuracy") for variant, own, _ in _by_variant(frame, "range")}
-    at_200 = {name: Tally.of(_at(own, [200]), "step_accuracy") for name, own, lengths in _by_variant(frame, "long") if 200 in lengths}
+    inside = {variant: Tally.of(own, "step_accuracy") for variant, own in _by_variant(frame, "range")}
+    at_200 = {variant: Tally.of(own, "step_accuracy") for variant, own in _by_variant(frame[frame["ops"] == 200], "long")}
     ratio = _ratios(_speeds(frame)).get(200)
 
-    def reached(tallies: dict[str, Tally], name: str, share: float) -> tuple[bool, str] | None:
-        return (tallies[name].share >= share, str(tallies[name])) if name in tallies else None
+    def reached(tallies: dict[str, Tally], name: str, share: float) -> str:
+        return judge(tallies[name].share >= share, str(tallies[name])) if name in tallies else "not run"
 
-    def against(name: str, control: str) -> tuple[bool, str] | None:
+    def against(name: str, control: str) -> str:
         if not {name, control} <= inside.keys():
-            return None
+            return "not run"
         span, dense = inside[name], inside[control]
-        return span.share >= dense.share - max(span.spread, dense.spread), f"{span} against {dense}"
+        return judge(span.share >= dense.share - max(span.spread, dense.spread), f"{span} against {dense}")
 
-    def right(name: str) -> tuple[str, tuple[bool, str] | None]:
-        return f"{name}, 2-22 operators: all steps right on 99.5%", reached(inside, name, 0.995)
-
-    speed = None
+    right, speed = "2-22 operators: all steps right on 99.5%", "not run"
     if ratio:
-        speed = (ratio[0] >= 3, "{:.2f}x; {:.2f}x were all of the control's answers right".format(*ratio))
-    return targets_table(
-        [
-            right("leaf_jumps"),
-            right("span"),
-            ("span not below its dense control by more than the seeds' spread", against("span", "dense")),
-            right("base"),
-            ("base not below its dense control", against("base", "base_dense")),
-            *(
-                (f"{name}, 200 operators, trained on 22 at most: 95% right", reached(at_200, name, 0.95))
-                for name in ("leaf_jumps", "span", "jumps", "base")
-            ),
-            ("right answers per second at 200 operators: 3x the control trained there", speed),
-        ]
-    )
+        speed = judge(ratio[0] >= 3, "{:.2f}x; {:.2f}x were all of the control's answers right".format(*ratio))
+    rows = [
+        (f"leaf_jumps, {right}", reached(inside, "leaf_jumps", 0.995)),
+        (f"span, {right}", reached(inside, "span", 0.995)),
+        ("span not below its dense control by more than the seeds' spread", against("span", "dense")),
+        (f"base, {right}", reached(inside, "base", 0.995)),
+        ("base not below its dense control", against("base", "base_dense")),
+    ]
+    for name in ("leaf_jumps", "span", "jumps", "base"):
+        rows.append((f"{name}, 200 operators, trained on 22 at most: 95% right", reached(at_200, name, 0.95)))
+    rows.append(("right answers per second at 200 operators: 3x the control trained there", speed))
+    return markdown_table(("target", "reached"), rows)
 
 
 # ------------------------------------------------------------------------------------------------------------------ plots
@@ -226,20 +186,21 @@ def _plot_accuracy(axes: Axes, runs: Sequence[Run], kind: str) -> None:
 
     Variants stand a little aside of each other, because many are right on everything.
     """
-    variants = list(_by_variant(scores(runs), kind))
-    for place, (variant, own, lengths) in enumerate(variants):
+    frame = scores(runs)
+    variants = dict(_by_variant(frame, kind))
+    for place, (variant, own) in enumerate(variants.items()):
         shade, aside = pages.color(EXPERIMENT, variant), place - (len(variants) - 1) / 2
-        x = [ops * 1.015**aside if kind == "long" else ops + 0.1 * aside for ops in lengths]
-        tallies = [Tally.of(_at(own, [ops]), "step_accuracy") for ops in lengths]
-        axes.plot(x, [100 * tally.share for tally in tallies], color=shade, marker=".", linewidth=1, label=variant)
-        low, high = ([100 * tally.interval[side] for tally in tallies] for side in (0, 1))
+        tallies = {ops: Tally.of(part, "step_accuracy") for ops, part in own.groupby("ops")}
+        x = [ops * 1.015**aside if kind == "long" else ops + 0.1 * aside for ops in tallies]
+        axes.plot(x, [100 * tally.share for tally in tallies.values()], color=shade, marker=".", linewidth=1, label=variant)
+        low, high = ([100 * tally.interval[side] for tally in tallies.values()] for side in (0, 1))
         axes.vlines(x, low, high, color=shade, linewidth=1, alpha=0.5)
-        points = [(at, 100 * share) for at, tally in zip(x, tallies) for share in tally.by_seed]
-        axes.scatter([at for at, _ in points], [share for _, share in points], s=6, color=shade, alpha=0.5)
+        points = [(at, 100 * share) for at, tally in zip(x, tallies.values()) for share in tally.by_seed]
+        axes.scatter(*zip(*points), s=6, color=shade, alpha=0.5)
     axes.set(ylabel="all steps right, %")
     if kind == "long":
         axes.set(ylim=(-3, 103))
-        _mark_lengths(axes, {ops for _, _, lengths in variants for ops in lengths})
+        _mark_lengths(axes, frame[frame["kind"] == kind]["ops"])
     else:
         axes.set(xlabel="operators")
         axes.locator_params(axis="x", integer=True)
@@ -248,7 +209,7 @@ def _plot_accuracy(axes: Axes, runs: Sequence[Run], kind: str) -> None:
 def _mark_lengths(axes: Axes, lengths: Iterable[int]) -> None:
     """Make the x axis logarithmic, marked at these numbers of operators."""
     axes.set(xlabel="operators", xscale="log")
-    axes.set_xticks(sorted(lengths), [str(ops) for ops in sorted(lengths)])
+    axes.set_xticks(ticks := sorted(set(lengths)), [str(ops) for ops in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -263,7 +224,7 @@ def _plot_speed(axes: Axes, runs: Sequence[Run]) -> None:
         axes.annotate(f"{ratio:.1f}x", place, textcoords="offset points", xytext=(0, 6), ha="center")
     axes.margins(y=0.12)
     axes.set(ylabel="answers per second, best batch", yscale="log")
-    _mark_lengths(axes, set(speeds.index.get_level_values("ops")))
+    _mark_lengths(axes, speeds.index.get_level_values("ops"))
 
 
 PLOTS = {
@@ -285,9 +246,7 @@ def sections(runs: Sequence[Run], plots: dict[str, str]) -> dict[str, str]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return pages.main("experiments.arithmetic", EXPERIMENT, PLOTS, sections, arguments)
-
+main = functools.partial(pages.main, EXPERIMENT, PLOTS, sections)
 
 if __name__ == "__main__":
     raise SystemExit(main())

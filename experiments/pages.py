@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,21 +67,15 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) if rows else "Not run."
 
 
-def targets_table(targets: Iterable[tuple[str, tuple[bool, str] | None]]) -> str:
-    """Write a table of targets, each with whether it is reached and what was found; None where that was not run."""
-
-    def cell(judged: tuple[bool, str] | None) -> str:
-        return "not run" if judged is None else ("yes: " if judged[0] else "**no**: ") + judged[1]
-
-    return markdown_table(("target", "reached"), [(target, cell(judged)) for target, judged in targets])
+def judge(reached: bool, found: str) -> str:
+    """Say whether a target is reached, and what was found."""
+    return f"{'yes' if reached else '**no**'}: {found}"
 
 
 def _seeds(runs: Iterable[Run]) -> dict[str, str]:
     """List the seeds of each variant."""
-    seeds: dict[str, list[str]] = {}
-    for run in runs:
-        seeds.setdefault(run.variant, []).append(str(run.seed))
-    return {name: ", ".join(own) for name, own in seeds.items()}
+    by_variant = itertools.groupby(runs, key=lambda run: run.variant)
+    return {name: ", ".join(str(run.seed) for run in own) for name, own in by_variant}
 
 
 def _variants_table(experiment: Experiment, runs: Sequence[Run]) -> str:
@@ -96,11 +91,10 @@ def _training_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         settings, curve = run.settings["training"], run.curve
-        done = f"{settings['steps']:,}"
-        if curve and curve["step"][-1] != settings["steps"]:
-            done = f"{curve['step'][-1]:,} of {done}"
-        cells = ["-"] * 5
+        done, cells = f"{settings['steps']:,}", ["-"] * 5
         if curve:
+            if curve["step"][-1] != settings["steps"]:
+                done = f"{curve['step'][-1]:,} of {done}"
             mfu = curve["bf16_peak_fraction"]
             cells = [f"{curve['seconds']:,.0f}", f"{round(curve['tokens_per_second'], -3):,.0f}", "-" if mfu is None else f"{mfu:.1%}"]
             cells += [f"{curve['input_wait_fraction']:.1%}", f"{curve['loss'][-1]:.2g}"]
@@ -165,11 +159,10 @@ def color(experiment: Experiment, variant: str) -> Any:
 
 def _loss_plot(experiment: Experiment) -> Plot:
     def draw(axes: Axes, runs: Sequence[Run]) -> None:
-        for number, run in enumerate(runs):
-            first = number == 0 or runs[number - 1].variant != run.variant
-            label = run.variant if first else None
-            if run.curve:
-                axes.plot(run.curve["step"], run.curve["loss"], color=color(experiment, run.variant), linewidth=1, label=label)
+        for variant, own in itertools.groupby(runs, key=lambda run: run.variant):
+            for number, curve in enumerate(run.curve for run in own if run.curve):
+                label = None if number else variant
+                axes.plot(curve["step"], curve["loss"], color=color(experiment, variant), linewidth=1, label=label)
         axes.set(xlabel="step", ylabel="loss of a response token, nats", yscale="log")
 
     return Plot("loss against steps", "curve", draw)
@@ -228,7 +221,6 @@ def fill(page: str, sections: Mapping[str, str]) -> str:
 
 
 def main(
-    module: str,
     experiment: Experiment,
     plots: Mapping[str, Plot],
     sections: Callable[[Sequence[Run], dict[str, str]], dict[str, str]],
@@ -240,7 +232,8 @@ def main(
       plots: by the names of their files, beside "loss", which every report has.
       sections: makes the sections of the page beside those that every report has, of the runs and the page's lines of the plots.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Write the page of an experiment from its stored results.")
+    prog = f"python -m experiments.{experiment.name}"
+    parser = argparse.ArgumentParser(prog=prog, description="Write the page of an experiment from its stored results.")
     parser.add_argument("results", type=Path, help="directory of results; the page is the .md file of the same name beside it")
     parser.add_argument("--take", type=Path, help="first add the results of this directory, reduced")
     parser.add_argument("--commit", help="with --take: the commit that made them")

@@ -13,16 +13,20 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
-from experiments.migrations import migrate_corpus
-from experiments.variants import Experiment, Variant
+import pandas as pd
+
+from experiments.variants import Experiment
 from selfspan_jax.errors import UserError
 
-_CURVE = dict.fromkeys(("step", "loss", "seconds", "tokens_per_second", "input_wait_fraction", "bf16_peak_fraction"))
-_CURVE_POINTS = 100
+# What is kept of a file: the `fields` of `pick`. Of an evaluation, the experiment says it.
 _SIZES = ("steps", "batch_size", "sequence_tokens")
+_RUN = {"training": dict.fromkeys(("*", "seed", *_SIZES)), "base": dict.fromkeys(("*", "name"))}  # other sections: anything
+_STEP = dict.fromkeys(("step", "loss", "steps_per_second", "tokens_per_second", "input_wait_fraction", "bf16_peak_fraction?"))
+_CURVE = dict.fromkeys(("step", "loss", "seconds", "tokens_per_second", "input_wait_fraction", "bf16_peak_fraction", "evaluation?"))
+_CURVE_POINTS = 100
+_UNNAMED = {"label_jumps": 0, "jumps_at": "any"}  # settings of a corpus that old runs did not name yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,8 @@ def pick(values: Any, fields: Any, where: str) -> Any:
     """Reduce values from JSON to some fields.
 
     Args:
-      fields: None for any value; an object of fields, in which "*" stands for all names; or a list of one, for each element.
+      fields: None for any value; an object of fields, in which "*" stands for all others and "name?" need not be there; or a
+        list of one, for each element.
 
     Raises: UserError where a field is missing, or is no object where one is expected.
     """
@@ -56,11 +61,11 @@ def pick(values: Any, fields: Any, where: str) -> Any:
         return [pick(value, fields[0], where) for value in values]
     if not isinstance(values, dict):
         raise UserError(f"{where}: found {type(values).__name__} in place of an object; not written by this version")
-    if "*" in fields:
-        return {key: pick(value, fields["*"], where) for key, value in values.items()}
-    if missing := [key for key in fields if key not in values]:
+    if missing := [key for key in fields if key not in values and key[-1] not in "*?"]:
         raise UserError(f"{where}: has no {missing[0]!r}; not written by this version")
-    return {key: pick(values[key], own, where) for key, own in fields.items()}
+    named = {key.removesuffix("?"): own for key, own in fields.items()}
+    others = dict.fromkeys(values, fields["*"]) if "*" in fields else {}
+    return {key: pick(values[key], own, where) for key, own in (others | named).items() if key in values}
 
 
 # ------------------------------------------------------------------------------------------------------------ directories
@@ -73,12 +78,15 @@ def take(experiment: Experiment, source: Path, results: Path, commit: str) -> li
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such directory")
-    found = dict(_reduced(experiment, file) for file in sorted(source.iterdir()) if _match(experiment, file))
+    found = {}
+    for file in sorted(source.iterdir()):
+        if _match(experiment, file):
+            *key, values = _reduced(experiment, file)
+            found["{}-{}.{}.json".format(*key)] = values
     if not found:
         raise UserError(f"{source}: holds no results, such as span-0.run.json")
     for name, values in found.items():
-        stored = _reduced(experiment, results / name)[1] if (results / name).exists() else None
-        if stored is not None and {**stored, "commit": None} != {**values, "commit": None}:
+        if (results / name).exists() and _reduced(experiment, results / name)[-1] | {"commit": commit} != values | {"commit": commit}:
             raise UserError(f"{source / name}: another run of the same variant and seed is in {results}; remove its files to replace it")
     results.mkdir(parents=True, exist_ok=True)
     for name, values in found.items():
@@ -94,22 +102,20 @@ def load(experiment: Experiment, results: Path) -> list[Run]:
     """
     parts: dict[tuple[str, int], dict[str, dict[str, Any]]] = collections.defaultdict(dict)
     for file in sorted(results.glob("*.json")):
-        name, values = _reduced(experiment, file)
+        variant, seed, part, values = _reduced(experiment, file)
         if "commit" not in values:
             raise UserError(f"{file}: has no 'commit'; results are added by --take")
-        head, part, _ = name.split(".")
-        variant, _, seed = head.rpartition("-")
-        parts[variant, int(seed)][part] = values
+        parts[variant, seed][part] = values
     runs: list[Run] = []
     order = list(experiment.variants)
-    for (variant, number), own in sorted(parts.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+    for variant, seed in sorted(parts, key=lambda key: (order.index(key[0]), key[1])):
+        own, where = parts[variant, seed], f"{results}/{variant}-{seed}"
         if "run" not in own:
-            others = ", ".join(sorted(own))
-            raise UserError(f"{results / f'{variant}-{number}.run.json'}: missing, beside {others} of the same variant and seed")
+            raise UserError(f"{where}.run.json: missing, beside {', '.join(sorted(own))} of the same variant and seed")
         evaluations = {kind: own[kind] for kind in experiment.evaluations if kind in own}
         if len(sizes := {values["num_parameters"] for values in evaluations.values()}) > 1:
-            raise UserError(f"{results}/{variant}-{number}: evaluations of models of {' and '.join(map(str, sorted(sizes)))} parameters")
-        runs.append(Run(variant, number, own["run"], own.get("curve"), evaluations))
+            raise UserError(f"{where}: evaluations of models of {' and '.join(map(str, sorted(sizes)))} parameters")
+        runs.append(Run(variant, seed, own["run"], own.get("curve"), evaluations))
         _check_alike(next(run for run in runs if run.variant == variant), runs[-1], str(results))
     return runs
 
@@ -133,48 +139,51 @@ def digest(results: Path) -> str:
 
 
 def _match(experiment: Experiment, file: Path) -> re.Match[str] | None:
+    """Read variant, seed and kind off a file's name; the kind of a metrics.jsonl is None."""
     kinds = "|".join(("run", "curve", *experiment.evaluations))
-    return re.fullmatch(rf"(\w+)-(\d+)\.((?:{kinds})\.json|metrics\.jsonl)", file.name)
+    return re.fullmatch(rf"(\w+)-(\d+)\.(?:({kinds})\.json|metrics\.jsonl)", file.name)
 
 
-def _reduced(experiment: Experiment, file: Path) -> tuple[str, dict[str, Any]]:
-    """Read a results file; return the name under which it is stored and what is stored of it. Stored files stay as they are.
+def _reduced(experiment: Experiment, file: Path) -> tuple[str, int, str, dict[str, Any]]:
+    """Read a results file; return the variant, the seed, the part of the run, and what is stored of it. Stored files stay as they are.
 
     Raises: UserError for a file of another version, variant or seed.
     """
     match = _match(experiment, file)
-    name, seed, kind = match.groups() if match else ("", "", "")
+    name, seed, kind = match.groups() if match else ("", "", None)
     if name not in experiment.variants:
         raise UserError(f"{file}: of an unknown variant; allowed: {', '.join(experiment.variants)}, as in span-0.run.json")
-    values, kind = _read(file), kind.partition(".")[0]
-    if kind == "metrics":
-        return f"{name}-{seed}.curve.json", _reduced_metrics(values, str(file))
-    if kind == "run":
-        kept = _reduced_run(values, experiment.variants[name], int(seed), str(file))
-    elif kind == "curve":
-        kept = pick(values, _CURVE, str(file)) | {key: values[key] for key in ("evaluation",) if key in values}
-    else:
-        kept = pick(values, experiment.evaluation_fields, str(file))
-    return file.name, kept | {key: values[key] for key in ("commit", "passes") if key in values}
-
-
-def _read(file: Path) -> Any:
+    variant, where = experiment.variants[name], str(file)
     try:
         text = file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+        values = json.loads(text) if kind else [json.loads(line) for line in text.splitlines()]
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{file}: not JSON") from None
+    if not kind:
+        return name, int(seed), "curve", _reduced_metrics(values, where)
+    fields = {
+        "run": {section: _RUN.get(section, {"*": None}) for section in variant.defaults},
+        "curve": _CURVE,
+    }.get(kind, experiment.evaluation_fields | {"passes?": None})
+    kept = pick(values, fields | {"commit?": None}, where)
+    if kind == "run":
+        if kept["training"]["seed"] != int(seed):
+            raise UserError(f"{where}: is of seed {kept['training']['seed']}")
+        kept["corpus"] = _migrated_corpus(kept["corpus"], variant.defaults["corpus"])
+        variant.check(kept, where)
+    return name, int(seed), kind, kept
 
 
-def _reduced_run(values: Any, variant: Variant, seed: int, where: str) -> dict[str, Any]:
-    """Reduce a run.json to the sections that its variant has. Raises UserError unless it is of the variant and seed."""
-    run = pick(values, {section: {"*": None} for section in variant.defaults}, where)
-    pick(run, {"training": dict.fromkeys(("seed", *_SIZES)), **({"base": {"name": None}} if "base" in run else {})}, where)
-    if run["training"]["seed"] != seed:
-        raise UserError(f"{where}: is of seed {run['training']['seed']}")
-    run["corpus"] = migrate_corpus(run["corpus"], variant.defaults["corpus"])
-    variant.check(run, where)
-    return run
+def _migrated_corpus(corpus: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's corpus settings with those that it is too old to name; `known` has all settings of such a corpus.
+
+    This is all that run.json files differ in from today's: other settings that they do not name, or that no longer exist, are in
+    no command.
+    """
+    settings = {**{key: value for key, value in _UNNAMED.items() if key in known}, **corpus}
+    if not settings.get("label_jumps", True):
+        del settings["jumps_at"]  # means nothing without jumps
+    return settings
 
 
 def _reduced_metrics(rows: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
@@ -183,21 +192,17 @@ def _reduced_metrics(rows: Sequence[Mapping[str, Any]], where: str) -> dict[str,
     Returns: the loss as means over neighbouring rows, the seconds of all steps with compilation, medians of the rates, and the
     run's own evaluation after its last step where there is one.
     """
-    fields = dict.fromkeys(("step", "loss", "steps_per_second", "tokens_per_second", "input_wait_fraction"))
-    logged = [pick(row, fields, where) for row in rows if "loss" in row]
-    if not logged:
+    logged = pd.DataFrame([pick(row, _STEP, where) for row in rows if "loss" in row])
+    if logged.empty:
         raise UserError(f"{where}: has no step")
-    size = -(-len(logged) // _CURVE_POINTS)
-    blocks = [logged[start : start + size] for start in range(0, len(logged), size)]
-    steps = [0, *(row["step"] for row in logged)]
-    mfu = [row["bf16_peak_fraction"] for row in rows if "bf16_peak_fraction" in row]
-    last = {key.removeprefix("eval/"): value for row in rows if row["step"] == steps[-1] for key, value in row.items() if "eval/" in key}
+    steps, last = logged["step"], logged["step"].iloc[-1]
+    blocks = logged.groupby(logged.index // -(-len(logged) // _CURVE_POINTS))
+    rates = logged.reindex(columns=["tokens_per_second", "input_wait_fraction", "bf16_peak_fraction"]).median()
+    own = {key.removeprefix("eval/"): value for row in rows if row["step"] == last for key, value in row.items() if "eval/" in key}
     return {
-        "step": [block[-1]["step"] for block in blocks],
-        "loss": [float(f"{mean(row['loss'] for row in block):.4g}") for block in blocks],
-        "seconds": sum((step - before) / row["steps_per_second"] for before, step, row in zip(steps, steps[1:], logged)),
-        "tokens_per_second": median(row["tokens_per_second"] for row in logged),
-        "input_wait_fraction": median(row["input_wait_fraction"] for row in logged),
-        "bf16_peak_fraction": median(mfu) if mfu else None,
-        **({"evaluation": last} if last else {}),
+        "step": blocks["step"].last().tolist(),
+        "loss": [float(f"{loss:.4g}") for loss in blocks["loss"].mean()],
+        "seconds": sum(steps.diff().fillna(steps) / logged["steps_per_second"]),
+        **{name: None if pd.isna(rate) else rate for name, rate in rates.items()},
+        **({"evaluation": own} if own else {}),
     }

@@ -1,10 +1,12 @@
-"""What an experiment compares: variants of a model, each with the command of train.py that trains it."""
+"""What an experiment compares: variants of a model, each with the command of train.py that trains it. A TOML file lists them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from data.tasks import TASKS
@@ -46,7 +48,7 @@ class Variant:
         """Raise UserError unless the sections of a run.json are those of this variant with its options."""
         if unknown := sorted(run["corpus"].keys() - self.defaults["corpus"].keys()):
             raise UserError(f"{where}: {unknown[0]} is no setting of the variant's corpus")
-        found = {key: value for section in run.values() for key, value in section.items()}
+        found = {key: value for section in self.defaults for key, value in run[section].items()}
         if "base" in run:  # the corpus of fine-tuning is known by its settings
             found |= {"init": run["base"].get("name"), "corpus": self.settings["corpus"]}
         for key, expected in self.settings.items():
@@ -68,13 +70,22 @@ class Variant:
 class Experiment:
     """A comparison of variants."""
 
-    variants: Mapping[str, Variant]
+    name: str
     evaluations: Mapping[str, str]
     """The kinds of evaluation that a run may have, each with its description."""
     evaluation_fields: Any
     """What is kept of `decode.py eval --json`: the `fields` argument of `results.pick`."""
-    panels: Mapping[str, Sequence[str]]
-    """The variants in each panel of a plot, by the panel's title."""
+
+    @functools.cached_property
+    def panels(self) -> dict[str, dict[str, Variant]]:
+        """The variants in each panel of a plot, by the panel's title: those of NAME.toml."""
+        with Path(__file__).with_name(f"{self.name}.toml").open("rb") as file:
+            panels = tomllib.load(file)
+        return {title: {name: Variant(**own) for name, own in variants.items()} for title, variants in panels.items()}
+
+    @functools.cached_property
+    def variants(self) -> dict[str, Variant]:
+        return {name: own for variants in self.panels.values() for name, own in variants.items()}
 
 
 def as_option(value: Any) -> str:

@@ -166,7 +166,7 @@ def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys):
     page = (tmp_path / "out.md").read_text()
     for section in ("range", "long", "errors", "speed", "training", "commands"):
         assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
-    assert page.count(": not trained") == len(report.VARIANTS) and not list(tmp_path.rglob("*.png"))
+    assert page.count(": not trained") == len(report.EXPERIMENT.variants) and not list(tmp_path.rglob("*.png"))
 
 
 def _remove(file):

@@ -120,7 +120,7 @@ def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys, there):
     for section in ("scores", "own", "reading", "speed", "training", "commands"):
         assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
     assert {cells[-1] for name, cells in rows_of(page, "targets").items() if name not in ("target", "---")} == {"not run"}
-    assert page.count(": not trained") == len(report.VARIANTS) and not list(tmp_path.rglob("*.png"))
+    assert page.count(": not trained") == len(report.EXPERIMENT.variants) and not list(tmp_path.rglob("*.png"))
 
 
 def test_an_evaluation_of_an_untrained_model_is_taken_as_it_was_written(written, tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_runs_that_name_no_label_jumps_had_none(kept):
     runs = results.load(arithmetic.EXPERIMENT, path)
     assert [run.settings["corpus"]["label_jumps"] for run in runs] == [0, 0]
     assert all(
-        "--jumps-at" not in arithmetic.VARIANTS["span"].command(run.settings, "runs/span-0") for run in runs
+        "--jumps-at" not in arithmetic.EXPERIMENT.variants["span"].command(run.settings, "runs/span-0") for run in runs
     )  # there is nothing to jump
     kept("arithmetic", "jumps", 0, without=["label_jumps"])
     with pytest.raises(ValueError, match="label_jumps is 0, but 3 in this variant"):
