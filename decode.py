@@ -29,10 +29,6 @@ from selfspan_jax.viewing import text
 PolicyName = literal_type_from_choices(tuple(POLICIES))
 
 
-def load(checkpoint: Path, **options: Any) -> SpanLM:
-    return SpanLM.load(checkpoint, TASKS, **options)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     checkpoint: Positional[Path]
@@ -41,6 +37,9 @@ class Model:
     """For an adapter: the Hugging Face directory or GGUF file that it was trained on."""
     mesh: str | None = None
     """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
+
+    def load(self, **options: Any) -> SpanLM:
+        return SpanLM.load(self.checkpoint, TASKS, base=self.base, mesh=self.mesh, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ class Generate(Model):
 
     def run(self) -> None:
         prompt = files.read_text(self.article) if self.article else str(self.prompt)
-        lm = load(self.checkpoint, base=self.base, weights=self.weights, mesh=self.mesh)
+        lm = self.load(weights=self.weights)
         options = {"attention": self.attention, "max_new_tokens": self.max_new_tokens, "seed": self.seed, **vars(self.sampling)}
         if self.stream:
             for piece in lm.stream(prompt, **options):
@@ -120,7 +119,7 @@ class Eval(Model):
         commandline.check_at_least(1, self, "num_examples", "batch_size", "passes")
 
     def run(self) -> None:
-        lm = load(self.checkpoint, base=self.base, mesh=self.mesh)
+        lm = self.load()
         settings = {**{k: v for k, v in vars(self).items() if k not in ("base", "data", "json")}, "checkpoint": self.checkpoint.name}
         options: dict[str, Any] = {"attention": self.attention, "passes": self.passes, "progress": True}
         found = evaluation.evaluate_all(lm, self.examples(lm.task), batch_sizes=self.batch_size, **options)

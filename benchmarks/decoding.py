@@ -193,7 +193,7 @@ def _oracle_mask_loop(engine: Engine, config: DecodeConfig, first_position: int,
 
     specs = DecodeState.partition_specs()
     carried = (specs.cache.pools, specs.logits)
-    loop = engine.shard_map(steps, *carried, _EACH_STEP, _EACH_STEP, _EACH_STEP, out_specs=carried)
+    loop = engine.graph.shard_map(steps, *carried, _EACH_STEP, _EACH_STEP, _EACH_STEP, out_specs=carried)
     return loop(params, pools, logits, slots, counts, own)
 
 

@@ -119,30 +119,28 @@ class SpanLM:
         if not texts:
             return []
         ids = [self.task.encode_prompt(text) for text in texts]
-        token_ids, lengths = self.pad(ids)
-        config = self._config(lengths, attention, max_new_tokens, implementation=implementation, **sampling)
         samples = 1 if num_samples is None else num_samples
-        state = self.engine.generate(token_ids, lengths, config, jax.random.key(seed), num_samples=samples)
+        arguments = self._arguments(ids, attention, max_new_tokens, seed, implementation, **sampling)
+        state = self.engine.generate(*arguments, num_samples=samples)
         order = [number for number in range(len(texts)) for _ in range(samples)]
         flat = self.outputs([texts[i] for i in order], [ids[i] for i in order], state, self._policy(attention))
         outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        chunk_tokens: int = 8,
-        attention: str | Policy | None = None,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> Iterator[str]:
+    def stream(self, prompt: str, *, chunk_tokens: int = 8, **options: Any) -> Iterator[str]:
         """Yield the text of one response while it is decoded, `chunk_tokens` tokens at a time; options as for `generate`."""
-        token_ids, lengths = self.pad([self.task.encode_prompt(prompt)])
-        config = self._config(lengths, attention, max_new_tokens, **options)
-        for chunk in self.engine.stream(token_ids, lengths, config, jax.random.key(seed), chunk_tokens=chunk_tokens):
+        arguments = self._arguments([self.task.encode_prompt(prompt)], **options)
+        for chunk in self.engine.stream(*arguments, chunk_tokens=chunk_tokens):
             yield self.task.decode(_written(chunk.tokens[0], self.model.vocab.eos_id))
+
+    def _arguments(self, ids, attention=None, max_new_tokens=None, seed=0, implementation=None, **sampling) -> tuple:
+        """Return what an engine's `generate` and `stream` take for prompts and the options of `generate`."""
+        token_ids, lengths = self.pad(ids)
+        if max_new_tokens is None:
+            left = self.model.config.max_context_tokens - int(lengths.max())
+            max_new_tokens = min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
+        config = DecodeConfig(self._policy(attention), max_new_tokens, Sampling(**sampling), implementation=implementation)
+        return token_ids, lengths, config, jax.random.key(seed)
 
     def logits(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> Float[np.ndarray, "T V"]:
         """Score the token after each token, in float32, in one forward pass under the mask of a policy."""
@@ -189,20 +187,6 @@ class SpanLM:
             read = attended[: len(token_ids) - len(ids)]
             outputs.append(Output(self.task, token_ids, len(ids), read, get_policy(attention), model.config, model.vocab, prompt))
         return outputs
-
-    def _config(
-        self,
-        lengths: Int[np.ndarray, "B"],
-        attention: str | Policy | None,
-        max_new_tokens: int | None,
-        implementation: Implementation | None = None,
-        **sampling: Any,
-    ) -> DecodeConfig:
-        if max_new_tokens is None:
-            left = self.model.config.max_context_tokens - int(lengths.max())
-            max_new_tokens = min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
-        policy = self._policy(attention)
-        return DecodeConfig(policy, max_new_tokens, Sampling(**sampling), implementation=implementation)
 
     def _check_ids(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)

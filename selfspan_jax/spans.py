@@ -48,10 +48,9 @@ class SpanVocab:
                 raise UserError(f"SpanVocab: {field.name} is {value}; ids and sizes are not negative")
         if self.num_labels < 2:
             raise UserError(f"SpanVocab: num_labels is {self.num_labels}; at least 2 are needed, label 0 being the sink")
-        families = (range(self.seg_base, self.seg_base + self.num_labels), range(self.ref_base, self.ref_base + self.num_labels))
-        singles = (self.pad_id, self.bos_id, self.eos_id, self.solve_id)
-        distinct = {*singles, *families[0], *families[1]}
-        if len(distinct) != len(singles) + 2 * self.num_labels:
+        labels = range(self.num_labels)
+        distinct = {self.pad_id, self.bos_id, self.eos_id, self.solve_id, *map(self.seg_id, labels), *map(self.ref_id, labels)}
+        if len(distinct) != 4 + 2 * self.num_labels:
             raise UserError(f"SpanVocab: ids overlap: {self}")
 
     @classmethod
@@ -62,8 +61,8 @@ class SpanVocab:
     @property
     def min_vocab_size(self) -> int:
         """The smallest vocabulary that holds all structural ids: the highest of them plus one."""
-        families = max(self.seg_base, self.ref_base) + self.num_labels
-        return max(families, 1 + max(self.pad_id, self.bos_id, self.eos_id, self.solve_id))
+        last_labels = (base + self.num_labels - 1 for base in (self.seg_base, self.ref_base))
+        return 1 + max(self.pad_id, self.bos_id, self.eos_id, self.solve_id, *last_labels)
 
     def seg_id(self, label: int) -> int:
         """Return the id of `<seg:label>`."""
@@ -306,7 +305,6 @@ class SpanState:
 
     def visible(self, *, header_view: HeaderView, prompt_view: PromptView, prompt_window_tokens: int) -> Bool[Array, "B A"]:
         """Mark the tokens that the latest token of each sequence may attend to, itself included."""
-        check_views(header_view, prompt_view, prompt_window_tokens)
         index = jnp.arange(self.token_labels.shape[1], dtype=jnp.int32)[None, :]
         is_token = index < self.num_tokens[:, None]
         own = (self.token_labels == 0) | (self.token_labels == self.label[:, None])

@@ -30,14 +30,12 @@ class Slots:
 
 
 @runtime_checkable
-class Policy(Protocol):
+class Policy(Hashable, Protocol):
     """A frozen dataclass of a policy's settings: hashable, static under jit."""
 
     name: ClassVar[str]
     description: ClassVar[str]
     """What a query reads, in a few words, for the help of command lines."""
-
-    def __hash__(self) -> int: ...
 
     def mask(
         self,
@@ -56,11 +54,9 @@ class Policy(Protocol):
           segment_ids: sequences packed in one row, told apart by number; none attends to another.
           first_query, num_queries: compute these Q rows of the mask only; all T by default.
         """
-        ...
 
     def initial_slots(self, slot_table: Int[Array, "B A"]) -> Slots:
         """Allocate slots of the shape that the policy needs, none in use."""
-        ...
 
     def step_slots(
         self,
@@ -82,7 +78,6 @@ class Policy(Protocol):
           before, span: the automaton before and after the newest token; its index is `span.num_tokens - 1`.
           active: False for sequences that take no token in this step; their slots are not read.
         """
-        ...
 
 
 def _earlier(token_ids, segment_ids, first_query, num_queries) -> tuple[Bool[Array, "B Q T"], Int[Array, "Q T"], Int[Array, "1 T"]]:

@@ -19,12 +19,6 @@ from selfspan_jax.spans import SpanVocab
 SequenceImplementation = Literal["xla", "cudnn", "triton"]
 
 
-def default_implementation(q: Float[Array, "B T N H"]) -> Literal["xla", "cudnn"]:
-    """Choose for a boolean mask: cuDNN's fused kernel where it takes one (a GPU, half precision, even lengths), else XLA."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if jax.default_backend() == "gpu" and half and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0 else "xla"
-
-
 def dot_product_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -35,12 +29,17 @@ def dot_product_attention(
     """Compute softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G.
 
     Args:
-      mask: a `TileMask` for the project's own kernels; a boolean one for `implementation`.
+      mask: a `TileMask` for the project's own kernels; a boolean one for `implementation`, by default cuDNN's fused kernel
+        where it takes one (a GPU, half precision, even lengths), else XLA.
     """
     if isinstance(mask, TileMask):
         return masked_attention(q, k, v, mask)
+    if implementation is None:
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        fused = jax.default_backend() == "gpu" and half and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0
+        implementation = "cudnn" if fused else "xla"
     with jax.numpy_dtype_promotion("standard"):  # the library promotes its own scores
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation or default_implementation(q))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
 
 
 def split_and_rotate(

@@ -11,10 +11,10 @@ sequences psum twice a layer (over `tensor`); devices with different sequences d
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,38 +69,18 @@ class Engine:
             graph, _ = nnx.split(model.shard(mesh))
         leaves, tree = jax.tree.flatten(state)
         self.params: tuple[Array, ...] = tuple(leaves)
-        self._graph = _Graph(graph, tree, mesh, specs)
+        self.graph = Graph(graph, tree, mesh, specs)
 
     @property
     def shard(self) -> Decoder:
         """Return one device's part of the decoder, as shapes: on a mesh its heads and features, else everything."""
         shapes = [jax.ShapeDtypeStruct(layout.shard_shape(leaf), leaf.dtype) for leaf in self.params]
-        return self._graph.decoder(shapes)  # type: ignore[arg-type]
-
-    def shard_map(self, compute: Callable, *in_specs: Any, out_specs: Any) -> Callable:
-        """Map `compute(decoder, *arrays)`, written for one device, to a function of `params` and global arrays."""
-        return self._graph.shard_map(compute, *in_specs, out_specs=out_specs)
+        return self.graph.decoder(shapes)  # type: ignore[arg-type]
 
     def check_ids(self, token_ids: Int[np.ndarray, "..."]) -> None:
         """Raise UserError for ids outside the model's vocabulary."""
         if token_ids.size and not (0 <= token_ids.min() and token_ids.max() < self.vocab_size):
             raise UserError(f"token ids from {token_ids.min()} to {token_ids.max()}; the model knows 0 to {self.vocab_size - 1}")
-
-    def check_prompts(self, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig) -> None:
-        """Raise UserError for prompts that are empty, hold unknown ids, or leave no room for the new tokens."""
-        if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
-            raise UserError(f"prompts of shape {token_ids.shape} with lengths of shape {lengths.shape}; expected [B, T] and [B]")
-        self.check_ids(token_ids)
-        if lengths.size and not (1 <= lengths.min() and lengths.max() <= token_ids.shape[1]):
-            raise UserError(f"prompt lengths from {lengths.min()} to {lengths.max()} in rows of {token_ids.shape[1]}")
-        longest = int(lengths.max(initial=0))
-        if longest + config.max_new_tokens > self.config.max_context_tokens:
-            raise UserError(
-                f"{longest} prompt tokens and {config.max_new_tokens} new ones exceed "
-                f"the model's context of {self.config.max_context_tokens} tokens"
-            )
-        if self.mesh is not None:
-            check_batch(len(lengths), self.mesh, "the number of prompts")
 
     def prefill(
         self,
@@ -116,20 +96,29 @@ class Engine:
         Args:
           num_samples: sequences per prompt, next to each other in the state; they share the prompt's slots.
 
-        Raises: UserError as `check_prompts`.
+        Raises: UserError for prompts that are empty, hold unknown ids, or leave no room for the new tokens.
         """
-        self.check_prompts(token_ids, lengths, config)
+        if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
+            raise UserError(f"prompts of shape {token_ids.shape} with lengths of shape {lengths.shape}; expected [B, T] and [B]")
+        self.check_ids(token_ids)
+        if lengths.size and not (1 <= lengths.min() and lengths.max() <= token_ids.shape[1]):
+            raise UserError(f"prompt lengths from {lengths.min()} to {lengths.max()} in rows of {token_ids.shape[1]}")
+        longest, new, context = int(lengths.max(initial=0)), config.max_new_tokens, self.config.max_context_tokens
+        if longest + new > context:
+            raise UserError(f"{longest} prompt tokens and {new} new ones exceed the model's context of {context} tokens")
+        if self.mesh is not None:
+            check_batch(len(lengths), self.mesh, "the number of prompts")
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; allowed: 1 and above")
         padding = bucket(token_ids.shape[1]) - token_ids.shape[1]
         token_ids = np.pad(token_ids, ((0, 0), (0, padding)), constant_values=self.vocab.pad_id)
         prompts = jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
         keys = sequence_keys(key, len(lengths) * num_samples)
-        return _prefill(self._graph, self.params, *prompts, keys, config, num_samples)
+        return _prefill(self.graph, self.params, *prompts, keys, config, num_samples)
 
     def step(self, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:
         """Feed one given token per sequence. Donates the state."""
-        return _step(self._graph, self.params, state, jnp.asarray(tokens, jnp.int32), config)
+        return _step(self.graph, self.params, state, jnp.asarray(tokens, jnp.int32), config)
 
     def run(
         self,
@@ -148,44 +137,31 @@ class Engine:
         room = state.new_tokens.shape[1]
         forced = None if forced_tokens is None else jnp.asarray(forced_tokens, jnp.int32)
         until = room if until is None else min(until, room)
-        return _run(self._graph, self.params, state, jnp.int32(until), forced, config, self._steps_per_sync(room))
+        return _run(self.graph, self.params, state, jnp.int32(until), forced, config, self._steps_per_sync(room))
 
-    def generate(
-        self,
-        token_ids: Int[np.ndarray, "b T"],
-        lengths: Int[np.ndarray, "b"],
-        config: DecodeConfig,
-        key: PRNGKeyArray | None = None,
-        *,
-        num_samples: int = 1,
-    ) -> DecodeState:
+    def generate(self, token_ids, lengths, config: DecodeConfig, key=None, *, num_samples: int = 1) -> DecodeState:
         """Prefill, then decode until every sequence has written `<eos>` or `config.max_new_tokens`. Arguments as for `prefill`."""
         return self.run(self.prefill(token_ids, lengths, config, key, num_samples=num_samples), config)
 
-    def stream(
-        self,
-        token_ids: Int[np.ndarray, "b T"],
-        lengths: Int[np.ndarray, "b"],
-        config: DecodeConfig,
-        key: PRNGKeyArray | None = None,
-        *,
-        chunk_tokens: int = 8,
-        num_samples: int = 1,
-    ) -> Iterator[Chunk]:
-        """Yield the tokens that `generate` would return, `chunk_tokens` at a time as they are decoded.
+    def stream(self, token_ids, lengths, config: DecodeConfig, key=None, *, chunk_tokens: int = 8) -> Iterator[Chunk]:
+        """Yield the tokens that `generate` would return, `chunk_tokens` at a time as they are decoded. Arguments as for `prefill`.
 
         The device is always one chunk ahead, so that it does not wait while the host reads one.
         """
-        state = self.prefill(token_ids, lengths, config, key, num_samples=num_samples)
-        waiting: collections.deque = collections.deque()
-        for start in range(0, config.max_new_tokens, chunk_tokens):
-            size = min(chunk_tokens, config.max_new_tokens - start)
-            state, chunk = _run_chunk(self._graph, self.params, state, jnp.int32(start), config, size)
-            waiting.append((start, chunk))
-            if len(waiting) > 1 and (yield from _emit(*waiting.popleft())):
+
+        def decode() -> Iterator[tuple[int, Any]]:
+            state = self.prefill(token_ids, lengths, config, key)
+            for start in range(0, config.max_new_tokens, chunk_tokens):
+                size = min(chunk_tokens, config.max_new_tokens - start)
+                state, chunk = _run_chunk(self.graph, self.params, state, jnp.int32(start), config, size)
+                yield start, chunk
+
+        for (start, chunk), _ in itertools.pairwise(itertools.chain(decode(), [(0, None)])):
+            tokens, attended, num_steps, finished = map(np.asarray, chunk)
+            if num_steps > start:
+                yield Chunk(tokens[:, : num_steps - start], attended[:, : num_steps - start])
+            if finished:
                 return
-        for chunk in waiting:
-            yield from _emit(*chunk)
 
     def lower_prefill(self, batch_size: int, prompt_tokens: int, config: DecodeConfig, *, num_samples: int = 1) -> jax.stages.Lowered:
         """Lower what `prefill` runs for so many prompts of at most so many tokens.
@@ -194,7 +170,7 @@ class Engine:
         """
         prompts = jax.ShapeDtypeStruct((batch_size, bucket(prompt_tokens)), jnp.int32), jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         keys = sequence_keys(None, batch_size * num_samples)
-        return _prefill.lower(self._graph, self.params, *prompts, keys, config, num_samples)
+        return _prefill.lower(self.graph, self.params, *prompts, keys, config, num_samples)
 
     def lower_run(self, state: DecodeState, config: DecodeConfig, *, forced_tokens: Int[Array, "B M"] | None = None) -> jax.stages.Lowered:
         """Lower what `run` runs. State and forced tokens may be shapes.
@@ -202,7 +178,7 @@ class Engine:
         Compiled it takes `params`, the state (donated), `until` (an int32 scalar) and the forced tokens, and returns a state.
         """
         room = state.new_tokens.shape[1]
-        return _run.lower(self._graph, self.params, state, jnp.int32(room), forced_tokens, config, self._steps_per_sync(room))
+        return _run.lower(self.graph, self.params, state, jnp.int32(room), forced_tokens, config, self._steps_per_sync(room))
 
     def compile(self, batch_size: int, prompt_tokens: int, config: DecodeConfig) -> None:
         """Compile what `generate` runs for so many prompts of at most so many tokens, so that its next call can be timed.
@@ -228,7 +204,7 @@ class Engine:
 # ------------------------------------------------------------------------------------------------- compiled programs
 
 
-class _Graph:
+class Graph:
     """A decoder without its parameters: static under jit. Hashed once, because the hash of a GraphDef takes a millisecond.
 
     On a mesh it is one device's shard of the decoder, and `specs` are those of the parameters.
@@ -243,13 +219,15 @@ class _Graph:
         return self._hash
 
     def __eq__(self, other) -> bool:
-        return self is other or (isinstance(other, _Graph) and self._key == other._key)
+        return self is other or (isinstance(other, Graph) and self._key == other._key)
 
     def decoder(self, params: Sequence[Array]) -> Decoder:
         graph, tree, *_ = self._key
         return nnx.merge(graph, jax.tree.unflatten(tree, params))
 
     def shard_map(self, compute: Callable, *in_specs: Any, out_specs: Any) -> Callable:
+        """Map `compute(decoder, *arrays)`, written for one device, to a function of an engine's `params` and global arrays."""
+
         def merged(params, *arrays):
             return compute(self.decoder(params), *arrays)
 
@@ -262,9 +240,7 @@ _STATE = DecodeState.partition_specs()
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples"))
 def _prefill(graph, params, token_ids, lengths, keys, config, num_samples):
-    def prefill(model, *prompts):
-        return prefill_state(model, *prompts, config, num_samples)
-
+    prefill = functools.partial(prefill_state, config=config, num_samples=num_samples)
     return graph.shard_map(prefill, _EACH, _EACH, _EACH, out_specs=_STATE)(params, token_ids, lengths, keys)
 
 
@@ -313,11 +289,3 @@ def _run_chunk(graph, params, state, start, config, size):
     state = graph.shard_map(run, _STATE, layout.REPLICATED, out_specs=_STATE)(params, state, start)
     tokens, attended = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (state.new_tokens, state.num_attended))
     return state, (tokens, attended, state.num_steps, jnp.all(state.done))
-
-
-def _emit(start: int, chunk) -> Generator[Chunk, None, bool]:
-    """Yield what there is of a chunk; return True when nothing follows it."""
-    tokens, attended, num_steps, finished = map(np.asarray, chunk)
-    if num_steps > start:
-        yield Chunk(tokens[:, : num_steps - start], attended[:, : num_steps - start])
-    return bool(finished)

@@ -112,7 +112,7 @@ def prefill_state(
 def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig) -> DecodeState:
     """Feed one token of every active sequence through the automaton and the model; nothing changes for the others."""
     advanced = state.span.advance(tokens, model.vocab)
-    span = jax.tree.map(lambda old, new: jnp.where(_like(active, old), new, old), state.span, advanced)
+    span = jax.tree.map(lambda old, new: jnp.where(active.reshape(-1, *[1] * (old.ndim - 1)), new, old), state.span, advanced)
     position = jnp.maximum(span.num_tokens - 1, 0)
     cache = state.cache
     own = jnp.take_along_axis(cache.slot_table, position[:, None], axis=1)[:, 0]
@@ -154,7 +154,3 @@ def sample_step(
         new_tokens=fed.new_tokens.at[:, state.num_steps].set(tokens, mode="drop"),
         num_attended=fed.num_attended.at[:, state.num_steps].set(jnp.where(active, fed.slots.counts, 0), mode="drop"),
     )
-
-
-def _like(flags: Bool[Array, "B"], x: Array) -> Array:
-    return flags.reshape(flags.shape + (1,) * (x.ndim - 1))

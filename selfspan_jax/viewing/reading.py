@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ class Reading:
 
 def attended(readings: Sequence[Reading]) -> dict[str, float]:
     """Average what the response tokens of several sequences attended to: `attended_fraction` and `attended_tokens`."""
-    return {name: float(np.mean(values)) for name, values in _attended(readings).items()}
+    return {name: float(np.mean(values)) for name, values in _attended(readings)}
 
 
 def attended_by_kind(readings: Sequence[Reading]) -> dict[str, float | None]:
@@ -161,17 +161,15 @@ def attended_by_kind(readings: Sequence[Reading]) -> dict[str, float | None]:
     header = np.concatenate([reading.roles.is_header[reading.prompt_tokens :] for reading in readings])
     means = {
         f"{name}_{kind}": float(np.mean(values[chosen])) if chosen.any() else None
-        for name, values in _attended(readings).items()
-        for kind, chosen in {"body": ~header, "header": header}.items()
+        for name, values in _attended(readings)
+        for kind, chosen in (("body", ~header), ("header", header))
     }
     return means | {"header_share": float(np.mean(header))}
 
 
-def _attended(readings: Sequence[Reading]) -> dict[str, np.ndarray]:
-    return {
-        "attended_fraction": np.concatenate([reading.fractions for reading in readings]),
-        "attended_tokens": np.concatenate([reading.num_attended for reading in readings]),
-    }
+def _attended(readings: Sequence[Reading]) -> Iterator[tuple[str, np.ndarray]]:
+    yield "attended_fraction", np.concatenate([reading.fractions for reading in readings])
+    yield "attended_tokens", np.concatenate([reading.num_attended for reading in readings])
 
 
 def attention_mask(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab, config: ModelConfig, policy: Policy) -> Bool[np.ndarray, "T T"]:
