@@ -17,9 +17,9 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.extras import literal_type_from_choices
 
 from benchmarks.sweep import Bench
-from data import commandline, files
+from data import commandline
 from data.tasks import TASKS
-from selfspan_jax import evaluation
+from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import Sampling, Weights
 from selfspan_jax.errors import UserError

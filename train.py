@@ -22,11 +22,11 @@ import tyro
 from flax import nnx
 
 from benchmarks import training as training_benchmark
-from data import commandline, files, packing
+from data import commandline, packing
 from data.streams import GeneratedCorpus
 from data.tasks import TASKS
 from data.vocab import TokenizerVocab
-from selfspan_jax import evaluation, training
+from selfspan_jax import evaluation, files, training
 from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, tuning_preset
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM

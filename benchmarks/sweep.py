@@ -24,8 +24,9 @@ from benchmarks.decoding import STREAMED_TOKENS, Case, DoesNotFit, Programs, cat
 from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line
 from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
-from data import arithmetic, commandline, files
+from data import arithmetic, commandline
 from data.tasks import TASKS
+from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine

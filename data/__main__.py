@@ -1,45 +1,37 @@
 """Write a corpus to a directory, with a card of its statistics."""
 
-import collections
 import contextlib
 import itertools
 import signal
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import tqdm
 import tyro
 
 from data import commandline, dataset
+from data.task import Task, WriteCommand
 from data.tasks import TASKS
-from data.writing import WriteCommand
 
 
-def write(command: WriteCommand) -> None:
+def write(command: WriteCommand, task: type[Task]) -> None:
     """Write the corpus that a command asks for."""
-    name, drawn, settings = command.task_name, command.drawn(), command.settings()
-    description = {"command": f"python -m data {name} {command.words()} --out DIR", **drawn, "distributions": settings}
-    counts: collections.Counter[str] = collections.Counter()
-    vocab, examples = command.vocab_and_examples(counts)
-
-    def counted() -> Iterator[Any]:
-        number = 0
-        for example in itertools.islice(examples, command.num_examples):
-            number += 1
-            yield example
-        description.update({"num_examples": number} | ({"articles": dict(counts)} if counts else {}))
-
+    line = f"python -m data {task.name} {command.words()} --out DIR"
+    vocab, examples, found = command.make()
+    description = {"command": line, **command.drawn(), "distributions": command.settings(), **found}
     with contextlib.closing(examples):
-        shown = tqdm.tqdm(counted(), "examples", command.num_examples, unit="", disable=None)
-        dataset.write(command.out, shown, TASKS[name].of(command.corpus, vocab), description)
+        chosen = itertools.islice(examples, command.num_examples)
+        shown = tqdm.tqdm(chosen, "examples", command.num_examples, unit="", disable=None)
+        dataset.write(command.out, shown, task.of(command.corpus, vocab), description)
 
 
 def main(argv: list[str] | None = None) -> None:
     commands = {name: task.WriteCommand for name, task in TASKS.items()}
+    tasks = {task.WriteCommand: task for task in TASKS.values()}
     options: dict[str, Any] = {"args": argv, "prog": "python -m data", "description": __doc__, "config": (tyro.conf.OmitArgPrefixes,)}
     with commandline.exit_on_user_error():
-        write(commandline.parse(tyro.extras.subcommand_cli_from_dict, commands, **options))
+        command = commandline.parse(tyro.extras.subcommand_cli_from_dict, commands, **options)
+        write(command, tasks[type(command)])
 
 
 if __name__ == "__main__":

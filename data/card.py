@@ -1,10 +1,46 @@
-"""Quantiles and Markdown tables for the cards of all corpora."""
+"""The statistics of a corpus: counted example by example, and written as JSON and Markdown."""
 
+import abc
+import collections
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
+from data.vocab import Vocab
+
 QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+
+
+class Statistics(abc.ABC):
+    """Count the lengths of a corpus's examples; a task's own subclass counts more."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+        self._counts: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+
+    def add(self, example: Any) -> None:
+        """Count one more example."""
+        length = len(example.token_ids)
+        self.count(prompt_tokens=example.prompt_tokens, response_tokens=length - example.prompt_tokens, example_tokens=length)
+
+    def count(self, **values: int) -> None:
+        """Count one more of each value, by what it is the value of."""
+        for name, value in values.items():
+            self._counts[name][value] += 1
+
+    @abc.abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dict, for `card.json`."""
+
+    def readme(self, fields: Mapping[str, Any]) -> str:
+        """Write the card's JSON as Markdown."""
+        title = f"# {fields['task']['task']} corpus, {fields['num_examples']} examples, split {fields['split']}"
+        return "\n\n".join([title, *self.sections(fields, fields["statistics"])]) + "\n"
+
+    @abc.abstractmethod
+    def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
+        """Write what follows the title: headings, paragraphs and tables."""
 
 
 def quantiles(counts: Mapping[int, int]) -> dict[str, float]:

@@ -7,7 +7,10 @@ A directory holds what `datasets.load_from_disk` reads, `card.json` (how it was 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,49 +19,48 @@ import datasets
 import numpy as np
 
 from data import streams
-from data.errors import UserError
-from data.files import new_directory
-from data.vocab import check_json
+from data.errors import UserError, check_json
+from data.task import Task
 
 _FIXED = {"format": "selfspan corpus", "version": 1}
 _READ_EXAMPLES = 256
 _BLOCK_EXAMPLES = 4096  # what is held as Python objects at a time
 
 
-def write(path: Path, examples: Iterable[Any], task: Any, description: Mapping[str, Any]) -> None:
+def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[str, Any]) -> None:
     """Write the examples and their card to a new directory; the same input gives the same bytes.
 
     Args:
-      task: has `columns`, `to_row` and `statistics`.
-      description: goes into the card as it is: at least "command", "num_examples", "split" and "distributions". Read when
-        the examples have ended, so that what was counted meanwhile can be in it.
+      description: goes into the card: at least "command", "split" and "distributions". Read when the examples have ended, so
+        that what was counted meanwhile can be in it.
 
     Raises:
-      FileExistsError, NotADirectoryError: see `new_directory`.
+      FileExistsError, NotADirectoryError: `path` exists and is not an empty directory, or lies below a file.
     """
-    features = _features(task)
-    with new_directory(path) as directory:
-        statistics = task.statistics()
-        blocks: list[datasets.Dataset] = []
-        columns: dict[str, list[Any]] = {name: [] for name in features}
+    features, statistics = _features(task), task.statistics()
+
+    def rows() -> Iterator[dict[str, Any]]:
         for example in examples:
             statistics.add(example)
-            for name, value in task.to_row(example).items():
-                columns[name].append(value)
-            if len(columns["token_ids"]) == _BLOCK_EXAMPLES:
-                blocks.append(datasets.Dataset.from_dict(columns, features=features))
-                columns = {name: [] for name in features}
-        blocks.append(datasets.Dataset.from_dict(columns, features=features))
-        fields = {**_FIXED, "task": task.to_json(), **description, "statistics": statistics.to_json()}
+            yield task.to_row(example)
+
+    with _new_directory(path) as directory, contextlib.ExitStack() as stack:
+        left, blocks = rows(), []
+        while block := list(itertools.islice(left, _BLOCK_EXAMPLES)):
+            blocks.append(datasets.Dataset.from_list(block, features=features))
         dataset = datasets.concatenate_datasets(blocks)
+        counted = {"num_examples": len(dataset), "statistics": statistics.to_json()}
+        fields = {**_FIXED, "task": task.to_json(), **description, **counted}
         fingerprint = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
-        with _no_progress_bar():
-            dataset.select_columns(list(features), new_fingerprint=fingerprint).save_to_disk(directory)
+        if not datasets.are_progress_bars_disabled():  # it draws them even where there is no terminal
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
+        dataset.select_columns(list(features), new_fingerprint=fingerprint).save_to_disk(directory)
         (directory / "card.json").write_text(json.dumps(fields, indent=2) + "\n")
         (directory / "README.md").write_text(statistics.readme(fields))
 
 
-def _features(task: Any) -> datasets.Features:
+def _features(task: Task | type[Task]) -> datasets.Features:
     """Return a task's columns as `datasets` has them: "int32", "string", [values of a list] or {name: value}."""
 
     def feature(column: Any) -> Any:
@@ -73,15 +75,21 @@ def _features(task: Any) -> datasets.Features:
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep `datasets` from drawing its bars, which it does even where there is no terminal."""
-    disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+def _new_directory(path: Path) -> Iterator[Path]:
+    """Make a temporary directory beside `path` that takes its place when the body ends well, and vanishes when it does not."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty directory: choose another, or remove it first")
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(f"{error.filename} is a file: expected a directory to write {path.name} in") from None
+    temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.rename(temporary, path)  # replaces an empty directory, refuses any other
     finally:
-        if not disabled:
-            datasets.enable_progress_bars()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +97,7 @@ class StoredCorpus:
     """A corpus directory open for reading; made by `load`. `card` is what its `card.json` says."""
 
     path: Path
-    task: Any
+    task: Task
     card: Mapping[str, Any]
     dataset: datasets.Dataset
 
@@ -136,7 +144,7 @@ class StoredCorpus:
         return self.task.from_row(row)
 
 
-def load(path: Path | str, tasks: Mapping[str, Any]) -> StoredCorpus:
+def load(path: Path | str, tasks: Mapping[str, type[Task]]) -> StoredCorpus:
     """Open a corpus directory that `write` made.
 
     Args:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,9 @@ import numpy.typing as npt
 from data import workers
 from data.errors import UserError
 from data.streams import Example, Shard
+from data.vocab import Vocab
+
+Ids = npt.NDArray[np.int32]
 
 
 class Batch(NamedTuple):
@@ -24,27 +27,16 @@ class Batch(NamedTuple):
                    of rows that are packed in shards a number for each shard, 0 for those that are packed elsewhere
     """
 
-    token_ids: npt.NDArray[np.int32]
-    segment_ids: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32]
+    token_ids: Ids
+    segment_ids: Ids
+    positions: Ids
     target_mask: npt.NDArray[np.bool_]
     next_example: int | tuple[int, ...]
 
 
-class PackingVocab(Protocol):
-    """The ids that packing needs; a `data.vocab.Vocab` has them, and so has a SpanVocab."""
-
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def seg_base(self) -> int: ...
-    @property
-    def num_labels(self) -> int: ...
-
-
 def pack(
     examples: Iterable[Example],
-    vocab: PackingVocab,
+    vocab: Vocab,
     *,
     batch_size: int,
     sequence_tokens: int,
@@ -52,7 +44,7 @@ def pack(
     gap_scales: Sequence[int] = (),
     gap_seed: int | tuple[int, ...] = 0,
     gap_ids: Collection[int] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Pack examples, the first of which has number `start`, into batches of `batch_size` rows (B) of T tokens.
 
     A batch takes as many examples as the next ones in order allow, none left out, and arranges them in its rows. So
@@ -76,14 +68,14 @@ def pack(
     gap_seeds = (gap_seed,) if isinstance(gap_seed, int) else gap_seed
     if min(gap_seeds) < 0 or start < 0:
         raise UserError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
-    jumps_at = np.zeros(max([*(gap_ids or ()), vocab.seg_base + vocab.num_labels]) + 2, np.bool_)  # by id; the last for all ids beyond
-    jumps_at[slice(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else list(gap_ids)] = True
-    return _batches(iter(examples), vocab, batch_size, sequence_tokens, start, np.sort(np.array(gap_scales, np.int64)), gap_seeds, jumps_at)
+    jump_ids = np.array([*(range(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else gap_ids)])
+    positions = functools.partial(_positions, jump_ids, np.sort(np.array(gap_scales, np.int64)), gap_seeds)
+    return _batches(iter(examples), vocab.pad_id, batch_size, sequence_tokens, start, positions)
 
 
 def pack_stream(
-    stream: Callable[..., Iterable[Example]], vocab: PackingVocab, *, start: int = 0, shard: Shard | None = None, **options: Any
-) -> Iterator[Batch]:
+    stream: Callable[..., Iterable[Example]], vocab: Vocab, *, start: int = 0, shard: Shard | None = None, **options: Any
+) -> Generator[Batch, None, None]:
     """Pack `stream(start=start)`, or a shard of it: all that a process needs to make its batches. Options are those of `pack`."""
     examples = stream(start=start) if shard is None else stream(start=start, shard=shard)
     return pack(examples, vocab, start=start, **options)
@@ -91,7 +83,7 @@ def pack_stream(
 
 def batches_from(
     stream: Callable[..., Iterable[Example]],
-    vocab: PackingVocab,
+    vocab: Vocab,
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -118,26 +110,24 @@ def batches_from(
     make = functools.partial(pack_stream, stream, vocab, batch_size=batch_size // num_shards, **options)
     chosen = range(num_shards) if shards is None else shards
 
-    def packed(**options: Any) -> Iterator[Batch]:
+    def packed(**options: Any) -> Generator[Batch, None, None]:
         return workers.remote(functools.partial(make, **options)) if num_workers else make(**options)
 
-    def from_example(start: int) -> Iterator[Batch]:
-        return packed(start=start, gap_seed=gap_seed)
-
-    def from_examples(starts: Sequence[int] | int) -> Iterator[Batch]:
-        starts = starts if isinstance(starts, Sequence) else [starts] * num_shards
+    def batches(position: Any) -> Iterator[Batch]:
+        if num_shards == 1:
+            return packed(start=position, gap_seed=gap_seed)
+        starts = [position] * num_shards if isinstance(position, int) else position
         made = {i: packed(start=starts[i], gap_seed=(gap_seed, i), shard=(i, num_shards)) for i in chosen}
         return _side_by_side(made, num_shards)
 
-    return from_example if num_shards == 1 else from_examples
+    return batches
 
 
-def _side_by_side(shards: Mapping[int, Iterator[Batch]], num_shards: int) -> Iterator[Batch]:
+def _side_by_side(shards: Mapping[int, Generator[Batch, None, None]], num_shards: int) -> Iterator[Batch]:
     """Concatenate the rows of the shards' batches. Closing it closes them."""
     with contextlib.ExitStack() as stack:
         for batches in shards.values():
-            if isinstance(batches, Generator):
-                stack.callback(batches.close)
+            stack.enter_context(contextlib.closing(batches))
         for own in zip(*shards.values(), strict=True):
             next_examples = dict(zip(shards, (batch.next_example for batch in own), strict=True))
             arrays = [np.concatenate(rows) for rows in zip(*(batch[:-1] for batch in own), strict=True)]
@@ -145,21 +135,13 @@ def _side_by_side(shards: Mapping[int, Iterator[Batch]], num_shards: int) -> Ite
 
 
 def _batches(
-    examples: Iterator[Example],
-    vocab: PackingVocab,
-    batch_size: int,
-    sequence_tokens: int,
-    start: int,
-    gap_scales: npt.NDArray[np.int64],
-    gap_seeds: tuple[int, ...],
-    jumps_at: npt.NDArray[np.bool_],
-) -> Iterator[Batch]:
+    examples: Iterator[Example], pad_id: int, batch_size: int, sequence_tokens: int, start: int, positions: Callable[[Ids, int], Ids]
+) -> Generator[Batch, None, None]:
     ahead: list[Example] = []  # read, in no batch yet
     total_tokens = 0
     while True:
         while total_tokens <= batch_size * sequence_tokens:
-            example = next(examples, None)
-            if example is None:
+            if (example := next(examples, None)) is None:
                 break
             if len(example.token_ids) > sequence_tokens:
                 raise UserError(f"example {start + len(ahead)} has {len(example.token_ids)} tokens, a row only {sequence_tokens}")
@@ -174,7 +156,7 @@ def _batches(
 
         shape = (batch_size, sequence_tokens)
         batch = Batch(
-            token_ids=np.full(shape, vocab.pad_id, np.int32),
+            token_ids=np.full(shape, pad_id, np.int32),
             segment_ids=np.zeros(shape, np.int32),
             positions=np.zeros(shape, np.int32),
             target_mask=np.zeros(shape, np.bool_),
@@ -186,10 +168,7 @@ def _batches(
                 example, end = ahead[index], begin + lengths[index]
                 batch.token_ids[row, begin:end] = example.token_ids
                 batch.segment_ids[row, begin:end] = segment
-                batch.positions[row, begin:end] = np.arange(lengths[index], dtype=np.int32)
-                if len(gap_scales):
-                    gaps = _gaps(example.token_ids, jumps_at, gap_scales, (*gap_seeds, start + index))
-                    batch.positions[row, begin:end] += gaps
+                batch.positions[row, begin:end] = positions(example.token_ids, start + index)
                 batch.target_mask[row, begin + example.prompt_tokens : end] = True
                 batch.target_mask[row, [begin + place for place in getattr(example, "unpredictable", ())]] = False
                 begin = end
@@ -213,14 +192,15 @@ def _arrange(lengths: list[int], num_rows: int, row_tokens: int) -> list[list[in
     return rows
 
 
-def _gaps(
-    token_ids: npt.NDArray[np.int32], jumps_at: npt.NDArray[np.bool_], scales: npt.NDArray[np.int64], seed: tuple[int, ...]
-) -> npt.NDArray[np.int32]:
-    """Draw how far each rotary position moves up, int32 [n]."""
-    generator = np.random.default_rng(seed)
+def _positions(jump_ids: npt.NDArray[np.int64], scales: npt.NDArray[np.int64], seeds: tuple[int, ...], token_ids: Ids, number: int) -> Ids:
+    """Count rotary positions, int32 [n], with a jump at each of `jump_ids` where there are scales."""
+    positions = np.arange(len(token_ids), dtype=np.int32)
+    if not len(scales):
+        return positions
+    generator = np.random.default_rng((*seeds, number))
     largest = int(generator.integers(len(scales)))
-    places = np.flatnonzero(jumps_at[np.minimum(token_ids, len(jumps_at) - 1)])
+    places = np.flatnonzero(np.isin(token_ids, jump_ids))
     scale = scales[generator.integers(largest + 1, size=len(places))]
-    jumps = np.zeros(len(token_ids), np.int32)
+    jumps = np.zeros_like(positions)
     jumps[places] = generator.random(len(places)) * (2 * scale + 1)  # rounded down: 0..2 scale
-    return np.cumsum(jumps, dtype=np.int32)
+    return positions + np.cumsum(jumps, dtype=np.int32)

@@ -2,27 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-
-class SpanIds(Protocol):
-    """The ids of the structural tokens; a `data.vocab.Vocab` has them, and so has a `selfspan_jax.spans.SpanVocab`."""
-
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
-    @property
-    def solve_id(self) -> int: ...
-    @property
-    def seg_base(self) -> int: ...
-    @property
-    def ref_base(self) -> int: ...
-    @property
-    def num_labels(self) -> int: ...
+from data.vocab import Vocab
 
 
 class Step(NamedTuple):
@@ -33,18 +18,13 @@ class Step(NamedTuple):
     body: list[int]
 
 
-def is_label(token_ids: npt.NDArray[np.int32], base: int, vocab: SpanIds) -> npt.NDArray[np.bool_]:
+def is_label(token_ids: npt.NDArray[np.int32], base: int, vocab: Vocab) -> npt.NDArray[np.bool_]:
     """Tell which tokens are of the family of labels that begins at `base`."""
     return (token_ids >= base) & (token_ids < base + vocab.num_labels)
 
 
-def is_header(token_ids: npt.NDArray[np.int32], vocab: SpanIds) -> npt.NDArray[np.bool_]:
-    """Tell which tokens of a response are headers: `<seg:k>` and `<ref:k>`."""
-    return is_label(token_ids, vocab.seg_base, vocab) | is_label(token_ids, vocab.ref_base, vocab)
-
-
 def attended_tokens(
-    token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: SpanIds, *, header_view: Literal["span", "all"] = "span"
+    token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab, *, header_view: Literal["span", "all"] = "span"
 ) -> npt.NDArray[np.int64]:
     """Count the tokens that each response token attends to, itself included: int64 [R].
 
@@ -84,7 +64,7 @@ def attended_tokens(
     return counts
 
 
-def read_steps(token_ids: Iterable[int], vocab: SpanIds) -> tuple[list[int], list[Step], bool]:
+def read_steps(token_ids: Iterable[int], vocab: Vocab) -> tuple[list[int], list[Step], bool]:
     """Cut a response into (ids before the first step, steps, whether `<eos>` ends it).
 
     What follows `<eos>` is ignored, and padding at the end of a response without one.

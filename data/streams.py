@@ -35,7 +35,6 @@ class Example(Protocol):
 
 
 E = TypeVar("E", bound=Example)
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +85,8 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
         if start < 0:
             raise UserError(f"start is {start}: expected at least 0")
         first_chunk, skipped = divmod(start, self.chunk_examples)
-        chunk = functools.partial(self._chunk_of_shard, self.vocab if vocab is None else vocab, seed, split, shard)
-        return _flatten(workers.ordered(chunk, first_chunk, num_workers), skipped)
-
-    def _chunk_of_shard(self, vocab: Any, seed: int, split: Split, shard: Shard, number: int) -> list[E]:
-        return self.chunk(vocab, seed, split, shard[0] + shard[1] * number)
+        chunk = functools.partial(self.chunk, self.vocab if vocab is None else vocab, seed, split)
+        return _flatten(workers.ordered(chunk, shard[0] + shard[1] * first_chunk, num_workers, step=shard[1]), skipped)
 
     def likely_longest_tokens(self, vocab: Any = None) -> int:
         """Estimate a length, in tokens, that hardly any example exceeds.
@@ -113,8 +109,6 @@ def split_of(text: str) -> Split:
     return "test" if zlib.crc32(text.encode()) % 8 == 0 else "train"
 
 
-def _flatten(chunks: Generator[list[T], None, None], skipped: int) -> Generator[T, None, None]:
+def _flatten(chunks: Generator[list[E], None, None], skipped: int) -> Generator[E, None, None]:
     with contextlib.closing(chunks):
-        for chunk in chunks:
-            yield from chunk[skipped:]
-            skipped = 0
+        yield from itertools.islice(itertools.chain.from_iterable(chunks), skipped, None)

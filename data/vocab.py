@@ -5,18 +5,19 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import UserError
+from data.errors import UserError, check_json
 
 CHARACTERS = "0123456789+-*()="
 MAX_LABELS = 65_536
 MIN_TOKENIZER_TOKENS = 300  # the 256 bytes are among them
 
-_STRUCTURAL = ("<pad>", "<bos>", "<eos>", "<solve>")
+_SINGLE = ("<pad>", "<bos>", "<eos>", "<solve>")
+_ID_NAMES = ("pad_id", "bos_id", "eos_id", "solve_id", "seg_base", "ref_base")
 _TOKEN = re.compile(r"<[a-z]+(?::[0-9]+)?>|\S")
 _JSON_VERSION = 1
 
@@ -31,33 +32,44 @@ class Vocab:
 
     num_labels: int = 512
 
+    kind: ClassVar[str] = "characters"
+
     def __post_init__(self) -> None:
         if type(self.num_labels) is not int or not 2 <= self.num_labels <= MAX_LABELS:
             raise UserError(f"num_labels is {self.num_labels!r}: expected an integer from 2 to {MAX_LABELS}")
 
+    def __getstate__(self) -> dict[str, Any]:  # without what was cached: `tokenizers` pickles slowly
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def structural_ids(self) -> tuple[int, ...]:
+        """The ids of `<pad> <bos> <eos> <solve> <seg:0> <ref:0>`."""
+        seg_base = len(_SINGLE) + len(CHARACTERS)
+        return (*range(len(_SINGLE)), seg_base, seg_base + self.num_labels)
+
     @property
     def pad_id(self) -> int:
-        return 0
+        return self.structural_ids[0]
 
     @property
     def bos_id(self) -> int:
-        return 1
+        return self.structural_ids[1]
 
     @property
     def eos_id(self) -> int:
-        return 2
+        return self.structural_ids[2]
 
     @property
     def solve_id(self) -> int:
-        return 3
+        return self.structural_ids[3]
 
     @property
     def seg_base(self) -> int:
-        return len(_STRUCTURAL) + len(CHARACTERS)
+        return self.structural_ids[4]
 
     @property
     def ref_base(self) -> int:
-        return self.seg_base + self.num_labels
+        return self.structural_ids[5]
 
     @property
     def size(self) -> int:
@@ -67,7 +79,7 @@ class Vocab:
     def tokens(self) -> tuple[str, ...]:
         """The text of every token; the index is the id."""
         labels = range(self.num_labels)
-        return (*_STRUCTURAL, *CHARACTERS, *(f"<seg:{k}>" for k in labels), *(f"<ref:{k}>" for k in labels))
+        return (*_SINGLE, *CHARACTERS, *(f"<seg:{k}>" for k in labels), *(f"<ref:{k}>" for k in labels))
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
@@ -76,15 +88,7 @@ class Vocab:
 
     def span_ids(self) -> dict[str, int]:
         """Return the keyword arguments of `selfspan_jax.spans.SpanVocab`."""
-        return {
-            "pad_id": self.pad_id,
-            "bos_id": self.bos_id,
-            "eos_id": self.eos_id,
-            "solve_id": self.solve_id,
-            "seg_base": self.seg_base,
-            "ref_base": self.ref_base,
-            "num_labels": self.num_labels,
-        }
+        return {**dict(zip(_ID_NAMES, self.structural_ids)), "num_labels": self.num_labels}
 
     def first_label(self, num_used: int, uniform: float) -> int:
         """Choose where `num_used` consecutive labels begin, by a number from [0, 1).
@@ -118,27 +122,33 @@ class Vocab:
         Raises:
           UserError: an id lies outside the vocabulary.
         """
-        token_ids = [int(i) for i in token_ids]
-        for position, i in enumerate(token_ids):
+        ids = [int(i) for i in token_ids]
+        for position, i in enumerate(ids):
             if not 0 <= i < self.size:
                 raise UserError(f"id {i} at position {position} is outside the vocabulary of {self.size} tokens")
-        return "".join(self.tokens[i] for i in token_ids)
+        return self._text(ids)
+
+    def _text(self, ids: list[int]) -> str:
+        return "".join(self.tokens[i] for i in ids)
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict for `from_json`."""
-        return {"kind": "characters", "version": _JSON_VERSION, "num_labels": self.num_labels}
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in self.__getstate__().items()}
+        return {"kind": self.kind, "version": _JSON_VERSION, **fields}
 
     @classmethod
     def from_json(cls, fields: object) -> "Vocab":
-        """Read what `to_json` returned.
+        """Read what `to_json` of this class or of a subclass returned.
 
         Raises:
           UserError: an unknown or missing key, or another version.
         """
-        if isinstance(fields, Mapping) and fields.get("kind") == "tokenizer":
-            return TokenizerVocab.from_json(fields)
-        checked = check_json(fields, "vocabulary", {"kind": "characters", "version": _JSON_VERSION}, ("num_labels",))
-        return cls(num_labels=checked["num_labels"])
+        is_tokenizer = isinstance(fields, Mapping) and fields.get("kind") == TokenizerVocab.kind
+        kind: type[Vocab] = TokenizerVocab if is_tokenizer else cls
+        names = [field.name for field in dataclasses.fields(kind)]
+        values = check_json(fields, "vocabulary", {"kind": kind.kind, "version": _JSON_VERSION}, names)
+        arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return kind(**arguments)
 
 
 DEFAULT_VOCAB = Vocab()
@@ -155,16 +165,19 @@ class TokenizerVocab(Vocab):
     tokenizer_json: str = dataclasses.field(default="", repr=False)
     """The tokenizer, as `tokenizers.Tokenizer.to_str` writes it."""
     structural_ids: tuple[int, ...] = ()
-    """The ids of `<pad> <bos> <eos> <solve> <seg:0> <ref:0>`."""
     num_tokens: int = 0
     """Rows of the model's embedding."""
+
+    kind: ClassVar[str] = "tokenizer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ids = self.structural_ids
-        if len(ids) != 6 or not all(type(i) is int and i >= 0 for i in ids) or type(self.num_tokens) is not int:
+        if type(self.tokenizer_json) is not str or type(self.num_tokens) is not int:
+            raise UserError("vocabulary: expected text for tokenizer_json and an integer for num_tokens")
+        if type(ids) is not tuple or len(ids) != 6 or not all(type(i) is int and i >= 0 for i in ids):
             raise UserError(f"structural_ids are {ids}: expected those of <pad> <bos> <eos> <solve> <seg:0> <ref:0>")
-        if max(*ids[:4], *(base + self.num_labels - 1 for base in ids[4:])) >= self.num_tokens:
+        if max(self.structural) >= self.num_tokens:
             raise UserError(f"structural_ids are {ids}, with {self.num_labels} labels: beyond the {self.num_tokens} tokens")
         if absent := [c for c in CHARACTERS if c not in self.ids]:
             raise UserError(f"the tokenizer has no token of its own for {absent[0]!r}: expressions cannot be written with it")
@@ -172,11 +185,7 @@ class TokenizerVocab(Vocab):
     @classmethod
     def of(cls, tokenizer_json: str, span_ids: Mapping[str, int], num_tokens: int) -> "TokenizerVocab":
         """Make the vocabulary of a tokenizer whose structural tokens have the ids that `span_ids()` returns."""
-        structural = tuple(span_ids[f"{name}_id"] for name in ("pad", "bos", "eos", "solve"))
-        return cls(span_ids["num_labels"], tokenizer_json, (*structural, span_ids["seg_base"], span_ids["ref_base"]), num_tokens)
-
-    def __getstate__(self) -> dict[str, Any]:  # without what was cached: `tokenizers` pickles slowly
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return cls(span_ids["num_labels"], tokenizer_json, tuple(span_ids[name] for name in _ID_NAMES), num_tokens)
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -186,30 +195,6 @@ class TokenizerVocab(Vocab):
             return Tokenizer.from_str(self.tokenizer_json)
         except Exception as error:  # that is what the library raises
             raise UserError(f"not a tokenizer: {error}") from error
-
-    @property
-    def pad_id(self) -> int:
-        return self.structural_ids[0]
-
-    @property
-    def bos_id(self) -> int:
-        return self.structural_ids[1]
-
-    @property
-    def eos_id(self) -> int:
-        return self.structural_ids[2]
-
-    @property
-    def solve_id(self) -> int:
-        return self.structural_ids[3]
-
-    @property
-    def seg_base(self) -> int:
-        return self.structural_ids[4]
-
-    @property
-    def ref_base(self) -> int:
-        return self.structural_ids[5]
 
     @property
     def size(self) -> int:
@@ -224,7 +209,7 @@ class TokenizerVocab(Vocab):
     @functools.cached_property
     def tokens(self) -> tuple[str, ...]:
         written = [self._tokenizer.id_to_token(i) or f"<id:{i}>" for i in range(self.num_tokens)]
-        for i, token in zip(self.structural_ids, _STRUCTURAL):
+        for i, token in zip(self.structural_ids, _SINGLE):
             written[i] = token
         for label in range(self.num_labels):
             written[self.seg_base + label], written[self.ref_base + label] = f"<seg:{label}>", f"<ref:{label}>"
@@ -238,30 +223,13 @@ class TokenizerVocab(Vocab):
         """Encode text without the structural tokens that it may contain, so that no text can open or name anything."""
         return [i for i in self.text_ids(text).tolist() if i not in self.structural]
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        pieces: list[str] = []
-        text: list[int] = []  # ids whose bytes may make characters together
-        for i in map(int, token_ids):
-            if not 0 <= i < self.size:
-                raise UserError(f"id {i} is outside the vocabulary of {self.size} tokens")
-            if i in self.structural:
-                pieces += [self._tokenizer.decode(text, skip_special_tokens=False), self.tokens[i]]
-                text = []
-            else:
-                text.append(i)
-        return "".join([*pieces, self._tokenizer.decode(text, skip_special_tokens=False)])
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "tokenizer", "version": _JSON_VERSION, **self.__getstate__(), "structural_ids": list(self.structural_ids)}
-
-    @classmethod
-    def from_json(cls, fields: object) -> "TokenizerVocab":
-        names = [field.name for field in dataclasses.fields(cls)]
-        checked = check_json(fields, "vocabulary", {"kind": "tokenizer", "version": _JSON_VERSION}, names)
-        values = {name: checked[name] for name in names}
-        if not isinstance(values["tokenizer_json"], str) or not isinstance(values["structural_ids"], list):
-            raise UserError("vocabulary: expected text for tokenizer_json and a list for structural_ids")
-        return cls(**values | {"structural_ids": tuple(values["structural_ids"])})
+    def _text(self, ids: list[int]) -> str:
+        """Decode runs of other tokens as the tokenizer does: the bytes of several may make one character."""
+        pieces = []
+        for is_structural, group in itertools.groupby(ids, self.structural.__contains__):
+            run = list(group)
+            pieces.append(super()._text(run) if is_structural else self._tokenizer.decode(run, skip_special_tokens=False))
+        return "".join(pieces)
 
 
 def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> TokenizerVocab:
@@ -280,24 +248,6 @@ def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_tokens, initial_alphabet=alphabet, show_progress=False))
     first = tokenizer.get_vocab_size()
-    single = {"pad_id": first, "bos_id": first + 1, "eos_id": first + 2, "solve_id": first + 3}
-    families = {"seg_base": first + 4, "ref_base": first + 4 + num_labels, "num_labels": num_labels}
-    return TokenizerVocab.of(tokenizer.to_str(), single | families, first + 4 + 2 * num_labels)
-
-
-def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> Mapping[str, Any]:
-    """Check that a JSON object has exactly the keys expected, and the fixed ones the values expected; return it.
-
-    Raises:
-      UserError: names `what`, the offending key or value, and what is allowed.
-    """
-    if not isinstance(fields, Mapping):
-        raise UserError(f"{what}: expected a JSON object, found {type(fields).__name__}")
-    allowed = {*fixed, *free}
-    if wrong := sorted(map(str, set(fields) ^ allowed)):
-        state = "unknown" if wrong[0] not in allowed else "missing"
-        raise UserError(f"{what}: {state} key {wrong[0]!r}; expected exactly {', '.join(sorted(allowed))}")
-    for key, value in fixed.items():
-        if type(fields[key]) is not type(value) or fields[key] != value:
-            raise UserError(f"{what}: {key} is {fields[key]!r}; this version of selfspan reads {value!r}")
-    return fields
+    seg_base = first + len(_SINGLE)
+    ids = (*range(first, seg_base), seg_base, seg_base + num_labels)
+    return TokenizerVocab(num_labels, tokenizer.to_str(), ids, seg_base + 2 * num_labels)

@@ -7,13 +7,14 @@ once the parent is gone, however it died, which ends the worker.
 """
 
 import functools
+import itertools
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from data.errors import UserError
 
@@ -24,18 +25,11 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 _MAIN = "from data import workers; workers.main()"
 
 
-class _Failure(NamedTuple):
-    """The text of a UserError, sent in place of a result."""
-
-    message: str
-
-
-def ordered(function: Callable[[int], T], start: int, num_workers: int) -> Generator[T, None, None]:
-    """Yield function(start), function(start + 1), ... without end.
+def ordered(function: Callable[[int], T], start: int, num_workers: int, *, step: int = 1) -> Generator[T, None, None]:
+    """Yield function(start), function(start + step), ... without end.
 
     Args:
       function: something that pickles (a partial of a module's function); its results pickle too.
-      start: the first number.
       num_workers: processes that compute ahead; 0 computes here, when asked.
 
     Raises:
@@ -45,8 +39,8 @@ def ordered(function: Callable[[int], T], start: int, num_workers: int) -> Gener
     if not 0 <= num_workers <= _MAX_WORKERS:
         raise UserError(f"the number of workers is {num_workers}: expected 0 to {_MAX_WORKERS}")
     if num_workers == 0:
-        return _strided(function, start, 1)
-    return _from_workers([functools.partial(_strided, function, start + i, num_workers) for i in range(num_workers)])
+        return _counted(function, start, step)
+    return _from_workers([functools.partial(_counted, function, start + i * step, num_workers * step) for i in range(num_workers)])
 
 
 def remote(iterable: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
@@ -57,10 +51,8 @@ def remote(iterable: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
     return _from_workers([iterable])
 
 
-def _strided(function: Callable[[int], T], number: int, stride: int) -> Generator[T, None, None]:
-    while True:
-        yield function(number)
-        number += stride
+def _counted(function: Callable[[int], T], start: int, step: int) -> Generator[T, None, None]:
+    yield from map(function, itertools.count(start, step))
 
 
 def _from_workers(iterables: list[Callable[[], Iterable[T]]]) -> Generator[T, None, None]:
@@ -81,18 +73,15 @@ def _from_workers(iterables: list[Callable[[], Iterable[T]]]) -> Generator[T, No
             assert process.stdin
             with process.stdin as pipe:
                 pickle.dump(iterable, pipe)
-        number = 0
-        while True:
-            process = processes[number % len(processes)]
+        for process in itertools.cycle(processes):
             assert process.stdout
             try:
                 item = pickle.load(process.stdout)
             except (EOFError, pickle.UnpicklingError):
                 raise RuntimeError(f"a data worker ended with exit status {process.wait()}") from None
-            if isinstance(item, _Failure):
-                raise UserError(item.message)
+            if isinstance(item, UserError):
+                raise item
             yield item
-            number += 1
     finally:
         for process in processes:
             process.kill()
@@ -105,16 +94,16 @@ def main() -> None:
     """Run a worker: read from stdin what to iterate over, and write the items to stdout."""
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes to stderr, not between the items
+
+    def send(item: Any) -> None:
+        pickle.dump(item, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+        pipe.flush()
+
     try:
-        for item in _guarded(pickle.load(sys.stdin.buffer)):
-            pickle.dump(item, pipe, protocol=pickle.HIGHEST_PROTOCOL)
-            pipe.flush()
+        try:
+            for item in pickle.load(sys.stdin.buffer)():
+                send(item)
+        except UserError as error:
+            send(UserError(str(error)))  # a subclass may not pickle
     except (BrokenPipeError, EOFError):
         os._exit(0)  # the parent is gone; a normal exit would flush the pipe once more
-
-
-def _guarded(iterable: Callable[[], Iterable[T]]) -> Iterator[T | _Failure]:
-    try:
-        yield from iterable()
-    except UserError as error:
-        yield _Failure(str(error))

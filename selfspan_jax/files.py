@@ -1,4 +1,4 @@
-"""Read JSON, and write files and directories atomically: others see them whole or not at all."""
+"""Read text and JSON, and write files and directories atomically: others see them whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,8 +27,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def read_text(file: Path) -> str:
+    """Read a text file.
+
+    Raises: UserError if the file is not text in UTF-8; FileNotFoundError.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
 def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically, in place of an older one."""
+    """Write a text file atomically, in place of an older one, and the directories that it lies in."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)

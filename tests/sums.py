@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data import spans, streams, writing
+from data import spans, streams, task
 from data.errors import UserError
 from data.vocab import Vocab
 
@@ -77,10 +77,8 @@ class Corpus(streams.GeneratedCorpus[Example]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WriteCommand(writing.WriteCommand):
+class WriteCommand(task.WriteCommand):
     """Write sums and their steps."""
-
-    task_name: ClassVar[str] = "sums"
 
     corpus: Corpus = dataclasses.field(default_factory=Corpus)
 
@@ -100,30 +98,18 @@ class Statistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class SumsTask:
-    vocab: Vocab
-
+class SumsTask(task.Task):
     name: ClassVar[str] = "sums"
+    version: ClassVar[int] = 1
     unit: ClassVar[str] = "sums"
     score_kinds: ClassVar[dict[str, Any]] = {"right": ("answer_accuracy",)}
     Corpus: ClassVar[type] = Corpus
     WriteCommand: ClassVar[type] = WriteCommand
     columns: ClassVar[dict[str, Any]] = {"prompt": "string", "token_ids": ["int32"], "prompt_tokens": "int32"}
 
-    @property
-    def step_ids(self):
-        return frozenset(range(self.vocab.seg_base, self.vocab.ref_base))
-
-    @classmethod
-    def of(cls, settings, vocab=None):
-        return cls(vocab or settings.vocab)
-
     def encode_prompt(self, text):
         example = encode(text, self.vocab)
         return example.token_ids[: example.prompt_tokens]
-
-    def decode(self, token_ids):
-        return self.vocab.decode(token_ids)
 
     def answer(self, response_ids):
         _, steps, _ = spans.read_steps(response_ids, self.vocab)
@@ -139,13 +125,6 @@ class SumsTask:
 
     def renumber(self, example):
         return encode(example.prompt, self.vocab)
-
-    def to_json(self):
-        return {"task": self.name, "num_labels": self.vocab.num_labels}
-
-    @classmethod
-    def from_json(cls, fields):
-        return cls(Vocab(fields["num_labels"]))
 
     def to_row(self, example):
         return dataclasses.asdict(example)

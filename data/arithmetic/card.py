@@ -15,16 +15,11 @@ from data.vocab import Vocab
 _LENGTH_BIN_TOKENS = 32
 
 
-class Statistics:
-    """Statistics of a corpus, counted example by example."""
+class Statistics(card.Statistics):
+    """Count lengths, trees, operators, and what response tokens attend to."""
 
     def __init__(self, vocab: Vocab) -> None:
-        self._vocab = vocab
-        self._prompt_tokens: collections.Counter[int] = collections.Counter()
-        self._response_tokens: collections.Counter[int] = collections.Counter()
-        self._example_tokens: collections.Counter[int] = collections.Counter()
-        self._num_ops: collections.Counter[int] = collections.Counter()
-        self._depth: collections.Counter[int] = collections.Counter()
+        super().__init__(vocab)
         self._operators: collections.Counter[str] = collections.Counter()
         self._shapes: collections.Counter[str] = collections.Counter()
         self._attended_fractions = 0.0
@@ -32,49 +27,39 @@ class Statistics:
         self._most_attended_tokens = 0
 
     def add(self, example: Example) -> None:
-        """Count one more example."""
-        length = len(example.token_ids)
-        self._prompt_tokens[example.prompt_tokens] += 1
-        self._response_tokens[length - example.prompt_tokens] += 1
-        self._example_tokens[length] += 1
-        self._num_ops[example.expression.num_ops] += 1
-        self._operators.update(node for node in example.expression if isinstance(node, str))
+        super().add(example)
+        num_ops = example.expression.num_ops
         depth, is_left_comb = _shape(example.expression)
-        self._depth[depth] += 1
+        self.count(num_ops=num_ops, tree_depth=depth)
+        self._operators.update(node for node in example.expression if isinstance(node, str))
         self._shapes["left comb"] += is_left_comb
-        self._shapes["least depth"] += depth == example.expression.num_ops.bit_length()
+        self._shapes["least depth"] += depth == num_ops.bit_length()
         attended = attended_tokens(example.token_ids, example.prompt_tokens, self._vocab)
-        self._attended_fractions += float((attended / np.arange(example.prompt_tokens + 1, length + 1)).sum())
+        self._attended_fractions += float((attended / np.arange(example.prompt_tokens + 1, len(example.token_ids) + 1)).sum())
         self._attended_tokens += int(attended.sum())
         self._most_attended_tokens = max(self._most_attended_tokens, int(attended.max(initial=0)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict, for `card.json`."""
-        num_examples = sum(self._example_tokens.values())
-        response_tokens = sum(length * count for length, count in self._response_tokens.items())
+        lengths, num_ops = self._counts["example_tokens"], self._counts["num_ops"]
+        response_tokens = sum(length * count for length, count in self._counts["response_tokens"].items())
         bins: collections.Counter[int] = collections.Counter()
-        for length, count in self._example_tokens.items():
+        for length, count in lengths.items():
             bins[length // _LENGTH_BIN_TOKENS * _LENGTH_BIN_TOKENS] += count
         return {
-            "prompt_tokens": card.quantiles(self._prompt_tokens),
-            "response_tokens": card.quantiles(self._response_tokens),
-            "example_tokens": card.quantiles(self._example_tokens),
+            **{name: card.quantiles(self._counts[name]) for name in ("prompt_tokens", "response_tokens", "example_tokens")},
             "example_tokens_histogram": {f"{low}-{low + _LENGTH_BIN_TOKENS - 1}": bins[low] for low in sorted(bins)},
-            "num_ops_histogram": {str(n): self._num_ops[n] for n in sorted(self._num_ops)},
+            "num_ops_histogram": {str(n): num_ops[n] for n in sorted(num_ops)},
             "operators": {symbol: self._operators[symbol] for symbol in sorted(self._operators)},
-            "tree_depth": card.quantiles(self._depth),
-            "tree_shape_share": {shape: round(self._shapes[shape] / num_examples, 6) for shape in ("left comb", "least depth")},
+            "tree_depth": card.quantiles(self._counts["tree_depth"]),
+            "tree_shape_share": {shape: round(self._shapes[shape] / lengths.total(), 6) for shape in ("left comb", "least depth")},
             "attended_fraction": round(self._attended_fractions / response_tokens, 6),
             "attended_tokens_mean": round(self._attended_tokens / response_tokens, 3),
             "attended_tokens_max": self._most_attended_tokens,
         }
 
-    def readme(self, fields: Mapping[str, Any]) -> str:
-        """Write the card's JSON as Markdown."""
-        statistics = fields["statistics"]
+    def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
         lengths = ("prompt_tokens", "response_tokens", "example_tokens", "tree_depth")
-        parts = [
-            f"# {fields['task']['task']} corpus, {fields['num_examples']} examples, split {fields['split']}",
+        return [
             "Prompts and gold responses of the span protocol. Read it with `datasets.load_from_disk`; the same numbers are in `card.json`.",
             f"    {fields['command']}",
             "The same command gives the same bytes, whatever the number of workers. The splits share no expression.",
@@ -96,7 +81,6 @@ class Statistics:
             "## Tokens per example",
             card.counts("tokens", statistics["example_tokens_histogram"]),
         ]
-        return "\n\n".join(parts) + "\n"
 
 
 def _shape(expression: Expression) -> tuple[int, bool]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-from data import streams, writing
+from data import streams, task
 from data.arithmetic.expressions import MAX_DIGITS, Expression, evaluate
 from data.arithmetic.oracle import Example, Labelling, encode, relabel
 from data.errors import UserError, check_choice
@@ -115,10 +115,8 @@ class Corpus(GeneratedCorpus[Example]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WriteCommand(writing.WriteCommand):
+class WriteCommand(task.WriteCommand):
     """Write examples of arithmetic (prompts and gold responses) as a datasets.load_from_disk directory."""
-
-    task_name: ClassVar[str] = "arithmetic"
 
     split: Split = "train"
     corpus: Corpus = dataclasses.field(default_factory=Corpus)

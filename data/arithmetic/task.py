@@ -8,25 +8,25 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from data import task
 from data.arithmetic import card, corpus, oracle, verifier
 from data.arithmetic.expressions import parse
 from data.arithmetic.oracle import Example, Labelling
 from data.arithmetic.verifier import Verdict
 from data.errors import UserError, check_choice
-from data.vocab import DEFAULT_VOCAB, Vocab, check_json
-
-_VERSION = 2
+from data.vocab import DEFAULT_VOCAB, Vocab
 
 
 @dataclasses.dataclass(frozen=True)
-class ArithmeticTask:
-    """Turn expressions into ids and responses into text; a model directory keeps it as JSON."""
+class ArithmeticTask(task.Task):
+    """Turn expressions into ids and responses into text."""
 
     vocab: Vocab = DEFAULT_VOCAB
     labelling: Labelling = "tree"
     names_first_step: bool = False
 
     name: ClassVar[str] = "arithmetic"
+    version: ClassVar[int] = 2
     unit: ClassVar[str] = "problems"
     group_by: ClassVar[str] = "ops"
     group_title: ClassVar[str] = "operators"
@@ -46,27 +46,15 @@ class ArithmeticTask:
         if type(self.names_first_step) is not bool:
             raise UserError(f"names_first_step is {self.names_first_step!r}: expected true or false")
 
-    @classmethod
-    def of(cls, settings: corpus.Corpus, vocab: Vocab | None = None) -> "ArithmeticTask":
-        """Return the task of a corpus, in the corpus's own vocabulary or the one given."""
-        return cls(settings.vocab if vocab is None else vocab, settings.labelling, settings.names_first_step)
-
     @property
     def step_ids(self) -> frozenset[int]:
         """The tokens at which a piece of the text begins: tags; without tags in the prompt its parentheses; `<solve>` in plain text."""
-        tags = range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels)
-        parentheses = (self.vocab.ids["("], self.vocab.ids[")"])
-        return frozenset({"tree": (*tags,), "none": (*parentheses, *tags), "plain": (*parentheses, self.vocab.solve_id)}[self.labelling])
+        pieces = {self.vocab.solve_id} if self.labelling == "plain" else super().step_ids
+        return frozenset(pieces if self.labelling == "tree" else {self.vocab.ids["("], self.vocab.ids[")"], *pieces})
 
     def corpus(self, *, min_ops: int, max_ops: int) -> corpus.Corpus:
         """Return the corpus of expressions of so many operators, otherwise drawn by default, as this task writes them."""
-        return corpus.Corpus(
-            min_ops=min_ops,
-            max_ops=max_ops,
-            labelling=self.labelling,
-            num_labels=self.vocab.num_labels,
-            names_first_step=self.names_first_step,
-        )
+        return corpus.Corpus(min_ops=min_ops, max_ops=max_ops, num_labels=self.vocab.num_labels, **self.settings())
 
     def encode(self, text: str) -> Example:
         """Write the prompt and the gold response of an expression, labels from 1 on. UserError: see `arithmetic.encode`."""
@@ -75,10 +63,6 @@ class ArithmeticTask:
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Write the prompt of `encode(text)` alone, int32 [n]."""
         return oracle.encode_prompt(text, vocab=self.vocab, labelling=self.labelling, names_first_step=self.names_first_step)
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Write ids [n] as text."""
-        return self.vocab.decode(token_ids)
 
     def answer(self, response_ids: Iterable[int]) -> str | None:
         """Read the value that a response ends in; None where it ends in none."""
@@ -104,27 +88,12 @@ class ArithmeticTask:
         """Name the group that an expression is evaluated in: its number of operators."""
         return str(parse(prompt).num_ops)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a plain dict for `from_json`."""
-        return {
-            "task": self.name,
-            "version": _VERSION,
-            "labelling": self.labelling,
-            "names_first_step": self.names_first_step,
-            "vocab": self.vocab.to_json(),
-        }
-
     @classmethod
     def from_json(cls, fields: object) -> "ArithmeticTask":
-        """Read what `to_json` wrote, also in version 1, whose prompts do not name the first step.
-
-        Raises:
-          UserError: unknown or missing keys, another task or version.
-        """
+        """Read what `to_json` wrote, also in version 1, whose prompts do not name the first step."""
         if isinstance(fields, Mapping) and fields.get("version") == 1 and "names_first_step" not in fields:
-            fields = {**fields, "version": _VERSION, "names_first_step": False}
-        checked = check_json(fields, "task", {"task": cls.name, "version": _VERSION}, ("labelling", "names_first_step", "vocab"))
-        return cls(Vocab.from_json(checked["vocab"]), checked["labelling"], checked["names_first_step"])
+            fields = {**fields, "version": cls.version, "names_first_step": False}
+        return super().from_json(fields)
 
     def to_row(self, example: Example) -> dict[str, Any]:
         """Return the columns of an example in a corpus directory."""

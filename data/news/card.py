@@ -14,12 +14,11 @@ from data.vocab import Vocab
 _MAX_GUESSED_SENTENCES = 6
 
 
-class Statistics:
-    """Statistics of a corpus, counted example by example."""
+class Statistics(card.Statistics):
+    """Count lengths, sources, facts, what response tokens attend to, and how well alignment finds true sources."""
 
     def __init__(self, vocab: Vocab) -> None:
-        self._vocab = vocab
-        self._counts: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+        super().__init__(vocab)
         self._positions: collections.Counter[tuple[int, int]] = collections.Counter()  # (summary sentence, source)
         self._summary: collections.Counter[int] = collections.Counter()  # summaries with an n-th sentence
         self._attended = {"body": [0.0, 0], "header": [0.0, 0]}  # sum of fractions, tokens
@@ -27,18 +26,11 @@ class Statistics:
         self._facts: collections.Counter[str] = collections.Counter()
 
     def add(self, example: Example) -> None:
-        """Count one more example."""
-        story, length = example.story, len(example.token_ids)
-        for name, value in {
-            "article_sentences": len(story.article),
-            "summary_sentences": len(story.summary),
-            "prompt_tokens": example.prompt_tokens,
-            "response_tokens": length - example.prompt_tokens,
-            "example_tokens": length,
-        }.items():
-            self._counts[name][value] += 1
+        story = example.story
+        self.count(article_sentences=len(story.article), summary_sentences=len(story.summary))
+        super().add(example)
         for number, sources in enumerate(story.sources):
-            self._counts["sources_per_summary_sentence"][len(sources)] += 1
+            self.count(sources_per_summary_sentence=len(sources))
             self._summary[number] += 1
             self._positions.update((number, source) for source in sources)
         self._facts.update(fact.kind for fact in story.facts)
@@ -52,7 +44,8 @@ class Statistics:
         """Add up what the response tokens attend to, as a share of their context."""
         ids, prompt_tokens = example.token_ids, example.prompt_tokens
         attended = spans.attended_tokens(ids, prompt_tokens, self._vocab, header_view="all") / np.arange(prompt_tokens + 1, len(ids) + 1)
-        headers = spans.is_header(example.response_ids, self._vocab)
+        bases = (self._vocab.seg_base, self._vocab.ref_base)
+        headers = np.logical_or(*(spans.is_label(example.response_ids, base, self._vocab) for base in bases))
         for part, chosen in (("header", headers), ("body", ~headers)):
             self._attended[part][0] += float(attended[chosen].sum())
             self._attended[part][1] += int(chosen.sum())
@@ -77,26 +70,22 @@ class Statistics:
         return best
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict, for `card.json`."""
         right, found, true = self._aligned
         values: dict[str, Any] = {name: card.quantiles(counter) for name, counter in self._counts.items()}
         values["sources_histogram"] = {str(n): count for n, count in sorted(self._counts["sources_per_summary_sentence"].items())}
         values["position_guesser"] = self.guesser()
         for part, (fractions, tokens) in self._attended.items():
             values[f"attended_fraction_{part}"] = round(fractions / max(tokens, 1), 6)
-        values["facts"] = {kind: self._facts[kind] for kind in sorted(self._facts)}
+        values["facts"] = dict(sorted(self._facts.items()))
         values["alignment_against_truth"] = (
             {"precision": round(right / max(found, 1), 4), "recall": round(right / true, 4), "sources": true} if true else None
         )
         return values
 
-    def readme(self, fields: Mapping[str, Any]) -> str:
-        """Write the card's JSON as Markdown."""
-        statistics = fields["statistics"]
+    def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
         lengths = [name for name, value in statistics.items() if isinstance(value, dict) and "median" in value]
         guess, aligned = statistics["position_guesser"], statistics["alignment_against_truth"]
         parts = [
-            f"# news corpus, {fields['num_examples']} examples, split {fields['split']}",
             "Articles and gold summaries of the span protocol. Read it with `datasets.load_from_disk`; the same numbers are in "
             "`card.json`.",
             f"    {fields['command']}",
@@ -119,4 +108,4 @@ class Statistics:
                 f"{aligned['precision']:.3f} and recall {aligned['recall']:.3f} ({aligned['sources']:,} sources; min_gain "
                 f"{Alignment().min_gain}, max_sources {Alignment().max_sources})."
             )
-        return "\n\n".join(parts) + "\n"
+        return parts

@@ -8,20 +8,18 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from data import spans
+from data import spans, task
 from data.errors import UserError
 from data.news import card, corpus, oracle, scoring, sources
 from data.news.alignment import split_sentences
 from data.news.oracle import Example
 from data.news.synthetic import Fact, Story
-from data.vocab import TokenizerVocab, check_json
-
-_VERSION = 1
+from data.vocab import TokenizerVocab
 
 
 @dataclasses.dataclass(frozen=True)
-class NewsTask:
-    """Turn articles into ids and responses into summaries; a model directory keeps it as JSON.
+class NewsTask(task.Task):
+    """Turn articles into ids and responses into summaries.
 
     Attributes:
       vocab: trained by `data.vocab.train_vocab`, or a language model's own with structural tokens added.
@@ -32,6 +30,7 @@ class NewsTask:
     max_prompt_tokens: int = 896
 
     name: ClassVar[str] = "news"
+    version: ClassVar[int] = 1
     unit: ClassVar[str] = "summaries"
     view: ClassVar[str] = "sources"
     score_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -52,18 +51,10 @@ class NewsTask:
     }
 
     def __post_init__(self) -> None:
+        if not isinstance(self.vocab, TokenizerVocab):
+            raise UserError("the vocabulary is not that of a tokenizer: articles cannot be written with it")
         if type(self.max_prompt_tokens) is not int or self.max_prompt_tokens < corpus.MIN_PROMPT_TOKENS:
             raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens!r}: expected an integer of at least {corpus.MIN_PROMPT_TOKENS}")
-
-    @classmethod
-    def of(cls, settings: corpus.Corpus, vocab: TokenizerVocab | None = None) -> "NewsTask":
-        """Return the task of a corpus, in the corpus's own vocabulary or the one given."""
-        return cls(settings.vocab if vocab is None else vocab, settings.max_prompt_tokens)
-
-    @property
-    def step_ids(self) -> frozenset[int]:
-        """The tokens at which a piece of the text begins."""
-        return frozenset(range(self.vocab.seg_base, self.vocab.seg_base + self.vocab.num_labels))
 
     def encode(self, story: Story) -> Example | None:
         """Write the prompt and the gold response of a story, labels from 1 on; see `oracle.encode`."""
@@ -75,10 +66,6 @@ class NewsTask:
         if not sentences:
             raise UserError("the article has no sentence")
         return np.array(oracle.encode_prompt(sentences, self.vocab, max_prompt_tokens=self.max_prompt_tokens)[0], np.int32)
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Write ids [n] as text, span tokens included."""
-        return self.vocab.decode(token_ids)
 
     def steps(self, response_ids: Iterable[int]) -> list[tuple[int, frozenset[int], str]]:
         """Read the steps of a response: (label, labels named, sentence); what stands before the first step is left out."""
@@ -104,23 +91,13 @@ class NewsTask:
 
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
         """Draw synthetic examples of the test split, labels from 1 on, as one set."""
-        settings = corpus.Corpus(num_labels=self.vocab.num_labels, max_prompt_tokens=self.max_prompt_tokens)
+        settings = corpus.Corpus(num_labels=self.vocab.num_labels, **self.settings())
         drawn = (self.encode(example.story) for example in settings.stream(seed=seed, split="test", vocab=self.vocab))
         return {"synthetic": list(itertools.islice((example for example in drawn if example is not None), num_examples))}
 
     def renumber(self, example: Example) -> Example | None:
         """Write an example again, labels from 1 on, as `encode_prompt` does; None where no summary sentence has a source left."""
         return self.encode(example.story)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a plain dict for `from_json`."""
-        return {"task": self.name, "version": _VERSION, "max_prompt_tokens": self.max_prompt_tokens, "vocab": self.vocab.to_json()}
-
-    @classmethod
-    def from_json(cls, fields: object) -> "NewsTask":
-        """Read what `to_json` returned. UserError: unknown or missing keys, another task or version."""
-        checked = check_json(fields, "task", {"task": cls.name, "version": _VERSION}, ("max_prompt_tokens", "vocab"))
-        return cls(TokenizerVocab.from_json(checked["vocab"]), checked["max_prompt_tokens"])
 
     def to_row(self, example: Example) -> dict[str, Any]:
         """Return the columns of an example in a corpus directory."""

@@ -2,7 +2,6 @@
 
 # ruff: noqa: E501  (the table of bad input)
 
-import collections
 import itertools
 import json
 import random
@@ -328,15 +327,9 @@ def test_workers_change_nothing(task, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     made = []
     for workers in (0, 2):
-        source = sources.Source(str(tmp_path / "rows.jsonl"))
-        made.append(
-            [
-                x.token_ids.tolist()
-                for x in sources.examples(
-                    source, task.vocab, Alignment(), max_prompt_tokens=896, seed=0, num_workers=workers, counts=collections.Counter()
-                )
-            ]
-        )
+        pairs = sources.read_pairs(str(tmp_path / "rows.jsonl"))
+        found = sources.examples(pairs, task.vocab, Alignment(), max_prompt_tokens=896, seed=0, num_workers=workers)
+        made.append([example.token_ids.tolist() for example in found])
     assert made[0] == made[1] and len(made[0]) == len(STORIES)
 
 
