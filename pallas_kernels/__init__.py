@@ -1,15 +1,25 @@
 """Accelerator kernels of selfspan. Depends on JAX only; knows nothing of spans or models.
 
-Each op is a folder: `api` (the public function), `reference` (plain JAX), `triton`, `mosaic` or `jax_triton` (kernels), `heuristics`
-(their measured settings). What an op cannot do and how many bytes it must move: `pallas_kernels.span_decode.unsupported_reason`,
-`pallas_kernels.linear.expected_bytes` and so on.
+Each op is a folder: `api` (the public function), plain JAX (in `reference` where it is long), `triton`, `mosaic` or `jax_triton`
+(kernels), `heuristics` (their measured settings). What an op cannot do and how many bytes it must move:
+`pallas_kernels.span_decode.unsupported_reason`, `pallas_kernels.linear.expected_bytes` and so on.
+
+Every op takes
+
+    implementation: how to compute, one of the op's `IMPLEMENTATIONS`; None for the best one that the default device supports
+    interpret: run a Pallas implementation in its interpreter (tests on machines without a GPU)
+
+and raises ValueError where the arguments do not fit together, and NotImplementedError where the named implementation cannot do this.
+
+The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.11 deprecates it.
 """
 
-from pallas_kernels.linear import QuantizedWeight, fused_linear, quantize_weight
+from pallas_kernels.linear import fused_linear
+from pallas_kernels.quantized import QuantizedPool, QuantizedWeight, quantize_pool, quantize_weight
 from pallas_kernels.rotary import rotate_and_write, rotate_heads
 from pallas_kernels.sequence_attention import TileMask, masked_attention
 from pallas_kernels.slots import update_slots
-from pallas_kernels.span_decode import QuantizedPool, quantize_pool, span_decode_attention
+from pallas_kernels.span_decode import span_decode_attention
 from pallas_kernels.swiglu import silu_and_mul
 
 __all__ = [

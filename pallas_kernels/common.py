@@ -43,7 +43,7 @@ def check_known(implementation: str, known: Sequence[str]) -> None:
         raise ValueError(f"unknown implementation {implementation!r}, choose from {', '.join(known)}")
 
 
-def device_reason(min_capability: int) -> str | None:
+def device_reason(min_capability: int = 80) -> str | None:
     """Say why the default device cannot run a kernel that needs a compute capability (80: Ampere, 90: Hopper); None when it can."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "").replace(".", "")  # "90"; "gfx942" on AMD devices
@@ -52,6 +52,13 @@ def device_reason(min_capability: int) -> str | None:
     if int(capability) < min_capability:
         return f"needs compute capability {min_capability / 10}, {device.device_kind} has {int(capability) / 10}"
     return None
+
+
+def require(fits: bool, wanted: str, *found: object) -> None:
+    """Raise ValueError unless it fits: "WANTED, got FOUND", arrays by their dtypes and shapes."""
+    if not fits:
+        got = ", ".join(f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") and hasattr(x, "shape") else str(x) for x in found)
+        raise ValueError(f"{wanted}, got {got}" if found else wanted)
 
 
 def dot(a: jax.Array, b: jax.Array, contracting: tuple[tuple[int], tuple[int]]) -> jax.Array:

@@ -6,18 +6,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason
+from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
 from pallas_kernels.linear import triton
 from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, is_fastest, linear_config
-from pallas_kernels.linear.quantized import QuantizedWeight, Weight, weight_values
-from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear
+from pallas_kernels.linear.reference import rms_norm, xla_linear
+from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 
 IMPLEMENTATIONS = ("reference", "xla", "triton")
 
 
 def fused_linear(
     x: jax.Array,
-    weight: Weight,
+    weight: Rows,
     *,
     norm: jax.Array | None = None,
     norm_eps: float = 1e-5,
@@ -38,15 +38,10 @@ def fused_linear(
       residual: `[..., M]` (`[..., F]` if gated), added last, in any float dtype.
       gated: SwiGLU (2002.05202, equation 6): `weight` is `[2 F, D]`, the first F outputs being the gate and the last F up.
       out_dtype: of the result, that of `x` unless given; float32 for logits.
-      implementation: None for the fastest that was measured and can do it, or one of `IMPLEMENTATIONS`.
-      interpret: run a Pallas implementation in its interpreter (tests on machines without a GPU).
+      implementation, interpret: as `pallas_kernels` says; None for the fastest that was measured. "triton" has no gradient.
 
     Returns:
       `[..., M]`, or `[..., F]` if gated.
-
-    Raises:
-      ValueError: the arguments do not fit together.
-      NotImplementedError: the named implementation cannot do this, or a gradient of a Pallas implementation was asked for.
     """
     _validate(x, weight, norm, residual, gated, out_dtype)
     chosen = choose_implementation(
@@ -64,12 +59,15 @@ def fused_linear(
     residual = None if residual is None else residual.reshape(-1, num_outputs)
     if chosen == "triton":
         return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, residual).reshape(out_shape)
-    compute = reference_linear if chosen == "reference" else xla_linear
-    return compute(rows, weight, norm, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
+    dtype = out_dtype
+    if chosen == "reference":
+        rows, dtype = rows.astype(jnp.float32), jnp.dtype(jnp.float32)
+    out = xla_linear(rows, weight, norm, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=dtype)
+    return out.astype(out_dtype).reshape(out_shape)
 
 
 def unsupported_reason(
-    implementation: str, x: jax.Array, weight: Weight, *, norm: jax.Array | None = None, gated: bool = False, interpret: bool = False
+    implementation: str, x: jax.Array, weight: Rows, *, norm: jax.Array | None = None, gated: bool = False, interpret: bool = False
 ) -> str | None:
     """Say why `implementation` cannot compute this on the default device; None when it can."""
     check_known(implementation, IMPLEMENTATIONS)
@@ -77,12 +75,23 @@ def unsupported_reason(
         return None
     if not interpret and (reason := device_reason(80)):
         return reason
-    return triton.unsupported_reason(_num_rows(x), x.dtype, weight, norm, gated)
+    values, num_rows, num_results = values_of(weight), _num_rows(x), _num_results(weight, gated)
+    if num_rows > 64:  # beyond, a kernel bound by arithmetic is the better one
+        return f"at most 64 rows, got {num_rows}"
+    if values.shape[1] % 16:  # a step of the matrix unit
+        return f"the number of inputs must be a multiple of 16, got {values.shape[1]}"
+    if num_results < 16:  # the long side of the matrix unit's product
+        return f"at least 16 outputs, got {num_results}"
+    if values.dtype not in (x.dtype, jnp.int8):
+        return f"{values.dtype} weights for {x.dtype} rows would be read at twice the bytes: cast them once"
+    if norm is not None and x.dtype == jnp.float16:
+        return "float16 rows times the norm's scale may overflow before they are normalised"
+    return int8_reason(values)
 
 
 def expected_bytes(
     x: jax.Array,
-    weight: Weight,
+    weight: Rows,
     *,
     norm: jax.Array | None = None,
     residual: jax.Array | None = None,
@@ -99,7 +108,7 @@ def _num_rows(x: jax.Array) -> int:
     return math.prod(x.shape[:-1])
 
 
-def _num_results(weight: Weight, gated: bool) -> int:
+def _num_results(weight: Rows, gated: bool) -> int:
     return weight.shape[0] // 2 if gated else weight.shape[0]
 
 
@@ -107,7 +116,7 @@ def _num_results(weight: Weight, gated: bool) -> int:
 def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, residual):
     if norm is not None and x.shape[0] > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, norm_eps), None
-    num_inputs, item_bytes = x.shape[1], weight_values(weight).dtype.itemsize
+    num_inputs, item_bytes = x.shape[1], values_of(weight).dtype.itemsize
     config = linear_config(x.shape[0], _num_results(weight, gated), num_inputs, item_bytes, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "config": config, "interpret": interpret}
     return triton.triton_linear(x, weight, norm, residual, **options)
@@ -121,31 +130,27 @@ def _no_gradient(*_):
 _triton = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3))  # so that a model's layers trace it once
 
 
-def _is_fastest(x: jax.Array, weight: Weight) -> bool:
+def _is_fastest(x: jax.Array, weight: Rows) -> bool:
     num_outputs, num_inputs = weight.shape
-    return is_fastest(_num_rows(x), num_outputs, num_inputs, weight_values(weight).dtype.itemsize)
+    return is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize)
 
 
 def _validate(x, weight, norm, residual, gated, out_dtype) -> None:
-    if x.ndim == 0 or x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"x must be [..., D] in bfloat16, float16 or float32, got {x.dtype}{list(x.shape)}")
-    if out_dtype is not None and jnp.dtype(out_dtype) not in FLOAT_DTYPES:
-        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {jnp.dtype(out_dtype)}")
-    values = weight_values(weight)
-    if len(values.shape) != 2 or values.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight must be [M, D] with the D = {x.shape[-1]} of x, got {list(values.shape)}")
-    if isinstance(weight, QuantizedWeight):
-        if values.dtype != jnp.int8 or weight.scales.dtype != jnp.float32:
-            raise ValueError(f"weight must hold int8 values and float32 scales, got {values.dtype} and {weight.scales.dtype}")
-        if weight.scales.shape != values.shape[:1]:
-            raise ValueError(f"weight.scales must be [M] = {[values.shape[0]]}, got {list(weight.scales.shape)}")
-    elif values.dtype not in (x.dtype, jnp.float32):
-        raise ValueError(f"weight must be {x.dtype} as x is, or float32, got {values.dtype}")
-    if gated and values.shape[0] % 2:
-        raise ValueError(f"a gated weight has as many gate as up outputs, got an odd M = {values.shape[0]}")
-    if norm is not None and (norm.shape != x.shape[-1:] or norm.dtype not in FLOAT_DTYPES):
-        raise ValueError(f"norm must be a float [D] = {[x.shape[-1]]}, got {norm.dtype}{list(norm.shape)}")
+    require(x.ndim > 0 and x.dtype in FLOAT_DTYPES, "x must be [..., D] in bfloat16, float16 or float32", x)
+    if out_dtype is not None:
+        require(jnp.dtype(out_dtype) in FLOAT_DTYPES, "out_dtype must be bfloat16, float16 or float32", jnp.dtype(out_dtype).name)
+    values = values_of(weight)
+    fits = len(values.shape) == 2 and values.shape[1] == x.shape[-1]
+    require(fits, f"weight must be [M, D] with the D = {x.shape[-1]} of x", list(values.shape))
+    if isinstance(weight, Quantized):
+        check_quantized("weight", weight, "[M]")
+    else:
+        require(values.dtype in (x.dtype, jnp.float32), f"weight must be {x.dtype} as x is, or float32", values)
+    require(not (gated and values.shape[0] % 2), f"a gated weight has as many gate as up outputs, got an odd M = {values.shape[0]}")
+    if norm is not None:
+        fits = norm.shape == x.shape[-1:] and norm.dtype in FLOAT_DTYPES
+        require(fits, f"norm must be a float [D] = {[x.shape[-1]]}", norm)
     if residual is not None:
         shape = (*x.shape[:-1], _num_results(weight, gated))
-        if residual.shape != shape or residual.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"residual must be a float {list(shape)}, as the result is, got {residual.dtype}{list(residual.shape)}")
+        fits = residual.shape == shape and residual.dtype in FLOAT_DTYPES
+        require(fits, f"residual must be a float {list(shape)}, as the result is", residual)

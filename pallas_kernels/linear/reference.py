@@ -1,31 +1,10 @@
-"""The formula in plain JAX: in float32, and rounded where a model in the dtype of `x` rounds."""
+"""Skinny GEMMs in plain JAX, rounded where a model in the dtype of `x` rounds."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear.quantized import QuantizedWeight, Weight, weight_values
+from pallas_kernels.quantized import Quantized, Rows, values_of
 from pallas_kernels.swiglu import silu_and_mul
-
-
-def reference_linear(
-    x: jax.Array, weight: Weight, norm: jax.Array | None, residual: jax.Array | None, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype
-) -> jax.Array:
-    """Compute everything in float32 and round once at the end; shapes as in `fused_linear`, `x` `[B, D]`."""
-    out_dtype = jnp.dtype(out_dtype)
-    wide = x.astype(jnp.float32)
-    if norm is not None:
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
-        wide *= norm.astype(jnp.float32)[None, :]
-    rows = weight_values(weight).astype(jnp.float32)
-    if isinstance(weight, QuantizedWeight):
-        rows *= weight.scales[:, None]
-    out = jnp.einsum("bd,md->bm", wide, rows, precision=jax.lax.Precision.HIGHEST)
-    if gated:
-        gate, up = jnp.split(out, 2, axis=-1)
-        out = jax.nn.silu(gate) * up
-    if residual is not None:
-        out += residual.astype(jnp.float32)
-    return out.astype(out_dtype)
 
 
 def rms_norm(x: jax.Array, norm: jax.Array, norm_eps: float) -> jax.Array:
@@ -36,23 +15,23 @@ def rms_norm(x: jax.Array, norm: jax.Array, norm_eps: float) -> jax.Array:
 
 
 def xla_linear(
-    x: jax.Array, weight: Weight, norm: jax.Array | None, residual: jax.Array | None, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype
+    x: jax.Array, weight: Rows, norm: jax.Array | None, residual: jax.Array | None, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
     """Compute what a Llama in the dtype of `x` computes, with gradients: the path of training and prefill.
 
     RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
-    rounded; the gate and the residual in `out_dtype`. Float32 products are float32 products, not TF32.
+    rounded; the gate and the residual in `out_dtype`. Float32 products are float32 products, not TF32; so with float32 rows
+    this is the reference of the kernel.
     """
     x = x if norm is None else rms_norm(x, norm, norm_eps)
-    quantized = isinstance(weight, QuantizedWeight)
     out = jax.lax.dot_general(
         x,
-        weight_values(weight).astype(x.dtype),
+        values_of(weight).astype(x.dtype),
         (((1,), (1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32 if quantized else out_dtype,
+        preferred_element_type=jnp.float32 if isinstance(weight, Quantized) else out_dtype,
     )
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, Quantized):
         out = (out * weight.scales[None, :]).astype(out_dtype)
     if gated:
         out = silu_and_mul(out)

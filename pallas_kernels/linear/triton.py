@@ -19,8 +19,6 @@ one before it is computed and stored twice, to the same bits.
 Numerics: x * norm is rounded once to the dtype of `x` (Llama rounds the normalised row and then the product with the scale);
 sums, norm, gate and residual are float32, and the result is rounded once. float32 uses IEEE products. Int8 weights are
 widened to the dtype of `x`, which is exact; their scales multiply the float32 sums.
-
-Seen on JAX 0.10.2 and 0.11.2. JAX 0.11 deprecates this lowering.
 """
 
 import functools
@@ -32,37 +30,14 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import dot
 from pallas_kernels.linear.heuristics import LinearConfig
-from pallas_kernels.linear.quantized import QuantizedWeight, Weight, weight_values
+from pallas_kernels.quantized import Quantized, Rows, values_of
 
 MIN_ROWS = 8  # of the short side of the matrix unit's product
-MAX_ROWS = 64  # beyond, a kernel bound by arithmetic is the better one
-MIN_OUTPUTS = 16  # of the long side
-MIN_INPUTS = 16  # of a step of the matrix unit
-
-
-def unsupported_reason(num_rows: int, dtype: jnp.dtype, weight: Weight, norm: jax.Array | None, gated: bool) -> str | None:
-    """Say why this kernel cannot run on so many rows of such a dtype; None when it can."""
-    values = weight_values(weight)
-    num_results = values.shape[0] // 2 if gated else values.shape[0]
-    if num_rows > MAX_ROWS:
-        return f"at most {MAX_ROWS} rows, got {num_rows}"
-    if values.shape[1] % MIN_INPUTS:
-        return f"the number of inputs must be a multiple of {MIN_INPUTS}, got {values.shape[1]}"
-    if num_results < MIN_OUTPUTS:
-        return f"at least {MIN_OUTPUTS} outputs, got {num_results}"
-    if values.dtype not in (dtype, jnp.int8):
-        return f"{values.dtype} weights for {dtype} rows would be read at twice the bytes: cast them once"
-    if norm is not None and dtype == jnp.float16:
-        return "float16 rows times the norm's scale may overflow before they are normalised"
-    if values.dtype == jnp.int8 and 2**31 <= values.size <= 2**32:
-        # Pallas counts elements of arrays up to 4 GiB in 32 bits, which only int8 arrays overflow.
-        return f"int8 weights between 2 and 4 GiB overflow 32-bit offsets, got {values.size} bytes"
-    return None
 
 
 def triton_linear(
     x: jax.Array,
-    weight: Weight,
+    weight: Rows,
     norm: jax.Array | None,
     residual: jax.Array | None,
     *,
@@ -73,14 +48,14 @@ def triton_linear(
     interpret: bool = False,
 ) -> jax.Array:
     """Run the kernel; shapes as in `fused_linear`, `x` `[B, D]`, already checked."""
-    values = weight_values(weight)
+    values = values_of(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
 
     def split(array: jax.Array) -> jax.Array:
         return array.reshape(*array.shape[:-1], -1, config.segment_inputs)
 
     optional = {
-        "scales": weight.scales if isinstance(weight, QuantizedWeight) else None,
+        "scales": weight.scales if isinstance(weight, Quantized) else None,
         "norm": None if norm is None else split(norm.astype(x.dtype)),
         "residual": residual,
     }

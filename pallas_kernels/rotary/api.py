@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason
+from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
 from pallas_kernels.rotary import reference, triton
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -20,15 +20,10 @@ def rotate_heads(
       qkv: `[R, K, G + 2, H]` for R tokens, for each kv head its G query heads, its key, its value; bfloat16, float16 or
         float32.
       cos, sin: float32 `[R, H / 2]` of each token's position. They get no gradient.
-      implementation: None for the best one that the default device supports (float32 by XLA), or one of `IMPLEMENTATIONS`.
-      interpret: run the Pallas implementation in its interpreter (tests on machines without a GPU).
+      implementation, interpret: as `pallas_kernels` says; None computes float32 by XLA.
 
     Returns:
       Queries `[R, K * G, H]` (head `k * G + g`), keys `[R, K, H]` and values `[R, K, H]`.
-
-    Raises:
-      ValueError: the arguments do not fit together.
-      NotImplementedError: the named implementation cannot do this.
     """
     _validate_heads(qkv, cos, sin)
     chosen = choose_implementation(
@@ -59,24 +54,20 @@ def rotate_and_write(
       slots: int32 `[B]`, the pool row of each sequence's new token. One outside `[0, P)` writes nothing. Of sequences with
         the same slot, one is written.
       k_pool, v_pool: `[P, K, H]` in the dtype of `qkv`; they are consumed where the caller donates them.
-      implementation: None for the best one that the default device supports, or one of `IMPLEMENTATIONS`.
-      interpret: run the Pallas implementation in its interpreter (tests on machines without a GPU).
+      implementation, interpret: as `pallas_kernels` says.
 
     Returns:
       q `[B, K * G, H]` (head `k * G + g`), k_pool, v_pool.
-
-    Raises:
-      ValueError: the arguments do not fit together.
-      NotImplementedError: the named implementation cannot do this.
     """
     _validate_heads(qkv, cos, sin)
     _validate_pools(qkv, slots, k_pool, v_pool)
     chosen = choose_implementation(
         implementation, IMPLEMENTATIONS, lambda name: unsupported_reason(name, qkv, interpret=interpret), preferred=("triton", "xla")
     )
+    arrays = (qkv, cos, sin, slots, k_pool, v_pool)
     if chosen == "xla" or qkv.size == 0:
-        return reference.xla_rotate_and_write(qkv, cos, sin, slots, k_pool, v_pool)
-    return triton.triton_rotate_and_write(qkv, cos, sin, slots, k_pool, v_pool, interpret=interpret)
+        return reference.xla_rotate_and_write(*arrays)
+    return triton.triton_rotate_and_write(*arrays, interpret=interpret)
 
 
 def unsupported_reason(implementation: str, qkv: jax.Array, *, row_multiple: int = 1, interpret: bool = False) -> str | None:
@@ -87,11 +78,11 @@ def unsupported_reason(implementation: str, qkv: jax.Array, *, row_multiple: int
     check_known(implementation, IMPLEMENTATIONS)
     if implementation == "xla":
         return None
-    if not interpret and (reason := device_reason(80)):
+    if not interpret and (reason := device_reason()):
         return reason
     if qkv.shape[0] % row_multiple:
         return f"the number of rows must be a multiple of {row_multiple}, got {qkv.shape[0]}"
-    return triton.unsupported_reason(qkv.shape[3])
+    return None if (head_size := qkv.shape[3]) in (32, 64, 128, 256) else f"head size must be 32, 64, 128 or 256, got {head_size}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -115,21 +106,18 @@ _rotate_heads.defvjp(_forward, _backward)
 
 
 def _validate_heads(qkv, cos, sin) -> None:
-    if qkv.ndim != 4 or qkv.shape[2] < 3 or qkv.shape[3] % 2 or qkv.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"qkv must be a float [rows, K, G + 2, H] with an even H, got {qkv.dtype}{list(qkv.shape)}")
+    fits = qkv.ndim == 4 and qkv.shape[2] > 2 and qkv.shape[3] % 2 == 0 and qkv.dtype in FLOAT_DTYPES
+    require(fits, "qkv must be a float [rows, K, G + 2, H] with an even H", qkv)
     wanted = [qkv.shape[0], qkv.shape[3] // 2]
     for name, angles in (("cos", cos), ("sin", sin)):
-        if list(angles.shape) != wanted or angles.dtype != jnp.float32:
-            raise ValueError(f"{name} must be float32 [rows, H / 2] = {wanted}, got {angles.dtype}{list(angles.shape)}")
+        fits = list(angles.shape) == wanted and angles.dtype == jnp.float32
+        require(fits, f"{name} must be float32 [rows, H / 2] = {wanted}", angles)
 
 
 def _validate_pools(qkv, slots, k_pool, v_pool) -> None:
     batch, num_kv_heads, _, head_size = qkv.shape
-    if slots.shape != (batch,) or slots.dtype != jnp.int32:
-        raise ValueError(f"slots must be int32 [B] = {[batch]}, got {slots.dtype}{list(slots.shape)}")
+    require(slots.shape == (batch,) and slots.dtype == jnp.int32, f"slots must be int32 [B] = {[batch]}", slots)
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-        if pool.ndim != 3 or pool.shape[1:] != (num_kv_heads, head_size) or pool.dtype != qkv.dtype:
-            wanted = f"{qkv.dtype} [P, K, H] with K, H = {num_kv_heads, head_size}"
-            raise ValueError(f"{name} must be {wanted}, got {pool.dtype}{list(pool.shape)}")
-    if k_pool.shape != v_pool.shape:
-        raise ValueError(f"k_pool and v_pool must agree, got {list(k_pool.shape)} and {list(v_pool.shape)}")
+        fits = pool.ndim == 3 and pool.shape[1:] == (num_kv_heads, head_size) and pool.dtype == qkv.dtype
+        require(fits, f"{name} must be {qkv.dtype} [P, K, H] with K, H = {num_kv_heads, head_size}", pool)
+    require(k_pool.shape == v_pool.shape, "k_pool and v_pool must agree", k_pool, v_pool)

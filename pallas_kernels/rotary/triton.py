@@ -9,8 +9,6 @@ once, in the layout that the matrix product reads.
 How: a program owns a kv head, its G query heads, its key and its value; of one sequence, or of a tile of rows.
 
 Numerics: rotated in float32, rounded once to the dtype of the heads; values are copied as they are.
-
-Seen on JAX 0.10.2 and 0.11.2. JAX 0.11 deprecates this lowering.
 """
 
 import jax
@@ -20,13 +18,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.rotary.reference import rotate_pairs
 
-HEAD_SIZES = (32, 64, 128, 256)
 TILE_ROWS = 32  # tokens of a program of `rotate_heads`, whose number of rows must be a multiple
-
-
-def unsupported_reason(head_size: int) -> str | None:
-    """Say why the kernels cannot run on heads of this size; None when they can."""
-    return None if head_size in HEAD_SIZES else f"head size must be 32, 64, 128 or 256, got {head_size}"
 
 
 def triton_rotate_and_write(

@@ -6,11 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason
+from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
 from pallas_kernels.sequence_attention import triton
-from pallas_kernels.sequence_attention.heuristics import triton_config
 from pallas_kernels.sequence_attention.mask import TileMask
-from pallas_kernels.sequence_attention.reference import reference_attention
 
 IMPLEMENTATIONS = ("reference", "triton")
 
@@ -33,15 +31,10 @@ def masked_attention(
       mask: which of the S keys each of the T queries may attend to, the same for all heads. A query that may attend to
         nothing gives zeros.
       scale: factor on the scores, `1 / sqrt(H)` unless given; a static number above 0.
-      implementation: None for the best one that the default device supports, or one of `IMPLEMENTATIONS`.
-      interpret: run a Pallas implementation in its interpreter (tests on machines without a GPU).
+      implementation, interpret: as `pallas_kernels` says.
 
     Returns:
       `[B, T, N, H]` in the dtype of `q`.
-
-    Raises:
-      ValueError: the arguments do not fit together.
-      NotImplementedError: the named implementation cannot do this.
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     _validate(q, k, v, mask, scale)
@@ -54,10 +47,8 @@ def masked_attention(
     if q.size == 0 or k.size == 0:
         return jnp.zeros(q.shape, q.dtype)
     if chosen == "reference":
-        return reference_attention(q, k, v, mask, scale=scale)
-    missing_queries, missing_keys = -q.shape[1] % mask.block_q, -k.shape[1] % mask.block_k
-    q = _pad(q, missing_queries)
-    k, v = _pad(k, missing_keys), _pad(v, missing_keys)
+        return _reference(q, k, v, mask, scale=scale)
+    q, k, v = _pad(q, mask.block_q), _pad(k, mask.block_k), _pad(v, mask.block_k)
     return _attend(scale, interpret, q, k, v, mask)[:, : mask.num_queries]
 
 
@@ -66,9 +57,9 @@ def unsupported_reason(implementation: str, head_size: int, *, interpret: bool =
     check_known(implementation, IMPLEMENTATIONS)
     if implementation == "reference":
         return None
-    if not interpret and (reason := device_reason(80)):
+    if not interpret and (reason := device_reason()):
         return reason
-    return triton.unsupported_reason(head_size)
+    return None if head_size in (32, 64, 128) else f"head size must be 32, 64 or 128, got {head_size}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -77,41 +68,51 @@ def _differentiable(scale, interpret, q, k, v, mask):
 
 
 def _forward(scale, interpret, q, k, v, mask):
-    config = triton_config(q.shape[3], q.dtype.itemsize)
-    out, lse = triton.forward(q, k, v, mask, scale=scale, config=config, interpret=interpret)
+    out, lse = triton.forward(q, k, v, mask, scale=scale, interpret=interpret)
     return out, (q, k, v, mask, out, lse)
 
 
 def _backward(scale, interpret, saved, grad):
-    q, k, v, mask, out, lse = saved
-    config = triton_config(q.shape[3], q.dtype.itemsize)
-    grads = triton.backward(q, k, v, mask, out, lse, grad, scale=scale, config=config, interpret=interpret)
-    return (*grads, None)
+    return (*triton.backward(*saved, grad, scale=scale, interpret=interpret), None)
 
 
 _differentiable.defvjp(_forward, _backward)
 _attend = jax.jit(_differentiable, static_argnums=(0, 1))  # so that a model's layers trace it once
 
 
-def _pad(x: jax.Array, missing: int) -> jax.Array:
+def _pad(x: jax.Array, block: int) -> jax.Array:
+    missing = -x.shape[1] % block
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float) -> jax.Array:
+    """Compute all pairs in float32 and mask them, differentiable; independent of the kernels."""
+    batch, num_queries, _, head_size = q.shape
+    num_kv_heads = k.shape[2]
+    allowed = mask.unpacked()[:, None, None]  # [B, 1, 1, T, S]
+    grouped = q.astype(jnp.float32).reshape(batch, num_queries, num_kv_heads, -1, head_size)
+    with jax.default_matmul_precision("highest"):
+        scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * scale
+        scores = jnp.where(allowed, scores, -jnp.inf)
+        peak = jnp.max(scores, axis=-1, keepdims=True)
+        peak = jax.lax.stop_gradient(jnp.where(peak > -jnp.inf, peak, 0.0))
+        weights = jnp.where(allowed, jnp.exp(scores - peak), 0.0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights /= jnp.where(total > 0, total, 1.0)  # nothing allowed: zeros
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32))
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def _validate(q, k, v, mask: TileMask, scale: float) -> None:
     for name, array, letters in (("q", q, "[B, T, N, H]"), ("k", k, "[B, S, K, H]"), ("v", v, "[B, S, K, H]")):
-        if array.ndim != 4:
-            raise ValueError(f"{name} must be {letters}, got shape {list(array.shape)}")
-    if q.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
-    if k.shape != v.shape or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"k and v must agree and have the dtype {q.dtype} of q, got {k.dtype}{list(k.shape)}, {v.dtype}{list(v.shape)}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must share batch and head size")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} kv heads")
-    expected = (q.shape[0], q.shape[1], k.shape[1])
-    if (mask.bits.shape[0], mask.num_queries, mask.num_keys) != expected:
-        found = [mask.bits.shape[0], mask.num_queries, mask.num_keys]
-        raise ValueError(f"the mask must be [B, T, S] = {list(expected)}, got {found}")
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
+        require(array.ndim == 4, f"{name} must be {letters}", array)
+    require(q.dtype in FLOAT_DTYPES, "q must be bfloat16, float16 or float32", q)
+    fits = k.shape == v.shape and k.dtype == v.dtype == q.dtype
+    require(fits, f"k and v must agree and have the dtype {q.dtype} of q", k, v)
+    fits = k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
+    require(fits, f"q {list(q.shape)} and k {list(k.shape)} must share batch and head size")
+    fits = k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0
+    require(fits, f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} kv heads")
+    wanted, found = [*q.shape[:2], k.shape[1]], [mask.bits.shape[0], mask.num_queries, mask.num_keys]
+    require(wanted == found, f"the mask must be [B, T, S] = {wanted}", found)
+    require(scale > 0, "scale must be above 0", scale)

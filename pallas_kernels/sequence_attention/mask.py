@@ -8,8 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sequence_attention.heuristics import TILE
-
+TILE = (64, 64)  # queries by keys: what one warp group (4 warps) multiplies at once, without spilled registers in any kernel
 WORD_BITS = 32
 MAX_ELEMENTS = 2**26  # of the boolean mask in memory at a time
 

@@ -22,8 +22,6 @@ lists and skip the mask.
 Numerics: scores, softmax and sums in float32; weights and score gradients are rounded to the dtype of `q` before their
 second product, as in attention written down in that dtype. float32 uses IEEE products. A query that may attend to
 nothing gives zeros and takes no part in any gradient.
-
-Seen on JAX 0.10.2 and 0.11.2. JAX 0.11 deprecates this lowering.
 """
 
 import functools
@@ -34,18 +32,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import LOG2_E, dot
-from pallas_kernels.sequence_attention.heuristics import KernelConfig, TritonConfig
 from pallas_kernels.sequence_attention.mask import WORD_BITS, TileMask
 
 
-def unsupported_reason(head_size: int) -> str | None:
-    """Say why these kernels cannot run on heads of this size; None when they can."""
-    if head_size not in (32, 64, 128):
-        return f"head size must be 32, 64 or 128, got {head_size}"
-    return None
-
-
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float, config: TritonConfig, interpret: bool = False):
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float, interpret: bool = False):
     """Run the forward kernel on q [B, T', N, H], k and v [B, S', K, H].
 
     Returns `out` [B, T', N, H] and `lse`, float32 [B, N, T'], L in units of log 2.
@@ -55,9 +45,9 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: 
         functools.partial(_forward_kernel, scale=scale, block_q=mask.block_q, block_k=mask.block_k),
         (num_queries // mask.block_q, num_heads, batch),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32)),
-        config.forward,
-        interpret,
         "masked_attention",
+        4,
+        interpret,
     )(q, k, v, mask.bits, mask.key_tiles, mask.key_counts)
 
 
@@ -71,38 +61,39 @@ def backward(
     grad: jax.Array,
     *,
     scale: float,
-    config: TritonConfig,
     interpret: bool = False,
 ):
     """Run the backward kernels: gradients of q, k and v from that of `out`; shapes as in `forward`."""
-    batch, num_queries, num_heads, _ = q.shape
+    batch, num_queries, num_heads, head_size = q.shape
     _, num_keys, num_kv_heads, _ = k.shape
     sizes = {"block_q": mask.block_q, "block_k": mask.block_k}
     dq, delta = _call(
         functools.partial(_queries_kernel, scale=scale, **sizes),
         (num_queries // mask.block_q, num_heads, batch),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
-        config.queries,
-        interpret,
         "masked_attention_dq",
+        4,
+        interpret,
     )(q, k, v, mask.bits, mask.key_tiles, mask.key_counts, out, lse, grad)
+    wide = head_size > 64 or k.dtype == jnp.float32  # two accumulators of 128 columns do not fit in the registers of 4 warps
     dk, dv = _call(
         functools.partial(_keys_kernel, scale=scale, **sizes),
         (num_keys // mask.block_k, num_kv_heads, batch),
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        config.keys,
-        interpret,
         "masked_attention_dkv",
+        8 if wide else 4,
+        interpret,
     )(q, k, v, mask.bits, mask.query_tiles, mask.query_counts, lse, delta, grad)
     return dq, dk, dv
 
 
-def _call(kernel, grid, out_shape, config: KernelConfig, interpret: bool, name: str):
+def _call(kernel, grid, out_shape, name: str, num_warps: int, interpret: bool):
+    num_stages = 1 if out_shape[0].dtype == jnp.float32 else 2  # of the software pipeline: tiles in flight plus one
     return pl.pallas_call(
         kernel,
         grid=grid,
         out_shape=out_shape,
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         name=name,
     )

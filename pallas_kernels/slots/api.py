@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import check_known, choose_implementation, device_reason
-from pallas_kernels.slots.reference import xla_update
+from pallas_kernels.common import check_known, choose_implementation, device_reason, require
 from pallas_kernels.slots.triton import triton_update
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -32,34 +31,43 @@ def update_slots(
       slot_table: int32 `[B, A]`, the pool row of each token.
       own: int32 `[B]`, the slot to append. Appended to a sequence with A slots it is lost.
       rebuild, append: bool `[B]`, never both.
-      implementation: None for the best one that the default device supports, or one of `IMPLEMENTATIONS`.
-      interpret: run the Pallas implementation in its interpreter (tests on machines without a GPU).
+      implementation, interpret: as `pallas_kernels` says.
 
     Returns:
       `slots` and `counts`, updated; the arrays given may be updated in place.
-
-    Raises:
-      ValueError: the arguments do not fit together.
-      NotImplementedError: the named implementation cannot do this.
     """
-    _validate(slots, counts, visible, slot_table, own, rebuild, append)
+    arrays = (slots, counts, visible, slot_table, own, rebuild, append)
+    _validate(*arrays)
     chosen = choose_implementation(
         implementation, IMPLEMENTATIONS, lambda name: unsupported_reason(name, interpret=interpret), preferred=("triton", "xla")
     )
-    if chosen == "xla":
-        return xla_update(slots, counts, visible, slot_table, own, rebuild, append)
-    return triton_update(slots, counts, visible, slot_table, own, rebuild, append, interpret=interpret)
+    return _xla_update(*arrays) if chosen == "xla" else triton_update(*arrays, interpret=interpret)
 
 
 def unsupported_reason(implementation: str, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot run on the default device; None when it can."""
     check_known(implementation, IMPLEMENTATIONS)
-    return None if implementation == "xla" or interpret else device_reason(80)
+    return None if implementation == "xla" or interpret else device_reason()
+
+
+def _xla_update(slots, counts, visible, slot_table, own, rebuild, append):
+    """Append by a scatter; rebuild by a cumulative sum and a scatter of the whole table, only if any sequence needs it."""
+    batch, capacity = slot_table.shape
+    sequence = jnp.arange(batch, dtype=jnp.int32)
+    target = jnp.where(append, jnp.minimum(counts, capacity), capacity)
+    slots = slots.at[sequence, target].set(own)
+    counts = counts + append.astype(jnp.int32)
+
+    def compact():
+        place = jnp.cumsum(visible, axis=1, dtype=jnp.int32) - 1
+        target = jnp.where(visible & rebuild[:, None], place, capacity)
+        return slots.at[sequence[:, None], target].set(slot_table), jnp.where(rebuild, place[:, -1] + 1, counts)
+
+    return jax.lax.cond(jnp.any(rebuild), compact, lambda: (slots, counts))
 
 
 def _validate(slots, counts, visible, slot_table, own, rebuild, append) -> None:
-    if slot_table.ndim != 2 or slot_table.dtype != jnp.int32:
-        raise ValueError(f"slot_table must be int32 [B, A], got {slot_table.dtype}{list(slot_table.shape)}")
+    require(slot_table.ndim == 2 and slot_table.dtype == jnp.int32, "slot_table must be int32 [B, A]", slot_table)
     batch, capacity = slot_table.shape
     for name, array, shape, dtype in (
         ("slots", slots, (batch, capacity + 1), jnp.int32),
@@ -69,6 +77,5 @@ def _validate(slots, counts, visible, slot_table, own, rebuild, append) -> None:
         ("rebuild", rebuild, (batch,), jnp.bool_),
         ("append", append, (batch,), jnp.bool_),
     ):
-        if array.shape != shape or array.dtype != dtype:
-            wanted = f"{jnp.dtype(dtype)}{list(shape)} beside a slot_table {list(slot_table.shape)}"
-            raise ValueError(f"{name} must be {wanted}, got {array.dtype}{list(array.shape)}")
+        wanted = f"{name} must be {jnp.dtype(dtype)}{list(shape)} beside a slot_table {list(slot_table.shape)}"
+        require(array.shape == shape and array.dtype == dtype, wanted, array)

@@ -11,8 +11,6 @@ in every step.
 How: each sequence has a program that does what its own flags say. It compacts a tile of the table at a time.
 
 Numerics: integers.
-
-Seen on JAX 0.10.2 and 0.11.2. JAX 0.11 deprecates this lowering.
 """
 
 import functools

@@ -31,19 +31,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import LOG2_E
+from pallas_kernels.quantized import Quantized, Rows
 from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import MosaicConfig
-from pallas_kernels.span_decode.quantized import Pool, QuantizedPool
 
 KV_HEADS = 8  # of a program: swizzled tiles are cut at multiples of 8 rows
 QUERIES = 64  # the fewest rows of a warpgroup's matrix product
 
 
-def unsupported_reason(q: jax.Array, k_pool: Pool, interpret: bool) -> str | None:
+def unsupported_reason(q: jax.Array, k_pool: Rows, interpret: bool) -> str | None:
     """Say why this kernel cannot run on such arrays; None when it can."""
     if interpret and not hasattr(plgpu, "InterpretGPUParams"):
         return f"JAX {jax.__version__} cannot interpret it, 0.11 can"
-    if isinstance(k_pool, QuantizedPool):
+    if isinstance(k_pool, Quantized):
         return "int8 pools are only in triton"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the dtype must be bfloat16 or float16, got {q.dtype}"

@@ -1,52 +1,18 @@
-"""Decode attention over named rows in plain JAX: the float32 reference and the XLA version.
-
-For query head `n` of sequence `b`, with kv head `k = n // G` and named rows `r_i = slots[b, i]`:
-
-    out[b, n] = sum_i softmax_i(scale * q[b, n] . K[r_i, k]) V[r_i, k],   i < counts[b]
-"""
+"""Decode attention over named rows in plain JAX."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.span_decode.quantized import Pool, QuantizedPool, pool_values
+from pallas_kernels.quantized import Quantized, Rows, values_of
 
 
-def reference_attention(q: jax.Array, k_pool: Pool, v_pool: Pool, slots: jax.Array, counts: jax.Array, *, scale: float) -> jax.Array:
-    """Compute the formula in float32, one sequence after the other: slow, small, independent of the kernels."""
-    num_kv_heads = pool_values(k_pool).shape[1]
+def xla_attention(q: jax.Array, k_pool: Rows, v_pool: Rows, slots: jax.Array, counts: jax.Array, *, scale: float) -> jax.Array:
+    """Gather the rows and compute two einsums for the whole batch, in the dtype of `q` with float32 sums.
 
-    def gather(pool: Pool, rows: jax.Array, named: jax.Array) -> jax.Array:  # -> [A, K, H]
-        if isinstance(pool, QuantizedPool):
-            gathered = pool.values[rows].astype(jnp.float32) * pool.scales[rows][..., None]
-        else:
-            gathered = pool[rows].astype(jnp.float32)
-        return jnp.where(named[:, None, None], gathered, 0.0)
-
-    def one_sequence(args):
-        query, rows, count = args  # [N, H], [A], []
-        named = jnp.arange(rows.shape[0]) < count
-        rows = jnp.where(named, rows, 0)
-        keys, values = gather(k_pool, rows, named), gather(v_pool, rows, named)
-        grouped = query.astype(jnp.float32).reshape(num_kv_heads, -1, query.shape[-1])
-        with jax.default_matmul_precision("highest"):
-            scores = jnp.einsum("kgh,akh->kga", grouped, keys) * scale
-            scores = jnp.where(named[None, None, :], scores, -jnp.inf)
-            peak = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.exp(scores - jnp.where(count > 0, peak, 0.0))
-            total = jnp.where(count > 0, weights.sum(axis=-1, keepdims=True), 1.0)
-            out = jnp.einsum("kga,akh->kgh", weights / total, values)
-        return out.reshape(query.shape).astype(query.dtype)
-
-    return jax.lax.map(one_sequence, (q, slots, counts))
-
-
-def xla_attention(q: jax.Array, k_pool: Pool, v_pool: Pool, slots: jax.Array, counts: jax.Array, *, scale: float) -> jax.Array:
-    """Gather the rows and compute two einsums for the whole batch, in the pool's dtype with float32 sums.
-
-    Runs anywhere that XLA does. It reads all A slots of every sequence and writes the gathered
-    rows to memory, so its cost follows the capacity A and not `counts`.
+    It reads all A slots of every sequence and writes the gathered rows to memory, so its cost follows the capacity A
+    and not `counts`. With float32 queries it is the reference of the kernels, whatever the pools are.
     """
     batch, num_heads, head_size = q.shape
     capacity = slots.shape[1]
@@ -60,9 +26,9 @@ def xla_attention(q: jax.Array, k_pool: Pool, v_pool: Pool, slots: jax.Array, co
     def gather(array: jax.Array) -> jax.Array:
         return array.at[rows].get(mode="clip")
 
-    keys, values = gather(pool_values(k_pool)).astype(q.dtype), gather(pool_values(v_pool)).astype(q.dtype)
+    keys, values = gather(values_of(k_pool)).astype(q.dtype), gather(values_of(v_pool)).astype(q.dtype)
     key_scales, value_scales = jnp.float32(scale), jnp.float32(1.0)
-    if isinstance(k_pool, QuantizedPool) and isinstance(v_pool, QuantizedPool):
+    if isinstance(k_pool, Quantized) and isinstance(v_pool, Quantized):
         key_scales = gather(k_pool.scales).swapaxes(1, 2)[:, :, None, :] * scale  # [B, K, 1, A]
         value_scales = gather(v_pool.scales).swapaxes(1, 2)[:, :, None, :]
 

@@ -23,8 +23,6 @@ Numerics: scores, softmax and sums in float32; the weights are rounded to the dt
 second product, as plain attention in that dtype does. float32 pools use IEEE products.
 Int8 pools are widened to the dtype of `q` (which is exact), their scales multiply the scores and
 the weights in float32.
-
-Seen on JAX 0.10.2 and 0.11.2. JAX 0.11 deprecates this lowering.
 """
 
 import functools
@@ -35,29 +33,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import LOG2_E, MULTIPROCESSORS, dot
+from pallas_kernels.quantized import Quantized, Rows
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
-from pallas_kernels.span_decode.quantized import Pool, QuantizedPool, pool_values
 
 MATRIX_ROWS = 16  # the fewest rows that a matrix product has on the matrix unit
 
 
-def unsupported_reason(q: jax.Array, k_pool: Pool) -> str | None:
-    """Say why these kernels cannot run on such arrays; None when they can."""
-    head_size, values = q.shape[2], pool_values(k_pool)
-    if head_size not in (32, 64, 128, 256):
-        return f"head size must be 32, 64, 128 or 256, got {head_size}"
-    if q.shape[1] // values.shape[1] > 64:
-        return f"at most 64 query heads per kv head, got {q.shape[1] // values.shape[1]}"
-    if values.dtype == jnp.int8 and 2**31 <= values.size <= 2**32:
-        # Pallas counts elements of arrays up to 4 GiB in 32 bits, which only int8 arrays overflow.
-        return f"int8 pools between 2 and 4 GiB overflow 32-bit offsets, got {values.size} bytes"
-    return None
-
-
 def triton_attention(
     q: jax.Array,
-    k_pool: Pool,
-    v_pool: Pool,
+    k_pool: Rows,
+    v_pool: Rows,
     slots: jax.Array,
     counts: jax.Array,
     *,
@@ -67,10 +52,10 @@ def triton_attention(
 ) -> jax.Array:
     """Run the kernel; shapes as in `span_decode_attention`, already checked."""
     batch, num_heads, head_size = q.shape
-    num_kv_heads = pool_values(k_pool).shape[1]
+    num_kv_heads = k_pool.shape[1]
     num_splits = max_splits(batch, config.splits)
     scales: tuple[jax.Array, ...] = ()
-    if isinstance(k_pool, QuantizedPool) and isinstance(v_pool, QuantizedPool):
+    if isinstance(k_pool, Quantized) and isinstance(v_pool, Quantized):
         scales = (k_pool.scales, v_pool.scales)
         k_pool, v_pool = k_pool.values, v_pool.values
 

@@ -5,9 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason
+from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
 from pallas_kernels.swiglu import triton
-from pallas_kernels.swiglu.reference import xla_gradient, xla_silu_and_mul
 
 IMPLEMENTATIONS = ("xla", "triton")
 
@@ -17,19 +16,13 @@ def silu_and_mul(gate_up: jax.Array, *, implementation: str | None = None, inter
 
     Args:
       gate_up: `[R, 2 F]`, all gates, then all ups; bfloat16, float16 or float32.
-      implementation: of the gradient, since XLA computes the value in one pass. None for the best one that the default
-        device supports (float32 by XLA), or one of `IMPLEMENTATIONS`.
-      interpret: run the Pallas implementation in its interpreter (tests on machines without a GPU).
+      implementation, interpret: of the gradient, as `pallas_kernels` says (float32 by XLA); XLA computes the value in one pass.
 
     Returns:
       `[R, F]` in the dtype of `gate_up`.
-
-    Raises:
-      ValueError: `gate_up` is no such array.
-      NotImplementedError: the named implementation cannot do this.
     """
-    if gate_up.ndim != 2 or gate_up.shape[1] % 2 or gate_up.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"gate_up must be a float [R, 2 F], got {gate_up.dtype}{list(gate_up.shape)}")
+    fits = gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0 and gate_up.dtype in FLOAT_DTYPES
+    require(fits, "gate_up must be a float [R, 2 F]", gate_up)
     chosen = choose_implementation(
         implementation,
         IMPLEMENTATIONS,
@@ -44,14 +37,18 @@ def unsupported_reason(implementation: str, gate_up: jax.Array, *, interpret: bo
     check_known(implementation, IMPLEMENTATIONS)
     if implementation == "xla":
         return None
-    if not interpret and (reason := device_reason(80)):
+    if not interpret and (reason := device_reason()):
         return reason
-    return triton.unsupported_reason(gate_up.shape[0], gate_up.shape[1] // 2)
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if num_rows % triton.TILE[0] or width % triton.TILE[1]:
+        return f"rows and width must be multiples of {triton.TILE[0]} and {triton.TILE[1]}, got {num_rows} and {width}"
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(implementation, interpret, gate_up):
-    return xla_silu_and_mul(gate_up)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
 def _forward(implementation, interpret, gate_up):
@@ -61,7 +58,8 @@ def _forward(implementation, interpret, gate_up):
 def _backward(implementation, interpret, gate_up, grad):
     if implementation == "triton":
         return (triton.triton_gradient(gate_up, grad, interpret=interpret),)
-    return (xla_gradient(gate_up, grad),)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return (jnp.concatenate(triton.gradients(gate, up, grad), axis=-1),)
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -221,7 +221,7 @@ def test_nothing_to_do(shape):
     "name, dtype", [("gqa_3", jnp.bfloat16), ("head_32", jnp.float16), ("head_128", jnp.bfloat16), ("head_128", jnp.float32)]
 )
 def test_lowers_for_cuda(name, dtype, monkeypatch):
-    monkeypatch.setattr(api, "device_reason", lambda _: None)
+    monkeypatch.setattr(api, "device_reason", lambda *_: None)
     case = CASE[name]
     q = jax.ShapeDtypeStruct((1, case.num_queries, case.num_heads, case.head_size), dtype)
     k = jax.ShapeDtypeStruct((1, case.num_queries, case.num_kv_heads, case.head_size), dtype)
