@@ -7,44 +7,40 @@ import jax.numpy as jnp
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MULTIPROCESSORS = 132  # of an H100 or H200; another number costs a little balance, nothing else
+PLAIN = ("reference", "xla")  # implementations in plain JAX, which run anywhere
 LOG2_E = 1.4426950408889634
 
 
-def choose_implementation(
-    implementation: str | None,
-    known: Sequence[str],
-    unsupported_reason: Callable[[str], str | None],
-    *,
-    preferred: Sequence[str],
-) -> str:
+def choose_implementation(implementation: str | None, preferred: Sequence[str], unsupported_reason: Callable[[str], str | None]) -> str:
     """Choose how to compute: `implementation` where it is named, else the first of `preferred` that can do it.
 
     Args:
-      implementation: one of `known`, or None.
-      known: the implementations of the op.
-      unsupported_reason: says why one of them cannot compute this; None when it can.
       preferred: the best first; the last one can compute anything.
+      unsupported_reason: says why one of them cannot compute this, None when it can; raises ValueError for one that the op
+        does not have.
 
-    Raises:
-      ValueError: `implementation` is not known.
-      NotImplementedError: the implementation that was named cannot compute this.
+    Raises: NotImplementedError where the implementation that was named cannot compute this.
     """
     if implementation is None:
         return next((name for name in preferred[:-1] if unsupported_reason(name) is None), preferred[-1])
-    check_known(implementation, known)
     if reason := unsupported_reason(implementation):
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
     return implementation
 
 
-def check_known(implementation: str, known: Sequence[str]) -> None:
-    """Raise ValueError for an implementation that the op does not have."""
-    if implementation not in known:
-        raise ValueError(f"unknown implementation {implementation!r}, choose from {', '.join(known)}")
+def device_reason(implementation: str, known: Sequence[str], interpret: bool, min_capability: int = 80) -> str | None:
+    """Say why the default device cannot run an implementation; None when it can.
 
+    Args:
+      known: the implementations of the op.
+      interpret: run it in the interpreter, which any device can.
+      min_capability: the compute capability that the kernel needs (80: Ampere, 90: Hopper).
 
-def device_reason(min_capability: int = 80) -> str | None:
-    """Say why the default device cannot run a kernel that needs a compute capability (80: Ampere, 90: Hopper); None when it can."""
+    Raises: ValueError for an implementation that the op does not have.
+    """
+    require(implementation in known, f"unknown implementation {implementation!r}, choose from {', '.join(known)}")
+    if interpret or implementation in PLAIN:
+        return None
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "").replace(".", "")  # "90"; "gfx942" on AMD devices
     if device.platform != "gpu" or not capability.isdigit():

@@ -1,6 +1,6 @@
 """Int8 arrays with a float32 scale per row: KV pools and weights."""
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import require
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Quantized:
+class Quantized(NamedTuple):
     """Int8 rows (the last axis) with a scale for each: row `i` is `values[i] * scales[i]`."""
 
     values: jax.Array  # int8, a pool's [P, K, H] or a weight's [M, D]

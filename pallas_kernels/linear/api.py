@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, require
 from pallas_kernels.linear import triton
 from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, is_fastest, linear_config
 from pallas_kernels.linear.reference import rms_norm, xla_linear
@@ -44,19 +44,20 @@ def fused_linear(
       `[..., M]`, or `[..., F]` if gated.
     """
     _validate(x, weight, norm, residual, gated, out_dtype)
+    num_outputs, num_inputs = weight.shape
+    fastest = is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize)
     chosen = choose_implementation(
         implementation,
-        IMPLEMENTATIONS,
+        ("triton", "xla") if fastest else ("xla",),
         lambda name: unsupported_reason(name, x, weight, norm=norm, gated=gated, interpret=interpret),
-        preferred=("triton", "xla") if _is_fastest(x, weight) else ("xla",),
     )
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    num_inputs, num_outputs = x.shape[-1], _num_results(weight, gated)
-    out_shape = (*x.shape[:-1], num_outputs)
+    num_results = _num_results(weight, gated)
+    out_shape = (*x.shape[:-1], num_results)
     if math.prod(out_shape) == 0:
         return jnp.zeros(out_shape, out_dtype)
     rows = x.reshape(-1, num_inputs)
-    residual = None if residual is None else residual.reshape(-1, num_outputs)
+    residual = None if residual is None else residual.reshape(-1, num_results)
     if chosen == "triton":
         return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, residual).reshape(out_shape)
     dtype = out_dtype
@@ -70,10 +71,7 @@ def unsupported_reason(
     implementation: str, x: jax.Array, weight: Rows, *, norm: jax.Array | None = None, gated: bool = False, interpret: bool = False
 ) -> str | None:
     """Say why `implementation` cannot compute this on the default device; None when it can."""
-    check_known(implementation, IMPLEMENTATIONS)
-    if implementation in ("reference", "xla"):
-        return None
-    if not interpret and (reason := device_reason(80)):
+    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation in PLAIN:
         return reason
     values, num_rows, num_results = values_of(weight), _num_rows(x), _num_results(weight, gated)
     if num_rows > 64:  # beyond, a kernel bound by arithmetic is the better one
@@ -128,11 +126,6 @@ def _no_gradient(*_):
 
 
 _triton = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3))  # so that a model's layers trace it once
-
-
-def _is_fastest(x: jax.Array, weight: Rows) -> bool:
-    num_outputs, num_inputs = weight.shape
-    return is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize)
 
 
 def _validate(x, weight, norm, residual, gated, out_dtype) -> None:

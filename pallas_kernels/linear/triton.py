@@ -36,18 +36,9 @@ MIN_ROWS = 8  # of the short side of the matrix unit's product
 
 
 def triton_linear(
-    x: jax.Array,
-    weight: Rows,
-    norm: jax.Array | None,
-    residual: jax.Array | None,
-    *,
-    norm_eps: float,
-    gated: bool,
-    out_dtype: jnp.dtype,
-    config: LinearConfig,
-    interpret: bool = False,
+    x, weight: Rows, norm, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype, config: LinearConfig, interpret: bool = False
 ) -> jax.Array:
-    """Run the kernel; shapes as in `fused_linear`, `x` `[B, D]`, already checked."""
+    """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]`, already checked."""
     values = values_of(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
 from pallas_kernels.rotary import reference, triton
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -28,9 +28,8 @@ def rotate_heads(
     _validate_heads(qkv, cos, sin)
     chosen = choose_implementation(
         implementation,
-        IMPLEMENTATIONS,
+        ("xla",) if qkv.dtype == jnp.float32 else ("triton", "xla"),
         lambda name: unsupported_reason(name, qkv, row_multiple=triton.TILE_ROWS, interpret=interpret),
-        preferred=("xla",) if qkv.dtype == jnp.float32 else ("triton", "xla"),
     )
     return _rotate_heads(chosen, interpret, qkv, cos, sin)
 
@@ -61,9 +60,7 @@ def rotate_and_write(
     """
     _validate_heads(qkv, cos, sin)
     _validate_pools(qkv, slots, k_pool, v_pool)
-    chosen = choose_implementation(
-        implementation, IMPLEMENTATIONS, lambda name: unsupported_reason(name, qkv, interpret=interpret), preferred=("triton", "xla")
-    )
+    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, qkv, interpret=interpret))
     arrays = (qkv, cos, sin, slots, k_pool, v_pool)
     if chosen == "xla" or qkv.size == 0:
         return reference.xla_rotate_and_write(*arrays)
@@ -75,14 +72,12 @@ def unsupported_reason(implementation: str, qkv: jax.Array, *, row_multiple: int
 
     `row_multiple` is what their number of rows must be a multiple of: `triton.TILE_ROWS` for `rotate_heads`.
     """
-    check_known(implementation, IMPLEMENTATIONS)
-    if implementation == "xla":
-        return None
-    if not interpret and (reason := device_reason()):
+    num_rows, _, _, head_size = qkv.shape
+    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation == "xla":
         return reason
-    if qkv.shape[0] % row_multiple:
-        return f"the number of rows must be a multiple of {row_multiple}, got {qkv.shape[0]}"
-    return None if (head_size := qkv.shape[3]) in (32, 64, 128, 256) else f"head size must be 32, 64, 128 or 256, got {head_size}"
+    if num_rows % row_multiple:
+        return f"the number of rows must be a multiple of {row_multiple}, got {num_rows}"
+    return None if head_size in (32, 64, 128, 256) else f"head size must be 32, 64, 128 or 256, got {head_size}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

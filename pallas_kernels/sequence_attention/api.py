@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
 from pallas_kernels.sequence_attention import triton
 from pallas_kernels.sequence_attention.mask import TileMask
 
@@ -39,10 +39,7 @@ def masked_attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     _validate(q, k, v, mask, scale)
     chosen = choose_implementation(
-        implementation,
-        IMPLEMENTATIONS,
-        lambda name: unsupported_reason(name, q.shape[3], interpret=interpret),
-        preferred=("triton", "reference"),
+        implementation, ("triton", "reference"), lambda name: unsupported_reason(name, q.shape[3], interpret=interpret)
     )
     if q.size == 0 or k.size == 0:
         return jnp.zeros(q.shape, q.dtype)
@@ -54,10 +51,7 @@ def masked_attention(
 
 def unsupported_reason(implementation: str, head_size: int, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot compute heads of this size on the default device; None when it can."""
-    check_known(implementation, IMPLEMENTATIONS)
-    if implementation == "reference":
-        return None
-    if not interpret and (reason := device_reason()):
+    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation == "reference":
         return reason
     return None if head_size in (32, 64, 128) else f"head size must be 32, 64 or 128, got {head_size}"
 

@@ -13,10 +13,6 @@ WORD_BITS = 32
 MAX_ELEMENTS = 2**26  # of the boolean mask in memory at a time
 
 
-def _static():
-    return dataclasses.field(metadata={"static": True})
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TileMask:
@@ -37,8 +33,8 @@ class TileMask:
     """int32 [B, S'/block_k, T'/block_q]: the same, for each tile of keys."""
     query_counts: jax.Array
     """int32 [B, S'/block_k, 2]"""
-    num_queries: int = _static()
-    num_keys: int = _static()
+    num_queries: int = dataclasses.field(metadata={"static": True})
+    num_keys: int = dataclasses.field(metadata={"static": True})
 
     @property
     def block_q(self) -> int:

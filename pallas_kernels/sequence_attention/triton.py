@@ -35,14 +35,14 @@ from pallas_kernels.common import LOG2_E, dot
 from pallas_kernels.sequence_attention.mask import WORD_BITS, TileMask
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float, interpret: bool = False):
+def forward(q, k, v, mask: TileMask, *, scale: float, interpret: bool = False) -> list[jax.Array]:
     """Run the forward kernel on q [B, T', N, H], k and v [B, S', K, H].
 
     Returns `out` [B, T', N, H] and `lse`, float32 [B, N, T'], L in units of log 2.
     """
     batch, num_queries, num_heads, _ = q.shape
     return _call(
-        functools.partial(_forward_kernel, scale=scale, block_q=mask.block_q, block_k=mask.block_k),
+        functools.partial(_forward_kernel, scale=scale),
         (num_queries // mask.block_q, num_heads, batch),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32)),
         "masked_attention",
@@ -51,24 +51,12 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: 
     )(q, k, v, mask.bits, mask.key_tiles, mask.key_counts)
 
 
-def backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: TileMask,
-    out: jax.Array,
-    lse: jax.Array,
-    grad: jax.Array,
-    *,
-    scale: float,
-    interpret: bool = False,
-):
+def backward(q, k, v, mask: TileMask, out, lse, grad, *, scale: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Run the backward kernels: gradients of q, k and v from that of `out`; shapes as in `forward`."""
     batch, num_queries, num_heads, head_size = q.shape
     _, num_keys, num_kv_heads, _ = k.shape
-    sizes = {"block_q": mask.block_q, "block_k": mask.block_k}
     dq, delta = _call(
-        functools.partial(_queries_kernel, scale=scale, **sizes),
+        functools.partial(_queries_kernel, scale=scale),
         (num_queries // mask.block_q, num_heads, batch),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
         "masked_attention_dq",
@@ -77,7 +65,7 @@ def backward(
     )(q, k, v, mask.bits, mask.key_tiles, mask.key_counts, out, lse, grad)
     wide = head_size > 64 or k.dtype == jnp.float32  # two accumulators of 128 columns do not fit in the registers of 4 warps
     dk, dv = _call(
-        functools.partial(_keys_kernel, scale=scale, **sizes),
+        functools.partial(_keys_kernel, scale=scale),
         (num_keys // mask.block_k, num_kv_heads, batch),
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         "masked_attention_dkv",
@@ -110,11 +98,10 @@ def _forward_kernel(
     lse_ref,  # float32 [B, N, T']
     *,
     scale: float,
-    block_q: int,
-    block_k: int,
 ):
     tile, head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     kv_head = head // (q_ref.shape[2] // k_ref.shape[2])
+    block_q, block_k = q_ref.shape[1] // tiles_ref.shape[1], k_ref.shape[1] // tiles_ref.shape[2]
     queries = pl.ds(tile * block_q, block_q)
     q = q_ref[b, queries, head, :]
     factor = scale * LOG2_E
@@ -124,7 +111,7 @@ def _forward_kernel(
         keys = pl.ds(key_tile * block_k, block_k)
         scores = dot(q, k_ref[b, keys, kv_head, :], ((1,), (1,)))  # [block_q, block_k]
         if masked:
-            scores = jnp.where(_allowed(bits_ref, b, key_tile, queries, block_q, block_k, query_axis=0), scores, -jnp.inf)
+            scores = jnp.where(_allowed(bits_ref, b, key_tile, queries, block_k, query_axis=0), scores, -jnp.inf)
         new_max = jnp.maximum(running_max, jnp.max(scores, axis=1))
         shift = jnp.where(new_max > -jnp.inf, new_max * factor, 0.0)
         weights = jnp.exp2(scores * factor - shift[:, None])
@@ -155,11 +142,10 @@ def _queries_kernel(
     delta_ref,  # float32 [B, N, T'], D
     *,
     scale: float,
-    block_q: int,
-    block_k: int,
 ):
     tile, head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     kv_head = head // (q_ref.shape[2] // k_ref.shape[2])
+    block_q, block_k = q_ref.shape[1] // tiles_ref.shape[1], k_ref.shape[1] // tiles_ref.shape[2]
     queries = pl.ds(tile * block_q, block_q)
     q, grad = q_ref[b, queries, head, :], grad_ref[b, queries, head, :]
     delta = jnp.sum(grad.astype(jnp.float32) * forward_ref[b, queries, head, :].astype(jnp.float32), axis=1)
@@ -171,7 +157,7 @@ def _queries_kernel(
         k = k_ref[b, keys, kv_head, :]
         weights = jnp.exp2(dot(q, k, ((1,), (1,))) * (scale * LOG2_E) - lse[:, None])  # [block_q, block_k]
         if masked:
-            weights = jnp.where(_allowed(bits_ref, b, key_tile, queries, block_q, block_k, query_axis=0), weights, 0.0)
+            weights = jnp.where(_allowed(bits_ref, b, key_tile, queries, block_k, query_axis=0), weights, 0.0)
         dscores = weights * (dot(grad, v_ref[b, keys, kv_head, :], ((1,), (1,))) - delta[:, None])
         return dq + dot(dscores.astype(q.dtype), k, ((1,), (0,)))
 
@@ -193,11 +179,10 @@ def _keys_kernel(
     dv_ref,  # [B, S', K, H]
     *,
     scale: float,
-    block_q: int,
-    block_k: int,
 ):
     tile, kv_head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group = q_ref.shape[2] // k_ref.shape[2]
+    block_q, block_k = q_ref.shape[1] // tiles_ref.shape[2], k_ref.shape[1] // tiles_ref.shape[1]
     keys = pl.ds(tile * block_k, block_k)
     k, v = k_ref[b, keys, kv_head, :], v_ref[b, keys, kv_head, :]
 
@@ -209,7 +194,7 @@ def _keys_kernel(
         lse, delta = lse_ref[b, head, queries], delta_ref[b, head, queries]
         weights = jnp.exp2(dot(k, q, ((1,), (1,))) * (scale * LOG2_E) - lse[None, :])  # [block_k, block_q]
         if masked:
-            weights = jnp.where(_allowed(bits_ref, b, tile, queries, block_q, block_k, query_axis=1), weights, 0.0)
+            weights = jnp.where(_allowed(bits_ref, b, tile, queries, block_k, query_axis=1), weights, 0.0)
         dv += dot(weights.astype(grad.dtype), grad, ((1,), (0,)))
         dscores = weights * (dot(v, grad, ((1,), (1,))) - delta[None, :])
         return dk + dot(dscores.astype(q.dtype), q, ((1,), (0,))), dv
@@ -238,9 +223,9 @@ def _over_tiles(body, init, tiles_ref, counts_ref, b, tile, group=1):
     return state
 
 
-def _allowed(bits_ref, b, key_tile, queries, block_q: int, block_k: int, query_axis: int):
+def _allowed(bits_ref, b, key_tile, queries, block_k: int, query_axis: int):
     """Unpack bool [block_q, block_k] of the mask, transposed where the queries are on axis 1."""
-    shape = (block_q, block_k) if query_axis == 0 else (block_k, block_q)
+    shape = (queries.size, block_k) if query_axis == 0 else (block_k, queries.size)
     key = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
     num_words = block_k // WORD_BITS
     words = [jnp.expand_dims(bits_ref[b, key_tile * num_words + w, queries], 1 - query_axis) for w in range(num_words)]

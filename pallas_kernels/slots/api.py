@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import check_known, choose_implementation, device_reason, require
+from pallas_kernels.common import choose_implementation, device_reason, require
 from pallas_kernels.slots.triton import triton_update
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -38,16 +38,13 @@ def update_slots(
     """
     arrays = (slots, counts, visible, slot_table, own, rebuild, append)
     _validate(*arrays)
-    chosen = choose_implementation(
-        implementation, IMPLEMENTATIONS, lambda name: unsupported_reason(name, interpret=interpret), preferred=("triton", "xla")
-    )
+    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))
     return _xla_update(*arrays) if chosen == "xla" else triton_update(*arrays, interpret=interpret)
 
 
 def unsupported_reason(implementation: str, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot run on the default device; None when it can."""
-    check_known(implementation, IMPLEMENTATIONS)
-    return None if implementation == "xla" or interpret else device_reason()
+    return device_reason(implementation, IMPLEMENTATIONS, interpret)
 
 
 def _xla_update(slots, counts, visible, slot_table, own, rebuild, append):

@@ -23,18 +23,8 @@ from jax.experimental.pallas import triton as plt
 TILE = 1024  # table entries that a program compacts at once
 
 
-def triton_update(
-    slots: jax.Array,
-    counts: jax.Array,
-    visible: jax.Array,
-    slot_table: jax.Array,
-    own: jax.Array,
-    rebuild: jax.Array,
-    append: jax.Array,
-    *,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Run the kernel; shapes as in `update_slots`, already checked."""
+def triton_update(slots, counts, visible, slot_table, own, rebuild, append, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Run the kernel; arrays as in `update_slots`, already checked."""
     tile = min(TILE, pl.next_power_of_2(max(slot_table.shape[1], 32)))
     return pl.pallas_call(
         functools.partial(_kernel, tile=tile),

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, require
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
@@ -45,12 +45,7 @@ def span_decode_attention(
       `[B, N, H]` in the dtype of `q`.
     """
     _validate(q, k_pool, v_pool, slots, counts)
-    chosen = choose_implementation(
-        implementation,
-        IMPLEMENTATIONS,
-        lambda name: unsupported_reason(name, q, k_pool, interpret=interpret),
-        preferred=("triton", "xla"),
-    )
+    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, q, k_pool, interpret=interpret))
     if q.size == 0 or slots.shape[1] == 0:
         return jnp.zeros(q.shape, q.dtype)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
@@ -59,9 +54,6 @@ def span_decode_attention(
 
 def unsupported_reason(implementation: str, q: jax.Array, k_pool: Rows, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot compute this on the default device; None when it can."""
-    check_known(implementation, IMPLEMENTATIONS)
-    if implementation in ("reference", "xla"):
-        return None
     if implementation == "jax_triton":
         if interpret:
             return "it has no interpreter"
@@ -69,7 +61,8 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: Rows, *, inter
             return "int8 pools are only in triton"
         if not importlib.util.find_spec("jax_triton"):
             return "needs the package jax-triton"
-    if not interpret and (reason := device_reason(90 if implementation == "mosaic" else 80)):
+    reason = device_reason(implementation, IMPLEMENTATIONS, interpret, 90 if implementation == "mosaic" else 80)
+    if reason or implementation in PLAIN:
         return reason
     if implementation == "mosaic":
         from pallas_kernels.span_decode import mosaic  # it takes a second to import

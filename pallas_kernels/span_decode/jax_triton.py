@@ -5,27 +5,17 @@ kv head to a program; float pools only. Needs the package jax-triton 0.3.1, whic
 """
 
 import jax
-import jax.numpy as jnp
 import jax_triton
 import triton
 import triton.language as tl
 
 from pallas_kernels.common import LOG2_E
 from pallas_kernels.span_decode.heuristics import TritonConfig
-from pallas_kernels.span_decode.triton import MATRIX_ROWS, combine_tile, max_splits
+from pallas_kernels.span_decode.triton import combine_tile, group_rows, max_splits, split_results
 
 
-def jax_triton_attention(
-    q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    slots: jax.Array,
-    counts: jax.Array,
-    *,
-    scale: float,
-    config: TritonConfig,
-) -> jax.Array:
-    """Run the kernels; shapes as in `span_decode_attention`, already checked."""
+def jax_triton_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: TritonConfig) -> jax.Array:
+    """Run the kernels; arrays as in `span_decode_attention`, already checked."""
     batch, num_heads, head_size = q.shape
     num_rows, num_kv_heads, _ = k_pool.shape
     num_splits = max_splits(batch, config.splits)
@@ -41,18 +31,13 @@ def jax_triton_attention(
     out, *partial = jax_triton.triton_call(
         *(q, k_pool, v_pool, slots, counts),
         kernel=attend_kernel,
-        out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_splits, num_heads, head_size), jnp.float32),
-            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
-        ),
+        out_shape=split_results(q, num_splits),
         grid=(num_kv_heads, num_splits),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         num_rows=num_rows,
         num_kv_heads=num_kv_heads,
-        group_rows=max(MATRIX_ROWS, triton.next_power_of_2(num_heads // num_kv_heads)),
+        group_rows=group_rows(num_heads // num_kv_heads),
         scale=scale * LOG2_E,
         **sizes,
     )

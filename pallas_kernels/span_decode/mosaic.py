@@ -56,19 +56,9 @@ def unsupported_reason(q: jax.Array, k_pool: Rows, interpret: bool) -> str | Non
     return None
 
 
-def mosaic_attention(
-    q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    slots: jax.Array,
-    counts: jax.Array,
-    *,
-    scale: float,
-    config: MosaicConfig,
-    interpret: bool = False,
-) -> jax.Array:
-    """Run the kernel; shapes as in `span_decode_attention`, already checked."""
-    batch, num_heads, head_size = q.shape
+def mosaic_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: MosaicConfig, interpret: bool = False) -> jax.Array:
+    """Run the kernel; arrays as in `span_decode_attention`, already checked."""
+    batch, _, head_size = q.shape
     num_kv_heads = k_pool.shape[1]
     keys = config.tile_rows * KV_HEADS
     num_splits = triton.max_splits(batch, config.splits)
@@ -81,12 +71,7 @@ def mosaic_attention(
 
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale, config=config),
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_splits, num_heads, head_size), jnp.float32),
-            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
-        ),
+        out_type=triton.split_results(q, num_splits),
         grid=(num_kv_heads // KV_HEADS, num_splits),
         grid_names=("head_block", "split"),
         num_threads=2,

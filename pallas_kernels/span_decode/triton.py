@@ -33,26 +33,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import LOG2_E, MULTIPROCESSORS, dot
-from pallas_kernels.quantized import Quantized, Rows
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
 
-MATRIX_ROWS = 16  # the fewest rows that a matrix product has on the matrix unit
 
-
-def triton_attention(
-    q: jax.Array,
-    k_pool: Rows,
-    v_pool: Rows,
-    slots: jax.Array,
-    counts: jax.Array,
-    *,
-    scale: float,
-    config: TritonConfig,
-    interpret: bool = False,
-) -> jax.Array:
-    """Run the kernel; shapes as in `span_decode_attention`, already checked."""
-    batch, num_heads, head_size = q.shape
-    num_kv_heads = k_pool.shape[1]
+def triton_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: TritonConfig, interpret: bool = False) -> jax.Array:
+    """Run the kernels; arrays as in `span_decode_attention`, already checked."""
+    batch, num_kv_heads = q.shape[0], k_pool.shape[1]
     num_splits = max_splits(batch, config.splits)
     scales: tuple[jax.Array, ...] = ()
     if isinstance(k_pool, Quantized) and isinstance(v_pool, Quantized):
@@ -62,12 +49,7 @@ def triton_attention(
     out, *partial = pl.pallas_call(
         functools.partial(_attend_kernel, scale=scale, config=config),
         grid=(num_kv_heads // config.kv_heads, num_splits),
-        out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_splits, num_heads, head_size), jnp.float32),
-            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct((num_splits, num_heads), jnp.float32),
-        ),
+        out_shape=split_results(q, num_splits),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="span_decode_attend",
@@ -75,6 +57,12 @@ def triton_attention(
     if num_splits == batch:  # one split each: nothing to combine
         return out
     return combine(out, partial, counts, slots.shape[1], config, interpret)
+
+
+def split_results(q: jax.Array, num_splits: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Describe what an attending kernel returns: the output, and of each split the weighted sum, the maximum and the sum of weights."""
+    of_head = jax.ShapeDtypeStruct((num_splits, q.shape[1]), jnp.float32)
+    return jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((num_splits, *q.shape[1:]), jnp.float32), of_head, of_head
 
 
 def combine(
@@ -97,6 +85,11 @@ def combine(
 def max_splits(batch: int, splits: int) -> int:
     """Bound the number of splits that `split_sequences` makes of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
     return batch * splits + batch - 1
+
+
+def group_rows(group: int) -> int:
+    """Count the rows that a group of query heads takes up in matrix products: 16 are the fewest on the matrix unit."""
+    return max(16, pl.next_power_of_2(group))
 
 
 def combine_tile(batch: int, num_heads: int, head_size: int) -> tuple[int, int]:
@@ -165,7 +158,7 @@ def _attend_kernel(
 
         # The group fills up the matrix unit's rows with copies of its last head. They compute and
         # store what that head does, which saves masks where G is no power of two.
-        head_of_group = jnp.minimum(jnp.arange(_group_rows(group), dtype=jnp.int32), group - 1)
+        head_of_group = jnp.minimum(jnp.arange(group_rows(group), dtype=jnp.int32), group - 1)
         heads = [kv_head * group + head_of_group for kv_head in kv_heads]
         queries = [q_ref[b, own, :] for own in heads]  # [rows, H] each
 
@@ -259,7 +252,3 @@ def _combine_kernel(
         init = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((columns,), jnp.float32))
         _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_splits, read_splits), step, init)
         out_ref[b, head, own] = (acc / total).astype(out_ref.dtype)
-
-
-def _group_rows(group: int) -> int:
-    return max(MATRIX_ROWS, pl.next_power_of_2(group))

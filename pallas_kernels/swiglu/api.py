@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, check_known, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
 from pallas_kernels.swiglu import triton
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -23,24 +23,17 @@ def silu_and_mul(gate_up: jax.Array, *, implementation: str | None = None, inter
     """
     fits = gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0 and gate_up.dtype in FLOAT_DTYPES
     require(fits, "gate_up must be a float [R, 2 F]", gate_up)
-    chosen = choose_implementation(
-        implementation,
-        IMPLEMENTATIONS,
-        lambda name: unsupported_reason(name, gate_up, interpret=interpret),
-        preferred=("xla",) if gate_up.dtype == jnp.float32 else ("triton", "xla"),
-    )
+    preferred = ("xla",) if gate_up.dtype == jnp.float32 else ("triton", "xla")
+    chosen = choose_implementation(implementation, preferred, lambda name: unsupported_reason(name, gate_up, interpret=interpret))
     return _differentiable(chosen, interpret, gate_up)
 
 
 def unsupported_reason(implementation: str, gate_up: jax.Array, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot compute the gradient on the default device; None when it can."""
-    check_known(implementation, IMPLEMENTATIONS)
-    if implementation == "xla":
-        return None
-    if not interpret and (reason := device_reason()):
+    if reason := device_reason(implementation, IMPLEMENTATIONS, interpret):
         return reason
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    if num_rows % triton.TILE[0] or width % triton.TILE[1]:
+    if implementation == "triton" and (num_rows % triton.TILE[0] or width % triton.TILE[1]):
         return f"rows and width must be multiples of {triton.TILE[0]} and {triton.TILE[1]}, got {num_rows} and {width}"
     return None
 

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 import pallas_kernels
-from pallas_kernels.common import choose_implementation
+from pallas_kernels.common import choose_implementation, device_reason
 
 PACKAGE = Path(pallas_kernels.__file__).parent
 
 
 def choose(implementation, reasons):
-    return choose_implementation(implementation, ("xla", "fast", "fastest"), reasons.get, preferred=("fastest", "fast", "xla"))
+    def reason(name):
+        return device_reason(name, ("xla", "fast", "fastest"), interpret=True) or reasons.get(name)
+
+    return choose_implementation(implementation, ("fastest", "fast", "xla"), reason)
 
 
 def test_the_best_that_can_do_it_is_chosen():
