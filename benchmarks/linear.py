@@ -17,14 +17,15 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from benchmarks.shapes import ShapeName, matrix_sizes, named_shape
-from benchmarks.timing import CACHE_BYTES, KernelReport, median_and_spread, run_seconds
+from benchmarks.timing import CACHE_BYTES, KernelReport, median_and_spread, names, relative_error, require_gpu, run_seconds
 from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
 from pallas_kernels.common import MULTIPROCESSORS
 from pallas_kernels.linear import expected_bytes
@@ -42,22 +43,19 @@ class Matrix:
     num_inputs: int
     norm: bool = False
     gated: bool = False
-    float32: bool = False  # the result, as logits are
+    out_dtype: Any = jnp.bfloat16
 
     @property
     def num_results(self) -> int:
         return self.num_outputs // 2 if self.gated else self.num_outputs
 
-    def options(self) -> dict:
-        return {"gated": self.gated, "out_dtype": jnp.float32 if self.float32 else jnp.bfloat16}
 
-
-_FUSED: dict[str, dict[str, bool]] = {
+_FUSED: dict[str, dict[str, Any]] = {
     "qkv": {"norm": True},
     "o": {},
     "gate-up": {"norm": True, "gated": True},
     "down": {},
-    "head": {"norm": True, "float32": True},
+    "head": {"norm": True, "out_dtype": jnp.float32},
 }
 
 
@@ -78,22 +76,11 @@ BATCHES = (1, 8, 32, 64)
 IMPLEMENTATIONS = ("triton", "triton+int8", "xla", "xla+int8", "xla [D, M]")
 
 
-def transposed_linear(x, weight, *, norm=None, residual=None, gated=False, out_dtype=None):
-    """Compute what `implementation="xla"` does, with the weight stored `[D, M]`."""
-    if norm is not None:
-        x = rms_norm(x, norm, 1e-5)
-    out = jnp.dot(x, weight, preferred_element_type=out_dtype)
-    if gated:
-        gate, up = jnp.split(out, 2, axis=-1)
-        out = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
-    return out if residual is None else out + residual.astype(out.dtype)
-
-
-def linear_function(implementation: str):
+def linear_function(kind: str) -> Callable:
     """Look up what to time by its name; `+int8` takes int8 weights, `[D, M]` transposed ones."""
-    if implementation == "xla [D, M]":
-        return transposed_linear
-    return functools.partial(fused_linear, implementation=implementation.partition("+")[0])
+    if kind == "xla [D, M]":
+        return lambda x, weight, **options: fused_linear(x, weight.T, implementation="xla", **options)
+    return functools.partial(fused_linear, implementation=kind.partition("+")[0])
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
@@ -103,18 +90,14 @@ def draw(seed: int, *shape: int) -> jax.Array:
 def draw_weights(matrix: Matrix, seed: int) -> list[jax.Array]:
     """Draw several weights of unit gain, which together outgrow the cache (24 of the small ones, which come close)."""
     number = min(24, max(2, math.ceil(3 * CACHE_BYTES / (2 * matrix.num_outputs * matrix.num_inputs))))
-    scale = matrix.num_inputs**-0.5
-    shape = (matrix.num_outputs, matrix.num_inputs)
-    make = jax.jit(lambda seed: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) * scale)
+    make = jax.jit(lambda seed: draw(seed, matrix.num_outputs, matrix.num_inputs) * matrix.num_inputs**-0.5)
     return [make(seed + i) for i in range(number)]
 
 
-def stored_as(implementation: str, weights: list[jax.Array]) -> list:
-    """Store the weights as the implementation takes them; int8 ones in twice the number."""
-    if implementation.endswith("int8"):
-        quantize = jax.jit(quantize_weight)
-        return [quantize(w) for w in weights] + [quantize(-w) for w in weights]
-    return [jax.jit(jnp.transpose)(w) for w in weights] if implementation == "xla [D, M]" else weights
+def stored_as(kind: str, weights: Iterable[jax.Array]) -> list:
+    """Store weights as an implementation takes them."""
+    store: dict[str, Callable] = {"triton+int8": quantize_weight, "xla+int8": quantize_weight, "xla [D, M]": jnp.transpose}
+    return list(map(jax.jit(store[kind]), weights)) if kind in store else list(weights)
 
 
 def chain(linear, options, rounds, x, norm, residual, weights):
@@ -130,81 +113,76 @@ def chain(linear, options, rounds, x, norm, residual, weights):
     return jax.lax.fori_loop(0, rounds, body, residual)
 
 
-def compile_all(programs: dict) -> dict:
-    """Compile `name: (function, arguments)` on all processors; what does not compile is an exception."""
+class Program(NamedTuple):
+    """A chain to time: the function and its arguments, how many calls it makes, and the bytes that one of them moves."""
 
-    def compile_one(item):
-        function, arguments = item
+    function: Callable
+    arguments: tuple
+    calls: int
+    moved_bytes: int
+
+    def compile(self) -> Any:
         try:
-            return jax.jit(function).lower(*arguments).compile()
-        except Exception as error:
+            return jax.jit(self.function).lower(*self.arguments).compile()
+        except Exception as error:  # reported as not run
             return error
 
+
+def time_programs(name: str, programs: dict[tuple[int, str], Program], compare: Callable, report: KernelReport, runs: int = 5) -> None:
+    """Compile programs by batch and variant on all processors, and add a row for each.
+
+    Args:
+      compare: batch, variant and the result of a program -> what the row says of its correctness.
+    """
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(programs, pool.map(compile_one, programs.values()), strict=True))
-
-
-def time_us(program, arguments, calls: int, runs: int) -> tuple[float, float]:
-    """Time a program of so many calls: median microseconds per call and the spread over `runs` repetitions."""
-    seconds = run_seconds(lambda: program(*arguments), queued=2, repetitions=runs)  # one queued while the other runs
-    return median_and_spread([1e6 * each / calls for each in seconds])
-
-
-def add_row(report: KernelReport, name: str, batch: int, what: str, microseconds: float, moved_bytes: int, **more) -> None:
-    report.add(f"{name:12} B{batch:<3} {what:32}", microseconds, moved_bytes, {"name": name, "batch": batch, "what": what}, **more)
-
-
-def not_run(name: str, batch: int, what: str, error: Exception) -> None:
-    print(f"{name:12} B{batch:<3} {what:32} not run: {str(error).splitlines()[0][:200]}", flush=True)
-
-
-def relative_error(out: jax.Array, expected: jax.Array) -> float:
-    out, expected = out.astype(jnp.float32), expected.astype(jnp.float32)
-    return float(jnp.sqrt(jnp.mean((out - expected) ** 2) / jnp.mean(expected**2)))
+        compiled = list(pool.map(Program.compile, programs.values()))
+    for ((batch, variant), program), run in zip(programs.items(), compiled, strict=True):
+        label = f"{name:12} B{batch:<3} {variant:32}"
+        if isinstance(run, Exception):
+            report.not_run(label, run)
+            continue
+        more = compare(batch, variant, run(*program.arguments))
+        seconds = run_seconds(functools.partial(run, *program.arguments), queued=2, repetitions=runs)  # one queued while the other runs
+        microseconds, spread = median_and_spread([1e6 * each / program.calls for each in seconds])
+        case = {"name": name, "batch": batch, "what": variant}
+        report.add(label, microseconds, program.moved_bytes, case, spread_microseconds=spread, **more)
+    report.save()
 
 
 def run_matrix(matrix: Matrix, variants: dict, seed: int, report: KernelReport, runs: int, run_ms: float = 3.0) -> None:
     """Time `variants` (batch and name: function and how its weights are stored) of one matrix."""
     weights = draw_weights(matrix, seed)
-    stored = {kind: stored_as(kind, weights) for kind in dict.fromkeys(kind for _, kind in variants.values())}
+    stored = {}
+    for kind in dict.fromkeys(kind for _, kind in variants.values()):
+        more = (-weight for weight in weights) if kind.endswith("int8") else ()  # half the bytes, so twice as many
+        stored[kind] = stored_as(kind, itertools.chain(weights, more))
     norm = 1.0 + 0.1 * draw(seed + 1, matrix.num_inputs) if matrix.norm else None
-    options = matrix.options()
-    batches = dict.fromkeys(batch for batch, _ in variants)
+    options = {"gated": matrix.gated, "out_dtype": matrix.out_dtype}
     inputs = {
-        b: (draw(seed + 2, b, matrix.num_inputs), norm, draw(seed + 3, b, matrix.num_results).astype(options["out_dtype"])) for b in batches
+        batch: (draw(seed + 2, batch, matrix.num_inputs), norm, draw(seed + 3, batch, matrix.num_results).astype(matrix.out_dtype))
+        for batch in dict.fromkeys(batch for batch, _ in variants)
     }
-    programs: dict[tuple, tuple] = {}
-    rounds: dict[tuple, int] = {}
+    programs: dict[tuple[int, str], Program] = {}
     for (batch, name), (linear, kind) in variants.items():
-        moved = expected_bytes(inputs[batch][0], as_stored(matrix, kind), norm=norm, residual=inputs[batch][2], **options)
+        x, _, residual = inputs[batch]
+        weight = stored[kind][0] if kind.endswith("int8") else weights[0]
+        moved = expected_bytes(x, weight, norm=norm, residual=residual, **options)
         guess_ms = len(stored[kind]) * (3.0 + 1.5 * moved / report.ceiling_tbps / 1e6) * 1e-3
-        rounds[batch, name] = max(1, round(run_ms / guess_ms))
-        programs[batch, name] = (functools.partial(chain, linear, options, rounds[batch, name]), (*inputs[batch], stored[kind]))
-    once: dict[tuple, jax.Array] = {}
-    for (batch, name), program in compile_all(programs).items():
-        kind, arguments = variants[batch, name][1], programs[batch, name][1]
-        if isinstance(program, Exception):
-            not_run(matrix.name, batch, name, program)
-            continue
-        error = None
-        if "int8" not in kind:
-            # The residual adds up to the sum over all weights, times the rounds.
-            key = (batch, rounds[batch, name])
-            if key not in once:
-                once[key] = chain(linear_function("xla"), options, key[1], *inputs[batch], weights)
-            error = relative_error(program(*arguments), once[key])
-        microseconds, spread = time_us(program, arguments, len(stored[kind]) * rounds[batch, name], runs)
-        moved = expected_bytes(arguments[0], as_stored(matrix, kind), norm=norm, residual=arguments[2], **options)
-        add_row(report, matrix.name, batch, name, microseconds, moved, spread_microseconds=spread, relative_error=error)
-    report.save()
+        rounds = max(1, round(run_ms / guess_ms))
+        function = functools.partial(chain, linear, options, rounds)
+        programs[batch, name] = Program(function, (*inputs[batch], stored[kind]), rounds * len(stored[kind]), moved)
 
+    @functools.cache
+    def expected(batch: int, rounds: int) -> jax.Array:
+        # The residual adds up to the sum over all weights, times the rounds.
+        return chain(linear_function("xla"), options, rounds, *inputs[batch], weights)
 
-def as_stored(matrix: Matrix, kind: str):
-    """Return the shapes of a weight as it is stored."""
-    shape = (matrix.num_outputs, matrix.num_inputs)
-    if kind.endswith("int8"):
-        return jax.eval_shape(quantize_weight, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    def compare(batch: int, name: str, out: jax.Array) -> dict:
+        if variants[batch, name][1].endswith("int8"):
+            return {"relative_error": None}
+        return {"relative_error": relative_error(out, expected(batch, programs[batch, name].calls // len(weights)))}
+
+    time_programs(matrix.name, programs, compare, report, runs)
 
 
 # Whole layers.
@@ -239,38 +217,33 @@ LAYER_VARIANTS = {  # name: (linear and how its weights are stored, rotation)
 }
 
 
-def run_layers(name: ShapeName, batches: tuple[int, ...], seed: int, report: KernelReport) -> None:
+def run_layers(name: ShapeName, batches: list[int], seed: int, report: KernelReport, rounds: int = 10) -> None:
     """Time whole layers of a model without their attention: what stands between two attentions of a decode step."""
     config = named_shape(name).config
-    matrices = [size for matrix, size in matrix_sizes(name).items() if matrix != "head"]
-    make = jax.jit(lambda seed, size: 0.5 * jax.random.normal(jax.random.key(seed), size, jnp.bfloat16) * size[1] ** -0.5, static_argnums=1)
-    seeds = itertools.count(seed)
-    layers = [tuple(make(next(seeds), size) for size in matrices) for _ in range(NUM_LAYERS)]
-    store: dict[str, Callable] = {"triton+int8": quantize_weight, "xla [D, M]": jnp.transpose}
-    stored = {kind: layers for kind, _ in LAYER_VARIANTS.values()}
-    stored |= {kind: [tuple(change(w) for w in layer) for layer in layers] for kind, change in store.items()}
+    sizes = [size for matrix, size in matrix_sizes(name).items() if matrix != "head"]
+    make = jax.jit(lambda seed, size: 0.5 * draw(seed, *size) * size[1] ** -0.5, static_argnums=1)
+    layers = [[make(seed + len(sizes) * layer + i, size) for i, size in enumerate(sizes)] for layer in range(NUM_LAYERS)]
+    stored = {kind: [stored_as(kind, layer) for layer in layers] for kind in dict.fromkeys(kind for kind, _ in LAYER_VARIANTS.values())}
     norm = 1.0 + 0.1 * draw(seed + 1, config.hidden_size)
-    weight_bytes, rounds = 2 * sum(m * d for m, d in matrices), 10
-    programs: dict[tuple, tuple] = {}
+    weight_bytes = 2 * sum(m * d for m, d in sizes)
+    programs: dict[tuple[int, str], Program] = {}
     for batch in batches:
         pool = jnp.zeros((batch, config.num_kv_heads, config.head_size), jnp.bfloat16)
         angles = tuple(draw(seed + i, batch, config.head_size // 2).astype(jnp.float32) for i in (5, 6))
         rest = (draw(seed + 4, batch, config.hidden_size), norm, angles, jnp.arange(batch, dtype=jnp.int32))
         for variant, (kind, rotary) in LAYER_VARIANTS.items():
             function = functools.partial(layer_chain, linear_function(kind), rotary, rounds)
-            programs[batch, variant] = (function, (*rest, stored[kind], [(pool, pool)] * NUM_LAYERS))
-    expected: dict[int, jax.Array] = {}
-    for (batch, variant), program in compile_all(programs).items():
-        if isinstance(program, Exception):
-            not_run(name, batch, variant, program)
-            continue
-        arguments = programs[batch, variant][1]
-        out = program(*arguments)[0]
-        error = relative_error(out, expected.setdefault(batch, out))
-        microseconds, spread = time_us(program, arguments, rounds * NUM_LAYERS, 5)
-        moved = weight_bytes // 2 if "int8" in variant else weight_bytes
-        add_row(report, name, batch, variant, microseconds, moved, spread_microseconds=spread, difference_from_first=error)
-    report.save()
+            arguments = (*rest, stored[kind], [(pool, pool)] * NUM_LAYERS)
+            programs[batch, variant] = Program(function, arguments, rounds * NUM_LAYERS, weight_bytes // (2 if "int8" in kind else 1))
+    first: dict[int, jax.Array] = {}
+
+    def compare(batch: int, variant: str, out: tuple) -> dict:
+        return {"difference_from_first": relative_error(out[0], first.setdefault(batch, out[0]))}
+
+    time_programs(name, programs, compare, report)
+
+
+# Settings of the kernel.
 
 
 def settings(matrix: Matrix, batch: int, int8: bool) -> list[LinearConfig]:
@@ -295,26 +268,28 @@ def settings(matrix: Matrix, batch: int, int8: bool) -> list[LinearConfig]:
     return list(dict.fromkeys(found))
 
 
-def tune_variants(matrix: Matrix, batches: tuple[int, ...], kinds: list[str]) -> dict:
-    variants = {}
-    for batch, kind in itertools.product(batches, kinds):
-        for config in settings(matrix, batch, "int8" in kind):
-            linear = functools.partial(configured_linear, config)
-            name = f"{kind} " + "/".join(str(value) for value in config)
-            variants[batch, name] = (linear, kind)
-    return variants
-
-
 def configured_linear(config: LinearConfig, x, weight, *, norm, residual, gated, out_dtype):
     if norm is not None and x.shape[0] > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, 1e-5), None
     return triton_linear(x, weight, norm, residual, norm_eps=1e-5, gated=gated, out_dtype=out_dtype, config=config)
 
 
+def variants_of(matrix: Matrix, batches: list[int], implementations: list[str], tune: bool) -> dict:
+    """List what to time of a matrix: implementations or, to tune, settings; batch and name: function and how weights are stored."""
+    variants: dict[tuple[int, str], tuple[Callable, str]] = {}
+    for batch, kind in itertools.product(batches, implementations):
+        if not tune:
+            variants[batch, kind] = (linear_function(kind), kind)
+        elif kind.startswith("triton"):
+            for config in settings(matrix, batch, "int8" in kind):
+                variants[batch, f"{kind} {'/'.join(map(str, config))}"] = (functools.partial(configured_linear, config), kind)
+    return variants
+
+
 def main(arguments: list[str] | None = None) -> int:
+    matrices = {matrix.name: matrix for matrix in MATRICES}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__.split("\n")[0])
-    names = ",".join(matrix.name for matrix in MATRICES)
-    parser.add_argument("--matrices", default=names, help="comma-separated, may be empty (default: all: %(default)s)")
+    parser.add_argument("--matrices", default=",".join(matrices), help="comma-separated, may be empty (default: all: %(default)s)")
     parser.add_argument("--layers", default=",".join(LAYERS), help="comma-separated, may be empty (default: all: %(default)s)")
     parser.add_argument("--batch-size", default=",".join(map(str, BATCHES)), help="rows, comma-separated (default: %(default)s)")
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="of the matrices (default: %(default)s)")
@@ -322,36 +297,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the data (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     args = parser.parse_args(arguments)
-    matrices = _chosen(parser, "matrix", args.matrices, {matrix.name: matrix for matrix in MATRICES})
-    layers = _chosen(parser, "layer", args.layers, {name: name for name in LAYERS})
-    implementations = _split(args.implementations)
-    batches = tuple(int(batch) for batch in _split(args.batch_size))
-    if jax.devices()[0].platform != "gpu":
-        parser.exit(2, f"error: needs a GPU, the default device is a {jax.devices()[0].platform}\n")
+    matrix_names = names(parser, args.matrices, "matrix", matrices)
+    layers = names(parser, args.layers, "layer", LAYERS)
+    implementations = names(parser, args.implementations)
+    batches = list(map(int, names(parser, args.batch_size)))
+    require_gpu(parser)
     report = KernelReport(args.json, seed=args.seed)
     for layer in () if args.tune else layers:
         run_layers(layer, batches, args.seed, report)
-    for matrix in matrices:
-        if args.tune:
-            kinds = [name for name in implementations if name.startswith("triton")]
-            variants = tune_variants(matrix, batches, kinds)
-        else:
-            variants = {pair: (linear_function(pair[1]), pair[1]) for pair in itertools.product(batches, implementations)}
+    for matrix in map(matrices.__getitem__, matrix_names):
+        variants = variants_of(matrix, batches, implementations, args.tune)
         run_matrix(matrix, variants, args.seed, report, runs=3 if args.tune else 5)
     return 0
-
-
-def _split(text: str) -> list[str]:
-    # A comma inside brackets belongs to the name.
-    names = text.replace("[D, M]", "[D; M]").split(",")
-    return [name.strip().replace(";", ",") for name in names if name.strip()]
-
-
-def _chosen(parser, what: str, text: str, by_name: dict) -> list:
-    names = _split(text)
-    if unknown := [name for name in names if name not in by_name]:
-        parser.exit(2, f"error: unknown {what} {unknown[0]!r}, choose from {', '.join(by_name)}\n")
-    return [by_name[name] for name in names]
 
 
 if __name__ == "__main__":

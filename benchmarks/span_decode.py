@@ -20,8 +20,7 @@ import math
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
-from benchmarks.timing import CACHE_BYTES, KernelReport, kernel_us, median_and_spread, run_seconds, timed, torch_ms
+from benchmarks.timing import (
+    CACHE_BYTES,
+    KernelReport,
+    kernel_us,
+    median_and_spread,
+    names,
+    relative_error,
+    require_gpu,
+    run_seconds,
+    timed,
+    torch_ms,
+)
 from pallas_kernels import quantize_pool, span_decode_attention
 from pallas_kernels.span_decode import expected_bytes, unsupported_reason
 from pallas_kernels.span_decode.heuristics import TritonConfig, triton_config
@@ -151,9 +161,10 @@ def cudnn_dense(q, k_cache, v_cache):
 JAX_PEERS = {"XLA einsum, dense": xla_dense, "cuDNN, dense": cudnn_dense}
 
 
-def torch_rows(shape: AttentionShape, seed: int) -> Iterator[dict]:
-    """Time PyTorch's SDPA over the whole cache, and FlexAttention with the block mask of each case."""
+def torch_rows(shape: AttentionShape, seed: int, report: KernelReport) -> Iterator[dict]:
+    """Time PyTorch's SDPA over the whole cache, and FlexAttention with block masks, which take longer to build than to use."""
     import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     batch, length = len(shape.lengths), shape.capacity
     torch.manual_seed(seed)
@@ -174,15 +185,7 @@ def torch_rows(shape: AttentionShape, seed: int) -> Iterator[dict]:
 
     sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
     yield {"implementation": "PyTorch SDPA, dense", "density": 1.0, "pattern": "all", "microseconds": time_us(sdpa)}
-    yield from flex_rows(shape, seed, time_us)
 
-
-def flex_rows(shape: AttentionShape, seed: int, time_us: Callable) -> Iterator[dict]:
-    """Time FlexAttention with a block mask, which takes longer to build than to use."""
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    batch, length = len(shape.lengths), shape.capacity
     attended = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
 
     def keep(b, h, q_idx, kv_idx):
@@ -204,8 +207,7 @@ def flex_rows(shape: AttentionShape, seed: int, time_us: Callable) -> Iterator[d
         try:
             yield row | {"microseconds": time_us(functools.partial(flex, block_mask=build(), enable_gqa=True))}
         except RuntimeError as error:
-            print(f"{shape.name:12} FlexAttention not run: {str(error).splitlines()[0]}", flush=True)
-            return
+            return report.not_run(f"{shape.name:12} FlexAttention", error)
 
 
 def add_row(report: KernelReport, shape: AttentionShape, row: dict, moved_bytes: int) -> None:
@@ -222,17 +224,16 @@ def run_implementations(workload: Workload, implementations: list[str], report: 
     empty_us, _ = chain_us(empty_call, q, (), inputs[0.1, "tokens"])
     print(f"{shape.name:12} {'an empty call':26} {empty_us:20.2f} us", flush=True)
     sample = inputs[0.1, "tokens"][0]
-    expected = span_decode_attention(q, workload.k_pool, workload.v_pool, *sample, implementation="xla").astype(jnp.float32)
+    expected = span_decode_attention(q, workload.k_pool, workload.v_pool, *sample, implementation="xla")
     for name in implementations:
         implementation, _, pool_type = name.partition("+")
         attend = functools.partial(span_decode_attention, implementation=implementation)
         quantize = quantize_pool if pool_type == "int8" else (lambda pool: pool)
         pools = (quantize(workload.k_pool), quantize(workload.v_pool))
         if reason := unsupported_reason(implementation, q, pools[0]):
-            print(f"{shape.name:12} {name:26} not run: {reason}", flush=True)
+            report.not_run(f"{shape.name:12} {name:26}", reason)
             continue
-        difference = attend(q, *pools, *sample).astype(jnp.float32) - expected
-        error = float(jnp.sqrt(jnp.mean(difference**2) / jnp.mean(expected**2)))
+        error = relative_error(attend(q, *pools, *sample), expected)
         print(f"{shape.name:12} {name:26} differs from implementation='xla' by {error:.2e} (RMS, relative)", flush=True)
         for (density, pattern), arrays in inputs.items():
             microseconds, spread = chain_us(attend, q, pools, arrays)
@@ -253,56 +254,50 @@ def run_peers(workload: Workload, peers: list[str], report: KernelReport, seed: 
         try:
             microseconds, spread = chain_us(attend, q, (), caches)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            print(f"{shape.name:12} {name:26} not run: {str(error).splitlines()[0]}", flush=True)
+            report.not_run(f"{shape.name:12} {name:26}", error)
             continue
-        row: dict[str, Any] = {"implementation": name, "density": 1.0, "pattern": "all"}
+        row: dict = {"implementation": name, "density": 1.0, "pattern": "all"}
         row |= {"microseconds": microseconds, "spread_microseconds": spread}
         add_row(report, shape, row, expected_bytes(q, workload.k_pool, sum(shape.lengths)))
     if "torch" in peers and importlib.util.find_spec("torch"):
-        for row in torch_rows(shape, seed):
+        for row in torch_rows(shape, seed, report):
             _, counts = draw_slots(seed, shape, row["density"], row["pattern"], 0)
             add_row(report, shape, row, expected_bytes(q, workload.k_pool, int(counts.sum())))
 
 
-def tune_shape(shape: AttentionShape, seed: int) -> list[dict]:
+def tune_shape(shape: AttentionShape, seed: int, report: KernelReport) -> None:
     """Time every setting of the Triton kernel on one shape: the measurements behind heuristics.py."""
-    workload, results = Workload.make(shape, seed), []
+    workload = Workload.make(shape, seed)
     chosen = triton_config(len(shape.lengths), shape.num_kv_heads, shape.head_size, 2, shape.capacity)
-    tried = {chosen: None}
-    others = ((64, 2, 3), (64, 4, 3), (64, 2, 4), (32, 2, 3), (32, 2, 4), (32, 1, 4), (16, 1, 4), (16, 2, 5))
-    for tile_rows, num_warps, num_stages in others:
-        tried[TritonConfig(tile_rows, num_warps, num_stages, chosen.splits)] = None
-    tried[TritonConfig(32, 1, 4, 2 * chosen.splits)] = None
+    tiles = ((64, 2, 3), (64, 4, 3), (64, 2, 4), (32, 2, 3), (32, 2, 4), (32, 1, 4), (16, 1, 4), (16, 2, 5))  # rows, warps, stages
+    configs = [chosen, *(TritonConfig(*tile, chosen.splits) for tile in tiles), TritonConfig(32, 1, 4, 2 * chosen.splits)]
     if shape.num_kv_heads % 4 == 0:
-        for tile_rows, num_warps, num_stages, kv_heads in ((16, 1, 4, 2), (16, 2, 4, 2), (32, 2, 3, 2), (16, 2, 3, 4)):
-            tried[TritonConfig(tile_rows, num_warps, num_stages, chosen.splits, kv_heads)] = None
-    tried |= {chosen._replace(splits=max(1, round(chosen.splits * factor))): None for factor in (0.5, 2)}
+        tiles_of_heads = (((16, 1, 4), 2), ((16, 2, 4), 2), ((32, 2, 3), 2), ((16, 2, 3), 4))
+        configs += [TritonConfig(*tile, chosen.splits, kv_heads) for tile, kv_heads in tiles_of_heads]
+    configs += [chosen._replace(splits=max(1, round(chosen.splits * factor))) for factor in (0.5, 2)]
     inputs = {case: workload.draw(seed, *case) for case in ((1.0, "all"), (0.1, "tokens"), (0.02, "tokens"))}
-    for config in tried:
-        attend = functools.partial(triton_attention, scale=shape.head_size**-0.5, config=TritonConfig(*config))
+    for config in dict.fromkeys(configs):
+        attend = functools.partial(triton_attention, scale=shape.head_size**-0.5, config=config)
         try:
-            times = {case: chain_us(attend, workload.q, (workload.k_pool, workload.v_pool), inputs[case])[0] for case in inputs}
+            times = [chain_us(attend, workload.q, (workload.k_pool, workload.v_pool), arrays)[0] for arrays in inputs.values()]
         except RuntimeError as error:  # a setting that asks for more shared memory than there is
-            print(f"{shape.name:12} {config} not run: {str(error).splitlines()[0]}", flush=True)
+            report.not_run(f"{shape.name:12} {config}", error)
             continue
-        results += [{"shape": shape.name, "config": config._asdict(), "density": case[0], "microseconds": us} for case, us in times.items()]
+        for (density, _), us in zip(inputs, times, strict=True):
+            report.content["cases"].append({"shape": shape.name, "config": config._asdict(), "density": density, "microseconds": us})
         mark = "  <- heuristics.py" if config == chosen else ""
-        print(f"{shape.name:12} {config} " + " ".join(f"{us:9.1f}" for us in times.values()) + f" us{mark}", flush=True)
-    return results
+        print(f"{shape.name:12} {config} " + " ".join(f"{us:9.1f}" for us in times) + f" us{mark}", flush=True)
 
 
 def plot(report: dict, path: pathlib.Path) -> None:
     """Plot microseconds against density, one panel per shape, with the time of the bf16 bytes at the read ceiling."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(row["shape"] for row in report["cases"]))
-    implementations = list(dict.fromkeys(row["implementation"] for row in report["cases"]))
-    figure, axes = plt.subplots(2, math.ceil(len(names) / 2), figsize=(5 * math.ceil(len(names) / 2), 8), squeeze=False)
+    shapes, implementations = (dict.fromkeys(row[key] for row in report["cases"]) for key in ("shape", "implementation"))
+    columns = math.ceil(len(shapes) / 2)
+    figure = Figure(figsize=(5 * columns, 8))
     labelled = {}
-    for axis, name in zip(axes.flat, names, strict=False):
+    for axis, name in zip(figure.subplots(2, columns, squeeze=False).flat, shapes, strict=False):
         rows = [row for row in report["cases"] if row["shape"] == name]
         for index, implementation in enumerate(implementations):
             own = [row for row in rows if row["implementation"] == implementation]
@@ -313,8 +308,9 @@ def plot(report: dict, path: pathlib.Path) -> None:
             for pattern, style in zip(PATTERNS if flex else PATTERNS[:1], (":", "-.", "--") if flex else "-", strict=True):
                 line = sorted((100 * r["density"], r["microseconds"]) for r in own if r["pattern"] in (pattern, "all"))
                 if line:  # ours take as long for every pattern, so that one stands for all
-                    label = f"{implementation}, {pattern}"
-                    (labelled[label],) = axis.plot(*zip(*line, strict=True), style, color=f"C{index}", marker="o", markersize=3)
+                    (labelled[f"{implementation}, {pattern}"],) = axis.plot(
+                        *zip(*line, strict=True), style, color=f"C{index}", marker="o", markersize=3
+                    )
         floors = sorted({(100 * r["density"], r["floor_microseconds"]) for r in rows if "int8" not in r["implementation"]})
         (labelled["floor: bf16 bytes / read ceiling"],) = axis.plot(*zip(*floors, strict=True), color="black", linewidth=2)
         axis.set(title=name, xscale="log", yscale="log", xlabel="rows attended to, %", ylabel="microseconds")
@@ -324,16 +320,13 @@ def plot(report: dict, path: pathlib.Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    by_name = {shape.name: shape for shape in ATTENTION_SHAPES}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.span_decode", description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", default=",".join(s.name for s in ATTENTION_SHAPES), help="comma-separated (default: all: %(default)s)")
-    parser.add_argument(
-        "--implementations",
-        default="triton,triton+int8,mosaic,jax_triton",
-        help="comma-separated, +int8 for int8 pools, may be empty (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--peers", default="jax,torch", help="other implementations: of jax (XLA, cuDNN) and of torch, may be empty (default: %(default)s)"
-    )
+    parser.add_argument("--shapes", default=",".join(by_name), help="comma-separated (default: all: %(default)s)")
+    ours, others = "comma-separated, +int8 for int8 pools", "other implementations: of jax (XLA, cuDNN) and of torch"
+    may_be_empty = "may be empty (default: %(default)s)"
+    parser.add_argument("--implementations", default="triton,triton+int8,mosaic,jax_triton", help=f"{ours}, {may_be_empty}")
+    parser.add_argument("--peers", default="jax,torch", help=f"{others}, {may_be_empty}")
     parser.add_argument("--tune", action="store_true", help="time every setting of the Triton kernel instead")
     parser.add_argument("--seed", type=int, default=0, help="of the slots and the data (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here (with --plot: read them)")
@@ -344,18 +337,13 @@ def main(arguments: list[str] | None = None) -> int:
             parser.exit(2, "error: --plot needs --json FILE with the results of an earlier run\n")
         plot(json.loads(args.json.read_text()), args.plot)
         return 0
-    by_name = {shape.name: shape for shape in ATTENTION_SHAPES}
-    if unknown := [name for name in args.shapes.split(",") if name not in by_name]:
-        parser.exit(2, f"error: unknown shape {unknown[0]!r}, choose from {', '.join(by_name)}\n")
-    if jax.devices()[0].platform != "gpu":
-        parser.exit(2, f"error: needs a GPU, the default device is a {jax.devices()[0].platform}\n")
-
-    shapes = [by_name[name] for name in args.shapes.split(",")]
-    implementations, peers = ([x for x in text.split(",") if x] for text in (args.implementations, args.peers))
-    report = KernelReport(args.json, seed=args.seed, shapes=[dataclasses.asdict(shape) for shape in shapes])
+    shapes = [by_name[name] for name in names(parser, args.shapes, "shape", by_name)]
+    implementations, peers = names(parser, args.implementations), names(parser, args.peers)
+    require_gpu(parser)
+    report = KernelReport(args.json, seed=args.seed, shapes=list(map(dataclasses.asdict, shapes)))
     for shape in shapes:
         if args.tune:
-            report.content["cases"] += tune_shape(shape, args.seed)
+            tune_shape(shape, args.seed, report)
         else:
             workload = Workload.make(shape, args.seed)
             run_implementations(workload, implementations, report, args.seed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -11,9 +11,9 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,12 @@ def run_seconds(function: Callable[[], Any], *, queued: int = 1, warm_ups: int =
 def median_and_spread(values: list[float]) -> tuple[float, float]:
     """Return the median, and the largest value minus the smallest."""
     return statistics.median(values), max(values) - min(values)
+
+
+def relative_error(out: jax.Array, expected: jax.Array) -> float:
+    """Compute the RMS of the difference, relative to the RMS of what was expected."""
+    out, expected = out.astype(jnp.float32), expected.astype(jnp.float32)
+    return float(jnp.sqrt(jnp.mean((out - expected) ** 2) / jnp.mean(expected**2)))
 
 
 def torch_ms(function: Callable[[], Any], device: str = "cuda") -> float:
@@ -100,8 +106,7 @@ def kind_of(program: str) -> str:
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, program)), "the rest")
 
 
-@dataclasses.dataclass(frozen=True)
-class DeviceEvent:
+class DeviceEvent(NamedTuple):
     """One run of a program on a device."""
 
     name: str
@@ -121,13 +126,11 @@ def device_events(function: Callable[[], Any]) -> list[list[DeviceEvent]]:
         (file,) = Path(directory).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(file))
     devices = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
-    streams = [[line for line in plane.lines if line.name.startswith("Stream")] for plane in devices]
-    return [[_device_event(event) for line in lines for event in line.events] for lines in streams]
-
-
-def _device_event(event: Any) -> DeviceEvent:
-    operation = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
-    return DeviceEvent(event.name, operation, event.duration_ns / 1e6)
+    streams = ([line for line in plane.lines if line.name.startswith("Stream")] for plane in devices)
+    return [
+        [DeviceEvent(e.name, str(dict(e.stats).get("hlo_op", "")), e.duration_ns / 1e6) for line in lines for e in line.events]
+        for lines in streams
+    ]
 
 
 def device_times(function: Callable[[], Any], steps: int) -> dict[str, Any]:
@@ -211,7 +214,25 @@ class KernelReport:
             flush=True,
         )
 
+    def not_run(self, label: str, reason: object) -> None:
+        """Print why something was not timed: the first line of an error."""
+        print(f"{label} not run: {str(reason).splitlines()[0][:200]}", flush=True)
+
     def save(self) -> None:
         """Write what there is, so that a run cut short leaves it."""
         if self._path:
             self._path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def names(parser: argparse.ArgumentParser, text: str, what: str = "", known: Iterable[str] = ()) -> list[Any]:
+    """Split an option at its commas, but for those in brackets; a name that is not among the known ones ends in one line and status 2."""
+    found = [name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip()]
+    if what and (unknown := [name for name in found if name not in known]):
+        parser.exit(2, f"error: unknown {what} {unknown[0]!r}, choose from {', '.join(known)}\n")
+    return found
+
+
+def require_gpu(parser: argparse.ArgumentParser) -> None:
+    """End in one line and status 2 where there is no GPU."""
+    if (platform := jax.devices()[0].platform) != "gpu":
+        parser.exit(2, f"error: needs a GPU, the default device is a {platform}\n")
