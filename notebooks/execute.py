@@ -1,4 +1,4 @@
-"""Runs the notebooks and stores what they print, cleared of what tells about the machine.
+"""Run the notebooks and store what they print, cleared of what tells about the machine.
 
 python notebooks/execute.py            all of them, in place
 python notebooks/execute.py 1_look     one of them
@@ -13,16 +13,14 @@ from nbclient import NotebookClient
 HERE = Path(__file__).parent
 
 
-def execute(file: Path, timeout_seconds: int = 600) -> nbformat.NotebookNode:
-    """The notebook as a fresh kernel of this Python runs it, from its own directory. Raises what a cell raises."""
-    notebook = nbformat.read(file, as_version=4)
-    resources = {"metadata": {"path": str(file.parent)}}
-    client = NotebookClient(notebook, kernel_name="python3", timeout=timeout_seconds, resources=resources, record_timing=False)
-    return client.execute()
+def execute(notebook: nbformat.NotebookNode, timeout_seconds: int = 600) -> nbformat.NotebookNode:
+    """Run a notebook in a fresh kernel of this Python, from this directory. Raises what a cell raises."""
+    resources = {"metadata": {"path": str(HERE)}}
+    return NotebookClient(notebook, kernel_name="python3", timeout=timeout_seconds, resources=resources, record_timing=False).execute()
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The same without counts, kernels and versions, progress and warnings."""
+    """Return a notebook without counts, kernels and versions, progress and warnings."""
     notebook.metadata = {"language_info": {"name": "python"}}
     number = 0
     for index, cell in enumerate(notebook.cells):
@@ -43,7 +41,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def main() -> None:
     files = [HERE / f"{Path(name).stem}.ipynb" for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb"))
     for file in files:
-        nbformat.write(clean(execute(file)), file)
+        nbformat.write(clean(execute(nbformat.read(file, as_version=4))), file)
         print(f"{file.name}: {file.stat().st_size / 1024:.0f} KiB")
 
 

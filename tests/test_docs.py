@@ -12,8 +12,9 @@ import pytest
 
 import decode
 import train
+from data.__main__ import main as data_main
 from tests.test_commands import TOY
-from tests.test_readme import SMALLER, run_command
+from tests.test_readme import SMALLER, parse_command, run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["protocol", "architecture", "models", "adding-a-corpus", "adding-an-attention-policy", "measuring", "limits", "arithmetic", "news"]
@@ -55,50 +56,56 @@ def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(page, workplac
     assert not printed  # what is printed is shown
 
 
+def commands(page, language):
+    """(main, arguments, line) of each Python command in a page's blocks of a language; variables before it are left out."""
+    for line in (line.partition("  #")[0] for found, text in blocks(page) if found == language for line in text.splitlines()):
+        if "python" in (words := shlex.split(line)):
+            words = words[words.index("python") + 1 :]
+            words = words[1:] if words[0] == "-m" else words
+            yield SMALLER[words[0]][0], words[1:], line
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run(page, workplace, monkeypatch):
+    """Those that generate, write corpora or show help; train.py, evaluations and benchmarks run in test_readme.py and test_commands.py."""
     if page == "multi-gpu" and jax.device_count() < 8:
         pytest.skip("needs 8 devices of one kind")
-    for line in (line for language, text in blocks(page) if language == "sh" for line in text.splitlines()):
-        words = shlex.split(line.partition("  #")[0])
-        main, smaller = SMALLER[words[2] if words[1] == "-m" else words[1]]
-        arguments = words[3:] if words[1] == "-m" else words[2:]
-        smaller = smaller if "--num-examples" in arguments or words[1] != "decode.py" else []
-        run_command(monkeypatch, main, [*arguments, *smaller], line)
+    for main, arguments, line in commands(page, "sh"):
+        if main is data_main:
+            run_command(monkeypatch, main, [*arguments, "--num-examples", "30"], line)
+        elif main in (train.main, decode.main) and arguments[0] != "generate":
+            parse_command(monkeypatch, main, arguments, line)
+        else:
+            run_command(monkeypatch, main, arguments, line)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices of one kind")
 def test_the_launch_lines_of_one_machine_run(workplace, monkeypatch, capsys):
-    """The bash lines of multi-gpu.md that want several GPUs of one process; 8 devices are here, as the rehearsal asks for."""
-    lines = [line for language, text in blocks("multi-gpu") if language == "bash" for line in text.splitlines()]
-    lines = [line for line in lines if "python" in line and "--hosts" not in line]
-    sizes = [*TOY, "--batch-size", "8", "--num-heads", "2", "--num-kv-heads", "2"]
+    """The bash lines of multi-gpu.md that want several GPUs of one process; 8 devices are here, as the rehearsal asks for.
+
+    Benchmarks on a mesh run in test_commands.py; those of several processes in parallel/test_distributed.py.
+    """
+    sizes = [*TOY, "--batch-size", "8", "--num-heads", "2", "--num-kv-heads", "2", "--steps", "4"]
     seen = []
-    for line in lines:
-        words = shlex.split(line)
-        script = words.index("python") + 1
-        arguments, mesh = words[script + 1 :], words[words.index("--mesh") + 1]
+    for main, arguments, line in commands("multi-gpu", "bash"):
         capsys.readouterr()
-        if words[script] == "decode.py":
-            arguments[arguments.index("--shape") : arguments.index("--shape") + 2] = ["checkpoints/arithmetic-tiny"]
-            small = ["--context", "96", "--steps", "8", "--batch-size", "2", "--json", "bench.json"]
-            run_command(monkeypatch, decode.main, [*arguments, *small], line)
-            report = json.loads(Path("bench.json").read_text())
-            assert capsys.readouterr().out.startswith(f"2 x cpu ({mesh})") and report["plan"]["mesh"] == mesh
-            assert [row["attention"] for row in report["rows"]] == ["dense", "span"]
-            assert all(row["floor_ms"] > 0 and row["device_ms_by_kind"] == {} for row in report["rows"])  # a CPU has no such events
+        if "--hosts" in arguments:
+            seen.append("several")
+        elif main is decode.main:
+            parse_command(monkeypatch, main, arguments, line)
             seen.append("bench")
-        elif "--time-steps" in words:
-            run_command(monkeypatch, train.main, [*arguments, *sizes, "--time-steps", "1"], line)
-            figures = json.loads(Path(words[words.index("--run-dir") + 1], "throughput.json").read_text())
-            assert figures["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} | dict([(mesh[:-2], int(mesh[-1]))])
+        elif "--time-steps" in arguments:
+            run_command(monkeypatch, main, [*arguments, *sizes, "--time-steps", "1"], line)
+            figures = json.loads(Path(arguments[arguments.index("--run-dir") + 1], "throughput.json").read_text())
+            mesh = arguments[arguments.index("--mesh") + 1]
+            assert ",".join(f"{axis}={size}" for axis, size in figures["mesh"].items() if size > 1) == mesh
             seen.append("timed")
         else:
-            assert dict(word.split("=") for word in words[: script - 1]) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-            run_command(monkeypatch, train.main, [*arguments, *sizes, "--steps", "4"], line)
+            assert line.startswith("JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python")
+            run_command(monkeypatch, main, [*arguments, *sizes], line)
             assert "steps on 8 x cpu (data=2,fsdp=2,tensor=2)" in capsys.readouterr().out
             seen.append("rehearsal")
-    assert seen == ["rehearsal", "timed", "timed", "bench", "bench"]
+    assert sorted(seen) == ["bench"] * 2 + ["rehearsal"] + ["several"] * 3 + ["timed"] * 2
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,6 +1,7 @@
-"""The notebooks run from top to bottom in a kernel of their own, and what is stored of them is small and tells no machine."""
+"""Run the notebooks from top to bottom in a kernel; what is stored of them is small and says nothing of a machine."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -23,16 +24,26 @@ def shown(notebook, mime):
     return [output.data[mime] for cell in notebook.cells for output in cell.get("outputs", []) if mime in output.get("data", {})]
 
 
+def execute_together(names):
+    """Run notebooks in one kernel, which imports JAX and the library once; each begins in an empty namespace."""
+    notebooks = {name: nbformat.read(HERE / f"{name}.ipynb", as_version=4) for name in names}
+    merged = nbformat.v4.new_notebook()
+    for notebook in notebooks.values():
+        merged.cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
+    for number, cell in enumerate(merged.cells):
+        cell.id = f"cell-{number}"
+    execute.execute(merged)
+    return notebooks
+
+
 @pytest.fixture(scope="module")
 def run():
-    notebooks = {}
-
-    def run_once(name):
-        if name not in notebooks:
-            notebooks[name] = execute.execute(HERE / f"{name}.ipynb")
-        return notebooks[name]
-
-    return run_once
+    notebooks = execute_together(["1_look", "2_train", "4_speed"])
+    with pytest.MonkeyPatch.context() as patch:  # this one trains for hundreds of steps, so that some optimization pays
+        flags = os.environ.get("XLA_FLAGS", "")
+        patch.setenv("XLA_FLAGS", flags.replace("--xla_backend_optimization_level=0", "--xla_backend_optimization_level=1"))
+        notebooks |= execute_together(["3_your_own_task"])
+    return notebooks.__getitem__
 
 
 def test_there_are_four():
