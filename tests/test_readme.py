@@ -39,11 +39,15 @@ def run_command(monkeypatch, main, arguments, line):
 def parse_command(monkeypatch, main, arguments, line):
     """Parse a command as its main does, with every check of its options, and stop before it does anything."""
     parsed = []
+
+    def keep(command, *_):
+        parsed.append(command)
+
     with monkeypatch.context() as patch:
         for command in (decode.Generate, decode.Eval, decode.Bench):
-            patch.setattr(command, "run", parsed.append)
-        patch.setattr(train, "train", parsed.append)
-        patch.setattr(data_command, "write", parsed.append)
+            patch.setattr(command, "run", keep)
+        patch.setattr(train, "train", keep)
+        patch.setattr(data_command, "write", keep)
         run_command(patch, main, arguments, line)
     assert len(parsed) == 1, line
 
