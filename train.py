@@ -111,7 +111,7 @@ class FineTuning(Run):
             raise UserError(f"rows of {self.training.sequence_tokens} tokens, but the context of {self.init} is {context}")
         vocab = TokenizerVocab.of(text.tokenizer_json, dataclasses.asdict(model.vocab), model.vocab_size)
         stream = self.generate(vocab)
-        model = lora.to_float32(model) if self.adapters is None else lora.adapt(model, self.adapters, seed=seed)
+        model = model.astype("float32") if self.adapters is None else lora.adapt(model, self.adapters, seed=seed)
         identity = {"attention": attention, "base": {"name": self.init.name, "sha256": lora.fingerprint(model)}}
         identity |= {} if self.adapters is None else {"lora": dataclasses.asdict(self.adapters)}
         return model, TASKS[self.task].of(self.corpus, vocab), stream, identity

@@ -47,7 +47,7 @@ def measure(
     if isinstance(batches, Generator):
         batches.close()
     tokens = statistics.mean(training.count_tokens(batch, config) for batch in taken)
-    on_device = [training.device_batch(batch, config, mesh) for batch in taken]
+    on_device = [training.DeviceBatch.of(batch, num_rows=config.batch_size, mesh=mesh) for batch in taken]
     device_kind = jax.local_devices()[0].device_kind
     return {
         "device": device_kind,

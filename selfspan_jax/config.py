@@ -272,6 +272,7 @@ class TuningPreset:
 
 # Positions of the arithmetic presets reach 4,000 by way of the gaps: the length of 200 operators, nine times that of their rows.
 _FAR = (0, 1, 4, 16, 64, 512)
+_SMALL = ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4)
 _JUMPS = {"names_first_step": True, "label_jumps": 3, "jumps_at": "leaves"}
 
 PRESETS = {
@@ -284,7 +285,7 @@ PRESETS = {
     "arithmetic-small": Preset(
         "arithmetic",
         _JUMPS,
-        ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4, max_context_tokens=8192),
+        dataclasses.replace(_SMALL, max_context_tokens=8192),
         TrainConfig(steps=5_000, batch_size=128, learning_rate=1e-3, gap_scales=_FAR, eval_every_steps=2_500),
     ),
     "arithmetic-base": Preset(
@@ -298,13 +299,7 @@ PRESETS = {
         "arithmetic",
         _JUMPS,
         ModelConfig(
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_layers=16,
-            num_heads=32,
-            num_kv_heads=8,
-            max_context_tokens=8192,
-            remat=True,
+            hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8, max_context_tokens=8192, remat=True
         ),
         TrainConfig(steps=6_000, batch_size=512, learning_rate=3e-4, warmup_steps=1_000, gap_scales=_FAR, eval_every_steps=2_000),
     ),
@@ -312,15 +307,7 @@ PRESETS = {
     "news-small": Preset(
         "news",
         {},
-        ModelConfig(
-            hidden_size=512,
-            intermediate_size=1536,
-            num_layers=8,
-            num_heads=8,
-            num_kv_heads=4,
-            header_view="all",
-            prompt_view="causal",
-        ),
+        dataclasses.replace(_SMALL, header_view="all", prompt_view="causal"),
         TrainConfig(steps=6_000, batch_size=64, sequence_tokens=1024, gap_scales=(0,), eval_every_steps=2_000),
     ),
 }
@@ -338,5 +325,6 @@ TUNING_PRESETS = {
 def tuning_preset(task: str, *, adapters: bool) -> TuningPreset:
     """Return how a model is fine-tuned on a task; adapters take a higher learning rate than all parameters, and do not decay."""
     preset = TUNING_PRESETS.get(task, TuningPreset({}, TunedAttention(), _TUNING))
-    changes: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.0} if adapters else {}
-    return dataclasses.replace(preset, training=dataclasses.replace(preset.training, **changes))
+    if not adapters:
+        return preset
+    return dataclasses.replace(preset, training=dataclasses.replace(preset.training, learning_rate=1e-3, weight_decay=0.0))

@@ -90,6 +90,10 @@ class Linear(nnx.Module):
             out = fused_linear(copy_to_tensor_parallel(x) if self.tensor_parallel else x, weight, **options)
         return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
 
+    def scores(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None) -> Float[Array, "*batch M"]:
+        """Compute logits, float32, as the output layer of a model."""
+        return self(hidden, out_dtype=jnp.float32, implementation=linear)
+
     def quantize(self) -> None:
         """Round the weight to int8, symmetric per output."""
         quantized = quantize_weight(self.weight[...])
@@ -163,12 +167,7 @@ class Decoder(nnx.Module):
         self.vocab = vocab
         self.vocab_size = vocab_size
         self.gather_layers = False  # over `fsdp`, layer by layer
-        self.embed_tokens = Embedding(
-            vocab_size,
-            config.hidden_size,
-            embedding_init=nnx.initializers.normal(0.02),
-            rngs=rngs,
-        )
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size, config, rngs)
@@ -209,9 +208,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None = "xla") -> Float[Array, "*batch V"]:
         """Return the logits of the next token, float32."""
-        if self.lm_head is None:
-            return self.embed_tokens.scores(hidden, linear)
-        return self.lm_head(hidden, out_dtype=jnp.float32, implementation=linear)
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.scores(hidden, linear)
 
     @property
     def num_parameters(self) -> int:
@@ -234,14 +232,18 @@ class Decoder(nnx.Module):
                 layer.self_attn.o_proj.tensor_parallel = layer.mlp.down_proj.tensor_parallel = "row"
         return shard
 
+    def astype(self, dtype: Any) -> Decoder:
+        """Return a copy with parameters in another dtype."""
+        graph, params = nnx.split(self, nnx.Param)
+        return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), params))
+
     def for_decoding(self, *, weights: Weights = "bf16") -> Decoder:
         """Return a copy with parameters in the compute dtype, to which every product rounds them anyway.
 
         Args:
           weights: "int8" rounds the layers' weights to int8, symmetric per output channel, but not embedding and output layer.
         """
-        graph, params = nnx.split(self, nnx.Param)
-        copy = nnx.merge(graph, jax.tree.map(lambda x: x.astype(self.config.compute_dtype), params))
+        copy = self.astype(self.config.compute_dtype)
         if weights == "int8":
             for layer in copy.layers:
                 for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):

@@ -49,17 +49,13 @@ def initialize(hosts: str | None, command: str = "") -> None:
         own = {"coordinator_address": found["address"], "num_processes": int(found["number"]), "process_id": int(found["own"])}
         jax.distributed.initialize(**own, cluster_detection_method="deactivate", **timeouts)  # type: ignore[arg-type]
     else:
-        _initialize_in_cluster(timeouts)
+        try:
+            jax.distributed.initialize(**timeouts)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError("hosts is 'auto', but JAX recognises no cluster here (such as SLURM); allowed: HOST:PORT,N,I") from error
     checksum = zlib.crc32(command.encode()) >> 1
     if process_max([checksum, -checksum]) != [checksum, -checksum]:
         raise UserError("hosts: the processes were started with different options; allowed to differ: --hosts and --workers")
-
-
-def _initialize_in_cluster(timeouts: dict[str, int]) -> None:
-    try:
-        jax.distributed.initialize(**timeouts)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UserError("hosts is 'auto', but JAX recognises no cluster here, such as SLURM; allowed elsewhere: HOST:PORT,N,I") from error
 
 
 def is_first_process() -> bool:
@@ -73,38 +69,32 @@ def log_once(text: str) -> None:
         print(text, flush=True)
 
 
-def exit_if_peer_lost(error: Exception) -> None:
-    """Exit with status 1 and one line if an error came from the runtime that several processes share.
+@contextlib.contextmanager
+def exit_if_peer_lost() -> Iterator[None]:
+    """Exit with status 1 and one line if a block fails by an error of the runtime that several processes share.
 
     The exit is immediate: the ordinary one would wait for the process that is gone.
     """
-    # The runtime's errors begin with the name of a status; some arrive as ValueError.
-    if jax.process_count() == 1 or not re.match(r"[A-Z_]{4,}: ", str(error)):
-        return
-    reason = " ".join(str(error).splitlines()[0].split())[:200]
-    print(
-        f"error: another process of this run ended or cannot be reached ({reason}); "
-        "start all of them again with the same commands to go on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def exit_on_peer_errors() -> Iterator[None]:
-    """Pass the errors of a block to `exit_if_peer_lost`, before anything waits for the lost process."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        exit_if_peer_lost(error)
-        raise
+        # The runtime's errors begin with the name of a status; some arrive as ValueError.
+        if jax.process_count() == 1 or not re.match(r"[A-Z_]{4,}: ", str(error)):
+            raise
+        reason = " ".join(str(error).splitlines()[0].split())[:200]
+        print(
+            f"error: another process of this run ended or cannot be reached ({reason}); "
+            "start all of them again with the same commands to go on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 @contextlib.contextmanager
 def barrier() -> Iterator[None]:
-    """Run a block in all processes, as `exit_on_peer_errors`; no process leaves before all have finished it."""
-    with exit_on_peer_errors():
+    """Run a block in all processes, as in `exit_if_peer_lost`; no process leaves before all have finished it."""
+    with exit_if_peer_lost():
         yield
         if jax.process_count() > 1:
             process_max(0)

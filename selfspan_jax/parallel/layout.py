@@ -78,18 +78,11 @@ def _names(path: Any) -> list[str]:
     return keystr(path, simple=True, separator="/").split("/")
 
 
-def _owner(path: Any) -> str | None:
-    return next((name for name in _names(path) if name in PARAMETERS), None)
-
-
 def _parameter_axes(path: Any, ndim: int) -> tuple[str | None, ...]:
-    owner = _owner(path)
-    if owner is None or ndim == 0:
-        return (None,) * ndim
-    outputs, inputs = PARAMETERS[owner]
+    outputs, inputs = next((PARAMETERS[name] for name in _names(path) if name in PARAMETERS), (None, None))
     if ndim == 1:  # a bias, or the scales of int8 weights: small, so only divided with the outputs
         return (None if outputs == "width" else outputs,)
-    return (outputs, inputs)
+    return (outputs, inputs)[:ndim]
 
 
 # ------------------------------------------------------------------------------------------------------ placement
@@ -101,13 +94,10 @@ def shard_params(tree: Any, mesh: Mesh) -> Any:
     Shapes (`jax.ShapeDtypeStruct`) get their sharding. Every process passes the same values and keeps its part of them.
     """
 
-    def place(path, leaf):
-        sharding = NamedSharding(mesh, spec(*_parameter_axes(path, np.ndim(leaf))))
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            leaf = _reordered(path, np.asarray(leaf), mesh.shape["tensor"], saved=False)
-        return _put(leaf, sharding)
+    def reorder(path, leaf):
+        return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _reordered(path, np.asarray(leaf), mesh.shape["tensor"], saved=False)
 
-    return jax.tree.map_with_path(place, tree)
+    return device_put_global(jax.tree.map_with_path(reorder, tree), mesh, parameter_specs(tree))
 
 
 def device_put_global(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
@@ -119,8 +109,11 @@ def device_put_global(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
     """
     if mesh is None:
         return tree
-    specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    return jax.tree.map(lambda leaf, spec: _put(leaf, NamedSharding(mesh, spec)), tree, specs)
+
+    def place(spec, part):
+        return jax.tree.map(functools.partial(_put, sharding=NamedSharding(mesh, spec)), part)
+
+    return jax.tree.map(place, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
@@ -147,35 +140,31 @@ def shard_shape(leaf: Any) -> tuple[int, ...]:
 
 def to_saved_order(tree: Any, mesh: Mesh | None) -> Any:
     """Reorder sharded parameters, or a tree with their paths, to all gates before all ups, as on disk. They stay sharded."""
-    return _reordered_in_place(tree, mesh, saved=True)
+    return _reorder(tree, mesh, saved=True)
 
 
 def from_saved_order(tree: Any, mesh: Mesh | None) -> Any:
     """Reorder sharded parameters so that each shard of `tensor` has its gates, then its ups: inverse of `to_saved_order`."""
-    return _reordered_in_place(tree, mesh, saved=False)
+    return _reorder(tree, mesh, saved=False)
 
 
 def gather_params(tree: Any, mesh: Mesh | None) -> Any:
     """Gather sharded parameters, in saved order, on the first device of each process: inverse of `shard_params`."""
     if mesh is None:
         return tree
-    gathered = _reorder(tree, mesh, saved=True, shardings=jax.tree.map(lambda _: NamedSharding(mesh, REPLICATED), tree))
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered)
+    gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, REPLICATED))
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), gather(to_saved_order(tree, mesh)))
 
 
-def _reordered_in_place(tree: Any, mesh: Mesh | None, *, saved: bool) -> Any:
+def _reorder(tree: Any, mesh: Mesh | None, *, saved: bool) -> Any:
     if mesh is None or mesh.shape["tensor"] == 1:
         return tree
-    return _reorder(tree, mesh, saved=saved, shardings=jax.tree.map(lambda leaf: leaf.sharding, tree))
-
-
-def _reorder(tree: Any, mesh: Mesh, *, saved: bool, shardings: Any) -> Any:
-    reorder = functools.partial(_reordered, parts=mesh.shape["tensor"], saved=saved)
-    return jax.jit(functools.partial(jax.tree.map_with_path, reorder), out_shardings=shardings)(tree)
+    reorder = functools.partial(jax.tree.map_with_path, functools.partial(_reordered, parts=mesh.shape["tensor"], saved=saved))
+    return jax.jit(reorder, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, tree))(tree)
 
 
 def _reordered(path: Any, leaf: Any, parts: int, *, saved: bool) -> Any:
-    if _owner(path) != "gate_up_proj" or parts == 1 or np.ndim(leaf) == 0:
+    if "gate_up_proj" not in _names(path) or np.ndim(leaf) == 0:
         return leaf
     first = (parts, 2) if saved else (2, parts)
     return leaf.reshape(*first, -1, *leaf.shape[1:]).swapaxes(0, 1).reshape(leaf.shape)

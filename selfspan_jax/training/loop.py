@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
-import queue
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder, Frozen
 from selfspan_jax.parallel import collectives, distributed, layout
 from selfspan_jax.training.metrics import MetricsLog, StepTimer
-from selfspan_jax.training.step import Batch, DeviceBatch, TrainState, count_tokens, device_batch, initial_state, train_step
+from selfspan_jax.training.step import Batch, DeviceBatch, count_tokens, initial_state, train_step
 from selfspan_jax.weights.checkpoints import TrainingCheckpoints
 
 
@@ -63,14 +63,19 @@ def train(
     Raises: UserError for a mesh that does not divide the model or batch; TrainingDiverged naming the step with a loss or gradient
       that is not finite; Stopped at the time limit.
     """
-    began = time.perf_counter()
+    deadline = math.inf if stop_after_seconds is None else time.perf_counter() + stop_after_seconds
     graph, *_ = nnx.split(model, nnx.Param, Frozen)
     fixed, state = initial_state(model, config, mesh)
     checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
-    state, next_example = _restore(checkpoints, state, mesh)
+    next_example: int | Sequence[int] = 0
+    if checkpoints.latest_step is not None:
+        state, next_example = checkpoints.restore(state)
+        state = layout.from_saved_order(state, mesh)
     first_step = int(state.step)
-    batches = prefetch(batches_from(next_example), functools.partial(device_batch, config=config, mesh=mesh))
-    log, bar = MetricsLog(run_dir, first_step), _progress_bar(first_step, config.steps)
+    batches = prefetch(batches_from(next_example), functools.partial(DeviceBatch.of, num_rows=config.batch_size, mesh=mesh))
+    log = MetricsLog(run_dir, first_step)
+    hidden = None if distributed.is_first_process() else True  # None hides it only where there is no terminal
+    bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=hidden)
     timer = StepTimer(model, 1 if mesh is None else mesh.size)
     metrics: dict[str, Array] = {}
 
@@ -78,7 +83,7 @@ def train(
         return nnx.merge(graph, layout.gather_params(state.params, mesh), fixed.frozen)
 
     closing = contextlib.closing
-    with closing(checkpoints), closing(log), closing(batches), bar, distributed.exit_on_peer_errors():
+    with closing(checkpoints), closing(log), closing(batches), bar, distributed.exit_if_peer_lost():
         for step in range(first_step + 1, config.steps + 1):
             waiting = time.perf_counter()
             batch, on_device = next(batches)
@@ -87,7 +92,7 @@ def train(
             _check_finite(step - 1, previous)  # fetched while this step runs
             bar.update()
             last = step == config.steps
-            stops = not last and stop_after_seconds is not None and _any_process(time.perf_counter() - began >= stop_after_seconds)
+            stops = not last and deadline < math.inf and bool(collectives.process_max(time.perf_counter() >= deadline))
             saves = last or stops or step % config.checkpoint_every_steps == 0
             if saves or step % config.log_every_steps == 0:
                 _check_finite(step, metrics)
@@ -106,22 +111,6 @@ def train(
     return trained()
 
 
-def _restore(checkpoints: TrainingCheckpoints, state: TrainState, mesh: Mesh | None) -> tuple[TrainState, int | Sequence[int]]:
-    if checkpoints.latest_step is None:
-        return state, 0
-    restored, next_example = checkpoints.restore(state)
-    return layout.from_saved_order(restored, mesh), next_example
-
-
-def _progress_bar(first_step: int, num_steps: int) -> tqdm:
-    hidden = None if distributed.is_first_process() else True  # None hides it only where there is no terminal
-    return tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=hidden)
-
-
-def _any_process(condition: bool) -> bool:
-    return bool(collectives.process_max(condition))
-
-
 def _check_finite(step: int, metrics: Mapping[str, Array]) -> None:
     for name in ("loss", "gradient_norm"):  # a gradient that is not finite has spoilt the parameters already
         if name in metrics and not math.isfinite(value := float(metrics[name])):
@@ -137,33 +126,17 @@ def prefetch(
     batches: Iterator[Batch], place: Callable[[Batch], DeviceBatch] = DeviceBatch.of, ahead: int = 4
 ) -> Generator[tuple[Batch, DeviceBatch], None, None]:
     """Yield batches with their device copies, which a thread makes a few batches ahead. Its errors are raised here."""
-    ready: queue.Queue[Any] = queue.Queue(ahead)
-    stopped = threading.Event()
 
-    def put(item) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
+    def take() -> tuple[Batch, DeviceBatch] | None:
+        return None if (batch := next(batches, None)) is None else (batch, place(batch))
 
-    def work() -> None:
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        taken = collections.deque(thread.submit(take) for _ in range(ahead))
         try:
-            for batch in batches:
-                put((batch, place(batch)))
-                if stopped.is_set():
-                    return
-            put(StopIteration())
-        except BaseException as error:  # raised by the thread that waits for batches
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="batches")
-    thread.start()
-    try:
-        while not isinstance(item := ready.get(), BaseException):
-            yield item
-        if not isinstance(item, StopIteration):
-            raise item
-    finally:
-        stopped.set()
-        thread.join()
-        if isinstance(batches, Generator):
-            batches.close()
+            while (item := taken.popleft().result()) is not None:
+                taken.append(thread.submit(take))
+                yield item
+        finally:
+            thread.shutdown(cancel_futures=True)
+            if isinstance(batches, Generator):
+                batches.close()

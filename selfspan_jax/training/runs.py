@@ -47,15 +47,17 @@ def _check_same(file: Path, here: dict[str, Any]) -> None:
         there = {}
     if there.keys() != here.keys() or any(isinstance(here[name], dict) and not isinstance(there[name], dict) for name in here):
         raise UserError(f"{file} was not written by this version of train.py: choose another --run-dir")
-    differences = []
-    for name, new in here.items():
-        old, new = ({name: value} if not isinstance(new, dict) else value for value in (there[name], new))
-        removed = [key for key in old.keys() - new.keys() if (key, old[key]) in _REMOVED.items()]
-        for key in [*new, *(key for key in old if key not in new and key not in removed)]:
-            if old.get(key) != new.get(key):
-                differences.append(f"{key} is {old.get(key)!r} there, {new.get(key)!r} here")
-    if differences:
+    old, new = _settings(there), _settings(here)
+    changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    if differences := [f"{name[1]} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]:
         raise UserError(f"{file.parent} holds a run of another config: {'; '.join(differences)}")
+
+
+def _settings(identity: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    """Return the settings by section and name, without those that are removed."""
+    sections = {name: value if isinstance(value, dict) else {name: value} for name, value in identity.items()}
+    settings = {(section, name): value for section, values in sections.items() for name, value in values.items()}
+    return {name: value for name, value in settings.items() if (name[1], value) not in _REMOVED.items()}
 
 
 def card(title: str, model: Decoder, config: TrainConfig, prompts: str, scores: Mapping[str, float], identity: Mapping[str, Any]) -> str:

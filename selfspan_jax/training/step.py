@@ -57,17 +57,10 @@ class DeviceBatch:
     target_mask: Bool[Array, "B T"]
 
     @classmethod
-    def of(cls, batch: Batch) -> DeviceBatch:
-        """Copy a batch to the default device."""
-        return cls(*(jnp.asarray(getattr(batch, field.name)) for field in dataclasses.fields(cls)))
-
-
-def device_batch(batch: Batch, config: TrainConfig, mesh: Mesh | None) -> DeviceBatch:
-    """Copy a batch to the devices of a mesh, divided by rows, or without a mesh to the default device."""
-    if mesh is None:
-        return DeviceBatch.of(batch)
-    names = [field.name for field in dataclasses.fields(DeviceBatch)]
-    return DeviceBatch(*(layout.from_process_local(getattr(batch, name), config.batch_size, mesh) for name in names))
+    def of(cls, batch: Batch, *, num_rows: int = 0, mesh: Mesh | None = None) -> DeviceBatch:
+        """Copy a batch to the default device, or the rows of this process, of `num_rows` in all, to the devices of a mesh."""
+        arrays = [getattr(batch, field.name) for field in dataclasses.fields(cls)]
+        return cls(*(jnp.asarray(array) if mesh is None else layout.from_process_local(array, num_rows, mesh) for array in arrays))
 
 
 def count_tokens(batch: Batch, config: TrainConfig) -> float:

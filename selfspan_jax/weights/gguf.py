@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,21 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedTokenizerBase
 
-_LAYER_NAMES = {
+_FIELDS = {  # of a Hugging Face config, and the metadata that they are read from
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+_NAMES = {  # of parts of the model
+    "token_embd": "model.embed_tokens",
+    "output": "lm_head",
+    "output_norm": "model.norm",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -26,11 +41,6 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}
-_OUTER_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output.weight": "lm_head.weight",
-    "output_norm.weight": "model.norm.weight",
 }
 # Whether digits are split before byte-pair encoding, by the GGUF's name for the pre-tokenizer.
 _SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "default": False}
@@ -63,51 +73,35 @@ def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 def _hugging_face_fields(path: Path, reader: GGUFReader) -> dict[str, Any]:
     """Convert the metadata to the fields of a Hugging Face config."""
-
-    def value(key: str, default: Any = None) -> Any:
-        return _value(reader, f"llama.{key}", default)
-
     if (kind := _value(reader, "general.architecture")) != "llama":
         raise UserError(f"{path}: architecture is {kind!r}; known is llama")
-    if (scaling := value("rope.scaling.type", "none")) != "none":
+    if (scaling := _value(reader, "llama.rope.scaling.type", "none")) != "none":
         raise UserError(f"{path}: rope scaling is of type {scaling!r}; known from GGUF is none")
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
     if "rope_freqs.weight" in shapes:
         raise UserError(f"{path}: has scaled rotary frequencies, which are known from Hugging Face directories only")
-    num_heads = value("attention.head_count")
-    return {
-        "model_type": "llama",
-        "hidden_size": value("embedding_length"),
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": value("attention.head_count_kv", num_heads),
-        "head_dim": value("attention.key_length", value("rope.dimension_count")),
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_theta": value("rope.freq_base", 10000.0),
-        "vocab_size": int(shapes["token_embd.weight"][1]) if "token_embd.weight" in shapes else 0,
-    }
+    fields = {theirs: _value(reader, f"llama.{name}") for theirs, name in _FIELDS.items()}
+    fields["head_dim"] = fields["head_dim"] or _value(reader, "llama.rope.dimension_count")
+    return fields | {"model_type": "llama", "vocab_size": int(shapes["token_embd.weight"][1]) if "token_embd.weight" in shapes else 0}
 
 
 def _llama_name(name: str) -> str:
-    prefix, _, rest = name.partition(".")
-    layer, _, part = rest.partition(".")
-    owner, _, leaf = part.partition(".")
-    known = prefix == "blk" and owner in _LAYER_NAMES
-    return f"model.layers.{layer}.{_LAYER_NAMES[owner]}.{leaf}" if known else _OUTER_NAMES.get(name, name)
+    """Convert a name such as `blk.0.attn_q.weight`."""
+    renamed = re.sub(r"\w+(?=\.\w+$)", lambda part: _NAMES.get(part[0], part[0]), name)
+    return re.sub(r"^blk\.", "model.layers.", renamed)
 
 
 def _tensors(path: Path, reader: GGUFReader, fields: dict[str, Any]) -> Tensors:
     from gguf.quants import dequantize
 
     tensors = {_llama_name(tensor.name): tensor for tensor in reader.tensors}
+    kv_heads = fields["num_key_value_heads"] or fields["num_attention_heads"]
 
     def read(name: str) -> Array:
         array = dequantize(tensors[name].data, tensors[name].tensor_type)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # GGUF stores the two of a rotary pair next to each other; here they are H / 2 apart.
-            heads = fields["num_key_value_heads" if "k_proj" in name else "num_attention_heads"]
+            heads = kv_heads if "k_proj" in name else fields["num_attention_heads"]
             array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
         return jnp.asarray(array)
 

@@ -12,17 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 from selfspan_jax.config import ModelConfig, RopeScaling
 from selfspan_jax.errors import UserError
-from selfspan_jax.files import read_json
+from selfspan_jax.files import new_directory, read_json, write_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.weights.models import new_model_directory
-from selfspan_jax.weights.tensors import Tensors, open_safetensors
+from selfspan_jax.weights.models import METADATA, to_llama
+from selfspan_jax.weights.tensors import Tensors, open_safetensors, save_safetensors
 from selfspan_jax.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # known values of `model_type`; SmolLM and many others are llama
+_SIZES = {  # fields of `config.json`, and what ModelConfig calls them
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_size",
+    "max_position_embeddings": "max_context_tokens",
+    "rms_norm_eps": "rms_norm_eps",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +96,10 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
     Raises: FileExistsError if the directory exists; UserError for an architecture that Hugging Face has no name for, or a
       quantised or adapted model.
     """
-    fields = to_hugging_face(model.config, model.vocab, model.vocab_size)
-    with new_model_directory(Path(directory), model, fields) as partial:
+    fields, arrays = to_hugging_face(model.config, model.vocab, model.vocab_size), to_llama(model)
+    with new_directory(Path(directory)) as partial:
+        save_safetensors(partial / "model.safetensors", arrays, METADATA)
+        write_json(partial / "config.json", fields)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 
@@ -100,6 +112,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
 
     Raises: UserError for an architecture, an activation or a scaling of rotary positions that the decoder does not have.
     """
+    fields = {name: value for name, value in fields.items() if value is not None}
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(f"model_type is {kind!r}; known are {', '.join(MODEL_TYPES)}")
@@ -111,19 +124,15 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         raise UserError("mlp_bias is true; the feed-forward layers here have none")
     rope = fields.get("rope_parameters") or {**(fields.get("rope_scaling") or {}), "rope_theta": fields.get("rope_theta")}
     biased = bool(fields.get("attention_bias"))
-    context = fields.get("max_position_embeddings", 2048)
-    if kind == "mistral" or fields.get("use_sliding_window"):
-        context = min(context, fields.get("sliding_window") or context)  # within the window attention is dense
+    num_heads = fields["num_attention_heads"]
+    defaults = {"num_key_value_heads": num_heads, "head_dim": fields["hidden_size"] // num_heads}
+    fields = {**defaults, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **fields}
+    sizes = {ours: fields[theirs] for theirs, ours in _SIZES.items()}
+    if kind == "mistral" or fields.get("use_sliding_window"):  # within the window attention is dense
+        sizes["max_context_tokens"] = min(sizes["max_context_tokens"], fields.get("sliding_window") or sizes["max_context_tokens"])
     return ModelConfig(
-        hidden_size=fields["hidden_size"],
-        intermediate_size=fields["intermediate_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=fields["num_attention_heads"],
-        num_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
-        head_size=fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
-        max_context_tokens=context,
+        **sizes,
         rope_theta=float(rope.get("rope_theta") or 10000.0),
-        rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
         rope_scaling=_rope_scaling(rope),
         qkv_bias=biased or kind == "qwen2",
         output_bias=biased and kind != "qwen2",
@@ -159,15 +168,8 @@ def to_hugging_face(config: ModelConfig, vocab: SpanVocab, vocab_size: int) -> d
     fields = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": kind,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_context_tokens,
-        "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": rope,
         "rope_theta": config.rope_theta,  # for transformers 4, as the next
         "rope_scaling": None if config.rope_scaling is None else rope,

@@ -20,7 +20,7 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.weights import gguf, huggingface
 from selfspan_jax.weights.huggingface import Source
-from selfspan_jax.weights.models import abstract_decoder, llama_shapes, with_tensors
+from selfspan_jax.weights.models import abstract_decoder, from_llama, llama_shapes
 from selfspan_jax.weights.tokenizers import TextTask, add_span_tokens
 
 NUM_LABELS = 256  # added by default
@@ -84,14 +84,14 @@ def build_decoder(source: Source, vocab: SpanVocab | None = None, *, seed: int =
     shapes = llama_shapes(abstract)
     for name in shapes.keys() & _EMBEDDINGS:
         shapes[name] = jax.ShapeDtypeStruct((old_size, config.hidden_size), shapes[name].dtype)
-    ignored = {name for name in source.tensors if name.endswith("rotary_emb.inv_freq")}  # of old files; they follow from the config
+    ignored = {name for name in source.tensors.shapes if name.endswith("rotary_emb.inv_freq")}  # of old files; they follow from the config
     source.tensors.check(shapes, ignored | ({"lm_head.weight"} if config.tie_embeddings else set()))
 
-    def convert(name: str, array: Array) -> Array:
-        array = array.astype(config.compute_dtype)
+    def read(name: str) -> Array:
+        array = source.tensors.read(name).astype(config.compute_dtype)
         return _extended(array, new_size, jax.random.key(seed)) if name in _EMBEDDINGS else array
 
-    return with_tensors(abstract, source.tensors.map(convert))
+    return from_llama(abstract, read)
 
 
 def _extended(rows: Float[Array, "V D"], size: int, key: Array) -> Float[Array, "V2 D"]:

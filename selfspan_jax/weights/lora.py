@@ -29,17 +29,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import fused_linear, silu_and_mul
-from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, from_json
+from selfspan_jax.config import LinearImplementation, LoraConfig, TunedAttention, from_json
 from selfspan_jax.errors import UserError
-from selfspan_jax.files import new_directory, read_json, write_json
-from selfspan_jax.model import Decoder, Embedding, Frozen, Linear, RMSNorm
-from selfspan_jax.spans import SpanVocab
+from selfspan_jax.model import Decoder, Frozen, Linear, RMSNorm
 from selfspan_jax.weights.importing import load_decoder
-from selfspan_jax.weights.models import abstract_decoder, describe, read_description
-from selfspan_jax.weights.tensors import open_safetensors, save_safetensors
-
-_FORMAT = "selfspan adapter"
-_FILES = ("adapter.json", "adapter.safetensors", "vocab.json")
+from selfspan_jax.weights.models import Format, abstract_decoder
 
 
 class AdaptedLinear(nnx.Module):
@@ -83,12 +77,18 @@ class AdaptedLinear(nnx.Module):
 
 
 class ExtendedRows(nnx.Module):
-    """A row for each token: frozen ones of the old tokens, trained ones from id `first` on."""
+    """An embedding or output layer: frozen rows of the old tokens, trained ones from id `first` on."""
 
     def __init__(self, rows: Float[Array, "V D"], first: int):
         self.rows = Frozen(rows[:first])
         self.new_rows = nnx.Param(rows[first:].astype(jnp.float32))
         self.first = first
+
+    def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Look tokens up, in float32."""
+        old = self.rows[...][jnp.minimum(token_ids, self.first - 1)].astype(jnp.float32)
+        new = self.new_rows[...][jnp.maximum(token_ids - self.first, 0)]
+        return jnp.where((token_ids >= self.first)[:, :, None], new, old)
 
     def scores(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None) -> Float[Array, "*batch V"]:
         """Compute logits, float32."""
@@ -100,39 +100,14 @@ class ExtendedRows(nnx.Module):
         return jnp.concatenate([self.rows[...], self.new_rows[...].astype(self.rows[...].dtype)])
 
 
-class ExtendedEmbedding(ExtendedRows):
-    """The embedding."""
-
-    def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        old = self.rows[...][jnp.minimum(token_ids, self.first - 1)].astype(jnp.float32)
-        new = self.new_rows[...][jnp.maximum(token_ids - self.first, 0)]
-        return jnp.where((token_ids >= self.first)[:, :, None], new, old)
-
-
-class ExtendedHead(ExtendedRows):
-    """The output layer of a model whose embeddings are not tied."""
-
-    def __call__(
-        self, hidden: Float[Array, "*batch D"], *, out_dtype: Any, implementation: LinearImplementation | None
-    ) -> Float[Array, "*batch V"]:
-        return self.scores(hidden, implementation)
-
-
 # --------------------------------------------------------------------------------------------------- adapting and merging
 
 
-def first_new_id(vocab: SpanVocab) -> int:
-    """Return the first id that was added: `<solve>`, or the first of the structural tokens right before it."""
-    first = vocab.solve_id
-    while first > 1 and first - 1 in (vocab.pad_id, vocab.bos_id, vocab.eos_id):
-        first -= 1
-    return first
-
-
 def adapt(model: Decoder, config: LoraConfig, *, seed: int = 0) -> Decoder:
-    """Freeze a decoder, in place, and add adapters and trainable rows for the added tokens.
+    """Return a copy of a decoder with its parameters frozen, and with adapters and trainable rows for the added tokens.
 
-    Frozen parameters are in the compute dtype, trainable ones float32.
+    Frozen parameters are in the compute dtype, trainable ones float32. The first added token is `<solve>`, or the first of the
+    structural tokens right before it.
 
     Args:
       seed: seed of the matrices A.
@@ -141,32 +116,23 @@ def adapt(model: Decoder, config: LoraConfig, *, seed: int = 0) -> Decoder:
     """
     if is_adapted(model):
         raise UserError("the model has adapters already: merge them first")
+    first, vocab = model.vocab.solve_id, model.vocab
+    while first > 1 and first - 1 in (vocab.pad_id, vocab.bos_id, vocab.eos_id):
+        first -= 1
+    adapted: Any = model.astype(model.config.compute_dtype)  # its modules change their types from here on
     rngs = nnx.Rngs(seed)
-    first, dtype = first_new_id(model.vocab), model.config.compute_dtype
-    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model, nnx.Param)))
-    adapted: list[tuple[Any, str, AdaptedLinear]] = []
-    for layer in model.layers:
+    for layer in adapted.layers:
         for owner in (layer.self_attn, layer.mlp):
             for name in config.targets:
                 if hasattr(owner, name):
-                    adapted.append((owner, name, AdaptedLinear(getattr(owner, name), config, rngs)))
-    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        owner = _at(model, path[:-1])
-        if not isinstance(owner, Embedding):
-            setattr(owner, str(path[-1]), Frozen(leaf[...]))
-    extended: Any = model  # its modules change their types from here on
-    for owner, target, linear in adapted:
-        setattr(owner, target, linear)
-    extended.embed_tokens = ExtendedEmbedding(extended.embed_tokens.embedding[...], first)
-    if extended.lm_head is not None:
-        extended.lm_head = ExtendedHead(extended.lm_head.weight[...], first)
-    return model
-
-
-def to_float32(model: Decoder) -> Decoder:
-    """Convert the parameters of a decoder to float32, in place, to train all of them."""
-    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(model, nnx.Param)))
-    return model
+                    setattr(owner, name, AdaptedLinear(getattr(owner, name), config, rngs))
+    adapted.embed_tokens = ExtendedRows(adapted.embed_tokens.embedding[...], first)
+    if adapted.lm_head is not None:
+        adapted.lm_head = ExtendedRows(adapted.lm_head.weight[...], first)
+    for path, leaf in nnx.to_flat_state(nnx.state(adapted, nnx.Param)):
+        if path[-1] not in ("lora_a", "lora_b", "new_rows"):
+            setattr(_at(adapted, path[:-1]), str(path[-1]), Frozen(leaf[...]))
+    return adapted
 
 
 def is_adapted(model: Decoder) -> bool:
@@ -205,13 +171,15 @@ def _at(model: Decoder, path: tuple[Any, ...]) -> Any:
 def fingerprint(model: Decoder) -> str:
     """Compute the SHA-256 of the base's parameters: names, shapes and bits of the frozen ones, or of all if there are no adapters."""
     digest = hashlib.sha256()
-    for path, leaf in sorted(
-        (_name(path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, Frozen if is_adapted(model) else nnx.Param))
-    ):
-        array = np.asarray(leaf[...])
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+    for name, leaf in sorted(_named(model, Frozen if is_adapted(model) else nnx.Param).items()):
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _named(model: Decoder, kind: type[nnx.Variable]) -> dict[str, Array]:
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, kind))}
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -220,26 +188,18 @@ def _name(path: tuple[Any, ...]) -> str:
 
 # -------------------------------------------------------------------------------------------------------------------- files
 
+_ADAPTER = Format("selfspan adapter", "adapter.json", "adapter.safetensors")
+
 
 def save_adapter(directory: Path, model: Decoder, config: LoraConfig, base_name: str, task: dict[str, Any], card: str) -> None:
-    """Write the adapter of an adapted model, atomically.
+    """Write the adapter of an adapted model, atomically; see `models.save_model`.
 
     Args:
       base_name: name of the base, shown to users.
-      task: content of `vocab.json`: the task's own `to_json`.
-      card: content of `README.md`, Markdown.
-
-    Raises: FileExistsError if the directory exists.
     """
+    arrays = {name: leaf.astype(model.config.compute_dtype) for name, leaf in _named(model, nnx.Param).items()}
     base = {"name": base_name, "sha256": fingerprint(model)}
-    fields = describe(_FORMAT, model) | {"base": base, "lora": dataclasses.asdict(config)}
-    dtype = model.config.compute_dtype
-    arrays = {_name(path): leaf[...].astype(dtype) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    with new_directory(directory) as partial:
-        save_safetensors(partial / "adapter.safetensors", arrays)
-        write_json(partial / "adapter.json", fields)
-        write_json(partial / "vocab.json", task)
-        (partial / "README.md").write_text(card)
+    _ADAPTER.write(directory, model, arrays, task, card, base=base, lora=dataclasses.asdict(config))
 
 
 def is_adapter(directory: Path) -> bool:
@@ -257,37 +217,26 @@ def load_adapter(directory: Path, base: Path | None) -> tuple[Decoder, dict[str,
       FileNotFoundError: no such directory, or a file of it or of the base is missing.
       UserError: a malformed file, tensors that do not fit, no base, or another base.
     """
-    for file in _FILES:
-        if not (directory / file).is_file():
-            raise FileNotFoundError(f"{directory}: not an adapter, {file} is missing")
-    model_config, vocab, vocab_size, fields = read_description(directory / "adapter.json", _FORMAT, ("base", "lora"))
-    task = read_json(directory / "vocab.json")
+    stored = _ADAPTER.open(directory, "base", "lora")
+    wanted = stored.decoder.config
     try:
-        name, expected = fields["base"]["name"], fields["base"]["sha256"]
-        config = from_json(LoraConfig, fields["lora"])
+        name, expected = stored.fields["base"]["name"], stored.fields["base"]["sha256"]
+        config = from_json(LoraConfig, stored.fields["lora"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / 'adapter.json'}: {error}") from error
+        raise UserError(f"{directory / _ADAPTER.description}: {error}") from error
     if base is None:
         raise UserError(f"{directory} is an adapter of {name}: it needs that model too (--base)")
-    model = load_decoder(base, vocab, **_tuned_fields(model_config))
-    if model.config != model_config or model.vocab_size != vocab_size:
+    tuned = ("compute_dtype", *(field.name for field in dataclasses.fields(TunedAttention)))  # what fine-tuning chose, not the base
+    model = load_decoder(base, stored.decoder.vocab, **{name: getattr(wanted, name) for name in tuned})
+    if model.config != wanted or model.vocab_size != stored.decoder.vocab_size:
         raise UserError(f"{base}: another architecture than that of {name}, which {directory} is an adapter of")
     model = adapt(model, config)
     if fingerprint(model) != expected:
         raise UserError(f"{base}: other weights than those of {name}, which {directory} is an adapter of")
-    _read_params(directory / "adapter.safetensors", model)
-    return merged(model), task
+    stored.tensors.check(_named(model, nnx.Param))
 
+    def read(path: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
+        return leaf.replace(stored.tensors.read(_name(path)).astype(wanted.compute_dtype).astype(jnp.float32))
 
-def _tuned_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of a config that fine-tuning chose, not the base."""
-    names = ("mask", "header_view", "prompt_view", "prompt_window_tokens", "remat", "compute_dtype")
-    return {name: getattr(config, name) for name in names}
-
-
-def _read_params(file: Path, model: Decoder) -> None:
-    """Replace the trainable parameters of an adapted model by those of a file."""
-    tensors, params, dtype = open_safetensors(file, [file]), nnx.to_flat_state(nnx.state(model, nnx.Param)), model.config.compute_dtype
-    tensors.check({_name(path): leaf[...] for path, leaf in params})
-    found = ((path, nnx.Param(tensors[_name(path)].astype(dtype).astype(jnp.float32))) for path, _ in params)
-    nnx.update(model, nnx.from_flat_state(found))
+    nnx.update(model, nnx.map_state(read, nnx.state(model, nnx.Param)))
+    return merged(model), stored.task

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,15 @@ from safetensors.flax import save_file
 from selfspan_jax.errors import UserError
 
 
-class Tensors(Mapping[str, Array]):
-    """Tensors by name, each read when it is looked up."""
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """Tensors of a file or a directory."""
 
-    def __init__(self, where: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Array]):
-        """See `open_safetensors`. `where` is the file or directory that errors name."""
-        self.where, self.shapes, self._read = where, dict(shapes), read
-
-    def __getitem__(self, name: str) -> Array:
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def map(self, change: Callable[[str, Array], Array]) -> Tensors:
-        """Return these tensors, each changed when it is read; `shapes` stay those of the files."""
-        return Tensors(self.where, self.shapes, lambda name: change(name, self._read(name)))
+    where: Path
+    """The file or directory, which errors name."""
+    shapes: dict[str, tuple[int, ...]]
+    """By name."""
+    read: Callable[[str], Array]
 
     def check(self, wanted: Mapping[str, Any], ignored: Container[str] = ()) -> None:
         """Compare names and shapes with those of `wanted` (arrays, or shapes in their place); no tensor is read.

@@ -48,15 +48,7 @@ def add_span_tokens(tokenizer: PreTrainedTokenizerBase, num_labels: int) -> Span
     pad_id, bos_id, solve_id, *label_ids = (known[token] for token in (pad, bos, *new))
     if label_ids != list(range(solve_id + 1, solve_id + len(new))):
         raise UserError("the tokenizer gave the span tokens ids that are not consecutive")
-    return SpanVocab(
-        pad_id=pad_id,
-        bos_id=bos_id,
-        eos_id=tokenizer.eos_token_id,
-        solve_id=solve_id,
-        seg_base=solve_id + 1,
-        ref_base=solve_id + 1 + num_labels,
-        num_labels=num_labels,
-    )
+    return SpanVocab(pad_id, bos_id, tokenizer.eos_token_id, solve_id, solve_id + 1, solve_id + 1 + num_labels, num_labels)
 
 
 @dataclasses.dataclass(frozen=True)

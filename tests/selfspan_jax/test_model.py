@@ -55,7 +55,7 @@ def llama(weights, config, token_ids, positions, mask):
 
 def weights_of(model):
     """float64 arrays by Llama's names."""
-    arrays = models.to_llama(model.config, nnx.state(model, nnx.Param))
+    arrays = models.to_llama(model)
     return {name: np.asarray(array, np.float64) for name, array in arrays.items()}
 
 
