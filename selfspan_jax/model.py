@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from selfspan_jax.config import LinearImplementation, ModelConfig, RopeScaling, Weights
+from selfspan_jax.config import LinearImplementation, ModelConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_to_tensor_parallel, reduce_from_tensor_parallel
 from selfspan_jax.spans import SpanVocab
@@ -34,17 +34,13 @@ Attend = Callable[[Array, Angles, Any], tuple[Array, Any]]
 def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig) -> Angles:
     """Return cosines and sines, float32, of positions times theta^(-2i / H) (RoFormer, 2104.09864, section 3.2)."""
     frequencies = config.rope_theta ** (-jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size)
-    if config.rope_scaling is not None:
-        frequencies = _scaled(frequencies, config.rope_scaling)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_context_tokens * frequencies / (2 * math.pi)  # over the context of the first training
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = jnp.clip(kept, 0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def _scaled(frequencies: Float[Array, "H/2"], scaling: RopeScaling) -> Float[Array, "H/2"]:
-    turns = scaling.original_context_tokens * frequencies / (2 * math.pi)  # over the context of the first training
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = jnp.clip(kept, 0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
 class Frozen(nnx.Variable):

@@ -33,9 +33,6 @@ def shard_map(compute: Callable, mesh: Mesh | None, in_specs: Any, out_specs: An
     return jax.shard_map(compute, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-# -------------------------------------------------------------------------------------------------------- tensor
-
-
 @jax.custom_vjp
 def copy_to_tensor_parallel(x: Array) -> Array:
     """Return x; the backward pass is a psum over `tensor` (Megatron-LM's f)."""
@@ -54,19 +51,15 @@ def reduce_from_tensor_parallel(x: Array) -> Array:
 reduce_from_tensor_parallel.defvjp(lambda x: (reduce_from_tensor_parallel(x), None), lambda _, grad: (grad,))
 
 
-# ---------------------------------------------------------------------------------------------------------- fsdp
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _all_gather(axis: int, dtype: Any, weight: Array) -> Array:
     return jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _all_gather_backward(axis: int, dtype: Any, _, grad: Array) -> tuple[Array]:
-    return (jax.lax.psum_scatter(grad.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),)
-
-
-_all_gather.defvjp(lambda axis, dtype, weight: (_all_gather(axis, dtype, weight), None), _all_gather_backward)
+_all_gather.defvjp(
+    lambda axis, dtype, weight: (_all_gather(axis, dtype, weight), None),
+    lambda axis, dtype, _, grad: (jax.lax.psum_scatter(grad.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),),
+)
 
 
 def all_gather_params(params: Any, dtype: Any) -> Any:
@@ -95,9 +88,6 @@ def all_gather_embeddings(params: Any, mesh: Mesh) -> Any:
         return leaf if axis is None else _all_gather(axis, leaf.dtype, leaf)
 
     return jax.tree.map_with_path(gather, params)
-
-
-# ------------------------------------------------------------------------------------------------- data and processes
 
 
 def psum_gradients(grads: Any, mesh: Mesh | None) -> Any:

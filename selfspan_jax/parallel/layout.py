@@ -40,9 +40,6 @@ PARAMETERS = {
 _PARTIAL_GRADIENTS = {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"}
 
 
-# ---------------------------------------------------------------------------------------------------------- specs
-
-
 def spec(*axes: str | None) -> PartitionSpec:
     """Return the PartitionSpec of an array whose axes are these of TABLE; None, and axes beyond, are not divided."""
     places = [TABLE[axis] if axis else () for axis in axes]
@@ -83,9 +80,6 @@ def _parameter_axes(path: Any, ndim: int) -> tuple[str | None, ...]:
     if ndim == 1:  # a bias, or the scales of int8 weights: small, so only divided with the outputs
         return (None if outputs == "width" else outputs,)
     return (outputs, inputs)[:ndim]
-
-
-# ------------------------------------------------------------------------------------------------------ placement
 
 
 def shard_params(tree: Any, mesh: Mesh) -> Any:
@@ -133,9 +127,6 @@ def from_process_local(rows: np.ndarray, num_rows: int, mesh: Mesh) -> Array:
 def shard_shape(leaf: Any) -> tuple[int, ...]:
     """Return the shape of one device's part of an array, or of a shape with a sharding."""
     return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-
-
-# -------------------------------------------------------------------------------------------------- order of rows
 
 
 def to_saved_order(tree: Any, mesh: Mesh | None) -> Any:

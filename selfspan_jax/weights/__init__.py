@@ -1,1 +1,1 @@
-"""Weights in files: training checkpoints, finished models, pretrained models of Hugging Face directories and GGUF files, adapters."""
+"""Weights in files: finished models, pretrained models of Hugging Face directories and GGUF files, adapters."""

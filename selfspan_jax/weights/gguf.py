@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from selfspan_jax.errors import UserError
 from selfspan_jax.weights.huggingface import Source
-from selfspan_jax.weights.tensors import Tensors
+from selfspan_jax.weights.models import Tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -63,7 +63,7 @@ def open_source(path: Path) -> Source:
     except (ValueError, IndexError, KeyError) as error:
         raise UserError(f"{path}: not a GGUF file ({error})") from error
     fields = _hugging_face_fields(path, reader)
-    return Source.of(path, fields, _tensors(path, reader, fields), lambda: _tokenizer(path, reader))
+    return Source.of(fields, _tensors(path, reader, fields), lambda: _tokenizer(path, reader))
 
 
 def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:

@@ -15,8 +15,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.files import new_directory, read_json, write_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.weights.models import METADATA, to_llama
-from selfspan_jax.weights.tensors import Tensors, open_safetensors, save_safetensors
+from selfspan_jax.weights.models import METADATA, Tensors, open_safetensors, save_safetensors, to_llama
 from selfspan_jax.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ _SIZES = {  # fields of `config.json`, and what ModelConfig calls them
 class Source:
     """A pretrained model in files, of which only names and shapes have been read."""
 
-    path: Path
     config: ModelConfig
     vocab_size: int
     """Rows of its embedding."""
@@ -48,13 +46,13 @@ class Source:
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
 
     @classmethod
-    def of(cls, path: Path, fields: Mapping[str, Any], tensors: Tensors, load_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Source:
+    def of(cls, fields: Mapping[str, Any], tensors: Tensors, load_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Source:
         """Make a source from the fields of a Hugging Face config. Raises UserError for fields that `model_config` refuses."""
         try:
             config = model_config({"tie_word_embeddings": "lm_head.weight" not in tensors.shapes, **fields})
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from error
-        return cls(path, config, fields["vocab_size"], tensors, load_tokenizer)
+            raise UserError(f"{tensors.where}: {error}") from error
+        return cls(config, fields["vocab_size"], tensors, load_tokenizer)
 
 
 def open_source(path: Path) -> Source:
@@ -66,7 +64,7 @@ def open_source(path: Path) -> Source:
     """
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json")
-    return Source.of(path, read_json(path / "config.json"), _open_shards(path), lambda: load_tokenizer(path))
+    return Source.of(read_json(path / "config.json"), _open_shards(path), lambda: load_tokenizer(path))
 
 
 def _open_shards(directory: Path) -> Tensors:
@@ -102,9 +100,6 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
         write_json(partial / "config.json", fields)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-
-
-# ---------------------------------------------------------------------------------------------------------------- config
 
 
 def model_config(fields: Mapping[str, Any]) -> ModelConfig:

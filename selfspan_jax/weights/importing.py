@@ -29,9 +29,8 @@ _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 def is_pretrained(path: Path) -> bool:
     """Return whether this is a GGUF file, or a directory with a Hugging Face config."""
-    if path.suffix == ".gguf":
-        return True
-    return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
+    config = path / "config.json"
+    return path.suffix == ".gguf" or (config.is_file() and "model_type" in read_json(config))
 
 
 def open_source(path: Path) -> Source:
@@ -52,13 +51,17 @@ def load(path: str | Path, *, num_labels: int = NUM_LABELS, seed: int = 0, **cha
         vocab = add_span_tokens(tokenizer, num_labels)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return build_decoder(source, vocab, seed=seed, **changes), TextTask(tokenizer)
+    return load_decoder(source, vocab, seed=seed, **changes), TextTask(tokenizer)
 
 
-def load_decoder(path: str | Path, vocab: SpanVocab | None = None, *, seed: int = 0, **changes: Any) -> Decoder:
+def load_decoder(source: str | Path | Source, vocab: SpanVocab | None = None, *, seed: int = 0, **changes: Any) -> Decoder:
     """Load the decoder of a Hugging Face directory or a GGUF file, its parameters in the compute dtype.
 
+    The embedding of a new token is the mean of the old ones plus a hundredth of their spread: the mean leaves the probabilities of
+    the old tokens nearly as they were (a new token scores like an average one), the noise tells the new tokens apart.
+
     Args:
+      source: a path, or what `open_source` returned for it.
       vocab: ids of the structural tokens; by default after the file's vocabulary, with 256 labels.
       seed: seed of the noise of new embeddings.
       changes: fields of ModelConfig in place of the file's: compute_dtype, mask, header_view, prompt_view and so on.
@@ -67,15 +70,7 @@ def load_decoder(path: str | Path, vocab: SpanVocab | None = None, *, seed: int 
       FileNotFoundError: a file is missing.
       UserError: an architecture that the decoder does not have, or tensors that do not fit the config.
     """
-    return build_decoder(open_source(Path(path)), vocab, seed=seed, **changes)
-
-
-def build_decoder(source: Source, vocab: SpanVocab | None = None, *, seed: int = 0, **changes: Any) -> Decoder:
-    """Build a decoder from a source, with embeddings for the ids of `vocab` beyond its vocabulary; see `load_decoder`.
-
-    A new row is the mean of the old ones plus a hundredth of their spread: the mean leaves the probabilities of the old tokens
-    nearly as they were (a new token scores like an average one), the noise tells the new tokens apart.
-    """
+    source = source if isinstance(source, Source) else open_source(Path(source))
     old_size = source.vocab_size
     vocab = vocab or SpanVocab.consecutive(old_size, NUM_LABELS)
     new_size = max(old_size, vocab.min_vocab_size)

@@ -100,9 +100,6 @@ class ExtendedRows(nnx.Module):
         return jnp.concatenate([self.rows[...], self.new_rows[...].astype(self.rows[...].dtype)])
 
 
-# --------------------------------------------------------------------------------------------------- adapting and merging
-
-
 def adapt(model: Decoder, config: LoraConfig, *, seed: int = 0) -> Decoder:
     """Return a copy of a decoder with its parameters frozen, and with adapters and trainable rows for the added tokens.
 
@@ -185,8 +182,6 @@ def _named(model: Decoder, kind: type[nnx.Variable]) -> dict[str, Array]:
 def _name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
-
-# -------------------------------------------------------------------------------------------------------------------- files
 
 _ADAPTER = Format("selfspan adapter", "adapter.json", "adapter.safetensors")
 

@@ -80,7 +80,7 @@ def test_the_comparison_has_teeth():
         source = dataclasses.replace(huggingface.open_source(RECORDED / family), config=huggingface.model_config(fields))
         for name in [name for name in source.tensors.shapes if name.endswith(("q_norm.weight", "k_norm.weight"))]:
             del source.tensors.shapes[name]
-        wrong = importing.build_decoder(source)
+        wrong = importing.load_decoder(source)
         difference = dense_logits(wrong, token_ids())[..., :VOCAB_SIZE] - np.load(RECORDED / family / "logits.npz")["logits"]
         assert np.abs(difference).max() > 100 * TOLERANCE, family
 
