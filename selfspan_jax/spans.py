@@ -244,11 +244,10 @@ class SpanState:
         index = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), token_ids.shape)
         inside = index < lengths[:, None]
         roles = token_roles(token_ids, vocab)
-        empty = lengths == 0
-        at = jnp.maximum(lengths - 1, 0)[:, None]
+        empty, at = lengths == 0, jnp.maximum(lengths - 1, 0)[:, None]
 
-        def latest(x):
-            return jnp.take_along_axis(x, at, axis=1)[:, 0]
+        def latest(x, before_first):
+            return jnp.where(empty, before_first, jnp.take_along_axis(x, at, axis=1)[:, 0])
 
         def per_label(labels, counted):  # [B, T] -> [B, L], number of counted tokens with each label
             row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], labels.shape)
@@ -256,20 +255,20 @@ class SpanState:
             return zeros.at[row, jnp.where(counted, labels, vocab.num_labels)].add(1, mode="drop")
 
         names = inside & (roles.names >= 0)
-        named = per_label(roles.names, names & (index > latest(roles.step_index)[:, None])) > 0
+        named = per_label(roles.names, names & (index > latest(roles.step_index, -1)[:, None])) > 0
         resolved = jnp.any(jnp.tril(roles.labels[:, None, :] == roles.names[:, :, None]), axis=2)
         token_labels = jnp.full((batch, capacity), -1, jnp.int32)
         return cls(
-            label=jnp.where(empty, 0, latest(roles.labels)),
-            named=named & ~empty[:, None],
-            in_response=latest(roles.in_response) & ~empty,
-            ended=latest(roles.ended) & ~empty,
-            solve_index=jnp.where(empty, -1, latest(roles.solve_index)),
+            label=latest(roles.labels, 0),
+            named=named,
+            in_response=latest(roles.in_response, False),
+            ended=latest(roles.ended, False),
+            solve_index=latest(roles.solve_index, -1),
             token_labels=token_labels.at[:, :num_tokens].set(jnp.where(inside, roles.labels, -1)),
             num_tokens=lengths,
             unresolved_refs=jnp.sum(names & ~resolved, axis=1, dtype=jnp.int32),
-            is_response=latest(roles.is_response) & ~empty,
-            is_header=latest(roles.is_header) & ~empty,
+            is_response=latest(roles.is_response, False),
+            is_header=latest(roles.is_header, False),
         )
 
     def advance(self, tokens: Int[Array, "B"], vocab: SpanVocab) -> SpanState:

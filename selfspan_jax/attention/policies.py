@@ -80,17 +80,16 @@ class Policy(Hashable, Protocol):
         """
 
 
-def _earlier(token_ids, segment_ids, first_query, num_queries) -> tuple[Bool[Array, "B Q T"], Int[Array, "Q T"], Int[Array, "1 T"]]:
-    """Compute the causal mask, the distance from query to key, and the index of the key."""
+def _earlier(token_ids, *, segment_ids=None, first_query=0, num_queries=None) -> tuple[Bool[Array, "B Q T"], Int[Array, "Q T"]]:
+    """Compute the causal mask, and the distance from query to key."""
     batch, num_tokens = token_ids.shape
     num_queries = num_tokens if num_queries is None else num_queries
-    key = jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
-    distance = (first_query + jnp.arange(num_queries, dtype=jnp.int32))[:, None] - key
+    distance = (first_query + jnp.arange(num_queries, dtype=jnp.int32))[:, None] - jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
     mask = jnp.broadcast_to((distance >= 0)[None], (batch, num_queries, num_tokens))
     if segment_ids is not None:
         queries = jax.lax.dynamic_slice_in_dim(segment_ids, first_query, num_queries, axis=1)
         mask &= queries[:, :, None] == segment_ids[:, None, :]
-    return mask, distance, key
+    return mask, distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +99,7 @@ class Span:
     name: ClassVar[str] = "span"
     description: ClassVar[str] = "what the model names"
 
-    def mask(self, token_ids, vocab, views, *, segment_ids=None, first_query=0, num_queries=None):
-        rows = {"segment_ids": segment_ids, "first_query": first_query, "num_queries": num_queries}
+    def mask(self, token_ids, vocab, views, **rows):
         return spans.attention_mask(token_ids, vocab, **_views(views), **rows)
 
     def initial_slots(self, slot_table):
@@ -128,13 +126,13 @@ class Dense:
     name: ClassVar[str] = "dense"
     description: ClassVar[str] = "everything before"
 
-    def mask(self, token_ids, vocab, views, *, segment_ids=None, first_query=0, num_queries=None):
-        return _earlier(token_ids, segment_ids, first_query, num_queries)[0]
+    def mask(self, token_ids, vocab, views, **rows):
+        return _earlier(token_ids, **rows)[0]
 
     def initial_slots(self, slot_table):
         return Slots(slot_table, jnp.zeros(slot_table.shape[0], jnp.int32))  # for good: only the counts grow
 
-    def step_slots(self, slots, slot_table, *, own, before, span, active, views):
+    def step_slots(self, slots, slot_table, *, span, **_):
         return Slots(slots.slots, span.num_tokens)
 
 
@@ -154,15 +152,15 @@ class Window:
         if self.sink_tokens < 0 or self.window_tokens < 1:
             raise UserError(f"Window: sink_tokens is {self.sink_tokens}, window_tokens is {self.window_tokens}; allowed: from 0, from 1")
 
-    def mask(self, token_ids, vocab, views, *, segment_ids=None, first_query=0, num_queries=None):
-        mask, distance, key = _earlier(token_ids, segment_ids, first_query, num_queries)
-        return mask & ((distance < self.window_tokens) | (key < self.sink_tokens))[None]
+    def mask(self, token_ids, vocab, views, **rows):
+        mask, distance = _earlier(token_ids, **rows)
+        return mask & ((distance < self.window_tokens) | (jnp.arange(token_ids.shape[1])[None, :] < self.sink_tokens))[None]
 
     def initial_slots(self, slot_table):
         batch, capacity = slot_table.shape
         return Slots(jnp.zeros((batch, min(capacity, self.sink_tokens + self.window_tokens)), jnp.int32), jnp.zeros(batch, jnp.int32))
 
-    def step_slots(self, slots, slot_table, *, own, before, span, active, views):
+    def step_slots(self, slots, slot_table, *, span, **_):
         place = jnp.arange(slots.slots.shape[1], dtype=jnp.int32)[None, :]
         first_recent = jnp.maximum(span.num_tokens - self.window_tokens, self.sink_tokens)[:, None]
         token = jnp.where(place < self.sink_tokens, place, place - self.sink_tokens + first_recent)

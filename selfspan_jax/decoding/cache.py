@@ -48,12 +48,6 @@ class KVCache:
         return cls(pools, jnp.where(new_token < 0, prompt_slot, own_slot))
 
 
-def write_slots(pools: LayerPools, slots: Int[Array, "B T"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> LayerPools:
-    """Write keys and values to pool rows, none of which is named twice."""
-    k_pool, v_pool = pools
-    return k_pool.at[slots].set(k, unique_indices=True), v_pool.at[slots].set(v, unique_indices=True)
-
-
 def attend_cached(own: Int[Array, "B"], slots: Slots, implementation: Implementation | None) -> Attend:
     """Make the attention of one new token per sequence: write it to slot `own`, then attend to `slots`.
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from selfspan_jax.attention.policies import Slots, get_policy
 from selfspan_jax.attention.sequences import dot_product_attention, split_and_rotate
 from selfspan_jax.config import DecodeConfig
-from selfspan_jax.decoding.cache import KVCache, attend_cached, write_slots
+from selfspan_jax.decoding.cache import KVCache, attend_cached
 from selfspan_jax.decoding.sampling import sample
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
@@ -78,7 +78,8 @@ def prefill_state(
 
         def attend(qkv, angles, pools):
             q, k, v = split_and_rotate(qkv, angles)
-            pools = write_slots(pools, first_slots + positions, k, v)
+            slots = first_slots + positions
+            pools = tuple(pool.at[slots].set(new, unique_indices=True) for pool, new in zip(pools, (k, v), strict=True))
             k, v = (pool[: batch * prompt_capacity].reshape(batch, prompt_capacity, *pool.shape[1:]) for pool in pools)
             return dot_product_attention(q, k, v, mask), pools
 

@@ -23,7 +23,7 @@ def plot_mask(reading: Reading) -> Figure:
     The written form of the tokens stands along the edges of sequences of up to 120 tokens.
     """
     side = _mask_inches(reading)
-    figure = _figure(side, side)
+    figure = Picture(side, side)
     _draw_mask(figure.subplots(), reading)
     return figure
 
@@ -31,7 +31,7 @@ def plot_mask(reading: Reading) -> Figure:
 def plot_reading(reading: Reading) -> Figure:
     """Draw what a response read, in three pictures: its mask, tokens attended to by position, and KV rows read by each step."""
     side = _mask_inches(reading)
-    figure = _figure(side + 5.0, side)
+    figure = Picture(side + 5.0, side)
     axes = figure.subplot_mosaic([["mask", "positions"], ["mask", "steps"]], width_ratios=[side, 5.0])
     _draw_mask(axes["mask"], reading)
     _draw_positions(axes["positions"], reading)
@@ -42,16 +42,14 @@ def plot_reading(reading: Reading) -> Figure:
 class Picture(Figure):
     """Show itself in a notebook, whatever matplotlib's backend. It is not pyplot's, so nothing keeps it open."""
 
+    def __init__(self, width: float, height: float):
+        super().__init__(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(self)
+
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
         self.savefig(file, format="png", dpi=70)
         return file.getvalue()
-
-
-def _figure(width: float, height: float) -> Picture:
-    figure = Picture(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _mask_inches(reading: Reading) -> float:

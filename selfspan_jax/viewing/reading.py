@@ -184,9 +184,5 @@ def _rounded(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab) -> Int[Array, "1
     return jnp.asarray(np.pad(token_ids, (0, padding), constant_values=vocab.pad_id))[None]
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "vocab", "config"))
-def _policy_mask(policy: Policy, token_ids: Int[Array, "B T"], vocab: SpanVocab, config: ModelConfig) -> Bool[Array, "B T T"]:
-    return policy.mask(token_ids, vocab, config)
-
-
+_policy_mask = jax.jit(lambda policy, *arguments: policy.mask(*arguments), static_argnums=(0, 2, 3))
 _token_roles = jax.jit(spans.token_roles, static_argnames=("vocab",))
