@@ -1,6 +1,6 @@
 """The span protocol (docs/protocol.md) in numpy: what response tokens attend to, and the steps of a response."""
 
-from collections import defaultdict
+import collections
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -28,40 +28,29 @@ def attended_tokens(
 ) -> npt.NDArray[np.int64]:
     """Count the tokens that each response token attends to, itself included: int64 [R].
 
-    Between structural tokens the number grows by one a token, so only those are looked at one by one.
-
     Args:
       token_ids: int32 [T], an example without padding; the first `prompt_tokens` of them end in the first `<solve>`.
       header_view: "all" lets `<seg:k>` and `<ref:k>` tokens of the response attend to everything before them.
     """
-    opens, names = is_label(token_ids, vocab.seg_base, vocab), is_label(token_ids, vocab.ref_base, vocab)
-    names[:prompt_tokens] = False
-    changes = opens | names
-    changes[prompt_tokens - 1] = True  # <solve>
-    places = np.flatnonzero(changes)
-    carried: defaultdict[int, int] = defaultdict(int)  # label -> tokens before `begin` that carry it
-    carried[0] = begin = int(places[0])
+    carried: collections.Counter[int] = collections.Counter()  # label -> tokens so far that carry it
     named = {0}  # what the current step sees: the sink, its own label, and those that it names
     label = attended = 0
-    offsets = []  # attended - position, from each of the places to the next
-    for position in places.tolist():
-        carried[label] += position - begin
-        attended += position - begin
-        begin, token = position, int(token_ids[position])
-        if names[position]:
-            attended += carried[token - vocab.ref_base] if token - vocab.ref_base not in named else 0
-            named.add(token - vocab.ref_base)
-        else:
-            label = token - vocab.seg_base if opens[position] else 0
+    counts = []
+    for position, token in enumerate(token_ids.tolist()):
+        opened, referred = token - vocab.seg_base, token - vocab.ref_base
+        opens = 0 <= opened < vocab.num_labels
+        names = 0 <= referred < vocab.num_labels and position >= prompt_tokens
+        if opens or position == prompt_tokens - 1:  # <solve>
+            label = opened if opens else 0
             named = {0, label}
-            attended = 1 + sum(carried[k] for k in named)
-        offsets.append(attended - position)
-    counts = np.repeat(np.array(offsets), np.diff(places, append=len(token_ids))) + np.arange(int(places[0]), len(token_ids))
-    counts = counts[prompt_tokens - int(places[0]) :]
-    if header_view == "all":
-        headers = changes[prompt_tokens:]
-        counts[headers] = np.flatnonzero(headers) + prompt_tokens + 1
-    return counts
+            attended = sum(carried[k] for k in named)
+        elif names and referred not in named:
+            named.add(referred)
+            attended += carried[referred]
+        carried[label] += 1
+        attended += 1
+        counts.append(position + 1 if header_view == "all" and (opens or names) else attended)
+    return np.array(counts[prompt_tokens:])
 
 
 def read_steps(token_ids: Iterable[int], vocab: Vocab) -> tuple[list[int], list[Step], bool]:

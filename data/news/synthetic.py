@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _TEMPLATES = tomllib.loads((Path(__file__).parent / "templates.toml").read_text(encoding="utf-8"))
 _FIRST_NAMES = {pronoun: _TEMPLATES["names"][pronoun].split() for pronoun in ("She", "He")}
@@ -23,32 +23,7 @@ _ARTICLE = re.compile(r"\b([Aa]) (?=[AEIOU])")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """The words for events of one kind; texts have fields in braces, see templates.toml."""
-
-    name: str
-    thing: str
-    """The event, once it is known."""
-    title: str
-    """Its person, once they are known."""
-    numbers: Sequence[int]
-    happened: Sequence[str]
-    number: Sequence[str]
-    causes: Sequence[str]
-    official: str
-    bystander: str
-    quotes: Sequence[str]
-    details: Sequence[str]
-    """Sentences that a summary leaves out."""
-    earlier: str
-    """An event of the kind that is not this one."""
-    summary: Sequence[str]
-    both: Sequence[str]
-    """What happened and the number, in one sentence."""
-
-
-_KINDS = [_Kind(**fields) for fields in _TEMPLATES["kinds"]]
+_KINDS: list[dict[str, Any]] = _TEMPLATES["kinds"]
 MAX_EVENTS = len(_KINDS)
 MAX_DISTRACTORS = len(_PHRASES["background"])
 
@@ -115,8 +90,8 @@ class _Line(NamedTuple):
 
     event: int
     text: str
-    later: bool
-    source: bool
+    later: bool = True
+    source: bool = True
 
 
 def story(uniform: Callable[[], float], *, min_events: int = 2, max_events: int = 4, max_distractors: int = 8) -> Story:
@@ -125,56 +100,52 @@ def story(uniform: Callable[[], float], *, min_events: int = 2, max_events: int 
     Each event has one to five distractors of its own, and the story up to `max_distractors` that belong to none.
     """
     names = _Names(uniform)
-    kinds = sorted(names.shuffled(range(len(_KINDS)))[: names.integer(min_events, max_events)])
+    kinds = [_KINDS[i] for i in sorted(names.shuffled(range(len(_KINDS)))[: names.integer(min_events, max_events)])]
     lines: list[_Line] = []
     summary: list[str] = []
     facts: list[Fact] = []
     pronouns: list[str] = []
-    for event, number in enumerate(kinds):
-        kind = _KINDS[number]
+    for event, kind in enumerate(kinds):
         who, pronoun = names.person()
-        place, count = names.place(), names.number(*kind.numbers)
-        fields = {"who": who, "place": place, "n": count, "day": names.pick(_DAYS), "thing": kind.thing, "it": "{it}", "she": "{she}"}
+        place, count = names.place(), names.number(*kind["numbers"])
+        fields = {"who": who, "place": place, "n": count, "day": names.pick(_DAYS), "thing": kind["thing"], "it": "{it}", "she": "{she}"}
         pronouns.append(pronoun)
+        facts += [Fact(event, "name", who), Fact(event, "place", place), Fact(event, "number", count)]
         if names.chance(0.2):
-            lines.append(_Line(event, names.pick(kind.both).format(**fields), False, True))
+            lines.append(_Line(event, names.pick(kind["both"]).format(**fields), later=False))
         else:
-            lines.append(_Line(event, names.pick(kind.happened).format(**fields), False, True))
-            lines.append(_Line(event, names.pick(kind.number).format(**fields), True, True))
-        ending = "."
-        told = [Fact(event, "name", who), Fact(event, "place", place), Fact(event, "number", count)]
-        choice = names.integer(0, 2)
+            lines.append(_Line(event, names.pick(kind["happened"]).format(**fields), later=False))
+            lines.append(_Line(event, names.pick(kind["number"]).format(**fields)))
+        choice, ending = names.integer(0, 2), "."
         if choice == 0:
-            fields["why"] = names.pick(kind.causes)
-            lines.append(_Line(event, names.pick(_PHRASES["causes"]).format(**fields), True, True))
-            ending = names.pick(_PHRASES["because"]).format(**fields)
+            fields["why"] = names.pick(kind["causes"])
+            lines.append(_Line(event, names.pick(_PHRASES["causes"]).format(**fields)))
+            ending = names.pick(_PHRASES["because"])
         elif choice == 1:
             whom, _ = names.person()
-            said = {"official": kind.official, "whom": whom, "quote": kind.quotes[0][:-1] + ",", "sentence": kind.quotes[0]}
-            lines.append(_Line(event, names.pick(_PHRASES["said"]).format(**said), True, True))
-            ending = names.pick(_PHRASES["according"]).format(**said)
-            told.append(Fact(event, "name", whom))
-        summary.append(_capital(names.pick(kind.summary).format(**fields) + ending))
-        facts += told
-        own = [*kind.details, kind.earlier, '"{quote}" said {bystander} {whom}.']
+            sentence = kind["quotes"][0]
+            fields |= {"official": kind["official"], "whom": whom, "quote": sentence[:-1] + ",", "sentence": sentence}
+            lines.append(_Line(event, names.pick(_PHRASES["said"]).format(**fields)))
+            ending = names.pick(_PHRASES["according"])
+            facts.append(Fact(event, "name", whom))
+        summary.append(_capital((names.pick(kind["summary"]) + ending).format(**fields)))
+        own = [*kind["details"], kind["earlier"], '"{quote}" said {bystander} {whom}.']
         for index in names.shuffled(range(len(own)))[: names.integer(1, 5)]:
             whom, _ = names.person()
-            other = {"quote": kind.quotes[1][:-1] + ",", "bystander": kind.bystander, "whom": whom, "place": names.place(), "it": "{it}"}
-            other |= {"n": names.number(*kind.numbers), "year": str(names.integer(1950, 2020)), "she": "{she}"}
-            lines.append(_Line(event, own[index].format(**other), True, False))
+            other = {"quote": kind["quotes"][1][:-1] + ",", "bystander": kind["bystander"], "whom": whom, "place": names.place()}
+            other |= {"n": names.number(*kind["numbers"]), "year": str(names.integer(1950, 2020)), "it": "{it}", "she": "{she}"}
+            lines.append(_Line(event, own[index].format(**other), source=False))
     for index in names.shuffled(range(len(_PHRASES["background"])))[: names.integer(0, max_distractors)]:
         whom, _ = names.person()
         other = {"place": names.place(), "n": names.number(2, 990), "year": str(names.integer(1200, 1900)), "who": whom}
-        lines.append(_Line(-1, _PHRASES["background"][index].format(**other), False, False))
+        lines.append(_Line(-1, _PHRASES["background"][index].format(**other), later=False, source=False))
     ordered = _interleaved(names, lines)
     article: list[str] = []
-    previous = -1
-    for line in ordered:
-        near = previous == line.event
-        it = "it" if near else _KINDS[kinds[line.event]].thing
-        she = pronouns[line.event].lower() if near else _KINDS[kinds[line.event]].title
+    for before, line in zip([None, *ordered], ordered):
+        near = before is not None and before.event == line.event
+        it = "it" if near else kinds[line.event]["thing"]
+        she = pronouns[line.event].lower() if near else kinds[line.event]["title"]
         article.append(_capital(line.text.format(it=it, she=she)))
-        previous = line.event
     sources = [tuple(i for i, line in enumerate(ordered) if line.source and line.event == event) for event in range(len(kinds))]
     return Story(tuple(article), tuple(summary), tuple(sources), tuple(facts))
 
