@@ -13,7 +13,7 @@ is arbitrary, so a model whose prompt tokens see only their surroundings cannot 
     <bos>((51+75)-(95*3))<solve>51+75=126<solve>95*3=285<solve>126-285=-159<eos>
 """
 
-from data.arithmetic.corpus import Corpus, split_of
+from data.arithmetic.corpus import Corpus
 from data.arithmetic.expressions import MAX_DIGITS, Expression, ExpressionError, parse
 from data.arithmetic.oracle import Example, Labelling, encode, encode_prompt, relabel
 from data.arithmetic.task import ArithmeticTask
@@ -35,7 +35,6 @@ __all__ = [
     "encode_prompt",
     "parse",
     "relabel",
-    "split_of",
     "stream",
     "verify",
 ]

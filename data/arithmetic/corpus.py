@@ -7,11 +7,11 @@ import random
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-from data import streams, task
+from data import task
 from data.arithmetic.expressions import MAX_DIGITS, Expression, evaluate
 from data.arithmetic.oracle import Example, Labelling, encode, relabel
 from data.errors import UserError, check_choice
-from data.streams import GeneratedCorpus, Split
+from data.streams import GeneratedCorpus, Split, split_of
 from data.vocab import Vocab
 
 JumpsAt = Literal["any", "leaves"]
@@ -64,7 +64,7 @@ class Corpus(GeneratedCorpus[Example]):
         for name in ("uniform_weight", "balanced_weight", "left_comb_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}: expected at least 0")
-        if not any(self.shape_weights):
+        if not self.uniform_weight + self.balanced_weight + self.left_comb_weight:
             raise UserError("every shape weight is 0: expected one above 0")
         if not 0 <= self.negative_fraction <= 1:
             raise UserError(f"negative_fraction is {self.negative_fraction}: expected 0 to 1")
@@ -79,11 +79,6 @@ class Corpus(GeneratedCorpus[Example]):
             raise UserError(f"label_jumps is {self.label_jumps}: expected at least 0")
         check_choice("jumps_at", self.jumps_at, JumpsAt)
         check_choice("labelling", self.labelling, Labelling)
-
-    @property
-    def shape_weights(self) -> tuple[float, float, float]:
-        """Relative frequency of uniform, balanced and left comb trees."""
-        return (self.uniform_weight, self.balanced_weight, self.left_comb_weight)
 
     @property
     def vocab(self) -> Vocab:
@@ -105,7 +100,7 @@ class Corpus(GeneratedCorpus[Example]):
         for _ in range(self.chunk_examples):
             num_ops = self.min_ops + int(uniform() * (self.max_ops - self.min_ops + 1))
             expression = _draw(self, num_ops, uniform)
-            while split_of(expression) != split:
+            while split_of(expression.text) != split:
                 expression = _draw(self, num_ops, uniform)
             labels = _draw_labels(self, vocab, expression, uniform, jumping)
             names = self.names_first_step
@@ -120,11 +115,6 @@ class WriteCommand(task.WriteCommand):
 
     split: Split = "train"
     corpus: Corpus = dataclasses.field(default_factory=Corpus)
-
-
-def split_of(expression: Expression) -> Split:
-    """Return the split that an expression belongs to, by a hash of its text: an eighth of all expressions is "test"."""
-    return streams.split_of(expression.text)
 
 
 def _draw_labels(
@@ -177,13 +167,12 @@ def _draw(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Express
 
 def _draw_shape(corpus: Corpus, num_ops: int, uniform: Callable[[], float]) -> Sequence[bool]:
     """Draw a tree in postfix order: False for a leaf, True for an operation."""
-    uniform_weight, balanced_weight, left_comb_weight = corpus.shape_weights
-    threshold = uniform() * (uniform_weight + balanced_weight + left_comb_weight)
-    if threshold < uniform_weight:
+    threshold = uniform() * (corpus.uniform_weight + corpus.balanced_weight + corpus.left_comb_weight)
+    if threshold < corpus.uniform_weight:
         return _uniform_shape(num_ops, uniform)
-    if threshold < uniform_weight + balanced_weight:
+    if threshold < corpus.uniform_weight + corpus.balanced_weight:
         return _balanced_shape(num_ops)
-    return _left_comb_shape(num_ops)
+    return [False, *[False, True] * num_ops]  # a left comb
 
 
 def _uniform_shape(num_ops: int, uniform: Callable[[], float]) -> list[bool]:
@@ -214,7 +203,3 @@ def _balanced_shape(num_ops: int) -> tuple[bool, ...]:
     if num_ops == 0:
         return (False,)
     return (*_balanced_shape(num_ops // 2), *_balanced_shape((num_ops - 1) // 2), True)
-
-
-def _left_comb_shape(num_ops: int) -> list[bool]:
-    return [False, *[False, True] * num_ops]

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from data.errors import UserError
 
 MAX_DIGITS = 640  # the longest integer that every setting of Python converts to and from text
-TOO_LARGE = 10**MAX_DIGITS
 
 _APPLY: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "negate": 3}
@@ -57,23 +56,19 @@ class Expression:
     @functools.cached_property
     def text(self) -> str:
         """The canonical text: every operation in parentheses, no spaces."""
-        return _infix(self.postfix)
+        stack: list[str] = []
+        for node in self.postfix:
+            if type(node) is int:
+                stack.append(str(node))
+            else:
+                right = stack.pop()
+                stack[-1] = f"({stack[-1]}{node}{right})"
+        return stack[0]
 
     @property
     def value(self) -> int:
         """The exact value. UserError where an intermediate value has more than `MAX_DIGITS` digits."""
         return evaluate(self)[-1].value if self.num_ops else int(self.postfix[0])
-
-
-def _infix(postfix: Iterable[int | str]) -> str:
-    stack: list[str] = []
-    for node in postfix:
-        if type(node) is int:
-            stack.append(str(node))
-        else:
-            right = stack.pop()
-            stack[-1] = f"({stack[-1]}{node}{right})"
-    return stack[0]
 
 
 def parse(text: str) -> Expression:
@@ -147,6 +142,10 @@ class Operation(NamedTuple):
     right_step: int | None
     value: int
 
+    def __str__(self) -> str:
+        """Write the operation and its value, as a step does."""
+        return f"{self.left}{self.symbol}{self.right}={self.value}"
+
 
 def evaluate(expression: Expression) -> list[Operation]:
     """Evaluate an expression: its operations in post-order. UserError where a value has more than `MAX_DIGITS` digits."""
@@ -159,7 +158,7 @@ def evaluate(expression: Expression) -> list[Operation]:
         right, right_step = stack.pop()
         left, left_step = stack.pop()
         value = _APPLY[str(node)](left, right)
-        if not -TOO_LARGE < value < TOO_LARGE:
+        if abs(value) >= 10**MAX_DIGITS:
             raise UserError(f"operation {len(steps) + 1} has a value of more than {MAX_DIGITS} digits")
         stack.append((value, len(steps)))
         steps.append(Operation(str(node), left, left_step, right, right_step, value))

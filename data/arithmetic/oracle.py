@@ -3,13 +3,14 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from data.arithmetic.expressions import Expression, evaluate, parse, quoted
 from data.errors import UserError, check_choice
+from data.spans import is_label
 from data.vocab import DEFAULT_VOCAB, Vocab
 
 Labelling = Literal["tree", "none", "plain"]
@@ -67,21 +68,18 @@ def encode(
         `first_label` on, or a value of more than `MAX_DIGITS` digits.
     """
     expression, first_label = check_expression(expression, vocab, labelling, first_label)
-    token_ids = _prompt(expression, vocab, labelling, first_label, names_first_step)
-    prompt_tokens = len(token_ids)
-    ids, first_seg, first_ref = vocab.ids, vocab.seg_base + first_label, vocab.ref_base + first_label
+    style: dict[str, Any] = {"labelling": labelling, "first_label": first_label, "names_first_step": names_first_step}
+    prompt = encode_prompt(expression, vocab=vocab, **style)
+    token_ids: list[int] = []
     for number, step in enumerate(evaluate(expression)):
         if labelling == "plain":
             token_ids += [vocab.solve_id] if number else []
         else:
-            token_ids.append(first_seg + number)
-            if step.left_step is not None:
-                token_ids.append(first_ref + step.left_step)
-            if step.right_step is not None:
-                token_ids.append(first_ref + step.right_step)
-        token_ids += [ids[c] for c in f"{step.left}{step.symbol}{step.right}={step.value}"]
+            operands = [k for k in (step.left_step, step.right_step) if k is not None]
+            token_ids += [vocab.seg_base + first_label + number, *(vocab.ref_base + first_label + k for k in operands)]
+        token_ids += [vocab.ids[c] for c in str(step)]
     token_ids.append(vocab.eos_id)
-    return Example(expression, np.array(token_ids, np.int32), prompt_tokens, first_label, labelling)
+    return Example(expression, np.array([*prompt, *token_ids], np.int32), len(prompt), first_label, labelling)
 
 
 def encode_prompt(
@@ -94,7 +92,29 @@ def encode_prompt(
 ) -> npt.NDArray[np.int32]:
     """Write the prompt of `encode` alone, int32 [n], ending in `<solve>`; raises the same errors, but for large values."""
     expression, first_label = check_expression(expression, vocab, labelling, first_label)
-    return np.array(_prompt(expression, vocab, labelling, first_label, names_first_step), np.int32)
+    ids, seg_base = vocab.ids, vocab.seg_base
+    names = [vocab.ref_base + first_label] if names_first_step and labelling != "plain" else []
+    if labelling != "tree":
+        return np.array([vocab.bos_id, *(ids[c] for c in expression.text), *names, vocab.solve_id], np.int32)
+    # Read backwards: parentheses close in post-order, so the k-th ")" from the left belongs to operation k, and
+    # every other token to the innermost open one. A tag goes wherever the owner changes.
+    reversed_ids = [vocab.solve_id, *names]
+    label = first_label + expression.num_ops
+    owners: list[int] = []
+    tagged = 0  # the owner of the run of tokens that is still to get its tag
+    for character in reversed(expression.text):
+        if character == ")":
+            label -= 1
+            owners.append(label)
+        if owners[-1] != tagged:
+            if tagged:
+                reversed_ids.append(seg_base + tagged)
+            tagged = owners[-1]
+        reversed_ids.append(ids[character])
+        if character == "(":
+            owners.pop()
+    reversed_ids += [seg_base + tagged, vocab.bos_id]
+    return np.array(reversed_ids[::-1], np.int32)
 
 
 def relabel(example: Example, labels: Sequence[int], vocab: Vocab) -> Example:
@@ -108,7 +128,7 @@ def relabel(example: Example, labels: Sequence[int], vocab: Vocab) -> Example:
         raise UserError(f"labels are {list(labels)}: expected {example.expression.num_ops} that grow, from 1 to {vocab.num_labels - 1}")
     ids = example.token_ids.copy()
     for base in (vocab.seg_base, vocab.ref_base):
-        own = (ids >= base) & (ids < base + vocab.num_labels)
+        own = is_label(ids, base, vocab)
         ids[own] = base + new[ids[own] - base - example.first_label + 1]
     jumps = find_label_jumps(ids, example.prompt_tokens, vocab)
     return dataclasses.replace(example, token_ids=ids, first_label=int(new[1]), unpredictable=jumps)
@@ -116,8 +136,7 @@ def relabel(example: Example, labels: Sequence[int], vocab: Vocab) -> Example:
 
 def find_label_jumps(token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab) -> npt.NDArray[np.int64]:
     """Find the steps of a response whose label is not one more than the previous step's: positions of their `<seg:k>` tokens."""
-    places = np.flatnonzero((token_ids >= vocab.seg_base) & (token_ids < vocab.seg_base + vocab.num_labels))
-    places = places[places >= prompt_tokens]
+    places = np.flatnonzero(is_label(token_ids[prompt_tokens:], vocab.seg_base, vocab)) + prompt_tokens
     return places[1:][np.diff(token_ids[places]) != 1]
 
 
@@ -137,30 +156,3 @@ def check_expression(expression: Expression | str, vocab: Vocab, labelling: Labe
             f"{first_label + expression.num_ops - 1}, but the last one is {vocab.num_labels - 1}"
         )
     return expression, first_label
-
-
-def _prompt(expression: Expression, vocab: Vocab, labelling: Labelling, first_label: int, names_first_step: bool) -> list[int]:
-    ids, seg_base = vocab.ids, vocab.seg_base
-    names = [vocab.ref_base + first_label] if names_first_step and labelling != "plain" else []
-    if labelling != "tree":
-        return [vocab.bos_id, *(ids[c] for c in expression.text), *names, vocab.solve_id]
-    # Read backwards: parentheses close in post-order, so the k-th ")" from the left belongs to operation k, and
-    # every other token to the innermost open one. A tag goes wherever the owner changes.
-    reversed_ids = [vocab.solve_id, *names]
-    label = first_label + expression.num_ops
-    owners: list[int] = []
-    tagged = 0  # the owner of the run of tokens that is still to get its tag
-    for character in reversed(expression.text):
-        if character == ")":
-            label -= 1
-            owners.append(label)
-        if owners[-1] != tagged:
-            if tagged:
-                reversed_ids.append(seg_base + tagged)
-            tagged = owners[-1]
-        reversed_ids.append(ids[character])
-        if character == "(":
-            owners.pop()
-    reversed_ids += [seg_base + tagged, vocab.bos_id]
-    reversed_ids.reverse()
-    return reversed_ids

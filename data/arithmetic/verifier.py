@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from data import spans
-from data.arithmetic.expressions import MAX_DIGITS, TOO_LARGE, Expression, quoted
+from data.arithmetic.expressions import MAX_DIGITS, Expression, evaluate, quoted
 from data.arithmetic.oracle import Labelling, check_expression
-from data.errors import UserError
 from data.vocab import DEFAULT_VOCAB, Vocab
 
 _ANSWER = re.compile(rf"=(-?[0-9]{{1,{MAX_DIGITS}}})\Z")
@@ -40,11 +39,11 @@ class Verdict:
 
 
 class _Written(NamedTuple):
-    """A step as a response writes it: its label (None in plain text), the labels that it names, and its other tokens."""
+    """A step as a response writes it: its label (None in plain text), the labels that it names, and the rest as text."""
 
     label: int | None
     named: set[int]
-    body: list[str]
+    body: str
 
 
 def verify(
@@ -67,37 +66,29 @@ def verify(
     stray, written, ended = _read_response(response, vocab)
     answer_text = _answer_text(stray, written)
     if labelling == "plain":
-        stray, written = [], _plain_steps(stray, written, vocab)
+        stray, written = "", _plain_steps(stray, written)
     answer_value = None if answer_text is None else int(answer_text)
 
+    operations = evaluate(expression)
     problems: dict[int, str] = {}  # of evaluation, by step
     wrong_spans: dict[int, str] = {}
     if stray:
-        problems[0] = f"{quoted(''.join(stray))} stands before the first step"
-    operands: list[tuple[int, int | None]] = []  # (value, label) of what the next operations consume
-    index = 0
-    for node in expression:
-        if type(node) is int:
-            operands.append((node, None))
-            continue
-        right, left = operands.pop(), operands.pop()
-        label = None if labelling == "plain" else first_label + index
-        value = left[0] + right[0] if node == "+" else left[0] - right[0] if node == "-" else left[0] * right[0]
-        if abs(value) >= TOO_LARGE:
-            raise UserError(f"operation {index + 1} has a value of more than {MAX_DIGITS} digits")
-        operands.append((value, label))
-        if index < len(written):
-            step = written[index]
-            if problem := _problem(step, label, left[0], str(node), right[0], value):
-                problems.setdefault(index, problem)
-            minimal = {child for child in (left[1], right[1]) if child is not None}
-            if step.named != minimal:
-                wrong_spans[index] = f"names {_labels(step.named)}, the minimal span is {_labels(minimal)}"
-        else:
-            problems.setdefault(index, "missing")
-        index += 1
-    if len(written) > index:
-        problems.setdefault(index, f"one too many: the expression has {index}")
+        problems[0] = f"{quoted(stray)} stands before the first step"
+    for index, (operation, step) in enumerate(zip(operations, written)):
+        label, minimal = None, set()
+        if labelling != "plain":
+            label, minimal = first_label + index, {first_label + k for k in (operation.left_step, operation.right_step) if k is not None}
+        # Compared as text: that refuses leading zeros and a negative zero, and never converts an endless number.
+        if step.label != label:
+            problems.setdefault(index, f"carries label {step.label}, expected {label}")
+        elif step.body != str(operation):
+            problems.setdefault(index, f"expected {quoted(str(operation))}, found {quoted(step.body)}")
+        if step.named != minimal:
+            wrong_spans[index] = f"names {_labels(step.named)}, the minimal span is {_labels(minimal)}"
+    if len(written) < len(operations):
+        problems.setdefault(len(written), "missing")
+    elif len(written) > len(operations):
+        problems.setdefault(len(operations), f"one too many: the expression has {len(operations)}")
 
     first_wrong_step = min(problems, default=None)
     if first_wrong_step is not None:
@@ -107,12 +98,12 @@ def verify(
     elif wrong_spans:
         message = f"every step is right, but step {min(wrong_spans) + 1}: {wrong_spans[min(wrong_spans)]}"
     else:
-        message = f"all {index} steps and spans are right"
+        message = f"all {len(operations)} steps and spans are right"
     return Verdict(
         answer=answer_value,
-        answer_right=answer_value == operands[0][0],
+        answer_right=answer_value == operations[-1].value,
         steps_right=first_wrong_step is None and ended,
-        spans_right=len(written) == index and not wrong_spans,
+        spans_right=len(written) == len(operations) and not wrong_spans,
         first_wrong_step=first_wrong_step,
         num_steps=len(written),
         message=message,
@@ -125,50 +116,35 @@ def answer(response: str | Iterable[int], *, vocab: Vocab = DEFAULT_VOCAB) -> st
     return _answer_text(stray, written)
 
 
-def _answer_text(stray: list[str], written: list[_Written]) -> str | None:
-    match = _ANSWER.search("".join(written[-1].body if written else stray))
+def _answer_text(stray: str, written: list[_Written]) -> str | None:
+    match = _ANSWER.search(written[-1].body if written else stray)
     return match[1] if match else None
 
 
-def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[list[str], list[_Written], bool]:
-    """Cut a response into (tokens before the first step, steps, whether `<eos>` ends it), all as they are written."""
+def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[str, list[_Written], bool]:
+    """Cut a response into (text before the first step, steps, whether `<eos>` ends it)."""
     strangers: list[str] = []  # what is no token of the vocabulary gets an id beyond it
 
     def stranger(token: str) -> int:
         strangers.append(token)
         return vocab.size + len(strangers) - 1
 
-    def written(ids: list[int]) -> list[str]:
-        return [vocab.tokens[i] if i < vocab.size else strangers[i - vocab.size] for i in ids]
+    def text(ids: list[int]) -> str:
+        return "".join(vocab.tokens[i] if i < vocab.size else strangers[i - vocab.size] for i in ids)
 
     if isinstance(response, str):
         ids = [vocab.ids[token] if token in vocab.ids else stranger(token) for _, token in vocab.split(response)]
     else:
         ids = [i if 0 <= i < vocab.size else stranger(f"<id:{i:#x}>") for i in map(operator.index, response)]
     before, steps, ended = spans.read_steps(ids, vocab)
-    return written(before), [_Written(step.label, step.named, written(step.body)) for step in steps], ended
+    return text(before), [_Written(step.label, step.named, text(step.body)) for step in steps], ended
 
 
-def _plain_steps(stray: list[str], written: list[_Written], vocab: Vocab) -> list[_Written]:
+def _plain_steps(stray: str, written: list[_Written]) -> list[_Written]:
     """Cut a response without span tokens at its `<solve>` tokens. A span token is text like any other, and wrong."""
-    bodies: list[list[str]] = [[]]
-    for token in stray:
-        if token == vocab.tokens[vocab.solve_id]:
-            bodies.append([])
-        else:
-            bodies[-1].append(token)
-    for step in written:
-        bodies[-1] += [f"<seg:{step.label}>", *step.body]
+    bodies = stray.split("<solve>")
+    bodies[-1] += "".join(f"<seg:{step.label}>{step.body}" for step in written)
     return [_Written(None, set(), body) for body in bodies if body or len(bodies) > 1]
-
-
-def _problem(step: _Written, label: int | None, left: int, symbol: str, right: int, value: int) -> str | None:
-    """Say what is wrong with the evaluation that a step writes; None where nothing is."""
-    if step.label != label:
-        return f"carries label {step.label}, expected {label}"
-    # Compared as text: that refuses leading zeros and a negative zero, and never converts an endless number.
-    expected, found = f"{left}{symbol}{right}={value}", "".join(step.body)
-    return None if found == expected else f"expected {quoted(expected)}, found {quoted(found)}"
 
 
 def _labels(labels: Iterable[int]) -> str:

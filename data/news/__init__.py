@@ -7,7 +7,7 @@ the end of a sentence; a summary sentence whose sources are all cut off is left 
 """
 
 from data.news.alignment import Alignment, split_sentences
-from data.news.corpus import Corpus, split_of
+from data.news.corpus import Corpus
 from data.news.oracle import INSTRUCTION, Example
 from data.news.synthetic import Fact, Story
 from data.news.task import NewsTask
@@ -21,7 +21,6 @@ __all__ = [
     "Fact",
     "NewsTask",
     "Story",
-    "split_of",
     "split_sentences",
     "train_vocab",
 ]

@@ -5,12 +5,10 @@ import functools
 import random
 from typing import ClassVar
 
-from data import streams
 from data.errors import UserError
 from data.news import synthetic
 from data.news.oracle import Example, encode
-from data.news.synthetic import Story
-from data.streams import GeneratedCorpus, Split
+from data.streams import GeneratedCorpus, Split, split_of
 from data.vocab import MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab, train_vocab
 
 MIN_PROMPT_TOKENS = 16
@@ -71,15 +69,10 @@ class Corpus(GeneratedCorpus[Example]):
         examples: list[Example] = []
         while len(examples) < self.chunk_examples:
             story = synthetic.story(uniform, **sizes)
-            if split_of(story) == split:
+            if split_of("\n".join(story.article)) == split:
                 example = encode(story, vocab, max_prompt_tokens=self.max_prompt_tokens, uniform=uniform())
                 examples += [] if example is None else [example]
         return examples
-
-
-def split_of(story: Story) -> Split:
-    """Return the split that a story belongs to, by a hash of its article: an eighth of all stories is "test"."""
-    return streams.split_of("\n".join(story.article))
 
 
 @functools.lru_cache(maxsize=4)
