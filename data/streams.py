@@ -7,7 +7,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Generator
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +22,23 @@ WHOLE: Shard = (0, 1)
 _SAMPLED_EXAMPLES = 256  # at most, to estimate lengths
 
 
-class Example(Protocol):
-    """What training needs of an example: int32 [n] ids, the first `prompt_tokens` of them the prompt.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """A prompt and its gold response: int32 [n] ids, the first `prompt_tokens` of them, `<solve>` included, the prompt.
 
     It may have `unpredictable`, positions of response tokens that are not to be predicted.
     """
 
+    token_ids: npt.NDArray[np.int32]
+    prompt_tokens: int
+
     @property
-    def token_ids(self) -> npt.NDArray[np.int32]: ...
+    def prompt_ids(self) -> npt.NDArray[np.int32]:
+        return self.token_ids[: self.prompt_tokens]
+
     @property
-    def prompt_tokens(self) -> int: ...
+    def response_ids(self) -> npt.NDArray[np.int32]:
+        return self.token_ids[self.prompt_tokens :]
 
 
 E = TypeVar("E", bound=Example)

@@ -14,21 +14,19 @@ is arbitrary, so a model whose prompt tokens see only their surroundings cannot 
 """
 
 from data.arithmetic.corpus import Corpus
-from data.arithmetic.expressions import MAX_DIGITS, Expression, ExpressionError, parse
-from data.arithmetic.oracle import Example, Labelling, encode, encode_prompt, relabel
+from data.arithmetic.expressions import Expression, ExpressionError, parse
+from data.arithmetic.oracle import Example, encode, encode_prompt, relabel
 from data.arithmetic.task import ArithmeticTask
 from data.arithmetic.verifier import Verdict, answer, verify
 
 stream = Corpus.stream  # stream(corpus, seed=0)
 
 __all__ = [
-    "MAX_DIGITS",
     "ArithmeticTask",
     "Corpus",
     "Example",
     "Expression",
     "ExpressionError",
-    "Labelling",
     "Verdict",
     "answer",
     "encode",

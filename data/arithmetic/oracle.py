@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from data import streams
 from data.arithmetic.expressions import Expression, evaluate, parse, quoted
 from data.errors import UserError, check_choice
 from data.spans import is_label
@@ -17,17 +18,15 @@ Labelling = Literal["tree", "none", "plain"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Example:
+class Example(streams.Example):
     """A prompt and its gold response.
 
-    `token_ids` is int32 [n]; the first `prompt_tokens` of them, `<solve>` included, are the prompt. The operations
-    carry the labels `first_label`, `first_label + 1`, ... in post-order; where labels jump they are larger. `unpredictable`
-    has the positions of the `<seg:k>` tokens of the response that open a label after a jump: nothing before them says which.
+    The operations carry the labels `first_label`, `first_label + 1`, ... in post-order; where labels jump they are larger.
+    `unpredictable` has the positions of the `<seg:k>` tokens of the response that open a label after a jump: nothing before
+    them says which.
     """
 
     expression: Expression
-    token_ids: npt.NDArray[np.int32]
-    prompt_tokens: int
     first_label: int
     labelling: Labelling
     unpredictable: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
@@ -36,14 +35,6 @@ class Example:
     def prompt(self) -> str:
         """The text that `ArithmeticTask.encode_prompt` takes."""
         return self.expression.text
-
-    @property
-    def prompt_ids(self) -> npt.NDArray[np.int32]:
-        return self.token_ids[: self.prompt_tokens]
-
-    @property
-    def response_ids(self) -> npt.NDArray[np.int32]:
-        return self.token_ids[self.prompt_tokens :]
 
 
 def encode(
@@ -79,7 +70,7 @@ def encode(
             token_ids += [vocab.seg_base + first_label + number, *(vocab.ref_base + first_label + k for k in operands)]
         token_ids += [vocab.ids[c] for c in str(step)]
     token_ids.append(vocab.eos_id)
-    return Example(expression, np.array([*prompt, *token_ids], np.int32), len(prompt), first_label, labelling)
+    return Example(np.array([*prompt, *token_ids], np.int32), len(prompt), expression, first_label, labelling)
 
 
 def encode_prompt(

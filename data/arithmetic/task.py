@@ -110,7 +110,7 @@ class ArithmeticTask(task.Task):
         """Read what `to_row` returned."""
         ids, prompt_tokens = np.array(row["token_ids"], np.int32), row["prompt_tokens"]
         jumps = oracle.find_label_jumps(ids, prompt_tokens, self.vocab)
-        return Example(parse(row["expression"]), ids, prompt_tokens, row["first_label"], self.labelling, jumps)
+        return Example(ids, prompt_tokens, parse(row["expression"]), row["first_label"], self.labelling, jumps)
 
     def statistics(self) -> card.Statistics:
         """Return the empty statistics of a corpus."""

@@ -13,14 +13,4 @@ from data.news.synthetic import Fact, Story
 from data.news.task import NewsTask
 from data.vocab import train_vocab
 
-__all__ = [
-    "INSTRUCTION",
-    "Alignment",
-    "Corpus",
-    "Example",
-    "Fact",
-    "NewsTask",
-    "Story",
-    "split_sentences",
-    "train_vocab",
-]
+__all__ = ["INSTRUCTION", "Alignment", "Corpus", "Example", "Fact", "NewsTask", "Story", "split_sentences", "train_vocab"]

@@ -5,29 +5,21 @@ Splitting is `sentencex`'s. Alignment grows a set of article sentences greedily 
 equals; a sentence that others made needless is taken out again, so that the set stays the smallest.
 """
 
-# ruff: noqa: SIM905  (words)
-
 import collections
 import dataclasses
 import itertools
 import re
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 
 import sentencex
 
 from data.errors import UserError
 
 _WORD = re.compile(r"[^\W_]+(?:[.,'’][^\W_]+)*")
-# Words that say nothing of where a sentence comes from.
-_FUNCTION_WORDS = frozenset(
-    (
-        "a about after again against all also an and any are as at be because been before being but by can could did do "
-        "does during each for from had has have he her here hers him his how i if in into is it its it's just more most "
-        "no not of off on once only or other our out over said say says she so some such than that the their them then "
-        "there these they this those through to too under until up us very was we were what when where which while who "
-        "whom why will with would you your"
-    ).split()
-)
+WORD_LISTS = {name: frozenset(words.split()) for name, words in tomllib.loads((Path(__file__).parent / "words.toml").read_text()).items()}
+_FUNCTION_WORDS = WORD_LISTS["function"]
 
 
 def split_sentences(text: str) -> list[str]:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from data import streams
 from data.errors import UserError
 from data.news.synthetic import Story
 from data.vocab import TokenizerVocab
@@ -14,22 +14,16 @@ INSTRUCTION = " Summarize:"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Example:
-    """An article and its gold summary: int32 [n] ids, the first `prompt_tokens` of them the prompt, and the story that they tell."""
+class Example(streams.Example):
+    """An article and its gold summary, and the story that they tell."""
 
     story: Story
-    token_ids: npt.NDArray[np.int32]
-    prompt_tokens: int
     first_label: int
 
     @property
     def prompt(self) -> str:
         """The text that `NewsTask.encode_prompt` takes."""
         return "\n\n".join(self.story.article)
-
-    @property
-    def response_ids(self) -> npt.NDArray[np.int32]:
-        return self.token_ids[self.prompt_tokens :]
 
 
 def encode_prompt(
@@ -87,4 +81,4 @@ def encode(story: Story, vocab: TokenizerVocab, *, max_prompt_tokens: int, unifo
         token_ids += [vocab.ref_base + first_label + i for i in sources]
         token_ids += vocab.plain_text_ids(" " + text)
     token_ids.append(vocab.eos_id)
-    return Example(story, np.array(token_ids, np.int32), len(prompt), first_label)
+    return Example(np.array(token_ids, np.int32), len(prompt), story, first_label)

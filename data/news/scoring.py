@@ -3,21 +3,14 @@
 All take lists over examples, of lists over sentences.
 """
 
-# ruff: noqa: SIM905  (words)
-
 import re
 from collections.abc import Collection, Sequence
 
+from data.news.alignment import WORD_LISTS
 from data.news.synthetic import Fact
 
 _NAMED = re.compile(r"[0-9]+(?:[.,][0-9]+)*|[A-Z][^\W\d_]+(?: [A-Z][^\W\d_]+)*")
-# Capitalised for standing first, or for being a day or an adjective: no names.
-_NO_NAMES = frozenset(
-    (
-        "A An And At By Company Election Fire For Fraud From He In It Judges Museum Near Of On Police Roman She The "
-        "This Union With Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
-    ).split()
-)
+_NO_NAMES = WORD_LISTS["no_names"]
 
 
 def rouge(golds: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -116,7 +116,7 @@ class NewsTask(task.Task):
         """Read what `to_row` returned."""
         facts = tuple(Fact(fact["sentence"], fact["kind"], fact["text"]) for fact in row["facts"])
         story = Story(tuple(row["article"]), tuple(row["summary"]), tuple(map(tuple, row["sources"])), facts)
-        return Example(story, np.array(row["token_ids"], np.int32), row["prompt_tokens"], row["first_label"])
+        return Example(np.array(row["token_ids"], np.int32), row["prompt_tokens"], story, row["first_label"])
 
     def statistics(self) -> card.Statistics:
         """Return the empty statistics of a corpus."""
