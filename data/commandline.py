@@ -71,11 +71,12 @@ def commas(*kinds: Any) -> Any:
             raise UserError(f"{wrong[0]!r} is none of {', '.join(kinds)}")
         return values
 
-    def write(values: tuple[Any, ...]) -> list[str]:
-        return [",".join(map(str, values))]
-
     return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1, metavar=metavar, instance_from_str=read, is_instance=lambda value: isinstance(value, tuple), str_from_instance=write
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda values: [",".join(map(str, values))],
     )
 
 

@@ -1,5 +1,6 @@
 """Checks of user input."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -12,6 +13,13 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise UserError where a value is none of a `Literal`'s."""
     if value not in get_args(choices):
         raise UserError(f"{name} is {value!r}: expected one of {', '.join(get_args(choices))}")
+
+
+def check_range(low: float, high: float, settings: object, *names: str) -> None:
+    """Raise UserError for a number among the settings that is infinite or not within [low, high]; an infinite `high` is no bound."""
+    for name in names:
+        if not low <= (value := getattr(settings, name)) <= high or value == math.inf:
+            raise UserError(f"{name} is {value}: expected " + (f"at least {low}" if high == math.inf else f"{low} to {high}"))
 
 
 def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> dict[str, Any]:

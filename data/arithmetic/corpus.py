@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
@@ -10,7 +11,7 @@ from typing import ClassVar, Literal
 from data import task
 from data.arithmetic.expressions import MAX_DIGITS, Expression, evaluate
 from data.arithmetic.oracle import Example, Labelling, encode, relabel
-from data.errors import UserError, check_choice
+from data.errors import UserError, check_choice, check_range
 from data.streams import GeneratedCorpus, Split, split_of
 from data.vocab import Vocab
 
@@ -61,22 +62,17 @@ class Corpus(GeneratedCorpus[Example]):
             raise UserError(f"min_ops is {self.min_ops} and max_ops {self.max_ops}: expected 1 <= min_ops <= max_ops")
         if self.max_ops >= self.num_labels:
             raise UserError(f"max_ops is {self.max_ops}: {self.num_labels} labels allow at most {self.num_labels - 1}")
-        for name in ("uniform_weight", "balanced_weight", "left_comb_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}: expected at least 0")
+        check_range(0, math.inf, self, "uniform_weight", "balanced_weight", "left_comb_weight")
         if not self.uniform_weight + self.balanced_weight + self.left_comb_weight:
             raise UserError("every shape weight is 0: expected one above 0")
-        if not 0 <= self.negative_fraction <= 1:
-            raise UserError(f"negative_fraction is {self.negative_fraction}: expected 0 to 1")
-        if not 1 <= self.max_digits <= 100:
-            raise UserError(f"max_digits is {self.max_digits}: expected 1 to 100")
+        check_range(0, 1, self, "negative_fraction")
+        check_range(1, 100, self, "max_digits")
+        check_range(0, math.inf, self, "label_jumps")
         if not 10**self.max_digits <= self.max_value + 1 <= 10**MAX_DIGITS:
             raise UserError(
                 f"max_value is {self.max_value}: expected at least the largest operand, {10**self.max_digits - 1}, "
                 f"and at most {MAX_DIGITS} digits"
             )
-        if self.label_jumps < 0:
-            raise UserError(f"label_jumps is {self.label_jumps}: expected at least 0")
         check_choice("jumps_at", self.jumps_at, JumpsAt)
         check_choice("labelling", self.labelling, Labelling)
 

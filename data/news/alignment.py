@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencex
 
@@ -53,45 +54,42 @@ class Alignment:
 
     def align(self, article: Sequence[str], summary: Sequence[str]) -> list[tuple[int, ...]]:
         """Find the sources of each summary sentence: indices in ascending order, none where no sentence gains enough."""
-        unigrams, bigrams = zip(*map(_counts, article)) if article else ((), ())
-        return [self._sources(unigrams, bigrams, *_counts(sentence)) for sentence in summary]
+        counted = [_Counts.of(sentence) for sentence in article]
+        return [self._sources(counted, _Counts.of(sentence)) for sentence in summary]
 
-    def _sources(
-        self,
-        unigrams: Sequence[collections.Counter[str]],
-        bigrams: Sequence[collections.Counter[tuple[str, str]]],
-        wanted: collections.Counter[str],
-        wanted_bigrams: collections.Counter[tuple[str, str]],
-    ) -> tuple[int, ...]:
-        total = wanted.total()
+    def _sources(self, article: Sequence["_Counts"], wanted: "_Counts") -> tuple[int, ...]:
         # Only what could be wanted is counted, so the work is that of one pass over the article and a few over what is shared.
-        shared = {i: own for i, counts in enumerate(unigrams) if (own := {word: counts[word] for word in wanted if word in counts})}
-        least = self.min_gain * total - 1e-9
-        chosen: list[int] = []
+        shared = {i: common for i, own in enumerate(article) if (common := {w: own.words[w] for w in wanted.words if w in own.words})}
+        least = max(self.min_gain * wanted.words.total() - 1e-9, 1)
 
         def found(members: Sequence[int]) -> int:
-            return sum(min(n, sum(shared[i].get(word, 0) for i in members)) for word, n in wanted.items())
+            return sum(min(n, sum(shared[i].get(word, 0) for i in members)) for word, n in wanted.words.items())
 
+        chosen: list[int] = []
         tried: set[int] = set()
         while len(chosen) < self.max_sources:
             before = found(chosen)
-            best, best_key = -1, (0, 0, 0)
-            for i in shared.keys() - tried:
-                key = (found([*chosen, i]) - before, sum((bigrams[i] & wanted_bigrams).values()), -i)
-                if key[0] >= max(least, 1) and (best < 0 or key > best_key):
-                    best, best_key = i, key
-            if best < 0:
+            gains = {i: found([*chosen, i]) - before for i in shared.keys() - tried}
+            keys = [(gain, (article[i].pairs & wanted.pairs).total(), -i) for i, gain in gains.items() if gain >= least]
+            if not keys:
                 break
+            best = -max(keys)[2]
             chosen.append(best)
             tried.add(best)
-            reached = found(chosen)
-            for i in list(chosen[:-1]):
+            for i in chosen[:-1]:
                 without = [j for j in chosen if j != i]
-                if reached - found(without) < max(least, 1):
-                    chosen, reached = without, found(without)
+                if found(chosen) - found(without) < least:
+                    chosen = without
         return tuple(sorted(chosen))
 
 
-def _counts(sentence: str) -> tuple[collections.Counter[str], collections.Counter[tuple[str, str]]]:
-    every = words(sentence)
-    return collections.Counter(word for word in every if word not in _FUNCTION_WORDS), collections.Counter(itertools.pairwise(every))
+class _Counts(NamedTuple):
+    """How often a sentence has each word that is no function word, and each pair of words."""
+
+    words: collections.Counter[str]
+    pairs: collections.Counter[tuple[str, str]]
+
+    @classmethod
+    def of(cls, sentence: str) -> "_Counts":
+        every = words(sentence)
+        return cls(collections.Counter(w for w in every if w not in _FUNCTION_WORDS), collections.Counter(itertools.pairwise(every)))

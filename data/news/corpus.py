@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import math
 import random
 from typing import ClassVar
 
-from data.errors import UserError
+from data.errors import UserError, check_range
 from data.news import synthetic
 from data.news.oracle import Example, encode
 from data.streams import GeneratedCorpus, Split, split_of
@@ -44,12 +45,9 @@ class Corpus(GeneratedCorpus[Example]):
                 f"min_events is {self.min_events} and max_events {self.max_events}: "
                 f"expected 1 <= min_events <= max_events <= {synthetic.MAX_EVENTS}"
             )
-        if not 0 <= self.max_distractors <= synthetic.MAX_DISTRACTORS:
-            raise UserError(f"max_distractors is {self.max_distractors}: expected 0 to {synthetic.MAX_DISTRACTORS}")
-        if self.vocab_tokens < MIN_TOKENIZER_TOKENS:
-            raise UserError(f"vocab_tokens is {self.vocab_tokens}: expected at least {MIN_TOKENIZER_TOKENS}")
-        if self.max_prompt_tokens < MIN_PROMPT_TOKENS:
-            raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens}: expected at least {MIN_PROMPT_TOKENS}")
+        check_range(0, synthetic.MAX_DISTRACTORS, self, "max_distractors")
+        check_range(MIN_TOKENIZER_TOKENS, math.inf, self, "vocab_tokens")
+        check_range(MIN_PROMPT_TOKENS, math.inf, self, "max_prompt_tokens")
 
     @property
     def vocab(self) -> TokenizerVocab:
