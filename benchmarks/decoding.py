@@ -29,8 +29,8 @@ from jaxtyping import Array, Int
 
 from benchmarks.shapes import Shape, step_bytes
 from benchmarks.timing import device_times, median_and_spread, timed
-from selfspan_jax.attention.policies import Policy, Slots, get_policy
-from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
+from selfspan_jax.attention.policies import POLICIES, Slots
+from selfspan_jax.config import DecodeConfig, Weights
 from selfspan_jax.decoding.cache import attend_cached
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
@@ -38,7 +38,6 @@ from selfspan_jax.decoding.state import DecodeState, bucket
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.parallel.mesh import num_data_shards
-from selfspan_jax.spans import SpanVocab
 
 WARM_UPS, REPETITIONS = 2, 5
 STREAMED_TOKENS, CHUNK_TOKENS = 256, 8
@@ -76,13 +75,8 @@ class Case:
     @property
     def row(self) -> dict[str, Any]:
         """The case as the first fields of its row in a report."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own = dataclasses.asdict(self)
         return own | {"int8": own.pop("weights") == "int8"}
-
-    def __str__(self) -> str:
-        extras = ", int8 weights" if self.weights == "int8" else ""
-        extras += f", {self.num_samples} samples a prompt" if self.num_samples > 1 else ""
-        return f"batch {self.batch_size}, context {self.context_tokens}, {self.attention}{extras}"
 
 
 # ------------------------------------------------------------------------------------------------------------- programs
@@ -149,8 +143,6 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
 def _footprint(program) -> int:
     """Count the bytes of a compiled program's arguments, results and temporaries."""
     memory = program.memory_analysis()
-    if memory is None:
-        return 0
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return sizes - memory.alias_size_in_bytes
 
@@ -273,22 +265,19 @@ def _prefill(shape: Shape, params, case: Case, programs: Programs, token_ids: In
     return state, 1e3 * statistics.median(seconds[1:])
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "vocab", "config", "first_query", "num_queries"))
-def _mask(policy: Policy, token_ids, vocab: SpanVocab, config: ModelConfig, first_query: int, num_queries: int):
-    return policy.mask(token_ids, vocab, config, first_query=first_query, num_queries=num_queries)
+_span_mask = jax.jit(POLICIES["span"].mask, static_argnames=("vocab", "views", "first_query", "num_queries"))
 
 
 def oracle_slots(shape: Shape, case: Case, token_ids: Int[np.ndarray, "B T"], slot_table: Int[np.ndarray, "B A"]):
-    """Read the slots of each timed step off the training mask.
+    """Read the slots of each timed step off the training mask of span attention.
 
     Returns: slots [M, B, A], how many of them are used [M, B], and the slot of the token itself [M, B].
     """
     slots = np.zeros((case.steps, *slot_table.shape), np.int32)
     counts = np.zeros((case.steps, case.batch_size), np.int32)
-    policy = get_policy(case.attention)
+    rows = {"first_query": case.prompt_tokens, "num_queries": case.steps}
     for b in range(case.batch_size):  # one at a time: the masks of all would take gigabytes
-        ids = jnp.asarray(token_ids[b : b + 1])
-        visible = np.asarray(_mask(policy, ids, shape.vocab, shape.config, case.prompt_tokens, case.steps))[0]
+        visible = np.asarray(_span_mask(token_ids[b : b + 1], shape.vocab, shape.config, **rows))[0]
         counts[:, b] = visible.sum(axis=1)
         slots[:, b, : visible.shape[1]] = slot_table[b, np.argsort(~visible, axis=1, kind="stable")]
     own = np.ascontiguousarray(slot_table[:, case.prompt_tokens : case.num_tokens].T)

@@ -12,7 +12,6 @@ the median of five runs of the same steps after two.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib.util
 import json
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from benchmarks.timing import median_and_spread, torch_ms
@@ -77,90 +76,60 @@ class Peers:
             raise RuntimeError("\n".join([f"the peers' process ended with status {status}:", *last]))
 
 
-def _make_model(config: dict[str, Any], device: str, dtype):
+def _num_tokens(case: dict[str, Any]) -> int:
+    """Return the tokens in the cache after the steps: as in our cases, the mean context of the steps is the one asked for."""
+    return case["context_tokens"] + case["steps"] // 2
+
+
+def _make_steps(model, case: dict[str, Any], device: str, seed: int) -> Callable[[], float]:
+    """Allocate the cache of a peer; return a function that runs its steps and returns milliseconds per step."""
     import torch
-    import transformers
+    from transformers import StaticCache
 
-    endless = transformers.AutoConfig.for_model(**config | {"bos_token_id": None, "eos_token_id": None})
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(endless, dtype=dtype, attn_implementation="sdpa").eval()
+    steps, compiled = case["steps"], case["peer"] == "hf-compiled"
+    prompt_tokens = _num_tokens(case) - steps
+    generator = torch.Generator(device).manual_seed(seed)
+    cache: Any = StaticCache(config=model.config, max_cache_len=_num_tokens(case))
 
+    def draw(num_tokens: int):
+        return torch.randint(model.config.vocab_size, (case["batch_size"], num_tokens), device=device, generator=generator)
 
-class _Run:
-    """One peer at one batch size and context: its cache and its step."""
+    if case["peer"] == "hf-generate":
+        prompts = draw(prompt_tokens)
+        options = {"attention_mask": torch.ones_like(prompts), "past_key_values": cache, "do_sample": False}
 
-    def __init__(self, model, case: dict[str, Any], device: str, seed: int):
-        import torch
-        from transformers import StaticCache
+        def generate_ms(new_tokens: int) -> float:
+            cache.reset()
+            return torch_ms(lambda: model.generate(prompts, max_new_tokens=new_tokens, **options), device)
 
-        self.case, self.device = case, device
-        batch, steps = case["batch_size"], case["steps"]
-        self.num_tokens = case["context_tokens"] + steps // 2  # as ours: the mean context of the steps is the one asked for
-        generator = torch.Generator(device).manual_seed(seed)
-        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.num_tokens)
-        self.compiled = case["peer"] != "hf-eager"
-        if case["peer"] == "hf-generate":
-            prompts = torch.randint(model.config.vocab_size, (batch, self.num_tokens - steps), device=device, generator=generator)
-            self.ms_per_step = functools.partial(self._ms_of_generate, model, prompts)
-        else:
-            tokens = torch.randint(model.config.vocab_size, (batch, 16), device=device, generator=generator)
-            self.ms_per_step = functools.partial(self._ms_of_steps, self._make_step(model, tokens), tokens[:, :1])
-        began = time.perf_counter()
-        self.ms_per_step()
-        self.compile_seconds = time.perf_counter() - began
+        return lambda: (generate_ms(steps) - generate_ms(1)) / (steps - 1)
 
-    def _make_step(self, model, tokens):
-        import torch
+    def forward(tokens):
+        out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1, keepdim=True)
 
-        def forward(tokens):
-            out = model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            return out.logits[:, -1].argmax(-1, keepdim=True)
+    tokens = draw(16)
+    forward(tokens)  # allocates the cache, whose rows are then as good as those of a prompt of that length
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    step = torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False) if compiled else forward
 
-        forward(tokens)  # allocates the cache, whose rows are then as good as those of a prompt of that length
-        for layer in self.cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
-        return torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False) if self.compiled else forward
-
-    def _ms_of_steps(self, step, first) -> float:
-        import torch
-
-        steps = self.case["steps"]
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.num_tokens - steps)
-        first = first.clone(memory_format=torch.contiguous_format)  # strides as a step returns them
+    def step_ms() -> float:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(prompt_tokens)
+        first = tokens[:, :1].clone(memory_format=torch.contiguous_format)  # strides as a step returns them
 
         def decode() -> None:
-            tokens = first
+            written = first
             for _ in range(steps):
-                if self.compiled:
+                if compiled:
                     torch.compiler.cudagraph_mark_step_begin()
-                tokens = step(tokens).clone()  # the graph's own output is overwritten by its next run
+                written = step(written).clone()  # the graph's own output is overwritten by its next run
 
-        return torch_ms(decode, self.device) / steps
+        return torch_ms(decode, device) / steps
 
-    def _ms_of_generate(self, model, prompts) -> float:
-        import torch
-
-        def new_tokens(number: int) -> float:
-            self.cache.reset()
-            options = {"attention_mask": torch.ones_like(prompts), "past_key_values": self.cache, "do_sample": False}
-            return torch_ms(lambda: model.generate(prompts, max_new_tokens=number, **options), self.device)
-
-        steps = self.case["steps"]
-        return (new_tokens(steps) - new_tokens(1)) / (steps - 1)
-
-    def row(self) -> dict[str, Any]:
-        for _ in range(WARM_UPS if self.compiled else 1):
-            self.ms_per_step()
-        median_ms, spread_ms = median_and_spread([self.ms_per_step() for _ in range(REPETITIONS)])
-        return {
-            "ms_per_step": median_ms,
-            "spread_ms": spread_ms,
-            "tokens_per_second": 1e3 * self.case["batch_size"] / median_ms,
-            "mean_context_tokens": self.num_tokens - (self.case["steps"] - 1) / 2,
-            "compile_seconds": self.compile_seconds,
-        }
+    return step_ms
 
 
 def _main(job: dict[str, Any]) -> None:
@@ -169,20 +138,39 @@ def _main(job: dict[str, Any]) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    model = _make_model(job["config"], device, getattr(torch, job["config"]["dtype"]))
+    endless = transformers.AutoConfig.for_model(**job["config"] | {"bos_token_id": None, "eos_token_id": None})
+    options = {"dtype": getattr(torch, job["config"]["dtype"]), "attn_implementation": "sdpa"}
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(endless, **options).eval()
 
-    def make(case: dict[str, Any]) -> _Run | str:
+    def make(case: dict[str, Any]) -> tuple[Callable[[], float], float] | str:
+        """Return a peer's steps with the seconds of their first run, or why there are none."""
         try:
-            return _Run(model, case, device, job["seed"])
+            ms_per_step = _make_steps(model, case, device, job["seed"])
+            began = time.perf_counter()
+            ms_per_step()
+            return ms_per_step, time.perf_counter() - began
         except torch.OutOfMemoryError:
             return "does not fit: PyTorch ran out of memory"
+
+    def measure(case: dict[str, Any], ms_per_step: Callable[[], float], compile_seconds: float) -> dict[str, Any]:
+        for _ in range(1 if case["peer"] == "hf-eager" else WARM_UPS):
+            ms_per_step()
+        median_ms, spread_ms = median_and_spread([ms_per_step() for _ in range(REPETITIONS)])
+        return {
+            "ms_per_step": median_ms,
+            "spread_ms": spread_ms,
+            "tokens_per_second": 1e3 * case["batch_size"] / median_ms,
+            "mean_context_tokens": _num_tokens(case) - (case["steps"] - 1) / 2,
+            "compile_seconds": compile_seconds,
+        }
 
     with torch.no_grad():
         runs = [make(case) if case["peer"] != "hf-eager" else None for case in job["cases"]]
         sys.stdin.readline()  # the word to measure; nothing when the caller is gone
         for index, case in enumerate(job["cases"]):
             run = runs[index] or make(case)
-            row = {"not_run": run} if isinstance(run, str) else run.row()
+            row = {"not_run": run} if isinstance(run, str) else measure(case, *run)
             print(_MARK + json.dumps({**case, **row, "versions": versions}), flush=True)
             del run
             runs[index] = None

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import Shape, step_bytes
-from benchmarks.timing import report_header
-
-
-def header(name: str, shape: Shape, **settings: Any) -> dict[str, Any]:
-    """Start a report: the device, its read ceiling (measured here), versions, the shape and the settings of the run; no rows yet."""
-    return {
-        "shape": name,
-        **report_header(),
-        **settings,
-        "model": dataclasses.asdict(shape.config),
-        "vocab_size": shape.vocab_size,
-        "rows": [],
-    }
 
 
 def add_row(report: dict[str, Any], shape: Shape, row: dict[str, Any]) -> None:

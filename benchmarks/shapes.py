@@ -13,11 +13,9 @@ from jaxtyping import Array
 
 from data import arithmetic
 from selfspan_jax.config import PRESETS, ModelConfig, Weights
-from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
-NUM_LABELS = 512  # borrowed by a vocabulary that has none
 ShapeName = Literal["llama2-7b", "llama3-8b", "smollm2-135m", "arithmetic-base"]
 
 
@@ -54,26 +52,10 @@ def _draw(key, shape: tuple[int, ...], dtype) -> Array:
 
 
 # Sizes of published models (their config.json) with their vocabulary sizes; None for the arithmetic vocabulary.
+_llama = functools.partial(ModelConfig, hidden_size=4096, num_layers=32, num_heads=32, head_size=128, tie_embeddings=False)
 _SHAPES: dict[ShapeName, tuple[ModelConfig, int | None]] = {
-    "llama2-7b": (
-        ModelConfig(
-            hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_size=128, tie_embeddings=False
-        ),
-        32_000,
-    ),
-    "llama3-8b": (
-        ModelConfig(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=8,
-            head_size=128,
-            rope_theta=500_000.0,
-            tie_embeddings=False,
-        ),
-        128_256,
-    ),
+    "llama2-7b": (_llama(intermediate_size=11008, num_kv_heads=32), 32_000),
+    "llama3-8b": (_llama(intermediate_size=14336, num_kv_heads=8, rope_theta=500_000.0), 128_256),
     "smollm2-135m": (
         ModelConfig(hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, rope_theta=100_000.0),
         49_152,
@@ -96,15 +78,9 @@ def named_shape(name: ShapeName, *, arithmetic_vocab: bool = False) -> Shape:
     return Shape(config, vocab, vocab_size or vocab.min_vocab_size)
 
 
-def borrow_labels(vocab_size: int, num_labels: int = NUM_LABELS) -> SpanVocab:
-    """Place control tokens at the top of a vocabulary that has none.
-
-    Raises: UserError where they leave no ids for text.
-    """
-    first = vocab_size - 2 * num_labels - 4
-    if first < 1:
-        raise UserError(f"vocab_size is {vocab_size}; {num_labels} labels need {2 * num_labels + 4} ids and leave none for text")
-    return SpanVocab.consecutive(first, num_labels)
+def borrow_labels(vocab_size: int, num_labels: int = 512) -> SpanVocab:
+    """Place control tokens at the top of a vocabulary that has none."""
+    return SpanVocab.consecutive(vocab_size - 2 * num_labels - 4, num_labels)
 
 
 def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
@@ -125,7 +101,7 @@ def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
     return round(weights + lookups + (num_attended + batch_size) * row)
 
 
-# Kernels. -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------- kernels
 
 
 def matrix_sizes(name: ShapeName) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -16,13 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 from tyro.conf import Positional, arg
 
 from benchmarks import peers as hf
 from benchmarks import report
 from benchmarks.decoding import STREAMED_TOKENS, Case, DoesNotFit, Programs, catch_out_of_memory, compile_case, measure_case, measure_stream
 from benchmarks.shapes import Shape, ShapeName, named_shape
-from benchmarks.timing import header_line
+from benchmarks.timing import header_line, report_header
 from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
 from data import arithmetic, commandline
 from data.tasks import TASKS
@@ -108,11 +108,6 @@ class Bench:
             cases += [apart, dataclasses.replace(apart, num_samples=self.num_samples)]
         return sorted(dict.fromkeys(cases), key=lambda case: case.weights == "int8")
 
-    @property
-    def peer_cases(self) -> list[dict[str, Any]]:
-        every = itertools.product(self.peers, self.context, self.batch_size)
-        return [{"peer": p, "batch_size": batch, "context_tokens": context, "steps": self.steps} for p, context, batch in every]
-
     def with_contexts(self, max_context_tokens: int | None) -> Bench:
         """Fill in the context where none was given; None for a model with any room.
 
@@ -143,7 +138,15 @@ class Bench:
         mesh = bench.make_mesh(shape.config)
         tokens_of(Case("span", 1, min(bench.context), bench.steps))  # an impossible workload is refused before anything is measured
         settings = {name: value for name, value in dataclasses.asdict(bench).items() if name not in ("checkpoint", "shape", "json", "plot")}
-        results = report.header(self.checkpoint.name if self.checkpoint else str(self.shape), shape, workload=workload, plan=settings)
+        results = {
+            "shape": self.checkpoint.name if self.checkpoint else self.shape,
+            **report_header(),
+            "workload": workload,
+            "plan": settings,
+            "model": dataclasses.asdict(shape.config),
+            "vocab_size": shape.vocab_size,
+            "rows": [],
+        }
         print(header_line(results, describe(mesh)), flush=True)
         for row in bench._rows(shape, model, tokens_of, mesh):
             results["versions"] |= row.pop("versions", {})
@@ -188,7 +191,9 @@ class Bench:
                 print(f"peers not run: {reason}", flush=True)
             elif self.peers:
                 config = to_hugging_face(shape.config, shape.vocab, shape.vocab_size)
-                process = stack.enter_context(hf.Peers(config, self.peer_cases, self.seed))
+                every = itertools.product(self.peers, self.context, self.batch_size)
+                cases = [{"peer": peer, "batch_size": b, "context_tokens": context, "steps": self.steps} for peer, context, b in every]
+                process = stack.enter_context(hf.Peers(config, cases, self.seed))
             compiled = compile_all(shape, self.cases, mesh)  # beside the peers' own compilation
             if process:
                 yield from process.rows()
@@ -218,7 +223,6 @@ def sweep(
       mesh: the devices to decode on, by default one.
       compiled: the result of `compile_all` for the cases.
     """
-    cases = list(dict.fromkeys(cases))
     streamed = next((case for case in cases if case.attention == "span" and case.weights == "bf16"), None)
     waiting = dict(compile_all(shape, cases, mesh) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
@@ -250,7 +254,5 @@ def compile_all(shape: Shape, cases: Sequence[Case], mesh: Mesh | None = None) -
         except DoesNotFit as reason:
             return reason
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        waiting = {pool.submit(compile_one, case): case for case in cases}
-        done = concurrent.futures.as_completed(waiting)
-        return {waiting[future]: future.result() for future in tqdm(done, "compile", len(cases), unit="case", leave=False, disable=None)}
+    options: dict[str, Any] = {"max_workers": max(1, (os.cpu_count() or 1) // 2), "leave": False, "disable": None}
+    return dict(zip(cases, thread_map(compile_one, cases, desc="compile", unit="case", **options)))

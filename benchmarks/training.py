@@ -26,12 +26,7 @@ REPETITIONS, TRACED_STEPS = 3, 3
 
 
 def measure(
-    model: Decoder,
-    config: TrainConfig,
-    batches: Iterator[training.Batch],
-    *,
-    steps: int,
-    mesh: Mesh | None = None,
+    model: Decoder, config: TrainConfig, batches: Iterator[training.Batch], *, steps: int, mesh: Mesh | None = None
 ) -> dict[str, Any]:
     """Measure a training step with each implementation of its attention: the project's and cuDNN's on a GPU, XLA's elsewhere.
 

@@ -53,9 +53,9 @@ def segment_tokens(
     Raises: UserError for a share that segments cannot give.
     """
     vocab, rng = shape.vocab, np.random.default_rng(seed)
-    control = {vocab.pad_id, vocab.bos_id, vocab.eos_id, vocab.solve_id}
-    control |= {base + label for base in (vocab.seg_base, vocab.ref_base) for label in range(vocab.num_labels)}
-    text_ids = np.setdiff1d(np.arange(shape.vocab_size), list(control))
+    labels = np.arange(vocab.num_labels)
+    control = [vocab.pad_id, vocab.bos_id, vocab.eos_id, vocab.solve_id, *(vocab.seg_base + labels), *(vocab.ref_base + labels)]
+    text_ids = np.setdiff1d(np.arange(shape.vocab_size), control)
     # A token at place i of its step sees <bos> and <solve>, i + 1 tokens of its own, and the min(i, refs) segments named so far.
     named_share = np.minimum(np.arange(STEP_TOKENS), REFS_PER_STEP).mean()
     wanted = attended_fraction * (num_tokens - (steps - 1) / 2)  # tokens that the timed ones attend to, on average

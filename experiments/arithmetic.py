@@ -26,11 +26,7 @@ _SCORES = ("num_examples", *_ACCURACIES, "attended_tokens", "attended_fraction",
 _SPEEDS = dict.fromkeys(("batch_size", "problems_per_second", "decode_seconds"))
 EXPERIMENT = Experiment(
     "arithmetic",
-    evaluations={
-        "range": "accuracy inside the training range",
-        "long": "length generalization",
-        "speed": "right answers per second",
-    },
+    evaluations={"range": "accuracy inside the training range", "long": "length generalization", "speed": "right answers per second"},
     evaluation_fields={
         **dict.fromkeys(("seed", "attention", "device", "jax", "num_parameters")),
         "by_ops": {"*": dict.fromkeys(_SCORES)},
@@ -127,7 +123,7 @@ def errors_table(frame: pd.DataFrame) -> str:
     rows = []
     for kind in ("range", "long"):
         for variant, own in _by_variant(frame, kind, each_length=kind == "long"):
-            errors = sum(map(collections.Counter, own["first_errors"]), collections.Counter())
+            errors = sum(map(collections.Counter, own["first_errors"]), collections.Counter[str]())
             if errors:
                 rows.append((f"`{variant}`", _operators(own), f"{own['num_examples'].sum():,}", *(str(errors[error]) for error in kinds)))
     if not rows and frame["kind"].isin(("range", "long")).any():
@@ -195,8 +191,8 @@ def _plot_accuracy(axes: Axes, runs: Sequence[Run], kind: str) -> None:
         axes.plot(x, [100 * tally.share for tally in tallies.values()], color=shade, marker=".", linewidth=1, label=variant)
         low, high = ([100 * tally.interval[side] for tally in tallies.values()] for side in (0, 1))
         axes.vlines(x, low, high, color=shade, linewidth=1, alpha=0.5)
-        points = [(at, 100 * share) for at, tally in zip(x, tallies.values()) for share in tally.by_seed]
-        axes.scatter(*zip(*points), s=6, color=shade, alpha=0.5)
+        at, share = zip(*((at, 100 * share) for at, tally in zip(x, tallies.values()) for share in tally.by_seed))
+        axes.scatter(at, share, s=6, color=shade, alpha=0.5)
     axes.set(ylabel="all steps right, %")
     if kind == "long":
         axes.set(ylim=(-3, 103))

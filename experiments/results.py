@@ -161,10 +161,8 @@ def _reduced(experiment: Experiment, file: Path) -> tuple[str, int, str, dict[st
         raise UserError(f"{file}: not JSON") from None
     if not kind:
         return name, int(seed), "curve", _reduced_metrics(values, where)
-    fields = {
-        "run": {section: _RUN.get(section, {"*": None}) for section in variant.defaults},
-        "curve": _CURVE,
-    }.get(kind, experiment.evaluation_fields | {"passes?": None})
+    schemas: dict[str, Any] = {"run": {section: _RUN.get(section, {"*": None}) for section in variant.defaults}, "curve": _CURVE}
+    fields = schemas.get(kind, experiment.evaluation_fields | {"passes?": None})
     kept = pick(values, fields | {"commit?": None}, where)
     if kind == "run":
         if kept["training"]["seed"] != int(seed):
