@@ -11,6 +11,7 @@ A finished model is a directory:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,9 @@ def load_model(directory: Path) -> tuple[Decoder, dict[str, Any]]:
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
+@functools.lru_cache(maxsize=1)  # an adapter asks for the same one three times, a second each
 def abstract_decoder(config: ModelConfig, vocab: SpanVocab, vocab_size: int) -> Decoder:
-    """Build a decoder with shapes in place of parameters."""
+    """Build a decoder with shapes in place of parameters, to be filled, not changed."""
     return nnx.eval_shape(lambda: Decoder(config, vocab=vocab, vocab_size=vocab_size, rngs=nnx.Rngs(0)))
 
 
