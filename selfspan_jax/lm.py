@@ -178,14 +178,14 @@ class SpanLM:
         return token_ids, lengths
 
     def outputs(
-        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, attention: str | Policy
+        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, policy: Policy
     ) -> list[Output]:
         """Read back what was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
         model, outputs = self.model, []
         for prompt, ids, tokens, attended in zip(prompts, prompt_ids, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
             token_ids = np.concatenate([ids, _written(tokens, model.vocab.eos_id)])
             read = attended[: len(token_ids) - len(ids)]
-            outputs.append(Output(self.task, token_ids, len(ids), read, get_policy(attention), model.config, model.vocab, prompt))
+            outputs.append(Output(self.task, token_ids, len(ids), read, policy, model.config, model.vocab, prompt))
         return outputs
 
     def _check_ids(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:

@@ -204,26 +204,25 @@ class Engine:
 # ------------------------------------------------------------------------------------------------- compiled programs
 
 
+@dataclasses.dataclass(frozen=True)
 class Graph:
-    """A decoder without its parameters: static under jit. Hashed once, because the hash of a GraphDef takes a millisecond.
+    """A decoder without its parameters, static under jit. On a mesh it is that of one device's shard."""
 
-    On a mesh it is one device's shard of the decoder, and `specs` are those of the parameters.
-    """
+    graph: nnx.GraphDef
+    tree: jax.tree_util.PyTreeDef
+    mesh: Mesh | None
+    specs: tuple  # PartitionSpecs of the parameters
 
-    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | None, specs: tuple):
-        self._key = (graph, tree, mesh, specs)
-        self._hash = hash(self._key)
-        self.mesh = mesh
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.graph, self.tree, self.mesh, self.specs))
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # kept, because the hash of a GraphDef takes a millisecond
         return self._hash
 
-    def __eq__(self, other) -> bool:
-        return self is other or (isinstance(other, Graph) and self._key == other._key)
-
     def decoder(self, params: Sequence[Array]) -> Decoder:
-        graph, tree, *_ = self._key
-        return nnx.merge(graph, jax.tree.unflatten(tree, params))
+        """Put the decoder together again; on a mesh its shard."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
 
     def shard_map(self, compute: Callable, *in_specs: Any, out_specs: Any) -> Callable:
         """Map `compute(decoder, *arrays)`, written for one device, to a function of an engine's `params` and global arrays."""
@@ -231,7 +230,7 @@ class Graph:
         def merged(params, *arrays):
             return compute(self.decoder(params), *arrays)
 
-        return collectives.shard_map(merged, self.mesh, (self._key[3], *in_specs), out_specs)
+        return collectives.shard_map(merged, self.mesh, (self.specs, *in_specs), out_specs)
 
 
 _EACH = layout.spec("sequences")

@@ -81,12 +81,9 @@ def _draw_mask(axes: Axes, reading: Reading) -> None:
 def _draw_positions(axes: Axes, reading: Reading) -> None:
     positions, attended = np.arange(len(reading.token_ids)), reading.mask.sum(axis=1)
     axes.plot(positions, positions + 1, color=_DENSE, linestyle="--", linewidth=1, label="dense")
-    parts = (
-        ("prompt", _READ_BY_PROMPT, slice(None, reading.prompt_tokens)),
-        ("response", _READ_BY_RESPONSE, slice(reading.prompt_tokens, None)),
-    )
-    for name, color, part in parts:
-        axes.plot(positions[part], attended[part], color=color, marker=".", markersize=3, linewidth=1, label=name)
+    prompt, response = np.split(positions, [reading.prompt_tokens])
+    for name, color, part in (("prompt", _READ_BY_PROMPT, prompt), ("response", _READ_BY_RESPONSE, response)):
+        axes.plot(part, attended[part], color=color, marker=".", markersize=3, linewidth=1, label=name)
     axes.set(title="tokens attended to", xlabel="position", ylim=(0, None))
     _finish(axes)
 

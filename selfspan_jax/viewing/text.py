@@ -59,17 +59,14 @@ def evaluation_table(report: Mapping[str, Any], task: Any) -> str:
 
 
 def _verified_table(report: Mapping[str, Any], task: Any) -> str:
-    columns = ("answer_accuracy", "step_accuracy", "span_accuracy", "attended_fraction")
     grouped = hasattr(task, "group")
     title, groups = (task.group_title, report[f"by_{task.group_by}"]) if grouped else ("set", report["sets"])
     width = max(map(len, (title, *groups)))
     lines = [f"{title:>{width}}  examples  answers  steps   spans   attended  tokens"]
     for name, row in [*groups.items(), ("all", report)]:
-        answer, step, span, fraction = (row[column] for column in columns)
-        lines.append(
-            f"{name:>{width}}  {row['num_examples']:>8}  "
-            f"{answer:7.1%} {step:7.1%} {span:7.1%}  {fraction:7.1%}  {row['attended_tokens']:7.1f}"
-        )
+        accuracies = " ".join(f"{row[f'{what}_accuracy']:7.1%}" for what in ("answer", "step", "span"))
+        attended = f"{row['attended_fraction']:7.1%}  {row['attended_tokens']:7.1f}"
+        lines.append(f"{name:>{width}}  {row['num_examples']:>8}  {accuracies}  {attended}")
     for name, own in report["sets"].items():
         for speed in own["by_batch_size"]:
             rate, size = speed[f"{task.unit}_per_second"], speed["batch_size"]
