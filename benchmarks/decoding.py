@@ -81,7 +81,7 @@ class Case:
 
 # ------------------------------------------------------------------------------------------------------------- programs
 
-# Where arrays lie whose first, or second, axis is that of the sequences.
+# PartitionSpecs of arrays whose first, or second, axis is that of the sequences.
 _EACH, _EACH_STEP = layout.spec("sequences"), layout.spec(None, "sequences")
 
 

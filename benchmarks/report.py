@@ -94,8 +94,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
         axis_key, axis_name, panel_key, panel_name = (panel_key, "context, tokens", axis_key, axis_name)
     panels = sorted({row[panel_key] for row in rows})
     figure = Figure(figsize=(5.5 * max(len(panels), 1), 4.2), layout="constrained")
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
+    for axes, panel in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels):
         here = [row for row in rows if row[panel_key] == panel]
         for number, name in enumerate(dict.fromkeys(map(label, rows))):
             line = sorted((row[axis_key], row["ms_per_step"], row["floor_ms"]) for row in here if label(row) == name)

@@ -182,8 +182,7 @@ def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence
             file.unlink(missing_ok=True)
             continue
         figure = Figure(figsize=(6.4 if len(panels) == 1 else 10, 3.6), layout="constrained")
-        for number, (title, own) in enumerate(panels.items(), 1):
-            axes = figure.add_subplot(1, len(panels), number)
+        for axes, (title, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             plot.draw(axes, own)
             axes.legend(fontsize=7)
             axes.grid(alpha=0.3)
@@ -248,9 +247,8 @@ def main(
             print("added: " + ", ".join(take(experiment, args.take, args.results, args.commit)))
         runs = load(experiment, args.results)
         lines = draw_plots(experiment, {**plots, "loss": _loss_plot(experiment)}, runs, args.results)
-        texts = {"variants": _variants_table(experiment, runs), **sections(runs, lines)}
-        texts |= {"training": _training_table(runs) + lines["loss"], "not run": _not_run(experiment, runs)}
-        texts |= {"commands": _commands(experiment, runs)}
+        texts = {"variants": _variants_table(experiment, runs), **sections(runs, lines), "training": _training_table(runs) + lines["loss"]}
+        texts |= {"not run": _not_run(experiment, runs), "commands": _commands(experiment, runs)}
         page.write_text(fill(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
     print(f"{page}: {len(runs)} runs of {len(_seeds(runs))} variants")
     return 0
