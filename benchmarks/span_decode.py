@@ -20,7 +20,7 @@ import math
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +28,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from benchmarks import timing
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
-from benchmarks.timing import (
-    CACHE_BYTES,
-    KernelReport,
-    kernel_us,
-    median_and_spread,
-    names,
-    relative_error,
-    require_gpu,
-    run_seconds,
-    timed,
-    torch_ms,
-)
+from benchmarks.timing import CACHE_BYTES, KernelReport, torch_ms
 from pallas_kernels import quantize_pool, span_decode_attention
 from pallas_kernels.span_decode import expected_bytes, unsupported_reason
 from pallas_kernels.span_decode.heuristics import TritonConfig, triton_config
@@ -125,10 +115,10 @@ def chain_us(attend, q, pools, inputs) -> tuple[float, float]:
     """Time a chain: median microseconds per call and the spread over five repetitions."""
     run = functools.partial(chain, attend, q, pools, inputs)
     run().block_until_ready()
-    _, once = timed(run)
+    _, once = timing.timed(run)
     queued = max(2, math.ceil(0.01 / once))  # 10 ms queued at a time hide the host
-    seconds = run_seconds(run, queued=queued, warm_ups=3)
-    return median_and_spread([1e6 * each / (ROUNDS * len(inputs)) for each in seconds])
+    seconds = timing.run_seconds(run, queued=queued, warm_ups=3)
+    return timing.median_and_spread([1e6 * each / (ROUNDS * len(inputs)) for each in seconds])
 
 
 def empty_call(q, *_):
@@ -161,11 +151,12 @@ def cudnn_dense(q, k_cache, v_cache):
 JAX_PEERS = {"XLA einsum, dense": xla_dense, "cuDNN, dense": cudnn_dense}
 
 
-def torch_rows(shape: AttentionShape, seed: int, report: KernelReport) -> Iterator[dict]:
+def run_torch(workload: Workload, report: KernelReport, seed: int) -> None:
     """Time PyTorch's SDPA over the whole cache, and FlexAttention with block masks, which take longer to build than to use."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    shape = workload.shape
     batch, length = len(shape.lengths), shape.capacity
     torch.manual_seed(seed)
     new = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
@@ -184,7 +175,7 @@ def torch_rows(shape: AttentionShape, seed: int, report: KernelReport) -> Iterat
         return statistics.median([1e3 * torch_ms(graph.replay) / len(caches) for _ in range(8)][3:])
 
     sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
-    yield {"implementation": "PyTorch SDPA, dense", "density": 1.0, "pattern": "all", "microseconds": time_us(sdpa)}
+    add_row(report, workload, "PyTorch SDPA, dense", CASES[0], time_us(sdpa), batch * length)
 
     attended = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
 
@@ -195,26 +186,31 @@ def torch_rows(shape: AttentionShape, seed: int, report: KernelReport) -> Iterat
         return create_block_mask(keep, batch, None, 1, length, device="cuda")
 
     flex = torch.compile(flex_attention, dynamic=False)
-    for density, pattern in CASES:
-        slots, counts = draw_slots(seed, shape, density, pattern, 0)
+    for case in CASES:
+        slots, counts = draw_slots(seed, shape, *case, 0)
         mask = np.zeros((batch, length), bool)
         for b in range(batch):
             mask[b, slots[b, : counts[b]] - b * length] = True
         attended.copy_(torch.from_numpy(mask))
         build()
-        row = {"implementation": "FlexAttention, block mask", "density": density, "pattern": pattern}
-        row |= {"mask_building_microseconds": 1e3 * torch_ms(build)}
+        build_us = 1e3 * torch_ms(build)
         try:
-            yield row | {"microseconds": time_us(functools.partial(flex, block_mask=build(), enable_gqa=True))}
+            microseconds = time_us(functools.partial(flex, block_mask=build(), enable_gqa=True))
         except RuntimeError as error:
             return report.not_run(f"{shape.name:12} FlexAttention", error)
+        name = "FlexAttention, block mask"
+        add_row(report, workload, name, case, microseconds, int(counts.sum()), mask_building_microseconds=build_us)
 
 
-def add_row(report: KernelReport, shape: AttentionShape, row: dict, moved_bytes: int) -> None:
-    """Add a timing: `row` has implementation, density, pattern, microseconds and whatever else was measured."""
-    case = {"shape": shape.name} | {key: row.pop(key) for key in ("implementation", "density", "pattern")}
-    label = f"{shape.name:12} {case['implementation']:26} {100 * case['density']:4.0f}% {case['pattern']:7}"
-    report.add(label, row.pop("microseconds"), moved_bytes, case, **row)
+def add_row(
+    report: KernelReport, workload: Workload, name: str, case: tuple[float, str], microseconds: float, num_slots: int, **more: Any
+) -> None:
+    """Add the timing of an implementation; `more` is whatever else was measured."""
+    shape, (density, pattern) = workload.shape, case
+    label = f"{shape.name:12} {name:26} {100 * density:4.0f}% {pattern:7}"
+    columns = {"shape": shape.name, "implementation": name, "density": density, "pattern": pattern}
+    k_pool = jax.eval_shape(quantize_pool, workload.k_pool) if name.endswith("+int8") else workload.k_pool
+    report.add(label, microseconds, expected_bytes(workload.q, k_pool, num_slots), columns, **more)
 
 
 def run_implementations(workload: Workload, implementations: list[str], report: KernelReport, seed: int) -> None:
@@ -233,36 +229,31 @@ def run_implementations(workload: Workload, implementations: list[str], report: 
         if reason := unsupported_reason(implementation, q, pools[0]):
             report.not_run(f"{shape.name:12} {name:26}", reason)
             continue
-        error = relative_error(attend(q, *pools, *sample), expected)
+        error = timing.relative_error(attend(q, *pools, *sample), expected)
         print(f"{shape.name:12} {name:26} differs from implementation='xla' by {error:.2e} (RMS, relative)", flush=True)
-        for (density, pattern), arrays in inputs.items():
+        for case, arrays in inputs.items():
             microseconds, spread = chain_us(attend, q, pools, arrays)
-            row = {"implementation": name, "density": density, "pattern": pattern, "microseconds": microseconds}
-            row |= {"spread_microseconds": spread, "net_microseconds": microseconds - empty_us, "relative_error": error}
-            if name == "triton" and pattern in ("tokens", "all"):
-                row["kernel_microseconds"] = kernel_us(functools.partial(chain, attend, q, pools, arrays), "span_decode")
-            add_row(report, shape, row, expected_bytes(q, pools[0], int(arrays[0][1].sum())))
+            more = {"spread_microseconds": spread, "net_microseconds": microseconds - empty_us, "relative_error": error}
+            if name == "triton" and case[1] in ("tokens", "all"):
+                more["kernel_microseconds"] = timing.kernel_us(functools.partial(chain, attend, q, pools, arrays), "span_decode")
+            add_row(report, workload, name, case, microseconds, int(arrays[0][1].sum()), **more)
 
 
 def run_peers(workload: Workload, peers: list[str], report: KernelReport, seed: int) -> None:
     """Time other implementations on the same shape."""
-    shape, q = workload.shape, workload.q
+    shape = workload.shape
     cache_shape = (workload.num_copies, len(shape.lengths), shape.capacity, shape.num_kv_heads, shape.head_size)
     k_caches, v_caches = (list(pool.reshape(cache_shape)) for pool in (workload.k_pool, workload.v_pool))
     caches = list(zip(k_caches, v_caches, strict=True)) * max(1, 8 // workload.num_copies)
     for name, attend in JAX_PEERS.items() if "jax" in peers else ():
         try:
-            microseconds, spread = chain_us(attend, q, (), caches)
+            microseconds, spread = chain_us(attend, workload.q, (), caches)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             report.not_run(f"{shape.name:12} {name:26}", error)
             continue
-        row: dict = {"implementation": name, "density": 1.0, "pattern": "all"}
-        row |= {"microseconds": microseconds, "spread_microseconds": spread}
-        add_row(report, shape, row, expected_bytes(q, workload.k_pool, sum(shape.lengths)))
+        add_row(report, workload, name, CASES[0], microseconds, sum(shape.lengths), spread_microseconds=spread)
     if "torch" in peers and importlib.util.find_spec("torch"):
-        for row in torch_rows(shape, seed, report):
-            _, counts = draw_slots(seed, shape, row["density"], row["pattern"], 0)
-            add_row(report, shape, row, expected_bytes(q, workload.k_pool, int(counts.sum())))
+        run_torch(workload, report, seed)
 
 
 def tune_shape(shape: AttentionShape, seed: int, report: KernelReport) -> None:
@@ -337,9 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.exit(2, "error: --plot needs --json FILE with the results of an earlier run\n")
         plot(json.loads(args.json.read_text()), args.plot)
         return 0
-    shapes = [by_name[name] for name in names(parser, args.shapes, "shape", by_name)]
-    implementations, peers = names(parser, args.implementations), names(parser, args.peers)
-    require_gpu(parser)
+    shapes = [by_name[name] for name in timing.names(parser, args.shapes, "shape", by_name)]
+    implementations, peers = timing.names(parser, args.implementations), timing.names(parser, args.peers)
+    timing.require_gpu(parser)
     report = KernelReport(args.json, seed=args.seed, shapes=list(map(dataclasses.asdict, shapes)))
     for shape in shapes:
         if args.tune:

@@ -22,8 +22,6 @@ TOP_OPERATIONS = 20
 CACHE_BYTES = 64 * 2**20  # more than the L2 of any device meant here: chains read three times as much before they repeat
 _PACKAGES = ("jax", "jaxlib", "flax", "jax-triton", "torch", "triton")
 
-# ---------------------------------------------------------------------------------------------------------- clocks
-
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """Call `function` and wait for its result; returns the result and the seconds."""
@@ -77,20 +75,13 @@ def _total(x: jax.Array) -> jax.Array:
     return jnp.sum(x, dtype=jnp.uint32)
 
 
-def read_ceiling_tbps(size_bytes: int | None = None) -> float:
-    """Measure how fast the memory can be read: a plain sum, the fastest of five repetitions, in TB/s.
-
-    Args:
-      size_bytes: what is summed up, by default 2 GiB on a GPU and 32 MiB elsewhere.
-    """
-    if size_bytes is None:
-        size_bytes = 2**31 if jax.default_backend() == "gpu" else 2**25
+def read_ceiling_tbps() -> float:
+    """Measure how fast the memory can be read: a sum of 2 GiB (32 MiB on a CPU), the fastest of five repetitions, in TB/s."""
+    size_bytes = 2**31 if jax.default_backend() == "gpu" else 2**25
     array = jax.random.bits(jax.random.key(0), (size_bytes // 4,), jnp.uint32)
     seconds = run_seconds(lambda: _total(array), queued=8, warm_ups=3, repetitions=5)
     return array.size * 4 / min(seconds) / 1e12
 
-
-# -------------------------------------------------------------------------------------------------------- profiles
 
 # By the name of a device's program: NCCL's; ours and cuDNN's attention; matrix products of ours, of cuBLAS and of the compiler.
 # A collective's time has in it the waiting for the other devices.
@@ -158,9 +149,6 @@ def kernel_us(function: Callable[[], Any], prefix: str) -> float:
     for event in (event for events in device_events(function) for event in events if event.name.startswith(prefix)):
         durations.setdefault(event.name, []).append(1e3 * event.ms)
     return sum(statistics.median(each) for each in durations.values())
-
-
-# ---------------------------------------------------------------------------------------------------------- reports
 
 
 def report_header() -> dict[str, Any]:

@@ -41,6 +41,7 @@ def triton_linear(
     """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]`, already checked."""
     values = values_of(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
+    tiles = pl.cdiv(num_results, config.tile_outputs)
 
     def split(array: jax.Array) -> jax.Array:
         return array.reshape(*array.shape[:-1], -1, config.segment_inputs)
@@ -53,18 +54,12 @@ def triton_linear(
     optional = {name: array for name, array in optional.items() if array is not None}
     return pl.pallas_call(
         functools.partial(_kernel, optional=tuple(optional), norm_eps=norm_eps, gated=gated, config=config),
-        grid=(num_programs(num_results, config),),
+        grid=(pl.cdiv(tiles, pl.cdiv(tiles, config.programs)),),  # the fewest that take no longer than `config.programs`
         out_shape=jax.ShapeDtypeStruct((x.shape[0], num_results), out_dtype),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="fused_linear",
     )(split(x), split(values), *optional.values())
-
-
-def num_programs(num_results: int, config: LinearConfig) -> int:
-    """Choose how many programs to launch: the fewest that take no longer than `config.programs`."""
-    tiles = pl.cdiv(num_results, config.tile_outputs)
-    return pl.cdiv(tiles, pl.cdiv(tiles, config.programs))
 
 
 def padded_rows(batch: int, segments: int) -> int:

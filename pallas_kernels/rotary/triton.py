@@ -26,14 +26,12 @@ def triton_rotate_and_write(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Run the kernel; shapes as in `rotate_and_write`, already checked."""
     batch, num_kv_heads, fused, head_size = qkv.shape
+    q = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
+    pool = jax.ShapeDtypeStruct(k_pool.shape, k_pool.dtype)
     return pl.pallas_call(
         _write_kernel,
         grid=(batch, num_kv_heads),
-        out_shape=(
-            jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype),
-            jax.ShapeDtypeStruct(k_pool.shape, k_pool.dtype),
-            jax.ShapeDtypeStruct(v_pool.shape, v_pool.dtype),
-        ),
+        out_shape=(q, pool, pool),
         input_output_aliases={4: 1, 5: 2},
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
