@@ -1,4 +1,8 @@
-"""Rotary positions as Pallas kernels with the Triton lowering (Ampere and newer); the formula is that of reference.py.
+"""Rotary positions (RoFormer, 2104.09864, section 3.2) as Pallas kernels with the Triton lowering (Ampere and newer).
+
+For each pair (i, i + H/2) of a head (Llama's order of pairs), in float32:
+
+    out[i] = x[i] cos[i] - x[i + H/2] sin[i],    out[i + H/2] = x[i + H/2] cos[i] + x[i] sin[i]
 
 Why they exist. `rotate_and_write`: XLA takes three or four kernels for a decode step (rotate q, rotate k, write k, write v), each
 a launch of 2 to 3 us in every layer of every step, to move a few KB. The pools are updated in place: donate them, or
@@ -16,9 +20,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.rotary.reference import rotate_pairs
-
 TILE_ROWS = 32  # tokens of a program of `rotate_heads`, whose number of rows must be a multiple
+
+
+def rotate_pairs(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array, *, back: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Rotate the two halves of heads by float32 angles, or back."""
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    if back:
+        return first * cos + second * sin, second * cos - first * sin
+    return first * cos - second * sin, second * cos + first * sin
 
 
 def triton_rotate_and_write(
