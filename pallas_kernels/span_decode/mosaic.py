@@ -59,7 +59,6 @@ def unsupported_reason(q: jax.Array, k_pool: Rows, interpret: bool) -> str | Non
 def mosaic_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: MosaicConfig, interpret: bool = False) -> jax.Array:
     """Run the kernel; arrays as in `span_decode_attention`, already checked."""
     batch, _, head_size = q.shape
-    num_kv_heads = k_pool.shape[1]
     keys = config.tile_rows * KV_HEADS
     num_splits = triton.max_splits(batch, config.splits)
     counts = jnp.clip(counts, 0, slots.shape[1])
@@ -72,7 +71,7 @@ def mosaic_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: 
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale, config=config),
         out_type=triton.split_results(q, num_splits),
-        grid=(num_kv_heads // KV_HEADS, num_splits),
+        grid=(k_pool.shape[1] // KV_HEADS, num_splits),
         grid_names=("head_block", "split"),
         num_threads=2,
         thread_name="warpgroup",
@@ -93,8 +92,6 @@ def mosaic_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: 
         interpret=plgpu.InterpretGPUParams() if interpret else False,  # type: ignore[attr-defined]  # JAX 0.11
     )
     out, *partial = kernel(q, k_pool, v_pool, slots, split_table)
-    if num_splits == batch:  # one split each: nothing to combine
-        return out
     return triton.combine(out, partial, counts, slots.shape[1], config, interpret)
 
 

@@ -39,8 +39,7 @@ from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
 
 def triton_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: TritonConfig, interpret: bool = False) -> jax.Array:
     """Run the kernels; arrays as in `span_decode_attention`, already checked."""
-    batch, num_kv_heads = q.shape[0], k_pool.shape[1]
-    num_splits = max_splits(batch, config.splits)
+    num_kv_heads, num_splits = k_pool.shape[1], max_splits(q.shape[0], config.splits)
     scales: tuple[jax.Array, ...] = ()
     if isinstance(k_pool, Quantized) and isinstance(v_pool, Quantized):
         scales = (k_pool.scales, v_pool.scales)
@@ -54,8 +53,6 @@ def triton_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: 
         interpret=interpret,
         name="span_decode_attend",
     )(q, k_pool, v_pool, slots, counts, *scales)
-    if num_splits == batch:  # one split each: nothing to combine
-        return out
     return combine(out, partial, counts, slots.shape[1], config, interpret)
 
 
@@ -70,6 +67,8 @@ def combine(
 ) -> jax.Array:
     """Fill in `out` the sequences that were split, from the partial results of their splits."""
     batch, num_heads, head_size = out.shape
+    if max_splits(batch, config.splits) == batch:  # one split each: nothing to combine
+        return out
     columns, read_splits = combine_tile(batch, num_heads, head_size)
     return pl.pallas_call(
         functools.partial(_combine_kernel, config=config, capacity=capacity, columns=columns, read_splits=read_splits),

@@ -358,6 +358,6 @@ def test_lowers_for_cuda(name, batch, quantized):
     if quantized:
         weight = QuantizedWeight(jax.ShapeDtypeStruct(rows, jnp.int8), jax.ShapeDtypeStruct(rows[:1], jnp.float32))
     config = linear_config(batch, matrix.num_results, matrix.num_inputs, 1 if quantized else 2, matrix.gated)
-    product = functools.partial(triton_linear, norm_eps=1e-5, config=config, **matrix.options())
+    product = functools.partial(triton_linear, norm_eps=1e-5, config=config, gated=matrix.gated, out_dtype=matrix.out_dtype)
     residual = shape((batch, matrix.num_results))
     assert cuda_lowering(product, x, weight, norm, residual).count("__gpu$xla.gpu.triton") == 1
