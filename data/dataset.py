@@ -42,7 +42,7 @@ def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[
     def rows() -> Iterator[dict[str, Any]]:
         for example in examples:
             statistics.add(example)
-            yield task.to_row(example)
+            yield {**task.to_row(example), "prompt_tokens": example.prompt_tokens, "token_ids": example.token_ids}
 
     with _new_directory(path) as directory, contextlib.ExitStack() as stack:
         left, blocks = rows(), []
@@ -141,7 +141,7 @@ class StoredCorpus:
             raise UserError(f"{self.path}: example {number} has no <solve> at the end of its prompt_tokens, {prompt_tokens}")
         if token_ids.min() < 0 or token_ids.max() >= self.task.vocab.size:
             raise UserError(f"{self.path}: example {number} has ids outside its vocabulary of {self.task.vocab.size} tokens")
-        return self.task.from_row(row)
+        return self.task.from_row({**row, "token_ids": token_ids})
 
 
 def load(path: Path | str, tasks: Mapping[str, type[Task]]) -> StoredCorpus:

@@ -135,11 +135,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def to_row(self, example: Any) -> dict[str, Any]:
-        """Return the columns of an example in a corpus directory."""
+        """Return the columns of an example in a corpus directory, but "token_ids" and "prompt_tokens", which all have."""
 
     @abc.abstractmethod
     def from_row(self, row: Mapping[str, Any]) -> Any:
-        """Read what `to_row` returned."""
+        """Read a row; its "token_ids" are int32 [n]."""
 
     @abc.abstractmethod
     def statistics(self) -> Statistics:

@@ -130,7 +130,7 @@ class SumsTask(task.Task):
         return dataclasses.asdict(example)
 
     def from_row(self, row):
-        return Example(row["prompt"], np.array(row["token_ids"], np.int32), row["prompt_tokens"])
+        return Example(row["prompt"], row["token_ids"], row["prompt_tokens"])
 
     def statistics(self):
         return Statistics()

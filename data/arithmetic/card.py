@@ -23,8 +23,6 @@ class Statistics(card.Statistics):
         self._operators: collections.Counter[str] = collections.Counter()
         self._shapes: collections.Counter[str] = collections.Counter()
         self._attended_fractions = 0.0
-        self._attended_tokens = 0
-        self._most_attended_tokens = 0
 
     def add(self, example: Example) -> None:
         super().add(example)
@@ -36,25 +34,23 @@ class Statistics(card.Statistics):
         self._shapes["least depth"] += depth == num_ops.bit_length()
         attended = attended_tokens(example.token_ids, example.prompt_tokens, self._vocab)
         self._attended_fractions += float((attended / np.arange(example.prompt_tokens + 1, len(example.token_ids) + 1)).sum())
-        self._attended_tokens += int(attended.sum())
-        self._most_attended_tokens = max(self._most_attended_tokens, int(attended.max(initial=0)))
+        self._counts["attended_tokens"].update(attended.tolist())
 
     def to_json(self) -> dict[str, Any]:
-        lengths, num_ops = self._counts["example_tokens"], self._counts["num_ops"]
-        response_tokens = sum(length * count for length, count in self._counts["response_tokens"].items())
+        lengths, attended = self._counts["example_tokens"], self._counts["attended_tokens"]
         bins: collections.Counter[int] = collections.Counter()
         for length, count in lengths.items():
             bins[length // _LENGTH_BIN_TOKENS * _LENGTH_BIN_TOKENS] += count
         return {
             **{name: card.quantiles(self._counts[name]) for name in ("prompt_tokens", "response_tokens", "example_tokens")},
             "example_tokens_histogram": {f"{low}-{low + _LENGTH_BIN_TOKENS - 1}": bins[low] for low in sorted(bins)},
-            "num_ops_histogram": {str(n): num_ops[n] for n in sorted(num_ops)},
-            "operators": {symbol: self._operators[symbol] for symbol in sorted(self._operators)},
+            "num_ops_histogram": {str(n): count for n, count in sorted(self._counts["num_ops"].items())},
+            "operators": dict(sorted(self._operators.items())),
             "tree_depth": card.quantiles(self._counts["tree_depth"]),
             "tree_shape_share": {shape: round(self._shapes[shape] / lengths.total(), 6) for shape in ("left comb", "least depth")},
-            "attended_fraction": round(self._attended_fractions / response_tokens, 6),
-            "attended_tokens_mean": round(self._attended_tokens / response_tokens, 3),
-            "attended_tokens_max": self._most_attended_tokens,
+            "attended_fraction": round(self._attended_fractions / attended.total(), 6),
+            "attended_tokens_mean": card.quantiles(attended)["mean"],
+            "attended_tokens_max": max(attended),
         }
 
     def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:

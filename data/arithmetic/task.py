@@ -102,13 +102,11 @@ class ArithmeticTask(task.Task):
             "answer": str(example.expression.value),
             "num_ops": example.expression.num_ops,
             "first_label": example.first_label,
-            "prompt_tokens": example.prompt_tokens,
-            "token_ids": example.token_ids,
         }
 
     def from_row(self, row: Mapping[str, Any]) -> Example:
         """Read what `to_row` returned."""
-        ids, prompt_tokens = np.array(row["token_ids"], np.int32), row["prompt_tokens"]
+        ids, prompt_tokens = row["token_ids"], row["prompt_tokens"]
         jumps = oracle.find_label_jumps(ids, prompt_tokens, self.vocab)
         return Example(ids, prompt_tokens, parse(row["expression"]), row["first_label"], self.labelling, jumps)
 

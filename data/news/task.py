@@ -101,22 +101,14 @@ class NewsTask(task.Task):
 
     def to_row(self, example: Example) -> dict[str, Any]:
         """Return the columns of an example in a corpus directory."""
-        story = example.story
-        return {
-            "article": list(story.article),
-            "summary": list(story.summary),
-            "sources": [list(own) for own in story.sources],
-            "facts": [fact._asdict() for fact in story.facts],
-            "first_label": example.first_label,
-            "prompt_tokens": example.prompt_tokens,
-            "token_ids": example.token_ids,
-        }
+        facts = [fact._asdict() for fact in example.story.facts]
+        return {**vars(example.story), "facts": facts, "first_label": example.first_label}
 
     def from_row(self, row: Mapping[str, Any]) -> Example:
         """Read what `to_row` returned."""
         facts = tuple(Fact(fact["sentence"], fact["kind"], fact["text"]) for fact in row["facts"])
         story = Story(tuple(row["article"]), tuple(row["summary"]), tuple(map(tuple, row["sources"])), facts)
-        return Example(np.array(row["token_ids"], np.int32), row["prompt_tokens"], story, row["first_label"])
+        return Example(row["token_ids"], row["prompt_tokens"], story, row["first_label"])
 
     def statistics(self) -> card.Statistics:
         """Return the empty statistics of a corpus."""
