@@ -18,6 +18,7 @@ from tyro.extras import literal_type_from_choices
 
 from benchmarks.sweep import Bench
 from data import commandline
+from data.errors import check_range
 from data.tasks import TASKS
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
@@ -116,7 +117,7 @@ class Eval(Model):
     """Write the scores, in all and by group and set, into this file."""
 
     def __post_init__(self):
-        commandline.check_at_least(1, self, "num_examples", "batch_size", "passes")
+        check_range(self, "num_examples", "batch_size", "passes", low=1)
 
     def run(self) -> None:
         lm = self.load()

@@ -23,6 +23,7 @@ from flax import nnx
 
 from benchmarks import training as training_benchmark
 from data import commandline, packing
+from data.errors import check_range
 from data.streams import GeneratedCorpus
 from data.tasks import TASKS
 from data.vocab import TokenizerVocab
@@ -60,11 +61,12 @@ class Run:
     """Do not train: time so many steps, three times over, and write RUN_DIR/throughput.json; 0 to train."""
 
     def __post_init__(self) -> None:
-        commandline.check_at_least(0, self, "workers", "time_steps")
+        check_range(self, "workers", "time_steps", low=0)
 
     def generate(self, vocab: Any) -> Callable[..., Iterator[Any]]:
         """Return the function that generates the training examples from any number on."""
-        self.corpus.check_sequence_tokens(self.training.sequence_tokens, vocab)
+        if (longest := self.corpus.likely_longest_tokens(vocab)) > self.training.sequence_tokens:
+            raise UserError(f"{self.corpus.description} take up to {longest} tokens, a row only {self.training.sequence_tokens}")
         workers = -(-self.workers * jax.process_count() // self.training.data_parts)  # for each shard that is packed here
         return functools.partial(self.corpus.stream, vocab=vocab, seed=self.training.seed, num_workers=workers)
 

@@ -25,6 +25,7 @@ from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line, report_header
 from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
 from data import arithmetic, commandline
+from data.errors import check_range
 from data.tasks import TASKS
 from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
@@ -86,14 +87,14 @@ class Bench:
         commandline.check_picture(self.plot)
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("give either a checkpoint or --shape")
-        commandline.check_at_least(1, self, "batch_size", "context", "num_samples")
+        check_range(self, "batch_size", "context", "num_samples", low=1)
         if self.steps < 2 or self.steps % 2:
             raise UserError(f"steps is {self.steps}; allowed: even numbers, 2 and above")
         if self.context and min(self.context) <= self.steps:
             raise UserError(f"context is {min(self.context)}; allowed: more than the {self.steps} timed steps")
         if not 0 < self.attended_fraction < 1:
             raise UserError(f"attended_fraction is {self.attended_fraction}; allowed: above 0, below 1")
-        commandline.check_at_least(0, self, "seed")
+        check_range(self, "seed", low=0)
         if self.peers and self.mesh:
             raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
 

@@ -80,14 +80,6 @@ def commas(*kinds: Any) -> Any:
     )
 
 
-def check_at_least(minimum: int, options: Any, *names: str) -> None:
-    """Raise UserError for an option, a number or a tuple of numbers, below the minimum."""
-    for name in names:
-        value = getattr(options, name)
-        if min(value if isinstance(value, tuple) else (value,), default=minimum) < minimum:
-            raise UserError(f"{name} is {value}; allowed: {minimum} and above")
-
-
 def check_picture(file: Path | None) -> None:
     """Raise UserError for a file that a plot cannot be written into."""
     if file and file.suffix not in (".png", ".svg", ".pdf"):

@@ -15,10 +15,11 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise UserError(f"{name} is {value!r}: expected one of {', '.join(get_args(choices))}")
 
 
-def check_range(low: float, high: float, settings: object, *names: str) -> None:
-    """Raise UserError for a number among the settings that is infinite or not within [low, high]; an infinite `high` is no bound."""
+def check_range(settings: object, *names: str, low: float, high: float = math.inf) -> None:
+    """Raise UserError for a setting, a number or a tuple of numbers, that is infinite or not within [low, high]."""
     for name in names:
-        if not low <= (value := getattr(settings, name)) <= high or value == math.inf:
+        value = getattr(settings, name)
+        if not all(low <= number <= high and number < math.inf for number in (value if isinstance(value, tuple) else (value,))):
             raise UserError(f"{name} is {value}: expected " + (f"at least {low}" if high == math.inf else f"{low} to {high}"))
 
 

@@ -105,11 +105,6 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
         lengths = [len(example.token_ids) for example in sample]
         return 2 * max(lengths) - sum(lengths) // len(lengths)
 
-    def check_sequence_tokens(self, sequence_tokens: int, vocab: Any = None) -> None:
-        """Raise UserError where the largest examples would hardly fit into sequences of so many tokens."""
-        if (longest := self.likely_longest_tokens(vocab)) > sequence_tokens:
-            raise UserError(f"{self.description} take up to {longest} tokens, a row only {sequence_tokens}")
-
 
 def split_of(text: str) -> Split:
     """Return the split that an example of this text belongs to, by a hash: an eighth of all is "test"."""

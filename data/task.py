@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.card import Statistics
-from data.errors import UserError, check_json
+from data.errors import UserError, check_json, check_range
 from data.streams import GeneratedCorpus
 from data.vocab import Vocab
 
@@ -41,8 +41,7 @@ class WriteCommand:
     def __post_init__(self) -> None:
         if self.num_examples < 1:
             raise UserError(f"--num-examples is {self.num_examples}: expected at least 1")
-        if self.workers < 0:
-            raise UserError(f"--workers is {self.workers}: expected at least 0")
+        check_range(self, "workers", low=0)
 
     def drawn(self) -> dict[str, Any]:
         """Return the options that say which examples are written, for the card."""

@@ -15,24 +15,10 @@ is arbitrary, so a model whose prompt tokens see only their surroundings cannot 
 
 from data.arithmetic.corpus import Corpus
 from data.arithmetic.expressions import Expression, ExpressionError, parse
-from data.arithmetic.oracle import Example, encode, encode_prompt, relabel
+from data.arithmetic.oracle import encode, encode_prompt
 from data.arithmetic.task import ArithmeticTask
-from data.arithmetic.verifier import Verdict, answer, verify
+from data.arithmetic.verifier import answer, verify
 
 stream = Corpus.stream  # stream(corpus, seed=0)
 
-__all__ = [
-    "ArithmeticTask",
-    "Corpus",
-    "Example",
-    "Expression",
-    "ExpressionError",
-    "Verdict",
-    "answer",
-    "encode",
-    "encode_prompt",
-    "parse",
-    "relabel",
-    "stream",
-    "verify",
-]
+__all__ = ["ArithmeticTask", "Corpus", "Expression", "ExpressionError", "answer", "encode", "encode_prompt", "parse", "stream", "verify"]

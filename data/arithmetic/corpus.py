@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 import random
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
@@ -62,12 +61,11 @@ class Corpus(GeneratedCorpus[Example]):
             raise UserError(f"min_ops is {self.min_ops} and max_ops {self.max_ops}: expected 1 <= min_ops <= max_ops")
         if self.max_ops >= self.num_labels:
             raise UserError(f"max_ops is {self.max_ops}: {self.num_labels} labels allow at most {self.num_labels - 1}")
-        check_range(0, math.inf, self, "uniform_weight", "balanced_weight", "left_comb_weight")
+        check_range(self, "uniform_weight", "balanced_weight", "left_comb_weight", "label_jumps", low=0)
         if not self.uniform_weight + self.balanced_weight + self.left_comb_weight:
             raise UserError("every shape weight is 0: expected one above 0")
-        check_range(0, 1, self, "negative_fraction")
-        check_range(1, 100, self, "max_digits")
-        check_range(0, math.inf, self, "label_jumps")
+        check_range(self, "negative_fraction", low=0, high=1)
+        check_range(self, "max_digits", low=1, high=100)
         if not 10**self.max_digits <= self.max_value + 1 <= 10**MAX_DIGITS:
             raise UserError(
                 f"max_value is {self.max_value}: expected at least the largest operand, {10**self.max_digits - 1}, "

@@ -7,8 +7,7 @@ the end of a sentence; a summary sentence whose sources are all cut off is left 
 """
 
 from data.news.alignment import Alignment, split_sentences
-from data.news.corpus import Corpus
-from data.news.oracle import INSTRUCTION, Example
+from data.news.corpus import INSTRUCTION, Corpus, Example
 from data.news.synthetic import Fact, Story
 from data.news.task import NewsTask
 from data.vocab import train_vocab

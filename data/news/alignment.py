@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import sentencex
 
-from data.errors import UserError
+from data.errors import UserError, check_range
 
 _WORD = re.compile(r"[^\W_]+(?:[.,'’][^\W_]+)*")
 WORD_LISTS = {name: frozenset(words.split()) for name, words in tomllib.loads((Path(__file__).parent / "words.toml").read_text()).items()}
@@ -49,8 +49,7 @@ class Alignment:
     def __post_init__(self) -> None:
         if not 0 < self.min_gain <= 1:
             raise UserError(f"min_gain is {self.min_gain}: expected above 0, up to 1")
-        if self.max_sources < 1:
-            raise UserError(f"max_sources is {self.max_sources}: expected at least 1")
+        check_range(self, "max_sources", low=1)
 
     def align(self, article: Sequence[str], summary: Sequence[str]) -> list[tuple[int, ...]]:
         """Find the sources of each summary sentence: indices in ascending order, none where no sentence gains enough."""

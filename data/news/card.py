@@ -8,7 +8,7 @@ import numpy as np
 
 from data import card, spans
 from data.news.alignment import Alignment
-from data.news.oracle import Example
+from data.news.corpus import Example
 from data.vocab import Vocab
 
 _MAX_GUESSED_SENTENCES = 6

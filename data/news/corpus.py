@@ -1,19 +1,36 @@
-"""Draw synthetic news, and say how news of any source is written."""
+"""Write articles and their summaries as examples, and draw synthetic ones."""
 
 import dataclasses
 import functools
-import math
 import random
+from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
+
+from data import streams
 from data.errors import UserError, check_range
 from data.news import synthetic
-from data.news.oracle import Example, encode
+from data.news.synthetic import Story
 from data.streams import GeneratedCorpus, Split, split_of
 from data.vocab import MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab, train_vocab
 
+INSTRUCTION = " Summarize:"
 MIN_PROMPT_TOKENS = 16
 _VOCAB_STORIES = 3000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example(streams.Example):
+    """An article and its gold summary, and the story that they tell."""
+
+    story: Story
+    first_label: int
+
+    @property
+    def prompt(self) -> str:
+        """The text that `NewsTask.encode_prompt` takes."""
+        return "\n\n".join(self.story.article)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +62,9 @@ class Corpus(GeneratedCorpus[Example]):
                 f"min_events is {self.min_events} and max_events {self.max_events}: "
                 f"expected 1 <= min_events <= max_events <= {synthetic.MAX_EVENTS}"
             )
-        check_range(0, synthetic.MAX_DISTRACTORS, self, "max_distractors")
-        check_range(MIN_TOKENIZER_TOKENS, math.inf, self, "vocab_tokens")
-        check_range(MIN_PROMPT_TOKENS, math.inf, self, "max_prompt_tokens")
+        check_range(self, "max_distractors", low=0, high=synthetic.MAX_DISTRACTORS)
+        check_range(self, "vocab_tokens", low=MIN_TOKENIZER_TOKENS)
+        check_range(self, "max_prompt_tokens", low=MIN_PROMPT_TOKENS)
 
     @property
     def vocab(self) -> TokenizerVocab:
@@ -78,3 +95,61 @@ def _synthetic_vocab(vocab_tokens: int, num_labels: int) -> TokenizerVocab:
     stories = (synthetic.draw(f"news/vocabulary/{i}") for i in range(_VOCAB_STORIES))
     texts = (" ".join(["", *story.article, *story.summary]) for story in stories)
     return train_vocab(texts, vocab_tokens=vocab_tokens, num_labels=num_labels)
+
+
+def encode_prompt(
+    sentences: Sequence[str], vocab: TokenizerVocab, *, max_prompt_tokens: int, summary_sentences: int = 1
+) -> tuple[list[int], int]:
+    """Write an article's prompt, labels from 1 on, cut at the end of a sentence: (ids, sentences that were kept).
+
+    Raises:
+      UserError: a first sentence that does not fit, or more sentences than labels.
+    """
+    token_ids = [vocab.bos_id, *vocab.plain_text_ids(INSTRUCTION)]
+    kept = 0
+    for number, sentence in enumerate(sentences):
+        ids = vocab.plain_text_ids(" " + sentence)
+        if len(token_ids) + len(ids) + 2 > max_prompt_tokens:
+            break
+        token_ids += [vocab.seg_base + min(1 + number, vocab.num_labels - 1), *ids]
+        kept += 1
+    if not kept:
+        raise UserError(f"the article's first sentence does not fit into {max_prompt_tokens} tokens of prompt")
+    if kept + summary_sentences >= vocab.num_labels:
+        raise UserError(
+            f"{kept} article sentences and {summary_sentences} of summary need labels up to {kept + summary_sentences}, "
+            f"but the last one is {vocab.num_labels - 1}: more num_labels, or fewer max_prompt_tokens"
+        )
+    return [*token_ids, vocab.solve_id], kept
+
+
+def encode(story: Story, vocab: TokenizerVocab, *, max_prompt_tokens: int, uniform: float | None = None) -> Example | None:
+    """Write the prompt and the gold response of a story; None where the cut left no summary sentence a source.
+
+    Args:
+      uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
+
+    Raises:
+      UserError: a first sentence that does not fit, or more sentences than labels.
+    """
+    prompt, kept = encode_prompt(story.article, vocab, max_prompt_tokens=max_prompt_tokens, summary_sentences=len(story.summary))
+    steps = [(text, [i for i in sources if i < kept]) for text, sources in zip(story.summary, story.sources, strict=True)]
+    numbers = [number for number, (_, sources) in enumerate(steps) if sources]
+    if not numbers:
+        return None
+    if len(numbers) < len(steps) or kept < len(story.article):
+        facts = tuple(fact._replace(sentence=numbers.index(fact.sentence)) for fact in story.facts if fact.sentence in numbers)
+        kept_sources = tuple(tuple(steps[n][1]) for n in numbers)
+        story = Story(story.article[:kept], tuple(steps[n][0] for n in numbers), kept_sources, facts)
+    first_label = 1
+    if uniform is not None:
+        first_label = vocab.first_label(kept + len(numbers), uniform)
+        tags = range(vocab.seg_base, vocab.seg_base + vocab.num_labels)
+        prompt = [i + first_label - 1 if i in tags else i for i in prompt]
+    token_ids = list(prompt)
+    for number, (text, sources) in enumerate(zip(story.summary, story.sources)):
+        token_ids.append(vocab.seg_base + first_label + kept + number)
+        token_ids += [vocab.ref_base + first_label + i for i in sources]
+        token_ids += vocab.plain_text_ids(" " + text)
+    token_ids.append(vocab.eos_id)
+    return Example(np.array(token_ids, np.int32), len(prompt), story, first_label)

@@ -16,8 +16,7 @@ from typing import Any
 from data import task
 from data.errors import UserError
 from data.news.alignment import Alignment, split_sentences
-from data.news.corpus import Corpus
-from data.news.oracle import Example, encode
+from data.news.corpus import Corpus, Example, encode
 from data.news.synthetic import Story
 from data.vocab import TokenizerVocab, train_vocab
 

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from data import spans, task
 from data.errors import UserError
-from data.news import card, corpus, oracle, scoring, sources
+from data.news import card, corpus, scoring, sources
 from data.news.alignment import split_sentences
-from data.news.oracle import Example
+from data.news.corpus import Example
 from data.news.synthetic import Fact, Story
 from data.vocab import TokenizerVocab
 
@@ -57,15 +57,15 @@ class NewsTask(task.Task):
             raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens!r}: expected an integer of at least {corpus.MIN_PROMPT_TOKENS}")
 
     def encode(self, story: Story) -> Example | None:
-        """Write the prompt and the gold response of a story, labels from 1 on; see `oracle.encode`."""
-        return oracle.encode(story, self.vocab, max_prompt_tokens=self.max_prompt_tokens)
+        """Write the prompt and the gold response of a story, labels from 1 on; see `corpus.encode`."""
+        return corpus.encode(story, self.vocab, max_prompt_tokens=self.max_prompt_tokens)
 
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Write the prompt of an article, int32 [n], labels from 1 on. UserError: no sentence, or more sentences than labels."""
         sentences = split_sentences(text)
         if not sentences:
             raise UserError("the article has no sentence")
-        return np.array(oracle.encode_prompt(sentences, self.vocab, max_prompt_tokens=self.max_prompt_tokens)[0], np.int32)
+        return np.array(corpus.encode_prompt(sentences, self.vocab, max_prompt_tokens=self.max_prompt_tokens)[0], np.int32)
 
     def steps(self, response_ids: Iterable[int]) -> list[tuple[int, frozenset[int], str]]:
         """Read the steps of a response: (label, labels named, sentence); what stands before the first step is left out."""
