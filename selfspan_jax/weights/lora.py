@@ -212,26 +212,26 @@ def load_adapter(directory: Path, base: Path | None) -> tuple[Decoder, dict[str,
       FileNotFoundError: no such directory, or a file of it or of the base is missing.
       UserError: a malformed file, tensors that do not fit, no base, or another base.
     """
-    stored = _ADAPTER.open(directory, "base", "lora")
-    wanted = stored.decoder.config
+    stored, tensors, task, fields = _ADAPTER.open(directory, "base", "lora")
+    wanted = stored.config
     try:
-        name, expected = stored.fields["base"]["name"], stored.fields["base"]["sha256"]
-        config = from_json(LoraConfig, stored.fields["lora"])
+        name, expected = fields["base"]["name"], fields["base"]["sha256"]
+        config = from_json(LoraConfig, fields["lora"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory / _ADAPTER.description}: {error}") from error
     if base is None:
         raise UserError(f"{directory} is an adapter of {name}: it needs that model too (--base)")
     tuned = ("compute_dtype", *(field.name for field in dataclasses.fields(TunedAttention)))  # what fine-tuning chose, not the base
-    model = load_decoder(base, stored.decoder.vocab, **{name: getattr(wanted, name) for name in tuned})
-    if model.config != wanted or model.vocab_size != stored.decoder.vocab_size:
+    model = load_decoder(base, stored.vocab, **{name: getattr(wanted, name) for name in tuned})
+    if model.config != wanted or model.vocab_size != stored.vocab_size:
         raise UserError(f"{base}: another architecture than that of {name}, which {directory} is an adapter of")
     model = adapt(model, config)
     if fingerprint(model) != expected:
         raise UserError(f"{base}: other weights than those of {name}, which {directory} is an adapter of")
-    stored.tensors.check(_named(model, nnx.Param))
+    tensors.check(_named(model, nnx.Param))
 
     def read(path: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
-        return leaf.replace(stored.tensors.read(_name(path)).astype(wanted.compute_dtype).astype(jnp.float32))
+        return leaf.replace(tensors.read(_name(path)).astype(wanted.compute_dtype).astype(jnp.float32))
 
     nnx.update(model, nnx.map_state(read, nnx.state(model, nnx.Param)))
-    return merged(model), stored.task
+    return merged(model), task

@@ -86,19 +86,6 @@ def save_safetensors(file: Path, arrays: Mapping[str, jax.Array], metadata: dict
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """A model or an adapter in a directory, of which no tensor has been read."""
-
-    decoder: Decoder
-    """Shapes in place of parameters."""
-    fields: dict[str, Any]
-    """The description."""
-    task: dict[str, Any]
-    """`vocab.json`."""
-    tensors: Tensors
-
-
-@dataclasses.dataclass(frozen=True)
 class Format:
     """A kind of directory: a description of the model, tensors, `vocab.json` and `README.md`."""
 
@@ -122,9 +109,11 @@ class Format:
             write_json(partial / "vocab.json", task)
             (partial / "README.md").write_text(card)
 
-    def open(self, directory: Path, *more: str) -> Stored:
+    def open(self, directory: Path, *more: str) -> tuple[Decoder, Tensors, dict[str, Any], dict[str, Any]]:
         """Open a directory; `more` are fields that the description must have beside those of every model.
 
+        Returns: the decoder with shapes in place of parameters, the tensors, of which none has been read, `vocab.json` and the
+          description.
         Raises:
           FileNotFoundError: no such directory, or a file of it is missing.
           UserError: a file that is malformed or of another format, or values that are not allowed.
@@ -146,7 +135,7 @@ class Format:
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
         tensors = open_safetensors(directory / self.tensors, [directory / self.tensors])
-        return Stored(decoder, fields, read_json(directory / "vocab.json"), tensors)
+        return decoder, tensors, read_json(directory / "vocab.json"), fields
 
 
 METADATA = {"format": "pt"}  # `transformers` refuses safetensors files without it
@@ -170,9 +159,9 @@ def load_model(directory: Path) -> tuple[Decoder, dict[str, Any]]:
 
     Raises: UserError for tensors that do not fit the config.
     """
-    stored = _MODEL.open(Path(directory))
-    stored.tensors.check(llama_shapes(stored.decoder))
-    return from_llama(stored.decoder, lambda name: stored.tensors.read(name).astype(jnp.float32)), stored.task
+    decoder, tensors, task, _ = _MODEL.open(Path(directory))
+    tensors.check(llama_shapes(decoder))
+    return from_llama(decoder, lambda name: tensors.read(name).astype(jnp.float32)), task
 
 
 # Maps that the decoder fuses, and their names in Llama.
