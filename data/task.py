@@ -57,11 +57,11 @@ class WriteCommand:
 
     def words(self) -> str:
         """Write the options that decide the result as on a command line."""
-        return " ".join(_option(name.replace("_", "-"), value) for name, value in {**self.drawn(), **self.settings()}.items())
-
-
-def _option(name: str, value: Any) -> str:
-    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {shlex.quote(str(value))}"
+        words = []
+        for name, value in {**self.drawn(), **self.settings()}.items():
+            option = name.replace("_", "-")
+            words.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {shlex.quote(str(value))}")
+        return " ".join(words)
 
 
 @dataclasses.dataclass(frozen=True)

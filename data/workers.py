@@ -40,23 +40,18 @@ def ordered(function: Callable[[int], T], start: int, num_workers: int, *, step:
         raise UserError(f"the number of workers is {num_workers}: expected 0 to {_MAX_WORKERS}")
     if num_workers == 0:
         return _counted(function, start, step)
-    return _from_workers([functools.partial(_counted, function, start + i * step, num_workers * step) for i in range(num_workers)])
-
-
-def remote(iterable: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
-    """Yield the items of `iterable()`, computed ahead by a process of its own, which may have workers in turn.
-
-    `iterable` pickles (a partial of a module's function) and does not end. Raises as `ordered` does.
-    """
-    return _from_workers([iterable])
+    return remote(*(functools.partial(_counted, function, start + i * step, num_workers * step) for i in range(num_workers)))
 
 
 def _counted(function: Callable[[int], T], start: int, step: int) -> Generator[T, None, None]:
     yield from map(function, itertools.count(start, step))
 
 
-def _from_workers(iterables: list[Callable[[], Iterable[T]]]) -> Generator[T, None, None]:
-    """Yield one item of each iterable in turn, each computed by a process."""
+def remote(*iterables: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
+    """Yield one item of each `iterable()` in turn, each computed ahead by a process of its own, which may have workers in turn.
+
+    They pickle (partials of a module's function) and do not end. Raises as `ordered` does.
+    """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, environment.get("PYTHONPATH"))))
     processes: list[subprocess.Popen[bytes]] = []

@@ -21,7 +21,7 @@ class Statistics(card.Statistics):
         super().__init__(vocab)
         self._positions: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)  # by summary sentence
         self._attended = {"body": [0.0, 0], "header": [0.0, 0]}  # sum of fractions, tokens
-        self._aligned = [0, 0, 0]  # right, found, true
+        self._aligned: collections.Counter[str] = collections.Counter()  # sources that are right, found, true
         self._facts: collections.Counter[str] = collections.Counter()
 
     def add(self, example: Example) -> None:
@@ -35,8 +35,7 @@ class Statistics(card.Statistics):
         self._attend(example)
         if story.facts:  # the true sources are known
             for found, true in zip(Alignment().align(story.article, story.summary), story.sources, strict=True):
-                for i, count in enumerate((len({*found} & {*true}), len(found), len(true))):
-                    self._aligned[i] += count
+                self._aligned.update(right=len({*found} & {*true}), found=len(found), true=len(true))
 
     def _attend(self, example: Example) -> None:
         """Add up what the response tokens attend to, as a share of their context."""
@@ -65,7 +64,7 @@ class Statistics(card.Statistics):
         return {"precision": precision, "recall": recall, "f1": f1, "sentences_named": best[3]}
 
     def to_json(self) -> dict[str, Any]:
-        right, found, true = self._aligned
+        right, found, true = (self._aligned[name] for name in ("right", "found", "true"))
         values: dict[str, Any] = {name: card.quantiles(counter) for name, counter in self._counts.items()}
         values["sources_histogram"] = {str(n): count for n, count in sorted(self._counts["sources_per_summary_sentence"].items())}
         values["position_guesser"] = self.guesser()

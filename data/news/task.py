@@ -80,20 +80,20 @@ class NewsTask(task.Task):
     def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
         """Score responses to the examples' prompts, labels from 1 on: ROUGE, right facts and right spans; see `scoring`."""
         found = [self.steps(response) for response in responses]
-        golds = [example.story for example in examples]
-        scores = scoring.rouge([gold.summary for gold in golds], [[text for *_, text in steps] for steps in found])
+        golds, texts = [example.story for example in examples], [[text for *_, text in steps] for steps in found]
+        scores = scoring.rouge([gold.summary for gold in golds], texts)
         # Labels count from 1 on: a source's label is its index and one.
         named = [[{label - 1 for label in refs} for _, refs, _ in steps] for steps in found]
         scores |= scoring.span_scores([[set(own) for own in gold.sources] for gold in golds], named)
         if any(gold.facts for gold in golds):
-            scores |= scoring.fact_scores([gold.facts for gold in golds], [[text for *_, text in steps] for steps in found])
+            scores |= scoring.fact_scores([gold.facts for gold in golds], texts)
         return scores
 
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
         """Draw synthetic examples of the test split, labels from 1 on, as one set."""
         settings = corpus.Corpus(num_labels=self.vocab.num_labels, **self.settings())
-        drawn = (self.encode(example.story) for example in settings.stream(seed=seed, split="test", vocab=self.vocab))
-        return {"synthetic": list(itertools.islice((example for example in drawn if example is not None), num_examples))}
+        drawn = map(self.renumber, settings.stream(seed=seed, split="test", vocab=self.vocab))
+        return {"synthetic": list(itertools.islice(filter(None, drawn), num_examples))}
 
     def renumber(self, example: Example) -> Example | None:
         """Write an example again, labels from 1 on, as `encode_prompt` does; None where no summary sentence has a source left."""
