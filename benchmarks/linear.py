@@ -29,8 +29,8 @@ from benchmarks.timing import CACHE_BYTES, KernelReport, median_and_spread, name
 from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
 from pallas_kernels.common import MULTIPROCESSORS
 from pallas_kernels.linear import expected_bytes
-from pallas_kernels.linear.api import rms_norm
 from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, LinearConfig
+from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.linear.triton import triton_linear
 
 

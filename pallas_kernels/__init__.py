@@ -1,7 +1,7 @@
 """Accelerator kernels of selfspan. Depends on JAX only; knows nothing of spans or models.
 
-Each op is a folder: `api` (the public function, and what it computes in plain JAX), `triton`, `mosaic` or `jax_triton` (kernels),
-`heuristics` (their measured settings). What an op cannot do and how many bytes it must move:
+Each op is a folder: `api` (the public function), `reference` (what it computes, in plain JAX), `triton`, `mosaic` or `jax_triton`
+(kernels), `heuristics` (their measured settings). What an op cannot do and how many bytes it must move:
 `pallas_kernels.span_decode.unsupported_reason`, `pallas_kernels.linear.expected_bytes` and so on.
 
 Every op takes

@@ -1,4 +1,4 @@
-"""The public function: validate, choose an implementation, launch; and the computation in plain JAX."""
+"""The public function: validate, choose an implementation, launch."""
 
 import functools
 import math
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, require
 from pallas_kernels.linear import triton
 from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, is_fastest, linear_config
+from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
-from pallas_kernels.swiglu import silu_and_mul
 
 IMPLEMENTATIONS = ("reference", "xla", "triton")
 
@@ -60,11 +60,8 @@ def fused_linear(
     residual = None if residual is None else residual.reshape(-1, num_results)
     if chosen == "triton":
         return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, residual).reshape(out_shape)
-    dtype = out_dtype
-    if chosen == "reference":
-        rows, dtype = rows.astype(jnp.float32), jnp.dtype(jnp.float32)
-    out = _xla_linear(rows, weight, norm, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=dtype)
-    return out.astype(out_dtype).reshape(out_shape)
+    compute = reference_linear if chosen == "reference" else xla_linear
+    return compute(rows, weight, norm, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
 
 
 def unsupported_reason(
@@ -108,37 +105,6 @@ def _num_rows(x: jax.Array) -> int:
 
 def _num_results(weight: Rows, gated: bool) -> int:
     return weight.shape[0] // 2 if gated else weight.shape[0]
-
-
-def rms_norm(x: jax.Array, norm: jax.Array, norm_eps: float) -> jax.Array:
-    """Normalise `[B, D]` in float32 and round before the scale `[D]`, as Llama does."""
-    wide = x.astype(jnp.float32)
-    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
-    return wide.astype(x.dtype) * norm.astype(x.dtype)[None, :]
-
-
-def _xla_linear(x, weight: Rows, norm, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:
-    """Compute what a Llama in the dtype of `x` computes, with gradients: the path of training and prefill.
-
-    RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
-    rounded; the gate and the residual in `out_dtype`. Float32 products are float32 products, not TF32; so with float32 rows
-    this is the reference of the kernel.
-    """
-    x = x if norm is None else rms_norm(x, norm, norm_eps)
-    out = jax.lax.dot_general(
-        x,
-        values_of(weight).astype(x.dtype),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32 if isinstance(weight, Quantized) else out_dtype,
-    )
-    if isinstance(weight, Quantized):
-        out = (out * weight.scales[None, :]).astype(out_dtype)
-    if gated:
-        out = silu_and_mul(out)
-    if residual is not None:
-        out += residual.astype(out_dtype)
-    return out
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))

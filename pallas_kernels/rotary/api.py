@@ -1,4 +1,4 @@
-"""The public functions: validate, choose an implementation, call it; rotation in plain JAX; the gradient is by hand."""
+"""The public functions: validate, choose an implementation, call it; the gradient is by hand."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
-from pallas_kernels.rotary import triton
+from pallas_kernels.rotary import reference, triton
 
 IMPLEMENTATIONS = ("xla", "triton")
 
@@ -63,7 +63,7 @@ def rotate_and_write(
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, qkv, interpret=interpret))
     arrays = (qkv, cos, sin, slots, k_pool, v_pool)
     if chosen == "xla" or qkv.size == 0:
-        return _xla_rotate_and_write(*arrays)
+        return reference.xla_rotate_and_write(*arrays)
     return triton.triton_rotate_and_write(*arrays, interpret=interpret)
 
 
@@ -80,40 +80,11 @@ def unsupported_reason(implementation: str, qkv: jax.Array, *, row_multiple: int
     return None if head_size in (32, 64, 128, 256) else f"head size must be 32, 64, 128 or 256, got {head_size}"
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, back: bool = False) -> jax.Array:
-    """Rotate heads `[R, K, heads, H]` by the angles `[R, H / 2]` of their rows, or back, rounded once to the dtype of `x`."""
-    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate(triton.rotate_pairs(first, second, cos, sin, back=back), axis=-1).astype(x.dtype)
-
-
-def _xla_rotate_heads(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotate whole sequences; shapes as in `rotate_heads`."""
-    num_rows, num_kv_heads, fused, head_size = qkv.shape
-    rotated = _rotate(qkv[:, :, :-1], cos, sin)
-    q = rotated[:, :, :-1].reshape(num_rows, num_kv_heads * (fused - 2), head_size)
-    return q, rotated[:, :, -1], qkv[:, :, -1]
-
-
-def _xla_rotate_heads_gradient(dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Compute the gradient of `rotate_heads`, `[R, K, G + 2, H]`: a rotation is orthogonal, so its transpose rotates back."""
-    num_rows, num_kv_heads, head_size = dk.shape
-    turned = jnp.concatenate([dq.reshape(num_rows, num_kv_heads, -1, head_size), dk[:, :, None]], axis=2)
-    return jnp.concatenate([_rotate(turned, cos, sin, back=True), dv[:, :, None]], axis=2)
-
-
-def _xla_rotate_and_write(qkv, cos, sin, slots, k_pool, v_pool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotate and write by scatters; shapes as in `rotate_and_write`."""
-    q, k, v = _xla_rotate_heads(qkv, cos, sin)
-    slots = jnp.where(slots < 0, k_pool.shape[0], slots)  # indices below zero would count from the end
-    return q, k_pool.at[slots].set(k, mode="drop"), v_pool.at[slots].set(v, mode="drop")
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rotate_heads(implementation, interpret, qkv, cos, sin):
     if implementation == "triton":
         return triton.triton_rotate_heads(qkv, cos, sin, interpret=interpret)
-    return _xla_rotate_heads(qkv, cos, sin)
+    return reference.xla_rotate_heads(qkv, cos, sin)
 
 
 def _forward(implementation, interpret, qkv, cos, sin):
@@ -123,7 +94,7 @@ def _forward(implementation, interpret, qkv, cos, sin):
 def _backward(implementation, interpret, angles, grads):
     if implementation == "triton":
         return triton.triton_rotate_heads_gradient(*grads, *angles, interpret=interpret), None, None
-    return _xla_rotate_heads_gradient(*grads, *angles), None, None
+    return reference.xla_rotate_heads_gradient(*grads, *angles), None, None
 
 
 _rotate_heads.defvjp(_forward, _backward)

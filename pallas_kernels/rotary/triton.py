@@ -20,15 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.rotary.reference import rotate_pairs
+
 TILE_ROWS = 32  # tokens of a program of `rotate_heads`, whose number of rows must be a multiple
-
-
-def rotate_pairs(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array, *, back: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Rotate the two halves of heads by float32 angles, or back."""
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    if back:
-        return first * cos + second * sin, second * cos - first * sin
-    return first * cos - second * sin, second * cos + first * sin
 
 
 def triton_rotate_and_write(

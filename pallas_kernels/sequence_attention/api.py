@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
 from pallas_kernels.sequence_attention import triton
 from pallas_kernels.sequence_attention.mask import TileMask
+from pallas_kernels.sequence_attention.reference import reference_attention
 
 IMPLEMENTATIONS = ("reference", "triton")
 
@@ -44,7 +45,7 @@ def masked_attention(
     if q.size == 0 or k.size == 0:
         return jnp.zeros(q.shape, q.dtype)
     if chosen == "reference":
-        return _reference(q, k, v, mask, scale=scale)
+        return reference_attention(q, k, v, mask, scale=scale)
     q, k, v = _pad(q, mask.block_q), _pad(k, mask.block_k), _pad(v, mask.block_k)
     return _attend(scale, interpret, q, k, v, mask)[:, : mask.num_queries]
 
@@ -77,24 +78,6 @@ _attend = jax.jit(_differentiable, static_argnums=(0, 1))  # so that a model's l
 def _pad(x: jax.Array, block: int) -> jax.Array:
     missing = -x.shape[1] % block
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
-
-
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float) -> jax.Array:
-    """Compute all pairs in float32 and mask them, differentiable; independent of the kernels."""
-    batch, num_queries, _, head_size = q.shape
-    num_kv_heads = k.shape[2]
-    allowed = mask.unpacked()[:, None, None]  # [B, 1, 1, T, S]
-    grouped = q.astype(jnp.float32).reshape(batch, num_queries, num_kv_heads, -1, head_size)
-    with jax.default_matmul_precision("highest"):
-        scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * scale
-        scores = jnp.where(allowed, scores, -jnp.inf)
-        peak = jnp.max(scores, axis=-1, keepdims=True)
-        peak = jax.lax.stop_gradient(jnp.where(peak > -jnp.inf, peak, 0.0))
-        weights = jnp.where(allowed, jnp.exp(scores - peak), 0.0)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights /= jnp.where(total > 0, total, 1.0)  # nothing allowed: zeros
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32))
-    return out.reshape(q.shape).astype(q.dtype)
 
 
 def _validate(q, k, v, mask: TileMask, scale: float) -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import choose_implementation, device_reason, require
+from pallas_kernels.slots.reference import xla_update
 from pallas_kernels.slots.triton import triton_update
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -39,28 +40,12 @@ def update_slots(
     arrays = (slots, counts, visible, slot_table, own, rebuild, append)
     _validate(*arrays)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))
-    return _xla_update(*arrays) if chosen == "xla" else triton_update(*arrays, interpret=interpret)
+    return xla_update(*arrays) if chosen == "xla" else triton_update(*arrays, interpret=interpret)
 
 
 def unsupported_reason(implementation: str, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot run on the default device; None when it can."""
     return device_reason(implementation, IMPLEMENTATIONS, interpret)
-
-
-def _xla_update(slots, counts, visible, slot_table, own, rebuild, append):
-    """Append by a scatter; rebuild by a cumulative sum and a scatter of the whole table, only if any sequence needs it."""
-    batch, capacity = slot_table.shape
-    sequence = jnp.arange(batch, dtype=jnp.int32)
-    target = jnp.where(append, jnp.minimum(counts, capacity), capacity)
-    slots = slots.at[sequence, target].set(own)
-    counts = counts + append.astype(jnp.int32)
-
-    def compact():
-        place = jnp.cumsum(visible, axis=1, dtype=jnp.int32) - 1
-        target = jnp.where(visible & rebuild[:, None], place, capacity)
-        return slots.at[sequence[:, None], target].set(slot_table), jnp.where(rebuild, place[:, -1] + 1, counts)
-
-    return jax.lax.cond(jnp.any(rebuild), compact, lambda: (slots, counts))
 
 
 def _validate(slots, counts, visible, slot_table, own, rebuild, append) -> None:

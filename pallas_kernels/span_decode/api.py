@@ -1,4 +1,4 @@
-"""The public function: validate, choose an implementation, launch; and the computation in plain JAX."""
+"""The public function: validate, choose an implementation, launch."""
 
 import functools
 import importlib.util
@@ -11,6 +11,7 @@ from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, de
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
+from pallas_kernels.span_decode.reference import reference_attention, xla_attention
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic", "jax_triton")
 
@@ -84,54 +85,12 @@ def expected_bytes(q: jax.Array, k_pool: Rows, num_slots: int) -> int:
     return num_slots * (2 * row_bytes + 4) + 2 * q.size * q.dtype.itemsize
 
 
-def _xla_attention(q, k_pool: Rows, v_pool: Rows, slots, counts, *, scale: float) -> jax.Array:
-    """Gather the rows and compute two einsums for the whole batch, in the dtype of `q` with float32 sums.
-
-    It reads all A slots of every sequence and writes the gathered rows to memory, so its cost follows the capacity A
-    and not `counts`. With float32 queries it is the reference of the kernels, whatever the pools are.
-    """
-    batch, num_heads, head_size = q.shape
-    capacity = slots.shape[1]
-    # Positions beyond counts repeat the last named row: what they hold is never looked at, and
-    # their weight is zero times a row that is attended to anyway.
-    positions = jnp.minimum(jnp.arange(capacity, dtype=jnp.int32)[None, :], jnp.maximum(counts - 1, 0)[:, None])
-    rows = jnp.take_along_axis(slots, positions, axis=1)
-    named = (positions == jnp.arange(capacity, dtype=jnp.int32)[None, :]) & (counts > 0)[:, None]
-    named = named[:, None, None, :]
-
-    def gather(array: jax.Array) -> jax.Array:
-        return array.at[rows].get(mode="clip")
-
-    keys, values = gather(values_of(k_pool)).astype(q.dtype), gather(values_of(v_pool)).astype(q.dtype)
-    key_scales, value_scales = jnp.float32(scale), jnp.float32(1.0)
-    if isinstance(k_pool, Quantized) and isinstance(v_pool, Quantized):
-        key_scales = gather(k_pool.scales).swapaxes(1, 2)[:, :, None, :] * scale  # [B, K, 1, A]
-        value_scales = gather(v_pool.scales).swapaxes(1, 2)[:, :, None, :]
-
-    einsum = functools.partial(
-        jnp.einsum,
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
-    )
-    grouped = q.reshape(batch, keys.shape[2], -1, head_size)
-    scores = einsum("bkgh,bakh->bkga", grouped, keys)
-    scores = jnp.where(named, scores * key_scales, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(peak > -jnp.inf, peak, 0.0))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = (weights * value_scales).astype(q.dtype)
-    out = einsum("bkga,bakh->bkgh", weights, values)
-    out = jnp.where(counts[:, None, None, None] > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
-    return out.reshape(batch, num_heads, head_size).astype(q.dtype)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _dispatch(implementation, scale, interpret, q, k_pool, v_pool, slots, counts):
     arrays = (q, k_pool, v_pool, slots, counts)
-    if implementation == "xla":
-        return _xla_attention(*arrays, scale=scale)
-    if implementation == "reference":
-        return _xla_attention(q.astype(jnp.float32), *arrays[1:], scale=scale).astype(q.dtype)
+    if implementation in PLAIN:
+        attention = reference_attention if implementation == "reference" else xla_attention
+        return attention(*arrays, scale=scale)
     batch, _, head_size = q.shape
     pool, capacity = values_of(k_pool), slots.shape[1]
     num_kv_heads = pool.shape[1]

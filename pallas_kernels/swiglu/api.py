@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
-from pallas_kernels.swiglu import triton
+from pallas_kernels.swiglu import reference, triton
 
 IMPLEMENTATIONS = ("xla", "triton")
 
@@ -40,8 +40,7 @@ def unsupported_reason(implementation: str, gate_up: jax.Array, *, interpret: bo
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(implementation, interpret, gate_up):
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+    return reference.xla_silu_and_mul(gate_up)
 
 
 def _forward(implementation, interpret, gate_up):
@@ -51,8 +50,7 @@ def _forward(implementation, interpret, gate_up):
 def _backward(implementation, interpret, gate_up, grad):
     if implementation == "triton":
         return (triton.triton_gradient(gate_up, grad, interpret=interpret),)
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return (jnp.concatenate(triton.gradients(gate, up, grad), axis=-1),)
+    return (reference.xla_gradient(gate_up, grad),)
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -13,20 +13,12 @@ Numerics: float32, rounded where Llama in the dtype of the activations rounds (`
 """
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.swiglu.reference import gradients
+
 TILE = (8, 256)  # rows by columns of a program
-
-
-def gradients(gate: jax.Array, up: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute the gradients of gate and up in float32, rounded where `silu_and_mul` rounds."""
-    wide = gate.astype(jnp.float32)
-    slope = jax.nn.sigmoid(wide)
-    through = (grad * up).astype(jnp.float32)
-    dgate = through * (slope + wide * slope * (1.0 - slope))
-    return dgate.astype(gate.dtype), (wide * slope).astype(gate.dtype) * grad
 
 
 def triton_gradient(gate_up: jax.Array, grad: jax.Array, *, interpret: bool = False) -> jax.Array:

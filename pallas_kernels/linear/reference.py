@@ -1,0 +1,55 @@
+"""The product in plain JAX: in float32, and rounded where a model in the dtype of `x` rounds. Shapes as in `fused_linear`, `x` `[B, D]`."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized import Quantized, Rows, values_of
+from pallas_kernels.swiglu import silu_and_mul
+
+
+def reference_linear(x, weight: Rows, norm, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:
+    """Compute everything in float32 and round once at the end; independent of the kernel and of `xla_linear`."""
+    wide = x.astype(jnp.float32)
+    if norm is not None:
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
+        wide *= norm.astype(jnp.float32)[None, :]
+    rows = values_of(weight).astype(jnp.float32)
+    if isinstance(weight, Quantized):
+        rows *= weight.scales[:, None]
+    out = jnp.einsum("bd,md->bm", wide, rows, precision=jax.lax.Precision.HIGHEST)
+    if gated:
+        gate, up = jnp.split(out, 2, axis=-1)
+        out = jax.nn.silu(gate) * up
+    if residual is not None:
+        out += residual.astype(jnp.float32)
+    return out.astype(out_dtype)
+
+
+def rms_norm(x: jax.Array, norm: jax.Array, norm_eps: float) -> jax.Array:
+    """Normalise `[B, D]` in float32 and round before the scale `[D]`, as Llama does."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
+    return wide.astype(x.dtype) * norm.astype(x.dtype)[None, :]
+
+
+def xla_linear(x, weight: Rows, norm, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:
+    """Compute what a Llama in the dtype of `x` computes, with gradients: the path of training and prefill.
+
+    RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
+    rounded; the gate and the residual in `out_dtype`. Float32 products are float32 products, not TF32.
+    """
+    x = x if norm is None else rms_norm(x, norm, norm_eps)
+    out = jax.lax.dot_general(
+        x,
+        values_of(weight).astype(x.dtype),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32 if isinstance(weight, Quantized) else out_dtype,
+    )
+    if isinstance(weight, Quantized):
+        out = (out * weight.scales[None, :]).astype(out_dtype)
+    if gated:
+        out = silu_and_mul(out)
+    if residual is not None:
+        out += residual.astype(out_dtype)
+    return out
