@@ -10,6 +10,7 @@ from typing import NamedTuple
 from data.errors import UserError
 
 MAX_DIGITS = 640  # the longest integer that every setting of Python converts to and from text
+_TOO_LARGE = 10**MAX_DIGITS
 
 _APPLY: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "negate": 3}
@@ -158,7 +159,7 @@ def evaluate(expression: Expression) -> list[Operation]:
         right, right_step = stack.pop()
         left, left_step = stack.pop()
         value = _APPLY[str(node)](left, right)
-        if abs(value) >= 10**MAX_DIGITS:
+        if abs(value) >= _TOO_LARGE:
             raise UserError(f"operation {len(steps) + 1} has a value of more than {MAX_DIGITS} digits")
         stack.append((value, len(steps)))
         steps.append(Operation(str(node), left, left_step, right, right_step, value))

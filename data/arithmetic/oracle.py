@@ -62,15 +62,15 @@ def encode(
     style: dict[str, Any] = {"labelling": labelling, "first_label": first_label, "names_first_step": names_first_step}
     prompt = encode_prompt(expression, vocab=vocab, **style)
     token_ids: list[int] = []
+    ids, first_seg, first_ref = vocab.ids, vocab.seg_base + first_label, vocab.ref_base + first_label
     for number, step in enumerate(evaluate(expression)):
         if labelling == "plain":
             token_ids += [vocab.solve_id] if number else []
         else:
-            operands = [k for k in (step.left_step, step.right_step) if k is not None]
-            token_ids += [vocab.seg_base + first_label + number, *(vocab.ref_base + first_label + k for k in operands)]
-        token_ids += [vocab.ids[c] for c in str(step)]
-    token_ids.append(vocab.eos_id)
-    return Example(np.array([*prompt, *token_ids], np.int32), len(prompt), expression, first_label, labelling)
+            token_ids += [first_seg + number, *(first_ref + k for k in (step.left_step, step.right_step) if k is not None)]
+        token_ids += [ids[c] for c in str(step)]
+    response = np.array([*token_ids, vocab.eos_id], np.int32)
+    return Example(np.concatenate([prompt, response]), len(prompt), expression, first_label, labelling)
 
 
 def encode_prompt(
