@@ -68,8 +68,9 @@ def pack(
     gap_seeds = (gap_seed,) if isinstance(gap_seed, int) else gap_seed
     if min(gap_seeds) < 0 or start < 0:
         raise UserError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
-    jump_ids = np.array([*(range(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else gap_ids)])
-    positions = functools.partial(_positions, jump_ids, np.sort(np.array(gap_scales, np.int64)), gap_seeds)
+    jumps_at = np.zeros(vocab.size, np.bool_)  # by id
+    jumps_at[list(range(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else gap_ids)] = True
+    positions = functools.partial(_positions, jumps_at, np.sort(np.array(gap_scales, np.int64)), gap_seeds)
     return _batches(iter(examples), vocab.pad_id, batch_size, sequence_tokens, start, positions)
 
 
@@ -192,14 +193,14 @@ def _arrange(lengths: list[int], num_rows: int, row_tokens: int) -> list[list[in
     return rows
 
 
-def _positions(jump_ids: npt.NDArray[np.int64], scales: npt.NDArray[np.int64], seeds: tuple[int, ...], token_ids: Ids, number: int) -> Ids:
-    """Count rotary positions, int32 [n], with a jump at each of `jump_ids` where there are scales."""
+def _positions(jumps_at: npt.NDArray[np.bool_], scales: npt.NDArray[np.int64], seeds: tuple[int, ...], token_ids: Ids, number: int) -> Ids:
+    """Count rotary positions, int32 [n], with a jump at the ids of `jumps_at` where there are scales."""
     positions = np.arange(len(token_ids), dtype=np.int32)
     if not len(scales):
         return positions
     generator = np.random.default_rng((*seeds, number))
     largest = int(generator.integers(len(scales)))
-    places = np.flatnonzero(np.isin(token_ids, jump_ids))
+    places = np.flatnonzero(jumps_at[token_ids])
     scale = scales[generator.integers(largest + 1, size=len(places))]
     jumps = np.zeros_like(positions)
     jumps[places] = generator.random(len(places)) * (2 * scale + 1)  # rounded down: 0..2 scale
