@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,19 @@ import numpy.typing as npt
 from data import workers
 from data.errors import UserError
 from data.streams import Example, Shard
-from data.vocab import Vocab
 
 Ids = npt.NDArray[np.int32]
+
+
+class PackingVocab(Protocol):
+    """What packing asks of a vocabulary: `Vocab`, `TokenizerVocab` and `selfspan_jax.spans.SpanVocab` have it."""
+
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def seg_base(self) -> int: ...
+    @property
+    def num_labels(self) -> int: ...
 
 
 class Batch(NamedTuple):
@@ -36,7 +46,7 @@ class Batch(NamedTuple):
 
 def pack(
     examples: Iterable[Example],
-    vocab: Vocab,
+    vocab: PackingVocab,
     *,
     batch_size: int,
     sequence_tokens: int,
@@ -68,14 +78,15 @@ def pack(
     gap_seeds = (gap_seed,) if isinstance(gap_seed, int) else gap_seed
     if min(gap_seeds) < 0 or start < 0:
         raise UserError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
-    jumps_at = np.zeros(vocab.size, np.bool_)  # by id
-    jumps_at[list(range(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else gap_ids)] = True
+    ids = list(range(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else gap_ids)
+    jumps_at = np.zeros(max(ids, default=0) + 2, np.bool_)  # by id; the last is for all ids beyond
+    jumps_at[ids] = True
     positions = functools.partial(_positions, jumps_at, np.sort(np.array(gap_scales, np.int64)), gap_seeds)
     return _batches(iter(examples), vocab.pad_id, batch_size, sequence_tokens, start, positions)
 
 
 def pack_stream(
-    stream: Callable[..., Iterable[Example]], vocab: Vocab, *, start: int = 0, shard: Shard | None = None, **options: Any
+    stream: Callable[..., Iterable[Example]], vocab: PackingVocab, *, start: int = 0, shard: Shard | None = None, **options: Any
 ) -> Generator[Batch, None, None]:
     """Pack `stream(start=start)`, or a shard of it: all that a process needs to make its batches. Options are those of `pack`."""
     examples = stream(start=start) if shard is None else stream(start=start, shard=shard)
@@ -84,7 +95,7 @@ def pack_stream(
 
 def batches_from(
     stream: Callable[..., Iterable[Example]],
-    vocab: Vocab,
+    vocab: PackingVocab,
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -200,7 +211,7 @@ def _positions(jumps_at: npt.NDArray[np.bool_], scales: npt.NDArray[np.int64], s
         return positions
     generator = np.random.default_rng((*seeds, number))
     largest = int(generator.integers(len(scales)))
-    places = np.flatnonzero(jumps_at[token_ids])
+    places = np.flatnonzero(jumps_at[np.minimum(token_ids, len(jumps_at) - 1)])
     scale = scales[generator.integers(largest + 1, size=len(places))]
     jumps = np.zeros_like(positions)
     jumps[places] = generator.random(len(places)) * (2 * scale + 1)  # rounded down: 0..2 scale

@@ -44,10 +44,10 @@ def compiled_programs_of_one_file():
     gc.collect()
 
 
-# Files that take minutes, the longest first: begun last, one would leave the other processors idle. They count with
-# `--no-loadscope-reorder`; without it those of few tests come last, which are the longest.
-LONGEST = ["test_hosts", "test_commands", "test_sharding", "test_decoding", "test_lora", "test_importing", "test_docs", "test_training"]
-LONGEST += ["test_notebooks", "test_readme", "test_span_decode", "test_linear", "test_page", "test_benchmark"]
+# The files that take longest come first: begun last, one would leave the other processors idle. Needs `--no-loadscope-reorder`,
+# without which files of few tests come last, and those are the longest.
+LONGEST = ["test_commands", "test_importing", "test_distributed", "test_notebooks", "test_docs", "test_layout", "test_lora"]
+LONGEST += ["test_decoding", "test_engine", "test_lm", "test_sequence_attention", "test_loop", "test_streams", "test_readme"]
 
 
 def pytest_collection_modifyitems(items):
