@@ -102,6 +102,7 @@ ALIGNMENTS = {
         "A fire hurt 14 people Oakton mill.",
         (1, 2),
     ),
+    "pairs of words decide between equals": (["Moss beat Lee.", "Lee beat Moss."], "Lee beat Moss.", (1,)),
     "the earlier of equals": (["Ada won.", "Ada won."], "Ada won.", (0,)),
     "an empty article": ([], "Ada won.", ()),
 }
