@@ -77,12 +77,13 @@ def evaluations(lm):
 
 def test_scores_order_and_seconds(lm, monkeypatch):
     """Shares, the order of the prompts, the median of passes, the last, smaller batch."""
+    prompts = ["45", "456", "4"]  # not in the order of their lengths, in which they are decoded
     lasted = [100, *(5, 1, 2), *(7, 3, 3)]  # compilation, three passes of each batch
     readings = iter(reading for seconds in lasted for reading in (0.0, seconds))
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
-    found = evaluation.evaluate(lm, [Example(prompt) for prompt in RIGHT], max_new_tokens=6, batch_size=2, passes=3)
+    found = evaluation.evaluate(lm, [Example(prompt) for prompt in prompts], max_new_tokens=6, batch_size=2, passes=3)
     assert (found.decode_seconds, found.compile_seconds, next(readings, "read")) == (2 + 3, 100, "read")
-    assert [out.prompt for out in found.outputs] == list(RIGHT) and found.outputs[0].verdict.message == "of 4"
+    assert [out.prompt for out in found.outputs] == prompts and found.outputs[0].verdict.message == "of 45"
     assert (found.scores["answer_accuracy"], found.scores["step_accuracy"], found.scores["span_accuracy"]) == (2 / 3, 1 / 3, 2 / 3)
     attended = np.concatenate([out.num_attended for out in found.outputs])
     contexts = np.concatenate([np.arange(out.prompt_tokens + 1, len(out.token_ids) + 1) for out in found.outputs])
@@ -90,7 +91,7 @@ def test_scores_order_and_seconds(lm, monkeypatch):
     assert found.scores["attended_fraction"] == pytest.approx((attended / contexts).mean())
     assert found.scores["finished_fraction"] == np.mean([2 in out.response_ids for out in found.outputs])
     assert found.right_per_second == 2 / 5
-    alone = lm.generate(list(RIGHT), max_new_tokens=6)
+    alone = lm.generate(prompts, max_new_tokens=6)
     assert [out.text for out in found.outputs] == [out.text for out in alone] and found.outputs[0].attention == "span"
     with pytest.raises(ValueError, match="no examples"):
         evaluation.evaluate(lm, [])
