@@ -29,8 +29,8 @@ check: .venv/development
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/compiled $(BIN)/python -m pytest --exitfirst $(FILES)
 
 test-next: .venv-next/development
-	.venv-next/bin/python -m pytest --numprocesses logical --dist loadfile tests/selfspan_jax/test_spans.py tests/selfspan_jax/decoding
-	.venv-next/bin/python -m pytest tests/pallas_kernels -k lower
+	.venv-next/bin/python -m pytest --numprocesses logical --dist loadfile -k "lower or test_engine or test_spans" \
+		tests/selfspan_jax/decoding tests/selfspan_jax/test_spans.py tests/pallas_kernels
 
 lint: .venv/development
 	$(BIN)/ruff check .
