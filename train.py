@@ -88,6 +88,8 @@ class NewModel(Run):
             from data import dataset  # which takes a second to import
 
             stored = dataset.load(self.data, TASKS)
+            if stored.task.name != self.task:
+                raise UserError(f"{self.data} is a corpus of {stored.task.name}: expected one of {self.task}")
             task, stream = stored.task, functools.partial(stored.stream, seed=self.training.seed)
         span_vocab, rngs = SpanVocab(**task.vocab.span_ids()), nnx.Rngs(self.training.seed)
         model = Decoder(self.model, vocab=span_vocab, vocab_size=task.vocab.size, rngs=rngs)

@@ -39,7 +39,14 @@ def parse(parser: Callable[..., T], /, *arguments: Any, user_error: type[Excepti
                 fail(str(cause))
             cause = cause.__context__
     _, *lines = captured.getvalue().splitlines()  # the first is the title
-    fail(" ".join(word for line in lines for word in line.split() if word.strip("─│╭╮╰╯-•")))
+    sections: list[list[str]] = [[]]  # rules stand between them
+    for line in lines:
+        words = [word for word in line.split() if word.strip("─│╭╮╰╯-•")]
+        sections[-1].extend(words)
+        if not words:
+            sections.append([])
+    message = "; ".join(" ".join(section).rstrip(".") for section in sections if section)
+    fail(message.partition(" error: ")[2] or message)  # argparse begins with the program's name
 
 
 @contextlib.contextmanager

@@ -1,1 +1,5 @@
-"""Decoding: the engine, its state, the KV cache and sampling."""
+"""Decoding: one state, one pure step, and the engine that drives it."""
+
+from selfspan_jax.decoding.engine import Engine
+
+__all__ = ["Engine"]
