@@ -6,6 +6,7 @@ python decode.py eval checkpoints/arithmetic-tiny --num-examples 1000
 python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -69,7 +70,6 @@ class Generate(Model):
     """Draw what the response read into this file (PNG, SVG or PDF)."""
 
     def __post_init__(self):
-        commandline.check_picture(self.plot)
         if (self.prompt is None) == (self.article is None):
             raise UserError("give either a prompt or --article")
 
@@ -82,14 +82,14 @@ class Generate(Model):
                 print(piece, end="", flush=True)
             print()
         out = lm.generate(prompt, **options)
-        print(text.response_table(out))
-        if self.json:
-            files.write_json(self.json, {"checkpoint": self.checkpoint.name, **out.to_json()})
-        if self.html:
-            files.write_text(self.html, out.to_html())
-        if self.plot:
-            self.plot.parent.mkdir(parents=True, exist_ok=True)
-            out.plot().savefig(self.plot, dpi=100)
+        with contextlib.ExitStack() as results:  # each of them, whatever becomes of the others
+            if self.plot:
+                results.callback(lambda file: files.write_picture(file, out.plot()), self.plot)
+            if self.html:
+                results.callback(lambda file: files.write_text(file, out.to_html()), self.html)
+            if self.json:
+                results.callback(files.write_json, self.json, {"checkpoint": self.checkpoint.name, **out.to_json()})
+            print(text.response_table(out), flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,9 +125,11 @@ class Eval(Model):
         options: dict[str, Any] = {"attention": self.attention, "passes": self.passes, "progress": True}
         found = evaluation.evaluate_all(lm, self.examples(lm.task), batch_sizes=self.batch_size, **options)
         results = evaluation.report(lm, found, settings)
-        print(text.evaluation_table(results, lm.task))
-        if self.json:
-            files.write_json(self.json, results)
+        try:
+            print(text.evaluation_table(results, lm.task), flush=True)
+        finally:  # also where nobody reads the table any more
+            if self.json:
+                files.write_json(self.json, results)
 
     def examples(self, task: Any) -> dict[str, list[Any]]:
         """Draw fresh examples of the task, or take those of a corpus directory, as sets by name."""
@@ -149,7 +151,9 @@ class Eval(Model):
 
 def main() -> None:
     with commandline.exit_on_user_error(UserError, NotImplementedError):
-        commandline.parse(tyro.cli, Generate | Eval | Bench, description=__doc__, user_error=UserError).run()
+        command = commandline.parse(tyro.cli, Generate | Eval | Bench, description=__doc__, user_error=UserError)
+        with files.outputs(**{name: getattr(command, name, None) for name in ("json", "html", "plot")}):
+            command.run()
 
 
 if __name__ == "__main__":

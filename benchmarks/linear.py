@@ -26,12 +26,15 @@ from jax.experimental import pallas as pl
 
 from benchmarks.shapes import ShapeName, matrix_sizes, named_shape
 from benchmarks.timing import CACHE_BYTES, KernelReport, median_and_spread, names, relative_error, require_gpu, run_seconds
+from data import commandline
 from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
 from pallas_kernels.common import MULTIPROCESSORS
 from pallas_kernels.linear import expected_bytes
 from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, LinearConfig
 from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.linear.triton import triton_linear
+from selfspan_jax import files
+from selfspan_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,12 +305,12 @@ def main(arguments: list[str] | None = None) -> int:
     implementations = names(parser, args.implementations)
     batches = list(map(int, names(parser, args.batch_size)))
     require_gpu(parser)
-    report = KernelReport(args.json, seed=args.seed)
-    for layer in () if args.tune else layers:
-        run_layers(layer, batches, args.seed, report)
-    for matrix in map(matrices.__getitem__, matrix_names):
-        variants = variants_of(matrix, batches, implementations, args.tune)
-        run_matrix(matrix, variants, args.seed, report, runs=3 if args.tune else 5)
+    with commandline.exit_on_user_error(UserError), files.outputs(json=args.json), KernelReport(args.json, seed=args.seed) as report:
+        for layer in () if args.tune else layers:
+            run_layers(layer, batches, args.seed, report)
+        for matrix in map(matrices.__getitem__, matrix_names):
+            variants = variants_of(matrix, batches, implementations, args.tune)
+            run_matrix(matrix, variants, args.seed, report, runs=3 if args.tune else 5)
     return 0
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.shapes import Shape, step_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def add_row(report: dict[str, Any], shape: Shape, row: dict[str, Any]) -> None:
@@ -83,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)) for cells in lines)
 
 
-def plot(report: dict[str, Any], file: Path) -> None:
+def plot(report: dict[str, Any]) -> Figure:
     """Plot milliseconds per step against the swept axis, batch or context; the rooflines of our rows are dashed."""
     from matplotlib.figure import Figure
 
@@ -108,5 +110,4 @@ def plot(report: dict[str, Any], file: Path) -> None:
         axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.minorticks_off()
         axes.legend(fontsize=8, title="dashed: roofline", title_fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    return figure

@@ -11,16 +11,17 @@ Beside them stand the time less that of the same chain of empty calls ("net_micr
 `triton`, how long the kernels themselves ran by the profiler ("kernel_microseconds").
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import pathlib
 import statistics
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,16 @@ from jax.experimental.pallas import triton as plt
 from benchmarks import timing
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 from benchmarks.timing import CACHE_BYTES, KernelReport, torch_ms
+from data import commandline
 from pallas_kernels import quantize_pool, span_decode_attention
 from pallas_kernels.span_decode import expected_bytes, unsupported_reason
 from pallas_kernels.span_decode.heuristics import TritonConfig, triton_config
 from pallas_kernels.span_decode.triton import triton_attention
+from selfspan_jax import files
+from selfspan_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DENSITIES = (1.0, 0.1, 0.02)
 PATTERNS = ("tokens", "spans", "blocks")
@@ -280,7 +287,7 @@ def tune_shape(shape: AttentionShape, seed: int, report: KernelReport) -> None:
         print(f"{shape.name:12} {config} " + " ".join(f"{us:9.1f}" for us in times) + f" us{mark}", flush=True)
 
 
-def plot(report: dict, path: pathlib.Path) -> None:
+def plot(report: dict) -> Figure:
     """Plot microseconds against density, one panel per shape, with the time of the bf16 bytes at the read ceiling."""
     from matplotlib.figure import Figure
 
@@ -307,7 +314,7 @@ def plot(report: dict, path: pathlib.Path) -> None:
         axis.set(title=name, xscale="log", yscale="log", xlabel="rows attended to, %", ylabel="microseconds")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.legend(labelled.values(), labelled.keys(), loc="lower center", ncols=6, fontsize=8)
-    figure.savefig(path)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -326,21 +333,23 @@ def main(arguments: list[str] | None = None) -> int:
     if args.plot:
         if not args.json or not args.json.exists():
             parser.exit(2, "error: --plot needs --json FILE with the results of an earlier run\n")
-        plot(json.loads(args.json.read_text()), args.plot)
+        with commandline.exit_on_user_error(UserError), files.outputs(plot=args.plot):
+            files.write_picture(args.plot, plot(files.read_json(args.json)))
         return 0
     shapes = [by_name[name] for name in timing.names(parser, args.shapes, "shape", by_name)]
     implementations, peers = timing.names(parser, args.implementations), timing.names(parser, args.peers)
     timing.require_gpu(parser)
-    report = KernelReport(args.json, seed=args.seed, shapes=list(map(dataclasses.asdict, shapes)))
-    for shape in shapes:
-        if args.tune:
-            tune_shape(shape, args.seed, report)
-        else:
-            workload = Workload.make(shape, args.seed)
-            run_implementations(workload, implementations, report, args.seed)
-            if peers and len(set(shape.lengths)) == 1:
-                run_peers(workload, peers, report, args.seed)
-        report.save()
+    settings: dict[str, Any] = {"seed": args.seed, "shapes": list(map(dataclasses.asdict, shapes))}
+    with commandline.exit_on_user_error(UserError), files.outputs(json=args.json), KernelReport(args.json, **settings) as report:
+        for shape in shapes:
+            if args.tune:
+                tune_shape(shape, args.seed, report)
+            else:
+                workload = Workload.make(shape, args.seed)
+                run_implementations(workload, implementations, report, args.seed)
+                if peers and len(set(shape.lengths)) == 1:
+                    run_peers(workload, peers, report, args.seed)
+            report.save()
     return 0
 
 

@@ -84,7 +84,6 @@ class Bench:
     """Draw milliseconds per step and their rooflines into this file (PNG, SVG or PDF)."""
 
     def __post_init__(self):
-        commandline.check_picture(self.plot)
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("give either a checkpoint or --shape")
         check_range(self, "batch_size", "context", "num_samples", low=1)
@@ -149,15 +148,16 @@ class Bench:
             "rows": [],
         }
         print(header_line(results, describe(mesh)), flush=True)
-        for row in bench._rows(shape, model, tokens_of, mesh):
-            results["versions"] |= row.pop("versions", {})
-            report.add_row(results, shape, row)
-            tqdm.write("  ".join(report.line(row)))
-            if self.json:
-                files.write_json(self.json, results)
-        if self.plot:
-            report.plot(results, self.plot)
-        print(report.table(results["rows"]))
+        with contextlib.ExitStack() as ends:  # each of them, whatever becomes of the others
+            ends.callback(files.write_rows, self.json, results, complete=True)
+            for row in bench._rows(shape, model, tokens_of, mesh):
+                results["versions"] |= row.pop("versions", {})
+                report.add_row(results, shape, row)
+                files.write_rows(self.json, results, complete=False)
+                tqdm.write("  ".join(report.line(row)))
+            if self.plot:
+                ends.callback(lambda file: files.write_picture(file, report.plot(results), dpi=120), self.plot)
+            print(report.table(results["rows"]), flush=True)
 
     def _subject(self) -> tuple[Bench, Shape, Decoder | None, WorkloadName, TokensOf]:
         """Open what is measured: the options with their contexts, the shape, a checkpoint's model, the workload and its tokens."""

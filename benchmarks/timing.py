@@ -6,7 +6,6 @@ import argparse
 import collections
 import importlib.metadata
 import importlib.util
-import json
 import re
 import statistics
 import tempfile
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from selfspan_jax import files
 
 TOP_OPERATIONS = 20
 CACHE_BYTES = 64 * 2**20  # more than the L2 of any device meant here: chains read three times as much before they repeat
@@ -208,8 +209,13 @@ class KernelReport:
 
     def save(self) -> None:
         """Write what there is, so that a run cut short leaves it."""
-        if self._path:
-            self._path.write_text(json.dumps(self.content, indent=1) + "\n")
+        files.write_rows(self._path, self.content, complete=False)
+
+    def __enter__(self) -> KernelReport:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        files.write_rows(self._path, self.content, complete=True)
 
 
 def names(parser: argparse.ArgumentParser, text: str, what: str = "", known: Iterable[str] = ()) -> list[Any]:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -85,9 +84,3 @@ def commas(*kinds: Any) -> Any:
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda values: [",".join(map(str, values))],
     )
-
-
-def check_picture(file: Path | None) -> None:
-    """Raise UserError for a file that a plot cannot be written into."""
-    if file and file.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"plot is {file}; allowed: names that end in .png, .svg or .pdf")

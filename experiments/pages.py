@@ -22,6 +22,7 @@ from PIL import Image, PngImagePlugin
 from data import commandline
 from experiments.results import Run, digest, load, take
 from experiments.variants import Experiment
+from selfspan_jax import files
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import wilson
 
@@ -201,7 +202,9 @@ def _save(figure: Figure, file: Path, description: str) -> None:
         figure.savefig(buffer, format="png", dpi=100)
         with Image.open(buffer) as picture:
             few = picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(file, pnginfo=info, optimize=True)
+    with io.BytesIO() as buffer:
+        few.save(buffer, format="png", pnginfo=info, optimize=True)
+        files.write_bytes(file, buffer.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------------- page
@@ -249,6 +252,6 @@ def main(
         lines = draw_plots(experiment, {**plots, "loss": _loss_plot(experiment)}, runs, args.results)
         texts = {"variants": _variants_table(experiment, runs), **sections(runs, lines), "training": _training_table(runs) + lines["loss"]}
         texts |= {"not run": _not_run(experiment, runs), "commands": _commands(experiment, runs)}
-        page.write_text(fill(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
+        files.write_text(page, fill(files.read_text(page), texts))
     print(f"{page}: {len(runs)} runs of {len(_seeds(runs))} variants")
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.variants import Experiment
+from selfspan_jax import files
 from selfspan_jax.errors import UserError
 
 # What is kept of a file: the `fields` of `pick`. Of an evaluation, the experiment says it.
@@ -91,7 +92,7 @@ def take(experiment: Experiment, source: Path, results: Path, commit: str) -> li
     results.mkdir(parents=True, exist_ok=True)
     for name, values in found.items():
         if not (results / name).exists():
-            (results / name).write_text(json.dumps({"commit": commit} | values) + "\n", encoding="utf-8")
+            files.write_text(results / name, json.dumps({"commit": commit} | values) + "\n")
     return list(found)
 
 

@@ -1,16 +1,28 @@
-"""Read text and JSON, and write files and directories atomically: others see them whole or not at all."""
+"""Read text and JSON, and write results: files and directories whole or not at all, pipes and devices through."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfspan_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STDOUT = 1
+_PICTURES = (".png", ".svg", ".pdf")
+_CANNOT_REPLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -38,17 +50,82 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file in place of an older one, and the directories that it lies in.
+
+    A regular file is written atomically, and keeps its mode and owner; a link stays, what it points to is written. Pipes and
+    devices are written through. `-` is standard output; /dev/stdout and /dev/fd/N are the open descriptors.
+
+    Raises: UserError that says why the file cannot be written; nothing partial is left. BrokenPipeError where a reader has gone.
+    """
+    try:
+        if (descriptor := _descriptor(file)) is not None:
+            if descriptor == _STDOUT and sys.__stdout__:
+                sys.__stdout__.flush()
+            with os.fdopen(os.dup(descriptor), "wb") as stream:
+                stream.write(content)
+        elif (there := _status(file)) is None or stat.S_ISREG(there.st_mode):
+            _replace(Path(os.path.realpath(file)), content, there)
+        else:
+            with file.open("wb") as stream:
+                stream.write(content)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+
+
 def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically, in place of an older one, and the directories that it lies in."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    """Write text in UTF-8, as `write_bytes` does."""
+    write_bytes(file, text.encode())
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically."""
+    """Write a value as indented JSON, as `write_bytes` does."""
     write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_rows(file: Path | None, report: Any, *, complete: bool) -> None:
+    """Write a report that grows row by row as JSON: a regular file after each row, pipes and devices when it is complete.
+
+    A row that cannot be written is no reason to lose the next; the last call raises what `write_bytes` does.
+    """
+    if file is None or not (complete or _is_regular(file)):
+        return
+    with contextlib.nullcontext() if complete else contextlib.suppress(UserError):
+        write_json(file, report)
+
+
+def write_picture(file: Path, figure: Figure, *, dpi: int = 100) -> None:
+    """Write a figure in the format that the file's name ends in, PNG for a pipe or device, as `write_bytes` does."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=_picture_format(file), dpi=dpi)
+    write_bytes(file, picture.getvalue())
+
+
+@contextlib.contextmanager
+def outputs(**files: Path | None) -> Iterator[None]:
+    """Check that files can be written, before the work whose results they are for: name=file, pictures under the name `plot`.
+
+    Where one of them is standard output, what is printed in the block goes to standard error, so that the file is there alone.
+
+    Raises: UserError that names the option.
+    """
+    given = {name: file for name, file in files.items() if file is not None}
+    names: dict[Any, str] = {}
+    for name, file in given.items():
+        if name == "plot":
+            _picture_format(file)
+        try:
+            descriptor = _check_writable(file)
+        except OSError as error:
+            raise UserError(f"{name} is {file}, which cannot be written: {error.strerror}") from None
+        if descriptor is None and not _is_regular(file):
+            continue  # a pipe or device takes several
+        if (other := names.setdefault(os.path.realpath(file) if descriptor is None else descriptor, name)) != name:
+            raise UserError(f"{other} and {name} are both {file}: give each a file of its own")
+    with contextlib.redirect_stdout(sys.stderr) if _STDOUT in names else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
@@ -68,3 +145,83 @@ def new_directory(directory: Path) -> Iterator[Path]:
         os.rename(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _status(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _descriptor(file: Path) -> int | None:
+    """Return the open descriptor that a path names; standard output also where it goes into that very file."""
+    if str(file) == "-":
+        return _STDOUT
+    path = os.path.abspath(file)
+    for _ in range(40):  # as many links as Linux follows
+        directory, name = os.path.split(path)
+        if name.isdecimal() and os.path.realpath(directory) == os.path.realpath("/dev/fd"):
+            return int(name)
+        if not os.path.islink(path):
+            break
+        path = os.path.join(directory, os.readlink(path))
+    with contextlib.suppress(OSError):
+        there, stdout = os.stat(path), os.fstat(_STDOUT)
+        if stat.S_ISREG(there.st_mode) and os.path.samestat(there, stdout):
+            return _STDOUT
+    return None
+
+
+def _replace(file: Path, content: bytes, there: os.stat_result | None) -> None:
+    """Write a regular file that is no link: beside its place, then into it."""
+    if there and not os.access(file, os.W_OK):  # a file that is to stay as it is
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name[:50]}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        if there:
+            with contextlib.suppress(PermissionError, AttributeError):  # another's file; Windows has no owners
+                os.chown(partial, there.st_uid, there.st_gid)
+            os.chmod(partial, stat.S_IMODE(there.st_mode))
+        os.replace(partial, file)
+    except OSError as error:
+        if there is None or error.errno not in _CANNOT_REPLACE:
+            raise
+        file.write_bytes(content)  # its directory is read-only, or it is mounted by itself: it can be written, not replaced
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _check_writable(file: Path) -> int | None:
+    """Raise OSError for a file that cannot be written; return its descriptor where it is one."""
+    if (descriptor := _descriptor(file)) is not None:
+        os.fstat(descriptor)
+        return descriptor
+    there = _status(file)
+    if there is None:
+        directory = Path(os.path.realpath(file)).parent
+        while _status(directory) is None:
+            directory = directory.parent
+        tempfile.TemporaryFile(dir=directory).close()  # permissions alone do not tell: a mount can be read-only
+    elif stat.S_ISDIR(there.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    elif stat.S_ISSOCK(there.st_mode):
+        raise OSError(errno.ENXIO, "it is a socket")
+    elif not os.access(file, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return None
+
+
+def _picture_format(file: Path) -> str:
+    suffix = file.suffix.lower()
+    if suffix not in _PICTURES and (suffix or _is_regular(file)):
+        raise UserError(f"plot is {file}; allowed: names that end in .png, .svg or .pdf")
+    return suffix[1:] or "png"
+
+
+def _is_regular(file: Path) -> bool:
+    """Tell whether a path is, or would become, a regular file that nobody else holds open."""
+    return _descriptor(file) is None and (file.is_file() or not file.exists())

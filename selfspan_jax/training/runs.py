@@ -34,7 +34,7 @@ def claim(run_dir: Path, identity: dict[str, Any]) -> None:
     there = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
     if file.name in there:
         return _check_same(file, identity)
-    if there - {f".{file.name}.partial"}:
+    if any(not name.endswith(".partial") for name in there):  # what a killed process left is no matter
         raise UserError(f"{run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
     if distributed.is_first_process():
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,273 @@
+"""Output files: what is regular is replaced whole, what is not is written through, and what cannot be written is said in one line."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from selfspan_jax import files
+from selfspan_jax.errors import UserError
+
+OLD, NEW = b"what was there\n", b"what is new\n"
+
+
+def plain(directory):
+    (directory / "file").write_bytes(OLD)
+    return directory / "file"
+
+
+def link(directory):
+    (directory / "link").symlink_to(plain(directory).name)
+    return directory / "link"
+
+
+def links(directory):
+    (directory / "sub").mkdir()
+    (directory / "sub" / "link").symlink_to("../link")
+    link(directory)
+    return directory / "sub" / "link"
+
+
+def dangling(directory):
+    (directory / "link").symlink_to("later/file")
+    return directory / "link"
+
+
+def linked_directory(directory):
+    (directory / "real").mkdir()
+    (directory / "here").symlink_to("real", target_is_directory=True)
+    return directory / "here" / "file"
+
+
+# How a path is made, and the file below the directory that is then written.
+REGULAR = {
+    "a file": (plain, "file"),
+    "no file yet": (lambda directory: directory / "file", "file"),
+    "directories missing": (lambda directory: directory / "a" / "b" / "file", "a/b/file"),
+    "a link": (link, "file"),
+    "a link to a link in another directory": (links, "file"),
+    "a link to a file that does not exist yet": (dangling, "later/file"),
+    "in a directory that is a link": (linked_directory, "real/file"),
+    "the longest name that there is": (lambda directory: directory / ("é" * 127), "é" * 127),
+}
+
+
+@pytest.mark.parametrize("name", REGULAR)
+def test_a_regular_file_is_replaced_where_its_links_lead(name, tmp_path):
+    make, target = REGULAR[name]
+    path = make(tmp_path)
+    before = {str(entry): os.readlink(entry) for entry in tmp_path.rglob("*") if entry.is_symlink()}
+    there = {str(entry) for entry in tmp_path.rglob("*")}
+    with files.outputs(json=path):
+        assert {str(entry) for entry in tmp_path.rglob("*")} == there  # a check leaves nothing
+        assert not (tmp_path / target).exists() or (tmp_path / target).read_bytes() == OLD
+        files.write_bytes(path, NEW)
+    assert (tmp_path / target).read_bytes() == NEW and not (tmp_path / target).is_symlink()
+    assert {str(entry): os.readlink(entry) for entry in tmp_path.rglob("*") if entry.is_symlink()} == before
+    assert not [entry for entry in tmp_path.rglob("*") if entry.name.endswith(".partial")]
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one_and_its_mode_stays(tmp_path):
+    file = plain(tmp_path)
+    file.chmod(0o640)
+    with file.open("rb") as before:
+        files.write_text(file, NEW.decode())
+        assert before.read() == OLD and file.read_bytes() == NEW
+    assert file.stat().st_mode & 0o777 == 0o640
+    (tmp_path / "other").write_bytes(NEW)
+    files.write_json(tmp_path / "new", {"a": 1})
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "other").stat().st_mode and json.loads((tmp_path / "new").read_text()) == {
+        "a": 1
+    }
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EACCES])
+def test_a_file_that_can_be_written_but_not_replaced_is_written_in_place(number, tmp_path, monkeypatch):
+    """One that is mounted by itself into a container (busy), or that lies in a directory of somebody else."""
+
+    def refuse(source, target):
+        raise OSError(number, os.strerror(number))
+
+    file = plain(tmp_path)
+    inode = file.stat().st_ino
+    monkeypatch.setattr(os, "replace", refuse)
+    files.write_bytes(file, NEW)
+    assert file.read_bytes() == NEW and file.stat().st_ino == inode and os.listdir(tmp_path) == ["file"]
+    with pytest.raises(UserError, match="cannot be written"):  # there is nothing to write in place
+        files.write_bytes(tmp_path / "new", NEW)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@contextlib.contextmanager
+def fifo(directory):
+    path, got = directory / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: got.append(path.read_bytes()), daemon=True)
+    reader.start()
+    yield path, lambda: reader.join(10) or got[0]
+
+
+@contextlib.contextmanager
+def linked_fifo(directory):
+    with fifo(directory) as (_, read):
+        (directory / "link").symlink_to("pipe")
+        yield directory / "link", read
+
+
+@contextlib.contextmanager
+def terminal(directory):
+    """A character device, which a test that fails cannot replace."""
+    ours, theirs = os.openpty()
+    yield Path(os.ttyname(theirs)), lambda: os.read(ours, 100).replace(b"\r\n", b"\n")
+    os.close(ours)
+    os.close(theirs)
+
+
+@contextlib.contextmanager
+def pipe(directory):
+    ours, theirs = os.pipe()
+    yield Path(f"/dev/fd/{theirs}"), lambda: os.close(theirs) or os.read(ours, 100)
+    os.close(ours)
+
+
+@contextlib.contextmanager
+def open_socket(directory):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        (directory / "link").symlink_to(f"/proc/self/fd/{theirs.fileno()}")
+        yield directory / "link", lambda: ours.recv(100)
+
+
+@contextlib.contextmanager
+def descriptor_of_a_file(directory):
+    """As of a shell's 3>FILE: the open file goes on, with what others write into it."""
+    with (directory / "file").open("wb") as opened:
+        opened.write(OLD)
+        opened.flush()
+        yield Path(f"/dev/fd/{opened.fileno()}"), lambda: (directory / "file").read_bytes().removeprefix(OLD)
+
+
+THROUGH = [fifo, linked_fifo, terminal, pipe, open_socket, descriptor_of_a_file]
+
+
+@pytest.mark.parametrize("opened", THROUGH, ids=lambda opened: opened.__name__)
+def test_what_is_no_regular_file_is_written_through(opened, tmp_path):
+    with opened(tmp_path) as (path, read):
+        before = path.lstat().st_mode
+        with files.outputs(json=path):
+            files.write_rows(path, ["not yet"], complete=False)  # a pipe cannot take it back
+            files.write_bytes(path, NEW)
+        assert path.lstat().st_mode == before
+        assert read() == NEW
+
+
+# What cannot be written, how it is made, and why not; as root too, whom permissions do not stop.
+REFUSED = {
+    "a directory": (lambda directory: directory, "Is a directory"),
+    "below a file": (lambda directory: plain(directory) / "sub" / "file", "Not a directory"),
+    "a circle of links": (lambda directory: (directory / "circle").symlink_to("circle") or directory / "circle", "symbolic links"),
+    "a name that is too long": (lambda directory: directory / ("n" * 256), "too long"),
+    "where nothing can be made": (lambda directory: Path("/proc/selfspan.json"), "No such file"),
+    "no open descriptor": (lambda directory: Path("/dev/fd/999"), "Bad file descriptor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_written_is_refused_before_the_work(name, tmp_path):
+    make, reason = REFUSED[name]
+    path = make(tmp_path)
+    with pytest.raises(UserError, match=f"^json is .*, which cannot be written: .*{reason}") as early, files.outputs(json=path):
+        raise AssertionError("the work has begun")
+    with pytest.raises(UserError, match=f"cannot be written: .*{reason}") as late:
+        files.write_bytes(path, NEW)
+    assert "\n" not in f"{early.value}{late.value}"
+
+
+def test_a_file_protected_against_writing_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda file, mode: False)  # root may write everything
+    with pytest.raises(UserError, match=r"json is .*file, which cannot be written: Permission denied"), files.outputs(json=plain(tmp_path)):
+        pass
+    with pytest.raises(UserError, match="Permission denied"):
+        files.write_bytes(tmp_path / "file", NEW)
+    assert (tmp_path / "file").read_bytes() == OLD
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_full_disk_leaves_the_old_file_and_nothing_partial(there, tmp_path):
+    file = plain(tmp_path) if there else tmp_path / "file"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="file cannot be written: File too large"):
+            files.write_bytes(file, bytes(2000))
+        files.write_rows(file, [0] * 2000, complete=False)  # rows so far: the next may fit again
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == (["file"] if there else []) and (not there or file.read_bytes() == OLD)
+
+
+def test_two_results_need_two_files(tmp_path):
+    (tmp_path / "link").symlink_to("page")
+    for json_file, html_file in ((tmp_path / "page", tmp_path / "link"), (Path("-"), Path("/dev/stdout"))):
+        with pytest.raises(UserError, match="json and html are both"), files.outputs(json=json_file, html=html_file):
+            pass
+    with files.outputs(json=Path(os.devnull), html=Path(os.devnull), plot=None):
+        files.write_bytes(Path(os.devnull), NEW)
+    assert Path(os.devnull).is_char_device()
+
+
+FORMATS = {"a.png": b"\x89PNG", "a.PNG": b"\x89PNG", "a.svg": b"<?xml", "a.pdf": b"%PDF"}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_picture_has_the_format_of_its_name(name, tmp_path):
+    with files.outputs(plot=tmp_path / name):
+        files.write_picture(tmp_path / name, Figure(figsize=(1, 1)))
+    assert (tmp_path / name).read_bytes().startswith(FORMATS[name])
+    with (
+        pytest.raises(UserError, match=r"plot is mask.xyz; allowed: names that end in .png, .svg or .pdf"),
+        files.outputs(plot=Path("mask.xyz")),
+    ):
+        pass
+
+
+PROGRAM = """
+import sys, types
+from pathlib import Path
+sys.modules["selfspan_jax"] = package = types.ModuleType("selfspan_jax")  # without JAX, which takes a second
+package.__path__ = [sys.argv.pop()]
+from selfspan_jax import files
+with files.outputs(json=Path(sys.argv[1])):
+    print("a table")
+    files.write_rows(Path(sys.argv[1]), ["not yet"], complete=False)
+    files.write_json(Path(sys.argv[1]), {"a": 1})
+print("afterwards")
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("run - 2>table", {"out": '{\n  "a": 1\n}\nafterwards\n', "table": "a table\n"}),
+        ("run /dev/stdout 2>table | cat", {"out": '{\n  "a": 1\n}\nafterwards\n', "table": "a table\n"}),
+        ("run file >file 2>table", {"file": '{\n  "a": 1\n}\nafterwards\n', "table": "a table\n"}),
+        ("run /dev/fd/3 3>file", {"file": '{\n  "a": 1\n}\n', "out": "a table\nafterwards\n"}),
+        ("run /dev/stderr 2>file", {"file": '{\n  "a": 1\n}\n', "out": "a table\nafterwards\n"}),
+    ],
+    ids=["-", "/dev/stdout", "where stdout goes", "/dev/fd/3", "/dev/stderr"],
+)
+def test_standard_output_has_the_file_alone(command, expected, tmp_path):
+    program = f'run() {{ {sys.executable} -c "$CODE" "$1" {Path(files.__file__).parent}; }}'
+    environment = os.environ | {"CODE": PROGRAM}
+    ran = subprocess.run([program + "; " + command], check=False, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    found = {"out": ran.stdout} | {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert ran.returncode == 0 and {name: found[name] for name in expected} == expected, ran.stderr
