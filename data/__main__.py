@@ -26,8 +26,8 @@ def write(command: WriteCommand, task: type[Task]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    commands = {name: task.WriteCommand for name, task in TASKS.items()}
-    tasks = {task.WriteCommand: task for task in TASKS.values()}
+    commands = {name: task.WriteCommand for name, task in TASKS.items() if hasattr(task, "WriteCommand")}
+    tasks = {command: TASKS[name] for name, command in commands.items()}
     options: dict[str, Any] = {"args": argv, "prog": "python -m data", "description": __doc__, "config": (tyro.conf.OmitArgPrefixes,)}
     with commandline.exit_on_user_error():
         command = commandline.parse(tyro.extras.subcommand_cli_from_dict, commands, **options)

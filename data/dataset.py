@@ -1,25 +1,39 @@
 """Corpus directories: written once, whole or not at all, and read back as endless epochs of examples.
 
 A directory holds what `datasets.load_from_disk` reads, `card.json` (how it was made, and its statistics) and
-`README.md` (the same as text).
+`README.md` (the same as text). A file of articles, say, is divided: its directory holds `train/`, `validation/` and `test/`,
+each such a directory, which `load_from_disk` reads as one DatasetDict.
+
+    stored = dataset.load(DIR, TASKS)               # what to train on; load(DIR, TASKS, split="test") the held-out part
+    stored.corpus                                   # the settings that it was drawn with, an instance of the task's Corpus
+    stored.held_out(128, seed=0)                    # examples that no training on DIR sees, labels from 1 on, in sets by name
+    stored.epochs(num_tokens)                       # how often each example is seen in so many tokens of training
+    stored.stream(seed=0, task=other)               # the same examples in another vocabulary, such as a pretrained model's
+    dataset.splits(DIR)                             # ("train", "validation", "test"), or the one that there is
+    dataset.fingerprint(DIR)                        # what identifies the content, whatever the path
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import numpy.typing as npt
+import pyarrow.compute
 
 from data import streams
 from data.errors import UserError, check_json
+from data.streams import SPLITS
 from data.task import Task
 
 _FIXED = {"format": "selfspan corpus", "version": 1}
@@ -36,28 +50,75 @@ def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[
 
     Raises:
       FileExistsError, NotADirectoryError: `path` exists and is not an empty directory, or lies below a file.
+      UserError: it cannot be written.
     """
-    features, statistics = _features(task), task.statistics()
-
-    def rows() -> Iterator[dict[str, Any]]:
+    with _new_directory(path) as directory:
+        part = _Part(task)
         for example in examples:
-            statistics.add(example)
-            yield {**task.to_row(example), "prompt_tokens": example.prompt_tokens, "token_ids": example.token_ids}
+            part.add(example)
+        part.save(directory, description)
 
-    with _new_directory(path) as directory, contextlib.ExitStack() as stack:
-        left, blocks = rows(), []
-        while block := list(itertools.islice(left, _BLOCK_EXAMPLES)):
-            blocks.append(datasets.Dataset.from_list(block, features=features))
-        dataset = datasets.concatenate_datasets(blocks)
-        counted = {"num_examples": len(dataset), "statistics": statistics.to_json()}
-        fields = {**_FIXED, "task": task.to_json(), **description, **counted}
-        fingerprint = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
-        if not datasets.are_progress_bars_disabled():  # it draws them even where there is no terminal
-            datasets.disable_progress_bars()
-            stack.callback(datasets.enable_progress_bars)
-        dataset.select_columns(list(features), new_fingerprint=fingerprint).save_to_disk(directory)
-        (directory / "card.json").write_text(json.dumps(fields, indent=2) + "\n")
-        (directory / "README.md").write_text(statistics.readme(fields))
+
+def write_splits(path: Path, examples: Iterable[tuple[str, Any]], task: Task, description: Mapping[str, Any]) -> None:
+    """Write (split, example) pairs to a directory that has one of each split; as `write` does.
+
+    Raises:
+      UserError: also where no example is in "train".
+    """
+    with _new_directory(path) as directory:
+        parts: dict[str, _Part] = {}
+        for split, example in examples:
+            parts.setdefault(split, _Part(task)).add(example)
+        if SPLITS[0] not in parts:
+            raise UserError(f"no example falls to the train split, of {', '.join(parts) or 'none'}: too few to be divided; try --split all")
+        found = [split for split in SPLITS if split in parts]
+        for split in found:
+            parts[split].save(directory / split, {**description, "split": split})
+        _write_text(directory / "dataset_dict.json", json.dumps({"splits": found}))
+        lines = (f"- [{split}]({split}/README.md): {len(parts[split]):,} examples" for split in found)
+        _write_text(directory / "README.md", f"# {task.name} corpus\n\n    {description['command']}\n\n" + "\n".join(lines) + "\n")
+
+
+class _Part:
+    """Examples of one split, as rows, on their way to disk."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._features, self._statistics = task, _features(task), task.statistics()
+        self._rows: list[dict[str, Any]] = []
+        self._blocks: list[datasets.Dataset] = []
+        self._digest = hashlib.sha256(json.dumps(task.to_json()).encode())
+
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks)) + len(self._rows)
+
+    def add(self, example: Any) -> None:
+        self._statistics.add(example)
+        self._rows.append({**self._task.to_row(example), "prompt_tokens": example.prompt_tokens, "token_ids": example.token_ids})
+        self._digest.update(np.array([len(example.token_ids), example.prompt_tokens, *example.token_ids], "<i4").tobytes())
+        if len(self._rows) == _BLOCK_EXAMPLES:
+            self._end_block()
+
+    def _end_block(self) -> None:
+        self._blocks.append(datasets.Dataset.from_list(self._rows, features=self._features))
+        self._rows = []
+
+    def save(self, directory: Path, description: Mapping[str, Any]) -> None:
+        if self._rows or not self._blocks:
+            self._end_block()
+        dataset = datasets.concatenate_datasets(self._blocks)
+        counted = {"num_examples": len(dataset), "fingerprint": self._digest.hexdigest(), "statistics": self._statistics.to_json()}
+        fields = {**_FIXED, "task": self._task.to_json(), **description, **counted}
+        with contextlib.ExitStack() as stack:
+            if not datasets.are_progress_bars_disabled():  # it draws them even where there is no terminal
+                datasets.disable_progress_bars()
+                stack.callback(datasets.enable_progress_bars)
+            dataset.select_columns(list(self._features), new_fingerprint=self._digest.hexdigest()[:16]).save_to_disk(directory)
+        _write_text(directory / "card.json", json.dumps(fields, indent=2) + "\n")
+        _write_text(directory / "README.md", self._statistics.readme(fields))
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path on a command line may be no Unicode
 
 
 def _features(task: Task | type[Task]) -> datasets.Features:
@@ -74,32 +135,99 @@ def _features(task: Task | type[Task]) -> datasets.Features:
     return datasets.Features(feature(task.columns))
 
 
+def check_new(path: Path) -> None:
+    """Check that a corpus can be written to a path.
+
+    Raises:
+      FileExistsError, NotADirectoryError: it exists and is not an empty directory, or lies below a file.
+      UserError: what it lies in cannot be written to.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty directory: choose another, or remove it first")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file: expected a directory to write {path.name} in")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{parent}: {path.name} cannot be written in it: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def _new_directory(path: Path) -> Iterator[Path]:
     """Make a temporary directory beside `path` that takes its place when the body ends well, and vanishes when it does not."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty directory: choose another, or remove it first")
+    check_new(path)
+    absolute, is_written = path.absolute(), False
+    missing = list(itertools.takewhile(lambda parent: not parent.exists(), absolute.parents))
+    temporary = absolute.with_name(f".{absolute.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(f"{error.filename} is a file: expected a directory to write {path.name} in") from None
-    temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.partial")
-    temporary.mkdir()
-    try:
+        temporary.mkdir(parents=True)
         yield temporary
-        os.rename(temporary, path)  # replaces an empty directory, refuses any other
+        os.rename(temporary, absolute)  # replaces an empty directory, refuses any other
+        is_written = True
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in () if is_written else missing:
+            with contextlib.suppress(OSError):  # there is something of others in it by now
+                parent.rmdir()
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredCorpus:
-    """A corpus directory open for reading; made by `load`. `card` is what its `card.json` says."""
+    """A corpus directory open for reading; made by `load`.
+
+    Attributes:
+      path: as it was given to `load`, whichever of its splits this is.
+      task: in the vocabulary that the corpus is written in.
+      card: what its `card.json` says.
+    """
 
     path: Path
     task: Task
     card: Mapping[str, Any]
     dataset: datasets.Dataset
+    tasks: Mapping[str, type[Task]]
+
+    @property
+    def split(self) -> str:
+        """The split that it is: "train", "validation", "test", or "all" of what was not divided."""
+        return str(self.card["split"])
+
+    @functools.cached_property
+    def corpus(self) -> Any:
+        """The settings that it was drawn and written with: an instance of its task's `Corpus`. UserError: of another version."""
+        settings, names = self.card["distributions"], [field.name for field in dataclasses.fields(self.task.Corpus)]  # type: ignore[arg-type]
+        if absent := [name for name in names if name not in settings]:
+            raise UserError(f"{self.path}: its card does not say {', '.join(absent)}: written by an older version; write it anew")
+        return self.task.Corpus(**{name: tuple(v) if isinstance(v := settings[name], list) else v for name in names})
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens of all examples together, prompts and responses."""
+        return int(pyarrow.compute.sum(pyarrow.compute.list_value_length(self.dataset.data.column("token_ids"))).as_py())
+
+    def epochs(self, num_tokens: int) -> float:
+        """Return how often each example is seen in so many tokens of training (steps x rows x tokens of a row)."""
+        return num_tokens / self.num_tokens
+
+    def held_out(self, num_examples: int, *, seed: int, split: str = "validation") -> dict[str, list[Any]]:
+        """Return examples that no training on this directory sees, labels from 1 on, in sets by name.
+
+        They are the first of that split of the directory; where examples are generated and it has no such split, they are
+        drawn with its settings from the task's test split.
+
+        Raises:
+          UserError: a corpus of a file without that split.
+        """
+        found = splits(self.path)
+        if split in found:
+            examples, name = iter(load(self.path, self.tasks, split=split)), f"{self.path.name}/{split}"
+        elif self.task.is_generated:
+            examples, name = self.corpus.stream(seed=seed, split="test", vocab=self.task.vocab), self.corpus.description
+        else:
+            raise UserError(f"{self.path} has no {split} split, only {', '.join(found)}: --split all leaves nothing to be held out")
+        return {name: list(itertools.islice(filter(None, map(self.task.renumber, examples)), num_examples))}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -109,30 +237,44 @@ class StoredCorpus:
         for number, row in enumerate(self.dataset):
             yield self._example(number, row)
 
-    def stream(self, *, seed: int, start: int = 0, shard: streams.Shard = streams.WHOLE) -> Iterator[Any]:
+    def stream(
+        self, *, seed: int, start: int = 0, shard: streams.Shard = streams.WHOLE, task: Task | None = None
+    ) -> Generator[Any, None, None]:
         """Read examples without end, from number `start` on: epoch after epoch, each in an order of its own, drawn from the seed.
 
         Args:
           shard: (i, n) reads every n-th example of an epoch's order, from the i-th on; `start` counts these.
+          task: the same task in another vocabulary, to write the examples in, labels from a place drawn anew each time. One that
+            this vocabulary has no room for is left out: the next one of the order that has room stands in its place.
 
         Raises:
-          UserError: a negative seed or start, more shards than examples; (on iterating) a row that is not an example of the task.
+          UserError: a negative seed or start, more shards than examples; (on iterating) a row that is not an example of the task,
+            or no example that the other vocabulary has room for.
         """
         if seed < 0 or start < 0:
             raise UserError(f"seed is {seed} and start {start}: expected at least 0")
         if shard[1] > len(self):
             raise UserError(f"{self.path}: {len(self)} examples cannot be read in {shard[1]} shards")
-        return self._epochs(seed, shard, *divmod(start, len(range(shard[0], len(self), shard[1]))))
+        return self._epochs(seed, shard, task, *divmod(start, len(range(shard[0], len(self), shard[1]))))
 
-    def _epochs(self, seed: int, shard: streams.Shard, epoch: int, skipped: int) -> Iterator[Any]:
+    def _epochs(self, seed: int, shard: streams.Shard, task: Task | None, epoch: int, skipped: int) -> Generator[Any, None, None]:
         while True:
             order = np.random.default_rng((seed, epoch)).permutation(len(self))[shard[0] :: shard[1]]
             for block in range(skipped, len(order), _READ_EXAMPLES):
                 numbers = order[block : block + _READ_EXAMPLES]
                 columns = self.dataset[numbers]
                 for i, number in enumerate(numbers):
-                    yield self._example(int(number), {name: values[i] for name, values in columns.items()})
+                    example = self._example(int(number), {name: values[i] for name, values in columns.items()})
+                    yield example if task is None else self._rewritten(task, order, block + i, (seed, epoch))
             epoch, skipped = epoch + 1, 0
+
+    def _rewritten(self, task: Task, order: npt.NDArray[np.int64], place: int, seeds: tuple[int, int]) -> Any:
+        """Write the example at a place of an epoch's order in the vocabulary of a task, or the next one that it has room for."""
+        for number in map(int, np.roll(order, -place)):
+            uniform = np.random.default_rng((*seeds, number)).random()
+            if (example := task.renumber(self._example(number, self.dataset[number]), uniform)) is not None:
+                return example
+        raise UserError(f"{self.path}: the vocabulary has room for none of its examples")
 
     def _example(self, number: int, row: Mapping[str, Any]) -> Any:
         token_ids = np.array(row["token_ids"], np.int32)
@@ -144,38 +286,75 @@ class StoredCorpus:
         return self.task.from_row({**row, "token_ids": token_ids})
 
 
-def load(path: Path | str, tasks: Mapping[str, type[Task]]) -> StoredCorpus:
-    """Open a corpus directory that `write` made.
-
-    Args:
-      tasks: by name, `data.tasks.TASKS` say; the directory names its own.
-
-    Raises:
-      FileNotFoundError, NotADirectoryError: there is no such directory.
-      UserError: it is not a corpus directory of one of the tasks, of another version, or damaged.
-    """
+def splits(path: Path | str) -> tuple[str, ...]:
+    """Name the splits of a corpus directory: those that it was divided into, or the one that it is. Raises as `load` does."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such directory; python -m data TASK --out {path} would write one")
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file: expected a directory that python -m data wrote")
-    if not (path / "card.json").is_file():
+    if (path / "card.json").is_file():
+        return (str(_card(path).get("split")),)
+    if not (found := tuple(split for split in SPLITS if (path / split / "card.json").is_file())):
         raise UserError(f"{path} is not a corpus directory: it has no card.json; python -m data writes one")
+    return found
+
+
+def fingerprint(path: Path | str) -> str:
+    """Identify the content of a corpus directory: its tasks, vocabulary and examples in order, of all splits. Raises as `load` does."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    for split in splits(path):
+        directory = path if (path / "card.json").is_file() else path / split
+        card = _card(directory)  # of an older version: what it was drawn with, and the statistics of what was drawn
+        digest.update(f"{split} {card.get('fingerprint') or json.dumps(card, sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+def _card(directory: Path) -> dict[str, Any]:
+    """Read a directory's card. UserError: it is none, or of another version."""
     try:
-        fields = json.loads((path / "card.json").read_bytes())
+        fields = json.loads((directory / "card.json").read_bytes())
         if not isinstance(fields, dict):
             raise UserError("expected a JSON object")
         check_json({key: fields.get(key) for key in _FIXED}, "card", _FIXED, ())
+    except (ValueError, OSError, RecursionError) as error:
+        raise _damaged(directory, error) from error
+    return fields
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a corpus directory that this version reads, or it is damaged: {error}")
+
+
+def load(path: Path | str, tasks: Mapping[str, type[Task]], split: str | None = None) -> StoredCorpus:
+    """Open a corpus directory that `write` or `write_splits` made.
+
+    Args:
+      tasks: by name, `data.tasks.TASKS` say; the directory names its own.
+      split: "train", "validation" or "test"; by default "train" of a directory that was divided, otherwise what there is.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is no such directory.
+      UserError: it is not a corpus directory of one of the tasks, of another version, damaged, or lacks the split.
+    """
+    path, found = Path(path), splits(path)
+    chosen = split or found[0]
+    if chosen not in found:
+        raise UserError(f"{path} has no {chosen} split: there is {', '.join(found)}")
+    directory = path if (path / "card.json").is_file() else path / chosen
+    fields = _card(directory)
+    try:
         name = fields["task"]["task"]
         if name not in tasks:
             raise UserError(f"its task is {name!r}: expected one of {', '.join(tasks)}")
         task = tasks[name].from_json(fields["task"])
-        dataset = datasets.load_from_disk(str(path))
-    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a corpus directory that this version reads, or it is damaged: {error}") from error
+        dataset = datasets.load_from_disk(str(directory))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise _damaged(directory, error) from error
     features = _features(task)
     if not isinstance(dataset, datasets.Dataset) or dataset.features != features:
-        raise UserError(f"{path} is not a corpus directory: expected one dataset with the columns {', '.join(features)}")
+        raise UserError(f"{directory} is not a corpus directory: expected one dataset with the columns {', '.join(features)}")
     if not len(dataset) or len(dataset) != fields.get("num_examples"):
-        raise UserError(f"{path} is damaged: {len(dataset)} examples where its card says {fields.get('num_examples')}")
-    return StoredCorpus(path, task, fields, dataset)
+        raise UserError(f"{directory} is damaged: {len(dataset)} examples where its card says {fields.get('num_examples')}")
+    return StoredCorpus(path, task, fields, dataset, tasks)

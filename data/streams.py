@@ -15,7 +15,8 @@ import numpy.typing as npt
 from data import workers
 from data.errors import UserError, check_choice
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test"]  # of generated examples
+SPLITS = ("train", "validation", "test")  # that the articles of a file are divided into
 Shard = tuple[int, int]  # (i, n): the i-th of n shards, from 0
 WHOLE: Shard = (0, 1)
 
@@ -109,6 +110,11 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
 def split_of(text: str) -> Split:
     """Return the split that an example of this text belongs to, by a hash: an eighth of all is "test"."""
     return "test" if zlib.crc32(text.encode()) % 8 == 0 else "train"
+
+
+def divided_split_of(text: str) -> str:
+    """Return which of SPLITS the text of a file belongs to, by a hash: eight tenths, a tenth and a tenth."""
+    return SPLITS[max(0, zlib.crc32(text.encode("utf-8", "surrogatepass")) % 10 - 7)]
 
 
 def _flatten(chunks: Generator[list[E], None, None], skipped: int) -> Generator[E, None, None]:

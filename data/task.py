@@ -112,9 +112,17 @@ class Task(abc.ABC):
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Any]]:
         """Draw examples of the test split, labels from 1 on, in sets by name."""
 
+    @property
+    def is_generated(self) -> bool:
+        """Whether its corpus is drawn without end; otherwise it came from a file, and `held_out` can draw nothing like it."""
+        return True
+
     @abc.abstractmethod
-    def renumber(self, example: Any) -> Any:
-        """Write an example again, labels from 1 on, as `encode_prompt` does; None where that cannot be."""
+    def renumber(self, example: Any, uniform: float | None = None) -> Any:
+        """Write an example again in this task's vocabulary; None where that has no room for it.
+
+        Labels count from 1 on, as in `encode_prompt`, or from where `uniform`, in [0, 1), says (see `Vocab.first_label`).
+        """
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of its corpus that say how text is written."""

@@ -273,31 +273,30 @@ class TuningPreset:
 # Positions of the arithmetic presets reach 4,000 by way of the gaps: the length of 200 operators, nine times that of their rows.
 _FAR = (0, 1, 4, 16, 64, 512)
 _SMALL = ModelConfig(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4)
-_JUMPS = {"names_first_step": True, "label_jumps": 3, "jumps_at": "leaves"}
 
 PRESETS = {
     "arithmetic-tiny": Preset(
         "arithmetic",
-        {**_JUMPS, "max_ops": 12},
+        {"max_ops": 12},
         ModelConfig(hidden_size=256, intermediate_size=512, num_layers=8, num_heads=4, num_kv_heads=2),
         TrainConfig(steps=8_000, batch_size=64, learning_rate=2e-3, gap_scales=_FAR, eval_every_steps=4_000),
     ),
     "arithmetic-small": Preset(
         "arithmetic",
-        _JUMPS,
+        {},
         dataclasses.replace(_SMALL, max_context_tokens=8192),
         TrainConfig(steps=5_000, batch_size=128, learning_rate=1e-3, gap_scales=_FAR, eval_every_steps=2_500),
     ),
     "arithmetic-base": Preset(
         "arithmetic",
-        _JUMPS,
+        {},
         ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, num_kv_heads=12, max_context_tokens=8192),
         TrainConfig(steps=6_000, batch_size=256, learning_rate=6e-4, warmup_steps=500, gap_scales=_FAR, eval_every_steps=2_000),
     ),
     # For several devices, fsdp say: the sizes of Llama 3.2 1B (its config.json) but for the vocabulary. Not trained yet.
     "arithmetic-1b": Preset(
         "arithmetic",
-        _JUMPS,
+        {},
         ModelConfig(
             hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8, max_context_tokens=8192, remat=True
         ),
@@ -316,7 +315,7 @@ PRESETS = {
 _TUNING = TrainConfig(steps=1_500, learning_rate=2e-4, warmup_steps=100, gap_scales=(0,), eval_every_steps=500)
 
 TUNING_PRESETS = {
-    "arithmetic": TuningPreset({"names_first_step": True, "num_labels": 64}, TunedAttention(), _TUNING),
+    "arithmetic": TuningPreset({"num_labels": 64, "label_jumps": 0, "jumps_at": "any"}, TunedAttention(), _TUNING),
     # Articles are longer, and choosing sources reads all of them.
     "news": TuningPreset({}, TunedAttention(header_view="all"), dataclasses.replace(_TUNING, sequence_tokens=1024, batch_size=32)),
 }

@@ -123,8 +123,9 @@ class SumsTask(task.Task):
         drawn = Corpus(num_labels=self.vocab.num_labels).stream(seed=seed, split="test", vocab=self.vocab)
         return {"sums": [encode(example.prompt, self.vocab) for example in itertools.islice(drawn, num_examples)]}
 
-    def renumber(self, example):
-        return encode(example.prompt, self.vocab)
+    def renumber(self, example, uniform=None):
+        num_labels = 2 * len(example.prompt.split()) - 1
+        return encode(example.prompt, self.vocab, 1 if uniform is None else self.vocab.first_label(num_labels, uniform))
 
     def to_row(self, example):
         return dataclasses.asdict(example)

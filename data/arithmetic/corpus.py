@@ -49,9 +49,9 @@ class Corpus(GeneratedCorpus[Example]):
     max_value: int = 999
     labelling: Labelling = "tree"
     num_labels: int = 512
-    label_jumps: int = 0
-    jumps_at: JumpsAt = "any"
-    names_first_step: bool = False
+    label_jumps: int = 3
+    jumps_at: JumpsAt = "leaves"
+    names_first_step: bool = True
 
     chunk_examples: ClassVar[int] = 512
 

@@ -80,9 +80,13 @@ class ArithmeticTask(task.Task):
             sets[str(low) if low == high else f"{low}-{high}"] = [self.encode(x.prompt) for x in itertools.islice(drawn, num_examples)]
         return sets
 
-    def renumber(self, example: Example) -> Example:
-        """Write an example again, labels from 1 on, as `encode_prompt` does."""
-        return self.encode(example.prompt)
+    def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
+        """Write an example again, labels from 1 on, as `encode_prompt` does, or from where `uniform` says; None without the labels."""
+        num_ops, style = example.expression.num_ops, self.settings()
+        if num_ops >= self.vocab.num_labels:
+            return None
+        first_label = 1 if uniform is None else self.vocab.first_label(num_ops, uniform)
+        return oracle.encode(example.expression, vocab=self.vocab, first_label=first_label, **style)
 
     def group(self, prompt: str) -> str:
         """Name the group that an expression is evaluated in: its number of operators."""

@@ -95,9 +95,12 @@ class NewsTask(task.Task):
         drawn = map(self.renumber, settings.stream(seed=seed, split="test", vocab=self.vocab))
         return {"synthetic": list(itertools.islice(filter(None, drawn), num_examples))}
 
-    def renumber(self, example: Example) -> Example | None:
-        """Write an example again, labels from 1 on, as `encode_prompt` does; None where no summary sentence has a source left."""
-        return self.encode(example.story)
+    def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
+        """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
+        try:
+            return corpus.encode(example.story, self.vocab, max_prompt_tokens=self.max_prompt_tokens, uniform=uniform)
+        except UserError:
+            return None
 
     def to_row(self, example: Example) -> dict[str, Any]:
         """Return the columns of an example in a corpus directory."""

@@ -17,7 +17,21 @@ from data.tasks import TASKS
 from data.vocab import Vocab
 from tests.data.test_spans import attended_positions
 
-ARGUMENTS = ["arithmetic", "--num-examples", "700", "--min-ops", "2", "--max-ops", "9", "--label-jumps", "2", "--seed", "3"]
+ARGUMENTS = [
+    "arithmetic",
+    "--num-examples",
+    "700",
+    "--min-ops",
+    "2",
+    "--max-ops",
+    "9",
+    "--label-jumps",
+    "2",
+    "--jumps-at",
+    "any",
+    "--seed",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +43,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    return list(itertools.islice(stream(Corpus(max_ops=9, label_jumps=2), seed=3), 700))
+    return list(itertools.islice(stream(Corpus(max_ops=9, label_jumps=2, jumps_at="any"), seed=3), 700))
 
 
 def contents(path):
@@ -79,9 +93,9 @@ def test_the_card_says_what_is_in_the_corpus(directory, expected):
     assert statistics["example_tokens_histogram"]["64-95"] == sum(64 <= n < 96 for n in lengths)
     combs = sum(bool(re.fullmatch(r"\(+-?\d+([-+*]-?\d+\))+", e.expression.text)) for e in expected)
     assert statistics["tree_shape_share"]["left comb"] == pytest.approx(combs / 700, abs=1e-6)
-    assert card["distributions"] == {**json.loads(json.dumps(vars(Corpus(max_ops=9, label_jumps=2))))}
+    assert card["distributions"] == {**json.loads(json.dumps(vars(Corpus(max_ops=9, label_jumps=2, jumps_at="any"))))}
     assert (card["num_examples"], card["seed"], card["split"]) == (700, 3, "train")
-    assert ArithmeticTask.from_json(card["task"]) == ArithmeticTask()
+    assert ArithmeticTask.from_json(card["task"]) == ArithmeticTask(names_first_step=True)
 
 
 def test_the_card_s_command_makes_the_corpus_again(directory, tmp_path):
@@ -114,7 +128,7 @@ def identity(example):
 
 def test_epochs_are_shuffled_whole_and_resumable(directory, expected):
     stored = corpus.load(directory, TASKS)
-    assert len(stored) == 700 and stored.task == ArithmeticTask()
+    assert len(stored) == 700 and stored.task == ArithmeticTask(names_first_step=True)
     found = [identity(e) for e in itertools.islice(stored.stream(seed=1), 1500)]
     everything = sorted(map(identity, expected))
     assert sorted(found[:700]) == everything and sorted(found[700:1400]) == everything

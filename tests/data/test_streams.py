@@ -1,6 +1,7 @@
 """The distributions, the splits and the reproducibility of the endless streams, with and without workers."""
 
 import collections
+import dataclasses
 import itertools
 import os
 import re
@@ -25,6 +26,9 @@ def take(corpus, count, **arguments):
     taken = list(itertools.islice(examples, count))
     examples.close()
     return taken
+
+
+PROTOCOL = Corpus(label_jumps=0, jumps_at="any", names_first_step=False)  # the protocol's own form: labels that follow one another
 
 
 def fingerprint(examples):
@@ -55,7 +59,7 @@ def all_shapes(num_ops):
 
 @pytest.fixture(scope="module")
 def examples():
-    return take(Corpus(), 4096)
+    return take(PROTOCOL, 4096)
 
 
 # --- distributions
@@ -127,7 +131,7 @@ def test_operators_are_uniform_among_those_within_the_bound(examples):
 
 
 def steps(example):
-    text = Corpus().vocab.decode(example.response_ids)
+    text = PROTOCOL.vocab.decode(example.response_ids)
     for left, symbol, right, value in re.findall(r">(-?\d+)([-+*])(-?\d+)=(-?\d+)(?=<)", text):
         yield int(left), symbol, int(right), int(value)
 
@@ -142,7 +146,7 @@ def test_bound_and_digits_are_settings():
 
 
 def test_labels_are_consecutive_and_the_outermost_as_frequent_as_the_others():
-    corpus = Corpus(min_ops=3, max_ops=3, num_labels=24)
+    corpus = dataclasses.replace(PROTOCOL, min_ops=3, max_ops=3, num_labels=24)
     found = take(corpus, 4000)
     assert_uniform(collections.Counter(e.first_label for e in found), range(1, 22), [3, *[1] * 19, 3])
     seen = collections.Counter(label for e in found for label in range(e.first_label, e.first_label + 3))
@@ -154,7 +158,7 @@ def test_labels_are_consecutive_and_the_outermost_as_frequent_as_the_others():
 
 def test_labels_jump_at_places_that_are_not_to_be_predicted():
     """In all else an example is the one with consecutive labels: the oracle is the verifier, after the labels are closed up."""
-    corpus = Corpus(min_ops=6, max_ops=6, num_labels=100, label_jumps=3, names_first_step=True)
+    corpus = Corpus(min_ops=6, max_ops=6, num_labels=100, label_jumps=3, jumps_at="any", names_first_step=True)
     vocab = corpus.vocab
     found, sizes, places, numbers = take(corpus, 1500), [], collections.Counter(), collections.Counter()
     for example in found:
@@ -202,14 +206,14 @@ def test_labels_that_jump_at_leaves_leave_a_right_child_the_label_before_its_par
 @pytest.mark.parametrize("labels", [[1, 2], [1, 2, 2], [0, 1, 2], [3, 2, 1], [1, 2, 512]])
 def test_labels_that_cannot_be_are_refused(labels):
     with pytest.raises(ValueError, match="expected 3 that grow, from 1 to 511"):
-        relabel(encode("1+2+3+4"), labels, Corpus().vocab)
+        relabel(encode("1+2+3+4"), labels, PROTOCOL.vocab)
 
 
 @pytest.mark.parametrize(
     "settings", [{"labelling": "none"}, {"labelling": "plain"}, {"label_jumps": 3}, {"label_jumps": 3, "jumps_at": "leaves"}]
 )
 def test_arms_of_an_experiment_draw_the_same_expressions(settings):
-    tagged, other = take(Corpus(), 200), take(Corpus(**settings), 200)
+    tagged, other = take(PROTOCOL, 200), take(Corpus(**settings), 200)
     assert [e.expression for e in tagged] == [e.expression for e in other]
     assert {e.labelling for e in other} == {settings.get("labelling", "tree")}
 
@@ -249,7 +253,7 @@ def test_corpus_is_checked(fields, message):
 )
 def test_stream_is_checked_before_it_is_read(arguments, message):
     with pytest.raises(ValueError, match=message):
-        stream(Corpus(), seed=0, **arguments)
+        stream(PROTOCOL, seed=0, **arguments)
 
 
 # --- splits
@@ -275,10 +279,10 @@ def test_the_split_does_not_change_the_number_of_operators():
 
 
 def test_seeds_splits_and_starts(examples):
-    assert fingerprint(take(Corpus(), 600)) == fingerprint(examples[:600])
+    assert fingerprint(take(PROTOCOL, 600)) == fingerprint(examples[:600])
     for start in (1, 511, 512, 513, 1500):
-        assert fingerprint(take(Corpus(), 20, start=start)) == fingerprint(examples[start : start + 20])
-    assert fingerprint(take(Corpus(), 20, seed=1)) != fingerprint(examples[:20])
+        assert fingerprint(take(PROTOCOL, 20, start=start)) == fingerprint(examples[start : start + 20])
+    assert fingerprint(take(PROTOCOL, 20, seed=1)) != fingerprint(examples[:20])
     assert len({e.expression for e in examples if e.expression.num_ops > 4}) > 3400
 
 
@@ -286,25 +290,25 @@ def test_shards_of_a_stream_are_its_chunks_in_turn(examples):
     size = Corpus.chunk_examples
     chunks = [fingerprint(examples[begin : begin + size]) for begin in range(0, 4 * size, size)]
     for part in range(2):
-        assert [fingerprint(take(Corpus(), size, start=start, shard=(part, 2))) for start in (0, size)] == chunks[part::2]
-    assert fingerprint(take(Corpus(), 20, start=size + 7, shard=(1, 2))) == fingerprint(examples[3 * size + 7 : 3 * size + 27])
+        assert [fingerprint(take(PROTOCOL, size, start=start, shard=(part, 2))) for start in (0, size)] == chunks[part::2]
+    assert fingerprint(take(PROTOCOL, 20, start=size + 7, shard=(1, 2))) == fingerprint(examples[3 * size + 7 : 3 * size + 27])
 
 
 def test_the_stream_of_a_seed_is_for_ever():
     """What checkpoints rely on: the same examples on every version of Python and on every machine."""
-    digest = zlib.crc32(b"".join(e.token_ids.astype("<i4").tobytes() for e in take(Corpus(), 600, seed=7)))
+    digest = zlib.crc32(b"".join(e.token_ids.astype("<i4").tobytes() for e in take(PROTOCOL, 600, seed=7)))
     assert digest == 2685868879
 
 
 @pytest.mark.slow
 def test_workers_give_the_same_stream(examples):
-    assert fingerprint(take(Corpus(), 2500, start=100, num_workers=3)) == fingerprint(examples[100:2600])
+    assert fingerprint(take(PROTOCOL, 2500, start=100, num_workers=3)) == fingerprint(examples[100:2600])
 
 
 @pytest.mark.slow
 def test_closing_the_stream_ends_its_workers(monkeypatch):
     processes = spied_processes(monkeypatch)
-    examples = stream(Corpus(), seed=0, num_workers=2)
+    examples = stream(PROTOCOL, seed=0, num_workers=2)
     next(examples)
     assert len(processes) == 2 and all(process.poll() is None for process in processes)
     examples.close()
@@ -314,7 +318,7 @@ def test_closing_the_stream_ends_its_workers(monkeypatch):
 @pytest.mark.slow
 def test_a_worker_that_ends_is_an_error(monkeypatch):
     processes = spied_processes(monkeypatch)
-    examples = stream(Corpus(), seed=0, num_workers=1)
+    examples = stream(PROTOCOL, seed=0, num_workers=1)
     next(examples)
     processes[0].kill()
     with pytest.raises(RuntimeError, match="a data worker ended with exit status -9"):
@@ -362,7 +366,7 @@ def test_a_signal_leaves_no_orphans(sent):
     assert b"data/workers.py" not in errors, "a worker complained"
 
 
-@pytest.mark.parametrize("corpus", [Corpus(max_ops=3), Corpus(), Corpus(max_ops=40, labelling="plain", names_first_step=True)])
+@pytest.mark.parametrize("corpus", [Corpus(max_ops=3), PROTOCOL, Corpus(max_ops=40, labelling="plain", names_first_step=True)])
 def test_the_likely_longest_example_is_not_exceeded_and_not_far_off(corpus):
     bound = corpus.likely_longest_tokens()
     longest = max(len(example.token_ids) for example in take(corpus, 4000))
