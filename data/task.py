@@ -100,6 +100,10 @@ class Task(abc.ABC):
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Write the prompt of a text, int32 [n], labels from 1 on. UserError: the text is no prompt."""
 
+    def warnings(self, text: str) -> list[str]:
+        """Say what of a prompt's text is beyond what the corpus has, and what of it is not read, a line each; none by default."""
+        return []
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Write ids [n] as text, span tokens included."""
         return self.vocab.decode(token_ids)

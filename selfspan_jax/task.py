@@ -17,6 +17,7 @@ class Task(Protocol):
       unit, what an evaluation counts per second, in JSON `{unit}_per_second`: "problems";
       held_out(num_examples, *, seed) -> dict[str, list[Example]], sets of examples that no training sees, by name, labels
         from 1 on, as `encode_prompt` writes them;
+      warnings(prompt) -> list[str], what of a prompt is beyond what its models were trained on, and what of it they do not read;
       verify(prompt, response_ids) -> Verdict, which judges one response: then right answers per second are counted;
       scores(examples, responses) -> dict[str, float], the scores of a task that has no verifier;
       score_kinds, a mapping that says which scores stand together in a table ({"ROUGE": ("rouge1", "rouge2")});

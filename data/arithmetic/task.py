@@ -10,23 +10,31 @@ import numpy.typing as npt
 
 from data import task
 from data.arithmetic import card, corpus, oracle, verifier
-from data.arithmetic.expressions import parse
+from data.arithmetic.expressions import evaluate, parse
 from data.arithmetic.oracle import Example, Labelling
 from data.arithmetic.verifier import Verdict
 from data.errors import UserError, check_choice
 from data.vocab import DEFAULT_VOCAB, Vocab
 
+_LIMITS = frozenset({"max_digits", "max_value"})
+_ADDED = {1: _LIMITS | {"names_first_step"}, 2: _LIMITS}  # fields that these versions of the JSON lack; they have their defaults
+
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticTask(task.Task):
-    """Turn expressions into ids and responses into text."""
+    """Turn expressions into ids and responses into text.
+
+    `max_digits` and `max_value` bound operands and values in its corpus: what its models know.
+    """
 
     vocab: Vocab = DEFAULT_VOCAB
     labelling: Labelling = "tree"
     names_first_step: bool = False
+    max_digits: int = corpus.Corpus.max_digits
+    max_value: int = corpus.Corpus.max_value
 
     name: ClassVar[str] = "arithmetic"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     unit: ClassVar[str] = "problems"
     group_by: ClassVar[str] = "ops"
     group_title: ClassVar[str] = "operators"
@@ -45,6 +53,9 @@ class ArithmeticTask(task.Task):
         check_choice("labelling", self.labelling, Labelling)
         if type(self.names_first_step) is not bool:
             raise UserError(f"names_first_step is {self.names_first_step!r}: expected true or false")
+        for name, value in (("max_digits", self.max_digits), ("max_value", self.max_value)):
+            if type(value) is not int or value < 1:
+                raise UserError(f"{name} is {value!r}: expected a whole number above 0")
 
     @property
     def step_ids(self) -> frozenset[int]:
@@ -63,6 +74,22 @@ class ArithmeticTask(task.Task):
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Write the prompt of `encode(text)` alone, int32 [n]."""
         return oracle.encode_prompt(text, vocab=self.vocab, labelling=self.labelling, names_first_step=self.names_first_step)
+
+    def warnings(self, text: str) -> list[str]:
+        """Say which operands and values of an expression are larger than any that the models of this task were trained on.
+
+        UserError: see `arithmetic.encode`.
+        """
+        expression, found = parse(text), []
+        operands = [abs(node) for node in expression if type(node) is int]
+        if (largest := max(operands)) >= 10**self.max_digits:
+            known = f"what the model was trained on, operands of up to {self.max_digits} digits"
+            found.append(f"{_shown(largest)} is beyond {known}: do not trust the answer.")
+        values = [abs(operation.value) for operation in evaluate(expression)]
+        if (largest := max(values, default=0)) > self.max_value:
+            known = f"what the model was trained on, values up to {self.max_value}"
+            found.append(f"The value of a step is {_shown(largest)}, beyond {known}: do not trust the answer.")
+        return found
 
     def answer(self, response_ids: Iterable[int]) -> str | None:
         """Read the value that a response ends in; None where it ends in none."""
@@ -94,9 +121,10 @@ class ArithmeticTask(task.Task):
 
     @classmethod
     def from_json(cls, fields: object) -> "ArithmeticTask":
-        """Read what `to_json` wrote, also in version 1, whose prompts do not name the first step."""
-        if isinstance(fields, Mapping) and fields.get("version") == 1 and "names_first_step" not in fields:
-            fields = {**fields, "version": cls.version, "names_first_step": False}
+        """Read what `to_json` wrote, also in version 1, whose prompts do not name the first step, and in 2, which has no limits."""
+        if isinstance(fields, Mapping) and fields.get("version") in (1, 2):
+            added = {field.name: field.default for field in dataclasses.fields(cls) if field.name in _ADDED[fields["version"]]}
+            fields = {**added, **fields, "version": cls.version}
         return super().from_json(fields)
 
     def to_row(self, example: Example) -> dict[str, Any]:
@@ -117,3 +145,8 @@ class ArithmeticTask(task.Task):
     def statistics(self) -> card.Statistics:
         """Return the empty statistics of a corpus."""
         return card.Statistics(self.vocab)
+
+
+def _shown(number: int) -> str:
+    text = str(number)
+    return text if len(text) <= 24 else f"{text[:12]}... ({len(text)} digits)"

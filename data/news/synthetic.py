@@ -7,12 +7,15 @@ the article tells it: an order that can be read in the text and not in its posit
 """
 
 import dataclasses
+import functools
 import random
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from data.news import alignment
 
 _TEMPLATES = tomllib.loads((Path(__file__).parent / "templates.toml").read_text(encoding="utf-8"))
 _FIRST_NAMES = {pronoun: _TEMPLATES["names"][pronoun].split() for pronoun in ("She", "He")}
@@ -20,6 +23,7 @@ _LAST_NAMES = _TEMPLATES["names"]["last"].split()
 _PLACES = [start + end for start in _TEMPLATES["names"]["place_starts"].split() for end in _TEMPLATES["names"]["place_ends"].split()]
 _PHRASES = _TEMPLATES["phrases"]
 _ARTICLE = re.compile(r"\b([Aa]) (?=[AEIOU])")
+_FIELD = re.compile(r"\{[a-z]+\}")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -169,6 +173,21 @@ def _capital(sentence: str) -> str:
     sentence = _ARTICLE.sub(r"\1n ", sentence)
     start = 1 if sentence.startswith('"') else 0
     return sentence[:start] + sentence[start].upper() + sentence[start + 1 :]
+
+
+@functools.cache
+def words() -> frozenset[str]:
+    """Return every word that stories and their summaries can have, in lower case, numbers left out."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield _FIELD.sub(" ", value)
+        elif not isinstance(value, int):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from texts(inner)
+
+    every = [*texts(_TEMPLATES), *_PLACES, *_DAYS, "an", *_FIRST_NAMES]
+    return frozenset(word for word in alignment.words("\n".join(every)) if not word[0].isdigit())
 
 
 def draw(seed: str) -> Story:

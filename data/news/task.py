@@ -10,11 +10,13 @@ import numpy.typing as npt
 
 from data import spans, task
 from data.errors import UserError
-from data.news import card, corpus, scoring, sources
+from data.news import alignment, card, corpus, scoring, sources, synthetic
 from data.news.alignment import split_sentences
 from data.news.corpus import Example
 from data.news.synthetic import Fact, Story
 from data.vocab import TokenizerVocab
+
+MAX_STRANGE_WORDS = 0.1  # of synthetic articles: 0; of docs/article.txt, told freely: 0.01; of real news of the same kinds of event: 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,26 @@ class NewsTask(task.Task):
         if not sentences:
             raise UserError("the article has no sentence")
         return np.array(corpus.encode_prompt(sentences, self.vocab, max_prompt_tokens=self.max_prompt_tokens)[0], np.int32)
+
+    def warnings(self, text: str) -> list[str]:
+        """Say how much of an article is cut, and whether its words are those of the stories that models of this task know.
+
+        UserError: see `encode_prompt`.
+        """
+        sentences, found = split_sentences(text), []
+        words = [word for word in alignment.words(text) if not word[0].isdigit()]
+        strange = sum(word not in synthetic.words() for word in words) / max(len(words), 1)
+        if self.is_generated and strange > MAX_STRANGE_WORDS:
+            found.append(
+                f"{strange:.0%} of the article's words are beyond what the model was trained on, synthetic news from templates: "
+                "do not trust its summary."
+            )
+        _, kept = corpus.encode_prompt(sentences, self.vocab, max_prompt_tokens=self.max_prompt_tokens)
+        if kept < len(sentences):
+            share = sum(map(len, sentences[:kept])) / sum(map(len, sentences))
+            limit = f"its prompts have at most {self.max_prompt_tokens} tokens"
+            found.append(f"The model reads the first {kept} of {len(sentences)} sentences, {share:.0%} of the article: {limit}.")
+        return found
 
     def steps(self, response_ids: Iterable[int]) -> list[tuple[int, frozenset[int], str]]:
         """Read the steps of a response: (label, labels named, sentence); what stands before the first step is left out."""

@@ -6,12 +6,25 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from selfspan_jax.task import Verdict
+from selfspan_jax.task import Task, Verdict
 from selfspan_jax.viewing import html
+from selfspan_jax.viewing.detokenize import StopStrings, token_texts
 from selfspan_jax.viewing.reading import Reading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_JUDGED = ("answer_right", "steps_right", "spans_right")
+
+
+def is_right(verdict: Verdict) -> bool:
+    """Return whether a verifier found nothing wrong."""
+    return all(getattr(verdict, name) for name in _JUDGED)
+
+
+def prompt_warnings(task: Task, prompt: str) -> list[str]:
+    """Return what a task says of a prompt that is beyond its models. Raises what `task.encode_prompt` raises."""
+    return task.warnings(prompt) if hasattr(task, "warnings") else []
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -19,14 +32,39 @@ class Output(Reading):
     """A response, what it says and what each of its tokens read."""
 
     prompt: str
+    stop: tuple[str, ...] = ()
+    """Texts before which the response ends; its last tokens may have the beginning of one."""
 
     def __repr__(self) -> str:
-        return f"Output(prompt={self.prompt!r}, text={self.text!r}, answer={self.answer!r})"
+        shown = f"prompt={self.prompt!r}, text={self.text!r}, answer={self.answer!r}"
+        wrong = f", verdict={self.verdict.message!r}" if self.verdict and not is_right(self.verdict) else ""
+        return f"Output({shown}{wrong}{f', warnings={self.warnings}' if self.warnings else ''})"
 
     @functools.cached_property
+    def _text_and_stop(self) -> tuple[str, str | None]:
+        stops = StopStrings(self.stop)
+        pieces = [stops.push(piece) for piece in token_texts(self.task.decode, self.response_ids)]
+        return "".join(pieces) + stops.flush(), stops.found
+
+    @property
     def text(self) -> str:
-        """The response as written, span tokens included."""
-        return self.task.decode(self.response_ids)
+        """The response as written, span tokens included, without the stop string that ended it."""
+        return self._text_and_stop[0]
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the response."""
+        return self._text_and_stop[1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether `<eos>` or a stop string ended the response, and not the token limit."""
+        return super().finished or self.stopped_by is not None
+
+    @functools.cached_property
+    def warnings(self) -> list[str]:  # type: ignore[override]  # computed once
+        """What to know before one believes the response, a line each; first what of the prompt the model was not trained for."""
+        return [*prompt_warnings(self.task, self.prompt), *super().warnings]
 
     @functools.cached_property
     def answer(self) -> str | None:
@@ -46,12 +84,15 @@ class Output(Reading):
             "prompt": self.prompt,
             "text": self.text,
             "answer": self.answer,
+            "verdict": self.verdict and {name: getattr(self.verdict, name) for name in (*_JUDGED, "message")},
+            "warnings": self.warnings,
             "steps": [{key: getattr(step, key) for key in step_keys} for step in self.steps],
             "token_ids": self.token_ids.tolist(),
             "prompt_tokens": self.prompt_tokens,
             "num_attended": self.num_attended.tolist(),
             "attention": self.attention,
             "finished": self.finished,
+            "stopped_by": self.stopped_by,
             "unresolved_refs": self.unresolved_refs,
             "attended_fraction": self.attended_fraction,
         }

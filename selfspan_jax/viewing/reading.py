@@ -20,6 +20,7 @@ from selfspan_jax.attention.policies import Policy
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab, TokenRoles
 from selfspan_jax.task import Task
+from selfspan_jax.viewing import detokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Reading:
 
     @functools.cached_property
     def token_texts(self) -> tuple[str, ...]:
-        """The written form of each token."""
-        return tuple(self.task.decode([int(token)]) for token in self.token_ids)
+        """The written form of each token; of several tokens that make up a character, the last has it, the others are empty."""
+        return detokenize.token_texts(self.task.decode, self.token_ids)
 
     @functools.cached_property
     def roles(self) -> TokenRoles:
@@ -132,20 +133,24 @@ class Reading:
         return float(np.mean(self.num_attended))
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is wrong with the form of the response, one line each."""
-        vocab, found = self.vocab, []
-        if not self.finished:
-            found.append(f"The response was stopped before it had ended; tokens written: {len(self.response_ids)}.")
+    def warnings(self) -> list[str]:
+        """What to know before one believes the response, a line each: how it was decoded, how it ended, what is wrong with its form."""
+        vocab, config, written, found = self.vocab, self.config, len(self.response_ids), []
+        if self.attention != config.mask and (self.roles.labels.any() or (self.fractions < 1).any()):
+            found.append(f"Decoded with {self.attention} attention, trained with {config.mask}: another computation than it learned.")
+        if not self.finished and len(self.token_ids) >= config.max_context_tokens:
+            found.append(f"The response was stopped before it had ended: with its {written} tokens the context of the model is full.")
+        elif not self.finished:
+            found.append(f"The response was stopped before it had ended; tokens written: {written}. Raise --max-new-tokens for more.")
         if self.unresolved_refs:
             found.append(f"References to a label that no token carries, for which nothing was read: {self.unresolved_refs}.")
-        if len(self.response_ids) and not self.steps:
+        if written and not self.steps and config.mask == "span" and vocab.solve_id in self.token_ids[: self.prompt_tokens]:
             found.append("The response opens no step.")
-        elif self.parts and not self.parts[0].opened:
+        elif self.steps and not self.parts[0].opened:
             found.append(f"Tokens before the first step: {len(self.parts[0].indices)}.")
         if count := int(np.isin(self.response_ids, (vocab.pad_id, vocab.bos_id, vocab.solve_id)).sum()):
             found.append(f"Structural tokens of a prompt, which mean nothing in a response: {count}.")
-        return tuple(found)
+        return found
 
 
 def attended(readings: Sequence[Reading]) -> dict[str, float]:

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from selfspan_jax.viewing.output import Output
+from selfspan_jax.viewing.output import Output, is_right
 from selfspan_jax.viewing.reading import attended_by_kind
 
 
 def response_table(out: Output) -> str:
-    """Lay out a response as its task's `view` says: "sources", or "steps", the default."""
-    return _sources_table(out) if getattr(out.task, "view", "steps") == "sources" else _steps_table(out)
+    """Lay out a response as its task's `view` says: "sources", or "steps", the default. Warnings come first."""
+    lines = _sources_lines(out) if getattr(out.task, "view", "steps") == "sources" else _steps_lines(out)
+    return "\n".join([*warning_lines(out.warnings), *lines])
 
 
-def _steps_table(out: Output) -> str:
+def warning_lines(warnings: Iterable[str]) -> list[str]:
+    """Lay out warnings, a line each."""
+    return [f"warning: {warning}" for warning in warnings]
+
+
+def answer_line(out: Output) -> str:
+    """Write the answer beside what the verifier says of it; a wrong one begins with WRONG, a right one of wrong steps with FLAWED."""
+    assert out.verdict is not None
+    said = f"{out.prompt} = {'(no answer)' if out.answer is None else out.answer}   ({out.verdict.message})"
+    if is_right(out.verdict):
+        return said
+    return f"FLAWED: {said}" if out.verdict.answer_right else f"WRONG: {said}"
+
+
+def in_color(table: str) -> str:
+    """Write the lines of what is wrong in red and warnings in yellow, for a terminal."""
+    colors = {"WRONG:": 31, "FLAWED:": 31, "warning:": 33}
+    lines = ((line, colors.get(line.split(" ", 1)[0])) for line in table.split("\n"))
+    return "\n".join(line if color is None else f"\x1b[{color}m{line}\x1b[0m" for line, color in lines)
+
+
+def _steps_lines(out: Output) -> list[str]:
     """Lay out the steps with what each read, the answer with the verdict on it, and how much of the context was read."""
     lines = [out.prompt + out.text, ""]
     if out.steps:
@@ -23,16 +45,12 @@ def _steps_table(out: Output) -> str:
         widths = [max(map(len, column)) for column in zip(head, *rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)] + [""]
     mean_context = (out.prompt_tokens + 1 + len(out.token_ids)) / 2
-    lines += [f"{out.prompt} = {out.answer}   ({out.verdict.message})"] if out.verdict else []
-    lines.append(
-        f"attended: {out.attended_tokens:.1f} tokens, {out.attended_fraction:.1%} of the context"
-        f"   dense decoding: {mean_context:.1f} tokens, 100%"
-    )
-    lost = [f"{out.unresolved_refs} span tokens named a label that nothing carried"] if out.unresolved_refs else []
-    return "\n".join([*lines, *_stopped(out), *lost])
+    lines += [answer_line(out)] if out.verdict else []
+    attended = f"attended: {out.attended_tokens:.1f} tokens, {out.attended_fraction:.1%} of the context"
+    return [*lines, f"{attended}   dense decoding: {mean_context:.1f} tokens, 100%"]
 
 
-def _sources_table(out: Output) -> str:
+def _sources_lines(out: Output) -> list[str]:
     """Lay out the steps, each with the pieces of the prompt that it named below it, and how much of the context was read."""
     ids, labels = (x[: out.prompt_tokens] for x in (out.token_ids, out.roles.labels))
     opens = (ids >= out.vocab.seg_base) & (ids < out.vocab.seg_base + out.vocab.num_labels)
@@ -45,12 +63,8 @@ def _sources_table(out: Output) -> str:
             lines.append(f"    from <{ref}> {source}")
     read = attended_by_kind([out]) if len(out.response_ids) else {}
     parts = {"text": read.get("attended_fraction_body"), "span tokens": read.get("attended_fraction_header")}
-    lines += ["", "attended, of the context: " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)]
-    return "\n".join([*lines, *_stopped(out)])
-
-
-def _stopped(out: Output) -> list[str]:
-    return [] if out.finished else [f"stopped after {len(out.response_ids)} new tokens, before the response had ended"]
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)
+    return [*lines, "", f"attended, of the context: {shares}"]
 
 
 def evaluation_table(report: Mapping[str, Any], task: Any) -> str:

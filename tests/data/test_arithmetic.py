@@ -528,12 +528,49 @@ def test_a_task_writes_what_its_corpus_does(labelling, names_first_step):
     assert task.step_ids & set(example.prompt_ids.tolist()) and task.step_ids & set(example.response_ids.tolist())
 
 
-def test_version_1_of_a_task_does_not_name_the_first_step():
-    older = {key: value for key, value in ArithmeticTask(Vocab(64), "none").to_json().items() if key != "names_first_step"}
-    assert ArithmeticTask.from_json({**older, "version": 1}) == ArithmeticTask(Vocab(64), "none", False)
-    for fields in (older, {**ArithmeticTask().to_json(), "version": 1}):
-        with pytest.raises(ValueError, match=r"missing key|version is 1"):
-            ArithmeticTask.from_json(fields)
+OLDER = {  # version -> keys that it did not have yet
+    1: ("names_first_step", "max_digits", "max_value"),
+    2: ("max_digits", "max_value"),
+}
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_older_json_has_the_defaults_of_its_time(version):
+    named = version > 1
+    fields = {key: value for key, value in ArithmeticTask(Vocab(64), "none", named).to_json().items() if key not in OLDER[version]}
+    assert ArithmeticTask.from_json({**fields, "version": version}) == ArithmeticTask(Vocab(64), "none", named, 2, 999)
+    with pytest.raises(ValueError, match="missing key"):
+        ArithmeticTask.from_json(fields)
+
+
+LIMITS = {  # what it is -> (expression, settings, how many warnings, what they say)
+    "all that a model knows": ("((51+75)-(95*3))", {}, []),
+    "the largest operand, negative": ("-99+1", {}, []),
+    "the largest value": ("37*27", {}, []),
+    "one more": ("37*27+1", {}, ["value is 1000, .* values up to 999"]),
+    "less than the least": ("0-37*27-1", {}, ["value is 1000"]),
+    "only on the way": ("50*20-10", {}, ["value is 1000"]),
+    "an operand": ("100-1", {}, ["^100 is beyond .* up to 2 digits"]),
+    "a negative operand": ("1-(-100)", {}, ["^100 is beyond"]),
+    "both": ("123456*7", {}, ["^123456 is", "value is 864192"]),
+    "operands of a larger corpus": ("123*7", {"max_digits": 3, "max_value": 9999}, []),
+    "digits that nobody counts": ("1" * 60 + "-1", {"max_value": 10**100}, [r"^111111111111\.\.\. \(60 digits\) is beyond"]),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_what_is_beyond_the_corpus_is_said(name):
+    text, settings, expected = LIMITS[name]
+    found = ArithmeticTask(**settings).warnings(text)
+    assert len(found) == len(expected) and all(re.search(part, line) for part, line in zip(expected, found)), found
+
+
+def test_a_corpus_stays_within_the_limits_of_its_task():
+    settings = Corpus(max_digits=3, max_value=5000, max_ops=5)
+    task = ArithmeticTask.of(settings)
+    assert task == ArithmeticTask.from_json(json.loads(json.dumps(task.to_json())))
+    drawn = [example.expression.text for example in itertools.islice(stream(settings, seed=0), 100)]
+    assert not any(task.warnings(text) for text in drawn) and any(ArithmeticTask().warnings(text) for text in drawn)
 
 
 @pytest.mark.parametrize(
@@ -544,6 +581,8 @@ def test_version_1_of_a_task_does_not_name_the_first_step():
         ({"labelling": "some"}, "labelling is 'some'"),
         ({"labelling": ["tree"]}, "labelling is"),
         ({"names_first_step": 1}, "names_first_step is 1: expected true or false"),
+        ({"max_digits": 0}, "max_digits is 0"),
+        ({"max_value": 9.5}, "max_value is 9.5: expected a whole number"),
         ({"vocab": None}, "expected a JSON object"),
         ({"more": 1}, "unknown key 'more'"),
     ],

@@ -2,10 +2,12 @@
 
 # ruff: noqa: E501  (the table of bad input)
 
+import dataclasses
 import itertools
 import json
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,6 +224,36 @@ def test_long_articles_are_cut_at_sentence_ends_with_the_sources_beyond(task):
     assert (example.story.summary, example.story.sources) == (("One.", "Both."), ((1,), (1,)))
     assert example.story.facts == (news.Fact(1, "name", "Both"),)
     assert short.encode(news.Story(article, ("Eight.",), ((8,),), ())) is None
+
+
+REAL_NEWS = (
+    "A fire broke out at a supermarket in Leeds on Monday evening and firefighters needed five hours to bring it under control, the fire "
+    "service said. No one was hurt. Police are investigating whether the blaze was started deliberately. Nearby residents were told to "
+    "keep windows closed because of smoke. The store, which opened in 1998, had been closed for renovation."
+)
+
+
+def test_words_beyond_the_templates_are_told(task):
+    """Held-out synthetic stories have none, an article told with the templates' words few, one of a newspaper many."""
+    told = Path(__file__).parents[2] / "docs" / "article.txt"
+    stories = ["\n\n".join(synthetic.draw(f"others/{i}").article) for i in range(100)]
+    assert {word for story in stories for word in words(story) if not word[0].isdigit()} <= synthetic.words()
+    for text in (told.read_text(), *stories[:3]):
+        assert task.warnings(text) == []
+    (warning,) = task.warnings(REAL_NEWS)
+    assert re.match(r"30% of the article's words are beyond what the model was trained on", warning)
+    (warning,) = task.warnings("Пожар начался в понедельник. Никто не пострадал.")
+    assert warning.startswith("100%")
+
+
+def test_an_article_that_is_cut_is_told_with_what_is_left(task):
+    sentence = "The old town has five bridges."
+    short = dataclasses.replace(task, max_prompt_tokens=16 + 3 * len(task.vocab.text_ids(" " + sentence)))
+    kept = sum(token in task.step_ids for token in short.encode_prompt(" ".join([sentence] * 20)).tolist())
+    assert 1 < kept < 20
+    (warning,) = [line for line in short.warnings(" ".join([sentence] * 20)) if "reads" in line]
+    assert warning.startswith(f"The model reads the first {kept} of 20 sentences, {kept / 20:.0%} of the article: its prompts have at most")
+    assert not any("reads" in line for line in task.warnings(sentence))
 
 
 def test_too_many_sentences_for_the_labels_are_said(task):

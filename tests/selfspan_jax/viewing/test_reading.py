@@ -87,7 +87,8 @@ def test_an_output_as_json():
     assert values["token_ids"] == NAMED["unresolved"][0] and values["num_attended"] == mask.sum(axis=1)[out.prompt_tokens :].tolist()
     assert values["unresolved_refs"] == 1 and values["finished"] is False and values["attention"] == "span"
     assert values["steps"][0] == {"label": 2, "refs": (4,), "text": "5", "attended_tokens": out.steps[0].attended_tokens}
-    assert values["attended_fraction"] == out.attended_fraction and out.warnings != ()
+    assert values["attended_fraction"] == out.attended_fraction and values["warnings"] == out.warnings != []
+    assert values["verdict"] is None and values["stopped_by"] is None
 
 
 def test_a_response_with_sources_has_them_below_each_sentence(gold):
@@ -100,13 +101,12 @@ def test_a_response_with_sources_has_them_below_each_sentence(gold):
 
 def test_a_response_with_steps_has_a_row_for_each():
     out, _, mask = output(NAMED["unresolved"][0])
-    lines = text.response_table(out).splitlines()
+    stopped, lost, *lines = text.response_table(out).splitlines()
+    size = len(mask)
+    assert stopped.startswith(f"warning: The response was stopped before it had ended; tokens written: {size - out.prompt_tokens}. ")
+    assert "--max-new-tokens" in stopped and lost.endswith("for which nothing was read: 1.")
     assert lines[0].split() == ["step", "reads", "writes", "attended", "tokens"]
     assert [line.split()[:3] for line in lines[1:4]] == [["<2>", "<4>", "5"], ["<4>", "-", "6"], ["<2>", "<4>", "7"]]
-    attended, size = mask.sum(axis=1)[out.prompt_tokens :], len(mask)
+    attended = mask.sum(axis=1)[out.prompt_tokens :]
     assert lines[5].startswith(f"attended: {attended.mean():.1f} tokens, {out.attended_fraction:.1%} of the context   dense decoding: ")
-    assert lines[5].endswith(f"{np.mean(np.arange(out.prompt_tokens, size) + 1):.1f} tokens, 100%")
-    assert lines[6:] == [
-        f"stopped after {size - out.prompt_tokens} new tokens, before the response had ended",
-        "1 span tokens named a label that nothing carried",
-    ]
+    assert lines[5].endswith(f"{np.mean(np.arange(out.prompt_tokens, size) + 1):.1f} tokens, 100%") and len(lines) == 6

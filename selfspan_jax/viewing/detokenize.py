@@ -1,0 +1,100 @@
+"""Detokenize as tokens come: text in pieces, one for each token, none of which ends within a character or within a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from selfspan_jax.errors import UserError
+
+Decode = Callable[[list[int]], str]
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not a character yet
+_CONTEXT_TOKENS = 8
+
+
+class Detokenizer:
+    """Write tokens as text, one by one: joined, the pieces are the text of all.
+
+    The bytes of several tokens may make one character, so a piece never ends within one: it waits for the rest, and the last of
+    the tokens gets it. What a token adds is the difference of two decoded windows of tokens, because decoders treat the first
+    token of a text in their own way. Windows begin where a character does and are short, so that a token of a long text takes no
+    longer than one of a short text.
+    """
+
+    def __init__(self, decode: Decode):
+        self._decode = decode
+        self._window: list[int] = []
+        self._begins = [0]  # where in the window a character begins
+        self._written = 0  # characters of the window's text
+
+    def push(self, token_id: int) -> str:
+        """Return what one more token adds."""
+        self._window.append(int(token_id))
+        text = self._decode(self._window)
+        whole = text.rstrip(_UNFINISHED)
+        piece = self._take(whole)
+        if whole == text:
+            begin = max((begin for begin in self._begins if begin <= len(self._window) - _CONTEXT_TOKENS), default=0)
+            self._begins.append(len(self._window))
+            if len(self._window) >= 4 * _CONTEXT_TOKENS and begin:
+                self._window, self._begins = self._window[begin:], [i - begin for i in self._begins if i >= begin]
+                self._written = len(self._decode(self._window))
+        return piece
+
+    def flush(self) -> str:
+        """Return what waits for tokens that will not come."""
+        return self._take(self._decode(self._window)) if self._window else ""
+
+    def _take(self, text: str) -> str:
+        piece, self._written = text[self._written :], max(self._written, len(text))
+        return piece
+
+
+def token_texts(decode: Decode, token_ids: Iterable[int]) -> tuple[str, ...]:
+    """Return the piece of text of each token; joined they are the text. See `Detokenizer`."""
+    detokenizer = Detokenizer(decode)
+    pieces = [detokenizer.push(token_id) for token_id in token_ids]
+    if pieces:
+        pieces[-1] += detokenizer.flush()
+    return tuple(pieces)
+
+
+class StopStrings:
+    """Cut text that comes in pieces before the first stop string that is complete; of several that end at once, the longest."""
+
+    def __init__(self, strings: Sequence[str]):
+        self._strings = strings
+        self._waiting = ""  # may be the beginning of a stop string
+        self.found: str | None = None
+
+    def push(self, piece: str) -> str:
+        """Return the text that is sure to be before a stop string; what begins like one waits. Sets `found` at a stop string."""
+        if self.found is not None:
+            return ""
+        text = self._waiting + piece
+        ends = [(text.find(string) + len(string), -len(string), string) for string in self._strings if string in text]
+        if ends:
+            end, _, self.found = min(ends)
+            self._waiting = ""
+            return text[: end - len(self.found)]
+        waiting = max((_overlap(text, string) for string in self._strings), default=0)
+        self._waiting = text[len(text) - waiting :]
+        return text[: len(text) - waiting]
+
+    def flush(self) -> str:
+        """Return what waits for text that will not come."""
+        text, self._waiting = self._waiting, ""
+        return text
+
+
+def check_stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Return stop strings as a tuple. Raises UserError for what is no text, or empty."""
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+        raise UserError(f"stop is {stop!r}; allowed: a text of at least one character, or several in a list")
+    return tuple(strings)
+
+
+def _overlap(text: str, string: str) -> int:
+    """Return the length of the longest end of a text with which a longer string begins."""
+    return next((size for size in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:size])), 0)
