@@ -9,20 +9,25 @@ from typing import Any
 import tqdm
 import tyro
 
-from data import commandline, dataset
+from data import card, commandline, dataset
 from data.task import Task, WriteCommand
 from data.tasks import TASKS
 
 
-def write(command: WriteCommand, task: type[Task]) -> None:
-    """Write the corpus that a command asks for."""
-    line = f"python -m data {task.name} {command.words()} --out DIR"
+def write(command: WriteCommand, kind: type[Task]) -> None:
+    """Write the corpus that a command asks for, and say what was written."""
+    line = f"python -m data {kind.name} {command.words()} --out DIR"
+    dataset.check_new(command.out)
     vocab, examples, found = command.make()
     description = {"command": line, **command.drawn(), "distributions": command.settings(), **found}
     with contextlib.closing(examples):
         chosen = itertools.islice(examples, command.num_examples)
         shown = tqdm.tqdm(chosen, "examples", command.num_examples, unit="", disable=None)
-        dataset.write(command.out, shown, task.of(command.corpus, vocab), description)
+        write = dataset.write if command.split else dataset.write_splits
+        written = write(command.out, shown, command.make_task(kind, vocab), description)
+    print(f"{command.out}: " + ", ".join(f"{count:,} {split}" for split, count in written.items()))
+    if counts := found.get("articles"):
+        print(f"of {counts['read']:,} articles read: {card.listed(counts)}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -58,6 +58,11 @@ def counts(what: str, counts: Mapping[str, int]) -> str:
     return table((what, "count", "share"), ((f"`{key}`", count, f"{count / total:.4f}") for key, count in counts.items()))
 
 
+def listed(counts: Mapping[str, int]) -> str:
+    """Write in one line what became of articles, but how many were read: "3 written; 1 without a summary"."""
+    return "; ".join(f"{count:,} {what}" for what, count in counts.items() if what != "read" and count)
+
+
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """Write a Markdown table."""
     lines = [list(map(str, row)) for row in (head, *rows)]

@@ -41,8 +41,8 @@ _READ_EXAMPLES = 256
 _BLOCK_EXAMPLES = 4096  # what is held as Python objects at a time
 
 
-def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[str, Any]) -> None:
-    """Write the examples and their card to a new directory; the same input gives the same bytes.
+def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[str, Any]) -> dict[str, int]:
+    """Write the examples and their card to a new directory; the same input gives the same bytes. Return their number by split.
 
     Args:
       description: goes into the card: at least "command", "split" and "distributions". Read when the examples have ended, so
@@ -57,9 +57,10 @@ def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[
         for example in examples:
             part.add(example)
         part.save(directory, description)
+    return {description["split"]: len(part)}
 
 
-def write_splits(path: Path, examples: Iterable[tuple[str, Any]], task: Task, description: Mapping[str, Any]) -> None:
+def write_splits(path: Path, examples: Iterable[tuple[str, Any]], task: Task, description: Mapping[str, Any]) -> dict[str, int]:
     """Write (split, example) pairs to a directory that has one of each split; as `write` does.
 
     Raises:
@@ -77,6 +78,7 @@ def write_splits(path: Path, examples: Iterable[tuple[str, Any]], task: Task, de
         _write_text(directory / "dataset_dict.json", json.dumps({"splits": found}))
         lines = (f"- [{split}]({split}/README.md): {len(parts[split]):,} examples" for split in found)
         _write_text(directory / "README.md", f"# {task.name} corpus\n\n    {description['command']}\n\n" + "\n".join(lines) + "\n")
+    return {split: len(parts[split]) for split in found}
 
 
 class _Part:

@@ -32,14 +32,14 @@ class WriteCommand:
     """
 
     out: Path
-    num_examples: int = 1000
+    num_examples: int | None = 1000
     seed: int = 0
     split: Any = "train"
     workers: int = 0
     corpus: GeneratedCorpus[Any]
 
     def __post_init__(self) -> None:
-        if self.num_examples < 1:
+        if self.num_examples is not None and self.num_examples < 1:
             raise UserError(f"--num-examples is {self.num_examples}: expected at least 1")
         check_range(self, "workers", low=0)
 
@@ -51,14 +51,23 @@ class WriteCommand:
         """Return the options that say what examples are like, for the card."""
         return dataclasses.asdict(self.corpus)
 
+    def make_task(self, kind: "type[Task]", vocab: Any) -> "Task":
+        """Return the task of the corpus, of its own class and in the vocabulary that `make` returned."""
+        return kind.of(self.corpus, vocab)
+
     def make(self) -> tuple[Any, Generator[Any, None, None], dict[str, Any]]:
-        """Return the vocabulary, the examples, and what else the card says of them once they are written."""
+        """Return the vocabulary, the examples, and what else the card says of them once they are written.
+
+        Without a split the examples are (split, example) pairs, each of one of `data.streams.SPLITS`.
+        """
         return self.corpus.vocab, self.corpus.stream(seed=self.seed, split=self.split, num_workers=self.workers), {}
 
     def words(self) -> str:
         """Write the options that decide the result as on a command line."""
         words = []
         for name, value in {**self.drawn(), **self.settings()}.items():
+            if value is None:
+                continue
             option = name.replace("_", "-")
             words.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {shlex.quote(str(value))}")
         return " ".join(words)
@@ -87,9 +96,10 @@ class Task(abc.ABC):
 
     @classmethod
     def of(cls: type[T], settings: Any, vocab: Any = None) -> T:
-        """Return the task of a corpus, in the corpus's own vocabulary or the one given."""
+        """Return the task of a corpus, in the corpus's own vocabulary or the one given. What its settings do not say is the default."""
         _, *names = (field.name for field in dataclasses.fields(cls))
-        return cls(settings.vocab if vocab is None else vocab, *(getattr(settings, name) for name in names))
+        known = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+        return cls(settings.vocab if vocab is None else vocab, **known)
 
     @property
     def step_ids(self) -> frozenset[int]:

@@ -25,6 +25,12 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 _MAIN = "from data import workers; workers.main()"
 
 
+def check_workers(num_workers: int) -> None:
+    """Raise UserError for a number of workers out of range."""
+    if not 0 <= num_workers <= _MAX_WORKERS:
+        raise UserError(f"the number of workers is {num_workers}: expected 0 to {_MAX_WORKERS}")
+
+
 def ordered(function: Callable[[int], T], start: int, num_workers: int, *, step: int = 1) -> Generator[T, None, None]:
     """Yield function(start), function(start + step), ... without end.
 
@@ -36,8 +42,7 @@ def ordered(function: Callable[[int], T], start: int, num_workers: int, *, step:
       UserError: a number of workers out of range; (on iterating) what the function raised.
       RuntimeError: (on iterating) a worker ended.
     """
-    if not 0 <= num_workers <= _MAX_WORKERS:
-        raise UserError(f"the number of workers is {num_workers}: expected 0 to {_MAX_WORKERS}")
+    check_workers(num_workers)
     if num_workers == 0:
         return _counted(function, start, step)
     return remote(*(functools.partial(_counted, function, start + i * step, num_workers * step) for i in range(num_workers)))

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import re
 import tomllib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,20 +19,64 @@ import sentencex
 
 from data.errors import UserError, check_range
 
-_WORD = re.compile(r"[^\W_]+(?:[.,'’][^\W_]+)*")
-WORD_LISTS = {name: frozenset(words.split()) for name, words in tomllib.loads((Path(__file__).parent / "words.toml").read_text()).items()}
+# Letters and digits of all scripts with the marks that belong to them, which `\w` leaves out (vowel signs of Devanagari, say).
+_MARKS = "".join(chr(i) for i in range(0x300, 0x1F000) if unicodedata.category(chr(i)).startswith("M"))
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # each character is a word
+)
+_LETTERS = rf"[^\W_{_UNSPACED}]+(?:[{_MARKS}]+[^\W_{_UNSPACED}]*)*"
+_WORD = re.compile(rf"{_LETTERS}(?:[.,'’]{_LETTERS})*|[{_UNSPACED}][{_MARKS}]*")
+_ASCII_WORD = re.compile(r"[^\W_]+(?:[.,'][^\W_]+)*")  # the same for most sentences, in half the time
+_PLAIN_WORD = re.compile(rf"{_LETTERS}|[{_UNSPACED}][{_MARKS}]*")
+WORD_LISTS = {
+    name: frozenset(words.split())
+    for name, words in tomllib.loads((Path(__file__).parent / "words.toml").read_text(encoding="utf-8")).items()
+}
 _FUNCTION_WORDS = WORD_LISTS["function"]
+
+_UNREADABLE = re.compile("[\ud800-\udfff\0]")
+_BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
+_ENUMERATOR = re.compile(r"\W*(?:[0-9]{1,3}|[ivxlc]{1,5}|[A-Za-z])[.)]\W*")
+
+
+def readable(text: str) -> str:
+    """Take byte-order marks out, and put U+FFFD for what no tokenizer takes: halves of surrogate pairs, NUL."""
+    return _UNREADABLE.sub("\ufffd", text.replace("\ufeff", ""))
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split an English text into sentences, each on one line; what has no letter or digit is left out."""
-    lines = (" ".join(sentence.split()) for sentence in sentencex.segment("en", text))
-    return [line for line in lines if any(character.isalnum() for character in line)]
+    """Split an English text into sentences, each on one line; what has no letter or digit is left out.
+
+    A blank line ends a sentence. Sentences joined by blank lines are split into these sentences again, so that a prompt's text
+    and its ids say the same: each is split until none can be split any further.
+    """
+    sentences = _BLANK_LINES.split(readable(text).replace("\r\n", "\n").replace("\r", "\n"))
+    while (pieces := [piece for sentence in sentences for piece in _pieces(sentence)]) != sentences:
+        sentences = pieces
+    return sentences
+
+
+def _pieces(text: str) -> list[str]:
+    """Split a paragraph into sentences. The number of a list's item ("1.", "(b)") is no sentence, but begins the next one."""
+    lines: list[str] = []
+    number = ""
+    for sentence in sentencex.segment("en", text):
+        line = f"{number} {' '.join(sentence.split())}".strip()
+        number = line if _ENUMERATOR.fullmatch(line) else ""
+        if not number:
+            lines.append(line)
+    return [line for line in (*lines, number) if any(character.isalnum() for character in line)]
 
 
 def words(text: str) -> list[str]:
-    """Split text into lower-case words and numbers; `1,200`, `3.5` and `it's` are one each."""
-    return _WORD.findall(text.lower().replace("’s", "").replace("'s", ""))
+    """Split text into lower-case words and numbers; `1,200`, `3.5` and `it's` are one each, and so is a Chinese character."""
+    text = text.lower().replace("’s", "").replace("'s", "")
+    return (_ASCII_WORD if text.isascii() else _WORD).findall(text)
+
+
+def plain_words(text: str) -> list[str]:
+    """Split text into lower-case runs of letters and of digits, as ROUGE does for English, in all scripts."""
+    return _PLAIN_WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,8 @@ class Statistics(card.Statistics):
     def add(self, example: Example) -> None:
         story = example.story
         self.count(article_sentences=len(story.article), summary_sentences=len(story.summary))
+        if example.cut_sentences:
+            self.count(cut_sentences=example.cut_sentences)
         super().add(example)
         for number, sources in enumerate(story.sources):
             self.count(sources_per_summary_sentence=len(sources))
@@ -65,7 +67,8 @@ class Statistics(card.Statistics):
 
     def to_json(self) -> dict[str, Any]:
         right, found, true = (self._aligned[name] for name in ("right", "found", "true"))
-        values: dict[str, Any] = {name: card.quantiles(counter) for name, counter in self._counts.items()}
+        values: dict[str, Any] = {name: card.quantiles(counter) for name, counter in self._counts.items() if counter}
+        values["cut_articles"] = self._counts["cut_sentences"].total()
         values["sources_histogram"] = {str(n): count for n, count in sorted(self._counts["sources_per_summary_sentence"].items())}
         values["position_guesser"] = self.guesser()
         for part, (fractions, tokens) in self._attended.items():
@@ -75,6 +78,17 @@ class Statistics(card.Statistics):
             {"precision": round(right / max(found, 1), 4), "recall": round(right / true, 4), "sources": true} if true else None
         )
         return values
+
+    def _cut(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> str:
+        """Say how many articles were cut, and where."""
+        limit, cut = fields["task"]["max_prompt_tokens"], statistics["cut_articles"]
+        if not cut:
+            return f"No article was cut: none has more than {limit} tokens of prompt."
+        left_out = statistics["cut_sentences"]
+        return (
+            f"{cut:,} of {fields['num_examples']:,} articles were cut: longer than {limit} tokens of prompt (max_prompt_tokens), they end "
+            f"after the last sentence that fits. The median one lost {left_out['median']} sentences, none more than {left_out['max']}."
+        )
 
     def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
         lengths = [name for name, value in statistics.items() if isinstance(value, dict) and "median" in value]
@@ -86,9 +100,14 @@ class Statistics(card.Statistics):
             "## Settings",
             card.table(("setting", "value"), fields["distributions"].items()),
             "## Articles read",
+            "Of all splits together; those that are divided are divided by a hash of the article: of ten, eight to train, one to "
+            "validation and one to test. An article that occurs twice is in one of them."
+            if fields["source"] != "synthetic"
+            else "The splits are told apart by a hash of the article: an eighth is test.",
             card.table(("", "articles"), fields["articles"].items()),
             "## What was written",
             card.table(("", "mean", *card.QUANTILES), ((name, *statistics[name].values()) for name in lengths)),
+            self._cut(fields, statistics),
             "## Sources",
             card.counts("sources of a summary sentence", statistics["sources_histogram"]),
             f"Attended fraction of response tokens: body {statistics['attended_fraction_body']:.4f}, span tokens "

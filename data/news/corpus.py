@@ -22,15 +22,24 @@ _VOCAB_STORIES = 3000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example(streams.Example):
-    """An article and its gold summary, and the story that they tell."""
+    """An article and its gold summary, and the story that they tell, without what was cut off."""
 
     story: Story
     first_label: int
+    cut_sentences: int = 0
 
     @property
     def prompt(self) -> str:
         """The text that `NewsTask.encode_prompt` takes."""
         return "\n\n".join(self.story.article)
+
+
+class UnusableArticle(UserError):
+    """An article that cannot be written as a prompt; `kind` says why, as cards count it."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +112,7 @@ def encode_prompt(
     """Write an article's prompt, labels from 1 on, cut at the end of a sentence: (ids, sentences that were kept).
 
     Raises:
-      UserError: a first sentence that does not fit, or more sentences than labels.
+      UnusableArticle: a first sentence that does not fit, or more sentences than labels.
     """
     token_ids = [vocab.bos_id, *vocab.plain_text_ids(INSTRUCTION)]
     kept = 0
@@ -114,11 +123,13 @@ def encode_prompt(
         token_ids += [vocab.seg_base + min(1 + number, vocab.num_labels - 1), *ids]
         kept += 1
     if not kept:
-        raise UserError(f"the article's first sentence does not fit into {max_prompt_tokens} tokens of prompt")
+        message = f"the article's first sentence does not fit into {max_prompt_tokens} tokens of prompt"
+        raise UnusableArticle(message, "with a first sentence longer than max_prompt_tokens")
     if kept + summary_sentences >= vocab.num_labels:
-        raise UserError(
+        raise UnusableArticle(
             f"{kept} article sentences and {summary_sentences} of summary need labels up to {kept + summary_sentences}, "
-            f"but the last one is {vocab.num_labels - 1}: more num_labels, or fewer max_prompt_tokens"
+            f"but the last one is {vocab.num_labels - 1}: more num_labels, or fewer max_prompt_tokens",
+            "with more sentences than num_labels",
         )
     return [*token_ids, vocab.solve_id], kept
 
@@ -130,14 +141,15 @@ def encode(story: Story, vocab: TokenizerVocab, *, max_prompt_tokens: int, unifo
       uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
 
     Raises:
-      UserError: a first sentence that does not fit, or more sentences than labels.
+      UnusableArticle: a first sentence that does not fit, or more sentences than labels.
     """
     prompt, kept = encode_prompt(story.article, vocab, max_prompt_tokens=max_prompt_tokens, summary_sentences=len(story.summary))
     steps = [(text, [i for i in sources if i < kept]) for text, sources in zip(story.summary, story.sources, strict=True)]
     numbers = [number for number, (_, sources) in enumerate(steps) if sources]
+    cut_sentences = len(story.article) - kept
     if not numbers:
         return None
-    if len(numbers) < len(steps) or kept < len(story.article):
+    if len(numbers) < len(steps) or cut_sentences:
         facts = tuple(fact._replace(sentence=numbers.index(fact.sentence)) for fact in story.facts if fact.sentence in numbers)
         kept_sources = tuple(tuple(steps[n][1]) for n in numbers)
         story = Story(story.article[:kept], tuple(steps[n][0] for n in numbers), kept_sources, facts)
@@ -152,4 +164,4 @@ def encode(story: Story, vocab: TokenizerVocab, *, max_prompt_tokens: int, unifo
         token_ids += [vocab.ref_base + first_label + i for i in sources]
         token_ids += vocab.plain_text_ids(" " + text)
     token_ids.append(vocab.eos_id)
-    return Example(np.array(token_ids, np.int32), len(prompt), story, first_label)
+    return Example(np.array(token_ids, np.int32), len(prompt), story, first_label, cut_sentences)

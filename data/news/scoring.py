@@ -6,7 +6,7 @@ All take lists over examples, of lists over sentences.
 import re
 from collections.abc import Collection, Sequence
 
-from data.news.alignment import WORD_LISTS
+from data.news.alignment import WORD_LISTS, plain_words
 from data.news.synthetic import Fact
 
 _NAMED = re.compile(r"[0-9]+(?:[.,][0-9]+)*|[A-Z][^\W\d_]+(?: [A-Z][^\W\d_]+)*")
@@ -14,10 +14,19 @@ _NO_NAMES = WORD_LISTS["no_names"]
 
 
 def rouge(golds: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the mean F1 of ROUGE-1, -2 and -L (`rouge-score`, stemmed; L over whole summaries, sentence by sentence)."""
-    from rouge_score import rouge_scorer  # imports nltk, which takes a second
+    """Return the mean F1 of ROUGE-1, -2 and -L (`rouge-score`, stemmed; L over whole summaries, sentence by sentence).
 
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
+    Words are those of all scripts, where `rouge-score` by itself sees the letters a to z alone; English is scored as by itself.
+    """
+    from rouge_score import rouge_scorer, tokenizers  # imports nltk, which takes a second
+
+    english = tokenizers.DefaultTokenizer(use_stemmer=True)
+
+    class Words(tokenizers.Tokenizer):
+        def tokenize(self, text: str) -> list[str]:
+            return [stem for word in plain_words(text) for stem in (english.tokenize(word) if word.isascii() else [word])]
+
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeLsum"], tokenizer=Words())
     scores = [scorer.score("\n".join(gold), "\n".join(own)) for gold, own in zip(golds, found, strict=True)]
     names = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
     return {name: sum(score[key].fmeasure for score in scores) / max(len(scores), 1) for name, key in names.items()}

@@ -26,13 +26,15 @@ class NewsTask(task.Task):
     Attributes:
       vocab: trained by `data.vocab.train_vocab`, or a language model's own with structural tokens added.
       max_prompt_tokens: Longer articles are cut at the end of a sentence.
+      source: "synthetic", or the name of the file or data set that its corpus was read from.
     """
 
     vocab: TokenizerVocab
     max_prompt_tokens: int = 896
+    source: str = "synthetic"
 
     name: ClassVar[str] = "news"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     unit: ClassVar[str] = "summaries"
     view: ClassVar[str] = "sources"
     score_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -57,6 +59,17 @@ class NewsTask(task.Task):
             raise UserError("the vocabulary is not that of a tokenizer: articles cannot be written with it")
         if type(self.max_prompt_tokens) is not int or self.max_prompt_tokens < corpus.MIN_PROMPT_TOKENS:
             raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens!r}: expected an integer of at least {corpus.MIN_PROMPT_TOKENS}")
+
+    @property
+    def is_generated(self) -> bool:
+        return self.source == "synthetic"
+
+    @classmethod
+    def from_json(cls, fields: object) -> "NewsTask":
+        """Read what `to_json` wrote, also in version 1, which does not say where its corpus is from."""
+        if isinstance(fields, Mapping) and fields.get("version") == 1 and "source" not in fields:
+            fields = {**fields, "version": cls.version, "source": "synthetic"}
+        return super().from_json(fields)
 
     def encode(self, story: Story) -> Example | None:
         """Write the prompt and the gold response of a story, labels from 1 on; see `corpus.encode`."""
@@ -112,8 +125,14 @@ class NewsTask(task.Task):
         return scores
 
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
-        """Draw synthetic examples of the test split, labels from 1 on, as one set."""
-        settings = corpus.Corpus(num_labels=self.vocab.num_labels, **self.settings())
+        """Draw synthetic examples of the test split, labels from 1 on, as one set.
+
+        Raises:
+          UserError: the model's corpus is no synthetic one, so that these would say nothing of it.
+        """
+        if not self.is_generated:
+            raise UserError(f"trained on news of {self.source}, not on synthetic news: give its corpus directory (--data DIR --split test)")
+        settings = corpus.Corpus(num_labels=self.vocab.num_labels, max_prompt_tokens=self.max_prompt_tokens)
         drawn = map(self.renumber, settings.stream(seed=seed, split="test", vocab=self.vocab))
         return {"synthetic": list(itertools.islice(filter(None, drawn), num_examples))}
 

@@ -347,7 +347,7 @@ def write_rows(path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_files_become_corpora_and_the_card_counts_what_was_dropped(tmp_path, capsys, suffix):
     write_rows(tmp_path / f"rows{suffix}")
-    assert run(capsys, "--source", tmp_path / f"rows{suffix}", "--out", tmp_path / "out")[0] == 0
+    assert run(capsys, "--source", tmp_path / f"rows{suffix}", "--split", "all", "--out", tmp_path / "out")[0] == 0
     stored = corpus.load(tmp_path / "out", TASKS)
     (row,) = stored.dataset
     assert (row["sources"], len(row["article"])) == ([[0, 2]], 3)
@@ -362,7 +362,7 @@ def test_workers_change_nothing(task, tmp_path):
     for workers in (0, 2):
         pairs = sources.read_pairs(str(tmp_path / "rows.jsonl"))
         found = sources.examples(pairs, task.vocab, Alignment(), max_prompt_tokens=896, seed=0, num_workers=workers)
-        made.append([example.token_ids.tolist() for example in found])
+        made.append([(one.split, one.counted, one.example.token_ids.tolist()) for one in found])
     assert made[0] == made[1] and len(made[0]) == len(STORIES)
 
 
@@ -372,13 +372,13 @@ BAD = {
     "a named column that is missing": ("rows.jsonl", '{"article": "A b.", "summary": "x"}\n', ["--article-column", "x"], "no column x; there are article, summary: name one with --article-column"),
     "not JSON": ("rows.jsonl", '{"article": \n', [], "line 1 is not JSON"),
     "not an object": ("rows.jsonl", "[1]\n", [], "line 1: expected a JSON object"),
-    "a number for text": ("rows.jsonl", '{"article": 1, "summary": "x"}\n', [], "row 1: expected text in 'article' and 'summary'"),
+    "a number for text": ("rows.jsonl", '{"article": 1, "summary": "x"}\n', [], "none of its articles can be used: 1 with something other than text"),
     "an empty file": ("rows.csv", "", [], "no rows"),
     "not Parquet": ("rows.parquet", "nothing", [], "is not Parquet"),
     "another kind of file": ("rows.txt", "text", [], "expected a file that ends in .jsonl, .csv, .parquet"),
     "too many sentences": (
         "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
-        ["--num-labels", "4"], "article 1: 4 article sentences and 1 of summary need labels up to 5",
+        ["--num-labels", "4"], "none of its articles can be used: 1 with more sentences than num_labels",
     ),
     "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "min_gain is 0.0: expected above 0"),
 }  # fmt: skip
