@@ -27,7 +27,7 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
         written = write(command.out, shown, command.make_task(kind, vocab), description)
     print(f"{command.out}: " + ", ".join(f"{count:,} {split}" for split, count in written.items()))
     if counts := found.get("articles"):
-        print(f"of {counts['read']:,} articles read: {card.listed(counts)}")
+        print(f"articles: {card.listed(counts)}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -59,8 +59,15 @@ def counts(what: str, counts: Mapping[str, int]) -> str:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """Write in one line what became of articles, but how many were read: "3 written; 1 without a summary"."""
-    return "; ".join(f"{count:,} {what}" for what, count in counts.items() if what != "read" and count)
+    """Write what became of articles in one line: "7 read, 4 written (1 cut), 3 dropped (2 without a summary, 1 ...)"."""
+    also = {what.removeprefix("written, "): count for what, count in counts.items() if what.startswith("written, ")}
+    dropped = {what: count for what, count in counts.items() if what != "read" and not what.startswith("written")}
+    parts = [f"{counts['read']:,} read", f"{counts['written']:,} written{_reasons(also)}"]
+    return ", ".join([*parts, f"{sum(dropped.values()):,} dropped{_reasons(dropped)}"] if dropped else parts)
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{counts[what]:,} {what}' for what in sorted(counts))})" if counts else ""
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from data import task
 from data.arithmetic import card, corpus, oracle, verifier
-from data.arithmetic.expressions import evaluate, parse
+from data.arithmetic.expressions import Expression, evaluate, parse
 from data.arithmetic.oracle import Example, Labelling
 from data.arithmetic.verifier import Verdict
 from data.errors import UserError, check_choice
@@ -67,9 +67,10 @@ class ArithmeticTask(task.Task):
         """Return the corpus of expressions of so many operators, otherwise drawn by default, as this task writes them."""
         return corpus.Corpus(min_ops=min_ops, max_ops=max_ops, num_labels=self.vocab.num_labels, **self.settings())
 
-    def encode(self, text: str) -> Example:
-        """Write the prompt and the gold response of an expression, labels from 1 on. UserError: see `arithmetic.encode`."""
-        return oracle.encode(text, vocab=self.vocab, labelling=self.labelling, names_first_step=self.names_first_step)
+    def encode(self, expression: Expression | str, first_label: int = 1) -> Example:
+        """Write the prompt and the gold response of an expression. UserError: see `arithmetic.encode`."""
+        style: dict[str, Any] = {"labelling": self.labelling, "names_first_step": self.names_first_step}
+        return oracle.encode(expression, vocab=self.vocab, first_label=first_label, **style)
 
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Write the prompt of `encode(text)` alone, int32 [n]."""
@@ -109,11 +110,9 @@ class ArithmeticTask(task.Task):
 
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, as `encode_prompt` does, or from where `uniform` says; None without the labels."""
-        num_ops, style = example.expression.num_ops, self.settings()
-        if num_ops >= self.vocab.num_labels:
+        if (num_ops := example.expression.num_ops) >= self.vocab.num_labels:
             return None
-        first_label = 1 if uniform is None else self.vocab.first_label(num_ops, uniform)
-        return oracle.encode(example.expression, vocab=self.vocab, first_label=first_label, **style)
+        return self.encode(example.expression, 1 if uniform is None else self.vocab.first_label(num_ops, uniform))
 
     def group(self, prompt: str) -> str:
         """Name the group that an expression is evaluated in: its number of operators."""

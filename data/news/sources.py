@@ -258,8 +258,8 @@ def _example(vocab: TokenizerVocab, max_prompt_tokens: int, alignment: Alignment
         return Made(split, None, ("with all sources beyond the cut",))
     also = {
         "written, cut to max_prompt_tokens": example.cut_sentences > 0,
-        "written, less summary sentences without sources": len(example.story.summary) < len(summary),
-        "written, unreadable characters replaced": readable(text + lines) != text + lines,
+        "written, without summary sentences that have no source": len(example.story.summary) < len(summary),
+        "written, with unreadable characters replaced": readable(text + lines) != text + lines,
     }
     return Made(split, example, ("written", *(name for name, is_so in also.items() if is_so)))
 
@@ -324,7 +324,7 @@ class WriteCommand(task.WriteCommand):
             vocab = train_vocab(texts, vocab_tokens=self.corpus.vocab_tokens, num_labels=self.corpus.num_labels)
             options = {"max_prompt_tokens": self.corpus.max_prompt_tokens, "seed": self.seed, "num_workers": self.workers}
             made = examples(read_pairs(self.source, self.split, *columns), vocab, self.alignment, **options)
-            counts = collections.Counter(read=0)
+            counts = collections.Counter(read=0, written=0)
         return vocab, self._counted(made, counts), {"articles": counts}
 
     def _counted(self, made: Iterator[Made], counts: collections.Counter[str]) -> Generator[Any, None, None]:

@@ -367,18 +367,18 @@ def test_workers_change_nothing(task, tmp_path):
 
 
 BAD = {
-    "an empty article only": ("rows.jsonl", '{"article": "", "summary": "x"}\n', [], "none of its articles can be used: 1 without a sentence"),
+    "an empty article only": ("rows.jsonl", '{"article": "", "summary": "x"}\n', [], "none of its articles can be used: 1 read, 0 written, 1 dropped (1 without a sentence"),
     "a missing column": ("rows.jsonl", '{"article": "A b.", "title": "x"}\n', [], "no column summary or highlights or abstract or headline; there are article, title"),
     "a named column that is missing": ("rows.jsonl", '{"article": "A b.", "summary": "x"}\n', ["--article-column", "x"], "no column x; there are article, summary: name one with --article-column"),
     "not JSON": ("rows.jsonl", '{"article": \n', [], "line 1 is not JSON"),
     "not an object": ("rows.jsonl", "[1]\n", [], "line 1: expected a JSON object"),
-    "a number for text": ("rows.jsonl", '{"article": 1, "summary": "x"}\n', [], "none of its articles can be used: 1 with something other than text"),
+    "a number for text": ("rows.jsonl", '{"article": 1, "summary": "x"}\n', [], "none of its articles can be used: 1 read, 0 written, 1 dropped (1 with something other than text"),
     "an empty file": ("rows.csv", "", [], "no rows"),
     "not Parquet": ("rows.parquet", "nothing", [], "is not Parquet"),
     "another kind of file": ("rows.txt", "text", [], "expected a file that ends in .jsonl, .csv, .parquet"),
     "too many sentences": (
         "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
-        ["--num-labels", "4"], "none of its articles can be used: 1 with more sentences than num_labels",
+        ["--num-labels", "4"], "none of its articles can be used: 1 read, 0 written, 1 dropped (1 with more sentences than num_labels",
     ),
     "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "min_gain is 0.0: expected above 0"),
 }  # fmt: skip
