@@ -11,7 +11,9 @@ from selfspan_jax.errors import UserError
 
 T = TypeVar("T")
 Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
-ComputeDtype = Literal["bfloat16", "float32"]
+ComputeDtype = Literal["bfloat16", "float32", "float16"]
+Dtype = Literal["bf16", "f32", "f16"]
+COMPUTE_DTYPES: dict[Dtype, ComputeDtype] = {"bf16": "bfloat16", "f32": "float32", "f16": "float16"}  # what options call them
 Weights = Literal["bf16", "int8"]  # precision of a decoding model: its own compute dtype, or int8 with a scale for each output
 LinearImplementation = Literal["reference", "xla", "triton"]  # of the linear maps
 LoraTarget = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -103,7 +105,7 @@ class ModelConfig(AttentionViews):
         _require_positive(self, "max_context_tokens", "rope_theta", "rms_norm_eps")
         _require(self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads", f"divisors of num_heads={self.num_heads}")
         _require(self.head_size % 2 == 0, self, "head_size", "even numbers (rotary positions turn pairs)")
-        _require(self.compute_dtype in ("bfloat16", "float32"), self, "compute_dtype", "bfloat16, float32")
+        _require(self.compute_dtype in get_args(ComputeDtype), self, "compute_dtype", ", ".join(get_args(ComputeDtype)))
         super().__post_init__()
 
 
@@ -221,6 +223,8 @@ class DecodeConfig:
     """Of the decode attention kernel; None chooses the best that the device has."""
     linear: LinearImplementation | None = None
     """Of a decode step's linear maps; None chooses the fastest that the device has for the batch size. Prefill uses "xla"."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end a sequence beside the vocabulary's `<eos>`: a pretrained model may have several ends of text."""
 
     def __post_init__(self):
         _require_positive(self, "max_new_tokens", "prefill_tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,16 +16,16 @@ from jaxtyping import Array, Float, Int
 
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
-from selfspan_jax.config import DecodeConfig, Implementation, Sampling, Weights
+from selfspan_jax.config import COMPUTE_DTYPES, DecodeConfig, Dtype, Implementation, Sampling, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
-from selfspan_jax.task import Task, installed_tasks
+from selfspan_jax.task import Task, end_ids, installed_tasks
 from selfspan_jax.viewing.output import Output
 from selfspan_jax.viewing.reading import Reading, Step, attention_mask
-from selfspan_jax.weights import importing, lora, models
+from selfspan_jax.weights import hub, importing, lora, models
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +40,7 @@ class SpanLM:
 
     def __init__(self, model: Decoder, task: Task, *, weights: Weights = "bf16", mesh: str | None = None):
         """Copy a model for decoding; options as for `load`."""
-        if weights not in get_args(Weights):
-            raise UserError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
+        _check_weights(weights)
         self.model = model.for_decoding(weights=weights)
         self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
         self.task = task
@@ -52,32 +52,44 @@ class SpanLM:
         tasks: Mapping[str, type[Task]] | None = None,
         *,
         base: str | Path | None = None,
+        dtype: Dtype | None = None,
         weights: Weights = "bf16",
         mesh: str | None = None,
     ) -> SpanLM:
-        """Load a finished model.
+        """Load a model.
 
         Args:
-          directory: as `train.py` writes it, adapters included; a Hugging Face directory; or a GGUF file.
+          directory: as `train.py` writes it, adapters included; a Hugging Face directory, or an id of the Hub; or a GGUF file.
           tasks: task classes by the name that a checkpoint has for them; by default the installed ones.
           base: for an adapter, the pretrained model that it was trained on.
+          dtype: "bf16", "f32" or "f16", what activations and products are computed in; by default as the model was trained, or,
+            pretrained, float32 where its config or its file says so and bfloat16 elsewhere.
           weights: "bf16", the model's own compute dtype, or "int8", half the bytes of bfloat16.
           mesh: decode on several devices, for example `data=2,tensor=2`: `data` divides sequences, `tensor` kv heads.
 
         Raises: FileNotFoundError, UserError with one line that says what is wrong with the directory.
         """
-        path = Path(directory)
+        if dtype not in (None, *COMPUTE_DTYPES):
+            raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
+        _check_weights(weights)
+        path, computed = hub.locate(directory), {} if dtype is None else {"compute_dtype": COMPUTE_DTYPES[dtype]}
         is_adapter = lora.is_adapter(path)
         if base is not None and not is_adapter:
             raise UserError(f"{directory} is no adapter, so it takes no base")
         if importing.is_pretrained(path):
-            return cls(*importing.load(directory), weights=weights, mesh=mesh)
-        model, fields = lora.load_adapter(path, None if base is None else Path(base)) if is_adapter else models.load_model(path)
+            return cls(*importing.load(path, **computed), weights=weights, mesh=mesh)
+        model, fields = lora.load_adapter(path, base) if is_adapter else models.load_model(path)
+        model.config = dataclasses.replace(model.config, **computed)
         tasks = installed_tasks() if tasks is None else tasks
         if (name := str(fields.get("task"))) not in tasks:
             known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
             raise UserError(f"{directory}: of task {name!r}; {known}")
         return cls(model, tasks[name].from_json(fields), weights=weights, mesh=mesh)
+
+    def __repr__(self) -> str:
+        config, task = self.model.config, getattr(self.task, "name", type(self.task).__name__)
+        size = f"{self.model.num_parameters:,} parameters, computed in {config.compute_dtype}"
+        return f"SpanLM({task}: {size}, attention {config.mask}, context {config.max_context_tokens:,} tokens)"
 
     @overload
     def generate(self, prompts: str, *, num_samples: None = None, **options: Any) -> Output: ...
@@ -95,6 +107,7 @@ class SpanLM:
         num_samples: int | None = None,
         attention: str | Policy | None = None,
         max_new_tokens: int | None = None,
+        chat: bool = False,
         seed: int = 0,
         implementation: Implementation | None = None,
         **sampling: Any,
@@ -107,6 +120,7 @@ class SpanLM:
           attention: a policy of `selfspan_jax.attention.policies` or its name: "span" reads what the model names, "dense"
             everything, "window" the first and the most recent tokens; by default what the model was trained with.
           max_new_tokens: at most as many as the model's context leaves; by default that, up to 1,024.
+          chat: write each prompt as a user's message, by the chat template of a pretrained model's tokenizer.
           seed: of what is drawn at a temperature above 0.
           implementation: of the decode attention kernel; by default the best that the device has.
           sampling: `temperature` (0, the default, takes the most likely token) and `top_p`, see `Sampling`.
@@ -118,7 +132,7 @@ class SpanLM:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             return []
-        ids = [self.task.encode_prompt(text) for text in texts]
+        ids = [self._encode(text, chat) for text in texts]
         samples = 1 if num_samples is None else num_samples
         arguments = self._arguments(ids, attention, max_new_tokens, seed, implementation, **sampling)
         state = self.engine.generate(*arguments, num_samples=samples)
@@ -127,11 +141,23 @@ class SpanLM:
         outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
 
-    def stream(self, prompt: str, *, chunk_tokens: int = 8, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str, *, chunk_tokens: int = 8, chat: bool = False, **options: Any) -> Iterator[str]:
         """Yield the text of one response while it is decoded, `chunk_tokens` tokens at a time; options as for `generate`."""
-        arguments = self._arguments([self.task.encode_prompt(prompt)], **options)
+        arguments = self._arguments([self._encode(prompt, chat)], **options)
         for chunk in self.engine.stream(*arguments, chunk_tokens=chunk_tokens):
-            yield self.task.decode(_written(chunk.tokens[0], self.model.vocab.eos_id))
+            yield self.task.decode(_written(chunk.tokens[0], self.end_ids))
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a response, the vocabulary's `<eos>` first."""
+        return end_ids(self.task, self.model.vocab)
+
+    def _encode(self, prompt: str, chat: bool) -> Int[np.ndarray, "T"]:
+        if not chat:
+            return self.task.encode_prompt(prompt)
+        if (encode_chat := getattr(self.task, "encode_chat", None)) is None:
+            raise UserError("chat is for pretrained models: this model's task writes its prompts itself")
+        return encode_chat(prompt)
 
     def _arguments(self, ids, attention=None, max_new_tokens=None, seed=0, implementation=None, **sampling) -> tuple:
         """Return what an engine's `generate` and `stream` take for prompts and the options of `generate`."""
@@ -139,7 +165,8 @@ class SpanLM:
         if max_new_tokens is None:
             left = self.model.config.max_context_tokens - int(lengths.max())
             max_new_tokens = min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
-        config = DecodeConfig(self._policy(attention), max_new_tokens, Sampling(**sampling), implementation=implementation)
+        options: dict[str, Any] = {"implementation": implementation, "stop_ids": self.end_ids[1:]}
+        config = DecodeConfig(self._policy(attention), max_new_tokens, Sampling(**sampling), **options)
         return token_ids, lengths, config, jax.random.key(seed)
 
     def logits(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> Float[np.ndarray, "T V"]:
@@ -183,7 +210,7 @@ class SpanLM:
         """Read back what was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
         model, outputs = self.model, []
         for prompt, ids, tokens, attended in zip(prompts, prompt_ids, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
-            token_ids = np.concatenate([ids, _written(tokens, model.vocab.eos_id)])
+            token_ids = np.concatenate([ids, _written(tokens, self.end_ids)])
             read = attended[: len(token_ids) - len(ids)]
             outputs.append(Output(self.task, token_ids, len(ids), read, policy, model.config, model.vocab, prompt))
         return outputs
@@ -200,9 +227,14 @@ class SpanLM:
         return get_policy(self.model.config.mask if attention is None else attention)
 
 
-def _written(tokens: Int[np.ndarray, "M"], eos_id: int) -> Int[np.ndarray, "R"]:
-    """Cut tokens after the first `<eos>`."""
-    ends = np.flatnonzero(tokens == eos_id)
+def _check_weights(weights: Weights) -> None:
+    if weights not in get_args(Weights):
+        raise UserError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
+
+
+def _written(tokens: Int[np.ndarray, "M"], end_ids: tuple[int, ...]) -> Int[np.ndarray, "R"]:
+    """Cut tokens after the first that ends a response."""
+    ends = np.flatnonzero(np.isin(tokens, end_ids))
     return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from selfspan_jax.spans import SpanVocab
+
 
 class Task(Protocol):
     """Turn text into ids and back. Packages offer their tasks under the entry point `selfspan.tasks`.
@@ -24,6 +26,8 @@ class Task(Protocol):
       group(prompt) -> str, what an evaluation tells apart, such as the number of operators, with `group_by`, which names
         the groups in JSON ("ops"), and `group_title`, which heads them in tables ("operators");
       view, how a response is laid out as text: "steps" (the default) or "sources".
+      stop_ids, ids that end a response beside the vocabulary's `<eos>`;
+      encode_chat(text) -> ids, the text as a user's message under the tokenizer's chat template, the answer to follow.
     """
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:
@@ -34,6 +38,11 @@ class Task(Protocol):
     def to_json(self) -> dict[str, Any]: ...
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Task: ...
+
+
+def end_ids(task: Task, vocab: SpanVocab) -> tuple[int, ...]:
+    """Return the ids that end a response: `<eos>`, and the task's own ones."""
+    return (vocab.eos_id, *getattr(task, "stop_ids", ()))
 
 
 class Verdict(Protocol):

@@ -32,7 +32,7 @@ class DecodeState:
     span: SpanState  # the automaton after the tokens fed so far; span.num_tokens is the next rotary position
     slots: Slots  # what the latest token attended to
     logits: Float[Array, "B V"]  # of the next token
-    done: Bool[Array, "B"]  # <eos> was fed: the sequence no longer changes
+    done: Bool[Array, "B"]  # <eos> or a stop id was fed: the sequence no longer changes
     num_steps: Int[Array, ""]
     new_tokens: Int[Array, "B M"]  # tokens sampled so far, then padding
     num_attended: Int[Array, "B M"]  # how many tokens each of them attended to, itself included
@@ -124,13 +124,16 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
     read = Slots(slots.slots, jnp.where(active, slots.counts, 0))
     attend = attend_cached(jnp.where(active, own, outside), read, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
+    ends = tokens == model.vocab.eos_id
+    for stop_id in config.stop_ids:
+        ends |= tokens == stop_id
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(cache, pools=pools),
         span=span,
         slots=slots,
         logits=jnp.where(active[:, None], model.logits(hidden[:, 0], linear=config.linear), state.logits),
-        done=state.done | (active & (tokens == model.vocab.eos_id)),
+        done=state.done | (active & ends),
     )
 
 

@@ -19,7 +19,7 @@ from selfspan_jax import spans
 from selfspan_jax.attention.policies import Policy
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab, TokenRoles
-from selfspan_jax.task import Task
+from selfspan_jax.task import Task, end_ids
 from selfspan_jax.viewing import detokenize
 
 
@@ -62,6 +62,11 @@ class Reading:
         return self.token_ids[self.prompt_tokens :]
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+        return end_ids(self.task, self.vocab)
+
+    @property
     def attention(self) -> str:
         """Name of the policy under which it was decoded."""
         return self.policy.name
@@ -89,7 +94,7 @@ class Reading:
         parts = []
         for start in np.unique(roles.step_index[response]):
             indices = response[roles.step_index[response] == start]
-            body = indices[~roles.is_header[indices] & (self.token_ids[indices] != self.vocab.eos_id)]
+            body = indices[~roles.is_header[indices] & ~np.isin(self.token_ids[indices], self.end_ids)]
             refs = tuple(int(name) for name in roles.names[indices] if name >= 0)
             text, opened = self.task.decode(self.token_ids[body]), bool(start >= 0 and roles.is_header[start])
             attended, share = (float(np.mean(x[indices - self.prompt_tokens])) for x in (self.num_attended, self.fractions))
@@ -114,8 +119,8 @@ class Reading:
 
     @property
     def finished(self) -> bool:
-        """False where decoding stopped at the token limit instead of `<eos>`."""
-        return bool(len(self.response_ids) and self.response_ids[-1] == self.vocab.eos_id)
+        """False where decoding stopped at the token limit instead of an end of text."""
+        return bool(len(self.response_ids) and self.response_ids[-1] in self.end_ids)
 
     @property
     def fractions(self) -> Float[np.ndarray, "R"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from selfspan_jax.errors import UserError
@@ -17,17 +18,18 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedTokenizerBase
 
-_FIELDS = {  # of a Hugging Face config, and the metadata that they are read from
+_REQUIRED = {  # fields of a Hugging Face config, and the metadata that they are read from
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
 }
+_OPTIONAL = {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length", "rope_theta": "rope.freq_base"}
+# Settings of scaled rotary positions, with the values that scale nothing; two more only describe how a scaled model came about.
+_UNSCALED = {"type": ("none", ""), "factor": (0.0, 1.0), "attn_factor": (0.0, 1.0), "scale_linear": (0.0, 1.0)}
+_DESCRIBING = ("original_context_length", "finetuned")
 _NAMES = {  # of parts of the model
     "token_embd": "model.embed_tokens",
     "output": "lm_head",
@@ -44,7 +46,8 @@ _NAMES = {  # of parts of the model
 }
 # Whether digits are split before byte-pair encoding, by the GGUF's name for the pre-tokenizer.
 _SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "default": False}
-_CONTROL = 3  # type of tokens that are not text
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens that are not text, and of those that are never cut
+_ENDS = ("eos", "eot", "eom")  # ends of a text, of a turn and of a message: llama.cpp stops at each
 
 
 def open_source(path: Path) -> Source:
@@ -60,29 +63,54 @@ def open_source(path: Path) -> Source:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{path}: not a GGUF file ({error})") from error
+    except (ValueError, LookupError, TypeError, OverflowError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a GGUF file, or a damaged one ({' '.join(str(error).split())})") from error
     fields = _hugging_face_fields(path, reader)
-    return Source.of(fields, _tensors(path, reader, fields), lambda: _tokenizer(path, reader))
+    ends = (_value(reader, f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
+    return Source.of(fields, _tensors(path, reader, fields), lambda: _tokenizer(path, reader), [end for end in ends if end is not None])
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether this is a GGUF file, by its name or its first bytes."""
+    if path.suffix.lower() == ".gguf" or not path.is_file():
+        return path.suffix.lower() == ".gguf"
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
     field = reader.get_field(key)
-    return default if field is None else field.contents()
+    value = default if field is None else field.contents()
+    # The shortest number that the file's float32 stands for: 1e-05, not 9.999999747378752e-06.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _hugging_face_fields(path: Path, reader: GGUFReader) -> dict[str, Any]:
     """Convert the metadata to the fields of a Hugging Face config."""
     if (kind := _value(reader, "general.architecture")) != "llama":
         raise UserError(f"{path}: architecture is {kind!r}; known is llama")
-    if (scaling := _value(reader, "llama.rope.scaling.type", "none")) != "none":
-        raise UserError(f"{path}: rope scaling is of type {scaling!r}; known from GGUF is none")
+    for key in reader.fields:
+        name = key.removeprefix("llama.rope.").removeprefix("scaling.")
+        if "rope.scal" in key and name not in _DESCRIBING and (value := _value(reader, key)) not in _UNSCALED.get(name, ()):
+            raise UserError(f"{path}: rope scaling: {key} is {value!r}; known from GGUF are unscaled rotary positions")
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
     if "rope_freqs.weight" in shapes:
         raise UserError(f"{path}: has scaled rotary frequencies, which are known from Hugging Face directories only")
-    fields = {theirs: _value(reader, f"llama.{name}") for theirs, name in _FIELDS.items()}
-    fields["head_dim"] = fields["head_dim"] or _value(reader, "llama.rope.dimension_count")
-    return fields | {"model_type": "llama", "vocab_size": int(shapes["token_embd.weight"][1]) if "token_embd.weight" in shapes else 0}
+    fields = {theirs: _value(reader, f"llama.{name}") for theirs, name in (_REQUIRED | _OPTIONAL).items()}
+    for theirs, name in (_REQUIRED | _OPTIONAL).items():
+        if (value := fields[theirs]) is None and theirs in _REQUIRED:
+            raise UserError(f"{path}: llama.{name} is missing")
+        if value is not None and type(value) not in (int, float):
+            raise UserError(f"{path}: llama.{name} is {type(value).__name__}; expected a number")
+    turned, fields["head_dim"] = _value(reader, "llama.rope.dimension_count"), fields["head_dim"]
+    if fields["head_dim"] is None:
+        fields["head_dim"] = turned
+    for name, other in {"rope.dimension_count": turned, "attention.value_length": _value(reader, "llama.attention.value_length")}.items():
+        if other not in (None, fields["head_dim"]):
+            raise UserError(f"{path}: llama.{name} is {other}; known is the head size, {fields['head_dim']}")
+    if "token_embd.weight" not in shapes:
+        raise UserError(f"{path}: token_embd.weight is missing")
+    return fields | {"model_type": "llama", "vocab_size": int(shapes["token_embd.weight"][1])}
 
 
 def _llama_name(name: str) -> str:
@@ -98,14 +126,18 @@ def _tensors(path: Path, reader: GGUFReader, fields: dict[str, Any]) -> Tensors:
     kv_heads = fields["num_key_value_heads"] or fields["num_attention_heads"]
 
     def read(name: str) -> Array:
-        array = dequantize(tensors[name].data, tensors[name].tensor_type)
+        try:
+            array = dequantize(tensors[name].data, tensors[name].tensor_type)
+        except NotImplementedError as error:
+            raise UserError(f"{path}: {name} is stored as {tensors[name].tensor_type.name}, which the package gguf cannot read") from error
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # GGUF stores the two of a rotary pair next to each other; here they are H / 2 apart.
             heads = kv_heads if "k_proj" in name else fields["num_attention_heads"]
             array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
         return jnp.asarray(array)
 
-    return Tensors(path, {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}, read)
+    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    return Tensors(path, shapes, read, {name: tensor.tensor_type.name for name, tensor in tensors.items()})
 
 
 def _tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
@@ -120,16 +152,39 @@ def _tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: the tokenizer is of type {kind!r}; known is gpt2 (byte-pair encoding)")
     if (cut := value("pre", "default")) not in _SPLITS_DIGITS:
         raise UserError(f"{path}: the tokenizer cuts text as {cut!r}; known are {', '.join(_SPLITS_DIGITS)}")
-    tokens, merges = value("tokens"), [tuple(merge.split(" ", 1)) for merge in value("merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    for name in ("tokens", "merges"):
+        if not isinstance(value(name), list):
+            raise UserError(f"{path}: tokenizer.ggml.{name} is missing")
+    tokens, spelling = [_spelled(token) for token in value("tokens")], value("tokens")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge.split(" ", 1)) for merge in value("merges")]))
+    except Exception as error:  # that is what the library raises
+        raise UserError(f"{path}: its tokens and merges do not fit ({' '.join(str(error).split())})") from error
     digits = [pre_tokenizers.Digits(individual_digits=True)] if _SPLITS_DIGITS[cut] else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t, type in zip(tokens, value("token_type", [])) if type == _CONTROL])
+    # As transformers: a token that is not written in the alphabet of bytes was marked by mistake.
+    kinds = [(token, kind) for token, raw, kind in zip(tokens, spelling, value("token_type", [])) if token == raw]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind == _CONTROL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
 
     def token(name: str) -> str | None:
-        return None if (index := value(f"{name}_token_id")) is None else tokens[index]
+        if (index := value(f"{name}_token_id")) is None:
+            return None
+        if not 0 <= index < len(tokens):
+            raise UserError(f"{path}: tokenizer.ggml.{name}_token_id is {index}, but there are {len(tokens):,} tokens")
+        return tokens[index]
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=token("bos"), eos_token=token("eos"), pad_token=token("padding"), unk_token=token("unknown")
-    )
+    ends = {name: bool(value(name, False)) for name in ("add_bos_token", "add_eos_token")}
+    names = {"bos_token": token("bos"), "eos_token": token("eos"), "pad_token": token("padding"), "unk_token": token("unknown")}
+    chat = _value(reader, "tokenizer.chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat, **names, **ends)
+
+
+def _spelled(token: str) -> str:
+    """Write a token in the alphabet of byte-level tokenizers, in which most files have it already."""
+    from tokenizers import pre_tokenizers
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return token if set(token) <= set(level.alphabet()) else "".join(part for part, _ in level.pre_tokenize_str(token))

@@ -6,9 +6,11 @@ No PyTorch, no pickle, no remote code: safetensors (single or sharded) and JSON 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from selfspan_jax.config import ModelConfig, RopeScaling
 from selfspan_jax.errors import UserError
@@ -16,12 +18,11 @@ from selfspan_jax.files import new_directory, read_json, write_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.weights.models import METADATA, Tensors, open_safetensors, save_safetensors, to_llama
-from selfspan_jax.weights.tokenizers import load_tokenizer
+from selfspan_jax.weights.tokenizers import TextTask, is_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # known values of `model_type`; SmolLM and many others are llama
 _SIZES = {  # fields of `config.json`, and what ModelConfig calls them
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -32,6 +33,19 @@ _SIZES = {  # fields of `config.json`, and what ModelConfig calls them
     "max_position_embeddings": "max_context_tokens",
     "rms_norm_eps": "rms_norm_eps",
 }
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# Known values of `model_type` (SmolLM and many others are llama), and what `transformers` takes for a field that the file does not name.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        **{"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+        **{"head_dim": 128},
+    },
+}
+_ROPE_THETA = 10_000.0
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +58,40 @@ class Source:
     tensors: Tensors
     """Under Llama's names and layout."""
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    eos_ids: tuple[int, ...] = ()
+    """Ids that end a text, as far as the model's config knows them; the tokenizer names one too."""
+    vocab: SpanVocab | None = None
+    """Ids of the structural tokens, for a finished model of this project."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], tensors: Tensors, load_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Source:
+    def of(
+        cls,
+        fields: Mapping[str, Any],
+        tensors: Tensors,
+        load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        eos_ids: Iterable[int] = (),
+    ) -> Source:
         """Make a source from the fields of a Hugging Face config. Raises UserError for fields that `model_config` refuses."""
+        fields = dict(fields)
+        if _HEAD in tensors.shapes and not (fields.get("tie_word_embeddings") and _is_tied(tensors)):
+            fields["tie_word_embeddings"] = False  # the file has a head of its own, whatever the config says
+        elif fields.get("tie_word_embeddings") is None:
+            fields["tie_word_embeddings"] = True
+        if fields.get("dtype", fields.get("torch_dtype")) is None and tensors.main_dtype == "F32":
+            fields["dtype"] = "float32"
         try:
-            config = model_config({"tie_word_embeddings": "lm_head.weight" not in tensors.shapes, **fields})
-        except (KeyError, TypeError, ValueError) as error:
+            config = model_config(fields)
+        except UserError as error:
             raise UserError(f"{tensors.where}: {error}") from error
-        return cls(config, fields["vocab_size"], tensors, load_tokenizer)
+        return cls(config, fields["vocab_size"], tensors, load_tokenizer, tuple(eos_ids))
+
+
+def _is_tied(tensors: Tensors) -> bool:
+    """Return whether a file's output layer is its embedding, bit by bit."""
+    shapes = tensors.shapes
+    if shapes[_HEAD] != shapes.get(_EMBEDDING):
+        return False
+    return np.array_equal(*(np.asarray(tensors.read(name)) for name in (_EMBEDDING, _HEAD)))
 
 
 def open_source(path: Path) -> Source:
@@ -64,37 +103,68 @@ def open_source(path: Path) -> Source:
     """
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json")
-    return Source.of(read_json(path / "config.json"), _open_shards(path), lambda: load_tokenizer(path))
+    fields, generation = read_json(path / "config.json"), path / "generation_config.json"
+    if quantized := fields.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UserError(f'{path}: its weights are quantised ({method}): take the model they were made from, and weights="int8"')
+    configs = {path / "config.json": fields, **({generation: read_json(generation)} if generation.is_file() else {})}
+    ends = [_eos_ids(file, config.get("eos_token_id")) for file, config in configs.items()]
+    return Source.of(fields, _open_shards(path), lambda: load_tokenizer(path), dict.fromkeys(sum(ends, [])))
+
+
+def _eos_ids(file: Path, value: Any) -> list[int]:
+    """Read an `eos_token_id`: none, one, or a list of them."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"{file}: eos_token_id is {value!r}; expected an id or a list of ids")
+    return ids
 
 
 def _open_shards(directory: Path) -> Tensors:
-    index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
-    by_name: dict[str, str] | None = None
+    single, index = "model.safetensors", directory / "model.safetensors.index.json"
+    names, by_name = [single], None
     if index.is_file():
         by_name = read_json(index).get("weight_map")
-        if not isinstance(by_name, dict):
-            raise UserError(f"{index}: weight_map missing")
+        if not isinstance(by_name, dict) or not all(isinstance(name, str) for name in by_name.values()):
+            raise UserError(f"{index}: weight_map is missing, or no map from tensors to files")
         names = sorted(set(by_name.values()))
     for name in names:
         if Path(name).name != name:
             raise UserError(f"{index}: shard {name!r} lies outside the directory")
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory}: {name} is missing")
+    if single not in names and (directory / single).exists():
+        raise UserError(f"{directory}: has {single} and an index of other files ({names[0]}): remove one of the two models")
     tensors = open_safetensors(directory, [directory / name for name in names])
     if by_name is not None and (absent := sorted(by_name.keys() - tensors.shapes.keys())):
         raise UserError(f"{index}: {len(absent)} tensors are in no shard, {absent[0]} among them")
     return tensors
 
 
-def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizerBase | TextTask | None = None) -> None:
     """Write a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` loads, atomically.
 
     `transformers` attends densely: it ignores spans, and structural tokens are special tokens like any other.
 
+    Args:
+      tokenizer: with the structural tokens, as the task of an imported model has it; such a task is taken too, and with it all
+        the ids that end a text. Without one, no tokenizer is written.
+
     Raises: FileExistsError if the directory exists; UserError for an architecture that Hugging Face has no name for, or a
       quantised or adapted model.
     """
+    if not isinstance(directory, str | Path):
+        raise UserError(f"directory is {directory!r}; expected a path")
+    if not isinstance(model, Decoder):
+        raise UserError(f"expected a Decoder to export, found {type(model).__name__}: of a SpanLM give its model")
+    stop_ids: tuple[int, ...] = ()
+    if isinstance(tokenizer, TextTask):
+        tokenizer, stop_ids = tokenizer.tokenizer, tokenizer.stop_ids
+    if not (tokenizer is None or is_tokenizer(tokenizer)):
+        raise UserError(f"expected a tokenizer of transformers or the task of an imported model, found {type(tokenizer).__name__}")
     fields, arrays = to_hugging_face(model.config, model.vocab, model.vocab_size), to_llama(model)
+    if stop_ids:
+        fields["eos_token_id"] = [model.vocab.eos_id, *stop_ids]
     with new_directory(Path(directory)) as partial:
         save_safetensors(partial / "model.safetensors", arrays, METADATA)
         write_json(partial / "config.json", fields)
@@ -105,29 +175,33 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
 def model_config(fields: Mapping[str, Any]) -> ModelConfig:
     """Convert a Hugging Face `config.json` to the architecture it describes, attending densely.
 
-    Raises: UserError for an architecture, an activation or a scaling of rotary positions that the decoder does not have.
+    Raises: UserError for an architecture, an activation or a scaling of rotary positions that the decoder does not have, or a
+      field that is missing or of another type.
     """
-    fields = {name: value for name, value in fields.items() if value is not None}
     kind = fields.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(f"model_type is {kind!r}; known are {', '.join(MODEL_TYPES)}")
-    if missing := {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"} - fields.keys():
+    if kind not in _DEFAULTS:
+        raise UserError(f"model_type is {kind!r}; known are {', '.join(_DEFAULTS)}")
+    fields = {name: value for name, value in {**_DEFAULTS[kind], **fields}.items() if value is not None}
+    if missing := [name for name in _REQUIRED if name not in fields]:
         raise UserError(f"{', '.join(sorted(missing))} missing")
-    if (activation := fields.get("hidden_act", "silu")) != "silu":
+    for name in (*_REQUIRED, *_SIZES, "sliding_window", "max_window_layers"):
+        _check_number(fields, name, whole=name != "rms_norm_eps")
+    if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"hidden_act is {activation!r}; known is silu")
     if fields.get("mlp_bias"):
         raise UserError("mlp_bias is true; the feed-forward layers here have none")
-    rope = fields.get("rope_parameters") or {**(fields.get("rope_scaling") or {}), "rope_theta": fields.get("rope_theta")}
     biased = bool(fields.get("attention_bias"))
     num_heads = fields["num_attention_heads"]
-    defaults = {"num_key_value_heads": num_heads, "head_dim": fields["hidden_size"] // num_heads}
-    fields = {**defaults, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **fields}
+    if num_heads < 1:
+        raise UserError(f"num_attention_heads is {num_heads}; expected at least 1")
+    fields = {"num_key_value_heads": num_heads, "head_dim": fields["hidden_size"] // num_heads, "rms_norm_eps": 1e-6, **fields}
+    rope = _rope(fields)
     sizes = {ours: fields[theirs] for theirs, ours in _SIZES.items()}
-    if kind == "mistral" or fields.get("use_sliding_window"):  # within the window attention is dense
-        sizes["max_context_tokens"] = min(sizes["max_context_tokens"], fields.get("sliding_window") or sizes["max_context_tokens"])
+    if (window := _sliding_window(kind, fields)) is not None:  # within it attention is dense
+        sizes["max_context_tokens"] = min(sizes["max_context_tokens"], window)
     return ModelConfig(
         **sizes,
-        rope_theta=float(rope.get("rope_theta") or 10000.0),
+        rope_theta=float(rope["rope_theta"]),
         rope_scaling=_rope_scaling(rope),
         qkv_bias=biased or kind == "qwen2",
         output_bias=biased and kind != "qwen2",
@@ -140,14 +214,88 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _check_number(fields: Mapping[str, Any], name: str, *, whole: bool = False) -> None:
+    value = fields.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)):
+        raise UserError(f"{name} is {value!r}; expected a {'whole ' if whole else ''}number")
+
+
+def _sliding_window(kind: str, fields: Mapping[str, Any]) -> int | None:
+    """Return the window of the layers that have one, None where all attend to everything."""
+    types, known = fields.get("layer_types") or [], ["full_attention", "sliding_attention"]
+    if not isinstance(types, list) or any(layer not in known for layer in types):
+        raise UserError(f"layer_types is {str(types)[:80]}; known are {', '.join(known)}")
+    if kind == "mistral":
+        return fields.get("sliding_window")
+    if kind == "llama" or not fields.get("use_sliding_window"):
+        return None
+    slides = "sliding_attention" in types if types else fields["max_window_layers"] < fields["num_hidden_layers"]
+    return fields.get("sliding_window") if slides else None
+
+
+def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect the settings of rotary positions.
+
+    They have stood in three places: `rope_parameters` (transformers 5), `rope_scaling`, and fields of the config itself. As in
+    transformers what stands in a dict comes before the config's field, and the dict may have one part for each type of layer.
+    """
+    dicts = {name: fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name)}
+    for name, value in dicts.items():
+        if not isinstance(value, dict):
+            raise UserError(f"{name} is {value!r}; expected an object")
+    found = []
+    for name, rope in dicts.items():
+        nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
+        used = fields.get("layer_types") or nested
+        if nested and (alone := [key for key in rope if key not in nested]):
+            raise UserError(f"{name} has {alone[0]} beside settings for types of layers")
+        if nested and (missing := sorted({*used} - nested.keys())):
+            raise UserError(f"{name} has no settings for layers of type {missing[0]}")
+        found += [(name, _rope_of(rope, fields)) for rope in ([nested[key] for key in sorted({*used})] if nested else [rope])]
+    if not found:
+        return _rope_of({}, fields)
+    (_, first), *others = found
+    for name, other in others:
+        if different := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
+            key = different[0]
+            raise UserError(
+                f"{key} is {first.get(key)!r} in one setting of rotary positions and {other.get(key)!r} in {name}; known is one"
+            )
+    return first
+
+
+def _rope_of(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete one dict of rotary settings from the config's own fields."""
+    rope = {name: value for name, value in rope.items() if value is not None}
+    kind = rope.pop("type", None)
+    if rope.setdefault("rope_type", kind) is None:
+        rope["rope_type"] = "default"
+        if rope.get("factor", 1) != 1:
+            raise UserError(f"rope scaling has a factor of {rope['factor']!r}, but no type; known are default and llama3")
+    rope.setdefault("rope_theta", fields.get("rope_theta", _ROPE_THETA))
+    rope.setdefault("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+    if rope["partial_rotary_factor"] != 1:
+        raise UserError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; known is 1: all of a head is turned")
+    if rope["rope_type"] == "llama3":
+        original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+        rope["original_max_position_embeddings"] = fields["max_position_embeddings"] if original is None else original
+    for name in ("rope_theta", *_LLAMA3):
+        _check_number(rope, name)
+    return rope
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if (kind := rope["rope_type"]) == "default":
         return None
     if kind != "llama3":
         raise UserError(f"rope scaling is of type {kind!r}; known are default and llama3")
-    original = rope["original_max_position_embeddings"]
-    return RopeScaling(float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(original))
+    if missing := [name for name in _LLAMA3 if name not in rope]:
+        raise UserError(f"rope scaling of type llama3: {', '.join(missing)} missing")
+    factor, low, high, original = (rope[name] for name in _LLAMA3)
+    return RopeScaling(float(factor), float(low), float(high), int(original))
 
 
 def to_hugging_face(config: ModelConfig, vocab: SpanVocab, vocab_size: int) -> dict[str, Any]:

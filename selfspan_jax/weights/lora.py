@@ -29,7 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import fused_linear, silu_and_mul
-from selfspan_jax.config import LinearImplementation, LoraConfig, TunedAttention, from_json
+from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, TunedAttention, from_json
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder, Frozen, Linear, RMSNorm
 from selfspan_jax.weights.importing import load_decoder
@@ -186,6 +186,17 @@ def _name(path: tuple[Any, ...]) -> str:
 _ADAPTER = Format("selfspan adapter", "adapter.json", "adapter.safetensors")
 
 
+def _rounded(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields of a config, numbers as float32 has them: a GGUF file keeps no more of them than that."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: rounded(inner) for name, inner in value.items()}
+        return float(np.float32(value)) if isinstance(value, float) else value
+
+    return rounded(dataclasses.asdict(config))
+
+
 def save_adapter(directory: Path, model: Decoder, config: LoraConfig, base_name: str, task: dict[str, Any], card: str) -> None:
     """Write the adapter of an adapted model, atomically; see `models.save_model`.
 
@@ -202,11 +213,11 @@ def is_adapter(directory: Path) -> bool:
     return (directory / "adapter.json").is_file()
 
 
-def load_adapter(directory: Path, base: Path | None) -> tuple[Decoder, dict[str, Any]]:
+def load_adapter(directory: Path, base: str | Path | None) -> tuple[Decoder, dict[str, Any]]:
     """Load an adapter, merged into its base, and its `vocab.json`.
 
     Args:
-      base: the Hugging Face directory or GGUF file that it was trained on.
+      base: the model that it was trained on: a Hugging Face directory or hub id, a GGUF file, or a finished model.
 
     Raises:
       FileNotFoundError: no such directory, or a file of it or of the base is missing.
@@ -223,7 +234,7 @@ def load_adapter(directory: Path, base: Path | None) -> tuple[Decoder, dict[str,
         raise UserError(f"{directory} is an adapter of {name}: it needs that model too (--base)")
     tuned = ("compute_dtype", *(field.name for field in dataclasses.fields(TunedAttention)))  # what fine-tuning chose, not the base
     model = load_decoder(base, stored.vocab, **{name: getattr(wanted, name) for name in tuned})
-    if model.config != wanted or model.vocab_size != stored.vocab_size:
+    if _rounded(model.config) != _rounded(wanted) or model.vocab_size != stored.vocab_size:
         raise UserError(f"{base}: another architecture than that of {name}, which {directory} is an adapter of")
     model = adapt(model, config)
     if fingerprint(model) != expected:

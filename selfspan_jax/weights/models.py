@@ -10,8 +10,10 @@ A finished model is a directory:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,16 @@ class Tensors:
     shapes: dict[str, tuple[int, ...]]
     """By name."""
     read: Callable[[str], Array]
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """By name, in the words of the file: "F32", "BF16", "Q4_1"."""
+
+    @property
+    def main_dtype(self) -> str | None:
+        """The dtype that most numbers are stored in; None where no tensor says its own."""
+        sizes = collections.Counter[str]()
+        for name in self.shapes.keys() & self.dtypes.keys():
+            sizes[self.dtypes[name]] += math.prod(self.shapes[name])
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
     def check(self, wanted: Mapping[str, Any], ignored: Container[str] = ()) -> None:
         """Compare names and shapes with those of `wanted` (arrays, or shapes in their place); no tensor is read.
@@ -63,12 +75,14 @@ def open_safetensors(where: Path, files: Sequence[Path]) -> Tensors:
     Raises: UserError for a file that is not in this format; FileNotFoundError.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     file_of: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, "flax") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a mapping)
-                    shapes[name], file_of[name] = tuple(shard.get_slice(name).get_shape()), file
+                    tensor = shard.get_slice(name)
+                    shapes[name], dtypes[name], file_of[name] = tuple(tensor.get_shape()), tensor.get_dtype(), file
         except SafetensorError as error:
             raise UserError(f"{file}: not a safetensors file ({error})") from error
 
@@ -76,7 +90,7 @@ def open_safetensors(where: Path, files: Sequence[Path]) -> Tensors:
         with safe_open(file_of[name], "flax") as shard:
             return shard.get_tensor(name)
 
-    return Tensors(where, shapes, read)
+    return Tensors(where, shapes, read, dtypes)
 
 
 def save_safetensors(file: Path, arrays: Mapping[str, jax.Array], metadata: dict[str, str] | None = None) -> None:
@@ -107,7 +121,7 @@ class Format:
             save_safetensors(partial / self.tensors, arrays, self.metadata)
             write_json(partial / self.description, fields | {"span_vocab": dataclasses.asdict(model.vocab)} | more)
             write_json(partial / "vocab.json", task)
-            (partial / "README.md").write_text(card)
+            (partial / "README.md").write_text(card, encoding="utf-8")
 
     def open(self, directory: Path, *more: str) -> tuple[Decoder, Tensors, dict[str, Any], dict[str, Any]]:
         """Open a directory; `more` are fields that the description must have beside those of every model.
@@ -154,12 +168,23 @@ def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str)
     _MODEL.write(directory, model, to_llama(model), task, card)
 
 
+def is_model(directory: Path) -> bool:
+    """Return whether this is the directory of a finished model."""
+    config = directory / _MODEL.description
+    return config.is_file() and read_json(config).get("format") == _MODEL.name
+
+
+def open_model(directory: Path) -> tuple[Decoder, Tensors, dict[str, Any]]:
+    """Open a finished model: the decoder with shapes in place of parameters, the tensors and `vocab.json`; errors as of `Format.open`."""
+    return _MODEL.open(directory)[:3]
+
+
 def load_model(directory: Path) -> tuple[Decoder, dict[str, Any]]:
     """Read a finished model, its parameters in float32, and its `vocab.json`; see `Format.open` for errors.
 
     Raises: UserError for tensors that do not fit the config.
     """
-    decoder, tensors, task, _ = _MODEL.open(Path(directory))
+    decoder, tensors, task = open_model(Path(directory))
     tensors.check(llama_shapes(decoder))
     return from_llama(decoder, lambda name: tensors.read(name).astype(jnp.float32)), task
 

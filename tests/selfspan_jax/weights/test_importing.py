@@ -213,7 +213,7 @@ DAMAGES = {
     "biased feed-forward": (edited(lambda c: c.update(mlp_bias=True)), "mlp_bias"),
     "another rope": (edited(lambda c: c["rope_parameters"].update(rope_type="yarn")), "type 'yarn'; known are default and llama3"),
     "a size missing": (edited(lambda c: c.pop("hidden_size")), "hidden_size missing"),
-    "text for a size": (edited(lambda c: c.update(num_hidden_layers="2")), "not supported between"),
+    "text for a size": (edited(lambda c: c.update(num_hidden_layers="2")), "num_hidden_layers is .2.; expected a whole number"),
     "wrong shape": (edited(lambda c: c.update(intermediate_size=48)), r"mlp\.\w+_proj.weight is \[.*40.*\], but the config asks for"),
     "a tensor missing": (without("model.norm.weight"), "1 tensors missing, model.norm.weight"),
     "more layers than it says": (edited(lambda c: c.update(num_hidden_layers=1)), "9 tensors that the config does not know"),
