@@ -23,7 +23,7 @@ from data.errors import check_range
 from data.tasks import TASKS
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
-from selfspan_jax.config import Sampling, Weights
+from selfspan_jax.config import Dtype, Sampling, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.viewing import text
@@ -34,14 +34,16 @@ PolicyName = literal_type_from_choices(tuple(POLICIES))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     checkpoint: Positional[Path]
-    """Directory of a finished model or an adapter, a Hugging Face directory or a GGUF file."""
+    """Directory of a finished model or an adapter, a Hugging Face directory or an id of its Hub (owner/name), or a GGUF file."""
     base: Path | None = None
-    """For an adapter: the Hugging Face directory or GGUF file that it was trained on."""
+    """For an adapter: the model that it was trained on, named in the same ways."""
+    dtype: Dtype | None = None
+    """What activations and products are computed in. Default: as the model was trained; a pretrained one that is stored so, in f32."""
     mesh: str | None = None
     """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
 
     def load(self, **options: Any) -> SpanLM:
-        return SpanLM.load(self.checkpoint, TASKS, base=self.base, mesh=self.mesh, **options)
+        return SpanLM.load(self.checkpoint, TASKS, base=self.base, dtype=self.dtype, mesh=self.mesh, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Generate(Model):
     """An expression: whole numbers, + - * and parentheses; or text."""
     article: Path | None = None
     """A text file in place of the prompt, for a model that sums up news."""
+    chat: bool = False
+    """Write the prompt as a user's message, by the chat template of a pretrained model's tokenizer."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     max_new_tokens: int | None = None
     """Stop after so many tokens; by default what the model's context leaves, 1024 at most."""
@@ -76,7 +80,8 @@ class Generate(Model):
     def run(self) -> None:
         prompt = files.read_text(self.article) if self.article else str(self.prompt)
         lm = self.load(weights=self.weights)
-        options = {"attention": self.attention, "max_new_tokens": self.max_new_tokens, "seed": self.seed, **vars(self.sampling)}
+        options: dict[str, Any] = {"attention": self.attention, "max_new_tokens": self.max_new_tokens, "chat": self.chat, "seed": self.seed}
+        options |= vars(self.sampling)
         if self.stream:
             for piece in lm.stream(prompt, **options):
                 print(piece, end="", flush=True)
@@ -121,7 +126,10 @@ class Eval(Model):
 
     def run(self) -> None:
         lm = self.load()
-        settings = {**{k: v for k, v in vars(self).items() if k not in ("base", "data", "json")}, "checkpoint": self.checkpoint.name}
+        settings = {
+            **{k: v for k, v in vars(self).items() if k not in ("base", "data", "json") and (k, v) != ("dtype", None)},
+            "checkpoint": self.checkpoint.name,
+        }
         options: dict[str, Any] = {"attention": self.attention, "passes": self.passes, "progress": True}
         found = evaluation.evaluate_all(lm, self.examples(lm.task), batch_sizes=self.batch_size, **options)
         results = evaluation.report(lm, found, settings)

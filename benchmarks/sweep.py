@@ -50,7 +50,9 @@ class Bench:
     """
 
     checkpoint: Positional[Path | None] = None
-    """Directory of a finished model; or give --shape."""
+    """Directory of a finished model or an adapter, or a pretrained model as for generate; or give --shape."""
+    base: Path | None = None
+    """For an adapter: the model that it was trained on."""
     shape: ShapeName | None = None
     """A model's sizes, filled with random weights."""
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (1, 8, 32)
@@ -86,6 +88,8 @@ class Bench:
     def __post_init__(self):
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("give either a checkpoint or --shape")
+        if self.base and self.shape:
+            raise UserError("--base is for an adapter, not for --shape")
         check_range(self, "batch_size", "context", "num_samples", low=1)
         if self.steps < 2 or self.steps % 2:
             raise UserError(f"steps is {self.steps}; allowed: even numbers, 2 and above")
@@ -137,7 +141,9 @@ class Bench:
         bench, shape, model, workload, tokens_of = self._subject()
         mesh = bench.make_mesh(shape.config)
         tokens_of(Case("span", 1, min(bench.context), bench.steps))  # an impossible workload is refused before anything is measured
-        settings = {name: value for name, value in dataclasses.asdict(bench).items() if name not in ("checkpoint", "shape", "json", "plot")}
+        settings = {
+            name: value for name, value in dataclasses.asdict(bench).items() if name not in ("checkpoint", "base", "shape", "json", "plot")
+        }
         results = {
             "shape": self.checkpoint.name if self.checkpoint else self.shape,
             **report_header(),
@@ -163,7 +169,7 @@ class Bench:
         """Open what is measured: the options with their contexts, the shape, a checkpoint's model, the workload and its tokens."""
         task, model = arithmetic.ArithmeticTask(), None
         if self.checkpoint:
-            lm = SpanLM.load(self.checkpoint, TASKS)
+            lm = SpanLM.load(self.checkpoint, TASKS, base=self.base)
             model, task = lm.model, lm.task if isinstance(lm.task, arithmetic.ArithmeticTask) else task
             shape = Shape(model.config, model.vocab, model.vocab_size)
             bench = self.with_contexts(model.config.max_context_tokens)

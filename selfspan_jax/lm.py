@@ -72,7 +72,8 @@ class SpanLM:
         if dtype not in (None, *COMPUTE_DTYPES):
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
         _check_weights(weights)
-        path, computed = hub.locate(directory), {} if dtype is None else {"compute_dtype": COMPUTE_DTYPES[dtype]}
+        path = hub.locate(directory)
+        computed: dict[str, Any] = {} if dtype is None else {"compute_dtype": COMPUTE_DTYPES[dtype]}
         is_adapter = lora.is_adapter(path)
         if base is not None and not is_adapter:
             raise UserError(f"{directory} is no adapter, so it takes no base")

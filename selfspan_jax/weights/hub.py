@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from selfspan_jax.errors import UserError
 
@@ -35,7 +36,7 @@ def locate(name: str | Path) -> Path:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise UserError(f"{name}: no such path, and ids of the Hugging Face Hub need the package huggingface_hub") from error
-    http_error = errors.HfHubHTTPError.__mro__[1]  # of the library that this version of the package speaks HTTP with
+    http_error: Any = errors.HfHubHTTPError.__mro__[1]  # of the library that this version of the package speaks HTTP with
     try:
         return Path(snapshot_download(path.as_posix(), allow_patterns=FILES, ignore_patterns=["*/*"]))
     except errors.RepositoryNotFoundError as error:

@@ -91,7 +91,7 @@ def _is_tied(tensors: Tensors) -> bool:
     shapes = tensors.shapes
     if shapes[_HEAD] != shapes.get(_EMBEDDING):
         return False
-    return np.array_equal(*(np.asarray(tensors.read(name)) for name in (_EMBEDDING, _HEAD)))
+    return np.array_equal(np.asarray(tensors.read(_EMBEDDING)), np.asarray(tensors.read(_HEAD)))
 
 
 def open_source(path: Path) -> Source:

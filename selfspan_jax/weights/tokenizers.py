@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -149,16 +150,16 @@ def from_vocabulary(where: Path, fields: Mapping[str, Any], vocab: SpanVocab) ->
 
     if not isinstance(text := fields.get("tokenizer_json"), str):
         raise UserError(f"{where}: its vocabulary is the built-in one, without a tokenizer for text")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=parse_tokenizer(where, text))
-    switch_runtime_state_off(tokenizer)
-    first = {"<pad>": vocab.pad_id, "<bos>": vocab.bos_id, "<eos>": vocab.eos_id}
-    ids = first | dict(zip(special_tokens(vocab.num_labels), [vocab.solve_id, *range(vocab.seg_base, vocab.ref_base + vocab.num_labels)]))
-    names = dict(zip(first, (tokenizer.convert_ids_to_tokens(i) or name for name, i in first.items())))
-    missing = sorted((names.get(name, name) for name in ids if names.get(name, name) not in tokenizer.get_vocab()), key=lambda n: ids[n])
-    tokenizer.add_special_tokens({**{f"{name[1:-1]}_token": names[name] for name in first}, "additional_special_tokens": missing})
-    known = tokenizer.get_vocab()
-    if wrong := [name for name, i in ids.items() if known.get(names.get(name, name)) != i]:
+    core = parse_tokenizer(where, text)
+    ends = {name: core.id_to_token(i) or name for name, i in (("<pad>", vocab.pad_id), ("<bos>", vocab.bos_id), ("<eos>", vocab.eos_id))}
+    families = (range(base, base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
+    numbers = [vocab.pad_id, vocab.bos_id, vocab.eos_id, vocab.solve_id, *itertools.chain(*families)]
+    ids = dict(zip([*ends.values(), *special_tokens(vocab.num_labels)], numbers))
+    core.add_special_tokens(sorted((token for token in ids if core.token_to_id(token) is None), key=lambda token: ids[token]))
+    if wrong := [token for token, i in ids.items() if core.token_to_id(token) != i]:
         raise UserError(f"{where}: its tokenizer has another id for {wrong[0]} than the model")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=ends["<pad>"], bos_token=ends["<bos>"], eos_token=ends["<eos>"])
+    switch_runtime_state_off(tokenizer)
     return tokenizer
 
 
