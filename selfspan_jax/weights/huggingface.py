@@ -277,8 +277,9 @@ def _rope_of(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, An
     if rope["partial_rotary_factor"] != 1:
         raise UserError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; known is 1: all of a head is turned")
     if rope["rope_type"] == "llama3":
-        original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
-        rope["original_max_position_embeddings"] = fields["max_position_embeddings"] if original is None else original
+        if "original_max_position_embeddings" not in rope and "original_max_position_embeddings" in fields:
+            raise UserError("original_max_position_embeddings stands beside the settings of rotary positions: it belongs among them")
+        rope.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
     for name in ("rope_theta", *_LLAMA3):
         _check_number(rope, name)
     return rope

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -170,6 +170,8 @@ class TextTask:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...] = ()
     """Ids that end a text beside the tokenizer's own."""
+
+    name: ClassVar[str] = "text"
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:
         """Encode text, with the beginning of text if the tokenizer adds one. Raises UserError for an empty prompt."""
