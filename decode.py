@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -24,7 +24,7 @@ from data.tasks import TASKS
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import Dtype, Sampling, Weights
-from selfspan_jax.errors import UserError
+from selfspan_jax.errors import UserError, catch_out_of_memory
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.viewing import text
 
@@ -105,33 +105,40 @@ class Eval(Model):
     """Examples; expressions: of each number of operators that --ops has."""
     ops: Annotated[tuple[int, ...], commandline.commas(int)] = ()
     """Expressions: operators of each; several with commas are decoded and timed one after the other."""
-    min_ops: int = 2
-    """Expressions without --ops: fewest operators; their number is uniform between the bounds."""
-    max_ops: int = 12
-    """Expressions without --ops: most operators."""
+    min_ops: int | None = None
+    """Expressions without --ops: fewest operators, by default 2; their number is uniform between the bounds."""
+    max_ops: int | None = None
+    """Expressions without --ops: most operators, by default 12."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (128,)
     """Sequences decoded together; of several with commas, the fastest counts."""
     passes: int = 1
     """Times that each batch is decoded; the median counts. The first time has what happens once, such as loading kernels."""
-    seed: int = 1
-    """Of the examples."""
+    seed: int | None = None
+    """Of fresh examples, by default 1."""
     data: Path | None = None
     """A corpus directory that python -m data wrote; by default fresh examples."""
+    split: Literal["train", "validation", "test"] | None = None
+    """Of a corpus directory that was divided; by default its test split."""
     json: Path | None = None
     """Write the scores, in all and by group and set, into this file."""
 
     def __post_init__(self):
         check_range(self, "num_examples", "batch_size", "passes", low=1)
+        if self.data is None and self.split:
+            raise UserError("--split is of a corpus directory: give one with --data")
+        if self.data and (given := [name for name in _FRESH if getattr(self, name) not in (None, ())]):
+            raise UserError(f"{_options(given)} is for fresh examples, not for those of --data {self.data}")
+        if self.ops and (self.min_ops, self.max_ops) != (None, None):
+            raise UserError("--ops says how many operators there are: leave out --min-ops and --max-ops")
 
     def run(self) -> None:
         lm = self.load()
-        settings = {
-            **{k: v for k, v in vars(self).items() if k not in ("base", "data", "json") and (k, v) != ("dtype", None)},
-            "checkpoint": self.checkpoint.name,
-        }
-        options: dict[str, Any] = {"attention": self.attention, "passes": self.passes, "progress": True}
-        found = evaluation.evaluate_all(lm, self.examples(lm.task), batch_sizes=self.batch_size, **options)
+        sets, drawn = self.examples(lm.task)
+        options: dict[str, Any] = {"attention": self.attention, "passes": self.passes}
+        found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, **options)
+        settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
+        settings |= {} if self.dtype is None else {"dtype": self.dtype}
         results = evaluation.report(lm, found, settings)
         try:
             print(text.evaluation_table(results, lm.task), flush=True)
@@ -139,26 +146,48 @@ class Eval(Model):
             if self.json:
                 files.write_json(self.json, results)
 
-    def examples(self, task: Any) -> dict[str, list[Any]]:
-        """Draw fresh examples of the task, or take those of a corpus directory, as sets by name."""
+    def examples(self, task: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Draw fresh examples of the task, or take those of a corpus directory; return them as sets by name, and how they were drawn."""
         if not hasattr(task, "held_out"):
             raise UserError(f"{self.checkpoint}: its task has no examples, so there is nothing to score")
-        takes_ops = "ops" in inspect.signature(task.held_out).parameters
-        if self.ops and (self.data or not takes_ops):
-            raise UserError(f"--ops is for fresh expressions, not for {self.data or task.name}")
-        if self.data is None:
-            bounds = {"ops": [(n, n) for n in self.ops] or [(self.min_ops, self.max_ops)]} if takes_ops else {}
-            return task.held_out(self.num_examples, seed=self.seed, **bounds)
+        if self.data:
+            return self._stored(task, self.data)
+        if not getattr(task, "is_generated", True):
+            raise UserError(
+                f"{self.checkpoint} was trained on a file, like which no fresh examples can be drawn: give its test split with --data"
+            )
+        drawn: dict[str, Any] = {"seed": 1 if self.seed is None else self.seed}
+        ranges = inspect.signature(task.held_out).parameters.get("ops")
+        if ranges is None:
+            if given := [name for name in _FRESH if name != "seed" and getattr(self, name) not in (None, ())]:
+                raise UserError(f"{_options(given)} is for fresh expressions, not for {task.name}")
+            return task.held_out(self.num_examples, **drawn), drawn
+        ((low, high),) = ranges.default
+        bounds = (low if self.min_ops is None else self.min_ops, high if self.max_ops is None else self.max_ops)
+        sets = task.held_out(self.num_examples, **drawn, ops=[(n, n) for n in self.ops] or [bounds])
+        return sets, drawn | ({"ops": self.ops} if self.ops else dict(zip(("min_ops", "max_ops"), bounds)))
+
+    def _stored(self, task: Any, directory: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         from data import dataset  # which imports Hugging Face's datasets
 
-        stored = dataset.load(self.data, TASKS)
+        split = self.split or ("test" if "test" in dataset.splits(directory) else None)
+        stored = dataset.load(directory, TASKS, split)
         if stored.task.name != task.name:
-            raise UserError(f"{self.data} is a corpus of {stored.task.name}: expected one of {task.name}")
-        return {self.data.name: list(itertools.islice(filter(None, map(task.renumber, stored)), self.num_examples))}
+            raise UserError(f"{directory} is a corpus of {stored.task.name}: expected one of {task.name}")
+        name = directory.resolve().name
+        examples = list(itertools.islice(filter(None, map(task.renumber, stored)), self.num_examples))
+        return {name: examples}, {"data": name, "split": stored.card["split"]}
+
+
+_FRESH = ("ops", "min_ops", "max_ops", "seed")
+
+
+def _options(names: list[str]) -> str:
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def main() -> None:
-    with commandline.exit_on_user_error(UserError, NotImplementedError):
+    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
         command = commandline.parse(tyro.cli, Generate | Eval | Bench, description=__doc__, user_error=UserError)
         with files.outputs(**{name: getattr(command, name, None) for name in ("json", "html", "plot")}):
             command.run()

@@ -12,13 +12,11 @@ a mesh bytes, memory and roofline are those of one device: its heads and feature
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,6 +33,7 @@ from selfspan_jax.decoding.cache import attend_cached
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket
+from selfspan_jax.errors import DoesNotFit
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.parallel.mesh import num_data_shards
@@ -83,21 +82,6 @@ class Case:
 
 # PartitionSpecs of arrays whose first, or second, axis is that of the sequences.
 _EACH, _EACH_STEP = layout.spec("sequences"), layout.spec(None, "sequences")
-
-
-class DoesNotFit(Exception):
-    """A case that needs more memory than the device has."""
-
-
-@contextlib.contextmanager
-def catch_out_of_memory() -> Iterator[None]:
-    """Raise DoesNotFit in place of JAX's error where the device runs out of memory."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
-            raise
-        raise DoesNotFit("does not fit: the device ran out of memory") from None
 
 
 @dataclasses.dataclass

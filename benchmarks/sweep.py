@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 
 from benchmarks import peers as hf
 from benchmarks import report
-from benchmarks.decoding import STREAMED_TOKENS, Case, DoesNotFit, Programs, catch_out_of_memory, compile_case, measure_case, measure_stream
+from benchmarks.decoding import STREAMED_TOKENS, Case, Programs, compile_case, measure_case, measure_stream
 from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line, report_header
 from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
@@ -31,7 +31,7 @@ from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.errors import UserError
+from selfspan_jax.errors import DoesNotFit, UserError, catch_out_of_memory
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh

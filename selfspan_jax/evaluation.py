@@ -23,12 +23,12 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState
-from selfspan_jax.errors import UserError
+from selfspan_jax.errors import DoesNotFit, UserError, catch_out_of_memory
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Example
-from selfspan_jax.viewing.output import Output
+from selfspan_jax.viewing.output import Output, is_right, prompt_warnings
 from selfspan_jax.viewing.reading import attended, attended_by_kind
 
 MARGIN_TOKENS = 16  # that a response may be longer than the longest gold one
@@ -52,6 +52,14 @@ class LanguageModel(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class NotRun:
+    """A batch size at which a set of examples was not decoded, and why."""
+
+    batch_size: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Outputs in the order of the examples, and the seconds that prefill and decoding took, compilation excluded."""
 
@@ -61,6 +69,8 @@ class Evaluation:
     batch_size: int
     decode_seconds: float
     compile_seconds: float
+    num_too_long: int = 0
+    """Examples that were left out, because prompt and response exceed the model's context."""
 
     @functools.cached_property
     def scores(self) -> Scores:
@@ -100,9 +110,14 @@ class Evaluation:
         return self.scores | {f"{name}_interval": wilson(self.scores[name], len(self.outputs)) for name in accuracies}
 
     def to_json(self) -> dict[str, Any]:
-        """Return scores, speed and mean length, as JSON."""
+        """Return scores, counts of verdicts, speed and mean length, as JSON."""
         context_tokens = float(np.mean([len(out.token_ids) for out in self.outputs]))
-        return {**self.scores_json(), **self.speed(), "context_tokens": context_tokens}
+        verdicts = [out.verdict for out in self.outputs if out.verdict]
+        counts = {name: sum(getattr(verdict, name) for verdict in verdicts) for name in ("answer_right", "steps_right", "spans_right")}
+        counts["all_right"] = sum(map(is_right, verdicts))
+        warned = sum(bool(prompt_warnings(self.task, out.prompt)) for out in self.outputs)
+        sizes = {"context_tokens": context_tokens, "num_too_long": self.num_too_long, "num_with_warnings": warned}
+        return {**self.scores_json(), **({"verdicts": counts} if verdicts else {}), **self.speed(), **sizes}
 
     def first_errors(self) -> dict[str, int]:
         """Count the responses by what they get wrong first, see `first_error`; the most frequent kind first."""
@@ -175,8 +190,9 @@ def evaluate(
     token_ids, lengths = lm.pad(ids)
     batch_size = _batch_size(lm, batch_size, len(ids))
     policy = get_policy(attention or lm.model.config.mask)
-    config = _config(examples, policy, max_new_tokens)
+    config = _config(lm, examples, ids, policy, max_new_tokens)
     compile_seconds, seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
+    state: Any = None
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
     outputs: dict[int, Output] = {}
     with tqdm(total=len(ids), desc=f"decode ({policy.name})", unit="prompt", leave=False, disable=None if progress else True) as bar:
@@ -185,6 +201,7 @@ def evaluate(
             filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]  # the last batch repeats a prompt, for one shape
             taken = []
             for _ in range(passes):
+                del state  # the next one needs its memory
                 began = time.perf_counter()
                 state = jax.block_until_ready(lm.engine.generate(token_ids[filled], lengths[filled], config))
                 taken.append(time.perf_counter() - began)
@@ -203,28 +220,70 @@ def evaluate_all(
     batch_sizes: Sequence[int],
     attention: str | Policy | None = None,
     **options: Any,
-) -> dict[str, list[Evaluation]]:
-    """Call `evaluate` for sets of examples at each batch size, all of them compiled first, several at once."""
+) -> dict[str, list[Evaluation | NotRun]]:
+    """Call `evaluate` for sets of examples at each batch size, all of them compiled first, several at once.
+
+    Examples that exceed the model's context are left out and counted. A batch that the device has no memory for is `NotRun`,
+    as is a set that has no example left; the others go on.
+
+    Raises: UserError for no examples, and a batch size that the mesh does not divide.
+    """
     cases = [(name, size) for name in sets for size in batch_sizes]
     policy = get_policy(attention or lm.model.config.mask)
+    if not all(sets.values()):
+        raise UserError("no examples to evaluate")
+    ids = {name: [lm.task.encode_prompt(example.prompt) for example in examples] for name, examples in sets.items()}
+    fitting = {name: _fitting(lm, examples, ids[name]) for name, examples in sets.items()}
 
-    def compile_case(case: tuple[str, int]) -> float:
-        examples = sets[case[0]]
-        longest = max(len(lm.task.encode_prompt(example.prompt)) for example in examples)
-        return _compile(lm, _batch_size(lm, case[1], len(examples)), longest, _config(examples, policy))
+    def compile_case(case: tuple[str, int]) -> float | NotRun:
+        name, size = case
+        examples, prompts = [sets[name][i] for i in fitting[name]], [ids[name][i] for i in fitting[name]]
+        if not examples:
+            context = lm.model.config.max_context_tokens
+            return NotRun(size, f"does not fit: prompt and response of each example exceed the model's context of {context} tokens")
+        try:
+            with catch_out_of_memory():
+                config = _config(lm, examples, prompts, policy)
+                return _compile(lm, _batch_size(lm, size, len(examples)), max(map(len, prompts)), config)
+        except DoesNotFit as reason:
+            return NotRun(size, str(reason))
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA leaves most processors idle on one
-        seconds = dict(zip(cases, pool.map(compile_case, cases), strict=True))
-    found: dict[str, list[Evaluation]] = {name: [] for name in sets}
+        compiled = dict(zip(cases, pool.map(compile_case, cases), strict=True))
+    found: dict[str, list[Evaluation | NotRun]] = {name: [] for name in sets}
     for name, size in cases:
-        evaluation = evaluate(lm, sets[name], batch_size=size, attention=policy, **options)
-        found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds[name, size]))
+        seconds, examples = compiled[name, size], [sets[name][i] for i in fitting[name]]
+        if isinstance(seconds, NotRun):
+            found[name].append(seconds)
+            continue
+        try:
+            with catch_out_of_memory():
+                evaluation = evaluate(lm, examples, batch_size=size, attention=policy, **options)
+        except DoesNotFit as reason:
+            found[name].append(NotRun(size, str(reason)))
+        else:
+            left_out = len(sets[name]) - len(examples)
+            found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds, num_too_long=left_out))
     return found
 
 
-def _config(examples: Sequence[Example], policy: Policy, max_new_tokens: int | None = None) -> DecodeConfig:
-    longest = max(len(example.response_ids) for example in examples)
-    return DecodeConfig(policy, longest + MARGIN_TOKENS if max_new_tokens is None else max_new_tokens)
+def _fitting(lm: LanguageModel, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]]) -> list[int]:
+    """Return the numbers of the examples whose prompts leave room for the longest gold response of all that fit by themselves."""
+    context = lm.model.config.max_context_tokens
+    prompts, responses = np.array([len(x) for x in ids]), np.array([len(example.response_ids) for example in examples])
+    longest = responses[prompts + responses <= context].max(initial=0)
+    return np.flatnonzero(prompts + np.maximum(responses, longest) <= context).tolist()
+
+
+def _config(
+    lm: LanguageModel, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]], policy: Policy, max_new_tokens: int | None = None
+) -> DecodeConfig:
+    """Give the responses room for the longest gold one and a margin, as far as the context has it."""
+    if max_new_tokens is None:
+        longest = max(len(example.response_ids) for example in examples)
+        left = lm.model.config.max_context_tokens - max(map(len, ids))
+        max_new_tokens = max(longest, min(longest + MARGIN_TOKENS, left))
+    return DecodeConfig(policy, max_new_tokens)
 
 
 def _batch_size(lm: LanguageModel, wanted: int, num_prompts: int) -> int:
@@ -246,12 +305,19 @@ def _compile(lm: LanguageModel, batch_size: int, prompt_tokens: int, config: Dec
     return time.perf_counter() - began
 
 
-def report(lm: LanguageModel, evaluations: Mapping[str, Sequence[Evaluation]], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Summarize what `evaluate_all` returned, with its settings and the device, as JSON.
+def report(lm: LanguageModel, found: Mapping[str, Sequence[Evaluation | NotRun]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Summarize what `evaluate_all` returned, with its settings, what the task fixes and the device, as JSON.
 
-    Everything about a set is of its fastest batch size; `by_batch_size` has the speed of all. Where the task groups its prompts,
-    `by_...` (`by_ops` for arithmetic) has the scores of each group over all sets.
+    Everything about a set is of its fastest batch size; `by_batch_size` has the speed of all, `not_run` what was not decoded. Where
+    the task groups its prompts, `by_...` (`by_ops` for arithmetic) has the scores of each group over all sets.
+
+    Raises: DoesNotFit if nothing was decoded.
     """
+    not_run = [{"set": name, **dataclasses.asdict(item)} for name, own in found.items() for item in own if isinstance(item, NotRun)]
+    by_set = {name: [item for item in own if isinstance(item, Evaluation)] for name, own in found.items()}
+    if not any(by_set.values()):
+        raise DoesNotFit("; ".join(dict.fromkeys(f"{row['set']} at batch {row['batch_size']}: {row['reason']}" for row in not_run)))
+    evaluations = {name: own for name, own in by_set.items() if own}
     chosen = {name: max(own, key=lambda evaluation: evaluation.right_per_second) for name, own in evaluations.items()}
     whole = Evaluation(
         lm.task,
@@ -260,6 +326,7 @@ def report(lm: LanguageModel, evaluations: Mapping[str, Sequence[Evaluation]], s
         max(own.batch_size for own in chosen.values()),
         sum(own.decode_seconds for own in chosen.values()),
         sum(own.compile_seconds for own in chosen.values()),
+        sum(own.num_too_long for own in chosen.values()),
     )
     outputs, first = whole.outputs, whole.outputs[0]
     by_batch_size = {name: [evaluation.speed() for evaluation in own] for name, own in evaluations.items()}
@@ -269,12 +336,15 @@ def report(lm: LanguageModel, evaluations: Mapping[str, Sequence[Evaluation]], s
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "num_parameters": lm.model.num_parameters,
+        "max_context_tokens": lm.model.config.max_context_tokens,
+        "task": {name: value for name, value in lm.task.to_json().items() if name != "vocab"},
         **whole.to_json(),
         **attended_by_kind(outputs),
         "unresolved_refs": sum(out.unresolved_refs for out in outputs),
         "first": {"steps": [str(step) for step in first.steps], "gold": lm.task.decode(whole.examples[0].response_ids)},
         "sets": {name: chosen[name].to_json() | {"by_batch_size": speeds} for name, speeds in by_batch_size.items()},
     }
+    values["not_run"] = not_run
     if len(evaluations) == 1:
         (values["by_batch_size"],) = by_batch_size.values()
     if first.verdict:

@@ -1,5 +1,6 @@
 """The command lines: what they print, what they write, and what they say when the user is wrong."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ import train
 from benchmarks import decoding, peers
 from data import arithmetic, news
 from data.__main__ import main as data_main
+from selfspan_jax import files
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
@@ -106,6 +108,70 @@ def test_eval_reports_by_number_of_operators(call, tmp_path):
     assert scores["num_examples"] == 8 == sum(row["num_examples"] for row in scores["by_ops"].values())
     assert set(scores["by_ops"]) <= {"2", "3"} and scores["step_accuracy"] == 1.0
     assert scores["checkpoint"] == "arithmetic-tiny" and scores["attention"] == "span" and scores["decode_seconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def expressions(tmp_path_factory):
+    """A corpus directory of expressions, among them one of more tokens than the shipped model's context."""
+    directory = tmp_path_factory.mktemp("corpora") / "mine"
+    data_main(["arithmetic", "--num-examples", "3", "--min-ops", "2", "--max-ops", "2", "--out", str(directory), "--workers", "0"])
+    return directory
+
+
+@contextlib.contextmanager
+def descriptor_to(number, file):
+    """Let an open descriptor write to a file, as a shell's N>FILE does."""
+    before = os.dup(number)
+    with file.open("wb") as opened:
+        os.dup2(opened.fileno(), number)
+    yield
+    os.dup2(before, number)
+    os.close(before)
+
+
+def test_eval_of_a_corpus_directory(call, tmp_path, expressions):
+    """The JSON has what was evaluated and no settings of fresh examples; on standard output it stands alone."""
+    with descriptor_to(1, tmp_path / "stdout"):
+        status, out, err = call(decode.main, "eval", CHECKPOINT, "--data", expressions, "--json", "-")
+    found = json.loads((tmp_path / "stdout").read_text())
+    assert (status, out) == (0, "") and "\nmine: " in err and "operators  examples" in err and "mine operators" not in err
+    assert (found["data"], found["split"], found["num_examples"], list(found["sets"]), list(found["by_ops"])) == (
+        "mine",
+        "train",
+        3,
+        ["mine"],
+        ["2"],
+    )
+    assert not {"seed", "ops", "min_ops", "max_ops", "batch_sizes"} & found.keys() and found["not_run"] == []
+    assert found["sets"]["mine"]["verdicts"]["all_right"] == found["verdicts"]["all_right"] <= 3
+    assert found["task"]["task"] == "arithmetic" and found["max_context_tokens"] == 2048 and "vocab" not in found["task"]
+
+    for option, value in (("--ops", "3"), ("--min-ops", "2"), ("--max-ops", "2"), ("--seed", "1")):  # its own defaults too
+        status, out, err = call(decode.main, "eval", CHECKPOINT, "--data", expressions, option, value)
+        assert (status, out) == (2, "") and err == f"error: {option} is for fresh examples, not for those of --data {expressions}\n"
+    status, _, err = call(decode.main, "eval", CHECKPOINT, "--data", expressions, "--split", "test")
+    assert status == 2 and err == f"error: {expressions} has no test split: there is train\n"
+
+
+def test_results_are_kept_when_nobody_reads_the_table(call, tmp_path, expressions, monkeypatch):
+    file = tmp_path / "eval.json"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["decode.py", "eval", CHECKPOINT, "--data", str(expressions), "--json", str(file)])
+        patch.setattr(sys, "stdout", stdout)
+        with contextlib.suppress(BrokenPipeError, SystemExit), jax.numpy_dtype_promotion("standard"):
+            decode.main()
+        with contextlib.suppress(BrokenPipeError):
+            stdout.close()
+    assert json.loads(file.read_text())["num_examples"] == 3
+
+
+def test_the_table_is_shown_when_its_json_cannot_be_written(call, tmp_path, expressions, monkeypatch):
+    """A disk that fills up while the model decodes."""
+    monkeypatch.setattr(files, "write_json", lambda file, value: files.write_bytes(tmp_path, b""))
+    status, out, err = call(decode.main, "eval", CHECKPOINT, "--data", expressions, "--json", tmp_path / "eval.json")
+    assert status == 2 and "\nmine: " in out and err == f"error: {tmp_path} cannot be written: Is a directory\n"
 
 
 def test_eval_at_several_batch_sizes(call, tmp_path):
@@ -211,6 +277,16 @@ DECODE_ERRORS = {
     "no such picture": (["generate", CHECKPOINT, "1+2", "--plot", "mask.xyz"], "allowed: names that end in .png, .svg or .pdf"),
     "temperature": (["generate", CHECKPOINT, "1+2", "--temperature", "-1"], "temperature is -1.0"),
     "no examples": (["eval", CHECKPOINT, "--num-examples", "0"], "num_examples is 0"),
+    "a split of nothing": (["eval", CHECKPOINT, "--split", "test"], "--split is of a corpus directory: give one with --data"),
+    "operators twice": (["eval", CHECKPOINT, "--ops", "3", "--max-ops", "4"], "leave out --min-ops and --max-ops"),
+    "a directory for a file": (["eval", CHECKPOINT, "--json", "tests"], "json is tests, which cannot be written: Is a directory"),
+    "a page into a directory": (["generate", CHECKPOINT, "1+2", "--html", "tests"], "html is tests, which cannot be written"),
+    "below a file": (
+        ["bench", CHECKPOINT, "--json", "train.py/a.json"],
+        "json is train.py/a.json, which cannot be written: Not a directory",
+    ),
+    "a picture into a directory": (["bench", CHECKPOINT, "--plot", "/proc/a.png"], "plot is /proc/a.png, which cannot be written"),
+    "one file for two": (["generate", CHECKPOINT, "1+2", "--json", "-", "--html", "-"], "json and html are both -"),
     "no operators": (["eval", CHECKPOINT, "--ops", "0"], "min_ops is 0"),
     "nothing to time": (["bench"], "give either a checkpoint or --shape"),
     "twice the same": (["bench", CHECKPOINT, "--shape", "llama2-7b"], "give either a checkpoint or --shape"),
@@ -438,8 +514,8 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
     assert status == 0 and out.startswith("2 summaries (span attention)") and "\nROUGE " in out, err
     written = json.loads((tmp_path / "eval.json").read_text())
     assert {"rouge1", "rougeL", "fact_accuracy", "span_precision", "attended_fraction_body", "summaries_per_second"} <= written.keys()
-    fresh = decode.Eval(checkpoint=run / "model", num_examples=3).examples(news.NewsTask.from_json(written_task(run)))
-    assert list(fresh) == ["synthetic"] and len(fresh["synthetic"]) == 3
+    fresh, drawn = decode.Eval(checkpoint=run / "model", num_examples=3).examples(news.NewsTask.from_json(written_task(run)))
+    assert list(fresh) == ["synthetic"] and len(fresh["synthetic"]) == 3 and drawn == {"seed": 1}
 
     article = ["--article", "docs/article.txt", "--max-new-tokens", 8, "--html", page]
     status, out, err = call(decode.main, "generate", run / "model", *article)

@@ -84,13 +84,12 @@ def _verified_table(report: Mapping[str, Any], task: Any) -> str:
     for name, own in report["sets"].items():
         for speed in own["by_batch_size"]:
             rate, size = speed[f"{task.unit}_per_second"], speed["batch_size"]
-            of = f"{name} {title}" if grouped else name
-            lines.append(f"{of}: {rate:.1f} right answers per second of prefill and decoding, batch {size}")
+            lines.append(f"{_named(name, report, task)}: {rate:.1f} right answers per second of prefill and decoding, batch {size}")
     if errors := report["first_errors"]:
         lines.append("first errors: " + ", ".join(f"{kind} {count}" for kind, count in errors.items()))
     if wrong := report["first_wrong"]:
         lines.append(f"first wrong: {wrong}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_left_out(report, task)])
 
 
 def _scores_table(report: Mapping[str, Any], task: Any) -> str:
@@ -106,4 +105,22 @@ def _scores_table(report: Mapping[str, Any], task: Any) -> str:
                 f"{speed[f'{task.unit}_per_second']:.1f} {task.unit} and {speed['response_tokens_per_second']:.0f} tokens per second "
                 f"of prefill and decoding, batch {speed['batch_size']}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_left_out(report, task)])
+
+
+def _left_out(report: Mapping[str, Any], task: Any) -> list[str]:
+    """Lay out what an evaluation did not decode, and what says little of the model."""
+    lines = []
+    for name, own in report["sets"].items():
+        if own["num_with_warnings"]:
+            lines.append(f"{_named(name, report, task)}: beyond what the model was trained on, or cut: {own['num_with_warnings']} examples")
+        if own["num_too_long"]:
+            lines.append(f"{_named(name, report, task)}: left out, because they exceed the model's context: {own['num_too_long']} examples")
+    return lines + [
+        f"{_named(row['set'], report, task)}: not run at batch {row['batch_size']}: {row['reason']}" for row in report["not_run"]
+    ]
+
+
+def _named(name: str, report: Mapping[str, Any], task: Any) -> str:
+    """Name a set of examples: fresh ones by their groups ("20 operators"), those of a corpus directory by its name."""
+    return f"{name} {task.group_title}" if hasattr(task, "group") and "data" not in report else name

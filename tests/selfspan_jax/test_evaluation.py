@@ -5,11 +5,15 @@ import json
 from types import SimpleNamespace
 from typing import ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data import arithmetic
 from selfspan_jax import SpanLM, evaluation
+from selfspan_jax.config import DecodeConfig
+from selfspan_jax.errors import UserError
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing import text
 from tests.selfspan_jax.models import random_model
@@ -37,6 +41,9 @@ class Summaries:
     def answer(self, response_ids):
         return None
 
+    def to_json(self):
+        return {"task": "digits", "max_digits": 2, "vocab": "large"}
+
     def scores(self, examples, responses):
         assert all(len(response) for response in responses)
         return {"rougeL": np.mean([len(example.prompt) for example in examples]) / 4, "fact_accuracy": 0.5}
@@ -46,6 +53,9 @@ class Problems(Summaries):
     """The same, verified: a prompt decides what is right."""
 
     unit, group_by, group_title = "problems", "ops", "operators"
+
+    def warnings(self, prompt):
+        return ["a long one"] if prompt == "456" else []
 
     def verify(self, prompt, response_ids):
         answer, steps, spans = RIGHT[prompt]
@@ -93,8 +103,84 @@ def test_scores_order_and_seconds(lm, monkeypatch):
     assert found.right_per_second == 2 / 5
     alone = lm.generate(prompts, max_new_tokens=6)
     assert [out.text for out in found.outputs] == [out.text for out in alone] and found.outputs[0].attention == "span"
+    for sets in ({"none": []}, {"some": [Example("4")], "none": []}):
+        with pytest.raises(ValueError, match="no examples"):
+            evaluation.evaluate_all(lm, sets, batch_sizes=[1])
     with pytest.raises(ValueError, match="no examples"):
         evaluation.evaluate(lm, [])
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_each_pass_has_the_memory_of_the_one_before(lm, monkeypatch):
+    """What is alive when a batch begins is what was alive before the first: no KV pool of an earlier pass or batch."""
+    generate, alive, ends = lm.engine.generate, [], []
+
+    def measured(*arguments):
+        alive.append(live_bytes())
+        state = generate(*arguments)
+        ends.append(live_bytes())
+        return state
+
+    prompts = [Example(prompt) for prompt in ("45", "456", "4", "45")]
+    evaluation.evaluate_all(lm, {"warm up": prompts}, batch_sizes=[2], max_new_tokens=6)
+    monkeypatch.setattr(lm.engine, "generate", measured)
+    evaluation.evaluate_all(lm, {"first": prompts, "second": prompts}, batch_sizes=[2], passes=2, max_new_tokens=6)
+    pools = jax.tree.leaves(generate(np.ones((2, 8), np.int32), np.full(2, 8), DecodeConfig("span", 6)).cache.pools)
+    assert len(alive) == 8 and min(ends) - max(alive) > sum(pool.nbytes for pool in pools)
+    assert max(alive) - min(alive) < 1000, alive  # tokens that outputs keep, on a CPU without a copy
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_told_and_the_others_are_kept(lm, monkeypatch):
+    generate, compile_ = lm.engine.generate, lm.engine.compile
+
+    def run_out(token_ids, *arguments):
+        if len(token_ids) == 2 and token_ids.shape[1] == 5:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
+        return generate(token_ids, *arguments)
+
+    def compile_or_not(batch_size, *arguments):
+        if batch_size == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.")
+        return compile_(batch_size, *arguments)
+
+    monkeypatch.setattr(lm.engine, "generate", run_out)
+    monkeypatch.setattr(lm.engine, "compile", compile_or_not)
+    sets = {"short": [Example("4")] * 2, "long": [Example("456")] * 3}
+    before = live_bytes()
+    report = json.loads(json.dumps(evaluation.report(lm, evaluation.evaluate_all(lm, sets, batch_sizes=(1, 2, 3)), {})))
+    assert live_bytes() - before < 1000
+    assert {name: [row["batch_size"] for row in own["by_batch_size"]] for name, own in report["sets"].items()} == {
+        "short": [1, 2, 2],
+        "long": [1],
+    }
+    reason = "does not fit: the device ran out of memory"
+    assert report["not_run"] == [{"set": "long", "batch_size": size, "reason": reason} for size in (2, 3)]
+    assert text.evaluation_table(report, lm.task).splitlines()[-2:] == [
+        f"long operators: not run at batch {size}: {reason}" for size in (2, 3)
+    ]
+    with pytest.raises(UserError, match=f"long at batch 2: {reason}; long at batch 3: {reason}"):
+        evaluation.report(lm, evaluation.evaluate_all(lm, {"long": sets["long"]}, batch_sizes=(2, 3)), {})
+    monkeypatch.setattr(lm.engine, "generate", lambda *arguments: jnp.zeros(3) + jnp.zeros(4))
+    with pytest.raises(TypeError):  # any other error is a bug
+        evaluation.evaluate_all(lm, sets, batch_sizes=(1,))
+
+
+def test_examples_that_exceed_the_context_are_left_out_and_counted(model):
+    """The context has 80 tokens. The responses of a batch share their room, so that the longest counts for all."""
+    lm = SpanLM(model, Summaries())
+    fits, full = Example("4" * 10, np.full(40, 5)), Example("4" * 38, np.full(40, 5))  # 12 and 40 tokens of prompt
+    too_long = Example("4" * 39, np.full(20, 5)), Example("4" * 100), Example("4", np.full(78, 5))
+    found = evaluation.evaluate_all(lm, {"some": [fits, too_long[0], full, *too_long[1:]], "none": list(too_long[1:])}, batch_sizes=(2,))
+    (some,), (none,) = found.values()
+    assert [len(out.prompt) for out in some.outputs] == [10, 38] and some.num_too_long == 3
+    assert none.reason == "does not fit: prompt and response of each example exceed the model's context of 80 tokens"
+    lines = text.evaluation_table(evaluation.report(lm, found, {}), lm.task).splitlines()
+    assert lines[-2] == "some: left out, because they exceed the model's context: 3 examples" and lines[-1].startswith(
+        "none: not run at batch 2: "
+    )
 
 
 def test_a_report_of_verified_answers(lm, evaluations):
@@ -113,13 +199,16 @@ def test_a_report_of_verified_answers(lm, evaluations):
         pytest.approx(report["decode_seconds"])
     )
     assert {"attended_fraction_body", "attended_tokens_header", "header_share", "unresolved_refs", "device", "jax"} <= report.keys()
-    assert report["first"]["gold"] == "5 2"
+    assert report["first"]["gold"] == "5 2" and report["task"] == {"task": "digits", "max_digits": 2} and report["not_run"] == []
+    assert long["verdicts"] == {"answer_right": 1, "steps_right": 0, "spans_right": 1, "all_right": 0}
+    assert report["verdicts"] == {"answer_right": 2, "steps_right": 1, "spans_right": 2, "all_right": 1}
 
     table = text.evaluation_table(report, lm.task).splitlines()
     assert table[0] == "operators  examples  answers  steps   spans   attended  tokens"
     assert table[2].split()[:5] == ["8", "1", "100.0%", "0.0%", "100.0%"] and table[4].split()[:3] == ["all", "3", "66.7%"]
     assert table[5].startswith("short operators: ") and table[5].endswith(" right answers per second of prefill and decoding, batch 1")
-    assert [line[:13] for line in table[-2:]] == ["first errors:", "first wrong: "] and len(table) == 5 + 4 + 2
+    assert [line[:13] for line in table[-3:-1]] == ["first errors:", "first wrong: "] and len(table) == 5 + 4 + 3
+    assert table[-1] == "long operators: beyond what the model was trained on, or cut: 1 examples" and long["num_with_warnings"] == 1
 
 
 def test_verified_answers_without_groups_are_told_apart_by_set(model, evaluations):
