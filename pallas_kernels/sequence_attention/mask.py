@@ -8,6 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.sequence_attention.prompts import list_tiles
+
 TILE = (64, 64)  # queries by keys: what one warp group (4 warps) multiplies at once, without spilled registers in any kernel
 WORD_BITS = 32
 MAX_ELEMENTS = 2**26  # of the boolean mask in memory at a time
@@ -86,7 +88,7 @@ class TileMask:
         tiled = bits.reshape(batch, words * WORD_BITS // block_k, block_k // WORD_BITS, queries // block_q, block_q)
         some = jnp.any(tiled != 0, axis=(2, 4))  # [B, S'/block_k, T'/block_q]
         every = jnp.all(tiled == -1, axis=(2, 4))
-        return cls(bits, *_list_tiles(some.swapaxes(1, 2), every.swapaxes(1, 2)), *_list_tiles(some, every), num_queries, num_keys)
+        return cls(bits, *list_tiles(some.swapaxes(1, 2), every.swapaxes(1, 2)), *list_tiles(some, every), num_queries, num_keys)
 
     def unpacked(self) -> jax.Array:
         """Return the bool `[B, T, S]`."""
@@ -103,10 +105,3 @@ def _pack_bits(mask: jax.Array) -> jax.Array:
     values = jnp.uint32(1) << jnp.arange(WORD_BITS, dtype=jnp.uint32)
     words = jnp.sum(jnp.where(mask, values[None, None, None, :], jnp.uint32(0)), axis=3, dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(words, jnp.int32).swapaxes(1, 2)
-
-
-def _list_tiles(some: jax.Array, every: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """List for each i of bool [B, I, J] the tiles j with some pairs but not every, then those with every; and their counts [B, I, 2]."""
-    kinds = jnp.where(every, 1, jnp.where(some, 0, 2))
-    partial, needed = jnp.sum(some & ~every, axis=2, dtype=jnp.int32), jnp.sum(some, axis=2, dtype=jnp.int32)
-    return jnp.argsort(kinds, axis=2, stable=True).astype(jnp.int32), jnp.stack([partial, needed], axis=2)

@@ -3,14 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sequence_attention.mask import TileMask
 
-
-def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: TileMask, *, scale: float) -> jax.Array:
-    """Compute all pairs in float32 and mask them, differentiable; independent of the kernels."""
+def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, *, scale: float) -> jax.Array:
+    """Compute all pairs in float32 and keep those of a bool [B, T, S], differentiable; independent of the kernels."""
     batch, num_queries, _, head_size = q.shape
     num_kv_heads = k.shape[2]
-    allowed = mask.unpacked()[:, None, None]  # [B, 1, 1, T, S]
+    allowed = allowed[:, None, None]
     grouped = q.astype(jnp.float32).reshape(batch, num_queries, num_kv_heads, -1, head_size)
     with jax.default_matmul_precision("highest"):
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * scale

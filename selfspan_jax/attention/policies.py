@@ -7,14 +7,14 @@ A policy says it twice, and both must agree for every token: `mask` for whole se
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels import update_slots
+from pallas_kernels import PromptMask, update_slots
 from selfspan_jax import spans
 from selfspan_jax.config import AttentionViews
 from selfspan_jax.errors import UserError
@@ -55,6 +55,22 @@ class Policy(Hashable, Protocol):
           first_query, num_queries: compute these Q rows of the mask only; all T by default.
         """
 
+    def prompt_masks(
+        self,
+        token_ids: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        vocab: spans.SpanVocab,
+        views: AttentionViews,
+        *,
+        responses: bool,
+    ) -> Callable[[Int[Array, ""], int], PromptMask] | None:
+        """Return the function from first query and number of queries (static) to their mask, for prefill; None where only `mask` says it.
+
+        Args:
+          lengths: tokens of each row; the rest of a row is ignored.
+          responses: some row goes on after `<solve>`. Otherwise all tokens are of prompts.
+        """
+
     def initial_slots(self, slot_table: Int[Array, "B A"]) -> Slots:
         """Allocate slots of the shape that the policy needs, none in use."""
 
@@ -92,6 +108,18 @@ def _earlier(token_ids, *, segment_ids=None, first_query=0, num_queries=None) ->
     return mask, distance
 
 
+def _causal_prompts(lengths: Int[Array, "B"], num_keys: int) -> Callable[[Int[Array, ""], int], PromptMask]:
+    return lambda first, num_queries: PromptMask.causal(first, lengths, num_queries=num_queries, num_keys=num_keys)
+
+
+def _local_prompts(lengths, query_labels, key_labels, **options) -> Callable[[Int[Array, ""], int], PromptMask]:
+    def masks(first, num_queries):
+        some = jax.lax.dynamic_slice_in_dim(query_labels, first, num_queries, axis=1)
+        return PromptMask.local(first, lengths, some, key_labels, **options)
+
+    return masks
+
+
 @dataclasses.dataclass(frozen=True)
 class Span:
     """Attend to what the model's own tokens name (`selfspan_jax.spans`)."""
@@ -101,6 +129,14 @@ class Span:
 
     def mask(self, token_ids, vocab, views, **rows):
         return spans.attention_mask(token_ids, vocab, **_views(views), **rows)
+
+    def prompt_masks(self, token_ids, lengths, vocab, views, *, responses):
+        if responses:
+            return None
+        if views.prompt_view == "causal":
+            return _causal_prompts(lengths, token_ids.shape[1])
+        labels = spans.token_roles(token_ids, vocab).labels
+        return _local_prompts(lengths, labels, labels, num_labels=vocab.num_labels, window_tokens=views.prompt_window_tokens)
 
     def initial_slots(self, slot_table):
         batch, capacity = slot_table.shape
@@ -129,6 +165,9 @@ class Dense:
     def mask(self, token_ids, vocab, views, **rows):
         return _earlier(token_ids, **rows)[0]
 
+    def prompt_masks(self, token_ids, lengths, vocab, views, *, responses):
+        return _causal_prompts(lengths, token_ids.shape[1])
+
     def initial_slots(self, slot_table):
         return Slots(slot_table, jnp.zeros(slot_table.shape[0], jnp.int32))  # for good: only the counts grow
 
@@ -155,6 +194,11 @@ class Window:
     def mask(self, token_ids, vocab, views, **rows):
         mask, distance = _earlier(token_ids, **rows)
         return mask & ((distance < self.window_tokens) | (jnp.arange(token_ids.shape[1])[None, :] < self.sink_tokens))[None]
+
+    def prompt_masks(self, token_ids, lengths, vocab, views, *, responses):
+        index = jax.lax.broadcasted_iota(jnp.int32, token_ids.shape, 1)
+        sink = jnp.where(index < self.sink_tokens, 0, -1)  # label 0 is everybody's, and queries have no other
+        return _local_prompts(lengths, jnp.full_like(index, -2), sink, num_labels=1, window_tokens=self.window_tokens)
 
     def initial_slots(self, slot_table):
         batch, capacity = slot_table.shape

@@ -6,10 +6,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import rotate_and_write, span_decode_attention
+from pallas_kernels import PromptMask, prompt_attention, rotate_and_write, span_decode_attention
+from pallas_kernels.sequence_attention import unsupported_reason as prompt_kernel_reason
 from selfspan_jax.attention.policies import Slots
+from selfspan_jax.attention.sequences import dot_product_attention
 from selfspan_jax.config import Implementation, ModelConfig
 from selfspan_jax.model import Attend
 
@@ -46,6 +48,28 @@ class KVCache:
         prompt_slot = sequence // num_samples * prompt_capacity + token
         own_slot = batch * prompt_capacity + sequence * new_capacity + jnp.minimum(new_token, new_capacity - 1)
         return cls(pools, jnp.where(new_token < 0, prompt_slot, own_slot))
+
+
+def attend_prompts(slots: Int[Array, "B Q"], mask: PromptMask | Bool[Array, "B Q T"]) -> Attend:
+    """Make the attention of Q tokens of each prompt: write them to their slots, then attend to the prompt's rows under a mask.
+
+    Args:
+      slots: of the Q tokens. Token t of prompt b is in slot b * T + t.
+    """
+
+    def attend(qkv, angles, pools):
+        batch, num_tokens, *_, head_size = qkv.shape
+        cos, sin = (angle.reshape(batch * num_tokens, -1) for angle in angles)
+        q, *pools = rotate_and_write(qkv.reshape(batch * num_tokens, *qkv.shape[2:]), cos, sin, slots.reshape(-1), *pools)
+        q = q.reshape(batch, num_tokens, *q.shape[1:])
+        if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", head_size) is None:
+            return prompt_attention(q, *pools, mask), tuple(pools)
+        pairs = mask.pairs(num_tokens) if isinstance(mask, PromptMask) else mask
+        prompt_tokens = pairs.shape[2]
+        k, v = (pool[: batch * prompt_tokens].reshape(batch, prompt_tokens, *pool.shape[1:]) for pool in pools)
+        return dot_product_attention(q, k, v, pairs), tuple(pools)
+
+    return attend
 
 
 def attend_cached(own: Int[Array, "B"], slots: Slots, implementation: Implementation | None) -> Attend:

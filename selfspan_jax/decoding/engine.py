@@ -114,7 +114,7 @@ class Engine:
         token_ids = np.pad(token_ids, ((0, 0), (0, padding)), constant_values=self.vocab.pad_id)
         prompts = jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
         keys = sequence_keys(key, len(lengths) * num_samples)
-        return _prefill(self.graph, self.params, *prompts, keys, config, num_samples)
+        return _prefill(self.graph, self.params, *prompts, keys, config, num_samples, self._goes_on(token_ids, lengths))
 
     def step(self, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:
         """Feed one given token per sequence. Donates the state."""
@@ -170,7 +170,7 @@ class Engine:
         """
         prompts = jax.ShapeDtypeStruct((batch_size, bucket(prompt_tokens)), jnp.int32), jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         keys = sequence_keys(None, batch_size * num_samples)
-        return _prefill.lower(self.graph, self.params, *prompts, keys, config, num_samples)
+        return _prefill.lower(self.graph, self.params, *prompts, keys, config, num_samples, False)
 
     def lower_run(self, state: DecodeState, config: DecodeConfig, *, forced_tokens: Int[Array, "B M"] | None = None) -> jax.stages.Lowered:
         """Lower what `run` runs. State and forced tokens may be shapes.
@@ -192,6 +192,10 @@ class Engine:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if self.mesh else None)
 
         self.lower_run(jax.tree.map(shape, lowered.out_info, shardings), config).compile()
+
+    def _goes_on(self, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"]) -> bool:
+        """Tell whether some row goes on after `<solve>`."""
+        return bool(np.any((token_ids == self.vocab.solve_id) & (np.arange(1, token_ids.shape[1] + 1) < lengths[:, None])))
 
     def _steps_per_sync(self, num_steps: int) -> int:
         if self.steps_per_sync is not None:
@@ -237,9 +241,9 @@ _EACH = layout.spec("sequences")
 _STATE = DecodeState.partition_specs()
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples"))
-def _prefill(graph, params, token_ids, lengths, keys, config, num_samples):
-    prefill = functools.partial(prefill_state, config=config, num_samples=num_samples)
+@functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples", "responses"))
+def _prefill(graph, params, token_ids, lengths, keys, config, num_samples, responses):
+    prefill = functools.partial(prefill_state, config=config, num_samples=num_samples, responses=responses)
     return graph.shard_map(prefill, _EACH, _EACH, _EACH, out_specs=_STATE)(params, token_ids, lengths, keys)
 
 

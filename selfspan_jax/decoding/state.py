@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from selfspan_jax.attention.policies import Slots, get_policy
-from selfspan_jax.attention.sequences import dot_product_attention, split_and_rotate
 from selfspan_jax.config import DecodeConfig
-from selfspan_jax.decoding.cache import KVCache, attend_cached
+from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
 from selfspan_jax.decoding.sampling import sample
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
@@ -61,30 +60,35 @@ def prefill_chunk_tokens(batch_size: int, prompt_capacity: int, config: DecodeCo
 
 
 def prefill_state(
-    model: Decoder, token_ids: Int[Array, "b T"], lengths: Int[Array, "b"], keys: PRNGKeyArray, config: DecodeConfig, num_samples: int
+    model: Decoder,
+    token_ids: Int[Array, "b T"],
+    lengths: Int[Array, "b"],
+    keys: PRNGKeyArray,
+    config: DecodeConfig,
+    num_samples: int,
+    responses: bool,
 ) -> DecodeState:
-    """Read prompts, `lengths[b]` tokens of row b, and return the state of `num_samples` sequences of each."""
+    """Read prompts, `lengths[b]` tokens of row b, and return the state of `num_samples` sequences of each.
+
+    `responses` says whether some of them go on after `<solve>`.
+    """
     batch, prompt_capacity = token_ids.shape
     policy = get_policy(config.attention)
     cache = KVCache.empty(model.config, lengths, prompt_capacity, num_samples, config.max_new_tokens)
     chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
     first_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
+    masks = policy.prompt_masks(token_ids, lengths, model.vocab, model.config, responses=responses)
 
     def read_chunk(index, carry):
         pools, last = carry
         start = index * chunk
         positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
-        mask = policy.mask(token_ids, model.vocab, model.config, first_query=start, num_queries=chunk)
-
-        def attend(qkv, angles, pools):
-            q, k, v = split_and_rotate(qkv, angles)
-            slots = first_slots + positions
-            pools = tuple(pool.at[slots].set(new, unique_indices=True) for pool, new in zip(pools, (k, v), strict=True))
-            k, v = (pool[: batch * prompt_capacity].reshape(batch, prompt_capacity, *pool.shape[1:]) for pool in pools)
-            return dot_product_attention(q, k, v, mask), pools
-
+        if masks is None:
+            mask = policy.mask(token_ids, model.vocab, model.config, first_query=start, num_queries=chunk)
+        else:
+            mask = masks(start, chunk)
         tokens = jax.lax.dynamic_slice_in_dim(token_ids, start, chunk, axis=1)
-        hidden, pools = model(tokens, positions, attend, pools)
+        hidden, pools = model(tokens, positions, attend_prompts(first_slots + positions, mask), pools)
         at = lengths - 1 - start
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return pools, jnp.where(((at >= 0) & (at < chunk))[:, None], here, last)

@@ -1,5 +1,7 @@
 """The masks of the policies against formulas. That slots say the same as masks: decoding/test_engine.py. Span: test_spans.py."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,6 +37,24 @@ def test_masks_are_their_formulas(policy, packed):
 def test_the_span_policy_has_the_views_of_the_model():
     expected = [Reference(row, VOCAB, header_view="prompt", prompt_view="local", prompt_window_tokens=3).mask() for row in TOKENS]
     np.testing.assert_array_equal(get_policy("span").mask(jnp.asarray(TOKENS), VOCAB, CONFIG), expected)
+
+
+@pytest.mark.parametrize("policy", ["span", *FORMULAS], ids=str)
+@pytest.mark.parametrize("prompt_view", ["local", "causal"])
+def test_masks_of_prompts_are_their_masks(policy, prompt_view):
+    """Rows of any part of prompts that end in `<solve>`, at their end or before it."""
+    rows = np.full((2, 64), VOCAB.pad_id, np.int32)
+    rows[:, :14] = [NAMED["specification"][0][:14], NAMED["specification"][0][:14]]
+    assert rows[0, 13] == VOCAB.solve_id
+    lengths, config = jnp.array([14, 9]), dataclasses.replace(CONFIG, prompt_view=prompt_view)
+    masks = get_policy(policy).prompt_masks(jnp.asarray(rows), lengths, VOCAB, config, responses=False)
+    expected = get_policy(policy).mask(jnp.asarray(rows), VOCAB, config)
+    for b, length in enumerate(lengths):
+        np.testing.assert_array_equal(masks(jnp.int32(0), 64).pairs(64)[b, :length], expected[b, :length])
+
+
+def test_spans_of_responses_are_said_by_their_mask_alone():
+    assert get_policy("span").prompt_masks(jnp.asarray(TOKENS), jnp.array([20, 20]), VOCAB, CONFIG, responses=True) is None
 
 
 def test_policies_have_names_and_words_for_the_command_line():
