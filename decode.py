@@ -13,7 +13,6 @@ import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.extras import literal_type_from_choices
 
@@ -186,9 +185,13 @@ def _options(names: list[str]) -> str:
     return " and ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
+COMMANDS: dict[str, Any] = {"generate": Generate, "eval": Eval, "bench": Bench}
+
+
 def main() -> None:
     with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        command = commandline.parse(tyro.cli, Generate | Eval | Bench, description=__doc__, user_error=UserError)
+        name, words = commandline.choose({name: commandline.summary(kind) for name, kind in COMMANDS.items()}, __doc__ or "")
+        command = commandline.parse(COMMANDS[name], name, words, user_error=UserError)
         with files.outputs(**{name: getattr(command, name, None) for name in ("json", "html", "plot")}):
             command.run()
 

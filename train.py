@@ -7,12 +7,12 @@ A run directory that holds a checkpoint is resumed; a run that was killed ends b
 The finished model is in RUN_DIR/model, an adapter in RUN_DIR/adapter, metrics in RUN_DIR/metrics.jsonl and RUN_DIR/tensorboard.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,9 +123,7 @@ class FineTuning(Run):
 
 def parse() -> NewModel | FineTuning:
     """Parse the command line: a sub-command for each preset and each way of fine-tuning, whose options depend on --corpus."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--corpus", choices=TASKS, default="arithmetic")
-    task = commandline.parse(first.parse_known_args)[0].corpus
+    task = commandline.look_ahead(sys.argv[1:], "--corpus", TASKS, "arithmetic")
     runs: dict[str, tuple[str, NewModel | FineTuning]] = {}
     for name, preset in PRESETS.items():
         corpus = TASKS[preset.task].Corpus(**preset.corpus)
@@ -138,8 +136,9 @@ def parse() -> NewModel | FineTuning:
         configs["adapters"] = LoraConfig() if kind == "lora" else None
         tuned = FineTuning(name=name, task=task, corpus_name=task, run_dir=tyro.MISSING, init=tyro.MISSING, **configs)
         runs[name] = f"Fine-tune an imported language model: {parts}.", tuned
-    config = (tyro.conf.OmitArgPrefixes,)
-    return commandline.parse(tyro.extras.overridable_config_cli, runs, description=__doc__, config=config, user_error=UserError)
+    name, words = commandline.choose({name: summary for name, (summary, _) in runs.items()}, __doc__ or "")
+    summary, defaults = runs[name]
+    return commandline.parse(defaults, name, words, description=summary, user_error=UserError)
 
 
 def train(run: NewModel | FineTuning) -> None:

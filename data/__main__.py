@@ -2,12 +2,9 @@
 
 import contextlib
 import itertools
-import signal
 import sys
-from typing import Any
 
 import tqdm
-import tyro
 
 from data import card, commandline, dataset
 from data.task import Task, WriteCommand
@@ -31,14 +28,13 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    commands = {name: task.WriteCommand for name, task in TASKS.items() if hasattr(task, "WriteCommand")}
-    tasks = {command: TASKS[name] for name, command in commands.items()}
-    options: dict[str, Any] = {"args": argv, "prog": "python -m data", "description": __doc__, "config": (tyro.conf.OmitArgPrefixes,)}
-    with commandline.exit_on_user_error():
-        command = commandline.parse(tyro.extras.subcommand_cli_from_dict, commands, **options)
-        write(command, tasks[type(command)])
+    commands = {name: task for name, task in TASKS.items() if hasattr(task, "WriteCommand")}
+    with commandline.exit_on_user_error(), commandline.exit_on_termination():
+        summaries = {name: commandline.summary(task.WriteCommand) for name, task in commands.items()}
+        name, words = commandline.choose(summaries, __doc__ or "", argv)
+        write(commandline.parse(commands[name].WriteCommand, name, words), commands[name])
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half written directory is removed
+    sys.argv[0] = "python -m data"
     main()

@@ -1,16 +1,24 @@
 """Command lines whose errors are one plain line and exit status 2, without boxes and tracebacks."""
 
+import argparse
 import contextlib
+import difflib
+import inspect
 import io
+import math
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
 import tyro
 
 from data.errors import UserError
 
-T = TypeVar("T")
+_NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
 def fail(message: str) -> NoReturn:
@@ -19,15 +27,66 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def parse(parser: Callable[..., T], /, *arguments: Any, user_error: type[Exception] = UserError, **options: Any) -> T:
-    """Call one of tyro's parsers (`tyro.cli`, `tyro.extras...`); what it prints on wrong arguments becomes one line.
+def similar(word: str, known: Iterable[str]) -> str:
+    """Write which known words a misspelt one may stand for, as in "; perhaps --steps"; "" where none is near."""
+    near = difflib.get_close_matches(word, sorted(set(known)), n=3)
+    return f"; perhaps {' or '.join(near)}" if near else ""
 
-    A UserError or `user_error` of a `__post_init__` is said in its own words.
+
+def choose(commands: Mapping[str, str], description: str, argv: list[str] | None = None) -> tuple[str, list[str]]:
+    """Return the sub-command that a command line begins with, and the words after it.
+
+    Args:
+      commands: what each of them does, in a sentence.
+      description: what `--help` says above them, as it is written.
+      argv: the words; by default those of the process.
     """
+    name, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    program = Path(sys.argv[0]).name
+    if name in commands:
+        return name, words
+    if name in ("-h", "--help"):
+        width = max(map(len, commands))
+        rows = [f"  {command:<{width}}  {summary}" for command, summary in commands.items()]
+        usage = f"usage: {program} [-h] COMMAND ..."
+        print("\n".join([usage, "", description.strip(), "", f"commands, with their options in {program} COMMAND --help:", *rows]))
+        raise SystemExit(0)
+    found = f"{name!r} is no command of {program}{similar(name, commands)}" if name else f"{program} takes a command"
+    fail(f"{found}; allowed: {', '.join(commands)}")
+
+
+def summary(kind: type) -> str:
+    """Return the first paragraph of a class's docstring in one line, for `choose`."""
+    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+
+
+def look_ahead(words: list[str], option: str, choices: Iterable[str], default: str) -> str:
+    """Return the value of an option that decides which others there are; `parse` reads it again among them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(option, choices=[*choices], default=default, dest="value")
+    try:
+        return parser.parse_known_args(words)[0].value
+    except argparse.ArgumentError as error:
+        fail(str(error))
+
+
+def parse(command: Any, name: str, words: list[str], *, user_error: type[Exception] = UserError, **options: Any) -> Any:
+    """Read the options of a sub-command into its dataclass; what is wrong with them becomes one line.
+
+    Args:
+      command: the dataclass, or an instance of it that holds the defaults.
+      name: of the sub-command.
+      words: those after the name.
+      user_error: said in its own words, as UserError is, where a `__post_init__` raises it.
+      options: of `tyro.cli`.
+    """
+    program = f"{Path(sys.argv[0]).name} {name}"
+    kind, given = (command, {}) if isinstance(command, type) else (type(command), {"default": command})
+    options |= {"prog": program, "config": (tyro.conf.OmitArgPrefixes,), "registry": _NUMBERS, **given}
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return parser(*arguments, **options)
+            return tyro.cli(kind, args=words, **options)
     except SystemExit as end:
         if end.code != 2:
             sys.stderr.write(captured.getvalue())
@@ -37,45 +96,65 @@ def parse(parser: Callable[..., T], /, *arguments: Any, user_error: type[Excepti
             if isinstance(cause, UserError | user_error):
                 fail(str(cause))
             cause = cause.__context__
-    _, *lines = captured.getvalue().splitlines()  # the first is the title
-    sections: list[list[str]] = [[]]  # rules stand between them
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], **options)
+    known = re.findall(r"--[a-z][\w-]*", text.getvalue())
+    for word in (word.partition("=")[0] for word in words if word.startswith("--")):
+        if word.replace("_", "-") not in known:
+            fail(f"{word} is no option of {program}{similar(word, known)}; see {program} --help")
+    fail(_without_box(captured.getvalue()))
+
+
+def _without_box(text: str) -> str:
+    """Write what tyro prints about wrong arguments, a title and sections between rules, as clauses of one line."""
+    _, *lines = text.splitlines()
+    sections: list[list[str]] = [[]]
     for line in lines:
-        words = [word for word in line.split() if word.strip("─│╭╮╰╯-•")]
+        words = [word for word in line.split() if word.strip("─│╭╮╰╯-•+|")]
         sections[-1].extend(words)
         if not words:
             sections.append([])
-    message = "; ".join(" ".join(section).rstrip(".") for section in sections if section)
-    fail(message.partition(" error: ")[2] or message)  # argparse begins with the program's name
+    return "; ".join(" ".join(section).rstrip(".") for section in sections if section)
 
 
-@contextlib.contextmanager
-def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
-    """Turn what a user can get wrong into status 2 and one line; for the body of a `main`.
+@_NUMBERS.primitive_rule
+def _number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Read whole numbers of 64 bits and finite ones: all that NumPy and JAX take."""
+    if info.type not in (int, float):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=info.type.__name__.upper(),
+        instance_from_str=lambda words: read_number(info.type, words[0]),
+        is_instance=lambda value: isinstance(value, int | info.type) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
 
-    That is UserError, `errors`, and files that are missing, in the way, not directories or not permitted. An interrupt from
-    the keyboard ends with status 130 and one line.
-    """
-    user_errors: tuple[type[Exception], ...] = (UserError, *errors)
+
+def read_number(kind: type, word: str) -> Any:
+    """Read an int of at most 64 bits or a finite float. ValueError: it is none."""
     try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
-    except user_errors as error:
-        fail(str(error))
+        value = kind(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is no {'whole ' if kind is int else ''}number") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{word!r} is not finite")
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{word!r} takes more than 64 bits")
+    return value
 
 
 def commas(*kinds: Any) -> Any:
     """Read values in one word, with commas between them: `Annotated[tuple[...], commas(int)]` or `commas("this", "that")`."""
-    convert, metavar = (int, "N,N,...") if kinds == (int,) else (str, ",".join(kinds))
+    metavar = "N,N,..." if kinds == (int,) else ",".join(kinds)
 
     def read(words: list[str]) -> tuple[Any, ...]:
-        values = tuple(convert(value) for value in words[0].split(","))
-        if convert is str and (wrong := sorted(set(values) - set(kinds))):
+        values = words[0].split(",")
+        if kinds == (int,):
+            return tuple(read_number(int, value) for value in values)
+        if wrong := sorted(set(values) - set(kinds)):
             raise UserError(f"{wrong[0]!r} is none of {', '.join(kinds)}")
-        return values
+        return tuple(values)
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -84,3 +163,54 @@ def commas(*kinds: Any) -> Any:
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda values: [",".join(map(str, values))],
     )
+
+
+@contextlib.contextmanager
+def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
+    """Turn what a user can get wrong, and what the machine refuses, into status 2 and one line; for the body of a `main`.
+
+    That is UserError, `errors`, files and directories that cannot be read or written (OSError), and too little memory.
+    An interrupt from the keyboard ends with status 130 and one line; a reader that closed the pipe of our output quietly
+    with status 141, as SIGPIPE does. What the output's encoding lacks is written as escapes.
+    """
+    user_errors: tuple[type[Exception], ...] = (UserError, *errors)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _drop_broken_output():
+            raise SystemExit(141) from None
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        fail(": ".join(filter(None, [names, error.strerror])) or str(error))
+    except MemoryError as error:
+        fail(f"memory does not suffice: {error}")
+    except user_errors as error:
+        fail(str(error))
+
+
+def _drop_broken_output() -> bool:
+    """Say whether nobody reads our output any more; then let what is still to be written, when Python ends, go nowhere."""
+    try:
+        print(flush=True)  # what failed is not always tried again by a flush alone
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def exit_on_termination() -> Iterator[None]:
+    """Let SIGTERM end the program as an exit does, with status 143, so that what is half written is removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

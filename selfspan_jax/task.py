@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
+from selfspan_jax.errors import UserError
 from selfspan_jax.spans import SpanVocab
 
 
@@ -67,9 +71,27 @@ def installed_tasks() -> dict[str, type[Task]]:
     """Load the tasks of installed packages by name, this project's among them (`pip install -e .`).
 
     An entry point is the class of a task, under the task's name, or a mapping from names to classes.
+
+    Raises: UserError where a file of the user's takes the name of a package that is installed beside this one, as `data` is.
     """
     tasks: dict[str, type[Task]] = {}
     for entry in metadata.entry_points(group="selfspan.tasks"):
+        _check_name(entry.module.partition(".")[0])
         loaded = entry.load()
         tasks |= loaded if isinstance(loaded, Mapping) else {entry.name: loaded}
     return tasks
+
+
+def _check_name(package: str) -> None:
+    """Raise UserError where Python would import, or has imported, something else by the name of a package beside this one."""
+    home = Path(__file__).parents[1]
+    own = home / package / "__init__.py"
+    if not own.exists():
+        return
+    found = importlib.util.find_spec(package)
+    if package not in sys.modules and (found is None or found.origin is None):  # a directory of files, not of modules
+        sys.path.append(str(home))  # which an editable install leaves to a finder that comes after such directories
+        found = importlib.util.find_spec(package)
+    if found is None or found.origin is None or not own.samefile(found.origin):
+        other = found.origin or next(iter(found.submodule_search_locations or ()), None) if found else None
+        raise UserError(f"{other} takes the name of selfspan's package {package!r}: rename it, or keep its directory off Python's path")
