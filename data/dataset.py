@@ -105,6 +105,12 @@ class _Part:
         self._rows = []
 
     def save(self, directory: Path, description: Mapping[str, Any]) -> None:
+        try:
+            self._save(directory, description)
+        except OSError as error:
+            raise UserError(f"{directory.parent}: the corpus cannot be written in it: {error.strerror or error}") from error
+
+    def _save(self, directory: Path, description: Mapping[str, Any]) -> None:
         if self._rows or not self._blocks:
             self._end_block()
         dataset = datasets.concatenate_datasets(self._blocks)

@@ -31,7 +31,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises: UserError if the file is not JSON, or not an object; FileNotFoundError.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -40,12 +40,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_text(file: Path) -> str:
-    """Read a text file.
+    """Read a text file, without a byte-order mark.
 
     Raises: UserError if the file is not text in UTF-8; FileNotFoundError.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
 

@@ -38,8 +38,9 @@ Values = tuple[Any, Any]
 
 
 class Pair(NamedTuple):
-    """A row: its split, and its article and summary, None where there is something other than text."""
+    """A row: its number from 0 on, its split, and its article and summary, None where there is something other than text."""
 
+    number: int
     split: str
     article: str | None
     summary: str | None
@@ -79,15 +80,13 @@ def read_pairs(
         raise UserError(f"{source}: expected a file that ends in {', '.join(readers)}")
     else:
         parts = _hub_splits(source, split, choose)
-    is_empty = True
-    for own, rows in parts:
-        for article, summary in rows:
-            is_empty = False
-            texts = [None if not isinstance(text, str | None) else text or "" for text in (article, summary)]
-            found = own or divided_split_of(" ".join(readable(texts[0] or "").split()))
-            if own or split in (None, "all", found):
-                yield Pair(found, *texts)
-    if is_empty:
+    number = -1
+    for number, (own, (article, summary)) in enumerate((own, row) for own, rows in parts for row in rows):
+        texts = [None if not isinstance(text, str | None) else text or "" for text in (article, summary)]
+        found = own or divided_split_of(" ".join(readable(texts[0] or "").split()))
+        if own or split in (None, "all", found):
+            yield Pair(number, found, *texts)
+    if number < 0:
         raise UserError(f"{source}: no rows")
 
 
@@ -217,25 +216,25 @@ def examples(
 ) -> Iterator[Made]:
     """Make the labelled example of each article, or say why it is dropped, in order; 0 workers make them in this process."""
     check_workers(num_workers)
-    make, numbered = functools.partial(_example, vocab, max_prompt_tokens, alignment, seed), enumerate(pairs)
+    make = functools.partial(_example, vocab, max_prompt_tokens, alignment, seed)
     if num_workers == 0:
-        yield from map(make, numbered)
+        yield from map(make, pairs)
         return
     # Fresh interpreters: nothing of this process (threads of libraries) is copied. Ctrl-C is for this process alone.
     with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            while ahead := list(itertools.islice(numbered, num_workers * _CHUNKS_AHEAD * _CHUNK_ARTICLES)):
+            while ahead := list(itertools.islice(pairs, num_workers * _CHUNKS_AHEAD * _CHUNK_ARTICLES)):
                 yield from pool.map(make, ahead, chunksize=_CHUNK_ARTICLES)
         except BrokenProcessPool:
             raise UserError(f"one of {num_workers} workers was ended from outside, for want of memory perhaps: try fewer") from None
 
 
-def _example(vocab: TokenizerVocab, max_prompt_tokens: int, alignment: Alignment, seed: int, numbered: tuple[int, Pair]) -> Made:
+def _example(vocab: TokenizerVocab, max_prompt_tokens: int, alignment: Alignment, seed: int, pair: Pair) -> Made:
     """Write the example of an article, or say why it is dropped.
 
     Lines of the summary may be sentences without a full stop; summary sentences without sources are left out.
     """
-    number, (split, text, lines) = numbered
+    number, split, text, lines = pair
     if text is None or lines is None:
         return Made(split, None, ("with something other than text",))
     article = split_sentences(text)
@@ -320,7 +319,9 @@ class WriteCommand(task.WriteCommand):
         else:
             columns = self.article_column, self.summary_column
             train = read_pairs(self.source, "train" if self.split in SPLITS or self.split is None else self.split, *columns)
-            texts = (f" {readable(text)}" for pair in itertools.islice(train, _VOCAB_ARTICLES) for text in pair[1:] if text)
+            texts = (
+                f" {readable(text)}" for pair in itertools.islice(train, _VOCAB_ARTICLES) for text in (pair.article, pair.summary) if text
+            )
             vocab = train_vocab(texts, vocab_tokens=self.corpus.vocab_tokens, num_labels=self.corpus.num_labels)
             options = {"max_prompt_tokens": self.corpus.max_prompt_tokens, "seed": self.seed, "num_workers": self.workers}
             made = examples(read_pairs(self.source, self.split, *columns), vocab, self.alignment, **options)
@@ -334,5 +335,7 @@ class WriteCommand(task.WriteCommand):
             counts.update(counted)
             if example is not None:
                 yield example if self.split else (split, example)
+        if not counts["read"]:
+            raise UserError(f"{self.source}: no article falls to the {self.split} split")
         if not counts["written"]:
             raise UserError(f"{self.source}: none of its articles can be used: {card.listed(counts)}")

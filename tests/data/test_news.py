@@ -1,6 +1,4 @@
-"""News: splitting, alignment, synthetic stories, the task, corpus directories, and what is said of bad input."""
-
-# ruff: noqa: E501  (the table of bad input)
+"""News: splitting, alignment, synthetic stories, the task, corpus directories; what is read from files in test_sources.py."""
 
 import dataclasses
 import itertools
@@ -15,7 +13,7 @@ import pytest
 from data import dataset as corpus
 from data import news
 from data.__main__ import main as data_main
-from data.news import scoring, sources, synthetic
+from data.news import scoring, synthetic
 from data.news.alignment import Alignment, split_sentences, words
 from data.tasks import TASKS
 
@@ -313,92 +311,6 @@ def test_a_synthetic_corpus_is_read_back(tmp_path, capsys):
     statistics = stored.card["statistics"]
     assert statistics["alignment_against_truth"]["recall"] > 0.9 and statistics["position_guesser"]["f1"] < 0.5
     assert 0 < statistics["attended_fraction_body"] < 0.3 and statistics["attended_fraction_header"] == 1
-
-
-ROWS = [
-    {
-        "id": 1,
-        "article": "The mayor of Oakton resigned. It rained. She had served for 12 years.",
-        "summary": "Oakton's mayor resigned after 12 years.",
-    },
-    {"id": 2, "article": "", "summary": "Nothing."},
-    {"id": 3, "article": "Snow fell.", "summary": None},
-    {"id": 4, "article": "Snow fell.", "summary": "Ada won."},
-]
-
-
-def write_rows(path):
-    import csv
-
-    import pyarrow
-    from pyarrow import parquet
-
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ROWS[0])
-            writer.writeheader()
-            writer.writerows(ROWS)
-    else:
-        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_files_become_corpora_and_the_card_counts_what_was_dropped(tmp_path, capsys, suffix):
-    write_rows(tmp_path / f"rows{suffix}")
-    assert run(capsys, "--source", tmp_path / f"rows{suffix}", "--split", "all", "--out", tmp_path / "out")[0] == 0
-    stored = corpus.load(tmp_path / "out", TASKS)
-    (row,) = stored.dataset
-    assert (row["sources"], len(row["article"])) == ([[0, 2]], 3)
-    dropped = {"without a sentence": 1, "without a summary": 1, "without a usable alignment": 1}
-    assert stored.card["articles"] == {"read": 4, "written": 1, **dropped}
-
-
-def test_workers_change_nothing(task, tmp_path):
-    pairs = [{"article": " ".join(story.article), "summary": " ".join(story.summary)} for story in STORIES]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    made = []
-    for workers in (0, 2):
-        pairs = sources.read_pairs(str(tmp_path / "rows.jsonl"))
-        found = sources.examples(pairs, task.vocab, Alignment(), max_prompt_tokens=896, seed=0, num_workers=workers)
-        made.append([(one.split, one.counted, one.example.token_ids.tolist()) for one in found])
-    assert made[0] == made[1] and len(made[0]) == len(STORIES)
-
-
-BAD = {
-    "an empty article only": ("rows.jsonl", '{"article": "", "summary": "x"}\n', [], "none of its articles can be used: 1 read, 0 written, 1 dropped (1 without a sentence"),
-    "a missing column": ("rows.jsonl", '{"article": "A b.", "title": "x"}\n', [], "no column summary or highlights or abstract or headline; there are article, title"),
-    "a named column that is missing": ("rows.jsonl", '{"article": "A b.", "summary": "x"}\n', ["--article-column", "x"], "no column x; there are article, summary: name one with --article-column"),
-    "not JSON": ("rows.jsonl", '{"article": \n', [], "line 1 is not JSON"),
-    "not an object": ("rows.jsonl", "[1]\n", [], "line 1: expected a JSON object"),
-    "a number for text": ("rows.jsonl", '{"article": 1, "summary": "x"}\n', [], "none of its articles can be used: 1 read, 0 written, 1 dropped (1 with something other than text"),
-    "an empty file": ("rows.csv", "", [], "no rows"),
-    "not Parquet": ("rows.parquet", "nothing", [], "is not Parquet"),
-    "another kind of file": ("rows.txt", "text", [], "expected a file that ends in .jsonl, .csv, .parquet"),
-    "too many sentences": (
-        "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
-        ["--num-labels", "4"], "none of its articles can be used: 1 read, 0 written, 1 dropped (1 with more sentences than num_labels",
-    ),
-    "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "min_gain is 0.0: expected above 0"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
-    name, content, options, message = BAD[case]
-    (tmp_path / name).write_text(content)
-    status, err = run(capsys, "--source", tmp_path / name, *options, "--out", tmp_path / "out")
-    (line,) = [line for line in err.splitlines() if "examples" not in line]
-    assert status == 2 and line.startswith("error: ") and message in line
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_a_file_that_is_not_there(tmp_path, capsys):
-    status, err = run(capsys, "--source", tmp_path / "none.jsonl", "--out", tmp_path / "out")
-    assert status == 2 and "none.jsonl: No such file or directory" in err and not list(tmp_path.iterdir())
-    status, err = run(capsys, "--source", "synthetic", "--split", "dev", "--out", tmp_path / "out")
-    assert status == 2 and "split is 'dev': expected one of train, test" in err and not list(tmp_path.iterdir())
 
 
 def test_examples_held_out_are_of_no_training_stream(task):

@@ -1,0 +1,486 @@
+"""News of files: what is read, divided, counted and refused, the same with workers and without, whatever the locale."""
+
+# ruff: noqa: E501  (the table of bad input)
+
+import collections
+import csv
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import hypothesis
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import strategies
+from pyarrow import parquet
+
+from data import dataset as corpus
+from data import news, streams
+from data.__main__ import main as data_main
+from data.errors import UserError
+from data.news import sources, synthetic
+from data.news.alignment import Alignment, split_sentences
+from data.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+STORIES = [synthetic.draw(f"tests/sources/{i}") for i in range(60)]
+PAIRS = [{"article": " ".join(story.article), "summary": " ".join(story.summary)} for story in STORIES]
+MAYOR = {
+    "article": "The mayor of Oakton resigned. It rained. She had served for 12 years.",
+    "summary": "Oakton's mayor resigned after 12 years.",
+}
+
+
+@pytest.fixture(scope="module")
+def task():
+    return news.NewsTask(news.train_vocab([" ".join(pair.values()) for pair in PAIRS], vocab_tokens=600, num_labels=128))
+
+
+def run(capsys, *arguments):
+    """(exit status, stdout, stderr)."""
+    try:
+        data_main(["news", *map(str, arguments)])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+ROWS = [
+    {
+        "id": 1,
+        "article": "The mayor of Oakton resigned. It rained. She had served for 12 years.",
+        "summary": "Oakton's mayor resigned after 12 years.",
+    },
+    {"id": 2, "article": "", "summary": "Nothing."},
+    {"id": 3, "article": "Snow fell.", "summary": None},
+    {"id": 4, "article": "Snow fell.", "summary": "Ada won."},
+]
+
+
+def write_rows(path):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ROWS[0])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_files_become_corpora_and_the_card_counts_what_was_dropped(tmp_path, capsys, suffix):
+    write_rows(tmp_path / f"rows{suffix}")
+    assert run(capsys, "--source", tmp_path / f"rows{suffix}", "--split", "all", "--out", tmp_path / "out")[0] == 0
+    stored = corpus.load(tmp_path / "out", TASKS)
+    (row,) = stored.dataset
+    assert (row["sources"], len(row["article"])) == ([[0, 2]], 3)
+    dropped = {"without a sentence": 1, "without a summary": 1, "without a usable alignment": 1}
+    assert stored.card["articles"] == {"read": 4, "written": 1, **dropped}
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+CSV = "id,article,summary\n" + "".join(f"{i},The mayor of Oakton resigned.,The mayor resigned.\n" for i in range(20))
+
+
+def with_line(number, line):
+    """The CSV file with another line of that number, the header's being 1."""
+    lines = CSV.splitlines(keepends=True)
+    return "".join([*lines[: number - 1], line, *lines[number:]])
+
+
+def table(**columns):
+    return pyarrow.table(columns)
+
+
+UNUSABLE = "none of its articles can be used: 1 read, 0 written, 1 dropped "
+BAD = {
+    "a quote that never closes": ("rows.csv", with_line(5, '3,"The mayor resigned,x\n'), [], "the row that begins in line 5: a quote is opened there and never closed"),
+    "a quote that the next one closes": ("rows.csv", with_line(5, '3,"The mayor resigned,x\n') + '21,"A storm came.",A storm.\n', [], "the row that begins in line 5: ',' expected after '\"'"),
+    "a comma that is not quoted": ("rows.csv", with_line(7, "5,The mayor, resigned.,The mayor.\n"), [], "line 7: 4 fields, but the header has 3 columns"),
+    "a row that breaks off": ("rows.csv", with_line(7, "5,The mayor\n"), [], "line 7: 2 fields, but the header has 3 columns"),
+    "a row after one of several lines": ("rows.csv", with_line(2, '0,"The\n\nmayor\nresigned.",The mayor.\n') + "1,x\n", [], "line 25: 2 fields"),
+    "another delimiter": ("rows.csv", CSV.replace(",", ";"), [], "there are id;article;summary: its columns are to be separated by commas"),
+    "tabs": ("rows.csv", CSV.replace(",", "\t"), [], "its columns are to be separated by commas"),
+    "a column twice": ("rows.csv", "article,article,summary\na,b,c\n", [], "there are two columns article"),
+    "NUL in CSV": ("rows.csv", with_line(4, "2,The may\0or,x\n"), [], "line 4 is not text in UTF-8"),
+    "CSV in Latin-1": ("rows.csv", with_line(4, "2,café,x\n").encode("latin-1"), [], "line 4 is not text in UTF-8"),
+    "CSV in UTF-16": ("rows.csv", CSV.encode("utf-16"), [], "line 1 is not text in UTF-8"),
+    "a header alone": ("rows.csv", "article,summary\n", [], "no rows"),
+    "JSONL that breaks off": ("rows.jsonl", json_lines([MAYOR] * 3) + '{"article": "The', [], "line 4 is not JSON"),
+    "JSONL in Latin-1": ("rows.jsonl", '{"article": "café"}'.encode("latin-1"), [], "line 1 is not JSON"),
+    "NUL in JSONL": ("rows.jsonl", json_lines([MAYOR]) + "\0\n", [], "line 2 is not JSON"),
+    "Parquet without the column": ("rows.parquet", table(article=["a"], title=["b"]), [], "no column summary or highlights or abstract or headline; there are article, title"),
+    "Parquet of numbers": ("rows.parquet", table(article=[1], summary=["b"]), [], "column article holds int64: expected text"),
+    "Parquet of lists": ("rows.parquet", table(article=[["a"]], summary=["b"]), [], "column article holds list<"),
+    "a directory": ("rows.csv/x", "", [], "Is a directory"),
+    "a split that there is not": ("rows.jsonl", json_lines([MAYOR]), ["--split", "dev"], "split is 'dev': expected one of train, validation, test, all"),
+    "too many workers": ("rows.jsonl", json_lines([MAYOR]), ["--workers", "1000", "--split", "all"], "the number of workers is 1000: expected 0 to 256"),
+    "a first sentence longer than the context": ("rows.jsonl", json_lines([{"article": "word " * 3000, "summary": "word."}]), ["--split", "all"], UNUSABLE + "(1 with a first sentence longer than max_prompt_tokens"),
+    "an empty article only": ("rows.jsonl", '{"article": "", "summary": "x"}\n', [], UNUSABLE + "(1 without a sentence"),
+    "a missing column": ("rows.jsonl", '{"article": "A b.", "title": "x"}\n', [], "no column summary or highlights or abstract or headline; there are article, title"),
+    "a named column that is missing": ("rows.jsonl", '{"article": "A b.", "summary": "x"}\n', ["--article-column", "x"], "no column x; there are article, summary: name one with --article-column"),
+    "not JSON": ("rows.jsonl", '{"article": \n', [], "line 1 is not JSON"),
+    "not an object": ("rows.jsonl", "[1]\n", [], "line 1: expected a JSON object"),
+    "a number for text": ("rows.jsonl", '{"article": 1, "summary": "x"}\n', [], UNUSABLE + "(1 with something other than text"),
+    "an empty file": ("rows.csv", "", [], "no rows"),
+    "not Parquet": ("rows.parquet", "nothing", [], "is not Parquet"),
+    "another kind of file": ("rows.txt", "text", [], "expected a file that ends in .jsonl, .csv, .parquet"),
+    "too many sentences": (
+        "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
+        ["--num-labels", "4"], UNUSABLE + "(1 with more sentences than num_labels",
+    ),
+    "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "min_gain is 0.0: expected above 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
+    name, content, options, message = BAD[case]
+    source = (tmp_path / name).parent if "/" in name else tmp_path / name
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    if isinstance(content, pyarrow.Table):
+        parquet.write_table(content, source)
+    else:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, out, err = run(capsys, "--source", source, *options, "--out", tmp_path / "new" / "out")
+    (line,) = [line for line in err.splitlines() if "examples" not in line]
+    assert (status, out) == (2, "") and line.startswith("error: ") and message in line
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    status, _, err = run(capsys, "--source", tmp_path / "none.jsonl", "--out", tmp_path / "out")
+    assert status == 2 and "none.jsonl: No such file or directory" in err and not list(tmp_path.iterdir())
+    status, _, err = run(capsys, "--source", "synthetic", "--split", "dev", "--out", tmp_path / "out")
+    assert status == 2 and "split is 'dev': expected one of train, test" in err and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- what is replaced, dropped, counted
+
+
+def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import(tmp_path, capsys):
+    """One row of each kind among good ones; the numbers are those of the rows below."""
+    rows = [
+        MAYOR,
+        {**MAYOR, "article": "A half \ud83d pair: " + MAYOR["article"]},
+        {**MAYOR, "summary": "Oakton's mayor \udc00resigned after \0 12 years."},
+        {**MAYOR, "article": "\ufeff" + MAYOR["article"]},
+        {**MAYOR, "article": MAYOR["article"] + " It rained on and on and on." * 99},
+        {**MAYOR, "article": MAYOR["article"] + " Rain." * 99},
+        {**MAYOR, "article": "word " * 3000 + "mayor resigned"},
+        {**MAYOR, "summary": MAYOR["summary"] + " Nothing in common."},
+        {**MAYOR, "article": ""},
+        {**MAYOR, "article": "* * *"},
+        {**MAYOR, "article": None},
+        {**MAYOR, "summary": " "},
+        {"article": MAYOR["article"]},
+        {**MAYOR, "summary": 3},
+        {**MAYOR, "article": ["The mayor resigned."]},
+        {"article": "Snow fell.", "summary": "Ada won."},
+        {"article": "Rain fell. " * 80 + "Ada won.", "summary": "Ada won."},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json_lines(rows))
+    options = ["--split", "all", "--max-prompt-tokens", 300, "--num-labels", 100, "--vocab-tokens", 300]
+    status, out, _ = run(capsys, "--source", tmp_path / "rows.jsonl", *options, "--out", tmp_path / "out")
+    counts = {
+        "read": 17,
+        "written": 7,
+        "written, with unreadable characters replaced": 3,
+        "written, cut to max_prompt_tokens": 2,
+        "written, without summary sentences that have no source": 1,
+        "without a sentence": 3,
+        "without a summary": 2,
+        "with something other than text": 2,
+        "without a usable alignment": 1,
+        "with a first sentence longer than max_prompt_tokens": 1,
+        "with all sources beyond the cut": 1,
+    }
+    stored = corpus.load(tmp_path / "out", TASKS)
+    assert status == 0 and stored.card["articles"] == counts
+    told = "articles: 17 read, 7 written (2 cut to max_prompt_tokens, 3 with unreadable characters replaced, 1 without summary "
+    assert out.startswith(f"{tmp_path / 'out'}: 7 all\n{told}") and "10 dropped (1 with a first sentence" in out
+    replaced = [x for x in stored if "\ufffd" in x.prompt + " ".join(x.story.summary)]
+    assert len(replaced) == 2 and not any("\ufeff" in example.prompt for example in stored)
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    kept = [len(example.story.article) for example in stored]
+    lost = sorted([3 + 99 - kept[4], 3 + 99 - kept[5]])
+    cut = "2 of 7 articles were cut: longer than 300 tokens of prompt (max_prompt_tokens), they end after the last sentence that fits. "
+    assert f"{cut}The median one lost {lost[0]} sentences, none more than {lost[1]}." in readme and lost[0] > 0
+    assert stored.card["statistics"]["cut_articles"] == 2 and stored.card["statistics"]["cut_sentences"]["max"] == lost[1]
+
+
+PARAGRAPHS = [
+    "Measures.\n1. Close the bridge\n2. Build a school\n\nThe mayor thanked all.",
+    "1) First\n2) Second\n\n(a) one (b) two. i. three",
+    'He said: "Go. Now." Then left.\n"Yes!" she cried.',
+    "Dr. Smith, Jr.\r\n \r\nMr. J. R. Brown of the U.S. came at 5 p.m. on Jan. 5.\rThey left.",
+    "- one\n- two\n* three\nDone.",
+    "今天天气很好。我们去公园。\n\n你呢？",
+    "नमस्ते। आप कैसे हैं। مرحبا. كيف حالك؟ Привет. Как дела?",
+    "A\u2028B\u0085C.\u3000D\x1cE\x0bF. G…H.",
+    "No. 5. of 3. 4. 5.",
+    "\ufeffBOM.\n\t\nHalf \ud83d.",
+]
+FRAGMENTS = strategies.sampled_from(
+    [
+        "1.",
+        " 2) ",
+        "(iv)",
+        "a.",
+        "Dr.",
+        "U.S.",
+        '"',
+        "”",
+        "“",
+        "'",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\r",
+        " \n \n",
+        "\t",
+        "\u2028",
+        "\u3000",
+        ".",
+        "!",
+        "?",
+        "...",
+        "。",
+        "।",
+        "؟",
+    ]
+    + [
+        " The mayor",
+        " said",
+        "came ",
+        "Oakton",
+        " 3.5",
+        " J.",
+        "今天",
+        "हैं",
+        "كيف",
+        "é",
+        "e\u0301",
+        "-",
+        "* ",
+        "\ufeff",
+        "\ud83d",
+        "\0",
+        "<seg:1>",
+        "No.",
+        "p.m.",
+    ]
+)
+
+
+def assert_stable(task, text):
+    """What is stored of an article is what its text is read as again, however often."""
+    sentences = split_sentences(text)
+    assert split_sentences("\n\n".join(sentences)) == sentences
+    pair = sources.Pair(0, "train", text, text)
+    _, example, _ = sources._example(task.vocab, 4096, Alignment(), 0, pair)
+    if example is not None and not example.cut_sentences:
+        first = task.renumber(example)
+        wide = news.NewsTask(task.vocab, max_prompt_tokens=4096)
+        assert list(wide.encode_prompt(example.prompt)) == list(first.prompt_ids) == list(wide.encode_prompt(text))
+        shift = np.where(np.isin(example.prompt_ids, list(task.step_ids)), example.first_label - 1, 0)
+        assert list(example.prompt_ids - shift) == list(first.prompt_ids)
+    return example
+
+
+def test_a_stored_prompt_is_the_prompt_of_its_text(task):
+    assert all(assert_stable(task, text) for text in PARAGRAPHS)
+    assert split_sentences(PARAGRAPHS[0]) == ["Measures.", "1. Close the bridge", "2. Build a school", "The mayor thanked all."]
+    assert split_sentences(PARAGRAPHS[3])[0] == "Dr. Smith, Jr."  # a line of white space is a blank one, also after CRLF
+
+
+@hypothesis.given(strategies.lists(FRAGMENTS | strategies.text(max_size=4), max_size=24).map("".join))
+@hypothesis.settings(max_examples=150)
+def test_a_stored_prompt_is_the_prompt_of_its_text_whatever_the_text(task, text):
+    assert_stable(task, text)
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """A file of 60 articles, the first ten once more with other white space and summaries; its corpus directory."""
+    path = tmp_path_factory.mktemp("divided")
+    again = [{"article": pair["article"].replace(" ", "\n", 3) + " ", "summary": "And " + pair["summary"]} for pair in PAIRS[:10]]
+    (path / "rows.jsonl").write_text(json_lines([*PAIRS, *again]))
+    data_main(["news", "--source", str(path / "rows.jsonl"), "--out", str(path / "corpus"), "--vocab-tokens", "600"])
+    return path
+
+
+def articles(directory):
+    """The articles of each split of a directory."""
+    return {split: [x.prompt for x in corpus.load(directory, TASKS, split=split)] for split in corpus.splits(directory)}
+
+
+def test_a_file_is_divided_and_an_article_that_occurs_twice_is_in_one_split(divided):
+    found = articles(divided / "corpus")
+    assert list(found) == ["train", "validation", "test"] and sum(map(len, found.values())) == 70
+    counted = collections.Counter(itertools.chain(*found.values()))
+    assert sorted(counted.values()) == [1] * 50 + [2] * 10 and sum(map(len, map(set, found.values()))) == 60
+    read = datasets.load_from_disk(str(divided / "corpus"))
+    assert {split: len(rows) for split, rows in read.items()} == {split: len(texts) for split, texts in found.items()}
+    for split in found:
+        card = corpus.load(divided / "corpus", TASKS, split=split).card
+        assert card["split"] == split and card["articles"] == {"read": 70, "written": 70} and "--split" not in card["command"]
+    assert corpus.load(divided / "corpus", TASKS).split == "train"
+
+
+def test_shares_are_as_stated():
+    found = collections.Counter(streams.divided_split_of(f"Article {i} of many.") for i in range(10_000))
+    for split, share in {"train": 0.8, "validation": 0.1, "test": 0.1}.items():
+        assert abs(found[split] - 10_000 * share) < 4 * math.sqrt(10_000 * share * (1 - share))
+
+
+@pytest.mark.slow
+def test_splits_depend_on_neither_the_order_of_rows_nor_workers_nor_the_locale(divided, tmp_path):
+    rows = (divided / "rows.jsonl").read_text().splitlines(keepends=True)
+    random.Random(0).shuffle(rows)
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "data",
+        "news",
+        "--source",
+        "rows.jsonl",
+        "--vocab-tokens",
+        "600",
+        "--workers",
+        "2",
+        "--out",
+        "corpus é",
+    ]
+    subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    ours, theirs = articles(divided / "corpus"), articles(tmp_path / "corpus é")
+    assert {split: sorted(texts) for split, texts in ours.items()} == {split: sorted(texts) for split, texts in theirs.items()}
+
+
+def test_one_split_alone_is_the_one_of_the_whole_and_all_is_undivided(divided, tmp_path, capsys):
+    whole = corpus.load(divided / "corpus", TASKS, split="test")
+    options = ["--source", divided / "rows.jsonl", "--vocab-tokens", 600]
+    assert run(capsys, *options, "--split", "test", "--out", tmp_path / "test")[0] == 0
+    alone = corpus.load(tmp_path / "test", TASKS)
+    assert [list(x.token_ids) for x in alone] == [list(x.token_ids) for x in whole] and alone.split == "test"  # the vocabulary too
+    assert corpus.fingerprint(tmp_path / "test") != corpus.fingerprint(divided / "corpus")
+    assert run(capsys, *options, "--split", "all", "--num-examples", 5, "--out", tmp_path / "all")[0] == 0
+    everything = corpus.load(tmp_path / "all", TASKS)
+    assert [x.prompt for x in everything] == ["\n\n".join(story.article) for story in STORIES[:5]]
+    with pytest.raises(UserError, match="has no validation split, only all: --split all leaves nothing to be held out"):
+        everything.held_out(3, seed=0)
+    with pytest.raises(UserError, match="has no test split: there is all"):
+        corpus.load(tmp_path / "all", TASKS, split="test")
+
+
+def test_a_file_without_an_article_of_train_is_refused(tmp_path, capsys):
+    text = next(t for t in (f"Article {i} of many. It rained." for i in itertools.count()) if streams.divided_split_of(t) == "test")
+    (tmp_path / "rows.jsonl").write_text(json_lines([{"article": text, "summary": text}]))
+    status, _, err = run(capsys, "--source", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert status == 2 and "no example falls to the train split, of test: too few to be divided; try --split all" in err
+    status, _, err = run(capsys, "--source", tmp_path / "rows.jsonl", "--split", "train", "--out", tmp_path / "out")
+    assert status == 2 and "no article falls to the train split" in err and not (tmp_path / "out").exists()
+
+
+def test_examples_held_out_of_a_file_are_its_own(divided):
+    stored = corpus.load(divided / "corpus", TASKS)
+    for split in ("validation", "test"):
+        ((name, held),) = stored.held_out(3, seed=0, split=split).items()
+        own = list(corpus.load(divided / "corpus", TASKS, split=split))[:3]
+        assert name == f"corpus/{split}" and [x.prompt for x in held] == [x.prompt for x in own] and {x.first_label for x in held} == {1}
+        assert not {x.prompt for x in held} & {x.prompt for x in stored}
+    assert stored.task.source == "rows.jsonl" and not stored.task.is_generated
+    with pytest.raises(UserError, match=r"trained on news of rows\.jsonl, not on synthetic news: give its corpus directory"):
+        stored.task.held_out(3, seed=0)
+    assert news.NewsTask.from_json(
+        {key: value for key, value in stored.task.to_json().items() if key != "source"} | {"version": 1}
+    ).is_generated
+
+
+# ------------------------------------------------------------------------------------------------------ other sources
+
+
+def test_parquet_is_read_where_it_is_needed_alone(tmp_path):
+    """A date beyond the year 9999, which Python has none of, in a column that nobody asked for; text in its other types."""
+    days = pyarrow.array([10**7] * 3, pyarrow.int32()).cast(pyarrow.date32())
+    bad = pyarrow.array([b"Rain \xff fell.", None, b"\xe2\x82\xac"], pyarrow.binary()).view(pyarrow.string())
+    named = pyarrow.array(["a", "b", "a"])
+    for summary in (named, named.dictionary_encode(), named.cast(pyarrow.large_string()), named.cast(pyarrow.string_view())):
+        parquet.write_table(table(when=days, article=bad, summary=summary), tmp_path / "rows.parquet")
+        found = [pair[2:] for pair in sources.read_pairs(str(tmp_path / "rows.parquet"))]
+        assert found == [("Rain \udcff fell.", "a"), ("", "b"), ("€", "a")]
+
+
+HUB = {
+    "splits of its own": (("train", "validation", "test"), None, ["train", "validation", "test"]),
+    "one of them": (("train", "validation", "test"), "test", ["test"]),
+    "one split is divided": (("train",), None, ["train", "test"]),
+    "and one of its parts": (("train",), "test", ["test"]),
+    "another of its own": (("train", "dev"), "dev", ["dev"]),
+}
+
+
+@pytest.mark.parametrize("case", HUB)
+def test_a_data_set_keeps_its_splits_and_its_only_one_is_divided(case, monkeypatch):
+    own, split, expected = HUB[case]
+    texts = [next(t for t in map(str, itertools.count()) if streams.divided_split_of(t) == part) for part in ("train", "test")]
+    rows = datasets.Dataset.from_list([{"article": text, "summary": "b", "other": 1} for text in texts])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *path: list(own))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *path, split, streaming: rows.to_iterable_dataset())
+    found = list(sources.read_pairs("some/set", split))
+    assert list(dict.fromkeys(pair.split for pair in found)) == expected
+    if case == "one of them":
+        with pytest.raises(UserError, match="some/set: there is no split dev, only train, validation, test"):
+            next(sources.read_pairs("some/set", "dev"))
+
+
+def test_a_data_set_that_fails_on_the_way_is_one_line(monkeypatch):
+    def failing():
+        yield {"article": "a", "summary": "b"}
+        raise ConnectionError("connection lost\nmore")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *path: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *path, split, streaming: datasets.IterableDataset.from_generator(failing))
+    with pytest.raises(UserError, match=r"^some/set: neither a file nor a data set that could be loaded: connection lost$"):
+        list(sources.read_pairs("some/set"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rows", [[{"article": "word " * 3000, "summary": "word."}], [{**MAYOR, "article": "\ud83d"}]], ids=["long", "surrogate"]
+)
+def test_workers_say_what_is_said_without(rows, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json_lines(rows * 3))
+    said = [
+        run(capsys, "--source", tmp_path / "rows.jsonl", "--split", "all", "--workers", workers, "--out", tmp_path / "out")
+        for workers in (0, 2)
+    ]
+    assert said[0][0] == 2 and said[0][2].splitlines()[-1] == said[1][2].splitlines()[-1] and said[0][:2] == said[1][:2]
+
+
+def test_workers_change_nothing(task):
+    pairs = [sources.Pair(number, "train", *pair.values()) for number, pair in enumerate(PAIRS)]
+    options = {"max_prompt_tokens": 896, "seed": 0}
+    made = [list(sources.examples(iter(pairs), task.vocab, Alignment(), **options, num_workers=workers)) for workers in (0, 2)]
+    alone, together = ([(one.split, one.counted, one.example.token_ids.tolist()) for one in found] for found in made)
+    assert alone == together and len(alone) == len(PAIRS)
