@@ -190,8 +190,7 @@ COMMANDS: dict[str, Any] = {"generate": Generate, "eval": Eval, "bench": Bench}
 
 def main() -> None:
     with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        name, words = commandline.choose({name: commandline.summary(kind) for name, kind in COMMANDS.items()}, __doc__ or "")
-        command = commandline.parse(COMMANDS[name], name, words, user_error=UserError)
+        _, command = commandline.parse_one_of(COMMANDS, __doc__, user_error=UserError)
         with files.outputs(**{name: getattr(command, name, None) for name in ("json", "html", "plot")}):
             command.run()
 

@@ -28,11 +28,10 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    commands = {name: task for name, task in TASKS.items() if hasattr(task, "WriteCommand")}
+    commands = {name: task.WriteCommand for name, task in TASKS.items() if hasattr(task, "WriteCommand")}
     with commandline.exit_on_user_error(), commandline.exit_on_termination():
-        summaries = {name: commandline.summary(task.WriteCommand) for name, task in commands.items()}
-        name, words = commandline.choose(summaries, __doc__ or "", argv)
-        write(commandline.parse(commands[name].WriteCommand, name, words), commands[name])
+        name, command = commandline.parse_one_of(commands, __doc__, argv)
+        write(command, TASKS[name])
 
 
 if __name__ == "__main__":

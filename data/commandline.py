@@ -55,9 +55,14 @@ def choose(commands: Mapping[str, str], description: str, argv: list[str] | None
     fail(f"{found}; allowed: {', '.join(commands)}")
 
 
-def summary(kind: type) -> str:
-    """Return the first paragraph of a class's docstring in one line, for `choose`."""
-    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+def parse_one_of(commands: Mapping[str, type], description: str | None, argv: list[str] | None = None, **options: Any) -> tuple[str, Any]:
+    """Return the name of the sub-command that a command line begins with, and its dataclass with the options that follow.
+
+    `--help` says the first paragraph of each class's docstring. Arguments are those of `choose`, options those of `parse`.
+    """
+    summaries = {name: " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split()) for name, kind in commands.items()}
+    name, words = choose(summaries, description or "", argv)
+    return name, parse(commands[name], name, words, **options)
 
 
 def look_ahead(words: list[str], option: str, choices: Iterable[str], default: str) -> str:
@@ -82,7 +87,7 @@ def parse(command: Any, name: str, words: list[str], *, user_error: type[Excepti
     """
     program = f"{Path(sys.argv[0]).name} {name}"
     kind, given = (command, {}) if isinstance(command, type) else (type(command), {"default": command})
-    options |= {"prog": program, "config": (tyro.conf.OmitArgPrefixes,), "registry": _NUMBERS, **given}
+    options |= {"prog": program, "config": (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands), "registry": _NUMBERS, **given}
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):

@@ -103,7 +103,7 @@ def test_the_command_decodes_in_any_directory(installed, crowded):
 @pytest.mark.parametrize("where", ["installed", "editable"])
 def test_the_command_writes_a_corpus_in_any_directory(where, request, crowded):
     command = request.getfixturevalue(where) / "selfspan"
-    assert run(command, "data", "arithmetic", "--num-examples", "20", "--out", "corpus", **crowded) == (0, "", "")
+    assert run(command, "data", "arithmetic", "--num-examples", "20", "--out", "corpus", **crowded) == (0, "corpus: 20 train\n", "")
     assert (crowded["cwd"] / "corpus" / "dataset_info.json").exists()
 
 

@@ -64,7 +64,7 @@ def test_help_goes_to_stdout_with_status_0(capsys, words):
     out, err = capsys.readouterr()
     assert out.startswith("usage: ") and err == ""
     if words == ["arithmetic", "--help"]:
-        for default in ("--num-examples INT", "(default: 1000)", "--max-value INT", "(default: 999)", "(required)"):
+        for default in ("--num-examples", "(default: 1000)", "--max-value INT", "(default: 999)", "(required)"):
             assert default in out
 
 
@@ -133,7 +133,7 @@ def test_an_interrupt_is_status_130(capsys):
 def test_the_command_itself(tmp_path):
     words = ["arithmetic", "--num-examples", "20", "--out", str(tmp_path / "corpus")]
     done = subprocess.run([sys.executable, "-m", "data", *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'corpus'}: 20 train\n", "")
 
 
 @pytest.mark.slow
