@@ -15,9 +15,10 @@ The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.1
 """
 
 from pallas_kernels.linear import fused_linear
+from pallas_kernels.prompt_attention import PromptMask, prompt_attention
 from pallas_kernels.quantized import QuantizedPool, QuantizedWeight, quantize_pool, quantize_weight
 from pallas_kernels.rotary import rotate_and_write, rotate_heads
-from pallas_kernels.sequence_attention import PromptMask, TileMask, masked_attention, prompt_attention
+from pallas_kernels.sequence_attention import TileMask, masked_attention
 from pallas_kernels.slots import update_slots
 from pallas_kernels.span_decode import span_decode_attention
 from pallas_kernels.swiglu import silu_and_mul

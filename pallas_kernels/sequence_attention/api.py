@@ -8,9 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
 from pallas_kernels.sequence_attention import triton
-from pallas_kernels.sequence_attention.heuristics import prompt_config
 from pallas_kernels.sequence_attention.mask import TileMask
-from pallas_kernels.sequence_attention.prompts import PromptMask
 from pallas_kernels.sequence_attention.reference import reference_attention
 
 IMPLEMENTATIONS = ("reference", "triton")
@@ -50,42 +48,6 @@ def masked_attention(
         return reference_attention(q, k, v, mask.unpacked(), scale=scale)
     q, k, v = _pad(q, mask.block_q), _pad(k, mask.block_k), _pad(v, mask.block_k)
     return _attend(scale, interpret, q, k, v, mask)[:, : mask.num_queries]
-
-
-def prompt_attention(
-    q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    mask: PromptMask,
-    *,
-    scale: float | None = None,
-    implementation: str | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Compute the attention of prompts over pooled keys and values; no gradients.
-
-    Args:
-      q: `[B, T, N, H]` queries of some tokens of each prompt, bfloat16, float16 or float32. Query head `n` reads kv head
-        `n // (N // K)`.
-      k_pool, v_pool: `[P, K, H]` in the dtype of `q`; key s of sequence b is row `b * mask.num_keys + s`.
-      mask: which keys each query may attend to.
-      scale: factor on the scores, `1 / sqrt(H)` unless given; a static number above 0.
-      implementation, interpret: as `pallas_kernels` says.
-
-    Returns:
-      `[B, T, N, H]` in the dtype of `q`; arbitrary for queries after the end of their prompt.
-    """
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    _validate_prompts(q, k_pool, v_pool, mask, scale)
-    chosen = choose_implementation(
-        implementation, ("triton", "reference"), lambda name: unsupported_reason(name, q.shape[3], interpret=interpret)
-    )
-    if chosen == "reference":
-        batch, num_keys = q.shape[0], mask.num_keys
-        k, v = (pool[: batch * num_keys].reshape(batch, num_keys, *pool.shape[1:]) for pool in (k_pool, v_pool))
-        return reference_attention(q, k, v, mask.pairs(q.shape[1]), scale=scale)
-    config = prompt_config(mask.block_q, q.shape[3], q.dtype.itemsize)
-    return triton.prompt_forward(q, k_pool, v_pool, mask, scale=scale, config=config, interpret=interpret)
 
 
 def unsupported_reason(implementation: str, head_size: int, *, interpret: bool = False) -> str | None:
@@ -130,20 +92,4 @@ def _validate(q, k, v, mask: TileMask, scale: float) -> None:
     require(fits, f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} kv heads")
     wanted, found = [*q.shape[:2], k.shape[1]], [mask.bits.shape[0], mask.num_queries, mask.num_keys]
     require(wanted == found, f"the mask must be [B, T, S] = {wanted}", found)
-    require(scale > 0, "scale must be above 0", scale)
-
-
-def _validate_prompts(q, k_pool, v_pool, mask: PromptMask, scale: float) -> None:
-    require(q.ndim == 4 and q.dtype in FLOAT_DTYPES, "q must be bfloat16, float16 or float32 [B, T, N, H]", q)
-    batch, num_queries, num_heads, head_size = q.shape
-    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-        fits = pool.ndim == 3 and pool.shape[2] == head_size and pool.dtype == q.dtype and pool.shape == k_pool.shape
-        require(fits, f"{name} must be {q.dtype} [P, K, {head_size}], both alike", pool)
-    fits = k_pool.shape[1] > 0 and num_heads % k_pool.shape[1] == 0
-    require(fits, f"the {num_heads} query heads must be a multiple of the {k_pool.shape[1]} kv heads")
-    require(k_pool.shape[0] >= batch * mask.num_keys, f"the pools must have {batch} times {mask.num_keys} rows", k_pool)
-    fits = mask.lengths.shape == (batch,) and mask.num_queries in (None, num_queries)
-    require(fits, f"the mask must be of {batch} sequences with {num_queries} queries", mask.lengths, mask.num_queries)
-    fits = num_queries % mask.block_q == 0 and mask.num_keys % mask.block_k == 0
-    require(fits, f"tiles of {mask.block_q} x {mask.block_k} must divide {num_queries} queries and {mask.num_keys} keys")
     require(scale > 0, "scale must be above 0", scale)

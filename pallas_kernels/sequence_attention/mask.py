@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sequence_attention.prompts import list_tiles
+from pallas_kernels.tiles import list_tiles
 
 TILE = (64, 64)  # queries by keys: what one warp group (4 warps) multiplies at once, without spilled registers in any kernel
 WORD_BITS = 32

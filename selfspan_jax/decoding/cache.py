@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import PromptMask, prompt_attention, rotate_and_write, span_decode_attention
-from pallas_kernels.sequence_attention import unsupported_reason as prompt_kernel_reason
+from pallas_kernels.prompt_attention import unsupported_reason as prompt_kernel_reason
 from selfspan_jax.attention.policies import Slots
 from selfspan_jax.attention.sequences import dot_product_attention
 from selfspan_jax.config import Implementation, ModelConfig

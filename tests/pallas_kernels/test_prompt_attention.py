@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import PromptMask, prompt_attention
-from pallas_kernels.sequence_attention import api, prompts
+from pallas_kernels.prompt_attention import api
+from pallas_kernels.prompt_attention.mask import BLOCK_K
+from pallas_kernels.tiles import list_tiles
 from tests.pallas_kernels.budget import error, gpu_run, program, round_to, run
-from tests.pallas_kernels.cases.prompts import CASE, CASES, Problem, make_problem
+from tests.pallas_kernels.cases.prompt_attention import CASE, CASES, Problem, make_problem
 from tests.pallas_kernels.lowering import cuda_lowering
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -105,11 +107,11 @@ def test_what_no_tile_lists_is_not_read(name):
     """NaN in tiles that no query of the chunk needs, and in rows beyond the prompts, change nothing."""
     problem = round_to(make_problem(CASE[name]), np.float32)
     clean = attend(problem, jnp.float32, "triton", True)
-    num_tiles = problem.case.num_keys // prompts.BLOCK_K
+    num_tiles = problem.case.num_keys // BLOCK_K
     needed = problem.mask.any(axis=1).reshape(len(problem.lengths), num_tiles, -1).any(axis=2)
     for b, tile in np.argwhere(~needed):
-        first = b * problem.case.num_keys + tile * prompts.BLOCK_K
-        problem.k[first : first + prompts.BLOCK_K] = problem.v[first : first + prompts.BLOCK_K] = np.nan
+        first = b * problem.case.num_keys + tile * BLOCK_K
+        problem.k[first : first + BLOCK_K] = problem.v[first : first + BLOCK_K] = np.nan
     problem.k[-40:] = problem.v[-40:] = np.nan
     np.testing.assert_array_equal(attend(problem, jnp.float32, "triton", True), clean)
 
@@ -137,7 +139,7 @@ def test_tiles_may_be_listed_for_each_head(num_heads):
     kept[0, :, [0, 1], [2, 3]] = True  # the tiles of the queries themselves
     kept &= np.arange(4) <= np.arange(2)[:, None] + 2
     own = np.arange(4) == np.arange(2)[:, None] + 2
-    tiles, counts = prompts.list_tiles(jnp.asarray(kept), jnp.asarray(kept & ~own))
+    tiles, counts = list_tiles(jnp.asarray(kept), jnp.asarray(kept & ~own))
     causal = PromptMask.causal(128, jnp.array([256]), num_queries=128, num_keys=num_keys, block_q=64)
     out = compiled("triton", True, None)(q, k, v, dataclasses.replace(causal, key_tiles=tiles, key_counts=counts))
     pairs = np.repeat(np.repeat(np.broadcast_to(kept, (1, 4, 2, 4)), 64, axis=2), 64, axis=3) & (np.tri(128, 256, 128) > 0)

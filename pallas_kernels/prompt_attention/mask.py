@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tiles import list_tiles
+
 BLOCK_Q, BLOCK_K = 64, 64  # of a tile of queries and keys
 
 
@@ -104,10 +106,3 @@ def label_sets(labels: jax.Array, num_labels: int, block: int) -> jax.Array:
     batch, tile = (jax.lax.broadcasted_iota(jnp.int32, tiles.shape, axis) for axis in (0, 1))
     label = jnp.where(tiles < 0, num_labels, tiles)
     return jnp.zeros((*tiles.shape[:2], num_labels), jnp.bfloat16).at[batch, tile, label].set(jnp.bfloat16(1), mode="drop")
-
-
-def list_tiles(some: jax.Array, every: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """List for each i of bool [..., I, J] the tiles j with some pairs but not every, then those with every; and both counts [..., I, 2]."""
-    kinds = jnp.where(every, 1, jnp.where(some, 0, 2))
-    partial, needed = jnp.sum(some & ~every, axis=-1, dtype=jnp.int32), jnp.sum(some, axis=-1, dtype=jnp.int32)
-    return jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32), jnp.stack([partial, needed], axis=-1)

@@ -1,0 +1,70 @@
+"""The public function: validate, choose an implementation, call it."""
+
+import math
+
+import jax
+
+from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
+from pallas_kernels.prompt_attention import triton
+from pallas_kernels.prompt_attention.heuristics import prompt_config
+from pallas_kernels.prompt_attention.mask import PromptMask
+from pallas_kernels.prompt_attention.reference import reference_prompt_attention
+
+IMPLEMENTATIONS = ("reference", "triton")
+
+
+def prompt_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    mask: PromptMask,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Compute the attention of prompts over pooled keys and values; no gradients.
+
+    Args:
+      q: `[B, T, N, H]` queries of some tokens of each prompt, bfloat16, float16 or float32. Query head `n` reads kv head
+        `n // (N // K)`.
+      k_pool, v_pool: `[P, K, H]` in the dtype of `q`; key s of sequence b is row `b * mask.num_keys + s`.
+      mask: which keys each query may attend to.
+      scale: factor on the scores, `1 / sqrt(H)` unless given; a static number above 0.
+      implementation, interpret: as `pallas_kernels` says.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of `q`; arbitrary for queries after the end of their prompt.
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    _validate(q, k_pool, v_pool, mask, scale)
+    chosen = choose_implementation(
+        implementation, ("triton", "reference"), lambda name: unsupported_reason(name, q.shape[3], interpret=interpret)
+    )
+    if chosen == "reference":
+        return reference_prompt_attention(q, k_pool, v_pool, mask, scale=scale)
+    config = prompt_config(mask.block_q, q.shape[3], q.dtype.itemsize)
+    return triton.triton_prompt_attention(q, k_pool, v_pool, mask, scale=scale, config=config, interpret=interpret)
+
+
+def unsupported_reason(implementation: str, head_size: int, *, interpret: bool = False) -> str | None:
+    """Say why `implementation` cannot compute heads of this size on the default device; None when it can."""
+    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation == "reference":
+        return reason
+    return None if head_size in (32, 64, 128) else f"head size must be 32, 64 or 128, got {head_size}"
+
+
+def _validate(q, k_pool, v_pool, mask: PromptMask, scale: float) -> None:
+    require(q.ndim == 4 and q.dtype in FLOAT_DTYPES, "q must be bfloat16, float16 or float32 [B, T, N, H]", q)
+    batch, num_queries, num_heads, head_size = q.shape
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        fits = pool.ndim == 3 and pool.shape[2] == head_size and pool.dtype == q.dtype and pool.shape == k_pool.shape
+        require(fits, f"{name} must be {q.dtype} [P, K, {head_size}], both alike", pool)
+    fits = k_pool.shape[1] > 0 and num_heads % k_pool.shape[1] == 0
+    require(fits, f"the {num_heads} query heads must be a multiple of the {k_pool.shape[1]} kv heads")
+    require(k_pool.shape[0] >= batch * mask.num_keys, f"the pools must have {batch} times {mask.num_keys} rows", k_pool)
+    fits = mask.lengths.shape == (batch,) and mask.num_queries in (None, num_queries)
+    require(fits, f"the mask must be of {batch} sequences with {num_queries} queries", mask.lengths, mask.num_queries)
+    fits = num_queries % mask.block_q == 0 and mask.num_keys % mask.block_k == 0
+    require(fits, f"tiles of {mask.block_q} x {mask.block_k} must divide {num_queries} queries and {mask.num_keys} keys")
+    require(scale > 0, "scale must be above 0", scale)
