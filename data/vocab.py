@@ -192,9 +192,15 @@ class TokenizerVocab(Vocab):
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_str(self.tokenizer_json)
+            tokenizer = Tokenizer.from_str(self.tokenizer_json)
         except Exception as error:  # that is what the library raises
             raise UserError(f"not a tokenizer: {error}") from error
+        # What it was last used with would cut, lengthen or vary texts.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
+        return tokenizer
 
     @property
     def size(self) -> int:

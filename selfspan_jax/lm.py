@@ -71,6 +71,8 @@ class SpanLM:
         """
         if dtype not in (None, *COMPUTE_DTYPES):
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
+        if not (tasks is None or isinstance(tasks, Mapping)):
+            raise UserError(f"tasks is {tasks!r}; expected a mapping from names to task classes")
         _check_weights(weights)
         path = hub.locate(directory)
         computed: dict[str, Any] = {} if dtype is None else {"compute_dtype": COMPUTE_DTYPES[dtype]}

@@ -38,8 +38,11 @@ def dot_product_attention(
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         fused = jax.default_backend() == "gpu" and half and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0
         implementation = "cudnn" if fused else "xla"
+    dtype = q.dtype
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no product of float16 that adds up in float32
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # the library promotes its own scores
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation).astype(dtype)
 
 
 def split_and_rotate(

@@ -23,6 +23,8 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
     Raises: UserError that says what is wrong with the text, or how many devices are missing.
     """
+    if not isinstance(text, str):
+        raise UserError(f"mesh is {text!r}; expected text such as data=2,tensor=2")
     sizes = dict.fromkeys(MESH_AXES, 1)
     seen = set()
     for part in text.split(","):

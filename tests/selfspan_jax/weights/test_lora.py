@@ -252,6 +252,19 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     ids = whole.task.encode_prompt("(1+2)*3")
     again = importing.load_decoder(tmp_path / "exported", whole.model.vocab)
     np.testing.assert_allclose(SpanLM(again, whole.task).logits(ids), whole.logits(ids, attention="dense"), atol=1e-5)
+    # a second stage begins with the finished model, its span tokens and what was learned about them
+    status, _, err = fine_tune(call, tmp_path / "second", model, "--rank", 4)
+    assert status == 0, err
+    second, first = SpanLM.load(tmp_path / "second" / "model"), whole
+    assert second.task == first.task and second.model.vocab == first.model.vocab and second.model.vocab_size == first.model.vocab_size
+    np.testing.assert_array_equal(second.model.norm.scale[...], first.model.norm.scale[...])
+    assert SpanLM.load(tmp_path / "second" / "adapter", base=model).model.config == second.model.config
+    assert bench(call, tmp_path / "second" / "adapter", tmp_path, "--base", model, "--context", 96)["workload"] == "arithmetic"
+    # so does the export, with the tokens of its own
+    status, _, err = fine_tune(call, tmp_path / "third", tmp_path / "exported", "--rank", 4)
+    assert status == 0 and SpanLM.load(tmp_path / "third" / "model").model.vocab == first.model.vocab, err
+    status, _, err = fine_tune(call, tmp_path / "no", adapter)
+    assert status == 2 and "is an adapter: expected a whole model" in err
 
 
 def test_an_imported_model_is_timed_on_segments_with_its_own_ids(call, base, tmp_path):
