@@ -8,7 +8,7 @@ from selfspan_jax import SpanLM
 from selfspan_jax.config import LoraConfig
 from selfspan_jax.weights import importing, lora
 from tests.selfspan_jax.weights import pretrained
-from tests.selfspan_jax.weights.pretrained import ALPHABET, WORDS, gguf_file
+from tests.selfspan_jax.weights.pretrained import WORDS, gguf_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # `transformers` warns about itself
 ARRAYS = pretrained.tensors(320)
@@ -21,11 +21,15 @@ TOKENIZERS = {  # what a file says beside its tokens and merges
     "no beginning of text": dict(words=SPECIAL, types=TYPES, tokenizer__ggml__bos_token_id=262, tokenizer__ggml__add_bos_token=False),
     "an end of text after each prompt": dict(tokenizer__ggml__add_eos_token=True),
     "both": dict(
-        words=SPECIAL, types=TYPES, tokenizer__ggml__bos_token_id=262, tokenizer__ggml__add_bos_token=True, tokenizer__ggml__add_eos_token=True
+        words=SPECIAL,
+        types=TYPES,
+        tokenizer__ggml__bos_token_id=262,
+        tokenizer__ggml__add_bos_token=True,
+        tokenizer__ggml__add_eos_token=True,
     ),
     "a chat template": dict(tokenizer__chat_template="{{ messages[0].content }}!"),
     "a padding token": dict(words=SPECIAL, types=TYPES, tokenizer__ggml__padding_token_id=260),
-}  # fmt: skip
+}
 TEXTS = ["the cat and the dog", "x<think>the </think> y", "a<|end|>b ä<odd> 12", "", " <begin> the"]
 
 
@@ -48,21 +52,24 @@ def test_ends_of_text_and_turn_both_end(tmp_path):
     assert (model.vocab.eos_id, task.stop_ids) == (0, (66, 67)) and model.config.compute_dtype == "float32"
 
 
+REQUIRED = ["context_length", "embedding_length", "feed_forward_length", "block_count"]
+REQUIRED += ["attention.head_count", "attention.layer_norm_rms_epsilon"]
 REFUSED = {
     "a type of scaling": (dict(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type is 'yarn'; known from GGUF are unscaled"),
     "a factor alone": (dict(llama__rope__scaling__factor=4.0), "llama.rope.scaling.factor is 4.0"),
     "a factor by its old key": (dict(llama__rope__scale_linear=2.0), "llama.rope.scale_linear is 2.0"),
     "a factor of attention": (dict(llama__rope__scaling__attn_factor=1.2), "llama.rope.scaling.attn_factor is 1.2"),
     "a setting of scaling nobody knows": (dict(llama__rope__scaling__beta_fast=32.0), "beta_fast is 32.0"),
-    "a part of the head turned": (dict(llama__rope__dimension_count=4, llama__attention__key_length=8), "llama.rope.dimension_count is 4; known is the head size, 8"),
+    "a part of the head turned": (
+        dict(llama__rope__dimension_count=4, llama__attention__key_length=8),
+        "llama.rope.dimension_count is 4; known is the head size, 8",
+    ),
     "values of another size": (dict(llama__attention__value_length=16, llama__attention__key_length=8), "value_length is 16"),
     "a list for a number": (dict(llama__attention__head_count_kv=[2, 2]), "llama.attention.head_count_kv is list; expected a number"),
     "an end beyond the tokens": (dict(tokenizer__ggml__eos_token_id=900), "eos_token_id is 900, but there are 260 tokens"),
     "another tokenizer": (dict(tokenizer__ggml__model="llama"), "of type 'llama'; known is gpt2"),
-    **{f"without {key}": (dict(without=(f"llama.{key}",)), f"llama.{key} is missing") for key in (
-        "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "attention.layer_norm_rms_epsilon"
-    )},
-}  # fmt: skip
+    **{f"without {key}": (dict(without=(f"llama.{key}",)), f"llama.{key} is missing") for key in REQUIRED},
+}
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED.values(), ids=REFUSED)
@@ -94,7 +101,7 @@ def test_an_adapter_fits_the_same_weights_in_another_format(tmp_path):
     path = gguf_file(tmp_path / "model.gguf", ARRAYS)
     other = pretrained.directory(tmp_path / "hf", arrays=ARRAYS)
     for eps in (1e-5, 9.999999747378752e-06):
-        model, task = importing.load(path, num_labels=4, compute_dtype="bfloat16", rms_norm_eps=eps)
+        model, _ = importing.load(path, num_labels=4, compute_dtype="bfloat16", rms_norm_eps=eps)
         adapted = lora.adapt(model, LoraConfig(rank=2))
         stored = tmp_path / f"adapter-{eps}"
         lora.save_adapter(stored, adapted, LoraConfig(rank=2), path.name, {}, "")
@@ -102,5 +109,5 @@ def test_an_adapter_fits_the_same_weights_in_another_format(tmp_path):
             merged, _ = lora.load_adapter(stored, base)
             np.testing.assert_array_equal(merged.norm.scale[...], model.norm.scale[...])
     wrong = pretrained.directory(tmp_path / "wrong", arrays=ARRAYS, rms_norm_eps=2e-5)
-    with pytest.raises(ValueError, match="another architecture than that of model.gguf"):
+    with pytest.raises(ValueError, match=r"another architecture than that of model.gguf"):
         lora.load_adapter(stored, wrong)

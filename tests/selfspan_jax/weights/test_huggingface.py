@@ -59,8 +59,10 @@ ROPES = {  # fields of a config, None where they are refused
     "scaling with theta": dict(rope_scaling={"rope_type": "llama3", "rope_theta": 3e5, **LLAMA3}),
     "scaling without theta anywhere": dict(rope_scaling={"rope_type": "llama3", **LLAMA3}),
     "scaling without the first context": dict(rope_scaling={"rope_type": "llama3", **PART}, rope_theta=1e6),
-    "the same twice": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 2e4, **LLAMA3}, rope_scaling={"type": "llama3", **LLAMA3}, rope_theta=2e4),
-}  # fmt: skip
+    "the same twice": dict(
+        rope_parameters={"rope_type": "llama3", "rope_theta": 2e4, **LLAMA3}, rope_scaling={"type": "llama3", **LLAMA3}, rope_theta=2e4
+    ),
+}
 
 
 @pytest.mark.parametrize("fields", ROPES.values(), ids=ROPES)
@@ -91,8 +93,11 @@ REFUSED_ROPES = {
         dict(LAYERS, rope_parameters={"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}),
         "rope_theta is 1000000.0 in one",
     ),
-    "a type of layer without": (dict(LAYERS, rope_parameters={"full_attention": {"rope_theta": 1e6}}), "no settings for layers of type sliding"),
-}  # fmt: skip
+    "a type of layer without": (
+        dict(LAYERS, rope_parameters={"full_attention": {"rope_theta": 1e6}}),
+        "no settings for layers of type sliding",
+    ),
+}
 
 
 @pytest.mark.parametrize(("fields", "message"), REFUSED_ROPES.values(), ids=REFUSED_ROPES)
@@ -157,7 +162,7 @@ def test_two_models_in_one_directory_are_refused(base, tmp_path):
     save_file({name: array + 1 for name, array in arrays.items()}, both / "model-00001-of-00001.safetensors")
     index = both / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, "model-00001-of-00001.safetensors")}))
-    with pytest.raises(ValueError, match="has model.safetensors and an index of other files"):
+    with pytest.raises(ValueError, match=r"has model.safetensors and an index of other files"):
         importing.load_decoder(both)
     (both / "model.safetensors").unlink()
     np.testing.assert_array_equal(importing.load_decoder(both).norm.scale[...], arrays["model.norm.weight"] + 1)
@@ -167,7 +172,7 @@ def test_two_models_in_one_directory_are_refused(base, tmp_path):
 
 
 def test_quantised_weights_of_others_are_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="quantised .gptq."):
+    with pytest.raises(ValueError, match=r"quantised .gptq."):
         importing.load_decoder(changed(base, tmp_path / "q", quantization_config={"quant_method": "gptq"}))
 
 
@@ -288,7 +293,7 @@ def test_new_tokens_begin_alike_wherever_their_rows_lie(tmp_path):
     arrays = pretrained.tensors(1000)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         arrays[name][260:] = 0
-    model, task = importing.load(pretrained.directory(tmp_path / "model", rows=1000, arrays=arrays))
+    model, _ = importing.load(pretrained.directory(tmp_path / "model", rows=1000, arrays=arrays))
     assert model.vocab_size == 1000 and model.vocab.min_vocab_size < 1000
     new = slice(260, model.vocab.min_vocab_size)
     for name, rows in (("model.embed_tokens.weight", model.embed_tokens.embedding[...]), ("lm_head.weight", model.lm_head.weight[...])):

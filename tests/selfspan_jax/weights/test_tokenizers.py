@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from data.vocab import TokenizerVocab
@@ -29,7 +29,7 @@ def test_new_tokens_get_ids_above_all_that_are_in_use(ids):
     theirs = pretrained.tokenizer(vocab=ids)
     before = theirs("the cat, the dog")["input_ids"]
     vocab = add_span_tokens(theirs, 20)
-    assert theirs("the cat, the dog")["input_ids"] == before == [*map(ids.get, ["the", *"ĠcatK,"[:4], ","])][:0] + before
+    assert theirs("the cat, the dog")["input_ids"] == before
     taken, last = {*ids.values()}, 1 + max(ids.values())
     new = [vocab.bos_id, vocab.pad_id, vocab.solve_id, *map(vocab.seg_id, range(20)), *map(vocab.ref_id, range(20))]
     assert new == [*range(last, last + 43)] and not taken & {*new}
@@ -47,7 +47,7 @@ def test_ids_that_cannot_be_chosen_are_refused():
     core = Tokenizer(models.Unigram([("<eos>", 0.0), ("a", -1.0)], unk_id=0))
     theirs = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     theirs.get_vocab = lambda: {"<eos>": 0, "a": 1, "z": 7}
-    with pytest.raises(ValueError, match="leaves ids free below its highest, and its model .Unigram. cannot skip them"):
+    with pytest.raises(ValueError, match=r"leaves ids free below its highest, and its model .Unigram. cannot skip them"):
         add_span_tokens(theirs, 2)
 
 
@@ -104,7 +104,7 @@ HALF = {
 @pytest.mark.parametrize("tokens", HALF.values(), ids=HALF)
 def test_span_tokens_that_are_no_export_of_ours_are_refused(tmp_path, tokens):
     theirs = pretrained.tokenizer(additional_special_tokens=tokens)
-    with pytest.raises(ValueError, match="has <.*> already, but not the span tokens as an export"):
+    with pytest.raises(ValueError, match=r"has <.*> already, but not the span tokens as an export"):
         importing.load(pretrained.directory(tmp_path / "model", words=theirs))
 
 
