@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from selfspan_jax import spans
@@ -22,6 +23,11 @@ LoraTarget = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
     if not condition:
         raise UserError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}; allowed: {allowed}")
+
+
+def _require_number(config: Any, field: str, allows: Callable[[float], bool], allowed: str) -> None:
+    value = getattr(config, field)
+    _require(isinstance(value, int | float) and not isinstance(value, bool) and allows(value), config, field, allowed)
 
 
 def _require_positive(config: Any, *fields: str) -> None:
@@ -196,16 +202,26 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen."""
+    """How a token is chosen; each as `transformers` defines it, and in its order: penalty, temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.0
     """0 takes the most likely token."""
+    top_k: int = 0
+    """Draw from so many of the most likely tokens, and from those as likely as the last of them; 0: from all."""
     top_p: float = 1.0
-    """Draw from the most likely tokens whose probabilities add up to this."""
+    """Draw from the most likely tokens whose probabilities add up to this; at least from the most likely one."""
+    min_p: float = 0.0
+    """Draw from the tokens that are at least this times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that stand in the prompt or response, and multiplies negative ones. Above 1: fewer repetitions.
+    Span tokens (<seg>, <ref>) are exempt, because naming a label again is how a response reads it again."""
 
     def __post_init__(self):
-        _require(self.temperature >= 0, self, "temperature", "0 and above")
-        _require(0 < self.top_p <= 1, self, "top_p", "above 0, up to 1")
+        _require_number(self, "temperature", lambda value: 0 <= value < math.inf, "numbers from 0")
+        _require(type(self.top_k) is int and self.top_k >= 0, self, "top_k", "whole numbers from 0")
+        _require_number(self, "top_p", lambda value: 0 < value <= 1, "numbers above 0, up to 1")
+        _require_number(self, "min_p", lambda value: 0 <= value <= 1, "numbers from 0 to 1")
+        _require_number(self, "repetition_penalty", lambda value: 0 < value < math.inf, "numbers above 0")
 
 
 @dataclasses.dataclass(frozen=True)

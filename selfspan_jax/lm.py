@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, overload
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
@@ -23,7 +23,8 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.task import Task, end_ids, installed_tasks
-from selfspan_jax.viewing.output import Output
+from selfspan_jax.viewing.detokenize import Response, check_stop_strings
+from selfspan_jax.viewing.output import Output, prompt_warnings
 from selfspan_jax.viewing.reading import Reading, Step, attention_mask
 from selfspan_jax.weights import hub, importing, lora, models
 
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Output", "SpanLM", "Step", "Task", "installed_tasks"]
 
-_DEFAULT_NEW_TOKENS = 1024
+_FIRST_ROOM = 1024  # new tokens that memory is taken for at first, where no limit is given
+_STOP_CHUNK_TOKENS = 32  # between two looks for stop strings
+_SHOWN_CHARACTERS = 40
+_OPTIONS = ("attention", "max_new_tokens", "chat", "seed", "stop", "implementation")
+_SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 class SpanLM:
@@ -108,12 +113,8 @@ class SpanLM:
         prompts: str | Sequence[str],
         *,
         num_samples: int | None = None,
-        attention: str | Policy | None = None,
-        max_new_tokens: int | None = None,
         chat: bool = False,
-        seed: int = 0,
-        implementation: Implementation | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Output | list[Output] | list[list[Output]]:
         """Decode a response to a prompt, or to each of several in one batch.
 
@@ -122,55 +123,124 @@ class SpanLM:
           num_samples: responses to each prompt, which share its cache rows; a prompt's result is then a list of that length.
           attention: a policy of `selfspan_jax.attention.policies` or its name: "span" reads what the model names, "dense"
             everything, "window" the first and the most recent tokens; by default what the model was trained with.
-          max_new_tokens: at most as many as the model's context leaves; by default that, up to 1,024.
+          max_new_tokens: at most as many as the model's context leaves; by default that.
           chat: write each prompt as a user's message, by the chat template of a pretrained model's tokenizer.
-          seed: of what is drawn at a temperature above 0.
+          seed: of what is drawn at a temperature above 0: 0 to 2**64 - 1.
+          stop: a text or several, before the first of which a response ends; span tokens are text too, as written: "<seg:3>".
           implementation: of the decode attention kernel; by default the best that the device has.
-          sampling: `temperature` (0, the default, takes the most likely token) and `top_p`, see `Sampling`.
+          sampling: fields of `Sampling`: `temperature` (0, the default, takes the most likely token), `top_k`, `top_p`, `min_p`,
+            `repetition_penalty`.
 
-        Returns: an Output; for several prompts a list of them in order.
+        Returns: an Output; for several prompts a list of them in order. `out.warnings` says what to know before one believes it.
 
-        Raises: UserError for a prompt that the task cannot read, or that is too long for the model's context.
+        Raises: UserError for a prompt that the task cannot read, or that is too long for the model's context; of several prompts
+          it names which. UserError for options that there are not, or that cannot be.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts, ids = self._encode(prompts, chat)
         if not texts:
             return []
-        ids = [self._encode(text, chat) for text in texts]
-        samples = 1 if num_samples is None else num_samples
-        arguments = self._arguments(ids, attention, max_new_tokens, seed, implementation, **sampling)
-        state = self.engine.generate(*arguments, num_samples=samples)
+        samples = 1 if num_samples is None else _count("num_samples", num_samples)
+        call = self._call(ids, **options)
         order = [number for number in range(len(texts)) for _ in range(samples)]
-        flat = self.outputs([texts[i] for i in order], [ids[i] for i in order], state, self._policy(attention))
+        if call.stop:
+            responses, chunks = [self._response(call) for _ in order], []
+            for chunk in self.engine.stream(
+                *call.arguments, num_samples=samples, limit_tokens=call.limit_tokens, chunk_tokens=_STOP_CHUNK_TOKENS
+            ):
+                chunks.append(chunk.num_attended)
+                for response, tokens in zip(responses, chunk.tokens):
+                    response.push(tokens)
+                if all(response.done for response in responses):
+                    break
+            attended = np.concatenate(chunks, axis=1)
+            ended = zip(order, responses, attended)
+            flat = [self._stopped_output(texts[i], ids[i], response, read, call.policy) for i, response, read in ended]
+        else:
+            state = self.engine.generate(*call.arguments, num_samples=samples, limit_tokens=call.limit_tokens)
+            flat = self.outputs([texts[i] for i in order], [ids[i] for i in order], state, call.policy)
         outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
 
-    def stream(self, prompt: str, *, chunk_tokens: int = 8, chat: bool = False, **options: Any) -> Iterator[str]:
-        """Yield the text of one response while it is decoded, `chunk_tokens` tokens at a time; options as for `generate`."""
-        arguments = self._arguments([self._encode(prompt, chat)], **options)
-        for chunk in self.engine.stream(*arguments, chunk_tokens=chunk_tokens):
-            yield self.task.decode(_written(chunk.tokens[0], self.end_ids))
+    def stream(self, prompt: str, *, chunk_tokens: int = 8, chat: bool = False, **options: Any) -> Stream:
+        """Decode one response and give its text meanwhile, `chunk_tokens` tokens at a time; options and errors as for `generate`.
+
+        Returns: an iterator of pieces of text. Joined they are `Output.text`, and its `output` is that Output once it has ended.
+          No piece ends within a character, or has a part of a stop string.
+        """
+        if not isinstance(prompt, str):
+            raise UserError(f"a prompt is {prompt!r}: expected text")
+        _, (ids,) = self._encode(prompt, chat)
+        return Stream(self._pieces(prompt, ids, self._call([ids], **options), _count("chunk_tokens", chunk_tokens)))
+
+    def _pieces(self, prompt: str, ids: Int[np.ndarray, "T"], call: _Call, chunk_tokens: int) -> Generator[str, None, Output]:
+        """Yield the pieces of a stream that are not empty; return its Output."""
+        response, chunks = self._response(call), []
+        for chunk in self.engine.stream(*call.arguments, limit_tokens=call.limit_tokens, chunk_tokens=chunk_tokens):
+            chunks.append(chunk.num_attended[0])
+            if piece := response.push(chunk.tokens[0]):
+                yield piece
+            if response.done:
+                break
+        if piece := response.finish():
+            yield piece
+        return self._stopped_output(prompt, ids, response, np.concatenate(chunks), call.policy)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a response, the vocabulary's `<eos>` first."""
         return end_ids(self.task, self.model.vocab)
 
-    def _encode(self, prompt: str, chat: bool) -> Int[np.ndarray, "T"]:
-        if not chat:
-            return self.task.encode_prompt(prompt)
-        if (encode_chat := getattr(self.task, "encode_chat", None)) is None:
+    def _encode(self, prompts: str | Sequence[str], chat: bool) -> tuple[list[str], list[Int[np.ndarray, "T"]]]:
+        """Return prompts as a list, and the ids of each. Raises UserError, which of several prompts names the one."""
+        if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise UserError(f"prompts are {prompts!r}: expected text, or a list of texts")
+        encode = getattr(self.task, "encode_chat", None) if chat else self.task.encode_prompt
+        if encode is None:
             raise UserError("chat is for pretrained models: this model's task writes its prompts itself")
-        return encode_chat(prompt)
+        texts, found = [prompts] if isinstance(prompts, str) else list(prompts), []
+        context = self.model.config.max_context_tokens
+        for number, text in enumerate(texts, 1):
+            try:
+                if not isinstance(text, str):
+                    raise UserError(f"expected text, found {type(text).__name__}")
+                ids = encode(text)
+                if len(ids) >= context:
+                    raise UserError(f"the prompt is {len(ids)} tokens long, but the model's context is {context}, response included")
+                prompt_warnings(self.task, text)  # which may find that it cannot be judged
+            except ValueError as error:  # what tasks raise
+                if isinstance(prompts, str):
+                    raise
+                shown = f"{text[:_SHOWN_CHARACTERS]}..." if isinstance(text, str) and len(text) > _SHOWN_CHARACTERS else text
+                raise UserError(f"prompt {number}, {shown!r}: {error}") from error
+            found.append(ids)
+        return texts, found
 
-    def _arguments(self, ids, attention=None, max_new_tokens=None, seed=0, implementation=None, **sampling) -> tuple:
-        """Return what an engine's `generate` and `stream` take for prompts and the options of `generate`."""
+    def _call(
+        self,
+        ids: Sequence[Int[np.ndarray, "T"]],
+        *,
+        attention: str | Policy | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        implementation: Implementation | None = None,
+        **sampling: Any,
+    ) -> _Call:
+        """Check the options of `generate`."""
+        if unknown := sorted(sampling.keys() - {*_SAMPLING}):
+            known = ", ".join([*_OPTIONS, *_SAMPLING])
+            raise UserError(f"there is no option {unknown[0]!r}; there are {known}, and for generate num_samples")
+        if implementation is not None and implementation not in get_args(Implementation):
+            raise UserError(f"implementation is {implementation!r}; allowed: {', '.join(get_args(Implementation))}")
         token_ids, lengths = self.pad(ids)
         if max_new_tokens is None:
-            left = self.model.config.max_context_tokens - int(lengths.max())
-            max_new_tokens = min(left if left < 64 else left // 64 * 64, _DEFAULT_NEW_TOKENS)  # few sizes, so that few are compiled
-        options: dict[str, Any] = {"implementation": implementation, "stop_ids": self.end_ids[1:]}
-        config = DecodeConfig(self._policy(attention), max_new_tokens, Sampling(**sampling), **options)
-        return token_ids, lengths, config, jax.random.key(seed)
+            limit = self.model.config.max_context_tokens - int(lengths.max())
+            room = min(limit if limit < 64 else limit // 64 * 64, _FIRST_ROOM)  # few sizes, so that few are compiled
+        else:
+            limit = room = _count("max_new_tokens", max_new_tokens)
+        policy = self._policy(attention)
+        config = DecodeConfig(policy, room, Sampling(**sampling), implementation=implementation, stop_ids=self.end_ids[1:])
+        return _Call((token_ids, lengths, config, _key(seed)), limit, policy, check_stop_strings(stop))
 
     def logits(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> Float[np.ndarray, "T V"]:
         """Score the token after each token, in float32, in one forward pass under the mask of a policy."""
@@ -211,12 +281,24 @@ class SpanLM:
         self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, policy: Policy
     ) -> list[Output]:
         """Read back what was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
-        model, outputs = self.model, []
+        written, outputs = int(state.num_steps), []
         for prompt, ids, tokens, attended in zip(prompts, prompt_ids, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
-            token_ids = np.concatenate([ids, _written(tokens, self.end_ids)])
-            read = attended[: len(token_ids) - len(ids)]
-            outputs.append(Output(self.task, token_ids, len(ids), read, policy, model.config, model.vocab, prompt))
+            ends = np.flatnonzero(np.isin(tokens, self.end_ids))
+            outputs.append(self._output(prompt, ids, tokens[: int(ends[0]) + 1 if len(ends) else written], attended, policy))
         return outputs
+
+    def _output(self, prompt: str, ids, tokens, attended, policy: Policy, **stopped: Any) -> Output:
+        token_ids = np.concatenate([ids, np.asarray(tokens, np.int32)])
+        read, model = attended[: len(tokens)], self.model
+        return Output(self.task, token_ids, len(ids), read, policy, model.config, model.vocab, prompt, **stopped)
+
+    def _stopped_output(self, prompt: str, ids, response: Response, attended, policy: Policy) -> Output:
+        response.finish()
+        stopped = {"stopped_by": response.stopped_by, "surplus": response.surplus}
+        return self._output(prompt, ids, response.token_ids, attended, policy, **stopped)
+
+    def _response(self, call: _Call) -> Response:
+        return Response(self.task.decode, call.stop, self.end_ids)
 
     def _check_ids(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)
@@ -230,15 +312,54 @@ class SpanLM:
         return get_policy(self.model.config.mask if attention is None else attention)
 
 
-def _check_weights(weights: Weights) -> None:
-    if weights not in get_args(Weights):
-        raise UserError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
+class Stream:
+    """Iterate over the text of one response while it is decoded; `output` is the whole of it once that has ended."""
+
+    def __init__(self, pieces: Generator[str, None, Output]):
+        self._pieces = pieces
+        self._output: Output | None = None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self._output = self._output or end.value
+            raise
+
+    @property
+    def output(self) -> Output:
+        """Return what `generate` returns, without decoding again. Raises UserError before the stream has ended."""
+        if self._output is None:
+            raise UserError("the stream has not ended: there is no output yet")
+        return self._output
 
 
-def _written(tokens: Int[np.ndarray, "M"], end_ids: tuple[int, ...]) -> Int[np.ndarray, "R"]:
-    """Cut tokens after the first that ends a response."""
-    ends = np.flatnonzero(np.isin(tokens, end_ids))
-    return tokens[: int(ends[0]) + 1] if len(ends) else tokens
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Options of `generate`, checked."""
+
+    arguments: tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"], DecodeConfig, PRNGKeyArray]  # of the engine's `generate` and `stream`
+    limit_tokens: int
+    policy: Policy
+    stop: tuple[str, ...]
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} is {value!r}; allowed: whole numbers from 1")
+    return int(value)
+
+
+def _key(seed: int) -> PRNGKeyArray:
+    """Make a key of all 64 bits of a seed; JAX itself reads 32 of them, unless told otherwise."""
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed!r}; allowed: whole numbers from 0 to 2**64 - 1")
+    high, low = divmod(int(seed), 2**32)
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, high) if high else key
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "policy"))

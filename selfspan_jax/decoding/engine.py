@@ -26,7 +26,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.sampling import sequence_keys
-from selfspan_jax.decoding.state import DecodeState, bucket, decode_step, prefill_state, sample_step
+from selfspan_jax.decoding.state import DecodeState, bucket, decode_step, extend_state, prefill_state, sample_step
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import collectives, layout
@@ -139,22 +139,51 @@ class Engine:
         until = room if until is None else min(until, room)
         return _run(self.graph, self.params, state, jnp.int32(until), forced, config, self._steps_per_sync(room))
 
-    def generate(self, token_ids, lengths, config: DecodeConfig, key=None, *, num_samples: int = 1) -> DecodeState:
-        """Prefill, then decode until every sequence has written `<eos>` or `config.max_new_tokens`. Arguments as for `prefill`."""
-        return self.run(self.prefill(token_ids, lengths, config, key, num_samples=num_samples), config)
+    def extend(self, state: DecodeState, config: DecodeConfig, limit_tokens: int) -> DecodeState:
+        """Double the room for new tokens, up to `limit_tokens` rounded up to a multiple of 64 (few sizes, so that few are compiled)."""
+        room = state.new_tokens.shape[1]
+        return _extend(self.graph, self.params, state, config, min(room, -(-(limit_tokens - room) // 64) * 64))
 
-    def stream(self, token_ids, lengths, config: DecodeConfig, key=None, *, chunk_tokens: int = 8) -> Iterator[Chunk]:
-        """Yield the tokens that `generate` would return, `chunk_tokens` at a time as they are decoded. Arguments as for `prefill`.
+    def generate(
+        self, token_ids, lengths, config: DecodeConfig, key=None, *, num_samples: int = 1, limit_tokens: int | None = None
+    ) -> DecodeState:
+        """Prefill, then decode until every sequence has written `<eos>` or `limit_tokens`. Arguments as for `prefill`.
+
+        Args:
+          limit_tokens: by default `config.max_new_tokens`. Where it is more, memory for that many is taken first, then doubled as
+            long as a sequence has not ended.
+        """
+        state = self.run(self.prefill(token_ids, lengths, config, key, num_samples=num_samples), config, until=limit_tokens)
+        while limit_tokens is not None and state.new_tokens.shape[1] < limit_tokens and not jnp.all(state.done):
+            state = self.run(self.extend(state, config, limit_tokens), config, until=limit_tokens)
+        return state
+
+    def stream(
+        self,
+        token_ids,
+        lengths,
+        config: DecodeConfig,
+        key=None,
+        *,
+        num_samples: int = 1,
+        limit_tokens: int | None = None,
+        chunk_tokens: int = 8,
+    ) -> Iterator[Chunk]:
+        """Yield the tokens that `generate` would return, `chunk_tokens` at a time as they are decoded. Arguments as for `generate`.
 
         The device is always one chunk ahead, so that it does not wait while the host reads one.
         """
+        limit = config.max_new_tokens if limit_tokens is None else limit_tokens
 
         def decode() -> Iterator[tuple[int, Any]]:
-            state = self.prefill(token_ids, lengths, config, key)
-            for start in range(0, config.max_new_tokens, chunk_tokens):
-                size = min(chunk_tokens, config.max_new_tokens - start)
+            state, start = self.prefill(token_ids, lengths, config, key, num_samples=num_samples), 0
+            while start < limit:
+                if start == state.new_tokens.shape[1]:
+                    state = self.extend(state, config, limit)
+                size = min(chunk_tokens, state.new_tokens.shape[1] - start, limit - start)
                 state, chunk = _run_chunk(self.graph, self.params, state, jnp.int32(start), config, size)
                 yield start, chunk
+                start += size
 
         for (start, chunk), _ in itertools.pairwise(itertools.chain(decode(), [(0, None)])):
             tokens, attended, num_steps, finished = map(np.asarray, chunk)
@@ -253,6 +282,14 @@ def _step(graph, params, state, tokens, config):
         return decode_step(model, state, tokens, ~state.done, config)
 
     return graph.shard_map(step, _STATE, _EACH, out_specs=_STATE)(params, state, tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "num_tokens"))
+def _extend(graph, params, state, config, num_tokens):
+    def extend(model, state):
+        return extend_state(model, state, num_tokens, config)
+
+    return graph.shard_map(extend, _STATE, out_specs=_STATE)(params, state)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "steps_per_sync"), donate_argnames=("state",))

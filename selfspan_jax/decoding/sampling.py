@@ -6,9 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from selfspan_jax.config import Sampling
+from selfspan_jax.spans import SpanVocab
 
 
 @functools.partial(jax.jit, static_argnames=("num_sequences",))
@@ -18,15 +19,52 @@ def sequence_keys(key: PRNGKeyArray | None, num_sequences: int) -> PRNGKeyArray:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, numbers)
 
 
-def sample(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling) -> Int[Array, "B"]:
-    """Sample the next tokens: the most likely ones at temperature 0, else draws from the nucleus of mass top_p (1904.09751)."""
+def occurring(token_ids: Int[Array, "B T"], inside: Bool[Array, "B T"], vocab: SpanVocab, vocab_size: int) -> Bool[Array, "B V"]:
+    """Mark the tokens that occur where `inside`, span tokens (`<seg>`, `<ref>`) excepted: what `repetition_penalty` is for."""
+    spans = [(token_ids >= base) & (token_ids < base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base)]
+    counted = inside & ~spans[0] & ~spans[1]
+    row = jnp.arange(token_ids.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros((len(token_ids), vocab_size), bool).at[row, jnp.where(counted, token_ids, vocab_size)].set(True, mode="drop")
+
+
+def sample(
+    logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling, occurred: Bool[Array, "B V"] | None = None
+) -> Int[Array, "B"]:
+    """Sample the next tokens: the most likely ones at temperature 0, else draws from those that the filters leave.
+
+    Args:
+      occurred: the tokens of each sequence so far; needed where there is a repetition penalty.
+    """
+    if occurred is not None:
+        penalty = _float32(sampling.repetition_penalty)
+        limit = float(jnp.finfo(jnp.float32).max)
+        logits = jnp.where(occurred, jnp.clip(jnp.where(logits < 0, logits * penalty, logits / penalty), -limit, limit), logits)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scores = logits / sampling.temperature
+    return jax.vmap(jax.random.categorical)(keys, filtered_scores(logits, sampling)).astype(jnp.int32)
+
+
+def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Divide logits by the temperature, and set those of tokens that are not to be drawn to minus infinity; see `Sampling`.
+
+    Top-k: 1805.04833. Top-p, the nucleus: 1904.09751. Min-p: 2407.01082. The most likely token is always left, also where the
+    temperature is so small that its quotients are infinite: the largest logit is 0 before the division.
+    """
+    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / _float32(sampling.temperature)
+    if 0 < sampling.top_k < scores.shape[-1]:
+        least = jax.lax.top_k(scores, sampling.top_k)[0][:, -1:]
+        scores = jnp.where(scores < least, -jnp.inf, scores)
     if sampling.top_p < 1:
-        order = jnp.argsort(scores, axis=-1, descending=True)
-        ranked = jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1)
-        mass_before = jnp.cumsum(ranked, axis=-1) - ranked
-        kept = jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, mass_before < sampling.top_p, axis=-1, inplace=False)
-        scores = jnp.where(kept, scores, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+        order = jnp.argsort(scores, axis=-1)  # ascending, so that small probabilities add up exactly
+        mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
+        kept = (mass > 1 - sampling.top_p).at[:, -1].set(True)
+        scores = jnp.where(jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False), scores, -jnp.inf)
+    if sampling.min_p > 0:
+        scores = jnp.where(jnp.exp(scores) < sampling.min_p, -jnp.inf, scores)  # the most likely one has exp(0)
+    return scores
+
+
+def _float32(number: float) -> float:
+    """Bound a positive number to what float32 divides by: smaller ones would count as 0, larger ones as infinite."""
+    limits = jnp.finfo(jnp.float32)
+    return min(max(number, float(limits.tiny)), float(limits.max))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from selfspan_jax.attention.policies import Slots, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
-from selfspan_jax.decoding.sampling import sample
+from selfspan_jax.decoding.sampling import occurring, sample
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.spans import SpanState
@@ -36,6 +36,7 @@ class DecodeState:
     new_tokens: Int[Array, "B M"]  # tokens sampled so far, then padding
     num_attended: Int[Array, "B M"]  # how many tokens each of them attended to, itself included
     keys: PRNGKeyArray  # [B], one for each sequence
+    occurred: Bool[Array, "B V"] | None = None  # where repetitions are penalized, the tokens of prompt and response
 
     @classmethod
     def partition_specs(cls) -> DecodeState:
@@ -100,6 +101,10 @@ def prefill_state(
         return jnp.repeat(x, num_samples, axis=0)
 
     span = SpanState.of_prefix(token_ids, lengths, model.vocab, prompt_capacity + config.max_new_tokens)
+    occurred = None
+    if config.sampling.repetition_penalty != 1:
+        inside = jnp.arange(prompt_capacity, dtype=jnp.int32)[None, :] < lengths[:, None]
+        occurred = for_each_sample(occurring(token_ids, inside, model.vocab, model.vocab_size))
     new_shape = (batch * num_samples, config.max_new_tokens)
     return DecodeState(
         cache=dataclasses.replace(cache, pools=pools),
@@ -111,6 +116,28 @@ def prefill_state(
         new_tokens=jnp.full(new_shape, model.vocab.pad_id, jnp.int32),
         num_attended=jnp.zeros(new_shape, jnp.int32),
         keys=keys,
+        occurred=occurred,
+    )
+
+
+def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: DecodeConfig) -> DecodeState:
+    """Make room for so many more new tokens in every sequence; what was decoded stays as it is."""
+
+    def padded(x, fill):
+        return jnp.pad(x, ((0, 0), (0, num_tokens)), constant_values=fill)
+
+    cache = state.cache.extended(state.span.num_tokens, num_tokens)
+    slots, unused = state.slots, get_policy(config.attention).initial_slots(cache.slot_table)
+    width = unused.slots.shape[1]
+    kept = jnp.pad(slots.slots, ((0, 0), (0, width - slots.slots.shape[1])))
+    used = jnp.arange(width, dtype=jnp.int32)[None, :] < slots.counts[:, None]
+    return dataclasses.replace(
+        state,
+        cache=cache,
+        span=dataclasses.replace(state.span, token_labels=padded(state.span.token_labels, -1)),
+        slots=Slots(jnp.where(used, kept, unused.slots), slots.counts),
+        new_tokens=padded(state.new_tokens, model.vocab.pad_id),
+        num_attended=padded(state.num_attended, 0),
     )
 
 
@@ -150,15 +177,19 @@ def sample_step(
       forced_tokens: written in place of the sampled ones, -1 where the sample stands.
     """
     active = ~state.done & (state.num_steps < until)
-    tokens = sample(state.logits, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.num_steps), config.sampling)
+    tokens = sample(state.logits, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.num_steps), config.sampling, state.occurred)
     if forced_tokens is not None:
         forced = jax.lax.dynamic_index_in_dim(forced_tokens, state.num_steps, axis=1, keepdims=False)
         tokens = jnp.where(forced >= 0, forced, tokens)
     tokens = jnp.where(active, tokens, model.vocab.pad_id)
     fed = decode_step(model, state, tokens, active, config)
+    occurred = state.occurred
+    if occurred is not None:
+        occurred |= occurring(tokens[:, None], active[:, None], model.vocab, model.vocab_size)
     return dataclasses.replace(
         fed,
         num_steps=state.num_steps + jnp.any(active).astype(jnp.int32),
         new_tokens=fed.new_tokens.at[:, state.num_steps].set(tokens, mode="drop"),
         num_attended=fed.num_attended.at[:, state.num_steps].set(jnp.where(active, fed.slots.counts, 0), mode="drop"),
+        occurred=occurred,
     )

@@ -87,6 +87,55 @@ class StopStrings:
         return text
 
 
+class Response:
+    """Collect the tokens of one response as they are decoded, up to an end of text or a stop string, and their text.
+
+    Tokens that only a stop string needs are left out. One that begins before it stays; `surplus` characters of its text do not.
+    """
+
+    def __init__(self, decode: Decode, stop: Sequence[str], end_ids: Sequence[int]):
+        self._detokenizer, self._stops, self._end_ids = Detokenizer(decode), StopStrings(stop), end_ids
+        self._lengths = [0]  # of the text after each number of tokens, stop strings included
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.done = False
+        self.surplus = 0
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._stops.found
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Add tokens until the response is done; return the text that is sure by now."""
+        before = len(self.text)
+        for token_id in map(int, token_ids):
+            if self.done:
+                break
+            self.token_ids.append(token_id)
+            self._lengths.append(self._lengths[-1])
+            self._add(self._detokenizer.push(token_id))
+            if not self.done and token_id in self._end_ids:
+                self.finish()
+        return self.text[before:]
+
+    def finish(self) -> str:
+        """End the response; return the text that waited for more."""
+        before = len(self.text)
+        if not self.done:
+            self._add(self._detokenizer.flush())
+            self.text += self._stops.flush()
+            self.done = True
+        return self.text[before:]
+
+    def _add(self, piece: str) -> None:
+        self._lengths[-1] += len(piece)
+        self.text += self._stops.push(piece)
+        if self._stops.found is not None:
+            self.done = True
+            kept = next(i for i, length in enumerate(self._lengths) if length >= len(self.text))
+            self.token_ids, self.surplus = self.token_ids[:kept], self._lengths[kept] - len(self.text)
+
+
 def check_stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Return stop strings as a tuple. Raises UserError for what is no text, or empty."""
     strings = (stop,) if isinstance(stop, str) else stop

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfspan_jax.task import Task, Verdict
 from selfspan_jax.viewing import html
-from selfspan_jax.viewing.detokenize import StopStrings, token_texts
+from selfspan_jax.viewing.detokenize import token_texts
 from selfspan_jax.viewing.reading import Reading
 
 if TYPE_CHECKING:
@@ -32,8 +32,10 @@ class Output(Reading):
     """A response, what it says and what each of its tokens read."""
 
     prompt: str
-    stop: tuple[str, ...] = ()
-    """Texts before which the response ends; its last tokens may have the beginning of one."""
+    stopped_by: str | None = None
+    """The stop string before which the response ends."""
+    surplus: int = 0
+    """Characters of the last token that belong to the stop string."""
 
     def __repr__(self) -> str:
         shown = f"prompt={self.prompt!r}, text={self.text!r}, answer={self.answer!r}"
@@ -41,20 +43,10 @@ class Output(Reading):
         return f"Output({shown}{wrong}{f', warnings={self.warnings}' if self.warnings else ''})"
 
     @functools.cached_property
-    def _text_and_stop(self) -> tuple[str, str | None]:
-        stops = StopStrings(self.stop)
-        pieces = [stops.push(piece) for piece in token_texts(self.task.decode, self.response_ids)]
-        return "".join(pieces) + stops.flush(), stops.found
-
-    @property
     def text(self) -> str:
         """The response as written, span tokens included, without the stop string that ended it."""
-        return self._text_and_stop[0]
-
-    @property
-    def stopped_by(self) -> str | None:
-        """The stop string that ended the response."""
-        return self._text_and_stop[1]
+        text = "".join(token_texts(self.task.decode, self.response_ids))
+        return text[: len(text) - self.surplus]
 
     @property
     def finished(self) -> bool:
@@ -68,8 +60,12 @@ class Output(Reading):
 
     @functools.cached_property
     def answer(self) -> str | None:
-        """What the task reads as the response's answer; None where it has none."""
-        return self.task.answer(self.response_ids)
+        """What the task reads as the response's answer, without the stop string that ended it; None where it has none."""
+        answer = self.task.answer(self.response_ids)
+        if not answer or not self.surplus:
+            return answer
+        assert self.stopped_by is not None
+        return answer.removesuffix(self.stopped_by[: self.surplus])
 
     @functools.cached_property
     def verdict(self) -> Verdict | None:

@@ -129,13 +129,13 @@ class Reading:
 
     @property
     def attended_fraction(self) -> float:
-        """Mean over response tokens of |attended| / (t + 1); dense decoding has 1."""
-        return float(np.mean(self.fractions))
+        """Mean over response tokens of |attended| / (t + 1); dense decoding has 1. 0 where there are none."""
+        return float(np.mean(self.fractions)) if len(self.response_ids) else 0.0
 
     @property
     def attended_tokens(self) -> float:
-        """Mean over response tokens of |attended|."""
-        return float(np.mean(self.num_attended))
+        """Mean over response tokens of |attended|; 0 where there are none."""
+        return float(np.mean(self.num_attended)) if len(self.response_ids) else 0.0
 
     @property
     def warnings(self) -> list[str]:
