@@ -347,6 +347,11 @@ class _Call:
     stop: tuple[str, ...]
 
 
+def _check_weights(weights: Weights) -> None:
+    if weights not in get_args(Weights):
+        raise UserError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
+
+
 def _count(name: str, value: Any) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} is {value!r}; allowed: whole numbers from 1")

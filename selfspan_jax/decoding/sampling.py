@@ -36,12 +36,16 @@ def sample(
       occurred: the tokens of each sequence so far; needed where there is a repetition penalty.
     """
     if occurred is not None:
-        penalty = _float32(sampling.repetition_penalty)
-        limit = float(jnp.finfo(jnp.float32).max)
-        logits = jnp.where(occurred, jnp.clip(jnp.where(logits < 0, logits * penalty, logits / penalty), -limit, limit), logits)
+        logits = penalized(logits, occurred, sampling)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, filtered_scores(logits, sampling)).astype(jnp.int32)
+
+
+def penalized(logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Make tokens that have occurred less likely, by the repetition penalty (1909.05858)."""
+    penalty, limit = _float32(sampling.repetition_penalty), float(jnp.finfo(jnp.float32).max)
+    return jnp.where(occurred, jnp.clip(jnp.where(logits < 0, logits * penalty, logits / penalty), -limit, limit), logits)
 
 
 def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -65,6 +69,6 @@ def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Ar
 
 
 def _float32(number: float) -> float:
-    """Bound a positive number to what float32 divides by: smaller ones would count as 0, larger ones as infinite."""
-    limits = jnp.finfo(jnp.float32)
-    return min(max(number, float(limits.tiny)), float(limits.max))
+    """Bound a positive number so that it and its reciprocal are normal in float32: others would count as 0 or as infinite."""
+    smallest = float(jnp.finfo(jnp.float32).tiny)
+    return min(max(number, smallest), 1 / smallest)

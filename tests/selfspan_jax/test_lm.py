@@ -7,9 +7,11 @@ import pytest
 
 from data import arithmetic
 from selfspan_jax import SpanLM
+from selfspan_jax import lm as lm_module
 from selfspan_jax.attention.policies import Window
 from selfspan_jax.evaluation import evaluate
 from selfspan_jax.lm import Step, installed_tasks
+from selfspan_jax.viewing import text
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED
@@ -116,7 +118,141 @@ def test_int8_weights_are_a_little_less_exact_and_as_right(lm, out):
 
 def test_streamed_text_is_the_generated_text(small):
     pieces = list(small.stream("45", max_new_tokens=12, chunk_tokens=5))
-    assert " ".join(pieces) == small.generate("45", max_new_tokens=12).text and len(pieces) == 3
+    assert "".join(pieces) == small.generate("45", max_new_tokens=12).text and len(pieces) == 3
+
+
+@pytest.mark.parametrize("attention", ["span", "dense"])
+def test_memory_that_grows_changes_nothing(small, monkeypatch, attention):
+    """The default decodes up to the context, in room that doubles; the same tokens as where there is room for all at first."""
+    whole = small.generate(["45", "678"], attention=attention, max_new_tokens=250)
+    monkeypatch.setattr(lm_module, "_FIRST_ROOM", 64)
+    grown, streamed = small.generate(["45", "678"], attention=attention), small.stream("45", attention=attention)
+    assert len(grown[0].response_ids) > 128 and "".join(streamed) == grown[0].text
+    for ours, theirs in zip([*grown, streamed.output], [*whole, whole[0]], strict=True):
+        np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+        np.testing.assert_array_equal(ours.num_attended, theirs.num_attended)
+
+
+def test_the_context_ends_a_response_and_no_option_is_named(small, monkeypatch):
+    monkeypatch.setattr(lm_module, "_FIRST_ROOM", 64)
+    out = small.generate("45", repetition_penalty=0.5)  # says the same again and again
+    assert not out.finished and len(out.token_ids) == 256
+    assert "stopped before it had ended: with its 252 tokens the context of the model is full" in out.warnings[0]
+
+
+STOPS = {  # why it is here -> (stop strings, of the text after "45": "7 7 7 7 7 7 7 19 19 ...")
+    "over two tokens": ("7 19", "7 7 7 7 7 7 ", "7 19", 7),
+    "at once": (["7"], "", "7", 0),
+    "in the middle of a token": ("9", "7 7 7 7 7 7 7 1", "9", 8),
+    "the first of several": (["19", "7 7 7"], "", "7 7 7", 0),
+    "none that comes": ("8", None, None, 40),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_stop_strings_end_a_response(small, name):
+    stop, text, stopped_by, num_tokens = STOPS[name]
+    free = small.generate("45", max_new_tokens=40)
+    assert free.text.startswith("7 7 7 7 7 7 7 19 19 ")
+    (out,), streamed = (
+        small.generate(["45"], stop=stop, max_new_tokens=40),
+        small.stream("45", stop=stop, max_new_tokens=40, chunk_tokens=3),
+    )
+    assert out.text == "".join(streamed) == (free.text if text is None else text)
+    for found in (out, streamed.output):
+        assert found.stopped_by == stopped_by and len(found.response_ids) == len(found.num_attended) == num_tokens
+        np.testing.assert_array_equal(found.token_ids, free.token_ids[: found.prompt_tokens + num_tokens])
+        assert found.finished == (stopped_by is not None) and found.to_json()["stopped_by"] == stopped_by
+        assert any("stopped before" in line for line in found.warnings) == (stopped_by is None)
+
+
+def test_each_of_a_batch_stops_for_itself(small):
+    both = small.generate(["45", "678"], stop="19", num_samples=2, max_new_tokens=40)
+    alone = [small.generate(prompt, stop="19", max_new_tokens=40).text for prompt in ("45", "678")]
+    assert [[out.text for out in own] for own in both] == [[text] * 2 for text in alone]
+
+
+def test_a_stream_has_an_output_once_it_has_ended(small):
+    stream = small.stream("45", max_new_tokens=12, temperature=3.0, seed=3, chunk_tokens=2)
+    next(stream)
+    with pytest.raises(ValueError, match="the stream has not ended"):
+        _ = stream.output
+    assert list(stream) and list(stream) == []
+    expected = small.generate("45", max_new_tokens=12, temperature=3.0, seed=3)
+    assert stream.output.to_json() == expected.to_json()
+
+
+def test_seeds_of_64_bits_are_seeds_of_their_own(small):
+    drawn = {small.generate("45", max_new_tokens=12, temperature=3.0, seed=seed).text for seed in (1, 2**32 + 1, 2**63 + 1, 2**64 - 1)}
+    assert len(drawn) == 4
+
+
+WRONG_CALLS = {  # what is wrong -> (prompts, options, what is said)
+    "no text": (3, {}, "prompts are 3: expected text, or a list of texts"),
+    "nothing": (None, {}, "prompts are None"),
+    "bytes": (b"45", {}, "prompts are b'45'"),
+    "a mapping": ({"prompt": "45"}, {}, "prompts are"),
+    "no text in a list": (["45", 3], {}, "prompt 2, 3: expected text, found int"),
+    "no prompt in a list": (["45", "4x5"], {}, "prompt 2, '4x5': invalid literal"),
+    "a long one that is none": (["45", "x" * 100], {}, f"prompt 2, '{'x' * 40}...': invalid"),
+    "too long in a list": (["45", "4" * 300], {}, "prompt 2, '4+...': the prompt is 302 tokens long, but the model's context is 256"),
+    "no such option": ("45", dict(nonsense=1), "no option 'nonsense'; there are attention, .*temperature, top_k.*num_samples"),
+    "a negative seed": ("45", dict(seed=-1), "seed is -1; allowed: whole numbers from 0 to"),
+    "a seed of 65 bits": ("45", dict(seed=2**64), "seed is 18446744073709551616"),
+    "a seed that is no number": ("45", dict(seed=0.5), "seed is 0.5"),
+    "no tokens": ("45", dict(max_new_tokens=0), "max_new_tokens is 0; allowed: whole numbers from 1"),
+    "half a token": ("45", dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
+    "more tokens than the context": ("45", dict(max_new_tokens=10**9), "exceed the model's context of 256"),
+    "no samples": ("45", dict(num_samples=0), "num_samples is 0"),
+    "no policy": ("45", dict(attention=3), "attention is 3; allowed: span, dense, window"),
+    "no kernel": ("45", dict(implementation="cuda"), "implementation is 'cuda'; allowed: reference"),
+    "an empty stop string": ("45", dict(stop=["7", ""]), r"stop is \['7', ''\]; allowed"),
+    "no temperature": ("45", dict(temperature="hot"), "temperature is 'hot'; allowed: numbers from 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_what_generate_cannot_take_is_said_in_one_line(small, name):
+    prompts, options, message = WRONG_CALLS[name]
+    with pytest.raises(ValueError, match=message) as error:
+        small.generate(prompts, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (["45"], {}, r"a prompt is \['45'\]: expected text"),
+        ("45", dict(chunk_tokens=0), "chunk_tokens is 0"),
+        ("45", dict(num_samples=2), "no option 'num_samples'"),
+        ("45", dict(nonsense=2), "no option 'nonsense'"),
+    ],
+)
+def test_a_stream_says_what_is_wrong_before_it_begins(small, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        small.stream(prompt, **options)
+
+
+def test_answers_that_cannot_be_trusted_say_so(lm, out):
+    """An operand that the model was not trained on, another attention than it was trained with, and what is as it should be."""
+    far, dense = lm.generate("123456*7", max_new_tokens=64), lm.generate(EXPRESSION, attention="dense", max_new_tokens=64)
+    assert out.warnings == [] and out.verdict.answer_right and "warnings" not in repr(out) and "verdict" not in repr(out)
+    assert [line.split(",")[0] for line in far.warnings[:2]] == [
+        "123456 is beyond what the model was trained on", "The value of a step is 864192"
+    ]  # fmt: skip
+    assert far.to_json()["warnings"] == far.warnings and far.to_json()["verdict"]["answer_right"] is False
+    assert set(far.to_json()["verdict"]) == {"answer_right", "steps_right", "spans_right", "message"}
+    assert "verdict='step 1" in repr(far) and "warnings=" in repr(far)
+    assert "Decoded with dense attention, trained with span: another computation" in dense.warnings[0]
+    table = text.response_table(far).splitlines()
+    assert table[0].startswith("warning: 123456 is beyond") and any(line.startswith("WRONG: 123456*7 = ") for line in table)
+    assert "\x1b[31mWRONG: " in text.in_color("\n".join(table)) and "\x1b[33mwarning: " in text.in_color("\n".join(table))
+
+
+def test_attention_that_reads_the_same_is_no_other_computation(small):
+    """A pretrained model writes no span tokens, so that "span" and "dense" are the same."""
+    plain = small.generate("4" * 20, attention="dense", max_new_tokens=1)
+    assert not any("Decoded with" in line for line in plain.warnings)
 
 
 def test_logits_are_those_that_decoding_chose_from(lm, out, small):

@@ -1,0 +1,152 @@
+"""Sampling against `transformers`: which tokens are left, with which probabilities, at the edges too."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selfspan_jax.config import DecodeConfig, Sampling
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.sampling import filtered_scores, occurring, penalized, sample, sequence_keys
+from selfspan_jax.errors import UserError
+from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
+
+SIZE = 50
+LOGITS = np.random.default_rng(0).normal(0, 3, (6, SIZE)).astype(np.float32)
+LOGITS[1] = np.round(LOGITS[1])  # ties
+LOGITS[2] = 0.25  # nothing but ties
+LOGITS[3, 7] = 40  # one that is certain
+LOGITS[4, :10] = -np.inf  # some that cannot be
+LOGITS[5] = -np.abs(LOGITS[5])  # nothing above 0
+
+FILTERS = {  # why it is here -> (settings, rows with ties where it cuts, of which transformers keeps any)
+    "temperature": (dict(temperature=0.7), ()),
+    "a hot one": (dict(temperature=50.0), ()),
+    "top-k": (dict(temperature=1.0, top_k=5), ()),
+    "the most likely": (dict(temperature=1.0, top_k=1), ()),
+    "all": (dict(temperature=1.0, top_k=SIZE), ()),
+    "beyond the vocabulary": (dict(temperature=1.0, top_k=10**9), ()),
+    "nucleus": (dict(temperature=0.8, top_p=0.9), (1, 2)),
+    "a small nucleus": (dict(temperature=1.0, top_p=0.01), (1, 2)),
+    "all but the last digits": (dict(temperature=1.0, top_p=0.9999999), (1, 2)),
+    "min-p": (dict(temperature=1.5, min_p=0.1), ()),
+    "min-p of the most likely": (dict(temperature=1.0, min_p=1.0), ()),
+    "all of them": (dict(temperature=1.3, top_k=20, top_p=0.8, min_p=0.05), (1, 2)),
+}
+
+
+def probabilities(scores):
+    weights = np.exp(np.asarray(scores, np.float64) - np.max(scores, axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_leave_what_those_of_transformers_leave(name):
+    torch, generation = pytest.importorskip("torch"), pytest.importorskip("transformers.generation")
+    settings, tied = FILTERS[name]
+    scores = torch.from_numpy(LOGITS)
+    for warper, value in (  # in the order of `generate`
+        (generation.TemperatureLogitsWarper, settings["temperature"]),
+        (generation.TopKLogitsWarper, settings.get("top_k")),
+        (generation.TopPLogitsWarper, settings.get("top_p")),
+        (generation.MinPLogitsWarper, settings.get("min_p")),
+    ):
+        scores = scores if value is None else warper(value)(None, scores)
+    theirs, ours = probabilities(scores.numpy()), probabilities(filtered_scores(jnp.asarray(LOGITS), Sampling(**settings)))
+    theirs[list(tied)], ours[list(tied)] = np.sort(theirs[list(tied)]), np.sort(ours[list(tied)])
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    np.testing.assert_array_equal(ours > 0, theirs > 0)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.5, 1e-30, 1e30])
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
+    """But for span tokens, which are exempt, and that nothing becomes infinite."""
+    torch, generation = pytest.importorskip("torch"), pytest.importorskip("transformers.generation")
+    ids = np.array([[5, 5, 2, 3], [4, 9, 0, 6]], np.int32)
+    logits = np.random.default_rng(1).normal(0, 3, (2, VOCAB_SIZE)).astype(np.float32)
+    inside = np.array([[True, True, True, True], [True, True, False, True]])
+    theirs = []
+    for row, keep, own in zip(ids, inside, logits):
+        told = torch.from_numpy(row[keep][None].astype(np.int64))
+        theirs.append(generation.RepetitionPenaltyLogitsProcessor(penalty)(told, torch.from_numpy(own[None]))[0])
+    occurred = occurring(jnp.asarray(ids), jnp.asarray(inside), VOCAB, VOCAB_SIZE)
+    found = penalized(jnp.asarray(logits), occurred, Sampling(repetition_penalty=penalty))
+    largest = np.finfo(np.float32).max
+    np.testing.assert_allclose(found, np.clip(np.stack(theirs), -largest, largest), rtol=1e-6, atol=1e-30)
+    assert np.isfinite(found).all() and np.isfinite(penalized(jnp.asarray(logits), occurred, Sampling(repetition_penalty=1e-300))).all()
+
+
+def test_span_tokens_are_exempt_from_the_penalty():
+    ids = jnp.array([[VOCAB.seg_base + 1, VOCAB.ref_base, 4, VOCAB.eos_id]])
+    assert np.flatnonzero(occurring(ids, jnp.ones((1, 4), bool), VOCAB, VOCAB_SIZE)).tolist() == [VOCAB.eos_id, 4]
+
+
+CERTAIN = {
+    "a temperature that float32 flushes to 0": dict(temperature=1e-38),
+    "one that it does not have": dict(temperature=5e-324),
+    "a small one": dict(temperature=1e-6),
+    "a nucleus that float32 does not have": dict(temperature=1.0, top_p=1e-50),
+    "top-k of one": dict(temperature=1.0, top_k=1),
+    "min-p of one": dict(temperature=1.0, min_p=1.0),
+    "all at once": dict(temperature=1e-38, top_k=3, top_p=1e-50, min_p=1.0),
+}
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_what_leaves_one_token_takes_the_most_likely(name):
+    drawn = sample(jnp.asarray(LOGITS[[0, 3, 4, 5]]), sequence_keys(None, 4), Sampling(**CERTAIN[name]))
+    np.testing.assert_array_equal(drawn, LOGITS[[0, 3, 4, 5]].argmax(axis=-1))
+
+
+def test_a_temperature_without_end_draws_from_all_that_can_be():
+    drawn = np.asarray(sample(jnp.repeat(jnp.asarray(LOGITS[4:5]), 4000, axis=0), sequence_keys(None, 4000), Sampling(1e300)))
+    assert set(drawn) == set(range(10, SIZE)) and np.bincount(drawn).max() < 160  # 100 each
+
+
+WRONG = {
+    "temperature": [-1.0, float("nan"), float("inf"), "1", True, None],
+    "top_k": [-1, 2.0, "5", True],
+    "top_p": [0.0, 1.1, float("nan"), "x"],
+    "min_p": [-0.1, 1.1, float("nan")],
+    "repetition_penalty": [0, -1.0, float("inf"), float("nan")],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_sampling_that_cannot_be_is_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} is .*; allowed: "):
+        Sampling(**{name: value})
+
+
+def test_a_penalty_counts_prompt_and_response(length=12):
+    """Against a loop that feeds token by token and penalizes in numpy; prompts of different lengths, garbage after the shorter one."""
+    engine, penalty = Engine(random_model(max_context_tokens=64)), 1.7
+    config = DecodeConfig(max_new_tokens=length, sampling=Sampling(repetition_penalty=penalty))
+    prompts, lengths = np.array([[1, 5, 6, 3], [1, 3, 9, 9]], np.int32), np.array([4, 2], np.int32)
+    found = np.asarray(engine.generate(prompts, lengths, config, num_samples=2).new_tokens)
+    state, told = engine.prefill(prompts, lengths, config), [{1, 5, 6, 3}, {1, 3}]
+    plain = set(range(VOCAB_SIZE)) - {*range(VOCAB.seg_base, VOCAB.ref_base + VOCAB.num_labels)}
+    for step in range(length):
+        logits = np.array(state.logits)
+        for row, known in zip(logits, told):
+            counted = sorted(known & plain)
+            row[counted] = np.where(row[counted] < 0, row[counted] * np.float32(penalty), row[counted] / np.float32(penalty))
+        tokens = logits.argmax(axis=-1)
+        active = ~np.asarray(state.done)
+        np.testing.assert_array_equal(found[::2, step][active], tokens[active])
+        np.testing.assert_array_equal(found[::2], found[1::2])
+        for known, token in zip(told, tokens):
+            known.add(int(token))
+        state = engine.step(state, tokens, config)
+
+
+def test_what_is_not_used_costs_nothing():
+    """At temperature 0 filters are no operation of the program, nor is a penalty of 1."""
+    engine = Engine(random_model(max_context_tokens=64))
+
+    def program(**settings):
+        config = DecodeConfig(max_new_tokens=8, sampling=Sampling(**settings))
+        return engine.lower_run(engine.lower_prefill(1, 4, config).out_info, config).as_text()
+
+    assert program() == program(top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1) != program(repetition_penalty=1.1)
+    assert "stablehlo.sort" not in program(temperature=1.0) and "stablehlo.sort" in program(temperature=1.0, top_p=0.5)
