@@ -273,15 +273,16 @@ class StoredCorpus:
                 columns = self.dataset[numbers]
                 for i, number in enumerate(numbers):
                     example = self._example(int(number), {name: values[i] for name, values in columns.items()})
-                    yield example if task is None else self._rewritten(task, order, block + i, (seed, epoch))
+                    yield example if task is None else self._rewritten(example, task, order, block + i, (seed, epoch))
             epoch, skipped = epoch + 1, 0
 
-    def _rewritten(self, task: Task, order: npt.NDArray[np.int64], place: int, seeds: tuple[int, int]) -> Any:
+    def _rewritten(self, example: Any, task: Task, order: npt.NDArray[np.int64], place: int, seeds: tuple[int, int]) -> Any:
         """Write the example at a place of an epoch's order in the vocabulary of a task, or the next one that it has room for."""
-        for number in map(int, np.roll(order, -place)):
+        for further in range(len(order)):
+            number = int(order[(place + further) % len(order)])
             uniform = np.random.default_rng((*seeds, number)).random()
-            if (example := task.renumber(self._example(number, self.dataset[number]), uniform)) is not None:
-                return example
+            if (found := task.renumber(self._example(number, self.dataset[number]) if further else example, uniform)) is not None:
+                return found
         raise UserError(f"{self.path}: the vocabulary has room for none of its examples")
 
     def _example(self, number: int, row: Mapping[str, Any]) -> Any:

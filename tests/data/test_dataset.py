@@ -1,6 +1,7 @@
 """Dataset directories and their cards, through the command line in this process; the real command in test_commandline."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import re
@@ -12,9 +13,10 @@ import pytest
 
 from data import dataset as corpus
 from data.__main__ import main
-from data.arithmetic import ArithmeticTask, Corpus, stream
+from data.arithmetic import ArithmeticTask, Corpus, encode, stream
 from data.tasks import TASKS
 from data.vocab import Vocab
+from selfspan_jax.config import PRESETS
 from tests.data.test_spans import attended_positions
 
 ARGUMENTS = [
@@ -222,3 +224,114 @@ def test_an_empty_directory_may_be_written_to(tmp_path):
     (tmp_path / "empty").mkdir()
     main(["arithmetic", "--num-examples", "5", "--out", str(tmp_path / "empty")])
     assert len(corpus.load(tmp_path / "empty", TASKS)) == 5
+
+
+# --- what a run asks of a directory
+
+
+def test_the_settings_of_a_directory_are_those_of_its_card(directory):
+    assert corpus.load(directory, TASKS).corpus == Corpus(max_ops=9, label_jumps=2, jumps_at="any")
+
+
+def test_settings_that_an_older_card_lacks_are_said(directory, tmp_path):
+    path = damaged(directory, tmp_path, "card.json", lambda b: b.replace(b'"label_jumps": 2,', b"", 1))
+    with pytest.raises(ValueError, match="its card does not say label_jumps: written by an older version; write it anew"):
+        corpus.load(path, TASKS).corpus  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"), [("arithmetic-tiny", ["--max-ops", "12"]), ("arithmetic-small", []), ("arithmetic-base", [])]
+)
+def test_a_directory_has_what_the_presets_train_on(preset, options, tmp_path):
+    main(["arithmetic", "--num-examples", "5", *options, "--out", str(tmp_path / "out")])
+    assert corpus.load(tmp_path / "out", TASKS).corpus == Corpus(**PRESETS[preset].corpus)
+
+
+def test_epochs_are_counted_in_tokens(directory, expected):
+    stored = corpus.load(directory, TASKS)
+    num_tokens = sum(len(example.token_ids) for example in expected)
+    assert stored.num_tokens == num_tokens and stored.epochs(5 * num_tokens) == 5
+
+
+def test_a_fingerprint_is_that_of_the_content(directory, tmp_path):
+    """The same examples elsewhere have the same; another seed, number, order, vocabulary or prompt length has another."""
+    main([*ARGUMENTS, "--out", str(tmp_path / "again")])
+    (tmp_path / "again" / "README.md").write_text("")
+    assert corpus.fingerprint(tmp_path / "again") == corpus.fingerprint(directory)
+    example = encode("(1+2)*3")
+    examples = [example, encode("1+2")]
+    longer = dataclasses.replace(example, prompt_tokens=example.prompt_tokens + 1)
+    other = ArithmeticTask(Vocab(64))
+    cases = [(examples, ArithmeticTask()), (examples[::-1], ArithmeticTask()), (examples[:1], ArithmeticTask())]
+    cases += [([longer, examples[1]], ArithmeticTask()), ([other.encode(e.prompt) for e in examples], other)]
+    found = {corpus.fingerprint(directory)}
+    for number, (drawn, task) in enumerate(cases):
+        corpus.write(tmp_path / str(number), drawn, task, {"command": "", "split": "train", "distributions": {}})
+        found.add(corpus.fingerprint(tmp_path / str(number)))
+    assert len(found) == 6
+
+
+def test_a_card_without_a_fingerprint_has_one_too(directory, tmp_path):
+    """As older versions wrote it: by what else it says."""
+    old = json.loads((directory / "card.json").read_text())
+    del old["fingerprint"]
+    for name in ("old", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "card.json").write_text(json.dumps(old | {"seed": 3 if name == "old" else 4}))
+    assert len({corpus.fingerprint(path) for path in (tmp_path / "old", tmp_path / "other", directory)}) == 3
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "card.json").write_text(json.dumps(old))
+    assert corpus.fingerprint(tmp_path / "again") == corpus.fingerprint(tmp_path / "old")
+
+
+def test_generated_examples_are_held_out_by_the_task_s_test_split(directory, expected):
+    ((name, held),) = corpus.load(directory, TASKS).held_out(40, seed=3).items()
+    fresh = itertools.islice(stream(Corpus(max_ops=9), seed=3, split="test"), 40)
+    assert name == "expressions of 2 to 9 operators" and [x.prompt for x in held] == [x.prompt for x in fresh]
+    assert not {x.prompt for x in held} & {x.prompt for x in expected} and {x.first_label for x in held} == {1}
+
+
+def test_examples_are_written_again_in_another_vocabulary(directory, expected):
+    """In fewer labels: the same expressions in the same order, labels from places drawn anew, any start; the longest left out."""
+    stored, task = corpus.load(directory, TASKS), ArithmeticTask(Vocab(8), names_first_step=True)
+    found = list(itertools.islice(stored.stream(seed=1, task=task), 1050))
+    plain = list(itertools.islice(stored.stream(seed=1), 1050))
+    for own, example in zip(found, plain, strict=True):
+        assert example.expression.num_ops > 7 or own.expression == example.expression
+        assert own.expression.num_ops <= 7 and task.verify(own.prompt, task.encode(own.prompt).response_ids).steps_right
+        again = encode(own.expression, vocab=task.vocab, first_label=own.first_label, names_first_step=True)
+        assert (own.token_ids == again.token_ids).all() and own.token_ids.max() < task.vocab.size
+    starts = {x.first_label for x in found if x.expression.num_ops == 2}
+    assert starts == set(range(1, 7))
+    for start in (1, 699, 700, 1000):
+        again = [x.token_ids.tolist() for x in itertools.islice(stored.stream(seed=1, start=start, task=task), 50)]
+        assert again == [x.token_ids.tolist() for x in found[start : start + 50]]
+    with pytest.raises(ValueError, match="the vocabulary has room for none of its examples"):
+        next(stored.stream(seed=1, task=ArithmeticTask(Vocab(2))))
+
+
+# --- where nothing can be written
+
+
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def failing(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    def run(out):
+        with pytest.raises(SystemExit, match="2"):
+            main(["arithmetic", "--num-examples", "5", "--out", str(out)])
+        return [line for line in capsys.readouterr().err.splitlines() if "examples" not in line]
+
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file") == [
+        f"error: {tmp_path / 'file'} exists and is not an empty directory: choose another, or remove it first"
+    ]
+    assert run(tmp_path / "file" / "out") == [f"error: {tmp_path / 'file'} is a file: expected a directory to write out in"]
+    with monkeypatch.context() as patch:  # a disk that fills up
+        patch.setattr(datasets.Dataset, "save_to_disk", failing)
+        (line,) = run(tmp_path / "a" / "b" / "out")
+    assert line.startswith("error: ") and line.endswith("the corpus cannot be written in it: No space left on device")
+    with monkeypatch.context() as patch:  # a file system that is read only: the rights of root would allow all
+        patch.setattr(corpus.tempfile, "TemporaryFile", lambda **options: failing())
+        assert run(tmp_path / "a" / "out") == [f"error: {tmp_path}: out cannot be written in it: No space left on device"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -316,3 +316,48 @@ def test_a_synthetic_corpus_is_read_back(tmp_path, capsys):
 def test_examples_held_out_are_of_no_training_stream(task):
     held = {example.prompt for example in task.held_out(16, seed=0)["synthetic"]}
     assert len(held) == 16 and not held & {example.prompt for example in itertools.islice(news.Corpus().stream(seed=0), 64)}
+
+
+# ------------------------------------------------------------------------------------------------ other scripts
+
+SCRIPTS = {
+    "Chinese": "今天市长辞职了。",
+    "Japanese": "市長は月曜日に辞任した。",
+    "Thai": "นายกเทศมนตรีลาออกแล้ว",
+    "Russian": "Мэр ушёл в отставку.",
+    "Arabic": "استقال رئيس البلدية.",
+    "Hindi": "मेयर ने इस्तीफा दिया।",
+    "Greek": "Ο δήμαρχος παραιτήθηκε.",
+    "French": "Élève à l'œil noir, ça y est.",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rouge_of_the_same_text_is_one_and_of_another_none(script):
+    text, others = SCRIPTS[script], [text for name, text in SCRIPTS.items() if name != script]
+    assert scoring.rouge([[text]], [[text]]) == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
+    for other in others:
+        assert scoring.rouge([[text]], [[other]])["rouge2"] == 0
+    assert Alignment().align([others[0], text, others[1]], [text]) == [(1,)]
+
+
+def test_rouge_by_hand_in_other_scripts():
+    """Each Chinese character is a word; accents tell words apart, composed or not; vowel signs do."""
+    assert scoring.rouge([["市长辞职"]], [["市长上任"]])["rouge1"] == 0.5
+    assert scoring.rouge([["Café fermé"]], [["cafe\u0301 ferme"]])["rouge1"] == 0.5
+    assert scoring.rouge([["की का"]], [["की कि"]])["rouge1"] == 0.5
+
+
+def test_rouge_of_english_is_that_of_rouge_score():
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
+    texts = [
+        ['The mayor\'s 3.5 percent_rise, re-elected (U.S.): "wins"!', "1,200 people's votes."],
+        ["Mayors win 3 5 percents of 1 200 votes"],
+    ]
+    texts += [list(story.summary) for story in STORIES[:5]]
+    for gold, own in itertools.product(texts, texts):
+        expected = scorer.score("\n".join(gold), "\n".join(own))
+        found = scoring.rouge([gold], [own])
+        assert [found[name] for name in ("rouge1", "rouge2", "rougeL")] == [score.fmeasure for score in expected.values()]
