@@ -28,6 +28,7 @@ from data.errors import UserError
 from data.news import sources, synthetic
 from data.news.alignment import Alignment, split_sentences
 from data.tasks import TASKS
+from selfspan_jax import files
 
 ROOT = Path(__file__).parents[2]
 STORIES = [synthetic.draw(f"tests/sources/{i}") for i in range(60)]
@@ -429,6 +430,16 @@ def test_parquet_is_read_where_it_is_needed_alone(tmp_path):
         parquet.write_table(table(when=days, article=bad, summary=summary), tmp_path / "rows.parquet")
         found = [pair[2:] for pair in sources.read_pairs(str(tmp_path / "rows.parquet"))]
         assert found == [("Rain \udcff fell.", "a"), ("", "b"), ("€", "a")]
+
+
+def test_byte_order_marks_are_taken_off(tmp_path):
+    rows = {"rows.csv": 'article,summary\n"\ufeffa",b\n', "rows.jsonl": json_lines([{"article": "\ufeffa", "summary": "b"}])}
+    for name, text in rows.items():
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+        ((_, _, article, summary),) = sources.read_pairs(str(tmp_path / name))
+        assert (split_sentences(article), summary) == (["a"], "b")
+    (tmp_path / "article.txt").write_text("\ufeffAda won.", encoding="utf-8")
+    assert files.read_text(tmp_path / "article.txt") == "Ada won."
 
 
 HUB = {
