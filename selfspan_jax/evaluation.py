@@ -27,8 +27,8 @@ from selfspan_jax.errors import DoesNotFit, UserError, catch_out_of_memory
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.task import Example
-from selfspan_jax.viewing.output import Output, is_right, prompt_warnings
+from selfspan_jax.task import JUDGED, Example, judgement
+from selfspan_jax.viewing.output import Output, prompt_warnings
 from selfspan_jax.viewing.reading import attended, attended_by_kind
 
 MARGIN_TOKENS = 16  # that a response may be longer than the longest gold one
@@ -113,8 +113,8 @@ class Evaluation:
         """Return scores, counts of verdicts, speed and mean length, as JSON."""
         context_tokens = float(np.mean([len(out.token_ids) for out in self.outputs]))
         verdicts = [out.verdict for out in self.outputs if out.verdict]
-        counts = {name: sum(getattr(verdict, name) for verdict in verdicts) for name in ("answer_right", "steps_right", "spans_right")}
-        counts["all_right"] = sum(map(is_right, verdicts))
+        counts = {name: sum(getattr(verdict, name) for verdict in verdicts) for name in JUDGED}
+        counts["all_right"] = sum(judgement(verdict) == "right" for verdict in verdicts)
         warned = sum(bool(prompt_warnings(self.task, out.prompt)) for out in self.outputs)
         sizes = {"context_tokens": context_tokens, "num_too_long": self.num_too_long, "num_with_warnings": warned}
         return {**self.scores_json(), **({"verdicts": counts} if verdicts else {}), **self.speed(), **sizes}

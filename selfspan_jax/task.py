@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -56,6 +56,16 @@ class Verdict(Protocol):
     steps_right: bool
     spans_right: bool
     message: str
+
+
+JUDGED = ("answer_right", "steps_right", "spans_right")
+
+
+def judgement(verdict: Verdict) -> Literal["right", "flawed", "wrong"]:
+    """Sum up a verdict in a word; "flawed" is a right answer of wrong steps or spans."""
+    if not verdict.answer_right:
+        return "wrong"
+    return "right" if all(getattr(verdict, name) for name in JUDGED) else "flawed"
 
 
 class Example(Protocol):

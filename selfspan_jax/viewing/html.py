@@ -21,14 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from selfspan_jax.task import Verdict, judgement
 from selfspan_jax.viewing.reading import Reading, Step
 
 # Control characters and lone surrogates cannot stand in a page; each is shown as a symbol of its own.
+# What a style sheet chooses from by the device: a finger cannot hover.
+_HOW = '<span class="pointing">point at a step, or move to one with the arrow keys</span><span class="touching">touch a step</span>'
+_SIGNS = {"right": ("✓ Right:", "right"), "flawed": ("✗ Flawed:", "wrong"), "wrong": ("✗ Wrong:", "wrong"), "": ("", "")}
 _INVISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _INVISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
 
 
-def document(reading: Reading, prompt: str, answer: str | None) -> str:
+def document(reading: Reading, prompt: str, answer: str | None, verdict: Verdict | None = None) -> str:
     """Write a page. It allows no request and no script but its own, whatever the model has written."""
     digest = base64.b64encode(hashlib.sha256(_asset("page.js").encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -37,16 +41,21 @@ def document(reading: Reading, prompt: str, answer: str | None) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
         f"<title>{_escaped(_clipped(prompt, 60))}</title>"
-        "<style>body { margin: 1rem; } .selfspan { margin: auto; --selfspan-height: max(22rem, calc(100vh - 11rem)); }</style>"
-        f"</head><body>{fragment(reading, prompt, answer)}</body></html>\n"
+        "<style>body { margin: 1rem; } .selfspan { margin: auto; --selfspan-height: max(22rem, calc(100vh - 14rem)); }"
+        "@media (max-width: 59rem) { body { margin: 0.4rem; } .selfspan { --selfspan-height: none; } }</style>"
+        f"</head><body>{fragment(reading, prompt, answer, verdict)}</body></html>\n"
     )
 
 
-def fragment(reading: Reading, prompt: str, answer: str | None) -> str:
+def fragment(reading: Reading, prompt: str, answer: str | None, verdict: Verdict | None = None) -> str:
     """Write the same for the output cell of a notebook."""
+    word = judgement(verdict) if verdict else ""
     tokens = _tokens(reading)
     rows = "".join(_row(reading, step, tokens, tab_stop=number == 0) for number, step in enumerate(reading.parts))
-    shown = "" if answer is None else f"<strong>→ {_escaped(_clipped(answer, 200))}</strong>"
+    said = answer if answer is not None or verdict is None else "(no answer)"
+    shown = "" if said is None else f' <strong class="{_SIGNS[word][1]}" dir="auto">→ {_escaped(_clipped(said, 300))}</strong>'
+    long = " long" if len(prompt) + len(said or "") > 80 else ""
+    judged = f'<p class="verdict {_SIGNS[word][1]}"><strong>{_SIGNS[word][0]}</strong> {_escaped(verdict.message)}</p>' if verdict else ""
     facts = [
         f"steps: {len(reading.steps)}",
         f"tokens written: {len(reading.response_ids)}",
@@ -56,15 +65,16 @@ def fragment(reading: Reading, prompt: str, answer: str | None) -> str:
         facts.append(f"reads {reading.attended_tokens:.1f} tokens on average, {reading.attended_fraction:.1%} of its context")
     return (
         f'<section class="selfspan" aria-label="what each step of a response read"><style>{_asset("page.css")}</style>'
-        f'<p class="said"><span>{_escaped(_clipped(prompt, 400))}</span>{shown}</p><p class="facts">{" · ".join(facts)}</p>'
-        + "".join(f'<p class="wrong">{_escaped(warning)}</p>' for warning in reading.warnings)
-        + f'<div class="panes"><div class="prompt" role="region" aria-label="prompt" tabindex="0">'
+        + "".join(f'<p class="warning"><strong>Warning:</strong> {_escaped(warning)}</p>' for warning in reading.warnings)
+        + f'<p class="said{long}"><span dir="auto">{_escaped(_clipped(prompt, 160))}</span>{shown}</p>{judged}'
+        f'<p class="facts">{" · ".join(facts)}</p><details class="legend"><summary>How to read this</summary>'
+        "<p>A filled number opens a label, an arrow names one: a step reads what carries the labels that it names, its own, and label 0. "
+        "Beside each step: the tokens that its tokens read on average, and their share of the context.</p></details>"
+        f'<div class="panes"><div class="prompt" role="region" aria-label="prompt" tabindex="0">'
         f'<p class="title">prompt, {reading.prompt_tokens} tokens</p><p class="text">{"".join(tokens[: reading.prompt_tokens])}</p></div>'
         '<div class="reads" role="region" aria-label="what the step read" aria-live="polite" tabindex="0">'
-        '<p class="hint">Point at a step, or move to one with the arrow keys: what it read lights up, and what named it is told here. '
-        "A filled number opens a label, an arrow names one. Before each step: the tokens that its tokens read on average, "
-        "and their share of the context.</p></div>"
-        '<div class="steps"><p class="title">response</p>'
+        f'<p class="hint">To see what a step read, and what named it, {_HOW}.</p></div>'
+        f'<div class="steps"><p class="title">response: {_HOW}</p>'
         # JupyterLab moves between cells by the same keys, unless told not to.
         f'<ol role="listbox" aria-label="steps of the response" data-lm-suppress-shortcuts="true">{rows}</ol></div></div>'
         f"<script>{_asset('page.js')}</script></section>"

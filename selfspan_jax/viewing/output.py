@@ -6,20 +6,13 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from selfspan_jax.task import Task, Verdict
+from selfspan_jax.task import JUDGED, Task, Verdict, judgement
 from selfspan_jax.viewing import html
 from selfspan_jax.viewing.detokenize import token_texts
 from selfspan_jax.viewing.reading import Reading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_JUDGED = ("answer_right", "steps_right", "spans_right")
-
-
-def is_right(verdict: Verdict) -> bool:
-    """Return whether a verifier found nothing wrong."""
-    return all(getattr(verdict, name) for name in _JUDGED)
 
 
 def prompt_warnings(task: Task, prompt: str) -> list[str]:
@@ -39,7 +32,7 @@ class Output(Reading):
 
     def __repr__(self) -> str:
         shown = f"prompt={self.prompt!r}, text={self.text!r}, answer={self.answer!r}"
-        wrong = f", verdict={self.verdict.message!r}" if self.verdict and not is_right(self.verdict) else ""
+        wrong = f", verdict={self.verdict.message!r}" if self.verdict and judgement(self.verdict) != "right" else ""
         return f"Output({shown}{wrong}{f', warnings={self.warnings}' if self.warnings else ''})"
 
     @functools.cached_property
@@ -80,7 +73,7 @@ class Output(Reading):
             "prompt": self.prompt,
             "text": self.text,
             "answer": self.answer,
-            "verdict": self.verdict and {name: getattr(self.verdict, name) for name in (*_JUDGED, "message")},
+            "verdict": self.verdict and {name: getattr(self.verdict, name) for name in (*JUDGED, "message")},
             "warnings": self.warnings,
             "steps": [{key: getattr(step, key) for key in step_keys} for step in self.steps],
             "token_ids": self.token_ids.tolist(),
@@ -101,7 +94,7 @@ class Output(Reading):
 
     def to_html(self) -> str:
         """Write a page that shows what each step read and what named it; it needs no network and no other file."""
-        return html.document(self, self.prompt, self.answer)
+        return html.document(self, self.prompt, self.answer, self.verdict)
 
     def _repr_html_(self) -> str:
-        return html.fragment(self, self.prompt, self.answer)
+        return html.fragment(self, self.prompt, self.answer, self.verdict)

@@ -45,7 +45,7 @@
       const text = tokens.slice(first, last + 1).map(written).join("");
       const short = text.length > LONGEST_QUOTE ? `${text.slice(0, LONGEST_QUOTE / 2)} … ${text.slice(-LONGEST_QUOTE / 2)}` : text;
       const place = first === last ? `token ${first}` : `tokens ${first} to ${last}`;
-      const made = element("span", `quote text k-${kind}`, short.trim() || place.replaceAll(" ", "\u00a0"));
+      const made = element("span", `quote text k-${kind}${short.trim() ? "" : " place"}`, short.trim() || place);
       made.title = place;
       return made;
     }
@@ -122,6 +122,7 @@
       else if (to === undefined) pin(steps[at]);
       else focus(steps[Math.min(Math.max(to, 0), steps.length - 1)]);
     });
+    if (steps.length) pin(steps[0]);
   }
 
   for (const root of document.querySelectorAll(".selfspan")) {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from selfspan_jax.viewing.output import Output, is_right
+from selfspan_jax.task import judgement
+from selfspan_jax.viewing.output import Output
 from selfspan_jax.viewing.reading import attended_by_kind
 
 
@@ -24,9 +25,8 @@ def answer_line(out: Output) -> str:
     """Write the answer beside what the verifier says of it; a wrong one begins with WRONG, a right one of wrong steps with FLAWED."""
     assert out.verdict is not None
     said = f"{out.prompt} = {'(no answer)' if out.answer is None else out.answer}   ({out.verdict.message})"
-    if is_right(out.verdict):
-        return said
-    return f"FLAWED: {said}" if out.verdict.answer_right else f"WRONG: {said}"
+    word = judgement(out.verdict)
+    return said if word == "right" else f"{word.upper()}: {said}"
 
 
 def in_color(table: str) -> str:

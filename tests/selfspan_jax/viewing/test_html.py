@@ -7,6 +7,7 @@ import html.parser
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,8 +185,41 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_what_is_wrong_with_a_response_is_said(name):
     tokens, expected = PROBLEMS[name]
-    said = Parsed(output(tokens)[0]._repr_html_()).texts.get("wrong", [])
+    said = Parsed(output(tokens)[0]._repr_html_()).texts.get("warning", [])
     assert len(said) == len(expected) and all(part in line for part, line in zip(expected, said)), said
+
+
+JUDGED = {
+    "right": (SimpleNamespace(answer_right=True, steps_right=True, spans_right=True, message="all <b>right</b>"), "right", "✓ Right:"),
+    "flawed": (SimpleNamespace(answer_right=True, steps_right=False, spans_right=True, message="step 2 is 7"), "wrong", "✗ Flawed:"),
+    "wrong": (SimpleNamespace(answer_right=False, steps_right=True, spans_right=True, message="step 3 is 8"), "wrong", "✗ Wrong:"),
+}
+
+
+class Judged(Words):
+    """The same, with a verdict, and warnings of the prompt."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.verdict = JUDGED[name][0]
+
+    def verify(self, prompt, response_ids):
+        return self.verdict
+
+    def warnings(self, prompt):
+        return ["<b>Larger</b> than any number seen.", "Cut."]
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_warnings_come_first_and_a_verdict_is_in_words(name):
+    verdict, style, word = JUDGED[name]
+    page = output(NAMED["specification"][0], task=Judged(name))[0].to_html()
+    places = [page.index(part) for part in ("Larger", "Cut.", 'class="said', 'class="verdict', 'class="facts')]
+    assert places == sorted(places)
+    (found,) = [attributes["class"] for _, attributes in Parsed(page).elements if "verdict" in attributes.get("class", "").split()]
+    answers = [attributes["class"] for tag, attributes in Parsed(page).elements if tag == "strong" and "dir" in attributes]
+    assert (found, answers) == (f"verdict {style}", [style])
+    assert f"<strong>{word}</strong> {html.escape(verdict.message)}</p>" in page and "<b>" not in page
 
 
 def test_references_show_whether_they_name_anything():
@@ -252,6 +286,7 @@ def test_two_thousand_tokens_make_a_small_page():
 
 needs_browser = pytest.mark.skipif(browser.installed() is None, reason=f"no browser: none of {', '.join(browser.NAMES)} is installed")
 LIT = "[...document.querySelectorAll('.t')].map((t, i) => t.matches('.lit') ? i : -1).filter(i => i >= 0)"
+INSIDE = "(() => { const [a, b] = ['.step:last-child', '.steps'].map(s => document.querySelector(s).getBoundingClientRect());"
 SELECTED = "[...document.querySelectorAll('.step')].map(s => s.getAttribute('aria-selected') === 'true')"
 
 
@@ -285,8 +320,10 @@ def test_keys_move_between_steps_and_light_up_what_each_read(show):
     text = output(NAMED["specification"][0])[0].to_html()
     reads = step_reads(text)
     page = show(text)
-    assert page.run(LIT) == []
+    assert page.run(LIT) == reads[0] and page.run(SELECTED) == [True, False, False]  # the first step, before anything is pressed
+    assert not page.run("document.activeElement.matches('.step')")
     page.run("document.addEventListener('keydown', (event) => (window.heard = [...(window.heard ?? []), event.key]))")
+    page.press("Tab")  # how to read this
     page.press("Tab")  # the prompt
     page.press("Tab")  # what was read
     page.press("Tab")
@@ -339,11 +376,12 @@ def test_two_outputs_on_one_page_do_not_meddle(show):
     first, second = (output(NAMED[name][0])[0]._repr_html_() for name in ("specification", "reopened"))
     page = show(f"<!doctype html><meta charset=utf-8><div>{first}</div><div>{second}</div><div>{first}</div>")
     page.run("document.querySelectorAll('section')[1].querySelector('.step').focus()")
-    lit = page.run("[...document.querySelectorAll('section')].map(s => s.querySelectorAll('.lit').length)")
-    assert lit[0] == lit[2] == 0 and lit[1] > 0
-    page.run("document.querySelectorAll('section')[2].querySelector('.step').focus()")
-    lit = page.run("[...document.querySelectorAll('section')].map(s => s.querySelectorAll('.lit').length)")
-    assert lit[0] == 0 and lit[1] > 0 and lit[2] > 0
+    for key in ("ArrowDown", "Escape"):
+        page.press(key)
+        chosen = page.run(
+            "[...document.querySelectorAll('section')].map(s => [...s.querySelectorAll('.step')].findIndex(e => e.matches('.shown')))"
+        )
+        assert chosen == [0, {"ArrowDown": 1, "Escape": -1}[key], 0]
     page.run("document.querySelectorAll('section')[0].querySelector('.step').focus()")
     page.press("ArrowDown")  # by one: every output is set up once
     assert page.run("[...document.querySelectorAll('section')[0].querySelectorAll('.step')].indexOf(document.activeElement)") == 1
@@ -386,11 +424,18 @@ CONTRAST = """
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["unresolved", "specification"])
-def test_text_is_readable_in_light_and_dark(show, scheme, name):
-    """WCAG 2.2, 1.4.3: 4.5 to 1, lit or not."""
-    page = show(output(NAMED[name][0])[0].to_html(), scheme=scheme)
+@pytest.mark.parametrize(("name", "judged"), [("unresolved", "wrong"), ("specification", "right")])
+def test_text_is_readable_in_light_and_dark(show, scheme, name, judged):
+    """WCAG 2.2, 1.4.3: 4.5 to 1, lit or not. A wrong verdict is red, and its answer too."""
+    page = show(output(NAMED[name][0], task=Judged(judged))[0].to_html(), scheme=scheme)
+    page.run("document.querySelector('details').open = true")
+    page.run("document.querySelector('.step').focus()")
+    page.press("Escape")
+    assert page.run(LIT) == []
     idle = page.run(CONTRAST)
+    for part in (".verdict", ".said strong"):
+        red, green, _ = map(int, re.findall(r"\d+", page.run(f"getComputedStyle(document.querySelector('{part}')).color")))
+        assert (red > 1.5 * green) == (judged == "wrong") and (green > 1.5 * red) == (judged == "right")
     page.run("[...document.querySelectorAll('.step')].at(-1).focus()")
     ratios = idle | page.run(CONTRAST)
     assert len(ratios) > 8 and min(ratios.values()) >= 4.5, json.dumps(ratios, indent=1)
@@ -406,12 +451,30 @@ def test_two_thousand_tokens_can_be_read(show, width):
     assert page.run("[...document.querySelectorAll('.prompt, .reads, .steps')].every(e => e.scrollWidth <= e.clientWidth)")
     page.run("document.querySelector('.step').focus()")
     page.press("End")
-    inside = "(() => { const [a, b] = ['.step:last-child', '.steps'].map(s => document.querySelector(s).getBoundingClientRect());"
-    assert page.run(f"{inside} return a.top >= b.top && a.bottom <= b.bottom && a.bottom <= innerHeight; }})()")
+    assert page.run(f"{INSIDE} return a.top >= b.top && a.bottom <= b.bottom && Math.floor(a.bottom) <= innerHeight; }})()")
     lit = "[...document.querySelectorAll('.prompt .lit:not(.k-sink)')].map(e => e.getBoundingClientRect())"
     pane = "document.querySelector('.prompt').getBoundingClientRect()"
     assert page.run(f"{lit}.some(r => r.top >= {pane}.top && r.bottom <= {pane}.bottom)")
     assert page.run("document.querySelectorAll('.map span').length") > 3
+
+
+@needs_browser
+def test_on_a_phone_one_touches_and_texts_have_the_width(show):
+    page = show(long_page("48", " the", "(51+75)", "-", " summary", "9" * 99), width=390, height=844, touch=True)
+    hints = page.run(
+        "[...document.querySelectorAll('.steps .title span')].filter(e => e.getBoundingClientRect().width).map(e => e.innerText)"
+    )
+    assert hints == ["touch a step"] and page.run(SELECTED)[:2] == [True, False]
+    assert page.run("document.documentElement.scrollWidth") == 390
+    narrow = "[...document.querySelectorAll('.step .text')].filter(e => e.clientWidth < 0.85 * 390 - 40).length"
+    assert page.run(narrow) == 0
+    page.run("document.querySelector('.step:last-child').scrollIntoView({block: 'end'})")
+    x, y = page.run(f"{INSIDE} return [a.x + a.width / 2, a.y + a.height / 2]; }})()")
+    for kind, points in (("touchStart", [{"x": x, "y": y}]), ("touchEnd", [])):
+        page.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    assert page.run(SELECTED)[-1]
+    pane = page.run("(() => { const r = document.querySelector('.reads').getBoundingClientRect(); return [r.top, r.bottom]; })()")
+    assert 0 <= pane[0] < pane[1] < y, pane  # in sight, above what was touched, though the page has scrolled
 
 
 @needs_browser
