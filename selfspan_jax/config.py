@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from selfspan_jax import spans
 from selfspan_jax.errors import UserError
@@ -20,9 +20,12 @@ LinearImplementation = Literal["reference", "xla", "triton"]  # of the linear ma
 LoraTarget = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
+_MAX_INT = 2**31 - 1  # steps, positions and sizes are int32 on devices
+
+
 def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
     if not condition:
-        raise UserError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}; allowed: {allowed}")
+        raise UserError(f"{field} is {getattr(config, field)!r}; allowed: {allowed}")
 
 
 def _require_number(config: Any, field: str, allows: Callable[[float], bool], allowed: str) -> None:
@@ -32,7 +35,16 @@ def _require_number(config: Any, field: str, allows: Callable[[float], bool], al
 
 def _require_positive(config: Any, *fields: str) -> None:
     for field in fields:
-        _require(getattr(config, field) > 0, config, field, "numbers above 0")
+        value = getattr(config, field)
+        if isinstance(value, float):
+            _require(0 < value < math.inf, config, field, "numbers above 0")
+        else:
+            _require(0 < value <= _MAX_INT, config, field, f"numbers above 0, up to {_MAX_INT:,}")
+
+
+def _require_within(config: Any, low: int, high: int, *fields: str) -> None:
+    for field in fields:
+        _require(low <= getattr(config, field) <= high, config, field, f"{low} to {high:,}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +81,7 @@ class AttentionViews:
     def __post_init__(self):
         _require(self.mask in ("span", "dense"), self, "mask", "span, dense")
         spans.check_views(self.header_view, self.prompt_view, self.prompt_window_tokens)
+        _require_within(self, 1, _MAX_INT, "prompt_window_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +93,7 @@ class ModelConfig(AttentionViews):
     intermediate_size: int
     """F, width of the feed-forward layer."""
     num_layers: int
+    """Blocks of attention and feed-forward layer."""
     num_heads: int
     """N, query heads."""
     num_kv_heads: int
@@ -91,6 +105,7 @@ class ModelConfig(AttentionViews):
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
     rms_norm_eps: float = 1e-5
+    """Added to the mean square that an RMSNorm divides by the root of."""
     rope_scaling: RopeScaling | None = None
     """None, or Llama 3's scaling of the rotary frequencies."""
     qkv_bias: bool = False
@@ -120,9 +135,9 @@ class TrainConfig:
     """Settings of training: AdamW, linear warm-up and cosine decay, gradients clipped by their global norm."""
 
     steps: int
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. May change when a run goes on; the learning rate then follows the new schedule."""
     seed: int = 0
-    """Seed of the initial parameters, the data order and the position gaps."""
+    """Seed of the initial parameters, the data order and the position gaps, 0 to 2^63 - 1."""
     batch_size: int = 64
     """Rows of an optimizer step, over all accumulation steps and devices."""
     sequence_tokens: int = 512
@@ -134,40 +149,54 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
     warmup_steps: int = 200
+    """Steps over which the learning rate rises to its peak; in a run shorter than twice that, a tenth of its steps."""
     final_learning_rate_fraction: float = 0.02
     """Learning rate of the last step, as a fraction of the peak."""
     weight_decay: float = 0.05
     """Weight decay of the layers' matrices; norms and embeddings are not decayed."""
     beta1: float = 0.9
+    """AdamW's decay of the mean of gradients, a step."""
     beta2: float = 0.98
+    """AdamW's decay of the mean of squared gradients, a step."""
     clip_norm: float = 1.0
     """Largest global norm of a gradient."""
     gap_scales: tuple[int, ...] = (0, 1, 4, 16, 64)
     """Where a piece of the text begins (<seg>) its rotary position jumps by up to twice one of these scales; 0 alone for no gaps."""
     checkpoint_every_steps: int = 1000
+    """Steps between checkpoints; the last step and an interrupted one are saved too."""
     keep_checkpoints: int = 2
+    """Checkpoints that are kept, the latest ones."""
     eval_every_steps: int = 1000
+    """Steps between evaluations; the last step is evaluated too."""
     eval_examples: int = 128
-    """Fresh test expressions decoded and verified at each evaluation."""
+    """Held-out examples decoded and scored at each evaluation; 0 for no evaluation."""
     log_every_steps: int = 20
+    """Steps between lines of the log, which has the loss of one step and the speed of all since the last line."""
+
+    CHANGEABLE: ClassVar = ("steps", "checkpoint_every_steps", "keep_checkpoints", "eval_every_steps", "eval_examples", "log_every_steps")
+    """What may change when a run goes on; everything else decides its result, and is part of what a run is."""
 
     def __post_init__(self):
         _require_positive(self, "steps", "batch_size", "sequence_tokens", "accumulation_steps", "data_parts", "learning_rate", "clip_norm")
         _require_positive(self, "checkpoint_every_steps", "keep_checkpoints", "eval_every_steps", "log_every_steps")
-        _require(self.seed >= 0, self, "seed", "0 and above")
-        _require(self.eval_examples >= 0, self, "eval_examples", "0 and above")
-        _require(0 <= self.warmup_steps <= self.steps, self, "warmup_steps", f"0 to steps={self.steps}")
+        _require_within(self, 0, 2**63 - 1, "seed")
+        _require_within(self, 0, _MAX_INT, "eval_examples", "warmup_steps")
         _require(self.batch_size % self.accumulation_steps == 0, self, "accumulation_steps", f"divisors of batch_size={self.batch_size}")
         _require(self.batch_size % self.data_parts == 0, self, "data_parts", f"divisors of batch_size={self.batch_size}")
         _require(0 <= self.final_learning_rate_fraction <= 1, self, "final_learning_rate_fraction", "0 to 1")
         _require(0 <= self.beta1 < 1, self, "beta1", "0 to below 1")
         _require(0 <= self.beta2 < 1, self, "beta2", "0 to below 1")
-        _require(self.weight_decay >= 0, self, "weight_decay", "0 and above")
-        _require(bool(self.gap_scales) and min(self.gap_scales) >= 0, self, "gap_scales", "one or more numbers, 0 and above")
+        _require(0 <= self.weight_decay < math.inf, self, "weight_decay", "0 and above")
+        _require(bool(self.gap_scales), self, "gap_scales", "one or more numbers, 0 for no gaps")
+        _require(all(0 <= scale <= 2**20 for scale in self.gap_scales), self, "gap_scales", f"numbers from 0 to {2**20:,}")
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """The settings that decide a run's result, as in `run.json`; `data_parts`, which older runs lack, only if it is not 1."""
+    def warmup(self) -> int:
+        """The steps of warm-up that a run of this length has."""
+        return self.warmup_steps if 2 * self.warmup_steps <= self.steps else self.steps // 10
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all settings, for `run.json`; `data_parts`, which older runs lack, only if it is not 1."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "data_parts" or value != 1}
 
 
@@ -193,7 +222,7 @@ class LoraConfig:
     """Linear maps that get an adapter. Query, key and value are one map with one adapter; so are gate and up."""
 
     def __post_init__(self):
-        _require(type(self.rank) is int and self.rank > 0, self, "rank", "whole numbers above 0")
+        _require(type(self.rank) is int and 0 < self.rank <= _MAX_INT, self, "rank", "whole numbers above 0")
         _require_positive(self, "alpha")
         known = get_args(LoraTarget)
         _require(bool(self.targets) and set(self.targets) <= {*known}, self, "targets", f"one or more of {', '.join(known)}")

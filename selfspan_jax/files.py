@@ -129,20 +129,24 @@ def outputs(**files: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
-    """Create a directory atomically.
+def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Create a directory atomically; with `replace`, in place of an older one, which stays until the new one is whole.
 
     Yields: a directory to write to, which takes its name at the end of the block, and is removed if the block fails.
-    Raises: FileExistsError if the directory exists.
+    Raises: FileExistsError if the directory exists and is not to be replaced.
     """
-    if directory.exists():
+    if directory.exists() and not replace:
         raise FileExistsError(f"{directory} exists: choose another, or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
         yield partial
+        old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+        if directory.exists():
+            os.rename(directory, old)
         os.rename(partial, directory)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 from jaxtyping import Array
 
-from selfspan_jax.parallel.layout import TABLE, fsdp_axis, gradient_axes
+from selfspan_jax.parallel.layout import REPLICATED, TABLE, fsdp_axis, gradient_axes
 
 GATHERED = "gathered"  # name of gathered parameters, for the policy of `jax.checkpoint`
 
@@ -123,3 +123,17 @@ def process_max(values: int | Sequence[int]) -> Any:
     if jax.process_count() == 1:
         return values
     return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)), axis=0).tolist()
+
+
+def process_max_async(value: int, mesh: Mesh | None) -> Any:
+    """Start to compute the maximum over all processes of a number: `int` of what is returned waits for it, behind the steps so far."""
+    if mesh is None or jax.process_count() == 1:
+        return value
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    values = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, value, np.int32))
+    return _replicated_max(mesh)(values)
+
+
+@functools.lru_cache(maxsize=1)
+def _replicated_max(mesh: Mesh) -> Callable:
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, REPLICATED))

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -21,7 +22,8 @@ from selfspan_jax.config import TrainConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder, Frozen
 from selfspan_jax.parallel import collectives, distributed, layout
-from selfspan_jax.training.metrics import MetricsLog, StepTimer
+from selfspan_jax.training.interrupts import Interrupts
+from selfspan_jax.training.metrics import EVALUATION, MetricsLog, StepTimer
 from selfspan_jax.training.runs import TrainingCheckpoints
 from selfspan_jax.training.step import Batch, DeviceBatch, count_tokens, initial_state, train_step
 
@@ -31,11 +33,16 @@ class TrainingDiverged(UserError):
 
 
 class Stopped(Exception):
-    """A run reached its time limit; its state is saved."""
+    """A run was stopped by a signal or its time limit; its state is saved."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, signal: int = 0):
         super().__init__(f"stopped after step {step}")
         self.step = step
+        self.signal = signal
+        """Number of the signal; 0 for the time limit."""
+
+
+_TIME_IS_UP = 1  # stands for the time limit beside numbers of signals
 
 
 def train(
@@ -47,67 +54,102 @@ def train(
     mesh: Mesh | None = None,
     evaluate: Callable[[Decoder], Mapping[str, float]] | None = None,
     stop_after_seconds: float | None = None,
+    interrupts: Interrupts | None = None,
+    progress: bool = False,
 ) -> Decoder:
     """Train a model, or resume where `run_dir` has a checkpoint; the result is the same, bit for bit.
 
     Checkpoints do not depend on the mesh, so a run can resume on another one; float32 sums then round in another order. With
-    several processes, all call this with the same `run_dir`; the first one writes everything but checkpoints.
+    several processes, all call this with the same `run_dir`; the first one writes everything but checkpoints. An evaluation that
+    was interrupted is made again when the run goes on.
 
     Args:
       batches_from: returns endless batches from a position in the data: 0, or a batch's `next_example`.
       mesh: devices to train on; None is one device.
       evaluate: returns scores of a model; called by every process, every `config.eval_every_steps` and at the end.
       stop_after_seconds: save and stop after the first step that ends later than this.
+      interrupts: save and stop after the step in which one of them gets a signal, in whichever process.
+      progress: show a bar on a terminal, elsewhere print a line for each line of the log.
 
     Returns: the trained model, on one device.
     Raises: UserError for a mesh that does not divide the model or batch; TrainingDiverged naming the step with a loss or gradient
-      that is not finite; Stopped at the time limit.
+      that is not finite; Stopped at the time limit or a signal.
     """
     deadline = math.inf if stop_after_seconds is None else time.perf_counter() + stop_after_seconds
+    interrupts = interrupts or Interrupts()
     graph, *_ = nnx.split(model, nnx.Param, Frozen)
     fixed, state = initial_state(model, config, mesh)
-    checkpoints = TrainingCheckpoints(run_dir / "checkpoints", config.keep_checkpoints)
+    checkpoints = TrainingCheckpoints(run_dir, config.keep_checkpoints)
     next_example: int | Sequence[int] = 0
-    if checkpoints.latest_step is not None:
-        state, next_example = checkpoints.restore(state)
+    if (restored := checkpoints.restore(state)) is not None:
+        state, next_example = restored
         state = layout.from_saved_order(state, mesh)
     first_step = int(state.step)
     batches = prefetch(batches_from(next_example), functools.partial(DeviceBatch.of, num_rows=config.batch_size, mesh=mesh))
     log = MetricsLog(run_dir, first_step)
-    hidden = None if distributed.is_first_process() else True  # None hides it only where there is no terminal
-    bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=hidden)
+    progress = progress and distributed.is_first_process()
+    if progress:
+        print(f"resuming from step {first_step:,} of {config.steps:,}" if first_step else "compiling the training step", flush=True)
+    # None hides the bar only where there is no terminal
+    bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=None if progress else True)
     timer = StepTimer(model, 1 if mesh is None else mesh.size)
     metrics: dict[str, Array] = {}
+    votes: Any = 0
 
     def trained() -> Decoder:
         return nnx.merge(graph, layout.gather_params(state.params, mesh), fixed.frozen)
 
+    def save(step: int, batch: Batch) -> None:
+        checkpoints.save(step, layout.to_saved_order(state, mesh), collectives.process_max(batch.next_example))
+
+    def is_due(step: int) -> bool:
+        return evaluate is not None and step > 0 and (step == config.steps or step % config.eval_every_steps == 0)
+
+    def score(step: int) -> int:
+        """Evaluate; return the signal that a process got meanwhile, which ends its evaluation, or 0."""
+        try:
+            with interrupts.deferred(False):
+                if evaluate is not None and not interrupts.signal:
+                    scores = evaluate(trained())
+                    log.write(step, {f"{EVALUATION}{name}": value for name, value in scores.items()})
+                    if progress:
+                        bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        except (KeyboardInterrupt, SystemExit):
+            if not interrupts.signal:
+                raise
+        timer.restart()
+        return collectives.process_max(interrupts.signal)
+
     closing = contextlib.closing
-    with closing(checkpoints), closing(log), closing(batches), bar, distributed.exit_if_peer_lost():
+    with interrupts.deferred(), closing(checkpoints), closing(log), closing(batches), bar, distributed.exit_if_peer_lost():
+        if is_due(first_step) and log.evaluated_step != first_step and (stop := score(first_step)):
+            raise Stopped(first_step, stop)
         for step in range(first_step + 1, config.steps + 1):
             waiting = time.perf_counter()
             batch, on_device = next(batches)
             timer.add(count_tokens(batch, config), time.perf_counter() - waiting)
             previous, (state, metrics) = metrics, train_step(fixed, state, on_device, config)
+            if step == first_step + 1:
+                began = time.perf_counter()  # compiled, and not waited for
             _check_finite(step - 1, previous)  # fetched while this step runs
             bar.update()
-            last = step == config.steps
-            stops = not last and deadline < math.inf and bool(collectives.process_max(time.perf_counter() >= deadline))
-            saves = last or stops or step % config.checkpoint_every_steps == 0
+            wish = interrupts.signal or (_TIME_IS_UP if time.perf_counter() >= deadline else 0)
+            asked, votes = votes, collectives.process_max_async(wish, mesh)  # of several processes, looked at a step later
+            stop = 0 if step == config.steps else int(votes if jax.process_count() == 1 else asked)
+            saves = bool(stop) or step == config.steps or step % config.checkpoint_every_steps == 0
             if saves or step % config.log_every_steps == 0:
                 _check_finite(step, metrics)
                 log.write(step, values := timer.finish(metrics))
                 bar.set_postfix_str(_summary(values))
+                if progress and bar.disable:
+                    left = (config.steps - step) * (time.perf_counter() - began) / (step - first_step)
+                    print(f"step {step:,} of {config.steps:,}: {_summary(values)}, {tqdm.format_interval(left)} left", flush=True)
             if saves:
-                checkpoints.save(step, layout.to_saved_order(state, mesh), collectives.process_max(batch.next_example))
-            if evaluate is not None and (last or step % config.eval_every_steps == 0):
-                scores = evaluate(trained())
-                log.write(step, {f"eval/{name}": value for name, value in scores.items()})
-                if distributed.is_first_process():
-                    bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-                timer.restart()
-            if stops:
-                raise Stopped(step)
+                save(step, batch)
+            if is_due(step) and not stop and (stop := score(step)) and not saves:
+                save(step, batch)
+            if stop:
+                raise Stopped(step, 0 if stop == _TIME_IS_UP else stop)
     return trained()
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -16,6 +18,8 @@ from tensorboard.summary import Writer
 from selfspan_jax.files import write_text
 from selfspan_jax.model import Decoder, Frozen
 from selfspan_jax.parallel import distributed
+
+EVALUATION = "eval/"  # what the names of an evaluation's scores begin with, in the log
 
 # Dense bfloat16 products with float32 sums, per second, by a part of the device's name: NVIDIA's data sheets, without sparsity.
 _BF16_PEAKS = {
@@ -107,34 +111,61 @@ class StepTimer:
 class MetricsLog:
     """Write scalars of a run as JSON lines and TensorBoard events; with several processes, the first one writes.
 
-    Lines after the step that a run resumes from are dropped.
+    Lines after the step that a run resumes from are dropped, and the events written again from those that are left, so that
+    no step is there twice.
     """
 
     def __init__(self, run_dir: Path, resumed_step: int):
         self._writes = distributed.is_first_process()
+        self.evaluated_step = 0
+        """The last step that was evaluated before the run was resumed."""
+        kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_step]
+        for line in kept:
+            if any(name.startswith(EVALUATION) for name in line):
+                self.evaluated_step = line["step"]
         if not self._writes:
             return
-        file = run_dir / "metrics.jsonl"
-        kept = []
-        if file.exists():
-            for line in file.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
-                    if json.loads(line)["step"] <= resumed_step:
-                        kept.append(line + "\n")
-        write_text(file, "".join(kept))
-        self._lines = file.open("a", buffering=1)
-        self._events = Writer(str(run_dir / "tensorboard"))
+        file, events = run_dir / "metrics.jsonl", run_dir / "tensorboard"
+        write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+        shutil.rmtree(events, ignore_errors=True)
+        self._lines = file.open("a", buffering=1, encoding="utf-8")
+        self._events = Writer(str(events))
+        for line in kept:
+            self._add_events(line)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a line of scalars."""
-        if not self._writes:
-            return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        if self._writes:
+            line = {"step": step, **values, "unix_seconds": round(time.time(), 3)}
+            self._lines.write(json.dumps(line) + "\n")
+            self._add_events(line)
+
+    def _add_events(self, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if name not in ("step", "unix_seconds"):
+                self._events.add_scalar(name, value, line["step"], wall_time=line.get("unix_seconds"))
 
     def close(self) -> None:
         """Flush and close the files."""
         if self._writes:
             self._lines.close()
             self._events.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's log, without those that a kill cut short."""
+    lines, file = [], run_dir / "metrics.jsonl"
+    if file.exists():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def read_scores(run_dir: Path, step: int) -> dict[str, float]:
+    """Read the scores of the evaluation after a step from a run's log; none if it was not evaluated."""
+    scores = {}
+    for line in read_metrics(run_dir):
+        if line["step"] == step:
+            scores |= {name.removeprefix(EVALUATION): value for name, value in line.items() if name.startswith(EVALUATION)}
+    return scores

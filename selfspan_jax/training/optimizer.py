@@ -11,7 +11,7 @@ from selfspan_jax.config import TrainConfig
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """Return the learning rate by step: linear to its peak, then a cosine down to a fraction of it."""
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate_fraction * config.learning_rate
+        0.0, config.learning_rate, config.warmup, config.steps, config.final_learning_rate_fraction * config.learning_rate
     )
 
 

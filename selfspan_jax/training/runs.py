@@ -1,18 +1,24 @@
-"""Run directories: the identity of a run, its checkpoints (Orbax), and the card of its model.
+"""Run directories: who holds one, the identity of a run, its checkpoints (Orbax), and the card of its model.
 
 The identity is everything that decides the result of a run, as JSON: sections by name, most of them objects of settings. It is
-in `run.json` of the run directory.
+in `run.json` of the run directory, with what may change when the run goes on: `TrainConfig.CHANGEABLE`, and the path of a corpus,
+which is known by its content ("data_fingerprint"). Two more keys say how the run went: "schedules", where its number of steps was
+changed, are pairs (step, steps of the schedule from there on), and "finished_steps" is the length of the run whose model is in
+`model`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import orbax.checkpoint as ocp
 
@@ -20,58 +26,129 @@ from selfspan_jax.config import TrainConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.files import read_json, write_json
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import distributed
+from selfspan_jax.parallel import collectives, distributed
 
 _REMOVED = {"export_every_steps": 0}  # settings of older versions, with the value that this version still computes
+_HISTORY = ("schedules", "finished_steps")
+_WORDS = {  # for settings that have no option of their name
+    ("base", "name"): "--init",
+    ("base", "sha256"): "the content of --init",
+    ("data_fingerprint", "data_fingerprint"): "the content of --data",
+}
+_LOCK = "run.lock"
+_CHECKPOINTS = "checkpoints"
 
 
-def claim(run_dir: Path, identity: dict[str, Any]) -> None:
-    """Create a run directory, or check that it belongs to this very run. With several processes, the first one creates it.
+@contextlib.contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory against other runs by a lock of the operating system, which ends with this process however that ends.
 
-    Raises: UserError that names the differences, or for a directory that holds something else.
+    With several processes the first one holds it for all. A directory that was made for the lock alone is removed again.
+
+    Raises: UserError in all processes if another run holds the directory, or if it cannot be made or written to.
+    """
+    lock, made, error = filelock.FileLock(run_dir / _LOCK, timeout=0), False, None
+    if distributed.is_first_process():
+        try:
+            made = not run_dir.exists()
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except FileExistsError:
+            error = "is a file: expected a directory"
+        except filelock.Timeout:
+            error = "is in use by another run: wait for its end, stop it, or choose another"
+        except OSError as failure:
+            error = f"cannot be written to: {failure.strerror}"
+    if collectives.process_max(int(error is not None)):
+        raise UserError(f"--run-dir {run_dir} {error or 'cannot be used: the first process says why'}")
+    try:
+        yield
+    finally:
+        if made and {path.name for path in run_dir.iterdir()} <= {_LOCK}:
+            (run_dir / _LOCK).unlink(missing_ok=True)
+            run_dir.rmdir()
+        lock.release()
+
+
+def claim(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Write `run.json` of a new run, or check that the directory belongs to this very run and write what may change.
+
+    With several processes, the first one writes.
+
+    Returns: the content of `run.json`.
+    Raises: UserError that names the differences, for fewer steps than were taken, or for a directory that holds something else.
     """
     file = run_dir / "run.json"
-    there = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    if file.name in there:
-        return _check_same(file, identity)
-    if any(not name.endswith(".partial") for name in there):  # what a killed process left is no matter
+    names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    if file.name in names:
+        identity = _continued(file, identity)
+    elif any(name != _LOCK and not name.endswith(".partial") for name in names):  # what a killed process left is no matter
         raise UserError(f"{run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
     if distributed.is_first_process():
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_json(file, identity)
+    return identity
 
 
-def _check_same(file: Path, here: dict[str, Any]) -> None:
+def finish(run_dir: Path, identity: dict[str, Any]) -> None:
+    """Note that `model` is that of this run at its present number of steps."""
+    write_json(run_dir / "run.json", identity | {"finished_steps": identity["training"]["steps"]})
+
+
+def is_finished(run_dir: Path, identity: Mapping[str, Any]) -> bool:
+    """Return whether `model` is that of the run that `claim` returned, and not of a shorter one."""
+    return (run_dir / "model").exists() and identity.get("finished_steps") == identity["training"]["steps"]
+
+
+def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """Check what a run goes on with against its `run.json`, and return the new one."""
     try:
         there = read_json(file)
     except UserError:
         there = {}
+    history = {name: there.pop(name) for name in _HISTORY if name in there}
+    if "data_fingerprint" in here and "data_fingerprint" not in there:  # of an older version, which knows a corpus by its path
+        there["data_fingerprint"] = here["data_fingerprint"]
+    elif there.get("data_fingerprint") is not None and there["data_fingerprint"] == here["data_fingerprint"]:
+        there["data"] = here["data"]
     if there.keys() != here.keys() or any(isinstance(here[name], dict) and not isinstance(there[name], dict) for name in here):
         raise UserError(f"{file} was not written by this version of train.py: choose another --run-dir")
     old, new = _settings(there), _settings(here)
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    if differences := [f"{name[1]} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]:
+    words = {name: _WORDS.get(name, f"--{name[1].replace('_', '-')}") for name in changed}
+    if differences := [f"{words[name]} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]:
         raise UserError(f"{file.parent} holds a run of another config: {'; '.join(differences)}")
+    before, steps, taken = there["training"]["steps"], here["training"]["steps"], latest_step(file.parent) or 0
+    if steps < taken:
+        raise UserError(f"--steps is {steps}, but {file.parent} has taken {taken}: allowed are {taken} and above")
+    if (file.parent / "model").exists():
+        history.setdefault("finished_steps", before)
+    schedules = [pair for pair in history.get("schedules", [[0, before]]) if pair[0] < taken]
+    if taken and schedules[-1][1] != steps:
+        history["schedules"] = [*schedules, [taken, steps]]
+    return here | history
 
 
 def _settings(identity: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """Return the settings by section and name, without those that are removed."""
+    """Return the settings by section and name that decide the result, without those that are removed."""
     sections = {name: value if isinstance(value, dict) else {name: value} for name, value in identity.items()}
     settings = {(section, name): value for section, values in sections.items() for name, value in values.items()}
-    return {name: value for name, value in settings.items() if (name[1], value) not in _REMOVED.items()}
+    free = {("training", name) for name in TrainConfig.CHANGEABLE}
+    return {name: value for name, value in settings.items() if name not in free and (name[1], value) not in _REMOVED.items()}
+
+
+def latest_step(run_dir: Path) -> int | None:
+    """Return the step of the latest checkpoint that looks whole, None where there is none."""
+    folders = (run_dir / _CHECKPOINTS).glob("[0-9]*")
+    return max((int(path.name) for path in folders if path.name.isdecimal() and path.is_dir() and any(path.iterdir())), default=None)
 
 
 class TrainingCheckpoints:
     """Keep the last `keep` states of a run, each written in the background and visible only when complete."""
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, run_dir: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
-
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the latest checkpoint, or None."""
-        return self._manager.latest_step()
+        self._directory = (run_dir / _CHECKPOINTS).absolute()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any, next_example: int | Sequence[int]) -> None:
         """Start to write the state after `step` steps, with the position in the data; waits for the previous write only.
@@ -81,13 +158,35 @@ class TrainingCheckpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_example": next_example}))
         self._manager.save(step, args=args)
 
-    def restore(self, like: Any) -> tuple[Any, int | list[int]]:
-        """Read the latest state, with the structure, shapes and sharding of `like`, and its position in the data."""
+    def restore(self, like: Any) -> tuple[Any, int | list[int]] | None:
+        """Read the latest state that can be read, with the structure, shapes and sharding of `like`, and its position in the data.
+
+        A later one that cannot be read is said in a line, and renamed.
+
+        Returns: None if there is no checkpoint.
+        Raises: UserError if there are checkpoints, but none that can be read.
+        """
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(self._manager.latest_step(), args=args)
-        return restored.state, restored.data["next_example"]
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(step, args=args)
+            except (KeyError, ValueError, OSError) as error:  # what Orbax raises for files that are missing, cut short, not JSON
+                damaged.append(step)
+                reason = " ".join(str(error.args[0] if error.args else error).split())[:160]
+                distributed.log_once(f"warning: the checkpoint of step {step} is damaged and left out: {self._directory / str(step)} ({reason})")
+                continue
+            if damaged:
+                for bad in damaged if distributed.is_first_process() else ():
+                    os.rename(self._directory / str(bad), self._directory / f"{bad}.damaged")
+                collectives.process_max(0)  # wait for it
+                self._manager.reload()
+            return restored.state, restored.data["next_example"]
+        if damaged:
+            raise UserError(f"{self._directory}: no checkpoint can be read; without this directory the run starts anew")
+        return None
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -95,21 +194,35 @@ class TrainingCheckpoints:
         self._manager.close()
 
 
-def card(title: str, model: Decoder, config: TrainConfig, prompts: str, scores: Mapping[str, float], identity: Mapping[str, Any]) -> str:
+def card(
+    title: str,
+    model: Decoder,
+    identity: Mapping[str, Any],
+    *,
+    trained_on: str,
+    scored_on: str,
+    limits: str,
+    scores: Mapping[str, float],
+) -> str:
     """Write the README of a finished model, with the command line of this process.
 
     Args:
-      prompts: description of the prompts that the scores are on.
+      identity: what `claim` returned.
+      trained_on, scored_on: the examples, in a few words.
+      limits: a sentence or more on what the model does not know.
     """
     command = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # no directories of this machine
     lines = [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in scores.items()]
+    config, schedules = identity["training"], identity.get("schedules", [])[1:]
+    changes = "".join(f" From step {step:,} on the learning rate follows the schedule of {steps:,} steps." for step, steps in schedules)
+    scored = f"Scores on {scored_on}, decoded greedily by the model itself (attention: {model.config.mask}):\n\n" + "\n".join(lines)
     return (
-        f"# {title}\n\nA span model of {model.num_parameters:,} parameters, trained by `train.py` of selfspan.\n\n"
+        f"# {title}\n\nA span model of {model.num_parameters:,} parameters, trained by `train.py` of selfspan on {trained_on}.\n\n"
         f"```\npython train.py {shlex.join(command)}\n```\n\n"
-        f"{config.steps:,} steps of {config.batch_size} x {config.sequence_tokens} tokens, "
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}.\n\n"
-        f"Scores on fresh {prompts}, decoded greedily by the model itself "
-        f"(attention: {model.config.mask}):\n\n" + "\n".join(lines) + "\n\n"
+        f"{config['steps']:,} steps of {config['batch_size']} x {config['sequence_tokens']} tokens, "
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}.{changes}\n\n"
+        f"{scored if scores else 'Not scored.'}\n\n"
+        f"## Limits\n\n{limits}\n\n"
         "`config.json` has the architecture, `vocab.json` the task.\n\n"
-        f"```json\n{json.dumps(identity, indent=2)}\n```\n"
+        f"```json\n{json.dumps({name: value for name, value in identity.items() if name not in _HISTORY}, indent=2)}\n```\n"
     )

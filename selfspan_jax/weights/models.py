@@ -111,13 +111,23 @@ class Format:
     metadata: dict[str, str] | None = None
     """Of the safetensors file."""
 
-    def write(self, directory: Path, model: Decoder, arrays: Mapping[str, Array], task: dict[str, Any], card: str, **more: Any) -> None:
+    def write(
+        self,
+        directory: Path,
+        model: Decoder,
+        arrays: Mapping[str, Array],
+        task: dict[str, Any],
+        card: str,
+        *,
+        replace: bool = False,
+        **more: Any,
+    ) -> None:
         """Write a directory atomically; `more` are fields of the description beside those of every model.
 
-        Raises: FileExistsError if the directory exists.
+        Raises: FileExistsError if the directory exists and is not to be replaced.
         """
         fields = {"format": self.name, "version": 1, "model": dataclasses.asdict(model.config), "vocab_size": model.vocab_size}
-        with new_directory(directory) as partial:
+        with new_directory(directory, replace=replace) as partial:
             save_safetensors(partial / self.tensors, arrays, self.metadata)
             write_json(partial / self.description, fields | {"span_vocab": dataclasses.asdict(model.vocab)} | more)
             write_json(partial / "vocab.json", task)
@@ -156,16 +166,17 @@ METADATA = {"format": "pt"}  # `transformers` refuses safetensors files without 
 _MODEL = Format("selfspan model", "config.json", "model.safetensors", METADATA)
 
 
-def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str) -> None:
+def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str, *, replace: bool = False) -> None:
     """Write a finished model, atomically.
 
     Args:
       task: content of `vocab.json`: the task's own `to_json`.
       card: content of `README.md`, Markdown.
+      replace: put it in place of an older directory.
 
-    Raises: FileExistsError if the directory exists; UserError for a quantised or adapted model.
+    Raises: FileExistsError if the directory exists and is not to be replaced; UserError for a quantised or adapted model.
     """
-    _MODEL.write(directory, model, to_llama(model), task, card)
+    _MODEL.write(directory, model, to_llama(model), task, card, replace=replace)
 
 
 def is_model(directory: Path) -> bool:

@@ -27,7 +27,7 @@ def tuned_run(corpus_name, corpus, seed, **attention):
     """The run.json of an adapter's fine-tuning, as train.py writes it (test_results.py compares with train.py itself)."""
     tuning = tuning_preset(corpus_name, adapters=True)
     run = {"attention": asdict(tuning.attention) | attention, "base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}}
-    run |= {"lora": asdict(LoraConfig()), "training": tuning.training.identity | {"seed": seed}, "corpus": corpus}
+    run |= {"lora": asdict(LoraConfig()), "training": tuning.training.to_json() | {"seed": seed}, "corpus": corpus}
     return json.loads(json.dumps(run))
 
 
