@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,13 +17,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from benchmarks.timing import device_times, run_seconds, timed
-from selfspan_jax import training
+from selfspan_jax import files, training
 from selfspan_jax.attention.sequences import SequenceImplementation
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Decoder
+from selfspan_jax.parallel import distributed
 from selfspan_jax.training.metrics import bf16_peak, mfu, step_flops
 
 REPETITIONS, TRACED_STEPS = 3, 3
+
+
+def run(model: Decoder, config: TrainConfig, batches: Iterator[training.Batch], file: Path, **options: Any) -> None:
+    """Measure a training step, write the figures into a JSON file and print them; see `measure`. The first of several processes does."""
+    figures = measure(model, config, batches, **options)
+    if distributed.is_first_process():
+        files.write_json(file, figures)
+    distributed.log_once(table(figures))
 
 
 def measure(

@@ -65,10 +65,10 @@ def parse_one_of(commands: Mapping[str, type], description: str | None, argv: li
     return name, parse(commands[name], name, words, **options)
 
 
-def look_ahead(words: list[str], option: str, choices: Iterable[str], default: str) -> str:
-    """Return the value of an option that decides which others there are; `parse` reads it again among them."""
+def look_ahead(words: list[str], option: str, choices: Iterable[str] | None = None) -> str | None:
+    """Return the value of an option that decides which others there are, None without it; `parse` reads it again among them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(option, choices=[*choices], default=default, dest="value")
+    parser.add_argument(option, choices=None if choices is None else [*choices], dest="value")
     try:
         return parser.parse_known_args(words)[0].value
     except argparse.ArgumentError as error:
@@ -82,7 +82,7 @@ def parse(command: Any, name: str, words: list[str], *, user_error: type[Excepti
       command: the dataclass, or an instance of it that holds the defaults.
       name: of the sub-command.
       words: those after the name.
-      user_error: said in its own words, as UserError is, where a `__post_init__` raises it.
+      user_error: said in its own words, as UserError is, where a `__post_init__` raises it; with options in place of fields.
       options: of `tyro.cli`.
     """
     program = f"{Path(sys.argv[0]).name} {name}"
@@ -99,7 +99,7 @@ def parse(command: Any, name: str, words: list[str], *, user_error: type[Excepti
         cause = end.__context__
         while cause is not None:
             if isinstance(cause, UserError | user_error):
-                fail(str(cause))
+                fail(as_options(str(cause)))
             cause = cause.__context__
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         tyro.cli(kind, args=["--help"], **options)
@@ -147,6 +147,12 @@ def read_number(kind: type, word: str) -> Any:
     if kind is int and not -(2**63) <= value < 2**63:
         raise ValueError(f"{word!r} takes more than 64 bits")
     return value
+
+
+def as_options(message: str) -> str:
+    """Write the names of settings in a message as the options that they are: `batch_size is 0` as `--batch-size is 0`."""
+    message = re.sub(r"(?<![\w./-])[a-z0-9]+(_[a-z0-9]+)+(?![\w./])", lambda name: "--" + name[0].replace("_", "-"), message)
+    return re.sub(r"^[a-z]+(?= is )", r"--\g<0>", message)
 
 
 def commas(*kinds: Any) -> Any:

@@ -215,6 +215,11 @@ class StoredCorpus:
         """Tokens of all examples together, prompts and responses."""
         return int(pyarrow.compute.sum(pyarrow.compute.list_value_length(self.dataset.data.column("token_ids"))).as_py())
 
+    @functools.cached_property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest example."""
+        return int(pyarrow.compute.max(pyarrow.compute.list_value_length(self.dataset.data.column("token_ids"))).as_py())
+
     def epochs(self, num_tokens: int) -> float:
         """Return how often each example is seen in so many tokens of training (steps x rows x tokens of a row)."""
         return num_tokens / self.num_tokens

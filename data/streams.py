@@ -18,6 +18,7 @@ from data.errors import UserError, check_choice
 Split = Literal["train", "test"]  # of generated examples
 SPLITS = ("train", "validation", "test")  # that the articles of a file are divided into
 Shard = tuple[int, int]  # (i, n): the i-th of n shards, from 0
+ANY_LIMITS = "What differs from them in kind it has never seen."
 WHOLE: Shard = (0, 1)
 
 _SAMPLED_EXAMPLES = 256  # at most, to estimate lengths
@@ -65,6 +66,11 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
     @abc.abstractmethod
     def description(self) -> str:
         """A few words on the prompts, in the plural."""
+
+    @property
+    def limits(self) -> str:
+        """What a model that was trained on such examples does not know, for its card, in a sentence."""
+        return ANY_LIMITS
 
     @abc.abstractmethod
     def largest(self) -> "GeneratedCorpus[E]":

@@ -275,8 +275,8 @@ DECODE_ERRORS = {
     "unknown attention": (["generate", CHECKPOINT, "1+2", "--attention", "full"], "full"),
     "no such option": (["generate", CHECKPOINT, "1+2", "--atention", "span"], "--atention"),
     "no such picture": (["generate", CHECKPOINT, "1+2", "--plot", "mask.xyz"], "allowed: names that end in .png, .svg or .pdf"),
-    "temperature": (["generate", CHECKPOINT, "1+2", "--temperature", "-1"], "temperature is -1.0"),
-    "no examples": (["eval", CHECKPOINT, "--num-examples", "0"], "num_examples is 0"),
+    "temperature": (["generate", CHECKPOINT, "1+2", "--temperature", "-1"], "--temperature is -1.0"),
+    "no examples": (["eval", CHECKPOINT, "--num-examples", "0"], "--num-examples is 0"),
     "a split of nothing": (["eval", CHECKPOINT, "--split", "test"], "--split is of a corpus directory: give one with --data"),
     "operators twice": (["eval", CHECKPOINT, "--ops", "3", "--max-ops", "4"], "leave out --min-ops and --max-ops"),
     "a directory for a file": (["eval", CHECKPOINT, "--json", "tests"], "json is tests, which cannot be written: Is a directory"),
@@ -345,9 +345,13 @@ def test_training_writes_a_model_that_decode_reads(call, tmp_path):
 def test_a_run_stops_in_time_and_goes_on_by_the_same_command(call, tmp_path):
     first, whole = tmp_path / "first", tmp_path / "whole"
     status, out, _ = call(train.main, "arithmetic-tiny", "--run-dir", first, *TOY, "--stop-after-seconds", 0)
-    assert status == 0 and out.splitlines()[-1] == "stopped after step 1 of 12: the same command goes on" and not (first / "model").exists()
+    assert (
+        status == 0
+        and out.splitlines()[-1] == "stopped after step 1 of 12, a checkpoint is saved: the same command goes on"
+        and not (first / "model").exists()
+    )
     status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", first, *TOY, "--seed", 4)
-    assert status == 2 and "holds a run of another config: seed is 0 there, 4 here" in err
+    assert status == 2 and "holds a run of another config: --seed is 0 there, 4 here" in err
     for run_dir in (first, whole):
         assert call(train.main, "arithmetic-tiny", "--run-dir", run_dir, *TOY)[0] == 0
     models = [(run_dir / "model" / "model.safetensors").read_bytes() for run_dir in (first, whole)]
@@ -425,16 +429,19 @@ def test_what_the_user_of_train_got_wrong_is_said_in_one_line(call, tmp_path):
     errors = {
         "unknown preset": (["arithmetic-huge", "--run-dir", tmp_path / "a"], "arithmetic-huge"),
         "no run directory": (["arithmetic-tiny"], "--run-dir"),
-        "another config": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--seed", 5], "another config: seed is 0 there, 5 here"),
-        "another packing": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--data-parts", 2], "data_parts is None there, 2 here"),
-        "parts that do not divide": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--data-parts", 3], "divisors of batch_size=2"),
+        "another config": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--seed", 5], "another config: --seed is 0 there, 5 here"),
+        "another packing": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--data-parts", 2], "--data-parts is None there, 2 here"),
+        "parts that do not divide": (
+            ["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--data-parts", 3],
+            "divisors of --batch",
+        ),
         "no such hosts": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--hosts", "node1"], "allowed: auto, or HOST:PORT,N,I"),
         "another mask": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--mask", "dense"], "mask is 'span' there, 'dense' here"),
         "a directory of something else": (["arithmetic-tiny", "--run-dir", tmp_path / "papers", *TOY], "not a run directory"),
         "a run of another version": (["arithmetic-tiny", "--run-dir", tmp_path / "older", *TOY], "not written by this version"),
         "no corpus": (["arithmetic-tiny", "--run-dir", tmp_path / "a", "--data", tmp_path / "none", *TOY], "no such directory"),
         "not a corpus": (["arithmetic-tiny", "--run-dir", tmp_path / "a", "--data", tmp_path / "papers", *TOY], "not a corpus directory"),
-        "impossible": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--num-kv-heads", 3], "num_kv_heads is 3"),
+        "impossible": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--num-kv-heads", 3], "--num-kv-heads is 3"),
         "rows too short": (["arithmetic-tiny", "--run-dir", tmp_path / "b", *TOY, "--sequence-tokens", 16], "a row only 16"),
     }
     for name, (arguments, message) in errors.items():

@@ -82,6 +82,14 @@ class Corpus(GeneratedCorpus[Example]):
     def description(self) -> str:
         return f"expressions of {self.min_ops} to {self.max_ops} operators"
 
+    @property
+    def limits(self) -> str:
+        digits = "one digit" if self.max_digits == 1 else f"one to {self.max_digits} digits"
+        return (
+            f"Numbers in an expression had {digits}, and no value on the way was above {self.max_value} in magnitude: "
+            "beyond that its answers are wrong. It knows +, - and *, whole numbers, and no words."
+        )
+
     def largest(self) -> "Corpus":
         return dataclasses.replace(self, min_ops=self.max_ops)
 

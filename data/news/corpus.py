@@ -84,6 +84,11 @@ class Corpus(GeneratedCorpus[Example]):
     def description(self) -> str:
         return f"synthetic articles of {self.min_events} to {self.max_events} events"
 
+    @property
+    def limits(self) -> str:
+        kinds = ", ".join(synthetic.KINDS)
+        return f"These are news from templates, of {len(synthetic.KINDS)} kinds ({kinds}): of other news it makes up what it says."
+
     def largest(self) -> "Corpus":
         return dataclasses.replace(self, min_events=self.max_events)
 

@@ -28,6 +28,7 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 
 
 _KINDS: list[dict[str, Any]] = _TEMPLATES["kinds"]
+KINDS = tuple(kind["name"] for kind in _KINDS)
 MAX_EVENTS = len(_KINDS)
 MAX_DISTRACTORS = len(_PHRASES["background"])
 

@@ -164,7 +164,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_scores(run_dir: Path, step: int) -> dict[str, float]:
     """Read the scores of the evaluation after a step from a run's log; none if it was not evaluated."""
-    scores = {}
+    scores: dict[str, float] = {}
     for line in read_metrics(run_dir):
         if line["step"] == step:
             scores |= {name.removeprefix(EVALUATION): value for name, value in line.items() if name.startswith(EVALUATION)}

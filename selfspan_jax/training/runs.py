@@ -22,11 +22,12 @@ import filelock
 import jax
 import orbax.checkpoint as ocp
 
-from selfspan_jax.config import TrainConfig
+from selfspan_jax.config import LoraConfig, TrainConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.files import read_json, write_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import collectives, distributed
+from selfspan_jax.weights import lora, models
 
 _REMOVED = {"export_every_steps": 0}  # settings of older versions, with the value that this version still computes
 _HISTORY = ("schedules", "finished_steps")
@@ -89,14 +90,34 @@ def claim(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def finish(run_dir: Path, identity: dict[str, Any]) -> None:
-    """Note that `model` is that of this run at its present number of steps."""
-    write_json(run_dir / "run.json", identity | {"finished_steps": identity["training"]["steps"]})
+def finish(
+    run_dir: Path, identity: Mapping[str, Any], model: Decoder, task: dict[str, Any], card: str, adapters: LoraConfig | None = None
+) -> None:
+    """Write the finished model, and its adapter, in place of those of a shorter run; with several processes the first one does.
+
+    Args:
+      identity: what `claim` returned.
+      task: see `models.save_model`.
+      adapters: of an adapted model, whose adapter is written too.
+    """
+    if distributed.is_first_process():
+        if adapters:
+            lora.save_adapter(run_dir / "adapter", model, adapters, identity["base"]["name"], task, card, replace=True)
+        models.save_model(run_dir / "model", lora.plain(model), task, card, replace=True)
+        write_json(run_dir / "run.json", {**identity, "finished_steps": identity["training"]["steps"]})
 
 
 def is_finished(run_dir: Path, identity: Mapping[str, Any]) -> bool:
     """Return whether `model` is that of the run that `claim` returned, and not of a shorter one."""
     return (run_dir / "model").exists() and identity.get("finished_steps") == identity["training"]["steps"]
+
+
+def schedule_note(identity: Mapping[str, Any]) -> str | None:
+    """Say what another number of steps does to the learning rate of the run that `claim` returned; None if it was never changed."""
+    if not (schedules := identity.get("schedules")):
+        return None
+    (_, before), (step, steps) = schedules[-2:]
+    return f"--steps was {before:,} up to step {step:,}: from there on the learning rate follows the schedule of {steps:,} steps"
 
 
 def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +197,9 @@ class TrainingCheckpoints:
             except (KeyError, ValueError, OSError) as error:  # what Orbax raises for files that are missing, cut short, not JSON
                 damaged.append(step)
                 reason = " ".join(str(error.args[0] if error.args else error).split())[:160]
-                distributed.log_once(f"warning: the checkpoint of step {step} is damaged and left out: {self._directory / str(step)} ({reason})")
+                distributed.log_once(
+                    f"warning: the checkpoint of step {step} is damaged and left out: {self._directory / str(step)} ({reason})"
+                )
                 continue
             if damaged:
                 for bad in damaged if distributed.is_first_process() else ():
@@ -195,14 +218,7 @@ class TrainingCheckpoints:
 
 
 def card(
-    title: str,
-    model: Decoder,
-    identity: Mapping[str, Any],
-    *,
-    trained_on: str,
-    scored_on: str,
-    limits: str,
-    scores: Mapping[str, float],
+    title: str, model: Decoder, identity: Mapping[str, Any], scores: Mapping[str, float], *, trained_on: str, scored_on: str, limits: str
 ) -> str:
     """Write the README of a finished model, with the command line of this process.
 

@@ -126,6 +126,12 @@ def num_trained(model: Decoder) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+def describe(model: Decoder) -> str:
+    """Return the number of a model's parameters as text, and how many of them are trained where not all are."""
+    trained, total = num_trained(model), model.num_parameters
+    return f"{total:,} parameters" + (f", {trained:,} of them trained" if trained < total else "")
+
+
 def loss_sums(
     model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

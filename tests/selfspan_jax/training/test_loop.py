@@ -300,7 +300,10 @@ def test_the_small_model_learns_to_repeat(tmp_path):
     [
         (dict(steps=0), "steps is 0"),
         (dict(accumulation_steps=3), "accumulation_steps is 3; allowed: divisors of batch_size=4"),
-        (dict(warmup_steps=13), "warmup_steps is 13; allowed: 0 to steps=12"),
+        (dict(warmup_steps=-1), "warmup_steps is -1; allowed: 0 to"),
+        (dict(steps=2**31), "steps is 2147483648; allowed: numbers above 0, up to 2,147,483,647"),
+        (dict(seed=2**63), "seed is 9223372036854775808; allowed: 0 to 9,223,372,036,854,775,807"),
+        (dict(learning_rate=float("inf")), "learning_rate is inf"),
         (dict(gap_scales=()), "gap_scales"),
         (dict(beta2=1.0), "beta2 is 1.0"),
     ],
@@ -314,6 +317,14 @@ def test_the_schedule_warms_up_and_decays():
     schedule = training.learning_rate(TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0))
     rates = [schedule(np.float32(step)) for step in (0, 5, 10, 55, 100)]
     np.testing.assert_allclose(rates, [0, 0.5, 1, 0.51, 0.02], atol=1e-6)
+
+
+def test_a_run_shorter_than_twice_its_warmup_warms_up_for_a_tenth_of_it():
+    """So that --steps 30 is all that a short run needs; the peak is reached in any case."""
+    for steps, warmup in ((30, 3), (399, 39), (400, 200), (8000, 200), (5, 0)):
+        config = TrainConfig(steps=steps, warmup_steps=200, learning_rate=1.0)
+        rates = np.asarray(training.learning_rate(config)(np.arange(steps, dtype=np.float32)))
+        assert config.warmup == warmup == np.argmax(rates) and rates.max() == 1
 
 
 def test_optimizer_state_is_float32():

@@ -26,14 +26,14 @@ def test_a_run_of_an_older_version_goes_on_unless_it_exported(tmp_path):
     write(tmp_path, IDENTITY | {"training": IDENTITY["training"] | {"export_every_steps": 0}})
     runs.claim(tmp_path, IDENTITY)
     write(tmp_path, IDENTITY | {"training": IDENTITY["training"] | {"export_every_steps": 5}})
-    with pytest.raises(UserError, match="export_every_steps is 5 there, None here"):
+    with pytest.raises(UserError, match="--export-every-steps is 5 there, None here"):
         runs.claim(tmp_path, IDENTITY)
 
 
 @pytest.mark.parametrize(
     ("there", "message"),
     [
-        ({"training": {"steps": 13, "seed": 0}, "data": "a"}, "another config: steps is 13 there, 12 here; data is 'a' there, None here"),
+        ({"training": {"steps": 12, "seed": 1}, "data": "a"}, "another config: --seed is 1 there, 0 here; --data is 'a' there, None here"),
         ({"training": {"steps": 12, "seed": 0}}, "not written by this version"),
         ({"training": 3, "data": None}, "not written by this version"),
         ("{", "not written by this version"),

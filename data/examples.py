@@ -1,0 +1,131 @@
+"""What a run trains on and is scored on: examples generated as they are needed, or those of a corpus directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data import packing
+from data.errors import UserError
+from data.streams import ANY_LIMITS, GeneratedCorpus
+from data.task import Task
+
+if TYPE_CHECKING:
+    from data.dataset import StoredCorpus
+
+_MANY_EPOCHS = 10
+
+
+def open_stored(path: Path | None, tasks: Mapping[str, type[Task]]) -> StoredCorpus | None:
+    """Open a corpus directory for training, see `data.dataset.load`; None for none."""
+    if path is None:
+        return None
+    from data import dataset  # which takes a second to import
+
+    return dataset.load(path, tasks)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingExamples:
+    """Examples of a task, in the vocabulary of the model; made by `of`.
+
+    Attributes:
+      task: in that vocabulary.
+      corpus: the settings that examples are drawn and written with.
+      stored: the corpus directory; None where they are generated.
+    """
+
+    task: Task
+    corpus: GeneratedCorpus[Any]
+    stored: StoredCorpus | None = None
+
+    @classmethod
+    def of(cls, task: type[Task], corpus: GeneratedCorpus[Any], stored: StoredCorpus | None, vocab: Any = None) -> TrainingExamples:
+        """Generate examples, or take those of a directory, written again where `vocab` is another than theirs.
+
+        Raises: UserError if the directory is of another task, or of other settings than `corpus`.
+        """
+        if stored is None:
+            return cls(task.of(corpus, vocab), corpus)
+        if stored.task.name != task.name:
+            raise UserError(f"{stored.path} is a corpus of {stored.task.name}: expected one of {task.name}; `custom --data` trains on any")
+        for name, value in vars(corpus).items():
+            if value != (there := getattr(stored.corpus, name)):
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is {value}, but {there} in {stored.path}, whose examples stay as they are: leave it out")
+        return cls(stored.task if vocab is None else dataclasses.replace(stored.task, vocab=vocab), stored.corpus, stored)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies the examples, as JSON: the directory and its content, and the settings."""
+        if self.stored is None:
+            return {"data": None, "data_fingerprint": None, "corpus": dataclasses.asdict(self.corpus)}
+        from data import dataset
+
+        path = self.stored.path
+        return {"data": str(path.absolute()), "data_fingerprint": dataset.fingerprint(path), "corpus": dataclasses.asdict(self.corpus)}
+
+    def batches_from(
+        self, *, seed: int, sequence_tokens: int, num_workers: int, num_shards: int, shards: Collection[int], **options: Any
+    ) -> Callable[[Any], Iterator[packing.Batch]]:
+        """Return the function from a position in the examples to the endless batches from there on; see `packing.batches_from`.
+
+        Raises: UserError where examples are longer than a row.
+        """
+        longest = self.stored.longest_tokens if self.stored else self.corpus.likely_longest_tokens(self.task.vocab)
+        if longest > sequence_tokens and not self._is_rewritten:  # packing says it of those that are rewritten
+            raise UserError(f"{self.trained_on} take up to {longest} tokens, a row only {sequence_tokens}: raise --sequence-tokens")
+        stream: Callable[..., Iterator[Any]]
+        if self.stored is None:
+            workers = -(-num_workers // len(shards))
+            stream = functools.partial(self.corpus.stream, vocab=self.task.vocab, seed=seed, num_workers=workers)
+        else:
+            stream = functools.partial(self.stored.stream, seed=seed, task=self.task if self._is_rewritten else None)
+        sizes: dict[str, Any] = {"sequence_tokens": sequence_tokens, "num_workers": num_workers, "num_shards": num_shards}
+        gaps: dict[str, Any] = {"gap_ids": self.task.step_ids, "gap_seed": seed}
+        return packing.batches_from(stream, self.task.vocab, shards=list(shards), **sizes, **gaps, **options)
+
+    def held_out(self, num_examples: int, *, seed: int) -> Sequence[Any]:
+        """Return examples that the training does not see. UserError: a corpus of a file that has none."""
+        if self.stored is None:
+            return list(itertools.islice(self.corpus.stream(vocab=self.task.vocab, seed=seed, split="test"), num_examples))
+        try:
+            (examples,) = dataclasses.replace(self.stored, task=self.task).held_out(num_examples, seed=seed).values()
+        except UserError as error:
+            raise UserError(f"{error}; --eval-examples 0 trains without an evaluation") from error
+        if not examples:
+            raise UserError(f"the vocabulary has room for no validation example of {self.stored.path}: --eval-examples 0 leaves them out")
+        return examples
+
+    @property
+    def trained_on(self) -> str:
+        """The training examples in a few words, in the plural."""
+        if self.stored is None:
+            return self.corpus.description
+        return f"the {len(self.stored):,} examples of {self.stored.path.name} (split {self.stored.split})"
+
+    def texts(self) -> dict[str, str]:
+        """Return what the card of a model says: what it was trained and scored on, in a few words, and what it does not know."""
+        scored_on, limits = f"fresh {self.corpus.description}", self.corpus.limits
+        if self.stored is not None and not self.task.is_generated:
+            scored_on = f"examples that were held out (split validation of {self.stored.path.name})"
+            limits = ANY_LIMITS
+        limits = f"It was trained on {self.trained_on} and nothing else. {limits}"
+        return {"trained_on": self.trained_on, "scored_on": scored_on, "limits": limits}
+
+    def warning(self, num_tokens: int) -> str | None:
+        """Say where examples will be seen too often in so many tokens of training; None where they are not."""
+        if self.stored is None or (epochs := self.stored.epochs(num_tokens)) <= _MANY_EPOCHS:
+            return None
+        other = "generate examples (leave --data out), write more of them" if self.task.is_generated else "write more of them"
+        return (
+            f"each of the {len(self.stored):,} examples of {self.stored.path} will be seen about {epochs:,.0f} times: expect them to be "
+            f"learnt by heart; {other} (python -m data {self.task.name} --num-examples N), or train for fewer --steps"
+        )
+
+    @property
+    def _is_rewritten(self) -> bool:
+        return self.stored is not None and self.stored.task.vocab != self.task.vocab
