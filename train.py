@@ -108,7 +108,8 @@ class FineTuning(Run):
     def prepare(self) -> tuple[Decoder, TrainingExamples, dict[str, Any]]:
         """Return the model, the examples, and what decides the result beside them."""
         seed, attention = self.training.seed, dataclasses.asdict(self.attention)
-        model, text = importing.load(self.init, num_labels=self.corpus.num_labels, seed=seed, **attention)
+        labels: dict[str, Any] = {"num_labels": self.corpus.num_labels, "fewer_labels": self.data is not None}
+        model, text = importing.load(self.init, seed=seed, **labels, **attention)
         if (context := model.config.max_context_tokens) < (row := self.training.sequence_tokens):
             raise UserError(f"--sequence-tokens is {row}: the context of {self.init} is {context}")
         examples = self.examples(TokenizerVocab.of(text.tokenizer_json, dataclasses.asdict(model.vocab), model.vocab_size))
@@ -157,8 +158,7 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
         return training_benchmark.run(model, config, batches_from(0), run.run_dir / "throughput.json", steps=run.time_steps, mesh=mesh)
     if runs.is_finished(run.run_dir, identity):
         return distributed.log_once(f"this run is finished, more --steps go on with it: {run.run_dir / 'model'}")
-    for note in (runs.schedule_note(identity), examples.warning(config.steps * config.batch_size * config.sequence_tokens)):
-        distributed.log_once(note) if note else None
+    distributed.log_once(runs.schedule_note(identity), examples.warning(config.steps * config.batch_size * config.sequence_tokens))
 
     def evaluate(model: Decoder) -> dict[str, float]:
         lm = SpanLM(lora.plain(model), examples.task)

@@ -63,10 +63,11 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def log_once(text: str) -> None:
-    """Print a line in the first process."""
-    if is_first_process():
-        print(text, flush=True)
+def log_once(*lines: str | None) -> None:
+    """Print lines in the first process, those that there are."""
+    for line in filter(None, lines):
+        if is_first_process():
+            print(line, flush=True)
 
 
 @contextlib.contextmanager

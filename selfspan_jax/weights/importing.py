@@ -53,13 +53,16 @@ def open_source(path: str | Path) -> Source:
     return Source(decoder.config, decoder.vocab_size, tensors, make_tokenizer, vocab=decoder.vocab)
 
 
-def load(path: str | Path, *, num_labels: int | None = None, seed: int = 0, **changes: Any) -> tuple[Decoder, TextTask]:
+def load(
+    path: str | Path, *, num_labels: int | None = None, fewer_labels: bool = False, seed: int = 0, **changes: Any
+) -> tuple[Decoder, TextTask]:
     """Load a language model and its tokenizer, both with the structural tokens.
 
     A model that has them already, because it is an export of this project or a finished model, keeps them and their embeddings.
 
     Args:
       num_labels: labels that are added, by default 256; of a model that has structural tokens so many are used, by default all.
+      fewer_labels: take a model that has structural tokens of fewer labels.
 
     Other arguments and errors: see `load_decoder`. Raises: UserError for a tokenizer that does not fit the model.
     """
@@ -77,10 +80,10 @@ def load(path: str | Path, *, num_labels: int | None = None, seed: int = 0, **ch
             old = set(tokenizer.get_vocab().values())
             vocab = tokenizers.add_span_tokens(tokenizer, num_labels or NUM_LABELS)
             new_ids = sorted(set(tokenizer.get_vocab().values()) - old)
-        elif (num_labels or 0) > vocab.num_labels:
+        elif (num_labels or 0) > vocab.num_labels and not fewer_labels:
             raise UserError(f"has span tokens of {vocab.num_labels} labels: num_labels is {num_labels}")
         elif num_labels:
-            vocab = dataclasses.replace(vocab, num_labels=num_labels)
+            vocab = dataclasses.replace(vocab, num_labels=min(num_labels, vocab.num_labels))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     stop_ids = tuple(i for i in source.eos_ids if i != vocab.eos_id)
