@@ -121,7 +121,10 @@ class FineTuning(Run):
 def parse() -> NewModel | FineTuning:
     """Parse the command line: a sub-command, whose options depend on its corpus."""
     kinds: dict[str, str] = {name: f"Train a model from random parameters: {preset.task}." for name, preset in PRESETS.items()}
-    kinds |= {"custom": CustomModel.__doc__, "finetune-lora": "Fine-tune a pretrained model: adapters and the rows of the span tokens."}
+    kinds |= {
+        "custom": "Train a model from random parameters: any task.",
+        "finetune-lora": "Fine-tune a pretrained model: adapters and the rows of the span tokens.",
+    }
     kinds |= {"finetune-full": "Fine-tune a pretrained model: all parameters."}
     name, words = commandline.choose(kinds, __doc__ or "")
     data, like = commandline.look_ahead(words, "--data"), name
@@ -138,7 +141,7 @@ def parse() -> NewModel | FineTuning:
         adapters = LoraConfig() if name == "finetune-lora" else None
         defaults: Any = FineTuning(corpus_name=task, init=tyro.MISSING, attention=preset.attention, adapters=adapters, **run)
     else:
-        custom = {"corpus_name": task, "like": like} if name == "custom" else {}
+        custom: dict[str, Any] = {"corpus_name": task, "like": like} if name == "custom" else {}
         defaults = (CustomModel if custom else NewModel)(model=preset.model, **custom, **run)
     return commandline.parse(defaults, name, words, description=kinds[name], user_error=UserError)
 
