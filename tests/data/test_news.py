@@ -1,4 +1,4 @@
-"""News: splitting, alignment, synthetic stories, the task, corpus directories; what is read from files in test_sources.py."""
+"""News: splitting, alignment, synthetic stories, the task, corpus directories; what is read from files in news/test_sources.py."""
 
 import dataclasses
 import itertools

@@ -30,7 +30,7 @@ from data.news.alignment import Alignment, split_sentences
 from data.tasks import TASKS
 from selfspan_jax import files
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STORIES = [synthetic.draw(f"tests/sources/{i}") for i in range(60)]
 PAIRS = [{"article": " ".join(story.article), "summary": " ".join(story.summary)} for story in STORIES]
 MAYOR = {
