@@ -13,7 +13,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from flax import nnx
@@ -26,7 +26,7 @@ from data.streams import GeneratedCorpus
 from data.tasks import TASKS
 from data.vocab import TokenizerVocab
 from selfspan_jax import evaluation, training
-from selfspan_jax.config import PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, TuningPreset, tuning_preset
+from selfspan_jax.config import COMPUTE_DTYPES, PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, TuningPreset, tuning_preset
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
@@ -99,7 +99,9 @@ class FineTuning(Run):
     """Fine-tune an imported language model: all parameters, or adapters and the embeddings of the span tokens."""
 
     init: Path
-    """A Hugging Face directory, with its tokenizer, or a GGUF file."""
+    """A Hugging Face directory with its tokenizer, an id of its Hub (owner/name), a GGUF file, or RUN_DIR/model of another run."""
+    dtype: Literal["bf16", "f32"] | None = None
+    """What activations and products are computed in. Default: f32 where the model is stored so, else bf16."""
     corpus_name: CorpusName
     """What it is fine-tuned on, in the words of its own tokenizer; with --data that of the directory. Its options are among these."""
     attention: TunedAttention
@@ -109,12 +111,14 @@ class FineTuning(Run):
         """Return the model, the examples, and what decides the result beside them."""
         seed, attention = self.training.seed, dataclasses.asdict(self.attention)
         labels: dict[str, Any] = {"num_labels": self.corpus.num_labels, "fewer_labels": self.data is not None}
-        model, text = importing.load(self.init, seed=seed, **labels, **attention)
+        computed: dict[str, Any] = {} if self.dtype is None else {"compute_dtype": COMPUTE_DTYPES[self.dtype]}
+        model, text = importing.load(self.init, seed=seed, **labels, **attention, **computed)
         if (context := model.config.max_context_tokens) < (row := self.training.sequence_tokens):
             raise UserError(f"--sequence-tokens is {row}: the context of {self.init} is {context}")
         examples = self.examples(TokenizerVocab.of(text.tokenizer_json, dataclasses.asdict(model.vocab), model.vocab_size))
         model = model.astype("float32") if self.adapters is None else lora.adapt(model, self.adapters, seed=seed)
         identity = {"attention": attention, "base": {"name": self.init.name, "sha256": lora.fingerprint(model)}}
+        identity |= {} if self.dtype is None else {"dtype": self.dtype}
         return model, examples, identity | ({} if self.adapters is None else {"lora": dataclasses.asdict(self.adapters)})
 
 

@@ -94,7 +94,9 @@ class TrainState:
 
 
 def check_mesh(model: Decoder, config: TrainConfig, mesh: Mesh | None) -> None:
-    """Raise UserError for a mesh that does not divide the model or the batch, or for a model with frozen parameters."""
+    """Raise UserError for a mesh that does not divide the model or the batch, or for a model that cannot be trained so."""
+    if model.config.compute_dtype == "float16":
+        raise UserError("compute_dtype is float16, in which small gradients vanish; allowed in training: bfloat16, float32")
     if mesh is None:
         return
     check_model(model.config, mesh)

@@ -253,8 +253,10 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     again = importing.load_decoder(tmp_path / "exported", whole.model.vocab)
     np.testing.assert_allclose(SpanLM(again, whole.task).logits(ids), whole.logits(ids, attention="dense"), atol=1e-5)
     # a second stage begins with the finished model, its span tokens and what was learned about them
-    status, _, err = fine_tune(call, tmp_path / "second", model, "--rank", 4)
+    status, _, err = fine_tune(call, tmp_path / "second", model, "--rank", 4, "--dtype", "f32")
     assert status == 0, err
+    status, _, err = fine_tune(call, tmp_path / "second", model, "--rank", 4, "--dtype", "bf16")
+    assert status == 2 and "--dtype is 'f32' there, 'bf16' here" in err
     second, first = SpanLM.load(tmp_path / "second" / "model"), whole
     assert second.task == first.task and second.model.vocab == first.model.vocab and second.model.vocab_size == first.model.vocab_size
     np.testing.assert_array_equal(second.model.norm.scale[...], first.model.norm.scale[...])
