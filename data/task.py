@@ -62,11 +62,11 @@ class WriteCommand:
         """
         return self.corpus.vocab, self.corpus.stream(seed=self.seed, split=self.split, num_workers=self.workers), {}
 
-    def words(self) -> str:
-        """Write the options that decide the result as on a command line."""
+    def words(self, *left_out: str) -> str:
+        """Write the options that decide the result as on a command line, but some."""
         words = []
         for name, value in {**self.drawn(), **self.settings()}.items():
-            if value is None:
+            if value is None or name in left_out:
                 continue
             option = name.replace("_", "-")
             words.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {shlex.quote(str(value))}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from data import card, spans
 from data.news.alignment import Alignment
-from data.news.corpus import Example
+from data.news.corpus import SYNTHETIC_SETTINGS, Example
 from data.vocab import Vocab
 
 _MAX_GUESSED_SENTENCES = 6
@@ -93,17 +93,19 @@ class Statistics(card.Statistics):
     def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
         lengths = [name for name, value in statistics.items() if isinstance(value, dict) and "median" in value]
         guess, aligned = statistics["position_guesser"], statistics["alignment_against_truth"]
+        is_synthetic = fields["source"] == "synthetic"
+        settings = [item for item in fields["distributions"].items() if is_synthetic or item[0] not in SYNTHETIC_SETTINGS]
         parts = [
             "Articles and gold summaries of the span protocol. Read it with `datasets.load_from_disk`; the same numbers are in "
             "`card.json`.",
             f"    {fields['command']}",
             "## Settings",
-            card.table(("setting", "value"), fields["distributions"].items()),
+            card.table(("setting", "value"), settings),
             "## Articles read",
-            "Of all splits together; those that are divided are divided by a hash of the article: of ten, eight to train, one to "
-            "validation and one to test. An article that occurs twice is in one of them."
-            if fields["source"] != "synthetic"
-            else "The splits are told apart by a hash of the article: an eighth is test.",
+            "The splits are told apart by a hash of the article: an eighth is test."
+            if is_synthetic
+            else "Of all splits together. Where the source has none of its own, articles are divided by a hash of their text: of ten, "
+            "eight to train, one to validation and one to test. An article that occurs twice is in one of them.",
             card.table(("", "articles"), fields["articles"].items()),
             "## What was written",
             card.table(("", "mean", *card.QUANTILES), ((name, *statistics[name].values()) for name in lengths)),

@@ -17,6 +17,7 @@ from data.vocab import MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab, train_vocab
 
 INSTRUCTION = " Summarize:"
 MIN_PROMPT_TOKENS = 16
+SYNTHETIC_SETTINGS = ("min_events", "max_events", "max_distractors")
 _VOCAB_STORIES = 3000
 
 

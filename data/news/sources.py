@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from data import card, task
 from data.errors import UserError
 from data.news.alignment import Alignment, readable, split_sentences
-from data.news.corpus import Corpus, Example, UnusableArticle, encode
+from data.news.corpus import SYNTHETIC_SETTINGS, Corpus, Example, UnusableArticle, encode
 from data.news.synthetic import Story
 from data.streams import SPLITS, divided_split_of
 from data.vocab import TokenizerVocab, train_vocab
@@ -60,34 +60,43 @@ def read_pairs(
     """Yield the rows of a split, or all; text that is missing is empty.
 
     The splits of a file are told apart by a hash of the article (`streams.divided_split_of`), white space aside, so that an
-    article that occurs twice is in one of them. A Hugging Face dataset has splits of its own; where it has one, it is as a file.
+    article that occurs twice is in one of them. Files of a directory that are all named after splits, train-1.csv and
+    test.csv say, are these; so are the splits of a Hugging Face dataset. Where there is one of them only, it is as a file.
 
     Args:
-      source: a .jsonl, .csv or .parquet file, or the name of a Hugging Face dataset, its configuration after a colon.
+      source: a .jsonl, .csv or .parquet file, a directory of some, or the name of a Hugging Face dataset, its configuration
+        after a colon.
       split: "train", "validation" or "test"; "all" or None reads all; of a Hugging Face dataset also another of its own.
       article_column, summary_column: by default the first that there is of ARTICLE_COLUMNS and SUMMARY_COLUMNS.
 
     Raises:
-      FileNotFoundError, IsADirectoryError: there is no such file.
+      FileNotFoundError: there is no such file.
       UserError: a file that is not what its name says, or lacks a column; names the line.
     """
-    readers = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
     choose = functools.partial(_columns, source, article_column, summary_column)
     path = Path(source)
-    if path.suffix.lower() in readers:
-        parts: Iterator[tuple[str | None, Iterator[Values]]] = iter([(None, readers[path.suffix.lower()](path, choose))])
-    elif path.exists():
-        raise UserError(f"{source}: expected a file that ends in {', '.join(readers)}")
-    else:
-        parts = _hub_splits(source, split, choose)
+    is_local = path.exists() or path.suffix.lower() in _READERS
     number = -1
+    parts = _files(path, choose) if is_local else _hub_splits(source, split, choose)
     for number, (own, (article, summary)) in enumerate((own, row) for own, rows in parts for row in rows):
         texts = [None if not isinstance(text, str | None) else text or "" for text in (article, summary)]
         found = own or divided_split_of(" ".join(readable(texts[0] or "").split()))
-        if own or split in (None, "all", found):
+        if split in (None, "all", found):
             yield Pair(number, found, *texts)
     if number < 0:
         raise UserError(f"{source}: no rows")
+
+
+def _files(path: Path, choose: Choose) -> Iterator[tuple[str | None, Iterator[Values]]]:
+    """Yield the rows of a file, or of those in a directory, with their splits where all are named after one of several."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix.lower() in _READERS]
+    if not files:
+        raise UserError(f"{path}: expected a file that ends in {', '.join(_READERS)}, or a directory of some")
+    named = [next((split for split in SPLITS if file.name.startswith(split)), None) for file in files]
+    is_divided = None not in named and len({*named}) > 1
+    for file, split in zip(files, named):
+        yield split if is_divided else None, _READERS[file.suffix.lower()](file, choose)
 
 
 def _columns(source: str, article: str | None, summary: str | None, names: Collection[str]) -> tuple[str, str]:
@@ -115,7 +124,8 @@ def _json_lines(path: Path, choose: Choose) -> Iterator[Values]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
+                why = "expected an object a line, not an array" if line.lstrip().startswith(b"[") else error
+                raise UserError(f"{path}: line {number} is not JSON: {why}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number}: expected a JSON object")
             columns = columns or choose(row)
@@ -175,6 +185,9 @@ def _parquet_rows(path: Path, choose: Choose) -> Iterator[Values]:
             raise UserError(f"{path} is not Parquet: {str(error).splitlines()[0]}") from None
 
 
+_READERS = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
 def _hub_splits(source: str, split: str | None, choose: Choose) -> Iterator[tuple[str | None, Iterator[Values]]]:
     """Yield the rows of a data set's own splits by name; those of its only one without a name."""
     import datasets
@@ -182,13 +195,13 @@ def _hub_splits(source: str, split: str | None, choose: Choose) -> Iterator[tupl
     path = [part or None for part in source.split(":", 1)]
     with _hub_errors(source):
         names = datasets.get_dataset_split_names(*path)
-        is_divided = len({*names} & {*SPLITS}) > 1
-        wanted = [own for own in names if split in (None, "all", own) or (split in SPLITS and not is_divided)]
-        if not wanted:
-            raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
-    is_own = is_divided or split not in (None, "all", *SPLITS)
-    for own in wanted:
-        yield own if is_own else None, _hub_rows(source, path, own, choose)
+    own = [name for name in names if name in SPLITS] or names
+    is_named = split not in (None, "all", *SPLITS) or len({*own} & {*SPLITS}) > 1
+    wanted = [split] if is_named and split not in (None, "all") else own
+    if wanted[0] not in names:
+        raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
+    for name in wanted:
+        yield name if is_named else None, _hub_rows(source, path, name, choose)
 
 
 def _hub_rows(source: str, path: list[str | None], split: str, choose: Choose) -> Iterator[Values]:
@@ -268,10 +281,11 @@ class WriteCommand(task.WriteCommand):
     """Write examples of news (articles and gold summaries with the sources of each sentence) as a datasets.load_from_disk directory.
 
     Attributes:
-      source: "synthetic", a file (.jsonl, .csv, .parquet) or a Hugging Face data set (NAME or NAME:CONFIGURATION).
+      source: "synthetic", a file (.jsonl, .csv, .parquet), a directory of some, or a Hugging Face data set (NAME or
+        NAME:CONFIGURATION).
       num_examples: How many examples, at most. Default: 1000 of synthetic news, otherwise all.
       split: train, validation or test: that part alone, by a hash of the article (80%, 10%, 10%); all: everything, undivided.
-        Default: of synthetic news train, otherwise the three beside each other. A data set with splits of its own keeps them.
+        Default: of synthetic news train, otherwise the three beside each other. What has splits of its own keeps them.
       article_column: Column of the articles; by default article, document, text, content or body.
       summary_column: Column of the summaries; by default summary, highlights, abstract or headline.
       alignment: Of files and data sets: which sentences a summary sentence was written from.
@@ -305,6 +319,9 @@ class WriteCommand(task.WriteCommand):
         columns = {"article_column": self.article_column, "summary_column": self.summary_column}
         named = {name: value for name, value in columns.items() if value is not None}
         return {**named, **super().settings(), **dataclasses.asdict(self.alignment)}
+
+    def words(self, *left_out: str) -> str:
+        return super().words(*left_out, *(() if self.is_synthetic else SYNTHETIC_SETTINGS))
 
     def make_task(self, kind: type[task.Task], vocab: Any) -> Any:
         made: Any = kind.of(self.corpus, vocab)

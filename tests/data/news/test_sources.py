@@ -128,7 +128,8 @@ BAD = {
     "Parquet without the column": ("rows.parquet", table(article=["a"], title=["b"]), [], "no column summary or highlights or abstract or headline; there are article, title"),
     "Parquet of numbers": ("rows.parquet", table(article=[1], summary=["b"]), [], "column article holds int64: expected text"),
     "Parquet of lists": ("rows.parquet", table(article=[["a"]], summary=["b"]), [], "column article holds list<"),
-    "a directory": ("rows.csv/x", "", [], "Is a directory"),
+    "a directory of nothing": ("rows/x.txt", "", [], "rows: expected a file that ends in .jsonl, .csv, .parquet, or a directory of some"),
+    "a JSON array": ("rows.jsonl", json.dumps([MAYOR], indent=1), [], "line 1 is not JSON: expected an object a line, not an array"),
     "a split that there is not": ("rows.jsonl", json_lines([MAYOR]), ["--split", "dev"], "split is 'dev': expected one of train, validation, test, all"),
     "too many workers": ("rows.jsonl", json_lines([MAYOR]), ["--workers", "1000", "--split", "all"], "the number of workers is 1000: expected 0 to 256"),
     "a first sentence longer than the context": ("rows.jsonl", json_lines([{"article": "word " * 3000, "summary": "word."}]), ["--split", "all"], UNUSABLE + "(1 with a first sentence longer than max_prompt_tokens"),
@@ -145,7 +146,7 @@ BAD = {
         "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
         ["--num-labels", "4"], UNUSABLE + "(1 with more sentences than num_labels",
     ),
-    "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "min_gain is 0.0: expected above 0"),
+    "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "-gain is 0.0: expected above 0"),
 }  # fmt: skip
 
 
@@ -442,12 +443,28 @@ def test_byte_order_marks_are_taken_off(tmp_path):
     assert files.read_text(tmp_path / "article.txt") == "Ada won."
 
 
+def test_files_of_a_directory_are_the_splits_that_they_are_named_after(tmp_path, capsys):
+    for name, pairs in {"train-1": PAIRS[:5], "train-2": PAIRS[5:9], "test": PAIRS[9:12]}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json_lines(pairs))
+    assert run(capsys, "--source", tmp_path, "--out", tmp_path / "out")[0] == 0
+    assert articles(tmp_path / "out") == {
+        "train": ["\n\n".join(story.article) for story in STORIES[:9]],
+        "test": ["\n\n".join(story.article) for story in STORIES[9:12]],
+    }
+    (tmp_path / "more.jsonl").write_text(json_lines(PAIRS[12:20]))  # named after none: all are divided as one file is
+    assert {pair.split for pair in sources.read_pairs(str(tmp_path))} == {
+        streams.divided_split_of(" ".join(pair["article"].split())) for pair in PAIRS[:20]
+    }
+
+
 HUB = {
     "splits of its own": (("train", "validation", "test"), None, ["train", "validation", "test"]),
     "one of them": (("train", "validation", "test"), "test", ["test"]),
     "one split is divided": (("train",), None, ["train", "test"]),
     "and one of its parts": (("train",), "test", ["test"]),
     "another of its own": (("train", "dev"), "dev", ["dev"]),
+    "more than these": (("train", "test", "unlabelled"), None, ["train", "test"]),
+    "other names alone": (("all",), None, ["train", "test"]),
 }
 
 
