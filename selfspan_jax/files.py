@@ -96,7 +96,7 @@ def write_rows(file: Path | None, report: Any, *, complete: bool) -> None:
         write_json(file, report)
 
 
-def write_picture(file: Path, figure: Figure, *, dpi: int = 100) -> None:
+def write_picture(file: Path, figure: Figure, *, dpi: int = 160) -> None:
     """Write a figure in the format that the file's name ends in, PNG for a pipe or device, as `write_bytes` does."""
     picture = io.BytesIO()
     figure.savefig(picture, format=_picture_format(file), dpi=dpi)

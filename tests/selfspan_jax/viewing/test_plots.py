@@ -18,14 +18,21 @@ def cells_of(axes):
     return np.nan_to_num(np.asarray(axes.images[0].get_array().filled(np.nan)))
 
 
-def test_a_mask_is_drawn_as_it_is_and_the_response_apart():
-    out, _, mask = output(TOKENS)
+def test_a_mask_is_drawn_as_it_is_and_why_the_response_reads():
+    """By the label that the reference automaton gives a token that is read."""
+    out, reference, mask = output(TOKENS)
     (axes,) = plots.plot_mask(out).axes
     cells = cells_of(axes)
     np.testing.assert_array_equal(cells > 0, mask)
-    assert np.all(cells[: out.prompt_tokens][mask[: out.prompt_tokens]] == 1)
-    assert np.all(cells[out.prompt_tokens :][mask[out.prompt_tokens :]] == 2)
+    carries = np.array(reference.carries)
+    for t, s in np.argwhere(mask):
+        reason = 3 if carries[s] == 0 else 4 if carries[s] == carries[t] else 5
+        assert cells[t, s] == (1 if t < out.prompt_tokens else reason), (t, s)
     assert f"{out.attended_fraction:.0%}" in axes.get_title()
+    colors = {text.get_text(): patch.get_facecolor() for text, patch in zip(axes.get_legend().texts, axes.get_legend().get_patches())}
+    image = axes.images[0]
+    drawn = {"prompt": 1, "label 0, which every token reads": 3, "its own label": 4, "labels that it names by <ref>": 5, "not read": 0}
+    assert colors == {name: image.to_rgba(float(value)) for name, value in drawn.items()}
     assert [label.get_text() for label in axes.get_yticklabels()][:4] == ["<1>", "<13>", "4", "<11>"]
 
 
@@ -45,7 +52,9 @@ def test_the_pictures_of_an_output_are_its_mask_its_positions_and_its_steps():
     out, _, mask = output(TOKENS)
     axes = {axes.get_label(): axes for axes in out.plot().axes}
     assert axes.keys() == {"mask", "positions", "steps"}
-    np.testing.assert_array_equal(cells_of(axes["mask"]) > 0, mask)
+    np.testing.assert_array_equal(cells_of(axes["mask"]) > 0, mask[out.prompt_tokens :])
+    texts = [label.get_text() for label in axes["mask"].get_yticklabels()]
+    assert texts == list(out.token_texts[out.prompt_tokens :]) and axes["mask"].get_yticks()[0] == out.prompt_tokens
 
     dense, prompt, response = (line.get_xydata() for line in axes["positions"].lines)
     attended = mask.sum(axis=1)
@@ -68,6 +77,14 @@ def test_a_response_of_nothing_and_one_without_steps_are_drawn():
 def test_text_that_looks_like_a_formula_is_text():
     out, _, _ = output(TOKENS, task=Words(("$x$", "\\frac{", "^_", "\n", " ", "é")))
     out.plot().canvas.draw()  # a formula that cannot be parsed would raise
+
+
+def test_long_tokens_are_cut_and_characters_that_no_font_has_do_not_warn():
+    out, _, _ = output(TOKENS, task=Words(("9" * 60, "שלום", "🌧️", "\n", " ", "é")))
+    figure = out.plot()
+    figure.canvas.draw()  # warnings are errors in tests
+    texts = {label.get_text() for label in figure.axes[0].get_xticklabels()}
+    assert {"9" * 11 + "…", "שלום", "↵"} <= texts
 
 
 def test_long_sequences_are_drawn_without_token_labels():
