@@ -5,12 +5,12 @@ import math
 import jax
 
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
-from pallas_kernels.prompt_attention import triton
-from pallas_kernels.prompt_attention.heuristics import prompt_config
-from pallas_kernels.prompt_attention.mask import PromptMask
+from pallas_kernels.prompt_attention import mosaic, triton
+from pallas_kernels.prompt_attention.heuristics import mosaic_config, triton_config
+from pallas_kernels.prompt_attention.mask import MIN_BLOCK, PromptMask
 from pallas_kernels.prompt_attention.reference import reference_prompt_attention
 
-IMPLEMENTATIONS = ("reference", "triton")
+IMPLEMENTATIONS = ("reference", "triton", "mosaic")
 
 
 def prompt_attention(
@@ -39,19 +39,24 @@ def prompt_attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     _validate(q, k_pool, v_pool, mask, scale)
     chosen = choose_implementation(
-        implementation, ("triton", "reference"), lambda name: unsupported_reason(name, q.shape[3], interpret=interpret)
+        implementation, ("mosaic", "triton", "reference"), lambda name: unsupported_reason(name, q, mask, interpret=interpret)
     )
     if chosen == "reference":
         return reference_prompt_attention(q, k_pool, v_pool, mask, scale=scale)
-    config = prompt_config(mask.block_q, q.shape[3], q.dtype.itemsize)
+    if chosen == "mosaic":
+        return mosaic.mosaic_prompt_attention(q, k_pool, v_pool, mask, scale=scale, config=mosaic_config(mask.num_keys, mask.blocks))
+    config = triton_config(q.shape[1], q.shape[3], q.dtype.itemsize, mask.blocks)
     return triton.triton_prompt_attention(q, k_pool, v_pool, mask, scale=scale, config=config, interpret=interpret)
 
 
-def unsupported_reason(implementation: str, head_size: int, *, interpret: bool = False) -> str | None:
-    """Say why `implementation` cannot compute heads of this size on the default device; None when it can."""
-    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation == "reference":
+def unsupported_reason(implementation: str, q: jax.Array, mask: PromptMask, *, interpret: bool = False) -> str | None:
+    """Say why `implementation` cannot compute this on the default device; None when it can."""
+    capability = 90 if implementation == "mosaic" else 80
+    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret, capability)) or implementation == "reference":
         return reason
-    return None if head_size in (32, 64, 128) else f"head size must be 32, 64 or 128, got {head_size}"
+    if implementation == "mosaic":
+        return "it has no interpreter" if interpret else mosaic.unsupported_reason(q, mask)
+    return None if q.shape[3] in (32, 64, 128) else f"head size must be 32, 64 or 128, got {q.shape[3]}"
 
 
 def _validate(q, k_pool, v_pool, mask: PromptMask, scale: float) -> None:
@@ -65,6 +70,6 @@ def _validate(q, k_pool, v_pool, mask: PromptMask, scale: float) -> None:
     require(k_pool.shape[0] >= batch * mask.num_keys, f"the pools must have {batch} times {mask.num_keys} rows", k_pool)
     fits = mask.lengths.shape == (batch,) and mask.num_queries in (None, num_queries)
     require(fits, f"the mask must be of {batch} sequences with {num_queries} queries", mask.lengths, mask.num_queries)
-    fits = num_queries % mask.block_q == 0 and mask.num_keys % mask.block_k == 0
-    require(fits, f"tiles of {mask.block_q} x {mask.block_k} must divide {num_queries} queries and {mask.num_keys} keys")
+    fits = num_queries % MIN_BLOCK == 0 and mask.num_keys % MIN_BLOCK == 0
+    require(fits, f"the numbers of queries and keys must be multiples of {MIN_BLOCK}", num_queries, mask.num_keys)
     require(scale > 0, "scale must be above 0", scale)

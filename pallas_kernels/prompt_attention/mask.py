@@ -7,9 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.prompt_attention.heuristics import LOCAL_BLOCK
 from pallas_kernels.tiles import list_tiles
 
-BLOCK_Q, BLOCK_K = 64, 64  # of a tile of queries and keys
+MIN_BLOCK = 64  # what the numbers of queries and keys must be multiples of
 
 
 @jax.tree_util.register_dataclass
@@ -21,8 +22,8 @@ class PromptMask:
 
         p - s < window_tokens,    key_labels[b, s] == 0,    key_labels[b, s] == query_labels[b, t]
 
-    With tile lists, kernels visit the tiles listed and no others; they may differ from head to head. T is a multiple of
-    `block_q`, S one of `block_k`. What a query at a position beyond its sequence's length gives is arbitrary.
+    With tile lists, kernels visit the tiles listed and no others; they may differ from head to head. T and S are multiples of 64.
+    What a query at a position beyond its sequence's length gives is arbitrary.
     """
 
     first_query: jax.Array
@@ -39,16 +40,13 @@ class PromptMask:
     """int32 [B, N or 1, T/block_q, 2]: how many the mask cuts, and how many are needed in all."""
     num_keys: int = dataclasses.field(metadata={"static": True})
     window_tokens: int = dataclasses.field(metadata={"static": True})
-    block_q: int = dataclasses.field(metadata={"static": True})
-    block_k: int = dataclasses.field(metadata={"static": True})
+    blocks: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
+    """Queries and keys of a tile, `block_q` and `block_k`, where tiles are listed."""
 
     @classmethod
-    def causal(
-        cls, first_query, lengths, *, num_queries: int, num_keys: int, block_q: int | None = None, block_k: int = BLOCK_K
-    ) -> PromptMask:
+    def causal(cls, first_query, lengths, *, num_keys: int) -> PromptMask:
         """Make the mask of queries that attend to everything before them."""
-        block_q = (BLOCK_Q if num_queries % (2 * BLOCK_Q) else 2 * BLOCK_Q) if block_q is None else block_q
-        return cls(jnp.int32(first_query), lengths, None, None, None, None, num_keys, 0, block_q, block_k)
+        return cls(jnp.int32(first_query), lengths, None, None, None, None, num_keys, 0, None)
 
     @classmethod
     def local(
@@ -60,8 +58,7 @@ class PromptMask:
         *,
         num_labels: int,
         window_tokens: int,
-        block_q: int = BLOCK_Q,
-        block_k: int = BLOCK_K,
+        blocks: tuple[int, int] = (LOCAL_BLOCK, LOCAL_BLOCK),
     ) -> PromptMask:
         """Make the mask of queries that attend to recent tokens, to their own label and to label 0, and list its tiles.
 
@@ -70,7 +67,7 @@ class PromptMask:
           window_tokens: most recent tokens that every query attends to, itself included.
         """
         num_queries, num_keys = query_labels.shape[1], key_labels.shape[1]
-        first_query = jnp.int32(first_query)
+        first_query, (block_q, block_k) = jnp.int32(first_query), blocks
         query_labels, key_labels = jnp.where(query_labels < 0, -1, query_labels), jnp.where(key_labels < 0, -2, key_labels)
         queries = label_sets(query_labels, num_labels, block_q).at[:, :, 0].set(jnp.bfloat16(1))  # all attend to label 0
         shared = jnp.einsum("btl,bsl->bts", queries, label_sets(key_labels, num_labels, block_k), preferred_element_type=jnp.float32)
@@ -80,14 +77,14 @@ class PromptMask:
         needed = ((shared > 0) | near[None]) & (key < first + block_q)[None] & (first[None] < lengths[:, None, None])
         tiles, counts = list_tiles(needed, jnp.zeros_like(needed))
         lists = tiles[:, None], counts[:, None]
-        return cls(first_query, lengths, query_labels, key_labels, *lists, num_keys, window_tokens, block_q, block_k)
+        return cls(first_query, lengths, query_labels, key_labels, *lists, num_keys, window_tokens, blocks)
 
     @property
     def num_queries(self) -> int | None:
         """T, where the mask knows it."""
         if self.query_labels is not None:
             return self.query_labels.shape[1]
-        return None if self.key_tiles is None else self.key_tiles.shape[2] * self.block_q
+        return None if self.key_tiles is None or self.blocks is None else self.key_tiles.shape[2] * self.blocks[0]
 
     def pairs(self, num_queries: int) -> jax.Array:
         """Return the bool [B, T, S] of pairs that the mask allows, tile lists aside."""

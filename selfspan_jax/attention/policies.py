@@ -109,7 +109,7 @@ def _earlier(token_ids, *, segment_ids=None, first_query=0, num_queries=None) ->
 
 
 def _causal_prompts(lengths: Int[Array, "B"], num_keys: int) -> Callable[[Int[Array, ""], int], PromptMask]:
-    return lambda first, num_queries: PromptMask.causal(first, lengths, num_queries=num_queries, num_keys=num_keys)
+    return lambda first, num_queries: PromptMask.causal(first, lengths, num_keys=num_keys)
 
 
 def _local_prompts(lengths, query_labels, key_labels, **options) -> Callable[[Int[Array, ""], int], PromptMask]:

@@ -69,11 +69,11 @@ def attend_prompts(slots: Int[Array, "B Q"], mask: PromptMask | Bool[Array, "B Q
     """
 
     def attend(qkv, angles, pools):
-        batch, num_tokens, *_, head_size = qkv.shape
+        batch, num_tokens, *_ = qkv.shape
         cos, sin = (angle.reshape(batch * num_tokens, -1) for angle in angles)
         q, *pools = rotate_and_write(qkv.reshape(batch * num_tokens, *qkv.shape[2:]), cos, sin, slots.reshape(-1), *pools)
         q = q.reshape(batch, num_tokens, *q.shape[1:])
-        if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", head_size) is None:
+        if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", q, mask) is None:
             return prompt_attention(q, *pools, mask), tuple(pools)
         pairs = mask.pairs(num_tokens) if isinstance(mask, PromptMask) else mask
         prompt_tokens = pairs.shape[2]

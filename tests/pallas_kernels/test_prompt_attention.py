@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import PromptMask, prompt_attention
-from pallas_kernels.prompt_attention import api
-from pallas_kernels.prompt_attention.mask import BLOCK_K
+from pallas_kernels.prompt_attention import api, unsupported_reason
+from pallas_kernels.prompt_attention.heuristics import LOCAL_BLOCK
 from pallas_kernels.tiles import list_tiles
 from tests.pallas_kernels.budget import error, gpu_run, program, round_to, run
 from tests.pallas_kernels.cases.prompt_attention import CASE, CASES, Problem, make_problem
@@ -20,10 +20,12 @@ from tests.pallas_kernels.lowering import cuda_lowering
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 HALF = {"causal_chunk": ml_dtypes.bfloat16, "local_chunk": ml_dtypes.bfloat16, "gqa_3_scale": np.float16, "head_128": ml_dtypes.bfloat16}
+MOSAIC = ("causal", "causal_chunk", "gqa_3_scale", "causal_128")  # which tests run on a GPU only
 FLOAT32 = [run(CASE[name], np.float32, "reference") for name in ("causal_ragged", "local_chunk", "gqa_3_scale")]
 FLOAT32 += [run(case, np.float32, "triton", True) for case in CASES if case.name not in HALF]
 HALF_PRECISION = [run(CASE[name], dtype, "triton", True) for name, dtype in HALF.items()]
 HALF_PRECISION += [gpu_run(case, HALF.get(case.name, ml_dtypes.bfloat16), "triton") for case in CASES]
+HALF_PRECISION += [gpu_run(CASE[name], HALF.get(name, ml_dtypes.bfloat16), "mosaic") for name in MOSAIC]
 
 
 def attention(problem: Problem, rounded=lambda x: x) -> np.ndarray:
@@ -49,7 +51,7 @@ def make_mask(problem: Problem, first_query=None) -> PromptMask:
     first = case.first_query if first_query is None else first_query
     lengths = jnp.asarray(problem.lengths, jnp.int32)
     if case.window_tokens is None:
-        return PromptMask.causal(first, lengths, num_queries=case.num_queries, num_keys=case.num_keys)
+        return PromptMask.causal(first, lengths, num_keys=case.num_keys)
     labels = jnp.asarray(problem.labels, jnp.int32)
     queries = labels[:, case.first_query : case.first_query + case.num_queries]
     return PromptMask.local(first, lengths, queries, labels, num_labels=case.num_labels, window_tokens=case.window_tokens)
@@ -107,11 +109,12 @@ def test_what_no_tile_lists_is_not_read(name):
     """NaN in tiles that no query of the chunk needs, and in rows beyond the prompts, change nothing."""
     problem = round_to(make_problem(CASE[name]), np.float32)
     clean = attend(problem, jnp.float32, "triton", True)
-    num_tiles = problem.case.num_keys // BLOCK_K
+    block_k = LOCAL_BLOCK if name == "local" else 64
+    num_tiles = problem.case.num_keys // block_k
     needed = problem.mask.any(axis=1).reshape(len(problem.lengths), num_tiles, -1).any(axis=2)
     for b, tile in np.argwhere(~needed):
-        first = b * problem.case.num_keys + tile * BLOCK_K
-        problem.k[first : first + BLOCK_K] = problem.v[first : first + BLOCK_K] = np.nan
+        first = b * problem.case.num_keys + tile * block_k
+        problem.k[first : first + block_k] = problem.v[first : first + block_k] = np.nan
     problem.k[-40:] = problem.v[-40:] = np.nan
     np.testing.assert_array_equal(attend(problem, jnp.float32, "triton", True), clean)
 
@@ -120,7 +123,8 @@ def test_what_no_tile_lists_is_not_read(name):
 def test_tiles_that_are_listed_are_those_with_pairs(name):
     problem = make_problem(CASE[name])
     mask = make_mask(problem)
-    shape = (len(problem.lengths), problem.case.num_queries // mask.block_q, mask.block_q, -1, mask.block_k)
+    block_q, block_k = mask.blocks
+    shape = (len(problem.lengths), problem.case.num_queries // block_q, block_q, -1, block_k)
     used = of_prompts(problem).reshape(shape[:3]).any(axis=2)
     needed = problem.mask.reshape(shape).any(axis=(2, 4)) & used[:, :, None]
     for b, i in np.ndindex(needed.shape[:2]):
@@ -129,30 +133,38 @@ def test_tiles_that_are_listed_are_those_with_pairs(name):
     np.testing.assert_array_equal(np.asarray(mask.pairs(problem.case.num_queries)), problem.mask)
 
 
+RUNS = [("triton", True, (64, 64), jnp.float32)]
+RUNS += [pytest.param("mosaic", False, (128, block_k), jnp.bfloat16, marks=pytest.mark.gpu) for block_k in (64, 128)]
+
+
 @pytest.mark.parametrize("num_heads", [1, 4])
-def test_tiles_may_be_listed_for_each_head(num_heads):
-    """Of causal prompts some tiles only, others for every head, or the same for all."""
-    rng, num_keys = np.random.default_rng(2), 256
-    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 128, 4, 64), (num_keys, 2, 64), (num_keys, 2, 64)))
-    kept = rng.random((1, num_heads, 2, 4)) < 0.5
+@pytest.mark.parametrize("implementation, interpret, blocks, dtype", RUNS)
+def test_tiles_may_be_listed_for_each_head(num_heads, implementation, interpret, blocks, dtype):
+    """Of causal prompts some tiles only, others for every head, or the same for all; an offset of one and a half tiles."""
+    rng, num_keys, num_queries, first = np.random.default_rng(2), 512, 256, 192
+    shapes = (1, num_queries, 4, 64), (num_keys, 2, 64), (num_keys, 2, 64)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    position, key = first + np.arange(num_queries)[:, None], np.arange(num_keys)[None]
+    tiles = (num_queries // blocks[0], blocks[0], num_keys // blocks[1], blocks[1])
+    some, every = ((key <= position).reshape(tiles).any((1, 3)), (key <= position).reshape(tiles).all((1, 3)))
+    kept = some & ~every | some & (rng.random((1, num_heads, tiles[0], tiles[2])) < 0.5)
     kept[..., 0] = True
-    kept[0, :, [0, 1], [2, 3]] = True  # the tiles of the queries themselves
-    kept &= np.arange(4) <= np.arange(2)[:, None] + 2
-    own = np.arange(4) == np.arange(2)[:, None] + 2
-    tiles, counts = list_tiles(jnp.asarray(kept), jnp.asarray(kept & ~own))
-    causal = PromptMask.causal(128, jnp.array([256]), num_queries=128, num_keys=num_keys, block_q=64)
-    out = compiled("triton", True, None)(q, k, v, dataclasses.replace(causal, key_tiles=tiles, key_counts=counts))
-    pairs = np.repeat(np.repeat(np.broadcast_to(kept, (1, 4, 2, 4)), 64, axis=2), 64, axis=3) & (np.tri(128, 256, 128) > 0)
+    listed, counts = list_tiles(jnp.asarray(kept), jnp.asarray(kept & every))
+    causal = PromptMask.causal(first, jnp.array([512]), num_keys=num_keys)
+    mask = dataclasses.replace(causal, key_tiles=listed, key_counts=counts, blocks=blocks)
+    out = compiled(implementation, interpret, None)(q, k, v, mask)
+    pairs = np.broadcast_to(kept, (1, 4, *kept.shape[2:])).repeat(blocks[0], axis=2).repeat(blocks[1], axis=3) & (key <= position)
     for n in range(4):
         scores = np.asarray(q[0, :, n], np.float64) @ np.asarray(k[:, n // 2], np.float64).T / 8
         weights = np.where(pairs[0, n], np.exp(scores), 0)
         expected = weights @ np.asarray(v[:, n // 2], np.float64) / weights.sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(out[0, :, n], expected, atol=1e-5, rtol=1e-4)
+        tolerance = {"atol": 1e-5, "rtol": 1e-4} if dtype == jnp.float32 else {"atol": 2e-2}
+        np.testing.assert_allclose(np.asarray(out[0, :, n], np.float64), expected, **tolerance)
 
 
 def arguments(**changes):
     q, pool = jnp.ones((2, 64, 4, 64)), jnp.ones((256, 2, 64))
-    mask = PromptMask.causal(0, jnp.array([64, 64]), num_queries=64, num_keys=128)
+    mask = PromptMask.causal(0, jnp.array([64, 64]), num_keys=128)
     return {"q": q, "k_pool": pool, "v_pool": pool, "mask": mask} | changes
 
 
@@ -164,7 +176,7 @@ def arguments(**changes):
         ({"v_pool": jnp.ones((255, 2, 64))}, "v_pool must be"),
         ({"k_pool": jnp.ones((255, 2, 64)), "v_pool": jnp.ones((255, 2, 64))}, "must have 2 times 128 rows"),
         ({"q": jnp.ones((1, 64, 4, 64))}, "must be of 1 sequences"),
-        ({"q": jnp.ones((2, 63, 4, 64))}, "tiles of 64 x 64 must divide 63 queries and 128 keys"),
+        ({"q": jnp.ones((2, 63, 4, 64))}, "must be multiples of 64, got 63, 128"),
         ({"scale": 0.0}, "scale must be above 0"),
         ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
     ],
@@ -176,10 +188,27 @@ def test_wrong_arguments_are_named(change, message):
         prompt_attention(*positional, **named)
 
 
-@pytest.mark.parametrize("name, dtype", [("causal_chunk", jnp.bfloat16), ("local_chunk", jnp.bfloat16), ("head_128", jnp.float32)])
-def test_lowers_for_cuda(name, dtype, monkeypatch):
+def test_backends_say_what_they_cannot_do(monkeypatch):
+    monkeypatch.setattr(api, "device_reason", lambda *_: None)
+    local, causal = make_problem(CASE["local"]), make_problem(CASE["one_tile"])
+    for problem, dtype, reason in [
+        (local, jnp.bfloat16, "masks by labels are only in triton"),
+        (causal, jnp.float32, "dtype must be bfloat16 or float16, got float32"),
+        (causal, jnp.bfloat16, "queries must be a multiple of 128, got 64"),
+    ]:
+        assert reason in unsupported_reason("mosaic", jax.ShapeDtypeStruct(problem.q.shape, dtype), make_mask(problem))
+    odd = jax.ShapeDtypeStruct((1, 64, 2, 96), jnp.bfloat16)
+    assert "head size must be 32, 64 or 128, got 96" in unsupported_reason("triton", odd, make_mask(causal))
+
+
+LOWERINGS = [("causal_chunk", jnp.bfloat16, "triton"), ("local_chunk", jnp.bfloat16, "triton"), ("head_128", jnp.float32, "triton")]
+LOWERINGS += [(name, jnp.bfloat16, "mosaic") for name in ("causal_chunk", "causal_128")]
+
+
+@pytest.mark.parametrize("name, dtype, implementation", LOWERINGS)
+def test_lowers_for_cuda(name, dtype, implementation, monkeypatch):
     monkeypatch.setattr(api, "device_reason", lambda *_: None)
     problem = make_problem(CASE[name])
     q, k, v = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (problem.q, problem.k, problem.v))
-    lowered = cuda_lowering(functools.partial(prompt_attention, implementation="triton"), q, k, v, make_mask(problem))
-    assert lowered.count("__gpu$xla.gpu.triton") == 1
+    lowered = cuda_lowering(functools.partial(prompt_attention, implementation=implementation), q, k, v, make_mask(problem))
+    assert {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu"}[implementation] in lowered

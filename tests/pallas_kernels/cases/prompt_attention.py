@@ -34,6 +34,7 @@ CASES = (
     Case("own_only", "a window of the token itself", (192,), 0, 192, 192, 1, num_labels=3),
     Case("gqa_3_scale", "a group that is no power of two; a scale other than 1/sqrt(H)", (128,), 0, 128, 128, None, 12, 6, 2, scale=0.3),
     Case("head_128", "the usual head size, grouped heads", (192,), 64, 128, 192, 16, 12, 4, 1, 128),
+    Case("causal_128", "the usual head size, all keys, an offset of half a tile", (320,), 64, 256, 320, None, 12, 4, 1, 128),
     Case("head_32", "the smallest head size", (128,), 0, 128, 128, None, 12, 2, 1, 32),
 )
 CASE = {case.name: case for case in CASES}
