@@ -2,6 +2,7 @@
 
 python decode.py generate checkpoints/arithmetic-tiny "((51+75)-(95*3))"
 python decode.py generate runs/news/model --article article.txt
+python decode.py generate checkpoints/arithmetic-tiny --prompts expressions.txt --json responses.json
 python decode.py eval checkpoints/arithmetic-tiny --num-examples 1000
 python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 """
@@ -10,22 +11,25 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.extras import literal_type_from_choices
 
 from benchmarks.sweep import Bench
 from data import commandline
 from data.errors import check_range
 from data.tasks import TASKS
-from selfspan_jax import evaluation, files
+from selfspan_jax import compiled, evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import Dtype, Sampling, Weights
 from selfspan_jax.errors import UserError, catch_out_of_memory
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.viewing import text
+from selfspan_jax.viewing.output import Output, prompt_warnings
 
 PolicyName = literal_type_from_choices(tuple(POLICIES))
 
@@ -40,24 +44,37 @@ class Model:
     """What activations and products are computed in. Default: as the model was trained; a pretrained one that is stored so, in f32."""
     mesh: str | None = None
     """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
+    compile_cache: bool = True
+    """Keep compiled programs for the next call, in ~/.cache/selfspan/compiled or JAX_COMPILATION_CACHE_DIR."""
 
     def load(self, **options: Any) -> SpanLM:
-        return SpanLM.load(self.checkpoint, TASKS, base=self.base, dtype=self.dtype, mesh=self.mesh, **options)
+        if self.compile_cache:
+            compiled.keep_programs()
+        with commandline.status("loading the model ..."):
+            return SpanLM.load(self.checkpoint, TASKS, base=self.base, dtype=self.dtype, mesh=self.mesh, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Model):
-    """Decode a response to an expression, an article or a text, and show each step with what it read."""
+    """Decode a response to an expression, an article or a text, or to each of a file; show each step with what it read."""
 
     prompt: Positional[str | None] = None
     """An expression: whole numbers, + - * and parentheses; or text."""
     article: Path | None = None
     """A text file in place of the prompt, for a model that sums up news."""
+    prompts: Path | None = None
+    """A file of prompts in place of the prompt: one a line, or .jsonl: objects with a "prompt" each."""
+    batch_size: int = 32
+    """Prompts of a file that are decoded together."""
+    num_samples: int | None = None
+    """Responses to each prompt, drawn at a temperature above 0."""
     chat: bool = False
     """Write the prompt as a user's message, by the chat template of a pretrained model's tokenizer."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     max_new_tokens: int | None = None
-    """Stop after so many tokens; by default what the model's context leaves, 1024 at most."""
+    """Stop after so many tokens; by default what the model's context leaves."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """End a response before this text; may be given several times. Span tokens are text too, as written: "<seg:3>"."""
     sampling: OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
     seed: int = 0
     """Of the draws."""
@@ -66,34 +83,52 @@ class Generate(Model):
     stream: bool = False
     """Print tokens as they are decoded."""
     json: Path | None = None
-    """Write the response, its steps and what each token attended to into this file."""
+    """Write the responses, their warnings and verdicts, their steps and what each token attended to into this file."""
     html: Path | None = None
     """Write a page that shows what each step read into this file."""
     plot: Path | None = None
     """Draw what the response read into this file (PNG, SVG or PDF)."""
 
     def __post_init__(self):
-        if (self.prompt is None) == (self.article is None):
-            raise UserError("give either a prompt or --article")
+        if sum(given is not None for given in (self.prompt, self.article, self.prompts)) != 1:
+            raise UserError("give one of these: a prompt, --article, --prompts")
+        several = [name for name in ("prompts", "num_samples") if getattr(self, name) is not None]
+        if several and (single := [name for name in ("stream", "html", "plot") if getattr(self, name)]):
+            raise UserError(f"{_options(single)} is for one response: leave out {_options(several)}")
+        if self.num_samples and not self.sampling.temperature:
+            raise UserError("num_samples is for a temperature above 0: at 0 all samples are the same")
 
     def run(self) -> None:
-        prompt = files.read_text(self.article) if self.article else str(self.prompt)
+        prompts = files.read_prompts(self.prompts) if self.prompts else files.read_text(self.article) if self.article else str(self.prompt)
         lm = self.load(weights=self.weights)
-        options: dict[str, Any] = {"attention": self.attention, "max_new_tokens": self.max_new_tokens, "chat": self.chat, "seed": self.seed}
-        options |= vars(self.sampling)
-        if self.stream:
-            for piece in lm.stream(prompt, **options):
+        names = ("attention", "max_new_tokens", "chat", "seed", "stop")
+        options = {**{name: getattr(self, name) for name in names}, **vars(self.sampling)}
+        told: list[str] = []
+        if self.stream and isinstance(prompts, str):
+            stream = lm.stream(prompts, **options)
+            told = prompt_warnings(lm.task, prompts)
+            print(*(f"{line}\n" for line in text.warning_lines(told)), sep="", end="")
+            with commandline.status("compiling and decoding ..."):
+                first = next(stream, "")
+            for piece in itertools.chain([first], stream):
                 print(piece, end="", flush=True)
             print()
-        out = lm.generate(prompt, **options)
+            outs = [stream.output]
+        else:
+            with commandline.status("compiling and decoding ..."):
+                found = lm.generate(prompts, num_samples=self.num_samples, batch_size=self.batch_size, **options)
+            outs = [found] if isinstance(found, Output) else [out for own in found for out in ([own] if isinstance(own, Output) else own)]
+        several = self.prompts or self.num_samples
+        written = {"checkpoint": self.checkpoint.name, **({"responses": [out.to_json() for out in outs]} if several else outs[0].to_json())}
         with contextlib.ExitStack() as results:  # each of them, whatever becomes of the others
             if self.plot:
-                results.callback(lambda file: files.write_picture(file, out.plot()), self.plot)
+                results.callback(lambda file: files.write_picture(file, outs[0].plot()), self.plot)
             if self.html:
-                results.callback(lambda file: files.write_text(file, out.to_html()), self.html)
+                results.callback(lambda file: files.write_text(file, outs[0].to_html()), self.html)
             if self.json:
-                results.callback(files.write_json, self.json, {"checkpoint": self.checkpoint.name, **out.to_json()})
-            print(text.response_table(out), flush=True)
+                results.callback(files.write_json, self.json, written)
+            table = text.response_tables(outs) if several else text.response_table(outs[0], told=told)
+            print(text.in_color(table) if sys.stdout.isatty() and "NO_COLOR" not in os.environ else table, flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

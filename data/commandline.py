@@ -155,6 +155,19 @@ def as_options(message: str) -> str:
     return re.sub(r"^[a-z]+(?= is )", r"--\g<0>", message)
 
 
+@contextlib.contextmanager
+def status(message: str) -> Iterator[None]:
+    """Show on a terminal what takes time meanwhile, on the line that is free for the result afterwards."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(message, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def commas(*kinds: Any) -> Any:
     """Read values in one word, with commas between them: `Annotated[tuple[...], commas(int)]` or `commas("this", "that")`."""
     metavar = "N,N,..." if kinds == (int,) else ",".join(kinds)

@@ -50,6 +50,27 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
+def read_prompts(file: Path) -> list[str]:
+    """Read prompts, one a line, without empty lines; of a .jsonl file the "prompt" of each object.
+
+    Raises: UserError for a file without prompts, and for a line that is no such object; FileNotFoundError.
+    """
+    lines = [(number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{file}: no prompts")
+    return [_json_prompt(file, *line) if file.suffix == ".jsonl" else line[1].removesuffix("\r") for line in lines]
+
+
+def _json_prompt(file: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: line {number} is not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f'{file}: line {number}: expected an object with a "prompt", which is text')
+    return row["prompt"]
+
+
 def write_bytes(file: Path, content: bytes) -> None:
     """Write a file in place of an older one, and the directories that it lies in.
 

@@ -18,6 +18,7 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
 from selfspan_jax.config import COMPUTE_DTYPES, DecodeConfig, Dtype, Implementation, Sampling, Weights
 from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
@@ -113,6 +114,7 @@ class SpanLM:
         prompts: str | Sequence[str],
         *,
         num_samples: int | None = None,
+        batch_size: int | None = None,
         chat: bool = False,
         **options: Any,
     ) -> Output | list[Output] | list[list[Output]]:
@@ -121,6 +123,7 @@ class SpanLM:
         Args:
           prompts: text of the task (for arithmetic: expressions).
           num_samples: responses to each prompt, which share its cache rows; a prompt's result is then a list of that length.
+          batch_size: of many prompts, how many are decoded together; by default all.
           attention: a policy of `selfspan_jax.attention.policies` or its name: "span" reads what the model names, "dense"
             everything, "window" the first and the most recent tokens; by default what the model was trained with.
           max_new_tokens: at most as many as the model's context leaves; by default that.
@@ -140,7 +143,15 @@ class SpanLM:
         if not texts:
             return []
         samples = 1 if num_samples is None else _count("num_samples", num_samples)
-        call = self._call(ids, **options)
+        step = len(texts) if batch_size is None else _count("batch_size", batch_size)
+        batches = [slice(start, start + step) for start in range(0, len(texts), step)]
+        calls = [self._call(ids[batch], samples, batch.start * samples, **options) for batch in batches]
+        flat = [out for batch, call in zip(batches, calls) for out in self._decode(texts[batch], ids[batch], samples, call)]
+        outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
+        return outputs[0] if isinstance(prompts, str) else outputs
+
+    def _decode(self, texts: list[str], ids: list[Int[np.ndarray, "T"]], samples: int, call: _Call) -> list[Output]:
+        """Decode one batch; samples of a prompt are next to each other."""
         order = [number for number in range(len(texts)) for _ in range(samples)]
         if call.stop:
             responses, chunks = [self._response(call) for _ in order], []
@@ -154,12 +165,9 @@ class SpanLM:
                     break
             attended = np.concatenate(chunks, axis=1)
             ended = zip(order, responses, attended)
-            flat = [self._stopped_output(texts[i], ids[i], response, read, call.policy) for i, response, read in ended]
-        else:
-            state = self.engine.generate(*call.arguments, num_samples=samples, limit_tokens=call.limit_tokens)
-            flat = self.outputs([texts[i] for i in order], [ids[i] for i in order], state, call.policy)
-        outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
-        return outputs[0] if isinstance(prompts, str) else outputs
+            return [self._stopped_output(texts[i], ids[i], response, read, call.policy) for i, response, read in ended]
+        state = self.engine.generate(*call.arguments, num_samples=samples, limit_tokens=call.limit_tokens)
+        return self.outputs([texts[i] for i in order], [ids[i] for i in order], state, call.policy)
 
     def stream(self, prompt: str, *, chunk_tokens: int = 8, chat: bool = False, **options: Any) -> Stream:
         """Decode one response and give its text meanwhile, `chunk_tokens` tokens at a time; options and errors as for `generate`.
@@ -218,6 +226,8 @@ class SpanLM:
     def _call(
         self,
         ids: Sequence[Int[np.ndarray, "T"]],
+        num_samples: int = 1,
+        first_sequence: int = 0,
         *,
         attention: str | Policy | None = None,
         max_new_tokens: int | None = None,
@@ -226,10 +236,10 @@ class SpanLM:
         implementation: Implementation | None = None,
         **sampling: Any,
     ) -> _Call:
-        """Check the options of `generate`."""
+        """Check the options of `generate`; sequences are numbered over all batches, so that none draws what another does."""
         if unknown := sorted(sampling.keys() - {*_SAMPLING}):
             known = ", ".join([*_OPTIONS, *_SAMPLING])
-            raise UserError(f"there is no option {unknown[0]!r}; there are {known}, and for generate num_samples")
+            raise UserError(f"there is no option {unknown[0]!r}; there are {known}, and for generate num_samples and batch_size")
         if implementation is not None and implementation not in get_args(Implementation):
             raise UserError(f"implementation is {implementation!r}; allowed: {', '.join(get_args(Implementation))}")
         token_ids, lengths = self.pad(ids)
@@ -240,7 +250,8 @@ class SpanLM:
             limit = room = _count("max_new_tokens", max_new_tokens)
         policy = self._policy(attention)
         config = DecodeConfig(policy, room, Sampling(**sampling), implementation=implementation, stop_ids=self.end_ids[1:])
-        return _Call((token_ids, lengths, config, _key(seed)), limit, policy, check_stop_strings(stop))
+        keys = sequence_keys(_key(seed), len(lengths) * num_samples, first_sequence)
+        return _Call((token_ids, lengths, config, keys), limit, policy, check_stop_strings(stop))
 
     def logits(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> Float[np.ndarray, "T V"]:
         """Score the token after each token, in float32, in one forward pass under the mask of a policy."""

@@ -28,7 +28,7 @@ MAY_NOT_USE = {
 # Inside the library, lowest first: a module imports modules of its own package and of the levels below, nothing beside it or above.
 LEVELS = [
     {"errors"},
-    {"files"},
+    {"files", "compiled"},
     {"spans"},
     {"config", "task"},
     {"parallel.layout"},
@@ -43,7 +43,7 @@ LEVELS = [
 ]
 CORE = ["spans.py", "model.py", "attention", "decoding", "training"]  # what one reads to understand the system
 MAX_CORE_LINES = 2600
-MAX_COMMAND_LINES = 200
+MAX_COMMAND_LINES = 250  # most of them options with their help
 
 
 def modules_of(root):

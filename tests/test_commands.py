@@ -67,7 +67,7 @@ def call(monkeypatch, capsys):
 
 def test_generate_shows_the_steps_and_what_each_one_read(call, tmp_path):
     status, out, err = call(
-        decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--stream", "--max-new-tokens", 64,
+        decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--stream", "--stop", "<seg:4>", "--max-new-tokens", 64,
         "--json", tmp_path / "out.json", "--plot", tmp_path / "mask.png", "--html", tmp_path / "page.html",
     )  # fmt: skip
     assert (status, err) == (0, "")
@@ -91,6 +91,23 @@ def test_a_model_of_others_continues_text(call, tmp_path):
     assert (status, err) == (0, "") and out.startswith("abc j") and "100.0% of the context" in out
     status, _, err = call(decode.main, "eval", tmp_path / "model", "--num-examples", 2)
     assert status == 2 and re.fullmatch(r"error: .*model: its task has no examples, so there is nothing to score\n", err)
+
+
+def test_generate_takes_a_file_of_prompts(call, tmp_path):
+    """Each response has its own warnings and verdict; of a prompt that is none its number and its beginning are told."""
+    prompts, written = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("((51+75)-(95*3))\n\n123456*7\n")
+    status, out, err = call(decode.main, "generate", CHECKPOINT, "--prompts", prompts, "--max-new-tokens", 64, "--json", written)
+    assert (status, err) == (0, "")
+    first, second = out.split("\n\n[2/2] 123456*7\n")
+    assert first.startswith("[1/2] ((51+75)-(95*3))\nstep ") and "warning" not in first and "(all 3 steps and spans are right)" in first
+    assert second.startswith("warning: 123456 is beyond what the model was trained on") and "\nWRONG: 123456*7 = " in second
+    right, wrong = json.loads(written.read_text())["responses"]
+    assert right["verdict"]["answer_right"] and not right["warnings"] and len(wrong["warnings"]) == 2
+    assert wrong["verdict"]["answer_right"] is False and wrong["verdict"]["message"] in second
+    prompts.write_text("1+2\n(3+\n")
+    status, _, err = call(decode.main, "generate", CHECKPOINT, "--prompts", prompts)
+    assert status == 2 and re.fullmatch(r"error: prompt 2, '\(3\+': column 4: .*\n", err)
 
 
 def test_generate_says_what_is_wrong_with_a_response(call):
@@ -276,6 +293,14 @@ DECODE_ERRORS = {
     "no such option": (["generate", CHECKPOINT, "1+2", "--atention", "span"], "--atention"),
     "no such picture": (["generate", CHECKPOINT, "1+2", "--plot", "mask.xyz"], "allowed: names that end in .png, .svg or .pdf"),
     "temperature": (["generate", CHECKPOINT, "1+2", "--temperature", "-1"], "--temperature is -1.0"),
+    "top-k": (["generate", CHECKPOINT, "1+2", "--top-k", "-1"], "--top-k is -1"),
+    "the same samples": (["generate", CHECKPOINT, "1+2", "--num-samples", "2"], "--num-samples is for a temperature above 0"),
+    "a page of several": (
+        ["generate", CHECKPOINT, "1+2", "--num-samples", "2", "--temperature", "1", "--html", "x.html"],
+        "--html is for one response: leave out --num-samples",
+    ),
+    "a prompt and a file": (["generate", CHECKPOINT, "1+2", "--prompts", "x.txt"], "give one of these: a prompt, --article, --prompts"),
+    "an empty stop string": (["generate", CHECKPOINT, "1+2", "--stop", ""], "stop is ('',); allowed"),
     "no examples": (["eval", CHECKPOINT, "--num-examples", "0"], "--num-examples is 0"),
     "a split of nothing": (["eval", CHECKPOINT, "--split", "test"], "--split is of a corpus directory: give one with --data"),
     "operators twice": (["eval", CHECKPOINT, "--ops", "3", "--max-ops", "4"], "leave out --min-ops and --max-ops"),

@@ -94,6 +94,7 @@ class Engine:
         """Read prompts: the first `lengths[b]` tokens of each row, at least one; the rest of a row is ignored.
 
         Args:
+          key: of what is drawn; or one for each sequence, see `sequence_keys`.
           num_samples: sequences per prompt, next to each other in the state; they share the prompt's slots.
 
         Raises: UserError for prompts that are empty, hold unknown ids, or leave no room for the new tokens.
@@ -113,7 +114,7 @@ class Engine:
         padding = bucket(token_ids.shape[1]) - token_ids.shape[1]
         token_ids = np.pad(token_ids, ((0, 0), (0, padding)), constant_values=self.vocab.pad_id)
         prompts = jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
-        keys = sequence_keys(key, len(lengths) * num_samples)
+        keys = key if key is not None and key.ndim else sequence_keys(key, len(lengths) * num_samples)
         return _prefill(self.graph, self.params, *prompts, keys, config, num_samples, self._goes_on(token_ids, lengths))
 
     def step(self, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:

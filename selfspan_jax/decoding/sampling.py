@@ -13,9 +13,12 @@ from selfspan_jax.spans import SpanVocab
 
 
 @functools.partial(jax.jit, static_argnames=("num_sequences",))
-def sequence_keys(key: PRNGKeyArray | None, num_sequences: int) -> PRNGKeyArray:
-    """Derive a key for each sequence of a batch, so that what one draws depends on no other; from key 0 where none is given."""
-    numbers = jnp.arange(num_sequences, dtype=jnp.uint32)
+def sequence_keys(key: PRNGKeyArray | None, num_sequences: int, first: int | Int[Array, ""] = 0) -> PRNGKeyArray:
+    """Derive a key for each sequence of a batch, so that what one draws depends on no other; from key 0 where none is given.
+
+    `first` is the number of the first sequence, where it is not the first batch.
+    """
+    numbers = jnp.arange(num_sequences, dtype=jnp.uint32) + jnp.uint32(first)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, numbers)
 
 

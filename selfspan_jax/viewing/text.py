@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from selfspan_jax.task import judgement
@@ -10,10 +10,16 @@ from selfspan_jax.viewing.output import Output
 from selfspan_jax.viewing.reading import attended_by_kind
 
 
-def response_table(out: Output) -> str:
-    """Lay out a response as its task's `view` says: "sources", or "steps", the default. Warnings come first."""
+def response_table(out: Output, *, told: Collection[str] = ()) -> str:
+    """Lay out a response as its task's `view` says: "sources", or "steps", the default. Warnings come first, but for those `told`."""
     lines = _sources_lines(out) if getattr(out.task, "view", "steps") == "sources" else _steps_lines(out)
-    return "\n".join([*warning_lines(out.warnings), *lines])
+    return "\n".join([*warning_lines(warning for warning in out.warnings if warning not in told), *lines])
+
+
+def response_tables(outs: Sequence[Output]) -> str:
+    """Lay out several responses, one below the other, each with its number and the beginning of its prompt."""
+    heads = (f"[{number}/{len(outs)}] {' '.join(out.prompt.split())[:100]}" for number, out in enumerate(outs, 1))
+    return "\n\n".join(f"{head}\n{response_table(out)}" for head, out in zip(heads, outs))
 
 
 def warning_lines(warnings: Iterable[str]) -> list[str]:

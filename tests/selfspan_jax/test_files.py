@@ -17,6 +17,31 @@ from matplotlib.figure import Figure
 from selfspan_jax import files
 from selfspan_jax.errors import UserError
 
+PROMPTS = {  # what a file is -> (name, content, prompts or what is said)
+    "one a line": ("p.txt", b"1+2\n3*4\n", ["1+2", "3*4"]),
+    "empty lines, no end, Windows": ("p.txt", b"\xef\xbb\xbf1+2\r\n\r\n  \n3*4", ["1+2", "3*4"]),
+    "a line separator within a line": ("p.txt", "a\u2028b\x0cc\n".encode(), ["a\u2028b\x0cc"]),
+    "objects": ("p.jsonl", b'{"prompt": "1+2"}\n\n{"prompt": "a\\nb", "id": 3}\n', ["1+2", "a\nb"]),
+    "nothing": ("p.txt", b"\n \n", "p.txt: no prompts"),
+    "no JSON": ("p.jsonl", b'{"prompt": "1"}\n{"prompt"\n', "p.jsonl: line 2 is not JSON"),
+    "no object": ("p.jsonl", b'"1+2"\n', 'line 1: expected an object with a "prompt"'),
+    "no prompt": ("p.jsonl", b'{"text": "1+2"}\n', 'line 1: expected an object with a "prompt"'),
+    "no text": ("p.jsonl", b'{"prompt": 3}\n', 'line 1: expected an object with a "prompt", which is text'),
+    "no UTF-8": ("p.txt", b"1+\xff", "not text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_of_a_file(tmp_path, name):
+    file, content, expected = PROMPTS[name]
+    (tmp_path / file).write_bytes(content)
+    if isinstance(expected, list):
+        assert files.read_prompts(tmp_path / file) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            files.read_prompts(tmp_path / file)
+
+
 OLD, NEW = b"what was there\n", b"what is new\n"
 
 

@@ -196,7 +196,11 @@ WRONG_CALLS = {  # what is wrong -> (prompts, options, what is said)
     "no prompt in a list": (["45", "4x5"], {}, "prompt 2, '4x5': invalid literal"),
     "a long one that is none": (["45", "x" * 100], {}, f"prompt 2, '{'x' * 40}...': invalid"),
     "too long in a list": (["45", "4" * 300], {}, "prompt 2, '4+...': the prompt is 302 tokens long, but the model's context is 256"),
-    "no such option": ("45", dict(nonsense=1), "no option 'nonsense'; there are attention, .*temperature, top_k.*num_samples"),
+    "no such option": (
+        "45",
+        dict(nonsense=1),
+        "no option 'nonsense'; there are attention, .*top_k.*num_samples and batch_size",
+    ),
     "a negative seed": ("45", dict(seed=-1), "seed is -1; allowed: whole numbers from 0 to"),
     "a seed of 65 bits": ("45", dict(seed=2**64), "seed is 18446744073709551616"),
     "a seed that is no number": ("45", dict(seed=0.5), "seed is 0.5"),
