@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.timing import median_and_spread, torch_ms
@@ -49,9 +50,10 @@ class Peers:
     def __init__(self, config: dict[str, Any], cases: Sequence[dict[str, Any]], seed: int):
         job = json.dumps({"config": config, "cases": list(cases), "seed": seed})
         # Closed at the end.
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         command = [sys.executable, "-m", "benchmarks.peers", job]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "encoding": "utf-8"}  # where `benchmarks` lies, installed or not
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, **options)
 
     def __enter__(self) -> Peers:
         return self

@@ -99,7 +99,7 @@ class ModelConfig(AttentionViews):
     num_kv_heads: int
     """K, key and value heads; a divisor of num_heads."""
     head_size: int = 64
-    """H."""
+    """H, features of each head."""
     max_context_tokens: int = 2048
     """Longest sequence, prompt and response together, that decoding accepts."""
     rope_theta: float = 10000.0

@@ -1,6 +1,7 @@
 """Check the directions of imports and the sizes that are promised. What the wheel contains: test_packaging.py."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,35 @@ def test_the_checks_see_what_they_are_for(tmp_path):
     assert against_levels({up, beside, within, down}) == {up, beside}
     assert cycle({"a": {"b"}, "b": {"c", "numpy"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def without_encoding(source):
+    """Return the lines on which a file or a pipe becomes text in the machine's encoding, since none is named."""
+    wrong = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        method, function = getattr(call.func, "attr", None), getattr(call.func, "id", None)
+        owner = getattr(getattr(call.func, "value", None), "id", None)
+        words = [value.value for value in (*call.args, *(keyword.value for keyword in call.keywords)) if isinstance(value, ast.Constant)]
+        named = "utf-8" in words or any(keyword.arg == "encoding" for keyword in call.keywords)
+        is_text = not any(isinstance(word, str) and re.fullmatch(r"[rwax+]*b[+]?", word) for word in words)
+        if method in ("read_text", "write_text"):
+            unnamed = not named and owner != "files"  # ours, in UTF-8
+        elif "open" in (method, function):
+            unnamed = not named and is_text and owner not in ("os", "Image", "_ADAPTER", "_MODEL")
+        else:
+            unnamed = any(keyword.arg in ("text", "universal_newlines") for keyword in call.keywords) and not named
+        wrong += [call.lineno] if unnamed else []
+    return sorted(wrong)
+
+
+def test_text_is_read_and_written_in_an_encoding_that_is_named():
+    """Python's default depends on the machine: ASCII under LC_ALL=C, another one on Windows."""
+    for file in MODULES.values():
+        assert not without_encoding(file.read_text(encoding="utf-8")), file
+    bad = 'open(f)\nf.open("w")\nf.read_text()\nPath(f).write_text("b")\nopen(f, mode="r+")\nrun(c, text=True)\n'
+    good = 'open(f, "rb")\nfiles.read_text(f)\nf.write_text(x, encoding="utf-8")\nopen(f, encoding="utf-8")\nf.open("ab")\n'
+    good += 'f.read_text("utf-8")\n'
+    assert without_encoding(bad) == [1, 2, 3, 4, 5, 6] and without_encoding(good) == []
 
 
 @pytest.mark.parametrize("command", ["selfspan.py", "train.py", "decode.py"])

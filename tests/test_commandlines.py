@@ -1,0 +1,191 @@
+"""What holds of every command line: options say what they are, wrong ones are one line, any encoding and reader of the output will do."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import decode
+import train
+from data import __main__ as data_command
+from data import commandline, dataset
+from data.tasks import TASKS
+from selfspan_jax.config import PRESETS
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = "checkpoints/arithmetic-tiny"
+COMMANDS = {
+    **{("decode.py", name): decode.main for name in decode.COMMANDS},
+    **{("train.py", name): train.main for name in (*PRESETS, "finetune-lora", "finetune-full")},
+    **{("data", name): data_command.main for name in TASKS},
+}
+every_command = pytest.mark.parametrize(("program", "name"), COMMANDS, ids=map(" ".join, COMMANDS))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command line in this process: its status, and what it printed."""
+
+    def run(program, name, *words, without_name=False):
+        monkeypatch.setattr(sys, "argv", [program, *words] if without_name else [program, name, *words])
+        monkeypatch.setenv("COLUMNS", "2000")
+        status = 0
+        try:
+            COMMANDS[program, name]()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def options(text):
+    """Yield the names and the help of each option from the text that `--help` prints."""
+    for entry in re.split(r"\n(?=[ │]{1,4}\S)", text):
+        if found := re.match(r"[ │]*(--[a-z].*?)(?:  +|\n| (?=\((?:default|required)))(.*)", entry.replace("│", " "), re.DOTALL):
+            yield found[1], " ".join(found[2].split())
+
+
+@every_command
+def test_every_option_says_what_it_is(call, program, name):
+    """And has a default, or is required; no option hides behind a further sub-command."""
+    status, out, err = call(program, name, "--help")
+    assert (status, err) == (0, "") and "COMMAND" not in out and "subcommands" not in out
+    found = dict(options(out))
+    assert len(found) >= 8
+    assert [option for option, words in found.items() if not re.fullmatch(r"\S.{3,} \((default: .*|required)\)", words)] == []
+
+
+def test_the_check_of_help_finds_what_is_missing():
+    text = " --steps INT   Steps. (default: 3)\n --long-name INT\n               (default: 4) \n ─────\n --beta1 FLOAT (default: 0.9)\n"
+    assert list(options(text)) == [
+        ("--steps INT", "Steps. (default: 3)"),
+        ("--long-name INT", "(default: 4)"),
+        ("--beta1 FLOAT", "(default: 0.9)"),
+    ]
+
+
+WRONG = {
+    "a misspelt command": (
+        "decode.py",
+        ["genrate"],
+        "'genrate' is no command of decode.py; perhaps generate; allowed: generate, eval, bench",
+    ),
+    "no command": ("data", [], "data takes a command; allowed: arithmetic, news"),
+    "a misspelt preset": ("train.py", ["arithmetic-tny", "--run-dir", "x"], "perhaps arithmetic-tiny"),
+    "a misspelt option": (
+        "train.py",
+        ["arithmetic-tiny", "--run-dir", "x", "--stps", "3"],
+        "--stps is no option of train.py arithmetic-tiny; perhaps --steps",
+    ),
+    "an option with =": (
+        "decode.py",
+        ["eval", CHECKPOINT, "--num_example=3"],
+        "--num_example is no option of decode.py eval; perhaps --num-examples",
+    ),
+    "an option like no other": (
+        "decode.py",
+        ["eval", CHECKPOINT, "--zzz"],
+        "--zzz is no option of decode.py eval; see decode.py eval --help",
+    ),
+    "one of another command": ("decode.py", ["bench", "--ops", "3"], "--ops is no option of decode.py bench"),
+    "a number of 65 bits": (
+        "decode.py",
+        ["generate", CHECKPOINT, "1", "--seed", "9223372036854775808"],
+        "--seed: '9223372036854775808' takes more than 64 bits",
+    ),
+    "a long one among several": (
+        "train.py",
+        ["arithmetic-tiny", "--run-dir", "x", "--gap-scales", "1", "-99999999999999999999"],
+        "--gap-scales",
+    ),
+    "a long one with commas": (
+        "decode.py",
+        ["eval", CHECKPOINT, "--ops", "1,99999999999999999999"],
+        "--ops: '99999999999999999999' takes more than 64 bits",
+    ),
+    "not a number": ("decode.py", ["generate", CHECKPOINT, "1", "--temperature", "nan"], "--temperature: 'nan' is not finite"),
+    "infinite": ("train.py", ["arithmetic-tiny", "--run-dir", "x", "--learning-rate", "1e999"], "--learning-rate: '1e999' is not finite"),
+    "infinite, optional": ("train.py", ["arithmetic-tiny", "--run-dir", "x", "--stop-after-seconds", "inf"], "--stop-after-seconds"),
+    "negative": ("data", ["arithmetic", "--out", "x", "--workers", "-1"], "workers is -1"),
+    "a fraction": ("data", ["arithmetic", "--out", "x", "--seed", "1.5"], "--seed: '1.5' is no whole number"),
+    "a corpus that is none": ("train.py", ["finetune-lora", "--corpus", "novels"], "argument --corpus: invalid choice: 'novels'"),
+}
+
+
+@pytest.mark.parametrize(("program", "words", "expected"), [pytest.param(*case, id=name) for name, case in WRONG.items()])
+def test_a_wrong_command_line_is_one_line_with_few_suggestions(call, program, words, expected):
+    name = next(name for owner, name in COMMANDS if owner == program)  # of which `main` is called
+    status, out, err = call(program, name, *words, without_name=True)
+    assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert expected in err and err.count(" or ") <= 2
+
+
+def run(*words, **options):
+    """Run a command line in a process of its own, from the repository's root, bytes in and out."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, timeout=300, check=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["decode.py eval --help", "-m data --help", f"decode.py generate {CHECKPOINT} 1+2"])
+def test_a_reader_that_leaves_is_no_error(words):
+    """`| head -1`: status 141, as of a program that SIGPIPE ends, and nothing on stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=300, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_pipe_of_another_process_that_breaks_is_said(capsys):
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert capsys.readouterr().err == "error: Broken pipe\n"
+
+
+REFUSED = {
+    "read only": OSError(errno.EROFS, "Read-only file system", "/mnt/out"),
+    "no space": OSError(errno.ENOSPC, "No space left on device"),
+    "a link to itself": OSError(errno.ELOOP, "Too many levels of symbolic links", "/tmp/loop"),
+    "a long name": OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300),
+    "below a file": NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/below"),
+    "renamed over a directory": OSError(errno.EISDIR, "Is a directory", "new", None, "old"),
+    "a library's own words": OSError("no file named model.safetensors\nin x"),
+}
+
+
+@pytest.mark.parametrize("error", [pytest.param(error, id=name) for name, error in REFUSED.items()])
+def test_what_the_machine_refuses_is_one_line(error, capsys):
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
+        raise error
+    out, err = capsys.readouterr()
+    said = [word for word in (error.filename, error.filename2, error.strerror) if word] or ["no file named model.safetensors in x"]
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in said)
+
+
+def test_too_little_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
+        np.empty(2**62, np.int8)
+    assert re.fullmatch(r"error: memory does not suffice: Unable to allocate .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_in_a_locale_of_ascii_output_is_escaped_and_files_are_utf8(tmp_path):
+    """LC_ALL=C without Python's UTF-8 mode: what `open` and `print` would take by themselves is ASCII."""
+    rows = [{"article": "Ein Café schließt. Die Gäste gehen.", "summary": "Ein Café schließt."}] * 3
+    (tmp_path / "news.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["-m", "data", "news", "--source", tmp_path / "news.jsonl", "--out", tmp_path / "naïve"]
+    done = run(*words, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, b"") and b"na" in done.stdout
+    assert "Café" in (tmp_path / "naïve" / "README.md").read_text(encoding="utf-8") or dataset.load(tmp_path / "naïve", TASKS)
+    done = run("-m", "data", "news", "--help", env=ascii_only)
+    assert done.returncode == 0 and done.stdout.isascii() and b"--source" in done.stdout
