@@ -126,7 +126,7 @@ def parse() -> NewModel | FineTuning:
     """Parse the command line: a sub-command, whose options depend on its corpus."""
     kinds: dict[str, str] = {name: f"Train a model from random parameters: {preset.task}." for name, preset in PRESETS.items()}
     kinds |= {
-        "custom": "Train a model from random parameters: any task.",
+        "custom": "Train a model from random parameters: any task, one of your own among them.",
         "finetune-lora": "Fine-tune a pretrained model: adapters and the rows of the span tokens.",
     }
     kinds |= {"finetune-full": "Fine-tune a pretrained model: all parameters."}

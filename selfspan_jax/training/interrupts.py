@@ -30,7 +30,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._deferred = False
+        self._deferred = self._saves = False
 
     def __enter__(self) -> Interrupts:
         self._reader, self._writer = socket.socketpair()
@@ -49,11 +49,12 @@ class Interrupts:
     @contextlib.contextmanager
     def deferred(self, deferred: bool = True) -> Iterator[None]:
         """Only note signals in a block, or, in a block within that, raise them again."""
-        before, self._deferred = self._deferred, deferred
+        before = self._deferred, self._saves
+        self._deferred, self._saves = deferred, self._saves or deferred
         try:
             yield
         finally:
-            self._deferred = before
+            self._deferred, self._saves = before
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
@@ -70,7 +71,7 @@ class Interrupts:
                 name = signal.Signals(number).name
                 if first is None:
                     self.signal, first = self.signal or number, now
-                    if self._deferred:
+                    if self._saves:
                         print(f"{name}: saving a checkpoint, then stopping; once more ends at once", file=sys.stderr, flush=True)
                 elif now - first > _SAME_SECONDS:
                     print(f"{name} once more: ended at once", file=sys.stderr, flush=True)

@@ -10,9 +10,12 @@ changed, are pairs (step, steps of the schedule from there on), and "finished_st
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +41,7 @@ _WORDS = {  # for settings that have no option of their name
 }
 _LOCK = "run.lock"
 _CHECKPOINTS = "checkpoints"
+_ORBAX_LOG = logging.getLogger("absl")
 
 
 @contextlib.contextmanager
@@ -170,14 +174,33 @@ class TrainingCheckpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._directory = (run_dir / _CHECKPOINTS).absolute()
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._log_level = _ORBAX_LOG.level
+        _ORBAX_LOG.setLevel(logging.CRITICAL)  # what fails is raised here, and said in one line
 
     def save(self, step: int, state: Any, next_example: int | Sequence[int]) -> None:
         """Start to write the state after `step` steps, with the position in the data; waits for the previous write only.
 
         With several processes all call this: each writes its shards.
+
+        Raises: UserError if this one has no room, or the previous one could not be written.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_example": next_example}))
-        self._manager.save(step, args=args)
+        with self._writing():
+            self._manager.wait_until_finished()
+            needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._directory).free
+            if free < needed:
+                raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
+            self._manager.save(step, args=args)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # Orbax passes those of its library on as ValueError
+            reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
+            raise UserError(
+                f"a checkpoint cannot be written to {self._directory}: {reason}; the same command goes on from the last"
+            ) from error
 
     def restore(self, like: Any) -> tuple[Any, int | list[int]] | None:
         """Read the latest state that can be read, with the structure, shapes and sharding of `like`, and its position in the data.
@@ -212,9 +235,13 @@ class TrainingCheckpoints:
         return None
 
     def close(self) -> None:
-        """Wait until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait until everything is written. Raises: UserError if it could not be."""
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+            _ORBAX_LOG.setLevel(self._log_level)
 
 
 def card(

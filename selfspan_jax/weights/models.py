@@ -94,8 +94,11 @@ def open_safetensors(where: Path, files: Sequence[Path]) -> Tensors:
 
 
 def save_safetensors(file: Path, arrays: Mapping[str, jax.Array], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays to a safetensors file that everyone may read."""
-    save_file(dict(arrays), file, metadata=metadata)
+    """Write arrays to a safetensors file that everyone may read. Raises UserError if it cannot be written."""
+    try:
+        save_file(dict(arrays), file, metadata=metadata)
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be written: {error}") from error
     file.chmod(0o644)  # the library gives it to its owner only
 
 
