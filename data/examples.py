@@ -65,8 +65,8 @@ class TrainingExamples:
             return {"data": None, "data_fingerprint": None, "corpus": dataclasses.asdict(self.corpus)}
         from data import dataset
 
-        path = self.stored.path
-        return {"data": str(path.absolute()), "data_fingerprint": dataset.fingerprint(path), "corpus": dataclasses.asdict(self.corpus)}
+        path, settings = self.stored.path, self.stored.card["distributions"]
+        return {"data": str(path.absolute()), "data_fingerprint": dataset.fingerprint(path), "corpus": settings}
 
     def batches_from(
         self, *, seed: int, sequence_tokens: int, num_workers: int, num_shards: int, shards: Collection[int], **options: Any
@@ -122,7 +122,7 @@ class TrainingExamples:
             return None
         other = "generate examples (leave --data out), write more of them" if self.task.is_generated else "write more of them"
         return (
-            f"each of the {len(self.stored):,} examples of {self.stored.path} will be seen about {epochs:,.0f} times: expect them to be "
+            f"warning: each of the {len(self.stored):,} examples of {self.stored.path} will be seen about {epochs:,.0f} times: expect them to be "
             f"learnt by heart; {other} (python -m data {self.task.name} --num-examples N), or train for fewer --steps"
         )
 

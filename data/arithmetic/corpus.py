@@ -84,9 +84,9 @@ class Corpus(GeneratedCorpus[Example]):
 
     @property
     def limits(self) -> str:
-        digits = "one digit" if self.max_digits == 1 else f"one to {self.max_digits} digits"
+        digits = {1: "one digit", 2: "one or two digits"}.get(self.max_digits, f"up to {self.max_digits} digits")
         return (
-            f"Numbers in an expression had {digits}, and no value on the way was above {self.max_value} in magnitude: "
+            f"Operands had {digits}, and no value on the way was above {self.max_value} in magnitude: "
             "beyond that its answers are wrong. It knows +, - and *, whole numbers, and no words."
         )
 

@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -140,7 +141,7 @@ def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     old, new = _settings(there), _settings(here)
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     words = {name: _WORDS.get(name, f"--{name[1].replace('_', '-')}") for name in changed}
-    if differences := [f"{words[name]} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]:
+    if differences := [f"{words[name]} is {_short(old.get(name))} there, {_short(new.get(name))} here" for name in changed]:
         raise UserError(f"{file.parent} holds a run of another config: {'; '.join(differences)}")
     before, steps, taken = there["training"]["steps"], here["training"]["steps"], latest_step(file.parent) or 0
     if steps < taken:
@@ -151,6 +152,11 @@ def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     if taken and schedules[-1][1] != steps:
         history["schedules"] = [*schedules, [taken, steps]]
     return here | history
+
+
+def _short(value: Any) -> str:
+    """Write a setting, of a digest its beginning."""
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
 
 
 def _settings(identity: dict[str, Any]) -> dict[tuple[str, str], Any]:
@@ -259,6 +265,8 @@ def card(
     config, schedules = identity["training"], identity.get("schedules", [])[1:]
     changes = "".join(f" From step {step:,} on the learning rate follows the schedule of {steps:,} steps." for step, steps in schedules)
     scored = f"Scores on {scored_on}, decoded greedily by the model itself (attention: {model.config.mask}):\n\n" + "\n".join(lines)
+    shown = {name: value for name, value in identity.items() if name not in _HISTORY}
+    shown |= {"data": Path(identity["data"]).name} if identity.get("data") else {}
     return (
         f"# {title}\n\nA span model of {model.num_parameters:,} parameters, trained by `train.py` of selfspan on {trained_on}.\n\n"
         f"```\npython train.py {shlex.join(command)}\n```\n\n"
@@ -267,5 +275,5 @@ def card(
         f"{scored if scores else 'Not scored.'}\n\n"
         f"## Limits\n\n{limits}\n\n"
         "`config.json` has the architecture, `vocab.json` the task.\n\n"
-        f"```json\n{json.dumps({name: value for name, value in identity.items() if name not in _HISTORY}, indent=2)}\n```\n"
+        f"```json\n{json.dumps(shown, indent=2)}\n```\n"
     )
