@@ -124,12 +124,10 @@ class FineTuning(Run):
 
 def parse() -> NewModel | FineTuning:
     """Parse the command line: a sub-command, whose options depend on its corpus."""
-    kinds: dict[str, str] = {name: f"Train a model from random parameters: {preset.task}." for name, preset in PRESETS.items()}
-    kinds |= {
-        "custom": "Train a model from random parameters: any task, one of your own among them.",
-        "finetune-lora": "Fine-tune a pretrained model: adapters and the rows of the span tokens.",
-    }
-    kinds |= {"finetune-full": "Fine-tune a pretrained model: all parameters."}
+    kinds = {name: f"Train a model from random parameters: {preset.task}." for name, preset in PRESETS.items()}
+    kinds["custom"] = "Train a model from random parameters: any task, one of your own among them."
+    kinds["finetune-lora"] = "Fine-tune a pretrained model: low-rank adapters and the embeddings of the span tokens."
+    kinds["finetune-full"] = "Fine-tune a pretrained model: all parameters."
     name, words = commandline.choose(kinds, __doc__ or "")
     data, like = commandline.look_ahead(words, "--data"), name
     stored = stored_corpus(Path(data)) if data else None

@@ -122,8 +122,8 @@ class TrainingExamples:
             return None
         other = "generate examples (leave --data out), write more of them" if self.task.is_generated else "write more of them"
         return (
-            f"warning: each of the {len(self.stored):,} examples of {self.stored.path} will be seen about {epochs:,.0f} times: expect them to be "
-            f"learnt by heart; {other} (python -m data {self.task.name} --num-examples N), or train for fewer --steps"
+            f"warning: each of the {len(self.stored):,} examples of {self.stored.path} will be seen about {epochs:,.0f} times: expect "
+            f"them to be learnt by heart; {other} (python -m data {self.task.name} --num-examples N), or train for fewer --steps"
         )
 
     @property
