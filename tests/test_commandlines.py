@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoints/arithmetic-tiny"
 COMMANDS = {
     **{("decode.py", name): decode.main for name in decode.COMMANDS},
-    **{("train.py", name): train.main for name in (*PRESETS, "finetune-lora", "finetune-full")},
+    **{("train.py", name): train.main for name in (*PRESETS, "custom", "finetune-lora", "finetune-full")},
     **{("data", name): data_command.main for name in TASKS},
 }
 every_command = pytest.mark.parametrize(("program", "name"), COMMANDS, ids=map(" ".join, COMMANDS))
@@ -34,7 +34,7 @@ def call(monkeypatch, capsys):
 
     def run(program, name, *words, without_name=False):
         monkeypatch.setattr(sys, "argv", [program, *words] if without_name else [program, name, *words])
-        monkeypatch.setenv("COLUMNS", "2000")
+        monkeypatch.setenv("COLUMNS", "100")
         status = 0
         try:
             COMMANDS[program, name]()
@@ -59,7 +59,7 @@ def test_every_option_says_what_it_is(call, program, name):
     assert (status, err) == (0, "") and "COMMAND" not in out and "subcommands" not in out
     found = dict(options(out))
     assert len(found) >= 8
-    assert [option for option, words in found.items() if not re.fullmatch(r"\S.{3,} \((default: .*|required)\)", words)] == []
+    assert [option for option, words in found.items() if not re.fullmatch(r"\S.{3,} \((default: .*|required|repeatable)\)", words)] == []
 
 
 def test_the_check_of_help_finds_what_is_missing():
