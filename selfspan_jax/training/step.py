@@ -23,6 +23,8 @@ from selfspan_jax.parallel import collectives, layout
 from selfspan_jax.parallel.mesh import check_batch, check_model
 from selfspan_jax.training.optimizer import learning_rate, make_optimizer
 
+MAX_LOGITS_BYTES = 2**29  # in float32, of the rows whose logits are computed at a time
+
 
 class Batch(Protocol):
     """Rows of packed examples, and the position in the data after them. With several processes, the rows of this process only."""
@@ -143,12 +145,47 @@ def loss_sums(
     """
     attend, pairs = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids, implementation=attention)
     hidden, _ = model(batch.token_ids, batch.positions, attend)
-    logits = model.logits(hidden[:, :-1])
-    targets, weights = batch.token_ids[:, 1:], batch.target_mask[:, 1:].astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    loss = jnp.sum(losses * weights)
-    return loss, {"loss": loss, "right": jnp.sum(right * weights), "targets": jnp.sum(weights), "pairs": pairs}
+    targets, is_target = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))).reshape(-1) for x in (batch.token_ids, batch.target_mask))
+    loss, right = sums_of_targets(model, hidden.reshape(targets.size, -1), targets, is_target)
+    return loss, {"loss": loss, "right": right, "targets": jnp.sum(is_target, dtype=jnp.float32), "pairs": pairs}
+
+
+def sums_of_targets(
+    model: Decoder,
+    hidden: Float[Array, "R D"],
+    targets: Int[Array, "R"],
+    is_target: Bool[Array, "R"],
+    *,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum the cross-entropy over the targets, and count those that are predicted right.
+
+    Where the logits of all rows would take more memory, they are computed for some rows at a time, of targets only, and again
+    in the backward pass.
+    """
+
+    def sums(hidden, targets, is_target):
+        logits = model.logits(hidden)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        right = jnp.argmax(logits, axis=-1) == targets
+        return jnp.sum(jnp.where(is_target, losses, 0.0)), jnp.sum(right & is_target, dtype=jnp.float32)
+
+    num_rows = hidden.shape[0]
+    chunk = max(1, max_logits_bytes // (4 * model.vocab_size) // 128) * 128
+    if num_rows <= chunk:
+        return sums(hidden, targets, is_target)
+    order = jnp.argsort(~is_target, stable=True)  # targets first, so that whole chunks are without any
+    order = jnp.pad(order, (0, -num_rows % chunk), constant_values=num_rows).reshape(-1, chunk)
+
+    def add(total, rows):
+        some = hidden.at[rows].get(mode="fill", fill_value=0), targets.at[rows].get(mode="fill", fill_value=0)
+        wanted = is_target.at[rows].get(mode="fill", fill_value=False)
+        nothing = jnp.zeros((), jnp.float32)
+        found = jax.lax.cond(wanted[0], jax.checkpoint(sums), lambda *_: (nothing, nothing), *some, wanted)
+        return jax.tree.map(jnp.add, total, found), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(add, (zero, zero), order)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames=("state",))

@@ -69,6 +69,27 @@ def test_the_loss_is_the_mean_over_targets_of_sequences_seen_alone():
     assert float(sums["loss"]) == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("fraction", [0.3, 1.0, 0.0])
+def test_a_loss_that_is_summed_in_parts_is_the_same(fraction):
+    """With its gradients; logits of all rows are never in memory, and parts without targets cost nothing."""
+    rng, num_rows, model = np.random.default_rng(0), 500, random_model()
+    graph, params = nnx.split(model)
+    hidden = jnp.asarray(rng.normal(size=(num_rows, 32)), jnp.float32)
+    targets, is_target = jnp.asarray(rng.integers(0, VOCAB_SIZE, num_rows)), jnp.asarray(rng.random(num_rows) < fraction)
+
+    def sums(params, hidden, **options):
+        return step_module.sums_of_targets(nnx.merge(graph, params), hidden, targets, is_target, **options)
+
+    def parts(params, hidden):
+        return sums(params, hidden, max_logits_bytes=1)  # 128 rows
+
+    found, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(params, hidden) for f in (parts, sums))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    program = str(jax.make_jaxpr(jax.grad(lambda *args: parts(*args)[0]))(params, hidden))
+    assert f"f32[128,{VOCAB_SIZE}]" in program and f"f32[{num_rows},{VOCAB_SIZE}]" not in program
+
+
 def test_a_dense_control_is_trained_under_the_causal_mask():
     batch = DeviceBatch.of(batch_of(0))
     loss_sums = nnx.jit(training.loss_sums)
