@@ -322,8 +322,10 @@ def test_the_shipped_adapter_evaluates_on_the_real_model():
     assert np.mean((mask.sum(axis=1) / np.arange(1, len(mask) + 1))[gold.prompt_tokens :]) < 0.7
 
 
-NEWS = """<seg:12><ref:2><ref:6><ref:8> A fire at the Oakton warehouse of Anna Kessler injured 14 people, with a faulty cable as \
-the reason.<seg:13><ref:5><ref:10><ref:11> A goal by striker Ivan Moreno in minute 63 gave Millford the cup, according to coach Clara Frost.<eos>"""
+NEWS = (
+    "<seg:12><ref:2><ref:6><ref:8> A fire at the Oakton warehouse of Anna Kessler injured 14 people, with a faulty cable as the reason."
+    "<seg:13><ref:5><ref:10><ref:11> A goal by striker Ivan Moreno in minute 63 gave Millford the cup, according to coach Clara Frost.<eos>"
+)
 
 
 @NEEDS_SMOLLM2
