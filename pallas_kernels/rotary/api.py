@@ -9,6 +9,7 @@ from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_re
 from pallas_kernels.rotary import reference, triton
 
 IMPLEMENTATIONS = ("xla", "triton")
+RUN_TOKENS = triton.TILE_ROWS
 
 
 def rotate_heads(
@@ -45,13 +46,14 @@ def rotate_and_write(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotate the queries and keys of one token per sequence and write its key and value to its row of the pools.
+    """Rotate the queries and keys of tokens and write their keys and values to their rows of the pools.
 
     Args:
       qkv: `[B, K, G + 2, H]`, for each kv head its G query heads, its key, its value; bfloat16, float16 or float32.
-      cos, sin: float32 `[B, H / 2]` of each sequence's position.
-      slots: int32 `[B]`, the pool row of each sequence's new token. One outside `[0, P)` writes nothing. Of sequences with
-        the same slot, one is written.
+      cos, sin: float32 `[B, H / 2]` of each token's position.
+      slots: int32 `[B]`, the pool row of each token. One outside `[0, P)` writes nothing. Of tokens with the same slot, one is
+        written. Or int32 `[B / RUN_TOKENS]` for runs of tokens whose pool rows are consecutive too: those of their first
+        tokens, with the whole run inside the pool.
       k_pool, v_pool: `[P, K, H]` in the dtype of `qkv`; they are consumed where the caller donates them.
       implementation, interpret: as `pallas_kernels` says.
 
@@ -61,10 +63,11 @@ def rotate_and_write(
     _validate_heads(qkv, cos, sin)
     _validate_pools(qkv, slots, k_pool, v_pool)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, qkv, interpret=interpret))
-    arrays = (qkv, cos, sin, slots, k_pool, v_pool)
-    if chosen == "xla" or qkv.size == 0:
-        return reference.xla_rotate_and_write(*arrays)
-    return triton.triton_rotate_and_write(*arrays, interpret=interpret)
+    if chosen == "triton" and qkv.size:
+        return triton.triton_rotate_and_write(qkv, cos, sin, slots, k_pool, v_pool, interpret=interpret)
+    if slots.shape[0] < qkv.shape[0]:
+        slots = (slots[:, None] + jnp.arange(RUN_TOKENS, dtype=jnp.int32)[None, :]).reshape(-1)
+    return reference.xla_rotate_and_write(qkv, cos, sin, slots, k_pool, v_pool)
 
 
 def unsupported_reason(implementation: str, qkv: jax.Array, *, row_multiple: int = 1, interpret: bool = False) -> str | None:
@@ -111,7 +114,8 @@ def _validate_heads(qkv, cos, sin) -> None:
 
 def _validate_pools(qkv, slots, k_pool, v_pool) -> None:
     batch, num_kv_heads, _, head_size = qkv.shape
-    require(slots.shape == (batch,) and slots.dtype == jnp.int32, f"slots must be int32 [B] = {[batch]}", slots)
+    fits = slots.shape in ((batch,), (batch / RUN_TOKENS,)) and slots.dtype == jnp.int32
+    require(fits, f"slots must be int32 [B] = {[batch]}, or [B / {RUN_TOKENS}]", slots)
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         fits = pool.ndim == 3 and pool.shape[1:] == (num_kv_heads, head_size) and pool.dtype == qkv.dtype
         require(fits, f"{name} must be {qkv.dtype} [P, K, H] with K, H = {num_kv_heads, head_size}", pool)

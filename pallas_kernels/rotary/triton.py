@@ -22,22 +22,23 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.rotary.reference import rotate_pairs
 
-TILE_ROWS = 32  # tokens of a program of `rotate_heads`, whose number of rows must be a multiple
+TILE_ROWS = 32  # tokens of a program of whole sequences, whose number of rows must be a multiple
 
 
 def triton_rotate_and_write(
     qkv: jax.Array, cos: jax.Array, sin: jax.Array, slots: jax.Array, k_pool: jax.Array, v_pool: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run the kernel; shapes as in `rotate_and_write`, already checked."""
+    """Run the kernel; shapes as in `rotate_and_write`, already checked. With fewer slots than rows they are those of runs."""
     batch, num_kv_heads, fused, head_size = qkv.shape
+    one_by_one = slots.shape[0] == batch
     q = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
     pool = jax.ShapeDtypeStruct(k_pool.shape, k_pool.dtype)
     return pl.pallas_call(
-        _write_kernel,
-        grid=(batch, num_kv_heads),
+        _write_kernel if one_by_one else _write_runs_kernel,
+        grid=(slots.shape[0], num_kv_heads),
         out_shape=(q, pool, pool),
         input_output_aliases={4: 1, 5: 2},
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=1 if one_by_one else 4, num_stages=1),
         interpret=interpret,
         name="rotate_and_write",
     )(qkv, cos, sin, slots, k_pool, v_pool)
@@ -121,15 +122,37 @@ def _heads_kernel(
     k_ref,  # [R, K, H]
     v_ref,  # [R, K, H]
 ):
-    own, kv_head, group = pl.ds(pl.program_id(0) * TILE_ROWS, TILE_ROWS), pl.program_id(1), qkv_ref.shape[2] - 2
+    own = pl.ds(pl.program_id(0) * TILE_ROWS, TILE_ROWS)
+    _rotate_tile(qkv_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, own, own)
+
+
+def _write_runs_kernel(
+    qkv_ref,  # [R, K, G + 2, H]
+    cos_ref,  # float32 [R, H / 2]
+    sin_ref,  # float32 [R, H / 2]
+    slots_ref,  # int32 [R / 32]
+    _k_pool_ref,  # the output k_ref
+    _v_pool_ref,  # the output v_ref
+    q_ref,  # [R, K G, H]
+    k_ref,  # [P, K, H]
+    v_ref,  # [P, K, H]
+):
+    run = pl.program_id(0)
+    own, slots = pl.ds(run * TILE_ROWS, TILE_ROWS), pl.ds(slots_ref[run], TILE_ROWS)
+    _rotate_tile(qkv_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, own, slots)
+
+
+def _rotate_tile(qkv_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, own, slots):
+    """Rotate the heads of the rows `own`; keys and values go to the rows `slots`."""
+    kv_head, group = pl.program_id(1), qkv_ref.shape[2] - 2
     low, high = _halves(qkv_ref.shape[3])
     cos, sin = cos_ref[own, :], sin_ref[own, :]
     for member in range(group + 1):
-        target, head = (q_ref, kv_head * group + member) if member < group else (k_ref, kv_head)
+        target, rows, head = (q_ref, own, kv_head * group + member) if member < group else (k_ref, slots, kv_head)
         first, second = rotate_pairs(qkv_ref[own, kv_head, member, low], qkv_ref[own, kv_head, member, high], cos, sin)
-        target[own, head, low] = first.astype(target.dtype)
-        target[own, head, high] = second.astype(target.dtype)
-    v_ref[own, kv_head, :] = qkv_ref[own, kv_head, group + 1, :]
+        target[rows, head, low] = first.astype(target.dtype)
+        target[rows, head, high] = second.astype(target.dtype)
+    v_ref[slots, kv_head, :] = qkv_ref[own, kv_head, group + 1, :]
 
 
 def _heads_gradient_kernel(

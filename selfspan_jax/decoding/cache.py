@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import PromptMask, prompt_attention, rotate_and_write, span_decode_attention
 from pallas_kernels.prompt_attention import unsupported_reason as prompt_kernel_reason
+from pallas_kernels.rotary import RUN_TOKENS
 from selfspan_jax.attention.policies import Slots
 from selfspan_jax.attention.sequences import dot_product_attention
 from selfspan_jax.config import Implementation, ModelConfig
@@ -65,13 +66,14 @@ def attend_prompts(slots: Int[Array, "B Q"], mask: PromptMask | Bool[Array, "B Q
     """Make the attention of Q tokens of each prompt: write them to their slots, then attend to the prompt's rows under a mask.
 
     Args:
-      slots: of the Q tokens. Token t of prompt b is in slot b * T + t.
+      slots: of the Q tokens, a multiple of `RUN_TOKENS`. Token t of prompt b is in slot b * T + t.
     """
+    first_slots = slots[:, ::RUN_TOKENS].reshape(-1)
 
     def attend(qkv, angles, pools):
         batch, num_tokens, *_ = qkv.shape
         cos, sin = (angle.reshape(batch * num_tokens, -1) for angle in angles)
-        q, *pools = rotate_and_write(qkv.reshape(batch * num_tokens, *qkv.shape[2:]), cos, sin, slots.reshape(-1), *pools)
+        q, *pools = rotate_and_write(qkv.reshape(batch * num_tokens, *qkv.shape[2:]), cos, sin, first_slots, *pools)
         q = q.reshape(batch, num_tokens, *q.shape[1:])
         if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", q, mask) is None:
             return prompt_attention(q, *pools, mask), tuple(pools)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import rotate_and_write, rotate_heads
-from pallas_kernels.rotary import unsupported_reason
+from pallas_kernels.rotary import RUN_TOKENS, unsupported_reason
 from pallas_kernels.rotary.triton import triton_rotate_and_write, triton_rotate_heads, triton_rotate_heads_gradient
 from tests.pallas_kernels.budget import KERNELS, program
 from tests.pallas_kernels.lowering import cuda_lowering
@@ -87,6 +87,19 @@ def test_matches_oracle_and_writes_its_slots_alone(name, dtype, implementation, 
             np.testing.assert_array_equal(bits(v_after[row]), bits(v_before[row]))
 
 
+@pytest.mark.parametrize("implementation, interpret", [("xla", False), *KERNELS])
+def test_runs_are_written_like_their_tokens_one_by_one(implementation, interpret):
+    """Runs of 32 tokens whose rows begin anywhere, also at the ends of the pool."""
+    rng, first_slots = np.random.default_rng(4), np.array([37, 0, 68], np.int32)
+    qkv = jnp.asarray(rng.normal(size=(96, 2, 5, 32)), jnp.float32)
+    cos, sin = (jnp.asarray(rng.normal(size=(96, 16)), jnp.float32) for _ in range(2))
+    pools = [jnp.asarray(rng.normal(size=(100, 2, 32)), jnp.float32) for _ in range(2)]
+    slots = (first_slots[:, None] + np.arange(RUN_TOKENS, dtype=np.int32)).reshape(-1)
+    expected = run((qkv, cos, sin, slots, *pools), "xla", False)
+    for found, each in zip(run((qkv, cos, sin, first_slots, *pools), implementation, interpret), expected, strict=True):
+        np.testing.assert_allclose(found, each, atol=2e-6)
+
+
 SABOTAGE = {
     "angle of the other direction": lambda qkv, cos, sin: (qkv, cos, -sin),
     "another sequence's angle": lambda qkv, cos, sin: (qkv, cos[::-1], sin[::-1]),
@@ -154,6 +167,9 @@ def test_lowers_for_cuda(num_kv_heads, group, head_size, dtype):
     pool, angles = shape((640, num_kv_heads, head_size), dtype), shape((8, head_size // 2), jnp.float32)
     args = (shape((8, num_kv_heads, group + 2, head_size), dtype), angles, angles, shape((8,), jnp.int32), pool, pool)
     assert cuda_lowering(triton_rotate_and_write, *args).count("__gpu$xla.gpu.triton") == 1
+    angles = shape((64, head_size // 2), jnp.float32)
+    runs = (shape((64, num_kv_heads, group + 2, head_size), dtype), angles, angles, shape((2,), jnp.int32), pool, pool)
+    assert cuda_lowering(triton_rotate_and_write, *runs).count("__gpu$xla.gpu.triton") == 1
 
 
 # Whole sequences.

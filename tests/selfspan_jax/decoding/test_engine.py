@@ -144,6 +144,24 @@ def test_prefill_in_chunks_is_one_forward():
         np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=TOLERANCE, err_msg=str(config.attention))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy, prompt_view", [("span", "local"), ("span", "causal"), ("dense", "local"), (Window(2, 70), "local")])
+@pytest.mark.parametrize("chunk_tokens", [64, 256])
+def test_the_kernels_of_prompts_are_one_forward(policy, prompt_view, chunk_tokens):
+    """Heads of 32, which they take; prompts alone, whose masks are positions and labels; chunks of one tile of queries and of many."""
+    rng, lengths = np.random.default_rng(5), np.array([256, 1, 63, 130], np.int32)
+    rows = rng.integers(4, VOCAB_SIZE, (4, 256)).astype(np.int32)
+    rows[rows == VOCAB.solve_id] = VOCAB.bos_id
+    rows[np.arange(4), lengths - 1] = VOCAB.solve_id
+    model = random_model(max_context_tokens=1024, head_size=32, prompt_view=prompt_view, prompt_window_tokens=5)
+    masks = np.array(get_policy(policy).mask(jnp.asarray(rows), VOCAB, model.config))
+    config = DecodeConfig(policy, max_new_tokens=4, prefill_tokens=4 * chunk_tokens)
+    assert prefill_chunk_tokens(4, 256, config) == chunk_tokens
+    logits = np.asarray(Engine(model).prefill(rows, lengths, config).logits)
+    expected = reference_logits(model, rows, masks)[np.arange(4), lengths - 1]
+    np.testing.assert_allclose(logits, expected, atol=10 * TOLERANCE, rtol=10 * TOLERANCE)
+
+
 # --------------------------------------------------------------------------------------------------- the two drivers
 
 PROMPTS = [NAMED["specification"][0][:14], NAMED["reopened"][0][:8], [1, 10, 4, 3]]
