@@ -7,6 +7,7 @@ never are. The package `huggingface_hub` comes with `transformers`; without a ne
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ def locate(name: str | Path) -> Path:
         return Path(snapshot_download(path.as_posix(), allow_patterns=FILES, ignore_patterns=["*/*"]))
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"{name}: no such path, and no such model on the Hugging Face Hub, or one that asks for a login") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(f"{name}: no such path; the Hugging Face Hub cannot be reached, and its cache here has no such model") from error
     except (http_error, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(str(error), 160)
         raise UserError(
             f"{name}: no such path, and not to be fetched from the Hugging Face Hub ({type(error).__name__}: {reason})"
         ) from error

@@ -145,6 +145,8 @@ class Format:
           FileNotFoundError: no such directory, or a file of it is missing.
           UserError: a file that is malformed or of another format, or values that are not allowed.
         """
+        if directory.is_file():
+            raise UserError(f"{directory}: neither a directory nor a GGUF file")
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory}: no such checkpoint directory")
         for name in (self.description, "vocab.json", self.tensors):
