@@ -1,8 +1,12 @@
 """The pages under docs/ are executed: their Python, in order and in one namespace, what it prints, and their commands at toy size."""
 
+import ast
 import contextlib
+import errno
+import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -13,12 +17,13 @@ import pytest
 import decode
 import train
 from data.__main__ import main as data_main
+from tests.test_architecture import MODULES
 from tests.test_commands import TOY
 from tests.test_readme import SMALLER, parse_command, run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["protocol", "architecture", "models", "adding-a-corpus", "adding-an-attention-policy", "measuring", "limits", "arithmetic", "news"]
-PAGES += ["generate"]
+PAGES += ["generate", "versions", "troubleshooting", "related-work", "api"]
 PAGES += ["figures"]  # its commands are parsed: test_readme.py
 PAGES += ["multi-gpu"]  # its commands for several processes: test_distributed.py
 RAN_ELSEWHERE = ["kernel", "linear", "decode", "training"]  # pages of figures; their snippets and commands want a GPU
@@ -116,6 +121,34 @@ def test_links_of_a_page_lead_somewhere(page):
         assert target.startswith("https://") or (ROOT / "docs" / target).exists(), target
     for name in re.findall(r"`((?:selfspan_jax|pallas_kernels|data|tests|notebooks)/[\w/.]+)`", text):
         assert (ROOT / name).exists(), name
+
+
+def messages():
+    """Yield every text of the sources, with a gap in it for each value that is filled in."""
+    for file in MODULES.values():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    said = [message for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for message in re.findall(r"`([^`]+)`", row)]
+    known, ours = {os.strerror(number) for number in errno.errorcode}, "\n".join(messages())
+    assert len(said) > 20
+    for message in said:
+        pattern = ".*".join(map(re.escape, message.split("...")))
+        assert message in known or re.search(pattern, ours), message
+
+
+def test_the_reference_is_that_of_the_docstrings():
+    spec = importlib.util.spec_from_file_location("write_api", ROOT / "docs" / "api.py")
+    assert spec and spec.loader
+    api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(api)
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == api.page(), "python docs/api.py writes it again"
 
 
 def test_the_tree_of_the_architecture_is_the_tree():
