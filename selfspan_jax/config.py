@@ -235,10 +235,10 @@ class Sampling:
 
     temperature: float = 0.0
     """0 takes the most likely token."""
-    top_k: int = 0
-    """Draw from so many of the most likely tokens, and from those as likely as the last of them; 0: from all."""
     top_p: float = 1.0
     """Draw from the most likely tokens whose probabilities add up to this; at least from the most likely one."""
+    top_k: int = 0
+    """Draw from so many of the most likely tokens, and from those as likely as the last of them; 0: from all."""
     min_p: float = 0.0
     """Draw from the tokens that are at least this times as likely as the most likely one."""
     repetition_penalty: float = 1.0
