@@ -267,8 +267,9 @@ def card(
     scored = f"Scores on {scored_on}, decoded greedily by the model itself (attention: {model.config.mask}):\n\n" + "\n".join(lines)
     shown = {name: value for name, value in identity.items() if name not in _HISTORY}
     shown |= {"data": Path(identity["data"]).name} if identity.get("data") else {}
+    origin = f", fine-tuned from `{identity['base']['name']}`" if "base" in identity else ", trained"
     return (
-        f"# {title}\n\nA span model of {model.num_parameters:,} parameters, trained by `train.py` of selfspan on {trained_on}.\n\n"
+        f"# {title}\n\nA span model of {model.num_parameters:,} parameters{origin} by `train.py` of selfspan on {trained_on}.\n\n"
         f"```\npython train.py {shlex.join(command)}\n```\n\n"
         f"{config['steps']:,} steps of {config['batch_size']} x {config['sequence_tokens']} tokens, "
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}.{changes}\n\n"
