@@ -180,8 +180,9 @@ class TrainingCheckpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._directory = (run_dir / _CHECKPOINTS).absolute()
         self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._log_level = _ORBAX_LOG.level
-        _ORBAX_LOG.setLevel(logging.CRITICAL)  # what fails is raised here, and said in one line
+        self._noise = _ORBAX_LOG.level, sys.unraisablehook  # what fails is raised here, and said in one line
+        _ORBAX_LOG.setLevel(logging.CRITICAL)
+        sys.unraisablehook = self._hook
 
     def save(self, step: int, state: Any, next_example: int | Sequence[int]) -> None:
         """Start to write the state after `step` steps, with the position in the data; waits for the previous write only.
@@ -197,6 +198,11 @@ class TrainingCheckpoints:
             if free < needed:
                 raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
             self._manager.save(step, args=args)
+
+    def _hook(self, unraisable: Any) -> None:
+        """Leave out what Orbax's library says of reads and writes that it gave up when another had failed."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._noise[1](unraisable)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -247,7 +253,8 @@ class TrainingCheckpoints:
                 self._manager.wait_until_finished()
         finally:
             self._manager.close()
-            _ORBAX_LOG.setLevel(self._log_level)
+            _ORBAX_LOG.setLevel(self._noise[0])
+            sys.unraisablehook = self._noise[1]
 
 
 def card(

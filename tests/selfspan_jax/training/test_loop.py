@@ -1,7 +1,11 @@
 """One training step against gradients taken another way, the loss's mask, accumulation, resuming, and what stops a run."""
 
 import dataclasses
+import itertools
 import json
+import re
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from data.packing import Batch
 from selfspan_jax import training
@@ -23,6 +28,8 @@ from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 CONFIG = TrainConfig(
     steps=12, batch_size=4, sequence_tokens=32, warmup_steps=2, log_every_steps=2, checkpoint_every_steps=4, eval_every_steps=6
 )
+
+LONGER = dataclasses.replace(CONFIG, steps=16, keep_checkpoints=1, log_every_steps=1)
 
 
 def batch_of(number, rows=4, tokens=32):
@@ -216,9 +223,9 @@ def assert_same_parameters(models):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that was not interrupted: its model and its log."""
+    """A run that was not interrupted: its model, its log and its directory."""
     run_dir = tmp_path_factory.mktemp("whole")
-    return run(run_dir), lines(run_dir)
+    return run(run_dir), lines(run_dir), run_dir
 
 
 @pytest.mark.parametrize("stop_after", [3, 5, 9], ids=["before any checkpoint", "between checkpoints", "after two checkpoints"])
@@ -229,7 +236,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, stop_a
                 raise Stopped
             yield batch
 
-    model, log = whole
+    model, log, _ = whole
     with pytest.raises(Stopped):
         run(tmp_path, source=stopping)
     assert_same_parameters((model, run(tmp_path)))
@@ -254,6 +261,96 @@ def test_a_run_logs_and_evaluates_when_it_says(tmp_path):
     assert all(line["tokens_per_second"] > 0 and 0 <= line["input_wait_fraction"] <= 1 for line in log if "loss" in line)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [8, 12]  # the last two are kept
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def interrupted(run_dir, **options):
+    """A run that SIGTERM stops: what it raises."""
+    with training.Interrupts() as interrupts, pytest.raises(training.Stopped) as stopped:
+        run(run_dir, interrupts=interrupts, **options)
+    assert stopped.value.signal == signal.SIGTERM
+    return stopped.value.step
+
+
+def test_a_run_that_gets_a_signal_saves_and_goes_on_as_if_it_had_not(whole, tmp_path, capfd):
+    def signalling(number):
+        for batch in batches_from(number):
+            if batch.next_example == 7:  # a few batches ahead of the step that is taken
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    step = interrupted(tmp_path, source=signalling)
+    assert 1 <= step <= 7 and max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == step
+    assert "SIGTERM: saving a checkpoint, then stopping" in capfd.readouterr().err
+    assert_same_parameters((whole[0], run(tmp_path)))
+
+
+@pytest.mark.parametrize("eval_every_steps", [6, 5, 12], ids=["in mid-run", "not at a checkpoint", "after the last step"])
+def test_an_evaluation_that_a_signal_interrupts_is_made_when_the_run_goes_on(whole, tmp_path, eval_every_steps):
+    config, scored = dataclasses.replace(CONFIG, eval_every_steps=eval_every_steps), []
+
+    def evaluate(model):
+        if not scored:
+            scored.append(None)
+            signal.raise_signal(signal.SIGTERM)
+        scored.append(float(nnx.state(model)["norm"]["scale"][...][0]))
+        return {"scale": scored[-1]}
+
+    assert interrupted(tmp_path, config=config, evaluate=evaluate) == eval_every_steps and scored == [None]
+    assert_same_parameters((whole[0], run(tmp_path, config=config, evaluate=evaluate)))
+    expected = sorted({*range(eval_every_steps, 13, eval_every_steps), 12})
+    assert [line["step"] for line in lines(tmp_path) if "eval/scale" in line] == expected
+    assert training.read_scores(tmp_path, 12) == {"scale": scored[-1]}
+    assert run(tmp_path, config=config, evaluate=evaluate) and len(scored) == 1 + len(expected)  # not once more
+
+
+def events(run_dir):
+    """(tag, step) of every event in the files of TensorBoard."""
+    found = []
+    for file in (run_dir / "tensorboard").iterdir():
+        for event in EventFileLoader(str(file)).Load():
+            found += [(value.tag, event.step) for value in event.summary.value]
+    return found
+
+
+def test_no_step_is_logged_twice_after_a_kill_beyond_a_checkpoint(tmp_path):
+    def stopping(number):
+        yield from itertools.takewhile(lambda batch: batch.next_example <= 7, batches_from(number))
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tmp_path, source=stopping, evaluate=lambda model: {"score": 1.0})
+    assert max(line["step"] for line in lines(tmp_path)) == 6  # of the checkpoint after 4
+    run(tmp_path, evaluate=lambda model: {"score": 1.0})
+    steps = [line["step"] for line in lines(tmp_path) if "loss" in line]
+    assert steps == [2, 4, 6, 8, 10, 12] and [step for tag, step in events(tmp_path) if tag == "loss"] == steps
+    assert sorted(step for tag, step in events(tmp_path) if tag == "eval/score") == [6, 12]
+    seconds = [line["unix_seconds"] for line in lines(tmp_path)]
+    assert seconds == sorted(seconds)
+
+
+def test_a_finished_run_that_is_extended_follows_the_longer_schedule_from_there_on(whole, tmp_path):
+    """Rates by the formula of the cosine; the state that it goes on from is that of the shorter run."""
+    shutil.copytree(whole[2], tmp_path / "run")
+    run(tmp_path / "run", config=LONGER)
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == [2, 4, 6, 8, 10, 12, 13, 14, 15, 16]
+    for line in found:
+        taken, steps = line["step"] - 1, 12 if line["step"] <= 12 else 16
+        decay = 0.5 * (1 + np.cos(np.pi * (taken - 2) / (steps - 2)))
+        fraction = taken / 2 if taken < 2 else 0.02 + 0.98 * decay
+        assert line["learning_rate"] == pytest.approx(CONFIG.learning_rate * fraction, rel=1e-4), line["step"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["16"]
+
+
+def test_progress_is_lines_where_there_is_no_terminal(whole, tmp_path, capsys):
+    run(tmp_path / "quiet")
+    assert capsys.readouterr().out == ""
+    shutil.copytree(whole[2], tmp_path / "run")
+    run(tmp_path / "run", config=LONGER, progress=True)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "resuming from step 12 of 16" and len(others) == 4
+    for step, line in zip((13, 14, 15, 16), others):
+        assert re.fullmatch(rf"step {step} of 16: loss \d\.\d{{4}}, [\d,]+ tokens/s, \d\d:\d\d left", line)
 
 
 def test_a_half_written_line_of_the_log_is_dropped_on_resuming(tmp_path):

@@ -1,9 +1,16 @@
 """Run directories: who may go on with them."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from selfspan_jax.config import TrainConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.training import runs
 
@@ -43,6 +50,140 @@ def test_another_run_is_refused(tmp_path, there, message):
     write(tmp_path, there)
     with pytest.raises(UserError, match=message):
         runs.claim(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("name", TrainConfig.CHANGEABLE)
+def test_what_decides_no_result_may_change(tmp_path, name):
+    """The list of what may change is that of the page; the new value is in run.json."""
+    runs.claim(tmp_path, IDENTITY | {"training": {name: 12, "steps": 12, "seed": 0}})
+    changed = IDENTITY | {"training": {"steps": 12, "seed": 0, name: 20}}
+    assert runs.claim(tmp_path, changed) == changed == json.loads((tmp_path / "run.json").read_text())
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    assert f"`--{name.replace('_', '-')}`" in page
+
+
+def checkpoint(run_dir, step):
+    (run_dir / "checkpoints" / str(step)).mkdir(parents=True)
+    (run_dir / "checkpoints" / str(step) / "state").touch()
+
+
+def with_steps(steps):
+    return IDENTITY | {"training": {"steps": steps, "seed": 0}}
+
+
+def test_changes_of_the_number_of_steps_are_kept_with_where_they_were(tmp_path):
+    runs.claim(tmp_path, with_steps(12))
+    assert "schedules" not in runs.claim(tmp_path, with_steps(10))  # nothing was trained yet
+    checkpoint(tmp_path, 8)
+    assert runs.claim(tmp_path, with_steps(20))["schedules"] == [[0, 10], [8, 20]]
+    assert runs.claim(tmp_path, with_steps(30))["schedules"] == [[0, 10], [8, 30]]
+    checkpoint(tmp_path, 30)
+    (tmp_path / "model").mkdir()
+    identity = runs.claim(tmp_path, with_steps(40))
+    assert identity["schedules"] == [[0, 10], [8, 30], [30, 40]] and not runs.is_finished(tmp_path, identity)
+    assert "was 30 up to step 30: from there on the learning rate follows the schedule of 40" in runs.schedule_note(identity)
+    assert identity["finished_steps"] == 30 and runs.claim(tmp_path, with_steps(40)) == identity
+    assert runs.is_finished(tmp_path, identity | {"finished_steps": 40})
+    with pytest.raises(UserError, match=r"--steps is 29, but .* has taken 30: allowed are 30 and above"):
+        runs.claim(tmp_path, with_steps(29))
+
+
+def test_a_corpus_is_known_by_its_content(tmp_path):
+    first = IDENTITY | {"data": "/a/corpus", "data_fingerprint": "ab" * 32}
+    write(tmp_path, IDENTITY | {"data": "/a/corpus"})  # of a version that knew it by its path
+    runs.claim(tmp_path, first)
+    moved = first | {"data": "/b/corpus"}
+    assert runs.claim(tmp_path, moved) == moved
+    with pytest.raises(UserError, match=r"the content of --data is abababababab\.\.\. there, cdcdcdcdcdcd\.\.\. here$"):
+        runs.claim(tmp_path, moved | {"data_fingerprint": "cd" * 32})
+    write(tmp_path, IDENTITY | {"data": "/a/corpus"})
+    with pytest.raises(UserError, match="--data is '/a/corpus' there, '/b/corpus' here"):
+        runs.claim(tmp_path, moved)
+
+
+def test_a_directory_is_held_by_one_run_at_a_time(tmp_path):
+    """Also against another process, and until the end of that process however it ends."""
+    command = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    message = r"--run-dir .* is in use by another run"
+    with runs.hold(tmp_path / "run"), pytest.raises(UserError, match=message), runs.hold(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()  # was made for the lock alone
+    runs.claim(tmp_path, IDENTITY)
+    with subprocess.Popen([sys.executable, "-c", command, tmp_path / "run.lock"], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match=message), runs.hold(tmp_path):
+                pass
+        finally:
+            other.kill()
+    with runs.hold(tmp_path):
+        runs.claim(tmp_path, IDENTITY)
+    (tmp_path / "file").touch()
+    for path, message in (("file", "is a file: expected a directory"), ("file/below", "cannot be written to: Not a directory")):
+        with pytest.raises(UserError, match=f"--run-dir .* {message}"), runs.hold(tmp_path / path):
+            pass
+
+
+def cut_data(checkpoint):
+    for file in (checkpoint / "state").rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            file.write_bytes(file.read_bytes()[:20])
+
+
+DAMAGE = {
+    "empty": lambda checkpoint: (shutil.rmtree(checkpoint), checkpoint.mkdir()),
+    "no state": lambda checkpoint: shutil.rmtree(checkpoint / "state"),
+    "no position in the data": lambda checkpoint: shutil.rmtree(checkpoint / "data"),
+    "position cut short": lambda checkpoint: (checkpoint / "data" / "metadata").write_text('{"next_ex'),
+    "parameters cut short": cut_data,
+}
+STATE = {"params": jnp.arange(8.0), "step": jnp.zeros((), jnp.int32)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("saved")
+    checkpoints = runs.TrainingCheckpoints(run_dir, 2)
+    for step in (8, 12):
+        checkpoints.save(step, STATE | {"step": jnp.array(step, jnp.int32)}, step + 1)
+    checkpoints.close()
+    return run_dir
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(saved, tmp_path, capfd, damage):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "checkpoints" / "12")
+    checkpoints = runs.TrainingCheckpoints(tmp_path, 2)
+    state, next_example = checkpoints.restore(STATE)
+    assert int(state["step"]) == 8 and next_example == 9
+    np.testing.assert_array_equal(state["params"], STATE["params"])
+    out, err = capfd.readouterr()
+    assert out.startswith("warning: the checkpoint of step 12 is damaged and left out: ") and (out.count("\n"), err) == (1, "")
+    checkpoints.save(12, state, 13)  # the run comes by again
+    checkpoints.close()
+    again = runs.TrainingCheckpoints(tmp_path, 2)
+    assert again.restore(STATE)[1] == 13
+    again.close()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(saved, tmp_path, capfd):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    for step in ("8", "12"):
+        DAMAGE["no state"](tmp_path / "checkpoints" / step)
+    for _ in range(2):
+        checkpoints = runs.TrainingCheckpoints(tmp_path, 2)
+        with pytest.raises(UserError, match="no checkpoint can be read; without this directory the run starts anew"):
+            checkpoints.restore(STATE)
+        checkpoints.close()
+
+
+def test_a_checkpoint_without_room_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 70, 30))
+    checkpoints = runs.TrainingCheckpoints(tmp_path, 2)
+    with pytest.raises(UserError, match=r"a checkpoint cannot be written to .*: it takes 0\.0 MB, 0\.0 MB are free"):
+        checkpoints.save(4, STATE, 5)
+    checkpoints.close()
 
 
 def test_a_directory_that_holds_something_else_is_refused(tmp_path):
