@@ -198,7 +198,7 @@ def _rounded(config: ModelConfig) -> dict[str, Any]:
 
 
 def save_adapter(
-    directory: Path, model: Decoder, config: LoraConfig, base_name: str, task: dict[str, Any], card: str, *, replace: bool = False
+    directory: str | Path, model: Decoder, config: LoraConfig, base_name: str, task: dict[str, Any], card: str, *, replace: bool = False
 ) -> None:
     """Write the adapter of an adapted model, atomically; see `models.save_model`.
 
@@ -207,7 +207,7 @@ def save_adapter(
     """
     arrays = {name: leaf.astype(model.config.compute_dtype) for name, leaf in _named(model, nnx.Param).items()}
     base = {"name": base_name, "sha256": fingerprint(model)}
-    _ADAPTER.write(directory, model, arrays, task, card, replace=replace, base=base, lora=dataclasses.asdict(config))
+    _ADAPTER.write(Path(directory), model, arrays, task, card, replace=replace, base=base, lora=dataclasses.asdict(config))
 
 
 def is_adapter(directory: Path) -> bool:

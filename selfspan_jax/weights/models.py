@@ -171,7 +171,7 @@ METADATA = {"format": "pt"}  # `transformers` refuses safetensors files without 
 _MODEL = Format("selfspan model", "config.json", "model.safetensors", METADATA)
 
 
-def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str, *, replace: bool = False) -> None:
+def save_model(directory: str | Path, model: Decoder, task: dict[str, Any], card: str, *, replace: bool = False) -> None:
     """Write a finished model, atomically.
 
     Args:
@@ -181,7 +181,7 @@ def save_model(directory: Path, model: Decoder, task: dict[str, Any], card: str,
 
     Raises: FileExistsError if the directory exists and is not to be replaced; UserError for a quantised or adapted model.
     """
-    _MODEL.write(directory, model, to_llama(model), task, card, replace=replace)
+    _MODEL.write(Path(directory), model, to_llama(model), task, card, replace=replace)
 
 
 def is_model(directory: Path) -> bool:

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import numpy as np
@@ -11,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from selfspan_jax import SpanLM
-from selfspan_jax.config import LoraConfig
+from selfspan_jax.config import DecodeConfig, LoraConfig
 from selfspan_jax.weights import huggingface, importing, lora, models
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.weights import pretrained
@@ -228,6 +232,9 @@ def test_decoding_ends_at_any_of_the_ends(base, lm, tmp_path):
         out, *_ = outs = stopping.generate([TEXT, "a dog"], max_new_tokens=24)
         np.testing.assert_array_equal(out.response_ids, cut)
         assert out.finished and first not in outs[1].response_ids[:-1]
+        alone = stopping.pad([stopping.task.encode_prompt(TEXT)])
+        config = DecodeConfig("dense", max_new_tokens=24, stop_ids=stopping.end_ids[1:])
+        assert stopping.engine.generate(*alone, config).num_steps == len(cut)  # nothing is computed beyond
         assert "".join(stopping.stream(TEXT, max_new_tokens=24, chunk_tokens=5)) == stopping.task.decode(cut)
     huggingface.export(tmp_path / "exported", stopping.model, stopping.task)
     assert SpanLM.load(tmp_path / "exported").task.stop_ids == (first,)
@@ -248,8 +255,7 @@ def test_ends_that_are_no_ids_are_refused(base, tmp_path, ids):
 
 def test_states_of_a_model_that_is_no_plain_one_are_not_exported(tmp_path):
     adapted = [lora.adapt(random_model(), LoraConfig(rank=2, targets=(target,))) for target in ("down_proj", "qkv_proj")]
-    quantized = [random_model().for_decoding(weights="int8"), SpanLM.load("checkpoints/arithmetic-tiny", weights="int8").model]
-    for model in (*adapted, *quantized):
+    for model in (*adapted, random_model().for_decoding(weights="int8")):  # which SpanLM.load(..., weights="int8") is
         with pytest.raises(ValueError, match="cannot be saved as a model: save the model that they were made from, or merge"):
             huggingface.export(tmp_path / "x", model)
         with pytest.raises(ValueError, match="cannot be saved as a model"):
@@ -302,6 +308,26 @@ def test_new_tokens_begin_alike_wherever_their_rows_lie(tmp_path):
         np.testing.assert_array_equal(rows[new.stop :], 0)
         assert len(np.unique(rows[new], axis=0)) == new.stop - 260
         np.testing.assert_allclose(rows[new], np.broadcast_to(old.mean(axis=0), rows[new].shape), atol=0.06 * old.std())
+
+
+@pytest.mark.slow
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    path = pretrained.directory(tmp_path / "model", words=pretrained.tokenizer(chat_template="é{{ messages[0].content }}"))
+    config = json.loads((path / "config.json").read_text()) | {"made_by": "é"}
+    (path / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    script = f"""
+        import locale
+        from selfspan_jax.weights import importing, models
+        model, task = importing.load({str(path)!r})
+        models.save_model({str(tmp_path / "saved")!r}, model, {{}}, "\\xe9")
+        print(locale.getpreferredencoding(False), ascii(task.decode(task.encode_chat("the"))))
+    """
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=ascii_only, capture_output=True, encoding="utf-8", timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ANSI_X3.4-1968", "'\\xe9the'"]
+    assert (tmp_path / "saved" / "README.md").read_text(encoding="utf-8") == "é"
 
 
 def test_a_model_names_itself_in_a_line(lm):
