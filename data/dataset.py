@@ -126,7 +126,9 @@ class _Part:
 
 
 def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path on a command line may be no Unicode
+    """Write UTF-8, whatever the locale. Bytes of a path that were not decoded (PEP 383) may be UTF-8 as well; others show as escapes."""
+    undecoded = text.encode("utf-8", "surrogateescape")
+    file.write_text(undecoded.decode("utf-8", "backslashreplace"), encoding="utf-8")
 
 
 def _features(task: Task | type[Task]) -> datasets.Features:

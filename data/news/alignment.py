@@ -35,7 +35,8 @@ WORD_LISTS = {
 _FUNCTION_WORDS = WORD_LISTS["function"]
 
 _UNREADABLE = re.compile("[\ud800-\udfff\0]")
-_BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
+_BLANK_LINES = re.compile(r"\n *\n")
+_OTHER_SPACES = re.compile(r"[^\S\n]")
 _ENUMERATOR = re.compile(r"\W*(?:[0-9]{1,3}|[ivxlc]{1,5}|[A-Za-z])[.)]\W*")
 
 
@@ -50,7 +51,8 @@ def split_sentences(text: str) -> list[str]:
     A blank line ends a sentence. Sentences joined by blank lines are split into these sentences again, so that a prompt's text
     and its ids say the same: each is split until none can be split any further.
     """
-    sentences = _BLANK_LINES.split(readable(text).replace("\r\n", "\n").replace("\r", "\n"))
+    lines = readable(text).replace("\r\n", "\n").replace("\r", "\n")
+    sentences = _BLANK_LINES.split(_OTHER_SPACES.sub(" ", lines))  # `sentencex` fails at white space of several bytes
     while (pieces := [piece for sentence in sentences for piece in _pieces(sentence)]) != sentences:
         sentences = pieces
     return sentences

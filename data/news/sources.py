@@ -181,8 +181,8 @@ def _parquet_rows(path: Path, choose: Choose) -> Iterator[Values]:
                     raise UserError(f"{path}: column {name} holds {kind}: expected text")
             for batch in reader.iter_batches(batch_size=_CHUNK_ARTICLES, columns=list(columns)):
                 yield from zip(*(values(batch.column(name)) for name in columns), strict=True)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path} is not Parquet: {str(error).splitlines()[0]}") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not Parquet, or damaged: {str(error).splitlines()[0]}") from None
 
 
 _READERS = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
