@@ -26,8 +26,9 @@ from data.tasks import TASKS
 from selfspan_jax import compiled, evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import Dtype, Sampling, Weights
-from selfspan_jax.errors import UserError, catch_out_of_memory
+from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.memory import catch_out_of_memory
 from selfspan_jax.viewing import text
 from selfspan_jax.viewing.output import Output, prompt_warnings
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import statistics
 import time
 from typing import Any
@@ -33,7 +32,7 @@ from selfspan_jax.decoding.cache import attend_cached
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket
-from selfspan_jax.errors import DoesNotFit
+from selfspan_jax.memory import bytes_of, check_fits
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.parallel.mesh import num_data_shards
@@ -109,7 +108,7 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
 
     lowered = engine.lower_prefill(case.num_prompts, case.prompt_tokens, config, num_samples=case.num_samples)
     state = layout.device_put_global(lowered.out_info, mesh, DecodeState.partition_specs())
-    _check_fits(bytes_of(engine.params) + bytes_of(state))
+    check_fits(bytes_of(engine.params) + bytes_of(state))
     prefill = lowered.compile()
     forced_tokens = layout.device_put_global(ints(case.batch_size, case.steps), mesh, _EACH)
     replay = engine.lower_run(state, config, forced_tokens=forced_tokens).compile()
@@ -120,7 +119,7 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
         loop = jax.jit(functools.partial(_oracle_mask_loop, engine, config, case.prompt_tokens), donate_argnums=1)
         oracle_mask = loop.lower(engine.params, state.cache.pools, state.logits, *slots, slots[1]).compile()
     needed = max(_footprint(prefill), _footprint(replay))
-    _check_fits(needed)
+    check_fits(needed)
     return Programs(engine, prefill, replay, oracle_mask, needed, time.perf_counter() - began)
 
 
@@ -129,24 +128,6 @@ def _footprint(program) -> int:
     memory = program.memory_analysis()
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return sizes - memory.alias_size_in_bytes
-
-
-def _check_fits(needed_bytes: int) -> None:
-    limit = device_memory_bytes()
-    if limit is not None and needed_bytes > limit:
-        raise DoesNotFit(f"does not fit: needs {needed_bytes / 2**30:.1f} GiB of memory, the device has {limit / 2**30:.1f}")
-
-
-def device_memory_bytes() -> int | None:
-    """Return the memory that this process may take of the first device; None where the device does not say."""
-    stats = jax.devices()[0].memory_stats()
-    return stats.get("bytes_limit") if stats else None
-
-
-def bytes_of(tree: Any) -> int:
-    """Count the bytes of arrays or shapes; on a mesh those of one device's shards."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    return sum(math.prod(layout.shard_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _oracle_mask_loop(engine: Engine, config: DecodeConfig, first_position: int, params, pools, logits, slots, counts, own):

@@ -23,7 +23,8 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState
-from selfspan_jax.errors import DoesNotFit, UserError, catch_out_of_memory
+from selfspan_jax.errors import UserError
+from selfspan_jax.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab

@@ -33,7 +33,7 @@ LEVELS = [
     {"spans"},
     {"config", "task"},
     {"parallel.layout"},
-    {"parallel.collectives", "parallel.mesh"},
+    {"parallel.collectives", "parallel.mesh", "memory"},
     {"model"},
     {"attention"},
     {"decoding", "parallel.distributed"},

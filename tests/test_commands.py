@@ -20,10 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 import decode
 import train
-from benchmarks import decoding, peers
+from benchmarks import peers
 from data import arithmetic, news
 from data.__main__ import main as data_main
-from selfspan_jax import files
+from selfspan_jax import files, memory
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
@@ -244,7 +244,7 @@ def test_bench_writes_a_row_for_each_configuration(call, small, tmp_path, monkey
 
 
 def test_bench_skips_what_does_not_fit_and_streams(call, small, monkeypatch):
-    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: 20 * 2**20)
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: 20 * 2**20)
     arguments = ["--batch-size", "1,500", "--context", "96", "--steps", "8", "--attention", "span", "--stream-check"]
     status, out, err = call(decode.main, "bench", small, *arguments)
     assert (status, err) == (0, "")

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from selfspan_jax import memory
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket, decode_step, extend_state, prefill_state, sample_step
@@ -214,14 +215,13 @@ class Engine:
         """Compile what `generate` runs for so many prompts of at most so many tokens, so that its next call can be timed.
 
         Nothing runs and no memory of the device is taken, so that several can be compiled at once.
+        Raises: DoesNotFit for parameters and a state beyond the device's memory; the compiler would take minutes over them.
         """
         lowered = self.lower_prefill(batch_size, prompt_tokens, config)
-        shardings = lowered.compile().output_shardings
-
-        def shape(x, sharding):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if self.mesh else None)
-
-        self.lower_run(jax.tree.map(shape, lowered.out_info, shardings), config).compile()
+        state = layout.device_put_global(lowered.out_info, self.mesh, _STATE)
+        memory.check_fits(memory.bytes_of((self.params, state)))
+        lowered.compile()
+        self.lower_run(state, config).compile()
 
     def _goes_on(self, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"]) -> bool:
         """Tell whether some row goes on after `<solve>`."""

@@ -17,7 +17,7 @@ from benchmarks.decoding import Case
 from benchmarks.shapes import Shape
 from benchmarks.sweep import Bench
 from data import arithmetic
-from selfspan_jax import files
+from selfspan_jax import files, memory
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.spans import SpanVocab
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
     shape = Shape(dataclasses.replace(SHAPE.config, num_layers=1), SHAPE.vocab, SHAPE.vocab_size)
     small, large, other = Case("window", 1, 256, 32), Case("dense", 64, 256, 32), Case("dense", 1, 256, 32)
     programs = decoding.compile_case(shape, small)
-    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: 2 * programs.needed_bytes)
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: 2 * programs.needed_bytes)
     compiled = {small: programs, other: programs} | sweep.compile_all(shape, [large])
     rows = list(sweep.sweep(shape, [large, small], segments, compiled=compiled))
     assert "does not fit: needs" in rows[0]["not_run"] and "ms_per_step" not in rows[0]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import arithmetic
-from selfspan_jax import SpanLM, evaluation
+from selfspan_jax import SpanLM, evaluation, memory
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.spans import SpanVocab
@@ -163,6 +163,10 @@ def test_a_batch_that_does_not_fit_into_memory_is_told_and_the_others_are_kept(l
     ]
     with pytest.raises(UserError, match=f"long at batch 2: {reason}; long at batch 3: {reason}"):
         evaluation.report(lm, evaluation.evaluate_all(lm, {"long": sets["long"]}, batch_sizes=(2, 3)), {})
+    with monkeypatch.context() as patch:  # what is known before anything is compiled
+        patch.setattr(memory, "device_memory_bytes", lambda: 1000)
+        with pytest.raises(UserError, match=r"short at batch 1: does not fit: needs 0\.0 GiB of memory, the device has 0\.0"):
+            evaluation.report(lm, evaluation.evaluate_all(lm, {"short": sets["short"]}, batch_sizes=(1,)), {})
     monkeypatch.setattr(lm.engine, "generate", lambda *arguments: jnp.zeros(3) + jnp.zeros(4))
     with pytest.raises(TypeError):  # any other error is a bug
         evaluation.evaluate_all(lm, sets, batch_sizes=(1,))

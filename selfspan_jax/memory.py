@@ -1,0 +1,48 @@
+"""What fits into the memory of a device, and the error of what does not."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from selfspan_jax.errors import UserError
+from selfspan_jax.parallel import layout
+
+
+class DoesNotFit(UserError):
+    """What was asked for needs more memory than the device has."""
+
+
+@contextlib.contextmanager
+def catch_out_of_memory() -> Iterator[None]:
+    """Raise DoesNotFit in place of JAX's error where the device runs out of memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            raise
+        raise DoesNotFit("does not fit: the device ran out of memory") from None
+
+
+def check_fits(needed_bytes: int) -> None:
+    """Raise DoesNotFit for more bytes than the device has for this process."""
+    limit = device_memory_bytes()
+    if limit is not None and needed_bytes > limit:
+        raise DoesNotFit(f"does not fit: needs {needed_bytes / 2**30:.1f} GiB of memory, the device has {limit / 2**30:.1f}")
+
+
+def device_memory_bytes() -> int | None:
+    """Return the memory that this process may take of the first device; None where the device does not say."""
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
+def bytes_of(tree: Any) -> int:
+    """Count the bytes of arrays or shapes; on a mesh those of one device's shards."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(layout.shard_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
