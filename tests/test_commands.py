@@ -436,11 +436,39 @@ def test_a_control_arm_trains_and_is_evaluated(call, tmp_path, options):
 
 
 def test_training_on_a_corpus_directory(call, tmp_path):
-    corpus = ["arithmetic", "--num-examples", 30, "--min-ops", 2, "--max-ops", 3, "--seed", 0, "--out", tmp_path / "corpus"]
-    assert call(data_main, *corpus)[0] == 0
-    status, _, err = call(train.main, "arithmetic-tiny", "--run-dir", tmp_path / "run", "--data", tmp_path / "corpus", *TOY)
-    assert status == 0, err
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    """What is said of it is what its card says; it is known by its content, and the run can be extended."""
+    corpus = ["arithmetic", "--num-examples", 30, "--min-ops", 2, "--max-ops", 3, "--out", tmp_path / "corpus", "--seed"]
+    assert call(data_main, *corpus, 0)[0] == 0
+    command = [train.main, "arithmetic-tiny", "--run-dir", tmp_path / "run", "--data", tmp_path / "corpus", *TOY, "--eval-examples", 2]
+    status, out, err = call(*command)
+    assert status == 0 and "will be seen" not in out, err
+    card = json.loads((tmp_path / "corpus" / "card.json").read_text())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["corpus"] == card["distributions"]
+    assert written_task(tmp_path / "run") == card["task"]
+    readme = (tmp_path / "run" / "model" / "README.md").read_text()
+    texts = [
+        "selfspan on the 30 examples of corpus (split train)",
+        "Operands had one or two digits",
+        "fresh expressions of 2 to 3 operators",
+    ]
+    assert all(text in readme for text in texts) and str(tmp_path) not in readme
+
+    model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    status, out, err = call(*command, "--steps", 14)
+    assert status == 0 and "resuming from step 12 of 14" in out, err
+    assert "--steps was 12 up to step 12: from there on the learning rate follows the schedule of 14 steps" in out
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != model
+    readme = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "14 steps of 2 x 128 tokens" in readme and "From step 12 on the learning rate follows the schedule of 14 steps." in readme
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 15))
+
+    shutil.rmtree(tmp_path / "corpus")
+    assert call(data_main, *corpus, 1)[0] == 0
+    status, _, err = call(*command, "--steps", 14)
+    assert status == 2 and "the content of --data is " in err and err.count("\n") == 1
+    status, _, err = call(*command, "--label-jumps", 0)
+    assert status == 2 and "--label-jumps is 0, but 3 in" in err and err.count("\n") == 1
 
 
 def test_what_the_user_of_train_got_wrong_is_said_in_one_line(call, tmp_path):
@@ -490,6 +518,9 @@ def test_every_option_of_train_has_a_default_and_its_meaning(call):
         assert f"--{name}" in out
     options = re.findall(r"^\W*(--[a-z][a-z0-9-]+)", out, re.MULTILINE)
     assert len(options) >= len(dataclasses.fields(train.TrainConfig)) and out.count("(default:") >= len(options) - 1
+    plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    without_help = re.findall(r"(--[\w-]+) (?:[{][^}]*[}]\S*|[A-Z]+|\[[^]]*\])* ?\((?:default|required)", plain)
+    assert not without_help
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A new task is its folder, a line in data/tasks.py and a preset: every command then takes it."""
+"""A new task is its folder and a line in data/tasks.py, or a package: every command then takes it, training as `custom`."""
 
 import itertools
 import json
@@ -12,18 +12,20 @@ import train
 from data import dataset
 from data.__main__ import main as data_main
 from data.tasks import TASKS
-from selfspan_jax.config import PRESETS, ModelConfig, Preset, TrainConfig
+from selfspan_jax.config import PRESETS
 from tests import sums
 
-MODEL = ModelConfig(hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_size=16)
-TRAINING = TrainConfig(steps=3, warmup_steps=1, batch_size=2, sequence_tokens=128, log_every_steps=1, eval_examples=2)
+TOY_OPTIONS = {
+    **{"--steps": 3, "--batch-size": 2, "--sequence-tokens": 128, "--log-every-steps": 1, "--eval-examples": 2, "--workers": 0},
+    **{"--hidden-size": 32, "--intermediate-size": 32, "--num-layers": 1, "--num-heads": 2, "--num-kv-heads": 1, "--head-size": 16},
+}
+TOY = [word for option in TOY_OPTIONS.items() for word in option]
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a command's main in a project that has the task: stdout of a command that ends well."""
     monkeypatch.setitem(TASKS, "sums", sums.SumsTask)
-    monkeypatch.setitem(PRESETS, "sums-tiny", Preset("sums", {"max_numbers": 3}, MODEL, TRAINING))
 
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -44,7 +46,7 @@ def test_a_new_task_is_written_trained_on_decoded_and_evaluated(call, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         call(data_main, "sums", "--num-labels", 1, "--out", tmp_path / "none")
 
-    out = call(train.main, "sums-tiny", "--run-dir", tmp_path / "run", "--data", tmp_path / "corpus", "--workers", 0)
+    out = call(train.main, "custom", "--run-dir", tmp_path / "run", "--data", tmp_path / "corpus", *TOY)
     assert out.splitlines()[-1] == f"finished: {tmp_path / 'run' / 'model'}"
     assert "Scores on fresh sums of 2 to 3 numbers" in (tmp_path / "run" / "model" / "README.md").read_text()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["corpus"] == {"max_numbers": 3, "num_labels": 32}
@@ -53,3 +55,12 @@ def test_a_new_task_is_written_trained_on_decoded_and_evaluated(call, tmp_path):
         options = ["--num-examples", 2, "--batch-size", 2, "--json", tmp_path / "eval.json", *where]
         assert "answer" in call(decode.main, "eval", tmp_path / "run" / "model", *options)
         assert json.loads((tmp_path / "eval.json").read_text())["answer_accuracy"] == 0
+
+
+def test_examples_of_a_new_task_are_generated_for_the_model_of_any_preset(call, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "custom", "--corpus", "sums", "--max-numbers", "2", "--like", "news-small", "--run-dir", "runs/sums"]
+    )
+    run = train.parse()
+    assert run.task == "sums" and run.corpus == sums.Corpus(max_numbers=2)
+    assert run.model == PRESETS["news-small"].model and run.training == PRESETS["news-small"].training

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import decode
 import train
 from data import arithmetic
+from data.__main__ import main as data_main
 from data.vocab import CHARACTERS, TokenizerVocab, Vocab
 from selfspan_jax import SpanLM, training
 from selfspan_jax.config import LoraConfig, ModelConfig
@@ -267,6 +268,21 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     assert status == 0 and SpanLM.load(tmp_path / "third" / "model").model.vocab == first.model.vocab, err
     status, _, err = fine_tune(call, tmp_path / "no", adapter)
     assert status == 2 and "is an adapter: expected a whole model" in err
+
+
+def test_a_directory_is_tuned_on_and_the_model_of_that_tuned_again(call, base, tmp_path):
+    """In the words of the model's own tokenizer; the second stage keeps the span tokens and labels of the first."""
+    corpus = ["arithmetic", "--num-examples", 20, "--max-ops", 3, "--num-labels", 8, "--label-jumps", 0, "--out", tmp_path / "corpus"]
+    assert call(data_main, *corpus)[0] == 0
+    options = ["--data", tmp_path / "corpus", *TOY, "--steps", 2]
+    assert call(train.main, "finetune-full", "--init", base, *options, "--run-dir", tmp_path / "first")[0] == 0
+    options += ["--init", tmp_path / "first" / "model", "--run-dir", tmp_path / "second", "--eval-examples", 1]
+    status, _, err = call(train.main, "finetune-full", *options)
+    assert status == 0, err
+    first, second = (json.loads((tmp_path / name / "model" / "vocab.json").read_text()) for name in ("first", "second"))
+    assert first == second and first["vocab"]["structural_ids"] == list(tokenizer_vocab().structural_ids)
+    readme = (tmp_path / "second" / "model" / "README.md").read_text()
+    assert "fine-tuned from `first/model` by `train.py` of selfspan on the 20 examples of corpus" in readme
 
 
 def test_an_imported_model_is_timed_on_segments_with_its_own_ids(call, base, tmp_path):

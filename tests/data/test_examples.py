@@ -1,0 +1,115 @@
+"""What a run trains on: the settings of a directory are said, its held-out part is scored, another vocabulary is written anew."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from data import dataset
+from data.__main__ import main as data_main
+from data.errors import UserError
+from data.examples import TrainingExamples, open_stored
+from data.tasks import TASKS
+from data.vocab import train_vocab
+
+ROWS = {"sequence_tokens": 512, "num_workers": 0, "num_shards": 1, "shards": range(1), "batch_size": 2, "gap_scales": (0,)}
+
+VOCAB = train_vocab(["Town 1 built a bridge. 0123456789+-*()= Summarize:"], vocab_tokens=320, num_labels=40)  # of a model, say
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """Expressions that were generated, and articles of a file, divided and not."""
+    root = tmp_path_factory.mktemp("corpora")
+    sentences = "Town {0} built a bridge. It cost {0} million. The mayor of town {0} was glad."
+    rows = ({"article": sentences.format(i), "summary": f"Town {i} built a bridge. The mayor was glad."} for i in range(60))
+    (root / "towns.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data_main(["arithmetic", "--num-examples", "40", "--max-ops", "4", "--seed", "1", "--out", str(root / "expressions")])
+    news = ["news", "--source", str(root / "towns.jsonl"), "--vocab-tokens", "400", "--num-labels", "48"]
+    data_main([*news, "--out", str(root / "towns")])
+    data_main([*news, "--split", "all", "--out", str(root / "whole")])
+    return root
+
+
+def examples_of(path, vocab=None, **settings):
+    stored = open_stored(path, TASKS)
+    corpus = type(stored.corpus)(**{**vars(stored.corpus), **settings})
+    return TrainingExamples.of(type(stored.task), corpus, stored, vocab)
+
+
+def test_a_directory_has_its_own_settings(directories):
+    examples = examples_of(directories / "expressions")
+    card = json.loads((directories / "expressions" / "card.json").read_text())
+    identity = examples.identity()
+    assert identity["corpus"] == card["distributions"] and identity["corpus"]["max_ops"] == 4 and examples.task.names_first_step
+    assert identity["data_fingerprint"] == dataset.fingerprint(directories / "expressions")
+    with pytest.raises(UserError, match=r"--label-jumps is 0, but 3 in .*expressions, whose examples stay as they are"):
+        examples_of(directories / "expressions", label_jumps=0)
+    with pytest.raises(UserError, match="is a corpus of arithmetic: expected one of news; `custom --data` trains on any"):
+        TrainingExamples.of(TASKS["news"], TASKS["news"].Corpus(), open_stored(directories / "expressions", TASKS))
+
+
+def test_examples_that_are_seen_more_than_ten_times_are_warned_of(directories):
+    """The counts are those of the rows themselves."""
+    examples = examples_of(directories / "expressions")
+    total = sum(len(row["token_ids"]) for row in examples.stored.dataset)
+    assert examples.warning(10 * total) is None
+    assert "each of the 40 examples of " in examples.warning(640 * total) and "will be seen about 640 times" in examples.warning(
+        640 * total
+    )
+    assert "leave --data out" in examples.warning(640 * total)
+    assert "leave --data out" not in examples_of(directories / "towns").warning(10**9)
+    assert TrainingExamples.of(TASKS["arithmetic"], TASKS["arithmetic"].Corpus(), None).warning(10**12) is None
+
+
+def test_a_file_is_scored_on_what_was_held_out_of_it(directories):
+    examples = examples_of(directories / "towns")
+    held_out = examples.held_out(100, seed=0)
+    prompts = {example.prompt for example in held_out}
+    assert prompts == {example.prompt for example in dataset.load(directories / "towns", TASKS, "validation")}
+    assert not prompts & {example.prompt for example in examples.stored}
+    texts = examples.texts()
+    assert texts["trained_on"] == f"the {len(examples.stored)} examples of towns (split train)"
+    assert texts["scored_on"] == "examples that were held out (split validation of towns)"
+    assert "template" not in texts["limits"]
+    with pytest.raises(UserError, match=r"has no validation split.*; --eval-examples 0 trains without an evaluation"):
+        examples_of(directories / "whole").held_out(2, seed=0)
+
+
+def test_cards_say_what_generated_examples_do_not_have():
+    for name, words in {
+        "arithmetic": "Operands had one or two digits, and no value on the way was above 999",
+        "news": "news from templates",
+    }.items():
+        texts = TrainingExamples.of(TASKS[name], TASKS[name].Corpus(), None, VOCAB).texts()
+        assert words in texts["limits"] and texts["trained_on"] == TASKS[name].Corpus().description
+
+
+@pytest.mark.parametrize("name", ["expressions", "towns"])
+def test_examples_are_written_again_in_the_vocabulary_of_a_model(directories, name):
+    """The text is the same, ids are those of the other vocabulary, and labels are drawn anew in each epoch."""
+    examples, own = examples_of(directories / name, VOCAB), examples_of(directories / name)
+    stream = examples.batches_from(seed=3, **ROWS)(0)
+    assert next(stream).token_ids.max() < VOCAB.size != own.task.vocab.size
+    count = len(examples.stored)
+    drawn = list(itertools.islice(examples.stored.stream(seed=3, task=examples.task), 2 * count))
+    prompts = [example.prompt for example in own.stored]
+    assert sorted(example.prompt for example in drawn[:count]) == sorted(prompts)
+    assert all(example.token_ids[example.prompt_tokens - 1] == VOCAB.solve_id for example in drawn)
+    firsts = {tuple(example.token_ids) for example in drawn if example.prompt == prompts[0]}
+    assert len(firsts) == 2
+    held_out = examples.held_out(2, seed=0)
+    assert all(example.token_ids.max() < VOCAB.size for example in held_out)
+    assert all((examples.task.encode_prompt(example.prompt) == example.prompt_ids).all() for example in held_out)
+
+
+def test_rows_that_are_too_short_are_refused_before_training(directories):
+    longest = max(len(row["token_ids"]) for row in examples_of(directories / "expressions").stored.dataset)
+    for tokens in (longest, longest - 1):
+        rows = ROWS | {"sequence_tokens": tokens}
+        if tokens == longest:
+            assert isinstance(next(examples_of(directories / "expressions").batches_from(seed=0, **rows)(0)).token_ids, np.ndarray)
+        else:
+            with pytest.raises(UserError, match=f"take up to {longest} tokens, a row only {tokens}: raise --sequence-tokens"):
+                examples_of(directories / "expressions").batches_from(seed=0, **rows)
