@@ -208,7 +208,7 @@ class Eval(Model):
         split = self.split or ("test" if "test" in dataset.splits(directory) else None)
         stored = dataset.load(directory, TASKS, split)
         if stored.task.name != task.name:
-            raise UserError(f"{directory} is a corpus of {stored.task.name}: expected one of {task.name}")
+            raise UserError(f"{directory} is a corpus of {stored.task.name}; allowed: {task.name}")
         name = directory.resolve().name
         examples = list(itertools.islice(filter(None, map(task.renumber, stored)), self.num_examples))
         return {name: examples}, {"data": name, "split": stored.card["split"]}

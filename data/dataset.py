@@ -267,7 +267,7 @@ class StoredCorpus:
             or no example that the other vocabulary has room for.
         """
         if seed < 0 or start < 0:
-            raise UserError(f"seed is {seed} and start {start}: expected at least 0")
+            raise UserError(f"seed is {seed} and start {start}; allowed: 0 and above")
         if shard[1] > len(self):
             raise UserError(f"{self.path}: {len(self)} examples cannot be read in {shard[1]} shards")
         return self._epochs(seed, shard, task, *divmod(start, len(range(shard[0], len(self), shard[1]))))
@@ -363,7 +363,7 @@ def load(path: Path | str, tasks: Mapping[str, type[Task]], split: str | None = 
     try:
         name = fields["task"]["task"]
         if name not in tasks:
-            raise UserError(f"its task is {name!r}: expected one of {', '.join(tasks)}")
+            raise UserError(f"its task is {name!r}; allowed: {', '.join(tasks)}")
         task = tasks[name].from_json(fields["task"])
         dataset = datasets.load_from_disk(str(directory))
     except (ValueError, OSError, KeyError, TypeError) as error:

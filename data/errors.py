@@ -12,7 +12,7 @@ class UserError(ValueError):
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise UserError where a value is none of a `Literal`'s."""
     if value not in get_args(choices):
-        raise UserError(f"{name} is {value!r}: expected one of {', '.join(get_args(choices))}")
+        raise UserError(f"{name} is {value!r}; allowed: {', '.join(get_args(choices))}")
 
 
 def check_range(settings: object, *names: str, low: float, high: float = math.inf) -> None:
@@ -20,7 +20,7 @@ def check_range(settings: object, *names: str, low: float, high: float = math.in
     for name in names:
         value = getattr(settings, name)
         if not all(low <= number <= high and number < math.inf for number in (value if isinstance(value, tuple) else (value,))):
-            raise UserError(f"{name} is {value}: expected " + (f"at least {low}" if high == math.inf else f"{low} to {high}"))
+            raise UserError(f"{name} is {value}; allowed: {low} " + ("and above" if high == math.inf else f"to {high}"))
 
 
 def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> dict[str, Any]:

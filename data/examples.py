@@ -52,7 +52,7 @@ class TrainingExamples:
         if stored is None:
             return cls(task.of(corpus, vocab), corpus)
         if stored.task.name != task.name:
-            raise UserError(f"{stored.path} is a corpus of {stored.task.name}: expected one of {task.name}; `custom --data` trains on any")
+            raise UserError(f"{stored.path} is a corpus of {stored.task.name}; allowed: {task.name}; `custom --data` trains on any")
         for name, value in vars(corpus).items():
             if value != (there := getattr(stored.corpus, name)):
                 option = name.replace("_", "-")

@@ -72,12 +72,12 @@ def pack(
       UserError: an example longer than a row, or sizes or scales out of range.
     """
     if batch_size < 1 or sequence_tokens < 1:
-        raise UserError(f"a batch of {batch_size} rows of {sequence_tokens} tokens: expected at least 1 of each")
+        raise UserError(f"a batch of {batch_size} rows of {sequence_tokens} tokens; allowed: 1 and above of each")
     if any(scale < 0 for scale in gap_scales):
-        raise UserError(f"gap_scales are {tuple(gap_scales)}: expected numbers of at least 0")
+        raise UserError(f"gap_scales are {tuple(gap_scales)}; allowed: 0 and above")
     gap_seeds = (gap_seed,) if isinstance(gap_seed, int) else gap_seed
     if min(gap_seeds) < 0 or start < 0:
-        raise UserError(f"gap_seed is {gap_seed} and start {start}: expected at least 0")
+        raise UserError(f"gap_seed is {gap_seed} and start {start}; allowed: 0 and above")
     ids = list(range(vocab.seg_base, vocab.seg_base + vocab.num_labels) if gap_ids is None else gap_ids)
     jumps_at = np.zeros(max(ids, default=0) + 2, np.bool_)  # by id; the last is for all ids beyond
     jumps_at[ids] = True
@@ -118,7 +118,7 @@ def batches_from(
       UserError: a number of shards that does not divide the rows.
     """
     if num_shards < 1 or batch_size % num_shards:
-        raise UserError(f"num_shards is {num_shards}: expected a divisor of {batch_size} rows")
+        raise UserError(f"num_shards is {num_shards}; allowed: divisors of {batch_size} rows")
     make = functools.partial(pack_stream, stream, vocab, batch_size=batch_size // num_shards, **options)
     chosen = range(num_shards) if shards is None else shards
 

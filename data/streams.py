@@ -97,7 +97,7 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
         """
         check_choice("split", split, Split)
         if start < 0:
-            raise UserError(f"start is {start}: expected at least 0")
+            raise UserError(f"start is {start}; allowed: 0 and above")
         first_chunk, skipped = divmod(start, self.chunk_examples)
         chunk = functools.partial(self.chunk, self.vocab if vocab is None else vocab, seed, split)
         return _flatten(workers.ordered(chunk, shard[0] + shard[1] * first_chunk, num_workers, step=shard[1]), skipped)

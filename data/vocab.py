@@ -36,7 +36,7 @@ class Vocab:
 
     def __post_init__(self) -> None:
         if type(self.num_labels) is not int or not 2 <= self.num_labels <= MAX_LABELS:
-            raise UserError(f"num_labels is {self.num_labels!r}: expected an integer from 2 to {MAX_LABELS}")
+            raise UserError(f"num_labels is {self.num_labels!r}; allowed: whole numbers from 2 to {MAX_LABELS}")
 
     def __getstate__(self) -> dict[str, Any]:  # without what was cached: `tokenizers` pickles slowly
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -246,7 +246,7 @@ def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_tokens < MIN_TOKENIZER_TOKENS:
-        raise UserError(f"vocab_tokens is {vocab_tokens}: expected at least {MIN_TOKENIZER_TOKENS} (the 256 bytes are among them)")
+        raise UserError(f"vocab_tokens is {vocab_tokens}; allowed: {MIN_TOKENIZER_TOKENS} and above (the 256 bytes are among them)")
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -28,7 +28,7 @@ _MAIN = "from data import workers; workers.main()"
 def check_workers(num_workers: int) -> None:
     """Raise UserError for a number of workers out of range."""
     if not 0 <= num_workers <= _MAX_WORKERS:
-        raise UserError(f"the number of workers is {num_workers}: expected 0 to {_MAX_WORKERS}")
+        raise UserError(f"the number of workers is {num_workers}; allowed: 0 to {_MAX_WORKERS}")
 
 
 def ordered(function: Callable[[int], T], start: int, num_workers: int, *, step: int = 1) -> Generator[T, None, None]:

@@ -29,7 +29,7 @@ def encode(text, vocab, first_label=1):
     except ValueError:
         raise UserError(f"{text!r}: expected numbers") from None
     if not 2 <= len(numbers) < vocab.num_labels // 2:
-        raise UserError(f"{len(numbers)} numbers: expected 2 to {vocab.num_labels // 2 - 1}")
+        raise UserError(f"{len(numbers)} numbers; allowed: 2 to {vocab.num_labels // 2 - 1}")
     label = itertools.count(first_label)
     prompt = "<bos>" + "".join(f"<seg:{next(label)}>{number}" for number in numbers) + "<solve>"
     response, total, before = "", numbers[0], first_label

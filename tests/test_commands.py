@@ -595,7 +595,7 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
         (["generate", run / "model", "--article", tmp_path / "none.txt"], "No such file"),
         (["generate", run / "model"], "give either a prompt or --article"),
         (["eval", run / "model", "--ops", "2"], "--ops is for fresh expressions, not for news"),
-        (["eval", CHECKPOINT, "--data", data], "is a corpus of news: expected one of arithmetic"),
+        (["eval", CHECKPOINT, "--data", data], "is a corpus of news; allowed: arithmetic"),
     ):
         status, _, err = call(decode.main, *arguments)
         assert status == 2 and err.startswith("error: ") and message in err and len(err.splitlines()) == 1, err

@@ -58,17 +58,17 @@ class Corpus(GeneratedCorpus[Example]):
     def __post_init__(self) -> None:
         Vocab(self.num_labels)
         if not 1 <= self.min_ops <= self.max_ops:
-            raise UserError(f"min_ops is {self.min_ops} and max_ops {self.max_ops}: expected 1 <= min_ops <= max_ops")
+            raise UserError(f"min_ops is {self.min_ops} and max_ops {self.max_ops}; allowed: 1 <= min_ops <= max_ops")
         if self.max_ops >= self.num_labels:
             raise UserError(f"max_ops is {self.max_ops}: {self.num_labels} labels allow at most {self.num_labels - 1}")
         check_range(self, "uniform_weight", "balanced_weight", "left_comb_weight", "label_jumps", low=0)
         if not self.uniform_weight + self.balanced_weight + self.left_comb_weight:
-            raise UserError("every shape weight is 0: expected one above 0")
+            raise UserError("every shape weight is 0; allowed: one above 0")
         check_range(self, "negative_fraction", low=0, high=1)
         check_range(self, "max_digits", low=1, high=100)
         if not 10**self.max_digits <= self.max_value + 1 <= 10**MAX_DIGITS:
             raise UserError(
-                f"max_value is {self.max_value}: expected at least the largest operand, {10**self.max_digits - 1}, "
+                f"max_value is {self.max_value}; allowed: from the largest operand on, {10**self.max_digits - 1}, "
                 f"and at most {MAX_DIGITS} digits"
             )
         check_choice("jumps_at", self.jumps_at, JumpsAt)

@@ -140,7 +140,7 @@ def check_expression(expression: Expression | str, vocab: Vocab, labelling: Labe
         raise UserError(f"nothing to evaluate: {quoted(expression.text)} has no operator")
     first_label = operator.index(first_label)
     if first_label < 1:
-        raise UserError(f"first_label is {first_label}: expected at least 1 (label 0 is the sink)")
+        raise UserError(f"first_label is {first_label}; allowed: 1 and above (label 0 is the sink)")
     if first_label + expression.num_ops > vocab.num_labels:
         raise UserError(
             f"{expression.num_ops} operators from label {first_label} on need labels up to "

@@ -52,10 +52,10 @@ class ArithmeticTask(task.Task):
     def __post_init__(self) -> None:
         check_choice("labelling", self.labelling, Labelling)
         if type(self.names_first_step) is not bool:
-            raise UserError(f"names_first_step is {self.names_first_step!r}: expected true or false")
+            raise UserError(f"names_first_step is {self.names_first_step!r}; allowed: true, false")
         for name, value in (("max_digits", self.max_digits), ("max_value", self.max_value)):
             if type(value) is not int or value < 1:
-                raise UserError(f"{name} is {value!r}: expected a whole number above 0")
+                raise UserError(f"{name} is {value!r}; allowed: whole numbers from 1")
 
     @property
     def step_ids(self) -> frozenset[int]:

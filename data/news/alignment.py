@@ -95,7 +95,7 @@ class Alignment:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_gain <= 1:
-            raise UserError(f"min_gain is {self.min_gain}: expected above 0, up to 1")
+            raise UserError(f"min_gain is {self.min_gain}; allowed: above 0, up to 1")
         check_range(self, "max_sources", low=1)
 
     def align(self, article: Sequence[str], summary: Sequence[str]) -> list[tuple[int, ...]]:

@@ -306,7 +306,7 @@ class WriteCommand(task.WriteCommand):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, getattr(task.WriteCommand, name))
         elif Path(self.source).exists() and self.split not in (None, "all", *SPLITS):
-            raise UserError(f"split is {self.split!r}: expected one of {', '.join(SPLITS)}, all")
+            raise UserError(f"split is {self.split!r}; allowed: {', '.join(SPLITS)}, all")
 
     @property
     def is_synthetic(self) -> bool:

@@ -58,7 +58,7 @@ class NewsTask(task.Task):
         if not isinstance(self.vocab, TokenizerVocab):
             raise UserError("the vocabulary is not that of a tokenizer: articles cannot be written with it")
         if type(self.max_prompt_tokens) is not int or self.max_prompt_tokens < corpus.MIN_PROMPT_TOKENS:
-            raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens!r}: expected an integer of at least {corpus.MIN_PROMPT_TOKENS}")
+            raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens!r}; allowed: whole numbers from {corpus.MIN_PROMPT_TOKENS}")
 
     @property
     def is_generated(self) -> bool:

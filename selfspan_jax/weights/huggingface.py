@@ -193,7 +193,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
     biased = bool(fields.get("attention_bias"))
     num_heads = fields["num_attention_heads"]
     if num_heads < 1:
-        raise UserError(f"num_attention_heads is {num_heads}; expected at least 1")
+        raise UserError(f"num_attention_heads is {num_heads}; allowed: 1 and above")
     fields = {"num_key_value_heads": num_heads, "head_dim": fields["hidden_size"] // num_heads, "rms_norm_eps": 1e-6, **fields}
     rope = _rope(fields)
     sizes = {ours: fields[theirs] for theirs, ours in _SIZES.items()}

@@ -67,7 +67,7 @@ def load(
     Other arguments and errors: see `load_decoder`. Raises: UserError for a tokenizer that does not fit the model.
     """
     if not (num_labels is None or (type(num_labels) is int and num_labels >= 2)):
-        raise UserError(f"num_labels is {num_labels!r}; expected a whole number, at least 2")
+        raise UserError(f"num_labels is {num_labels!r}; allowed: whole numbers from 2")
     source = open_source(path)  # first: the tokenizer's library reads the config too
     where, tokenizer, rows = source.tensors.where, source.load_tokenizer(), source.vocab_size
     if (highest := max(tokenizer.get_vocab().values(), default=-1)) >= rows:

@@ -310,10 +310,10 @@ def test_verdicts_on_plain_text(response, expected):
     [
         ({"expression": "7"}, 'nothing to evaluate: "7" has no operator'),
         ({"expression": "1+"}, "column 3: expected a number"),
-        ({"first_label": 0}, "first_label is 0: expected at least 1"),
+        ({"first_label": 0}, "first_label is 0; allowed: 1 and above"),
         ({"first_label": 510}, "3 operators from label 510 on need labels up to 512, but the last one is 511"),
         ({"vocab": Vocab(3)}, "3 operators from label 1 on need labels up to 3, but the last one is 2"),
-        ({"labelling": "flat"}, "labelling is 'flat': expected one of tree, none, plain"),
+        ({"labelling": "flat"}, "labelling is 'flat'; allowed: tree, none, plain"),
     ],
 )
 def test_what_cannot_be_encoded(function, arguments, message):
@@ -580,9 +580,9 @@ def test_a_corpus_stays_within_the_limits_of_its_task():
         ({"version": 99}, "version is 99"),
         ({"labelling": "some"}, "labelling is 'some'"),
         ({"labelling": ["tree"]}, "labelling is"),
-        ({"names_first_step": 1}, "names_first_step is 1: expected true or false"),
+        ({"names_first_step": 1}, "names_first_step is 1; allowed: true, false"),
         ({"max_digits": 0}, "max_digits is 0"),
-        ({"max_value": 9.5}, "max_value is 9.5: expected a whole number"),
+        ({"max_value": 9.5}, "max_value is 9.5; allowed: whole numbers"),
         ({"vocab": None}, "expected a JSON object"),
         ({"more": 1}, "unknown key 'more'"),
     ],

@@ -37,10 +37,10 @@ def assert_one_line(capsys, *expected):
         (["arithmetic", "--out", "{tmp}/x", "--num-examples", "many"], ["--num-examples", "'many'"]),
         (["arithmetic", "--out", "{tmp}/x", "--num-example", "3"], ["--num-example", "perhaps --num-examples"]),
         (["arithmetic", "--out", "{tmp}/x", "--split", "dev"], ["'dev'", "train", "test"]),
-        (["arithmetic", "--out", "{tmp}/x", "--num-examples", "0"], ["--num-examples is 0: expected at least 1"]),
-        (["arithmetic", "--out", "{tmp}/x", "--min-ops", "0"], ["min_ops is 0", "expected 1 <= min_ops <= max_ops"]),
-        (["arithmetic", "--out", "{tmp}/x", "--max-ops", "600"], ["max_ops is 600", "at most 511"]),
-        (["arithmetic", "--out", "{tmp}/x", "--max-value", "5"], ["max_value is 5"]),
+        (["arithmetic", "--out", "{tmp}/x", "--num-examples", "0"], ["--num-examples is 0; allowed: 1 and above"]),
+        (["arithmetic", "--out", "{tmp}/x", "--min-ops", "0"], ["--min-ops is 0", "allowed: 1 <= --min-ops <= --max-ops"]),
+        (["arithmetic", "--out", "{tmp}/x", "--max-ops", "600"], ["--max-ops is 600", "at most 511"]),
+        (["arithmetic", "--out", "{tmp}/x", "--max-value", "5"], ["--max-value is 5"]),
         (["arithmetic", "--out", "{tmp}/x", "--workers", "-1"], ["workers is -1"]),
         (["arithmetic", "--out", "{tmp}"], ["{tmp} exists and is not an empty directory"]),
         (["arithmetic", "--out", "{tmp}/file"], ["{tmp}/file exists and is not an empty directory"]),
@@ -81,7 +81,7 @@ def test_parse_takes_any_config(capsys):
     assert commandline.parse(Settings, "x", ["--steps", "4"]) == commandline.parse(Settings(4), "x", []) == Settings(4)
     with pytest.raises(SystemExit, match="2"):
         commandline.parse(Settings, "x", ["--steps", "-4"])
-    assert_one_line(capsys, "steps is -4: expected at least 0")
+    assert_one_line(capsys, "--steps is -4: expected at least 0")
 
 
 def test_similar_names_are_few():

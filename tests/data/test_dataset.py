@@ -139,7 +139,7 @@ def test_epochs_are_shuffled_whole_and_resumable(directory, expected):
         again = [identity(e) for e in itertools.islice(stored.stream(seed=1, start=start), 300)]
         assert again == found[start : start + 300]
     assert [identity(e) for e in itertools.islice(stored.stream(seed=2), 50)] != found[:50]
-    with pytest.raises(ValueError, match="start -1: expected at least 0"):
+    with pytest.raises(ValueError, match="start -1; allowed: 0 and above"):
         stored.stream(seed=0, start=-1)
 
 

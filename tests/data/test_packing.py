@@ -145,7 +145,7 @@ def test_shards_are_packed_from_examples_of_their_own_wherever_they_are_packed(n
 
 
 def test_shards_that_do_not_divide_the_rows_are_refused():
-    with pytest.raises(ValueError, match="num_shards is 3: expected a divisor of 8 rows"):
+    with pytest.raises(ValueError, match="num_shards is 3; allowed: divisors of 8 rows"):
         batches_from(stream, VOCAB, num_shards=3, batch_size=8, sequence_tokens=512)
 
 

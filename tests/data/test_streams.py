@@ -229,12 +229,12 @@ def test_arms_of_an_experiment_draw_the_same_expressions(settings):
         ({"balanced_weight": float("nan")}, "balanced_weight is nan"),
         ({"left_comb_weight": float("inf")}, "left_comb_weight is inf"),
         ({"uniform_weight": 0, "balanced_weight": 0, "left_comb_weight": 0}, "every shape weight is 0"),
-        ({"negative_fraction": 1.1}, "negative_fraction is 1.1: expected 0 to 1"),
+        ({"negative_fraction": 1.1}, "negative_fraction is 1.1; allowed: 0 to 1"),
         ({"max_digits": 0}, "max_digits is 0"),
-        ({"label_jumps": -1}, "label_jumps is -1: expected at least 0"),
-        ({"jumps_at": "roots"}, "jumps_at is 'roots': expected one of any, leaves"),
-        ({"max_digits": 3, "max_value": 998}, "max_value is 998: expected at least the largest operand, 999"),
-        ({"labelling": "flat"}, "labelling is 'flat': expected one of tree, none"),
+        ({"label_jumps": -1}, "label_jumps is -1; allowed: 0 and above"),
+        ({"jumps_at": "roots"}, "jumps_at is 'roots'; allowed: any, leaves"),
+        ({"max_digits": 3, "max_value": 998}, "max_value is 998; allowed: from the largest operand on, 999"),
+        ({"labelling": "flat"}, "labelling is 'flat'; allowed: tree, none"),
     ],
 )
 def test_corpus_is_checked(fields, message):

@@ -61,7 +61,7 @@ def test_decode_refuses_ids_outside(token_id):
 
 @pytest.mark.parametrize("num_labels", [1, 0, -5, 65_537, 10**12, 4.0, True, "8"])
 def test_num_labels_is_checked(num_labels):
-    with pytest.raises(ValueError, match=r"num_labels is .*: expected an integer from 2 to 65536"):
+    with pytest.raises(ValueError, match=r"num_labels is .*; allowed: whole numbers from 2 to 65536"):
         Vocab(num_labels)
 
 

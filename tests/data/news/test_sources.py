@@ -130,8 +130,8 @@ BAD = {
     "Parquet of lists": ("rows.parquet", table(article=[["a"]], summary=["b"]), [], "column article holds list<"),
     "a directory of nothing": ("rows/x.txt", "", [], "rows: expected a file that ends in .jsonl, .csv, .parquet, or a directory of some"),
     "a JSON array": ("rows.jsonl", json.dumps([MAYOR], indent=1), [], "line 1 is not JSON: expected an object a line, not an array"),
-    "a split that there is not": ("rows.jsonl", json_lines([MAYOR]), ["--split", "dev"], "split is 'dev': expected one of train, validation, test, all"),
-    "too many workers": ("rows.jsonl", json_lines([MAYOR]), ["--workers", "1000", "--split", "all"], "the number of workers is 1000: expected 0 to 256"),
+    "a split that there is not": ("rows.jsonl", json_lines([MAYOR]), ["--split", "dev"], "split is 'dev'; allowed: train, validation, test, all"),
+    "too many workers": ("rows.jsonl", json_lines([MAYOR]), ["--workers", "1000", "--split", "all"], "the number of workers is 1000; allowed: 0 to 256"),
     "a first sentence longer than the context": ("rows.jsonl", json_lines([{"article": "word " * 3000, "summary": "word."}]), ["--split", "all"], UNUSABLE + "(1 with a first sentence longer than max_prompt_tokens"),
     "an empty article only": ("rows.jsonl", '{"article": "", "summary": "x"}\n', [], UNUSABLE + "(1 without a sentence"),
     "a missing column": ("rows.jsonl", '{"article": "A b.", "title": "x"}\n', [], "no column summary or highlights or abstract or headline; there are article, title"),
@@ -146,7 +146,7 @@ BAD = {
         "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
         ["--num-labels", "4"], UNUSABLE + "(1 with more sentences than num_labels",
     ),
-    "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "-gain is 0.0: expected above 0"),
+    "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "-gain is 0.0; allowed: above 0"),
 }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     status, _, err = run(capsys, "--source", tmp_path / "none.jsonl", "--out", tmp_path / "out")
     assert status == 2 and "none.jsonl: No such file or directory" in err and not list(tmp_path.iterdir())
     status, _, err = run(capsys, "--source", "synthetic", "--split", "dev", "--out", tmp_path / "out")
-    assert status == 2 and "split is 'dev': expected one of train, test" in err and not list(tmp_path.iterdir())
+    assert status == 2 and "split is 'dev'; allowed: train, test" in err and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------- what is replaced, dropped, counted
