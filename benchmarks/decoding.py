@@ -38,6 +38,7 @@ from selfspan_jax.parallel import layout
 from selfspan_jax.parallel.mesh import num_data_shards
 
 WARM_UPS, REPETITIONS = 2, 5
+PREFILL_SECONDS = 2.0  # after which a prefill is not repeated again
 STREAMED_TOKENS, CHUNK_TOKENS = 256, 8
 
 
@@ -69,12 +70,6 @@ class Case:
     @property
     def config(self) -> DecodeConfig:
         return DecodeConfig(attention=self.attention, max_new_tokens=self.steps)
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The case as the first fields of its row in a report."""
-        own = dataclasses.asdict(self)
-        return own | {"int8": own.pop("weights") == "int8"}
 
 
 # ------------------------------------------------------------------------------------------------------------- programs
@@ -118,12 +113,12 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
         slots = layout.device_put_global(shapes, mesh, _EACH_STEP)
         loop = jax.jit(functools.partial(_oracle_mask_loop, engine, config, case.prompt_tokens), donate_argnums=1)
         oracle_mask = loop.lower(engine.params, state.cache.pools, state.logits, *slots, slots[1]).compile()
-    needed = max(_footprint(prefill), _footprint(replay))
+    needed = max(footprint(prefill), footprint(replay))
     check_fits(needed)
     return Programs(engine, prefill, replay, oracle_mask, needed, time.perf_counter() - began)
 
 
-def _footprint(program) -> int:
+def footprint(program: jax.stages.Compiled) -> int:
     """Count the bytes of a compiled program's arguments, results and temporaries."""
     memory = program.memory_analysis()
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -161,7 +156,9 @@ def measure_case(
     shape: Shape, params: tuple[Array, ...], case: Case, programs: Programs, token_ids: Int[np.ndarray, "B T"], *, profile: bool = False
 ) -> dict[str, Any]:
     """Run a compiled case on a workload and return its row, with the device's time by kind of operation if `profile`."""
-    state, first_token_ms = _prefill(shape, params, case, programs, token_ids)
+    prompts, lengths = token_ids[: case.num_prompts, : case.prompt_tokens], np.full(case.num_prompts, case.prompt_tokens)
+    arguments = prefill_arguments(programs.prefill, params, prompts, lengths, shape.vocab.pad_id, num_samples=case.num_samples)
+    state, prefill_seconds = time_prefill(programs.prefill, arguments, PREFILL_SECONDS)
     forced = np.repeat(token_ids[: case.num_prompts, case.prompt_tokens :], case.num_samples, axis=0)
     mesh = programs.engine.mesh
     slots = () if programs.oracle_mask is None else oracle_slots(shape, case, token_ids, np.asarray(state.cache.slot_table))
@@ -198,7 +195,7 @@ def measure_case(
         "attended_tokens": float(counts.mean()),
         "attended_fraction": float((counts / contexts).mean()),
         "bytes_per_step": step_bytes(programs.engine.shard, float(counts.sum(axis=0).mean()) / parts, case.batch_size // parts),
-        "time_to_first_token_ms": first_token_ms,
+        "time_to_first_token_ms": 1e3 * statistics.median(prefill_seconds),
         "kv_memory_bytes": bytes_of(pools),
         "program_memory_bytes": programs.needed_bytes,
         "process_peak_memory_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
@@ -214,20 +211,34 @@ def measure_case(
     return row
 
 
-def _prefill(shape: Shape, params, case: Case, programs: Programs, token_ids: Int[np.ndarray, "B T"]) -> tuple[Any, float]:
-    """Prefill the prompts; return the state and the median milliseconds after one warm-up (of a single run where it is long)."""
-    length = case.prompt_tokens
-    prompts = np.full((case.num_prompts, bucket(length)), shape.vocab.pad_id, np.int32)
-    prompts[:, :length] = token_ids[: case.num_prompts, :length]
-    inputs = (jnp.asarray(prompts), jnp.full((case.num_prompts,), length, jnp.int32), sequence_keys(None, case.batch_size))
-    arguments = (params, *jax.device_put(inputs, programs.prefill.input_shardings[0][1:]))
+def prefill_arguments(
+    program: jax.stages.Compiled,
+    params: tuple[Array, ...],
+    prompts: Int[np.ndarray, "b T"],
+    lengths: Int[np.ndarray, "b"],
+    pad_id: int,
+    *,
+    num_samples: int = 1,
+) -> tuple[Any, ...]:
+    """Put what a compiled prefill takes on its devices: parameters, padded prompts, their lengths, keys."""
+    prompts = np.pad(prompts, ((0, 0), (0, bucket(prompts.shape[1]) - prompts.shape[1])), constant_values=pad_id)
+    inputs = jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32), sequence_keys(None, len(lengths) * num_samples)
+    return params, *jax.device_put(inputs, program.input_shardings[0][1:])
+
+
+def time_prefill(program: jax.stages.Compiled, arguments: tuple[Any, ...], max_seconds: float) -> tuple[DecodeState, list[float]]:
+    """Run a compiled prefill several times; return the last state and the seconds of up to five runs, the first never among them.
+
+    Args:
+      max_seconds: no further run begins after so many; there are two at least.
+    """
     state: Any = None
     seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) <= REPETITIONS and sum(seconds) < 2):
+    while len(seconds) < 2 or (len(seconds) < WARM_UPS + REPETITIONS and sum(seconds) < max_seconds):
         del state  # the next one needs its memory
-        state, elapsed = timed(programs.prefill, *arguments)
+        state, elapsed = timed(program, *arguments)
         seconds.append(elapsed)
-    return state, 1e3 * statistics.median(seconds[1:])
+    return state, seconds[max(1, len(seconds) - REPETITIONS) :]
 
 
 _span_mask = jax.jit(POLICIES["span"].mask, static_argnames=("vocab", "views", "first_query", "num_queries"))

@@ -1,12 +1,13 @@
-"""Measure Hugging Face's decode step on the same shape, with a static cache: eager, compiled, and by `generate`.
+"""Measure Hugging Face on the same shape: its decode step with a static cache (eager, compiled, by `generate`), and its prefill.
 
     python -m benchmarks.peers JOB      (JOB is JSON; see `Peers`)
 
 A step is one forward pass of the token with a static cache, greedy sampling, fed back. Weights, tokens and cached rows are
 random, in the dtype of the shape. "hf-compiled" is `torch.compile(mode="reduce-overhead", fullgraph=True)` of that forward,
 "hf-eager" the forward pass as it is, "hf-generate" is `model.generate` with that cache, which compiles by itself where it sees fit,
-less the same call for one token. Milliseconds per step are CUDA events around the steps (a clock without a GPU),
-the median of five runs of the same steps after two.
+less the same call for one token. "hf-sdpa" is the prefill: one forward pass over whole prompts, all of the same length, that
+fills a cache and computes the logits of each last token. Attention is PyTorch's SDPA everywhere. Milliseconds are CUDA events around the
+steps or the prefill (a clock without a GPU), the median of five runs of the same after two.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from typing import Any, Literal
 
 from benchmarks.timing import median_and_spread, torch_ms
 
-PeerName = Literal["hf-compiled", "hf-eager", "hf-generate"]
+PeerName = Literal["hf-compiled", "hf-eager", "hf-generate", "hf-sdpa"]
+PREFILL_PEERS: tuple[PeerName, ...] = ("hf-sdpa",)  # the others decode
+_UNCOMPILED = ("hf-eager", "hf-sdpa")
 WARM_UPS, REPETITIONS = 2, 5  # an eager step needs one warm-up only
 _MARK = "row: "  # in front of a result among what libraries print
 
@@ -44,7 +47,7 @@ class Peers:
 
     Args:
       config: the fields of the shape's Hugging Face config.json.
-      cases: each with peer, batch_size, context_tokens and steps.
+      cases: each with peer, batch_size, context_tokens and, but for a prefill, steps.
     """
 
     def __init__(self, config: dict[str, Any], cases: Sequence[dict[str, Any]], seed: int):
@@ -134,6 +137,19 @@ def _make_steps(model, case: dict[str, Any], device: str, seed: int) -> Callable
     return step_ms
 
 
+def _make_prefill(model, case: dict[str, Any], device: str, seed: int) -> Callable[[], float]:
+    """Draw prompts; return a function that reads them and returns milliseconds."""
+    import torch
+
+    size = (case["batch_size"], case["context_tokens"])
+    prompts = torch.randint(model.config.vocab_size, size, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+    def read():
+        return model(input_ids=prompts, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+
+    return lambda: torch_ms(read, device)
+
+
 def _main(job: dict[str, Any]) -> None:
     import torch
     import transformers
@@ -146,19 +162,28 @@ def _main(job: dict[str, Any]) -> None:
         model = transformers.AutoModelForCausalLM.from_config(endless, **options).eval()
 
     def make(case: dict[str, Any]) -> tuple[Callable[[], float], float] | str:
-        """Return a peer's steps with the seconds of their first run, or why there are none."""
+        """Return a peer's steps, or its prefill, with the seconds of the first run; or why there are none."""
         try:
-            ms_per_step = _make_steps(model, case, device, job["seed"])
+            run = (_make_prefill if case["peer"] in PREFILL_PEERS else _make_steps)(model, case, device, job["seed"])
             began = time.perf_counter()
-            ms_per_step()
-            return ms_per_step, time.perf_counter() - began
+            run()
+            return run, time.perf_counter() - began
         except torch.OutOfMemoryError:
             return "does not fit: PyTorch ran out of memory"
 
-    def measure(case: dict[str, Any], ms_per_step: Callable[[], float], compile_seconds: float) -> dict[str, Any]:
-        for _ in range(1 if case["peer"] == "hf-eager" else WARM_UPS):
-            ms_per_step()
-        median_ms, spread_ms = median_and_spread([ms_per_step() for _ in range(REPETITIONS)])
+    def measure(case: dict[str, Any], run_ms: Callable[[], float], compile_seconds: float) -> dict[str, Any]:
+        for _ in range(1 if case["peer"] in _UNCOMPILED else WARM_UPS):
+            run_ms()
+        median_ms, spread_ms = median_and_spread([run_ms() for _ in range(REPETITIONS)])
+        if case["peer"] in PREFILL_PEERS:
+            batch, length = case["batch_size"], case["context_tokens"]
+            return {
+                "time_to_first_token_ms": median_ms,
+                "spread_ms": spread_ms,
+                "num_tokens": batch * length,
+                "allowed_pairs": batch * (length * (length + 1) // 2),
+                "program_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+            }
         return {
             "ms_per_step": median_ms,
             "spread_ms": spread_ms,
@@ -168,9 +193,11 @@ def _main(job: dict[str, Any]) -> None:
         }
 
     with torch.no_grad():
-        runs = [make(case) if case["peer"] != "hf-eager" else None for case in job["cases"]]
+        runs = [make(case) if case["peer"] not in _UNCOMPILED else None for case in job["cases"]]
         sys.stdin.readline()  # the word to measure; nothing when the caller is gone
         for index, case in enumerate(job["cases"]):
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             run = runs[index] or make(case)
             row = {"not_run": run} if isinstance(run, str) else measure(case, *run)
             print(_MARK + json.dumps({**case, **row, "versions": versions}), flush=True)

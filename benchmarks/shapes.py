@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from data import arithmetic
+from data.vocab import DEFAULT_VOCAB, Vocab
 from selfspan_jax.config import PRESETS, ModelConfig, Weights
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
-ShapeName = Literal["llama2-7b", "llama3-8b", "smollm2-135m", "arithmetic-base"]
+ShapeName = Literal["llama2-7b", "llama3-8b", "smollm2-135m", "arithmetic-small", "arithmetic-base"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +60,23 @@ _SHAPES: dict[ShapeName, tuple[ModelConfig, int | None]] = {
         ModelConfig(hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, rope_theta=100_000.0),
         49_152,
     ),
+    "arithmetic-small": (PRESETS["arithmetic-small"].model, None),
     "arithmetic-base": (PRESETS["arithmetic-base"].model, None),
 }
 
 
-def named_shape(name: ShapeName, *, arithmetic_vocab: bool = False) -> Shape:
+def named_shape(name: ShapeName, *, arithmetic_vocab: bool = False, num_labels: int = DEFAULT_VOCAB.num_labels) -> Shape:
     """Look a shape up by its name.
 
     Args:
       arithmetic_vocab: use the control tokens of the arithmetic vocabulary. By default a published model gets its own number
         of ids, the last of them borrowed as control tokens.
+      num_labels: of the arithmetic vocabulary.
     """
     config, vocab_size = _SHAPES[name]
     if vocab_size is not None and not arithmetic_vocab:
         return Shape(config, borrow_labels(vocab_size), vocab_size)
-    vocab = SpanVocab(**arithmetic.ArithmeticTask().vocab.span_ids())
+    vocab = SpanVocab(**Vocab(num_labels).span_ids())
     return Shape(config, vocab, vocab_size or vocab.min_vocab_size)
 
 
@@ -137,6 +139,39 @@ class AttentionShape:
     def row_bytes(self) -> int:
         """Bytes of a key and its value in bfloat16, all heads."""
         return 2 * 2 * self.num_kv_heads * self.head_size
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptShape:
+    """A problem of the prompt attention kernel: `num_queries` queries of each prompt, from position `first_query` on."""
+
+    name: str
+    why: str
+    batch_size: int
+    num_queries: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    first_query: int = 0
+    mask: Literal["causal", "local", "window"] = "causal"
+
+    @property
+    def num_keys(self) -> int:
+        return self.first_query + self.num_queries
+
+
+PROMPT_SHAPES = (
+    PromptShape("b1-8k", "Llama-3-8B heads, one prompt that fills the machine", 1, 8192, 32, 8, 128),
+    PromptShape("b4-2k", "short prompts: tiles on the diagonal are a tenth of the work", 4, 2048, 32, 8, 128),
+    PromptShape("b1-32k", "long: the steady state of the loop over keys", 1, 32768, 32, 8, 128),
+    PromptShape("b1-8k-at-24k", "the last chunk of a long prompt, over rows already in the pool", 1, 8192, 32, 8, 128, first_query=24576),
+    PromptShape("b1-16k-h64", "SmolLM2-135M heads: head size 64, three queries to a key", 1, 16384, 9, 3, 64),
+    PromptShape(
+        "local-b128-3k", "expressions that attend to their own labels: few pairs, in small tiles", 128, 3072, 8, 4, 64, mask="local"
+    ),
+    PromptShape("local-b16-8k-mha", "longer ones with as many kv heads as query heads", 16, 8192, 12, 12, 64, mask="local"),
+    PromptShape("window-b1-32k", "first and recent tokens of a long prompt, Llama-3-8B heads", 1, 32768, 32, 8, 128, mask="window"),
+)
 
 
 ATTENTION_SHAPES = (

@@ -105,9 +105,9 @@ class Workload:
         return [(jnp.asarray(slots), jnp.asarray(counts)) for slots, counts in drawn]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def chain(attend, q, pools, inputs):
-    """Run `ROUNDS` times through all inputs, the output of a call being the query of the next."""
+@functools.partial(jax.jit, static_argnums=0, static_argnames="rounds")
+def chain(attend, q, pools, inputs, rounds=ROUNDS):
+    """Run some rounds through all inputs, the output of a call being the query of the next."""
     attend = jax.jit(attend)  # traced once for all inputs
 
     def body(_, q):
@@ -115,17 +115,17 @@ def chain(attend, q, pools, inputs):
             q = attend(q, *pools, *arrays)
         return q
 
-    return jax.lax.fori_loop(0, ROUNDS, body, q)
+    return jax.lax.fori_loop(0, rounds, body, q)
 
 
-def chain_us(attend, q, pools, inputs) -> tuple[float, float]:
+def chain_us(attend, q, pools, inputs, rounds=ROUNDS) -> tuple[float, float]:
     """Time a chain: median microseconds per call and the spread over five repetitions."""
-    run = functools.partial(chain, attend, q, pools, inputs)
+    run = functools.partial(chain, attend, q, pools, inputs, rounds=rounds)
     run().block_until_ready()
     _, once = timing.timed(run)
     queued = max(2, math.ceil(0.01 / once))  # 10 ms queued at a time hide the host
     seconds = timing.run_seconds(run, queued=queued, warm_ups=3)
-    return timing.median_and_spread([1e6 * each / (ROUNDS * len(inputs)) for each in seconds])
+    return timing.median_and_spread([1e6 * each / (rounds * len(inputs)) for each in seconds])
 
 
 def empty_call(q, *_):

@@ -1,4 +1,4 @@
-"""Sweep decode benchmarks over batch sizes, contexts, policies and weights: the `bench` command of decode.py."""
+"""Sweep benchmarks of decode steps or prefill over batch sizes, contexts, policies and weights: the `bench` command of decode.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -18,15 +19,25 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 from tyro.conf import Positional, arg
 
+from benchmarks import decoding, prefill, report
 from benchmarks import peers as hf
-from benchmarks import report
-from benchmarks.decoding import STREAMED_TOKENS, Case, Programs, compile_case, measure_case, measure_stream
+from benchmarks.decoding import STREAMED_TOKENS, Case, Programs, measure_stream
+from benchmarks.prefill import PrefillCase, PrefillProgram
 from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line, report_header
-from benchmarks.workloads import WorkloadName, arithmetic_tokens, segment_tokens
+from benchmarks.workloads import (
+    WorkloadName,
+    arithmetic_prompts,
+    arithmetic_tokens,
+    check_labels,
+    prompt_operators,
+    segment_prompts,
+    segment_tokens,
+)
 from data import arithmetic, commandline
 from data.errors import check_range
 from data.tasks import TASKS
+from data.vocab import DEFAULT_VOCAB, Vocab
 from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import ModelConfig, Weights
@@ -37,15 +48,18 @@ from selfspan_jax.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
 from selfspan_jax.spans import SpanVocab
+from selfspan_jax.training.metrics import bf16_peak
 from selfspan_jax.weights.huggingface import to_hugging_face
 
 DEFAULT_CONTEXT = 2048
-TokensOf = Callable[[Case], Int[np.ndarray, "B T"]]
+AnyCase = Case | PrefillCase
+Tokens = Int[np.ndarray, "B T"] | prefill.Prompts  # whole sequences, or prompts
+TokensOf = Callable[[Any], Tokens]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Time decode steps against the bytes that they must move: of a checkpoint, or of a shape with random weights.
+    """Time decode steps against the bytes that they must move, or prefill: of a checkpoint, or of a shape with random weights.
 
     Whole sequences are drawn and replayed, so that automaton and mask do what they do for a trained model of that size.
     """
@@ -56,19 +70,23 @@ class Bench:
     """For an adapter: the model that it was trained on."""
     shape: ShapeName | None = None
     """A model's sizes, filled with random weights."""
+    prefill: bool = False
+    """Time how long prompts of --context tokens take to the first token, against the bf16 peak, instead of decode steps."""
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (1, 8, 32)
     """Sequences decoded together; several with commas."""
     context: Annotated[tuple[int, ...], commandline.commas(int)] = ()
-    """Tokens of context, the mean over the timed steps; several with commas. Default: 2048, or the room of the checkpoint."""
+    """Tokens of context, the mean over the timed steps, or of the prompts; several with commas.
+    Default: 2048, or the room of the checkpoint."""
     attention: Annotated[tuple[str, ...], commandline.commas(*POLICIES), arg(help=f"{policy_help()}; several with commas.")] = (*POLICIES,)
     weights: Annotated[tuple[Weights, ...], commandline.commas(*get_args(Weights))] = ("bf16",)
     """Precision of the weights; both with a comma."""
     steps: int = 64
     """Timed steps of every sequence, an even number."""
     peers: Annotated[tuple[hf.PeerName, ...], commandline.commas(*get_args(hf.PeerName))] = ()
-    """Time Hugging Face's step with a static cache on the same shape, where PyTorch is installed; several with commas."""
+    """Time Hugging Face on the same shape, where PyTorch is installed: steps with a static cache, or with --prefill hf-sdpa;
+    several with commas."""
     workload: WorkloadName | None = None
-    """arithmetic: oracle responses; segments: steps that name pieces of a long prompt. Default: by the vocabulary."""
+    """arithmetic: expressions and oracle responses; segments: steps that name pieces of a long prompt. Default: by the vocabulary."""
     attended_fraction: float = 0.1
     """Share of its context that a response token of "segments" attends to, on average."""
     num_samples: int = 1
@@ -84,7 +102,7 @@ class Bench:
     json: Path | None = None
     """Write the rows into this file, after each of them."""
     plot: Path | None = None
-    """Draw milliseconds per step and their rooflines into this file (PNG, SVG or PDF)."""
+    """Draw milliseconds and their rooflines into this file (PNG, SVG or PDF)."""
 
     def __post_init__(self):
         if (self.checkpoint is None) == (self.shape is None):
@@ -94,20 +112,30 @@ class Bench:
         check_range(self, "batch_size", "context", "num_samples", low=1)
         if self.steps < 2 or self.steps % 2:
             raise UserError(f"steps is {self.steps}; allowed: even numbers, 2 and above")
-        if self.context and min(self.context) <= self.steps:
+        if self.prefill:
+            steps_only = {field.name: field.default for field in dataclasses.fields(self) if field.name in _STEPS_ONLY}
+            if given := [name for name, default in steps_only.items() if getattr(self, name) != default]:
+                raise UserError(f"--{given[0].replace('_', '-')} is for decode steps: leave it out with --prefill")
+        elif self.context and min(self.context) <= self.steps:
             raise UserError(f"context is {min(self.context)}; allowed: more than the {self.steps} timed steps")
         if not 0 < self.attended_fraction < 1:
             raise UserError(f"attended_fraction is {self.attended_fraction}; allowed: above 0, below 1")
         check_range(self, "seed", low=0)
+        allowed = [name for name in get_args(hf.PeerName) if (name in hf.PREFILL_PEERS) == self.prefill]
+        if wrong := [peer for peer in self.peers if peer not in allowed]:
+            raise UserError(f"peers has {wrong[0]}; allowed {'with' if self.prefill else 'without'} --prefill: {', '.join(allowed)}")
         if self.peers and self.mesh:
             raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
 
     @property
-    def cases(self) -> list[Case]:
+    def cases(self) -> list[AnyCase]:
         """The cases in the order in which they are measured: dense first, because the others are compared with it, int8 last."""
         policies = sorted(dict.fromkeys(self.attention), key=lambda policy: policy != "dense")
         every = itertools.product(self.weights, self.context, self.batch_size, policies)
-        cases = [Case(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every]
+        if self.prefill:
+            cases: list[AnyCase] = [PrefillCase(policy, batch, context, weights) for weights, context, batch, policy in every]
+        else:
+            cases = [Case(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every]
         if self.num_samples > 1:
             apart = Case("span", self.num_samples, max(self.context), self.steps)
             cases += [apart, dataclasses.replace(apart, num_samples=self.num_samples)]
@@ -119,12 +147,17 @@ class Bench:
         Raises: UserError for a context that the model has no room for.
         """
         if not self.context:
-            room = DEFAULT_CONTEXT if max_context_tokens is None else max_context_tokens - self.steps // 2
+            room = DEFAULT_CONTEXT if max_context_tokens is None else max_context_tokens - self._more_tokens
             return dataclasses.replace(self, context=(min(DEFAULT_CONTEXT, room),))
-        longest = max(self.context) + self.steps // 2
+        longest = max(self.context) + self._more_tokens
         if max_context_tokens is not None and longest > max_context_tokens:
             raise UserError(f"context {max(self.context)} takes {longest} tokens; the model's context is {max_context_tokens}")
         return self
+
+    @property
+    def _more_tokens(self) -> int:
+        """Tokens that a sequence has beyond its context."""
+        return 1 if self.prefill else self.steps // 2
 
     def make_mesh(self, config: ModelConfig) -> Mesh | None:
         """Make the mesh. Raises UserError for one that does not fit the model or the batches."""
@@ -141,13 +174,15 @@ class Bench:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         bench, shape, model, workload, tokens_of = self._subject()
         mesh = bench.make_mesh(shape.config)
-        tokens_of(Case("span", 1, min(bench.context), bench.steps))  # an impossible workload is refused before anything is measured
+        # An impossible workload is refused before anything is measured.
+        tokens_of(min(bench.cases, key=lambda case: (case.context_tokens, case.batch_size)))
         settings = {
             name: value for name, value in dataclasses.asdict(bench).items() if name not in ("checkpoint", "base", "shape", "json", "plot")
         }
         results = {
             "shape": self.checkpoint.name if self.checkpoint else self.shape,
             **report_header(),
+            "bf16_peak_flops_per_second": bf16_peak(jax.devices()[0].device_kind),
             "workload": workload,
             "plan": settings,
             "model": dataclasses.asdict(shape.config),
@@ -176,19 +211,27 @@ class Bench:
             bench = self.with_contexts(model.config.max_context_tokens)
         else:
             assert self.shape is not None
-            bench, shape = self.with_contexts(None), named_shape(self.shape, arithmetic_vocab=self.workload == "arithmetic")
-            shape = shape.with_context(max(bench.context) + self.steps // 2 + STREAMED_TOKENS)
+            bench, num_labels = self.with_contexts(None), DEFAULT_VOCAB.num_labels
+            if self.prefill:
+                num_labels = max(num_labels, prompt_operators(max(bench.context)) + 1)
+            task = dataclasses.replace(task, vocab=Vocab(num_labels))
+            shape = named_shape(self.shape, arithmetic_vocab=self.workload == "arithmetic", num_labels=num_labels)
+            shape = shape.with_context(max(bench.context) + self._more_tokens + STREAMED_TOKENS)
         is_arithmetic = shape.vocab == SpanVocab(**task.vocab.span_ids())
         workload = self.workload or ("arithmetic" if is_arithmetic else "segments")
         if workload == "arithmetic" and not is_arithmetic:
             raise UserError("workload is 'arithmetic', but the model has another vocabulary; allowed: segments")
+        if self.prefill and workload == "arithmetic":
+            check_labels(prompt_operators(max(bench.context)), task.vocab, max(bench.context))
 
         @functools.lru_cache(maxsize=2)
-        def draw(batch_size: int, num_tokens: int):
-            size: dict[str, int] = {"batch_size": batch_size, "num_tokens": num_tokens, "steps": self.steps, "seed": self.seed}
+        def draw(batch_size: int, num_tokens: int) -> Tokens:
+            size: dict[str, Any] = {"batch_size": batch_size, "num_tokens": num_tokens, "seed": self.seed}
+            if not self.prefill:
+                size["steps"] = self.steps
             if workload == "arithmetic":
-                return arithmetic_tokens(task, **size)
-            return segment_tokens(shape, attended_fraction=self.attended_fraction, **size)
+                return (arithmetic_prompts if self.prefill else arithmetic_tokens)(task, **size)
+            return (segment_prompts if self.prefill else segment_tokens)(shape, attended_fraction=self.attended_fraction, **size)
 
         return bench, shape, model, workload, lambda case: draw(case.batch_size, case.num_tokens)
 
@@ -200,7 +243,8 @@ class Bench:
             elif self.peers:
                 config = to_hugging_face(shape.config, shape.vocab, shape.vocab_size)
                 every = itertools.product(self.peers, self.context, self.batch_size)
-                cases = [{"peer": peer, "batch_size": b, "context_tokens": context, "steps": self.steps} for peer, context, b in every]
+                cases = [{"peer": peer, "batch_size": b, "context_tokens": context} for peer, context, b in every]
+                cases = cases if self.prefill else [case | {"steps": self.steps} for case in cases]
                 process = stack.enter_context(hf.Peers(config, cases, self.seed))
             compiled = compile_all(shape, self.cases, mesh)  # beside the peers' own compilation
             if process:
@@ -209,9 +253,18 @@ class Bench:
         yield from sweep(shape, self.cases, tokens_of, model=model, mesh=mesh, compiled=compiled, **options)
 
 
+# The options that say something of decode steps only.
+_STEPS_ONLY = ("steps", "num_samples", "stream_check")
+
+
+def _module_of(case: AnyCase) -> Any:
+    """Return the module that compiles and measures a case."""
+    return prefill if isinstance(case, PrefillCase) else decoding
+
+
 def sweep(
     shape: Shape,
-    cases: Sequence[Case],
+    cases: Sequence[AnyCase],
     tokens_of: TokensOf,
     *,
     model: Decoder | None = None,
@@ -219,19 +272,19 @@ def sweep(
     stream: bool = False,
     profile: bool = False,
     mesh: Mesh | None = None,
-    compiled: Mapping[Case, Programs | DoesNotFit] | None = None,
+    compiled: Mapping[AnyCase, Programs | PrefillProgram | DoesNotFit] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure cases and yield the row of each; a case that does not fit in memory gets a row that says so.
 
     Args:
-      tokens_of: the workload of a case, [B, case.num_tokens].
+      tokens_of: the workload of a case, [B, case.num_tokens]; of a prefill the prompts.
       model: with its weights in float32 or the compute dtype; by default random weights.
       stream: measure streaming too, on the first case with span attention.
       profile: run each case once more, under the profiler.
       mesh: the devices to decode on, by default one.
       compiled: the result of `compile_all` for the cases.
     """
-    streamed = next((case for case in cases if case.attention == "span" and case.weights == "bf16"), None)
+    streamed = next((case for case in cases if case.attention == "span" and case.weights == "bf16"), None) if stream else None
     waiting = dict(compile_all(shape, cases, mesh) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
     params, quantized = Engine(decoder, mesh).params, False
@@ -244,21 +297,23 @@ def sweep(
                 if case.weights == "int8" and not quantized:
                     decoder, quantized = decoder.for_decoding(weights="int8"), True
                     params = Engine(decoder, mesh).params
-                row = measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
+                row = _module_of(case).measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
         except DoesNotFit as reason:
             row = {"not_run": str(reason)}
-        yield case.row | row
-        if stream and case == streamed:
-            yield case.row | {"stream": True} | measure_stream(decoder, tokens_of(case), case, mesh)
+        settings = dataclasses.asdict(case)
+        settings["int8"] = settings.pop("weights") == "int8"
+        yield settings | row
+        if isinstance(case, Case) and case == streamed:
+            yield settings | {"stream": True} | measure_stream(decoder, tokens_of(case), case, mesh)
 
 
-def compile_all(shape: Shape, cases: Sequence[Case], mesh: Mesh | None = None) -> dict[Case, Programs | DoesNotFit]:
+def compile_all(shape: Shape, cases: Sequence[AnyCase], mesh: Mesh | None = None) -> dict[AnyCase, Programs | PrefillProgram | DoesNotFit]:
     """Compile every case, side by side because XLA leaves most processors idle on one program."""
 
-    def compile_one(case: Case) -> Programs | DoesNotFit:
+    def compile_one(case: AnyCase) -> Programs | PrefillProgram | DoesNotFit:
         try:
             with catch_out_of_memory():
-                return compile_case(shape, case, mesh)
+                return _module_of(case).compile_case(shape, case, mesh)
         except DoesNotFit as reason:
             return reason
 

@@ -221,11 +221,11 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
     def broken(*_, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    measure = sweep.measure_case
-    monkeypatch.setattr(sweep, "measure_case", lambda *a, **o: (out_of_memory if a[2] == other else measure)(*a, **o))
+    measure = decoding.measure_case
+    monkeypatch.setattr(decoding, "measure_case", lambda *a, **o: (out_of_memory if a[2] == other else measure)(*a, **o))
     rows = list(sweep.sweep(shape, [other, small], segments, compiled=compiled))
     assert rows[0]["not_run"] == "does not fit: the device ran out of memory" and rows[1]["ms_per_step"] > 0
-    monkeypatch.setattr(sweep, "measure_case", broken)
+    monkeypatch.setattr(decoding, "measure_case", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         list(sweep.sweep(shape, [small], segments, compiled=compiled))
 

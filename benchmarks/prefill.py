@@ -1,0 +1,183 @@
+"""Measure how fast prompts are read: first-token times against the peak of the matrix units.
+
+A first-token time is the wall time of the compiled program that reads the prompts, from token ids on the device to the logits of
+the first new token and the cache from which decoding goes on: the median of up to five runs, compilation excluded. Operations are
+the model's (`prefill_flops`): its matrix products, and the pairs of tokens that the mask allows (`count_pairs`). Padding, and pairs
+that are computed although the mask cuts them, count as time but not as operations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from benchmarks.decoding import bytes_of, check_fits, footprint, prefill_arguments, time_prefill
+from benchmarks.shapes import Shape
+from benchmarks.timing import device_times, median_and_spread
+from pallas_kernels import PromptMask
+from selfspan_jax.attention.policies import Policy, get_policy
+from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.state import bucket
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import SpanVocab
+from selfspan_jax.training.metrics import matrix_parameters, mfu
+
+MAX_SECONDS = 30.0  # after which a prefill is not repeated again
+Prompts = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]  # padded, and how many tokens of each row there are
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillCase:
+    """One configuration to measure."""
+
+    attention: str
+    batch_size: int
+    context_tokens: int
+    """Tokens that each prompt has, at most."""
+    weights: Weights = "bf16"
+
+    @property
+    def num_tokens(self) -> int:
+        return self.context_tokens
+
+    @property
+    def num_prompts(self) -> int:
+        return self.batch_size
+
+    @property
+    def config(self) -> DecodeConfig:
+        return DecodeConfig(attention=self.attention, max_new_tokens=1)
+
+
+@dataclasses.dataclass
+class PrefillProgram:
+    """The compiled program of a case; nothing is allocated yet."""
+
+    engine: Engine  # shapes in place of parameters
+    prefill: jax.stages.Compiled
+    compile_seconds: float
+
+
+def compile_case(shape: Shape, case: PrefillCase, mesh: Mesh | None = None) -> PrefillProgram:
+    """Compile a case from shapes alone.
+
+    Raises: DoesNotFit where its arguments, results and temporaries exceed the device's memory.
+    """
+    began = time.perf_counter()
+    engine = Engine(shape.abstract(case.weights), mesh)
+    check_fits(bytes_of(engine.params))
+    prefill = engine.lower_prefill(case.batch_size, case.context_tokens, case.config).compile()
+    check_fits(footprint(prefill))
+    return PrefillProgram(engine, prefill, time.perf_counter() - began)
+
+
+def measure_case(
+    shape: Shape, params: tuple[Array, ...], case: PrefillCase, program: PrefillProgram, prompts: Prompts, *, profile: bool = False
+) -> dict[str, Any]:
+    """Run a compiled case on prompts and return its row, with the device's time by kind of operation if `profile`.
+
+    On a mesh bytes are those of one device; tokens, pairs and operations those of all.
+    """
+    token_ids, lengths = prompts
+    arguments = prefill_arguments(program.prefill, params, token_ids, lengths, shape.vocab.pad_id)
+    state, seconds = time_prefill(program.prefill, arguments, MAX_SECONDS)
+    median_ms, spread_ms = median_and_spread([1e3 * each for each in seconds])
+    memory, mesh = program.prefill.memory_analysis(), program.engine.mesh
+    pairs = count_pairs(prompt_mask(get_policy(case.attention), token_ids, lengths, shape.vocab, shape.config))
+    row: dict[str, Any] = {
+        "time_to_first_token_ms": median_ms,
+        "spread_ms": spread_ms,
+        "repetitions": len(seconds),
+        "num_tokens": int(lengths.sum()),
+        "allowed_pairs": pairs,
+        "allowed_fraction": pairs / causal_pairs(lengths),
+        "num_devices": 1 if mesh is None else mesh.size,
+        "kv_memory_bytes": bytes_of(state.cache.pools),
+        "argument_memory_bytes": memory.argument_size_in_bytes,
+        "temporary_memory_bytes": memory.temp_size_in_bytes,
+        "program_memory_bytes": footprint(program.prefill),
+        "process_peak_memory_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "compile_seconds": program.compile_seconds,
+    }
+    del state
+    return row | (device_times(lambda: program.prefill(*arguments), 1) if profile else {})
+
+
+# -------------------------------------------------------------------------------------------------------- what is counted
+
+
+def prompt_mask(policy: Policy, token_ids: Int[np.ndarray, "B T"], lengths, vocab: SpanVocab, views: ModelConfig) -> PromptMask:
+    """Return the mask of whole prompts, without its lists of tiles."""
+    padding = bucket(token_ids.shape[1]) - token_ids.shape[1]
+    padded = jnp.asarray(np.pad(token_ids, ((0, 0), (0, padding)), constant_values=vocab.pad_id), jnp.int32)
+    return _prompt_mask(policy, padded, jnp.asarray(lengths, jnp.int32), vocab, views)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "vocab", "views"))
+def _prompt_mask(policy: Policy, token_ids, lengths, vocab: SpanVocab, views: ModelConfig) -> PromptMask:
+    masks = policy.prompt_masks(token_ids, lengths, vocab, views, responses=False)
+    assert masks is not None  # prompts only
+    return dataclasses.replace(masks(jnp.int32(0), token_ids.shape[1]), key_tiles=None, key_counts=None, blocks=None)
+
+
+def causal_pairs(lengths: Iterable[int]) -> int:
+    """Count the pairs of sequences in which every token attends to itself and everything before."""
+    return sum(length * (length + 1) // 2 for length in map(int, lengths))
+
+
+def count_pairs(mask: PromptMask) -> int:
+    """Count the pairs of queries and keys that a mask of whole prompts allows, padding aside; no pair is ever stored."""
+    lengths = np.asarray(mask.lengths)
+    if mask.query_labels is None or mask.key_labels is None:
+        return causal_pairs(lengths)
+    total = 0
+    for query_labels, key_labels, length in zip(np.asarray(mask.query_labels, np.int64), np.asarray(mask.key_labels, np.int64), lengths):
+        index = np.arange(length)
+        before = np.maximum(index + 1 - mask.window_tokens, 0)  # keys that are older than the window
+        queries, keys = query_labels[:length], key_labels[:length]
+        shared = np.concatenate([[0], np.cumsum(keys == 0)])[before]
+        places = np.sort(keys * length + index)  # by label, then by position
+        own = np.searchsorted(places, queries * length + before) - np.searchsorted(places, queries * length)
+        total += int(np.sum(index + 1 - before) + np.sum(shared) + np.sum(own[queries != 0]))
+    return total
+
+
+def prefill_flops(model: Decoder, num_tokens: int, num_prompts: int, num_pairs: int) -> int:
+    """Count the floating-point operations of reading prompts: those of a forward pass, with the logits of each last token only.
+
+        2 x (parameters of the layers' matrix products) x tokens  +  2 x V x D x prompts  +  4 x layers x N x H x (allowed pairs)
+
+    As `step_flops` counts: a product of n parameters with a token is 2 n operations, scores and values of a pair 4 H for each
+    query head. The lookup of embeddings, norms and rotations are not counted.
+    """
+    config = model.config
+    layers, output = matrix_parameters(model)
+    return 2 * layers * num_tokens + 2 * output * num_prompts + 4 * config.num_layers * config.num_heads * config.head_size * num_pairs
+
+
+def rates(shape: Shape, row: dict[str, Any]) -> dict[str, Any]:
+    """Compute the rates of a row, ours or a peer's: tokens and operations per second, percent of the bf16 peak (None without one).
+
+    `floor_ms` is the time that the operations take at the peak.
+    """
+    model = shape.abstract()
+    flops = prefill_flops(model, row["num_tokens"], row["batch_size"], row["allowed_pairs"])
+    per_second = 1e3 * flops / row["time_to_first_token_ms"]
+    utilisation = mfu(model, per_second / row.get("num_devices", 1))
+    return {
+        "tokens_per_second": 1e3 * row["num_tokens"] / row["time_to_first_token_ms"],
+        "model_flops": flops,
+        "model_flops_per_second": per_second,
+        "percent_of_peak": None if utilisation is None else 100 * utilisation,
+        **({} if utilisation is None else {"floor_ms": utilisation * row["time_to_first_token_ms"]}),
+    }
