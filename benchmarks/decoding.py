@@ -118,7 +118,7 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     return Programs(engine, prefill, replay, oracle_mask, needed, time.perf_counter() - began)
 
 
-def footprint(program: jax.stages.Compiled) -> int:
+def footprint(program: Any) -> int:
     """Count the bytes of a compiled program's arguments, results and temporaries."""
     memory = program.memory_analysis()
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -30,7 +30,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.training.metrics import matrix_parameters, mfu
+from selfspan_jax.training.metrics import mfu, step_flops
 
 MAX_SECONDS = 30.0  # after which a prefill is not repeated again
 Prompts = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]  # padded, and how many tokens of each row there are
@@ -64,7 +64,7 @@ class PrefillProgram:
     """The compiled program of a case; nothing is allocated yet."""
 
     engine: Engine  # shapes in place of parameters
-    prefill: jax.stages.Compiled
+    prefill: Any
     compile_seconds: float
 
 
@@ -152,17 +152,15 @@ def count_pairs(mask: PromptMask) -> int:
     return total
 
 
-def prefill_flops(model: Decoder, num_tokens: int, num_prompts: int, num_pairs: int) -> int:
+def prefill_flops(model: Decoder, num_tokens: int, num_prompts: int, num_pairs: int) -> float:
     """Count the floating-point operations of reading prompts: those of a forward pass, with the logits of each last token only.
 
         2 x (parameters of the layers' matrix products) x tokens  +  2 x V x D x prompts  +  4 x layers x N x H x (allowed pairs)
 
-    As `step_flops` counts: a product of n parameters with a token is 2 n operations, scores and values of a pair 4 H for each
-    query head. The lookup of embeddings, norms and rotations are not counted.
+    A third of a training step (`step_flops`), less the output layer's products that are not needed: a product of n parameters with
+    a token is 2 n operations, scores and values of a pair 4 H for each query head; norms and rotations are not counted.
     """
-    config = model.config
-    layers, output = matrix_parameters(model)
-    return 2 * layers * num_tokens + 2 * output * num_prompts + 4 * config.num_layers * config.num_heads * config.head_size * num_pairs
+    return step_flops(model, num_tokens, num_pairs) / 3 - 2 * model.vocab_size * model.config.hidden_size * (num_tokens - num_prompts)
 
 
 def rates(shape: Shape, row: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 from tyro.conf import Positional, arg
@@ -53,8 +51,7 @@ from selfspan_jax.weights.huggingface import to_hugging_face
 
 DEFAULT_CONTEXT = 2048
 AnyCase = Case | PrefillCase
-Tokens = Int[np.ndarray, "B T"] | prefill.Prompts  # whole sequences, or prompts
-TokensOf = Callable[[Any], Tokens]
+TokensOf = Callable[[AnyCase], Any]  # whole sequences [B, T], or prompts with their lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +222,7 @@ class Bench:
             check_labels(prompt_operators(max(bench.context)), task.vocab, max(bench.context))
 
         @functools.lru_cache(maxsize=2)
-        def draw(batch_size: int, num_tokens: int) -> Tokens:
+        def draw(batch_size: int, num_tokens: int):
             size: dict[str, Any] = {"batch_size": batch_size, "num_tokens": num_tokens, "seed": self.seed}
             if not self.prefill:
                 size["steps"] = self.steps

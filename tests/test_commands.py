@@ -244,6 +244,26 @@ def test_bench_writes_a_row_for_each_configuration(call, small, tmp_path, monkey
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_times_prefill(call, small, tmp_path):
+    """Each length and policy has a row; prompts longer than the labels last, and options of decode steps, are refused."""
+    file, picture = tmp_path / "prefill.json", tmp_path / "prefill.png"
+    sizes = ["--batch-size", "2", "--context", "40,90", "--attention", "span,dense"]
+    status, out, err = call(decode.main, "bench", small, "--prefill", *sizes, "--json", file, "--plot", picture)
+    assert (status, err) == (0, "")
+    report = json.loads(file.read_text())
+    assert report["workload"] == "arithmetic" and report["plan"]["prefill"] and report["plan"]["seed"] == 0 and report["versions"]["jax"]
+    assert [(row["context_tokens"], row["attention"]) for row in report["rows"]] == [
+        (n, name) for n in (40, 90) for name in ("dense", "span")
+    ]
+    promised = {
+        "time_to_first_token_ms", "spread_ms", "num_tokens", "tokens_per_second", "allowed_pairs", "allowed_fraction", "model_flops",
+        "model_flops_per_second", "percent_of_peak", "kv_memory_bytes", "argument_memory_bytes", "temporary_memory_bytes",
+        "program_memory_bytes", "speedup_over_dense", "compile_seconds",
+    }  # fmt: skip
+    assert all(promised <= row.keys() for row in report["rows"])
+    assert out.splitlines()[-5].split()[:4] == ["batch", "context", "first", "token"] and picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_bench_skips_what_does_not_fit_and_streams(call, small, monkeypatch):
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 20 * 2**20)
     arguments = ["--batch-size", "1,500", "--context", "96", "--steps", "8", "--attention", "span", "--stream-check"]
@@ -320,6 +340,8 @@ DECODE_ERRORS = {
     "unknown policy": (["bench", CHECKPOINT, "--attention", "dense,full"], "full"),
     "no number": (["bench", CHECKPOINT, "--batch-size", "1,x"], "batch-size"),
     "no such peer": (["bench", CHECKPOINT, "--peers", "vllm"], "vllm"),
+    "steps of a prefill": (["bench", CHECKPOINT, "--prefill", "--steps", "8"], "--steps is for decode steps: leave it out with --prefill"),
+    "a prefill of a step's peer": (["bench", CHECKPOINT, "--prefill", "--peers", "hf-eager"], "peers has hf-eager; allowed with --prefill"),
     "odd steps": (["bench", CHECKPOINT, "--steps", "7"], "steps is 7"),
     "context beyond the model's": (["bench", CHECKPOINT, "--context", "4096"], "the model's context is 2048"),
     "no such share": (

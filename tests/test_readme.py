@@ -11,6 +11,7 @@ import pytest
 
 import decode
 import train
+from benchmarks import prompt_attention
 from benchmarks import span_decode as bench
 from data import __main__ as data_command
 from tests.test_commands import TOY
@@ -23,6 +24,7 @@ SMALLER = {
     "decode.py": (decode.main, ["--num-examples", "4"]),
     "data": (data_command.main, ["--num-examples", "30"]),
     "benchmarks.span_decode": (bench.main, ["--help"]),  # it wants a GPU, or minutes
+    "benchmarks.prompt_attention": (prompt_attention.main, ["--help"]),
 }
 
 

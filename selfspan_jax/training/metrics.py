@@ -40,14 +40,6 @@ def bf16_peak(device_kind: str) -> float | None:
     return next((peak for name, peak in _BF16_PEAKS.items() if name in device_kind), None)
 
 
-def matrix_parameters(model: Decoder) -> tuple[int, int]:
-    """Count the parameters of matrix products: of all layers, and of the output layer."""
-    config = model.config
-    head_sizes = (2 * config.num_kv_heads + 2 * config.num_heads) * config.head_size  # queries, keys, values and the output map
-    layer = config.hidden_size * (head_sizes + 3 * config.intermediate_size)
-    return config.num_layers * layer, model.vocab_size * config.hidden_size
-
-
 def step_flops(model: Decoder, num_tokens: float, num_pairs: float) -> float:
     """Count the floating-point operations of training on some tokens, forward and backward.
 
@@ -63,7 +55,10 @@ def step_flops(model: Decoder, num_tokens: float, num_pairs: float) -> float:
       num_tokens: tokens without padding.
       num_pairs: attended pairs of tokens.
     """
-    config, parameters = model.config, sum(matrix_parameters(model))
+    config = model.config
+    head_sizes = (2 * config.num_kv_heads + 2 * config.num_heads) * config.head_size  # queries, keys, values and the output map
+    layer = config.hidden_size * (head_sizes + 3 * config.intermediate_size)
+    parameters = config.num_layers * layer + model.vocab_size * config.hidden_size
     flat = nnx.to_flat_state(nnx.state(model))
     looked_up = "" if model.lm_head is None else "embed_tokens"
     frozen = sum(leaf.size for path, leaf in flat if isinstance(leaf, Frozen) and leaf.ndim == 2 and path[0] != looked_up)

@@ -310,6 +310,7 @@ def test_the_peers_that_need_no_compiler_run(monkeypatch, capsys):
     import torch
 
     cases = [{"peer": peer, "batch_size": 2, "context_tokens": 64, "steps": 8} for peer in ("hf-eager", "hf-generate")]
+    cases += [{"peer": "hf-sdpa", "batch_size": 2, "context_tokens": 40}]
     job = {"config": to_hugging_face(SHAPE.config, SHAPE.vocab, SHAPE.vocab_size), "cases": cases, "seed": 0}
     monkeypatch.setattr(sys, "argv", ["benchmarks/peers.py", json.dumps(job)])
     monkeypatch.setattr(sys, "stdin", io.StringIO("measure\n"))
@@ -320,5 +321,7 @@ def test_the_peers_that_need_no_compiler_run(monkeypatch, capsys):
     finally:
         torch.set_num_threads(threads)
     rows = [json.loads(line.removeprefix("row: ")) for line in capsys.readouterr().out.splitlines() if line.startswith("row: ")]
-    assert [row["peer"] for row in rows] == ["hf-eager", "hf-generate"]
+    assert [row["peer"] for row in rows] == ["hf-eager", "hf-generate", "hf-sdpa"]
+    prefill = rows.pop()
+    assert prefill["time_to_first_token_ms"] > 0 and (prefill["num_tokens"], prefill["allowed_pairs"]) == (80, 2 * 40 * 41 // 2)
     assert all(row["ms_per_step"] > 0 and row["mean_context_tokens"] == 64.5 for row in rows)

@@ -54,6 +54,8 @@ def test_rows_of_kernels_stand_beside_their_bytes(tmp_path, monkeypatch, capsys)
         ("all-gather-start.1 ncclDevKernel_AllGather_RING_LL", "communication"),
         ("custom-call.7 span_decode_attend", "attention"),
         (" masked_attention_forward", "attention"),
+        ("custom-call.8 prompt_attention", "attention"),
+        ("custom-call.8 _kernel_mosaic_gpu_kernel", "attention"),
         ("custom-call.9 nvjet_tst_128x8_64x12_4x1_v_bz_TNT", "matrix products"),
         ("custom-call fused_linear", "matrix products"),
         ("loop_add_fusion.12 loop_add_fusion_12", "the rest"),
