@@ -20,15 +20,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from benchmarks.decoding import bytes_of, check_fits, footprint, prefill_arguments, time_prefill
+from benchmarks.decoding import footprint, prefill_arguments, time_prefill
 from benchmarks.shapes import Shape
 from benchmarks.timing import device_times, median_and_spread
 from pallas_kernels import PromptMask
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.state import bucket
+from selfspan_jax.decoding.state import DecodeState, bucket
+from selfspan_jax.memory import bytes_of, check_fits
 from selfspan_jax.model import Decoder
+from selfspan_jax.parallel import layout
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import mfu, step_flops
 
@@ -75,8 +77,9 @@ def compile_case(shape: Shape, case: PrefillCase, mesh: Mesh | None = None) -> P
     """
     began = time.perf_counter()
     engine = Engine(shape.abstract(case.weights), mesh)
-    check_fits(bytes_of(engine.params))
-    prefill = engine.lower_prefill(case.batch_size, case.context_tokens, case.config).compile()
+    lowered = engine.lower_prefill(case.batch_size, case.context_tokens, case.config)
+    check_fits(bytes_of(engine.params) + bytes_of(layout.device_put_global(lowered.out_info, mesh, DecodeState.partition_specs())))
+    prefill = lowered.compile()
     check_fits(footprint(prefill))
     return PrefillProgram(engine, prefill, time.perf_counter() - began)
 

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import decoding, prefill, report, sweep, workloads
+from benchmarks import prefill, report, sweep, workloads
 from benchmarks.prefill import PrefillCase
 from benchmarks.shapes import Shape, named_shape
 from benchmarks.sweep import Bench
 from data import arithmetic
 from data.vocab import Vocab
-from selfspan_jax import files
+from selfspan_jax import files, memory
 from selfspan_jax.attention.policies import Window, get_policy
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.training import metrics
@@ -131,7 +131,7 @@ def test_rows_say_what_was_read(measured):
 
 def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
     small, large = PrefillCase("dense", 1, 70), PrefillCase("dense", 500, 70)
-    monkeypatch.setattr(decoding, "device_memory_bytes", lambda: 8 * 2**20)
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: 8 * 2**20)
     rows = list(sweep.sweep(SHAPE, [large, small], prompts_of))
     assert "does not fit: needs" in rows[0]["not_run"] and "num_tokens" not in rows[0] and rows[1]["num_tokens"] == 70
 
