@@ -155,9 +155,7 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
     read = Slots(slots.slots, jnp.where(active, slots.counts, 0))
     attend = attend_cached(jnp.where(active, own, outside), read, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
-    ends = tokens == model.vocab.eos_id
-    for stop_id in config.stop_ids:
-        ends |= tokens == stop_id
+    ends = jnp.isin(tokens, jnp.array([model.vocab.eos_id, *config.stop_ids], jnp.int32))
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(cache, pools=pools),
