@@ -228,6 +228,7 @@ class SpanLM:
         ids: Sequence[Int[np.ndarray, "T"]],
         num_samples: int = 1,
         first_sequence: int = 0,
+        /,
         *,
         attention: str | Policy | None = None,
         max_new_tokens: int | None = None,

@@ -53,11 +53,10 @@ class KVCache:
     def extended(self, num_tokens: Int[Array, "B"], new_capacity: int) -> KVCache:
         """Allocate B * new_capacity more rows, for the tokens of each sequence from number `num_tokens[b]` on."""
         batch, capacity = self.slot_table.shape
-        first = self.pools[0][0].shape[0]
         pools = tuple(tuple(jnp.pad(pool, ((0, batch * new_capacity), (0, 0), (0, 0))) for pool in layer) for layer in self.pools)
-        sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        first = self.pools[0][0].shape[0] + new_capacity * jnp.arange(batch, dtype=jnp.int32)[:, None]
         new_token = jnp.arange(capacity + new_capacity, dtype=jnp.int32)[None, :] - num_tokens[:, None]
-        own_slot = first + sequence * new_capacity + jnp.clip(new_token, 0, new_capacity - 1)
+        own_slot = first + jnp.clip(new_token, 0, new_capacity - 1)
         old_slot = jnp.pad(self.slot_table, ((0, 0), (0, new_capacity)))
         return KVCache(pools, jnp.where(new_token < 0, old_slot, own_slot))  # type: ignore[arg-type]  # pools are pairs
 

@@ -147,29 +147,20 @@ class Engine:
         return _extend(self.graph, self.params, state, config, min(room, -(-(limit_tokens - room) // 64) * 64))
 
     def generate(
-        self, token_ids, lengths, config: DecodeConfig, key=None, *, num_samples: int = 1, limit_tokens: int | None = None
+        self, token_ids, lengths, config: DecodeConfig, key=None, *, limit_tokens: int | None = None, **samples: int
     ) -> DecodeState:
-        """Prefill, then decode until every sequence has written `<eos>` or `limit_tokens`. Arguments as for `prefill`.
+        """Prefill, then decode until every sequence has written `<eos>` or `limit_tokens`. Other arguments as for `prefill`.
 
-        Args:
-          limit_tokens: by default `config.max_new_tokens`. Where it is more, memory for that many is taken first, then doubled as
-            long as a sequence has not ended.
+        By default the limit is `config.max_new_tokens`. Where it is more, memory for that many is taken first, then doubled as long as
+        a sequence has not ended.
         """
-        state = self.run(self.prefill(token_ids, lengths, config, key, num_samples=num_samples), config, until=limit_tokens)
+        state = self.run(self.prefill(token_ids, lengths, config, key, **samples), config, until=limit_tokens)
         while limit_tokens is not None and state.new_tokens.shape[1] < limit_tokens and not jnp.all(state.done):
             state = self.run(self.extend(state, config, limit_tokens), config, until=limit_tokens)
         return state
 
     def stream(
-        self,
-        token_ids,
-        lengths,
-        config: DecodeConfig,
-        key=None,
-        *,
-        num_samples: int = 1,
-        limit_tokens: int | None = None,
-        chunk_tokens: int = 8,
+        self, token_ids, lengths, config: DecodeConfig, key=None, *, limit_tokens: int | None = None, chunk_tokens: int = 8, **samples
     ) -> Iterator[Chunk]:
         """Yield the tokens that `generate` would return, `chunk_tokens` at a time as they are decoded. Arguments as for `generate`.
 
@@ -178,7 +169,7 @@ class Engine:
         limit = config.max_new_tokens if limit_tokens is None else limit_tokens
 
         def decode() -> Iterator[tuple[int, Any]]:
-            state, start = self.prefill(token_ids, lengths, config, key, num_samples=num_samples), 0
+            state, start = self.prefill(token_ids, lengths, config, key, **samples), 0
             while start < limit:
                 if start == state.new_tokens.shape[1]:
                     state = self.extend(state, config, limit)

@@ -14,29 +14,23 @@ from selfspan_jax.spans import SpanVocab
 
 @functools.partial(jax.jit, static_argnames=("num_sequences",))
 def sequence_keys(key: PRNGKeyArray | None, num_sequences: int, first: int | Int[Array, ""] = 0) -> PRNGKeyArray:
-    """Derive a key for each sequence of a batch, so that what one draws depends on no other; from key 0 where none is given.
-
-    `first` is the number of the first sequence, where it is not the first batch.
-    """
+    """Derive a key for each sequence from number `first` on, so that what one draws depends on no other; from key 0 where none is given."""
     numbers = jnp.arange(num_sequences, dtype=jnp.uint32) + jnp.uint32(first)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, numbers)
 
 
 def occurring(token_ids: Int[Array, "B T"], inside: Bool[Array, "B T"], vocab: SpanVocab, vocab_size: int) -> Bool[Array, "B V"]:
     """Mark the tokens that occur where `inside`, span tokens (`<seg>`, `<ref>`) excepted: what `repetition_penalty` is for."""
-    spans = [(token_ids >= base) & (token_ids < base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base)]
-    counted = inside & ~spans[0] & ~spans[1]
+    segs, refs = ((token_ids >= base) & (token_ids < base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
+    counted = inside & ~segs & ~refs
     row = jnp.arange(token_ids.shape[0], dtype=jnp.int32)[:, None]
     return jnp.zeros((len(token_ids), vocab_size), bool).at[row, jnp.where(counted, token_ids, vocab_size)].set(True, mode="drop")
 
 
-def sample(
-    logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling, occurred: Bool[Array, "B V"] | None = None
-) -> Int[Array, "B"]:
+def sample(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling, occurred: Array | None = None) -> Int[Array, "B"]:
     """Sample the next tokens: the most likely ones at temperature 0, else draws from those that the filters leave.
 
-    Args:
-      occurred: the tokens of each sequence so far; needed where there is a repetition penalty.
+    `occurred` marks the tokens of each sequence so far, where there is a repetition penalty.
     """
     if occurred is not None:
         logits = penalized(logits, occurred, sampling)

@@ -127,15 +127,14 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
         return jnp.pad(x, ((0, 0), (0, num_tokens)), constant_values=fill)
 
     cache = state.cache.extended(state.span.num_tokens, num_tokens)
-    slots, unused = state.slots, get_policy(config.attention).initial_slots(cache.slot_table)
-    width = unused.slots.shape[1]
-    kept = jnp.pad(slots.slots, ((0, 0), (0, width - slots.slots.shape[1])))
-    used = jnp.arange(width, dtype=jnp.int32)[None, :] < slots.counts[:, None]
+    unused = get_policy(config.attention).initial_slots(cache.slot_table).slots
+    kept = jnp.pad(state.slots.slots, ((0, 0), (0, unused.shape[1] - state.slots.slots.shape[1])))
+    used = jnp.arange(unused.shape[1], dtype=jnp.int32)[None, :] < state.slots.counts[:, None]
     return dataclasses.replace(
         state,
         cache=cache,
         span=dataclasses.replace(state.span, token_labels=padded(state.span.token_labels, -1)),
-        slots=Slots(jnp.where(used, kept, unused.slots), slots.counts),
+        slots=Slots(jnp.where(used, kept, unused), state.slots.counts),
         new_tokens=padded(state.new_tokens, model.vocab.pad_id),
         num_attended=padded(state.num_attended, 0),
     )
