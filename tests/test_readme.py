@@ -121,6 +121,13 @@ def test_links_and_files_that_are_named_are_there(page):
         assert len(paths) > 10 and all((ROOT / path).exists() for path in paths)
 
 
+def test_the_readme_stays_short_and_its_tree_is_there():
+    assert len(README.split()) <= 750
+    (tree,) = (block for block in blocks("text") if "selfspan_jax/" in block)
+    names = [name for line in tree.splitlines() for name in re.findall(r"^(?:[\w./]+  ?)+", line)[0].split()]
+    assert len(names) >= 12 and all((ROOT / name).exists() for name in names)
+
+
 def test_the_commands_for_contributors_are_there():
     """Every `make` of CONTRIBUTING.md and of the workflow has its target; the hooks are what `make lint types` runs."""
     pages = [ROOT / "CONTRIBUTING.md", ROOT / ".github" / "workflows" / "ci.yml", ROOT / ".ci" / "run"]
