@@ -29,10 +29,12 @@ from selfspan_jax.config import Dtype, Sampling, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.memory import catch_out_of_memory
+from selfspan_jax.selectors import SELECTORS
 from selfspan_jax.viewing import text
 from selfspan_jax.viewing.output import Output, prompt_warnings
 
 PolicyName = literal_type_from_choices(tuple(POLICIES))
+PrefillName = literal_type_from_choices(tuple(SELECTORS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class Generate(Model):
     chat: bool = False
     """Write the prompt as a user's message, by the chat template of a pretrained model's tokenizer."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
+    prefill: PrefillName = "dense"
+    """How causal prompts of 2,048 tokens and more are read: all of them, or for each head what sampled queries or mean keys point at."""
     max_new_tokens: int | None = None
     """Stop after so many tokens; by default what the model's context leaves."""
     stop: UseAppendAction[tuple[str, ...]] = ()
@@ -102,7 +106,7 @@ class Generate(Model):
     def run(self) -> None:
         prompts = files.read_prompts(self.prompts) if self.prompts else files.read_text(self.article) if self.article else str(self.prompt)
         lm = self.load(weights=self.weights)
-        names = ("attention", "max_new_tokens", "chat", "seed", "stop")
+        names = ("attention", "prefill", "max_new_tokens", "chat", "seed", "stop")
         options = {**{name: getattr(self, name) for name in names}, **vars(self.sampling)}
         told: list[str] = []
         if self.stream and isinstance(prompts, str):
@@ -120,7 +124,12 @@ class Generate(Model):
                 found = lm.generate(prompts, num_samples=self.num_samples, batch_size=self.batch_size, **options)
             outs = [found] if isinstance(found, Output) else [out for own in found for out in ([own] if isinstance(own, Output) else own)]
         several = self.prompts or self.num_samples
+        kept: dict[str, Any] = {}
+        if self.prefill != "dense":
+            some = prompts if isinstance(prompts, str) else prompts[: self.batch_size]
+            kept = {"selector": self.prefill, **lm.measure_prefill(some, self.prefill, attention=self.attention, chat=self.chat)}
         written = {"checkpoint": self.checkpoint.name, **({"responses": [out.to_json() for out in outs]} if several else outs[0].to_json())}
+        written |= {"prefill": kept} if kept else {}
         with contextlib.ExitStack() as results:  # each of them, whatever becomes of the others
             if self.plot:
                 results.callback(lambda file: files.write_picture(file, outs[0].plot()), self.plot)
@@ -129,6 +138,7 @@ class Generate(Model):
             if self.json:
                 results.callback(files.write_json, self.json, written)
             table = text.response_tables(outs) if several else text.response_table(outs[0], told=told)
+            table += f"\n{text.prefill_line(kept)}" if kept else ""
             print(text.in_color(table) if sys.stdout.isatty() and "NO_COLOR" not in os.environ else table, flush=True)
 
 

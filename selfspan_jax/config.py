@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from selfspan_jax import spans
 from selfspan_jax.errors import UserError
+from selfspan_jax.selectors import get_selector
 
 T = TypeVar("T")
 Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
@@ -264,6 +265,8 @@ class DecodeConfig:
     sampling: Sampling = Sampling()
     prefill_tokens: int = 16_384
     """Prompt tokens, over the batch, that go through the model at once; at least 64 of each prompt. Fewer take less memory."""
+    prefill: str | Hashable = "dense"
+    """Of causal prompts: "dense", "sample", "blocks", or a selector of the tiles to read (`selfspan_jax.selectors`)."""
     implementation: Implementation | None = None
     """Of the decode attention kernel; None chooses the best that the device has."""
     linear: LinearImplementation | None = None
@@ -273,6 +276,7 @@ class DecodeConfig:
 
     def __post_init__(self):
         _require_positive(self, "max_new_tokens", "prefill_tokens")
+        get_selector(self.prefill)
 
 
 def from_json(config_type: type[T], values: dict) -> T:

@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pallas_kernels.prompt_attention import Selector
+from selfspan_jax import retention
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
 from selfspan_jax.config import COMPUTE_DTYPES, DecodeConfig, Dtype, Implementation, Sampling, Weights
@@ -37,7 +39,7 @@ __all__ = ["Output", "SpanLM", "Step", "Task", "installed_tasks"]
 _FIRST_ROOM = 1024  # new tokens that memory is taken for at first, where no limit is given
 _STOP_CHUNK_TOKENS = 32  # between two looks for stop strings
 _SHOWN_CHARACTERS = 40
-_OPTIONS = ("attention", "max_new_tokens", "chat", "seed", "stop", "implementation")
+_OPTIONS = ("attention", "max_new_tokens", "chat", "seed", "stop", "prefill", "implementation")
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
@@ -130,6 +132,8 @@ class SpanLM:
           chat: write each prompt as a user's message, by the chat template of a pretrained model's tokenizer.
           seed: of what is drawn at a temperature above 0: 0 to 2**64 - 1.
           stop: a text or several, before the first of which a response ends; span tokens are text too, as written: "<seg:3>".
+          prefill: how causal prompts are read: "dense"; "sample" or "blocks", of whose tiles each head reads some; or a selector of
+            `pallas_kernels.prompt_attention`. Prompts below its `dense_below_tokens` are read densely. See `measure_prefill`.
           implementation: of the decode attention kernel; by default the best that the device has.
           sampling: fields of `Sampling`: `temperature` (0, the default, takes the most likely token), `top_k`, `top_p`, `min_p`,
             `repetition_penalty`.
@@ -234,6 +238,7 @@ class SpanLM:
         max_new_tokens: int | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        prefill: str | Selector = "dense",
         implementation: Implementation | None = None,
         **sampling: Any,
     ) -> _Call:
@@ -250,7 +255,7 @@ class SpanLM:
         else:
             limit = room = _count("max_new_tokens", max_new_tokens)
         policy = self._policy(attention)
-        config = DecodeConfig(policy, room, Sampling(**sampling), implementation=implementation, stop_ids=self.end_ids[1:])
+        config = DecodeConfig(policy, room, Sampling(**sampling), prefill=prefill, implementation=implementation, stop_ids=self.end_ids[1:])
         keys = sequence_keys(_key(seed), len(lengths) * num_samples, first_sequence)
         return _Call((token_ids, lengths, config, keys), limit, policy, check_stop_strings(stop))
 
@@ -258,6 +263,19 @@ class SpanLM:
         """Score the token after each token, in float32, in one forward pass under the mask of a policy."""
         token_ids = self._check_ids(token_ids)
         return np.asarray(_forward(*nnx.split(self.model), jnp.asarray(token_ids)[None], self._policy(attention))[0])
+
+    def measure_prefill(
+        self, prompts: str | Sequence[str], prefill: str | Selector, *, attention: str | Policy | None = None, chat: bool = False
+    ) -> dict[str, Any]:
+        """Read prompts once more, and say how much of their dense attention a sparse prefill keeps.
+
+        Returns: the least and the mean retained mass, the softmax probability that the tiles read hold of a query, and the share of
+          the tiles that are read; in all, and by layer and head. Every query is measured up to 2,048 tokens, above that one of each
+          `measured_every`.
+        """
+        token_ids, lengths = self.pad(self._encode(prompts, chat)[1])
+        config = DecodeConfig(self._policy(attention), max_new_tokens=1, prefill=prefill)
+        return retention.to_json(retention.measure_prefill(self.engine, token_ids, lengths, config))
 
     def mask(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> np.ndarray:
         """Compute which token attends to which under a policy: bool [T, T], True where it does."""

@@ -30,7 +30,7 @@ MAY_NOT_USE = {
 LEVELS = [
     {"errors"},
     {"files", "compiled"},
-    {"spans"},
+    {"spans", "selectors"},
     {"config", "task"},
     {"parallel.layout"},
     {"parallel.collectives", "parallel.mesh", "memory"},
@@ -38,7 +38,7 @@ LEVELS = [
     {"attention"},
     {"decoding", "parallel.distributed"},
     {"weights", "viewing"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "retention"},
     {"lm"},
     {""},  # the package itself: the names for users
 ]

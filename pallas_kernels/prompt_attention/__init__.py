@@ -1,6 +1,21 @@
-"""Attention of prompts over the cache's pools, by positions and labels: prefill."""
+"""Attention of prompts over the cache's pools, by positions and labels: prefill, whole or of the tiles that a selector chooses."""
 
 from pallas_kernels.prompt_attention.api import prompt_attention, unsupported_reason
 from pallas_kernels.prompt_attention.mask import PromptMask
+from pallas_kernels.prompt_attention.mass import BLOCK, Retained, retained_mass, tile_mass
+from pallas_kernels.prompt_attention.selectors import BlockMeans, SampleAttention, Selector, WindowTiles, choose_tiles
 
-__all__ = ["PromptMask", "prompt_attention", "unsupported_reason"]
+__all__ = [
+    "BLOCK",
+    "BlockMeans",
+    "PromptMask",
+    "Retained",
+    "SampleAttention",
+    "Selector",
+    "WindowTiles",
+    "choose_tiles",
+    "prompt_attention",
+    "retained_mass",
+    "tile_mass",
+    "unsupported_reason",
+]

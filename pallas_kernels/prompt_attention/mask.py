@@ -86,15 +86,25 @@ class PromptMask:
             return self.query_labels.shape[1]
         return None if self.key_tiles is None or self.blocks is None else self.key_tiles.shape[2] * self.blocks[0]
 
+    def kept_tiles(self) -> jax.Array:
+        """Return the bool [B, N or 1, T/block_q, S/block_k] of tiles that are listed."""
+        assert self.key_tiles is not None and self.key_counts is not None and self.blocks is not None
+        listed = jax.lax.broadcasted_iota(jnp.int32, self.key_tiles.shape, 3) < self.key_counts[..., 1:]
+        at = tuple(jax.lax.broadcasted_iota(jnp.int32, listed.shape, axis) for axis in range(3))
+        none = jnp.zeros((*listed.shape[:3], self.num_keys // self.blocks[1]), bool)
+        return none.at[*at, self.key_tiles].max(listed, mode="drop")
+
     def pairs(self, num_queries: int) -> jax.Array:
-        """Return the bool [B, T, S] of pairs that the mask allows, tile lists aside."""
+        """Return the bool [B, N or 1, T, S] of pairs that the mask allows: N where tiles are listed for each head."""
         position = self.first_query + jnp.arange(num_queries, dtype=jnp.int32)[:, None]
         key = jnp.arange(self.num_keys, dtype=jnp.int32)[None, :]
         mask = jnp.broadcast_to((key <= position)[None], (self.lengths.shape[0], num_queries, self.num_keys))
-        if self.query_labels is None or self.key_labels is None:
-            return mask
-        named = (self.key_labels == 0)[:, None, :] | (self.key_labels[:, None, :] == self.query_labels[:, :, None])
-        return mask & (named | (position - key < self.window_tokens)[None])
+        if self.query_labels is not None and self.key_labels is not None:
+            named = (self.key_labels == 0)[:, None, :] | (self.key_labels[:, None, :] == self.query_labels[:, :, None])
+            mask &= named | (position - key < self.window_tokens)[None]
+        if self.blocks is None:
+            return mask[:, None]
+        return mask[:, None] & jnp.repeat(jnp.repeat(self.kept_tiles(), self.blocks[0], axis=2), self.blocks[1], axis=3)
 
 
 def label_sets(labels: jax.Array, num_labels: int, block: int) -> jax.Array:

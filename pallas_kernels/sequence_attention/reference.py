@@ -5,10 +5,12 @@ import jax.numpy as jnp
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, *, scale: float) -> jax.Array:
-    """Compute all pairs in float32 and keep those of a bool [B, T, S], differentiable; independent of the kernels."""
+    """Compute all pairs in float32 and keep those of a bool [B, T, S] or [B, N, T, S], differentiable; independent of the kernels."""
     batch, num_queries, _, head_size = q.shape
     num_kv_heads = k.shape[2]
-    allowed = allowed[:, None, None]
+    of_heads = allowed[:, None] if allowed.ndim == 3 else allowed  # [B, N or 1, T, S]
+    grouping = (1, 1) if of_heads.shape[1] == 1 else (num_kv_heads, -1)
+    allowed = of_heads.reshape(batch, *grouping, *of_heads.shape[2:])
     grouped = q.astype(jnp.float32).reshape(batch, num_queries, num_kv_heads, -1, head_size)
     with jax.default_matmul_precision("highest"):
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * scale

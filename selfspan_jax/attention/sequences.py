@@ -23,7 +23,7 @@ def dot_product_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | TileMask,
+    mask: Bool[Array, "B T S"] | Bool[Array, "B N T S"] | TileMask,
     implementation: Literal["xla", "cudnn"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Compute softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G.
@@ -42,7 +42,8 @@ def dot_product_attention(
     if dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no product of float16 that adds up in float32
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # the library promotes its own scores
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation).astype(dtype)
+        mask = mask if mask.ndim == 4 else mask[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation).astype(dtype)
 
 
 def split_and_rotate(

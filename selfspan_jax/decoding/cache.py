@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import PromptMask, prompt_attention, rotate_and_write, span_decode_attention
 from pallas_kernels.prompt_attention import unsupported_reason as prompt_kernel_reason
@@ -15,6 +16,7 @@ from selfspan_jax.attention.policies import Slots
 from selfspan_jax.attention.sequences import dot_product_attention
 from selfspan_jax.config import Implementation, ModelConfig
 from selfspan_jax.model import Attend
+from selfspan_jax.selectors import Mask
 
 LayerPools = tuple[Float[Array, "P K H"], Float[Array, "P K H"]]
 
@@ -61,25 +63,28 @@ class KVCache:
         return KVCache(pools, jnp.where(new_token < 0, old_slot, own_slot))  # type: ignore[arg-type]  # pools are pairs
 
 
-def attend_prompts(slots: Int[Array, "B Q"], mask: PromptMask | Bool[Array, "B Q T"]) -> Attend:
+def attend_prompts(slots: Int[Array, "B Q"], mask_of: Callable[[Array, Array, Array], Mask]) -> Attend:
     """Make the attention of Q tokens of each prompt: write them to their slots, then attend to the prompt's rows under a mask.
 
     Args:
       slots: of the Q tokens, a multiple of `RUN_TOKENS`. Token t of prompt b is in slot b * T + t.
+      mask_of: the mask, as a function of queries [B, Q, N, H] and pools. A `Retained` after a layer's pools measures what it keeps.
     """
     first_slots = slots[:, ::RUN_TOKENS].reshape(-1)
 
-    def attend(qkv, angles, pools):
+    def attend(qkv, angles, cache):
         batch, num_tokens, *_ = qkv.shape
         cos, sin = (angle.reshape(batch * num_tokens, -1) for angle in angles)
-        q, *pools = rotate_and_write(qkv.reshape(batch * num_tokens, *qkv.shape[2:]), cos, sin, first_slots, *pools)
+        q, *pools = rotate_and_write(qkv.reshape(batch * num_tokens, *qkv.shape[2:]), cos, sin, first_slots, *cache[:2])
         q = q.reshape(batch, num_tokens, *q.shape[1:])
+        mask = mask_of(q, *pools)
+        after = (*pools, *(retained.after(q, pools[0], mask) for retained in cache[2:]))
         if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", q, mask) is None:
-            return prompt_attention(q, *pools, mask), tuple(pools)
+            return prompt_attention(q, *pools, mask), after
         pairs = mask.pairs(num_tokens) if isinstance(mask, PromptMask) else mask
-        prompt_tokens = pairs.shape[2]
+        prompt_tokens = pairs.shape[-1]
         k, v = (pool[: batch * prompt_tokens].reshape(batch, prompt_tokens, *pool.shape[1:]) for pool in pools)
-        return dot_product_attention(q, k, v, pairs), tuple(pools)
+        return dot_product_attention(q, k, v, pairs), after
 
     return attend
 

@@ -98,6 +98,17 @@ class Engine:
           key: of what is drawn; or one for each sequence, see `sequence_keys`.
           num_samples: sequences per prompt, next to each other in the state; they share the prompt's slots.
 
+        Raises: UserError as `check_prompts`, and for sparse prefill of prompts that are not read causally.
+        """
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}; allowed: 1 and above")
+        prompts = self.check_prompts(token_ids, lengths, config)
+        keys = key if key is not None and key.ndim else sequence_keys(key, len(lengths) * num_samples)
+        return _prefill(self.graph, self.params, *prompts, keys, config, num_samples, self.goes_on(token_ids, lengths))
+
+    def check_prompts(self, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig) -> tuple[Array, Array]:
+        """Return prompts, padded to one of few sizes, and their lengths.
+
         Raises: UserError for prompts that are empty, hold unknown ids, or leave no room for the new tokens.
         """
         if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
@@ -110,13 +121,9 @@ class Engine:
             raise UserError(f"{longest} prompt tokens and {new} new ones exceed the model's context of {context} tokens")
         if self.mesh is not None:
             check_batch(len(lengths), self.mesh, "the number of prompts")
-        if num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}; allowed: 1 and above")
         padding = bucket(token_ids.shape[1]) - token_ids.shape[1]
         token_ids = np.pad(token_ids, ((0, 0), (0, padding)), constant_values=self.vocab.pad_id)
-        prompts = jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
-        keys = key if key is not None and key.ndim else sequence_keys(key, len(lengths) * num_samples)
-        return _prefill(self.graph, self.params, *prompts, keys, config, num_samples, self._goes_on(token_ids, lengths))
+        return jnp.asarray(token_ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
     def step(self, state: DecodeState, tokens: Int[np.ndarray, "B"], config: DecodeConfig) -> DecodeState:
         """Feed one given token per sequence. Donates the state."""
@@ -214,7 +221,7 @@ class Engine:
         lowered.compile()
         self.lower_run(state, config).compile()
 
-    def _goes_on(self, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"]) -> bool:
+    def goes_on(self, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"]) -> bool:
         """Tell whether some row goes on after `<solve>`."""
         return bool(np.any((token_ids == self.vocab.solve_id) & (np.arange(1, token_ids.shape[1] + 1) < lengths[:, None])))
 

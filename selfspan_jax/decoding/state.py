@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import Slots, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
 from selfspan_jax.decoding.sampling import occurring, sample
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
+from selfspan_jax.selectors import prompt_mask
 from selfspan_jax.spans import SpanState
 
 MIN_PREFILL_CHUNK_TOKENS = 64  # of each prompt
@@ -68,10 +70,11 @@ def prefill_state(
     config: DecodeConfig,
     num_samples: int,
     responses: bool,
+    measured: tuple[Retained, ...] = (),
 ) -> DecodeState:
     """Read prompts, `lengths[b]` tokens of row b, and return the state of `num_samples` sequences of each.
 
-    `responses` says whether some of them go on after `<solve>`.
+    `responses` says whether some of them go on after `<solve>`; `measured`, a `Retained` of no queries, adds one to each layer's pools.
     """
     batch, prompt_capacity = token_ids.shape
     policy = get_policy(config.attention)
@@ -89,12 +92,13 @@ def prefill_state(
         else:
             mask = masks(start, chunk)
         tokens = jax.lax.dynamic_slice_in_dim(token_ids, start, chunk, axis=1)
-        hidden, pools = model(tokens, positions, attend_prompts(first_slots + positions, mask), pools)
+        attend = attend_prompts(first_slots + positions, prompt_mask(mask, config.prefill, chunk))
+        hidden, pools = model(tokens, positions, attend, pools)
         at = lengths - 1 - start
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return pools, jnp.where(((at >= 0) & (at < chunk))[:, None], here, last)
 
-    carry = (cache.pools, jnp.zeros((batch, model.config.hidden_size), model.config.compute_dtype))
+    carry = (tuple((*layer, *measured) for layer in cache.pools), jnp.zeros((batch, model.config.hidden_size), model.config.compute_dtype))
     pools, last = jax.lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, read_chunk, carry)
 
     def for_each_sample(x):

@@ -35,6 +35,13 @@ def answer_line(out: Output) -> str:
     return said if word == "right" else f"{word.upper()}: {said}"
 
 
+def prefill_line(kept: Mapping[str, Any]) -> str:
+    """Say what a sparse prefill kept of its prompts, as `SpanLM.measure_prefill` found it."""
+    least, mean = kept["retained_mass_min"], kept["retained_mass_mean"]
+    read = f"prefill: {kept['selector']} reads {kept['tiles_kept']:.1%} of the tiles"
+    return f"{read}; retained mass: {mean:.2%} in the mean of queries and heads, {least:.2%} at least"
+
+
 def in_color(table: str) -> str:
     """Write the lines of what is wrong in red and warnings in yellow, for a terminal."""
     colors = {"WRONG:": 31, "FLAWED:": 31, "warning:": 33}

@@ -9,6 +9,7 @@ from data import arithmetic
 from selfspan_jax import SpanLM
 from selfspan_jax import lm as lm_module
 from selfspan_jax.attention.policies import Window
+from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import evaluate
 from selfspan_jax.lm import Step, installed_tasks
 from selfspan_jax.viewing import text
@@ -313,3 +314,18 @@ def test_the_shipped_model_is_small_and_right(lm):
     assert all(found.scores[f"{what}_accuracy"] >= 7 / 8 for what in ("step", "answer", "span"))
     assert sum(np.array_equal(own.response_ids, out.response_ids) for own, out in zip(examples, found.outputs, strict=True)) >= 7
     assert found.right_per_second == pytest.approx(found.scores["answer_accuracy"] * 8 / found.decode_seconds)
+
+
+def test_sparse_prefill_is_for_prompts_that_read_everything(lm):
+    """Short prompts are read densely, and measured so; a local model is refused, and so is an unknown name."""
+    causal = SpanLM(random_model(max_context_tokens=256, prompt_view="causal"), Digits())
+    outs = [causal.generate("456", max_new_tokens=4, prefill=prefill) for prefill in ("dense", "sample")]
+    assert outs[0].token_ids.tolist() == outs[1].token_ids.tolist()
+    kept = causal.measure_prefill(["456", "4567"], "blocks")
+    assert (kept["tiles_kept"], kept["measured_every"], round(kept["retained_mass_min"], 4)) == (1, 1, 1)
+    line = text.prefill_line({"selector": "blocks", **kept, "retained_mass_min": 0.5})
+    assert line == "prefill: blocks reads 100.0% of the tiles; retained mass: 100.00% in the mean of queries and heads, 50.00% at least"
+    with pytest.raises(UserError, match="exact tiles by labels are already sparse"):
+        lm.generate(EXPRESSION, prefill="sample")
+    with pytest.raises(UserError, match="prefill is 'all'; allowed: dense, sample, blocks, or a selector"):
+        causal.generate("456", prefill="all")

@@ -50,7 +50,7 @@ def test_masks_of_prompts_are_their_masks(policy, prompt_view):
     masks = get_policy(policy).prompt_masks(jnp.asarray(rows), lengths, VOCAB, config, responses=False)
     expected = get_policy(policy).mask(jnp.asarray(rows), VOCAB, config)
     for b, length in enumerate(lengths):
-        np.testing.assert_array_equal(masks(jnp.int32(0), 64).pairs(64)[b, :length], expected[b, :length])
+        np.testing.assert_array_equal(masks(jnp.int32(0), 64).pairs(64)[b, 0, :length], expected[b, :length])
 
 
 def test_spans_of_responses_are_said_by_their_mask_alone():

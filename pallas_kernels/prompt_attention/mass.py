@@ -1,0 +1,117 @@
+"""How much of the softmax of causal prompts lies in which tile of keys: what selectors sample, and what a selection retains."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import require
+from pallas_kernels.prompt_attention.mask import PromptMask
+
+BLOCK = 128  # queries and keys of a tile that is kept or left out: what the Mosaic kernel takes
+MAX_SCORES = 2**26  # that are held at once: 256 MB of float32
+
+
+def tile_mass(q: jax.Array, k: jax.Array, positions: jax.Array) -> jax.Array:
+    """Compute the probability that each query's softmax puts on each tile of 128 keys.
+
+    It is computed tile by tile from the logarithms of their sums, in one pass over the keys up to the last query; at most
+    `MAX_SCORES` scores are held at once, beside the result.
+
+    Args:
+      q: `[B, R, N, H]`, some queries; head n attends to the keys of head `n // (N // K)`, scores are scaled by `1 / sqrt(H)`.
+      k: `[B, S, K, H]`, keys at positions 0 on.
+      positions: int32 `[B, R]` of the queries, from 0; each attends to the keys up to its own position.
+
+    Returns: float32 `[B, N, R, S/128]`, rounded up; rows add up to 1.
+    """
+    batch, rows, num_heads, head_size = q.shape
+    num_keys, num_kv_heads = k.shape[1:3]
+    num_tiles = -(-num_keys // BLOCK)
+    if num_keys % BLOCK:
+        k = jnp.pad(k, ((0, 0), (0, num_tiles * BLOCK - num_keys), (0, 0), (0, 0)))
+    fits = max(1, MAX_SCORES // (batch * num_heads * rows * BLOCK))
+    step_tiles = math.gcd(num_tiles, 1 << (fits.bit_length() - 1))
+    q = q.reshape(batch, rows, num_kv_heads, -1, head_size)
+    wide = jnp.float32 if jax.default_backend() == "cpu" else q.dtype  # a CPU has no product of float16 that adds up in float32
+
+    def step(index, found):
+        first = index * (step_tiles * BLOCK)
+        keys = jax.lax.dynamic_slice_in_dim(k, first, step_tiles * BLOCK, axis=1)
+        scores = jnp.einsum("brkgh,bskh->bkgrs", q.astype(wide), keys.astype(wide), preferred_element_type=jnp.float32)
+        seen = first + jnp.arange(step_tiles * BLOCK, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
+        scores = jnp.where(seen[:, None, None], scores * head_size**-0.5, -jnp.inf)
+        sums = jax.nn.logsumexp(scores.reshape(batch, num_heads, rows, step_tiles, BLOCK), axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(found, sums, index * step_tiles, axis=3)
+
+    none = jnp.full((batch, num_heads, rows, num_tiles), -jnp.inf)
+    steps = jnp.max(positions) // (step_tiles * BLOCK) + 1
+    return jax.nn.softmax(jax.lax.fori_loop(0, steps, step, none), axis=-1)
+
+
+def retained_mass(q: jax.Array, k: jax.Array, mask: PromptMask, queries: jax.Array | None = None) -> jax.Array:
+    """Compute the probability of each query's dense softmax that the tiles of a causal mask hold.
+
+    Args:
+      q: `[B, T, N, H]`; k: `[B, S, K, H]`.
+      mask: causal, with or without lists; those of tiles of 128 keys.
+      queries: int32 `[R]`, which of the T are measured; all by default, for which T S / 128 numbers a head are held.
+
+    Returns: float32 `[B, N, R]`; arbitrary for queries after the end of their prompt.
+    """
+    require(mask.query_labels is None, "the mask must be causal")
+    queries = jnp.arange(q.shape[1], dtype=jnp.int32) if queries is None else queries
+    positions = jnp.broadcast_to((mask.first_query + queries)[None], (q.shape[0], queries.shape[0]))
+    mass = tile_mass(q[:, queries], k, positions)
+    if mask.blocks is None:
+        return jnp.sum(mass, axis=-1)
+    require(mask.blocks[1] == BLOCK, f"the mask must list tiles of {BLOCK} keys", mask.blocks)
+    return jnp.sum(jnp.where(mask.kept_tiles()[:, :, queries // mask.blocks[0]], mass, 0.0), axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Retained:
+    """What the tiles of causal masks keep of the attention of B prompts, for each head, over chunks of queries; leaves [B, N]."""
+
+    least: jax.Array
+    """float32, the probability that the kept tiles hold of a query's dense softmax: the least over the queries measured."""
+    total: jax.Array
+    """float32, its sum."""
+    queries: jax.Array
+    """int32, how many were measured."""
+    kept: jax.Array
+    """int32, tiles."""
+    tiles: jax.Array
+    """int32, tiles of dense prefill."""
+    every: int = dataclasses.field(metadata={"static": True})
+    """Queries from one that is measured to the next."""
+
+    @classmethod
+    def nothing(cls, batch: int, num_heads: int, every: int) -> Retained:
+        """Make that of no queries."""
+        zeros = jnp.zeros((batch, num_heads), jnp.int32)
+        return cls(jnp.ones(zeros.shape), jnp.zeros(zeros.shape), zeros, zeros, zeros, every)
+
+    def after(self, q: jax.Array, k_pool: jax.Array, mask: PromptMask) -> Retained:
+        """Add a chunk of queries [B, T, N, H] that are read under a mask. Raises ValueError for a mask that is not causal."""
+        require(isinstance(mask, PromptMask) and mask.query_labels is None, "what is kept is measured of prompts that are read causally")
+        batch, num_queries = q.shape[:2]
+        k = k_pool[: batch * mask.num_keys].reshape(batch, mask.num_keys, *k_pool.shape[1:])
+        rows = jnp.arange(min(self.every, num_queries) - 1, num_queries, self.every, dtype=jnp.int32)
+        inside = (mask.first_query + rows[None, :] < mask.lengths[:, None])[:, None, :]
+        mass = retained_mass(q, k, mask, rows)
+        first = mask.first_query + jnp.arange(0, num_queries, BLOCK, dtype=jnp.int32)[None, :]
+        tiles = jnp.where(first < mask.lengths[:, None], first // BLOCK + 1, 0)
+        kept = tiles[:, None] if mask.key_counts is None else jnp.where((tiles > 0)[:, None], mask.key_counts[..., 1], 0)
+        return Retained(
+            jnp.minimum(self.least, jnp.min(jnp.where(inside, mass, 1.0), axis=2)),
+            self.total + jnp.sum(jnp.where(inside, mass, 0.0), axis=2),
+            self.queries + jnp.sum(inside, axis=2, dtype=jnp.int32),
+            self.kept + jnp.sum(kept, axis=2, dtype=jnp.int32),
+            self.tiles + jnp.sum(tiles, axis=1, dtype=jnp.int32)[:, None],
+            self.every,
+        )

@@ -1,0 +1,91 @@
+"""Sparse prefill in the engine: under a selector whose tiles are known, prefill is one forward under them; and where it does not apply."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pallas_kernels.prompt_attention import BlockMeans, SampleAttention, WindowTiles
+from selfspan_jax import retention
+from selfspan_jax.attention.policies import Window
+from selfspan_jax.config import DecodeConfig
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.state import prefill_chunk_tokens
+from selfspan_jax.errors import UserError
+from selfspan_jax.selectors import get_selector
+from tests.selfspan_jax.models import random_model, reference_logits
+from tests.selfspan_jax.streams import VOCAB
+
+MODEL = random_model(max_context_tokens=1024, prompt_view="causal", header_view="all")
+ENGINE = Engine(MODEL)
+LENGTHS = np.array([512, 300, 129, 1], np.int32)
+ROWS = np.random.default_rng(3).integers(4, VOCAB.seg_base, (4, 512)).astype(np.int32)
+TILES = WindowTiles(first_tiles=1, near_tiles=2, dense_below_tokens=0)
+DENSE = DecodeConfig(max_new_tokens=4, prefill_tokens=4 * 128)  # chunks of 128
+SPARSE = dataclasses.replace(DENSE, prefill=TILES)
+t, s = np.indices((512, 512))
+WINDOW = (s <= t) & ((t // 128 - s // 128 < 2) | (s < 128))
+TOLERANCE = 1e-4  # as test_engine.py
+
+
+def test_prefill_in_chunks_is_one_forward_under_the_tiles():
+    """Ragged prompts, at and after the ends of chunks; the tiles left out matter."""
+    assert prefill_chunk_tokens(4, 512, SPARSE) == 128
+    last = np.arange(4), LENGTHS - 1
+    sparse = np.asarray(ENGINE.prefill(ROWS, LENGTHS, SPARSE).logits)
+    np.testing.assert_allclose(sparse, reference_logits(MODEL, ROWS, [WINDOW] * 4)[last], atol=TOLERANCE, rtol=TOLERANCE)
+    dense = reference_logits(MODEL, ROWS, [s <= t] * 4)[last]
+    assert np.abs(sparse - dense)[0].max() > 100 * TOLERANCE
+    np.testing.assert_allclose(sparse[2:], dense[2:], atol=TOLERANCE, rtol=TOLERANCE)  # two tiles or one
+
+
+@pytest.mark.parametrize("selector", [SampleAttention(share=1, dense_below_tokens=0), BlockMeans(alpha=0, dense_below_tokens=0)], ids=str)
+def test_everything_kept_is_dense_to_the_bit(selector):
+    kept = ENGINE.prefill(ROWS, LENGTHS, dataclasses.replace(DENSE, prefill=selector)).logits
+    np.testing.assert_array_equal(kept, ENGINE.prefill(ROWS, LENGTHS, DENSE).logits)
+
+
+def test_what_is_kept_is_measured_by_layer_and_head():
+    """In chunks and at once the same; of the first layer, which sees the same inputs, against the dense softmax."""
+    measured = retention.measure_prefill(ENGINE, ROWS, LENGTHS, SPARSE)
+    assert measured.every == 1 and measured.least.shape == (2, 4, 4)  # layers, prompts, heads
+    np.testing.assert_array_equal(measured.queries[0, :, 0], LENGTHS)
+    np.testing.assert_array_equal(measured.tiles[1, :, 3], [10, 6, 3, 1])
+    np.testing.assert_array_equal(measured.kept[1, :, 3], [9, 6, 3, 1])
+    assert (measured.least[:, 0] < 0.999).all() and (measured.least[:, 2:] > 0.9999).all()
+    found = retention.to_json(measured)
+    assert found["tiles_kept"] == pytest.approx((0.9 + 1 + 1 + 1) / 4) and found["measured_every"] == 1
+    assert np.shape(found["by_layer_and_head"]["retained_mass_min"]) == (2, 4)
+    assert found["retained_mass_min"] == pytest.approx(measured.least.min(), abs=1e-6)
+    dense = retention.to_json(retention.measure_prefill(ENGINE, ROWS, LENGTHS, DENSE))
+    assert dense["tiles_kept"] == 1 and dense["retained_mass_min"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "why, config",
+    [
+        ("chunks of 64", dataclasses.replace(SPARSE, prefill_tokens=4 * 64)),
+        ("a room below the selector's bound", dataclasses.replace(DENSE, prefill=WindowTiles(near_tiles=1))),
+    ],
+    ids=["chunks", "short"],
+)
+def test_what_cannot_be_sparse_is_read_densely(why, config):
+    dense = dataclasses.replace(config, prefill="dense")
+    np.testing.assert_array_equal(ENGINE.prefill(ROWS, LENGTHS, config).logits, ENGINE.prefill(ROWS, LENGTHS, dense).logits, err_msg=why)
+
+
+def test_local_prompts_have_nothing_to_choose():
+    for model, attention in [(random_model(max_context_tokens=1024, prompt_view="local"), "span"), (MODEL, Window(4, 64))]:
+        with pytest.raises(UserError, match=r"prefill='sample' is for prompts that read everything before; .* are already sparse"):
+            Engine(model).prefill(ROWS, LENGTHS, dataclasses.replace(DENSE, attention=attention, prefill="sample"))
+
+
+def test_what_is_no_selector_is_named():
+    for wrong in ("sparse", SampleAttention, 3, None):
+        with pytest.raises(UserError, match=r"prefill is .*; allowed: dense, sample, blocks, or a selector"):
+            DecodeConfig(prefill=wrong)
+    assert get_selector("dense") is None and get_selector("blocks") == BlockMeans() and get_selector(TILES) is TILES
+    row = ROWS[:1].copy()
+    row[0, 5] = VOCAB.solve_id
+    with pytest.raises(UserError, match="here a response has begun"):
+        retention.measure_prefill(ENGINE, row, LENGTHS[:1], SPARSE)
