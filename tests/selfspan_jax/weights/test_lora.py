@@ -329,7 +329,10 @@ def test_what_the_user_of_fine_tuning_got_wrong_is_said_in_one_line(call, base, 
         "no such target": (["finetune-lora", "--run-dir", run, "--init", base, *TOY, "--targets", "k_proj"], "k_proj"),
         "no such corpus": (["finetune-lora", "--run-dir", run, "--init", base, "--corpus", "poems", *TOY], "poems"),
         "rows too long": (["finetune-lora", "--run-dir", run, "--init", base, *TOY, "--sequence-tokens", 1024], "context of"),
-        "another base": (["finetune-lora", "--run-dir", tmp_path / "stopped", "--init", other, *TOY], "name is 'base' there, 'other' here"),
+        "another base": (
+            ["finetune-lora", "--run-dir", tmp_path / "stopped", "--init", other, *TOY],
+            "--init is 'base' there, 'other' here",
+        ),
     }
     for name, (arguments, message) in cases.items():
         status, _, err = call(train.main, *arguments)
