@@ -34,7 +34,7 @@ from selfspan_jax.parallel import distributed
 from selfspan_jax.parallel.mesh import describe, process_parts, training_mesh
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training import runs
-from selfspan_jax.weights import importing, lora
+from selfspan_jax.weights import importing, lora, models
 
 CorpusName = Annotated[str, tyro.conf.arg(name="corpus", metavar=f"{{{','.join(TASKS)}}}")]
 stored_corpus = functools.cache(functools.partial(open_stored, tasks=TASKS))
@@ -177,8 +177,10 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
             model = training.train(model, config, batches_from=batches_from, **options)
         except training.Stopped as stop:
             distributed.log_once(f"{stop} of {config.steps:,}, a checkpoint is saved: the same command goes on")
-            raise SystemExit(128 + stop.signal if stop.signal else 0) from None
-        card = runs.card(run.name, model, identity, training.read_scores(run.run_dir, config.steps), **examples.texts())
+            if stop.signal:
+                raise SystemExit(128 + stop.signal) from None
+            return
+        card = models.card(run.name, model, identity, training.read_scores(run.run_dir, config.steps), **examples.texts())
         adapters = run.adapters if isinstance(run, FineTuning) else None
         runs.finish(run.run_dir, identity, model, examples.task.to_json(), card, adapters)
     distributed.log_once(f"finished: {run.run_dir / 'model'}")

@@ -1,4 +1,4 @@
-"""Run directories: who holds one, the identity of a run, its checkpoints (Orbax), and the card of its model.
+"""Run directories: who holds one, the identity of a run, and its checkpoints (Orbax).
 
 The identity is everything that decides the result of a run, as JSON: sections by name, most of them objects of settings. It is
 in `run.json` of the run directory, with what may change when the run goes on: `TrainConfig.CHANGEABLE`, and the path of a corpus,
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -255,33 +253,3 @@ class TrainingCheckpoints:
             self._manager.close()
             _ORBAX_LOG.setLevel(self._noise[0])
             sys.unraisablehook = self._noise[1]
-
-
-def card(
-    title: str, model: Decoder, identity: Mapping[str, Any], scores: Mapping[str, float], *, trained_on: str, scored_on: str, limits: str
-) -> str:
-    """Write the README of a finished model, with the command line of this process.
-
-    Args:
-      identity: what `claim` returned.
-      trained_on, scored_on: the examples, in a few words.
-      limits: a sentence or more on what the model does not know.
-    """
-    command = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # no directories of this machine
-    lines = [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in scores.items()]
-    config, schedules = identity["training"], identity.get("schedules", [])[1:]
-    changes = "".join(f" From step {step:,} on the learning rate follows the schedule of {steps:,} steps." for step, steps in schedules)
-    scored = f"Scores on {scored_on}, decoded greedily by the model itself (attention: {model.config.mask}):\n\n" + "\n".join(lines)
-    shown = {name: value for name, value in identity.items() if name not in _HISTORY}
-    shown |= {"data": Path(identity["data"]).name} if identity.get("data") else {}
-    origin = f", fine-tuned from `{identity['base']['name']}`" if "base" in identity else ", trained"
-    return (
-        f"# {title}\n\nA span model of {model.num_parameters:,} parameters{origin} by `train.py` of selfspan on {trained_on}.\n\n"
-        f"```\npython train.py {shlex.join(command)}\n```\n\n"
-        f"{config['steps']:,} steps of {config['batch_size']} x {config['sequence_tokens']} tokens, "
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}.{changes}\n\n"
-        f"{scored if scores else 'Not scored.'}\n\n"
-        f"## Limits\n\n{limits}\n\n"
-        "`config.json` has the architecture, `vocab.json` the task.\n\n"
-        f"```json\n{json.dumps(shown, indent=2)}\n```\n"
-    )

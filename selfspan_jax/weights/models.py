@@ -13,7 +13,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import json
 import math
+import shlex
+import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,36 @@ def save_model(directory: str | Path, model: Decoder, task: dict[str, Any], card
     Raises: FileExistsError if the directory exists and is not to be replaced; UserError for a quantised or adapted model.
     """
     _MODEL.write(Path(directory), model, to_llama(model), task, card, replace=replace)
+
+
+def card(
+    title: str, model: Decoder, identity: Mapping[str, Any], scores: Mapping[str, float], *, trained_on: str, scored_on: str, limits: str
+) -> str:
+    """Write the README of a finished model, with the command line of this process.
+
+    Args:
+      identity: what `training.runs.claim` returned.
+      trained_on, scored_on: the examples, in a few words.
+      limits: a sentence or more on what the model does not know.
+    """
+    command = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # no directories of this machine
+    lines = [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in scores.items()]
+    config, schedules = identity["training"], identity.get("schedules", [])[1:]
+    changes = "".join(f" From step {step:,} on the learning rate follows the schedule of {steps:,} steps." for step, steps in schedules)
+    scored = f"Scores on {scored_on}, decoded greedily by the model itself (attention: {model.config.mask}):\n\n" + "\n".join(lines)
+    shown = {name: value for name, value in identity.items() if name not in ("schedules", "finished_steps")}
+    shown |= {"data": Path(identity["data"]).name} if identity.get("data") else {}
+    origin = f", fine-tuned from `{identity['base']['name']}`" if "base" in identity else ", trained"
+    return (
+        f"# {title}\n\nA span model of {model.num_parameters:,} parameters{origin} by `train.py` of selfspan on {trained_on}.\n\n"
+        f"```\npython train.py {shlex.join(command)}\n```\n\n"
+        f"{config['steps']:,} steps of {config['batch_size']} x {config['sequence_tokens']} tokens, "
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}.{changes}\n\n"
+        f"{scored if scores else 'Not scored.'}\n\n"
+        f"## Limits\n\n{limits}\n\n"
+        "`config.json` has the architecture, `vocab.json` the task.\n\n"
+        f"```json\n{json.dumps(shown, indent=2)}\n```\n"
+    )
 
 
 def is_model(directory: Path) -> bool:

@@ -296,6 +296,7 @@ def test_an_evaluation_that_a_signal_interrupts_is_made_when_the_run_goes_on(who
         return {"scale": scored[-1]}
 
     assert interrupted(tmp_path, config=config, evaluate=evaluate) == eval_every_steps and scored == [None]
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == eval_every_steps
     assert_same_parameters((whole[0], run(tmp_path, config=config, evaluate=evaluate)))
     expected = sorted({*range(eval_every_steps, 13, eval_every_steps), 12})
     assert [line["step"] for line in lines(tmp_path) if "eval/scale" in line] == expected
