@@ -130,7 +130,12 @@ def prompt_mask(policy: Policy, token_ids: Int[np.ndarray, "B T"], lengths, voca
 def _prompt_mask(policy: Policy, token_ids, lengths, vocab: SpanVocab, views: ModelConfig) -> PromptMask:
     masks = policy.prompt_masks(token_ids, lengths, vocab, views, responses=False)
     assert masks is not None  # prompts only
-    return dataclasses.replace(masks(jnp.int32(0), token_ids.shape[1]), key_tiles=None, key_counts=None, blocks=None)
+    return without_tiles(masks(jnp.int32(0), token_ids.shape[1]))
+
+
+def without_tiles(mask: PromptMask) -> PromptMask:
+    """Return a mask without its lists of tiles, which say nothing that positions and labels do not."""
+    return dataclasses.replace(mask, key_tiles=None, key_counts=None, blocks=None)
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:

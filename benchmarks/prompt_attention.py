@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from benchmarks.prefill import causal_pairs, count_pairs
+from benchmarks.prefill import causal_pairs, count_pairs, without_tiles
 from benchmarks.shapes import PROMPT_SHAPES, PromptShape
 from benchmarks.span_decode import chain_us
 from benchmarks.timing import KernelReport
@@ -101,11 +101,11 @@ def make_mask(shape: PromptShape, seed: int) -> PromptMask:
 
 def chunks(workload: Workload) -> Iterator[tuple[int, PromptMask]]:
     """Yield where some chunks of queries begin, the last one at the end of the shortest prompt, and their masks."""
-    mask, first = workload.mask, workload.shape.first_query
+    mask, first = without_tiles(workload.mask), workload.shape.first_query
     last = int(mask.lengths.min()) - first - _CHUNK_QUERIES
     for start in np.linspace(0, last, _CHUNKS).astype(int).tolist():
         labels = None if mask.query_labels is None else mask.query_labels[:, start : start + _CHUNK_QUERIES]
-        yield start, dataclasses.replace(mask, first_query=jnp.int32(first + start), query_labels=labels, key_tiles=None, key_counts=None)
+        yield start, dataclasses.replace(mask, first_query=jnp.int32(first + start), query_labels=labels)
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
@@ -124,9 +124,15 @@ def error(workload: Workload, out: jax.Array) -> float:
 
 
 def attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, pairs: jax.Array | None) -> jax.Array:
-    """Attend by cuDNN to keys `[B, S, K, H]`, under a causal mask or bool `[B, T, S]`."""
-    mask = None if pairs is None else pairs[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=pairs is None, implementation="cudnn")
+    """Attend by cuDNN to keys `[B, S, K, H]`, under a causal mask or bool `[B, 1, T, S]`."""
+    return jax.nn.dot_product_attention(q, k, v, mask=pairs, is_causal=pairs is None, implementation="cudnn")
+
+
+def all_pairs(workload: Workload) -> jax.Array:
+    """Make the bool [B, 1, T, S] of pairs that the mask allows."""
+    shape = workload.shape
+    make = jax.jit(lambda mask: mask.pairs(shape.num_queries).reshape(shape.batch_size, 1, shape.num_queries, shape.num_keys))
+    return make(without_tiles(workload.mask))
 
 
 def prepare(name: str, workload: Workload) -> tuple[Attend, Any, Any]:
@@ -137,8 +143,7 @@ def prepare(name: str, workload: Workload) -> tuple[Attend, Any, Any]:
     if name == "cudnn":
         if workload.shape.first_query:
             raise NotImplementedError("its causal mask has no offset")
-        is_causal = workload.mask.query_labels is None
-        return attend_cudnn, workload.caches, None if is_causal else jax.jit(lambda mask: mask.pairs(mask.num_queries))(workload.mask)
+        return attend_cudnn, workload.caches, None if workload.shape.mask == "causal" else all_pairs(workload)
     if reason := unsupported_reason(name, workload.q, workload.mask):
         raise NotImplementedError(reason)
     return functools.partial(prompt_attention, implementation=name), workload.pools, workload.mask

@@ -27,7 +27,9 @@ def test_pairs_and_errors_of_a_case(name):
     mask = workload.mask
     position = shape.first_query + np.arange(shape.num_queries)
     inside = position[None, :] < np.asarray(mask.lengths)[:, None]
-    assert workload.num_pairs == (np.asarray(mask.pairs(shape.num_queries)) & inside[:, :, None]).sum()
+    pairs = np.asarray(bench.all_pairs(workload))
+    assert pairs.shape == (shape.batch_size, 1, shape.num_queries, shape.num_keys)
+    assert workload.num_pairs == (pairs[:, 0] & inside[:, :, None]).sum()
     assert workload.flops == 4 * 4 * 32 * workload.num_pairs
     if name == "local":
         assert inside.sum() > 0.9 * inside.size and workload.num_pairs < 0.3 * 2 * 192 * 193 / 2
