@@ -615,7 +615,7 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
         (["generate", run / "model", "--article", tmp_path / "long.txt"], "need labels up to 61, but the last one is 47"),
         (["generate", run / "model", "--article", tmp_path / "empty.txt"], "the article has no sentence"),
         (["generate", run / "model", "--article", tmp_path / "none.txt"], "No such file"),
-        (["generate", run / "model"], "give either a prompt or --article"),
+        (["generate", run / "model"], "give one of these: a prompt, --article, --prompts"),
         (["eval", run / "model", "--ops", "2"], "--ops is for fresh expressions, not for news"),
         (["eval", CHECKPOINT, "--data", data], "is a corpus of news; allowed: arithmetic"),
     ):
