@@ -160,7 +160,7 @@ def run_shape(shape: PromptShape, implementations: list[str], report: KernelRepo
                 attend, keys_and_values, more = prepare(name, workload)
                 row["relative_error"] = error(workload, jax.jit(attend)(workload.q, *keys_and_values, more))
                 microseconds, spread = chain_us(attend, workload.q, keys_and_values, [(more,)], rounds=ROUNDS)
-        except (RuntimeError, NotImplementedError, UserError) as reason:
+        except (RuntimeError, NotImplementedError, ValueError) as reason:
             report.not_run(label, reason)
             report.content["cases"].append(row | {"not_run": str(reason).splitlines()[0][:200]})
             continue
