@@ -101,7 +101,7 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     def ints(*sizes: int):
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
-    lowered = engine.lower_prefill(case.num_prompts, case.prompt_tokens, config, num_samples=case.num_samples)
+    lowered = engine.lower_prefill(case.num_prompts, case.prompt_tokens, config, num_samples=case.num_samples, responses=True)
     state = layout.device_put_global(lowered.out_info, mesh, DecodeState.partition_specs())
     check_fits(bytes_of(engine.params) + bytes_of(state))
     prefill = lowered.compile()

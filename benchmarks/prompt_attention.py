@@ -144,7 +144,7 @@ def prepare(name: str, workload: Workload) -> tuple[Attend, Any, Any]:
         if workload.shape.first_query:
             raise NotImplementedError("its causal mask has no offset")
         return attend_cudnn, workload.caches, None if workload.shape.mask == "causal" else all_pairs(workload)
-    if reason := unsupported_reason(name, workload.q, workload.mask):
+    if reason := unsupported_reason(name, workload.q, workload.pools[0], workload.mask):
         raise NotImplementedError(reason)
     return functools.partial(prompt_attention, implementation=name), workload.pools, workload.mask
 

@@ -39,7 +39,7 @@ def prompt_attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     _validate(q, k_pool, v_pool, mask, scale)
     chosen = choose_implementation(
-        implementation, ("mosaic", "triton", "reference"), lambda name: unsupported_reason(name, q, mask, interpret=interpret)
+        implementation, ("mosaic", "triton", "reference"), lambda name: unsupported_reason(name, q, k_pool, mask, interpret=interpret)
     )
     if chosen == "reference":
         return reference_prompt_attention(q, k_pool, v_pool, mask, scale=scale)
@@ -49,13 +49,13 @@ def prompt_attention(
     return triton.triton_prompt_attention(q, k_pool, v_pool, mask, scale=scale, config=config, interpret=interpret)
 
 
-def unsupported_reason(implementation: str, q: jax.Array, mask: PromptMask, *, interpret: bool = False) -> str | None:
+def unsupported_reason(implementation: str, q: jax.Array, k_pool: jax.Array, mask: PromptMask, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot compute this on the default device; None when it can."""
     capability = 90 if implementation == "mosaic" else 80
     if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret, capability)) or implementation == "reference":
         return reason
     if implementation == "mosaic":
-        return "it has no interpreter" if interpret else mosaic.unsupported_reason(q, mask)
+        return "it has no interpreter" if interpret else mosaic.unsupported_reason(q, k_pool, mask)
     return None if q.shape[3] in (32, 64, 128) else f"head size must be 32, 64 or 128, got {q.shape[3]}"
 
 

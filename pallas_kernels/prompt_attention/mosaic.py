@@ -22,10 +22,11 @@ from pallas_kernels.prompt_attention.mask import PromptMask
 
 WARPGROUP_QUERIES = 64  # rows of a warpgroup's matrix product
 BLOCK_Q = 2 * WARPGROUP_QUERIES
+TILING_ROWS = 8  # of the tiles that TMA copies are cut into
 NO_MAX = -1e30  # of queries without keys so far: finite, so that differences are numbers
 
 
-def unsupported_reason(q: jax.Array, mask: PromptMask) -> str | None:
+def unsupported_reason(q: jax.Array, k_pool: jax.Array, mask: PromptMask) -> str | None:
     """Say why this kernel cannot run on such arrays; None when it can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the dtype must be bfloat16 or float16, got {q.dtype}"
@@ -33,6 +34,8 @@ def unsupported_reason(q: jax.Array, mask: PromptMask) -> str | None:
         return f"head size must be 64 or 128, got {q.shape[3]}"
     if mask.query_labels is not None:
         return "masks by labels are only in triton"
+    if k_pool.shape[0] % TILING_ROWS:
+        return f"the number of pool rows must be a multiple of {TILING_ROWS}, got {k_pool.shape[0]}"
     if q.shape[1] % BLOCK_Q:
         return f"the number of queries must be a multiple of {BLOCK_Q}, got {q.shape[1]}"
     allowed = [(BLOCK_Q, 64), (BLOCK_Q, 128)]
@@ -47,7 +50,7 @@ def mosaic_prompt_attention(
     tiles = [] if mask.key_tiles is None else [mask.key_tiles, mask.key_counts]
 
     def tiled(*shape):
-        transforms = (plgpu.TilingTransform((8, 128 // q.dtype.itemsize)), plgpu.SwizzleTransform(128))
+        transforms = (plgpu.TilingTransform((TILING_ROWS, 128 // q.dtype.itemsize)), plgpu.SwizzleTransform(128))
         return plgpu.SMEM((*shape, head_size), q.dtype, transforms=transforms)
 
     stages = config.num_stages

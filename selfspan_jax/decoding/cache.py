@@ -18,6 +18,7 @@ from selfspan_jax.config import Implementation, ModelConfig
 from selfspan_jax.model import Attend
 from selfspan_jax.selectors import Mask
 
+ROW_MULTIPLE = 8  # of a pool: what the copy engine moves is cut into so many rows
 LayerPools = tuple[Float[Array, "P K H"], Float[Array, "P K H"]]
 
 
@@ -42,7 +43,8 @@ class KVCache:
         Sequence b * num_samples + i is sample i of prompt b.
         """
         batch = prompt_lengths.shape[0]
-        shape = (batch * (prompt_capacity + num_samples * new_capacity), config.num_kv_heads, config.head_size)
+        rows = batch * (prompt_capacity + num_samples * new_capacity)
+        shape = (-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE, config.num_kv_heads, config.head_size)
         dtype = jnp.dtype(config.compute_dtype)
         pools = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
         sequence = jnp.arange(batch * num_samples, dtype=jnp.int32)[:, None]
@@ -79,7 +81,7 @@ def attend_prompts(slots: Int[Array, "B Q"], mask_of: Callable[[Array, Array, Ar
         q = q.reshape(batch, num_tokens, *q.shape[1:])
         mask = mask_of(q, *pools)
         after = (*pools, *(retained.after(q, pools[0], mask) for retained in cache[2:]))
-        if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", q, mask) is None:
+        if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", q, pools[0], mask) is None:
             return prompt_attention(q, *pools, mask), after
         pairs = mask.pairs(num_tokens) if isinstance(mask, PromptMask) else mask
         prompt_tokens = pairs.shape[-1]

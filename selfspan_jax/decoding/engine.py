@@ -192,14 +192,16 @@ class Engine:
             if finished:
                 return
 
-    def lower_prefill(self, batch_size: int, prompt_tokens: int, config: DecodeConfig, *, num_samples: int = 1) -> jax.stages.Lowered:
-        """Lower what `prefill` runs for so many prompts of at most so many tokens.
+    def lower_prefill(
+        self, batch_size: int, prompt_tokens: int, config: DecodeConfig, *, num_samples: int = 1, responses: bool = False
+    ) -> jax.stages.Lowered:
+        """Lower what `prefill` runs for so many prompts of at most so many tokens; with `responses` for those that go on after `<solve>`.
 
         Compiled it takes `params`, token ids [b, bucket(prompt_tokens)], lengths [b] and `sequence_keys`, and returns a state.
         """
         prompts = jax.ShapeDtypeStruct((batch_size, bucket(prompt_tokens)), jnp.int32), jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         keys = sequence_keys(None, batch_size * num_samples)
-        return _prefill.lower(self.graph, self.params, *prompts, keys, config, num_samples, False)
+        return _prefill.lower(self.graph, self.params, *prompts, keys, config, num_samples, responses)
 
     def lower_run(self, state: DecodeState, config: DecodeConfig, *, forced_tokens: Int[Array, "B M"] | None = None) -> jax.stages.Lowered:
         """Lower what `run` runs. State and forced tokens may be shapes.

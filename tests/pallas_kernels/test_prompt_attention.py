@@ -197,9 +197,16 @@ def test_backends_say_what_they_cannot_do(monkeypatch):
         (causal, jnp.float32, "dtype must be bfloat16 or float16, got float32"),
         (causal, jnp.bfloat16, "queries must be a multiple of 128, got 64"),
     ]:
-        assert reason in unsupported_reason("mosaic", jax.ShapeDtypeStruct(problem.q.shape, dtype), make_mask(problem))
-    odd = jax.ShapeDtypeStruct((1, 64, 2, 96), jnp.bfloat16)
-    assert "head size must be 32, 64 or 128, got 96" in unsupported_reason("triton", odd, make_mask(causal))
+        q, pool = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (problem.q, problem.k))
+        assert reason in unsupported_reason("mosaic", q, pool, make_mask(problem))
+    shape = jax.ShapeDtypeStruct
+    q, pool, mask = (
+        shape((1, 128, 2, 64), jnp.bfloat16),
+        shape((2049, 2, 64), jnp.bfloat16),
+        PromptMask.causal(0, jnp.ones(1), num_keys=128),
+    )
+    assert "pool rows must be a multiple of 8, got 2049" in unsupported_reason("mosaic", q, pool, mask)
+    assert "head size must be 32, 64 or 128, got 96" in unsupported_reason("triton", shape((1, 64, 2, 96), jnp.bfloat16), pool, mask)
 
 
 LOWERINGS = [("causal_chunk", jnp.bfloat16, "triton"), ("local_chunk", jnp.bfloat16, "triton"), ("head_128", jnp.float32, "triton")]

@@ -217,6 +217,13 @@ def test_the_same_key_gives_the_same_tokens_and_another_key_others(sampled):
     assert np.any(np.asarray(sampled.new_tokens) != np.asarray(other.new_tokens))
 
 
+def test_pools_have_rows_in_eights():
+    """Those that no sequence owns are read by nobody; kernels copy rows in eights."""
+    state = ENGINES[0].prefill(PROMPT_IDS[:1], LENGTHS[:1], dataclasses.replace(GREEDY, max_new_tokens=23))
+    assert {pool.shape[0] for pool in jax.tree.leaves(state.cache.pools)} == {64 + 24}
+    assert np.asarray(state.cache.slot_table).max() == 64 + 22
+
+
 def pool_bytes(state):
     return sum(pool.nbytes for pool in jax.tree.leaves(state.cache.pools))
 
