@@ -169,13 +169,14 @@ def status(message: str) -> Iterator[None]:
 
 
 def commas(*kinds: Any) -> Any:
-    """Read values in one word, with commas between them: `Annotated[tuple[...], commas(int)]` or `commas("this", "that")`."""
-    metavar = "N,N,..." if kinds == (int,) else ",".join(kinds)
+    """Read values in one word, with commas between them: `Annotated[tuple[...], commas(int)]`, or float, or `commas("this", "that")`."""
+    number = kinds[0] if kinds in ((int,), (float,)) else None
+    metavar = "N,N,..." if number else ",".join(kinds)
 
     def read(words: list[str]) -> tuple[Any, ...]:
         values = words[0].split(",")
-        if kinds == (int,):
-            return tuple(read_number(int, value) for value in values)
+        if number:
+            return tuple(read_number(number, value) for value in values)
         if wrong := sorted(set(values) - set(kinds)):
             raise UserError(f"{wrong[0]!r} is none of {', '.join(kinds)}")
         return tuple(values)

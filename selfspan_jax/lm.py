@@ -275,7 +275,7 @@ class SpanLM:
         """
         token_ids, lengths = self.pad(self._encode(prompts, chat)[1])
         config = DecodeConfig(self._policy(attention), max_new_tokens=1, prefill=prefill)
-        return retention.to_json(retention.measure_prefill(self.engine, token_ids, lengths, config))
+        return retention.to_json(retention.measured_prefill(self.engine, token_ids, lengths, config)[1])
 
     def mask(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> np.ndarray:
         """Compute which token attends to which under a policy: bool [T, T], True where it does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,17 +15,17 @@ from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine, Graph
 from selfspan_jax.decoding.sampling import sequence_keys
-from selfspan_jax.decoding.state import prefill_state
+from selfspan_jax.decoding.state import DecodeState, prefill_state
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import layout
 
 EXACT_TOKENS = 2048
 
 
-def measure_prefill(
+def measured_prefill(
     engine: Engine, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig, *, every: int | None = None
-) -> Retained:
-    """Read causal prompts as `Engine.prefill` does, and say what their tiles keep of the attention: leaves [L, b, N].
+) -> tuple[DecodeState, Retained]:
+    """Read causal prompts as `Engine.prefill` does, and measure what their tiles keep of the attention: leaves [L, b, N].
 
     Args:
       every: queries from one that is measured to the next; by default 1 up to 2,048 tokens, above that such that about 2,048 are.
@@ -35,20 +36,23 @@ def measure_prefill(
         raise UserError("what prefill keeps is measured of prompts: here a response has begun")
     every = every or max(1, token_ids.shape[1] // EXACT_TOKENS)
     prompts = *engine.check_prompts(token_ids, lengths, config), sequence_keys(None, len(lengths))
-    return jax.device_get(_measure(engine.graph, engine.params, *prompts, config, every))
+    state, retained = _prefill(engine.graph, engine.params, *prompts, config, every)
+    return state, jax.device_get(retained)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "every"))
-def _measure(graph: Graph, params, token_ids, lengths, keys, config: DecodeConfig, every: int):
-    def measure(model, token_ids, lengths, keys):
+def _prefill(graph: Graph, params, token_ids, lengths, keys, config: DecodeConfig, every: int):
+    def prefill(model, token_ids, lengths, keys):
         nothing = Retained.nothing(token_ids.shape[0], model.config.num_heads, every)
         state = prefill_state(model, token_ids, lengths, keys, config, 1, False, (nothing,))
-        return jax.tree.map(lambda *layers: jnp.stack(layers), *(retained for *_, retained in state.cache.pools))
+        pools, retained = zip(*((layer[:2], layer[2]) for layer in state.cache.pools))
+        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=pools))
+        return state, jax.tree.map(lambda *layers: jnp.stack(layers), *retained)
 
     each = layout.spec("sequences")
     leaf: Any = layout.spec(None, "sequences", "heads")
-    specs = Retained(leaf, leaf, leaf, leaf, leaf, every)
-    return graph.shard_map(measure, each, each, each, out_specs=specs)(params, token_ids, lengths, keys)
+    specs = DecodeState.partition_specs(), Retained(leaf, leaf, leaf, leaf, leaf, every)
+    return graph.shard_map(prefill, each, each, each, out_specs=specs)(params, token_ids, lengths, keys)
 
 
 def to_json(retained: Retained) -> dict[str, Any]:

@@ -7,32 +7,49 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.common import require
+from pallas_kernels.common import LOG2_E, choose_implementation, device_reason, dot, require
 from pallas_kernels.prompt_attention.mask import PromptMask
 
 BLOCK = 128  # queries and keys of a tile that is kept or left out: what the Mosaic kernel takes
+BLOCK_ROWS = 64  # queries of a program of the kernel
 MAX_SCORES = 2**26  # that are held at once: 256 MB of float32
 
 
-def tile_mass(q: jax.Array, k: jax.Array, positions: jax.Array) -> jax.Array:
+def tile_mass(q: jax.Array, k: jax.Array, positions: jax.Array, *, implementation: str | None = None, interpret: bool = False) -> jax.Array:
     """Compute the probability that each query's softmax puts on each tile of 128 keys.
 
-    It is computed tile by tile from the logarithms of their sums, in one pass over the keys up to the last query; at most
-    `MAX_SCORES` scores are held at once, beside the result.
+    In one pass over the keys up to the last query: of each tile the logarithm of its sum, then the softmax of those. The scores of a
+    tile are held in registers by "triton"; "xla" holds `MAX_SCORES` at once, writes and reads them several times.
 
     Args:
       q: `[B, R, N, H]`, some queries; head n attends to the keys of head `n // (N // K)`, scores are scaled by `1 / sqrt(H)`.
       k: `[B, S, K, H]`, keys at positions 0 on.
       positions: int32 `[B, R]` of the queries, from 0; each attends to the keys up to its own position.
+      implementation, interpret: as `pallas_kernels` says.
 
     Returns: float32 `[B, N, R, S/128]`, rounded up; rows add up to 1.
     """
+    if (missing := -k.shape[1] % BLOCK) > 0:
+        k = jnp.pad(k, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: _unsupported_reason(name, q, interpret))
+    sums = _xla_sums(q, k, positions) if chosen == "xla" else _triton_sums(q, k, positions, interpret)
+    tile = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 3)
+    return jax.nn.softmax(jnp.where(tile * BLOCK <= positions[:, None, :, None], sums, -jnp.inf), axis=-1)
+
+
+def _unsupported_reason(implementation: str, q: jax.Array, interpret: bool) -> str | None:
+    if (reason := device_reason(implementation, ("xla", "triton"), interpret)) or interpret or implementation == "xla":
+        return reason
+    return None if q.shape[3] in (32, 64, 128) else f"head size must be 32, 64 or 128, got {q.shape[3]}"
+
+
+def _xla_sums(q, k, positions):
+    """Compute the logarithms of the tiles' sums, `[B, N, R, S/128]`; arbitrary for tiles after a query."""
     batch, rows, num_heads, head_size = q.shape
-    num_keys, num_kv_heads = k.shape[1:3]
-    num_tiles = -(-num_keys // BLOCK)
-    if num_keys % BLOCK:
-        k = jnp.pad(k, ((0, 0), (0, num_tiles * BLOCK - num_keys), (0, 0), (0, 0)))
+    num_tiles, num_kv_heads = k.shape[1] // BLOCK, k.shape[2]
     fits = max(1, MAX_SCORES // (batch * num_heads * rows * BLOCK))
     step_tiles = math.gcd(num_tiles, 1 << (fits.bit_length() - 1))
     q = q.reshape(batch, rows, num_kv_heads, -1, head_size)
@@ -48,8 +65,45 @@ def tile_mass(q: jax.Array, k: jax.Array, positions: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(found, sums, index * step_tiles, axis=3)
 
     none = jnp.full((batch, num_heads, rows, num_tiles), -jnp.inf)
-    steps = jnp.max(positions) // (step_tiles * BLOCK) + 1
-    return jax.nn.softmax(jax.lax.fori_loop(0, steps, step, none), axis=-1)
+    return jax.lax.fori_loop(0, jnp.max(positions) // (step_tiles * BLOCK) + 1, step, none)
+
+
+def _triton_sums(q, k, positions, interpret: bool):
+    batch, rows, num_heads, _ = q.shape
+    padding = -rows % BLOCK_ROWS
+    q, positions = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))), jnp.pad(positions, ((0, 0), (0, padding)))
+    sums = pl.pallas_call(
+        _sums_kernel,
+        grid=(q.shape[1] // BLOCK_ROWS, num_heads, batch),
+        out_shape=jax.ShapeDtypeStruct((batch, num_heads, q.shape[1], k.shape[1] // BLOCK), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="tile_mass",
+    )(q, k, positions)
+    return sums[:, :, :rows]
+
+
+def _sums_kernel(
+    q_ref,  # [B, R, N, H]
+    k_ref,  # [B, S, K, H]
+    positions_ref,  # int32 [B, R]
+    sums_ref,  # float32 [B, N, R, S/128]
+):
+    head, b = pl.program_id(1), pl.program_id(2)
+    rows = pl.ds(pl.program_id(0) * BLOCK_ROWS, BLOCK_ROWS)
+    kv_head = head // (q_ref.shape[2] // k_ref.shape[2])
+    q, positions = q_ref[b, rows, head, :], positions_ref[b, rows]
+    factor = LOG2_E * q_ref.shape[3] ** -0.5
+
+    def step(tile, _):
+        scores = dot(q, k_ref[b, pl.ds(tile * BLOCK, BLOCK), kv_head, :], ((1,), (1,))) * factor
+        seen = tile * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None, :] <= positions[:, None]
+        scores = jnp.where(seen, scores, -jnp.inf)
+        peak = jnp.max(scores, axis=1)
+        peak = jnp.where(peak > -jnp.inf, peak, 0.0)
+        sums_ref[b, head, rows, tile] = (peak + jnp.log2(jnp.sum(jnp.exp2(scores - peak[:, None]), axis=1))) * (1 / LOG2_E)
+
+    jax.lax.fori_loop(0, jax.lax.div(jnp.max(positions), BLOCK) + 1, step, None)
 
 
 def retained_mass(q: jax.Array, k: jax.Array, mask: PromptMask, queries: jax.Array | None = None) -> jax.Array:

@@ -46,8 +46,9 @@ def test_everything_kept_is_dense_to_the_bit(selector):
 
 
 def test_what_is_kept_is_measured_by_layer_and_head():
-    """In chunks and at once the same; of the first layer, which sees the same inputs, against the dense softmax."""
-    measured = retention.measure_prefill(ENGINE, ROWS, LENGTHS, SPARSE)
+    """By counting tiles; what is two tiles long loses nothing. The state is that of prefill."""
+    state, measured = retention.measured_prefill(ENGINE, ROWS, LENGTHS, SPARSE)
+    np.testing.assert_array_equal(state.logits, ENGINE.prefill(ROWS, LENGTHS, SPARSE).logits)
     assert measured.every == 1 and measured.least.shape == (2, 4, 4)  # layers, prompts, heads
     np.testing.assert_array_equal(measured.queries[0, :, 0], LENGTHS)
     np.testing.assert_array_equal(measured.tiles[1, :, 3], [10, 6, 3, 1])
@@ -57,7 +58,7 @@ def test_what_is_kept_is_measured_by_layer_and_head():
     assert found["tiles_kept"] == pytest.approx((0.9 + 1 + 1 + 1) / 4) and found["measured_every"] == 1
     assert np.shape(found["by_layer_and_head"]["retained_mass_min"]) == (2, 4)
     assert found["retained_mass_min"] == pytest.approx(measured.least.min(), abs=1e-6)
-    dense = retention.to_json(retention.measure_prefill(ENGINE, ROWS, LENGTHS, DENSE))
+    dense = retention.to_json(retention.measured_prefill(ENGINE, ROWS, LENGTHS, DENSE)[1])
     assert dense["tiles_kept"] == 1 and dense["retained_mass_min"] == pytest.approx(1, abs=1e-5)
 
 
@@ -88,4 +89,4 @@ def test_what_is_no_selector_is_named():
     row = ROWS[:1].copy()
     row[0, 5] = VOCAB.solve_id
     with pytest.raises(UserError, match="here a response has begun"):
-        retention.measure_prefill(ENGINE, row, LENGTHS[:1], SPARSE)
+        retention.measured_prefill(ENGINE, row, LENGTHS[:1], SPARSE)

@@ -22,7 +22,10 @@ from pallas_kernels.prompt_attention import (
     tile_mass,
 )
 from pallas_kernels.prompt_attention.selectors import fewest_reaching
+from tests.pallas_kernels.budget import INTERPRET
+from tests.pallas_kernels.lowering import cuda_lowering
 
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 NUM_QUERIES, NUM_KEYS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 384, 768, 4, 2, 8
 LENGTHS = np.array([768, 500, 300])  # the last ends in the first tile of the chunk at 256, and before the one at 384
 OFFSETS = (0, 256, 384)
@@ -224,6 +227,27 @@ def test_tile_mass_and_retained_mass_are_the_softmax():
     assert found[0].min() < 0.9, "a mask that leaves out nothing shows nothing"
     causal = PromptMask.causal(first, jnp.asarray(LENGTHS, jnp.int32), num_keys=NUM_KEYS)
     np.testing.assert_allclose(retained_mass(jnp.asarray(Q), jnp.asarray(K), causal)[0], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+def test_the_kernel_finds_the_same_mass(interpret):
+    """More rows than a tile has, at positions in no order; the tiles after a query hold nothing."""
+    rng, size = np.random.default_rng(1), HEAD_SIZE if interpret else 64
+    q, k = (jnp.asarray(np.concatenate([x] * (size // HEAD_SIZE), axis=3)) for x in (Q[:, :70], K))
+    positions = jnp.asarray(rng.integers(0, NUM_KEYS, (3, 70)), jnp.int32)
+    found, expected = (tile_mass(q, k, positions, implementation=name, interpret=interpret) for name in ("triton", "xla"))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    after = np.arange(NUM_TILES) * BLOCK > np.asarray(positions)[:, None, :, None]
+    assert not np.asarray(found)[np.broadcast_to(after, found.shape)].any() and after.any()
+
+
+def test_the_kernel_lowers_for_cuda(monkeypatch):
+    monkeypatch.setattr(mass, "device_reason", lambda *_: None)
+    q, k = jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 1024, 2, 64), jnp.bfloat16)
+    positions = jax.ShapeDtypeStruct((2, 100), jnp.int32)
+    assert "__gpu$xla.gpu.triton" in cuda_lowering(functools.partial(tile_mass, implementation="triton"), q, k, positions)
+    with pytest.raises(NotImplementedError, match="head size must be 32, 64 or 128, got 8"):
+        tile_mass(jnp.asarray(Q), jnp.asarray(K), jnp.zeros((3, NUM_QUERIES), jnp.int32), implementation="triton")
 
 
 def test_mass_is_the_same_in_pieces(monkeypatch):
