@@ -1,15 +1,11 @@
-"""Sparse prefill on real text, its speed, and the sections of docs/prefill.md about both.
+"""Sparse prefill on real text, and the sections of docs/prefill.md about that and about speed (benchmarks.sparse_prefill).
 
     python -m experiments.prefill quality MODEL TEXTS... --tokens 2048,8192 --json FILE
-    python -m experiments.prefill speed --shape llama3-8b --tokens 8192,32768,131072 --kept 0.2,0.4 --json FILE
     python -m experiments.prefill page FILE...
 
 Quality: documents are put one after another until they have so many tokens. All but the last tokens are read by prefill, dense or
 sparse; the last ones, the continuation, are then scored one at a time, each reading everything. So what differs is only what prefill
 left in the cache. Beside each selector stands a window of first and recent tiles with as many tiles in all (just as many or a few more).
-
-Speed: which tiles a selector keeps depends on the model, and random weights say nothing of it. So the time is that of the selector's
-own work, and of attention to as many tiles as `--kept` says, spread at random; take the shares that `quality` found.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +22,19 @@ import numpy as np
 from jaxtyping import Int
 from tyro.conf import Positional
 
-from benchmarks import timing
-from benchmarks.shapes import ShapeName, named_shape
 from data import commandline
 from data.tasks import TASKS
 from experiments import pages
-from pallas_kernels import PromptMask, prompt_attention
-from pallas_kernels.prompt_attention import BLOCK, BlockMeans, SampleAttention, Selector, WindowTiles
-from pallas_kernels.tiles import list_tiles
 from selfspan_jax import files, retention
 from selfspan_jax.config import DecodeConfig, Dtype
-from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.memory import catch_out_of_memory
+from selfspan_jax.selectors import BLOCK, BlockMeans, SampleAttention, Selector, WindowTiles
 
 PAGE = Path("docs/prefill.md")
 PLOT = "prefill_sparse.png"
-Kind = Literal["sample 1", "sample 2", "blocks"]
-KINDS: tuple[Kind, ...] = ("sample 1", "sample 2", "blocks")
+KINDS = ("sample 1", "sample 2", "blocks")
 
 # ---------------------------------------------------------------------------------------------------------------- quality
 
@@ -80,8 +70,9 @@ class Quality:
 
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)
+        device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
         settings = {"model": self.model.name, "dtype": lm.model.config.compute_dtype, "num_texts": self.num_texts}
-        report: dict[str, Any] = {**timing.report_header(), **settings, "continuation_tokens": self.continuation, "quality": []}
+        report: dict[str, Any] = {**device, **settings, "continuation_tokens": self.continuation, "quality": []}
         for tokens in self.tokens:
             texts = concatenated(lm, self.texts, tokens, self.num_texts)
             dense = None
@@ -144,7 +135,7 @@ def concatenated(lm: SpanLM, sources: Iterable[Path], num_tokens: int, num_texts
         ids: list[int] = []
         while len(ids) < num_tokens:
             if (path := next(documents, None)) is None:
-                raise UserError(f"num_texts is {num_texts}: {len(paths)} documents give only {len(texts)} texts of {num_tokens} tokens")
+                raise UserError(f"--num-texts is {num_texts}: {len(paths)} documents give only {len(texts)} texts of {num_tokens} tokens")
             found = lm.task.encode_prompt(files.read_text(path))
             ids += found.tolist()
         texts.append(ids[:num_tokens])
@@ -162,112 +153,6 @@ def window_of(share: float, num_tiles: int) -> int:
     """Return the nearest tiles of a window, with the first tile beside them, that keeps at least this share of the causal tiles."""
     own = np.arange(1, num_tiles + 1)  # tiles up to each row's own
     return next(near for near in range(1, num_tiles + 1) if np.minimum(own, near + 1).sum() >= share * own.sum() - 1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------------------ speed
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OfShare(Selector):
-    """Do a selector's work, then keep its diagonal and a share of the other tiles, at random and other ones for each head."""
-
-    selector: Selector
-    share: float
-
-    name = "share"
-
-    def choose(self, q, k, *, first_query=0, lengths=None):
-        tiles, counts = self.selector.choose(q, k, first_query=first_query, lengths=lengths)
-        worked = counts[..., 1:] >= 0  # always, which no compiler knows: so the selector's work is not left out
-        head, i, j = (jax.lax.broadcasted_iota(jnp.uint32, tiles.shape, axis) for axis in (1, 2, 3))
-        draw = (head * jnp.uint32(0x9E3779B9)) ^ (i * jnp.uint32(0x85EBCA6B)) ^ (j * jnp.uint32(0xC2B2AE35))
-        draw = (draw ^ (draw >> 15)) * jnp.uint32(0x2C1B3C6D)
-        draw = (draw ^ (draw >> 12)) * jnp.uint32(0x297A2D39)
-        own = (jnp.int32(first_query) // BLOCK).astype(jnp.uint32) + i
-        kept = (j <= own) & ((j == own) | ((draw >> 8).astype(jnp.float32) < jnp.float32(self.share * 2**24)))
-        return list_tiles(kept & worked, kept & worked & (j < own))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Time the first token of a shape with random weights, dense and at given shares of the tiles."""
-
-    shape: ShapeName = "llama3-8b"
-    tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (8192, 32_768, 131_072)
-    """Lengths of the prompt."""
-    kept: Annotated[tuple[float, ...], commandline.commas(float)]
-    """Shares of the tiles, as `quality` found them."""
-    selectors: Annotated[tuple[Kind, ...], commandline.commas(*KINDS)] = KINDS
-    layers: int | None = None
-    """Fewer layers than the shape has, for a try."""
-    prefill_tokens: int = DecodeConfig.prefill_tokens
-    """Tokens that go through the model at once."""
-    repetitions: int = 3
-    """Of each prefill, after one more; the median counts."""
-    json: Path | None = None
-    """Write the rows into this file, each as soon as it is there."""
-
-    def run(self) -> None:
-        shape = named_shape(self.shape).with_context(max(self.tokens) + 64)
-        changes: dict[str, Any] = {"prompt_view": "causal"} | ({"num_layers": self.layers} if self.layers else {})
-        shape = dataclasses.replace(shape, config=dataclasses.replace(shape.config, **changes))
-        engine = Engine(shape.random(0))
-        header = {**timing.report_header(), "shape": self.shape, "num_layers": shape.config.num_layers}
-        report: dict[str, Any] = {**header, "speed": []}
-        choices: dict[str, Selector] = {
-            "sample 1": SampleAttention(version=1),
-            "sample 2": SampleAttention(version=2),
-            "blocks": BlockMeans(),
-        }
-        rng = np.random.default_rng(0)
-        for tokens in self.tokens:
-            prompt = rng.integers(0, shape.vocab.seg_base, (1, tokens)).astype(np.int32)
-            prompt[prompt == shape.vocab.solve_id] = 0
-            dense_ms = None
-            runs: list[tuple[str, float, str | Selector]] = [("dense", 1.0, "dense")]
-            runs += [(name, share, choices[name]) for name in self.selectors for share in self.kept]
-            for name, share, selector in runs:
-                chosen = selector if isinstance(selector, str) else OfShare(selector=selector, share=share, dense_below_tokens=0)
-                config = DecodeConfig("dense", 64, prefill=chosen, prefill_tokens=self.prefill_tokens)
-                row: dict[str, Any] = {"tokens": tokens, "selector": name, "kept": share}
-                try:
-                    row |= self.time(engine, prompt, config)
-                except (jax.errors.JaxRuntimeError, UserError) as error:
-                    row["not_run"] = str(error).splitlines()[0][:200]
-                else:
-                    dense_ms = row["first_token_ms"] if name == "dense" else dense_ms
-                    row["times_dense"] = None if dense_ms is None else dense_ms / row["first_token_ms"]
-                report["speed"].append(row)
-                print("  ".join(speed_cells(row)), flush=True)
-                files.write_rows(self.json, report, complete=False)
-        files.write_rows(self.json, report, complete=True)
-
-    def time(self, engine: Engine, prompt: Int[np.ndarray, "1 T"], config: DecodeConfig) -> dict[str, Any]:
-        lengths = np.array([prompt.shape[1]], np.int32)
-        with catch_out_of_memory():
-            seconds = timing.run_seconds(lambda: engine.prefill(prompt, lengths, config).logits, warm_ups=1, repetitions=self.repetitions)
-        median, spread = timing.median_and_spread(seconds)
-        layer = self.time_layer(engine, prompt.shape[1], config)
-        return {"first_token_ms": 1e3 * median, "spread_ms": 1e3 * spread, **layer}
-
-    def time_layer(self, engine: Engine, tokens: int, config: DecodeConfig) -> dict[str, float]:
-        """Time attention and choice of one layer for the prompt's last chunk, on random queries and keys."""
-        model, chunk = engine.config, min(tokens, self.prefill_tokens)
-        q, k, v = (
-            jax.random.normal(jax.random.key(i), (*shape, model.head_size), model.compute_dtype)
-            for i, shape in enumerate([(1, chunk, model.num_heads), *[(tokens, model.num_kv_heads)] * 2])
-        )
-        mask = PromptMask.causal(tokens - chunk, jnp.array([tokens]), num_keys=tokens)
-        found: dict[str, float] = {}
-        if isinstance(config.prefill, Selector):
-            selector = config.prefill
-            choose = jax.jit(lambda q, k: selector.choose(q, k[None], first_query=mask.first_query, lengths=mask.lengths))
-            tiles, counts = choose(q, k)
-            mask = dataclasses.replace(mask, key_tiles=tiles, key_counts=counts, blocks=(BLOCK, BLOCK))
-            found["choice_ms"] = 1e3 * timing.median_and_spread(timing.run_seconds(lambda: choose(q, k), queued=4))[0]
-        attend = jax.jit(prompt_attention)
-        found["attention_ms"] = 1e3 * timing.median_and_spread(timing.run_seconds(lambda: attend(q, k, v, mask), queued=4))[0]
-        return found
 
 
 # ------------------------------------------------------------------------------------------------------------------- page
@@ -294,10 +179,10 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Page:
-    """Write the tables and the plot of docs/prefill.md from the JSON of the other commands."""
+    """Write the tables and the plot of docs/prefill.md from JSON."""
 
     results: Positional[tuple[Path, ...]]
-    """Files of `quality` and `speed`."""
+    """Files of `quality` and of `benchmarks.sparse_prefill`."""
     page: Path = PAGE
     """Has the lines <!-- sparse quality --> and <!-- sparse speed -->, each with an <!-- end --> after it."""
 
@@ -316,7 +201,7 @@ class Page:
 
 
 def _section(rows: list[tuple[dict[str, Any], dict[str, Any]]], head: tuple[str, ...], cells: Any) -> str:
-    told = dict.fromkeys(f"{timing.header_line(report)}, {report.get('model', report.get('shape'))}" for report, _ in rows)
+    told = dict.fromkeys(f"{report.get('model', report.get('shape'))}, {report['device']}, JAX {report['jax']}" for report, _ in rows)
     return "\n\n".join([*(f"{line}." for line in told), pages.markdown_table(head, [cells(row) for _, row in rows])])
 
 
@@ -337,7 +222,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-COMMANDS: dict[str, Any] = {"quality": Quality, "speed": Speed, "page": Page}
+COMMANDS: dict[str, Any] = {"quality": Quality, "page": Page}
 
 
 def main(argv: list[str] | None = None) -> None:
