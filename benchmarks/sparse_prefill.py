@@ -1,6 +1,6 @@
 """Time sparse prefill at given shares of the tiles: the first token, and the attention and the choice of one layer.
 
-    python -m benchmarks.sparse_prefill --shape llama3-8b --tokens 8192,32768,131072 --kept 0.2,0.4 --json FILE
+    python -m benchmarks.sparse_prefill --shape llama3-8b --tokens 8192,32768,131072 --kept 0.3,0.3,0.2 --json FILE
 
 Which tiles a selector keeps depends on the model, and random weights say nothing of it. So the time is that of the selector's own
 work, and of attention to as many tiles as `--kept` says, spread at random; take the shares that `python -m experiments.prefill
@@ -22,6 +22,7 @@ from jaxtyping import Int
 from benchmarks import timing
 from benchmarks.shapes import ShapeName, named_shape
 from data import commandline
+from data.errors import check_range
 from pallas_kernels import PromptMask, prompt_attention
 from pallas_kernels.prompt_attention import BLOCK, BlockMeans, SampleAttention, Selector
 from pallas_kernels.tiles import list_tiles
@@ -64,7 +65,7 @@ class SparsePrefill:
     tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (8192, 32_768, 131_072)
     """Lengths of the prompt."""
     kept: Annotated[tuple[float, ...], commandline.commas(float)]
-    """Shares of the tiles, as `quality` found them."""
+    """Share of the tiles, as `quality` found it: one for each selector, or one for all."""
     selectors: Annotated[tuple[Kind, ...], commandline.commas(*KINDS)] = KINDS
     layers: int | None = None
     """Fewer layers than the shape has, for a try."""
@@ -74,6 +75,15 @@ class SparsePrefill:
     """Of each prefill, after one more; the median counts."""
     json: Path | None = None
     """Write the rows into this file, each as soon as it is there."""
+
+    def __post_init__(self):
+        check_range(self, "tokens", "repetitions", "prefill_tokens", low=1)
+        if len(self.kept) not in (1, len(self.selectors)) or not all(0 <= share <= 1 for share in self.kept):
+            raise UserError(f"kept is {self.kept}; allowed: numbers from 0 to 1, one, or one for each of {', '.join(self.selectors)}")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return self.kept * len(self.selectors) if len(self.kept) == 1 else self.kept
 
     def run(self) -> None:
         shape = named_shape(self.shape).with_context(max(self.tokens) + 64)
@@ -93,7 +103,7 @@ class SparsePrefill:
             prompt[prompt == shape.vocab.solve_id] = 0
             dense_ms = None
             runs: list[tuple[str, float, str | Selector]] = [("dense", 1.0, "dense")]
-            runs += [(name, share, choices[name]) for name in self.selectors for share in self.kept]
+            runs += [(name, share, choices[name]) for name, share in zip(self.selectors, self.shares, strict=True)]
             for name, share, selector in runs:
                 chosen = selector if isinstance(selector, str) else OfShare(selector=selector, share=share, dense_below_tokens=0)
                 config = DecodeConfig("dense", 64, prefill=chosen, prefill_tokens=self.prefill_tokens)

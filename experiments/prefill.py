@@ -55,6 +55,8 @@ class Quality:
     """Texts of each length, no document in two of them."""
     batch_size: int = 4
     """Texts that are read together."""
+    selectors: Annotated[tuple[str, ...], commandline.commas(*KINDS)] = KINDS
+    """Which of them, beside dense prefill."""
     sample_1: Annotated[tuple[float, ...], commandline.commas(float)] = (0.8, 0.95)
     """Shares of the columns, SampleAttention's first version."""
     sample_2: Annotated[tuple[float, ...], commandline.commas(float)] = (0.6, 0.8, 0.95)
@@ -95,7 +97,7 @@ class Quality:
             *(("blocks", x, BlockMeans(alpha=x, **always)) for x in self.blocks),
         ]
         windows = set()
-        for each in chosen:
+        for each in (each for each in chosen if each[0] in self.selectors):
             yield each
             near = window_of(rows[-1]["tiles_kept"], -(-(tokens - self.continuation) // BLOCK))
             if near not in windows:
@@ -188,8 +190,7 @@ class Page:
 
     def run(self) -> None:
         reports = [files.read_json(path) for path in self.results]
-        quality = [(report, row) for report in reports for row in report.get("quality", [])]
-        speed = [(report, row) for report in reports for row in report.get("speed", [])]
+        quality, speed = (_rows(reports, name) for name in ("quality", "speed"))
         sections = {
             "sparse quality": _section(quality, QUALITY_HEAD, quality_cells),
             "sparse speed": _section(speed, SPEED_HEAD, speed_cells),
@@ -198,6 +199,15 @@ class Page:
             files.write_picture(self.page.with_name(PLOT), draw([row for _, row in quality]))
             sections["sparse quality"] += f"\n\n![Loss above dense prefill against the share of tiles read]({PLOT})"
         files.write_text(self.page, pages.fill(files.read_text(self.page), sections))
+
+
+def _rows(reports: list[dict[str, Any]], name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the rows of all reports, each with its report; of rows of the same settings, as dense prefill has in each, the first."""
+    found = ((report, row) for report in reports for row in report.get(name, []))
+    unique: dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
+    for report, row in found:
+        unique.setdefault((row["tokens"], row["selector"], row.get("threshold", row.get("kept"))), (report, row))
+    return list(unique.values())
 
 
 def _section(rows: list[tuple[dict[str, Any], dict[str, Any]]], head: tuple[str, ...], cells: Any) -> str:

@@ -24,7 +24,11 @@ def test_lists_of_a_share_are_of_that_share():
 def test_rows_at_toy_size(tmp_path, capsys):
     options = ["--shape", "arithmetic-small", "--layers", "1", "--tokens", "256", "--kept", "0.5", "--selectors", "sample 2,blocks"]
     sparse_prefill.main([*options, "--repetitions", "1", "--json", str(tmp_path / "speed.json")])
+    assert len(capsys.readouterr().out.splitlines()) == 3
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["selector"] for row in report["speed"]] == ["dense", "sample 2", "blocks"] and report["num_layers"] == 1
     assert all(row["first_token_ms"] > 0 and row["attention_ms"] > 0 and row["times_dense"] > 0 for row in report["speed"])
-    assert report["speed"][1]["choice_ms"] > 0 and len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(SystemExit):
+        sparse_prefill.main(["--kept", "0.5,2", "--selectors", "blocks"])
+    assert "error: --kept is (0.5, 2.0); allowed: numbers from 0 to 1, one, or one for each of blocks" in capsys.readouterr().err
+    assert report["speed"][1]["choice_ms"] > 0
