@@ -78,7 +78,7 @@ class Quality:
         for tokens in self.tokens:
             texts = concatenated(lm, self.texts, tokens, self.num_texts)
             dense = None
-            for kind, threshold, selector in self.selectors(report["quality"], tokens):
+            for kind, threshold, selector in self.variants(report["quality"], tokens):
                 losses, kept = self.score(lm, texts, selector)
                 dense = losses if dense is None else dense
                 row = {"tokens": tokens, "selector": kind, "threshold": threshold, **summary(losses, dense), **kept}
@@ -87,7 +87,7 @@ class Quality:
                 files.write_rows(self.json, report, complete=False)
         files.write_rows(self.json, report, complete=True)
 
-    def selectors(self, rows: list[dict[str, Any]], tokens: int) -> Iterator[tuple[str, float | None, str | Selector]]:
+    def variants(self, rows: list[dict[str, Any]], tokens: int) -> Iterator[tuple[str, float | None, str | Selector]]:
         """Yield dense prefill, each selector, and after each, where there is none yet, the window of as many tiles."""
         always = {"dense_below_tokens": 0}
         yield "dense", None, "dense"
