@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import prefill_chunk_tokens
 from selfspan_jax.errors import UserError
+from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.selectors import get_selector
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB
@@ -90,3 +92,16 @@ def test_what_is_no_selector_is_named():
     row[0, 5] = VOCAB.solve_id
     with pytest.raises(UserError, match="here a response has begun"):
         retention.measured_prefill(ENGINE, row, LENGTHS[:1], SPARSE)
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices of one kind")
+def test_a_mesh_keeps_what_one_device_keeps():
+    """Prompts divided over two devices, heads over two; chunks of the same length, because each chunk makes its own choice."""
+    config = dataclasses.replace(DENSE, prefill=SampleAttention(share=0.3, diagonal_share=0.3, dense_below_tokens=0))
+    halves = dataclasses.replace(config, prefill_tokens=config.prefill_tokens // 2)  # of half the prompts
+    state, measured = retention.measured_prefill(Engine(MODEL, make_mesh("data=2,tensor=2")), ROWS, LENGTHS, halves)
+    expected, alone = retention.measured_prefill(ENGINE, ROWS, LENGTHS, config)
+    np.testing.assert_array_equal(measured.kept, alone.kept)
+    np.testing.assert_allclose(measured.total, alone.total, rtol=1e-3)
+    np.testing.assert_allclose(state.logits, expected.logits, atol=TOLERANCE, rtol=TOLERANCE)
+    assert (alone.kept < alone.tiles).any()
