@@ -217,6 +217,10 @@ def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
         fail(": ".join(filter(None, [names, error.strerror])) or str(error))
     except MemoryError as error:
         fail(f"memory does not suffice: {error}")
+    except UnicodeEncodeError as error:  # a path in bytes that the locale's encoding does not decode
+        if error.reason != "surrogates not allowed":
+            raise
+        fail(f"{error.object!a} is not text in the locale's encoding: set LC_ALL=C.UTF-8, or choose a name in ASCII")
     except user_errors as error:
         fail(str(error))
 

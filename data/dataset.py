@@ -317,13 +317,19 @@ def splits(path: Path | str) -> tuple[str, ...]:
 
 
 def fingerprint(path: Path | str) -> str:
-    """Identify the content of a corpus directory: its tasks, vocabulary and examples in order, of all splits. Raises as `load` does."""
+    """Identify the content of a corpus directory: its tasks, vocabulary and examples in order, of all splits. Raises as `load` does.
+
+    The files of examples are read, so that one that was exchanged under an old card is noticed.
+    """
     path = Path(path)
     digest = hashlib.sha256()
     for split in splits(path):
         directory = path if (path / "card.json").is_file() else path / split
         card = _card(directory)  # of an older version: what it was drawn with, and the statistics of what was drawn
         digest.update(f"{split} {card.get('fingerprint') or json.dumps(card, sort_keys=True)}\n".encode())
+        for file in sorted(directory.glob("*.arrow")):
+            with file.open("rb") as examples:
+                digest.update(hashlib.file_digest(examples, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -41,7 +41,7 @@ class WriteCommand:
     def __post_init__(self) -> None:
         if self.num_examples is not None and self.num_examples < 1:
             raise UserError(f"--num-examples is {self.num_examples}; allowed: 1 and above")
-        check_range(self, "workers", low=0)
+        check_range(self, "workers", "seed", low=0)
 
     def drawn(self) -> dict[str, Any]:
         """Return the options that say which examples are written, for the card."""

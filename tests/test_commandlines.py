@@ -171,6 +171,12 @@ def test_what_the_machine_refuses_is_one_line(error, capsys):
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in said)
 
 
+def test_a_path_that_the_locale_did_not_decode_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
+        "/runs/r\udcc3\udcbcn".encode()
+    assert capsys.readouterr().err.startswith("error: '/runs/r\\udcc3\\udcbcn' is not text in the locale's encoding: set LC_ALL=C.UTF-8")
+
+
 def test_too_little_memory_is_one_line(capsys):
     with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
         np.empty(2**62, np.int8)

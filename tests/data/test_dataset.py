@@ -271,6 +271,14 @@ def test_a_fingerprint_is_that_of_the_content(directory, tmp_path):
     assert len(found) == 6
 
 
+def test_files_exchanged_under_a_card_have_another_fingerprint(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "mixed")
+    main([*ARGUMENTS, "--seed", "8", "--out", str(tmp_path / "other")])
+    (file,) = (tmp_path / "mixed").glob("*.arrow")
+    shutil.copy(tmp_path / "other" / file.name, file)
+    assert corpus.fingerprint(tmp_path / "mixed") != corpus.fingerprint(directory)
+
+
 def test_a_card_without_a_fingerprint_has_one_too(directory, tmp_path):
     """As older versions wrote it: by what else it says."""
     old = json.loads((directory / "card.json").read_text())
