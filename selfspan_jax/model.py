@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from selfspan_jax.config import LinearImplementation, ModelConfig, Weights
+from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_to_tensor_parallel, reduce_from_tensor_parallel
 from selfspan_jax.spans import SpanVocab
@@ -90,11 +90,6 @@ class Linear(nnx.Module):
         """Compute logits, float32, as the output layer of a model."""
         return self(hidden, out_dtype=jnp.float32, implementation=linear)
 
-    def quantize(self) -> None:
-        """Round the weight to int8, symmetric per output."""
-        quantized = quantize_weight(self.weight[...])
-        self.weight, self.scales = nnx.Param(quantized.values), nnx.Param(quantized.scales)
-
 
 class Attention(nnx.Module):
     """Grouped-query attention: projections of queries, keys and values, the caller's `attend`, the output projection."""
@@ -163,6 +158,9 @@ class Decoder(nnx.Module):
         self.vocab = vocab
         self.vocab_size = vocab_size
         self.gather_layers = False  # over `fsdp`, layer by layer
+        self.stop_ids: tuple[int, ...] = ()  # that end a text beside `vocab.eos_id`, as the files of a pretrained model name them
+        self.adapters: LoraConfig | None = None  # of an adapted model, see `weights.lora`
+        self.weights: Weights = "bf16"
         self.embed_tokens = Embedding(vocab_size, config.hidden_size, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -228,8 +226,16 @@ class Decoder(nnx.Module):
                 layer.self_attn.o_proj.tensor_parallel = layer.mlp.down_proj.tensor_parallel = "row"
         return shard
 
+    def check_plain(self) -> None:
+        """Raise UserError for an adapted or int8 model."""
+        if self.adapters is not None:
+            raise UserError("the model has adapters: merge the adapters first (lora.merged)")
+        if self.weights == "int8":
+            raise UserError('the model\'s weights are int8: take the model that they were made from, weights="bf16"')
+
     def astype(self, dtype: Any) -> Decoder:
-        """Return a copy with parameters in another dtype."""
+        """Return a copy with parameters in another dtype. Raises UserError for an int8 or adapted model."""
+        self.check_plain()
         graph, params = nnx.split(self, nnx.Param)
         return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), params))
 
@@ -238,10 +244,16 @@ class Decoder(nnx.Module):
 
         Args:
           weights: "int8" rounds the layers' weights to int8, symmetric per output channel, but not embedding and output layer.
+
+        Raises: UserError for an adapted model, and for an int8 one that is not to stay so.
         """
+        if weights == self.weights == "int8":
+            return nnx.merge(*nnx.split(self))
         copy = self.astype(self.config.compute_dtype)
+        copy.weights = weights
         if weights == "int8":
             for layer in copy.layers:
                 for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
-                    linear.quantize()
+                    quantized = quantize_weight(linear.weight[...])
+                    linear.weight, linear.scales = nnx.Param(quantized.values), nnx.Param(quantized.scales)
         return copy

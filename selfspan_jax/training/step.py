@@ -110,8 +110,10 @@ def check_mesh(model: Decoder, config: TrainConfig, mesh: Mesh | None) -> None:
 def initial_state(model: Decoder, config: TrainConfig, mesh: Mesh | None = None) -> tuple[Fixed, TrainState]:
     """Split a model into its fixed parts and the state before the first step, sharded over the mesh if there is one.
 
-    Raises: UserError, see `check_mesh`.
+    Raises: UserError for an int8 model, and see `check_mesh`.
     """
+    if model.weights == "int8":
+        model.check_plain()
     check_mesh(model, config, mesh)
     graph, *states = nnx.split(model, nnx.Param, Frozen)
     params, frozen = states

@@ -18,7 +18,7 @@ from selfspan_jax.files import new_directory, read_json, write_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.weights.models import METADATA, Tensors, open_safetensors, save_safetensors, to_llama
-from selfspan_jax.weights.tokenizers import TextTask, is_tokenizer, load_tokenizer
+from selfspan_jax.weights.tokenizers import TextTask, is_tokenizer, load_tokenizer, switch_runtime_state_off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,8 +147,8 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
     `transformers` attends densely: it ignores spans, and structural tokens are special tokens like any other.
 
     Args:
-      tokenizer: with the structural tokens, as the task of an imported model has it; such a task is taken too, and with it all
-        the ids that end a text. Without one, no tokenizer is written.
+      tokenizer: with the structural tokens, as the task of an imported model has it; such a task is taken too. Without one, no
+        tokenizer is written. Its truncation and padding are switched off. The ends of a text are those of the model and the task.
 
     Raises: FileExistsError if the directory exists; UserError for an architecture that Hugging Face has no name for, or a
       quantised or adapted model.
@@ -157,18 +157,19 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
         raise UserError(f"directory is {directory!r}; expected a path")
     if not isinstance(model, Decoder):
         raise UserError(f"expected a Decoder to export, found {type(model).__name__}: of a SpanLM give its model")
-    stop_ids: tuple[int, ...] = ()
+    end_ids = [model.vocab.eos_id, *model.stop_ids]
     if isinstance(tokenizer, TextTask):
-        tokenizer, stop_ids = tokenizer.tokenizer, tokenizer.stop_ids
+        tokenizer, end_ids = tokenizer.tokenizer, list(dict.fromkeys([*end_ids, *tokenizer.stop_ids]))
     if not (tokenizer is None or is_tokenizer(tokenizer)):
         raise UserError(f"expected a tokenizer of transformers or the task of an imported model, found {type(tokenizer).__name__}")
     fields, arrays = to_hugging_face(model.config, model.vocab, model.vocab_size), to_llama(model)
-    if stop_ids:
-        fields["eos_token_id"] = [model.vocab.eos_id, *stop_ids]
+    if len(end_ids) > 1:
+        fields["eos_token_id"] = end_ids
     with new_directory(Path(directory)) as partial:
         save_safetensors(partial / "model.safetensors", arrays, METADATA)
         write_json(partial / "config.json", fields)
         if tokenizer is not None:
+            switch_runtime_state_off(tokenizer)
             tokenizer.save_pretrained(partial)
 
 

@@ -86,8 +86,8 @@ def load(
             vocab = dataclasses.replace(vocab, num_labels=min(num_labels, vocab.num_labels))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    stop_ids = tuple(i for i in source.eos_ids if i != vocab.eos_id)
-    return load_decoder(source, vocab, new_ids=new_ids, seed=seed, **changes), TextTask(tokenizer, stop_ids)
+    model = load_decoder(source, vocab, new_ids=new_ids, seed=seed, **changes)
+    return model, TextTask(tokenizer, model.stop_ids)
 
 
 def load_decoder(
@@ -128,7 +128,9 @@ def load_decoder(
         array = source.tensors.read(name).astype(config.compute_dtype)
         return _extended(array, new_size, new_rows, jax.random.key(seed)) if name in _EMBEDDINGS else array
 
-    return from_llama(abstract, read)
+    model = from_llama(abstract, read)
+    model.stop_ids = tuple(i for i in source.eos_ids if i != vocab.eos_id)
+    return model
 
 
 def _say_if_rounded(source: Source, compute_dtype: str) -> None:

@@ -109,14 +109,13 @@ def adapt(model: Decoder, config: LoraConfig, *, seed: int = 0) -> Decoder:
     Args:
       seed: seed of the matrices A.
 
-    Raises: UserError for a rank beyond the size of a map, or a model that is adapted already.
+    Raises: UserError for a rank beyond the size of a map, or a model that is adapted already, or int8.
     """
-    if is_adapted(model):
-        raise UserError("the model has adapters already: merge them first")
     first, vocab = model.vocab.solve_id, model.vocab
     while first > 1 and first - 1 in (vocab.pad_id, vocab.bos_id, vocab.eos_id):
         first -= 1
     adapted: Any = model.astype(model.config.compute_dtype)  # its modules change their types from here on
+    adapted.adapters = config
     rngs = nnx.Rngs(seed)
     for layer in adapted.layers:
         for owner in (layer.self_attn, layer.mlp):
@@ -132,30 +131,31 @@ def adapt(model: Decoder, config: LoraConfig, *, seed: int = 0) -> Decoder:
     return adapted
 
 
-def is_adapted(model: Decoder) -> bool:
-    """Return whether a model has adapters."""
-    return isinstance(model.embed_tokens, ExtendedRows)
-
-
 def merged(model: Decoder) -> Decoder:
     """Merge the adapters: return a plain decoder, its parameters in the compute dtype, that differs by their rounding only.
 
     Raises: UserError for a model without adapters: a second merge would be a mistake.
     """
-    if not is_adapted(model):
-        raise UserError("the model has no adapters: they are merged already, or it never had any")
+    _check_adapted(model)
     graph, params = nnx.split(abstract_decoder(model.config, model.vocab, model.vocab_size), nnx.Param)
     flat = []
     for path, _ in nnx.to_flat_state(params):
         owner, leaf = _at(model, path[:-1]), str(path[-1])
         changed = isinstance(owner, ExtendedRows) or (isinstance(owner, AdaptedLinear) and leaf == "weight")
         flat.append((path, nnx.Param(owner.merged() if changed else getattr(owner, leaf)[...])))
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    whole = nnx.merge(graph, nnx.from_flat_state(flat))
+    whole.stop_ids = model.stop_ids
+    return whole
+
+
+def _check_adapted(model: Decoder) -> None:
+    if model.adapters is None:
+        raise UserError("the model has no adapters: they are merged already, or it never had any")
 
 
 def plain(model: Decoder) -> Decoder:
     """Merge a model if it is adapted."""
-    return merged(model) if is_adapted(model) else model
+    return model if model.adapters is None else merged(model)
 
 
 def _at(model: Decoder, path: tuple[Any, ...]) -> Any:
@@ -168,7 +168,7 @@ def _at(model: Decoder, path: tuple[Any, ...]) -> Any:
 def fingerprint(model: Decoder) -> str:
     """Compute the SHA-256 of the base's parameters: names, shapes and bits of the frozen ones, or of all if there are no adapters."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(_named(model, Frozen if is_adapted(model) else nnx.Param).items()):
+    for name, leaf in sorted(_named(model, nnx.Param if model.adapters is None else Frozen).items()):
         array = np.asarray(leaf)
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
@@ -203,8 +203,15 @@ def save_adapter(
     """Write the adapter of an adapted model, atomically; see `models.save_model`.
 
     Args:
+      config: that which the model was adapted with.
       base_name: name of the base, shown to users.
+
+    Raises: FileExistsError; UserError for a model without adapters, or with others than those of `config`.
     """
+    _check_adapted(model)
+    own, given = dataclasses.asdict(model.adapters), dataclasses.asdict(config)  # type: ignore[arg-type]  # checked
+    if different := [name for name in own if own[name] != given[name]]:
+        raise UserError(f"{different[0]} is {given[different[0]]!r}, but the model was adapted with {own[different[0]]!r}")
     arrays = {name: leaf.astype(model.config.compute_dtype) for name, leaf in _named(model, nnx.Param).items()}
     base = {"name": base_name, "sha256": fingerprint(model)}
     _ADAPTER.write(Path(directory), model, arrays, task, card, replace=replace, base=base, lora=dataclasses.asdict(config))

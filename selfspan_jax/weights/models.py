@@ -258,10 +258,9 @@ def to_llama(model: Decoder) -> dict[str, Array]:
 
     Raises: UserError for a quantised or adapted model.
     """
+    model.check_plain()
     config, arrays = model.config, dict[str, Array]()
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if path[-1] in ("scales", "lora_a", "new_rows"):
-            raise UserError("int8 weights and adapters cannot be saved as a model: save the model that they were made from, or merge them")
         array, tail = variable[...].astype(config.compute_dtype), variable.shape[1:]
         names = _llama_names(path)
         if len(names) == 3:

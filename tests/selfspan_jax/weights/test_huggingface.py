@@ -14,14 +14,16 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from selfspan_jax import SpanLM
-from selfspan_jax.config import DecodeConfig, LoraConfig
+from selfspan_jax import SpanLM, training
+from selfspan_jax.config import DecodeConfig, LoraConfig, TrainConfig
+from selfspan_jax.errors import UserError
 from selfspan_jax.weights import huggingface, importing, lora, models
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.weights import pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # `transformers` warns about itself
 TEXT = "the cat and the dog"
+RANK_2 = LoraConfig(rank=2)
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +246,30 @@ def test_decoding_ends_at_any_of_the_ends(base, lm, tmp_path):
     ]
 
 
+EXPORTS = {  # ways to what is exported
+    "the task": lambda model, task: (model, task),
+    "its tokenizer": lambda model, task: (model, task.tokenizer),
+    "the model alone": lambda model, task: (model,),
+    "for decoding": lambda model, task: (SpanLM(model, task).model, task.tokenizer),
+    "merged": lambda model, task: (lora.merged(lora.adapt(model, RANK_2)), task.tokenizer),
+}
+
+
+@pytest.mark.parametrize("way", EXPORTS.values(), ids=EXPORTS)
+def test_an_export_has_all_ends_of_a_text(base, tmp_path, way):
+    model, task = importing.load(changed(base, tmp_path / "ends", eos_token_id=[0, 1]))
+    huggingface.export(tmp_path / "x", *way(model, task))
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["eos_token_id"] == [0, 1]
+
+
+def test_an_export_keeps_nothing_of_what_the_tokenizer_was_used_with(base, tmp_path):
+    model, task = importing.load(base)
+    task.tokenizer([TEXT, "a"], padding="max_length", truncation=True, max_length=4)
+    huggingface.export(tmp_path / "x", model, task.tokenizer)
+    stored = json.loads((tmp_path / "x" / "tokenizer.json").read_text())
+    assert (stored["truncation"], stored["padding"]) == (None, None)
+
+
 @pytest.mark.parametrize("ids", ["</s>", [0, "1"], [-1], True])
 def test_ends_that_are_no_ids_are_refused(base, tmp_path, ids):
     with pytest.raises(ValueError, match="eos_token_id is"):
@@ -253,14 +279,44 @@ def test_ends_that_are_no_ids_are_refused(base, tmp_path, ids):
 # Export.
 
 
-def test_states_of_a_model_that_is_no_plain_one_are_not_exported(tmp_path):
-    adapted = [lora.adapt(random_model(), LoraConfig(rank=2, targets=(target,))) for target in ("down_proj", "qkv_proj")]
-    for model in (*adapted, random_model().for_decoding(weights="int8")):  # which SpanLM.load(..., weights="int8") is
-        with pytest.raises(ValueError, match="cannot be saved as a model: save the model that they were made from, or merge"):
-            huggingface.export(tmp_path / "x", model)
-        with pytest.raises(ValueError, match="cannot be saved as a model"):
-            models.save_model(tmp_path / "x", model, {}, "")
+STATES = {  # of a model that is no plain one, and what is said of it
+    "int8": (lambda: random_model().for_decoding(weights="int8"), "weights are int8: take the model that they were made from"),
+    "adapted": (lambda: lora.adapt(random_model(), RANK_2), r"has adapters: merge the adapters first .lora.merged."),
+    "one map adapted": (lambda: lora.adapt(random_model(), LoraConfig(rank=2, targets=("down_proj",))), "merge the adapters first"),
+}
+CONSUMERS = {
+    "export": lambda model, path: huggingface.export(path, model),
+    "save_model": lambda model, path: models.save_model(path, model, {}, ""),
+    "SpanLM": lambda model, path: SpanLM(model, None),
+    "for_decoding": lambda model, path: model.for_decoding(),
+    "astype": lambda model, path: model.astype("float32"),
+    "adapt": lambda model, path: lora.adapt(model, RANK_2),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), STATES.values(), ids=STATES)
+def test_a_model_that_is_no_plain_one_is_refused_by_what_would_take_it_for_one(tmp_path, make, message):
+    model = make()
+    for consume in CONSUMERS.values():
+        with pytest.raises(UserError, match=message):
+            consume(model, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_int8_model_is_neither_trained_nor_saved_as_an_adapter(tmp_path):
+    model = random_model().for_decoding(weights="int8")
+    with pytest.raises(UserError, match="weights are int8"):
+        training.initial_state(model, TrainConfig(steps=1))
+    with pytest.raises(UserError, match="has no adapters"):
+        lora.save_adapter(tmp_path / "x", model, RANK_2, "base", {}, "")
+
+
+def test_an_int8_model_stays_what_it_is_in_another_object():
+    first = SpanLM.load("checkpoints/arithmetic-tiny", weights="int8")
+    again = SpanLM(first.model, first.task, weights="int8")
+    assert again.generate("(3+4)", max_new_tokens=8).text == "<seg:1>3+4=7<eos>"
+    for a, b in zip(*(jax.tree.leaves(nnx.state(each.model, nnx.Param)) for each in (first, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(

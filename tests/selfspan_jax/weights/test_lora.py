@@ -1,5 +1,6 @@
 """Adapters: what they change and what they leave alone, merging, their files, and fine-tuning by the command line."""
 
+import dataclasses
 import json
 import sys
 
@@ -20,6 +21,7 @@ from data.__main__ import main as data_main
 from data.vocab import CHARACTERS, TokenizerVocab, Vocab
 from selfspan_jax import SpanLM, training
 from selfspan_jax.config import LoraConfig, ModelConfig
+from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training import DeviceBatch
@@ -78,10 +80,23 @@ def test_only_the_targets_are_adapted_and_merging_twice_is_refused():
     model = lora.adapt(random_model(), LoraConfig(rank=2, targets=("o_proj",)))
     names = {lora._name(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     assert names == {"embed_tokens.new_rows", *(f"layers.{i}.self_attn.o_proj.lora_{m}" for i in (0, 1) for m in "ab")}
-    with pytest.raises(ValueError, match="has adapters already"):
+    with pytest.raises(ValueError, match="has adapters: merge the adapters first"):
         lora.adapt(model, LORA)
     with pytest.raises(ValueError, match="merged already"):
         lora.merged(lora.merged(model))
+
+
+OTHERS = {"alpha": (dict(alpha=7.0), "alpha is 7.0, but the model was adapted with 6.0"), "rank": (dict(rank=2), "rank is 2, but"),
+          "targets": (dict(targets=("o_proj",)), "targets is .'o_proj',., but")}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), OTHERS.values(), ids=OTHERS)
+def test_an_adapter_is_saved_with_the_config_that_made_it(tmp_path, change, message):
+    adapted = lora.adapt(random_model(), LORA)
+    for model, match in ((adapted, message), (random_model(), "has no adapters"), (lora.merged(adapted), "has no adapters")):
+        with pytest.raises(UserError, match=match):
+            lora.save_adapter(tmp_path / "x", model, dataclasses.replace(LORA, **change), "base", {}, "")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])

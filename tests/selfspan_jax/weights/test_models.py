@@ -78,7 +78,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_models_that_cannot_be_read_again_are_not_written(tmp_path):
     for model in (random_model().for_decoding(weights="int8"), lora.adapt(random_model(), LoraConfig(rank=2))):
-        with pytest.raises(UserError, match="int8 weights and adapters cannot be saved as a model"):
+        with pytest.raises(UserError, match=r"the model's weights are int8: take|the model has adapters: merge"):
             models.save_model(tmp_path / "model", model, TASK, "")
         assert not list(tmp_path.iterdir())
 
