@@ -63,7 +63,7 @@ def open_source(path: Path) -> Source:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         reader = GGUFReader(path)
-    except (ValueError, LookupError, TypeError, OverflowError, UnicodeDecodeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: not a GGUF file, or a damaged one ({' '.join(str(error).split())})") from error
     fields = _hugging_face_fields(path, reader)
     ends = (_value(reader, f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
@@ -79,8 +79,12 @@ def is_gguf(path: Path) -> bool:
 
 
 def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
+    """Read a value of the metadata. Raises UserError for one that cannot be decoded."""
     field = reader.get_field(key)
-    value = default if field is None else field.contents()
+    try:
+        value = default if field is None else field.contents()
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise UserError(f"{reader.data.filename}: {key} cannot be read ({error})") from error
     # The shortest number that the file's float32 stands for: 1e-05, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -110,7 +114,8 @@ def _hugging_face_fields(path: Path, reader: GGUFReader) -> dict[str, Any]:
             raise UserError(f"{path}: llama.{name} is {other}; known is the head size, {fields['head_dim']}")
     if "token_embd.weight" not in shapes:
         raise UserError(f"{path}: token_embd.weight is missing")
-    return fields | {"model_type": "llama", "vocab_size": int(shapes["token_embd.weight"][1])}
+    tied = "output.weight" not in shapes
+    return fields | {"model_type": "llama", "vocab_size": int(shapes["token_embd.weight"][1]), "tie_word_embeddings": tied}
 
 
 def _llama_name(name: str) -> str:

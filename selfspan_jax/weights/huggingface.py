@@ -45,6 +45,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _ROPE_THETA = 10_000.0
+_WEIGHTS = "model.safetensors"
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -71,18 +73,25 @@ class Source:
         load_tokenizer: Callable[[], PreTrainedTokenizerBase],
         eos_ids: Iterable[int] = (),
     ) -> Source:
-        """Make a source from the fields of a Hugging Face config. Raises UserError for fields that `model_config` refuses."""
+        """Make a source from the fields of a Hugging Face config.
+
+        Raises: UserError for fields that `model_config` refuses, and for a file without an output layer whose config does not say
+          that it is the embedding: by default it is not.
+        """
         fields = dict(fields)
-        if _HEAD in tensors.shapes and not (fields.get("tie_word_embeddings") and _is_tied(tensors)):
-            fields["tie_word_embeddings"] = False  # the file has a head of its own, whatever the config says
-        elif fields.get("tie_word_embeddings") is None:
-            fields["tie_word_embeddings"] = True
-        if fields.get("dtype", fields.get("torch_dtype")) is None and tensors.main_dtype == "F32":
-            fields["dtype"] = "float32"
         try:
+            model_config(fields)  # as they are, before the file has its say
+            if _HEAD in tensors.shapes and not (fields.get("tie_word_embeddings") and _is_tied(tensors)):
+                fields["tie_word_embeddings"] = False  # the file has a head of its own, whatever the config says
+            elif fields.get("tie_word_embeddings") is None:
+                kind = fields["model_type"]
+                raise UserError(f"tie_word_embeddings is missing, for {kind} false by default, but the file has no {_HEAD}")
+            if fields.get("dtype", fields.get("torch_dtype")) is None and tensors.main_dtype == "F32":
+                fields["dtype"] = "float32"
             config = model_config(fields)
         except UserError as error:
-            raise UserError(f"{tensors.where}: {error}") from error
+            where = tensors.where / "config.json" if tensors.where.is_dir() else tensors.where
+            raise UserError(f"{where}: {error}") from error
         return cls(config, fields["vocab_size"], tensors, load_tokenizer, tuple(eos_ids))
 
 
@@ -107,6 +116,8 @@ def open_source(path: Path) -> Source:
     if quantized := fields.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UserError(f'{path}: its weights are quantised ({method}): take the model they were made from, and weights="int8"')
+    if (named := fields.get("transformers_weights")) not in (None, _WEIGHTS):
+        raise UserError(f"{path / 'config.json'}: transformers_weights is {named!r}; known is {_WEIGHTS}")
     configs = {path / "config.json": fields, **({generation: read_json(generation)} if generation.is_file() else {})}
     ends = [_eos_ids(file, config.get("eos_token_id")) for file, config in configs.items()]
     return Source.of(fields, _open_shards(path), lambda: load_tokenizer(path), dict.fromkeys(sum(ends, [])))
@@ -121,7 +132,7 @@ def _eos_ids(file: Path, value: Any) -> list[int]:
 
 
 def _open_shards(directory: Path) -> Tensors:
-    single, index = "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = _WEIGHTS, directory / f"{_WEIGHTS}.index.json"
     names, by_name = [single], None
     if index.is_file():
         by_name = read_json(index).get("weight_map")
@@ -166,7 +177,7 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
     if len(end_ids) > 1:
         fields["eos_token_id"] = end_ids
     with new_directory(Path(directory)) as partial:
-        save_safetensors(partial / "model.safetensors", arrays, METADATA)
+        save_safetensors(partial / _WEIGHTS, arrays, METADATA)
         write_json(partial / "config.json", fields)
         if tokenizer is not None:
             switch_runtime_state_off(tokenizer)
@@ -180,18 +191,21 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
       field that is missing or of another type.
     """
     kind = fields.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise UserError(f"model_type is {kind!r}; known are {', '.join(_DEFAULTS)}")
     fields = {name: value for name, value in {**_DEFAULTS[kind], **fields}.items() if value is not None}
     if missing := [name for name in _REQUIRED if name not in fields]:
         raise UserError(f"{', '.join(sorted(missing))} missing")
     for name in (*_REQUIRED, *_SIZES, "sliding_window", "max_window_layers"):
         _check_number(fields, name, whole=name != "rms_norm_eps")
+    for name in _FLAGS:
+        if not isinstance(value := fields.get(name, False), bool):
+            raise UserError(f"{name} is {value!r}; expected true or false")
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"hidden_act is {activation!r}; known is silu")
     if fields.get("mlp_bias"):
         raise UserError("mlp_bias is true; the feed-forward layers here have none")
-    biased = bool(fields.get("attention_bias"))
+    biased = fields.get("attention_bias", False)
     num_heads = fields["num_attention_heads"]
     if num_heads < 1:
         raise UserError(f"num_attention_heads is {num_heads}; allowed: 1 and above")
@@ -207,7 +221,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=biased or kind == "qwen2",
         output_bias=biased and kind != "qwen2",
         qk_norm=kind == "qwen3",
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=fields.get("tie_word_embeddings", False),
         compute_dtype="float32" if fields.get("dtype", fields.get("torch_dtype")) == "float32" else "bfloat16",
         mask="dense",
         header_view="all",
@@ -238,30 +252,38 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Collect the settings of rotary positions.
 
     They have stood in three places: `rope_parameters` (transformers 5), `rope_scaling`, and fields of the config itself. As in
-    transformers what stands in a dict comes before the config's field, and the dict may have one part for each type of layer.
+    transformers what stands in a dict comes before the config's field, and where layers have types (Qwen), the dict may have one
+    part for each.
     """
-    dicts = {name: fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name)}
+    dicts = {name: fields[name] for name in ("rope_parameters", "rope_scaling") if name in fields}
     for name, value in dicts.items():
         if not isinstance(value, dict):
             raise UserError(f"{name} is {value!r}; expected an object")
     found = []
     for name, rope in dicts.items():
+        if not rope:
+            continue
         nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
-        used = fields.get("layer_types") or nested
+        used = fields.get("layer_types", [])
+        if nested and not (used and fields["model_type"] in ("qwen2", "qwen3")):
+            raise UserError(f"{name} has settings for layers of type {min(nested)}; known are those of a qwen2 or qwen3 with layer_types")
         if nested and (alone := [key for key in rope if key not in nested]):
             raise UserError(f"{name} has {alone[0]} beside settings for types of layers")
         if nested and (missing := sorted({*used} - nested.keys())):
             raise UserError(f"{name} has no settings for layers of type {missing[0]}")
-        found += [(name, _rope_of(rope, fields)) for rope in ([nested[key] for key in sorted({*used})] if nested else [rope])]
+        parts = {f"{name}.{key}": nested[key] for key in sorted({*used})} if nested else {name: rope}
+        found += [(part, settings, _rope_of(settings, fields)) for part, settings in parts.items()]
     if not found:
         return _rope_of({}, fields)
-    (_, first), *others = found
-    for name, other in others:
-        if different := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
+    (_, _, first), *others = found
+    for other in others:
+        if different := sorted(key for key in first.keys() | other[2].keys() if first.get(key) != other[2].get(key)):
             key = different[0]
-            raise UserError(
-                f"{key} is {first.get(key)!r} in one setting of rotary positions and {other.get(key)!r} in {name}; known is one"
-            )
+            values = [
+                f"{rope.get(key)!r} {'in' if key in settings else 'for'} {part}{'' if key in settings else ', which does not name it'}"
+                for part, settings, rope in (found[0], other)
+            ]
+            raise UserError(f"{key} is {values[0]}, and {values[1]}; known is one value")
     return first
 
 
@@ -278,9 +300,11 @@ def _rope_of(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, An
     if rope["partial_rotary_factor"] != 1:
         raise UserError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; known is 1: all of a head is turned")
     if rope["rope_type"] == "llama3":
-        if "original_max_position_embeddings" not in rope and "original_max_position_embeddings" in fields:
-            raise UserError("original_max_position_embeddings stands beside the settings of rotary positions: it belongs among them")
-        rope.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
+        name = "original_max_position_embeddings"
+        if name in fields and rope.get(name) != fields[name]:  # which transformers takes, but older versions of it did not
+            wrong = f"but is {rope[name]!r} among them" if name in rope else "but belongs among them"
+            raise UserError(f"{name}, {fields[name]!r}, stands beside the settings of rotary positions, {wrong}")
+        rope.setdefault(name, fields["max_position_embeddings"])
     for name in ("rope_theta", *_LLAMA3):
         _check_number(rope, name)
     return rope

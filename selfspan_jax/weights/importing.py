@@ -75,23 +75,29 @@ def load(
     if tokenizer.eos_token_id is None and source.eos_ids:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(source.eos_ids[0])
     try:
-        vocab, new_ids = source.vocab or tokenizers.find_span_tokens(tokenizer), None
+        vocab, new_ids, used_ids = source.vocab or tokenizers.find_span_tokens(tokenizer), None, None
         if vocab is None:
             old = set(tokenizer.get_vocab().values())
             vocab = tokenizers.add_span_tokens(tokenizer, num_labels or NUM_LABELS)
-            new_ids = sorted(set(tokenizer.get_vocab().values()) - old)
+            new_ids, used_ids = sorted(set(tokenizer.get_vocab().values()) - old), sorted(old)
         elif (num_labels or 0) > vocab.num_labels and not fewer_labels:
             raise UserError(f"has span tokens of {vocab.num_labels} labels: num_labels is {num_labels}")
         elif num_labels:
             vocab = dataclasses.replace(vocab, num_labels=min(num_labels, vocab.num_labels))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    model = load_decoder(source, vocab, new_ids=new_ids, seed=seed, **changes)
+    model = load_decoder(source, vocab, new_ids=new_ids, used_ids=used_ids, seed=seed, **changes)
     return model, TextTask(tokenizer, model.stop_ids)
 
 
 def load_decoder(
-    source: str | Path | Source, vocab: SpanVocab | None = None, *, new_ids: Sequence[int] | None = None, seed: int = 0, **changes: Any
+    source: str | Path | Source,
+    vocab: SpanVocab | None = None,
+    *,
+    new_ids: Sequence[int] | None = None,
+    used_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    **changes: Any,
 ) -> Decoder:
     """Load the decoder of a pretrained model, its parameters in the compute dtype.
 
@@ -101,7 +107,8 @@ def load_decoder(
     Args:
       source: a path, a hub id, or what `open_source` returned for it.
       vocab: ids of the structural tokens; by default the model's own, or after the file's vocabulary, with 256 labels.
-      new_ids: ids of new tokens within the file's rows, which then begin like those beyond; rows below them are the old ones.
+      new_ids: ids of new tokens within the file's rows, which then begin like those beyond.
+      used_ids: ids of old tokens, whose rows new ones begin with the mean of; by default all below the new ones.
       seed: seed of the noise of new embeddings.
       changes: fields of ModelConfig in place of the file's: compute_dtype, mask, header_view, prompt_view and so on.
 
@@ -114,6 +121,7 @@ def load_decoder(
     vocab = vocab or source.vocab or SpanVocab.consecutive(old_size, NUM_LABELS)
     new_size = max(old_size, vocab.min_vocab_size)
     new_rows = np.array(sorted({*(new_ids or ()), *range(old_size, new_size)}), np.int32)
+    old_rows = np.array(used_ids or range(new_rows[0] if len(new_rows) else 0), np.int32)
     config = dataclasses.replace(source.config, **changes)
     abstract = abstract_decoder(config, vocab, new_size)
     shapes = llama_shapes(abstract)
@@ -126,7 +134,7 @@ def load_decoder(
 
     def read(name: str) -> Array:
         array = source.tensors.read(name).astype(config.compute_dtype)
-        return _extended(array, new_size, new_rows, jax.random.key(seed)) if name in _EMBEDDINGS else array
+        return _extended(array, new_size, old_rows, new_rows, jax.random.key(seed)) if name in _EMBEDDINGS else array
 
     model = from_llama(abstract, read)
     model.stop_ids = tuple(i for i in source.eos_ids if i != vocab.eos_id)
@@ -143,11 +151,13 @@ def _say_if_rounded(source: Source, compute_dtype: str) -> None:
         )
 
 
-def _extended(rows: Float[Array, "V D"], size: int, new: Int[np.ndarray, "n"], key: Array) -> Float[Array, "V2 D"]:
-    """Give rows to the new ids: the mean of the rows below them, plus noise."""
+def _extended(
+    rows: Float[Array, "V D"], size: int, old: Int[np.ndarray, "m"], new: Int[np.ndarray, "n"], key: Array
+) -> Float[Array, "V2 D"]:
+    """Give rows to the new ids: the mean of the rows of old ones, plus noise."""
     if not len(new):
         return rows
-    wide = rows[: int(new[0])].astype(jnp.float32)
+    wide = rows[old].astype(jnp.float32)
     noise = jax.random.normal(key, (len(new), rows.shape[1]), jnp.float32)
     values = jnp.mean(wide, axis=0, keepdims=True) + 0.01 * jnp.std(wide, axis=0, keepdims=True) * noise
     longer = jnp.concatenate([rows, jnp.zeros((size - rows.shape[0], rows.shape[1]), rows.dtype)])

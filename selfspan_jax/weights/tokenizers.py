@@ -26,6 +26,7 @@ NUM_LABELS = 256  # added by default
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face directory; no code of the directory runs. Raises UserError for damaged files."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer  # takes seconds to import, and only pretrained models need it
 
     file = directory / "tokenizer.json"
@@ -37,6 +38,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:  # all that damaged files were seen to raise
         raise UserError(f"{directory}: the tokenizer cannot be read ({type(error).__name__}: {_one_line(error)})") from error
+    except StrictDataclassError as error:  # it reads the config too, and checks types
+        raise UserError(f"{directory / 'config.json'}: {_one_line(error.__cause__ or error)}") from error
     switch_runtime_state_off(tokenizer)
     return tokenizer
 
@@ -51,7 +54,7 @@ def parse_tokenizer(where: Path, text: str) -> Tokenizer:
         raise UserError(f"{where}: not a tokenizer ({_one_line(error)})") from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return textwrap.shorten(str(error), 160)
 
 

@@ -6,6 +6,7 @@ import transformers
 
 from selfspan_jax import SpanLM
 from selfspan_jax.config import LoraConfig
+from selfspan_jax.errors import UserError
 from selfspan_jax.weights import importing, lora
 from tests.selfspan_jax.weights import pretrained
 from tests.selfspan_jax.weights.pretrained import WORDS, gguf_file
@@ -93,6 +94,25 @@ def test_a_file_cut_short_is_refused_in_one_line(tmp_path, size):
     (tmp_path / "cut.gguf").write_bytes(data[:size])
     with pytest.raises(ValueError, match=r"cut.gguf: not a GGUF file, or a damaged one \(") as error:
         SpanLM.load(tmp_path / "cut.gguf")
+    assert "\n" not in str(error.value)
+
+
+NOT_UTF8 = {  # where a byte of a string is no UTF-8: what is replaced, and the key that is named
+    "the architecture": (b"\x05\0\0\0\0\0\0\0llama", "general.architecture"),
+    "a token": (b"\x03\0\0\0\0\0\0\0the", "tokenizer.ggml.tokens"),
+    "a merge": (b"\x04\0\0\0\0\0\0\0th e", "tokenizer.ggml.merges"),
+    "the chat template": (b"{{ messages", "tokenizer.chat_template"),
+}
+
+
+@pytest.mark.parametrize(("found", "key"), NOT_UTF8.values(), ids=NOT_UTF8)
+def test_text_that_is_not_utf8_is_named_in_one_line(tmp_path, found, key):
+    path = gguf_file(tmp_path / "model.gguf", ARRAYS, tokenizer__chat_template="{{ messages[0].content }}")
+    data = path.read_bytes()
+    assert data.count(found) == 1
+    path.write_bytes(data.replace(found, found[:-1] + b"\xff"))
+    with pytest.raises(UserError, match=f"model.gguf: {key} cannot be read") as error:
+        SpanLM.load(path)
     assert "\n" not in str(error.value)
 
 

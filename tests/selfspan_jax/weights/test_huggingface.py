@@ -86,18 +86,38 @@ def test_rotary_settings_are_those_of_transformers(fields):
 
 LAYERS = dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=32)
 REFUSED_ROPES = {
-    "two thetas": (dict(rope_parameters={"rope_theta": 2e4}, rope_scaling={"rope_theta": 3e4}), "rope_theta is 20000.0 in one .* 30000.0"),
+    "two thetas": (
+        dict(rope_parameters={"rope_theta": 2e4}, rope_scaling={"rope_theta": 3e4}),
+        "rope_theta is 20000.0 in rope_parameters, and 30000.0 in rope_scaling; known is one value",
+    ),
     "another type": (dict(rope_scaling={"type": "linear", "factor": 2.0}), "type 'linear'; known are default and llama3"),
     "a factor of no type": (dict(rope_scaling={"factor": 2.0}), "a factor of 2.0, but no type"),
     "a part of the head": (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     "a part of the head, inside": (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
     "the first context outside": (dict(rope_scaling={"type": "llama3", **PART}, original_max_position_embeddings=32), "stands beside"),
+    "the first context, two": (
+        dict(rope_scaling={"rope_type": "llama3", **LLAMA3}, original_max_position_embeddings=32),
+        "original_max_position_embeddings, 32, stands beside .* is 16 among them",
+    ),
+    "a theta that a second dict does not name": (
+        dict(rope_parameters={"rope_theta": 5e5}, rope_scaling={"type": "default"}),
+        "rope_theta is 500000.0 in rope_parameters, and 10000.0 for rope_scaling, which does not name it",
+    ),
+    "a list": (dict(rope_parameters=[]), "rope_parameters is ..; expected an object"),
+    "a type of layer, no types": (
+        dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}),
+        "for layers of type full_attention; known",
+    ),
+    "a type of layer, of a Llama": (
+        dict(LAYERS, model_type="llama", rope_parameters={"full_attention": {"rope_theta": 1e6}}),
+        "for layers of type full_attention; known are those of a qwen2 or qwen3",
+    ),
     "half of llama3": (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "low_freq_factor, high_freq_factor missing"),
     "text for theta": (dict(rope_theta="1e6"), "rope_theta is '1e6'; expected a number"),
     "no dict": (dict(rope_scaling="llama3"), "rope_scaling is 'llama3'; expected an object"),
     "types of layers that differ": (
         dict(LAYERS, rope_parameters={"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}),
-        "rope_theta is 1000000.0 in one",
+        "rope_theta is 1000000.0 in rope_parameters.full_attention, and 10000.0 in rope_parameters.sliding_attention",
     ),
     "a type of layer without": (
         dict(LAYERS, rope_parameters={"full_attention": {"rope_theta": 1e6}}),
@@ -157,9 +177,32 @@ def test_a_head_of_its_own_is_used_whatever_the_config_says(base, tmp_path):
     same = pretrained.directory(tmp_path / "same", arrays=arrays, tie_word_embeddings=True)
     assert importing.load_decoder(same).lm_head is None
     arrays.pop("lm_head.weight")
-    assert importing.load_decoder(pretrained.directory(tmp_path / "none", arrays=arrays)).lm_head is None
+    with pytest.raises(UserError, match=r"tie_word_embeddings is missing, for llama false by default, but the file has no lm_head.weight"):
+        importing.load_decoder(pretrained.directory(tmp_path / "none", arrays=arrays))
     with pytest.raises(ValueError, match=r"lm_head.weight among them"):
         importing.load_decoder(pretrained.directory(tmp_path / "untied", arrays=arrays, tie_word_embeddings=False))
+
+
+TYPES = {  # fields of a wrong type, and how the line ends that refuses them
+    "text for a flag": (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; expected true or false"),
+    "a number for a flag": (dict(tie_word_embeddings=1), "tie_word_embeddings is 1; expected true or false"),
+    "text for a bias": (dict(attention_bias="false"), "attention_bias is 'false'; expected true or false"),
+    "a list for an object": (dict(rope_parameters=[]), "rope_parameters is []; expected an object"),
+    "a list for a name": (dict(model_type=[]), "model_type is []; known are llama, mistral, qwen2, qwen3"),
+    "what only transformers reads": (dict(use_cache="yes"), "Field 'use_cache' expected bool, got str (value: 'yes')"),
+    "weights elsewhere": (
+        dict(transformers_weights="x.safetensors"),
+        "transformers_weights is 'x.safetensors'; known is model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), TYPES.values(), ids=TYPES)
+def test_a_field_of_a_wrong_type_is_named_with_file_and_value(base, tmp_path, fields, message):
+    path = changed(base, tmp_path / "model", **fields)
+    with pytest.raises(UserError) as error:
+        SpanLM.load(path)
+    assert str(error.value) == f"{path / 'config.json'}: {message}"
 
 
 def test_two_models_in_one_directory_are_refused(base, tmp_path):
@@ -335,7 +378,8 @@ def test_what_cannot_be_exported_is_refused(lm, arguments, message):
 @pytest.mark.parametrize("head", [True, False], ids=["untied", "tied"])
 def test_an_export_is_loaded_as_what_it_was(tmp_path, head):
     """No bit changes and no token is added a second time, however often it goes around."""
-    once = SpanLM.load(pretrained.directory(tmp_path / "0", arrays=pretrained.tensors(320, head=head)))
+    arrays = pretrained.tensors(320, head=head)
+    once = SpanLM.load(pretrained.directory(tmp_path / "0", arrays=arrays, tie_word_embeddings=not head))
     huggingface.export(tmp_path / "1", once.model, once.task.tokenizer)
     again = SpanLM.load(tmp_path / "1")
     huggingface.export(tmp_path / "2", again.model, again.task)
@@ -364,6 +408,20 @@ def test_new_tokens_begin_alike_wherever_their_rows_lie(tmp_path):
         np.testing.assert_array_equal(rows[new.stop :], 0)
         assert len(np.unique(rows[new], axis=0)) == new.stop - 260
         np.testing.assert_allclose(rows[new], np.broadcast_to(old.mean(axis=0), rows[new].shape), atol=0.06 * old.std())
+
+
+def test_new_tokens_begin_with_the_mean_of_the_ids_in_use(tmp_path):
+    """A tokenizer that leaves ids free, whose rows are zero in the file."""
+    words = {word: i if i < 200 else i + 100 for i, word in enumerate(pretrained.WORDS)}
+    arrays, used = pretrained.tensors(400), [*words.values()]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        arrays[name][200:300] = 0
+    path = pretrained.directory(tmp_path / "model", rows=400, words=pretrained.tokenizer(vocab=words), arrays=arrays)
+    model, _ = importing.load(path, num_labels=64)
+    for name, rows in (("model.embed_tokens.weight", model.embed_tokens.embedding[...]), ("lm_head.weight", model.lm_head.weight[...])):
+        new, old = np.asarray(rows)[360 : model.vocab.min_vocab_size], arrays[name][used]
+        np.testing.assert_allclose(new.mean(axis=0), old.mean(axis=0), atol=0.01 * old.std())
+        np.testing.assert_allclose(new.std(axis=0), 0.01 * old.std(axis=0), rtol=0.4)
 
 
 @pytest.mark.slow
