@@ -111,7 +111,7 @@ class Generate(Model):
         told: list[str] = []
         if self.stream and isinstance(prompts, str):
             stream = lm.stream(prompts, **options)
-            told = prompt_warnings(lm.task, prompts)
+            told = prompt_warnings(lm.task, files.well_formed(prompts))
             print(*(f"{line}\n" for line in text.warning_lines(told)), sep="", end="")
             with commandline.status("compiling and decoding ..."):
                 first = next(stream, "")

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -48,6 +49,22 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_UNDECODED = re.compile("[\udc80-\udcff]+")  # bytes that were not decoded (PEP 383)
+
+
+def well_formed(text: str) -> str:
+    """Put U+FFFD for halves of surrogate pairs, which no tokenizer takes and no file holds.
+
+    Bytes that the locale did not decode are decoded as UTF-8 first: so a command line argument arrives in an ASCII locale.
+    """
+    if not _SURROGATES.search(text):
+        return text
+    paired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    decoded = _UNDECODED.sub(lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), paired)
+    return _SURROGATES.sub("\ufffd", decoded)
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -23,6 +23,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
+from selfspan_jax.files import well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.task import Task, end_ids, installed_tasks
@@ -123,7 +124,7 @@ class SpanLM:
         """Decode a response to a prompt, or to each of several in one batch.
 
         Args:
-          prompts: text of the task (for arithmetic: expressions).
+          prompts: text of the task (for arithmetic: expressions). Halves of surrogate pairs in it are read as U+FFFD.
           num_samples: responses to each prompt, which share its cache rows; a prompt's result is then a list of that length.
           batch_size: of many prompts, how many are decoded together; by default all.
           attention: a policy of `selfspan_jax.attention.policies` or its name: "span" reads what the model names, "dense"
@@ -181,7 +182,7 @@ class SpanLM:
         """
         if not isinstance(prompt, str):
             raise UserError(f"a prompt is {prompt!r}: expected text")
-        _, (ids,) = self._encode(prompt, chat)
+        (prompt,), (ids,) = self._encode(prompt, chat)
         return Stream(self._pieces(prompt, ids, self._call([ids], **options), _count("chunk_tokens", chunk_tokens)))
 
     def _pieces(self, prompt: str, ids: Int[np.ndarray, "T"], call: _Call, chunk_tokens: int) -> Generator[str, None, Output]:
@@ -215,6 +216,7 @@ class SpanLM:
             try:
                 if not isinstance(text, str):
                     raise UserError(f"expected text, found {type(text).__name__}")
+                texts[number - 1] = text = well_formed(text)
                 ids = encode(text)
                 if len(ids) >= context:
                     raise UserError(f"the prompt is {len(ids)} tokens long, but the model's context is {context}, response included")

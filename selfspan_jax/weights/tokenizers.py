@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from selfspan_jax.errors import UserError
-from selfspan_jax.files import read_text
+from selfspan_jax.files import read_text, well_formed
 from selfspan_jax.spans import SpanVocab
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class TextTask:
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:
         """Encode text, with the beginning of text if the tokenizer adds one. Raises UserError for an empty prompt."""
-        if not (ids := self.tokenizer(text)["input_ids"]):
+        if not (ids := self.tokenizer(well_formed(text))["input_ids"]):
             raise UserError("the prompt is empty")
         return np.array(ids, np.int32)
 
@@ -194,7 +194,7 @@ class TextTask:
             from jinja2 import TemplateError
         except ImportError as error:
             raise UserError("chat templates need the package jinja2: pip install jinja2") from error
-        messages = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": well_formed(text)}]
         try:
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         except (TemplateError, ImportError, ValueError, TypeError, LookupError) as error:  # a template may fail in any of these ways

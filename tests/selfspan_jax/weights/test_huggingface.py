@@ -18,6 +18,7 @@ from selfspan_jax import SpanLM, training
 from selfspan_jax.config import DecodeConfig, LoraConfig, TrainConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.weights import huggingface, importing, lora, models
+from selfspan_jax.weights.tokenizers import TextTask
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.weights import pretrained
 
@@ -442,6 +443,37 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["ANSI_X3.4-1968", "'\\xe9the'"]
     assert (tmp_path / "saved" / "README.md").read_text(encoding="utf-8") == "é"
+
+
+MALFORMED = {  # prompts that no tokenizer takes, and what is read in their place
+    "half of a pair": ("a \ud83d b", "a \ufffd b"),
+    "the other half": ("\ude80", "\ufffd"),
+    "halves of one character": ("a \ud83d\ude80", "a \U0001f680"),
+    "halves whose second could be a byte": ("\ud83d\udc80", "\U0001f480"),
+    "an argument in an ASCII locale": ("café \U0001f680".encode().decode("ascii", "surrogateescape"), "café \U0001f680"),
+    "a byte that is no UTF-8": (b"a \xff b".decode("utf-8", "surrogateescape"), "a \ufffd b"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "read"), MALFORMED.values(), ids=MALFORMED)
+def test_a_prompt_with_surrogates_is_read_as_text(lm, prompt, read):
+    ids = lm.task.tokenizer(read)["input_ids"]
+    assert lm.task.encode_prompt(prompt).tolist() == ids
+    texts, encoded = lm._encode([prompt, read], chat=False)
+    assert texts == [read, read] and [each.tolist() for each in encoded] == [ids, ids]
+
+
+def test_a_prompt_with_surrogates_is_decoded_every_way(lm, tmp_path):
+    prompt, read = MALFORMED["half of a pair"]
+    right = lm.generate(read, max_new_tokens=3)
+    several = lm.generate([prompt, prompt], max_new_tokens=3)
+    stream = lm.stream(prompt, max_new_tokens=3)
+    assert "".join(stream) == right.text
+    for out in (lm.generate(prompt, max_new_tokens=3), *several, stream.output):
+        assert (out.prompt, out.text) == (read, right.text)
+        json.dumps(out.to_json(), ensure_ascii=False).encode("utf-8")
+    words = pretrained.tokenizer(chat_template="{{ messages[0].content }}")
+    assert TextTask(words).encode_chat(prompt).tolist() == words(read)["input_ids"]
 
 
 def test_a_model_names_itself_in_a_line(lm):
