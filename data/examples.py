@@ -120,10 +120,11 @@ class TrainingExamples:
         """Say where examples will be seen too often in so many tokens of training; None where they are not."""
         if self.stored is None or (epochs := self.stored.epochs(num_tokens)) <= _MANY_EPOCHS:
             return None
-        other = "generate examples (leave --data out), write more of them" if self.task.is_generated else "write more of them"
+        more = f"generate examples (leave --data out), write more of them (python -m data {self.task.name} --num-examples N)"
+        other = more if self.task.is_generated else "give more of them"
         return (
             f"warning: each of the {len(self.stored):,} examples of {self.stored.path} will be seen about {epochs:,.0f} times: expect "
-            f"them to be learnt by heart; {other} (python -m data {self.task.name} --num-examples N), or train for fewer --steps"
+            f"them to be learnt by heart; {other}, or train for fewer --steps"
         )
 
     @property

@@ -62,10 +62,10 @@ class Verdict(Protocol):
 JUDGED = ("answer_right", "steps_right", "spans_right")
 
 
-def judgement(verdict: Verdict) -> Literal["right", "flawed", "wrong"]:
-    """Sum up a verdict in a word; "flawed" is a right answer of wrong steps or spans."""
+def judgement(verdict: Verdict, *, ended: bool = True) -> Literal["right", "flawed", "stopped", "wrong"]:
+    """Sum up a verdict in a word; "flawed" is a right answer of wrong steps or spans, "stopped" none of a response without its end."""
     if not verdict.answer_right:
-        return "wrong"
+        return "wrong" if ended else "stopped"
     return "right" if all(getattr(verdict, name) for name in JUDGED) else "flawed"
 
 

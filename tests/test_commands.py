@@ -115,7 +115,7 @@ def test_generate_says_what_is_wrong_with_a_response(call):
     """Greedy decoding that is cut short cannot be right, and the command says so."""
     status, out, _ = call(decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--max-new-tokens", 12)
     assert status == 0 and re.match("warning: The response was stopped .* tokens written: 12. .*--max-new-tokens", out)
-    assert "WRONG: ((51+75)-(95*3)) = (no answer)   (step 2" in out and "are right" not in out
+    assert "STOPPED: ((51+75)-(95*3)) = (no answer)   (step 2" in out and "are right" not in out
 
 
 def test_eval_reports_by_number_of_operators(call, tmp_path):

@@ -39,11 +39,12 @@ class Verdict:
 
 
 class _Written(NamedTuple):
-    """A step as a response writes it: its label (None in plain text), the labels that it names, and the rest as text."""
+    """A step as a response writes it: its label (None in plain text), the labels that it names, and the rest as tokens and as text."""
 
     label: int | None
     named: set[int]
     body: str
+    text: str
 
 
 def verify(
@@ -63,7 +64,7 @@ def verify(
       UserError: the expression itself is not one that `encode` takes.
     """
     expression, first_label = check_expression(expression, vocab, labelling, first_label)
-    stray, written, ended = _read_response(response, vocab)
+    stray, written, ended, before = _read_response(response, vocab)
     answer_text = _answer_text(stray, written)
     if labelling == "plain":
         stray, written = "", _plain_steps(stray, written)
@@ -73,7 +74,7 @@ def verify(
     problems: dict[int, str] = {}  # of evaluation, by step
     wrong_spans: dict[int, str] = {}
     if stray:
-        problems[0] = f"{quoted(stray)} stands before the first step"
+        problems[0] = f"{quoted(before)} stands before the first step"
     for index, (operation, step) in enumerate(zip(operations, written)):
         label, minimal = None, set()
         if labelling != "plain":
@@ -82,7 +83,7 @@ def verify(
         if step.label != label:
             problems.setdefault(index, f"carries label {step.label}, expected {label}")
         elif step.body != str(operation):
-            problems.setdefault(index, f"expected {quoted(str(operation))}, found {quoted(step.body)}")
+            problems.setdefault(index, f"expected {quoted(str(operation))}, found {quoted(step.text)}")
         if step.named != minimal:
             wrong_spans[index] = f"names {_labels(step.named)}, the minimal span is {_labels(minimal)}"
     if len(written) < len(operations):
@@ -112,7 +113,7 @@ def verify(
 
 def answer(response: str | Iterable[int], *, vocab: Vocab = DEFAULT_VOCAB) -> str | None:
     """Read the value that a response (text or ids) ends in, as written: what follows the last step's `=`, or None."""
-    stray, written, _ = _read_response(response, vocab)
+    stray, written, *_ = _read_response(response, vocab)
     return _answer_text(stray, written)
 
 
@@ -121,30 +122,33 @@ def _answer_text(stray: str, written: list[_Written]) -> str | None:
     return match[1] if match else None
 
 
-def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[str, list[_Written], bool]:
-    """Cut a response into (text before the first step, steps, whether `<eos>` ends it)."""
+def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[str, list[_Written], bool, str]:
+    """Cut a response into (tokens before the first step, steps, whether `<eos>` ends it, text before the first step)."""
     strangers: list[str] = []  # what is no token of the vocabulary gets an id beyond it
 
     def stranger(token: str) -> int:
         strangers.append(token)
         return vocab.size + len(strangers) - 1
 
-    def text(ids: list[int]) -> str:
+    def body(ids: list[int]) -> str:
         return "".join(vocab.tokens[i] if i < vocab.size else strangers[i - vocab.size] for i in ids)
+
+    def text(ids: list[int]) -> str:  # as a tokenizer's bytes make it
+        return vocab.decode(ids) if all(i < vocab.size for i in ids) else body(ids)
 
     if isinstance(response, str):
         ids = [vocab.ids[token] if token in vocab.ids else stranger(token) for _, token in vocab.split(response)]
     else:
         ids = [i if 0 <= i < vocab.size else stranger(f"<id:{i:#x}>") for i in map(operator.index, response)]
     before, steps, ended = spans.read_steps(ids, vocab)
-    return text(before), [_Written(step.label, step.named, text(step.body)) for step in steps], ended
+    return body(before), [_Written(step.label, step.named, body(step.body), text(step.body)) for step in steps], ended, text(before)
 
 
 def _plain_steps(stray: str, written: list[_Written]) -> list[_Written]:
     """Cut a response without span tokens at its `<solve>` tokens. A span token is text like any other, and wrong."""
     bodies = stray.split("<solve>")
     bodies[-1] += "".join(f"<seg:{step.label}>{step.body}" for step in written)
-    return [_Written(None, set(), body) for body in bodies if body or len(bodies) > 1]
+    return [_Written(None, set(), body, body) for body in bodies if body or len(bodies) > 1]
 
 
 def _labels(labels: Iterable[int]) -> str:

@@ -27,7 +27,8 @@ from selfspan_jax.viewing.reading import Reading, Step
 # Control characters and lone surrogates cannot stand in a page; each is shown as a symbol of its own.
 # What a style sheet chooses from by the device: a finger cannot hover.
 _HOW = '<span class="pointing">point at a step, or move to one with the arrow keys</span><span class="touching">touch a step</span>'
-_SIGNS = {"right": ("✓ Right:", "right"), "flawed": ("✗ Flawed:", "wrong"), "wrong": ("✗ Wrong:", "wrong"), "": ("", "")}
+_SIGNS = {"right": ("✓ Right:", "right"), "flawed": ("✗ Flawed:", "wrong"), "wrong": ("✗ Wrong:", "wrong")}
+_SIGNS |= {"stopped": ("■ Stopped:", "wrong"), "": ("", "")}
 _INVISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _INVISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
 
@@ -49,7 +50,7 @@ def document(reading: Reading, prompt: str, answer: str | None, verdict: Verdict
 
 def fragment(reading: Reading, prompt: str, answer: str | None, verdict: Verdict | None = None) -> str:
     """Write the same for the output cell of a notebook."""
-    word = judgement(verdict) if verdict else ""
+    word = judgement(verdict, ended=reading.ended) if verdict else ""
     tokens = _tokens(reading)
     rows = "".join(_row(reading, step, tokens, tab_stop=number == 0) for number, step in enumerate(reading.parts))
     said = answer if answer is not None or verdict is None else "(no answer)"

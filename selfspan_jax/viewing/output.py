@@ -44,7 +44,7 @@ class Output(Reading):
     @property
     def finished(self) -> bool:
         """Whether `<eos>` or a stop string ended the response, and not the token limit."""
-        return super().finished or self.stopped_by is not None
+        return self.ended or self.stopped_by is not None
 
     @functools.cached_property
     def warnings(self) -> list[str]:  # type: ignore[override]  # computed once

@@ -120,6 +120,11 @@ class Reading:
     @property
     def finished(self) -> bool:
         """False where decoding stopped at the token limit instead of an end of text."""
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether the response ends in an end of text."""
         return bool(len(self.response_ids) and self.response_ids[-1] in self.end_ids)
 
     @property

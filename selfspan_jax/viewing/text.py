@@ -28,10 +28,10 @@ def warning_lines(warnings: Iterable[str]) -> list[str]:
 
 
 def answer_line(out: Output) -> str:
-    """Write the answer beside what the verifier says of it; a wrong one begins with WRONG, a right one of wrong steps with FLAWED."""
+    """Write the answer beside what the verifier says of it; what is not right begins with WRONG, FLAWED or STOPPED, see `judgement`."""
     assert out.verdict is not None
     said = f"{out.prompt} = {'(no answer)' if out.answer is None else out.answer}   ({out.verdict.message})"
-    word = judgement(out.verdict)
+    word = judgement(out.verdict, ended=out.ended)
     return said if word == "right" else f"{word.upper()}: {said}"
 
 
@@ -44,7 +44,7 @@ def prefill_line(kept: Mapping[str, Any]) -> str:
 
 def in_color(table: str) -> str:
     """Write the lines of what is wrong in red and warnings in yellow, for a terminal."""
-    colors = {"WRONG:": 31, "FLAWED:": 31, "warning:": 33}
+    colors = {"WRONG:": 31, "FLAWED:": 31, "STOPPED:": 33, "warning:": 33}
     lines = ((line, colors.get(line.split(" ", 1)[0])) for line in table.split("\n"))
     return "\n".join(line if color is None else f"\x1b[{color}m{line}\x1b[0m" for line, color in lines)
 
@@ -68,12 +68,14 @@ def _sources_lines(out: Output) -> list[str]:
     ids, labels = (x[: out.prompt_tokens] for x in (out.token_ids, out.roles.labels))
     opens = (ids >= out.vocab.seg_base) & (ids < out.vocab.seg_base + out.vocab.num_labels)
     lines = [out.answer or "(no step was opened)", ""]
+    written: dict[int, str] = {}
     for step in out.steps:
         lines.append(f"<{step.label}> {step.text.strip()}")
         for ref in dict.fromkeys(step.refs):
             piece = ids[(labels == ref) & ~opens]
-            source = out.task.decode(piece).strip() if len(piece) else "(nothing of the article carries that label)"
+            source = out.task.decode(piece).strip() if len(piece) else written.get(ref, "(nothing so far carries that label)")
             lines.append(f"    from <{ref}> {source}")
+        written[step.label] = f"its own sentence: {step.text.strip()}"
     read = attended_by_kind([out]) if len(out.response_ids) else {}
     parts = {"text": read.get("attended_fraction_body"), "span tokens": read.get("attended_fraction_header")}
     shares = ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)

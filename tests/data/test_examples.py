@@ -8,6 +8,7 @@ import pytest
 
 from data import dataset
 from data.__main__ import main as data_main
+from data.arithmetic import verify
 from data.errors import UserError
 from data.examples import TrainingExamples, open_stored
 from data.tasks import TASKS
@@ -113,3 +114,9 @@ def test_rows_that_are_too_short_are_refused_before_training(directories):
         else:
             with pytest.raises(UserError, match=f"take up to {longest} tokens, a row only {tokens}: raise --sequence-tokens"):
                 examples_of(directories / "expressions").batches_from(seed=0, **rows)
+
+
+def test_a_verdict_quotes_text_as_the_tokenizer_writes_it():
+    """Not its tokens, in which bytes have letters of their own."""
+    stray = VOCAB.plain_text_ids(" Town 1") + [VOCAB.eos_id]
+    assert verify("1+2", stray, vocab=VOCAB).message == 'step 1: " Town 1" stands before the first step'

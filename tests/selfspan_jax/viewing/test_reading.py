@@ -1,5 +1,7 @@
 """What is read back of a decoded sequence, by hand and against the reference automaton, and how it is laid out as text."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,21 @@ def test_a_response_with_sources_has_them_below_each_sentence(gold):
     steps = ["<4> Ada won on Monday.", "    from <1> Ada won.", "    from <3> It was Monday.", "<5> It rained.", "    from <2> Rain fell."]
     assert lines[2:7] == steps
     assert lines[-1].startswith("attended, of the context: text ") and lines[-1].endswith("span tokens 100.0%")
+
+
+def test_a_source_may_be_a_sentence_of_the_response_or_nothing(gold):
+    """The second sentence names the first, and a label that nobody carries."""
+    out, example = gold
+    vocab, ids = out.vocab, example.token_ids.copy()
+    ids[np.flatnonzero(ids == vocab.ref_id(2))] = vocab.ref_id(4)
+    end = len(ids) - 1
+    ids = np.concatenate([ids[:end], [vocab.seg_id(6), vocab.ref_id(60)], ids[end:]])
+    read = np.append(out.num_attended, [1, 1])
+    changed = dataclasses.replace(out, token_ids=ids, num_attended=read)
+    lines = text.response_table(changed).splitlines()
+    at = lines.index("<5> It rained.")
+    assert lines[at + 1] == "    from <4> its own sentence: Ada won on Monday."
+    assert lines[at + 3] == "    from <60> (nothing so far carries that label)"
 
 
 def test_a_response_with_steps_has_a_row_for_each():
