@@ -198,7 +198,7 @@ def measure_case(
         "time_to_first_token_ms": 1e3 * statistics.median(prefill_seconds),
         "kv_memory_bytes": bytes_of(pools),
         "program_memory_bytes": programs.needed_bytes,
-        "process_peak_memory_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "process_peak_memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "compile_seconds": programs.compile_seconds,
     }
     if oracle_seconds:

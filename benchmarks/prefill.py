@@ -109,7 +109,7 @@ def measure_case(
         "argument_memory_bytes": memory.argument_size_in_bytes,
         "temporary_memory_bytes": memory.temp_size_in_bytes,
         "program_memory_bytes": footprint(program.prefill),
-        "process_peak_memory_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "process_peak_memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "compile_seconds": program.compile_seconds,
     }
     del state

@@ -38,7 +38,7 @@ def check_fits(needed_bytes: int) -> None:
 
 def device_memory_bytes() -> int | None:
     """Return the memory that this process may take of the first device; None where the device does not say."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     return stats.get("bytes_limit") if stats else None
 
 

@@ -5,7 +5,7 @@ import math
 import jax
 
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
-from pallas_kernels.prompt_attention import mosaic, triton
+from pallas_kernels.prompt_attention import triton
 from pallas_kernels.prompt_attention.heuristics import mosaic_config, triton_config
 from pallas_kernels.prompt_attention.mask import MIN_BLOCK, PromptMask
 from pallas_kernels.prompt_attention.reference import reference_prompt_attention
@@ -44,6 +44,8 @@ def prompt_attention(
     if chosen == "reference":
         return reference_prompt_attention(q, k_pool, v_pool, mask, scale=scale)
     if chosen == "mosaic":
+        from pallas_kernels.prompt_attention import mosaic  # it takes a second to import
+
         return mosaic.mosaic_prompt_attention(q, k_pool, v_pool, mask, scale=scale, config=mosaic_config(mask.num_keys, mask.blocks))
     config = triton_config(q.shape[1], q.shape[3], q.dtype.itemsize, mask.blocks)
     return triton.triton_prompt_attention(q, k_pool, v_pool, mask, scale=scale, config=config, interpret=interpret)
@@ -55,6 +57,8 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: jax.Array, mas
     if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret, capability)) or implementation == "reference":
         return reason
     if implementation == "mosaic":
+        from pallas_kernels.prompt_attention import mosaic
+
         return "it has no interpreter" if interpret else mosaic.unsupported_reason(q, k_pool, mask)
     return None if q.shape[3] in (32, 64, 128) else f"head size must be 32, 64 or 128, got {q.shape[3]}"
 

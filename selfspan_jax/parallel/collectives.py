@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import keystr
 from jaxtyping import Array
 
-from selfspan_jax.parallel.layout import REPLICATED, TABLE, fsdp_axis, gradient_axes
+from selfspan_jax.parallel.layout import REPLICATED, TABLE, fsdp_axis, gradient_axes, one_each
 
 GATHERED = "gathered"  # name of gathered parameters, for the policy of `jax.checkpoint`
 
@@ -129,7 +129,7 @@ def process_max_async(value: int, mesh: Mesh | None) -> Any:
     """Start to compute the maximum over all processes of a number: `int` of what is returned waits for it, behind the steps so far."""
     if mesh is None or jax.process_count() == 1:
         return value
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    sharding = NamedSharding(mesh, one_each(mesh))
     values = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, value, np.int32))
     return _replicated_max(mesh)(values)
 

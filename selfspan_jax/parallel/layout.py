@@ -49,6 +49,11 @@ def spec(*axes: str | None) -> PartitionSpec:
 REPLICATED = spec()
 
 
+def one_each(mesh: Mesh) -> PartitionSpec:
+    """Return the spec of an array with one element for each device of a mesh."""
+    return PartitionSpec(mesh.axis_names)
+
+
 def parameter_specs(tree: Any) -> Any:
     """Return the PartitionSpecs of parameters, or of a tree with their paths, such as an optimizer's moments."""
     return jax.tree.map_with_path(lambda path, leaf: spec(*_parameter_axes(path, np.ndim(leaf))), tree)

@@ -198,7 +198,7 @@ def test_every_parameter_is_a_leaf_of_its_own_layer():
         (dict(num_layers=0), "num_layers is 0"),
         (dict(mask="sparse"), "mask is 'sparse'; allowed: span, dense"),
         (dict(header_view="none"), "header_view is 'none'; allowed: span, prompt, all"),
-        (dict(compute_dtype="float16"), "compute_dtype is 'float16'"),
+        (dict(compute_dtype="float64"), "compute_dtype is 'float64'"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(changes, message):
