@@ -88,11 +88,11 @@ class Generate(Model):
     stream: bool = False
     """Print tokens as they are decoded."""
     json: Path | None = None
-    """Write the responses, their warnings and verdicts, their steps and what each token attended to into this file."""
+    """Write the responses, warnings, verdicts, steps and what each token attended to into this file; - is standard output."""
     html: Path | None = None
-    """Write a page that shows what each step read into this file."""
+    """Write a page that shows what each step read into this file; - is standard output."""
     plot: Path | None = None
-    """Draw what the response read into this file (PNG, SVG or PDF)."""
+    """Draw what the response read into this file (PNG, SVG or PDF); - is standard output."""
 
     def __post_init__(self):
         if sum(given is not None for given in (self.prompt, self.article, self.prompts)) != 1:
@@ -166,7 +166,7 @@ class Eval(Model):
     split: Literal["train", "validation", "test"] | None = None
     """Of a corpus directory that was divided; by default its test split."""
     json: Path | None = None
-    """Write the scores, in all and by group and set, into this file."""
+    """Write the scores, in all and by group and set, into this file; - is standard output."""
 
     def __post_init__(self):
         check_range(self, "num_examples", "batch_size", "passes", low=1)

@@ -97,9 +97,9 @@ class Bench:
     seed: int = 0
     """Seed of weights and tokens."""
     json: Path | None = None
-    """Write the rows into this file, after each of them."""
+    """Write the rows into this file, after each of them; - is standard output."""
     plot: Path | None = None
-    """Draw milliseconds and their rooflines into this file (PNG, SVG or PDF)."""
+    """Draw milliseconds and their rooflines into this file (PNG, SVG or PDF); - is standard output."""
 
     def __post_init__(self):
         if (self.checkpoint is None) == (self.shape is None):
