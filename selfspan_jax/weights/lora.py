@@ -243,8 +243,11 @@ def load_adapter(directory: Path, base: str | Path | None) -> tuple[Decoder, dic
         raise UserError(f"{directory} is an adapter of {name}: it needs that model too (--base)")
     tuned = ("compute_dtype", *(field.name for field in dataclasses.fields(TunedAttention)))  # what fine-tuning chose, not the base
     model = load_decoder(base, stored.vocab, **{name: getattr(wanted, name) for name in tuned})
-    if _rounded(model.config) != _rounded(wanted) or model.vocab_size != stored.vocab_size:
+    if _rounded(model.config) != _rounded(wanted):
         raise UserError(f"{base}: another architecture than that of {name}, which {directory} is an adapter of")
+    if model.vocab_size != stored.vocab_size:
+        sizes = f"{model.vocab_size} tokens with those of the adapter, {name} {stored.vocab_size}"
+        raise UserError(f"{base}: {sizes}; an export has the span tokens as rows of its own and is no base: give the model that it is of")
     model = adapt(model, config)
     if fingerprint(model) != expected:
         raise UserError(f"{base}: other weights than those of {name}, which {directory} is an adapter of")

@@ -366,7 +366,10 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(call, base, tmp_pat
     lora.save_adapter(adapter, model, LORA, "base", task, "# card\n")
     with pytest.raises(FileExistsError, match="exists: choose another"):
         lora.save_adapter(adapter, model, LORA, "base", task, "# card\n")
-    for wrong, message in ((other, "other weights than those of base"), (wide, "another architecture"), (None, "needs that model too")):
+    exported = tmp_path / "exported"  # of the plain model: its span tokens are rows like others
+    huggingface.export(exported, *importing.load(base, num_labels=32))
+    cases = ((other, "other weights than those of base"), (wide, "another architecture"), (None, "needs that model too"))
+    for wrong, message in (*cases, (exported, r"tokens with those of the adapter, base \d+; an export has the span tokens")):
         with pytest.raises(ValueError, match=message):
             SpanLM.load(adapter, base=wrong)
     tensors, fields = load_file(adapter / "adapter.safetensors"), json.loads((adapter / "adapter.json").read_text())
