@@ -54,33 +54,36 @@ def label(row: dict[str, Any]) -> str:
     return words + (" streamed" if row.get("stream") else "")
 
 
+_TOKENS = ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}")
+_VERSUS = ("vs dense", lambda r: f"{r['speedup_over_dense']:.2f}x"), ("vs hf", lambda r: f"{r['speedup_over_hf']:.2f}x")
+_KV = ("KV", lambda r: f"{r['kv_memory_bytes'] / 2**30:.2f} GiB")
+_PROGRAM = (
+    ("memory", lambda r: f"{r['program_memory_bytes'] / 2**30:.1f} GiB"),
+    ("compile", lambda r: f"{r['compile_seconds']:.0f} s"),
+)
 _STEP_COLUMNS = (
     ("ms/step", lambda r: f"{r['ms_per_step']:.3f}"),
-    ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
+    _TOKENS,
     ("attended", lambda r: f"{r['attended_tokens']:.0f} ({r['attended_fraction']:.1%})"),
     ("GB/step", lambda r: f"{r['bytes_per_step'] / 1e9:.2f}"),
     ("roofline ms", lambda r: f"{r['floor_ms']:.3f}"),
     ("of roofline", lambda r: f"{r['percent_of_floor']:.0f}%"),
-    ("vs dense", lambda r: f"{r['speedup_over_dense']:.2f}x"),
-    ("vs hf", lambda r: f"{r['speedup_over_hf']:.2f}x"),
+    *_VERSUS,
     ("mask overhead", lambda r: f"{r['upkeep_fraction']:.1%}"),
     ("first token", lambda r: f"{r['time_to_first_token_ms']:.0f} ms"),
-    ("KV", lambda r: f"{r['kv_memory_bytes'] / 2**30:.2f} GiB"),
-    ("memory", lambda r: f"{r['program_memory_bytes'] / 2**30:.1f} GiB"),
-    ("compile", lambda r: f"{r['compile_seconds']:.0f} s"),
+    _KV,
+    *_PROGRAM,
 )
 _PREFILL_COLUMNS = (
     ("first token", lambda r: f"{r['time_to_first_token_ms']:.1f} ms"),
-    ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
+    _TOKENS,
     ("TFLOP/s", lambda r: f"{r['model_flops_per_second'] / 1e12:.1f}"),
     ("of bf16 peak", lambda r: f"{r['percent_of_peak']:.0f}%"),
     ("allowed pairs", lambda r: f"{r['allowed_pairs']:.3g} ({r.get('allowed_fraction', 1):.1%})"),
-    ("vs dense", lambda r: f"{r['speedup_over_dense']:.2f}x"),
-    ("vs hf", lambda r: f"{r['speedup_over_hf']:.2f}x"),
-    ("KV", lambda r: f"{r['kv_memory_bytes'] / 2**30:.2f} GiB"),
+    *_VERSUS,
+    _KV,
     ("temporary", lambda r: f"{r['temporary_memory_bytes'] / 2**30:.2f} GiB"),
-    ("memory", lambda r: f"{r['program_memory_bytes'] / 2**30:.1f} GiB"),
-    ("compile", lambda r: f"{r['compile_seconds']:.0f} s"),
+    *_PROGRAM,
 )
 
 

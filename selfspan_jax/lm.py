@@ -211,15 +211,13 @@ class SpanLM:
         if encode is None:
             raise UserError("chat is for pretrained models: this model's task writes its prompts itself")
         texts, found = [prompts] if isinstance(prompts, str) else list(prompts), []
-        context = self.model.config.max_context_tokens
         for number, text in enumerate(texts, 1):
             try:
                 if not isinstance(text, str):
                     raise UserError(f"expected text, found {type(text).__name__}")
                 texts[number - 1] = text = well_formed(text)
                 ids = encode(text)
-                if len(ids) >= context:
-                    raise UserError(f"the prompt is {len(ids)} tokens long, but the model's context is {context}, response included")
+                self._check_length(len(ids))
                 prompt_warnings(self.task, text)  # which may find that it cannot be judged
             except ValueError as error:  # what tasks raise
                 if isinstance(prompts, str):
@@ -301,9 +299,7 @@ class SpanLM:
         if self.engine.mesh is not None:
             prompts = [*prompts, *[prompts[0]] * (-len(prompts) % num_data_shards(self.engine.mesh))]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        context = self.model.config.max_context_tokens
-        if lengths.max() >= context:
-            raise UserError(f"the prompt is {lengths.max()} tokens long, but the model's context is {context}, response included")
+        self._check_length(int(lengths.max()))
         token_ids = np.full((len(prompts), lengths.max()), self.model.vocab.pad_id, np.int32)
         for row, prompt in zip(token_ids, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -331,6 +327,10 @@ class SpanLM:
 
     def _response(self, call: _Call) -> Response:
         return Response(self.task.decode, call.stop, self.end_ids)
+
+    def _check_length(self, prompt_tokens: int) -> None:
+        if prompt_tokens >= (context := self.model.config.max_context_tokens):
+            raise UserError(f"the prompt is {prompt_tokens} tokens long, but the model's context is {context}, response included")
 
     def _check_ids(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)

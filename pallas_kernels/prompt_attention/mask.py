@@ -107,6 +107,11 @@ class PromptMask:
         return mask[:, None] & jnp.repeat(jnp.repeat(self.kept_tiles(), self.blocks[0], axis=2), self.blocks[1], axis=3)
 
 
+def prompt_rows(pool: jax.Array, batch: int, num_keys: int) -> jax.Array:
+    """Return the first rows of a pool [P, K, H] as those of B prompts: [B, num_keys, K, H]."""
+    return pool[: batch * num_keys].reshape(batch, num_keys, *pool.shape[1:])
+
+
 def label_sets(labels: jax.Array, num_labels: int, block: int) -> jax.Array:
     """Mark the labels of each tile of `block` tokens: bfloat16 [B, T/block, num_labels] of zeros and ones."""
     tiles = labels.reshape(labels.shape[0], -1, block)

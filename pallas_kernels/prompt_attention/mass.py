@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import LOG2_E, choose_implementation, device_reason, dot, require
-from pallas_kernels.prompt_attention.mask import PromptMask
+from pallas_kernels.prompt_attention.mask import PromptMask, prompt_rows
 
 BLOCK = 128  # queries and keys of a tile that is kept or left out: what the Mosaic kernel takes
 BLOCK_ROWS = 64  # queries of a program of the kernel
@@ -154,7 +154,7 @@ class Retained:
         """Add a chunk of queries [B, T, N, H] that are read under a mask. Raises ValueError for a mask that is not causal."""
         require(isinstance(mask, PromptMask) and mask.query_labels is None, "what is kept is measured of prompts that are read causally")
         batch, num_queries = q.shape[:2]
-        k = k_pool[: batch * mask.num_keys].reshape(batch, mask.num_keys, *k_pool.shape[1:])
+        k = prompt_rows(k_pool, batch, mask.num_keys)
         rows = jnp.arange(min(self.every, num_queries) - 1, num_queries, self.every, dtype=jnp.int32)
         inside = (mask.first_query + rows[None, :] < mask.lengths[:, None])[:, None, :]
         mass = retained_mass(q, k, mask, rows)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import require
-from pallas_kernels.prompt_attention.mask import PromptMask
+from pallas_kernels.prompt_attention.mask import PromptMask, prompt_rows
 from pallas_kernels.prompt_attention.mass import BLOCK, MAX_SCORES, tile_mass
 from pallas_kernels.tiles import list_tiles
 
@@ -133,7 +133,26 @@ class SampleAttention(Selector):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockMeans(Selector):
+class WindowTiles(Selector):
+    """Keep the first tiles and the nearest ones, whatever the prompt says: what a selector must beat at equal cost."""
+
+    first_tiles: int = 1
+    near_tiles: int = 8
+    """A query's own tile and those before it."""
+
+    name: ClassVar[str] = "window"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("first_tiles", "near_tiles"):
+            _require_number(self, field, 0)
+
+    def _keep(self, q, k, query, key, lengths):
+        return (query // BLOCK - key // BLOCK < self.near_tiles) | (key < self.first_tiles * BLOCK)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockMeans(WindowTiles):
     """Keep the tiles whose mean key scores high (FlashPrefill, 2603.06199).
 
     The score of a tile is the sum over its queries of exp(q . mean key / sqrt(H)). Kept are the tiles that have at least
@@ -147,7 +166,6 @@ class BlockMeans(Selector):
     """Of the largest score in a row of tiles (ours)."""
     first_tiles: int = 2
     near_tiles: int = 4
-    """A query's own tile and those before it."""
     last_rows: int = 2
     """Of tiles, at the end of the prompt."""
 
@@ -156,8 +174,7 @@ class BlockMeans(Selector):
     def __post_init__(self):
         super().__post_init__()
         _require_number(self, "alpha", 0, 1)
-        for field in ("first_tiles", "near_tiles", "last_rows"):
-            _require_number(self, field, 0)
+        _require_number(self, "last_rows", 0)
 
     def _keep(self, q, k, query, key, lengths):
         batch, num_queries, num_heads, head_size = q.shape
@@ -182,32 +199,12 @@ class BlockMeans(Selector):
         found = jnp.where(key < query + BLOCK, found, -jnp.inf)
         high = found >= jnp.max(found, axis=3, keepdims=True) + jnp.log(jnp.float32(self.alpha))
         last = query >= ((lengths + (BLOCK - 1)) // BLOCK - self.last_rows) * BLOCK
-        return high | (query // BLOCK - key // BLOCK < self.near_tiles) | (key < self.first_tiles * BLOCK) | last
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WindowTiles(Selector):
-    """Keep the first tiles and the nearest ones, whatever the prompt says: what a selector must beat at equal cost."""
-
-    first_tiles: int = 1
-    near_tiles: int = 8
-    """A query's own tile and those before it."""
-
-    name: ClassVar[str] = "window"
-
-    def __post_init__(self):
-        super().__post_init__()
-        for field in ("first_tiles", "near_tiles"):
-            _require_number(self, field, 0)
-
-    def _keep(self, q, k, query, key, lengths):
-        return (query // BLOCK - key // BLOCK < self.near_tiles) | (key < self.first_tiles * BLOCK)
+        return high | last | super()._keep(q, k, query, key, lengths)
 
 
 def choose_tiles(selector: Selector, q: jax.Array, k_pool: jax.Array, mask: PromptMask) -> PromptMask:
     """Return a causal mask of T queries `[B, T, N, H]` over pooled keys, with the tiles that a selector chooses."""
-    batch = q.shape[0]
-    k = k_pool[: batch * mask.num_keys].reshape(batch, mask.num_keys, *k_pool.shape[1:])
+    k = prompt_rows(k_pool, q.shape[0], mask.num_keys)
     tiles, counts = selector.choose(q, k, first_query=mask.first_query, lengths=mask.lengths)
     return dataclasses.replace(mask, key_tiles=tiles, key_counts=counts, blocks=(BLOCK, BLOCK))
 

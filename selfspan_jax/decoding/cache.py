@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import PromptMask, prompt_attention, rotate_and_write, span_decode_attention
+from pallas_kernels.prompt_attention import prompt_rows
 from pallas_kernels.prompt_attention import unsupported_reason as prompt_kernel_reason
 from pallas_kernels.rotary import RUN_TOKENS
 from selfspan_jax.attention.policies import Slots
@@ -84,8 +85,7 @@ def attend_prompts(slots: Int[Array, "B Q"], mask_of: Callable[[Array, Array, Ar
         if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", q, pools[0], mask) is None:
             return prompt_attention(q, *pools, mask), after
         pairs = mask.pairs(num_tokens) if isinstance(mask, PromptMask) else mask
-        prompt_tokens = pairs.shape[-1]
-        k, v = (pool[: batch * prompt_tokens].reshape(batch, prompt_tokens, *pool.shape[1:]) for pool in pools)
+        k, v = (prompt_rows(pool, batch, pairs.shape[-1]) for pool in pools)
         return dot_product_attention(q, k, v, pairs), after
 
     return attend

@@ -12,10 +12,10 @@ import pytest
 
 from data import dataset as corpus
 from data import news
-from data.__main__ import main as data_main
 from data.news import scoring, synthetic
 from data.news.alignment import Alignment, split_sentences, words
 from data.tasks import TASKS
+from tests.data.news.test_sources import run
 
 STORIES = [synthetic.draw(f"tests/{i}") for i in range(150)]
 
@@ -288,16 +288,6 @@ def test_span_scores_by_hand():
 
 
 # -------------------------------------------------------------------------------------------------- command
-
-
-def run(capsys, *arguments):
-    """(exit status, stderr)."""
-    try:
-        data_main(["news", *map(str, arguments)])
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    return status, capsys.readouterr().err
 
 
 def test_a_synthetic_corpus_is_read_back(tmp_path, capsys):
