@@ -18,21 +18,31 @@ class Step(NamedTuple):
     body: list[int]
 
 
+def piece(label: int, token_ids: Iterable[int], vocab: Vocab, *, closed: bool) -> list[int]:
+    """Write a piece of a prompt: `<seg:label>` and its ids; where it is closed, `<seg:label>` once more.
+
+    The closing tag has read the piece: there a header that sees `<seg>` tokens alone (`header_view="labels"`) finds what it is about.
+    """
+    tag = vocab.seg_base + label
+    return [tag, *token_ids, *([tag] if closed else [])]
+
+
 def is_label(token_ids: npt.NDArray[np.int32], base: int, vocab: Vocab) -> npt.NDArray[np.bool_]:
     """Tell which tokens are of the family of labels that begins at `base`."""
     return (token_ids >= base) & (token_ids < base + vocab.num_labels)
 
 
 def attended_tokens(
-    token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab, *, header_view: Literal["span", "all"] = "span"
+    token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab, *, header_view: Literal["span", "labels", "all"] = "span"
 ) -> npt.NDArray[np.int64]:
     """Count the tokens that each response token attends to, itself included: int64 [R].
 
     Args:
       token_ids: int32 [T], an example without padding; the first `prompt_tokens` of them end in the first `<solve>`.
-      header_view: "all" lets `<seg:k>` and `<ref:k>` tokens of the response attend to everything before them.
+      header_view: `<seg:k>` and `<ref:k>` tokens of the response attend also to every `<seg>` token ("labels"), or to everything ("all").
     """
     carried: collections.Counter[int] = collections.Counter()  # label -> tokens so far that carry it
+    tags: collections.Counter[int] = collections.Counter()  # those of them that are <seg>
     named = {0}  # what the current step sees: the sink, its own label, and those that it names
     label = attended = 0
     counts = []
@@ -48,8 +58,14 @@ def attended_tokens(
             named.add(referred)
             attended += carried[referred]
         carried[label] += 1
+        tags[label] += opens
         attended += 1
-        counts.append(position + 1 if header_view == "all" and (opens or names) else attended)
+        if (opens or names) and header_view == "all":
+            counts.append(position + 1)
+        elif (opens or names) and header_view == "labels":
+            counts.append(attended + sum(count for k, count in tags.items() if k not in named))
+        else:
+            counts.append(attended)
     return np.array(counts[prompt_tokens:])
 
 

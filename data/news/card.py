@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,8 +17,9 @@ _MAX_GUESSED_SENTENCES = 6
 class Statistics(card.Statistics):
     """Count lengths, sources, facts, what response tokens attend to, and how well alignment finds true sources."""
 
-    def __init__(self, vocab: Vocab) -> None:
+    def __init__(self, vocab: Vocab, *, header_view: Literal["labels", "all"]) -> None:
         super().__init__(vocab)
+        self._header_view: Literal["labels", "all"] = header_view
         self._positions: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)  # by summary sentence
         self._attended = {"body": [0.0, 0], "header": [0.0, 0]}  # sum of fractions, tokens
         self._aligned: collections.Counter[str] = collections.Counter()  # sources that are right, found, true
@@ -42,11 +43,12 @@ class Statistics(card.Statistics):
     def _attend(self, example: Example) -> None:
         """Add up what the response tokens attend to, as a share of their context."""
         ids, prompt_tokens = example.token_ids, example.prompt_tokens
-        attended = spans.attended_tokens(ids, prompt_tokens, self._vocab, header_view="all") / np.arange(prompt_tokens + 1, len(ids) + 1)
+        attended = spans.attended_tokens(ids, prompt_tokens, self._vocab, header_view=self._header_view)
+        fractions = attended / np.arange(prompt_tokens + 1, len(ids) + 1)
         bases = (self._vocab.seg_base, self._vocab.ref_base)
         headers = np.logical_or(*(spans.is_label(example.response_ids, base, self._vocab) for base in bases))
         for part, chosen in (("header", headers), ("body", ~headers)):
-            self._attended[part][0] += float(attended[chosen].sum())
+            self._attended[part][0] += float(fractions[chosen].sum())
             self._attended[part][1] += int(chosen.sum())
 
     def guesser(self) -> dict[str, float]:
@@ -113,7 +115,7 @@ class Statistics(card.Statistics):
             "## Sources",
             card.counts("sources of a summary sentence", statistics["sources_histogram"]),
             f"Attended fraction of response tokens: body {statistics['attended_fraction_body']:.4f}, span tokens "
-            f'{statistics["attended_fraction_header"]:.4f} (`header_view="all"`, `prompt_view="causal"`).',
+            f'{statistics["attended_fraction_header"]:.4f} (`header_view="{self._header_view}"`, `prompt_view="causal"`).',
             f"Naming the {guess['sentences_named']} most frequent positions of each summary sentence's sources, whatever the article says: "
             f"precision {guess['precision']:.3f}, recall {guess['recall']:.3f}.",
         ]

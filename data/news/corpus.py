@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import random
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from data import streams
+from data import spans, streams
 from data.errors import UserError, check_range
 from data.news import synthetic
 from data.news.synthetic import Story
@@ -54,6 +54,7 @@ class Corpus(GeneratedCorpus[Example]):
       vocab_tokens: Entries of the byte-pair vocabulary, at most.
       num_labels: Labels of the vocabulary; sentences of an article and of its summary each take one.
       max_prompt_tokens: Longer articles are cut at the end of a sentence.
+      closed_pieces: End each sentence of an article with its `<seg:k>` once more: for header_view="labels".
     """
 
     min_events: int = 2
@@ -62,6 +63,7 @@ class Corpus(GeneratedCorpus[Example]):
     vocab_tokens: int = 4096
     num_labels: int = 128
     max_prompt_tokens: int = 896
+    closed_pieces: bool = False
 
     chunk_examples: ClassVar[int] = 64
 
@@ -100,7 +102,7 @@ class Corpus(GeneratedCorpus[Example]):
         while len(examples) < self.chunk_examples:
             story = synthetic.story(uniform, **sizes)
             if split_of("\n".join(story.article)) == split:
-                example = encode(story, vocab, max_prompt_tokens=self.max_prompt_tokens, uniform=uniform())
+                example = encode(story, vocab, uniform=uniform(), **style(self))
                 examples += [] if example is None else [example]
         return examples
 
@@ -112,8 +114,13 @@ def _synthetic_vocab(vocab_tokens: int, num_labels: int) -> TokenizerVocab:
     return train_vocab(texts, vocab_tokens=vocab_tokens, num_labels=num_labels)
 
 
+def style(settings: Any) -> dict[str, Any]:
+    """Return how a corpus or a task writes articles, as arguments of `encode` and `encode_prompt`."""
+    return {name: getattr(settings, name) for name in ("max_prompt_tokens", "closed_pieces")}
+
+
 def encode_prompt(
-    sentences: Sequence[str], vocab: TokenizerVocab, *, max_prompt_tokens: int, summary_sentences: int = 1
+    sentences: Sequence[str], vocab: TokenizerVocab, *, max_prompt_tokens: int, closed_pieces: bool, summary_sentences: int = 1
 ) -> tuple[list[int], int]:
     """Write an article's prompt, labels from 1 on, cut at the end of a sentence: (ids, sentences that were kept).
 
@@ -123,10 +130,11 @@ def encode_prompt(
     token_ids = [vocab.bos_id, *vocab.plain_text_ids(INSTRUCTION)]
     kept = 0
     for number, sentence in enumerate(sentences):
-        ids = vocab.plain_text_ids(" " + sentence)
-        if len(token_ids) + len(ids) + 2 > max_prompt_tokens:
+        label = min(1 + number, vocab.num_labels - 1)
+        ids = spans.piece(label, vocab.plain_text_ids(" " + sentence), vocab, closed=closed_pieces)
+        if len(token_ids) + len(ids) + 1 > max_prompt_tokens:  # `<solve>` follows
             break
-        token_ids += [vocab.seg_base + min(1 + number, vocab.num_labels - 1), *ids]
+        token_ids += ids
         kept += 1
     if not kept:
         message = f"the article's first sentence does not fit into {max_prompt_tokens} tokens of prompt"
@@ -140,16 +148,17 @@ def encode_prompt(
     return [*token_ids, vocab.solve_id], kept
 
 
-def encode(story: Story, vocab: TokenizerVocab, *, max_prompt_tokens: int, uniform: float | None = None) -> Example | None:
+def encode(story: Story, vocab: TokenizerVocab, *, uniform: float | None = None, **style: Any) -> Example | None:
     """Write the prompt and the gold response of a story; None where the cut left no summary sentence a source.
 
     Args:
       uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
+      style: `max_prompt_tokens` and `closed_pieces`.
 
     Raises:
       UnusableArticle: a first sentence that does not fit, or more sentences than labels.
     """
-    prompt, kept = encode_prompt(story.article, vocab, max_prompt_tokens=max_prompt_tokens, summary_sentences=len(story.summary))
+    prompt, kept = encode_prompt(story.article, vocab, summary_sentences=len(story.summary), **style)
     steps = [(text, [i for i in sources if i < kept]) for text, sources in zip(story.summary, story.sources, strict=True)]
     numbers = [number for number, (_, sources) in enumerate(steps) if sources]
     cut_sentences = len(story.article) - kept

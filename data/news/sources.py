@@ -11,7 +11,7 @@ import multiprocessing
 import random
 import re
 import signal
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from data import card, task
 from data.errors import UserError
 from data.news.alignment import Alignment, readable, split_sentences
-from data.news.corpus import SYNTHETIC_SETTINGS, Corpus, Example, UnusableArticle, encode
+from data.news.corpus import SYNTHETIC_SETTINGS, Corpus, Example, UnusableArticle, encode, style
 from data.news.synthetic import Story
 from data.streams import SPLITS, divided_split_of
 from data.vocab import TokenizerVocab, train_vocab
@@ -225,11 +225,14 @@ def _hub_errors(source: str) -> Iterator[None]:
 
 
 def examples(
-    pairs: Iterator[Pair], vocab: TokenizerVocab, alignment: Alignment, *, max_prompt_tokens: int, seed: int, num_workers: int
+    pairs: Iterator[Pair], vocab: TokenizerVocab, alignment: Alignment, *, seed: int, num_workers: int, **written: Any
 ) -> Iterator[Made]:
-    """Make the labelled example of each article, or say why it is dropped, in order; 0 workers make them in this process."""
+    """Make the labelled example of each article, or say why it is dropped, in order; 0 workers make them in this process.
+
+    Other arguments as for `corpus.encode`.
+    """
     check_workers(num_workers)
-    make = functools.partial(_example, vocab, max_prompt_tokens, alignment, seed)
+    make = functools.partial(_example, vocab, written, alignment, seed)
     if num_workers == 0:
         yield from map(make, pairs)
         return
@@ -242,7 +245,7 @@ def examples(
             raise UserError(f"one of {num_workers} workers was ended from outside, for want of memory perhaps: try fewer") from None
 
 
-def _example(vocab: TokenizerVocab, max_prompt_tokens: int, alignment: Alignment, seed: int, pair: Pair) -> Made:
+def _example(vocab: TokenizerVocab, written: Mapping[str, Any], alignment: Alignment, seed: int, pair: Pair) -> Made:
     """Write the example of an article, or say why it is dropped.
 
     Lines of the summary may be sentences without a full stop; summary sentences without sources are left out.
@@ -263,7 +266,7 @@ def _example(vocab: TokenizerVocab, max_prompt_tokens: int, alignment: Alignment
     sentences, owns = zip(*found)
     story = Story(tuple(article), sentences, owns, ())
     try:
-        example = encode(story, vocab, max_prompt_tokens=max_prompt_tokens, uniform=uniform)
+        example = encode(story, vocab, uniform=uniform, **written)
     except UnusableArticle as error:
         return Made(split, None, (error.kind,))
     if example is None:
@@ -340,7 +343,7 @@ class WriteCommand(task.WriteCommand):
                 f" {readable(text)}" for pair in itertools.islice(train, _VOCAB_ARTICLES) for text in (pair.article, pair.summary) if text
             )
             vocab = train_vocab(texts, vocab_tokens=self.corpus.vocab_tokens, num_labels=self.corpus.num_labels)
-            options = {"max_prompt_tokens": self.corpus.max_prompt_tokens, "seed": self.seed, "num_workers": self.workers}
+            options = {"seed": self.seed, "num_workers": self.workers, **style(self.corpus)}
             made = examples(read_pairs(self.source, self.split, *columns), vocab, self.alignment, **options)
             counts = collections.Counter(read=0, written=0)
         return vocab, self._counted(made, counts), {"articles": counts}

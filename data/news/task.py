@@ -26,15 +26,17 @@ class NewsTask(task.Task):
     Attributes:
       vocab: trained by `data.vocab.train_vocab`, or a language model's own with structural tokens added.
       max_prompt_tokens: Longer articles are cut at the end of a sentence.
+      closed_pieces: Each sentence of an article ends with its `<seg:k>` once more.
       source: "synthetic", or the name of the file or data set that its corpus was read from.
     """
 
     vocab: TokenizerVocab
     max_prompt_tokens: int = 896
+    closed_pieces: bool = False
     source: str = "synthetic"
 
     name: ClassVar[str] = "news"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     unit: ClassVar[str] = "summaries"
     view: ClassVar[str] = "sources"
     score_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -66,21 +68,23 @@ class NewsTask(task.Task):
 
     @classmethod
     def from_json(cls, fields: object) -> "NewsTask":
-        """Read what `to_json` wrote, also in version 1, which does not say where its corpus is from."""
-        if isinstance(fields, Mapping) and fields.get("version") == 1 and "source" not in fields:
-            fields = {**fields, "version": cls.version, "source": "synthetic"}
+        """Read what `to_json` wrote, also in version 1, without `source`, and 2, without `closed_pieces`."""
+        if isinstance(fields, Mapping):
+            for version, name, before in ((1, "source", "synthetic"), (2, "closed_pieces", False)):
+                if fields.get("version") == version and name not in fields:
+                    fields = {**fields, "version": version + 1, name: before}
         return super().from_json(fields)
 
     def encode(self, story: Story) -> Example | None:
         """Write the prompt and the gold response of a story, labels from 1 on; see `corpus.encode`."""
-        return corpus.encode(story, self.vocab, max_prompt_tokens=self.max_prompt_tokens)
+        return corpus.encode(story, self.vocab, **corpus.style(self))
 
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Write the prompt of an article, int32 [n], labels from 1 on. UserError: no sentence, or more sentences than labels."""
         sentences = split_sentences(text)
         if not sentences:
             raise UserError("the article has no sentence")
-        return np.array(corpus.encode_prompt(sentences, self.vocab, max_prompt_tokens=self.max_prompt_tokens)[0], np.int32)
+        return np.array(corpus.encode_prompt(sentences, self.vocab, **corpus.style(self))[0], np.int32)
 
     def warnings(self, text: str) -> list[str]:
         """Say how much of an article is cut, and whether its words are those of the stories that models of this task know.
@@ -95,7 +99,7 @@ class NewsTask(task.Task):
                 f"{strange:.0%} of the article's words are beyond what the model was trained on, synthetic news from templates: "
                 "do not trust its summary."
             )
-        _, kept = corpus.encode_prompt(sentences, self.vocab, max_prompt_tokens=self.max_prompt_tokens)
+        _, kept = corpus.encode_prompt(sentences, self.vocab, **corpus.style(self))
         if kept < len(sentences):
             share = sum(map(len, sentences[:kept])) / sum(map(len, sentences))
             limit = f"its prompts have at most {self.max_prompt_tokens} tokens"
@@ -132,14 +136,14 @@ class NewsTask(task.Task):
         """
         if not self.is_generated:
             raise UserError(f"trained on news of {self.source}, not on synthetic news: give its corpus directory (--data DIR --split test)")
-        settings = corpus.Corpus(num_labels=self.vocab.num_labels, max_prompt_tokens=self.max_prompt_tokens)
+        settings = corpus.Corpus(num_labels=self.vocab.num_labels, **corpus.style(self))
         drawn = map(self.renumber, settings.stream(seed=seed, split="test", vocab=self.vocab))
         return {"synthetic": list(itertools.islice(filter(None, drawn), num_examples))}
 
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
-            return corpus.encode(example.story, self.vocab, max_prompt_tokens=self.max_prompt_tokens, uniform=uniform)
+            return corpus.encode(example.story, self.vocab, uniform=uniform, **corpus.style(self))
         except UserError:
             return None
 
@@ -156,4 +160,4 @@ class NewsTask(task.Task):
 
     def statistics(self) -> card.Statistics:
         """Return the empty statistics of a corpus."""
-        return card.Statistics(self.vocab)
+        return card.Statistics(self.vocab, header_view="labels" if self.closed_pieces else "all")

@@ -170,7 +170,15 @@ def test_an_example_is_written_as_the_protocol_says(task):
     assert written == (
         "<bos> Summarize:<seg:1> Ada won.<seg:2> Rain fell.<seg:3> It was Monday.<solve><seg:4><ref:1><ref:3> Ada won on Monday.<eos>"
     )
-    assert (example.token_ids[: example.prompt_tokens] == task.encode_prompt(example.prompt)).all()
+    closing = dataclasses.replace(task, closed_pieces=True)
+    closed = closing.encode(story)
+    assert task.decode(closed.token_ids) == (
+        "<bos> Summarize:<seg:1> Ada won.<seg:1><seg:2> Rain fell.<seg:2><seg:3> It was Monday.<seg:3><solve>"
+        "<seg:4><ref:1><ref:3> Ada won on Monday.<eos>"
+    )
+    assert (example.prompt_ids == task.encode_prompt(example.prompt)).all()
+    assert (closed.prompt_ids == closing.encode_prompt(example.prompt)).all()
+    assert closing.scores([closed], [example.response_ids])["span_recall"] == 1
     assert task.steps(example.response_ids) == [(4, frozenset({1, 3}), "Ada won on Monday.")]
     assert task.answer(example.response_ids) == "Ada won on Monday."
     assert task.answer([]) is None

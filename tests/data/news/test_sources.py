@@ -302,7 +302,7 @@ def assert_stable(task, text):
     sentences = split_sentences(text)
     assert split_sentences("\n\n".join(sentences)) == sentences
     pair = sources.Pair(0, "train", text, text)
-    _, example, _ = sources._example(task.vocab, 4096, Alignment(), 0, pair)
+    _, example, _ = sources._example(task.vocab, {"max_prompt_tokens": 4096, "closed_pieces": False}, Alignment(), 0, pair)
     if example is not None and not example.cut_sentences:
         first = task.renumber(example)
         wide = news.NewsTask(task.vocab, max_prompt_tokens=4096)
@@ -424,9 +424,10 @@ def test_examples_held_out_of_a_file_are_its_own(divided):
     assert stored.task.source == "rows.jsonl" and not stored.task.is_generated
     with pytest.raises(UserError, match=r"trained on news of rows\.jsonl, not on synthetic news: give its corpus directory"):
         stored.task.held_out(3, seed=0)
-    assert news.NewsTask.from_json(
-        {key: value for key, value in stored.task.to_json().items() if key != "source"} | {"version": 1}
-    ).is_generated
+    for version, absent in ((1, {"source", "closed_pieces"}), (2, {"closed_pieces"})):  # as older versions wrote it
+        fields = {key: value for key, value in stored.task.to_json().items() if key not in absent}
+        older = news.NewsTask.from_json(fields | {"version": version})
+        assert older.is_generated == (version == 1) and not older.closed_pieces
 
 
 # ------------------------------------------------------------------------------------------------------ other sources
@@ -533,7 +534,7 @@ def test_workers_say_what_is_said_without(rows, tmp_path, capsys):
 
 def test_workers_change_nothing(task):
     pairs = [sources.Pair(number, "train", *pair.values()) for number, pair in enumerate(PAIRS)]
-    options = {"max_prompt_tokens": 896, "seed": 0}
+    options = {"max_prompt_tokens": 896, "closed_pieces": False, "seed": 0}
     made = [list(sources.examples(iter(pairs), task.vocab, Alignment(), **options, num_workers=workers)) for workers in (0, 2)]
     alone, together = ([(one.split, one.counted, one.example.token_ids.tolist()) for one in found] for found in made)
     assert alone == together and len(alone) == len(PAIRS)
