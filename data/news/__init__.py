@@ -6,7 +6,7 @@ Labels of one example are consecutive, in training from a random offset. Article
 the end of a sentence; a summary sentence whose sources are all cut off is left out.
 """
 
-from data.news.alignment import Alignment, split_sentences
+from data.alignment import Alignment, split_sentences
 from data.news.corpus import INSTRUCTION, Corpus, Example
 from data.news.synthetic import Fact, Story
 from data.news.task import NewsTask

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data import card, spans
-from data.news.alignment import Alignment
+from data.alignment import Alignment
 from data.news.corpus import SYNTHETIC_SETTINGS, Example
 from data.vocab import Vocab
 

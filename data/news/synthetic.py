@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.news import alignment
+from data import alignment
 
 _TEMPLATES = tomllib.loads((Path(__file__).parent / "templates.toml").read_text(encoding="utf-8"))
 _FIRST_NAMES = {pronoun: _TEMPLATES["names"][pronoun].split() for pronoun in ("She", "He")}

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from data import spans, task
+from data import alignment, scoring, spans, task
+from data.alignment import split_sentences
 from data.errors import UserError
-from data.news import alignment, card, corpus, scoring, sources, synthetic
-from data.news.alignment import split_sentences
+from data.news import card, corpus, facts, sources, synthetic
 from data.news.corpus import Example
 from data.news.synthetic import Fact, Story
 from data.vocab import TokenizerVocab
@@ -117,7 +117,7 @@ class NewsTask(task.Task):
         return " ".join(text for *_, text in self.steps(response_ids)) or None
 
     def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
-        """Score responses to the examples' prompts, labels from 1 on: ROUGE, right facts and right spans; see `scoring`."""
+        """Score responses to the examples' prompts, labels from 1 on: ROUGE, right facts and right spans."""
         found = [self.steps(response) for response in responses]
         golds, texts = [example.story for example in examples], [[text for *_, text in steps] for steps in found]
         scores = scoring.rouge([gold.summary for gold in golds], texts)
@@ -125,7 +125,7 @@ class NewsTask(task.Task):
         named = [[{label - 1 for label in refs} for _, refs, _ in steps] for steps in found]
         scores |= scoring.span_scores([[set(own) for own in gold.sources] for gold in golds], named)
         if any(gold.facts for gold in golds):
-            scores |= scoring.fact_scores([gold.facts for gold in golds], texts)
+            scores |= facts.fact_scores([gold.facts for gold in golds], texts)
         return scores
 
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from data import dataset as corpus
-from data import news
-from data.news import scoring, synthetic
-from data.news.alignment import Alignment, split_sentences, words
+from data import news, scoring
+from data.alignment import Alignment, split_sentences, words
+from data.news import synthetic
+from data.news.facts import fact_scores, stated
 from data.tasks import TASKS
 from tests.data.news.test_sources import run
 
@@ -74,7 +75,7 @@ def best_recall(article, sentence, size, function_words):
 
 
 def test_small_cases_reach_what_trying_every_set_reaches():
-    from data.news.alignment import _FUNCTION_WORDS
+    from data.alignment import _FUNCTION_WORDS
 
     reached = []
     for story in STORIES[:15]:
@@ -143,7 +144,7 @@ def test_facts_are_in_the_summary_sentence_and_in_its_sources_and_nowhere_else()
             assert holders and holders <= {*story.sources[fact.sentence]}, (fact, story)
             assert not any(word.search(text) for n, text in enumerate(story.summary) if n != fact.sentence)
         for n, sentence in enumerate(story.summary):  # and they are all that the sentence states
-            assert scoring.stated(sentence) == {fact.text for fact in story.facts if fact.sentence == n}, sentence
+            assert stated(sentence) == {fact.text for fact in story.facts if fact.sentence == n}, sentence
     assert kinds == {"name", "place", "number"}
 
 
@@ -285,10 +286,10 @@ def test_gold_responses_score_one_and_spoiled_ones_less(task):
 
 def test_a_right_number_of_the_wrong_event_is_wrong():
     facts = [news.Fact(0, "name", "Ada Moss"), news.Fact(0, "number", "7"), news.Fact(1, "name", "Ian Holt"), news.Fact(1, "number", "9")]
-    assert scoring.fact_scores([facts], [["Ada Moss had 7.", "Ian Holt had 9."]])["fact_accuracy"] == 1
-    crossed = scoring.fact_scores([facts], [["Ada Moss had 9.", "Ian Holt had 7."]])
+    assert fact_scores([facts], [["Ada Moss had 7.", "Ian Holt had 9."]])["fact_accuracy"] == 1
+    crossed = fact_scores([facts], [["Ada Moss had 9.", "Ian Holt had 7."]])
     assert (crossed["fact_accuracy"], crossed["fact_recall"], crossed["all_facts_right"]) == (0.5, 0.5, 0)
-    assert scoring.fact_scores([facts], [["Ada Moss had 7."]])["fact_recall"] == 0.5
+    assert fact_scores([facts], [["Ada Moss had 7."]])["fact_recall"] == 0.5
 
 
 def test_span_scores_by_hand():

@@ -24,9 +24,9 @@ from pyarrow import parquet
 from data import dataset as corpus
 from data import news, streams
 from data.__main__ import main as data_main
+from data.alignment import Alignment, split_sentences
 from data.errors import UserError
 from data.news import sources, synthetic
-from data.news.alignment import Alignment, split_sentences
 from data.tasks import TASKS
 from selfspan_jax import files
 

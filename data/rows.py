@@ -1,0 +1,173 @@
+"""Read the rows of files (JSONL, CSV, Parquet) and of Hugging Face data sets: some of their columns, and no others."""
+
+import contextlib
+import csv
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.streams import SPLITS
+
+_BATCH_ROWS = 64
+_UNDECODED = re.compile("[\ud800-\udfff]")
+
+Choose = Callable[[Collection[str]], tuple[str, ...]]
+"""Choose columns among those that there are."""
+Values = tuple[Any, ...]
+Reader = Callable[[Path, Choose], Iterator[Values]]
+
+
+def read(
+    source: str, choose: Choose, *, split: str | None = None, readers: Mapping[str, Reader] | None = None
+) -> Iterator[tuple[str | None, Values]]:
+    """Yield the rows of a source, each with the split that it belongs to by the source; None where that does not say.
+
+    Files of a directory that are all named after splits, train-1.csv and test.csv say, are these; so are the splits of a Hugging
+    Face data set. Where there is one of them only, it is as a file.
+
+    Args:
+      source: a .jsonl, .csv or .parquet file, a directory of some, or the name of a Hugging Face data set, its configuration
+        after a colon.
+      choose: the columns to read; None for a value that a row does not have.
+      split: of a Hugging Face data set the one to read, also one of its own name; None and "all" read all.
+      readers: the kinds of files, by their suffix, and no data set; by default all.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: a file that is not what its name says, or without rows; names the line.
+    """
+    path = Path(source)
+    suffixes = READERS if readers is None else readers
+    is_local = readers is not None or path.exists() or path.suffix.lower() in suffixes
+    is_empty = True
+    for own, rows in _files(path, choose, suffixes) if is_local else _hub_splits(source, split, choose):
+        for values in rows:
+            is_empty = False
+            yield own, values
+    if is_empty:
+        raise UserError(f"{source}: no rows")
+
+
+def _files(path: Path, choose: Choose, readers: Mapping[str, Reader]) -> Iterator[tuple[str | None, Iterator[Values]]]:
+    """Yield the rows of a file, or of those in a directory, with their splits where all are named after one of several."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix.lower() in readers]
+    if not files:
+        raise UserError(f"{path}: expected a file that ends in {', '.join(readers)}, or a directory of some")
+    named = [next((split for split in SPLITS if file.name.startswith(split)), None) for file in files]
+    is_divided = None not in named and len({*named}) > 1
+    for file, split in zip(files, named):
+        yield split if is_divided else None, readers[file.suffix.lower()](file, choose)
+
+
+def json_lines(path: Path, choose: Choose) -> Iterator[Values]:
+    """Read JSONL, an object a line; the columns are those of the first one."""
+    columns = None
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                why = "expected an object a line, not an array" if line.lstrip().startswith(b"[") else error
+                raise UserError(f"{path}: line {number} is not JSON: {why}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: line {number}: expected a JSON object")
+            columns = columns or choose(row)
+            yield tuple(row.get(name) for name in columns)
+
+
+def csv_rows(path: Path, choose: Choose) -> Iterator[Values]:
+    """Read CSV strictly: a quote that is not closed, and a row of more or fewer fields than the header, are errors."""
+    csv.field_size_limit(2**27)
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.reader(_text_lines(path, file), strict=True)
+        header: list[str] = []
+        begin = 1  # line of the row that is read
+        try:
+            for fields in reader:
+                if any(map(str.strip, fields)) and not header:
+                    header = [name.strip() for name in fields]
+                    columns = [*map(header.index, choose(header))]
+                elif any(map(str.strip, fields)):
+                    if len(fields) != len(header):
+                        raise UserError(f"{path}: line {begin}: {len(fields)} fields, but the header has {len(header)} columns")
+                    yield tuple(fields[i] for i in columns)
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            is_open = "unexpected end" in str(error)
+            why = "a quote is opened there and never closed" if is_open else f"{error} (a quote inside a text is written twice)"
+            raise UserError(f"{path}: the row that begins in line {begin}: {why}") from None
+
+
+def _text_lines(path: Path, file: Iterator[str]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if "\0" in line or (not line.isascii() and _UNDECODED.search(line)):
+            raise UserError(f"{path}: line {number} is not text in UTF-8")
+        yield line
+
+
+def _parquet_rows(path: Path, choose: Choose) -> Iterator[Values]:
+    import pyarrow
+    from pyarrow import parquet, types
+
+    def values(column: pyarrow.Array) -> list[str | None]:
+        found = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()  # bytes need not be UTF-8
+        return [None if text is None else text.decode("utf-8", "surrogateescape") for text in found]
+
+    with path.open("rb") as file:
+        try:
+            reader = parquet.ParquetFile(file)
+            columns = choose(reader.schema_arrow.names)
+            for name in columns:
+                kind = reader.schema_arrow.field(name).type
+                kind = kind.value_type if types.is_dictionary(kind) else kind
+                if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)):
+                    raise UserError(f"{path}: column {name} holds {kind}: expected text")
+            for batch in reader.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
+                yield from zip(*(values(batch.column(name)) for name in columns), strict=True)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not Parquet, or damaged: {str(error).splitlines()[0]}") from None
+
+
+READERS: dict[str, Reader] = {".jsonl": json_lines, ".csv": csv_rows, ".parquet": _parquet_rows}
+
+
+def _hub_splits(source: str, split: str | None, choose: Choose) -> Iterator[tuple[str | None, Iterator[Values]]]:
+    """Yield the rows of a data set's own splits by name; those of its only one without a name."""
+    import datasets
+
+    path = [part or None for part in source.split(":", 1)]
+    with _hub_errors(source):
+        names = datasets.get_dataset_split_names(*path)
+    own = [name for name in names if name in SPLITS] or names
+    is_named = split not in (None, "all", *SPLITS) or len({*own} & {*SPLITS}) > 1
+    wanted = [split] if is_named and split not in (None, "all") else own
+    if wanted[0] not in names:
+        raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
+    for name in wanted:
+        yield name if is_named else None, _hub_rows(source, path, name, choose)
+
+
+def _hub_rows(source: str, path: list[str | None], split: str, choose: Choose) -> Iterator[Values]:
+    import datasets
+
+    with _hub_errors(source):
+        rows = datasets.load_dataset(*path, split=split, streaming=True)
+        columns = choose(rows.column_names or list(next(iter(rows), {})))
+        for row in rows.select_columns(list(columns)):
+            yield tuple(row[name] for name in columns)
+
+
+@contextlib.contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: neither a file nor a data set that could be loaded: {str(error).splitlines()[0]}") from error
