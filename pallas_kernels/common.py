@@ -10,6 +10,19 @@ MULTIPROCESSORS = 132  # of an H100 or H200; another number costs a little balan
 PLAIN = ("reference", "xla")  # implementations in plain JAX, which run anywhere
 LOG2_E = 1.4426950408889634
 
+# Dense bfloat16 products with float32 sums, per second, by a part of the device's name: NVIDIA's data sheets, without sparsity.
+_BF16_PEAKS = {
+    "H200": 989.4e12,
+    "GH200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
 
 def choose_implementation(implementation: str | None, preferred: Sequence[str], unsupported_reason: Callable[[str], str | None]) -> str:
     """Choose how to compute: `implementation` where it is named, else the first of `preferred` that can do it.
@@ -48,6 +61,11 @@ def device_reason(implementation: str, known: Sequence[str], interpret: bool, mi
     if int(capability) < min_capability:
         return f"needs compute capability {min_capability / 10}, {device.device_kind} has {int(capability) / 10}"
     return None
+
+
+def bf16_peak(device_kind: str) -> float | None:
+    """Return the bfloat16 FLOP/s of a device's matrix units; None for a device not in the list."""
+    return next((peak for name, peak in _BF16_PEAKS.items() if name in device_kind), None)
 
 
 def require(fits: bool, wanted: str, *found: object) -> None:

@@ -73,7 +73,7 @@ class AttentionViews:
     mask: Literal["span", "dense"] = "span"
     """Mask of training: what the model's own span tokens name, or everything before (the dense control)."""
     header_view: spans.HeaderView = "span"
-    """What span tokens of the response see: no more than other tokens, also the prompt, or all."""
+    """What span tokens of the response see: no more than other tokens (span), also every `<seg>` (labels), also the prompt, or all."""
     prompt_view: spans.PromptView = "local"
     """What prompt tokens see: their label, the sink and a window (local), or everything before (causal)."""
     prompt_window_tokens: int = 16

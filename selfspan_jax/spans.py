@@ -12,7 +12,8 @@ The automaton, per sequence; each token first updates the state, then its query 
     after <eos>         -> nothing changes any more
 
 A token carries the label after its own update. A response token attends to the tokens up to itself that carry label 0, its
-own label or a named one; header tokens (`<seg>` and `<ref>` of a response) may attend to more (`header_view`).
+own label or a named one; header tokens (`<seg>` and `<ref>` of a response) may attend to more (`header_view`): every `<seg>` token,
+the table of contents ("labels"), the whole prompt, or all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jaxtyping import Array, Bool, Int
 
 from selfspan_jax.errors import UserError
 
-HeaderView = Literal["span", "prompt", "all"]
+HeaderView = Literal["span", "labels", "prompt", "all"]
 PromptView = Literal["causal", "local"]
 
 
@@ -97,6 +98,7 @@ class TokenRoles(NamedTuple):
     """The automaton's view of each token of whole sequences; every field is [..., T]."""
 
     labels: Int[Array, "... T"]  # label that the token carries
+    is_seg: Bool[Array, "... T"]  # a <seg>, wherever it stands
     is_response: Bool[Array, "... T"]  # after the first <solve>
     is_header: Bool[Array, "... T"]  # a <seg> or <ref> of the response
     in_response: Bool[Array, "... T"]  # the automaton's flag after this token: also true of the first <solve>
@@ -126,23 +128,24 @@ def token_roles(token_ids: Int[Array, "... T"], vocab: SpanVocab, segment_ids: I
     ended = last(token_ids == vocab.eos_id) >= segment_start
     active = ~ended  # <eos> itself changes no label, so that it may count as ended already
 
-    opens = jnp.where(active, vocab.label_of(token_ids, vocab.seg_base), -1)
+    opened, referred = (vocab.label_of(token_ids, base) for base in (vocab.seg_base, vocab.ref_base))
+    opens = jnp.where(active, opened, -1)
     solves = active & (token_ids == vocab.solve_id)
     last_solve = last(solves)
     in_response = last_solve >= segment_start
     previous_solve = jnp.where(first, -1, jnp.roll(last_solve, 1, axis=axis))
     first_solve = solves & (previous_solve < segment_start)
-    names = jnp.where(active & in_response, vocab.label_of(token_ids, vocab.ref_base), -1)
+    names = jnp.where(active & in_response, referred, -1)
 
     relabels = first | first_solve | (opens >= 0)
     labels = jnp.take_along_axis(jnp.maximum(opens, 0), last(relabels), axis=axis)
     is_response = in_response & ~first_solve
-    is_structural = (vocab.label_of(token_ids, vocab.seg_base) >= 0) | (vocab.label_of(token_ids, vocab.ref_base) >= 0)
     solve_index = last(first_solve)
     return TokenRoles(
         labels=labels,
+        is_seg=opened >= 0,
         is_response=is_response,
-        is_header=is_response & is_structural,
+        is_header=is_response & ((opened >= 0) | (referred >= 0)),
         in_response=in_response,
         ended=ended,
         solve_index=jnp.where(solve_index >= segment_start, solve_index, -1),
@@ -168,8 +171,8 @@ def attention_mask(
     Args:
       token_ids: any integers; malformed sequences are never an error.
       vocab: the structural ids.
-      header_view: what `<seg>` and `<ref>` tokens of a response attend to: the same as others ("span"), also the whole
-        prompt ("prompt"), or everything before ("all").
+      header_view: what `<seg>` and `<ref>` tokens of a response attend to: the same as others ("span"), also every `<seg>`
+        token ("labels"), also the whole prompt ("prompt"), or everything before ("all").
       prompt_view: what prompt tokens attend to: everything before ("causal"), or their own label, the sink and the last
         `prompt_window_tokens` tokens ("local").
       segment_ids: different numbers for sequences packed in one row; none attends to another.
@@ -196,17 +199,17 @@ def attention_mask(
     if not whole:
         last_naming = jnp.maximum(last_naming, key(_last_naming_before(first_query, roles, vocab)))
     named = last_naming >= query(roles.step_index)
-    response = own | named
-    if header_view == "all":
-        response |= query(roles.is_header)
-    elif header_view == "prompt":
-        response |= query(roles.is_header) & (key(index) <= query(roles.solve_index))
-    if prompt_view == "causal":
-        prompt = jnp.ones_like(own)
-    else:
-        prompt = own | (distance < prompt_window_tokens)
+    wider = query(roles.is_header) & _beyond_span(header_view, key(index), query(roles.solve_index), key(roles.is_seg))
+    response = own | named | wider
+    prompt = own | (distance < prompt_window_tokens) if prompt_view == "local" else jnp.ones_like(own)
     causal = (distance >= 0) & (key(roles.segment_start) == query(roles.segment_start))
     return causal & jnp.where(query(roles.is_response), response, prompt)
+
+
+def _beyond_span(header_view: HeaderView, index, solve_index, is_seg: Bool[Array, "..."]) -> Bool[Array, "..."]:
+    """Mark the tokens that headers attend to whatever their span is."""
+    views = {"span": jnp.zeros_like(is_seg), "labels": is_seg, "prompt": index <= solve_index, "all": jnp.ones_like(is_seg)}
+    return views[header_view]
 
 
 def _last_naming_before(first_query: int | Int[Array, ""], roles: TokenRoles, vocab: SpanVocab) -> Int[Array, "... T"]:
@@ -230,17 +233,19 @@ class SpanState:
     solve_index: Int[Array, "B"]  # index of the first <solve>, -1 before it
     token_labels: Int[Array, "B A"]  # label that token s of sequence b carries, -1 where there is no token yet
     num_tokens: Int[Array, "B"]
+    num_segs: Int[Array, "B"]
+    toc: Int[Array, "B C"]  # table of contents: the first num_segs are the indices of the <seg> tokens; C = A for "labels", else 0
     unresolved_refs: Int[Array, "B"]  # <ref:k> tokens so far that named a label which no token carried
     # of the latest token
     is_response: Bool[Array, "B"]
     is_header: Bool[Array, "B"]
 
     @classmethod
-    def of_prefix(cls, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], vocab: SpanVocab, capacity: int) -> SpanState:
+    def of_prefix(
+        cls, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], vocab: SpanVocab, capacity: int, header_view: HeaderView
+    ) -> SpanState:
         """Compute the state after the first `lengths[b]` tokens of each row, from 0 tokens on; the rest of a row is ignored."""
         batch, num_tokens = token_ids.shape
-        if num_tokens > capacity:
-            raise UserError(f"{num_tokens} tokens do not fit in a capacity of {capacity}")
         index = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), token_ids.shape)
         inside = index < lengths[:, None]
         roles = token_roles(token_ids, vocab)
@@ -249,13 +254,12 @@ class SpanState:
         def latest(x, before_first):
             return jnp.where(empty, before_first, jnp.take_along_axis(x, at, axis=1)[:, 0])
 
-        def per_label(labels, counted):  # [B, T] -> [B, L], number of counted tokens with each label
-            row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], labels.shape)
-            zeros = jnp.zeros((batch, vocab.num_labels), jnp.int32)
-            return zeros.at[row, jnp.where(counted, labels, vocab.num_labels)].add(1, mode="drop")
-
-        names = inside & (roles.names >= 0)
-        named = per_label(roles.names, names & (index > latest(roles.step_index, -1)[:, None])) > 0
+        row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        names, is_seg = inside & (roles.names >= 0), inside & roles.is_seg
+        in_step = jnp.where(names & (index > latest(roles.step_index, -1)[:, None]), roles.names, vocab.num_labels)
+        named = jnp.zeros((batch, vocab.num_labels), bool).at[row, in_step].set(True, mode="drop")
+        place = jnp.where(is_seg, jnp.cumsum(is_seg, axis=1, dtype=jnp.int32) - 1, capacity)
+        toc = jnp.zeros((batch, capacity if header_view == "labels" else 0), jnp.int32).at[row, place].set(index, mode="drop")
         resolved = jnp.any(jnp.tril(roles.labels[:, None, :] == roles.names[:, :, None]), axis=2)
         token_labels = jnp.full((batch, capacity), -1, jnp.int32)
         return cls(
@@ -266,6 +270,8 @@ class SpanState:
             solve_index=latest(roles.solve_index, -1),
             token_labels=token_labels.at[:, :num_tokens].set(jnp.where(inside, roles.labels, -1)),
             num_tokens=lengths,
+            num_segs=jnp.sum(is_seg, axis=1, dtype=jnp.int32),
+            toc=toc,
             unresolved_refs=jnp.sum(names & ~resolved, axis=1, dtype=jnp.int32),
             is_response=latest(roles.is_response, False),
             is_header=latest(roles.is_header, False),
@@ -274,8 +280,8 @@ class SpanState:
     def advance(self, tokens: Int[Array, "B"], vocab: SpanVocab) -> SpanState:
         """Compute the state after one more token in every sequence."""
         alive = ~self.ended
-        opens = jnp.where(alive, vocab.label_of(tokens, vocab.seg_base), -1)
-        refers = vocab.label_of(tokens, vocab.ref_base)
+        opened, refers = (vocab.label_of(tokens, base) for base in (vocab.seg_base, vocab.ref_base))
+        opens, is_seg = jnp.where(alive, opened, -1), opened >= 0
         first_solve = alive & (tokens == vocab.solve_id) & ~self.in_response
         in_response = self.in_response | first_solve
         label = jnp.where(first_solve, 0, jnp.where(opens >= 0, opens, self.label))
@@ -297,23 +303,25 @@ class SpanState:
             solve_index=jnp.where(first_solve, self.num_tokens, self.solve_index),
             token_labels=token_labels,
             num_tokens=self.num_tokens + 1,
+            num_segs=self.num_segs + is_seg.astype(jnp.int32),
+            toc=self.toc.at[row, jnp.where(is_seg, self.num_segs, self.toc.shape[1])].set(self.num_tokens, mode="drop"),
             unresolved_refs=self.unresolved_refs + unresolved.astype(jnp.int32),
             is_response=is_response,
-            is_header=is_response & ((vocab.label_of(tokens, vocab.seg_base) >= 0) | (refers >= 0)),
+            is_header=is_response & (is_seg | (refers >= 0)),
         )
 
     def visible(self, *, header_view: HeaderView, prompt_view: PromptView, prompt_window_tokens: int) -> Bool[Array, "B A"]:
-        """Mark the tokens that the latest token of each sequence may attend to, itself included."""
+        """Mark the tokens that the latest token of each sequence may attend to, itself included; `toc_beyond` adds to them."""
         index = jnp.arange(self.token_labels.shape[1], dtype=jnp.int32)[None, :]
         is_token = index < self.num_tokens[:, None]
         own = (self.token_labels == 0) | (self.token_labels == self.label[:, None])
         response = own | jnp.take_along_axis(self.named, jnp.maximum(self.token_labels, 0), axis=1)
-        if header_view == "all":
-            response |= self.is_header[:, None]
-        elif header_view == "prompt":
-            response |= self.is_header[:, None] & (index <= self.solve_index[:, None])
-        if prompt_view == "causal":
-            prompt = is_token
-        else:
-            prompt = own | (self.num_tokens[:, None] - 1 - index < prompt_window_tokens)
+        wider = _beyond_span(header_view, index, self.solve_index[:, None], is_seg=jnp.zeros_like(is_token))
+        response |= self.is_header[:, None] & wider
+        prompt = own | (self.num_tokens[:, None] - 1 - index < prompt_window_tokens) if prompt_view == "local" else is_token
         return is_token & jnp.where(self.is_response[:, None], response, prompt)
+
+    def toc_beyond(self, visible: Bool[Array, "B A"]) -> Bool[Array, "B C"]:
+        """Mark the entries of `toc` that the latest tokens attend to, being headers, and that are not of the `visible` tokens."""
+        used = jnp.arange(self.toc.shape[1], dtype=jnp.int32)[None, :] < self.num_segs[:, None]
+        return self.is_header[:, None] & used & ~jnp.take_along_axis(visible, self.toc, axis=1)

@@ -1,10 +1,10 @@
 """The update as a Pallas kernel with the Triton lowering (Ampere and newer), in place.
 
-    rebuild[b]:  slots[b] = the slot_table[b, t] with visible[b, t], in order of t;  counts[b] = how many
-    append[b]:   slots[b, counts[b]] = own[b];  counts[b] += 1
-    neither:     as it was
+    extend[b]:  slots[b, counts[b]:] = the slot_table[b, t] with visible[b, t], in order of t;  counts[b] += how many
+    append[b]:  slots[b, counts[b]] = own[b];  counts[b] += 1
+    neither:    as it was
 
-Why it exists: which sequences rebuild is known on the device only. A conditional of XLA asks the host,
+Why it exists: which sequences are extended is known on the device only. A conditional of XLA asks the host,
 once per decode step; a plain compaction (cumulative sum and scatter) does the work for all sequences
 in every step.
 
@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plt
 TILE = 1024  # table entries that a program compacts at once
 
 
-def triton_update(slots, counts, visible, slot_table, own, rebuild, append, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def triton_update(slots, counts, visible, slot_table, own, extend, append, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Run the kernel; arrays as in `update_slots`, already checked."""
     tile = min(TILE, pl.next_power_of_2(max(slot_table.shape[1], 32)))
     return pl.pallas_call(
@@ -34,7 +34,7 @@ def triton_update(slots, counts, visible, slot_table, own, rebuild, append, *, i
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="update_slots",
-    )(slots, counts, visible.astype(jnp.int32), slot_table, own, rebuild.astype(jnp.int32), append.astype(jnp.int32))
+    )(slots, counts, visible.astype(jnp.int32), slot_table, own, extend.astype(jnp.int32), append.astype(jnp.int32))
 
 
 def _kernel(
@@ -43,7 +43,7 @@ def _kernel(
     visible_ref,  # int32 [B, A], 0 or 1
     slot_table_ref,  # int32 [B, A]
     own_ref,  # int32 [B]
-    rebuild_ref,  # int32 [B]
+    extend_ref,  # int32 [B]
     append_ref,  # int32 [B]
     slots_ref,  # int32 [B, A + 1]
     counts_ref,  # int32 [B]
@@ -54,13 +54,13 @@ def _kernel(
     b = pl.program_id(0)
 
     @pl.when(append_ref[b] != 0)
-    def extend():
+    def append():
         count = counts_ref[b]
         slots_ref[b, jnp.minimum(count, capacity)] = own_ref[b]
         counts_ref[b] = count + 1
 
-    @pl.when(rebuild_ref[b] != 0)
-    def compact():
+    @pl.when(extend_ref[b] != 0)
+    def extend():
         lanes = jnp.arange(tile, dtype=jnp.int32)
 
         def step(index, count):
@@ -72,4 +72,4 @@ def _kernel(
             slots_ref[b, jnp.where(seen != 0, place, capacity)] = slot_table_ref[b, at]
             return count + jnp.sum(seen)
 
-        counts_ref[b] = jax.lax.fori_loop(0, pl.cdiv(capacity, tile), step, jnp.int32(0))
+        counts_ref[b] = jax.lax.fori_loop(0, pl.cdiv(capacity, tile), step, counts_ref[b])

@@ -27,6 +27,7 @@ class Slots:
 
     slots: Int[Array, "B A"]
     counts: Int[Array, "B"]
+    kept: Int[Array, "B"] | None = None  # of `Span`: so many of the first ones are those of the sequence's next body token too
 
 
 @runtime_checkable
@@ -80,7 +81,6 @@ class Policy(Hashable, Protocol):
         slot_table: Int[Array, "B A"],
         *,
         own: Int[Array, "B"],
-        before: spans.SpanState,
         span: spans.SpanState,
         active: Bool[Array, "B"],
         views: AttentionViews,
@@ -88,10 +88,10 @@ class Policy(Hashable, Protocol):
         """Compute the slots that each sequence's newest token attends to. Traced, in the decode loop.
 
         Args:
-          slots: those of the token before; `counts` is 0 right after prefill.
+          slots: those of the token before; `initial_slots` right after prefill.
           slot_table: the slot of each token.
           own: the slot of the newest token.
-          before, span: the automaton before and after the newest token; its index is `span.num_tokens - 1`.
+          span: the automaton after the newest token, whose index is `span.num_tokens - 1`.
           active: False for sequences that take no token in this step; their slots are not read.
         """
 
@@ -140,15 +140,21 @@ class Span:
 
     def initial_slots(self, slot_table):
         batch, capacity = slot_table.shape
-        return Slots(jnp.zeros((batch, capacity + 1), jnp.int32), jnp.zeros(batch, jnp.int32))  # one spare, see `update_slots`
+        none = jnp.zeros(batch, jnp.int32)
+        return Slots(jnp.zeros((batch, capacity + 1), jnp.int32), counts=none, kept=none)  # one spare, see `update_slots`
 
-    def step_slots(self, slots, slot_table, *, own, before, span, active, views):
-        # A body token reads what the token before it read, and itself: its slot is appended. Slots are rebuilt for headers, after a
-        # header whose view is wider than its span, and after a prompt, whose slots were not kept (counts are 0).
-        read_its_span = before.is_response & (~before.is_header | (views.header_view == "span"))
-        append = active & read_its_span & (slots.counts > 0) & span.is_response & ~span.is_header
-        visible = span.visible(**_views(views))
-        return Slots(*update_slots(slots.slots, slots.counts, visible, slot_table, own, rebuild=active & ~append, append=append))
+    def step_slots(self, slots, slot_table, *, own, span, active, views):
+        # A body token reads what is kept of the slots before, and itself: its slot is appended. Slots are made anew for headers, after
+        # a header whose view is wider than its span, and after a prompt: nothing is kept of those.
+        append = active & span.is_response & ~span.is_header & (slots.kept > 0)
+        visible, anew = span.visible(**_views(views)), active & ~append
+        rows, counts = update_slots(slots.slots, jnp.where(anew, 0, slots.kept), visible, slot_table, own, extend=anew, append=append)
+        kept = jnp.where(span.is_response & ~(span.is_header & (views.header_view in ("prompt", "all"))), counts, 0)
+        if views.header_view == "labels":  # after its span, so that the next body token goes on from there
+            toc_rows, headers = jnp.take_along_axis(slot_table, span.toc, axis=1), active & span.is_header
+            beyond, never = span.toc_beyond(visible), jnp.zeros_like(active)
+            rows, counts = update_slots(rows, counts, beyond, toc_rows, own, extend=headers, append=never)
+        return Slots(rows, counts, kept)
 
 
 def _views(views: AttentionViews) -> dict[str, Any]:

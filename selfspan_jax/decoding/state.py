@@ -104,7 +104,7 @@ def prefill_state(
     def for_each_sample(x):
         return jnp.repeat(x, num_samples, axis=0)
 
-    span = SpanState.of_prefix(token_ids, lengths, model.vocab, prompt_capacity + config.max_new_tokens)
+    span = SpanState.of_prefix(token_ids, lengths, model.vocab, prompt_capacity + config.max_new_tokens, model.config.header_view)
     occurred = None
     if config.sampling.repetition_penalty != 1:
         inside = jnp.arange(prompt_capacity, dtype=jnp.int32)[None, :] < lengths[:, None]
@@ -130,15 +130,15 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
     def padded(x, fill):
         return jnp.pad(x, ((0, 0), (0, num_tokens)), constant_values=fill)
 
-    cache = state.cache.extended(state.span.num_tokens, num_tokens)
+    cache, toc = state.cache.extended(state.span.num_tokens, num_tokens), state.span.toc
     unused = get_policy(config.attention).initial_slots(cache.slot_table).slots
     kept = jnp.pad(state.slots.slots, ((0, 0), (0, unused.shape[1] - state.slots.slots.shape[1])))
     used = jnp.arange(unused.shape[1], dtype=jnp.int32)[None, :] < state.slots.counts[:, None]
     return dataclasses.replace(
         state,
         cache=cache,
-        span=dataclasses.replace(state.span, token_labels=padded(state.span.token_labels, -1)),
-        slots=Slots(jnp.where(used, kept, unused), state.slots.counts),
+        span=dataclasses.replace(state.span, token_labels=padded(state.span.token_labels, -1), toc=padded(toc, 0) if toc.size else toc),
+        slots=dataclasses.replace(state.slots, slots=jnp.where(used, kept, unused)),
         new_tokens=padded(state.new_tokens, model.vocab.pad_id),
         num_attended=padded(state.num_attended, 0),
     )
@@ -151,9 +151,7 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
     position = jnp.maximum(span.num_tokens - 1, 0)
     cache = state.cache
     own = jnp.take_along_axis(cache.slot_table, position[:, None], axis=1)[:, 0]
-    slots = get_policy(config.attention).step_slots(
-        state.slots, cache.slot_table, own=own, before=state.span, span=span, active=active, views=model.config
-    )
+    slots = get_policy(config.attention).step_slots(state.slots, cache.slot_table, own=own, span=span, active=active, views=model.config)
     outside = cache.pools[0][0].shape[0]
     read = Slots(slots.slots, jnp.where(active, slots.counts, 0))
     attend = attend_cached(jnp.where(active, own, outside), read, config.implementation)

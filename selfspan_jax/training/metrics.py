@@ -15,29 +15,12 @@ from flax import nnx
 from jaxtyping import Array
 from tensorboard.summary import Writer
 
+from pallas_kernels.common import bf16_peak
 from selfspan_jax.files import write_text
 from selfspan_jax.model import Decoder, Frozen
 from selfspan_jax.parallel import distributed
 
 EVALUATION = "eval/"  # what the names of an evaluation's scores begin with, in the log
-
-# Dense bfloat16 products with float32 sums, per second, by a part of the device's name: NVIDIA's data sheets, without sparsity.
-_BF16_PEAKS = {
-    "H200": 989.4e12,
-    "GH200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-
-
-def bf16_peak(device_kind: str) -> float | None:
-    """Return the bfloat16 FLOP/s of a device's matrix units; None for a device not in the list."""
-    return next((peak for name, peak in _BF16_PEAKS.items() if name in device_kind), None)
 
 
 def step_flops(model: Decoder, num_tokens: float, num_pairs: float) -> float:

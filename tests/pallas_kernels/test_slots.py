@@ -31,7 +31,7 @@ RUNS += [pytest.param(name, "triton", False, marks=pytest.mark.gpu) for name in 
 
 @pytest.mark.parametrize(("name", "implementation", "interpret"), RUNS)
 def test_slots_over_many_steps(name, implementation, interpret):
-    """Sequences rebuild, append and rest independently of each other; each has exactly the slots that it should, in order."""
+    """Sequences begin anew, are extended, append and rest independently of each other; each has the slots that it should, in order."""
     shape = SHAPES[name]
     batch, capacity = shape
     rng = np.random.default_rng(capacity)
@@ -42,15 +42,20 @@ def test_slots_over_many_steps(name, implementation, interpret):
     for step, density in enumerate((0.0, 0.1, 0.5, 1.0, 0.03, 0.9)):
         visible = rng.random(shape) < density
         own = rng.integers(0, 10**6, batch).astype(np.int32)
-        action = (np.arange(batch) + step) % 3  # 0 rests, 1 appends, 2 rebuilds
+        action = (np.arange(batch) + step) % 4  # 0 rests, 1 appends, 2 is made anew, 3 is extended
         for b in range(batch):
-            if action[b] == 1 and len(expected[b]) < capacity:
+            room = capacity - len(expected[b])
+            if action[b] == 1 and room:
                 expected[b].append(own[b])
             elif action[b] == 1:
                 action[b] = 0
             elif action[b] == 2:
                 expected[b] = list(table[b][visible[b]])
-        slots, counts = update(slots, counts, *map(jnp.asarray, (visible, table, own, action == 2, action == 1)))
+            elif action[b] == 3:
+                visible[b] &= np.cumsum(visible[b]) <= room
+                expected[b] += list(table[b][visible[b]])
+        counts = jnp.where(jnp.asarray(action == 2), 0, counts)
+        slots, counts = update(slots, counts, *map(jnp.asarray, (visible, table, own, action >= 2, action == 1)))
         for b, wanted in enumerate(expected):
             assert counts[b] == len(wanted)
             np.testing.assert_array_equal(np.asarray(slots)[b, : len(wanted)], wanted)

@@ -6,7 +6,7 @@ class Reference:
 
     def __init__(self, token_ids, vocab, *, header_view="span", prompt_view="causal", prompt_window_tokens=16):
         self.header_view, self.prompt_view, self.window = header_view, prompt_view, prompt_window_tokens
-        self.carries, self.named, self.is_response, self.is_header = [], [], [], []
+        self.carries, self.named, self.is_response, self.is_header, self.is_seg = [], [], [], [], []
         self.unresolved_refs = 0
         self.solve_position = None
         label, named, in_response, ended = 0, set(), False, False
@@ -31,6 +31,7 @@ class Reference:
             if named_now is not None and named_now not in self.carries:
                 self.unresolved_refs += 1
             self.named.append(frozenset(named))
+            self.is_seg.append(seg is not None)
             self.is_response.append(in_response and not is_first_solve)
             self.is_header.append(self.is_response[-1] and (seg is not None or ref is not None))
             if x == vocab.eos_id:
@@ -46,6 +47,8 @@ class Reference:
         if self.carries[s] in {0, self.carries[t]} | self.named[t]:
             return True
         if self.is_header[t] and self.header_view == "all":
+            return True
+        if self.is_header[t] and self.header_view == "labels" and self.is_seg[s]:
             return True
         return self.is_header[t] and self.header_view == "prompt" and s <= self.solve_position
 

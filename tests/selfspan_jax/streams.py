@@ -1,7 +1,5 @@
 """Token streams for the tests: well-formed, random and malformed ones, over one small vocabulary."""
 
-import itertools
-
 import hypothesis.strategies as st
 
 from selfspan_jax.spans import SpanVocab
@@ -12,7 +10,8 @@ TEXT = range(4, 10)
 
 VIEWS = [
     dict(header_view=header_view, prompt_view=prompt_view, prompt_window_tokens=window)
-    for (header_view, (prompt_view, window)) in itertools.product(("span", "prompt", "all"), (("causal", 16), ("local", 3), ("local", 1)))
+    for header_view in ("span", "labels", "prompt", "all")
+    for prompt_view, window in (("causal", 16), ("local", 3), ("local", 1))
 ]
 
 _S, _R = VOCAB.seg_base, VOCAB.ref_base
@@ -37,6 +36,10 @@ NAMED = {
     "names itself": ([1, _S + 1, 4, 3, _S + 1, _R + 1, 5], "naming the own label adds nothing"),
     "only solve": ([3], "the shortest response"),
     "starts with seg": ([_S + 2, 4, 3, _S + 2, 5], "no <bos>"),
+    "closed pieces": (
+        [1, 4, _S + 1, 5, _S + 1, _S + 2, 6, _S + 2, 3, _S + 3, _R + 1, 7, _S + 2, _R + 3, _R + 1, 8, 9],
+        "tags that open what is open",
+    ),
     "padding inside": ([1, 0, _S + 1, 0, 3, 0, _S + 1, 0, 5], "padding is an ordinary token"),
 }
 

@@ -197,7 +197,7 @@ def test_every_parameter_is_a_leaf_of_its_own_layer():
         (dict(head_size=7), "head_size is 7; allowed: even"),
         (dict(num_layers=0), "num_layers is 0"),
         (dict(mask="sparse"), "mask is 'sparse'; allowed: span, dense"),
-        (dict(header_view="none"), "header_view is 'none'; allowed: span, prompt, all"),
+        (dict(header_view="none"), "header_view is 'none'; allowed: span, labels, prompt, all"),
         (dict(compute_dtype="float64"), "compute_dtype is 'float64'"),
     ],
 )
