@@ -1,8 +1,9 @@
 """The span protocol (docs/protocol.md) in numpy: what response tokens attend to, and the steps of a response."""
 
 import collections
+import itertools
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ def piece(label: int, token_ids: Iterable[int], vocab: Vocab, *, closed: bool) -
     return [tag, *token_ids, *([tag] if closed else [])]
 
 
-def is_label(token_ids: npt.NDArray[np.int32], base: int, vocab: Vocab) -> npt.NDArray[np.bool_]:
+def is_label(token_ids: npt.NDArray[np.integer[Any]], base: int, vocab: Vocab) -> npt.NDArray[np.bool_]:
     """Tell which tokens are of the family of labels that begins at `base`."""
     return (token_ids >= base) & (token_ids < base + vocab.num_labels)
 
@@ -74,18 +75,17 @@ def read_steps(token_ids: Iterable[int], vocab: Vocab) -> tuple[list[int], list[
 
     What follows `<eos>` is ignored, and padding at the end of a response without one.
     """
-    ids = [int(i) for i in token_ids]
-    if ended := vocab.eos_id in ids:
-        del ids[ids.index(vocab.eos_id) :]
-    while not ended and ids and ids[-1] == vocab.pad_id:
-        ids.pop()
-    before: list[int] = []
-    steps: list[Step] = []
-    for i in ids:
-        if vocab.seg_base <= i < vocab.seg_base + vocab.num_labels:
-            steps.append(Step(i - vocab.seg_base, set(), []))
-        elif steps and vocab.ref_base <= i < vocab.ref_base + vocab.num_labels:
-            steps[-1].named.add(i - vocab.ref_base)
-        else:
-            (steps[-1].body if steps else before).append(i)
-    return before, steps, ended
+    ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids), np.int64)
+    ends, written = np.flatnonzero(ids == vocab.eos_id), np.flatnonzero(ids != vocab.pad_id)
+    ids = ids[: ends[0] if len(ends) else written[-1] + 1 if len(written) else 0]
+    opens = is_label(ids, vocab.seg_base, vocab)
+    step = np.cumsum(opens)  # 0 before the first one
+    names = is_label(ids, vocab.ref_base, vocab) & (step > 0)
+    body = ids[~(opens | names)].tolist()
+    bounds = np.searchsorted(step[~(opens | names)], np.arange(1, np.sum(opens) + 2)).tolist()
+    named: list[set[int]] = [set() for _ in bounds[1:]]
+    for number, label in zip(step[names].tolist(), (ids[names] - vocab.ref_base).tolist()):
+        named[number - 1].add(label)
+    bodies = (body[start:end] for start, end in itertools.pairwise(bounds))
+    labels = (ids[opens] - vocab.seg_base).tolist()
+    return body[: bounds[0]], list(map(Step, labels, named, bodies)), bool(len(ends))

@@ -122,14 +122,14 @@ class Vocab:
         Raises:
           UserError: an id lies outside the vocabulary.
         """
-        ids = [int(i) for i in token_ids]
-        for position, i in enumerate(ids):
-            if not 0 <= i < self.size:
-                raise UserError(f"id {i} at position {position} is outside the vocabulary of {self.size} tokens")
+        ids, size = token_ids.tolist() if isinstance(token_ids, np.ndarray) else list(map(int, token_ids)), self.size
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            position, i = next((position, i) for position, i in enumerate(ids) if not 0 <= i < size)
+            raise UserError(f"id {i} at position {position} is outside the vocabulary of {size} tokens")
         return self._text(ids)
 
     def _text(self, ids: list[int]) -> str:
-        return "".join(self.tokens[i] for i in ids)
+        return "".join(map(self.tokens.__getitem__, ids))
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict for `from_json`."""

@@ -62,7 +62,7 @@ class NotRun:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Outputs in the order of the examples, and the seconds that prefill and decoding took, compilation excluded."""
+    """Outputs in the order of the examples, and the seconds that prefill and decoding took, compilation and reading excluded."""
 
     task: Any  # a Task, and what more it offers
     examples: tuple[Example, ...]
@@ -72,6 +72,8 @@ class Evaluation:
     compile_seconds: float
     num_too_long: int = 0
     """Examples that were left out, because prompt and response exceed the model's context."""
+    read_seconds: float = 0.0
+    """What reading the responses back took: their texts, what each token is and read, the verdicts."""
 
     @functools.cached_property
     def scores(self) -> Scores:
@@ -99,8 +101,12 @@ class Evaluation:
         return {
             "batch_size": self.batch_size,
             f"{self.task.unit}_per_second": self.right_per_second,
+            f"{self.task.unit}_per_second_with_reading": self.right_per_second
+            * self.decode_seconds
+            / (self.decode_seconds + self.read_seconds),
             "response_tokens_per_second": sum(len(out.response_ids) for out in self.outputs) / self.decode_seconds,
             "decode_seconds": self.decode_seconds,
+            "read_seconds": self.read_seconds,
             "compile_seconds": self.compile_seconds,
             **accuracy,
         }
@@ -192,7 +198,7 @@ def evaluate(
     batch_size = _batch_size(lm, batch_size, len(ids))
     policy = get_policy(attention or lm.model.config.mask)
     config = _config(lm, examples, ids, policy, max_new_tokens)
-    compile_seconds, seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
+    compile_seconds, seconds, read_seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0, 0.0
     state: Any = None
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
     outputs: dict[int, Output] = {}
@@ -207,11 +213,15 @@ def evaluate(
                 state = jax.block_until_ready(lm.engine.generate(token_ids[filled], lengths[filled], config))
                 taken.append(time.perf_counter() - began)
             seconds += statistics.median(taken)
+            began = time.perf_counter()
             found = lm.outputs([examples[i].prompt for i in chosen], [ids[i] for i in chosen], state, policy)
+            for out in found:
+                _ = out.text, out.roles, out.verdict  # computed when they are first asked for
+            read_seconds += time.perf_counter() - began
             outputs |= dict(zip(chosen, found, strict=True))
             bar.update(len(chosen))
     in_order = tuple(outputs[i] for i in range(len(ids)))
-    return Evaluation(lm.task, tuple(examples), in_order, batch_size, seconds, compile_seconds)
+    return Evaluation(lm.task, tuple(examples), in_order, batch_size, seconds, compile_seconds, read_seconds=read_seconds)
 
 
 def evaluate_all(
@@ -328,6 +338,7 @@ def report(lm: LanguageModel, found: Mapping[str, Sequence[Evaluation | NotRun]]
         sum(own.decode_seconds for own in chosen.values()),
         sum(own.compile_seconds for own in chosen.values()),
         sum(own.num_too_long for own in chosen.values()),
+        sum(own.read_seconds for own in chosen.values()),
     )
     outputs, first = whole.outputs, whole.outputs[0]
     by_batch_size = {name: [evaluation.speed() for evaluation in own] for name, own in evaluations.items()}

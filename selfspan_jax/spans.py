@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from selfspan_jax.errors import UserError
@@ -78,10 +79,10 @@ class SpanVocab:
             raise UserError(f"label {label} is outside 0..{self.num_labels - 1}")
         return base + label
 
-    def label_of(self, token_ids: Int[Array, "..."], base: int) -> Int[Array, "..."]:
+    def label_of(self, token_ids: Int[Array | np.ndarray, "..."], base: int) -> Int[Array, "..."]:
         """Return the label k where a token is `base + k`, -1 where it is outside that family."""
         label = token_ids - base
-        return jnp.where((label >= 0) & (label < self.num_labels), label, -1)
+        return token_ids.__array_namespace__().where((label >= 0) & (label < self.num_labels), label, -1)
 
 
 def check_views(header_view: str, prompt_view: str, prompt_window_tokens: int) -> None:
@@ -109,36 +110,37 @@ class TokenRoles(NamedTuple):
     segment_start: Int[Array, "... T"]  # index of the first token of the sequence
 
 
-def token_roles(token_ids: Int[Array, "... T"], vocab: SpanVocab, segment_ids: Int[Array, "... T"] | None = None) -> TokenRoles:
-    """Run the automaton over whole sequences, all tokens in parallel.
+def token_roles(
+    token_ids: Int[Array | np.ndarray, "... T"], vocab: SpanVocab, segment_ids: Int[Array, "... T"] | None = None
+) -> TokenRoles:
+    """Run the automaton over whole sequences, all tokens in parallel; of numpy arrays on the host, in numpy.
 
     Args:
       segment_ids: different numbers for sequences packed in one row; the automaton restarts at each.
     """
-    axis = token_ids.ndim - 1
-    index = jax.lax.broadcasted_iota(jnp.int32, token_ids.shape, axis)
+    axis, xp = token_ids.ndim - 1, token_ids.__array_namespace__()
+    index = xp.broadcast_to(xp.arange(token_ids.shape[-1], dtype=xp.int32), token_ids.shape)
+    cummax = jax.lax.cummax if isinstance(token_ids, jax.Array) else np.maximum.accumulate
 
     def last(event):  # index of the last event at or before each token, -1 before the first
-        return jax.lax.cummax(jnp.where(event, index, -1), axis=axis)
+        return cummax(xp.where(event, index, -1), axis=axis)
 
     first = index == 0
     if segment_ids is not None:
-        first |= segment_ids != jnp.roll(segment_ids, 1, axis=axis)
+        first |= segment_ids != xp.roll(segment_ids, 1, axis=axis)
     segment_start = last(first)
     ended = last(token_ids == vocab.eos_id) >= segment_start
     active = ~ended  # <eos> itself changes no label, so that it may count as ended already
 
     opened, referred = (vocab.label_of(token_ids, base) for base in (vocab.seg_base, vocab.ref_base))
-    opens = jnp.where(active, opened, -1)
+    opens = xp.where(active, opened, -1)
     solves = active & (token_ids == vocab.solve_id)
     last_solve = last(solves)
     in_response = last_solve >= segment_start
-    previous_solve = jnp.where(first, -1, jnp.roll(last_solve, 1, axis=axis))
+    previous_solve = xp.where(first, -1, xp.roll(last_solve, 1, axis=axis))
     first_solve = solves & (previous_solve < segment_start)
-    names = jnp.where(active & in_response, referred, -1)
-
-    relabels = first | first_solve | (opens >= 0)
-    labels = jnp.take_along_axis(jnp.maximum(opens, 0), last(relabels), axis=axis)
+    names = xp.where(active & in_response, referred, -1)
+    labels = xp.take_along_axis(xp.maximum(opens, 0), last(first | first_solve | (opens >= 0)), axis=axis)
     is_response = in_response & ~first_solve
     solve_index = last(first_solve)
     return TokenRoles(
@@ -148,7 +150,7 @@ def token_roles(token_ids: Int[Array, "... T"], vocab: SpanVocab, segment_ids: I
         is_header=is_response & ((opened >= 0) | (referred >= 0)),
         in_response=in_response,
         ended=ended,
-        solve_index=jnp.where(solve_index >= segment_start, solve_index, -1),
+        solve_index=xp.where(solve_index >= segment_start, solve_index, -1),
         step_index=last(first_solve | (in_response & (opens >= 0))),
         names=names,
         segment_start=segment_start,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ MAX_DIGITS = 640  # the longest integer that every setting of Python converts to
 _TOO_LARGE = 10**MAX_DIGITS
 
 _APPLY: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "negate": 3}
+_PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "negate": 3}
 _LEXEME = re.compile(r"[0-9]+|\S")
 
 
@@ -72,6 +73,7 @@ class Expression:
         return evaluate(self)[-1].value if self.num_ops else int(self.postfix[0])
 
 
+@functools.lru_cache(maxsize=512)  # a prompt is read for its ids, for its warnings and for the verdict
 def parse(text: str) -> Expression:
     """Parse ordinary infix: `+ - *`, precedence, left associativity, parentheses, unary minus, spaces.
 
@@ -82,10 +84,10 @@ def parse(text: str) -> Expression:
       ExpressionError: the text is not an expression; has the column (from 1) at which it stops being one.
     """
     output: list[int | str] = []
-    waiting: list[tuple[str, int, int]] = []  # (operator or parenthesis, column, where its operand starts in output)
+    waiting: list[tuple[str, int, int]] = []  # (operator or parenthesis, number of its lexeme, where its operand starts in output)
 
     def apply_waiting(precedence: int) -> None:
-        while waiting and _PRECEDENCE.get(waiting[-1][0], 0) >= precedence:
+        while waiting and _PRECEDENCE[waiting[-1][0]] >= precedence:
             symbol, _, start = waiting.pop()
             if symbol != "negate":
                 output.append(symbol)
@@ -95,35 +97,37 @@ def parse(text: str) -> Expression:
                 output.insert(start, 0)
                 output.append("-")
 
+    def error(number: int, problem: str) -> ExpressionError:
+        return ExpressionError(next(itertools.islice(_LEXEME.finditer(text), number, None)).start() + 1, problem)
+
     operand_expected = True
-    for match in _LEXEME.finditer(text):
-        lexeme, column = match.group(), match.start() + 1
+    for number, lexeme in enumerate(_LEXEME.findall(text)):
         if operand_expected:
             if lexeme in ("(", "-"):
-                waiting.append(("negate" if lexeme == "-" else "(", column, len(output)))
+                waiting.append(("negate" if lexeme == "-" else "(", number, len(output)))
                 continue
             if not ("0" <= lexeme[0] <= "9"):
-                raise ExpressionError(column, f'expected a number or "(", found {quoted(lexeme)}')
+                raise error(number, f'expected a number or "(", found {quoted(lexeme)}')
             if len(lexeme) > MAX_DIGITS:
-                raise ExpressionError(column, f"a number of {len(lexeme)} digits; at most {MAX_DIGITS} are read")
+                raise error(number, f"a number of {len(lexeme)} digits; at most {MAX_DIGITS} are read")
             output.append(int(lexeme))
             operand_expected = False
         elif lexeme in _APPLY:
             apply_waiting(_PRECEDENCE[lexeme])
-            waiting.append((lexeme, column, len(output)))
+            waiting.append((lexeme, number, len(output)))
             operand_expected = True
         elif lexeme == ")":
             apply_waiting(1)
             if not waiting:
-                raise ExpressionError(column, 'found ")" without "("')
+                raise error(number, 'found ")" without "("')
             waiting.pop()
         else:
-            raise ExpressionError(column, f"expected an operator (+ - *), found {quoted(lexeme)}")
+            raise error(number, f"expected an operator (+ - *), found {quoted(lexeme)}")
     if operand_expected:
         raise ExpressionError(len(text) + 1, 'expected a number or "(", found the end')
     apply_waiting(1)
     if waiting:
-        raise ExpressionError(waiting[-1][1], 'found "(" that is never closed')
+        raise error(waiting[-1][1], 'found "(" that is never closed')
     return Expression(tuple(output))
 
 

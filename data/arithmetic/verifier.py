@@ -3,8 +3,10 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+import numpy as np
 
 from data import spans
 from data.arithmetic.expressions import MAX_DIGITS, Expression, evaluate, quoted
@@ -39,12 +41,12 @@ class Verdict:
 
 
 class _Written(NamedTuple):
-    """A step as a response writes it: its label (None in plain text), the labels that it names, and the rest as tokens and as text."""
+    """A step as a response writes it: its label (None in plain text), the labels that it names, and the rest, token by token and as ids."""
 
     label: int | None
     named: set[int]
     body: str
-    text: str
+    ids: list[int]
 
 
 def verify(
@@ -64,17 +66,17 @@ def verify(
       UserError: the expression itself is not one that `encode` takes.
     """
     expression, first_label = check_expression(expression, vocab, labelling, first_label)
-    stray, written, ended, before = _read_response(response, vocab)
+    stray, written, ended, shown = _read_response(response, vocab)
     answer_text = _answer_text(stray, written)
     if labelling == "plain":
-        stray, written = "", _plain_steps(stray, written)
+        stray, written, shown = _Written(None, set(), "", []), _plain_steps(stray.body, written), lambda step: step.body
     answer_value = None if answer_text is None else int(answer_text)
 
     operations = evaluate(expression)
     problems: dict[int, str] = {}  # of evaluation, by step
     wrong_spans: dict[int, str] = {}
-    if stray:
-        problems[0] = f"{quoted(before)} stands before the first step"
+    if stray.body:
+        problems[0] = f"{quoted(shown(stray))} stands before the first step"
     for index, (operation, step) in enumerate(zip(operations, written)):
         label, minimal = None, set()
         if labelling != "plain":
@@ -82,8 +84,8 @@ def verify(
         # Compared as text: that refuses leading zeros and a negative zero, and never converts an endless number.
         if step.label != label:
             problems.setdefault(index, f"carries label {step.label}, expected {label}")
-        elif step.body != str(operation):
-            problems.setdefault(index, f"expected {quoted(str(operation))}, found {quoted(step.text)}")
+        elif step.body != (expected := str(operation)):
+            problems.setdefault(index, f"expected {quoted(expected)}, found {quoted(shown(step))}")
         if step.named != minimal:
             wrong_spans[index] = f"names {_labels(step.named)}, the minimal span is {_labels(minimal)}"
     if len(written) < len(operations):
@@ -117,38 +119,43 @@ def answer(response: str | Iterable[int], *, vocab: Vocab = DEFAULT_VOCAB) -> st
     return _answer_text(stray, written)
 
 
-def _answer_text(stray: str, written: list[_Written]) -> str | None:
-    match = _ANSWER.search(written[-1].body if written else stray)
+def _answer_text(stray: _Written, written: list[_Written]) -> str | None:
+    match = _ANSWER.search((written[-1] if written else stray).body)
     return match[1] if match else None
 
 
-def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[str, list[_Written], bool, str]:
-    """Cut a response into (tokens before the first step, steps, whether `<eos>` ends it, text before the first step)."""
+def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[_Written, list[_Written], bool, Callable[[_Written], str]]:
+    """Cut a response into (tokens before the first step, steps, whether `<eos>` ends it); and say how a step's text is shown."""
     strangers: list[str] = []  # what is no token of the vocabulary gets an id beyond it
 
     def stranger(token: str) -> int:
         strangers.append(token)
         return vocab.size + len(strangers) - 1
 
-    def body(ids: list[int]) -> str:
-        return "".join(vocab.tokens[i] if i < vocab.size else strangers[i - vocab.size] for i in ids)
-
-    def text(ids: list[int]) -> str:  # as a tokenizer's bytes make it
-        return vocab.decode(ids) if all(i < vocab.size for i in ids) else body(ids)
-
+    ids: Iterable[int]
     if isinstance(response, str):
         ids = [vocab.ids[token] if token in vocab.ids else stranger(token) for _, token in vocab.split(response)]
+    elif isinstance(response, np.ndarray) and np.all((response >= 0) & (response < vocab.size)):
+        ids = response
     else:
         ids = [i if 0 <= i < vocab.size else stranger(f"<id:{i:#x}>") for i in map(operator.index, response)]
     before, steps, ended = spans.read_steps(ids, vocab)
-    return body(before), [_Written(step.label, step.named, body(step.body), text(step.body)) for step in steps], ended, text(before)
+    tokens = (*vocab.tokens, *strangers) if strangers else vocab.tokens
+
+    def shown(step: _Written) -> str:  # as a tokenizer's bytes make it
+        return vocab.decode(step.ids) if max(step.ids, default=0) < vocab.size else step.body
+
+    def written(label: int | None, named: set[int], ids: list[int]) -> _Written:
+        return _Written(label, named, "".join(map(tokens.__getitem__, ids)), ids)
+
+    return written(None, set(), before), [written(*step) for step in steps], ended, shown
 
 
 def _plain_steps(stray: str, written: list[_Written]) -> list[_Written]:
     """Cut a response without span tokens at its `<solve>` tokens. A span token is text like any other, and wrong."""
     bodies = stray.split("<solve>")
     bodies[-1] += "".join(f"<seg:{step.label}>{step.body}" for step in written)
-    return [_Written(None, set(), body, body) for body in bodies if body or len(bodies) > 1]
+    return [_Written(None, set(), body, []) for body in bodies if body or len(bodies) > 1]
 
 
 def _labels(labels: Iterable[int]) -> str:

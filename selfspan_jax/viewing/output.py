@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from selfspan_jax.task import JUDGED, Task, Verdict, judgement
 from selfspan_jax.viewing import html
-from selfspan_jax.viewing.detokenize import token_texts
 from selfspan_jax.viewing.reading import Reading
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class Output(Reading):
     @functools.cached_property
     def text(self) -> str:
         """The response as written, span tokens included, without the stop string that ended it."""
-        text = "".join(token_texts(self.task.decode, self.response_ids))
+        text = self.task.decode(self.response_ids)
         return text[: len(text) - self.surplus]
 
     @property

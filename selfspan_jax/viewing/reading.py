@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +81,7 @@ class Reading:
     @functools.cached_property
     def roles(self) -> TokenRoles:
         """The automaton's view of each token, as numpy arrays [T]."""
-        roles = _token_roles(_rounded(self.token_ids, self.vocab), self.vocab)
-        return jax.tree.map(lambda role: np.asarray(role)[0, : len(self.token_ids)], roles)
+        return spans.token_roles(self.token_ids, self.vocab)
 
     @functools.cached_property
     def mask(self) -> Bool[np.ndarray, "T T"]:
@@ -90,16 +91,19 @@ class Reading:
     @functools.cached_property
     def parts(self) -> tuple[Step, ...]:
         """The steps of the response in order, after the tokens before the first of them; every response token is in one part."""
-        roles, response = self.roles, np.arange(self.prompt_tokens, len(self.token_ids))
-        parts = []
-        for start in np.unique(roles.step_index[response]):
-            indices = response[roles.step_index[response] == start]
-            body = indices[~roles.is_header[indices] & ~np.isin(self.token_ids[indices], self.end_ids)]
-            refs = tuple(int(name) for name in roles.names[indices] if name >= 0)
-            text, opened = self.task.decode(self.token_ids[body]), bool(start >= 0 and roles.is_header[start])
-            attended, share = (float(np.mean(x[indices - self.prompt_tokens])) for x in (self.num_attended, self.fractions))
-            parts.append(Step(int(roles.labels[indices[0]]), refs, text, attended, share, indices, opened))
-        return tuple(parts)
+        if not len(self.response_ids):
+            return ()
+        roles = TokenRoles(*(role[self.prompt_tokens :] for role in self.roles))
+        starts = np.flatnonzero(np.diff(roles.step_index, prepend=-2))
+        opening = roles.step_index[starts]
+        opened = (opening >= 0) & self.roles.is_header[opening]
+        bounds = [*starts.tolist(), len(roles.labels)]
+        refs = (tuple(piece.tolist()) for piece in _pieces(roles.names, roles.names >= 0, bounds))
+        is_body = ~roles.is_header & ~np.isin(self.response_ids, self.end_ids)
+        texts = map(self.task.decode, _pieces(self.response_ids, is_body, bounds))
+        means = ((np.add.reduceat(x, starts) / np.diff(bounds)).tolist() for x in (self.num_attended, self.fractions))
+        indices = np.split(np.arange(self.prompt_tokens, len(self.token_ids)), starts[1:])
+        return tuple(map(Step, roles.labels[starts].tolist(), refs, texts, *means, indices, opened.tolist()))
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -109,8 +113,9 @@ class Reading:
     @functools.cached_property
     def unresolved(self) -> Bool[np.ndarray, "T"]:
         """Mark the `<ref:k>` tokens that name a label which no token so far carries."""
-        labels, names = self.roles.labels, self.roles.names
-        return np.array([name >= 0 and name not in labels[: index + 1] for index, name in enumerate(names)], bool)
+        index, first = np.arange(len(self.token_ids)), np.full(self.vocab.num_labels, len(self.token_ids))
+        np.minimum.at(first, self.roles.labels, index)  # token that carries each label
+        return (self.roles.names >= 0) & (first[self.roles.names] > index)
 
     @property
     def unresolved_refs(self) -> int:
@@ -187,6 +192,13 @@ def _attended(readings: Sequence[Reading]) -> Iterator[tuple[str, np.ndarray]]:
     yield "attended_tokens", np.concatenate([reading.num_attended for reading in readings])
 
 
+def _pieces(array: Any, chosen: Any, bounds: Sequence[int]) -> list[np.ndarray]:
+    """Cut what is chosen of an array of R tokens where the array is cut at `bounds`."""
+    counts = np.concatenate([[0], np.cumsum(chosen)])[bounds].tolist()
+    kept = array[chosen]
+    return [kept[start:end] for start, end in itertools.pairwise(counts)]
+
+
 def attention_mask(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab, config: ModelConfig, policy: Policy) -> Bool[np.ndarray, "T T"]:
     """Compute which token attends to which under a policy and the model's views."""
     size = len(token_ids)
@@ -200,4 +212,3 @@ def _rounded(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab) -> Int[Array, "1
 
 
 _policy_mask = jax.jit(lambda policy, *arguments: policy.mask(*arguments), static_argnums=(0, 2, 3))
-_token_roles = jax.jit(spans.token_roles, static_argnames=("vocab",))

@@ -99,7 +99,8 @@ def _verified_table(report: Mapping[str, Any], task: Any) -> str:
     for name, own in report["sets"].items():
         for speed in own["by_batch_size"]:
             rate, size = speed[f"{task.unit}_per_second"], speed["batch_size"]
-            lines.append(f"{_named(name, report, task)}: {rate:.1f} right answers per second of prefill and decoding, batch {size}")
+            read = f", {speed[f'{task.unit}_per_second_with_reading']:.1f} with the reading of responses"
+            lines.append(f"{_named(name, report, task)}: {rate:.1f} right answers per second of prefill and decoding{read}, batch {size}")
     if errors := report["first_errors"]:
         lines.append("first errors: " + ", ".join(f"{kind} {count}" for kind, count in errors.items()))
     if wrong := report["first_wrong"]:

@@ -86,13 +86,15 @@ def evaluations(lm):
 
 
 def test_scores_order_and_seconds(lm, monkeypatch):
-    """Shares, the order of the prompts, the median of passes, the last, smaller batch."""
+    """Shares, the order of the prompts, the median of passes, the last, smaller batch; decoding and reading are timed apart."""
     prompts = ["45", "456", "4"]  # not in the order of their lengths, in which they are decoded
-    lasted = [100, *(5, 1, 2), *(7, 3, 3)]  # compilation, three passes of each batch
+    lasted = [100, *(5, 1, 2), 0.5, *(7, 3, 3), 0.25]  # compilation; three passes of each batch, then what they wrote is read
     readings = iter(reading for seconds in lasted for reading in (0.0, seconds))
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
     found = evaluation.evaluate(lm, [Example(prompt) for prompt in prompts], max_new_tokens=6, batch_size=2, passes=3)
-    assert (found.decode_seconds, found.compile_seconds, next(readings, "read")) == (2 + 3, 100, "read")
+    assert (found.decode_seconds, found.read_seconds, found.compile_seconds, next(readings, "read")) == (2 + 3, 0.75, 100, "read")
+    speed = found.speed()
+    assert (speed["problems_per_second"], speed["problems_per_second_with_reading"]) == (2 / 5, pytest.approx(2 / 5.75))
     assert [out.prompt for out in found.outputs] == prompts and found.outputs[0].verdict.message == "of 45"
     assert (found.scores["answer_accuracy"], found.scores["step_accuracy"], found.scores["span_accuracy"]) == (2 / 3, 1 / 3, 2 / 3)
     attended = np.concatenate([out.num_attended for out in found.outputs])
@@ -210,7 +212,7 @@ def test_a_report_of_verified_answers(lm, evaluations):
     table = text.evaluation_table(report, lm.task).splitlines()
     assert table[0] == "operators  examples  answers  steps   spans   attended  tokens"
     assert table[2].split()[:5] == ["8", "1", "100.0%", "0.0%", "100.0%"] and table[4].split()[:3] == ["all", "3", "66.7%"]
-    assert table[5].startswith("short operators: ") and table[5].endswith(" right answers per second of prefill and decoding, batch 1")
+    assert table[5].startswith("short operators: ") and table[5].endswith(" with the reading of responses, batch 1")
     assert [line[:13] for line in table[-3:-1]] == ["first errors:", "first wrong: "] and len(table) == 5 + 4 + 3
     assert table[-1] == "long operators: beyond what the model was trained on, or cut: 1 examples" and long["num_with_warnings"] == 1
 
