@@ -5,7 +5,7 @@
 needs is in attributes: each step has `data-reads`, groups of positions by what made them visible:
 
     sink:0,13 own:11-12,41-57 1:3-9,14-23     label 0, the step's own label, tokens that <ref:1> named
-    wide:...                                  a span token that looks wider than the step (header_view)
+    toc:... wide:...                          a span token that looks wider than the step: at every <seg>, or as header_view says
     policy:0-57                               dense or window attention: named by nothing
 """
 
@@ -92,7 +92,9 @@ def _groups(reading: Reading, step: Step) -> dict[str, Int[np.ndarray, "I"]]:
     wide = reads.copy()
     for group in (*groups.values(), *named.values()):
         wide &= ~group
-    found = {name: np.flatnonzero(group) for name, group in (groups | named | {"wide": wide}).items()}
+    tags = reading.roles.is_seg & (reading.config.header_view == "labels") & reading.roles.is_header[step.indices].any()
+    wider = {"toc": wide & tags, "wide": wide & ~tags}
+    found = {name: np.flatnonzero(group) for name, group in (groups | named | wider).items()}
     return {name: indices for name, indices in found.items() if len(indices) or name in named}
 
 

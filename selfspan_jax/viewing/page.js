@@ -3,6 +3,7 @@
   const WORDS = {
     sink: "the sink, label 0",
     own: "its own label",
+    toc: "every <seg>, the table of contents",
     wide: "a span token looks wider",
     policy: "policy, named by nothing",
     lost: "names nothing",
@@ -42,7 +43,8 @@
     const written = (token) => (token.matches(".seg, .ref, .mark") ? "" : token.textContent);
 
     function quote([first, last], kind) {
-      const text = tokens.slice(first, last + 1).map(written).join("");
+      const [shown, between] = kind === "toc" ? [(token) => token.textContent, " "] : [written, ""];
+      const text = tokens.slice(first, last + 1).map(shown).join(between);
       const short = text.length > LONGEST_QUOTE ? `${text.slice(0, LONGEST_QUOTE / 2)} … ${text.slice(-LONGEST_QUOTE / 2)}` : text;
       const place = first === last ? `token ${first}` : `tokens ${first} to ${last}`;
       const made = element("span", `quote text k-${kind}${short.trim() ? "" : " place"}`, short.trim() || place);

@@ -48,7 +48,7 @@ class Digits:
 @pytest.fixture(scope="module")
 def small():
     """A model that writes noise, for what does not depend on what is written: it compiles in a moment."""
-    return SpanLM(random_model(max_context_tokens=256), Digits())
+    return SpanLM(random_model(max_context_tokens=256, header_view="labels"), Digits())
 
 
 def test_the_example_of_the_specification(out):

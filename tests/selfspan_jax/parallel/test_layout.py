@@ -118,6 +118,7 @@ MODELS = {
         dict(num_heads=8, num_kv_heads=2, qkv_bias=True, output_bias=True, qk_norm=True, tie_embeddings=False),
         {},
     ),
+    "labels": (HEADS | {"header_view": "labels"}, {}),
     "int8": (HEADS, {"weights": "int8"}),
 }
 
@@ -127,7 +128,7 @@ MODELS = {
     [
         ("plain", "tensor=2", "span", 1.0),
         ("plain", "data=4", "span", 1.0),
-        ("plain", "data=2,tensor=4", "span", 1.0),
+        ("labels", "data=2,tensor=4", "span", 1.0),
         ("plain", "data=2,tensor=2", "window", 0.0),
         ("queries share heads, biases, norms of heads", "tensor=2", "dense", 0.0),
         ("int8", "tensor=2", "span", 0.0),

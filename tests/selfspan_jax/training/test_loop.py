@@ -57,7 +57,7 @@ def batches_from(number):
 
 def test_the_loss_is_the_mean_over_targets_of_sequences_seen_alone():
     """Each packed sequence, cut out and run by itself under the reference mask, gives its share of the packed batch's loss."""
-    model, batch = random_model(), batch_of(0)
+    model, batch = random_model(header_view="labels"), batch_of(0)
     _, sums = nnx.jit(training.loss_sums)(model, DeviceBatch.of(batch))
     total, count, right = 0.0, 0, 0
     for row in range(4):
@@ -66,7 +66,9 @@ def test_the_loss_is_the_mean_over_targets_of_sequences_seen_alone():
             ids = batch.token_ids[row, at]
             # Rotary scores depend on distances alone, so that starting at 0 is the same as starting in mid-row.
             filled = np.append(ids, [4] * (14 - len(ids)))  # one length, one compilation
-            logits = reference_logits(model, filled[None], [np.array(Reference(filled, VOCAB).mask())])[0].astype(np.float64)
+            logits = reference_logits(model, filled[None], [np.array(Reference(filled, VOCAB, header_view="labels").mask())])[0].astype(
+                np.float64
+            )
             for t in range(4, len(at)):
                 scores = logits[t - 1] - logits[t - 1].max()
                 total -= scores[ids[t]] - np.log(np.exp(scores).sum())

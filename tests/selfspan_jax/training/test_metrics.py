@@ -50,7 +50,7 @@ def test_peaks_are_of_the_device_that_is_named():
 
 def test_gradients_through_the_kernels_are_those_of_xla():
     """The whole model under a span mask, with the kernels in the interpreter, against attention as XLA computes it."""
-    model, batch = random_model(head_size=32), DeviceBatch.of(batch_of(1, rows=2))
+    model, batch = random_model(head_size=32, header_view="labels"), DeviceBatch.of(batch_of(1, rows=2))
     mask = get_policy("span").mask(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids)
 
     def kernels(qkv, angles, cache):

@@ -123,7 +123,7 @@ def steps_of(parsed):
     return [range(*pair) for pair in itertools.pairwise(firsts)]
 
 
-@pytest.mark.parametrize("header_view", ["span", "prompt", "all"])
+@pytest.mark.parametrize("header_view", ["span", "labels", "all"])
 @pytest.mark.parametrize("name", NAMED)
 def test_each_step_has_exactly_what_the_reference_says_it_read(name, header_view):
     tokens, _ = NAMED[name]
@@ -139,10 +139,12 @@ def test_each_step_has_exactly_what_the_reference_says_it_read(name, header_view
         own = reference.carries[step[0]]
         names = set().union(*(reference.named[t] for t in step)) - {0, own}
         if reference.solve_position is not None:
-            assert reads.keys() - {"sink", "own", "wide"} == {str(k) for k in names}
+            assert reads.keys() - {"sink", "own", "toc", "wide"} == {str(k) for k in names}
         for reason, group in reads.items():
             carried = {reference.carries[i] for i in group}
-            if reason == "wide":
+            if reason in ("toc", "wide"):
+                assert reason != "toc" or all(reference.is_seg[i] for i in group)
+                assert reason == ("toc" if header_view == "labels" else "wide") or reference.solve_position is None
                 assert not carried & {0, own, *names} and (header_view != "span" or reference.solve_position is None)
             else:
                 assert carried <= {0 if reason == "sink" else own if reason == "own" else int(reason)}

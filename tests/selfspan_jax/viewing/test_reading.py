@@ -25,33 +25,34 @@ _S, _R = VOCAB.seg_base, VOCAB.ref_base
 def gold():
     """What a model that writes the gold response would have returned, and the example."""
     story = news.Story(("Ada won.", "Rain fell.", "It was Monday."), ("Ada won on Monday.", "It rained."), ((0, 2), (1,)), ())
-    task = news.NewsTask(train_vocab(story.article, vocab_tokens=300, num_labels=64))
+    task = news.NewsTask(train_vocab(story.article, vocab_tokens=300, num_labels=64), closed_pieces=True)
     example, vocab = task.encode(story), SpanVocab(**task.vocab.span_ids())
-    mask = np.array(Reference(example.token_ids, vocab, header_view="all").mask())
+    mask = np.array(Reference(example.token_ids, vocab, header_view="labels").mask())
     num_attended = mask.sum(axis=1)[example.prompt_tokens :]
-    config = ModelConfig(**TINY, header_view="all", prompt_view="causal")
+    config = ModelConfig(**TINY, header_view="labels", prompt_view="causal")
     out = Output(task, example.token_ids, example.prompt_tokens, num_attended, Span(), config, vocab, example.prompt)
     np.testing.assert_array_equal(out.mask, mask)
     return out, example
 
 
-def test_header_tokens_read_everything_and_body_tokens_what_is_named(gold):
+def test_header_tokens_read_every_tag_and_all_tokens_what_is_named(gold):
     out, example = gold
     vocab = out.task.vocab
-    length = {i: len(vocab.plain_text_ids(" " + sentence)) + 1 for i, sentence in enumerate(example.story.article)}
+    length = {i: len(vocab.plain_text_ids(" " + sentence)) + 2 for i, sentence in enumerate(example.story.article)}
     sink = 2 + len(vocab.plain_text_ids(news.INSTRUCTION))  # <bos>, instruction, <solve>
     fractions, position = {"body": [], "header": []}, example.prompt_tokens
-    for sentence, sources in zip(example.story.summary, example.story.sources, strict=True):
+    for number, (sentence, sources) in enumerate(zip(example.story.summary, example.story.sources, strict=True)):
         own = 0
-        for _ in range(1 + len(sources)):
-            fractions["header"].append(1.0)
+        for named in range(1 + len(sources)):
             own, position = own + 1, position + 1
+            tags = 2 * (len(length) - named) + number  # those of pieces that are not named yet, and of the steps before
+            fractions["header"].append((sink + sum(length[i] for i in sources[:named]) + own + tags) / position)
         for _ in vocab.plain_text_ids(" " + sentence):
             own, position = own + 1, position + 1
             fractions["body"].append((sink + sum(length[i] for i in sources) + own) / position)
     fractions["body"].append((fractions["body"][-1] * position + 1) / (position + 1))  # <eos>
     by_kind = attended_by_kind([out])
-    assert by_kind["attended_fraction_header"] == 1 and np.isclose(by_kind["attended_fraction_body"], np.mean(fractions["body"]))
+    assert all(np.isclose(by_kind[f"attended_fraction_{kind}"], np.mean(values)) for kind, values in fractions.items())
     assert np.isclose(by_kind["header_share"], len(fractions["header"]) / len(out.response_ids))
     mean = np.mean(fractions["body"] + fractions["header"])
     assert np.isclose(out.attended_fraction, mean) and np.isclose(attended([out])["attended_fraction"], mean)
@@ -98,7 +99,8 @@ def test_a_response_with_sources_has_them_below_each_sentence(gold):
     assert lines[0] == "Ada won on Monday. It rained."
     steps = ["<4> Ada won on Monday.", "    from <1> Ada won.", "    from <3> It was Monday.", "<5> It rained.", "    from <2> Rain fell."]
     assert lines[2:7] == steps
-    assert lines[-1].startswith("attended, of the context: text ") and lines[-1].endswith("span tokens 100.0%")
+    header = attended_by_kind([gold[0]])["attended_fraction_header"]
+    assert lines[-1].startswith("attended, of the context: text ") and lines[-1].endswith(f"span tokens {header:.1%}")
 
 
 def test_a_source_may_be_a_sentence_of_the_response_or_nothing(gold):
