@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from data.vocab import Vocab
 
+HeaderView = Literal["span", "labels", "prompt", "all"]
+
 
 class Step(NamedTuple):
     """A step of a response: the label that it opens, the labels that it names, and its other ids."""
@@ -34,16 +36,17 @@ def is_label(token_ids: npt.NDArray[np.integer[Any]], base: int, vocab: Vocab) -
 
 
 def attended_tokens(
-    token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab, *, header_view: Literal["span", "labels", "all"] = "span"
+    token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab, *, header_view: HeaderView = "span"
 ) -> npt.NDArray[np.int64]:
     """Count the tokens that each response token attends to, itself included: int64 [R].
 
     Args:
       token_ids: int32 [T], an example without padding; the first `prompt_tokens` of them end in the first `<solve>`.
-      header_view: `<seg:k>` and `<ref:k>` tokens of the response attend also to every `<seg>` token ("labels"), or to everything ("all").
+      header_view: what `<seg:k>` and `<ref:k>` tokens of the response attend to beside that: nothing ("span"), every `<seg>` token
+        ("labels"), the prompt, or all.
     """
     carried: collections.Counter[int] = collections.Counter()  # label -> tokens so far that carry it
-    tags: collections.Counter[int] = collections.Counter()  # those of them that are <seg>
+    wider: collections.Counter[int] = collections.Counter()  # those of them that headers see whatever the step names
     named = {0}  # what the current step sees: the sink, its own label, and those that it names
     label = attended = 0
     counts = []
@@ -59,14 +62,9 @@ def attended_tokens(
             named.add(referred)
             attended += carried[referred]
         carried[label] += 1
-        tags[label] += opens
+        wider[label] += {"span": False, "labels": opens, "prompt": position < prompt_tokens, "all": True}[header_view]
         attended += 1
-        if (opens or names) and header_view == "all":
-            counts.append(position + 1)
-        elif (opens or names) and header_view == "labels":
-            counts.append(attended + sum(count for k, count in tags.items() if k not in named))
-        else:
-            counts.append(attended)
+        counts.append(attended + (sum(count for k, count in wider.items() if k not in named) if opens or names else 0))
     return np.array(counts[prompt_tokens:])
 
 

@@ -20,7 +20,7 @@ from experiments.pages import Plot, Tally, judge, markdown_table
 from experiments.results import Run
 from experiments.variants import Experiment
 
-CONTROLS = {"span": "dense", "prompt": "dense", "smollm2": "smollm2_dense"}
+CONTROLS = {"span": "dense", "prompt": "dense", "labels": "dense", "smollm2": "smollm2_dense"}
 _SCORES = {
     **{"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
     **{"fact_accuracy": "fact accuracy", "fact_recall": "fact recall", "all_facts_right": "all facts right"},

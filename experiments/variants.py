@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +23,13 @@ class Variant:
     preset: str
     """The subcommand of train.py: a preset, or finetune-lora."""
     options: str = ""
-    """Options of the command, in pairs of --name and value; every run of this variant has these settings."""
+    """Options of the command, --name or --name and value; every run of this variant has these settings."""
 
     @functools.cached_property
     def settings(self) -> dict[str, str]:
-        """The options by name."""
-        words = self.options.split()
-        return {option[2:].replace("-", "_"): value for option, value in zip(words[::2], words[1::2], strict=True)}
+        """The options by name; one without a value is True."""
+        options = re.findall(r"--(\S+)(?: (?!--)(\S+))?", self.options)
+        return {name.replace("-", "_"): value or str(True) for name, value in options}
 
     @functools.cached_property
     def defaults(self) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,9 @@ _MAX_GUESSED_SENTENCES = 6
 class Statistics(card.Statistics):
     """Count lengths, sources, facts, what response tokens attend to, and how well alignment finds true sources."""
 
-    def __init__(self, vocab: Vocab, *, header_view: Literal["labels", "all"]) -> None:
+    def __init__(self, vocab: Vocab, *, header_view: spans.HeaderView) -> None:
         super().__init__(vocab)
-        self._header_view: Literal["labels", "all"] = header_view
+        self._header_view: spans.HeaderView = header_view
         self._positions: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)  # by summary sentence
         self._attended = {"body": [0.0, 0], "header": [0.0, 0]}  # sum of fractions, tokens
         self._aligned: collections.Counter[str] = collections.Counter()  # sources that are right, found, true

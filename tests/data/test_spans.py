@@ -19,6 +19,7 @@ APART = SpanVocab(pad_id=7, bos_id=6, eos_id=30, solve_id=31, seg_base=12, ref_b
 def attended_positions(token_ids, vocab, header_view="span"):
     """The specification's pseudo-code: for each token of the response the positions that it attends to."""
     label, named, in_response, carries, tags, attended = 0, set(), False, [], [], []
+    solve = list(token_ids).index(vocab.solve_id)
     for position, x in enumerate(token_ids):
         seg, ref = (base <= x < base + vocab.num_labels for base in (vocab.seg_base, vocab.ref_base))
         if x == vocab.solve_id and not in_response:
@@ -29,15 +30,15 @@ def attended_positions(token_ids, vocab, header_view="span"):
         elif ref and in_response:
             named = named | {x - vocab.ref_base}
         carries.append(label)
-        tags.append(seg)
-        wider = {"span": [False] * (position + 1), "labels": tags, "all": [True] * (position + 1)}[header_view if seg or ref else "span"]
-        attended.append([s for s in range(position + 1) if wider[s] or carries[s] in {0, label} | named])
-    return attended[list(token_ids).index(vocab.solve_id) + 1 :]
+        tags += [position] if seg else []
+        wider = {"span": [], "labels": tags, "prompt": range(solve + 1), "all": range(position + 1)}[header_view if seg or ref else "span"]
+        attended.append([s for s in range(position + 1) if s in wider or carries[s] in {0, label} | named])
+    return attended[solve + 1 :]
 
 
 def check(token_ids, prompt_tokens, vocab):
     token_ids = np.array(token_ids, np.int32)
-    for header_view in ("span", "labels", "all"):
+    for header_view in ("span", "labels", "prompt", "all"):
         expected = [len(positions) for positions in attended_positions(token_ids.tolist(), vocab, header_view)]
         assert attended_tokens(token_ids, prompt_tokens, vocab, header_view=header_view).tolist() == expected
 
