@@ -39,7 +39,7 @@ PrefillName = literal_type_from_choices(tuple(SELECTORS))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    checkpoint: Positional[Path]
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
     """Directory of a finished model or an adapter, a Hugging Face directory or an id of its Hub (owner/name), or a GGUF file."""
     base: Path | None = None
     """For an adapter: the model that it was trained on, named in the same ways."""
@@ -61,7 +61,7 @@ class Model:
 class Generate(Model):
     """Decode a response to an expression, an article or a text, or to each of a file; show each step with what it read."""
 
-    prompt: Positional[str | None] = None
+    prompt: Annotated[Positional[str | None], arg(metavar="[PROMPT]")] = None
     """An expression: whole numbers, + - * and parentheses; or text."""
     article: Path | None = None
     """A text file in place of the prompt, for a model that sums up news."""

@@ -61,7 +61,7 @@ class Bench:
     Whole sequences are drawn and replayed, so that automaton and mask do what they do for a trained model of that size.
     """
 
-    checkpoint: Positional[Path | None] = None
+    checkpoint: Annotated[Positional[Path | None], arg(metavar="[CHECKPOINT]")] = None
     """Directory of a finished model or an adapter, or a pretrained model as for generate; or give --shape."""
     base: Path | None = None
     """For an adapter: the model that it was trained on."""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import io
@@ -10,15 +11,18 @@ import os
 import re
 import signal
 import sys
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
 from data.errors import UserError
 
 _NUMBERS = tyro.constructors.ConstructorRegistry()
+_UNSET = tyro.conf.arg(help_behavior_hint="(optional)")
+_READING: list[Any] = []  # the dataclasses whose own rule is being asked for
 
 
 def fail(message: str) -> NoReturn:
@@ -134,6 +138,41 @@ def _number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
         is_instance=lambda value: isinstance(value, int | info.type) and not isinstance(value, bool),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+@_NUMBERS.primitive_rule
+def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Read `X | None` as X: an option is left out where it is not wanted, there is no word for None."""
+    kinds = typing.get_args(info.type)
+    if type(None) not in kinds or len(kinds) != 2:
+        return None
+    (kind,) = (kind for kind in kinds if kind is not type(None))
+    spec = tyro.constructors.ConstructorRegistry.get_primitive_spec(tyro.constructors.PrimitiveTypeInfo.make(kind, info.markers))
+    if not isinstance(spec, tyro.constructors.PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: [] if value is None else spec.str_from_instance(value),
+    )
+
+
+@_NUMBERS.struct_rule
+def _dataclass(info: tyro.constructors.StructTypeInfo) -> Any:
+    """Let help say "(optional)" in place of a default that is None or empty; else read a dataclass as tyro does."""
+    if not dataclasses.is_dataclass(info.type) or info.type in _READING:
+        return None
+    _READING.append(info.type)
+    try:
+        spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+    finally:
+        _READING.remove(info.type)
+    if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+        return spec
+    fields = [
+        dataclasses.replace(field, type=Annotated[field.type, _UNSET]) if field.default in (None, ()) else field for field in spec.fields
+    ]
+    return dataclasses.replace(spec, fields=tuple(fields))
 
 
 def read_number(kind: type, word: str) -> Any:

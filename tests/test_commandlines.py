@@ -56,10 +56,10 @@ def options(text):
 def test_every_option_says_what_it_is(call, program, name):
     """And has a default, or is required; no option hides behind a further sub-command."""
     status, out, err = call(program, name, "--help")
-    assert (status, err) == (0, "") and "COMMAND" not in out and "subcommands" not in out
+    assert (status, err) == (0, "") and not re.search("COMMAND|subcommands|None|''", out)
     found = dict(options(out))
     assert len(found) >= 8
-    assert [option for option, words in found.items() if not re.fullmatch(r"\S.{3,} \((default: .*|required|repeatable)\)", words)] == []
+    assert [option for option, words in found.items() if not re.fullmatch(r"\S.{3,} \((default: .+|required|optional|repeatable)\)", words)] == []
 
 
 def test_the_check_of_help_finds_what_is_missing():
@@ -84,6 +84,7 @@ WRONG = {
         ["arithmetic-tiny", "--run-dir", "x", "--stps", "3"],
         "--stps is no option of train.py arithmetic-tiny; perhaps --steps",
     ),
+    "None is no value": ("decode.py", ["eval", CHECKPOINT, "--max-ops", "None"], "'None' is no whole number"),
     "an option with =": (
         "decode.py",
         ["eval", CHECKPOINT, "--num_example=3"],
