@@ -117,7 +117,8 @@ class FineTuning(Run):
             raise UserError(f"--sequence-tokens is {row}: the context of {self.init} is {context}")
         examples = self.examples(TokenizerVocab.of(text.tokenizer_json, dataclasses.asdict(model.vocab), model.vocab_size))
         model = model.astype("float32") if self.adapters is None else lora.adapt(model, self.adapters, seed=seed)
-        name = self.init.name if self.init.name != "model" else f"{self.init.absolute().parent.name}/model"
+        init = self.init.absolute()
+        name = init.name if init.name != "model" else f"{init.parent.name}/model"
         identity: dict[str, Any] = {"attention": attention, "base": {"name": name, "sha256": lora.fingerprint(model)}}
         identity |= {} if self.dtype is None else {"dtype": self.dtype}
         return model, examples, identity | ({} if self.adapters is None else {"lora": dataclasses.asdict(self.adapters)})

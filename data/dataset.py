@@ -237,7 +237,7 @@ class StoredCorpus:
         """
         found = splits(self.path)
         if split in found:
-            examples, name = iter(load(self.path, self.tasks, split=split)), f"{self.path.name}/{split}"
+            examples, name = iter(load(self.path, self.tasks, split=split)), f"{self.path.absolute().name}/{split}"
         elif self.task.is_generated:
             examples, name = self.corpus.stream(seed=seed, split="test", vocab=self.task.vocab), self.corpus.description
         else:

@@ -105,13 +105,13 @@ class TrainingExamples:
         """The training examples in a few words, in the plural."""
         if self.stored is None:
             return self.corpus.description
-        return f"the {len(self.stored):,} examples of {self.stored.path.name} (split {self.stored.split})"
+        return f"the {len(self.stored):,} examples of {self.stored.path.absolute().name} (split {self.stored.split})"
 
     def texts(self) -> dict[str, str]:
         """Return what the card of a model says: what it was trained and scored on, in a few words, and what it does not know."""
         scored_on, limits = f"fresh {self.corpus.description}", self.corpus.limits
         if self.stored is not None and not self.task.is_generated:
-            scored_on = f"examples that were held out (split validation of {self.stored.path.name})"
+            scored_on = f"examples that were held out (split validation of {self.stored.path.absolute().name})"
             limits = ANY_LIMITS
         limits = f"It was trained on {self.trained_on} and nothing else. {limits}"
         return {"trained_on": self.trained_on, "scored_on": scored_on, "limits": limits}

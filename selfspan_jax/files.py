@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import io
 import json
 import os
@@ -88,6 +90,14 @@ def _json_prompt(file: Path, number: int, line: str) -> str:
     return row["prompt"]
 
 
+def shown_path(path: str | Path) -> str:
+    """Write a path for readers on other machines: from the working directory where it lies below it, else .../NAME if it is absolute."""
+    if not os.path.isabs(path):
+        return str(path)
+    below = os.path.relpath(path)
+    return f".../{Path(path).name}" if below.split(os.sep)[0] == os.pardir else below
+
+
 def write_bytes(file: Path, content: bytes) -> None:
     """Write a file in place of an older one, and the directories that it lies in.
 
@@ -170,23 +180,42 @@ def outputs(**files: Path | None) -> Iterator[None]:
 def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
     """Create a directory atomically; with `replace`, in place of an older one, which stays until the new one is whole.
 
+    On Linux the two change places in one step (renameat2), so that there is a whole one under the name at every moment. Elsewhere,
+    and on file systems without that step, the older one is renamed first: a process that is killed between the two renames leaves it
+    as `.NAME.PID.old`, and the next call puts it back. A link stays, the directory that it points to is replaced.
+
     Yields: a directory to write to, which takes its name at the end of the block, and is removed if the block fails.
     Raises: FileExistsError if the directory exists and is not to be replaced.
     """
     if directory.exists() and not replace:
         raise FileExistsError(f"{directory} exists: choose another, or remove it first")
+    directory = Path(os.path.realpath(directory))
+    for old in sorted(directory.parent.glob(f".{glob.escape(directory.name)}.*.old")) if replace else ():
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
         yield partial
-        old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-        if directory.exists():
+        if not directory.exists():
+            os.rename(partial, directory)
+        elif not _exchange(partial, directory):
+            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             os.rename(directory, old)
-        os.rename(partial, directory)
-        shutil.rmtree(old, ignore_errors=True)
+            os.rename(partial, directory)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _status(file: Path) -> os.stat_result | None:

@@ -191,7 +191,8 @@ class WriteCommand(task.WriteCommand):
     def make_task(self, kind: type[task.Task], vocab: Any) -> Any:
         made: Any = kind.of(self.corpus, vocab)
         path = Path(self.source)
-        return dataclasses.replace(made, source=path.name if path.exists() else self.source)
+        name = path.absolute().name if path.exists() and not self.is_synthetic else self.source
+        return dataclasses.replace(made, source=name if self.is_synthetic or name != "synthetic" else f"./{name}")
 
     def make(self) -> tuple[TokenizerVocab, Generator[Any, None, None], dict[str, Any]]:
         if self.is_synthetic:

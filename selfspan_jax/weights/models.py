@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -30,7 +31,7 @@ from safetensors.flax import save_file
 
 from selfspan_jax.config import ModelConfig, from_json
 from selfspan_jax.errors import UserError
-from selfspan_jax.files import new_directory, read_json, write_json
+from selfspan_jax.files import new_directory, read_json, shown_path, write_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
@@ -197,13 +198,13 @@ def card(
       trained_on, scored_on: the examples, in a few words.
       limits: a sentence or more on what the model does not know.
     """
-    command = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # no directories of this machine
+    command = [re.sub("(?<==)/.*|^/.*", lambda path: shown_path(path[0]), word) for word in sys.argv[1:]]
     lines = [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in scores.items()]
     config, schedules = identity["training"], identity.get("schedules", [])[1:]
     changes = "".join(f" From step {step:,} on the learning rate follows the schedule of {steps:,} steps." for step, steps in schedules)
     scored = f"Scores on {scored_on}, decoded greedily by the model itself (attention: {model.config.mask}):\n\n" + "\n".join(lines)
     shown = {name: value for name, value in identity.items() if name not in ("schedules", "finished_steps")}
-    shown |= {"data": Path(identity["data"]).name} if identity.get("data") else {}
+    shown |= {"data": shown_path(identity["data"])} if identity.get("data") else {}
     origin = f", fine-tuned from `{identity['base']['name']}`" if "base" in identity else ", trained"
     return (
         f"# {title}\n\nA span model of {model.num_parameters:,} parameters{origin} by `train.py` of selfspan on {trained_on}.\n\n"

@@ -296,3 +296,46 @@ def test_standard_output_has_the_file_alone(command, expected, tmp_path):
     ran = subprocess.run([program + "; " + command], check=False, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     found = {"out": ran.stdout} | {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert ran.returncode == 0 and {name: found[name] for name in expected} == expected, ran.stderr
+
+
+@pytest.mark.parametrize("name", ["in one step", "by two renames", "after a kill between the two renames", "through a link"])
+def test_a_directory_is_replaced_whole(tmp_path, monkeypatch, name):
+    """In one step: no rename of our own is made, between which there would be none."""
+    model = tmp_path / "model[1]"
+    model.mkdir()
+    (model / "weights").write_text("old")
+    target = model
+    if name == "in one step":
+        monkeypatch.setattr(os, "rename", None)
+    elif name == "through a link":
+        target = tmp_path / "elsewhere"
+        model.rename(target)
+        model.symlink_to(target)
+    else:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    if name.startswith("after a kill"):
+        model.rename(tmp_path / ".model[1].999.old")
+    with contextlib.suppress(ZeroDivisionError), files.new_directory(model, replace=True) as partial:
+        (partial / "weights").write_text("half of the")
+        assert (model / "weights").read_text() == "old"
+        raise ZeroDivisionError
+    assert (model / "weights").read_text() == "old"
+    with files.new_directory(model, replace=True) as partial:
+        (partial / "weights").write_text("new")
+    assert (model / "weights").read_text() == "new" == (target / "weights").read_text()
+    assert sorted(tmp_path.iterdir()) == sorted({model, target})
+
+
+SHOWN = {  # a path -> what a card says of it
+    "runs/mine": "runs/mine",
+    "../corpora/mine": "../corpora/mine",
+    "{here}/corpora/mine": "corpora/mine",
+    "{here}/../mine": ".../mine",
+    "/data/corpora/mine/": ".../mine",
+}
+
+
+@pytest.mark.parametrize("path", SHOWN)
+def test_a_card_names_no_directory_of_this_machine_and_shows_what_is_left_out(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert files.shown_path(path.format(here=tmp_path)) == SHOWN[path]
