@@ -164,7 +164,7 @@ class Eval(Model):
     data: Path | None = None
     """A corpus directory that python -m data wrote; by default fresh examples."""
     split: Literal["train", "validation", "test"] | None = None
-    """Of a corpus directory that was divided; by default its test split."""
+    """Of a corpus directory that was divided; by default its test split. What is no test or validation split may have been trained on."""
     json: Path | None = None
     """Write the scores, in all and by group and set, into this file; - is standard output."""
 
@@ -223,7 +223,7 @@ class Eval(Model):
             raise UserError(f"{directory} is a corpus of {stored.task.name}; allowed: {task.name}")
         name = directory.resolve().name
         examples = list(itertools.islice(filter(None, map(task.renumber, stored)), self.num_examples))
-        return {name: examples}, {"data": name, "split": stored.card["split"]}
+        return {name: examples}, {"data": name, "split": stored.split, "warnings": stored.warnings}
 
 
 _FRESH = ("ops", "min_ops", "max_ops", "seed")

@@ -169,9 +169,8 @@ def _dataclass(info: tyro.constructors.StructTypeInfo) -> Any:
         _READING.remove(info.type)
     if not isinstance(spec, tyro.constructors.StructConstructorSpec):
         return spec
-    fields = [
-        dataclasses.replace(field, type=Annotated[field.type, _UNSET]) if field.default in (None, ()) else field for field in spec.fields
-    ]
+    unset: list[Any] = [Annotated[field.type, _UNSET] if field.default in (None, ()) else field.type for field in spec.fields]
+    fields = [dataclasses.replace(field, type=kind) for field, kind in zip(spec.fields, unset)]
     return dataclasses.replace(spec, fields=tuple(fields))
 
 

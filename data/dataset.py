@@ -204,6 +204,14 @@ class StoredCorpus:
         """The split that it is: "train", "validation", "test", or "all" of what was not divided."""
         return str(self.card["split"])
 
+    @property
+    def warnings(self) -> list[str]:
+        """Say where a model may have been trained on these examples, so that scores on them say little; a line each."""
+        if self.split in ("test", "validation"):
+            return []
+        what = "is not divided" if self.split == "all" else f"is the {self.split} split"
+        return [f"{self.path} {what}: the model may have been trained on these examples, and know them by heart."]
+
     @functools.cached_property
     def corpus(self) -> Any:
         """The settings that it was drawn and written with: an instance of its task's `Corpus`. UserError: of another version."""

@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,8 +84,13 @@ def json_lines(path: Path, choose: Choose) -> Iterator[Values]:
 
 
 def csv_rows(path: Path, choose: Choose) -> Iterator[Values]:
-    """Read CSV strictly: a quote that is not closed, and a row of more or fewer fields than the header, are errors."""
+    """Read CSV strictly: a quote that is not closed, and a row of more or fewer fields than the header, are errors.
+
+    A quote that is not closed and meets a stray one later makes a text of the rows between them. Where at least half of the texts of
+    several lines look so, a warning names their lines.
+    """
     csv.field_size_limit(2**27)
+    several_lines, like_rows = 0, list[int]()
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(_text_lines(path, file), strict=True)
         header: list[str] = []
@@ -96,12 +103,33 @@ def csv_rows(path: Path, choose: Choose) -> Iterator[Values]:
                 elif any(map(str.strip, fields)):
                     if len(fields) != len(header):
                         raise UserError(f"{path}: line {begin}: {len(fields)} fields, but the header has {len(header)} columns")
+                    several_lines += begin != reader.line_num
+                    if any(_has_rows(text, column, len(header)) for column, text in enumerate(fields)):
+                        like_rows.append(begin)
                     yield tuple(fields[i] for i in columns)
                 begin = reader.line_num + 1
+            if like_rows and 2 * len(like_rows) >= several_lines:
+                more = f" and {len(like_rows) - 3} more" if len(like_rows) > 3 else ""
+                _warn(
+                    f"{path}: a text in the row that begins in line {', '.join(map(str, like_rows[:3]))}{more} is of several lines that "
+                    "look like rows of their own: a quote too many or too few?"
+                )
         except csv.Error as error:
             is_open = "unexpected end" in str(error)
             why = "a quote is opened there and never closed" if is_open else f"{error} (a quote inside a text is written twice)"
             raise UserError(f"{path}: the row that begins in line {begin}: {why}") from None
+
+
+def _has_rows(text: str, column: int, num_columns: int) -> bool:
+    """Tell whether a text of a column is the end of a row, whole rows, and the beginning of another up to that column."""
+    first, *whole, last = lines if len(lines := text.splitlines()) > 1 else ("", "")
+    commas = [line.count(",") for line in (first, *whole, last)]
+    return len(lines) > 1 and commas == [num_columns - 1 - column, *[num_columns - 1] * len(whole), column]
+
+
+@functools.cache  # a file may be read for its vocabulary, and again for its examples
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _text_lines(path: Path, file: Iterator[str]) -> Iterator[str]:

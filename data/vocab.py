@@ -15,6 +15,7 @@ from data.errors import UserError, check_json
 CHARACTERS = "0123456789+-*()="
 MAX_LABELS = 65_536
 MIN_TOKENIZER_TOKENS = 300  # the 256 bytes are among them
+MAX_TOKENIZER_TOKENS = 2**20  # of which the trainer takes memory at once
 
 _SINGLE = ("<pad>", "<bos>", "<eos>", "<solve>")
 _ID_NAMES = ("pad_id", "bos_id", "eos_id", "solve_id", "seg_base", "ref_base")
@@ -245,8 +246,9 @@ def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> 
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_tokens < MIN_TOKENIZER_TOKENS:
-        raise UserError(f"vocab_tokens is {vocab_tokens}; allowed: {MIN_TOKENIZER_TOKENS} and above (the 256 bytes are among them)")
+    if not MIN_TOKENIZER_TOKENS <= vocab_tokens <= MAX_TOKENIZER_TOKENS:
+        allowed = f"{MIN_TOKENIZER_TOKENS} to {MAX_TOKENIZER_TOKENS} (the 256 bytes are among them)"
+        raise UserError(f"vocab_tokens is {vocab_tokens}; allowed: {allowed}")
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -149,6 +149,8 @@ class SpanLM:
             return []
         samples = 1 if num_samples is None else _count("num_samples", num_samples)
         step = len(texts) if batch_size is None else _count("batch_size", batch_size)
+        if samples > (most := _MAX_ROWS // (self.model.config.max_context_tokens * min(step, len(texts)))) > 0:
+            raise UserError(f"num_samples is {samples}; allowed: 1 to {most}, as rows of the cache are counted in 32 bits")
         batches = [slice(start, start + step) for start in range(0, len(texts), step)]
         calls = [self._call(ids[batch], samples, batch.start * samples, **options) for batch in batches]
         flat = [out for batch, call in zip(batches, calls) for out in self._decode(texts[batch], ids[batch], samples, call)]
@@ -382,6 +384,9 @@ class _Call:
 def _check_weights(weights: Weights) -> None:
     if weights not in get_args(Weights):
         raise UserError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
+
+
+_MAX_ROWS = 2**31 - 1  # of the pools of keys and values, which slots number in int32
 
 
 def _count(name: str, value: Any) -> int:

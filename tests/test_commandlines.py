@@ -59,7 +59,8 @@ def test_every_option_says_what_it_is(call, program, name):
     assert (status, err) == (0, "") and not re.search("COMMAND|subcommands|None|''", out)
     found = dict(options(out))
     assert len(found) >= 8
-    assert [option for option, words in found.items() if not re.fullmatch(r"\S.{3,} \((default: .+|required|optional|repeatable)\)", words)] == []
+    form = r"\S.{3,} \((default: .+|required|optional|repeatable)\)"
+    assert [option for option, words in found.items() if not re.fullmatch(form, words)] == []
 
 
 def test_the_check_of_help_finds_what_is_missing():
@@ -83,6 +84,13 @@ WRONG = {
         "train.py",
         ["arithmetic-tiny", "--run-dir", "x", "--stps", "3"],
         "--stps is no option of train.py arithmetic-tiny; perhaps --steps",
+    ),
+    "more jumps than labels": ("data", ["arithmetic", "--out", "x", "--label-jumps", str(2**62)], "allowed: 0 to 512"),
+    "a vocabulary that no memory holds": ("data", ["news", "--out", "x", "--vocab-tokens", str(2**62)], "allowed: 300 to 1048576"),
+    "samples that no memory holds": (
+        "decode.py",
+        ["generate", CHECKPOINT, "1+2", "--temperature", "1", "--num-samples", str(2**62)],
+        "allowed: 1 to 1048575, as rows of the cache are counted in 32 bits",
     ),
     "None is no value": ("decode.py", ["eval", CHECKPOINT, "--max-ops", "None"], "'None' is no whole number"),
     "an option with =": (

@@ -61,7 +61,8 @@ class Corpus(GeneratedCorpus[Example]):
             raise UserError(f"min_ops is {self.min_ops} and max_ops {self.max_ops}; allowed: 1 <= min_ops <= max_ops")
         if self.max_ops >= self.num_labels:
             raise UserError(f"max_ops is {self.max_ops}: {self.num_labels} labels allow at most {self.num_labels - 1}")
-        check_range(self, "uniform_weight", "balanced_weight", "left_comb_weight", "label_jumps", low=0)
+        check_range(self, "uniform_weight", "balanced_weight", "left_comb_weight", low=0)
+        check_range(self, "label_jumps", low=0, high=self.num_labels)
         if not self.uniform_weight + self.balanced_weight + self.left_comb_weight:
             raise UserError("every shape weight is 0; allowed: one above 0")
         check_range(self, "negative_fraction", low=0, high=1)

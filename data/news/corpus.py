@@ -13,7 +13,7 @@ from data.errors import UserError, check_range
 from data.news import synthetic
 from data.news.synthetic import Story
 from data.streams import GeneratedCorpus, Split, split_of
-from data.vocab import MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab, train_vocab
+from data.vocab import MAX_TOKENIZER_TOKENS, MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab, train_vocab
 
 INSTRUCTION = " Summarize:"
 MIN_PROMPT_TOKENS = 16
@@ -75,7 +75,7 @@ class Corpus(GeneratedCorpus[Example]):
                 f"expected 1 <= min_events <= max_events <= {synthetic.MAX_EVENTS}"
             )
         check_range(self, "max_distractors", low=0, high=synthetic.MAX_DISTRACTORS)
-        check_range(self, "vocab_tokens", low=MIN_TOKENIZER_TOKENS)
+        check_range(self, "vocab_tokens", low=MIN_TOKENIZER_TOKENS, high=MAX_TOKENIZER_TOKENS)
         check_range(self, "max_prompt_tokens", low=MIN_PROMPT_TOKENS)
 
     @property

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int
 
 from selfspan_jax.task import Verdict, judgement
-from selfspan_jax.viewing.reading import Reading, Step
+from selfspan_jax.viewing.reading import Reading, Step, attended_line, clipped
 
 # Control characters and lone surrogates cannot stand in a page; each is shown as a symbol of its own.
 # What a style sheet chooses from by the device: a finger cannot hover.
@@ -41,7 +41,7 @@ def document(reading: Reading, prompt: str, answer: str | None, verdict: Verdict
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{_escaped(_clipped(prompt, 60))}</title>"
+        f"<title>{_escaped(clipped(prompt, 60))}</title>"
         "<style>body { margin: 1rem; } .selfspan { margin: auto; --selfspan-height: max(22rem, calc(100vh - 14rem)); }"
         "@media (max-width: 59rem) { body { margin: 0.4rem; } .selfspan { --selfspan-height: none; } }</style>"
         f"</head><body>{fragment(reading, prompt, answer, verdict)}</body></html>\n"
@@ -54,7 +54,7 @@ def fragment(reading: Reading, prompt: str, answer: str | None, verdict: Verdict
     tokens = _tokens(reading)
     rows = "".join(_row(reading, step, tokens, tab_stop=number == 0) for number, step in enumerate(reading.parts))
     said = answer if answer is not None or verdict is None else "(no answer)"
-    shown = "" if said is None else f' <strong class="{_SIGNS[word][1]}" dir="auto">→ {_escaped(_clipped(said, 300))}</strong>'
+    shown = "" if said is None else f' <strong class="{_SIGNS[word][1]}" dir="auto">→ {_escaped(clipped(said, 300))}</strong>'
     long = " long" if len(prompt) + len(said or "") > 80 else ""
     judged = f'<p class="verdict {_SIGNS[word][1]}"><strong>{_SIGNS[word][0]}</strong> {_escaped(verdict.message)}</p>' if verdict else ""
     facts = [
@@ -63,11 +63,11 @@ def fragment(reading: Reading, prompt: str, answer: str | None, verdict: Verdict
         f"attention: {reading.attention}",
     ]
     if len(reading.response_ids):
-        facts.append(f"reads {reading.attended_tokens:.1f} tokens on average, {reading.attended_fraction:.1%} of its context")
+        facts.append(attended_line(reading))
     return (
         f'<section class="selfspan" aria-label="what each step of a response read"><style>{_asset("page.css")}</style>'
         + "".join(f'<p class="warning"><strong>Warning:</strong> {_escaped(warning)}</p>' for warning in reading.warnings)
-        + f'<p class="said{long}"><span dir="auto">{_escaped(_clipped(prompt, 160))}</span>{shown}</p>{judged}'
+        + f'<p class="said{long}"><span dir="auto">{_escaped(clipped(prompt, 160))}</span>{shown}</p>{judged}'
         f'<p class="facts">{" · ".join(facts)}</p><details class="legend"><summary>How to read this</summary>'
         "<p>A filled number opens a label, an arrow names one: a step reads what carries the labels that it names, its own, and label 0. "
         "Beside each step: the tokens that its tokens read on average, and their share of the context.</p></details>"
@@ -154,7 +154,3 @@ def _asset(name: str) -> str:
 
 def _escaped(text: str) -> str:
     return html.escape(text.translate(_INVISIBLE))
-
-
-def _clipped(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

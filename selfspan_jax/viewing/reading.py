@@ -6,6 +6,7 @@ take both from here. Nothing needs the model's weights: masks follow from the to
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -147,16 +148,45 @@ class Reading:
         """Mean over response tokens of |attended|; 0 where there are none."""
         return float(np.mean(self.num_attended)) if len(self.response_ids) else 0.0
 
+    def _end_warnings(self) -> list[str]:
+        """Say where the response repeats itself, and what stopped it."""
+        written, loop, found = len(self.response_ids), None if self.finished else self._loop(), []
+        if not self.finished and len(self.token_ids) >= self.config.max_context_tokens:
+            found.append(f"The response was stopped before it had ended: with its {written} tokens the context of the model is full.")
+        elif not self.finished:
+            hint = "" if loop else " Raise --max-new-tokens for more."
+            found.append(f"The response was stopped before it had ended; tokens written: {written}.{hint}")
+        if loop:
+            told = f'"{clipped(" ".join(loop[0].split()), 60)}" is written {loop[1]} times at its end'
+            found.append(f"The response is a loop: {told}. More tokens would go on like that; --repetition-penalty may help.")
+        elif getattr(self.task, "view", "steps") == "sources":  # in other tasks two steps may well write the same
+            sentences = collections.Counter(step.text.strip() for step in self.steps if step.text.strip())
+            found += [f'The response repeats itself: "{clipped(text, 60)}" is written {n} times.' for text, n in sentences.items() if n > 1]
+        return found
+
+    def _loop(self) -> tuple[str, int] | None:
+        """Return the shortest text that the response has at least three times at its end, of 12 tokens in all or more, and how often.
+
+        Which labels are opened and named does not count: a step that is written again has a label of its own.
+        """
+        is_header, size = self.roles.is_header[self.prompt_tokens :], len(self.response_ids)
+        ids = np.where(is_header, -1, self.response_ids)[::-1]
+        for period in range(1, size // 3 + 1):
+            differs = np.flatnonzero(ids[period:] != ids[:-period])
+            same = period + (int(differs[0]) if len(differs) else size - period)
+            if same >= max(3 * period, 12):
+                unit = np.arange(size - same, size - same + period)
+                unit += np.argmax(is_header[unit])  # from where a step begins
+                return self.task.decode(self.response_ids[unit[~is_header[unit]]]), same // period
+        return None
+
     @property
     def warnings(self) -> list[str]:
         """What to know before one believes the response, a line each: how it was decoded, how it ended, what is wrong with its form."""
         vocab, config, written, found = self.vocab, self.config, len(self.response_ids), []
         if self.attention != config.mask and (self.roles.labels.any() or (self.fractions < 1).any()):
             found.append(f"Decoded with {self.attention} attention, trained with {config.mask}: another computation than it learned.")
-        if not self.finished and len(self.token_ids) >= config.max_context_tokens:
-            found.append(f"The response was stopped before it had ended: with its {written} tokens the context of the model is full.")
-        elif not self.finished:
-            found.append(f"The response was stopped before it had ended; tokens written: {written}. Raise --max-new-tokens for more.")
+        found += self._end_warnings()
         if self.unresolved_refs:
             found.append(f"References to a label that no token carries, for which nothing was read: {self.unresolved_refs}.")
         if written and not self.steps and config.mask == "span" and vocab.solve_id in self.token_ids[: self.prompt_tokens]:
@@ -166,6 +196,21 @@ class Reading:
         if count := int(np.isin(self.response_ids, (vocab.pad_id, vocab.bos_id, vocab.solve_id)).sum()):
             found.append(f"Structural tokens of a prompt, which mean nothing in a response: {count}.")
         return found
+
+
+def clipped(text: str, length: int) -> str:
+    """Write the beginning of a text that is longer."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def attended_line(reading: Reading) -> str:
+    """Say what the tokens of a response read on average, alike in a terminal and on a page; span tokens apart where they look wider."""
+    line = f"attended: {reading.attended_tokens:.1f} tokens, {reading.attended_fraction:.1%} of the context"
+    if reading.attention != "span" or reading.config.header_view == "span" or not len(reading.response_ids):
+        return line
+    by_kind = attended_by_kind([reading])
+    kinds = {"text": by_kind["attended_fraction_body"], "span tokens": by_kind["attended_fraction_header"]}
+    return f"{line} ({', '.join(f'{kind} {share:.1%}' for kind, share in kinds.items() if share is not None)})"
 
 
 def attended(readings: Sequence[Reading]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from selfspan_jax.task import judgement
 from selfspan_jax.viewing.output import Output
-from selfspan_jax.viewing.reading import attended_by_kind
+from selfspan_jax.viewing.reading import attended_line
 
 
 def response_table(out: Output, *, told: Collection[str] = ()) -> str:
@@ -59,8 +59,7 @@ def _steps_lines(out: Output) -> list[str]:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)] + [""]
     mean_context = (out.prompt_tokens + 1 + len(out.token_ids)) / 2
     lines += [answer_line(out)] if out.verdict else []
-    attended = f"attended: {out.attended_tokens:.1f} tokens, {out.attended_fraction:.1%} of the context"
-    return [*lines, f"{attended}   dense decoding: {mean_context:.1f} tokens, 100%"]
+    return [*lines, f"{attended_line(out)}   dense decoding: {mean_context:.1f} tokens, 100%"]
 
 
 def _sources_lines(out: Output) -> list[str]:
@@ -76,15 +75,13 @@ def _sources_lines(out: Output) -> list[str]:
             source = out.task.decode(piece).strip() if len(piece) else written.get(ref, "(nothing so far carries that label)")
             lines.append(f"    from <{ref}> {source}")
         written[step.label] = f"its own sentence: {step.text.strip()}"
-    read = attended_by_kind([out]) if len(out.response_ids) else {}
-    parts = {"text": read.get("attended_fraction_body"), "span tokens": read.get("attended_fraction_header")}
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)
-    return [*lines, "", f"attended, of the context: {shares}"]
+    return [*lines, "", attended_line(out)]
 
 
 def evaluation_table(report: Mapping[str, Any], task: Any) -> str:
-    """Lay out what `evaluation.report` returned: verified answers by group, or by set; else a line for each kind of score."""
-    return _verified_table(report, task) if "first_errors" in report else _scores_table(report, task)
+    """Lay out what `evaluation.report` returned: warnings, then verified answers by group or by set, else a line for each kind of score."""
+    table = _verified_table(report, task) if "first_errors" in report else _scores_table(report, task)
+    return "\n".join([*warning_lines(report.get("warnings", ())), table])
 
 
 def _verified_table(report: Mapping[str, Any], task: Any) -> str:

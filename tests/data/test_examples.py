@@ -78,6 +78,21 @@ def test_a_file_is_scored_on_what_was_held_out_of_it(directories):
         examples_of(directories / "whole").held_out(2, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "expected"),
+    [
+        ("towns", "test", None),
+        ("towns", "validation", None),
+        ("towns", "train", "is the train split"),
+        ("whole", None, "is not divided"),
+        ("expressions", None, "is the train split"),
+    ],
+)
+def test_scores_on_what_may_have_been_trained_on_are_warned_of(directories, name, split, expected):
+    found = dataset.load(directories / name, TASKS, split).warnings
+    assert [f"{directories / name} {expected}: the model may" in line for line in found] == [True] * (expected is not None)
+
+
 def test_cards_say_what_generated_examples_do_not_have():
     for name, words in {
         "arithmetic": "Operands had one or two digits, and no value on the way was above 999",

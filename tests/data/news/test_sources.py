@@ -165,6 +165,31 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
+GOOD = "3,The mayor of Oakton resigned.,The mayor resigned.\n"
+LETTER = '4,"Dear all,\nthe mayor, 61, resigned.\n\nYours, Ann",The mayor resigned.\n'
+QUOTES = {  # rows below the header -> rows that are read, and the line that the warning names
+    "opened before a summary, closed after one": ('1,Snow.,"It fell\n' + GOOD * 3 + '2,Rain.,It rained"\n' + GOOD, 2, "line 2 "),
+    "closed in the next row": (GOOD + '1,Snow.,"It fell\n2,Rain.,It rained"\n', 2, "line 3 "),
+    "opened before an article, closed after one": (GOOD + '1,"Snow.,It fell\n' + GOOD + '2,Rain.",It rained\n', 2, "line 3 "),
+    "four times": ('1,Snow.,"It fell\n2,Rain.,It rained"\n' * 4, 4, "line 2, 4, 6 and 1 more "),
+    "beside a text of several lines": (LETTER + '1,Snow.,"It fell\n2,Rain.,It rained"\n', 2, "line 6 "),
+    "texts of several lines": (LETTER * 3, 3, None),
+    "a text that only looks so": ('1,"Snow, ice\nand rain, too",It fell.\n', 1, "line 2 "),
+    "a text of lines like rows among others": (LETTER * 2 + '1,Snow.,"It fell\n2,Rain.,It rained"\n', 3, None),
+    "Windows": ('1,Snow.,"It fell\r\n2,Rain.,It rained"\r\n', 1, "line 2 "),
+}
+
+
+@pytest.mark.parametrize("case", QUOTES)
+def test_rows_between_two_stray_quotes_are_not_lost_in_silence(tmp_path, capsys, case):
+    rows, num_read, line = QUOTES[case]
+    (tmp_path / "rows.csv").write_bytes(("id,article,summary\n" + rows).encode())
+    for _ in range(2):  # as a corpus is written, and said once
+        assert len(list(sources.read_pairs(str(tmp_path / "rows.csv")))) == num_read
+    said = capsys.readouterr().err
+    assert said.count("\n") == (line is not None) and (line or "") in said
+
+
 def test_a_file_that_is_not_there(tmp_path, capsys):
     status, _, err = run(capsys, "--source", tmp_path / "none.jsonl", "--out", tmp_path / "out")
     assert status == 2 and "none.jsonl: No such file or directory" in err and not list(tmp_path.iterdir())

@@ -99,8 +99,47 @@ def test_a_response_with_sources_has_them_below_each_sentence(gold):
     assert lines[0] == "Ada won on Monday. It rained."
     steps = ["<4> Ada won on Monday.", "    from <1> Ada won.", "    from <3> It was Monday.", "<5> It rained.", "    from <2> Rain fell."]
     assert lines[2:7] == steps
-    header = attended_by_kind([gold[0]])["attended_fraction_header"]
-    assert lines[-1].startswith("attended, of the context: text ") and lines[-1].endswith(f"span tokens {header:.1%}")
+    out, _ = gold
+    response = out.token_ids[out.prompt_tokens :]
+    body = (response < out.vocab.seg_base) | (response >= out.vocab.ref_base + out.vocab.num_labels)
+    share = out.num_attended / (1 + out.prompt_tokens + np.arange(len(response)))
+    shares = f"{share.mean():.1%} of the context (text {share[body].mean():.1%}, span tokens {share[~body].mean():.1%})"
+    assert lines[-1] == f"attended: {out.num_attended.mean():.1f} tokens, {shares}"
+    assert f" · {lines[-1]}</p>" in out.to_html()
+
+
+SUM, RAIN, AND = "Ada won on Monday.", "It rained.", " and so on"
+REPEATS = {  # sentences of a summary, and what follows them without an end -> the text that is said to be repeated, and how often
+    "sentences": ((SUM, "It rained."), "", None),
+    "a sentence twice": ((SUM, "It rained.", SUM), "", (SUM, 2)),
+    "a sentence until the limit": ((SUM, *[RAIN] * 4), None, ("It rained.", 4)),
+    "two sentences until the limit, the last one begun": (("Snow.", *[RAIN, SUM] * 3), " It ", ("It rained. Ada won on Monday.", 3)),
+    "words until the limit": ((SUM,), AND * 9, ("and so on", 9)),
+    "words twice": ((SUM,), AND * 2, None),
+    "a rule of few characters": ((SUM,), "-----", None),
+}
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_a_response_that_repeats_itself_is_warned_of(gold, name):
+    """A loop is no matter of --max-new-tokens; what ended by itself is in none. An empty rest is the end, None none."""
+    out, example = gold
+    sentences, rest, expected = REPEATS[name]
+    vocab, ids = out.vocab, [*example.token_ids[: example.prompt_tokens]]
+    words = out.task.vocab.plain_text_ids
+    for number, sentence in enumerate(sentences):
+        ids += [vocab.seg_id(4 + number), vocab.ref_id(1), vocab.ref_id(2), *words(" " + sentence)]
+    if rest and sentences[0] == "Snow.":
+        ids += [vocab.seg_id(40), vocab.ref_id(1), vocab.ref_id(2)]
+    ids += [vocab.eos_id] if rest == "" else [*words(rest or "")]
+    response = np.array(ids[example.prompt_tokens :], np.int32)
+    found = dataclasses.replace(out, token_ids=np.array(ids, np.int32), num_attended=np.ones(len(response), np.int32)).warnings
+    repeats = [line for line in found if "is written" in line]
+    if expected is None:
+        assert repeats == []
+    else:
+        assert len(repeats) == 1 and f'"{expected[0]}" is written {expected[1]} times' in repeats[0]
+        assert ("is a loop" in repeats[0]) == (rest != "") and not (rest != "" and any("--max-new-tokens" in line for line in found))
 
 
 def test_a_source_may_be_a_sentence_of_the_response_or_nothing(gold):
@@ -129,3 +168,4 @@ def test_a_response_with_steps_has_a_row_for_each():
     attended = mask.sum(axis=1)[out.prompt_tokens :]
     assert lines[5].startswith(f"attended: {attended.mean():.1f} tokens, {out.attended_fraction:.1%} of the context   dense decoding: ")
     assert lines[5].endswith(f"{np.mean(np.arange(out.prompt_tokens, size) + 1):.1f} tokens, 100%") and len(lines) == 6
+    assert f" · {lines[5].partition('   ')[0]}</p>" in out.to_html()
