@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import warnings
 from typing import Any
@@ -15,12 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from selfspan_jax.viewing.reading import Reading
+from selfspan_jax.viewing.reading import Reading, attention_mask
 
 _UNREAD, _PROMPT, _DENSE = "#eef1f4", "#9fb3c8", "#52606d"
 # What a response token reads, and why; by name where span attention gives the reason.
 _RESPONSE = "#c92a2a"
 _SINK, _OWN, _NAMED = "#7b8794", "#1971c2", "#e8590c"
+_WIDER = "beyond that, by a span token"  # header_view
 _REASONS = {"label 0, which every token reads": _SINK, "its own label": _OWN, "labels that it names by <ref>": _NAMED}
 _MAX_LABELLED_TOKENS, _MAX_TICK = 120, 12
 _CELL_INCHES = 0.125  # of a mask whose tokens are written beside it
@@ -73,7 +75,9 @@ def _draw_mask(axes: Axes, reading: Reading, first: int = 0) -> None:
     """Draw the rows of the mask from token `first` on."""
     mask, prompt_tokens, num_tokens = reading.mask, reading.prompt_tokens, len(reading.token_ids)
     labels, rows = reading.roles.labels, np.arange(num_tokens)[:, None]
-    why = np.where(labels[None] == 0, 3, np.where(labels[None] == labels[:, None], 4, 5)) if reading.attention == "span" else 2
+    narrow = dataclasses.replace(reading.config, header_view="span")
+    span = attention_mask(reading.token_ids, reading.vocab, narrow, reading.policy) & (reading.attention == "span")
+    why = np.where(span, np.where(labels[None] == 0, 3, np.where(labels[None] == labels[:, None], 4, 5)), 2)
     cells = np.where(mask, np.where(rows < prompt_tokens, 1, why), 0).astype(float)
     cells[np.triu_indices(num_tokens, 1)] = np.nan  # the future
     colors = ListedColormap([_UNREAD, _PROMPT, _RESPONSE, *_REASONS.values()])
@@ -86,7 +90,8 @@ def _draw_mask(axes: Axes, reading: Reading, first: int = 0) -> None:
         axes.axvline(prompt_tokens - 0.5, **lines)
         if first < prompt_tokens:
             axes.axhline(prompt_tokens - 0.5, **lines)
-        shown = _REASONS if reading.attention == "span" else {f"{reading.attention} attention": _RESPONSE}
+        wider = {} if reading.config == narrow else {_WIDER: _RESPONSE}
+        shown = _REASONS | wider if reading.attention == "span" else {f"{reading.attention} attention": _RESPONSE}
         shown = ({"prompt": _PROMPT} if first < prompt_tokens else {}) | shown | {"not read": _UNREAD}
         style: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "borderaxespad": 0.3, "frameon": False, "fontsize": 9}
         axes.legend([Patch(facecolor=color) for color in shown.values()], shown, ncols=len(shown), **style)

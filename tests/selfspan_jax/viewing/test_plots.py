@@ -18,20 +18,23 @@ def cells_of(axes):
     return np.nan_to_num(np.asarray(axes.images[0].get_array().filled(np.nan)))
 
 
-def test_a_mask_is_drawn_as_it_is_and_why_the_response_reads():
-    """By the label that the reference automaton gives a token that is read."""
-    out, reference, mask = output(TOKENS)
+@pytest.mark.parametrize("header_view", ["span", "labels"])
+def test_a_mask_is_drawn_as_it_is_and_why_the_response_reads(header_view):
+    """By the label that the reference automaton gives a token that is read, and whether the step names it."""
+    out, reference, mask = output(TOKENS, header_view=header_view)
     (axes,) = plots.plot_mask(out).axes
     cells = cells_of(axes)
     np.testing.assert_array_equal(cells > 0, mask)
     carries = np.array(reference.carries)
     for t, s in np.argwhere(mask):
-        reason = 3 if carries[s] == 0 else 4 if carries[s] == carries[t] else 5
+        reason = 3 if carries[s] == 0 else 4 if carries[s] == carries[t] else 5 if carries[s] in reference.named[t] else 2
         assert cells[t, s] == (1 if t < out.prompt_tokens else reason), (t, s)
     assert f"{out.attended_fraction:.0%}" in axes.get_title()
     colors = {text.get_text(): patch.get_facecolor() for text, patch in zip(axes.get_legend().texts, axes.get_legend().get_patches())}
     image = axes.images[0]
-    drawn = {"prompt": 1, "label 0, which every token reads": 3, "its own label": 4, "labels that it names by <ref>": 5, "not read": 0}
+    drawn = {"prompt": 1, "label 0, which every token reads": 3, "its own label": 4, "labels that it names by <ref>": 5}
+    drawn |= {"span": {}, "labels": {"beyond that, by a span token": 2}}[header_view] | {"not read": 0}
+    assert header_view == "span" or 2 in cells
     assert colors == {name: image.to_rgba(float(value)) for name, value in drawn.items()}
     assert [label.get_text() for label in axes.get_yticklabels()][:4] == ["<1>", "<13>", "4", "<11>"]
 
