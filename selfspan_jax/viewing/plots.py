@@ -85,16 +85,18 @@ def _draw_mask(axes: Axes, reading: Reading, first: int = 0) -> None:
     axes.imshow(cells[first:], cmap=colors, vmin=0, vmax=5, interpolation="nearest", extent=extent)
     shares = mask.sum(axis=1) / np.arange(1, num_tokens + 1)
     if prompt_tokens < num_tokens:
-        axes.set_title(f"What each token of the response reads: {shares[prompt_tokens:].mean():.0%} of its context", fontsize=11, pad=26)
+        wider = reading.attention == "span" and reading.config != narrow  # one more reason, and two rows of them
+        title = f"What each token of the response reads: {shares[prompt_tokens:].mean():.0%} of its context"
+        axes.set_title(title, fontsize=11, pad=42 if wider else 26)
         lines: dict[str, Any] = {"color": _DENSE, "linewidth": 0.8, "linestyle": "--"}
         axes.axvline(prompt_tokens - 0.5, **lines)
         if first < prompt_tokens:
             axes.axhline(prompt_tokens - 0.5, **lines)
-        wider = {} if reading.config == narrow else {_WIDER: _RESPONSE}
-        shown = _REASONS | wider if reading.attention == "span" else {f"{reading.attention} attention": _RESPONSE}
+        reasons = _REASONS | ({_WIDER: _RESPONSE} if wider else {})
+        shown = reasons if reading.attention == "span" else {f"{reading.attention} attention": _RESPONSE}
         shown = ({"prompt": _PROMPT} if first < prompt_tokens else {}) | shown | {"not read": _UNREAD}
         style: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "borderaxespad": 0.3, "frameon": False, "fontsize": 9}
-        axes.legend([Patch(facecolor=color) for color in shown.values()], shown, ncols=len(shown), **style)
+        axes.legend([Patch(facecolor=color) for color in shown.values()], shown, ncols=-(-len(shown) // (1 + wider)), **style)
     else:
         axes.set_title(f"a prompt that reads {shares.mean():.0%} of its context", fontsize=11)
     axes.set_xlabel("token that is read: the prompt, then the response" if first else "token that is read")
