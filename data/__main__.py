@@ -23,8 +23,11 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
         write = dataset.write if command.split else dataset.write_splits
         written = write(command.out, shown, command.make_task(kind, vocab), description)
     print(f"{command.out}: " + ", ".join(f"{count:,} {split}" for split, count in written.items()))
-    if counts := found.get("articles"):
-        print(f"articles: {card.listed(counts)}")
+    for what, counts in found.items():
+        if what != "absent_splits":
+            print(f"{what}: {card.listed(counts)}")
+        elif counts:
+            print(f"no {' and no '.join(counts)} part in {description['source']}")
 
 
 def main(argv: list[str] | None = None) -> None:

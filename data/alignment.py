@@ -11,7 +11,7 @@ import itertools
 import re
 import tomllib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ WORD_LISTS = {
     name: frozenset(words.split())
     for name, words in tomllib.loads((Path(__file__).parent / "words.toml").read_text(encoding="utf-8")).items()
 }
-_FUNCTION_WORDS = WORD_LISTS["function"]
+FUNCTION_WORDS = WORD_LISTS["function"]
 
 _UNREADABLE = re.compile("[\ud800-\udfff\0]")
 _BLANK_LINES = re.compile(r"\n *\n")
@@ -108,14 +108,18 @@ class Alignment:
         shared = {i: common for i, own in enumerate(article) if (common := {w: own.words[w] for w in wanted.words if w in own.words})}
         least = max(self.min_gain * wanted.words.total() - 1e-9, 1)
 
-        def found(members: Sequence[int]) -> int:
-            return sum(min(n, sum(shared[i].get(word, 0) for i in members)) for word, n in wanted.words.items())
+        def has(members: Iterable[int]) -> collections.Counter[str]:
+            """Count the words that members have together, as far as they are wanted."""
+            counts: collections.Counter[str] = collections.Counter()
+            for i in members:
+                counts.update(shared[i])
+            return counts & wanted.words
 
         chosen: list[int] = []
         tried: set[int] = set()
         while len(chosen) < self.max_sources:
-            before = found(chosen)
-            gains = {i: found([*chosen, i]) - before for i in shared.keys() - tried}
+            missing = wanted.words - has(chosen)
+            gains = {i: sum(min(missing[word], n) for word, n in own.items()) for i, own in shared.items() if i not in tried}
             keys = [(gain, (article[i].pairs & wanted.pairs).total(), -i) for i, gain in gains.items() if gain >= least]
             if not keys:
                 break
@@ -124,7 +128,7 @@ class Alignment:
             tried.add(best)
             for i in chosen[:-1]:
                 without = [j for j in chosen if j != i]
-                if found(chosen) - found(without) < least:
+                if has(chosen).total() - has(without).total() < least:
                     chosen = without
         return tuple(sorted(chosen))
 
@@ -138,4 +142,4 @@ class _Counts(NamedTuple):
     @classmethod
     def of(cls, sentence: str) -> "_Counts":
         every = words(sentence)
-        return cls(collections.Counter(w for w in every if w not in _FUNCTION_WORDS), collections.Counter(itertools.pairwise(every)))
+        return cls(collections.Counter(w for w in every if w not in FUNCTION_WORDS), collections.Counter(itertools.pairwise(every)))

@@ -65,6 +65,17 @@ def _files(path: Path, choose: Choose, readers: Mapping[str, Reader]) -> Iterato
         yield split if is_divided else None, readers[file.suffix.lower()](file, choose)
 
 
+def named(path: Path, *names: str) -> Choose:
+    """Return the choice of columns by their names. UserError: (on reading) there is none of a name."""
+
+    def choose(there: Collection[str]) -> tuple[str, ...]:
+        if absent := [name for name in names if name not in there]:
+            raise UserError(f"{path}: no column {absent[0]}; there are {', '.join(there) or 'none'}")
+        return names
+
+    return choose
+
+
 def json_lines(path: Path, choose: Choose) -> Iterator[Values]:
     """Read JSONL, an object a line; the columns are those of the first one."""
     columns = None

@@ -1,11 +1,13 @@
-"""Score texts against gold ones by ROUGE, and the sources that they name.
+"""Score texts against gold ones by ROUGE, and the numbers that they state and the sources that they name."""
 
-All take lists over examples, of lists over sentences.
-"""
-
-from collections.abc import Collection, Sequence
+import collections
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from data.alignment import plain_words
+
+_NUMBER = re.compile(r"[0-9]+(?:[.,·][0-9]+)*")
 
 
 def rouge(golds: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -13,6 +15,19 @@ def rouge(golds: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dic
 
     Words are those of all scripts, where `rouge-score` by itself sees the letters a to z alone; English is scored as by itself.
     """
+    scorer = _scorer("rouge1", "rouge2", "rougeLsum")
+    scores = [scorer.score("\n".join(gold), "\n".join(own)) for gold, own in zip(golds, found, strict=True)]
+    names = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
+    return {name: sum(score[key].fmeasure for score in scores) / max(len(scores), 1) for name, key in names.items()}
+
+
+def rouge_l(golds: Sequence[Sequence[str]], found: Sequence[str]) -> list[float]:
+    """Return the F1 of ROUGE-L of each text against the best of its gold ones, each as one sentence; words as for `rouge`."""
+    scorer = _scorer("rougeL")
+    return [max(scorer.score(gold, own)["rougeL"].fmeasure for gold in every) for every, own in zip(golds, found, strict=True)]
+
+
+def _scorer(*names: str) -> Any:
     from rouge_score import rouge_scorer, tokenizers  # imports nltk, which takes a second
 
     english = tokenizers.DefaultTokenizer(use_stemmer=True)
@@ -21,10 +36,7 @@ def rouge(golds: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dic
         def tokenize(self, text: str) -> list[str]:
             return [stem for word in plain_words(text) for stem in (english.tokenize(word) if word.isascii() else [word])]
 
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeLsum"], tokenizer=Words())
-    scores = [scorer.score("\n".join(gold), "\n".join(own)) for gold, own in zip(golds, found, strict=True)]
-    names = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
-    return {name: sum(score[key].fmeasure for score in scores) / max(len(scores), 1) for name, key in names.items()}
+    return rouge_scorer.RougeScorer(list(names), tokenizer=Words())
 
 
 def span_scores(golds: Sequence[Sequence[Collection[int]]], found: Sequence[Sequence[Collection[int]]]) -> dict[str, float]:
@@ -35,3 +47,25 @@ def span_scores(golds: Sequence[Sequence[Collection[int]]], found: Sequence[Sequ
         named += sum(len(set(b)) for b in own)
         wanted += sum(len(set(a)) for a in gold)
     return {"span_precision": hits / max(named, 1), "span_recall": hits / max(wanted, 1)}
+
+
+def numbers(texts: Iterable[str]) -> set[str]:
+    """Find the numbers of texts, written in one way: 1,200 as 1200, and 0·05, as some journals print it, as 0.05."""
+    return {re.sub(r",(?=[0-9]{3}(?![0-9]))", "", n).replace("·", ".") for text in texts for n in _NUMBER.findall(text)}
+
+
+class Shares:
+    """Shares by name, each of all that was added under the name."""
+
+    def __init__(self) -> None:
+        self._hits: collections.Counter[str] = collections.Counter()
+        self._of: collections.Counter[str] = collections.Counter()
+
+    def add(self, name: str, hits: Collection[object], of: Collection[object]) -> None:
+        """Count some of a collection as hits."""
+        self._hits[name] += len(hits)
+        self._of[name] += len(of)
+
+    def shares(self) -> dict[str, float]:
+        """Return the shares; of nothing it is 0."""
+        return {name: self._hits[name] / max(count, 1) for name, count in self._of.items()}

@@ -6,10 +6,14 @@ from importlib import metadata
 from typing import Any
 
 from data.arithmetic import ArithmeticTask
+from data.documents import DocumentTask
 from data.news import NewsTask
+from data.papers import PaperTask
+from data.stories import StoryTask
 from data.task import Task
+from data.verdicts import VerdictTask
 
-_OWN: dict[str, type[Task]] = {"arithmetic": ArithmeticTask, "news": NewsTask}
+_OWN: dict[str, type[Task]] = {task.name: task for task in (ArithmeticTask, NewsTask, DocumentTask, PaperTask, VerdictTask, StoryTask)}
 
 
 def with_installed(tasks: Mapping[str, type[Task]], entries: Iterable[metadata.EntryPoint]) -> dict[str, Any]:

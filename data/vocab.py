@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +22,7 @@ MAX_TOKENIZER_TOKENS = 2**20  # of which the trainer takes memory at once
 _SINGLE = ("<pad>", "<bos>", "<eos>", "<solve>")
 _ID_NAMES = ("pad_id", "bos_id", "eos_id", "solve_id", "seg_base", "ref_base")
 _TOKEN = re.compile(r"<[a-z]+(?::[0-9]+)?>|\S")
+_STRUCTURAL = re.compile(r"<(pad|bos|solve|(seg|ref):[0-9]+)>")
 _JSON_VERSION = 1
 
 
@@ -190,12 +193,7 @@ class TokenizerVocab(Vocab):
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_str(self.tokenizer_json)
-        except Exception as error:  # that is what the library raises
-            raise UserError(f"not a tokenizer: {error}") from error
+        tokenizer = tokenizer_from(self.tokenizer_json)
         # What it was last used with would cut, lengthen or vary texts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -239,6 +237,16 @@ class TokenizerVocab(Vocab):
         return "".join(pieces)
 
 
+def tokenizer_from(tokenizer_json: str) -> Any:
+    """Return a tokenizer of the library `tokenizers`. UserError: it is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # that is what the library raises
+        raise UserError(f"not a tokenizer: {error}") from error
+
+
 def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> TokenizerVocab:
     """Train a byte-pair vocabulary of at most `vocab_tokens` tokens, digits apart, and add the structural tokens after them.
 
@@ -255,7 +263,37 @@ def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> 
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_tokens, initial_alphabet=alphabet, show_progress=False))
-    first = tokenizer.get_vocab_size()
+    return _with_structural(tokenizer.to_str(), tokenizer.get_vocab_size(), num_labels)
+
+
+def read_vocab(path: Path, num_labels: int) -> TokenizerVocab:
+    """Read a tokenizer, and add the structural tokens after its own, so that no text can contain one.
+
+    Args:
+      path: a tokenizer.json, a directory that has one, or a model or an adapter of this project, which keeps its in vocab.json.
+
+    Raises:
+      UserError: there is none, or it is not a tokenizer.
+    """
+    files = [path / "tokenizer.json", path / "vocab.json"] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise UserError(f"{path}: expected a tokenizer.json, or a directory with one or with a vocab.json of this project")
+    try:
+        fields = json.loads(file.read_bytes())
+        if file.name == "vocab.json":
+            fields = json.loads(fields["vocab"]["tokenizer_json"])
+            # What it was given for another number of labels.
+            fields["added_tokens"] = [token for token in fields["added_tokens"] if not _STRUCTURAL.fullmatch(token["content"])]
+        tokenizer_json = json.dumps(fields)
+        first = 1 + max(tokenizer_from(tokenizer_json).get_vocab(with_added_tokens=True).values())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a tokenizer: {' '.join(str(error).split())}") from None
+    return _with_structural(tokenizer_json, first, num_labels)
+
+
+def _with_structural(tokenizer_json: str, first: int, num_labels: int) -> TokenizerVocab:
+    """Add the structural tokens from an id on."""
     seg_base = first + len(_SINGLE)
     ids = (*range(first, seg_base), seg_base, seg_base + num_labels)
-    return TokenizerVocab(num_labels, tokenizer.to_str(), ids, seg_base + 2 * num_labels)
+    return TokenizerVocab(num_labels, tokenizer_json, ids, seg_base + 2 * num_labels)

@@ -367,10 +367,14 @@ PRESETS = {
 # Without position gaps: the rotary positions of an imported model are trained far beyond its rows here.
 _TUNING = TrainConfig(steps=1_500, learning_rate=2e-4, warmup_steps=100, gap_scales=(0,), eval_every_steps=500)
 
+# Long documents: sources are chosen by a table of contents, and rows have room for most documents.
+_LONG = TuningPreset({}, TunedAttention(header_view="labels"), dataclasses.replace(_TUNING, sequence_tokens=8192, batch_size=8))
+
 TUNING_PRESETS = {
     "arithmetic": TuningPreset({"num_labels": 64, "label_jumps": 0, "jumps_at": "any"}, TunedAttention(), _TUNING),
     # Articles are longer, and choosing sources reads all of them.
     "news": TuningPreset({}, TunedAttention(header_view="all"), dataclasses.replace(_TUNING, sequence_tokens=1024, batch_size=32)),
+    **dict.fromkeys(("documents", "papers", "verdicts", "stories"), _LONG),
 }
 
 

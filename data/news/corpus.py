@@ -3,20 +3,17 @@
 import dataclasses
 import functools
 import random
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-
-from data import spans, streams
+from data import streams
 from data.errors import UserError, check_range
 from data.news import synthetic
 from data.news.synthetic import Story
+from data.pieces import MIN_PROMPT_TOKENS, encode_prompt, encode_steps, style
 from data.streams import GeneratedCorpus, Split, split_of
 from data.vocab import MAX_TOKENIZER_TOKENS, MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab, train_vocab
 
-INSTRUCTION = " Summarize:"
-MIN_PROMPT_TOKENS = 16
+INSTRUCTION = "Summarize:"
 SYNTHETIC_SETTINGS = ("min_events", "max_events", "max_distractors")
 _VOCAB_STORIES = 3000
 
@@ -33,14 +30,6 @@ class Example(streams.Example):
     def prompt(self) -> str:
         """The text that `NewsTask.encode_prompt` takes."""
         return "\n\n".join(self.story.article)
-
-
-class UnusableArticle(UserError):
-    """An article that cannot be written as a prompt; `kind` says why, as cards count it."""
-
-    def __init__(self, message: str, kind: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,40 +103,6 @@ def _synthetic_vocab(vocab_tokens: int, num_labels: int) -> TokenizerVocab:
     return train_vocab(texts, vocab_tokens=vocab_tokens, num_labels=num_labels)
 
 
-def style(settings: Any) -> dict[str, Any]:
-    """Return how a corpus or a task writes articles, as arguments of `encode` and `encode_prompt`."""
-    return {name: getattr(settings, name) for name in ("max_prompt_tokens", "closed_pieces")}
-
-
-def encode_prompt(
-    sentences: Sequence[str], vocab: TokenizerVocab, *, max_prompt_tokens: int, closed_pieces: bool, summary_sentences: int = 1
-) -> tuple[list[int], int]:
-    """Write an article's prompt, labels from 1 on, cut at the end of a sentence: (ids, sentences that were kept).
-
-    Raises:
-      UnusableArticle: a first sentence that does not fit, or more sentences than labels.
-    """
-    token_ids = [vocab.bos_id, *vocab.plain_text_ids(INSTRUCTION)]
-    kept = 0
-    for number, sentence in enumerate(sentences):
-        label = min(1 + number, vocab.num_labels - 1)
-        ids = spans.piece(label, vocab.plain_text_ids(" " + sentence), vocab, closed=closed_pieces)
-        if len(token_ids) + len(ids) + 1 > max_prompt_tokens:  # `<solve>` follows
-            break
-        token_ids += ids
-        kept += 1
-    if not kept:
-        message = f"the article's first sentence does not fit into {max_prompt_tokens} tokens of prompt"
-        raise UnusableArticle(message, "with a first sentence longer than max_prompt_tokens")
-    if kept + summary_sentences >= vocab.num_labels:
-        raise UnusableArticle(
-            f"{kept} article sentences and {summary_sentences} of summary need labels up to {kept + summary_sentences}, "
-            f"but the last one is {vocab.num_labels - 1}: more num_labels, or fewer max_prompt_tokens",
-            "with more sentences than num_labels",
-        )
-    return [*token_ids, vocab.solve_id], kept
-
-
 def encode(story: Story, vocab: TokenizerVocab, *, uniform: float | None = None, **style: Any) -> Example | None:
     """Write the prompt and the gold response of a story; None where the cut left no summary sentence a source.
 
@@ -156,9 +111,9 @@ def encode(story: Story, vocab: TokenizerVocab, *, uniform: float | None = None,
       style: `max_prompt_tokens` and `closed_pieces`.
 
     Raises:
-      UnusableArticle: a first sentence that does not fit, or more sentences than labels.
+      Unusable: a first sentence that does not fit, or more sentences than labels.
     """
-    prompt, kept = encode_prompt(story.article, vocab, summary_sentences=len(story.summary), **style)
+    prompt, kept = encode_prompt(INSTRUCTION, story.article, vocab, num_steps=len(story.summary), **style)
     steps = [(text, [i for i in sources if i < kept]) for text, sources in zip(story.summary, story.sources, strict=True)]
     numbers = [number for number, (_, sources) in enumerate(steps) if sources]
     cut_sentences = len(story.article) - kept
@@ -168,15 +123,5 @@ def encode(story: Story, vocab: TokenizerVocab, *, uniform: float | None = None,
         facts = tuple(fact._replace(sentence=numbers.index(fact.sentence)) for fact in story.facts if fact.sentence in numbers)
         kept_sources = tuple(tuple(steps[n][1]) for n in numbers)
         story = Story(story.article[:kept], tuple(steps[n][0] for n in numbers), kept_sources, facts)
-    first_label = 1
-    if uniform is not None:
-        first_label = vocab.first_label(kept + len(numbers), uniform)
-        tags = range(vocab.seg_base, vocab.seg_base + vocab.num_labels)
-        prompt = [i + first_label - 1 if i in tags else i for i in prompt]
-    token_ids = list(prompt)
-    for number, (text, sources) in enumerate(zip(story.summary, story.sources)):
-        token_ids.append(vocab.seg_base + first_label + kept + number)
-        token_ids += [vocab.ref_base + first_label + i for i in sources]
-        token_ids += vocab.plain_text_ids(" " + text)
-    token_ids.append(vocab.eos_id)
-    return Example(np.array(token_ids, np.int32), len(prompt), story, first_label, cut_sentences)
+    token_ids, first_label = encode_steps(prompt, kept, list(zip(story.summary, story.sources, strict=True)), vocab, uniform)
+    return Example(token_ids, len(prompt), story, first_label, cut_sentences)

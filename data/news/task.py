@@ -8,19 +8,19 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from data import alignment, scoring, spans, task
+from data import alignment, scoring
 from data.alignment import split_sentences
 from data.errors import UserError
 from data.news import card, corpus, facts, sources, synthetic
 from data.news.corpus import Example
 from data.news.synthetic import Fact, Story
-from data.vocab import TokenizerVocab
+from data.pieces import PiecesTask, encode_prompt, style
 
 MAX_STRANGE_WORDS = 0.1  # of synthetic articles: 0; of docs/article.txt, told freely: 0.01; of real news of the same kinds of event: 0.3
 
 
 @dataclasses.dataclass(frozen=True)
-class NewsTask(task.Task):
+class NewsTask(PiecesTask):
     """Turn articles into ids and responses into summaries.
 
     Attributes:
@@ -30,7 +30,6 @@ class NewsTask(task.Task):
       source: "synthetic", or the name of the file or data set that its corpus was read from.
     """
 
-    vocab: TokenizerVocab
     max_prompt_tokens: int = 896
     closed_pieces: bool = False
     source: str = "synthetic"
@@ -38,7 +37,6 @@ class NewsTask(task.Task):
     name: ClassVar[str] = "news"
     version: ClassVar[int] = 3
     unit: ClassVar[str] = "summaries"
-    view: ClassVar[str] = "sources"
     score_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "ROUGE": ("rouge1", "rouge2", "rougeL"),
         "facts": ("fact_accuracy", "fact_recall", "all_facts_right"),
@@ -56,12 +54,6 @@ class NewsTask(task.Task):
         "token_ids": ["int32"],
     }
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.vocab, TokenizerVocab):
-            raise UserError("the vocabulary is not that of a tokenizer: articles cannot be written with it")
-        if type(self.max_prompt_tokens) is not int or self.max_prompt_tokens < corpus.MIN_PROMPT_TOKENS:
-            raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens!r}; allowed: whole numbers from {corpus.MIN_PROMPT_TOKENS}")
-
     @property
     def is_generated(self) -> bool:
         return self.source == "synthetic"
@@ -77,14 +69,14 @@ class NewsTask(task.Task):
 
     def encode(self, story: Story) -> Example | None:
         """Write the prompt and the gold response of a story, labels from 1 on; see `corpus.encode`."""
-        return corpus.encode(story, self.vocab, **corpus.style(self))
+        return corpus.encode(story, self.vocab, **style(self))
 
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Write the prompt of an article, int32 [n], labels from 1 on. UserError: no sentence, or more sentences than labels."""
         sentences = split_sentences(text)
         if not sentences:
             raise UserError("the article has no sentence")
-        return np.array(corpus.encode_prompt(sentences, self.vocab, **corpus.style(self))[0], np.int32)
+        return np.array(encode_prompt(corpus.INSTRUCTION, sentences, self.vocab, **style(self))[0], np.int32)
 
     def warnings(self, text: str) -> list[str]:
         """Say how much of an article is cut, and whether its words are those of the stories that models of this task know.
@@ -99,30 +91,15 @@ class NewsTask(task.Task):
                 f"{strange:.0%} of the article's words are beyond what the model was trained on, synthetic news from templates: "
                 "do not trust its summary."
             )
-        _, kept = corpus.encode_prompt(sentences, self.vocab, **corpus.style(self))
-        if kept < len(sentences):
-            share = sum(map(len, sentences[:kept])) / sum(map(len, sentences))
-            limit = f"its prompts have at most {self.max_prompt_tokens} tokens"
-            found.append(f"The model reads the first {kept} of {len(sentences)} sentences, {share:.0%} of the article: {limit}.")
-        return found
-
-    def steps(self, response_ids: Iterable[int]) -> list[tuple[int, frozenset[int], str]]:
-        """Read the steps of a response: (label, labels named, sentence); what stands before the first step is left out."""
-        _, steps, _ = spans.read_steps(response_ids, self.vocab)
-        text = [self.vocab.decode(i for i in step.body if i not in self.vocab.structural).strip() for step in steps]
-        return [(step.label, frozenset(step.named), sentence) for step, sentence in zip(steps, text)]
-
-    def answer(self, response_ids: Iterable[int]) -> str | None:
-        """Read the summary without span tokens; None where no step was opened."""
-        return " ".join(text for *_, text in self.steps(response_ids)) or None
+        _, kept = encode_prompt(corpus.INSTRUCTION, sentences, self.vocab, **style(self))
+        return found + self.cut_warning(kept, sentences, piece="sentences", whole="article")
 
     def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
         """Score responses to the examples' prompts, labels from 1 on: ROUGE, right facts and right spans."""
         found = [self.steps(response) for response in responses]
-        golds, texts = [example.story for example in examples], [[text for *_, text in steps] for steps in found]
+        golds, texts = [example.story for example in examples], [[step.text for step in steps] for steps in found]
         scores = scoring.rouge([gold.summary for gold in golds], texts)
-        # Labels count from 1 on: a source's label is its index and one.
-        named = [[{label - 1 for label in refs} for _, refs, _ in steps] for steps in found]
+        named = [[step.named for step in steps] for steps in found]
         scores |= scoring.span_scores([[set(own) for own in gold.sources] for gold in golds], named)
         if any(gold.facts for gold in golds):
             scores |= facts.fact_scores([gold.facts for gold in golds], texts)
@@ -136,14 +113,14 @@ class NewsTask(task.Task):
         """
         if not self.is_generated:
             raise UserError(f"trained on news of {self.source}, not on synthetic news: give its corpus directory (--data DIR --split test)")
-        settings = corpus.Corpus(num_labels=self.vocab.num_labels, **corpus.style(self))
+        settings = corpus.Corpus(num_labels=self.vocab.num_labels, **style(self))
         drawn = map(self.renumber, settings.stream(seed=seed, split="test", vocab=self.vocab))
         return {"synthetic": list(itertools.islice(filter(None, drawn), num_examples))}
 
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
-            return corpus.encode(example.story, self.vocab, uniform=uniform, **corpus.style(self))
+            return corpus.encode(example.story, self.vocab, uniform=uniform, **style(self))
         except UserError:
             return None
 
@@ -160,4 +137,4 @@ class NewsTask(task.Task):
 
     def statistics(self) -> card.Statistics:
         """Return the empty statistics of a corpus."""
-        return card.Statistics(self.vocab, header_view="labels" if self.closed_pieces else "all")
+        return card.Statistics(self.vocab, header_view=self.header_view)

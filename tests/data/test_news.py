@@ -75,20 +75,20 @@ def best_recall(article, sentence, size, function_words):
 
 
 def test_small_cases_reach_what_trying_every_set_reaches():
-    from data.alignment import _FUNCTION_WORDS
+    from data.alignment import FUNCTION_WORDS
 
     reached = []
     for story in STORIES[:15]:
         found = Alignment().align(story.article, story.summary)
         for sentence, own in zip(story.summary, found, strict=True):
             assert own and list(own) == sorted(set(own))
-            mine = best_recall([story.article[i] for i in own], sentence, len(own), _FUNCTION_WORDS)[0]
-            best = best_recall(story.article, sentence, len(own), _FUNCTION_WORDS)[0]
+            mine = best_recall([story.article[i] for i in own], sentence, len(own), FUNCTION_WORDS)[0]
+            best = best_recall(story.article, sentence, len(own), FUNCTION_WORDS)[0]
             assert mine <= best + 1e-9
             reached.append(mine / best)
             for i in own:  # each of them adds at least the threshold
                 rest = [story.article[j] for j in own if j != i]
-                without = best_recall(rest, sentence, len(rest), _FUNCTION_WORDS)[0] if rest else 0.0
+                without = best_recall(rest, sentence, len(rest), FUNCTION_WORDS)[0] if rest else 0.0
                 assert mine - without >= Alignment().min_gain - 1e-9
     assert np.mean(reached) > 0.99  # greedy, so not always 1
 
@@ -180,7 +180,7 @@ def test_an_example_is_written_as_the_protocol_says(task):
     assert (example.prompt_ids == task.encode_prompt(example.prompt)).all()
     assert (closed.prompt_ids == closing.encode_prompt(example.prompt)).all()
     assert closing.scores([closed], [example.response_ids])["span_recall"] == 1
-    assert task.steps(example.response_ids) == [(4, frozenset({1, 3}), "Ada won on Monday.")]
+    assert task.steps(example.response_ids) == [(4, frozenset({0, 2}), "Ada won on Monday.")]
     assert task.answer(example.response_ids) == "Ada won on Monday."
     assert task.answer([]) is None
 
@@ -265,7 +265,7 @@ def test_an_article_that_is_cut_is_told_with_what_is_left(task):
 
 def test_too_many_sentences_for_the_labels_are_said(task):
     few = news.NewsTask(news.train_vocab(["Ada won."], vocab_tokens=300, num_labels=4))
-    with pytest.raises(ValueError, match=r"4 article sentences and 1 of summary need labels up to 5, but the last one is 3"):
+    with pytest.raises(ValueError, match=r"4 pieces and 1 steps need labels up to 5, but the last one is 3"):
         few.encode_prompt("One won. Two won. Three won. Four won.")
     with pytest.raises(ValueError, match="the article has no sentence"):
         few.encode_prompt(" \n")

@@ -4,6 +4,7 @@
 
 import collections
 import csv
+import functools
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from data.__main__ import main as data_main
 from data.alignment import Alignment, split_sentences
 from data.errors import UserError
 from data.news import sources, synthetic
+from data.sources import make_all
 from data.tasks import TASKS
 from selfspan_jax import files
 
@@ -132,7 +134,7 @@ BAD = {
     "a JSON array": ("rows.jsonl", json.dumps([MAYOR], indent=1), [], "line 1 is not JSON: expected an object a line, not an array"),
     "a split that there is not": ("rows.jsonl", json_lines([MAYOR]), ["--split", "dev"], "split is 'dev'; allowed: train, validation, test, all"),
     "too many workers": ("rows.jsonl", json_lines([MAYOR]), ["--workers", "1000", "--split", "all"], "the number of workers is 1000; allowed: 0 to 256"),
-    "a first sentence longer than the context": ("rows.jsonl", json_lines([{"article": "word " * 3000, "summary": "word."}]), ["--split", "all"], UNUSABLE + "(1 with a first sentence longer than max_prompt_tokens"),
+    "a first sentence longer than the context": ("rows.jsonl", json_lines([{"article": "word " * 3000, "summary": "word."}]), ["--split", "all"], UNUSABLE + "(1 with a first piece longer than max_prompt_tokens"),
     "an empty article only": ("rows.jsonl", '{"article": "", "summary": "x"}\n', [], UNUSABLE + "(1 without a sentence"),
     "a missing column": ("rows.jsonl", '{"article": "A b.", "title": "x"}\n', [], "no column summary or highlights or abstract or headline; there are article, title"),
     "a named column that is missing": ("rows.jsonl", '{"article": "A b.", "summary": "x"}\n', ["--article-column", "x"], "no column x; there are article, summary: name one with --article-column"),
@@ -144,7 +146,7 @@ BAD = {
     "another kind of file": ("rows.txt", "text", [], "expected a file that ends in .jsonl, .csv, .parquet"),
     "too many sentences": (
         "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
-        ["--num-labels", "4"], UNUSABLE + "(1 with more sentences than num_labels",
+        ["--num-labels", "4"], UNUSABLE + "(1 with more pieces than num_labels",
     ),
     "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "-gain is 0.0; allowed: above 0"),
 }  # fmt: skip
@@ -234,13 +236,13 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import
         "without a summary": 2,
         "with something other than text": 2,
         "without a usable alignment": 1,
-        "with a first sentence longer than max_prompt_tokens": 1,
+        "with a first piece longer than max_prompt_tokens": 1,
         "with all sources beyond the cut": 1,
     }
     stored = corpus.load(tmp_path / "out", TASKS)
     assert status == 0 and stored.card["articles"] == counts
     told = "articles: 17 read, 7 written (2 cut to max_prompt_tokens, 3 with unreadable characters replaced, 1 without summary "
-    assert out.startswith(f"{tmp_path / 'out'}: 7 all\n{told}") and "10 dropped (1 with a first sentence" in out
+    assert out.startswith(f"{tmp_path / 'out'}: 7 all\n{told}") and "10 dropped (1 with a first piece" in out
     replaced = [x for x in stored if "\ufffd" in x.prompt + " ".join(x.story.summary)]
     assert len(replaced) == 2 and not any("\ufeff" in example.prompt for example in stored)
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -327,7 +329,7 @@ def assert_stable(task, text):
     sentences = split_sentences(text)
     assert split_sentences("\n\n".join(sentences)) == sentences
     pair = sources.Pair(0, "train", text, text)
-    _, example, _ = sources._example(task.vocab, {"max_prompt_tokens": 4096, "closed_pieces": False}, Alignment(), 0, pair)
+    ((_, example, _),) = sources.example(task.vocab, {"max_prompt_tokens": 4096, "closed_pieces": False}, Alignment(), 0, pair)
     if example is not None and not example.cut_sentences:
         first = task.renumber(example)
         wide = news.NewsTask(task.vocab, max_prompt_tokens=4096)
@@ -436,7 +438,7 @@ def test_a_file_without_an_article_of_train_is_refused(tmp_path, capsys):
     status, _, err = run(capsys, "--source", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
     assert status == 2 and "no example falls to the train split, of test: too few to be divided; try --split all" in err
     status, _, err = run(capsys, "--source", tmp_path / "rows.jsonl", "--split", "train", "--out", tmp_path / "out")
-    assert status == 2 and "no article falls to the train split" in err and not (tmp_path / "out").exists()
+    assert status == 2 and "none of its articles falls to the train split" in err and not (tmp_path / "out").exists()
 
 
 def test_examples_held_out_of_a_file_are_its_own(divided):
@@ -559,7 +561,7 @@ def test_workers_say_what_is_said_without(rows, tmp_path, capsys):
 
 def test_workers_change_nothing(task):
     pairs = [sources.Pair(number, "train", *pair.values()) for number, pair in enumerate(PAIRS)]
-    options = {"max_prompt_tokens": 896, "closed_pieces": False, "seed": 0}
-    made = [list(sources.examples(iter(pairs), task.vocab, Alignment(), **options, num_workers=workers)) for workers in (0, 2)]
+    make = functools.partial(sources.example, task.vocab, {"max_prompt_tokens": 896, "closed_pieces": False}, Alignment(), 0)
+    made = [list(make_all(make, iter(pairs), workers)) for workers in (0, 2)]
     alone, together = ([(one.split, one.counted, one.example.token_ids.tolist()) for one in found] for found in made)
     assert alone == together and len(alone) == len(PAIRS)

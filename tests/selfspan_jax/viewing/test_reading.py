@@ -39,7 +39,7 @@ def test_header_tokens_read_every_tag_and_all_tokens_what_is_named(gold):
     out, example = gold
     vocab = out.task.vocab
     length = {i: len(vocab.plain_text_ids(" " + sentence)) + 2 for i, sentence in enumerate(example.story.article)}
-    sink = 2 + len(vocab.plain_text_ids(news.INSTRUCTION))  # <bos>, instruction, <solve>
+    sink = 2 + len(vocab.plain_text_ids(f" {news.INSTRUCTION}"))  # <bos>, instruction, <solve>
     fractions, position = {"body": [], "header": []}, example.prompt_tokens
     for number, (sentence, sources) in enumerate(zip(example.story.summary, example.story.sources, strict=True)):
         own = 0

@@ -1,0 +1,39 @@
+"""Statistics of a corpus of documents, for its card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from data import card
+from data.documents.corpus import Example
+
+
+class Statistics(card.SourcesStatistics):
+    """Count lengths, pieces, steps and sources, and what response tokens attend to."""
+
+    step = "step"
+    """What a step is, for the card."""
+
+    def add(self, example: Example) -> None:
+        document = example.document
+        self.count(pieces=len(document.pieces), steps=len(document.steps))
+        self.add_sources(example, [step.sources for step in document.steps])
+
+    def to_json(self) -> dict[str, Any]:
+        return self.sources_json()
+
+    def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
+        (what, counts), *_ = ((name, value) for name, value in fields.items() if isinstance(value, dict) and "read" in value)
+        absent = fields.get("absent_splits")
+        return [
+            "Documents in pieces, and responses that name the pieces that they rest on. Read it with `datasets.load_from_disk`; the same "
+            "numbers are in `card.json`.",
+            f"    {fields['command']}",
+            "## Settings",
+            card.table(("setting", "value"), fields["distributions"].items()),
+            f"## {what.capitalize()} read",
+            "Of all splits together." + (f" The source has no {' and no '.join(absent)} part." if absent else ""),
+            card.table(("", what), counts.items()),
+            "## What was written",
+            card.lengths_table(statistics),
+            *self.sources_sections(statistics, self.step),
+        ]

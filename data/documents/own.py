@@ -1,0 +1,210 @@
+"""Documents of anybody's JSONL: `{"document": ..., "steps": [{"text": ..., "sources": [...]}]}` a line."""
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from data import rows, sources
+from data.alignment import Alignment, readable
+from data.documents.corpus import UNKNOWN, Corpus, Document, Step, encode, overlapping, places, split_pieces, squeezed
+from data.errors import UserError
+from data.pieces import style
+from data.sources import Made, Unusable, written
+from data.streams import SPLITS, divided_split_of
+from data.vocab import TokenizerVocab
+
+COLUMNS = ("document", "steps")
+_OPTIONAL = ("instruction",)
+_STEP = {"text", "sources"}
+
+
+class Draft(NamedTuple):
+    """A document before it is written, its number and its split."""
+
+    number: int | str
+    split: str
+    document: Document
+
+    @property
+    def texts(self) -> list[str]:
+        """What a vocabulary is trained on."""
+        return [*self.document.pieces, *(step.text for step in self.document.steps)]
+
+
+def as_they_are(draft: Draft) -> list[Draft | Made]:
+    """Return the drafts of a record that is one."""
+    return [draft]
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """Makes the examples of a record, or says why they are dropped; pickles.
+
+    Attributes:
+      drafts: the drafts of a record, and what of it is dropped before.
+    """
+
+    drafts: Callable[[Any], Iterable[Draft | Made]]
+    name: str
+    instruction: str
+    vocab: TokenizerVocab
+    corpus: Corpus
+    alignment: Alignment
+    seed: int
+
+    def __call__(self, record: Any) -> Iterable[Made]:
+        drafts = as_they_are(record) if isinstance(record, Draft) else self.drafts(record)
+        return [found if isinstance(found, Made) else self._made(found) for found in drafts]
+
+    def _made(self, draft: Draft) -> Made:
+        uniform = random.Random(f"{self.name}/{self.seed}/labels/{draft.number}").random()
+        options: dict[str, Any] = {"alignment": self.alignment, "uniform": uniform}
+        options |= {name: getattr(self.corpus, name) for name in ("too_long", "max_example_tokens")}
+        before = draft.document
+        try:
+            example = encode(before, self.instruction, self.vocab, **options, **style(self.corpus))
+        except Unusable as error:
+            return Made(draft.split, None, (error.kind,))
+        after = example.document
+        also = {
+            "cut to max_prompt_tokens": len(after.pieces) < len(before.pieces),
+            "without steps that rest on no piece": len(after.steps) < len(before.steps),
+        }
+        return written(draft.split, example, **also)
+
+
+def read(source: str, split: str | None, piece_sentences: int) -> Iterator[Draft]:
+    """Yield the documents of a .jsonl file, or of a directory of some.
+
+    A row has `document`, a text, which is cut into pieces, or a list of texts, which are the pieces, and `steps`. A step has
+    `text` and may have `sources`: the indices of pieces of a list, from 0 on, or quotes, each of which stands in the document.
+    `instruction` is what all steps see.
+
+    Raises: UserError for rows that are something else, with their number.
+    """
+    for number, (own, values) in enumerate(rows.read(source, _choose(source), readers={".jsonl": rows.json_lines})):
+        where = f"{source}: row {number + 1}"
+        text, steps, instruction = values
+        document = _document(where, text, steps, instruction, piece_sentences)
+        found = own or divided_split_of(squeezed("".join(document.pieces)))
+        if split in (None, "all", found):
+            yield Draft(number, found, document)
+
+
+def _choose(source: str) -> Callable[[Collection[str]], tuple[str, ...]]:
+    def choose(names: Collection[str]) -> tuple[str, ...]:
+        if absent := [name for name in COLUMNS if name not in names]:
+            raise UserError(f"{source}: no {absent[0]} in its first row, only {', '.join(names)}; a row has {', '.join(COLUMNS)}")
+        return COLUMNS + _OPTIONAL
+
+    return choose
+
+
+def _document(where: str, text: Any, steps: Any, instruction: Any, piece_sentences: int) -> Document:
+    is_list = isinstance(text, list) and all(isinstance(piece, str) for piece in text)
+    if not isinstance(text, str) and not is_list:
+        raise UserError(f"{where}: document is neither a text nor a list of texts")
+    if not isinstance(instruction, str | None):
+        raise UserError(f"{where}: instruction is no text")
+    if not isinstance(steps, list):
+        raise UserError(f"{where}: steps is no list")
+    pieces = [" ".join(readable(piece).split()) for piece in text] if is_list else split_pieces(text, piece_sentences)
+    if is_list and not all(pieces):
+        raise UserError(f"{where}: piece {pieces.index('')} of the document is empty")
+    ranges = places("\n".join(pieces), pieces)
+    whole = squeezed("".join(pieces))
+
+    def step(number: int, fields: Any) -> Step:
+        here = f"{where}, step {number}"
+        if not isinstance(fields, dict) or not isinstance(fields.get("text"), str) or not fields["text"].strip():
+            raise UserError(f'{here}: expected {{"text": "...", "sources": [...]}}')
+        if unknown := sorted(fields.keys() - _STEP):
+            raise UserError(f"{here}: unknown {unknown[0]}; a step has text and sources")
+        told = fields.get("sources")
+        if told is None:
+            return Step(" ".join(readable(fields["text"]).split()), UNKNOWN)
+        if not isinstance(told, list):
+            raise UserError(f"{here}: sources is no list")
+        named = {i for source in told for i in _pieces(here, source, is_list, whole, ranges)}
+        return Step(" ".join(readable(fields["text"]).split()), tuple(sorted(named)))
+
+    return Document(" ".join(readable(instruction or "").split()), tuple(pieces), tuple(step(i, fields) for i, fields in enumerate(steps)))
+
+
+def _pieces(where: str, source: Any, is_list: bool, whole: str, ranges: Sequence[tuple[int, int]]) -> Iterable[int]:
+    """Return the pieces that a source means: an index of a list of pieces, or a quote."""
+    if isinstance(source, str) and (quote := squeezed(source)):
+        start = whole.find(quote)
+        if start < 0:
+            raise UserError(f"{where}: the source {source[:40]!r} does not stand in the document")
+        return overlapping(ranges, start, start + len(quote))
+    if type(source) is int and is_list and 0 <= source < len(ranges):
+        return [source]
+    allowed = f"a quote, or an index from 0 to {len(ranges) - 1}" if is_list else "a quote: indices are of a document that is a list"
+    raise UserError(f"{where}: the source {source!r}; allowed: {allowed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteCommand(sources.WriteCommand):
+    """Write documents of your own, and what was written from them, as a datasets.load_from_disk directory.
+
+    Attributes:
+      source: A .jsonl file, or a directory of some: a "document" a line, and "steps" with a "text" each and, where known, "sources".
+      split: train, validation or test: that part alone, by a hash of the document (80%, 10%, 10%) where files are not named so; all:
+        everything, undivided. Default: the three beside each other.
+      alignment: Which pieces a step without sources was written from.
+    """
+
+    source: str
+    split: str | None = None
+    alignment: Alignment = dataclasses.field(default_factory=Alignment)
+    corpus: Corpus = dataclasses.field(default_factory=Corpus)
+
+    unit: ClassVar[str] = "documents"
+    instruction: ClassVar[str] = ""
+    """What all prompts begin with."""
+    repository: ClassVar[str] = ""
+    """Of a task that reads one: its name."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the source is JSONL rather than a repository that the task knows."""
+        path = Path(self.source)
+        return not self.repository or path.suffix == ".jsonl" or (path.is_dir() and any(file.suffix == ".jsonl" for file in path.iterdir()))
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | dataclasses.asdict(self.alignment)
+
+    def part(self, split: str) -> Path:
+        """Return the file or directory without which a repository has no such split."""
+        raise NotImplementedError
+
+    def read_part(self, split: str) -> Iterator[Any]:
+        """Yield the records of a split of a repository."""
+        raise NotImplementedError
+
+    def found(self) -> dict[str, Any]:
+        return {} if self.is_own else {"absent_splits": [split for split in SPLITS if not self.part(split).exists()]}
+
+    def read(self, split: str | None) -> Iterator[Any]:
+        if self.is_own:
+            return read(self.source, split, self.corpus.piece_sentences)
+        present = [own for own in SPLITS if self.part(own).exists()]
+        if not present:
+            raise UserError(f"{self.part(SPLITS[0])}: there is no such file: expected a clone of {self.repository}, or a .jsonl file")
+        if split in SPLITS and split not in present:
+            raise UserError(f"{self.part(split)}: there is no such file, so no {split} part; there is {', '.join(present)}")
+        return itertools.chain.from_iterable(map(self.read_part, present if split in (None, "all") else [split]))
+
+    def drafts(self) -> Callable[[Any], Iterable[Draft | Made]]:
+        """Return the function, which pickles, from a record of a repository to drafts."""
+        return as_they_are
+
+    def texts(self, record: Any) -> Iterable[str]:
+        return record.texts
+
+    def maker(self, vocab: TokenizerVocab) -> sources.Make:
+        return Maker(self.drafts(), self.unit, self.instruction, vocab, self.corpus, self.alignment, self.seed)

@@ -1,0 +1,132 @@
+"""The task of documents: pieces in, token ids out, and steps that name the pieces that they rest on back."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from data import scoring
+from data.documents import card, corpus, own
+from data.documents.corpus import MARK, Document, Evidence, Example, Step, split_pieces
+from data.errors import UserError
+from data.pieces import PiecesTask, encode_prompt, style
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentTask(PiecesTask):
+    """Turn documents into ids, and responses into steps; for corpora of JSONL files, and the base of tasks on real text.
+
+    Attributes:
+      max_example_tokens: Most tokens of an example, its response included.
+      piece_sentences: Sentences to a piece, within a paragraph; 0: whole paragraphs.
+      source: the file or directory that the corpus was read from.
+    """
+
+    max_prompt_tokens: int = 7680
+    closed_pieces: bool = True
+    source: str = ""
+    max_example_tokens: int = 8192
+    piece_sentences: int = 1
+
+    name: ClassVar[str] = "documents"
+    version: ClassVar[int] = 1
+    unit: ClassVar[str] = "responses"
+    about: ClassVar[str] = "INSTRUCTION"
+    """What a prompt's first paragraph begins with that is for all steps, as in "TITLE: ..."."""
+    score_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "ROUGE": ("rouge1", "rouge2", "rougeL"),
+        "sources": ("span_precision", "span_recall"),
+    }
+    Corpus: ClassVar[type[corpus.Corpus]] = corpus.Corpus
+    WriteCommand: ClassVar[type[own.WriteCommand]] = own.WriteCommand
+    Statistics: ClassVar[type[card.Statistics]] = card.Statistics
+    columns: ClassVar[Mapping[str, Any]] = {
+        "about": "string",
+        "pieces": ["string"],
+        "steps": [{"text": "string", "sources": ["int32"], "answers": ["string"], "kind": "string"}],
+        "evidence": [{"pieces": ["int32"], "steps": ["int32"]}],
+        "first_label": "int32",
+        "prompt_tokens": "int32",
+        "token_ids": ["int32"],
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.piece_sentences) is not int or self.piece_sentences < 0:
+            raise UserError(f"piece_sentences is {self.piece_sentences!r}; allowed: whole numbers from 0")
+
+    @property
+    def is_generated(self) -> bool:
+        return False
+
+    @property
+    def instruction(self) -> str:
+        """What all prompts begin with."""
+        return self.WriteCommand.instruction
+
+    def split_prompt(self, text: str) -> tuple[str, Sequence[str]]:
+        """Cut a prompt's text into what it is about and pieces; those of a corpus are marked and stay as they are."""
+        if MARK in text:
+            about, *pieces = (part.strip() for part in text.split(MARK))
+            return about, pieces
+        head = re.match(rf"\s*{self.about}:(.*?)(?:\n\s*\n|\Z)", text, re.DOTALL)
+        return ("", self.cut(text)) if head is None else (" ".join(head[1].split()), self.cut(text[head.end() :]))
+
+    def cut(self, text: str) -> Sequence[str]:
+        """Cut a text into pieces."""
+        return split_pieces(text, self.piece_sentences)
+
+    def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
+        """Write a prompt, int32 [n], labels from 1 on, cut at the end of a piece. UserError: it has no piece, or more than labels."""
+        return np.array(self._prompt(text)[0], np.int32)
+
+    def _prompt(self, text: str) -> tuple[list[int], int, Sequence[str]]:
+        about, pieces = self.split_prompt(text)
+        if not pieces:
+            raise UserError("the text has no sentence" if self.piece_sentences else "the text has no paragraph")
+        return *encode_prompt(corpus.sink(self.instruction, about), pieces, self.vocab, **style(self)), pieces
+
+    def warnings(self, text: str) -> list[str]:
+        """Say how much of a text is cut. UserError: see `encode_prompt`."""
+        _, kept, pieces = self._prompt(text)
+        return self.cut_warning(kept, pieces, piece="pieces", whole="text")
+
+    def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
+        """Score responses to the examples' prompts, labels from 1 on: ROUGE, and the sources of each step against the gold one's."""
+        written = [self.steps(response) for response in responses]
+        golds = [example.document.steps for example in examples]
+        scores = scoring.rouge([[step.text for step in gold] for gold in golds], [[step.text for step in own] for own in written])
+        named = [[step.named for step in own] for own in written]
+        return scores | scoring.span_scores([[step.sources for step in gold] for gold in golds], named)
+
+    def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
+        """Raise UserError: nothing like the documents of a file can be drawn."""
+        raise UserError(f"trained on {self.source}, like which nothing can be drawn: give a corpus directory (--data DIR --split test)")
+
+    def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
+        """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
+        try:
+            options = {"max_example_tokens": self.max_example_tokens, "uniform": uniform, **style(self)}
+            return corpus.encode(example.document, self.instruction, self.vocab, **options)
+        except UserError:
+            return None
+
+    def to_row(self, example: Example) -> dict[str, Any]:
+        """Return the columns of an example in a corpus directory."""
+        document = example.document
+        named = {name: [item._asdict() for item in getattr(document, name)] for name in ("steps", "evidence")}
+        return {**vars(document), **named, "first_label": example.first_label}
+
+    def from_row(self, row: Mapping[str, Any]) -> Example:
+        """Read what `to_row` returned."""
+        steps = (Step(s["text"], tuple(s["sources"]), tuple(s["answers"]), s["kind"]) for s in row["steps"])
+        evidence = (Evidence(tuple(own["pieces"]), tuple(own["steps"])) for own in row["evidence"])
+        document = Document(row["about"], tuple(row["pieces"]), tuple(steps), tuple(evidence))
+        return Example(row["token_ids"], row["prompt_tokens"], document, row["first_label"])
+
+    def statistics(self) -> card.Statistics:
+        """Return the empty statistics of a corpus."""
+        return self.Statistics(self.vocab, header_view=self.header_view)

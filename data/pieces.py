@@ -1,0 +1,122 @@
+"""Prompts in labelled pieces, and responses whose steps name the pieces that they rest on: what tasks on text share."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data import spans, task
+from data.errors import UserError
+from data.sources import Unusable
+from data.vocab import TokenizerVocab
+
+MIN_PROMPT_TOKENS = 16
+
+
+def style(settings: Any) -> dict[str, Any]:
+    """Return how a corpus or a task writes prompts, as arguments of `encode_prompt` and `encode`."""
+    return {name: getattr(settings, name) for name in ("max_prompt_tokens", "closed_pieces")}
+
+
+def encode_prompt(
+    instruction: str, pieces: Sequence[str], vocab: TokenizerVocab, *, max_prompt_tokens: int, closed_pieces: bool, num_steps: int = 1
+) -> tuple[list[int], int]:
+    """Write a prompt, labels from 1 on, cut at the end of a piece: (ids, pieces that were kept).
+
+    Raises:
+      Unusable: a first piece that does not fit, or more pieces than labels.
+    """
+    token_ids = [vocab.bos_id, *(vocab.plain_text_ids(" " + instruction) if instruction else [])]
+    kept = 0
+    for number, text in enumerate(pieces):
+        label = min(1 + number, vocab.num_labels - 1)
+        ids = spans.piece(label, vocab.plain_text_ids(" " + text), vocab, closed=closed_pieces)
+        if len(token_ids) + len(ids) + 1 > max_prompt_tokens:  # `<solve>` follows
+            break
+        token_ids += ids
+        kept += 1
+    if not kept:
+        message = f"the first piece does not fit into {max_prompt_tokens} tokens of prompt"
+        raise Unusable(message, "with a first piece longer than max_prompt_tokens")
+    if (last := kept + num_steps) >= vocab.num_labels:
+        message = f"{kept} pieces and {num_steps} steps need labels up to {last}, but the last one is {vocab.num_labels - 1}"
+        raise Unusable(f"{message}: more num_labels, or fewer max_prompt_tokens", "with more pieces than num_labels")
+    return [*token_ids, vocab.solve_id], kept
+
+
+def encode_steps(
+    prompt: Sequence[int], kept: int, steps: Sequence[tuple[str, Sequence[int]]], vocab: TokenizerVocab, uniform: float | None
+) -> tuple[npt.NDArray[np.int32], int]:
+    """Write the response of (text, sources) steps after a prompt of `kept` pieces: (ids of both, int32 [n], the first label).
+
+    Args:
+      uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
+    """
+    token_ids, first_label = [*prompt], 1
+    if uniform is not None:
+        first_label = vocab.first_label(kept + len(steps), uniform)
+        tags = range(vocab.seg_base, vocab.seg_base + vocab.num_labels)
+        token_ids = [i + first_label - 1 if i in tags else i for i in token_ids]
+    for number, (text, sources) in enumerate(steps):
+        token_ids.append(vocab.seg_base + first_label + kept + number)
+        token_ids += [vocab.ref_base + first_label + i for i in sources]
+        token_ids += vocab.plain_text_ids(" " + text)
+    return np.array([*token_ids, vocab.eos_id], np.int32), first_label
+
+
+class Written(NamedTuple):
+    """A step of a response: its label, the pieces of the prompt that it names, from 0 on, and its text."""
+
+    label: int
+    named: frozenset[int]
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PiecesTask(task.Task):
+    """Read the steps of responses to prompts in pieces; the base of tasks on text.
+
+    Attributes:
+      vocab: trained by `data.vocab.train_vocab`, or a language model's own with structural tokens added.
+      max_prompt_tokens: Longer prompts are cut at the end of a piece.
+      closed_pieces: Each piece ends with its `<seg:k>` once more.
+      source: what the corpus was read from.
+    """
+
+    vocab: TokenizerVocab
+    max_prompt_tokens: int
+    closed_pieces: bool
+    source: str
+
+    view: ClassVar[str] = "sources"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.vocab, TokenizerVocab):
+            raise UserError(f"the vocabulary is not that of a tokenizer: {self.name} cannot be written with it")
+        if type(self.max_prompt_tokens) is not int or self.max_prompt_tokens < MIN_PROMPT_TOKENS:
+            raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens!r}; allowed: whole numbers from {MIN_PROMPT_TOKENS}")
+
+    @property
+    def header_view(self) -> spans.HeaderView:
+        """What span tokens of responses are meant to see."""
+        return "labels" if self.closed_pieces else "all"
+
+    def steps(self, response_ids: Iterable[int]) -> list[Written]:
+        """Read the steps of a response, labels from 1 on; what stands before the first one is left out."""
+        _, steps, _ = spans.read_steps(response_ids, self.vocab)
+        text = [self.vocab.decode(i for i in step.body if i not in self.vocab.structural).strip() for step in steps]
+        return [Written(step.label, frozenset(label - 1 for label in step.named), own) for step, own in zip(steps, text)]
+
+    def answer(self, response_ids: Iterable[int]) -> str | None:
+        """Read the text without span tokens; None where no step was opened."""
+        return " ".join(step.text for step in self.steps(response_ids)) or None
+
+    def cut_warning(self, kept: int, pieces: Sequence[str], *, piece: str, whole: str) -> list[str]:
+        """Say how many pieces of a text a prompt has, where that is not all."""
+        if kept == len(pieces):
+            return []
+        share = sum(map(len, pieces[:kept])) / sum(map(len, pieces))
+        limit = f"its prompts have at most {self.max_prompt_tokens} tokens"
+        return [f"The model reads the first {kept} of {len(pieces)} {piece}, {share:.0%} of the {whole}: {limit}."]

@@ -1,0 +1,164 @@
+"""Corpora of files and repositories: records are read, made into examples by workers, and counted by what became of them."""
+
+import abc
+import collections
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from data import card, task
+from data.errors import UserError
+from data.streams import SPLITS
+from data.vocab import TokenizerVocab, read_vocab, train_vocab
+from data.workers import check_workers
+
+_CHUNK_RECORDS = 64
+_CHUNKS_AHEAD = 4  # of each worker
+_VOCAB_CHARACTERS = 8_000_000
+
+
+class Unusable(UserError):
+    """A record that no example can be made of; `kind` says why, as cards count it."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Made(NamedTuple):
+    """What became of a record, or of a part of it: an example of a split, or none; and what a card counts of it."""
+
+    split: str
+    example: Any | None
+    counted: tuple[str, ...]
+
+
+def written(split: str, example: Any, **also: bool) -> Made:
+    """Return an example as written, with what else is so of it: `written(split, example, **{"cut to max_prompt_tokens": True})`."""
+    return Made(split, example, ("written", *(f"written, {name}" for name, is_so in also.items() if is_so)))
+
+
+Make = Callable[[Any], Iterable[Made]]
+
+
+def make_all(make: Make, records: Iterator[Any], num_workers: int) -> Iterator[Made]:
+    """Yield what `make` makes of each record, in order; it pickles, and 0 workers call it in this process."""
+    check_workers(num_workers)
+    if num_workers == 0:
+        for record in records:
+            yield from make(record)
+        return
+    # Fresh interpreters: nothing of this process (threads of libraries) is copied. Ctrl-C is for this process alone.
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            while ahead := list(itertools.islice(records, num_workers * _CHUNKS_AHEAD * _CHUNK_RECORDS)):
+                for made in pool.map(functools.partial(_listed, make), ahead, chunksize=_CHUNK_RECORDS):
+                    yield from made
+        except BrokenProcessPool:
+            raise UserError(f"one of {num_workers} workers was ended from outside, for want of memory perhaps: try fewer") from None
+
+
+def _listed(make: Make, record: Any) -> list[Made]:
+    return list(make(record))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteCommand(task.WriteCommand, abc.ABC):
+    """Options of `python -m data TASK` for a task whose examples are made of a source's records.
+
+    Attributes:
+      source: What is read.
+      num_examples: How many examples, at most. Default: all.
+      split: train, validation or test: that part alone; all: everything, undivided. Default: all parts, beside each other.
+      tokenizer: Write and count in the words of this tokenizer: a tokenizer.json, a directory with one, or a model of this project.
+        Default: of a byte-pair vocabulary trained on the train part.
+    """
+
+    source: str
+    num_examples: int | None = None
+    split: str | None = None
+    tokenizer: Path | None = None
+    corpus: Any
+
+    unit: ClassVar[str]
+    """What is counted, in the plural."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_divided_here and self.split not in (None, "all", *SPLITS):
+            raise UserError(f"split is {self.split!r}; allowed: {', '.join(SPLITS)}, all")
+
+    @property
+    def is_divided_here(self) -> bool:
+        """Whether its splits are those of `data.streams.SPLITS`, and no others."""
+        return True
+
+    @abc.abstractmethod
+    def read(self, split: str | None) -> Iterator[Any]:
+        """Yield the records of a split; all of them for None and "all". UserError: the source is not what it should be."""
+
+    @abc.abstractmethod
+    def texts(self, record: Any) -> Iterable[str]:
+        """Return the texts of a record, for a vocabulary to be trained on."""
+
+    @abc.abstractmethod
+    def maker(self, vocab: TokenizerVocab) -> Make:
+        """Return the function, which pickles, from a record to what becomes of it."""
+
+    def drawn(self) -> dict[str, Any]:
+        return {"source": self.source, **super().drawn()}
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | ({} if self.tokenizer is None else {"tokenizer": str(self.tokenizer)})
+
+    def make_task(self, kind: type[task.Task], vocab: Any) -> Any:
+        made: Any = kind.of(self.corpus, vocab)
+        path = Path(self.source)
+        return dataclasses.replace(made, source=path.absolute().name if path.exists() else self.source)
+
+    def make(self) -> tuple[TokenizerVocab, Generator[Any, None, None], dict[str, Any]]:
+        vocab, counts = self.vocabulary(), collections.Counter(read=0, written=0)
+        return vocab, self._counted(self.made(vocab), counts), {self.unit: counts, **self.found()}
+
+    def made(self, vocab: TokenizerVocab) -> Iterator[Made]:
+        """Make the examples."""
+        return make_all(self.maker(vocab), self.read(self.split), self.workers)
+
+    def found(self) -> dict[str, Any]:
+        """Return what else a card says of the source."""
+        return {}
+
+    def vocabulary(self) -> TokenizerVocab:
+        """Return the vocabulary that the corpus is written in."""
+        if self.tokenizer is not None:
+            return read_vocab(self.tokenizer, self.corpus.num_labels)
+        records = self.read(
+            "train" if self.split in (None, *SPLITS) and "train" not in self.found().get("absent_splits", ()) else self.split
+        )
+        return train_vocab(self._sample(records), vocab_tokens=self.corpus.vocab_tokens, num_labels=self.corpus.num_labels)
+
+    def _sample(self, records: Iterator[Any]) -> Iterator[str]:
+        left = _VOCAB_CHARACTERS
+        for text in itertools.chain.from_iterable(map(self.texts, records)):
+            yield f" {text}"
+            if (left := left - len(text)) < 0:
+                return
+
+    def _counted(self, made: Iterator[Made], counts: collections.Counter[str]) -> Generator[Any, None, None]:
+        """Yield the examples, with their splits where there are several; count what became of records. UserError where none comes."""
+        for split, example, counted in made:
+            counts["read"] += 1
+            counts.update(counted)
+            if example is not None:
+                yield example if self.split else (split, example)
+        if not counts["read"]:
+            raise UserError(f"{self.source}: none of its {self.unit} falls to the {self.split} split")
+        if not counts["written"]:
+            raise UserError(f"{self.source}: none of its {self.unit} can be used: {card.listed(counts)}")

@@ -1,0 +1,120 @@
+"""Small made-up repositories in the layout of the public ones, all three parts of each."""
+
+import csv
+import json
+
+REPORT = """TITLE: {drug} for tired {people}
+
+  ABSTRACT.OBJECTIVE::
+To see whether {drug} wakes {people}.
+
+ABSTRACT.RESULTS::
+Of 1,240 {people}, {n} woke with {drug} and 31 with tea (p = 0.02). Nobody was hurt.
+
+BODY.INTRODUCTION:
+Tired {people} are a problem everywhere. Tea is what most of them drink.
+
+BODY.METHODS.PATIENTS (TABLE :1)
+We asked 1240 {people} in the town of Oakwick.
+
+They were given {drug} or tea for 3 weeks.
+
+BODY.RESULTS.MAIN.:
+With {drug}, {n} {people} woke, and with tea 31 (p=0.02).
+No one was hurt by anything.
+"""
+EVIDENCE = "With {drug}, {n} {people} woke, and with tea 31 (p=0.02)."
+IN_ABSTRACT = "{n} woke with {drug} and 31 with tea"
+QUESTIONS = [("Waking", 1, (EVIDENCE, IN_ABSTRACT)), ("Harm", 0, ("No one was hurt by anything.",))]
+PAPERS = {  # by split: number, words of the report
+    "train": {101: ("Brightol", "bakers", 77), 102: ("Sunnium", "sailors", 85), 103: ("Dawnex", "dancers", 64)},
+    "validation": {201: ("Wakor", "waiters", 58)},
+    "test": {301: ("Lumin", "lawyers", 93), 302: ("Glowan", "grooms", 44)},
+}
+
+
+def write_csv(file, columns, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_reports(root, parts=tuple(PAPERS)):
+    """A clone of jayded/evidence-inference with these parts; each paper has a question on waking and one on harm."""
+    annotations = root / "annotations"
+    prompts, answers = [], []
+    (annotations / "splits").mkdir(parents=True)
+    (annotations / "txt_files").mkdir()
+    for split in parts:
+        (annotations / "splits" / f"{split}_article_ids.txt").write_text("".join(f"{number}\n" for number in PAPERS[split]))
+        for number, (drug, people, n) in PAPERS[split].items():
+            words = {"drug": drug, "people": people, "n": n}
+            text = REPORT.format(**words)
+            (annotations / "txt_files" / f"PMC{number}.txt").write_text(text)
+            asked = {"PMCID": number, "Intervention": drug, "Comparator": "tea"}
+            prompts += [{**asked, "PromptID": 10 * number, "Outcome": "Waking"}, {**asked, "PromptID": 10 * number + 1, "Outcome": "Harm"}]
+            for prompt, code, quotes in (
+                (10 * number, 1, (EVIDENCE, IN_ABSTRACT)),
+                (10 * number + 1, 0, ("No one was hurt by anything.",)),
+            ):
+                for quote in quotes:
+                    start = text.rindex(quote.format(**words))
+                    answers.append({"UserID": 0, "PromptID": prompt, "PMCID": number, "Valid Label": True, "Valid Reasoning": True})
+                    answers[-1] |= {"Label": "", "Annotations": "", "Label Code": code, "In Abstract": "UNK"}
+                    answers[-1] |= {"Evidence Start": start, "Evidence End": start + len(quote.format(**words))}
+    write_csv(annotations / "prompts_merged.csv", list(prompts[0]), prompts)
+    write_csv(annotations / "v2_annotations.csv", list(answers[0]), answers)
+    return root
+
+
+STORIES = {"train": ("the-fox", "the-owl"), "val": ("the-mole",), "test": ("the-swan", "the-wren")}
+TOLD = ["Once {name} found\na silver key.\n\nIt shone.", "A hungry wolf came to {name}.", "And {name} slept under the oak."]
+ASKED = [  # question, sections, kind, answers
+    ("What did {name} find?", "1", "explicit", ("a silver key", "the key")),
+    ("Who came to {name}?", "2", "explicit", ("a hungry wolf", "a wolf")),
+    ("Why was {name} glad?", "2, 3", "implicit", ("the wolf had gone", "")),
+    ("Where did {name} sleep?", "3", "explicit", ("under the oak", "below an oak")),
+]
+
+
+def write_stories(root, parts=tuple(STORIES)):
+    """A clone of uci-soe/FairytaleQAData with these parts: three sections and four questions a story."""
+    top = root / "data-by-train-split"
+    for part in parts:
+        for name in STORIES[part]:
+            who = name.removeprefix("the-")
+            texts = [
+                f"Once the {who} found\na silver key.\n\nIt shone.",
+                f"A hungry wolf came to the {who}.",
+                f"The {who} slept under the oak.",
+            ]
+            rows = [{"section": number, "text": text} for number, text in enumerate(texts, 1)]
+            write_csv(top / "section-stories" / part / f"{name}-story.csv", ["section", "text"], rows)
+            columns = ["question_id", "cor_section", "question", "ex-or-im1", "answer1", "answer2", "answer4"]
+            asked = [
+                {"question_id": i, "cor_section": told, "question": text.format(name=f"the {who}"), "ex-or-im1": kind}
+                | {"answer1": answers[0], "answer2": "", "answer4": answers[1]}
+                for i, (text, told, kind, answers) in enumerate(ASKED, 1)
+            ]
+            write_csv(top / "questions" / part / f"{name}-questions.csv", columns, asked)
+    return root
+
+
+OWN = [
+    {
+        "document": "The mayor of Oakton resigned on Monday. It rained. She had served for 12 years.\n\nA bridge was closed.",
+        "steps": [{"text": "Oakton's mayor resigned after 12 years."}, {"text": "No way over.", "sources": ["bridge was closed"]}],
+    },
+    {
+        "document": ["Snow fell on three towns. It was deep.", "The school was closed for 2 days."],
+        "steps": [{"text": "Nobody learned anything.", "sources": [1]}, {"text": "Quiet.", "sources": [0, "closed for 2 days"]}],
+        "instruction": "Say what it was like.",
+    },
+]
+
+
+def write_own(file):
+    file.write_text("".join(json.dumps(row) + "\n" for row in OWN), encoding="utf-8")
+    return file
