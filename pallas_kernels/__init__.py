@@ -19,7 +19,7 @@ from pallas_kernels.prompt_attention import PromptMask, prompt_attention
 from pallas_kernels.quantized import QuantizedPool, QuantizedWeight, quantize_pool, quantize_weight
 from pallas_kernels.rotary import rotate_and_write, rotate_heads
 from pallas_kernels.sequence_attention import TileMask, masked_attention
-from pallas_kernels.slots import update_slots
+from pallas_kernels.slots import update_slots, write_elements
 from pallas_kernels.span_decode import span_decode_attention
 from pallas_kernels.swiglu import silu_and_mul
 
@@ -38,4 +38,5 @@ __all__ = [
     "silu_and_mul",
     "span_decode_attention",
     "update_slots",
+    "write_elements",
 ]

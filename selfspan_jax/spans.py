@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.slots import Rule, write_elements
 from selfspan_jax.errors import UserError
 
 HeaderView = Literal["span", "labels", "prompt", "all"]
@@ -217,10 +218,15 @@ def _beyond_span(header_view: HeaderView, index, solve_index, is_seg: Bool[Array
 def _last_naming_before(first_query: int | Int[Array, ""], roles: TokenRoles, vocab: SpanVocab) -> Int[Array, "... T"]:
     """Find for each token the last token before `first_query` that names its label; -1 where there is none."""
     names, labels = (x.reshape(-1, x.shape[-1]) for x in (roles.names, roles.labels))
+    before = jax.lax.broadcasted_iota(jnp.int32, names.shape, 1) < first_query
+    return jnp.take_along_axis(_last_naming(jnp.where(before, names, -1), vocab), labels, axis=1).reshape(roles.labels.shape)
+
+
+def _last_naming(names: Int[Array, "B T"], vocab: SpanVocab) -> Int[Array, "B L"]:
+    """Find the last token that names each label; -1 where there is none."""
     row, index = (jax.lax.broadcasted_iota(jnp.int32, names.shape, axis) for axis in (0, 1))
-    target = jnp.where((index < first_query) & (names >= 0), names, vocab.num_labels)
-    by_label = jnp.full((names.shape[0], vocab.num_labels), -1, jnp.int32).at[row, target].max(index, mode="drop")
-    return jnp.take_along_axis(by_label, labels, axis=1).reshape(roles.labels.shape)
+    nothing = jnp.full((names.shape[0], vocab.num_labels), -1, jnp.int32)
+    return nothing.at[row, jnp.where(names < 0, vocab.num_labels, names)].max(index, mode="drop")
 
 
 @jax.tree_util.register_dataclass
@@ -229,7 +235,8 @@ class SpanState:
     """The automaton of B sequences during decoding, with a capacity of A tokens each."""
 
     label: Int[Array, "B"]
-    named: Bool[Array, "B L"]
+    last_named: Int[Array, "B L"]  # index of the last token that named each label, -1 for none: the step names it from its start on
+    step_index: Int[Array, "B"]  # index of the token that opened the step, -1 before the first <solve>
     in_response: Bool[Array, "B"]
     ended: Bool[Array, "B"]
     solve_index: Int[Array, "B"]  # index of the first <solve>, -1 before it
@@ -237,7 +244,6 @@ class SpanState:
     num_tokens: Int[Array, "B"]
     num_segs: Int[Array, "B"]
     toc: Int[Array, "B C"]  # table of contents: the first num_segs are the indices of the <seg> tokens; C = A for "labels", else 0
-    unresolved_refs: Int[Array, "B"]  # <ref:k> tokens so far that named a label which no token carried
     # of the latest token
     is_response: Bool[Array, "B"]
     is_header: Bool[Array, "B"]
@@ -257,16 +263,14 @@ class SpanState:
             return jnp.where(empty, before_first, jnp.take_along_axis(x, at, axis=1)[:, 0])
 
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        names, is_seg = inside & (roles.names >= 0), inside & roles.is_seg
-        in_step = jnp.where(names & (index > latest(roles.step_index, -1)[:, None]), roles.names, vocab.num_labels)
-        named = jnp.zeros((batch, vocab.num_labels), bool).at[row, in_step].set(True, mode="drop")
+        is_seg = inside & roles.is_seg
         place = jnp.where(is_seg, jnp.cumsum(is_seg, axis=1, dtype=jnp.int32) - 1, capacity)
         toc = jnp.zeros((batch, capacity if header_view == "labels" else 0), jnp.int32).at[row, place].set(index, mode="drop")
-        resolved = jnp.any(jnp.tril(roles.labels[:, None, :] == roles.names[:, :, None]), axis=2)
         token_labels = jnp.full((batch, capacity), -1, jnp.int32)
         return cls(
             label=latest(roles.labels, 0),
-            named=named,
+            last_named=_last_naming(jnp.where(inside, roles.names, -1), vocab),
+            step_index=latest(roles.step_index, -1),
             in_response=latest(roles.in_response, False),
             ended=latest(roles.ended, False),
             solve_index=latest(roles.solve_index, -1),
@@ -274,56 +278,52 @@ class SpanState:
             num_tokens=lengths,
             num_segs=jnp.sum(is_seg, axis=1, dtype=jnp.int32),
             toc=toc,
-            unresolved_refs=jnp.sum(names & ~resolved, axis=1, dtype=jnp.int32),
             is_response=latest(roles.is_response, False),
             is_header=latest(roles.is_header, False),
         )
 
-    def advance(self, tokens: Int[Array, "B"], vocab: SpanVocab) -> SpanState:
-        """Compute the state after one more token in every sequence."""
-        alive = ~self.ended
-        opened, refers = (vocab.label_of(tokens, base) for base in (vocab.seg_base, vocab.ref_base))
-        opens, is_seg = jnp.where(alive, opened, -1), opened >= 0
+    def advance(self, tokens: Int[Array, "B"], vocab: SpanVocab, active: Bool[Array, "B"]) -> SpanState:
+        """Compute the state after one more token in every active sequence; nothing changes in the others."""
+        alive = active & ~self.ended
+        opened, referred = (vocab.label_of(tokens, base) for base in (vocab.seg_base, vocab.ref_base))
+        opens, is_seg = jnp.where(alive, opened, -1), active & (opened >= 0)
         first_solve = alive & (tokens == vocab.solve_id) & ~self.in_response
         in_response = self.in_response | first_solve
         label = jnp.where(first_solve, 0, jnp.where(opens >= 0, opens, self.label))
-        names = jnp.where(alive & in_response, refers, -1)
-
-        keeps = ~(first_solve | (in_response & (opens >= 0)))
-        all_labels = jnp.arange(vocab.num_labels, dtype=jnp.int32)
-        named = (self.named & keeps[:, None]) | (all_labels[None, :] == names[:, None])
-
-        row = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        token_labels = self.token_labels.at[row, self.num_tokens].set(label, mode="drop")
-        unresolved = (names >= 0) & ~jnp.any(token_labels == names[:, None], axis=1)
-        is_response = in_response & ~first_solve
-        return SpanState(
+        is_response = jnp.where(active, in_response & ~first_solve, self.is_response)
+        index = self.num_tokens
+        columns = jnp.where(active, index, -1), jnp.where(alive & in_response, referred, -1), jnp.where(is_seg, self.num_segs, -1)
+        tables = write_elements((self.token_labels, self.last_named, self.toc), columns, (label, index, index))
+        return dataclasses.replace(
+            self,
+            token_labels=tables[0],
+            last_named=tables[1],
+            toc=tables[2],
             label=label,
-            named=named,
+            step_index=jnp.where(first_solve | (in_response & (opens >= 0)), index, self.step_index),
             in_response=in_response,
-            ended=self.ended | (tokens == vocab.eos_id),
-            solve_index=jnp.where(first_solve, self.num_tokens, self.solve_index),
-            token_labels=token_labels,
-            num_tokens=self.num_tokens + 1,
+            ended=self.ended | (active & (tokens == vocab.eos_id)),
+            solve_index=jnp.where(first_solve, index, self.solve_index),
+            num_tokens=index + active.astype(jnp.int32),
             num_segs=self.num_segs + is_seg.astype(jnp.int32),
-            toc=self.toc.at[row, jnp.where(is_seg, self.num_segs, self.toc.shape[1])].set(self.num_tokens, mode="drop"),
-            unresolved_refs=self.unresolved_refs + unresolved.astype(jnp.int32),
             is_response=is_response,
-            is_header=is_response & (is_seg | (refers >= 0)),
+            is_header=jnp.where(active, is_response & (is_seg | (referred >= 0)), self.is_header),
         )
 
-    def visible(self, *, header_view: HeaderView, prompt_view: PromptView, prompt_window_tokens: int) -> Bool[Array, "B A"]:
-        """Mark the tokens that the latest token of each sequence may attend to, itself included; `toc_beyond` adds to them."""
-        index = jnp.arange(self.token_labels.shape[1], dtype=jnp.int32)[None, :]
-        is_token = index < self.num_tokens[:, None]
-        own = (self.token_labels == 0) | (self.token_labels == self.label[:, None])
-        response = own | jnp.take_along_axis(self.named, jnp.maximum(self.token_labels, 0), axis=1)
-        wider = _beyond_span(header_view, index, self.solve_index[:, None], is_seg=jnp.zeros_like(is_token))
-        response |= self.is_header[:, None] & wider
-        prompt = own | (self.num_tokens[:, None] - 1 - index < prompt_window_tokens) if prompt_view == "local" else is_token
-        return is_token & jnp.where(self.is_response[:, None], response, prompt)
-
-    def toc_beyond(self, visible: Bool[Array, "B A"]) -> Bool[Array, "B C"]:
-        """Mark the entries of `toc` that the latest tokens attend to, being headers, and that are not of the `visible` tokens."""
-        used = jnp.arange(self.toc.shape[1], dtype=jnp.int32)[None, :] < self.num_segs[:, None]
-        return self.is_header[:, None] & used & ~jnp.take_along_axis(visible, self.toc, axis=1)
+    def rule(
+        self, first: Int[Array, "B"], keep: Bool[Array, "B"], *, header_view: HeaderView, prompt_view: PromptView, prompt_window_tokens: int
+    ) -> Rule:
+        """Say in integers which tokens the latest token of each sequence attends to; arguments as the fields of `pallas_kernels.Rule`."""
+        end, zero = self.num_tokens, jnp.zeros_like(self.num_tokens)
+        wider = {"all": end, "prompt": self.solve_index + 1}.get(header_view, zero)
+        below, start = (zero, end - prompt_window_tokens) if prompt_view == "local" else (end, end)  # of a prompt's tokens
+        return Rule(
+            end=end,
+            first=first,
+            key=self.label,
+            since=jnp.where(self.is_response, self.step_index, jnp.iinfo(jnp.int32).max),
+            below=jnp.where(self.is_response, jnp.where(self.is_header, wider, zero), below),
+            start=jnp.where(self.is_response, end, start),
+            num_entries=jnp.where(self.is_header, self.num_segs, zero),
+            keep=keep.astype(jnp.int32),
+        )

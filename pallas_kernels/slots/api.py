@@ -1,46 +1,102 @@
-"""The public function: validate, choose an implementation, launch."""
+"""The public functions: validate, choose an implementation, launch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import choose_implementation, device_reason, require
-from pallas_kernels.slots.reference import xla_update
-from pallas_kernels.slots.triton import triton_update
+from pallas_kernels.slots.reference import xla_update, xla_write
+from pallas_kernels.slots.triton import triton_update, triton_write
 
 IMPLEMENTATIONS = ("xla", "triton")
 
 
-def update_slots(
-    slots: jax.Array,
-    counts: jax.Array,
-    visible: jax.Array,
-    slot_table: jax.Array,
-    own: jax.Array,
-    extend: jax.Array,
-    append: jax.Array,
+class Rule(NamedTuple):
+    """Which tokens of a sequence its newest one attends to, and which of them are to be listed. Every field is int32 `[B]`.
+
+    Of the tokens t before `end` these, and the newest in any case:
+
+        keys[t] == 0  or  keys[t] == key  or  marks[keys[t]] >= since  or  t < below  or  t >= start
+    """
+
+    end: jax.Array  # tokens of the sequence, the newest included
+    first: jax.Array  # tokens before this one are listed already; `end` leaves a sequence as it is
+    key: jax.Array
+    since: jax.Array
+    below: jax.Array
+    start: jax.Array
+    num_entries: jax.Array  # so many of `entries` are attended to as well
+    keep: jax.Array  # 1 where the next token goes on from the slots by keys, 0 where it begins anew
+
+
+def write_elements(
+    arrays: Sequence[jax.Array],
+    columns: Sequence[jax.Array],
+    values: Sequence[jax.Array],
     *,
     implementation: str | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Update the slots of every sequence: extend them by what is visible of a table, append one, or leave them.
+) -> tuple[jax.Array, ...]:
+    """Write one element into each row of several arrays: `arrays[i][b, columns[i][b]] = values[i][b]`.
 
     Args:
-      slots: int32 `[B, A + 1]`; `slots[b, :counts[b]]` are in use. What stands beyond is arbitrary, and the last column
-        is never in use.
-      counts: int32 `[B]`; 0 to make slots anew.
-      visible: bool `[B, A]`, the entries of the table that an extended sequence gets, in order.
+      arrays: int32 `[B, X]`, each of its own X. They may be updated in place.
+      columns, values: int32 `[B]`, one for each array. A column outside writes nothing.
+      implementation, interpret: as `pallas_kernels` says.
+    """
+    for array, column, value in zip(arrays, columns, values, strict=True):
+        fits = array.ndim == 2 and column.shape == value.shape == array.shape[:1]
+        require(
+            fits and array.dtype == column.dtype == value.dtype == jnp.int32, "expected int32 [B, X], [B] and [B]", array, column, value
+        )
+    if _choose(implementation, interpret) == "xla":
+        return xla_write(arrays, columns, values)
+    some = [i for i, array in enumerate(arrays) if array.size]  # a kernel takes no empty arrays
+    written = triton_write(*([parts[i] for i in some] for parts in (arrays, columns, values)), interpret=interpret) if some else ()
+    found = dict(zip(some, written))
+    return tuple(found.get(i, array) for i, array in enumerate(arrays))
+
+
+def update_slots(
+    slots: jax.Array,
+    kept: jax.Array,
+    slot_table: jax.Array,
+    keys: jax.Array,
+    marks: jax.Array,
+    entries: jax.Array | None,
+    rule: Rule,
+    *,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """List the pool rows that the newest token of every sequence attends to, going on from those that are kept.
+
+    Args:
+      slots: int32 `[B, A + 1]`; `slots[b, :kept[b]]` stay. What stands beyond is arbitrary, and the last column is never in use.
+      kept: int32 `[B]`; 0 to make slots anew.
       slot_table: int32 `[B, A]`, the pool row of each token.
-      own: int32 `[B]`, the slot to append. Appended to a sequence with A slots it is lost.
-      extend, append: bool `[B]`, never both.
+      keys: int32 `[B, A]`, of each token, below L.
+      marks: int32 `[B, L]`, of each key.
+      entries: int32 `[B, C]`, indices of tokens, or None: after those that the rule selects come the first `rule.num_entries[b]` of these
+        that it does not.
+      rule: which tokens. From `rule.first[b]` on they are listed, in order.
       implementation, interpret: as `pallas_kernels` says.
 
     Returns:
-      `slots` and `counts`, updated; the arrays given may be updated in place.
+      `slots`; how many are in use, 0 in sequences that are left as they are; and `kept` for the next update: how many of them the rule
+      selected. The arrays given may be updated in place.
     """
-    arrays = (slots, counts, visible, slot_table, own, extend, append)
-    _validate(*arrays)
-    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))
-    return xla_update(*arrays) if chosen == "xla" else triton_update(*arrays, interpret=interpret)
+    batch, capacity = slot_table.shape
+    wanted = {"slots": (slots, (batch, capacity + 1)), "kept": (kept, (batch,)), "slot_table": (slot_table, (batch, capacity))}
+    wanted |= {"keys": (keys, (batch, capacity)), "marks": (marks, (batch, marks.shape[-1]))}
+    wanted |= {} if entries is None else {"entries": (entries, (batch, entries.shape[-1]))}
+    for name, (array, shape) in {**wanted, **{name: (field, (batch,)) for name, field in rule._asdict().items()}}.items():
+        fits = array.shape == shape and array.dtype == jnp.int32
+        require(fits, f"{name} must be int32{list(shape)} beside a slot_table {list(slot_table.shape)}", array)
+    arguments = (slots, kept, slot_table, keys, marks, entries, rule)
+    return xla_update(*arguments) if _choose(implementation, interpret) == "xla" else triton_update(*arguments, interpret=interpret)
 
 
 def unsupported_reason(implementation: str, *, interpret: bool = False) -> str | None:
@@ -48,16 +104,5 @@ def unsupported_reason(implementation: str, *, interpret: bool = False) -> str |
     return device_reason(implementation, IMPLEMENTATIONS, interpret)
 
 
-def _validate(slots, counts, visible, slot_table, own, extend, append) -> None:
-    require(slot_table.ndim == 2 and slot_table.dtype == jnp.int32, "slot_table must be int32 [B, A]", slot_table)
-    batch, capacity = slot_table.shape
-    for name, array, shape, dtype in (
-        ("slots", slots, (batch, capacity + 1), jnp.int32),
-        ("visible", visible, (batch, capacity), jnp.bool_),
-        ("counts", counts, (batch,), jnp.int32),
-        ("own", own, (batch,), jnp.int32),
-        ("extend", extend, (batch,), jnp.bool_),
-        ("append", append, (batch,), jnp.bool_),
-    ):
-        wanted = f"{name} must be {jnp.dtype(dtype)}{list(shape)} beside a slot_table {list(slot_table.shape)}"
-        require(array.shape == shape and array.dtype == dtype, wanted, array)
+def _choose(implementation: str | None, interpret: bool) -> str:
+    return choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))

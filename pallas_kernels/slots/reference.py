@@ -1,20 +1,50 @@
-"""The update in plain JAX."""
+"""Writes and updates in plain JAX."""
 
 import jax
 import jax.numpy as jnp
 
 
-def xla_update(slots, counts, visible, slot_table, own, extend, append):
-    """Append by a scatter; extend by a cumulative sum and a scatter of the whole table, only if any sequence needs it."""
+def xla_write(arrays, columns, values):
+    """Write by a scatter of one element per row; columns outside are dropped."""
+    row = jnp.arange(columns[0].shape[0], dtype=jnp.int32)
+
+    def write(array, column, value):
+        return array.at[row, jnp.where(column < 0, array.shape[1], column)].set(value, mode="drop")
+
+    return tuple(map(write, arrays, columns, values))
+
+
+def selected(keys, marks, tokens, rule):
+    """Tell which of `tokens` [B, X] with `keys` [B, X] a rule selects: bool [B, X]."""
+    marked = jnp.take_along_axis(marks, jnp.maximum(keys, 0), axis=1) >= rule.since[:, None]
+    near = (tokens < rule.below[:, None]) | (tokens >= rule.start[:, None])
+    return (tokens < rule.end[:, None]) & ((keys == 0) | (keys == rule.key[:, None]) | marked | near)
+
+
+def xla_update(slots, kept, slot_table, keys, marks, entries, rule):
+    """Append by a scatter; extend by cumulative sums and scatters of whole tables, only if any sequence needs it."""
     batch, capacity = slot_table.shape
-    sequence = jnp.arange(batch, dtype=jnp.int32)
-    target = jnp.where(append, jnp.minimum(counts, capacity), capacity)
-    slots = slots.at[sequence, target].set(own)
-    counts = counts + append.astype(jnp.int32)
+    row, newest = jnp.arange(batch, dtype=jnp.int32)[:, None], rule.end[:, None] - 1
+    active = rule.first < rule.end
+
+    def extend(slots, counts, chosen, rows):
+        end = counts[:, None] + jnp.cumsum(chosen, axis=1, dtype=jnp.int32)
+        return slots.at[row, jnp.where(chosen, end - 1, capacity)].set(rows), end[:, -1]
+
+    def append():
+        place = jnp.where(active, kept, capacity)[:, None]
+        own = jnp.take_along_axis(slot_table, jnp.maximum(newest, 0), axis=1)
+        return slots.at[row, place].set(own), kept + active.astype(jnp.int32), kept + active.astype(jnp.int32)
 
     def compact():
-        end = counts[:, None] + jnp.cumsum(visible, axis=1, dtype=jnp.int32)
-        target = jnp.where(visible & extend[:, None], end - 1, capacity)
-        return slots.at[sequence[:, None], target].set(slot_table), jnp.where(extend, end[:, -1], counts)
+        tokens = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+        visible = selected(keys, marks, tokens, rule) | (tokens == newest)
+        rows, span = extend(slots, kept, visible & (tokens >= rule.first[:, None]), slot_table)
+        if entries is None:
+            return rows, span, span
+        beyond = ~jnp.take_along_axis(visible, entries, axis=1) & active[:, None]
+        beyond &= jax.lax.broadcasted_iota(jnp.int32, entries.shape, 1) < rule.num_entries[:, None]
+        return *extend(rows, span, beyond, jnp.take_along_axis(slot_table, entries, axis=1)), span
 
-    return jax.lax.cond(jnp.any(extend), compact, lambda: (slots, counts))
+    slots, counts, span = jax.lax.cond(jnp.any(rule.first < rule.end - 1), compact, append)
+    return slots, jnp.where(active, counts, 0), jnp.where(active, span * rule.keep, kept)

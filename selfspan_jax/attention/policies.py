@@ -92,7 +92,7 @@ class Policy(Hashable, Protocol):
           slot_table: the slot of each token.
           own: the slot of the newest token.
           span: the automaton after the newest token, whose index is `span.num_tokens - 1`.
-          active: False for sequences that take no token in this step; their slots are not read.
+          active: False for sequences that take no token in this step; slots that are counted for them are read for nothing.
         """
 
 
@@ -143,18 +143,15 @@ class Span:
         none = jnp.zeros(batch, jnp.int32)
         return Slots(jnp.zeros((batch, capacity + 1), jnp.int32), counts=none, kept=none)  # one spare, see `update_slots`
 
-    def step_slots(self, slots, slot_table, *, own, span, active, views):
+    def step_slots(self, slots, slot_table, *, span, active, views, **_):
         # A body token reads what is kept of the slots before, and itself: its slot is appended. Slots are made anew for headers, after
         # a header whose view is wider than its span, and after a prompt: nothing is kept of those.
-        append = active & span.is_response & ~span.is_header & (slots.kept > 0)
-        visible, anew = span.visible(**_views(views)), active & ~append
-        rows, counts = update_slots(slots.slots, jnp.where(anew, 0, slots.kept), visible, slot_table, own, extend=anew, append=append)
-        kept = jnp.where(span.is_response & ~(span.is_header & (views.header_view in ("prompt", "all"))), counts, 0)
-        if views.header_view == "labels":  # after its span, so that the next body token goes on from there
-            toc_rows, headers = jnp.take_along_axis(slot_table, span.toc, axis=1), active & span.is_header
-            beyond, never = span.toc_beyond(visible), jnp.zeros_like(active)
-            rows, counts = update_slots(rows, counts, beyond, toc_rows, own, extend=headers, append=never)
-        return Slots(rows, counts, kept)
+        anew = active & ~(span.is_response & ~span.is_header & (slots.kept > 0))
+        first = jnp.where(anew, 0, span.num_tokens - active.astype(jnp.int32))
+        keep = span.is_response & ~(span.is_header & (views.header_view in ("prompt", "all")))
+        entries = span.toc if views.header_view == "labels" else None  # listed after the span, from which the next body token goes on
+        kept, rule = jnp.where(anew, 0, slots.kept), span.rule(first, keep, **_views(views))
+        return Slots(*update_slots(slots.slots, kept, slot_table, span.token_labels, span.last_named, entries, rule))
 
 
 def _views(views: AttentionViews) -> dict[str, Any]:
@@ -177,8 +174,8 @@ class Dense:
     def initial_slots(self, slot_table):
         return Slots(slot_table, jnp.zeros(slot_table.shape[0], jnp.int32))  # for good: only the counts grow
 
-    def step_slots(self, slots, slot_table, *, span, **_):
-        return Slots(slots.slots, span.num_tokens)
+    def step_slots(self, slots, slot_table, *, span, active, **_):
+        return Slots(slots.slots, jnp.where(active, span.num_tokens, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +207,12 @@ class Window:
         batch, capacity = slot_table.shape
         return Slots(jnp.zeros((batch, min(capacity, self.sink_tokens + self.window_tokens)), jnp.int32), jnp.zeros(batch, jnp.int32))
 
-    def step_slots(self, slots, slot_table, *, span, **_):
+    def step_slots(self, slots, slot_table, *, span, active, **_):
         place = jnp.arange(slots.slots.shape[1], dtype=jnp.int32)[None, :]
         first_recent = jnp.maximum(span.num_tokens - self.window_tokens, self.sink_tokens)[:, None]
         token = jnp.where(place < self.sink_tokens, place, place - self.sink_tokens + first_recent)
         chosen = jnp.take_along_axis(slot_table, jnp.minimum(token, slot_table.shape[1] - 1), axis=1)
-        return Slots(chosen, jnp.minimum(span.num_tokens, self.sink_tokens + self.window_tokens))
+        return Slots(chosen, jnp.where(active, jnp.minimum(span.num_tokens, self.sink_tokens + self.window_tokens), 0))
 
 
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(), Window())}

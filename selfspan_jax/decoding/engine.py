@@ -295,7 +295,7 @@ def _extend(graph, params, state, config, num_tokens):
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "steps_per_sync"), donate_argnames=("state",))
 def _run(graph, params, state, until, forced_tokens, config, steps_per_sync):
-    """Run steps until `num_steps == until` or all sequences are done.
+    """Run steps until every sequence has `until` tokens or is done.
 
     On a GPU each round of a while loop whose end is data waits for the host to read that data. So the loop asks every
     `steps_per_sync` steps; between them it runs a loop of known length, which the host queues without waiting.
@@ -305,12 +305,11 @@ def _run(graph, params, state, until, forced_tokens, config, steps_per_sync):
         def step(_, state):
             return sample_step(model, state, until, forced_tokens, config)
 
-        state = jax.lax.while_loop(
-            lambda state: (state.num_steps < until) & ~jnp.all(state.done),
+        return jax.lax.while_loop(
+            lambda state: jnp.any(state.is_active(until)),
             lambda state: step(None, state) if steps_per_sync == 1 else jax.lax.fori_loop(0, steps_per_sync, step, state),
             state,
         )
-        return dataclasses.replace(state, num_steps=collectives.pmax_data(state.num_steps, graph.mesh))
 
     return graph.shard_map(run, _STATE, layout.REPLICATED, _EACH, out_specs=_STATE)(params, state, until, forced_tokens)
 
@@ -324,8 +323,7 @@ def _run_chunk(graph, params, state, start, config, size):
     """
 
     def run(model, state, start):
-        state = jax.lax.fori_loop(0, size, lambda _, state: sample_step(model, state, start + size, None, config), state)
-        return dataclasses.replace(state, num_steps=collectives.pmax_data(state.num_steps, graph.mesh))
+        return jax.lax.fori_loop(0, size, lambda _, state: sample_step(model, state, start + size, None, config), state)
 
     state = graph.shard_map(run, _STATE, layout.REPLICATED, out_specs=_STATE)(params, state, start)
     tokens, attended = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (state.new_tokens, state.num_attended))

@@ -19,12 +19,12 @@ def sequence_keys(key: PRNGKeyArray | None, num_sequences: int, first: int | Int
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, numbers)
 
 
-def occurring(token_ids: Int[Array, "B T"], inside: Bool[Array, "B T"], vocab: SpanVocab, vocab_size: int) -> Bool[Array, "B V"]:
+def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], inside: Bool[Array, "B T"], vocab: SpanVocab) -> Array:
     """Mark the tokens that occur where `inside`, span tokens (`<seg>`, `<ref>`) excepted: what `repetition_penalty` is for."""
     segs, refs = ((token_ids >= base) & (token_ids < base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
     counted = inside & ~segs & ~refs
     row = jnp.arange(token_ids.shape[0], dtype=jnp.int32)[:, None]
-    return jnp.zeros((len(token_ids), vocab_size), bool).at[row, jnp.where(counted, token_ids, vocab_size)].set(True, mode="drop")
+    return occurred.at[row, jnp.where(counted, token_ids, occurred.shape[1])].set(True, mode="drop")
 
 
 def sample(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling, occurred: Array | None = None) -> Int[Array, "B"]:

@@ -6,16 +6,18 @@ They are written for one device; `Engine` compiles them, on a mesh for each devi
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from pallas_kernels import write_elements
 from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import Slots, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
-from selfspan_jax.decoding.sampling import occurring, sample
+from selfspan_jax.decoding.sampling import mark_occurring, sample
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.selectors import prompt_mask
@@ -32,13 +34,23 @@ class DecodeState:
     cache: KVCache
     span: SpanState  # the automaton after the tokens fed so far; span.num_tokens is the next rotary position
     slots: Slots  # what the latest token attended to
+    hidden: Float[Array, "B D"]  # of the latest token, after the last norm
     logits: Float[Array, "B V"]  # of the next token
     done: Bool[Array, "B"]  # <eos> or a stop id was fed: the sequence no longer changes
-    num_steps: Int[Array, ""]
-    new_tokens: Int[Array, "B M"]  # tokens sampled so far, then padding
+    num_new: Int[Array, "B"]  # tokens sampled so far
+    new_tokens: Int[Array, "B M"]  # these tokens, then padding
     num_attended: Int[Array, "B M"]  # how many tokens each of them attended to, itself included
     keys: PRNGKeyArray  # [B], one for each sequence
     occurred: Bool[Array, "B V"] | None = None  # where repetitions are penalized, the tokens of prompt and response
+
+    def is_active(self, until: Int[Array, ""]) -> Bool[Array, "B"]:
+        """Tell which sequences take tokens until they have so many."""
+        return ~self.done & (self.num_new < until)
+
+    @property
+    def num_steps(self) -> Int[Array, ""]:
+        """How many tokens the sequence has that has sampled most."""
+        return jnp.max(self.num_new, initial=0)
 
     @classmethod
     def partition_specs(cls) -> DecodeState:
@@ -46,7 +58,7 @@ class DecodeState:
         each = layout.spec("sequences")
         fields = dict.fromkeys((field.name for field in dataclasses.fields(cls)), each)
         cache = KVCache(pools=layout.spec("sequences", "heads"), slot_table=each)  # type: ignore[arg-type]
-        return cls(**fields | {"cache": cache, "num_steps": layout.REPLICATED})  # type: ignore[arg-type]
+        return cls(**fields | {"cache": cache})  # type: ignore[arg-type]
 
 
 def bucket(num_tokens: int) -> int:
@@ -108,15 +120,16 @@ def prefill_state(
     occurred = None
     if config.sampling.repetition_penalty != 1:
         inside = jnp.arange(prompt_capacity, dtype=jnp.int32)[None, :] < lengths[:, None]
-        occurred = for_each_sample(occurring(token_ids, inside, model.vocab, model.vocab_size))
+        occurred = for_each_sample(mark_occurring(jnp.zeros((batch, model.vocab_size), bool), token_ids, inside, model.vocab))
     new_shape = (batch * num_samples, config.max_new_tokens)
     return DecodeState(
         cache=dataclasses.replace(cache, pools=pools),
         span=jax.tree.map(for_each_sample, span),
         slots=policy.initial_slots(cache.slot_table),
+        hidden=for_each_sample(last),
         logits=for_each_sample(model.logits(last)),
         done=jnp.zeros(new_shape[:1], bool),
-        num_steps=jnp.zeros((), jnp.int32),
+        num_new=jnp.zeros(new_shape[:1], jnp.int32),
         new_tokens=jnp.full(new_shape, model.vocab.pad_id, jnp.int32),
         num_attended=jnp.zeros(new_shape, jnp.int32),
         keys=keys,
@@ -133,7 +146,7 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
     cache, toc = state.cache.extended(state.span.num_tokens, num_tokens), state.span.toc
     unused = get_policy(config.attention).initial_slots(cache.slot_table).slots
     kept = jnp.pad(state.slots.slots, ((0, 0), (0, unused.shape[1] - state.slots.slots.shape[1])))
-    used = jnp.arange(unused.shape[1], dtype=jnp.int32)[None, :] < state.slots.counts[:, None]
+    used = jnp.arange(unused.shape[1], dtype=jnp.int32)[None, :] < state.span.num_tokens[:, None]
     return dataclasses.replace(
         state,
         cache=cache,
@@ -146,23 +159,21 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
 
 def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig) -> DecodeState:
     """Feed one token of every active sequence through the automaton and the model; nothing changes for the others."""
-    advanced = state.span.advance(tokens, model.vocab)
-    span = jax.tree.map(lambda old, new: jnp.where(active.reshape(-1, *[1] * (old.ndim - 1)), new, old), state.span, advanced)
+    cache, span = state.cache, state.span.advance(tokens, model.vocab, active)
     position = jnp.maximum(span.num_tokens - 1, 0)
-    cache = state.cache
     own = jnp.take_along_axis(cache.slot_table, position[:, None], axis=1)[:, 0]
     slots = get_policy(config.attention).step_slots(state.slots, cache.slot_table, own=own, span=span, active=active, views=model.config)
-    outside = cache.pools[0][0].shape[0]
-    read = Slots(slots.slots, jnp.where(active, slots.counts, 0))
-    attend = attend_cached(jnp.where(active, own, outside), read, config.implementation)
+    attend = attend_cached(jnp.where(active, own, cache.pools[0][0].shape[0]), slots, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
-    ends = jnp.isin(tokens, jnp.array([model.vocab.eos_id, *config.stop_ids], jnp.int32))
+    hidden = jnp.where(active[:, None], hidden[:, 0], state.hidden)  # so that the logits, many more, need not be chosen from
+    ends = functools.reduce(jnp.logical_or, (tokens == end for end in (model.vocab.eos_id, *config.stop_ids)))
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(cache, pools=pools),
         span=span,
         slots=slots,
-        logits=jnp.where(active[:, None], model.logits(hidden[:, 0], linear=config.linear), state.logits),
+        hidden=hidden,
+        logits=model.logits(hidden, linear=config.linear),
         done=state.done | (active & ends),
     )
 
@@ -175,20 +186,17 @@ def sample_step(
     Args:
       forced_tokens: written in place of the sampled ones, -1 where the sample stands.
     """
-    active = ~state.done & (state.num_steps < until)
-    tokens = sample(state.logits, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.num_steps), config.sampling, state.occurred)
+    active = state.is_active(until)
+    tokens = sample(state.logits, jax.vmap(jax.random.fold_in)(state.keys, state.num_new), config.sampling, state.occurred)
     if forced_tokens is not None:
-        forced = jax.lax.dynamic_index_in_dim(forced_tokens, state.num_steps, axis=1, keepdims=False)
+        forced = jnp.take_along_axis(forced_tokens, jnp.minimum(state.num_new, forced_tokens.shape[1] - 1)[:, None], axis=1)[:, 0]
         tokens = jnp.where(forced >= 0, forced, tokens)
     tokens = jnp.where(active, tokens, model.vocab.pad_id)
     fed = decode_step(model, state, tokens, active, config)
     occurred = state.occurred
     if occurred is not None:
-        occurred |= occurring(tokens[:, None], active[:, None], model.vocab, model.vocab_size)
-    return dataclasses.replace(
-        fed,
-        num_steps=state.num_steps + jnp.any(active).astype(jnp.int32),
-        new_tokens=fed.new_tokens.at[:, state.num_steps].set(tokens, mode="drop"),
-        num_attended=fed.num_attended.at[:, state.num_steps].set(jnp.where(active, fed.slots.counts, 0), mode="drop"),
-        occurred=occurred,
-    )
+        occurred = mark_occurring(occurred, tokens[:, None], active[:, None], model.vocab)
+    column = jnp.where(active, state.num_new, -1)
+    logs = write_elements((state.new_tokens, state.num_attended), (column, column), (tokens, fed.slots.counts))
+    num_new = state.num_new + active.astype(jnp.int32)
+    return dataclasses.replace(fed, num_new=num_new, new_tokens=logs[0], num_attended=logs[1], occurred=occurred)

@@ -108,12 +108,6 @@ def psum_data(tree: Any, mesh: Mesh | None) -> Any:
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def pmax_data(x: Array, mesh: Mesh | None) -> Array:
-    """Return the maximum over the devices that hold different sequences."""
-    axes = _data_axes(mesh)
-    return jax.lax.pmax(x, axes) if axes else x
-
-
 def _data_axes(mesh: Mesh | None) -> tuple[str, ...]:
     return () if mesh is None else tuple(axis for axis in TABLE["sequences"] if mesh.shape[axis] > 1)
 

@@ -1,4 +1,4 @@
-"""Slots against plain Python lists, over many steps of random flags."""
+"""Slots and writes against plain Python lists, over many steps of random rules."""
 
 import functools
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import update_slots
-from pallas_kernels.slots.triton import TILE, triton_update
+from pallas_kernels import update_slots, write_elements
+from pallas_kernels.slots import Rule
+from pallas_kernels.slots.triton import TILE, triton_update, triton_write
 from tests.pallas_kernels.budget import program
 from tests.pallas_kernels.lowering import cuda_lowering
 
@@ -16,64 +17,118 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 # name -> (B, A), why
 SHAPES = {
-    "one entry": (2, 1),
-    "less than a warp": (3, 7),
-    "one tile": (2, TILE),
-    "a tile and one": (2, TILE + 1),
+    "one token": (2, 1),
+    "less than a warp": (6, 7),
+    "one tile": (3, TILE),
+    "a tile and one": (3, TILE + 1),
     "several tiles": (5, 2 * TILE + 300),
 }
-
+NUM_KEYS, NEVER = 9, 2**31 - 1
 
 # XLA has no tiles, so that few shapes are enough.
-RUNS = [(name, "xla", False) for name in ("one entry", "a tile and one")] + [(name, "triton", True) for name in SHAPES]
+RUNS = [(name, "xla", False) for name in ("one token", "a tile and one")] + [(name, "triton", True) for name in SHAPES]
 RUNS += [pytest.param(name, "triton", False, marks=pytest.mark.gpu) for name in SHAPES]
 
 
+def slots_wanted(row, before, entries, keys, marks, rule):
+    """The slots of one sequence, and how many of them go by the rule, as its docstring says."""
+    newest = rule["end"] - 1
+    chosen = {
+        t
+        for t in range(newest)
+        if keys[t] in (0, rule["key"]) or marks[keys[t]] >= rule["since"] or t < rule["below"] or t >= rule["start"]
+    }
+    listed = [row[t] for t in sorted(chosen) if t >= rule["first"]] + [row[newest]]
+    beyond = [row[t] for t in entries[: rule["num_entries"]] if t not in chosen | {newest}]
+    return before + listed + beyond, len(before) + len(listed)
+
+
+@pytest.mark.parametrize("has_entries", [False, True], ids=["alone", "entries"])
 @pytest.mark.parametrize(("name", "implementation", "interpret"), RUNS)
-def test_slots_over_many_steps(name, implementation, interpret):
-    """Sequences begin anew, are extended, append and rest independently of each other; each has the slots that it should, in order."""
-    shape = SHAPES[name]
-    batch, capacity = shape
+def test_slots_over_many_steps(name, implementation, interpret, has_entries):
+    """Sequences begin anew, go on, append and rest independently of each other; each has the slots that its rule says, none twice."""
+    shape = batch, capacity = SHAPES[name]
     rng = np.random.default_rng(capacity)
     table = rng.permutation(batch * capacity).reshape(shape).astype(np.int32)
-    slots, counts = jnp.full((batch, capacity + 1), -7, jnp.int32), jnp.zeros(batch, jnp.int32)
-    expected = [[] for _ in range(batch)]
+    keys = rng.integers(0, NUM_KEYS, shape).astype(np.int32)
+    slots, kept = jnp.full((batch, capacity + 1), -7, jnp.int32), jnp.zeros(batch, jnp.int32)
+    before, length = [[] for _ in range(batch)], np.ones(batch, int)
     update = program(functools.partial(update_slots, implementation=implementation, interpret=interpret), interpret)
-    for step, density in enumerate((0.0, 0.1, 0.5, 1.0, 0.03, 0.9)):
-        visible = rng.random(shape) < density
-        own = rng.integers(0, 10**6, batch).astype(np.int32)
-        action = (np.arange(batch) + step) % 4  # 0 rests, 1 appends, 2 is made anew, 3 is extended
+    for step in range(6):
+        rests, anew = (np.arange(batch) + step) % 6 == 5, (np.arange(batch) + step) % 3 == 0
+        previous, length = length, np.where(rests, length, np.minimum(length + rng.integers(1, 1 + capacity // 3 + 1, batch), capacity))
+        rests |= (previous == length) & ~anew  # no room: nothing newer
+        entries = np.sort(np.argsort(rng.random(shape), axis=1)[:, : 1 + capacity // 5], axis=1).astype(np.int32)
+        entries = np.minimum(entries, length[:, None] - 1)  # of tokens that there are; where they repeat, only the first are used
+        distinct = np.array([len(np.unique(row[row < end - 1])) for row, end in zip(entries, length)])
+        fields = {
+            "end": length,
+            "first": np.where(rests, length, np.where(anew, 0, previous)),
+            "key": rng.integers(1, NUM_KEYS, batch),
+            "since": rng.choice([3, 8, NEVER], batch),
+            "below": rng.choice([0, 2, capacity], batch, p=[0.6, 0.3, 0.1]),
+            "start": np.where(rng.random(batch) < 0.5, length, length - 5),
+            "num_entries": np.where(rng.random(batch) < 0.6, distinct, 0) if has_entries else np.zeros(batch),
+            "keep": rng.integers(0, 2, batch),
+        }
+        marks = rng.integers(-1, 10, (batch, NUM_KEYS)).astype(np.int32)
+        rule = Rule(**{field: jnp.asarray(value, jnp.int32) for field, value in fields.items()})
+        kept = jnp.where(jnp.asarray(anew), 0, kept)
+        given = jnp.asarray(entries) if has_entries else None
+        slots, counts, kept = update(slots, kept, *map(jnp.asarray, (table, keys, marks)), given, rule)
         for b in range(batch):
-            room = capacity - len(expected[b])
-            if action[b] == 1 and room:
-                expected[b].append(own[b])
-            elif action[b] == 1:
-                action[b] = 0
-            elif action[b] == 2:
-                expected[b] = list(table[b][visible[b]])
-            elif action[b] == 3:
-                visible[b] &= np.cumsum(visible[b]) <= room
-                expected[b] += list(table[b][visible[b]])
-        counts = jnp.where(jnp.asarray(action == 2), 0, counts)
-        slots, counts = update(slots, counts, *map(jnp.asarray, (visible, table, own, action >= 2, action == 1)))
-        for b, wanted in enumerate(expected):
-            assert counts[b] == len(wanted)
+            own = {field: int(value[b]) for field, value in fields.items()}
+            go_on = [] if anew[b] else before[b]
+            if rests[b]:
+                assert (counts[b], kept[b]) == (0, len(go_on))
+                before[b] = go_on
+                continue
+            wanted, by_rule = slots_wanted(table[b].tolist(), go_on, entries[b].tolist(), keys[b], marks[b], own)
+            assert counts[b] == len(wanted) and kept[b] == by_rule * own["keep"]
             np.testing.assert_array_equal(np.asarray(slots)[b, : len(wanted)], wanted)
+            before[b] = wanted[: int(kept[b])]
 
 
-def test_the_kernel_lowers_for_cuda():
-    b, ba = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((4, 3000), jnp.int32)
-    slots, visible = jax.ShapeDtypeStruct((4, 3001), jnp.int32), jax.ShapeDtypeStruct((4, 3000), bool)
-    flags = jax.ShapeDtypeStruct((4,), bool)
-    assert "__gpu$xla.gpu.triton" in cuda_lowering(triton_update, slots, b, visible, ba, b, flags, flags)
+@pytest.mark.parametrize(
+    ("implementation", "interpret"), [("xla", False), ("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu)]
+)
+def test_one_element_of_each_row_is_written(implementation, interpret):
+    """Into arrays of several widths, an empty one among them; columns outside write nothing."""
+    rng, widths = np.random.default_rng(3), (1, 0, 40)
+    arrays = [rng.integers(0, 9, (5, width)).astype(np.int32) for width in widths]
+    columns = [np.array(column, np.int32) for column in ([0, -1, 1, 0, -(2**31)], [0, 1, -1, 0, 0], [39, 40, -1, 0, 7])]
+    values = [np.arange(5, dtype=np.int32) + 100 * i for i in range(3)]
+    expected = [array.copy() for array in arrays]
+    for array, column, value in zip(expected, columns, values):
+        for b in range(5):
+            if 0 <= column[b] < array.shape[1]:
+                array[b, column[b]] = value[b]
+    write = program(functools.partial(write_elements, implementation=implementation, interpret=interpret), interpret)
+    for found, wanted in zip(write(*(tuple(map(jnp.asarray, x)) for x in (arrays, columns, values))), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_kernels_lower_for_cuda():
+    b, ba, bl = (jax.ShapeDtypeStruct((4, *rest), jnp.int32) for rest in ((), (3000,), (512,)))
+    slots = jax.ShapeDtypeStruct((4, 3001), jnp.int32)
+    for entries in (None, ba):
+        assert "__gpu$xla.gpu.triton" in cuda_lowering(triton_update, slots, b, ba, ba, bl, entries, Rule(*[b] * 8))
+    assert cuda_lowering(triton_write, (ba, bl), (b, b), (b, b)).count("__gpu$xla.gpu.triton") == 1  # one launch for all
 
 
 def test_what_does_not_fit_is_refused():
-    b, flags, table = jnp.zeros(2, jnp.int32), jnp.zeros(2, bool), jnp.zeros((2, 5), jnp.int32)
-    with pytest.raises(ValueError, match=r"slots must be int32\[2, 6\]"):
-        update_slots(table, b, table > 0, table, b, flags, flags)
-    slots = jnp.zeros((2, 6), jnp.int32)
-    with pytest.raises(ValueError, match=r"counts must be int32\[2\]"):
-        update_slots(slots, b[:1], table > 0, table, b, flags, flags)
+    b, table = jnp.zeros(2, jnp.int32), jnp.zeros((2, 5), jnp.int32)
+    slots, rule = jnp.zeros((2, 6), jnp.int32), Rule(*[b] * 8)
+    for arguments, message in [
+        ((table, b, table, table, table, None, rule), r"slots must be int32\[2, 6\]"),
+        ((slots, b[:1], table, table, table, None, rule), r"kept must be int32\[2\]"),
+        ((slots, b, table, table[:, 1:], table, None, rule), r"keys must be int32\[2, 5\]"),
+        ((slots, b, table, table, table, table[:1], rule), r"entries must be int32\[2, 5\]"),
+        ((slots, b, table, table, table, None, rule._replace(since=b > 0)), r"since must be int32\[2\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            update_slots(*arguments)
+    with pytest.raises(ValueError, match=r"expected int32 \[B, X\], \[B\] and \[B\]"):
+        write_elements((table,), (b[:1],), (b,))
     with pytest.raises(ValueError, match="unknown implementation"):
-        update_slots(slots, b, table > 0, table, b, flags, flags, implementation="cuda")
+        update_slots(slots, b, table, table, table, None, rule, implementation="cuda")

@@ -1,5 +1,7 @@
 """The training mask and the decode state against the reference automaton (invariant 1), and the mask's own edge cases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfspan_jax import spans
+from selfspan_jax.attention.policies import Span
+from selfspan_jax.config import AttentionViews
 from selfspan_jax.spans import SpanState, SpanVocab
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED, VIEWS, VOCAB, streams
@@ -16,25 +20,27 @@ LENGTH, BATCH = 14, 3
 VIEW_IDS = ["-".join(map(str, views.values())) for views in VIEWS]
 
 jit_mask = jax.jit(spans.attention_mask, static_argnames=("vocab", "header_view", "prompt_view", "prompt_window_tokens", "num_queries"))
-jit_advance = jax.jit(lambda state, tokens: state.advance(tokens, VOCAB))
+jit_advance = jax.jit(lambda state, tokens: state.advance(tokens, VOCAB, jnp.ones(tokens.shape, bool)))
 jit_of_prefix = jax.jit(lambda token_ids, lengths: SpanState.of_prefix(token_ids, lengths, VOCAB, LENGTH, "labels"))
-jit_visible = jax.jit(SpanState.visible, static_argnames=("header_view", "prompt_view", "prompt_window_tokens"))
-jit_toc_beyond = jax.jit(SpanState.toc_beyond)
 
 
 def empty_state(batch, capacity):
     return SpanState.of_prefix(jnp.zeros((batch, 1), jnp.int32), jnp.zeros(batch, jnp.int32), VOCAB, capacity, "labels")
 
 
-def read(state, views):
-    """Which tokens the latest of each sequence reads, and no token is in its span and in the table of contents' part as well."""
-    visible = np.array(jit_visible(state, **views))
-    if views["header_view"] == "labels":
-        for b, beyond in enumerate(np.asarray(jit_toc_beyond(state, visible))):
-            tokens = np.asarray(state.toc)[b, beyond]
-            assert len({*tokens.tolist()}) == len(tokens) and not visible[b, tokens].any()
-            visible[b, tokens] = True
-    return visible
+@functools.partial(jax.jit, static_argnames="views")
+def jit_slots(slots, table, state, views):
+    return Span().step_slots(slots, table, span=state, active=jnp.ones(table.shape[0], bool), views=views)
+
+
+def read(slots, state, views):
+    """Slots after the latest tokens, token t in slot t, and which tokens they are: none is listed twice."""
+    table = jnp.broadcast_to(jnp.arange(state.token_labels.shape[1], dtype=jnp.int32), state.token_labels.shape)
+    slots = jit_slots(Span().initial_slots(table) if slots is None else slots, table, state, AttentionViews(**views))
+    visible = np.zeros(table.shape, int)
+    for b, count in enumerate(np.asarray(slots.counts)):
+        np.add.at(visible[b], np.asarray(slots.slots)[b, :count], 1)
+    return slots, visible
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -54,12 +60,12 @@ def test_mask_and_decode_state_are_the_reference_on_any_stream(batch, views):
     expected = np.array([reference.mask() for reference in references])
     np.testing.assert_array_equal(jit_mask(token_ids, VOCAB, **views), expected)
 
-    state = empty_state(BATCH, LENGTH)
+    state, slots = empty_state(BATCH, LENGTH), None
     for t in range(LENGTH):
         state = jit_advance(state, token_ids[:, t])
-        np.testing.assert_array_equal(read(state, views), expected[:, t], err_msg=f"token {t}")
+        slots, visible = read(slots, state, views)
+        np.testing.assert_array_equal(visible, expected[:, t], err_msg=f"token {t}")
     np.testing.assert_array_equal(state.token_labels, [reference.carries for reference in references])
-    np.testing.assert_array_equal(state.unresolved_refs, [reference.unresolved_refs for reference in references])
 
 
 @given(

@@ -6,7 +6,7 @@ import pytest
 
 from selfspan_jax.config import DecodeConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.sampling import filtered_scores, occurring, penalized, sample, sequence_keys
+from selfspan_jax.decoding.sampling import filtered_scores, mark_occurring, penalized, sample, sequence_keys
 from selfspan_jax.errors import UserError
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
@@ -69,7 +69,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty):
     for row, keep, own in zip(ids, inside, logits):
         told = torch.from_numpy(row[keep][None].astype(np.int64))
         theirs.append(generation.RepetitionPenaltyLogitsProcessor(penalty)(told, torch.from_numpy(own[None]))[0])
-    occurred = occurring(jnp.asarray(ids), jnp.asarray(inside), VOCAB, VOCAB_SIZE)
+    occurred = mark_occurring(jnp.zeros((len(ids), VOCAB_SIZE), bool), jnp.asarray(ids), jnp.asarray(inside), VOCAB)
     found = penalized(jnp.asarray(logits), occurred, Sampling(repetition_penalty=penalty))
     largest = np.finfo(np.float32).max
     np.testing.assert_allclose(found, np.clip(np.stack(theirs), -largest, largest), rtol=1e-6, atol=1e-30)
@@ -78,7 +78,8 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty):
 
 def test_span_tokens_are_exempt_from_the_penalty():
     ids = jnp.array([[VOCAB.seg_base + 1, VOCAB.ref_base, 4, VOCAB.eos_id]])
-    assert np.flatnonzero(occurring(ids, jnp.ones((1, 4), bool), VOCAB, VOCAB_SIZE)).tolist() == [VOCAB.eos_id, 4]
+    marked = mark_occurring(jnp.zeros((1, VOCAB_SIZE), bool), ids, jnp.ones((1, 4), bool), VOCAB)
+    assert np.flatnonzero(marked).tolist() == [VOCAB.eos_id, 4]
 
 
 CERTAIN = {
