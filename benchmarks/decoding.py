@@ -203,7 +203,7 @@ def measure_case(
     }
     if oracle_seconds:
         oracle_ms = 1e3 * statistics.median(oracle_seconds[WARM_UPS:]) / case.steps
-        row |= {"bare_ms_per_step": oracle_ms, "upkeep_fraction": 1 - oracle_ms / row["ms_per_step"]}
+        row |= {"bare_ms_per_step": oracle_ms, "overhead_fraction": 1 - oracle_ms / row["ms_per_step"]}
     if profile:
         del state
         traced = ready()

@@ -174,7 +174,7 @@ def prefill_flops(model: Decoder, num_tokens: int, num_prompts: int, num_pairs: 
 def rates(shape: Shape, row: dict[str, Any]) -> dict[str, Any]:
     """Compute the rates of a row, ours or a peer's: tokens and operations per second, percent of the bf16 peak (None without one).
 
-    `floor_ms` is the time that the operations take at the peak.
+    `roofline_ms` is the time that the operations take at the peak.
     """
     model = shape.abstract()
     flops = prefill_flops(model, row["num_tokens"], row["batch_size"], row["allowed_pairs"])
@@ -185,5 +185,5 @@ def rates(shape: Shape, row: dict[str, Any]) -> dict[str, Any]:
         "model_flops": flops,
         "model_flops_per_second": per_second,
         "percent_of_peak": None if utilisation is None else 100 * utilisation,
-        **({} if utilisation is None else {"floor_ms": utilisation * row["time_to_first_token_ms"]}),
+        **({} if utilisation is None else {"roofline_ms": utilisation * row["time_to_first_token_ms"]}),
     }

@@ -23,8 +23,8 @@ def add_row(report: dict[str, Any], shape: Shape, row: dict[str, Any]) -> None:
         rows_read = row["batch_size"] * (row["context_tokens"] + row["steps"] / 2)
         row["bytes_per_step"] = step_bytes(shape.abstract(), rows_read, row["batch_size"])
     if "bytes_per_step" in row:
-        row["floor_ms"] = row["bytes_per_step"] / report["read_ceiling_terabytes_per_second"] / 1e9
-        row["percent_of_floor"] = 100 * row["floor_ms"] / row["ms_per_step"]
+        row["roofline_ms"] = row["bytes_per_step"] / report["read_ceiling_terabytes_per_second"] / 1e9
+        row["percent_of_roofline"] = 100 * row["roofline_ms"] / row["ms_per_step"]
     if not _is_plain(row):
         return
     for other in filter(_is_plain, report["rows"]):
@@ -66,10 +66,10 @@ _STEP_COLUMNS = (
     _TOKENS,
     ("attended", lambda r: f"{r['attended_tokens']:.0f} ({r['attended_fraction']:.1%})"),
     ("GB/step", lambda r: f"{r['bytes_per_step'] / 1e9:.2f}"),
-    ("roofline ms", lambda r: f"{r['floor_ms']:.3f}"),
-    ("of roofline", lambda r: f"{r['percent_of_floor']:.0f}%"),
+    ("roofline ms", lambda r: f"{r['roofline_ms']:.3f}"),
+    ("of roofline", lambda r: f"{r['percent_of_roofline']:.0f}%"),
     *_VERSUS,
-    ("mask overhead", lambda r: f"{r['upkeep_fraction']:.1%}"),
+    ("mask overhead", lambda r: f"{r['overhead_fraction']:.1%}"),
     ("first token", lambda r: f"{r['time_to_first_token_ms']:.0f} ms"),
     _KV,
     *_PROGRAM,
@@ -129,7 +129,7 @@ def plot(report: dict[str, Any]) -> Figure:
     for axes, panel in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels):
         here = [row for row in rows if row[panel_key] == panel]
         for number, name in enumerate(dict.fromkeys(map(label, rows))):
-            line = sorted((row[axis_key], _milliseconds(row), row.get("floor_ms", math.nan)) for row in here if label(row) == name)
+            line = sorted((row[axis_key], _milliseconds(row), row.get("roofline_ms", math.nan)) for row in here if label(row) == name)
             if line:
                 x, ms, rooflines = zip(*line)
                 axes.plot(x, ms, marker="o", color=f"C{number}", label=name)

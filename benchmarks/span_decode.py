@@ -309,8 +309,8 @@ def plot(report: dict) -> Figure:
                     (labelled[f"{implementation}, {pattern}"],) = axis.plot(
                         *zip(*line, strict=True), style, color=f"C{index}", marker="o", markersize=3
                     )
-        floors = sorted({(100 * r["density"], r["floor_microseconds"]) for r in rows if "int8" not in r["implementation"]})
-        (labelled["floor: bf16 bytes / read ceiling"],) = axis.plot(*zip(*floors, strict=True), color="black", linewidth=2)
+        rooflines = sorted({(100 * r["density"], r["roofline_microseconds"]) for r in rows if "int8" not in r["implementation"]})
+        (labelled["roofline: bf16 bytes / read ceiling"],) = axis.plot(*zip(*rooflines, strict=True), color="black", linewidth=2)
         axis.set(title=name, xscale="log", yscale="log", xlabel="rows attended to, %", ylabel="microseconds")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.legend(labelled.values(), labelled.keys(), loc="lower center", ncols=6, fontsize=8)

@@ -185,14 +185,14 @@ class KernelReport:
           label: of the printed line.
           case: what was timed, the first keys of the row; `more` are the last.
         """
-        floor_us = moved_bytes / self.ceiling_tbps / 1e6
+        roofline_us = moved_bytes / self.ceiling_tbps / 1e6
         row = {
             **case,
             "microseconds": microseconds,
             "bytes": moved_bytes,
-            "floor_microseconds": floor_us,
+            "roofline_microseconds": roofline_us,
             "terabytes_per_second": moved_bytes / microseconds / 1e6,
-            "percent_of_ceiling": 100 * floor_us / microseconds,
+            "percent_of_ceiling": 100 * roofline_us / microseconds,
             **more,
         }
         self.content["cases"].append(row)

@@ -78,7 +78,7 @@ def _measure_steps(
 ) -> dict[str, Any]:
     """Measure steps of `tokens` tokens.
 
-    Returns: milliseconds, tokens and model FLOPs per second, MFU ("peak_fraction"), the device memory's peak so far in GB,
+    Returns: milliseconds, tokens and model FLOPs per second, MFU ("mfu"), the device memory's peak so far in GB,
     milliseconds by kind of device operation, and the longest operations.
     """
     fixed, state = training.initial_state(model, config, mesh)
@@ -104,7 +104,7 @@ def _measure_steps(
         "tokens_per_second": tokens / second,
         "model_flops_per_step": flops,
         "model_flops_per_second": flops / second,
-        "peak_fraction": mfu(model, flops / second / (1 if mesh is None else mesh.size)),
+        "mfu": mfu(model, flops / second / (1 if mesh is None else mesh.size)),
         "attended_pairs": float(metrics["attended_pairs"]),
         "first_step_seconds": first_step_seconds,
         "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None,
@@ -120,7 +120,7 @@ def table(result: dict[str, Any]) -> str:
         f"{'attention':12}{'ms/step':>10}{'tokens/s':>14}{'MFU, %':>11}",
     ]
     for name, figures in result["attention"].items():
-        fraction = figures["peak_fraction"]
+        fraction = figures["mfu"]
         percent = "-" if fraction is None else f"{100 * fraction:.1f}"
         lines.append(f"{name:12}{figures['ms_per_step']:10.1f}{figures['tokens_per_second']:14,.0f}{percent:>11}")
         lines += [f"  {kind:20}{ms:8.1f} ms" for kind, ms in figures["device_ms_by_kind"].items()]

@@ -68,14 +68,13 @@ def _operators(frame: pd.DataFrame) -> str:
 def _speeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Compute right answers and all answers per second, each seed at its best batch and then the mean over seeds.
 
-    Returns: a row for each variant and number of operators, with the best batch of its first seed beside those tried.
+    Returns: a row for each variant and number of operators, with the best batch of its first seed.
     """
     rows = []
     for row in frame[frame["kind"] == "speed"].itertuples():
         best = max(row.by_batch_size, key=lambda speed: speed["problems_per_second"])
         answers = row.num_examples / min(speed["decode_seconds"] for speed in row.by_batch_size)
-        batch = f"{best['batch_size']} of {', '.join(str(speed['batch_size']) for speed in row.by_batch_size)}"
-        rows.append((row.variant, row.ops, best["problems_per_second"], answers, row.context_tokens, batch))
+        rows.append((row.variant, row.ops, best["problems_per_second"], answers, row.context_tokens, best["batch_size"]))
     speeds = pd.DataFrame(rows, columns=["variant", "ops", "right", "answers", "context_tokens", "batch"])
     how = {"right": "mean", "answers": "mean", "context_tokens": "mean", "batch": "first"}
     return speeds.groupby(["variant", "ops"], sort=False).agg(how)
@@ -95,26 +94,35 @@ def _ratios(speeds: pd.DataFrame) -> dict[int, tuple[float, float]]:
 # ----------------------------------------------------------------------------------------------------------------- tables
 
 
+_HEAD = ("examples", "answers", "all steps", *pages.BOUNDS, *pages.EXTREMES, "all spans minimal", "tokens attended")
+
+
 def _accuracies(frame: pd.DataFrame) -> list[str]:
-    return [str(Tally.of(frame, name)) for name in _ACCURACIES]
+    """Write the cells below _HEAD up to the tokens; interval and seeds are those of all steps."""
+    tallies = {name: Tally.of(frame, name) for name in _ACCURACIES}
+    answers, steps, spans = (f"{tally.right:,}" for tally in tallies.values())
+    found = tallies["step_accuracy"]
+    return [f"{found.num_examples:,}", answers, steps, *found.bounds, *found.extremes, spans]
 
 
 def range_table(frame: pd.DataFrame) -> str:
+    """Write a row for each third of the range and all of it; tokens are means over lengths."""
     rows = []
     for variant, own in _by_variant(frame, "range"):
         thirds = [own[own["ops"].between(low, high)] for low, high in ((2, 8), (9, 15), (16, 22))]
         for part in [*(third for third in thirds if 0 < len(third) < len(own)), own]:
             tokens = part.groupby("seed")["attended_tokens"].mean().mean()
             rows.append((f"`{variant}`", _operators(part), *_accuracies(part), f"{tokens:.1f}"))
-    return markdown_table(("variant", "operators", *_ACCURACIES.values(), "tokens attended, mean over lengths"), rows)
+    return markdown_table(("variant", "operators", *_HEAD), rows)
 
 
 def long_table(frame: pd.DataFrame) -> str:
     rows = []
     for variant, own in _by_variant(frame, "long", each_length=True):
         context, tokens, fraction = own[["context_tokens", "attended_tokens", "attended_fraction"]].mean()
-        rows.append((f"`{variant}`", _operators(own), f"{context:,.0f}", *_accuracies(own), f"{tokens:.1f} ({fraction:.1%})"))
-    return markdown_table(("variant", "operators", "tokens of context", *_ACCURACIES.values(), "tokens attended"), rows)
+        cells = (*_accuracies(own), f"{tokens:,.1f}", f"{100 * fraction:.1f}", f"{context:,.0f}")
+        rows.append((f"`{variant}`", _operators(own), *cells))
+    return markdown_table(("variant", "operators", *_HEAD, "of the context, %", "tokens of context"), rows)
 
 
 def errors_table(frame: pd.DataFrame) -> str:
@@ -137,11 +145,13 @@ def speed_table(frame: pd.DataFrame) -> str:
     for variant, own in _by_variant(frame, "speed", each_length=True):
         ops = own["ops"].iloc[0]
         speed, answers = speeds.loc[(variant, ops)], Tally.of(own, "answer_accuracy")
-        ratio = "{:.2f}x ({:.2f}x)".format(*ratios[ops]) if variant == "span" and ops in ratios else "-"
-        rates = (f"{speed['right']:,.1f}", f"{speed['answers']:,.1f}", speed["batch"], ratio)
-        rows.append((f"`{variant}`", str(ops), f"{speed['context_tokens']:,.0f}", str(answers), *rates))
-    head = ("variant", "operators", "tokens of context", "answers", "right answers/s", "answers/s", "best batch of those tried")
-    return markdown_table((*head, "over `long` (were all its answers right)"), rows)
+        ratio = [f"{gain:.2f}" for gain in ratios[ops]] if variant == "span" and ops in ratios else ["-", "-"]
+        counts = (f"{speed['context_tokens']:,.0f}", f"{answers.num_examples:,}", f"{answers.right:,}")
+        rows.append(
+            (f"`{variant}`", str(ops), *counts, f"{speed['right']:,.1f}", f"{speed['answers']:,.1f}", f"{speed['batch']:.0f}", *ratio)
+        )
+    head = ("variant", "operators", "tokens of context", "examples", "right", "right answers/s", "answers/s", "best batch")
+    return markdown_table((*head, "over `long`", "over `long`, were all its answers right"), rows)
 
 
 def targets(frame: pd.DataFrame) -> str:
@@ -149,29 +159,31 @@ def targets(frame: pd.DataFrame) -> str:
     at_200 = {variant: Tally.of(own, "step_accuracy") for variant, own in _by_variant(frame[frame["ops"] == 200], "long")}
     ratio = _ratios(_speeds(frame)).get(200)
 
-    def reached(tallies: dict[str, Tally], name: str, share: float) -> str:
-        return judge(tallies[name].share >= share, str(tallies[name])) if name in tallies else "not run"
+    def reach(tallies: dict[str, Tally], name: str, share: float, where: str) -> tuple[str, ...]:
+        target, wanted = f"`{name}`, {where}: all steps right, %", f"{100 * share:.1f}"
+        own = tallies.get(name)
+        return judge(target, wanted) if own is None else judge(target, wanted, f"{100 * own.share:.2f}", reached=own.share >= share)
 
-    def against(name: str, control: str) -> str:
+    def match(name: str, control: str) -> tuple[str, ...]:
+        target = f"`{name}`, 2-22 operators: all steps right, %, not below `{control}` by more than the seeds' spread"
         if not {name, control} <= inside.keys():
-            return "not run"
+            return judge(target)
         span, dense = inside[name], inside[control]
-        return judge(span.share >= dense.share - max(span.spread, dense.spread), f"{span} against {dense}")
+        wanted = dense.share - max(span.spread, dense.spread)
+        return judge(target, f"{100 * wanted:.2f}", f"{100 * span.share:.2f}", reached=span.share >= wanted)
 
-    right, speed = "2-22 operators: all steps right on 99.5%", "not run"
-    if ratio:
-        speed = judge(ratio[0] >= 3, "{:.2f}x; {:.2f}x were all of the control's answers right".format(*ratio))
-    rows = [
-        (f"leaf_jumps, {right}", reached(inside, "leaf_jumps", 0.995)),
-        (f"span, {right}", reached(inside, "span", 0.995)),
-        ("span not below its dense control by more than the seeds' spread", against("span", "dense")),
-        (f"base, {right}", reached(inside, "base", 0.995)),
-        ("base not below its dense control", against("base", "base_dense")),
-    ]
-    for name in ("leaf_jumps", "span", "jumps", "base"):
-        rows.append((f"{name}, 200 operators, trained on 22 at most: 95% right", reached(at_200, name, 0.95)))
-    rows.append(("right answers per second at 200 operators: 3x the control trained there", speed))
-    return markdown_table(("target", "reached"), rows)
+    inside_range, beyond = "2-22 operators", "200 operators, trained on 22 at most"
+    faster = "right answers per second at 200 operators, over `long`"
+    return markdown_table(
+        pages.TARGETS,
+        [
+            *(reach(inside, name, 0.995, inside_range) for name in ("leaf_jumps", "span", "base")),
+            match("span", "dense"),
+            match("base", "base_dense"),
+            *(reach(at_200, name, 0.95, beyond) for name in ("leaf_jumps", "span", "jumps", "base")),
+            judge(faster, "3.00", f"{ratio[0]:.2f}", reached=ratio[0] >= 3) if ratio else judge(faster, "3.00"),
+        ],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ plots

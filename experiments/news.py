@@ -59,13 +59,12 @@ def _by_variant(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _cell(own: pd.DataFrame, key: str) -> str:
-    """Write the mean over seeds, and where there are several the lowest and the highest: ROUGE x 100, tokens, or a share."""
+    """Write the mean over seeds: ROUGE x 100, tokens, or a share."""
     values = own[key].dropna().astype(float)  # there are no span tokens to attend where a model writes none
     if values.empty:
         return "-"
     scale, unit = (1, "") if "tokens" in key else (100, "" if key.startswith("rouge") else "%")
-    average, low, high = (f"{scale * value:.1f}{unit}" for value in (values.mean(), values.min(), values.max()))
-    return average if len(values) == 1 else f"{average} ({low} to {high})"
+    return f"{scale * values.mean():.1f}{unit}"
 
 
 def scores_table(frame: pd.DataFrame, **more: str) -> str:
@@ -73,9 +72,9 @@ def scores_table(frame: pd.DataFrame, **more: str) -> str:
     columns, rows = _SCORES | more, []
     for variant, own in _by_variant(frame):
         right = Tally.of(own, "all_facts_right")
-        cells = [str(right) if key == "all_facts_right" else _cell(own, key) for key in columns]
-        rows.append((f"`{variant}`", f"{right.num_examples:,}", *cells))
-    return markdown_table(("variant", "summaries", *columns.values()), rows)
+        cells = [f"{right.right:,}" if key == "all_facts_right" else _cell(own, key) for key in columns]
+        rows.append((f"`{variant}`", f"{right.num_examples:,}", *cells, *right.bounds))
+    return markdown_table(("variant", "summaries", *columns.values(), *(f"all facts right, {bound}" for bound in pages.BOUNDS)), rows)
 
 
 def reading_table(frame: pd.DataFrame) -> str:
@@ -104,19 +103,19 @@ def speed_table(frame: pd.DataFrame) -> str:
 def targets(evaluated: pd.DataFrame, own: pd.DataFrame) -> str:
     rows = []
     for variant in ("span", "smollm2"):
-        control, rouge, reading = CONTROLS[variant], "not run", "not run"
+        control = CONTROLS[variant]
+        target = f"`{variant}`: ROUGE-L less than 0.5 below that of `{control}`"
+        rouge = judge(target)
         for frame in (own, evaluated):  # the larger evaluation counts where both variants have it
             found = dict(_by_variant(frame))
             if {variant, control} <= found.keys():
                 span, dense = (100 * found[name]["rougeL"].mean() for name in (variant, control))
-                num_examples = found[variant]["num_examples"].iloc[0]
-                rouge = judge(dense - span < 0.5, f"{span:.2f} against {dense:.2f} ({num_examples:,} summaries)")
-        read = evaluated[evaluated["variant"] == variant]
-        if not read.empty:
-            reading = judge(read["attended_fraction_body"].mean() < 0.25, _cell(read, "attended_fraction_body"))
-        rows.append((f"`{variant}`: ROUGE-L less than 0.5 points below `{control}`", rouge))
-        rows.append((f"`{variant}`: body tokens attend to less than 25% of their context", reading))
-    return markdown_table(("target", "reached"), rows)
+                rouge = judge(target, f"{dense - 0.5:.2f}", f"{span:.2f}", reached=dense - span < 0.5)
+        read, target = evaluated[evaluated["variant"] == variant], f"`{variant}`: of the context, body tokens attend to less than"
+        share = None if read.empty else read["attended_fraction_body"].mean()
+        reading = judge(target, "25%") if share is None else judge(target, "25%", f"{share:.1%}", reached=share < 0.25)
+        rows += [rouge, reading]
+    return markdown_table(pages.TARGETS, rows)
 
 
 _MARKS = {

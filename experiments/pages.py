@@ -56,10 +56,25 @@ class Tally:
     def spread(self) -> float:
         return max(self.by_seed) - min(self.by_seed)
 
-    def __str__(self) -> str:
+    @property
+    def bounds(self) -> tuple[str, str]:
+        """The cells of its 95% interval (Wilson), in percent."""
         low, high = self.interval
-        seeds = f"; seeds {min(self.by_seed):.1%} to {max(self.by_seed):.1%}" if len(self.by_seed) > 1 else ""
-        return f"{self.right:,} of {self.num_examples:,} ({low:.1%} to {high:.1%}{seeds})"
+        return f"{100 * low:.1f}", f"{100 * high:.1f}"
+
+    @property
+    def extremes(self) -> tuple[str, str]:
+        """The cells of the lowest and the highest seed, in percent; "-" where there is one."""
+        shares = [f"{100 * share:.1f}" for share in (min(self.by_seed), max(self.by_seed))]
+        return (shares[0], shares[1]) if len(self.by_seed) > 1 else ("-", "-")
+
+
+BOUNDS = ("95% from, %", "95% to, %")
+"""Head of `Tally.bounds`."""
+EXTREMES = ("lowest seed, %", "highest seed, %")
+"""Head of `Tally.extremes`."""
+TARGETS = ("target", "wanted", "found", "reached")
+"""Head of a table of targets; see `judge`."""
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -68,39 +83,56 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) if rows else "Not run."
 
 
-def judge(reached: bool, found: str) -> str:
-    """Say whether a target is reached, and what was found."""
-    return f"{'yes' if reached else '**no**'}: {found}"
+def judge(target: str, wanted: str = "-", found: str = "-", *, reached: bool | None = None) -> tuple[str, str, str, str]:
+    """Write the row of a target; None where it was not run."""
+    return target, wanted, found, "not run" if reached is None else "yes" if reached else "**no**"
 
 
-def _seeds(runs: Iterable[Run]) -> dict[str, str]:
+def _seeds(runs: Iterable[Run]) -> dict[str, list[str]]:
     """List the seeds of each variant."""
     by_variant = itertools.groupby(runs, key=lambda run: run.variant)
-    return {name: ", ".join(str(run.seed) for run in own) for name, own in by_variant}
+    return {name: [str(run.seed) for run in own] for name, own in by_variant}
+
+
+def _cards(runs: Iterable[Run]) -> dict[str, str]:
+    """Name the cards that each variant was evaluated on, as in "H100"."""
+    devices = {run.variant: {found["device"] for found in run.evaluations.values()} for run in runs}
+    return {name: ", ".join(sorted(each.removeprefix("NVIDIA ").split(" ")[0] for each in own)) for name, own in devices.items()}
 
 
 def _variants_table(experiment: Experiment, runs: Sequence[Run]) -> str:
-    seeds = _seeds(runs)
+    seeds, cards = _seeds(runs), _cards(runs)
     rows = [
-        (f"`{name}`", own.description, f"`{f'{own.preset} {own.options}'.strip()}`", seeds.get(name, "not run"))
+        (
+            f"`{name}`",
+            own.description,
+            f"`{f'{own.preset} {own.options}'.strip()}`",
+            str(len(seeds[name])) if name in seeds else "not run",
+            cards.get(name) or "-",
+        )
         for name, own in experiment.variants.items()
     ]
-    return markdown_table(("variant", "what it is", "`python train.py`", "seeds"), rows)
+    return markdown_table(("variant", "what it is", "`python train.py`", "number of seeds", "evaluated on"), rows)
 
 
 def _training_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         settings, curve = run.settings["training"], run.curve
-        done, cells = f"{settings['steps']:,}", ["-"] * 5
+        done, cells = settings["steps"], ["-"] * 5
         if curve:
-            if curve["step"][-1] != settings["steps"]:
-                done = f"{curve['step'][-1]:,} of {done}"
-            mfu = curve["bf16_peak_fraction"]
-            cells = [f"{curve['seconds']:,.0f}", f"{round(curve['tokens_per_second'], -3):,.0f}", "-" if mfu is None else f"{mfu:.1%}"]
-            cells += [f"{curve['input_wait_fraction']:.1%}", f"{curve['loss'][-1]:.2g}"]
-        rows.append((f"`{run.variant}`", str(run.seed), f"{done} x {settings['batch_size']} x {settings['sequence_tokens']}", *cells))
-    return markdown_table(("variant", "seed", "steps x rows x tokens", "seconds", "tokens/s", "MFU", "input wait", "last loss"), rows)
+            done = curve["step"][-1]
+            mfu = curve["mfu"]
+            cells = [
+                f"{curve['seconds']:,.0f}",
+                f"{round(curve['tokens_per_second'], -3):,.0f}",
+                "-" if mfu is None else f"{100 * mfu:.1f}",
+            ]
+            cells += [f"{100 * curve['input_wait_fraction']:.1f}", f"{curve['loss'][-1]:.2g}"]
+        sizes = (f"{done:,}", str(settings["batch_size"]), str(settings["sequence_tokens"]))
+        rows.append((f"`{run.variant}`", str(run.seed), *sizes, *cells))
+    head = ("variant", "seed", "steps", "rows", "tokens of a row", "seconds", "tokens/s", "MFU, %", "input wait, %", "last loss")
+    return markdown_table(head, rows)
 
 
 def _not_run(experiment: Experiment, runs: Sequence[Run]) -> str:
@@ -108,7 +140,7 @@ def _not_run(experiment: Experiment, runs: Sequence[Run]) -> str:
     lines = [f"- `{name}` ({own.description}): not trained" for name, own in experiment.variants.items() if name not in trained]
     for kind, description in experiment.evaluations.items():
         missing = _seeds(run for run in runs if kind not in run.evaluations)
-        names = [f"`{name}` with seed {seeds}" for name, seeds in missing.items()]
+        names = [f"`{name}` with seed {', '.join(seeds)}" for name, seeds in missing.items()]
         lines += [f"- {description}: {'; '.join(names)}"] if names else []
     return "\n".join(lines) or "Nothing: all variants were trained and evaluated."
 

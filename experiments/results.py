@@ -24,9 +24,10 @@ from selfspan_jax.errors import UserError
 # What is kept of a file: the `fields` of `pick`. Of an evaluation, the experiment says it.
 _SIZES = ("steps", "batch_size", "sequence_tokens")
 _RUN = {"training": dict.fromkeys(("*", "seed", *_SIZES)), "base": dict.fromkeys(("*", "name"))}  # other sections: anything
-_STEP = dict.fromkeys(("step", "loss", "steps_per_second", "tokens_per_second", "input_wait_fraction", "bf16_peak_fraction?"))
-_CURVE = dict.fromkeys(("step", "loss", "seconds", "tokens_per_second", "input_wait_fraction", "bf16_peak_fraction", "evaluation?"))
+_STEP = dict.fromkeys(("step", "loss", "steps_per_second", "tokens_per_second", "input_wait_fraction", "mfu?"))
+_CURVE = dict.fromkeys(("step", "loss", "seconds", "tokens_per_second", "input_wait_fraction", "mfu", "evaluation?"))
 _CURVE_POINTS = 100
+_RENAMED = {"bf16_peak_fraction": "mfu"}  # metrics of old runs
 _UNNAMED = {"label_jumps": 0, "jumps_at": "any"}  # settings of a corpus that old runs did not name yet
 
 
@@ -191,12 +192,13 @@ def _reduced_metrics(rows: Sequence[Mapping[str, Any]], where: str) -> dict[str,
     Returns: the loss as means over neighbouring rows, the seconds of all steps with compilation, medians of the rates, and the
     run's own evaluation after its last step where there is one.
     """
+    rows = [{_RENAMED.get(key, key): value for key, value in row.items()} for row in rows]
     logged = pd.DataFrame([pick(row, _STEP, where) for row in rows if "loss" in row])
     if logged.empty:
         raise UserError(f"{where}: has no step")
     steps, last = logged["step"], logged["step"].iloc[-1]
     blocks = logged.groupby(logged.index // -(-len(logged) // _CURVE_POINTS))
-    rates = logged.reindex(columns=["tokens_per_second", "input_wait_fraction", "bf16_peak_fraction"]).median()
+    rates = logged.reindex(columns=["tokens_per_second", "input_wait_fraction", "mfu"]).median()
     own = {key.removeprefix("eval/"): value for row in rows if row["step"] == last for key, value in row.items() if "eval/" in key}
     return {
         "step": blocks["step"].last().tolist(),

@@ -195,7 +195,7 @@ def test_the_table_is_shown_when_its_json_cannot_be_written(call, tmp_path, expr
 
 
 def test_eval_at_several_batch_sizes(call, tmp_path):
-    """Several numbers of operators: test_a_control_arm_trains_and_is_evaluated."""
+    """Several numbers of operators: test_a_control_trains_and_is_evaluated."""
     file = tmp_path / "eval.json"
     arguments = ["--num-examples", 4, "--ops", "4", "--batch-size", "2,4", "--passes", 2, "--seed", 3, "--json", file]
     status, out, _ = call(decode.main, "eval", CHECKPOINT, *arguments)
@@ -237,7 +237,7 @@ def test_bench_writes_a_row_for_each_configuration(call, small, tmp_path, monkey
     expected = [(int8, 2, policy) for int8 in (False, True) for policy in ("dense", "span")]
     assert [(row["int8"], row["batch_size"], row["attention"]) for row in report["rows"]] == expected
     promised = {
-        "ms_per_step", "tokens_per_second", "attended_tokens", "attended_fraction", "bytes_per_step", "floor_ms", "percent_of_floor",
+        "ms_per_step", "tokens_per_second", "attended_tokens", "attended_fraction", "bytes_per_step", "roofline_ms", "percent_of_roofline",
         "speedup_over_dense", "time_to_first_token_ms", "kv_memory_bytes", "program_memory_bytes", "compile_seconds",
     }  # fmt: skip
     assert all(promised <= row.keys() for row in report["rows"])
@@ -290,7 +290,7 @@ def test_decoding_on_a_mesh_says_what_one_device_says(call, small, tmp_path):
     status, out, err = call(decode.main, "bench", small, *BENCH, "--mesh", "data=2,tensor=2", "--json", tmp_path / "bench.json")
     assert (status, err) == (0, "") and out.startswith("4 x cpu (data=2,tensor=2)")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["attention"] for row in rows] == ["dense", "span"] and all(row["floor_ms"] > 0 for row in rows)
+    assert [row["attention"] for row in rows] == ["dense", "span"] and all(row["roofline_ms"] > 0 for row in rows)
 
 
 def damaged(tmp_path):
@@ -447,8 +447,8 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line_before_anything_is_writ
     [["--mask", "dense"], ["--mask", "dense", "--labelling", "plain"], ["--labelling", "none", "--header-view", "all"]],
     ids=["dense", "plain", "untagged"],
 )
-def test_a_control_arm_trains_and_is_evaluated(call, tmp_path, options):
-    """One command line an arm, from the data to the scores."""
+def test_a_control_trains_and_is_evaluated(call, tmp_path, options):
+    """One command line a variant, from the data to the scores."""
     status, _, err = call(train.main, "arithmetic-small", "--run-dir", tmp_path / "run", *TOY, "--eval-examples", 2, *options)
     assert status == 0, err
     file = tmp_path / "eval.json"

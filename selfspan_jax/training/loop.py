@@ -160,7 +160,7 @@ def _check_finite(step: int, metrics: Mapping[str, Array]) -> None:
 
 
 def _summary(values: Mapping[str, float]) -> str:
-    utilisation = f", {100 * values['bf16_peak_fraction']:.1f}% MFU" if "bf16_peak_fraction" in values else ""
+    utilisation = f", {100 * values['mfu']:.1f}% MFU" if "mfu" in values else ""
     return f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s{utilisation}"
 
 

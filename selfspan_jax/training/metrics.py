@@ -80,7 +80,7 @@ class StepTimer:
         # The pairs are those of the last step: batches differ little in them, and they are a small part of the sum.
         flops = step_flops(self._model, self._tokens, self._steps * values["attended_pairs"])
         if (utilisation := mfu(self._model, flops / seconds / self._num_devices)) is not None:
-            values["bf16_peak_fraction"] = utilisation
+            values["mfu"] = utilisation
         values |= {
             "model_flops_per_second": flops / seconds,
             "tokens_per_second": self._tokens / seconds,

@@ -114,7 +114,7 @@ def test_what_is_measured_attends_to_what_the_mask_says(shape, draw, measured):
     expected = np.array([counts(shape, sequence, 32) for sequence in token_ids])
     assert row["attended_tokens"] == pytest.approx(expected.mean())
     assert row["attended_fraction"] == pytest.approx((expected / np.arange(241, 273)).mean())
-    assert row["mean_context_tokens"] == 256.5 and "upkeep_fraction" in row
+    assert row["mean_context_tokens"] == 256.5 and "overhead_fraction" in row
 
     table = 1000 * np.arange(4)[:, None] + np.arange(300)
     listed, how_many, own = map(np.asarray, decoding.oracle_slots(shape, SPAN, token_ids, table.astype(np.int32)))
@@ -128,7 +128,7 @@ def test_what_is_measured_attends_to_what_the_mask_says(shape, draw, measured):
 def test_rows_of_other_cases(measured):
     """Dense steps attend to everything; samples attend to what their one prompt says."""
     assert measured[DENSE]["attended_tokens"] == measured[DENSE]["mean_context_tokens"] == 256.5
-    assert measured[DENSE]["attended_fraction"] == 1.0 and "upkeep_fraction" not in measured[DENSE]
+    assert measured[DENSE]["attended_fraction"] == 1.0 and "overhead_fraction" not in measured[DENSE]
     assert measured[SAMPLES]["attended_tokens"] == pytest.approx(counts(SHAPE, segments(SAMPLES)[0], 32).mean())
     for case, row in measured.items():
         assert row["ms_per_step"] > 0 and row["tokens_per_second"] == pytest.approx(1e3 * case.batch_size / row["ms_per_step"])
@@ -171,7 +171,7 @@ def test_on_a_mesh_bytes_and_memory_are_those_of_one_device(measured):
         batch, attended = 4 // parts, row["attended_tokens"] * 4 / parts
         assert row["bytes_per_step"] == round(weights + batch * d * 2 + (attended + batch) * layers * 2 * k * h * 2)
         assert row["kv_memory_bytes"] * mesh.size == measured[case]["kv_memory_bytes"]
-        assert row["attended_tokens"] == measured[case]["attended_tokens"] and ("upkeep_fraction" in row) == (case is not DENSE)
+        assert row["attended_tokens"] == measured[case]["attended_tokens"] and ("overhead_fraction" in row) == (case is not DENSE)
         if case is DENSE:  # all that there is: 60,480 bytes of weights, 2 embeddings, 2 x 256.5 tokens read and 2 written, 64 bytes each
             assert (row["bytes_per_step"], row["kv_memory_bytes"]) == (60_480 + 128 + 515 * 64, 2 * 288 * 64)
 
@@ -269,7 +269,7 @@ def test_rows_are_compared_with_their_roofline_their_dense_row_and_the_peer():
     )
     peer, dense, span, int8, other, streamed, _ = found["rows"]
     assert not {"speedup_over_dense", "speedup_over_hf"} & streamed.keys()
-    assert span["floor_ms"] == pytest.approx(0.5) and span["percent_of_floor"] == pytest.approx(50)
+    assert span["roofline_ms"] == pytest.approx(0.5) and span["percent_of_roofline"] == pytest.approx(50)
     assert (span["speedup_over_dense"], span["speedup_over_hf"]) == (4.0, 6.0)
     assert (dense["speedup_over_dense"], dense["speedup_over_hf"], peer["speedup_over_hf"]) == (1.0, 1.5, 1.0)
     assert "speedup_over_dense" not in int8 and "speedup_over_hf" in int8  # there is no dense int8 row

@@ -204,7 +204,7 @@ def test_rows_are_compared_with_the_peak_the_dense_row_and_the_peer(monkeypatch,
     peer, dense, span, other, _ = found["rows"]
     flops = prefill.prefill_flops(SHAPE.abstract(), 512, 2, 65792)
     assert peer["model_flops"] == dense["model_flops"] == flops > span["model_flops"]
-    assert peer["percent_of_peak"] == pytest.approx(100 * flops / 6e-3 / 1e12) and peer["floor_ms"] == pytest.approx(1e3 * flops / 1e12)
+    assert peer["percent_of_peak"] == pytest.approx(100 * flops / 6e-3 / 1e12) and peer["roofline_ms"] == pytest.approx(1e3 * flops / 1e12)
     assert dense["percent_of_peak"] == pytest.approx(100 * flops / 4e-3 / 2e12) and dense["tokens_per_second"] == 128_000
     assert (span["speedup_over_dense"], span["speedup_over_hf"], dense["speedup_over_hf"]) == (4.0, 6.0, 1.5)
     assert "speedup_over_hf" not in other

@@ -42,7 +42,7 @@ def test_rows_of_kernels_stand_beside_their_bytes(tmp_path, monkeypatch, capsys)
     report.add("a kernel", 10.0, 5_000_000, {"name": "a"}, spread_microseconds=1.0)
     report.save()
     written = json.loads((tmp_path / "report.json").read_text())
-    row = {"name": "a", "microseconds": 10.0, "bytes": 5_000_000, "floor_microseconds": 2.5, "terabytes_per_second": 0.5}
+    row = {"name": "a", "microseconds": 10.0, "bytes": 5_000_000, "roofline_microseconds": 2.5, "terabytes_per_second": 0.5}
     assert written == {**header, "seed": 3, "cases": [row | {"percent_of_ceiling": 25.0, "spread_microseconds": 1.0}]}
     assert "25% of the ceiling" in capsys.readouterr().out
 

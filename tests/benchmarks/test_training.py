@@ -21,7 +21,7 @@ def test_the_benchmark_of_a_step_names_every_figure():
     figures = result["attention"]["xla"]
     tokens = np.mean([np.count_nonzero(batch.segment_ids) for batch in itertools.islice(batches_from(0), 2)])
     assert figures["tokens_per_second"] * figures["ms_per_step"] / 1e3 == pytest.approx(tokens)
-    assert figures["peak_fraction"] is None and len(figures["ms_of_repetitions"]) == training.REPETITIONS
+    assert figures["mfu"] is None and len(figures["ms_of_repetitions"]) == training.REPETITIONS
     assert "32 tokens a step" in training.table(result)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(nnx.state(model, nnx.Param)), strict=True):
         np.testing.assert_array_equal(old, new)  # it measures, it does not train

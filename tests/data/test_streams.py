@@ -212,7 +212,7 @@ def test_labels_that_cannot_be_are_refused(labels):
 @pytest.mark.parametrize(
     "settings", [{"labelling": "none"}, {"labelling": "plain"}, {"label_jumps": 3}, {"label_jumps": 3, "jumps_at": "leaves"}]
 )
-def test_arms_of_an_experiment_draw_the_same_expressions(settings):
+def test_variants_of_an_experiment_draw_the_same_expressions(settings):
     tagged, other = take(PROTOCOL, 200), take(Corpus(**settings), 200)
     assert [e.expression for e in tagged] == [e.expression for e in other]
     assert {e.labelling for e in other} == {settings.get("labelling", "tree")}
