@@ -594,7 +594,8 @@ NEWS_OPTIONS = {
 def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
     """The same commands for another task: from training to the sources of a summary."""
     run, data, page = tmp_path / "run", tmp_path / "corpus", tmp_path / "page.html"
-    status, out, err = call(train.main, "news-small", "--run-dir", run, *(word for option in NEWS_OPTIONS.items() for word in option))
+    options = [*(word for option in NEWS_OPTIONS.items() for word in option), "--header-view", "labels", "--closed-pieces"]
+    status, out, err = call(train.main, "news-small", "--run-dir", run, *options)
     assert status == 0 and "finished" in out, err
     assert "synthetic articles of 2 to 2 events" in (run / "model" / "README.md").read_text()
     sizes = ["--num-examples", "4", "--max-events", "2", "--max-distractors", "0", "--vocab-tokens", "400"]
@@ -606,6 +607,8 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
     assert {"rouge1", "rougeL", "fact_accuracy", "span_precision", "attended_fraction_body", "summaries_per_second"} <= written.keys()
     fresh, drawn = decode.Eval(checkpoint=run / "model", num_examples=3).examples(news.NewsTask.from_json(written_task(run)))
     assert list(fresh) == ["synthetic"] and len(fresh["synthetic"]) == 3 and drawn == {"seed": 1}
+    *_, last, solve = fresh["synthetic"][0].prompt_ids
+    assert last == solve + 1 + len(fresh["synthetic"][0].story.article)  # the last `<seg:k>` once more, in ids after `<solve>`
 
     article = ["--article", "docs/article.txt", "--max-new-tokens", 8, "--html", page]
     status, out, err = call(decode.main, "generate", run / "model", *article)
