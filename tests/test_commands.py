@@ -65,6 +65,18 @@ def call(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A finished model of one layer with the words of arithmetic, for what does not depend on what a model knows."""
+    task = arithmetic.ArithmeticTask()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_kv_heads=2, head_size=8)
+    config = ModelConfig(**sizes, compute_dtype="float32")
+    model = Decoder(config, vocab=SpanVocab(**task.vocab.span_ids()), vocab_size=task.vocab.size, rngs=nnx.Rngs(0))
+    directory = tmp_path_factory.mktemp("benchmarked") / "small"
+    save_model(directory, model, task.to_json(), "")
+    return directory
+
+
 def test_generate_shows_the_steps_and_what_each_one_read(call, tmp_path):
     status, out, err = call(
         decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--stream", "--stop", "<seg:4>", "--max-new-tokens", 64,
@@ -95,27 +107,22 @@ def test_a_model_of_others_continues_text(call, tmp_path):
 
 
 def test_generate_takes_a_file_of_prompts(call, tmp_path):
-    """Each response has its own warnings and verdict; of a prompt that is none its number and its beginning are told."""
+    """Each response has its own warnings and verdict; what is cut short cannot be right; a prompt that is none is told by its number."""
     prompts, written = tmp_path / "prompts.txt", tmp_path / "out.json"
-    prompts.write_text("((51+75)-(95*3))\n\n123456*7\n")
+    prompts.write_text("((51+75)-(95*3))\n\n123456*7\n((51+75)-(95*3))+(8*(4+16))\n")
     status, out, err = call(decode.main, "generate", CHECKPOINT, "--prompts", prompts, "--max-new-tokens", 64, "--json", written)
     assert (status, err) == (0, "")
-    first, second = out.split("\n\n[2/2] 123456*7\n")
-    assert first.startswith("[1/2] ((51+75)-(95*3))\nstep ") and "warning" not in first and "(all 3 steps and spans are right)" in first
+    first, second, third = re.split(r"\n\n\[[23]/3\] .*\n", out)
+    assert first.startswith("[1/3] ((51+75)-(95*3))\nstep ") and "warning" not in first and "(all 3 steps and spans are right)" in first
     assert second.startswith("warning: 123456 is beyond what the model was trained on") and "\nWRONG: 123456*7 = " in second
-    right, wrong = json.loads(written.read_text())["responses"]
+    assert re.match("warning: The response was stopped .* tokens written: 64. .*--max-new-tokens", third)
+    assert "STOPPED: ((51+75)-(95*3))+(8*(4+16)) = (no answer)   (step 6" in third and "are right" not in third
+    right, wrong, _ = json.loads(written.read_text())["responses"]
     assert right["verdict"]["answer_right"] and not right["warnings"] and len(wrong["warnings"]) == 2
     assert wrong["verdict"]["answer_right"] is False and wrong["verdict"]["message"] in second
     prompts.write_text("1+2\n(3+\n")
     status, _, err = call(decode.main, "generate", CHECKPOINT, "--prompts", prompts)
     assert status == 2 and re.fullmatch(r"error: prompt 2, '\(3\+': column 4: .*\n", err)
-
-
-def test_generate_says_what_is_wrong_with_a_response(call):
-    """Greedy decoding that is cut short cannot be right, and the command says so."""
-    status, out, _ = call(decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--max-new-tokens", 12)
-    assert status == 0 and re.match("warning: The response was stopped .* tokens written: 12. .*--max-new-tokens", out)
-    assert "STOPPED: ((51+75)-(95*3)) = (no answer)   (step 2" in out and "are right" not in out
 
 
 def test_eval_reports_by_number_of_operators(call, tmp_path):
@@ -124,7 +131,9 @@ def test_eval_reports_by_number_of_operators(call, tmp_path):
     assert status == 0 and "right answers per second of prefill and decoding, batch 8" in out
     scores = json.loads(file.read_text())
     assert scores["num_examples"] == 8 == sum(row["num_examples"] for row in scores["by_ops"].values())
-    assert set(scores["by_ops"]) <= {"2", "3"} and scores["step_accuracy"] == 1.0
+    assert set(scores["by_ops"]) <= {"2", "3"} and scores["step_accuracy"] == 1.0 and scores["first_errors"] == {}
+    low, high = scores["by_ops"]["2"]["step_accuracy_interval"]
+    assert low < 0.9 and high == pytest.approx(1.0)
     assert scores["checkpoint"] == "arithmetic-tiny" and scores["attention"] == "span" and scores["decode_seconds"] > 0
 
 
@@ -147,10 +156,10 @@ def descriptor_to(number, file):
     os.close(before)
 
 
-def test_eval_of_a_corpus_directory(call, tmp_path, expressions):
+def test_eval_of_a_corpus_directory(call, small, tmp_path, expressions):
     """The JSON has what was evaluated and no settings of fresh examples; on standard output it stands alone."""
     with descriptor_to(1, tmp_path / "stdout"):
-        status, out, err = call(decode.main, "eval", CHECKPOINT, "--data", expressions, "--json", "-")
+        status, out, err = call(decode.main, "eval", small, "--data", expressions, "--json", "-")
     found = json.loads((tmp_path / "stdout").read_text())
     assert (status, out) == (0, "") and "\nmine: " in err and "operators  examples" in err and "mine operators" not in err
     assert (found["data"], found["split"], found["num_examples"], list(found["sets"]), list(found["by_ops"])) == (
@@ -173,12 +182,12 @@ def test_eval_of_a_corpus_directory(call, tmp_path, expressions):
     assert status == 2 and err == f"error: {expressions} has no test split: there is train\n"
 
 
-def test_results_are_kept_when_nobody_reads_the_table(call, tmp_path, expressions, monkeypatch):
+def test_results_are_kept_when_nobody_reads_the_table(call, small, tmp_path, expressions, monkeypatch):
     file = tmp_path / "eval.json"
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["decode.py", "eval", CHECKPOINT, "--data", str(expressions), "--json", str(file)])
+        patch.setattr(sys, "argv", ["decode.py", "eval", str(small), "--data", str(expressions), "--json", str(file)])
         patch.setattr(sys, "stdout", stdout)
         with contextlib.suppress(BrokenPipeError, SystemExit), jax.numpy_dtype_promotion("standard"):
             decode.main()
@@ -187,38 +196,25 @@ def test_results_are_kept_when_nobody_reads_the_table(call, tmp_path, expression
     assert json.loads(file.read_text())["num_examples"] == 3
 
 
-def test_the_table_is_shown_when_its_json_cannot_be_written(call, tmp_path, expressions, monkeypatch):
+def test_the_table_is_shown_when_its_json_cannot_be_written(call, small, tmp_path, expressions, monkeypatch):
     """A disk that fills up while the model decodes."""
     monkeypatch.setattr(files, "write_json", lambda file, value: files.write_bytes(tmp_path, b""))
-    status, out, err = call(decode.main, "eval", CHECKPOINT, "--data", expressions, "--json", tmp_path / "eval.json")
+    status, out, err = call(decode.main, "eval", small, "--data", expressions, "--json", tmp_path / "eval.json")
     assert status == 2 and "\nmine: " in out and err == f"error: {tmp_path} cannot be written: Is a directory\n"
 
 
-def test_eval_at_several_batch_sizes(call, tmp_path):
+def test_eval_at_several_batch_sizes(call, small, tmp_path):
     """Several numbers of operators: test_a_control_trains_and_is_evaluated."""
     file = tmp_path / "eval.json"
     arguments = ["--num-examples", 4, "--ops", "4", "--batch-size", "2,4", "--passes", 2, "--seed", 3, "--json", file]
-    status, out, _ = call(decode.main, "eval", CHECKPOINT, *arguments)
+    status, out, _ = call(decode.main, "eval", small, *arguments)
     assert status == 0 and out.count("right answers per second") == 2
     found = json.loads(file.read_text())
     assert list(found["by_ops"]) == list(found["sets"]) == ["4"]
     own = found["sets"]["4"]
     assert [speed["batch_size"] for speed in own["by_batch_size"]] == [2, 4]
     assert own["problems_per_second"] == max(speed["problems_per_second"] for speed in own["by_batch_size"])
-    low, high = found["by_ops"]["4"]["step_accuracy_interval"]
-    assert low < 0.7 and high == pytest.approx(1.0) == own["step_accuracy"] and own["num_examples"] == 4
-    assert found["num_examples"] == 4 and found["seed"] == 3 and found["passes"] == 2 and found["first_errors"] == {}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A finished model of one layer with the words of arithmetic: what a benchmark says does not depend on what a model knows."""
-    task = arithmetic.ArithmeticTask()
-    config = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_kv_heads=2, head_size=8)
-    model = Decoder(config, vocab=SpanVocab(**task.vocab.span_ids()), vocab_size=task.vocab.size, rngs=nnx.Rngs(0))
-    directory = tmp_path_factory.mktemp("benchmarked") / "small"
-    save_model(directory, model, task.to_json(), "")
-    return directory
+    assert own["num_examples"] == found["num_examples"] == 4 and found["seed"] == 3 and found["passes"] == 2
 
 
 BENCH = ["--batch-size", "2", "--context", "96", "--steps", "8", "--attention", "dense,span"]
@@ -282,15 +278,16 @@ def test_decoding_on_a_mesh_says_what_one_device_says(call, small, tmp_path):
     found = []
     for mesh in ([], ["--mesh", "data=2,tensor=2"]):
         arguments = ["--num-examples", 5, "--ops", "2", "--batch-size", 4, "--json", tmp_path / "found.json", *mesh]
-        status, _, err = call(decode.main, "eval", CHECKPOINT, *arguments)
+        status, _, err = call(decode.main, "eval", small, *arguments)
         assert status == 0, err
         found.append(json.loads((tmp_path / "found.json").read_text()))
     same = [name for name in found[0] if name in ("num_examples", "attended_fraction", "attended_tokens") or "accuracy" in name]
     assert len(same) >= 6 and all(found[0][name] == found[1][name] for name in same)
-    status, out, err = call(decode.main, "bench", small, *BENCH, "--mesh", "data=2,tensor=2", "--json", tmp_path / "bench.json")
+    options = [*BENCH, "--attention", "span", "--mesh", "data=2,tensor=2"]
+    status, out, err = call(decode.main, "bench", small, *options, "--json", tmp_path / "bench.json")
     assert (status, err) == (0, "") and out.startswith("4 x cpu (data=2,tensor=2)")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["attention"] for row in rows] == ["dense", "span"] and all(row["roofline_ms"] > 0 for row in rows)
+    assert [row["attention"] for row in rows] == ["span"] and rows[0]["roofline_ms"] > 0
 
 
 def damaged(tmp_path):
@@ -444,8 +441,8 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line_before_anything_is_writ
 
 @pytest.mark.parametrize(
     "options",
-    [["--mask", "dense"], ["--mask", "dense", "--labelling", "plain"], ["--labelling", "none", "--header-view", "all"]],
-    ids=["dense", "plain", "untagged"],
+    [["--mask", "dense", "--labelling", "plain"], ["--labelling", "none", "--header-view", "all"]],
+    ids=["plain", "untagged"],
 )
 def test_a_control_trains_and_is_evaluated(call, tmp_path, options):
     """One command line a variant, from the data to the scores."""
@@ -551,7 +548,7 @@ def test_every_option_of_train_has_a_default_and_its_meaning(call):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path):
-    """A real process, killed without warning in mid-run, more than once, and with data workers of its own."""
+    """A real process, killed without warning in mid-run, and with data workers of its own."""
     arguments = [*TOY, "--steps", "40", "--workers", "1", "--checkpoint-every-steps", "7"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
@@ -567,14 +564,13 @@ def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path):
     process = start(whole)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    for least in (10, 22):
-        process = start(parts)
-        while max(steps_of(parts), default=0) < least and process.poll() is None:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL
-        assert not (parts / "model").exists() and max(steps_of(parts)) < 40
+    process = start(parts)
+    while max(steps_of(parts), default=0) < 10 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert not (parts / "model").exists() and max(steps_of(parts)) < 40
     process = start(parts)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
