@@ -1,0 +1,436 @@
+"""Documents of files and of public repositories: what is read, written, scored, counted and refused."""
+
+# ruff: noqa: E501  (tables of text)
+
+import collections
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rouge_score import rouge_scorer
+
+import decode
+from data import dataset
+from data.__main__ import main as data_main
+from data.alignment import Alignment
+from data.documents import DocumentTask
+from data.documents.corpus import overlapping, places, split_pieces, squeezed
+from data.errors import UserError
+from data.retrieval import BM25
+from data.scoring import numbers
+from data.stories.source import QUESTION
+from data.tasks import TASKS
+from data.vocab import train_vocab
+from tests.data import layouts
+
+WRITE = {"papers": layouts.write_reports, "verdicts": layouts.write_reports, "stories": layouts.write_stories}
+OPTIONS = ["--vocab-tokens", "400", "--num-labels", "64", "--max-prompt-tokens", "600"]
+
+
+def run(capsys, *arguments):
+    """(exit status, stdout, the last line of stderr)."""
+    try:
+        data_main([*map(str, arguments)])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    return status, out, (err.splitlines() or [""])[-1]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    reports = layouts.write_reports(root / "reports")
+    return {"papers": reports, "verdicts": reports, "stories": layouts.write_stories(root / "stories")} | {
+        "documents": layouts.write_own(root / "own.jsonl")
+    }
+
+
+@pytest.fixture(scope="module")
+def corpora(sources, tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpora")
+    for name, source in sources.items():
+        data_main(
+            [name, "--source", str(source), *OPTIONS, "--out", str(root / name), *(["--split", "all"] if name == "documents" else [])]
+        )
+    return root
+
+
+def load(corpora, name, split=None):
+    return dataset.load(corpora / name, TASKS, split)
+
+
+def test_repositories_are_divided_as_they_say(corpora):
+    sizes = {name: [len(load(corpora, name, split)) for split in dataset.splits(corpora / name)] for name in WRITE}
+    assert sizes == {"papers": [3, 1, 2], "verdicts": [6, 2, 4], "stories": [2 * 4, 1, 2]}
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+PAPER = (
+    "<bos> Write the abstract: Wakor for tired waiters<seg:1> Introduction: Tired waiters are a problem everywhere.<seg:1>"
+    "<seg:2> Tea is what most of them drink.<seg:2><seg:3> Methods, patients (table :1): We asked 1240 waiters in the town of Oakwick.<seg:3>"
+    "<seg:4> They were given Wakor or tea for 3 weeks.<seg:4><seg:5> Results, main: With Wakor, 58 waiters woke, and with tea 31 (p=0.02)."
+    "<seg:5><seg:6> No one was hurt by anything.<seg:6><solve>"
+)
+WRITTEN = {
+    "papers": PAPER
+    + "<seg:7><ref:5> To see whether Wakor wakes waiters.<seg:8><ref:5> Of 1,240 waiters, 58 woke with Wakor and 31 with tea "
+    "(p = 0.02).<seg:9><ref:6> Nobody was hurt.<eos>",
+    "verdicts": PAPER.replace("Write the abstract: Wakor for tired waiters", "Which way did it go? Waking, with Wakor, compared to tea?")
+    + "<seg:7><ref:5> With Wakor, 58 waiters woke, and with tea 31 (p=0.02). Verdict: increased<eos>",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_example_is_written_as_the_protocol_says(corpora, name):
+    stored = load(corpora, name, "validation")
+    example = stored.task.renumber(next(iter(stored)))
+    assert stored.task.decode(example.token_ids) == WRITTEN[name]
+
+
+def test_each_answer_names_its_question_first_and_then_its_sections(corpora):
+    """People's sections, answers and kinds come back from the file, whatever the order of the questions."""
+    stored = load(corpora, "stories")
+    orders = collections.defaultdict(set)
+    for example in stored:
+        document = example.document
+        assert len(document.pieces) == 7 and document.pieces[0].endswith("found a silver key. It shone.")
+        for place, step in enumerate(document.steps, 3):
+            first, *sections = step.sources
+            name = "the " + document.pieces[1].split()[-1].rstrip(".")
+            told = {f"{QUESTION} {text.format(name=name)}": row for text, *row in layouts.ASKED}
+            numbered, kind, answers = told[document.pieces[first]]
+            assert first == place and [i + 1 for i in sections] == [int(n) for n in numbered.split(",")]
+            assert (step.kind, (step.text, *step.answers)) == (kind, tuple(filter(None, answers)))
+        orders[name].add(document.pieces[3:])
+    assert all(len(found) > 1 for found in orders.values())  # four shuffles of four questions each
+
+
+@pytest.mark.parametrize("name", TASKS.keys() - {"arithmetic", "news"} & {*WRITE, "documents"})
+def test_prompts_and_rows_give_the_example_again(corpora, name):
+    stored = load(corpora, name)
+    vocab = train_vocab(["other words"], vocab_tokens=300, num_labels=40)
+    for example in stored:
+        plain = stored.task.renumber(example)
+        assert (stored.task.encode_prompt(plain.prompt) == plain.prompt_ids).all()
+        other = dataclasses.replace(stored.task, vocab=vocab).renumber(example, 0.9)
+        assert other.document == example.document and other.first_label > 1
+        first = plain.token_ids + np.where(plain.token_ids >= stored.task.vocab.seg_base, example.first_label - 1, 0)
+        assert (first == example.token_ids).all()
+
+
+def test_questions_of_a_story_are_divided_among_examples(sources, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(capsys, "stories", "--source", sources["stories"], "--split", "train", *OPTIONS, "--questions", 3, "--orders", 1, "--out", out)
+    asked = [len(example.document.steps) for example in load(tmp_path, "out")]
+    assert asked == [2, 2, 2, 2]
+
+
+def test_evidence_is_found_by_its_offsets_in_body_and_abstract(corpora):
+    paper = next(iter(load(corpora, "papers")))
+    assert [(own.pieces, own.steps) for own in paper.document.evidence] == [((4,), (1,)), ((5,), ())]
+    card = load(corpora, "papers").card["statistics"]["alignment_against_evidence"]
+    assert {name: card[name] for name in ("marked", "among_sources", "in_both", "aligned")} == {
+        "marked": 6, "among_sources": 1.0, "in_both": 3, "aligned": 1.0,
+    }  # fmt: skip
+    kinds = [step.kind for example in load(corpora, "verdicts", "test") for step in example.document.steps]
+    assert kinds == ["increased", "no difference"] * 2
+
+
+def test_what_doctors_found_wrong_or_disagree_on_is_dropped_and_counted(tmp_path, capsys):
+    root = layouts.write_reports(tmp_path / "reports")
+    file = root / "annotations" / "v2_annotations.csv"
+    head, *lines = file.read_text(encoding="utf-8").splitlines()
+    answers = [
+        lines[0],
+        lines[0].replace(",1,UNK", ",-1,UNK"),  # disagrees with the one before
+        lines[2].replace("True,True", "False,True"),  # a wrong answer
+        lines[3].replace("True,True", "True,False"),  # wrong evidence
+        lines[5],
+        lines[7],  # evidence in the abstract alone
+    ]
+    file.write_text("\n".join([head, *answers]) + "\n", encoding="utf-8")
+    dropped = {"on which doctors disagree": 1, "whose answers were all found wrong": 1, "whose evidence was found wrong": 1}
+    for option, counts, pieces in (([], {"written": 1, "whose evidence is in no piece": 1}, [6]), (["--abstract"], {"written": 2}, [9, 9])):
+        out = tmp_path / f"out{len(option)}"
+        assert run(capsys, "verdicts", "--source", root, "--split", "train", *OPTIONS, *option, "--out", out)[0] == 0
+        stored = load(tmp_path, out.name)
+        assert stored.card["questions"] == {"read": 5, **counts, **dropped}
+        assert [len(example.document.pieces) for example in stored] == pieces
+
+
+# ----------------------------------------------------------------------------------------------- what is read of a prompt
+
+
+def test_a_prompt_may_be_the_report_as_its_repository_has_it(corpora):
+    drug, people, n = layouts.PAPERS["validation"][201]
+    text = layouts.REPORT.format(drug=drug, people=people, n=n)
+    papers, verdicts = load(corpora, "papers", "validation"), load(corpora, "verdicts", "validation")
+    assert papers.task.decode(papers.task.encode_prompt(text)) == PAPER
+    asked = "QUESTION: Waking, with Wakor,\ncompared to tea?\n\n" + text
+    assert verdicts.task.decode(verdicts.task.encode_prompt(asked)) == WRITTEN["verdicts"].partition("<solve>")[0] + "<solve>"
+    assert (
+        papers.task.decode(papers.task.encode_prompt("Tea. Milk."))
+        == "<bos> Write the abstract:<seg:1> Tea.<seg:1><seg:2> Milk.<seg:2><solve>"
+    )
+
+
+def test_a_story_is_asked_by_paragraphs(corpora):
+    task = load(corpora, "stories").task
+    text = task.decode(task.encode_prompt("A fox. It ran\nfar.\n\nQuestion: Who ran?"))
+    assert text == "<bos> Answer the questions:<seg:1> A fox. It ran far.<seg:1><seg:2> Question: Who ran?<seg:2><solve>"
+
+
+def test_long_prompts_are_cut_with_a_warning_and_long_documents_dropped_or_cut(sources, tmp_path, capsys):
+    said = []
+    for too_long in ("drop", "cut"):
+        options = ["--source", sources["papers"], "--split", "train", *OPTIONS[:4], "--max-prompt-tokens", 130, "--too-long", too_long]
+        said.append(run(capsys, "papers", *options, "--out", tmp_path / too_long))
+    assert said[0][0] == 2 and "3 dropped (3 longer than max_prompt_tokens)" in said[0][2]
+    stored = load(tmp_path, "cut")
+    assert stored.card["papers"]["written, cut to max_prompt_tokens"] == 3
+    for example in stored:
+        kept = len(example.document.pieces)
+        assert example.prompt_tokens <= 130 and kept < 6
+        assert {i for step in example.document.steps for i in step.sources} <= set(range(kept))
+        assert all(set(own.pieces) <= set(range(kept)) and set(own.steps) <= set(range(kept)) for own in example.document.evidence)
+    text = layouts.REPORT.format(drug="Tee", people="men", n=2)
+    (line,) = stored.task.warnings(text)
+    assert "of 6 pieces" in line and len(stored.task.encode_prompt(text)) <= 130
+
+
+def test_pieces_are_sentences_within_paragraphs_or_paragraphs():
+    text = "One. Two. Three.\n\nFour.\nFive."
+    assert split_pieces(text, 2) == ["One. Two.", "Three.", "Four. Five."]
+    assert split_pieces(text, 0) == ["One. Two. Three.", "Four. Five."]
+
+
+def test_places_are_found_whatever_the_white_space():
+    text = "  One\n two. \u00a0Two  three.\n\n***\n\nOne two."
+    found = places(text, ["One two.", "Two three.", "One two."])
+    assert [squeezed(text)[a:b] for a, b in found] == ["Onetwo.", "Twothree.", "Onetwo."]
+    assert overlapping(found, 3, found[1][1]) == (1,)  # four characters of the first are a slip
+    assert overlapping(found, 0, found[1][1]) == (0, 1) and overlapping(found, 8, 8) == ()
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def respond(task, steps):
+    """Write a response of (labels named, text)."""
+    vocab = task.vocab
+    ids = []
+    for number, (refs, text) in enumerate(steps, 40):
+        ids += [vocab.seg_base + number, *(vocab.ref_base + ref for ref in refs), *vocab.plain_text_ids(" " + text)]
+    return np.array([*ids, vocab.eos_id], np.int32)
+
+
+@pytest.mark.parametrize("name", [*WRITE, "documents"])
+def test_gold_responses_are_right_and_empty_ones_are_not(corpora, name):
+    stored = load(corpora, name)
+    examples = [stored.task.renumber(example) for example in stored]
+    gold = stored.task.scores(examples, [example.response_ids for example in examples])
+    # A first sentence without a number, "To see whether ...", and 1,240, which stands elsewhere than the sentence that is named.
+    expected = dict.fromkeys(gold, 1.0) | ({"numbers_in_sources": 0.75} if name == "papers" else {})
+    assert gold == pytest.approx(expected)
+    assert set(stored.task.scores(examples, [[]] * len(examples)).values()) == {0}
+    assert {key for keys in stored.task.score_kinds.values() for key in keys} == set(gold)
+
+
+def test_scores_of_an_abstract_by_hand(corpora):
+    stored = load(corpora, "papers", "validation")
+    example = stored.task.renumber(next(iter(stored)))
+    response = respond(stored.task, [((3, 5), "With Wakor, 58 waiters woke, 99 slept."), ((2,), "Of 1,240 waiters most drink tea.")])
+    scores = stored.task.scores([example], [response])
+    assert scores["numbers_in_body"] == 2 / 3 and scores["numbers_in_sources"] == 1 / 3 and scores["numbers_in_abstract"] == 2 / 3
+    assert scores["abstract_numbers_stated"] == 2 / 4  # of 1240, 58, 31, 0.02
+    assert scores["gold_precision"] == 1 / 3 and scores["gold_recall"] == 1 / 2  # 3, 5 and 2 are named, 5 and 6 are gold
+    assert scores["evidence_named"] == 1 / 2
+    aligned = Alignment().align(example.document.pieces, ["With Wakor, 58 waiters woke, 99 slept.", "Of 1,240 waiters most drink tea."])
+    hits = len({2, 4} & {*aligned[0]}) + len({1} & {*aligned[1]})
+    assert scores["aligned_precision"] == hits / 3 and scores["aligned_recall"] == hits / sum(map(len, aligned))
+
+
+def test_numbers_are_read_in_one_way():
+    assert numbers(["1,200 of 3.5% (p=0·05), 12,34", "1200 and 7"]) == {"1200", "3.5", "0.05", "12,34", "7"}
+
+
+VERDICTS = {
+    "right, other evidence": ([((6,), "No one was hurt. Verdict: increased")], (1, 1, 0, 0, 0)),
+    "wrong, right evidence": ([((5, 6), "So it was. Verdict: decreased")], (0, 1, 1, 0.5, 1)),
+    "the last one counts": ([((5,), "Verdict: decreased"), ((), "Verdict: increased")], (1, 1, 1, 1, 1)),
+    "another word": ([((5,), "Verdict: better")], (0, 0, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_verdicts_by_hand(corpora, case):
+    stored = load(corpora, "verdicts", "validation")
+    example = stored.task.renumber(next(iter(stored)))
+    steps, expected = VERDICTS[case]
+    scores = stored.task.scores([example], [respond(stored.task, steps)])
+    names = ("verdict_accuracy", "verdicts_given", "evidence_named", "evidence_precision", "evidence_recall")
+    assert tuple(scores[name] for name in names) == expected
+
+
+def test_answers_are_scored_by_the_question_that_they_name(corpora):
+    """In another order, the second annotator's words, one wrong section, a question that is left out."""
+    stored = load(corpora, "stories", "validation")
+    example = stored.task.renumber(next(iter(stored)))
+    label = {step.text: step.sources[0] + 1 for step in example.document.steps}
+    steps = [
+        ((label["under the oak"], 2), "below an oak"),
+        ((label["a hungry wolf"], 2, 1), "a bear"),
+        ((label["a silver key"], 1), "a key of gold"),
+        ((label["a silver key"], 1), "a silver key"),  # too late
+    ]
+    scores = stored.task.scores([example], [respond(stored.task, steps)])
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+    def rouge(own, *golds):
+        return max(scorer.score(gold, own)["rougeL"].fmeasure for gold in golds)
+
+    explicit = [rouge("below an oak", "under the oak", "below an oak"), rouge("a bear", "a hungry wolf", "a wolf")]
+    explicit.append(rouge("a key of gold", "a silver key", "the key"))
+    assert explicit[0] == 1 and scores["rougeL_explicit"] == pytest.approx(sum(explicit) / 3) and scores["rougeL_implicit"] == 0
+    assert scores["rougeL"] == pytest.approx(sum(explicit) / 4) and scores["rougeL_first_answer"] < scores["rougeL"]
+    assert scores["questions_answered"] == 3 / 4 and scores["section_named"] == 2 / 4
+    assert scores["section_precision"] == 2 / 4 and scores["section_recall"] == 2 / 5
+
+
+def test_bm25_by_its_formula():
+    """Robertson and Zaragoza (2009), equation 3.15, with k1 = 1.2 and b = 0.75; function words apart."""
+    pieces = ["snow fell", "snow snow towns hills", "rain"]
+    mean = 7 / 3
+
+    def score(tf, length):
+        idf = np.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+        return idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * length / mean))
+
+    assert (score(2, 4) > score(1, 2)) == (BM25(pieces).rank("the snow")[0] == 1)
+    assert BM25(pieces).rank("rain")[0] == 2 and BM25(pieces).rank("the") == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------- documents of one's own
+
+
+def test_own_documents_are_aligned_where_they_have_no_sources(corpora):
+    stored = load(corpora, "documents")
+    texts, pieces = (example.document for example in stored)
+    assert [step.sources for step in texts.steps] == [(0, 2), (3,)] and [step.sources for step in pieces.steps] == [(1,), (0, 1)]
+    assert pieces.pieces == tuple(layouts.OWN[1]["document"]) and pieces.about == "Say what it was like."
+    example = stored.task.renumber(list(stored)[1])
+    assert stored.task.decode(example.prompt_ids).startswith(
+        "<bos> Say what it was like.<seg:1> Snow fell on three towns. It was deep.<seg:1>"
+    )
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_every_task_reads_own_documents(name, sources, tmp_path, capsys):
+    status, *_ = run(capsys, name, "--source", sources["documents"], "--split", "all", *OPTIONS, "--out", tmp_path / "out")
+    assert status == 0 and len(load(tmp_path, "out")) == 2
+
+
+def row(**changes):
+    return layouts.OWN[0] | changes
+
+
+BAD_OWN = {  # the second of two rows -> what is said
+    "no document": ({"steps": []}, "row 2: document is neither a text nor a list of texts"),
+    "a number in a list": (row(document=["a", 1]), "row 2: document is neither a text nor a list of texts"),
+    "an empty piece": (row(document=["a b", " "]), "row 2: piece 1 of the document is empty"),
+    "steps that are a text": (row(steps="x"), "row 2: steps is no list"),
+    "a step without text": (row(steps=[{"sources": []}]), 'row 2, step 0: expected {"text": "...", "sources": [...]}'),
+    "an unknown key": (row(steps=[{"text": "x", "source": []}]), "row 2, step 0: unknown source; a step has text and sources"),
+    "an index of a text": (row(steps=[{"text": "x", "sources": [0]}]), "the source 0; allowed: a quote: indices are of a document that is a list"),
+    "an index beyond": (row(document=["a b"], steps=[{"text": "x", "sources": [1]}]), "the source 1; allowed: a quote, or an index from 0 to 0"),
+    "a quote of nothing": (row(steps=[{"text": "x", "sources": ["It snowed."]}]), "the source 'It snowed.' does not stand in the document"),
+    "an instruction of numbers": (row(instruction=3), "row 2: instruction is no text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_OWN)
+def test_bad_own_documents_are_one_line(tmp_path, capsys, case):
+    changed, message = BAD_OWN[case]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (layouts.OWN[0], changed)), encoding="utf-8")
+    status, _, err = run(capsys, "documents", "--source", tmp_path / "own.jsonl", *OPTIONS, "--out", tmp_path / "out")
+    assert status == 2 and message in err and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_parts_that_are_missing_are_said(name, tmp_path, capsys):
+    parts = ("train", "val" if name == "stories" else "validation")
+    source = WRITE[name](tmp_path / "source", parts)
+    status, out, _ = run(capsys, name, "--source", source, *OPTIONS, "--out", tmp_path / "out")
+    assert status == 0 and f"no test part in {source}" in out and dataset.splits(tmp_path / "out") == ("train", "validation")
+    status, _, err = run(capsys, name, "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
+    assert status == 2 and "there is no such file, so no test part; there is train, validation" in err
+    status, _, err = run(capsys, name, "--source", tmp_path, *OPTIONS, "--out", tmp_path / "new")
+    assert status == 2 and f"expected a clone of {TASKS[name].WriteCommand.repository}" in err and not (tmp_path / "new").exists()
+
+
+DAMAGED = {
+    "a paper without its text": ("papers", "annotations/txt_files/PMC102.txt", None, "PMC102.txt: No such file or directory"),
+    "no annotations": ("verdicts", "annotations/v2_annotations.csv", None, "v2_annotations.csv: No such file or directory"),
+    "another column": ("papers", "annotations/prompts_merged.csv", "PromptID,PMCID\n1,2\n", "no column Outcome; there are PromptID, PMCID"),
+    "offsets of words": ("papers", "annotations/v2_annotations.csv", ",".join(["PromptID", "Valid Label", "Valid Reasoning", "Label Code",
+        "Evidence Start", "Evidence End"]) + "\n1,True,True,0,a,b\n", "row 1: expected whole numbers, not 1, 0, a, b"),
+    "a list of names": ("papers", "annotations/splits/train_article_ids.txt", "PMC1\n", "'PMC1' is no number of a paper"),
+    "a story without questions": ("stories", "data-by-train-split/questions/train/the-owl-questions.csv", None, "No such file or directory"),
+    "a section that there is not": ("stories", "data-by-train-split/questions/train/the-owl-questions.csv",
+        "question,cor_section,ex-or-im1,answer1,answer4\nWho?,9,explicit,me,\n", "row 1: the story has no section '9', only 1, 2, 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_repositories_are_one_line(case, sources, tmp_path, capsys):
+    name, file, content, message = DAMAGED[case]
+    shutil.copytree(sources[name], tmp_path / "source")
+    if content is None:
+        (tmp_path / "source" / file).unlink()
+    else:
+        (tmp_path / "source" / file).write_text(content, encoding="utf-8")
+    status, _, err = run(capsys, name, "--source", tmp_path / "source", *OPTIONS, "--out", tmp_path / "out")
+    assert status == 2 and err.startswith("error: ") and message in err and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_may_be_given(corpora, sources, tmp_path, capsys):
+    stored = load(corpora, "stories")
+    (tmp_path / "tokenizer.json").write_text(stored.task.vocab.tokenizer_json, encoding="utf-8")
+    options = ["--tokenizer", tmp_path, "--num-labels", 32, "--split", "test"]
+    assert run(capsys, "stories", "--source", sources["stories"], *options, "--out", tmp_path / "out")[0] == 0
+    again = load(tmp_path, "out")
+    assert again.task.vocab.num_labels == 32
+    for one, other in zip(again, load(corpora, "stories", "test"), strict=True):
+        assert stored.task.vocab.decode(stored.task.renumber(other).token_ids) == again.task.decode(again.task.renumber(one).token_ids)
+    status, _, err = run(capsys, "stories", "--source", sources["stories"], "--tokenizer", sources["stories"], "--out", tmp_path / "new")
+    assert status == 2 and "expected a tokenizer.json" in err
+
+
+def test_documents_are_not_drawn(corpora):
+    stored = load(corpora, "documents")
+    with pytest.raises(UserError, match="documents are not drawn: give a corpus directory with --data"):
+        next(stored.corpus.stream(seed=0))
+    with pytest.raises(UserError, match=r"trained on own\.jsonl, like which nothing can be drawn"):
+        stored.task.held_out(1, seed=0)
+    assert DocumentTask.from_json(stored.task.to_json()) == stored.task
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_an_evaluation_takes_the_test_part(corpora, name):
+    sets, drawn = decode.Eval(checkpoint=Path("model"), data=corpora / name, split="test").examples(load(corpora, name).task)
+    (examples,) = sets.values()
+    assert drawn["split"] == "test"
+    assert [example.document for example in examples] == [example.document for example in load(corpora, name, "test")]
+    assert {example.first_label for example in examples} == {1}
