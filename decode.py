@@ -155,6 +155,8 @@ class Eval(Model):
     max_ops: int | None = None
     """Expressions without --ops: most operators, by default 12."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
+    prefill: PrefillName = "dense"
+    """How causal prompts of 2,048 tokens and more are read, as for generate."""
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (128,)
     """Sequences decoded together; of several with commas, the fastest counts."""
     passes: int = 1
@@ -182,10 +184,10 @@ class Eval(Model):
     def run(self) -> None:
         lm = self.load()
         sets, drawn = self.examples(lm.task)
-        options: dict[str, Any] = {"attention": self.attention, "passes": self.passes}
+        options: dict[str, Any] = {"attention": self.attention, "prefill": self.prefill, "passes": self.passes}
         found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, **options)
         settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
-        settings |= {} if self.dtype is None else {"dtype": self.dtype}
+        settings |= {name: value for name in ("dtype", "prefill") if (value := getattr(self, name)) not in (None, "dense")}
         results = evaluation.report(lm, found, settings)
         try:
             print(text.evaluation_table(results, lm.task), flush=True)

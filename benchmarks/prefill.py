@@ -4,6 +4,9 @@ A first-token time is the wall time of the compiled program that reads the promp
 the first new token and the cache from which decoding goes on: the median of up to five runs, compilation excluded. Operations are
 the model's (`prefill_flops`): its matrix products, and the pairs of tokens that the mask allows (`count_pairs`). Padding, and pairs
 that are computed although the mask cuts them, count as time but not as operations.
+
+Which tiles sparse prefill keeps depends on the model, and random weights say nothing of it. So its time is that of the selector's own
+work, and of attention to a share of the tiles that is given, spread at random; `python -m experiments.prefill quality` finds shares.
 """
 
 from __future__ import annotations
@@ -24,13 +27,17 @@ from benchmarks.decoding import footprint, prefill_arguments, time_prefill
 from benchmarks.shapes import Shape
 from benchmarks.timing import device_times, median_and_spread
 from pallas_kernels import PromptMask
+from pallas_kernels.prompt_attention import BLOCK, Selector
+from pallas_kernels.tiles import list_tiles
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.state import DecodeState, bucket
+from selfspan_jax.decoding.state import DecodeState, bucket, prefill_chunk_tokens
+from selfspan_jax.errors import UserError
 from selfspan_jax.memory import bytes_of, check_fits
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
+from selfspan_jax.selectors import get_selector
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import mfu, step_flops
 
@@ -47,6 +54,15 @@ class PrefillCase:
     context_tokens: int
     """Tokens that each prompt has, at most."""
     weights: Weights = "bf16"
+    prefill: str = "dense"
+    """Or the name of a selector, whose work is done; then `kept` is the share of the tiles before the diagonal that are read."""
+    kept: float = 1.0
+
+    def __post_init__(self):
+        chunk = prefill_chunk_tokens(self.batch_size, bucket(self.context_tokens), self.config)
+        if self.prefill != "dense" and chunk % BLOCK:
+            wrong = f"{self.batch_size} prompts of {self.context_tokens} tokens go through the model {chunk} tokens of each at a time"
+            raise UserError(f"prefill is {self.prefill!r}: {wrong}; allowed: multiples of {BLOCK}")
 
     @property
     def num_tokens(self) -> int:
@@ -58,7 +74,30 @@ class PrefillCase:
 
     @property
     def config(self) -> DecodeConfig:
-        return DecodeConfig(attention=self.attention, max_new_tokens=1)
+        selector = get_selector(self.prefill)
+        chosen = "dense" if selector is None else OfShare(selector=selector, share=self.kept, dense_below_tokens=0)
+        return DecodeConfig(attention=self.attention, max_new_tokens=1, prefill=chosen)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfShare(Selector):
+    """Do a selector's work, then keep its diagonal and a share of the other tiles, at random and other ones for each head."""
+
+    selector: Selector
+    share: float
+
+    name = "share"
+
+    def choose(self, q, k, *, first_query=0, lengths=None):
+        tiles, counts = self.selector.choose(q, k, first_query=first_query, lengths=lengths)
+        worked = counts[..., 1:] >= 0  # always, which no compiler knows: so the selector's work is not left out
+        head, i, j = (jax.lax.broadcasted_iota(jnp.uint32, tiles.shape, axis) for axis in (1, 2, 3))
+        draw = (head * jnp.uint32(0x9E3779B9)) ^ (i * jnp.uint32(0x85EBCA6B)) ^ (j * jnp.uint32(0xC2B2AE35))
+        draw = (draw ^ (draw >> 15)) * jnp.uint32(0x2C1B3C6D)
+        draw = (draw ^ (draw >> 12)) * jnp.uint32(0x297A2D39)
+        own = (jnp.int32(first_query) // BLOCK).astype(jnp.uint32) + i
+        kept = (j <= own) & ((j == own) | ((draw >> 8).astype(jnp.float32) < jnp.float32(self.share * 2**24)))
+        return list_tiles(kept & worked, kept & worked & (j < own))
 
 
 @dataclasses.dataclass
@@ -96,7 +135,10 @@ def measure_case(
     state, seconds = time_prefill(program.prefill, arguments, MAX_SECONDS)
     median_ms, spread_ms = median_and_spread([1e3 * each for each in seconds])
     memory, mesh = program.prefill.memory_analysis(), program.engine.mesh
-    pairs = count_pairs(prompt_mask(get_policy(case.attention), token_ids, lengths, shape.vocab, shape.config))
+    if case.prefill == "dense":
+        pairs = count_pairs(prompt_mask(get_policy(case.attention), token_ids, lengths, shape.vocab, shape.config))
+    else:
+        pairs = kept_pairs(lengths, case.kept)
     row: dict[str, Any] = {
         "time_to_first_token_ms": median_ms,
         "spread_ms": spread_ms,
@@ -141,6 +183,13 @@ def without_tiles(mask: PromptMask) -> PromptMask:
 def causal_pairs(lengths: Iterable[int]) -> int:
     """Count the pairs of sequences in which every token attends to itself and everything before."""
     return sum(length * (length + 1) // 2 for length in map(int, lengths))
+
+
+def kept_pairs(lengths: Iterable[int], share: float) -> int:
+    """Count the pairs of causal sequences that lie in tiles on the diagonal, and a share of the others: what `OfShare` reads on average."""
+    lengths = [*map(int, lengths)]
+    diagonal = causal_pairs([BLOCK]) * sum(length // BLOCK for length in lengths) + causal_pairs(length % BLOCK for length in lengths)
+    return diagonal + round(share * (causal_pairs(lengths) - diagonal))
 
 
 def count_pairs(mask: PromptMask) -> int:

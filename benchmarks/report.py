@@ -31,7 +31,7 @@ def add_row(report: dict[str, Any], shape: Shape, row: dict[str, Any]) -> None:
         if all(other[key] == row[key] for key in ("batch_size", "context_tokens")):
             if other.get("peer") in ("hf-compiled", "hf-sdpa"):
                 row["speedup_over_hf"] = _milliseconds(other) / _milliseconds(row)
-            elif other.get("attention") == "dense" and other["int8"] == row.get("int8"):
+            elif label(other) == "dense" + " int8" * row.get("int8", False):
                 row["speedup_over_dense"] = _milliseconds(other) / _milliseconds(row)
 
 
@@ -49,7 +49,8 @@ def label(row: dict[str, Any]) -> str:
     """Name what a row measured, in a few words."""
     if "peer" in row:
         return row["peer"]
-    words = row["attention"] + (" int8" if row["int8"] else "")
+    words = row["attention"] if row.get("prefill", "dense") == "dense" else f"{row['prefill']} {row['kept']:.0%}"
+    words += " int8" if row["int8"] else ""
     words += f" x{row['num_samples']} samples" if row.get("num_samples", 1) > 1 else ""
     return words + (" streamed" if row.get("stream") else "")
 

@@ -45,11 +45,13 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
+from selfspan_jax.selectors import SELECTORS
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import bf16_peak
 from selfspan_jax.weights.huggingface import to_hugging_face
 
 DEFAULT_CONTEXT = 2048
+_SELECTORS = [name for name, selector in SELECTORS.items() if selector is not None]
 AnyCase = Case | PrefillCase
 TokensOf = Callable[[AnyCase], Any]  # whole sequences [B, T], or prompts with their lengths
 
@@ -75,6 +77,10 @@ class Bench:
     """Tokens of context, the mean over the timed steps, or of the prompts; several with commas.
     Default: 2048, or the room of the checkpoint."""
     attention: Annotated[tuple[str, ...], commandline.commas(*POLICIES), arg(help=f"{policy_help()}; several with commas.")] = (*POLICIES,)
+    sparse: Annotated[tuple[str, ...], commandline.commas(*_SELECTORS)] = ()
+    """With --prefill: selectors of sparse prefill, a row of each beside those of --attention."""
+    kept: Annotated[tuple[float, ...], commandline.commas(float)] = ()
+    """Share of the tiles before the diagonal that --sparse reads, 0 to 1: one for all, or one for each."""
     weights: Annotated[tuple[Weights, ...], commandline.commas(*get_args(Weights))] = ("bf16",)
     """Precision of the weights; both with a comma."""
     steps: int = 64
@@ -109,10 +115,14 @@ class Bench:
         check_range(self, "batch_size", "context", "num_samples", low=1)
         if self.steps < 2 or self.steps % 2:
             raise UserError(f"steps is {self.steps}; allowed: even numbers, 2 and above")
+        if len(self.kept) not in ({1, len(self.sparse)} if self.sparse else {0}) or not all(0 <= share <= 1 for share in self.kept):
+            raise UserError(f"kept is {self.kept}; allowed: numbers from 0 to 1, one, or one for each of --sparse {','.join(self.sparse)}")
         if self.prefill:
             steps_only = {field.name: field.default for field in dataclasses.fields(self) if field.name in _STEPS_ONLY}
             if given := [name for name, default in steps_only.items() if getattr(self, name) != default]:
                 raise UserError(f"--{given[0].replace('_', '-')} is for decode steps: leave it out with --prefill")
+        elif self.sparse:
+            raise UserError("--sparse is for prompts: give --prefill")
         elif self.context and min(self.context) <= self.steps:
             raise UserError(f"context is {min(self.context)}; allowed: more than the {self.steps} timed steps")
         if not 0 < self.attended_fraction < 1:
@@ -131,6 +141,9 @@ class Bench:
         every = itertools.product(self.weights, self.context, self.batch_size, policies)
         if self.prefill:
             cases: list[AnyCase] = [PrefillCase(policy, batch, context, weights) for weights, context, batch, policy in every]
+            shares = self.kept * len(self.sparse) if len(self.kept) == 1 else self.kept
+            sparse = itertools.product(self.weights, self.context, self.batch_size, zip(self.sparse, shares))
+            cases += [PrefillCase("dense", batch, context, weights, *chosen) for weights, context, batch, chosen in sparse]
         else:
             cases = [Case(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every]
         if self.num_samples > 1:

@@ -6,6 +6,8 @@ import argparse
 import collections
 import importlib.metadata
 import importlib.util
+import itertools
+import math
 import re
 import statistics
 import tempfile
@@ -125,20 +127,64 @@ def device_events(function: Callable[[], Any]) -> list[list[DeviceEvent]]:
     ]
 
 
-def device_times(function: Callable[[], Any], steps: int) -> dict[str, Any]:
+def device_times(function: Callable[[], Any], steps: int, program: str = "") -> dict[str, Any]:
     """Profile `steps` steps: ms per step by kind of operation, and the longest operations; the mean of this process's GPUs.
 
     Streams are summed up, so that what overlaps counts twice. On a CPU there are no such events and both are empty.
+
+    Args:
+      program: the text of the compiled program that is run. Then there is a list of the longest passes over arrays too ("the rest"):
+        how often each runs in a step, its arrays and where it comes from in the program, as `arrays_of` says, and TB/s.
     """
     devices = device_events(function)
     times: dict[str, float] = collections.defaultdict(float)
     kinds: dict[str, float] = collections.defaultdict(float)
+    passes: dict[str, list[float]] = collections.defaultdict(list)
     for event in (event for events in devices for event in events):
-        per_step = event.ms / (steps * len(devices))
-        kinds[kind_of(f"{event.operation} {event.name}")] += per_step
+        per_step, kind = event.ms / (steps * len(devices)), kind_of(f"{event.operation} {event.name}")
+        kinds[kind] += per_step
         times[f"{event.operation}: {event.name}"] += per_step
+        if kind == "the rest":
+            passes[event.name].append(per_step)
     longest = sorted(times.items(), key=lambda item: -item[1])[:TOP_OPERATIONS]
-    return {"device_ms_by_kind": dict(kinds), "longest_operations_ms": dict(longest)}
+    found: dict[str, Any] = {"device_ms_by_kind": dict(kinds), "longest_operations_ms": dict(longest)}
+    if program:
+        known, found["longest_passes"] = arrays_of(program), []
+        for name, each in sorted(passes.items(), key=lambda item: -sum(item[1]))[:TOP_OPERATIONS]:
+            row = {"kernel": name, "ms": sum(each), "runs": len(each) / (steps * len(devices)), **known.get(name, {})}
+            moved = row.get("bytes", 0) * row["runs"] / row["ms"] / 1e9
+            found["longest_passes"].append(row | ({"terabytes_per_second": moved} if moved else {}))
+    return found
+
+
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) [\w-]+\((.*?)\)(?:, |$)", re.MULTILINE)
+
+
+def arrays_of(program: str) -> dict[str, dict[str, Any]]:
+    """Read the arrays that the kernels of a compiled program move off its text (HLO), by the kernels' names.
+
+    Returns: "arrays", those that are read and written, "bytes" of them, each counted once and whole, and "source", the operation in the
+      traced program. Instructions that do the same share the kernel of the first.
+    """
+    found = {match[1]: (match[2], match[3], match.end()) for match in _INSTRUCTION.finditer(program)}
+    kernels = {}
+    for name, (result, operands, end) in found.items():
+        read = [found[operand][0] for operand in re.findall(r"%([\w.-]+)", operands) if operand in found]
+        arrays = [re.findall(r"\w+\[[\d,]*\]", types) for types in (" ".join(read), result)]
+        source = re.search(r'op_name="([^"]*)"', program[end : program.find("\n", end)])
+        kernels[re.sub(r"[.-]", "_", name)] = {
+            "arrays": " -> ".join(map(" ".join, arrays)),
+            "bytes": sum(_num_bytes(array) for array in itertools.chain(*arrays)),
+            "source": source[1] if source else "",
+        }
+    return kernels
+
+
+def _num_bytes(array: str) -> int:
+    """Count the bytes of an array as HLO writes it, bf16[16,32]."""
+    dtype, sizes = array.rstrip("]").split("[")
+    bits = re.search(r"\d+", dtype)
+    return math.prod(int(size) for size in sizes.split(",") if size) * (int(bits[0]) if bits else 8) // 8
 
 
 def kernel_us(function: Callable[[], Any], prefix: str) -> float:

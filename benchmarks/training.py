@@ -1,25 +1,42 @@
-"""Measure training steps: milliseconds, tokens per second, MFU, and the device's time by kind of operation.
+"""Measure training steps: milliseconds, tokens per second, MFU, memory, and the device's time by kind of operation.
+
+    python -m benchmarks.training --shape arithmetic-base --tokens 512,4096,8192 --json FILE
 
 The batches are on the device beforehand, so input costs nothing (a run logs `input_wait_fraction` instead). A time is the wall
 time of many steps queued one after the other, compilation excluded. Times by kind are the profiler's, summed over streams.
+
+`train.py --time-steps` measures a run as it is. The command measures a shape with random weights at several lengths, as many tokens in
+each step: every row is one sequence of the whole length, which is the most that attention can have to do.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import itertools
 import statistics
-from collections.abc import Generator, Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
+from benchmarks.decoding import footprint
+from benchmarks.shapes import ShapeName, named_shape
 from benchmarks.timing import device_times, run_seconds, timed
+from benchmarks.workloads import arithmetic_tokens
+from data import arithmetic, commandline
+from data.errors import check_range
 from selfspan_jax import files, training
-from selfspan_jax.attention.sequences import SequenceImplementation
+from selfspan_jax.attention.sequences import SequenceImplementation, training_implementation
 from selfspan_jax.config import TrainConfig
+from selfspan_jax.errors import UserError
+from selfspan_jax.memory import DoesNotFit, catch_out_of_memory, check_fits
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import distributed
 from selfspan_jax.training.metrics import bf16_peak, mfu, step_flops
@@ -43,85 +60,185 @@ def measure(
     Args:
       batches: the steps are taken on the first two, in turn.
       steps: of one repetition, 1 and above.
-      mesh: the devices to train on, by default one. Tokens and operations are those of all devices, MFU is per device.
+      mesh: the devices to train on, by default one. Tokens and operations are those of all devices, MFU and memory are per device.
 
-    Returns: device, sizes, and the figures of each implementation, see `_measure_steps`.
+    Returns: device, sizes, the implementation that training takes by itself, and the figures of each, see `CompiledSteps.measure`.
     """
+    (compiled,) = compile_steps([(model, config, batches)], mesh)
+    return compiled.measure(steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledSteps:
+    """A training step, compiled with each implementation of its attention, before any is taken."""
+
+    model: Decoder
+    config: TrainConfig
+    mesh: Mesh | None
+    batches: Sequence[training.DeviceBatch]
+    tokens: float  # of a step, without padding
+    fixed: training.Fixed
+    state: training.TrainState
+    programs: dict[SequenceImplementation, tuple[Any, float]]  # and the seconds of compilation
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Take steps: milliseconds, tokens and model FLOPs per second, MFU, GB of arguments, results and temporaries
+        of the compiled step, milliseconds by kind of device operation, the longest operations, and the longest passes over arrays."""
+        device_kind = jax.local_devices()[0].device_kind
+        return {
+            "device": device_kind,
+            "mesh": None if self.mesh is None else dict(self.mesh.shape),
+            "bf16_peak_flops_per_second": bf16_peak(device_kind),
+            "jax": jax.__version__,
+            "parameters": self.model.num_parameters,
+            "batch_size": self.config.batch_size,
+            "sequence_tokens": self.config.sequence_tokens,
+            "mask": self.model.config.mask,
+            "training_takes": training_implementation(self.model.config) or [*self.programs][-1],
+            "attention": {name: self._measure(*program, steps) for name, program in self.programs.items()},
+        }
+
+    def _measure(self, program: Any, compile_seconds: float, steps: int) -> dict[str, Any]:
+        compiled = {"compile_seconds": compile_seconds, "memory_gb": footprint(program) / 1e9}
+        state, feed = self.state, itertools.cycle(self.batches)
+
+        def run(count: int) -> dict[str, jax.Array]:
+            nonlocal state
+            metrics: dict[str, jax.Array] = {}
+            for _ in range(count):
+                state, metrics = program(self.fixed, state, next(feed))
+            return metrics
+
+        try:
+            with catch_out_of_memory():
+                check_fits(footprint(program))
+                state = jax.tree.map(jnp.copy, state)  # a step donates its state; the model keeps its own
+                metrics, _ = timed(run, 3)
+                seconds = [elapsed / steps for elapsed in run_seconds(lambda: run(steps), warm_ups=0, repetitions=REPETITIONS)]
+                profile = device_times(lambda: run(TRACED_STEPS), TRACED_STEPS, program.as_text())
+        except DoesNotFit as reason:
+            return {"not_run": str(reason), **compiled}
+        second = statistics.median(seconds)
+        flops = step_flops(self.model, self.tokens, float(metrics["attended_pairs"]))
+        return {
+            "ms_per_step": 1e3 * second,
+            "ms_of_repetitions": [1e3 * value for value in seconds],
+            "tokens_per_second": self.tokens / second,
+            "model_flops_per_step": flops,
+            "model_flops_per_second": flops / second,
+            "mfu": mfu(self.model, flops / second / (1 if self.mesh is None else self.mesh.size)),
+            "attended_pairs": float(metrics["attended_pairs"]),
+            **compiled,
+            **profile,
+        }
+
+
+def compile_steps(runs: Iterable[tuple[Decoder, TrainConfig, Iterator[training.Batch]]], mesh: Mesh | None = None) -> list[CompiledSteps]:
+    """Compile the steps of some runs: traced one after the other, compiled side by side because XLA leaves most processors idle on one."""
     names: Sequence[SequenceImplementation] = ("triton", "cudnn") if jax.default_backend() == "gpu" else ("xla",)
-    taken = list(itertools.islice(batches, 2))
-    if isinstance(batches, Generator):
-        batches.close()
-    tokens = statistics.mean(training.count_tokens(batch, config) for batch in taken)
-    on_device = [training.DeviceBatch.of(batch, num_rows=config.batch_size, mesh=mesh) for batch in taken]
-    device_kind = jax.local_devices()[0].device_kind
-    return {
-        "device": device_kind,
-        "mesh": None if mesh is None else dict(mesh.shape),
-        "bf16_peak_flops_per_second": bf16_peak(device_kind),
-        "jax": jax.__version__,
-        "parameters": model.num_parameters,
-        "batch_size": config.batch_size,
-        "sequence_tokens": config.sequence_tokens,
-        "mask": model.config.mask,
-        "attention": {name: _measure_steps(model, config, on_device, tokens, steps, mesh, name) for name in names},
-    }
-
-
-def _measure_steps(
-    model: Decoder,
-    config: TrainConfig,
-    batches: Sequence[training.DeviceBatch],
-    tokens: float,
-    steps: int,
-    mesh: Mesh | None,
-    attention: SequenceImplementation,
-) -> dict[str, Any]:
-    """Measure steps of `tokens` tokens.
-
-    Returns: milliseconds, tokens and model FLOPs per second, MFU ("mfu"), the device memory's peak so far in GB,
-    milliseconds by kind of device operation, and the longest operations.
-    """
-    fixed, state = training.initial_state(model, config, mesh)
-    state = jax.tree.map(jnp.copy, state)  # a step donates its state; the model keeps its own
-    feed = itertools.cycle(batches)
-
-    def run(count: int) -> dict[str, jax.Array]:
-        nonlocal state
-        metrics: dict[str, jax.Array] = {}
-        for _ in range(count):
-            state, metrics = training.train_step(fixed, state, next(feed), config, attention)
-        return metrics
-
-    metrics, first_step_seconds = timed(run, 1)
-    timed(run, 2)
-    seconds = [elapsed / steps for elapsed in run_seconds(lambda: run(steps), warm_ups=0, repetitions=REPETITIONS)]
-    second = statistics.median(seconds)
-    flops = step_flops(model, tokens, float(metrics["attended_pairs"]))
-    memory = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "ms_per_step": 1e3 * second,
-        "ms_of_repetitions": [1e3 * value for value in seconds],
-        "tokens_per_second": tokens / second,
-        "model_flops_per_step": flops,
-        "model_flops_per_second": flops / second,
-        "mfu": mfu(model, flops / second / (1 if mesh is None else mesh.size)),
-        "attended_pairs": float(metrics["attended_pairs"]),
-        "first_step_seconds": first_step_seconds,
-        "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None,
-        **device_times(lambda: run(TRACED_STEPS), TRACED_STEPS),
-    }
+    traced: list[tuple[dict[str, Any], dict[SequenceImplementation, Any]]] = []
+    for model, config, batches in runs:
+        taken = list(itertools.islice(batches, 2))
+        if isinstance(batches, Generator):
+            batches.close()
+        tokens = statistics.mean(training.count_tokens(batch, config) for batch in taken)
+        on_device = [training.DeviceBatch.of(batch, num_rows=config.batch_size, mesh=mesh) for batch in taken]
+        fixed, state = training.initial_state(model, config, mesh)
+        run = {"model": model, "config": config, "mesh": mesh, "batches": on_device, "tokens": tokens, "fixed": fixed, "state": state}
+        traced.append((run, {name: training.train_step.lower(fixed, state, on_device[0], config, name) for name in names}))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = [(run, {name: pool.submit(timed, one.compile) for name, one in lowered.items()}) for run, lowered in traced]
+        return [CompiledSteps(**run, programs={name: one.result() for name, one in own.items()}) for run, own in waiting]
 
 
 def table(result: dict[str, Any]) -> str:
     """Format what `measure` returned."""
     lines = [
         f"{result['parameters']:,} parameters, {result['batch_size']} x {result['sequence_tokens']} tokens a step, "
-        f"{result['mask']} mask, {result['device']}",
-        f"{'attention':12}{'ms/step':>10}{'tokens/s':>14}{'MFU, %':>11}",
+        f"{result['mask']} mask, {result['device']}; training takes {result['training_takes']}",
+        f"{'attention':12}{'ms/step':>10}{'tokens/s':>14}{'MFU, %':>11}{'GB':>8}",
     ]
     for name, figures in result["attention"].items():
+        if "not_run" in figures:
+            lines.append(f"{name:12}not run: {figures['not_run']}")
+            continue
         fraction = figures["mfu"]
         percent = "-" if fraction is None else f"{100 * fraction:.1f}"
-        lines.append(f"{name:12}{figures['ms_per_step']:10.1f}{figures['tokens_per_second']:14,.0f}{percent:>11}")
+        speed = f"{figures['ms_per_step']:10.1f}{figures['tokens_per_second']:14,.0f}{percent:>11}"
+        lines.append(f"{name:12}{speed}{figures['memory_gb']:8.1f}")
         lines += [f"  {kind:20}{ms:8.1f} ms" for kind, ms in figures["device_ms_by_kind"].items()]
     return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """A batch whose rows are whole sequences, each token after the prompt a target."""
+
+    token_ids: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    target_mask: np.ndarray
+    next_example: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Time training steps of a shape at several lengths."""
+
+    shape: ShapeName = "arithmetic-base"
+    mask: Literal["span", "dense"] | None = None
+    """Of training; by default the shape's own."""
+    tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (512, 4096, 8192)
+    """Lengths of the rows."""
+    step_tokens: int = 65_536
+    """Tokens of a step, a multiple of each length."""
+    layers: int | None = None
+    """Fewer layers than the shape has, for a try."""
+    steps: int = 5
+    """Of one repetition."""
+    seed: int = 0
+    """Of weights and sequences."""
+    json: Path | None = None
+    """Write the figures of each length into this file, as soon as they are there; - is standard output."""
+
+    def __post_init__(self):
+        check_range(self, "tokens", "step_tokens", "steps", low=1)
+        check_range(self, "seed", low=0)
+        if wrong := [tokens for tokens in self.tokens if self.step_tokens % tokens]:
+            raise UserError(f"step_tokens is {self.step_tokens}; allowed: multiples of {wrong[0]}")
+
+    def run(self) -> None:
+        shape = named_shape(self.shape, arithmetic_vocab=True)
+        changes: dict[str, Any] = {"mask": self.mask, "num_layers": self.layers, "max_context_tokens": max(self.tokens)}
+        config = dataclasses.replace(shape.config, **{name: value for name, value in changes.items() if value is not None})
+        model = Decoder(config, vocab=shape.vocab, vocab_size=shape.vocab_size, rngs=nnx.Rngs(self.seed))
+        report: dict[str, Any] = {"shape": self.shape, "step_tokens": self.step_tokens, "seed": self.seed, "lengths": []}
+        runs = []
+        for tokens in self.tokens:
+            rows = TrainConfig(steps=1_000, batch_size=self.step_tokens // tokens, sequence_tokens=tokens, seed=self.seed)
+            runs.append((model, rows, itertools.repeat(self.sequences(rows, model))))
+        for compiled in compile_steps(runs):
+            figures = compiled.measure(self.steps)
+            report["lengths"].append(figures)
+            print(table(figures), flush=True)
+            files.write_rows(self.json, report, complete=False)
+        files.write_rows(self.json, report, complete=True)
+
+    def sequences(self, rows: TrainConfig, model: Decoder) -> Sequences:
+        """Draw expressions with responses, of the length of a row."""
+        size = {"batch_size": rows.batch_size, "num_tokens": rows.sequence_tokens, "steps": 1, "seed": self.seed}
+        token_ids = arithmetic_tokens(arithmetic.ArithmeticTask(), **size)
+        index = np.broadcast_to(np.arange(rows.sequence_tokens, dtype=np.int32), token_ids.shape)
+        is_response = np.cumsum(token_ids == model.vocab.solve_id, axis=1) > 0
+        return Sequences(token_ids, np.ones_like(token_ids), index, is_response & (token_ids != model.vocab.solve_id))
+
+
+def main(argv: list[str] | None = None) -> None:
+    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
+        command = commandline.parse(Lengths, "benchmarks.training", sys.argv[1:] if argv is None else argv, user_error=UserError)
+        with files.outputs(json=command.json):
+            command.run()
+
+
+if __name__ == "__main__":
+    main()

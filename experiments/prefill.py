@@ -1,18 +1,20 @@
-"""Sparse prefill on real text, and the sections of docs/prefill.md about that and about speed (benchmarks.sparse_prefill).
+"""Sparse prefill on real text and on trained tasks, and the tables of docs/prefill.md.
 
     python -m experiments.prefill quality MODEL TEXTS... --tokens 2048,8192 --json FILE
-    python -m experiments.prefill page FILE...
+    python -m experiments.prefill tasks MODEL --ops 200 --json FILE
+    python -m experiments.prefill page docs/prefill
 
 Quality: documents are put one after another until they have so many tokens. All but the last tokens are read by prefill, dense or
 sparse; the last ones, the continuation, are then scored one at a time, each reading everything. So what differs is only what prefill
-left in the cache. Beside each selector stands a window of first and recent tiles with as many tiles in all (just as many or a few more).
+left in the cache. Tasks: prompts of fresh examples are read by prefill, responses are decoded as ever and scored by the task. Beside
+each selector stands a window of first and recent tiles with as many tiles in all (just as many or a few more).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,24 +25,63 @@ from jaxtyping import Int
 from tyro.conf import Positional
 
 from data import commandline
+from data.errors import check_range
 from data.tasks import TASKS
-from experiments import pages
-from selfspan_jax import files, retention
+from experiments import pages, prefill_tables
+from experiments.prefill_tables import quality_cells, task_cells
+from selfspan_jax import evaluation, files, retention
+from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import DecodeConfig, Dtype
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.memory import catch_out_of_memory
 from selfspan_jax.selectors import BLOCK, BlockMeans, SampleAttention, Selector, WindowTiles
 
-PAGE = Path("docs/prefill.md")
-PLOT = "prefill_sparse.png"
 KINDS = ("sample 1", "sample 2", "blocks")
 
 # ---------------------------------------------------------------------------------------------------------------- quality
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quality:
+class Thresholds:
+    """What is compared with dense prefill."""
+
+    selectors: Annotated[tuple[str, ...], commandline.commas(*KINDS)] = KINDS
+    """Which of them, beside dense prefill."""
+    sample_1: Annotated[tuple[float, ...], commandline.commas(float)] = (0.8, 0.95)
+    """Shares of the columns, SampleAttention's first version."""
+    sample_2: Annotated[tuple[float, ...], commandline.commas(float)] = (0.6, 0.8, 0.95)
+    """Shares of columns and of diagonals, its second version."""
+    blocks: Annotated[tuple[float, ...], commandline.commas(float)] = (0.3, 0.1, 0.01)
+    """Of the largest score in a row, block means."""
+    json: Path | None = None
+    """Write the rows into this file, each as soon as it is there."""
+
+    def variants(self, rows: list[dict[str, Any]], num_tiles: int) -> Iterator[tuple[str, float | None, str | Selector]]:
+        """Yield dense prefill, each selector, and after each, where there is none yet, the window of as many tiles.
+
+        Args:
+          rows: those so far; the last is that of the variant before.
+          num_tiles: of the longest prompt.
+        """
+        always = {"dense_below_tokens": 0}
+        yield "dense", None, "dense"
+        chosen: list[tuple[str, float, Selector]] = [
+            *(("sample 1", x, SampleAttention(version=1, share=x, **always)) for x in self.sample_1),
+            *(("sample 2", x, SampleAttention(version=2, share=x, diagonal_share=x, **always)) for x in self.sample_2),
+            *(("blocks", x, BlockMeans(alpha=x, **always)) for x in self.blocks),
+        ]
+        windows = set()
+        for each in (each for each in chosen if each[0] in self.selectors):
+            yield each
+            near = window_of(rows[-1]["tiles_kept"], num_tiles)
+            if near not in windows:
+                windows.add(near)
+                yield "window", near, WindowTiles(first_tiles=1, near_tiles=near, **always)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality(Thresholds):
     """Score the continuation of real text after dense and sparse prefill, at several thresholds."""
 
     model: Positional[Path]
@@ -55,30 +96,19 @@ class Quality:
     """Texts of each length, no document in two of them."""
     batch_size: int = 4
     """Texts that are read together."""
-    selectors: Annotated[tuple[str, ...], commandline.commas(*KINDS)] = KINDS
-    """Which of them, beside dense prefill."""
-    sample_1: Annotated[tuple[float, ...], commandline.commas(float)] = (0.8, 0.95)
-    """Shares of the columns, SampleAttention's first version."""
-    sample_2: Annotated[tuple[float, ...], commandline.commas(float)] = (0.6, 0.8, 0.95)
-    """Shares of columns and of diagonals, its second version."""
-    blocks: Annotated[tuple[float, ...], commandline.commas(float)] = (0.3, 0.1, 0.01)
-    """Of the largest score in a row, block means."""
     prefill_tokens: int = DecodeConfig.prefill_tokens
     """Tokens over the batch that go through the model at once."""
     dtype: Dtype | None = None
     """What activations and products are computed in; by default as the model is stored."""
-    json: Path | None = None
-    """Write the rows into this file, each as soon as it is there."""
 
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)
-        device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        settings = {"model": self.model.name, "dtype": lm.model.config.compute_dtype, "num_texts": self.num_texts}
-        report: dict[str, Any] = {**device, **settings, "continuation_tokens": self.continuation, "quality": []}
+        settings = {"dtype": lm.model.config.compute_dtype, "num_texts": self.num_texts, "continuation_tokens": self.continuation}
+        report: dict[str, Any] = {**_header(self.model), **settings, "quality": []}
         for tokens in self.tokens:
             texts = concatenated(lm, self.texts, tokens, self.num_texts)
             dense = None
-            for kind, threshold, selector in self.variants(report["quality"], tokens):
+            for kind, threshold, selector in self.variants(report["quality"], -(-(tokens - self.continuation) // BLOCK)):
                 losses, kept = self.score(lm, texts, selector)
                 dense = losses if dense is None else dense
                 row = {"tokens": tokens, "selector": kind, "threshold": threshold, **summary(losses, dense), **kept}
@@ -86,23 +116,6 @@ class Quality:
                 print("  ".join(quality_cells(row)), flush=True)
                 files.write_rows(self.json, report, complete=False)
         files.write_rows(self.json, report, complete=True)
-
-    def variants(self, rows: list[dict[str, Any]], tokens: int) -> Iterator[tuple[str, float | None, str | Selector]]:
-        """Yield dense prefill, each selector, and after each, where there is none yet, the window of as many tiles."""
-        always = {"dense_below_tokens": 0}
-        yield "dense", None, "dense"
-        chosen: list[tuple[str, float, Selector]] = [
-            *(("sample 1", x, SampleAttention(version=1, share=x, **always)) for x in self.sample_1),
-            *(("sample 2", x, SampleAttention(version=2, share=x, diagonal_share=x, **always)) for x in self.sample_2),
-            *(("blocks", x, BlockMeans(alpha=x, **always)) for x in self.blocks),
-        ]
-        windows = set()
-        for each in (each for each in chosen if each[0] in self.selectors):
-            yield each
-            near = window_of(rows[-1]["tiles_kept"], -(-(tokens - self.continuation) // BLOCK))
-            if near not in windows:
-                windows.add(near)
-                yield "window", near, WindowTiles(first_tiles=1, near_tiles=near, **always)
 
     def score(self, lm: SpanLM, texts: Int[np.ndarray, "b T"], prefill: str | Selector) -> tuple[np.ndarray, dict[str, Any]]:
         """Return the loss of each token of the continuations, [b, C], and what prefill kept."""
@@ -119,8 +132,76 @@ class Quality:
                 found.append(_losses(state.logits, jnp.asarray(tokens)))
                 state = lm.engine.step(state, tokens, config)
             losses.append(np.stack(jax.device_get(found), axis=1))
-        whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *kept)
-        return np.concatenate(losses), retention.to_json(whole)
+        return np.concatenate(losses), _summed(kept)
+
+
+def _header(model: Path) -> dict[str, Any]:
+    name = model.name if model.name != "model" else model.absolute().parent.name  # RUN_DIR/model
+    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "model": name}
+
+
+def _summed(kept: list[Any]) -> dict[str, Any]:
+    return retention.to_json(jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *kept))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tasks(Thresholds):
+    """Score a model on its own task after dense and sparse prefill of the prompts, at several thresholds."""
+
+    model: Positional[Path]
+    """A finished model or an adapter whose prompts are read causally."""
+    base: Path | None = None
+    """For an adapter: the model that it was trained on."""
+    num_examples: int = 256
+    """Fresh examples, as many in every batch."""
+    ops: int | None = None
+    """Expressions: operators of each."""
+    batch_size: int = 8
+    """Prompts that are read together: short chunks have fewer tiles to choose from."""
+    seed: int = 1
+    """Of the examples."""
+
+    def __post_init__(self):
+        check_range(self, "num_examples", "batch_size", low=1)
+        if self.num_examples % self.batch_size:
+            raise UserError(f"num_examples is {self.num_examples}; allowed: multiples of batch_size={self.batch_size}")
+
+    def run(self) -> None:
+        lm = SpanLM.load(self.model, TASKS, base=self.base)
+        if lm.model.config.mask == "span" and lm.model.config.prompt_view == "local":
+            raise UserError(f"{self.model} reads its prompts by labels, not causally: there is nothing to choose")
+        task: Any = lm.task
+        ranges: dict[str, Any] = {} if self.ops is None else {"ops": [(self.ops, self.ops)]}
+        (examples,) = task.held_out(self.num_examples, seed=self.seed, **ranges).values()
+        ids = [task.encode_prompt(example.prompt) for example in examples]
+        mean, longest = float(np.mean([len(prompt) for prompt in ids])), max(map(len, ids))
+        settings = {"task": task.name, "seed": self.seed, "ops": self.ops, "prompt_tokens": mean, "longest_prompt_tokens": longest}
+        report: dict[str, Any] = {**_header(self.model), **settings, "tasks": []}
+        for kind, threshold, selector in self.variants(report["tasks"], -(-longest // BLOCK)):
+            scores, kept = self.score(lm, examples, ids, selector)
+            row = {"tokens": round(mean), "selector": kind, "threshold": threshold, **scores, **kept}
+            report["tasks"].append(row)
+            print("  ".join(task_cells(row)), flush=True)
+            files.write_rows(self.json, report, complete=False)
+        files.write_rows(self.json, report, complete=True)
+
+    def score(
+        self, lm: SpanLM, examples: Sequence[Any], ids: Sequence[Int[np.ndarray, "T"]], prefill: str | Selector
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the task's scores of responses that are decoded after a prefill, and what the prefill kept."""
+        token_ids, lengths = lm.pad(ids)
+        token_ids = np.pad(token_ids, ((0, 0), (0, -token_ids.shape[1] % BLOCK)), constant_values=lm.model.vocab.pad_id)  # whole tiles
+        policy = get_policy(lm.model.config.mask)
+        room = max(len(example.response_ids) for example in examples) + evaluation.MARGIN_TOKENS
+        reading = DecodeConfig(policy, room, prefill=prefill)
+        config = dataclasses.replace(reading, prefill="dense")  # one loop for all
+        outputs, kept = [], []
+        for some in np.arange(len(ids)).reshape(-1, self.batch_size):
+            state, retained = retention.measured_prefill(lm.engine, token_ids[some], lengths[some], reading)
+            kept.append(retained)
+            outputs += lm.outputs([examples[i].prompt for i in some], [ids[i] for i in some], lm.engine.run(state, config), policy)
+        found = evaluation.Evaluation(lm.task, tuple(examples), tuple(outputs), self.batch_size, 0.0, 0.0)
+        return found.scores_json(), _summed(kept)
 
 
 @jax.jit
@@ -157,82 +238,19 @@ def window_of(share: float, num_tiles: int) -> int:
     return next(near for near in range(1, num_tiles + 1) if np.minimum(own, near + 1).sum() >= share * own.sum() - 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------------- page
-
-QUALITY_HEAD = ("tokens", "prefill", "threshold", "tiles read", "retained mass, mean", "least", "perplexity", "loss above dense")
-SPEED_HEAD = ("tokens", "prefill", "tiles read", "first token, ms", "times dense", "attention of a layer's last chunk, ms", "choice, ms")
-
-
-def quality_cells(row: dict[str, Any]) -> list[str]:
-    threshold = "" if row["threshold"] is None else f"{row['threshold']:g}{' tiles' if row['selector'] == 'window' else ''}"
-    mass = f"{row['retained_mass_mean']:.1%}", f"{row['retained_mass_min']:.2%}"
-    loss = "" if row["selector"] == "dense" else f"{row['loss_more']:+.4f} ± {row['loss_more_error']:.4f}"
-    return [f"{row['tokens']:,}", row["selector"], threshold, f"{row['tiles_kept']:.1%}", *mass, f"{row['perplexity']:.3f}", loss]
-
-
-def speed_cells(row: dict[str, Any]) -> list[str]:
-    first = [f"{row['tokens']:,}", row["selector"], f"{row['kept']:.0%}"]
-    if "not_run" in row:
-        return [*first, f"not run: {row['not_run']}", "", "", ""]
-    times = "" if row["times_dense"] is None else f"{row['times_dense']:.2f}"
-    choice = f"{row['choice_ms']:.2f}" if "choice_ms" in row else ""
-    return [*first, f"{row['first_token_ms']:,.0f}", times, f"{row['attention_ms']:.2f}", choice]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Page:
-    """Write the tables and the plot of docs/prefill.md from JSON."""
+    """Write the tables of a page, docs/prefill.md by default, from the JSON files in the directory beside it that has its name."""
 
-    results: Positional[tuple[Path, ...]]
-    """Files of `quality` and of `benchmarks.sparse_prefill`."""
-    page: Path = PAGE
-    """Has the lines <!-- sparse quality --> and <!-- sparse speed -->, each with an <!-- end --> after it."""
+    results: Positional[Path] = Path("docs/prefill")
+    """Directory of the files: those whose names `experiments.prefill_tables` has. A table without files stays as it is."""
 
     def run(self) -> None:
-        reports = [files.read_json(path) for path in self.results]
-        quality, speed = (_rows(reports, name) for name in ("quality", "speed"))
-        sections = {
-            "sparse quality": _section(quality, QUALITY_HEAD, quality_cells),
-            "sparse speed": _section(speed, SPEED_HEAD, speed_cells),
-        }
-        if quality:
-            files.write_picture(self.page.with_name(PLOT), draw([row for _, row in quality]))
-            sections["sparse quality"] += f"\n\n![Loss above dense prefill against the share of tiles read]({PLOT})"
-        files.write_text(self.page, pages.fill(files.read_text(self.page), sections))
+        page = self.results.with_name(f"{self.results.name}.md")
+        files.write_text(page, pages.fill(files.read_text(page), prefill_tables.sections(self.results)))
 
 
-def _rows(reports: list[dict[str, Any]], name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the rows of all reports, each with its report; of rows of the same settings, as dense prefill has in each, the first."""
-    found = ((report, row) for report in reports for row in report.get(name, []))
-    unique: dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
-    for report, row in found:
-        unique.setdefault((row["tokens"], row["selector"], row.get("threshold", row.get("kept"))), (report, row))
-    return list(unique.values())
-
-
-def _section(rows: list[tuple[dict[str, Any], dict[str, Any]]], head: tuple[str, ...], cells: Any) -> str:
-    told = dict.fromkeys(f"{report.get('model', report.get('shape'))}, {report['device']}, JAX {report['jax']}" for report, _ in rows)
-    return "\n\n".join([*(f"{line}." for line in told), pages.markdown_table(head, [cells(row) for _, row in rows])])
-
-
-def draw(rows: list[dict[str, Any]]) -> Any:
-    """Draw the loss above dense prefill against the share of tiles read, a panel for each length."""
-    from matplotlib.figure import Figure
-
-    lengths = sorted({row["tokens"] for row in rows})
-    figure = Figure(figsize=(4.2 * len(lengths), 3.2), layout="constrained")
-    for axes, tokens in zip(np.ravel(figure.subplots(1, len(lengths), squeeze=False)), lengths):
-        for number, kind in enumerate((*KINDS, "window")):
-            own = sorted((row for row in rows if (row["tokens"], row["selector"]) == (tokens, kind)), key=lambda row: row["tiles_kept"])
-            kept, loss, error = ([row[key] for row in own] for key in ("tiles_kept", "loss_more", "loss_more_error"))
-            axes.errorbar(100 * np.array(kept), loss, yerr=np.nan_to_num(error), marker="o", color=f"C{number}", label=kind)
-        axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set(xlabel="tiles read, % of dense", ylabel="loss above dense", title=f"{tokens:,} tokens")
-        axes.legend(fontsize=8)
-    return figure
-
-
-COMMANDS: dict[str, Any] = {"quality": Quality, "page": Page}
+COMMANDS: dict[str, Any] = {"quality": Quality, "tasks": Tasks, "page": Page}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
@@ -50,6 +51,7 @@ class LanguageModel(Protocol):
     def outputs(
         self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, policy: Policy
     ) -> list[Output]: ...
+    def measure_prefill(self, prompts: Sequence[str], prefill: str | Selector, *, attention: str | Policy | None) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +179,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     attention: str | Policy | None = None,
+    prefill: str | Selector = "dense",
     batch_size: int = 128,
     max_new_tokens: int | None = None,
     passes: int = 1,
@@ -186,6 +189,7 @@ def evaluate(
 
     Args:
       attention: a policy or its name; by default what the model was trained with.
+      prefill: how causal prompts are read, as `SpanLM.generate` has it.
       max_new_tokens: by default 16 more than the longest gold response has.
       passes: times that each batch is decoded; the median of its times counts.
 
@@ -197,7 +201,7 @@ def evaluate(
     token_ids, lengths = lm.pad(ids)
     batch_size = _batch_size(lm, batch_size, len(ids))
     policy = get_policy(attention or lm.model.config.mask)
-    config = _config(lm, examples, ids, policy, max_new_tokens)
+    config = _config(lm, examples, ids, policy, prefill, max_new_tokens)
     compile_seconds, seconds, read_seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0, 0.0
     state: Any = None
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
@@ -230,6 +234,7 @@ def evaluate_all(
     *,
     batch_sizes: Sequence[int],
     attention: str | Policy | None = None,
+    prefill: str | Selector = "dense",
     **options: Any,
 ) -> dict[str, list[Evaluation | NotRun]]:
     """Call `evaluate` for sets of examples at each batch size, all of them compiled first, several at once.
@@ -254,7 +259,7 @@ def evaluate_all(
             return NotRun(size, f"does not fit: prompt and response of each example exceed the model's context of {context} tokens")
         try:
             with catch_out_of_memory():
-                config = _config(lm, examples, prompts, policy)
+                config = _config(lm, examples, prompts, policy, prefill)
                 return _compile(lm, _batch_size(lm, size, len(examples)), max(map(len, prompts)), config)
         except DoesNotFit as reason:
             return NotRun(size, str(reason))
@@ -269,7 +274,7 @@ def evaluate_all(
             continue
         try:
             with catch_out_of_memory():
-                evaluation = evaluate(lm, examples, batch_size=size, attention=policy, **options)
+                evaluation = evaluate(lm, examples, batch_size=size, attention=policy, prefill=prefill, **options)
         except DoesNotFit as reason:
             found[name].append(NotRun(size, str(reason)))
         else:
@@ -287,14 +292,19 @@ def _fitting(lm: LanguageModel, examples: Sequence[Example], ids: Sequence[Int[n
 
 
 def _config(
-    lm: LanguageModel, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]], policy: Policy, max_new_tokens: int | None = None
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    ids: Sequence[Int[np.ndarray, "T"]],
+    policy: Policy,
+    prefill: str | Selector,
+    max_new_tokens: int | None = None,
 ) -> DecodeConfig:
     """Give the responses room for the longest gold one and a margin, as far as the context has it."""
     if max_new_tokens is None:
         longest = max(len(example.response_ids) for example in examples)
         left = lm.model.config.max_context_tokens - max(map(len, ids))
         max_new_tokens = max(longest, min(longest + MARGIN_TOKENS, left))
-    return DecodeConfig(policy, max_new_tokens)
+    return DecodeConfig(policy, max_new_tokens, prefill=prefill)
 
 
 def _batch_size(lm: LanguageModel, wanted: int, num_prompts: int) -> int:
@@ -320,7 +330,8 @@ def report(lm: LanguageModel, found: Mapping[str, Sequence[Evaluation | NotRun]]
     """Summarize what `evaluate_all` returned, with its settings, what the task fixes and the device, as JSON.
 
     Everything about a set is of its fastest batch size; `by_batch_size` has the speed of all, `not_run` what was not decoded. Where
-    the task groups its prompts, `by_...` (`by_ops` for arithmetic) has the scores of each group over all sets.
+    the task groups its prompts, `by_...` (`by_ops` for arithmetic) has the scores of each group over all sets. Where `prefill` is among
+    the settings, it becomes what was kept of the first batch's prompts.
 
     Raises: DoesNotFit if nothing was decoded.
     """
@@ -357,6 +368,9 @@ def report(lm: LanguageModel, found: Mapping[str, Sequence[Evaluation | NotRun]]
         "sets": {name: chosen[name].to_json() | {"by_batch_size": speeds} for name, speeds in by_batch_size.items()},
     }
     values["not_run"] = not_run
+    if selector := settings.get("prefill"):
+        some = [out.prompt for out in outputs[: whole.batch_size]]
+        values["prefill"] = {"selector": selector, **lm.measure_prefill(some, selector, attention=first.attention)}
     if len(evaluations) == 1:
         (values["by_batch_size"],) = by_batch_size.values()
     if first.verdict:

@@ -35,8 +35,7 @@ def dot_product_attention(
     if isinstance(mask, TileMask):
         return masked_attention(q, k, v, mask)
     if implementation is None:
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        fused = jax.default_backend() == "gpu" and half and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0
+        fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0
         implementation = "cudnn" if fused else "xla"
     dtype = q.dtype
     if dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no product of float16 that adds up in float32
@@ -69,6 +68,11 @@ def attend_under(mask: Bool[Array, "B T T"] | TileMask, implementation: Literal[
     return attend
 
 
+def training_implementation(config: ModelConfig) -> SequenceImplementation | None:
+    """Return "triton" where the device has the project's kernels for such a model, in half precision; None where it has not."""
+    return "triton" if config.compute_dtype != "float32" and not unsupported_reason("triton", config.head_size) else None
+
+
 def attend_in_training(
     token_ids: Int[Array, "B T"],
     vocab: SpanVocab,
@@ -82,8 +86,7 @@ def attend_in_training(
     Args:
       segment_ids: different numbers for sequences packed in one row; 0 is padding.
       implementation: "triton", the project's kernels, which skip tiles that no query attends to and never hold the mask as
-        booleans; "cudnn" or "xla", which read the mask as a bias of every pair; None for the first that the device has (in
-        float32 "xla").
+        booleans; "cudnn" or "xla", which read the mask as a bias of every pair; None for the first that the device has.
 
     Returns: the attention, and the number of pairs of tokens that the mask keeps, padding excluded.
 
@@ -91,8 +94,8 @@ def attend_in_training(
     """
     if implementation is not None and implementation not in get_args(SequenceImplementation):
         raise UserError(f"implementation is {implementation!r}; allowed: {', '.join(get_args(SequenceImplementation))}")
-    reason = unsupported_reason("triton", config.head_size)
-    if implementation == "triton" and reason:
+    implementation = implementation or training_implementation(config)
+    if implementation == "triton" and (reason := unsupported_reason("triton", config.head_size)):
         raise NotImplementedError(f"implementation='triton': {reason}")
 
     def rows(first_query, num_queries):
@@ -100,8 +103,7 @@ def attend_in_training(
         return get_policy(config.mask).mask(token_ids, vocab, config, segment_ids=segment_ids, **some)
 
     batch, num_tokens = token_ids.shape
-    half = config.compute_dtype != "float32"
-    if implementation == "triton" or (implementation is None and half and not reason):
+    if implementation == "triton":
         tiles = TileMask.of_rows(rows, batch, num_tokens, num_tokens)
         keys = jnp.sum(jax.lax.population_count(tiles.bits), axis=1)[:, :num_tokens]  # of each query
         attend = attend_under(tiles)

@@ -81,7 +81,8 @@ def _sources_lines(out: Output) -> list[str]:
 def evaluation_table(report: Mapping[str, Any], task: Any) -> str:
     """Lay out what `evaluation.report` returned: warnings, then verified answers by group or by set, else a line for each kind of score."""
     table = _verified_table(report, task) if "first_errors" in report else _scores_table(report, task)
-    return "\n".join([*warning_lines(report.get("warnings", ())), table])
+    kept = [prefill_line(report["prefill"])] if "prefill" in report else []
+    return "\n".join([*warning_lines(report.get("warnings", ())), table, *kept])
 
 
 def _verified_table(report: Mapping[str, Any], task: Any) -> str:

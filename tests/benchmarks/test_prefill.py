@@ -12,6 +12,7 @@ from benchmarks.shapes import Shape, named_shape
 from benchmarks.sweep import Bench
 from data import arithmetic
 from data.vocab import Vocab
+from pallas_kernels.prompt_attention import BLOCK, WindowTiles
 from selfspan_jax import files, memory
 from selfspan_jax.attention.policies import Window, get_policy
 from selfspan_jax.parallel.mesh import make_mesh
@@ -105,6 +106,36 @@ def test_operations_of_a_prefill_by_hand(tied):
     assert prefill.prefill_flops(model, tokens, batch, pairs) == 2 * multiplications
 
 
+def test_lists_of_a_share_are_of_that_share():
+    q, k = np.ones((1, 8 * BLOCK, 4, 8), np.float32), np.ones((1, 64 * BLOCK, 2, 8), np.float32)
+    selector = prefill.OfShare(selector=WindowTiles(near_tiles=1), share=0.3, dense_below_tokens=0)
+    tiles, counts = selector.choose(q, k, first_query=56 * BLOCK)
+    own, kept = 56 + np.arange(8), np.asarray(counts)[0, :, :, 1]
+    assert ((kept - 1).sum(axis=0) / (4 * own)).mean() == pytest.approx(0.3, abs=0.03) and (np.asarray(counts)[..., 0] == 1).all()
+    for n, i in np.ndindex(4, 8):
+        listed = np.asarray(tiles)[0, n, i, : kept[n, i]]
+        assert listed[0] == own[i] and (listed[1:] < own[i]).all() and len(set(listed)) == len(listed)
+    assert len({tuple(np.asarray(tiles)[0, n, 0, :10]) for n in range(4)}) == 4
+
+
+def test_pairs_of_a_share_are_those_of_the_diagonal_and_of_that_share():
+    t, s = np.indices((300, 300))
+    causal, own = s <= t, t // BLOCK == s // BLOCK
+    expected = (causal & own).sum() + 0.25 * (causal & ~own).sum() + 128 * 129 // 2  # and a prompt of one tile
+    assert prefill.kept_pairs([300, 128], 0.25) == pytest.approx(expected, abs=0.5)
+    assert prefill.kept_pairs([300, 128], 1) == prefill.causal_pairs([300, 128])
+
+
+def test_a_sparse_row_stands_beside_the_dense_one():
+    """Of the same first row of tiles, which all read; with everything kept it is the dense prefill."""
+    dense, sparse = (PrefillCase("dense", 1, 512, prefill=name, kept=kept) for name, kept in (("dense", 1.0), ("sample", 0.5)))
+    rows = list(sweep.sweep(SHAPE, [dense, sparse], prompts_of))
+    assert [report.label(row) for row in rows] == ["dense", "sample 50%"]
+    assert rows[0]["allowed_pairs"] == 512 * 513 // 2 and rows[1]["allowed_pairs"] == prefill.kept_pairs([512], 0.5)
+    with pytest.raises(ValueError, match=r"prefill is 'sample': 1 prompts of 300 tokens go .* 320 tokens .*; allowed: multiples of 128"):
+        dataclasses.replace(sparse, context_tokens=300)
+
+
 CASES = [PrefillCase("dense", 2, 130), PrefillCase("span", 2, 130, "int8")]
 ROWS = 192 + 1  # of each sequence in the cache: the prompt's, rounded up, and one of a new token
 
@@ -165,6 +196,10 @@ def test_on_a_mesh_operations_are_all_and_bytes_those_of_one_device():
         (dict(peers=("hf-eager",)), "peers has hf-eager; allowed with --prefill: hf-sdpa"),
         (dict(prefill=False, peers=("hf-sdpa",)), "peers has hf-sdpa; allowed without --prefill: hf-compiled, hf-eager, hf-generate"),
         (dict(context=(0,)), "context is"),
+        (dict(sparse=("sample",)), r"kept is \(\); allowed: numbers from 0 to 1, one, or one for each of --sparse sample"),
+        (dict(sparse=("sample", "blocks"), kept=(0.5, 2.0)), "kept is"),
+        (dict(kept=(0.5,)), "kept is"),
+        (dict(prefill=False, sparse=("sample",), kept=(0.5,)), "--sparse is for prompts: give --prefill"),
         (dict(attended_fraction=0.0), "attended_fraction is"),
     ],
 )
@@ -176,6 +211,9 @@ def test_options_that_make_no_sense_are_refused(change, message):
 def test_cases_are_all_lengths_and_policies():
     bench = Bench(**BENCH | dict(context=(64, 16)), attention=("span", "dense"), weights=("int8", "bf16"))  # shorter than 64 steps
     assert bench.cases[:3] == [PrefillCase("dense", 1, 64), PrefillCase("span", 1, 64), PrefillCase("dense", 3, 64)]
+    sparse = dataclasses.replace(bench, context=(512,), batch_size=(1,), weights=("bf16",), sparse=("sample", "blocks"), kept=(0.4, 0.3))
+    assert sparse.cases[2:] == [PrefillCase("dense", 1, 512, "bf16", name, kept) for name, kept in (("sample", 0.4), ("blocks", 0.3))]
+    assert dataclasses.replace(sparse, kept=(0.2,)).cases[3].kept == 0.2
     assert len(bench.cases) == 16 and [case.weights for case in bench.cases[7:9]] == ["bf16", "int8"]
     assert Bench(shape="llama2-7b", prefill=True).with_contexts(1000).context == (999,)  # and the first new token
     with pytest.raises(ValueError, match="context 64 takes 65 tokens; the model's context is 64"):
@@ -199,15 +237,16 @@ def test_rows_are_compared_with_the_peak_the_dense_row_and_the_peer(monkeypatch,
         {**OURS, "attention": "dense", "time_to_first_token_ms": 4.0, "num_devices": 2},
         {**OURS, "attention": "span", "time_to_first_token_ms": 1.0, "allowed_pairs": 6579, "allowed_fraction": 0.1},
         {**OURS, "attention": "dense", "context_tokens": 512, "time_to_first_token_ms": 9.0},
+        {**OURS, "attention": "dense", "prefill": "blocks", "kept": 0.25, "time_to_first_token_ms": 0.5},
         {"attention": "window", "int8": False, "not_run": "does not fit"},
     )
-    peer, dense, span, other, _ = found["rows"]
+    peer, dense, span, other, sparse, _ = found["rows"]
     flops = prefill.prefill_flops(SHAPE.abstract(), 512, 2, 65792)
     assert peer["model_flops"] == dense["model_flops"] == flops > span["model_flops"]
     assert peer["percent_of_peak"] == pytest.approx(100 * flops / 6e-3 / 1e12) and peer["roofline_ms"] == pytest.approx(1e3 * flops / 1e12)
     assert dense["percent_of_peak"] == pytest.approx(100 * flops / 4e-3 / 2e12) and dense["tokens_per_second"] == 128_000
     assert (span["speedup_over_dense"], span["speedup_over_hf"], dense["speedup_over_hf"]) == (4.0, 6.0, 1.5)
-    assert "speedup_over_hf" not in other
+    assert "speedup_over_hf" not in other and sparse["speedup_over_dense"] == 8.0 and "blocks 25%" in report.line(sparse)
     text = report.table(found["rows"]).splitlines()
     assert text[0].split()[:5] == ["batch", "context", "first", "token", "tokens/s"] and text[-1].endswith("not run: does not fit")
     assert "6.58e+03 (10.0%)" in text[3] and "4.00x" in text[3] and "6.00x" in text[3]

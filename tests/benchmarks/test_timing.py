@@ -28,6 +28,32 @@ def test_profiles_are_summed_up_by_kind_and_by_kernel(monkeypatch):
     assert timing.kernel_us(lambda: None, "span_decode") == pytest.approx(3000)
 
 
+PROGRAM = """
+%fused_computation (param_0: f32[8,4]) -> bf16[8,4] {
+  %param_0 = f32[8,4]{1,0} parameter(0)
+  ROOT %convert.1 = bf16[8,4]{1,0} convert(%param_0), metadata={op_name="inner"}
+}
+
+ENTRY %main (x: f32[8,4]) -> (bf16[8,4], f32[]) {
+  %x.1 = f32[8,4]{1,0:T(8,128)} parameter(0), metadata={op_name="x"}
+  %mask.2 = pred[8]{0} parameter(1)
+  %loop_convert_fusion.3 = (bf16[8,4]{1,0}, f32[]) fusion(%x.1, %mask.2), kind=kLoop, metadata={op_name="jit(f)/mul"}
+  ROOT %copy-done = f32[] copy(%loop_convert_fusion.3)
+}
+"""
+
+
+def test_passes_name_their_arrays_and_where_they_come_from(monkeypatch):
+    """128 bytes of float32 and 8 of booleans are read, 64 of bfloat16 and 4 written; a kernel of two runs is one row."""
+    run, product = DeviceEvent("loop_convert_fusion_3", "", 1e-6), DeviceEvent("nvjet_gemm", "", 1.0)
+    monkeypatch.setattr(timing, "device_events", lambda function: [[run, run, product, DeviceEvent("unknown", "", 5e-7)]])
+    first, second = timing.device_times(lambda: None, 1, PROGRAM)["longest_passes"]
+    assert first["kernel"] == "loop_convert_fusion_3" and first["runs"] == 2 and first["ms"] == pytest.approx(2e-6)
+    assert (first["arrays"], first["bytes"], first["source"]) == ("f32[8,4] pred[8] -> bf16[8,4] f32[]", 128 + 8 + 64 + 4, "jit(f)/mul")
+    assert first["terabytes_per_second"] == pytest.approx(204 * 2 / 2e-9 / 1e12)
+    assert set(second) == {"kernel", "ms", "runs"}
+
+
 def test_a_cpu_has_no_device_events_and_a_header_says_what_was_measured_with():
     assert timing.device_times(lambda: jnp.ones(4).sum(), 1) == {"device_ms_by_kind": {}, "longest_operations_ms": {}}
     header = timing.report_header()

@@ -1,16 +1,26 @@
 """The experiment of sparse prefill, on a small model and on toy sizes: what it computes, and the page that it writes."""
 
+import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from experiments import prefill
+from benchmarks.shapes import PROMPT_SHAPES
+from data import arithmetic
+from data.vocab import Vocab
+from experiments import pages, prefill, prefill_tables
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import SpanVocab
 from tests.experiments.reports import call
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB
+
+ROOT = Path(__file__).parents[2]
 
 
 class Letters:
@@ -57,22 +67,111 @@ def test_quality_is_that_of_one_forward_after_each_prefill(texts, monkeypatch, t
     windows = [row for (kind, _), row in rows.items() if kind == "window"]
     assert all(row["tiles_kept"] >= little["tiles_kept"] - 1e-6 for row in windows)
 
-    page = tmp_path / "page.md"
-    page.write_text("<!-- sparse quality -->\n<!-- end -->\n<!-- sparse speed -->\n<!-- end -->\n")
-    speed = {
-        "device": "H100",
-        "jax": "0.11.2",
-        "shape": "llama3-8b",
-        "speed": [{"tokens": 8192, "selector": "blocks", "kept": 0.25, "not_run": "no room"}],
-    }
-    (tmp_path / "speed.json").write_text(json.dumps(speed))
-    status, _, err = call(prefill, capsys, "page", tmp_path / "quality.json", tmp_path / "speed.json", "--page", page)
-    assert (status or 0) == 0, err
-    assert "| 392 | sample 2 | 0.1 |" in page.read_text() and "| 8,192 | blocks | 25% | not run: no room |" in page.read_text()
-    assert (tmp_path / prefill.PLOT).stat().st_size > 1000
-
     status, _, err = call(prefill, capsys, "quality", "model", texts, "--tokens", 392, "--num-texts", 9)
     assert status == 2 and err == "error: --num-texts is 9: 4 documents give only 2 texts of 392 tokens\n"
+
+
+def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, capsys):
+    """Everything kept gives what dense prefill gives."""
+    task = arithmetic.ArithmeticTask(vocab=Vocab(64))
+    vocab = SpanVocab(**task.vocab.span_ids())
+    config = dataclasses.replace(random_model().config, max_context_tokens=1024, prompt_view="causal")
+    lm = SpanLM(Decoder(config, vocab=vocab, vocab_size=vocab.min_vocab_size, rngs=nnx.Rngs(0)), task)
+    monkeypatch.setattr(prefill.SpanLM, "load", lambda *_, **__: lm)
+    sizes = ["--ops", 40, "--num-examples", 2, "--batch-size", 2, "--selectors", "sample 1", "--sample-1", "1.0"]
+    status, out, err = call(prefill, capsys, "tasks", "model", *sizes, "--json", tmp_path / "tasks.json")
+    assert (status or 0) == 0, err
+    report = json.loads((tmp_path / "tasks.json").read_text())
+    rows = {(row["selector"], row["threshold"]): row for row in report["tasks"]}
+    assert report["task"] == "arithmetic" and report["longest_prompt_tokens"] > 256 and len(out.splitlines()) == len(rows)
+    dense, everything = rows["dense", None], rows["sample 1", 1.0]
+    assert all(everything[name] == dense[name] for name in ("answer_accuracy", "step_accuracy", "attended_tokens"))
+    assert dense["num_examples"] == 2 and dense["tiles_kept"] == everything["tiles_kept"] == 1
+
+    lm.model.config = dataclasses.replace(lm.model.config, prompt_view="local")
+    status, _, err = call(prefill, capsys, "tasks", "model", *sizes)
+    assert status == 2 and err == "error: model reads its prompts by labels, not causally: there is nothing to choose\n"
+    status, _, err = call(prefill, capsys, "tasks", "model", "--num-examples", 3, "--batch-size", 2)
+    assert status == 2 and err == "error: --num-examples is 3; allowed: multiples of --batch-size=2\n"
+
+
+DEVICE = {"device": "H100", "jax": "0.11.2"}
+KEPT = {"tokens": 392, "threshold": 0.1, "retained_mass_mean": 0.5, "retained_mass_min": 0.25, "tiles_kept": 0.75}
+PREFILLED = {"attention": "dense", "batch_size": 1, "context_tokens": 8192, "time_to_first_token_ms": 1234.5}
+STEPS = {"ms_per_step": 9.5, "tokens_per_second": 1000, "mfu": 0.451, "memory_gb": 20.25, "device_ms_by_kind": {"attention": 3.0}}
+FILES = {  # what each command writes, and lines of the tables made of it
+    "prompt_attention": (
+        {
+            "shapes": [dataclasses.asdict(PROMPT_SHAPES[3])],
+            "cases": [{"shape": "b1-8k-at-24k", "implementation": "mosaic", "flops_per_second": 6.449e14, "relative_error": 0.00241}],
+        },
+        ["| causal | 1 of 8,192 at 24,576 | N 32, K 8, H 128 | 645 | - | - | - | 2.4e-03 | - | - |"],
+    ),
+    "llama3-8b_128k_decode": (
+        {
+            "rows": [
+                PREFILLED | {"attended_tokens": 131072.0, "ms_per_step": 5.5, "percent_of_roofline": 81.2, "kv_memory_bytes": 2**34},
+                {**PREFILLED, "attention": "span", "not_run": "no room"},
+            ]
+        },
+        ["| dense | 1 | 8,192 | 131,072 | 5.500 | 81% | 1,234 | 16.0 | - |", "| span | 1 | 8,192 | not run: no room | - | - | - | - | - |"],
+    ),
+    "sparse_quality_model": (
+        {"model": "model", "quality": [KEPT | {"selector": "blocks", "perplexity": 8.5, "loss_more": 0.01, "loss_more_error": 0.002}]},
+        ["| 392 | blocks | 0.1 | 75.0% | 50.0% | 25.00% | 8.500 | +0.0100 ± 0.0020 |", "![Loss above dense"],
+    ),
+    "sparse_tasks_model": (
+        {"model": "model", "tasks": [KEPT | {"selector": "window", "threshold": 2, "answer_accuracy": 0.5, "step_accuracy": 0.25}] * 2},
+        ["| least | answer accuracy | step accuracy |", "| 392 | window | 2 tiles | 75.0% | 50.0% | 25.00% | 50.0% | 25.0% |"],
+    ),
+    "sparse_speed_8k": (
+        {
+            "shape": "llama3-8b",
+            "rows": [
+                PREFILLED | {"prefill": "sample", "kept": 0.4, "speedup_over_dense": 2.0, "device_ms_by_kind": {"attention": 31.4}},
+                PREFILLED | {"prefill": "blocks", "kept": 0.25, "not_run": "no room"},
+            ],
+        },
+        ["| 8,192 | sample | 40% | 1,234 | 2.00 | 31 | - | - |", "| 8,192 | blocks | 25% | not run: no room | - | - | - | - |"],
+    ),
+    "training_base": (
+        {
+            "shape": "base",
+            "step_tokens": 8192,
+            "lengths": [
+                {**DEVICE, "sequence_tokens": 4096, "batch_size": 2, "mask": "span", "training_takes": "triton"}
+                | {"attention": {"triton": STEPS, "cudnn": {"not_run": "no room", "memory_gb": 99.0}}}
+            ],
+        },
+        [
+            "base, 8,192 tokens a step, H100, JAX 0.11.2 ([JSON](page/training_base.json)):",
+            "| 4,096 | 2 | span | triton (taken) | 9.5 | 1,000 | 45.1% | 20.2 | 3.0 | - | - |",
+            "| 4,096 | 2 | span | cudnn | not run: no room | - | - | 99.0 | - | - | - |",
+        ],
+    ),
+}
+
+
+def test_the_page_has_a_table_of_every_file_and_keeps_what_has_none(tmp_path, capsys):
+    (tmp_path / "page").mkdir()
+    for name, (report, _) in FILES.items():
+        (tmp_path / "page" / f"{name}.json").write_text(json.dumps(DEVICE | report))
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name} -->\nas it was\n<!-- end -->\n" for name in prefill_tables.SECTIONS))
+    status, _, err = call(prefill, capsys, "page", tmp_path / "page")
+    assert (status or 0) == 0, err
+    written = page.read_text()
+    for name, (_, lines) in FILES.items():
+        assert [line for line in lines if line not in written] == [], name
+    assert written.count("as it was") == len(prefill_tables.SECTIONS) - len(FILES) == 5
+    assert written.count("| 392 | window |") == 1  # of rows that are in several files, the first
+    assert (tmp_path / "page" / prefill_tables.PLOT).stat().st_size > 1000
+
+
+def test_the_page_is_the_one_made_of_its_files(tmp_path):
+    text = (ROOT / "docs/prefill.md").read_text(encoding="utf-8")
+    made = pages.fill(text, prefill_tables.sections(ROOT / "docs/prefill"))
+    assert made == text, "python -m experiments.prefill page docs/prefill"
 
 
 @pytest.mark.parametrize("share, num_tiles, near", [(1.0, 8, 7), (0.5, 8, 2), (0.01, 8, 1), (1.0, 1, 1), (0.75, 2, 1)])

@@ -79,6 +79,10 @@ def lm(model):
     return SpanLM(model, Problems())
 
 
+def evaluate_all(lm, sets, **options):
+    return evaluation.evaluate_all(lm, sets, batch_sizes=(2,), **options)
+
+
 @pytest.fixture(scope="module")
 def evaluations(lm):
     sets = {"short": [Example("4")], "long": [Example("45"), Example("456")]}
@@ -114,6 +118,18 @@ def test_scores_order_and_seconds(lm, monkeypatch):
 
 def live_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_prompts_are_read_as_asked_and_what_is_kept_is_told(lm):
+    """A local model has nothing to choose from, and says so; short causal prompts are read densely, and are said to."""
+    sets = {"both": [Example("4"), Example("45")]}
+    for read in (lambda **options: evaluation.evaluate(lm, sets["both"], **options), lambda **options: evaluate_all(lm, sets, **options)):
+        with pytest.raises(UserError, match="prefill='sample' is for prompts that read everything before"):
+            read(prefill="sample")
+    causal = SpanLM(random_model(max_context_tokens=80, prompt_view="causal"), Problems())
+    report = evaluation.report(causal, evaluate_all(causal, sets, prefill="sample"), {"prefill": "sample"})
+    assert (report["prefill"]["selector"], report["prefill"]["tiles_kept"]) == ("sample", 1)
+    assert "prefill: sample reads 100.0% of the tiles" in text.evaluation_table(report, causal.task).splitlines()[-1]
 
 
 def test_each_pass_has_the_memory_of_the_one_before(lm, monkeypatch):

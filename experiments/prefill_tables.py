@@ -1,0 +1,226 @@
+"""Tables of docs/prefill.md, each of the JSON files of one command: their names, what they have, and the cells made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.pages import markdown_table
+from selfspan_jax import files
+
+Row = dict[str, Any]
+Writer = Callable[[list[tuple[Path, Row]]], str]
+PLOT = "sparse_quality.png"
+SCORES = ("answer_accuracy", "step_accuracy", "span_accuracy", "rougeL", "span_recall", "all_facts_right")  # where a task has them
+_GIB = 2**30
+
+
+def sections(results: Path) -> dict[str, str]:
+    """Write each section of the page whose files there are, by its name."""
+    found = {}
+    for name, (pattern, write) in SECTIONS.items():
+        if reports := [(file, files.read_json(file)) for file in sorted(results.glob(pattern))]:
+            found[name] = write(reports)
+    return found
+
+
+def _told(file: Path, report: Row, *more: str) -> str:
+    """Say where figures come from: what was measured, the device, JAX, the file."""
+    versions, ceiling = report.get("versions", {}), report.get("read_ceiling_terabytes_per_second")
+    words = [*more, report["device"], f"JAX {versions.get('jax') or report['jax']}"]
+    words += [f"read ceiling {ceiling:.2f} TB/s"] if ceiling else []
+    return f"{', '.join(words)} ([JSON]({file.parent.name}/{file.name}))"
+
+
+def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
+    return "-" if row.get(key) is None else format(row[key] * scale, form)
+
+
+def _each(head: tuple[str, ...], rows: Callable[[Row], list[list[str]]]) -> Writer:
+    """Write one table for each report, below where it comes from."""
+
+    def write(reports: list[tuple[Path, Row]]) -> str:
+        told = [_told(file, report, *filter(None, [report.get("shape")])) for file, report in reports]
+        return "\n\n".join(f"{words}:\n\n{markdown_table(head, rows(report))}" for words, (_, report) in zip(told, reports))
+
+    return write
+
+
+def _joined(head: tuple[str, ...], key: str, cells: Callable[[Row], list[str]], *, name: str) -> Writer:
+    """Write one table of the rows of all reports; of those of the same settings, as dense prefill has in each, the first."""
+
+    def write(reports: list[tuple[Path, Row]]) -> str:
+        unique: dict[tuple[Any, ...], Row] = {}
+        for _, report in reports:
+            for row in report[key]:
+                unique.setdefault(tuple(row.get(part) for part in ("tokens", "context_tokens", *_SETTINGS)), row)
+        told = "\n\n".join(_told(file, report, str(report.get(name))) for file, report in reports)
+        return f"{told}:\n\n{markdown_table(head, [cells(row) for row in unique.values()])}"
+
+    return write
+
+
+_SETTINGS = ("selector", "threshold", "prefill", "kept")
+
+
+# ---------------------------------------------------------------------------------------------------------- dense prefill
+
+FIRST_TOKEN = ("policy", "batch", "tokens", "first token, ms", "tokens/s", "TFLOP/s", "of the peak", "allowed pairs", "cache, GiB")
+DECODING = ("policy", "batch", "context", "attended tokens", "ms a step", "of the roofline", "first token, ms", "cache, GiB", "memory, GiB")
+PEERS = {"hf-sdpa": "transformers, SDPA"}
+
+
+def _first_tokens(report: Row) -> list[list[str]]:
+    return [[*first_token_cells(row), _number(row, "program_memory_bytes", ".1f", 1 / _GIB)] for row in report["rows"]]
+
+
+def first_token_cells(row: Row) -> list[str]:
+    policy = PEERS[row["peer"]] if "peer" in row else row["attention"]
+    first = [policy, f"{row['batch_size']:,}", f"{row['context_tokens']:,}"]
+    if "not_run" in row:
+        return [*first, f"not run: {row['not_run']}", *["-"] * (len(FIRST_TOKEN) - len(first) - 1)]
+    speed = f"{row['time_to_first_token_ms']:,.1f}", f"{row['tokens_per_second']:,.0f}", f"{row['model_flops_per_second'] / 1e12:.0f}"
+    pairs = f"{row.get('allowed_fraction', 1):.1%}"
+    return [*first, *speed, _number(row, "percent_of_peak", ".0f") + "%", pairs, _number(row, "kv_memory_bytes", ".2f", 1 / _GIB)]
+
+
+def _steps(report: Row) -> list[list[str]]:
+    cells = []
+    for row in report["rows"]:
+        first = [row["attention"], f"{row['batch_size']:,}", f"{row['context_tokens']:,}"]
+        if "not_run" in row:
+            cells.append([*first, f"not run: {row['not_run']}", *["-"] * (len(DECODING) - len(first) - 1)])
+            continue
+        step = f"{row['attended_tokens']:,.0f}", f"{row['ms_per_step']:.3f}", f"{row['percent_of_roofline']:.0f}%"
+        memory = (_number(row, key, ".1f", 1 / _GIB) for key in ("kv_memory_bytes", "program_memory_bytes"))
+        cells.append([*first, *step, f"{row['time_to_first_token_ms']:,.0f}", *memory])
+    return cells
+
+
+IMPLEMENTATIONS = ("mosaic", "triton", "cudnn", "reference")
+
+
+def _attention(report: Row) -> list[list[str]]:
+    lines = []
+    for shape in report["shapes"]:
+        own = {case["implementation"]: case for case in report["cases"] if case["shape"] == shape["name"]}
+        heads = f"N {shape['num_heads']}, K {shape['num_kv_heads']}, H {shape['head_size']}"
+        prompts = f"{shape['batch_size']} of {shape['num_queries']:,}" + (f" at {shape['first_query']:,}" if shape["first_query"] else "")
+        speeds = [_number(own.get(name, {}), "flops_per_second", ".0f", 1e-12) for name in IMPLEMENTATIONS]
+        errors = [_number(own.get(name, {}), "relative_error", ".1e") for name in IMPLEMENTATIONS[:3]]
+        lines.append([shape["mask"], prompts, heads, *speeds, *errors])
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------------- sparse prefill
+
+TASK = ("prompt tokens", "prefill", "threshold", "tiles read", "retained mass, mean", "least")
+QUALITY = ("tokens", *TASK[1:], "perplexity", "loss above dense")
+_KINDS = ("attention", "matrix products", "the rest")
+_KINDS_MS = tuple(f"{kind}, ms" for kind in _KINDS)
+SPEED = ("tokens", "prefill", "tiles before the diagonal", "first token, ms", "times dense", *_KINDS_MS)
+
+
+def _kept_cells(row: Row) -> list[str]:
+    threshold = "" if row["threshold"] is None else f"{row['threshold']:g}{' tiles' if row['selector'] == 'window' else ''}"
+    mass = f"{row['retained_mass_mean']:.1%}", f"{row['retained_mass_min']:.2%}"
+    return [f"{row['tokens']:,}", row["selector"], threshold, f"{row['tiles_kept']:.1%}", *mass]
+
+
+def quality_cells(row: Row) -> list[str]:
+    loss = "" if row["selector"] == "dense" else f"{row['loss_more']:+.4f} ± {row['loss_more_error']:.4f}"
+    return [*_kept_cells(row), f"{row['perplexity']:.3f}", loss]
+
+
+def task_cells(row: Row) -> list[str]:
+    return [*_kept_cells(row), *(f"{row[score]:.1%}" for score in SCORES if score in row)]
+
+
+def speed_cells(row: Row) -> list[str]:
+    first = [f"{row['context_tokens']:,}", row["prefill"], f"{row['kept']:.0%}"]
+    if "not_run" in row:
+        return [*first, f"not run: {row['not_run']}", *["-"] * (len(SPEED) - len(first) - 1)]
+    kinds = row.get("device_ms_by_kind", {})
+    parts = [_number(kinds, kind, ",.0f") for kind in _KINDS]
+    return [*first, f"{row['time_to_first_token_ms']:,.0f}", _number(row, "speedup_over_dense", ".2f"), *parts]
+
+
+def _quality(reports: list[tuple[Path, Row]]) -> str:
+    rows = [row for _, report in reports for row in report["quality"]]
+    directory = reports[0][0].parent
+    files.write_picture(directory / PLOT, draw(rows))
+    plot = f"![Loss above dense prefill against the share of tiles read]({directory.name}/{PLOT})"
+    return f"{_joined(QUALITY, 'quality', quality_cells, name='model')(reports)}\n\n{plot}"
+
+
+def _tasks(reports: list[tuple[Path, Row]]) -> str:
+    """Write one table for each model: their tasks have different scores."""
+    models = dict.fromkeys(report["model"] for _, report in reports)
+    texts = []
+    for model in models:
+        own = [(file, report) for file, report in reports if report["model"] == model]
+        scores = tuple(score.replace("_", " ") for score in SCORES if score in own[0][1]["tasks"][0])
+        texts.append(_joined((*TASK, *scores), "tasks", task_cells, name="model")(own))
+    return "\n\n".join(texts)
+
+
+def draw(rows: list[Row]) -> Any:
+    """Draw the loss above dense prefill against the share of tiles read, a panel for each length."""
+    from matplotlib.figure import Figure
+
+    lengths = sorted({row["tokens"] for row in rows})
+    figure = Figure(figsize=(4.2 * len(lengths), 3.2), layout="constrained")
+    for axes, tokens in zip(np.ravel(figure.subplots(1, len(lengths), squeeze=False)), lengths):
+        here = [row for row in rows if row["tokens"] == tokens and row["selector"] != "dense"]
+        for number, kind in enumerate(dict.fromkeys(row["selector"] for row in here)):
+            own = sorted((row for row in here if row["selector"] == kind), key=lambda row: row["tiles_kept"])
+            kept, loss, error = ([row[key] for row in own] for key in ("tiles_kept", "loss_more", "loss_more_error"))
+            axes.errorbar(100 * np.array(kept), loss, yerr=np.nan_to_num(error), marker="o", color=f"C{number}", label=kind)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set(xlabel="tiles read, % of dense", ylabel="loss above dense", title=f"{tokens:,} tokens")
+        axes.legend(fontsize=8)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+TRAINING = ("row, tokens", "rows", "mask", "attention", "ms a step", "tokens/s", "MFU", "memory, GB", *_KINDS_MS)
+
+
+def _training(reports: list[tuple[Path, Row]]) -> str:
+    texts = []
+    for file, report in reports:
+        lines = []
+        for length in report["lengths"]:
+            for name, own in length["attention"].items():
+                taken = f"{name} (taken)" if name == length["training_takes"] else name
+                first = [f"{length['sequence_tokens']:,}", str(length["batch_size"]), length["mask"], taken]
+                if "not_run" in own:
+                    lines.append([*first, f"not run: {own['not_run']}", "-", "-", f"{own['memory_gb']:.1f}", *["-"] * len(_KINDS)])
+                    continue
+                speed = f"{own['ms_per_step']:.1f}", f"{own['tokens_per_second']:,.0f}", _number(own, "mfu", ".1%")
+                kinds = [_number(own["device_ms_by_kind"], kind, ".1f") for kind in _KINDS]
+                lines.append([*first, *speed, f"{own['memory_gb']:.1f}", *kinds])
+        told = _told(file, report["lengths"][0], report["shape"], f"{report['step_tokens']:,} tokens a step")
+        texts.append(f"{told}:\n\n{markdown_table(TRAINING, lines)}")
+    return "\n\n".join(texts)
+
+
+_FIRST = _each((*FIRST_TOKEN, "program, GiB"), _first_tokens)
+_ERRORS = tuple(f"error, {name}" for name in IMPLEMENTATIONS[:3])
+SECTIONS: dict[str, tuple[str, Writer]] = {  # of the page: the files, and what is written of them
+    "attention": ("prompt_attention.json", _each(("mask", "prompts", "heads", *IMPLEMENTATIONS, *_ERRORS), _attention)),
+    "llama3-8b": ("llama3-8b.json", _FIRST),
+    "smollm2-135m": ("smollm2-135m.json", _FIRST),
+    "arithmetic-small": ("arithmetic-small.json", _FIRST),
+    "arithmetic-base": ("arithmetic-base.json", _FIRST),
+    "llama3-8b 128k": ("llama3-8b_128k.json", _FIRST),
+    "llama3-8b 128k decoding": ("llama3-8b_128k_decode.json", _each(DECODING, _steps)),
+    "sparse quality": ("sparse_quality_*.json", _quality),
+    "sparse tasks": ("sparse_tasks_*.json", _tasks),
+    "sparse speed": ("sparse_speed_*.json", _joined(SPEED, "rows", speed_cells, name="shape")),
+    "training": ("training_*.json", _training),
+}
