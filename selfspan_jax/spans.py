@@ -243,7 +243,7 @@ class SpanState:
     token_labels: Int[Array, "B A"]  # label that token s of sequence b carries, -1 where there is no token yet
     num_tokens: Int[Array, "B"]
     num_segs: Int[Array, "B"]
-    toc: Int[Array, "B C"]  # table of contents: the first num_segs are the indices of the <seg> tokens; C = A for "labels", else 0
+    toc: Int[Array, "B A"] | None  # for "labels" the table of contents: the first num_segs are the indices of the <seg> tokens
     # of the latest token
     is_response: Bool[Array, "B"]
     is_header: Bool[Array, "B"]
@@ -265,7 +265,7 @@ class SpanState:
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
         is_seg = inside & roles.is_seg
         place = jnp.where(is_seg, jnp.cumsum(is_seg, axis=1, dtype=jnp.int32) - 1, capacity)
-        toc = jnp.zeros((batch, capacity if header_view == "labels" else 0), jnp.int32).at[row, place].set(index, mode="drop")
+        toc = jnp.zeros((batch, capacity), jnp.int32).at[row, place].set(index, mode="drop") if header_view == "labels" else None
         token_labels = jnp.full((batch, capacity), -1, jnp.int32)
         return cls(
             label=latest(roles.labels, 0),
@@ -292,13 +292,15 @@ class SpanState:
         label = jnp.where(first_solve, 0, jnp.where(opens >= 0, opens, self.label))
         is_response = jnp.where(active, in_response & ~first_solve, self.is_response)
         index = self.num_tokens
-        columns = jnp.where(active, index, -1), jnp.where(alive & in_response, referred, -1), jnp.where(is_seg, self.num_segs, -1)
-        tables = write_elements((self.token_labels, self.last_named, self.toc), columns, (label, index, index))
+        written = [(self.token_labels, jnp.where(active, index, -1), label)]
+        written.append((self.last_named, jnp.where(alive & in_response, referred, -1), index))
+        written += [] if self.toc is None else [(self.toc, jnp.where(is_seg, self.num_segs, -1), index)]
+        token_labels, last_named, *toc = write_elements(*zip(*written))
         return dataclasses.replace(
             self,
-            token_labels=tables[0],
-            last_named=tables[1],
-            toc=tables[2],
+            token_labels=token_labels,
+            last_named=last_named,
+            toc=toc[0] if toc else None,
             label=label,
             step_index=jnp.where(first_solve | (in_response & (opens >= 0)), index, self.step_index),
             in_response=in_response,

@@ -51,12 +51,8 @@ def write_elements(
         require(
             fits and array.dtype == column.dtype == value.dtype == jnp.int32, "expected int32 [B, X], [B] and [B]", array, column, value
         )
-    if _choose(implementation, interpret) == "xla":
-        return xla_write(arrays, columns, values)
-    some = [i for i, array in enumerate(arrays) if array.size]  # a kernel takes no empty arrays
-    written = triton_write(*([parts[i] for i in some] for parts in (arrays, columns, values)), interpret=interpret) if some else ()
-    found = dict(zip(some, written))
-    return tuple(found.get(i, array) for i, array in enumerate(arrays))
+    chosen = _choose(implementation, interpret)
+    return xla_write(arrays, columns, values) if chosen == "xla" else triton_write(arrays, columns, values, interpret=interpret)
 
 
 def update_slots(

@@ -149,9 +149,8 @@ class Span:
         anew = active & ~(span.is_response & ~span.is_header & (slots.kept > 0))
         first = jnp.where(anew, 0, span.num_tokens - active.astype(jnp.int32))
         keep = span.is_response & ~(span.is_header & (views.header_view in ("prompt", "all")))
-        entries = span.toc if views.header_view == "labels" else None  # listed after the span, from which the next body token goes on
         kept, rule = jnp.where(anew, 0, slots.kept), span.rule(first, keep, **_views(views))
-        return Slots(*update_slots(slots.slots, kept, slot_table, span.token_labels, span.last_named, entries, rule))
+        return Slots(*update_slots(slots.slots, kept, slot_table, span.token_labels, span.last_named, span.toc, rule))
 
 
 def _views(views: AttentionViews) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
     return dataclasses.replace(
         state,
         cache=cache,
-        span=dataclasses.replace(state.span, token_labels=padded(state.span.token_labels, -1), toc=padded(toc, 0) if toc.size else toc),
+        span=dataclasses.replace(state.span, token_labels=padded(state.span.token_labels, -1), toc=None if toc is None else padded(toc, 0)),
         slots=dataclasses.replace(state.slots, slots=jnp.where(used, kept, unused)),
         new_tokens=padded(state.new_tokens, model.vocab.pad_id),
         num_attended=padded(state.num_attended, 0),

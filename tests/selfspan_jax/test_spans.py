@@ -24,8 +24,8 @@ jit_advance = jax.jit(lambda state, tokens: state.advance(tokens, VOCAB, jnp.one
 jit_of_prefix = jax.jit(lambda token_ids, lengths: SpanState.of_prefix(token_ids, lengths, VOCAB, LENGTH, "labels"))
 
 
-def empty_state(batch, capacity):
-    return SpanState.of_prefix(jnp.zeros((batch, 1), jnp.int32), jnp.zeros(batch, jnp.int32), VOCAB, capacity, "labels")
+def empty_state(batch, capacity, header_view="labels"):
+    return SpanState.of_prefix(jnp.zeros((batch, 1), jnp.int32), jnp.zeros(batch, jnp.int32), VOCAB, capacity, header_view)
 
 
 @functools.partial(jax.jit, static_argnames="views")
@@ -60,7 +60,7 @@ def test_mask_and_decode_state_are_the_reference_on_any_stream(batch, views):
     expected = np.array([reference.mask() for reference in references])
     np.testing.assert_array_equal(jit_mask(token_ids, VOCAB, **views), expected)
 
-    state, slots = empty_state(BATCH, LENGTH), None
+    state, slots = empty_state(BATCH, LENGTH, views["header_view"]), None
     for t in range(LENGTH):
         state = jit_advance(state, token_ids[:, t])
         slots, visible = read(slots, state, views)
