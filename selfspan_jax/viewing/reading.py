@@ -160,8 +160,8 @@ class Reading:
             told = f'"{clipped(" ".join(loop[0].split()), 60)}" is written {loop[1]} times at its end'
             found.append(f"The response is a loop: {told}. More tokens would go on like that; --repetition-penalty may help.")
         elif getattr(self.task, "view", "steps") == "sources":  # in other tasks two steps may well write the same
-            sentences = collections.Counter(step.text.strip() for step in self.steps if step.text.strip())
-            found += [f'The response repeats itself: "{clipped(text, 60)}" is written {n} times.' for text, n in sentences.items() if n > 1]
+            begins = collections.Counter(" ".join(step.text.split()[:6]) for step in self.steps if step.text.strip())
+            found += [f'The response repeats itself: {n} of its sentences begin with "{text}".' for text, n in begins.items() if n > 1]
         return found
 
     def _loop(self) -> tuple[str, int] | None:

@@ -108,10 +108,12 @@ def test_a_response_with_sources_has_them_below_each_sentence(gold):
     assert f" · {lines[-1]}</p>" in out.to_html()
 
 
-SUM, RAIN, AND = "Ada won on Monday.", "It rained.", " and so on"
+SUM, RAIN, AND, LINE = "Ada won on Monday.", "It rained.", " and so on", "A tram was built in Lisbon "
 REPEATS = {  # sentences of a summary, and what follows them without an end -> the text that is said to be repeated, and how often
     "sentences": ((SUM, "It rained."), "", None),
     "a sentence twice": ((SUM, "It rained.", SUM), "", (SUM, 2)),
+    "sentences that end differently": ((LINE + "Ada.", LINE + "Ben.", SUM), "", (LINE.strip(), 2)),
+    "sentences that begin alike for five words": (("The mayor of Oakton won.", "The mayor of Oakton lost."), "", None),
     "a sentence until the limit": ((SUM, *[RAIN] * 4), None, ("It rained.", 4)),
     "two sentences until the limit, the last one begun": (("Snow.", *[RAIN, SUM] * 3), " It ", ("It rained. Ada won on Monday.", 3)),
     "words until the limit": ((SUM,), AND * 9, ("and so on", 9)),
@@ -134,12 +136,14 @@ def test_a_response_that_repeats_itself_is_warned_of(gold, name):
     ids += [vocab.eos_id] if rest == "" else [*words(rest or "")]
     response = np.array(ids[example.prompt_tokens :], np.int32)
     found = dataclasses.replace(out, token_ids=np.array(ids, np.int32), num_attended=np.ones(len(response), np.int32)).warnings
-    repeats = [line for line in found if "is written" in line]
+    repeats = [line for line in found if "response is a loop" in line or "repeats itself" in line]
     if expected is None:
         assert repeats == []
+    elif rest == "":
+        assert repeats == [f'The response repeats itself: {expected[1]} of its sentences begin with "{expected[0]}".']
     else:
-        assert len(repeats) == 1 and f'"{expected[0]}" is written {expected[1]} times' in repeats[0]
-        assert ("is a loop" in repeats[0]) == (rest != "") and not (rest != "" and any("--max-new-tokens" in line for line in found))
+        assert len(repeats) == 1 and f'is a loop: "{expected[0]}" is written {expected[1]} times' in repeats[0]
+        assert not any("--max-new-tokens" in line for line in found)
 
 
 def test_a_source_may_be_a_sentence_of_the_response_or_nothing(gold):
