@@ -446,7 +446,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line_before_anything_is_writ
 )
 def test_a_control_trains_and_is_evaluated(call, tmp_path, options):
     """One command line a variant, from the data to the scores."""
-    status, _, err = call(train.main, "arithmetic-small", "--run-dir", tmp_path / "run", *TOY, "--eval-examples", 2, *options)
+    status, _, err = call(train.main, "arithmetic-small", "--run-dir", tmp_path / "run", *TOY, *options)
     assert status == 0, err
     file = tmp_path / "eval.json"
     arguments = ["--num-examples", 2, "--ops", "2,3", "--batch-size", 2, "--json", file]
