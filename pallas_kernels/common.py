@@ -68,6 +68,11 @@ def bf16_peak(device_kind: str) -> float | None:
     return next((peak for name, peak in _BF16_PEAKS.items() if name in device_kind), None)
 
 
+def head_size_reason(head_size: int, allowed: Sequence[int] = (32, 64, 128)) -> str | None:
+    """Say why a kernel whose tiles are whole heads cannot take heads of this size; None when it can."""
+    return None if head_size in allowed else f"head size must be {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}, got {head_size}"
+
+
 def require(fits: bool, wanted: str, *found: object) -> None:
     """Raise ValueError unless it fits: "WANTED, got FOUND", arrays by their dtypes and shapes."""
     if not fits:

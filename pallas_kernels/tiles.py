@@ -60,6 +60,18 @@ def listed_tiles(tiles_ref, counts_ref, *at) -> Tiles:
     return Tiles(lambda index: tiles_ref[*at, jnp.minimum(index, last)], counts_ref[*at, 0], counts_ref[*at, 1])
 
 
+def causal_counts(first, block_q: int, block_k: int):
+    """Count the tiles of keys that causal queries at positions `first` on need: those the diagonal cuts, and all, tile 0 among them."""
+    needed = jax.lax.div(first + (block_q - 1), block_k) + 1
+    return needed - jax.lax.div(first + 1, block_k), needed
+
+
+def until_end(partial, needed, first, length):
+    """Return counts of tiles as they are, zeros for queries that begin after the end of their prompt: nobody reads those."""
+    needed = jnp.where(first < length, needed, 0)
+    return jnp.minimum(partial, needed), needed
+
+
 def over_tiles(body, init, tiles: Tiles, group: int = 1):
     """Fold `body(other tile, carry, masked, member)` over the tiles that are needed and, within each, the members of a group."""
 

@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, head_size_reason, require
 from pallas_kernels.prompt_attention import triton
 from pallas_kernels.prompt_attention.heuristics import mosaic_config, triton_config
 from pallas_kernels.prompt_attention.mask import MIN_BLOCK, PromptMask
@@ -60,7 +60,7 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: jax.Array, mas
         from pallas_kernels.prompt_attention import mosaic
 
         return "it has no interpreter" if interpret else mosaic.unsupported_reason(q, k_pool, mask)
-    return None if q.shape[3] in (32, 64, 128) else f"head size must be 32, 64 or 128, got {q.shape[3]}"
+    return head_size_reason(q.shape[3])
 
 
 def _validate(q, k_pool, v_pool, mask: PromptMask, scale: float) -> None:

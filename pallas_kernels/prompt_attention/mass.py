@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.common import LOG2_E, choose_implementation, device_reason, dot, require
+from pallas_kernels.common import LOG2_E, choose_implementation, device_reason, dot, head_size_reason, require
 from pallas_kernels.prompt_attention.mask import PromptMask, prompt_rows
 
 BLOCK = 128  # queries and keys of a tile that is kept or left out: what the Mosaic kernel takes
@@ -43,7 +43,7 @@ def tile_mass(q: jax.Array, k: jax.Array, positions: jax.Array, *, implementatio
 def _unsupported_reason(implementation: str, q: jax.Array, interpret: bool) -> str | None:
     if (reason := device_reason(implementation, ("xla", "triton"), interpret)) or interpret or implementation == "xla":
         return reason
-    return None if q.shape[3] in (32, 64, 128) else f"head size must be 32, 64 or 128, got {q.shape[3]}"
+    return head_size_reason(q.shape[3])
 
 
 def _xla_sums(q, k, positions):

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common import LOG2_E
+from pallas_kernels.common import LOG2_E, head_size_reason
 from pallas_kernels.prompt_attention.heuristics import MosaicConfig
 from pallas_kernels.prompt_attention.mask import PromptMask
+from pallas_kernels.tiles import causal_counts, until_end
 
 WARPGROUP_QUERIES = 64  # rows of a warpgroup's matrix product
 BLOCK_Q = 2 * WARPGROUP_QUERIES
@@ -30,8 +31,8 @@ def unsupported_reason(q: jax.Array, k_pool: jax.Array, mask: PromptMask) -> str
     """Say why this kernel cannot run on such arrays; None when it can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the dtype must be bfloat16 or float16, got {q.dtype}"
-    if q.shape[3] not in (64, 128):
-        return f"head size must be 64 or 128, got {q.shape[3]}"
+    if reason := head_size_reason(q.shape[3], (64, 128)):
+        return reason
     if mask.query_labels is not None:
         return "masks by labels are only in triton"
     if k_pool.shape[0] % TILING_ROWS:
@@ -99,10 +100,8 @@ def _kernel(
         at = b, head if tiles_ref.shape[1] > 1 else 0, tile
         partial, needed = counts_ref[*at, 0], counts_ref[*at, 1]
     else:
-        needed = jax.lax.div(first + (BLOCK_Q - 1), block_k) + 1
-        partial = needed - jax.lax.div(first + 1, block_k)
-    needed = jnp.where(first < lengths_ref[b], needed, 0)  # nobody reads what comes after the end of a prompt
-    partial = jnp.minimum(partial, needed)
+        partial, needed = causal_counts(first, BLOCK_Q, block_k)
+    partial, needed = until_end(partial, needed, first, lengths_ref[b])
 
     def key_tile(index):
         return tiles_ref[*at, index] if num_lists else needed - 1 - index

@@ -25,7 +25,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.prompt_attention.heuristics import TritonConfig
 from pallas_kernels.prompt_attention.mask import PromptMask
-from pallas_kernels.tiles import Tiles, listed_tiles, no_keys, normalise, over_tiles, softmax_step
+from pallas_kernels.tiles import Tiles, causal_counts, listed_tiles, no_keys, normalise, over_tiles, softmax_step, until_end
 
 
 def triton_prompt_attention(
@@ -84,8 +84,8 @@ def _prompt_kernel(
         tiles_ref, counts_ref = refs[-3:-1]
         tiles = listed_tiles(tiles_ref, counts_ref, b, head if tiles_ref.shape[1] > 1 else 0, tile)
     else:
-        end, full = jax.lax.div(first + block_q - 1, block_k) + 1, jax.lax.div(first + 1, block_k)
-        tiles = Tiles(lambda index: jnp.maximum(end - 1 - index, 0), end - full, end)
+        partial, end = causal_counts(first, block_q, block_k)
+        tiles = Tiles(lambda index: jnp.maximum(end - 1 - index, 0), partial, end)
 
     q = q_ref[b, queries, head, :]
 
@@ -100,7 +100,6 @@ def _prompt_kernel(
                 allowed &= (position - keys < window_tokens) | (key_labels == 0) | (key_labels == query_labels)
         return softmax_step(q, k_ref[rows, kv_head, :], v_ref[rows, kv_head, :], allowed, carry, scale)
 
-    needed = jnp.where(first < lengths_ref[b], tiles.needed, 0)  # nobody reads what comes after the end of a prompt
-    tiles = tiles._replace(partial=jnp.minimum(tiles.partial, needed), needed=needed)
+    tiles = Tiles(tiles.at, *until_end(tiles.partial, tiles.needed, first, lengths_ref[b]))
     out, _ = normalise(over_tiles(attend, no_keys(q), tiles), scale)
     out_ref[b, queries, head, :] = out.astype(out_ref.dtype)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, head_size_reason, require
 from pallas_kernels.rotary import reference, triton
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -80,7 +80,7 @@ def unsupported_reason(implementation: str, qkv: jax.Array, *, row_multiple: int
         return reason
     if num_rows % row_multiple:
         return f"the number of rows must be a multiple of {row_multiple}, got {num_rows}"
-    return None if head_size in (32, 64, 128, 256) else f"head size must be 32, 64, 128 or 256, got {head_size}"
+    return head_size_reason(head_size, (32, 64, 128, 256))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, head_size_reason, require
 from pallas_kernels.sequence_attention import triton
 from pallas_kernels.sequence_attention.mask import TileMask
 from pallas_kernels.sequence_attention.reference import reference_attention
@@ -54,7 +54,7 @@ def unsupported_reason(implementation: str, head_size: int, *, interpret: bool =
     """Say why `implementation` cannot compute heads of this size on the default device; None when it can."""
     if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation == "reference":
         return reason
-    return None if head_size in (32, 64, 128) else f"head size must be 32, 64 or 128, got {head_size}"
+    return head_size_reason(head_size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

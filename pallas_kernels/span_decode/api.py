@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, require
+from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, head_size_reason, require
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
@@ -68,9 +68,9 @@ def unsupported_reason(implementation: str, q: jax.Array, k_pool: Rows, *, inter
         from pallas_kernels.span_decode import mosaic  # it takes a second to import
 
         return mosaic.unsupported_reason(q, k_pool, interpret)
-    head_size, values = q.shape[2], values_of(k_pool)
-    if head_size not in (32, 64, 128, 256):
-        return f"head size must be 32, 64, 128 or 256, got {head_size}"
+    values = values_of(k_pool)
+    if reason := head_size_reason(q.shape[2], (32, 64, 128, 256)):
+        return reason
     if (group := q.shape[1] // values.shape[1]) > 64:
         return f"at most 64 query heads per kv head, got {group}"
     return int8_reason(values)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common import LOG2_E
+from pallas_kernels.common import LOG2_E, head_size_reason
 from pallas_kernels.quantized import Quantized, Rows
 from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import MosaicConfig
@@ -47,8 +47,8 @@ def unsupported_reason(q: jax.Array, k_pool: Rows, interpret: bool) -> str | Non
         return "int8 pools are only in triton"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the dtype must be bfloat16 or float16, got {q.dtype}"
-    if q.shape[2] not in (64, 128):
-        return f"head size must be 64 or 128, got {q.shape[2]}"
+    if reason := head_size_reason(q.shape[2], (64, 128)):
+        return reason
     if k_pool.shape[1] % KV_HEADS:
         return f"the number of kv heads must be a multiple of {KV_HEADS}, got {k_pool.shape[1]}"
     if (group := q.shape[1] // k_pool.shape[1]) > QUERIES // KV_HEADS:

@@ -122,14 +122,15 @@ def test_the_tolerance_has_teeth():
 
 
 def test_prefill_in_chunks_is_one_forward():
-    """Lengths at and around the ends of chunks of 64; a prompt far shorter than the rest; what follows a prompt is ignored."""
+    """Lengths at and around the ends of chunks of 64; a prompt far shorter than the rest; what follows a prompt is ignored. So are steps
+    that go on from there."""
     rng = np.random.default_rng(3)
     lengths = np.array([256, 1, 63, 64, 65, 128, 200, 255], np.int32)
-    rows = rng.integers(4, VOCAB_SIZE, (len(lengths), 256)).astype(np.int32)
+    rows = rng.integers(4, VOCAB_SIZE, (len(lengths), 256 + 2)).astype(np.int32)
     rows[:, 0] = VOCAB.bos_id
     for b in range(len(lengths) - 1):  # a response begins in most of them, so that steps, names and views reach across chunks
         rows[b, rng.integers(1, 120)] = VOCAB.solve_id
-    t, s = np.indices((256, 256))
+    t, s = np.indices((258, 258))
     window = (s <= t) & ((t - s < 70) | (s < 2))
     for case, policy, masks in [
         (1, "span", reference_masks(rows, CASES[1])),
@@ -139,9 +140,11 @@ def test_prefill_in_chunks_is_one_forward():
     ]:
         config = DecodeConfig(policy, max_new_tokens=4, prefill_tokens=8 * 64)
         assert prefill_chunk_tokens(8, 256, config) == 64
-        logits = np.asarray(ENGINES[case].prefill(rows, lengths, config).logits)
-        expected = reference_logits(MODELS[case], rows, masks)[np.arange(8), lengths - 1]
-        np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=TOLERANCE, err_msg=str(config.attention))
+        state, expected = ENGINES[case].prefill(rows[:, :256], lengths, config), reference_logits(MODELS[case], rows, masks)
+        for index in range(3):
+            at = np.arange(8), lengths - 1 + index
+            state = ENGINES[case].step(state, rows[at], config) if index else state
+            np.testing.assert_allclose(state.logits, expected[at], atol=TOLERANCE, rtol=TOLERANCE, err_msg=f"{config.attention} {index}")
 
 
 @pytest.mark.gpu
