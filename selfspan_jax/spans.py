@@ -202,17 +202,12 @@ def attention_mask(
     if not whole:
         last_naming = jnp.maximum(last_naming, key(_last_naming_before(first_query, roles, vocab)))
     named = last_naming >= query(roles.step_index)
-    wider = query(roles.is_header) & _beyond_span(header_view, key(index), query(roles.solve_index), key(roles.is_seg))
-    response = own | named | wider
-    prompt = own | (distance < prompt_window_tokens) if prompt_view == "local" else jnp.ones_like(own)
+    nothing, everything = jnp.zeros_like(own), jnp.ones_like(own)
+    wider = {"span": nothing, "labels": key(roles.is_seg), "prompt": key(index) <= query(roles.solve_index), "all": everything}
+    response = own | named | (query(roles.is_header) & wider[header_view])
+    prompt = own | (distance < prompt_window_tokens) if prompt_view == "local" else everything
     causal = (distance >= 0) & (key(roles.segment_start) == query(roles.segment_start))
     return causal & jnp.where(query(roles.is_response), response, prompt)
-
-
-def _beyond_span(header_view: HeaderView, index, solve_index, is_seg: Bool[Array, "..."]) -> Bool[Array, "..."]:
-    """Mark the tokens that headers attend to whatever their span is."""
-    views = {"span": jnp.zeros_like(is_seg), "labels": is_seg, "prompt": index <= solve_index, "all": jnp.ones_like(is_seg)}
-    return views[header_view]
 
 
 def _last_naming_before(first_query: int | Int[Array, ""], roles: TokenRoles, vocab: SpanVocab) -> Int[Array, "... T"]:
