@@ -1,6 +1,9 @@
 """Decoding is one forward: token by token under the cache, in prefill by chunks, in the loop, and in the stream."""
 
+import collections
 import dataclasses
+import functools
+import itertools
 import re
 
 import jax
@@ -14,7 +17,7 @@ from selfspan_jax.attention.policies import POLICIES, Window, get_policy
 from selfspan_jax.config import DecodeConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sample, sequence_keys
-from selfspan_jax.decoding.state import bucket, prefill_chunk_tokens
+from selfspan_jax.decoding.state import bucket, prefill_chunk_tokens, prefill_state, sample_step
 from selfspan_jax.errors import UserError
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.reference import Reference
@@ -344,6 +347,46 @@ def test_lengths_of_a_bucket_and_engines_of_one_structure_share_their_programs()
     assert compiles(ENGINES[1], 50)  # other views
 
 
+def equations(jaxpr):
+    """Yield what a program computes, kernels as they are, calls of other programs as what those compute."""
+    for equation in jaxpr.eqns:
+        inner = [x.jaxpr if hasattr(x, "jaxpr") else x for x in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)]
+        inner = [] if equation.primitive.name == "pallas_call" else [x for x in inner if hasattr(x, "eqns")]
+        yield from itertools.chain.from_iterable(map(equations, inner)) if inner else [equation]
+
+
+def _is_program(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def test_a_step_computes_no_array_as_long_as_the_context_or_the_vocabulary(monkeypatch):
+    """Outside of kernels, which update it in place, nothing of the state has more than a few numbers for each sequence, but the logits.
+
+    So a step of text costs the same in a context of any length. The kernels: slots once, elements of the automaton's and of the logs.
+    """
+    for op in ("linear", "span_decode", "rotary", "slots"):
+        monkeypatch.setattr(f"pallas_kernels.{op}.api.device_reason", lambda *_, **__: None)
+    batch, room = 3, 71
+    config = DecodeConfig(max_new_tokens=room, implementation="triton", linear="triton")
+    model = random_model(hidden_size=64, intermediate_size=96, head_size=32, header_view="labels", compute_dtype="bfloat16").for_decoding()
+    shapes = jax.ShapeDtypeStruct((batch, 192), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    prefill = functools.partial(prefill_state, model, config=config, num_samples=1, responses=False)
+    state = jax.eval_shape(prefill, *shapes, sequence_keys(None, batch))
+    step = jax.make_jaxpr(lambda state: sample_step(model, state, jnp.int32(room), None, config))(state)
+    capacity, labels = 192 + room, VOCAB.num_labels
+    long, kernels, logits = [], collections.Counter(), 0
+    for equation in equations(step.jaxpr):
+        is_kernel = equation.primitive.name == "pallas_call"
+        kernels[equation.params.get("name") if is_kernel else None] += 1
+        for shape in (x.aval.shape for x in equation.outvars):
+            logits += shape == (batch, VOCAB_SIZE)
+            if not is_kernel and {capacity, capacity + 1, labels, room} & {*shape}:
+                long.append((equation.primitive.name, shape))
+    assert not long
+    assert kernels["update_slots"] == 1 and kernels["write_elements"] == 2
+    assert logits == 1  # written once: nothing is chosen from those of the step before
+
+
 LOOP = DecodeConfig(max_new_tokens=64)
 
 
@@ -360,6 +403,9 @@ def test_the_loop_copies_no_pool_and_asks_the_host_for_nothing(attention):
     program, pool = compiled.as_text(), state.cache.pools[0][0]
     writes = [line for line in program.splitlines() if re.search(rf"= f32\[{','.join(map(str, pool.shape))}\]\S* copy", line)]
     assert not writes, writes[0]
+    span = state.span
+    for array in (span.token_labels, span.last_named, span.toc, state.new_tokens, state.num_attended, state.logits):
+        assert not re.search(rf"\[{','.join(map(str, array.shape))}\]\S* copy", program), array
     for word in ("outfeed", "infeed", "send(", "recv(", "host_callback", "xla_python"):
         assert word not in program
     stats, pool_bytes = compiled.memory_analysis(), 4 * pool.size
