@@ -128,9 +128,9 @@ def device_events(function: Callable[[], Any]) -> list[list[DeviceEvent]]:
 
 
 def device_times(function: Callable[[], Any], steps: int, program: str = "") -> dict[str, Any]:
-    """Profile `steps` steps: ms per step by kind of operation, and the longest operations; the mean of this process's GPUs.
+    """Profile `steps` steps: launches and ms per step by kind of operation, and the longest operations; the mean of this process's GPUs.
 
-    Streams are summed up, so that what overlaps counts twice. On a CPU there are no such events and both are empty.
+    Streams are summed up, so that what overlaps counts twice; copies between arrays are launches too. On a CPU there are no such events.
 
     Args:
       program: the text of the compiled program that is run. Then there is a list of the longest passes over arrays too ("the rest"):
@@ -147,7 +147,8 @@ def device_times(function: Callable[[], Any], steps: int, program: str = "") -> 
         if kind == "the rest":
             passes[event.name].append(per_step)
     longest = sorted(times.items(), key=lambda item: -item[1])[:TOP_OPERATIONS]
-    found: dict[str, Any] = {"device_ms_by_kind": dict(kinds), "longest_operations_ms": dict(longest)}
+    launches = sum(map(len, devices)) / (steps * max(len(devices), 1))
+    found: dict[str, Any] = {"launches_per_step": launches, "device_ms_by_kind": dict(kinds), "longest_operations_ms": dict(longest)}
     if program:
         known, found["longest_passes"] = arrays_of(program), []
         for name, each in sorted(passes.items(), key=lambda item: -sum(item[1]))[:TOP_OPERATIONS]:

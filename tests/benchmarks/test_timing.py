@@ -23,7 +23,7 @@ def test_profiles_are_summed_up_by_kind_and_by_kernel(monkeypatch):
     devices = [[attend, attend, combine, copy], [attend, attend, combine, copy]]
     monkeypatch.setattr(timing, "device_events", lambda function: devices)
     times = timing.device_times(lambda: None, steps=2)
-    assert times["device_ms_by_kind"] == {"attention": 2.5, "the rest": 0.25}
+    assert times["device_ms_by_kind"] == {"attention": 2.5, "the rest": 0.25} and times["launches_per_step"] == 2
     assert next(iter(times["longest_operations_ms"].items())) == ("custom-call.1: span_decode_attend", 2.0)
     assert timing.kernel_us(lambda: None, "span_decode") == pytest.approx(3000)
 
@@ -55,7 +55,11 @@ def test_passes_name_their_arrays_and_where_they_come_from(monkeypatch):
 
 
 def test_a_cpu_has_no_device_events_and_a_header_says_what_was_measured_with():
-    assert timing.device_times(lambda: jnp.ones(4).sum(), 1) == {"device_ms_by_kind": {}, "longest_operations_ms": {}}
+    assert timing.device_times(lambda: jnp.ones(4).sum(), 1) == {
+        "launches_per_step": 0,
+        "device_ms_by_kind": {},
+        "longest_operations_ms": {},
+    }
     header = timing.report_header()
     assert set(header) == {"device", "versions", "read_ceiling_terabytes_per_second"} and header["versions"]["jax"]
     assert timing.header_line(header, "2 devices").startswith("2 devices, JAX ")
