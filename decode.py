@@ -64,7 +64,7 @@ class Generate(Model):
     prompt: Annotated[Positional[str | None], arg(metavar="[PROMPT]")] = None
     """An expression: whole numbers, + - * and parentheses; or text."""
     article: Path | None = None
-    """A text file in place of the prompt, for a model that sums up news."""
+    """A text file in place of the prompt: an article, a report, a story with its questions."""
     prompts: Path | None = None
     """A file of prompts in place of the prompt: one a line, or .jsonl: objects with a "prompt" each."""
     batch_size: int = 32

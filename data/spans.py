@@ -45,27 +45,31 @@ def attended_tokens(
       header_view: what `<seg:k>` and `<ref:k>` tokens of the response attend to beside that: nothing ("span"), every `<seg>` token
         ("labels"), the prompt, or all.
     """
-    carried: collections.Counter[int] = collections.Counter()  # label -> tokens so far that carry it
-    wider: collections.Counter[int] = collections.Counter()  # those of them that headers see whatever the step names
-    named = {0}  # what the current step sees: the sink, its own label, and those that it names
-    label = attended = 0
+    prompt = token_ids[:prompt_tokens]
+    tags = is_label(prompt, vocab.seg_base, vocab)
+    last_tag = np.maximum.accumulate(np.where(tags, np.arange(prompt_tokens), -1))
+    labels = np.where(last_tag < 0, 0, prompt[last_tag] - vocab.seg_base)
+    labels[-1] = 0  # <solve>
+    seen = {"span": tags & False, "labels": tags, "prompt": tags | True, "all": tags | True}[header_view]
+    carried = collections.Counter(labels.tolist())  # label -> tokens so far that carry it
+    wider = collections.Counter(labels[seen].tolist())  # those of them that headers see whatever the step names
+    label, named = 0, {0}  # of the current step, which sees the sink, its own label, and those that it names
+    attended = carried[0]
     counts = []
-    for position, token in enumerate(token_ids.tolist()):
+    for token in token_ids[prompt_tokens:].tolist():
         opened, referred = token - vocab.seg_base, token - vocab.ref_base
-        opens = 0 <= opened < vocab.num_labels
-        names = 0 <= referred < vocab.num_labels and position >= prompt_tokens
-        if opens or position == prompt_tokens - 1:  # <solve>
-            label = opened if opens else 0
-            named = {0, label}
+        opens, names = 0 <= opened < vocab.num_labels, 0 <= referred < vocab.num_labels
+        if opens:
+            label, named = opened, {0, opened}
             attended = sum(carried[k] for k in named)
         elif names and referred not in named:
             named.add(referred)
             attended += carried[referred]
         carried[label] += 1
-        wider[label] += {"span": False, "labels": opens, "prompt": position < prompt_tokens, "all": True}[header_view]
+        wider[label] += header_view == "all" or (header_view == "labels" and opens)
         attended += 1
         counts.append(attended + (sum(count for k, count in wider.items() if k not in named) if opens or names else 0))
-    return np.array(counts[prompt_tokens:])
+    return np.array(counts, np.int64)
 
 
 def read_steps(token_ids: Iterable[int], vocab: Vocab) -> tuple[list[int], list[Step], bool]:

@@ -128,8 +128,8 @@ def _document(where: str, text: Any, steps: Any, instruction: Any, piece_sentenc
             return Step(" ".join(readable(fields["text"]).split()), UNKNOWN)
         if not isinstance(told, list):
             raise UserError(f"{here}: sources is no list")
-        named = {i for source in told for i in _pieces(here, source, is_list, whole, ranges)}
-        return Step(" ".join(readable(fields["text"]).split()), tuple(sorted(named)))
+        named = dict.fromkeys(i for source in told for i in _pieces(here, source, is_list, whole, ranges))
+        return Step(" ".join(readable(fields["text"]).split()), tuple(named))
 
     return Document(" ".join(readable(instruction or "").split()), tuple(pieces), tuple(step(i, fields) for i, fields in enumerate(steps)))
 

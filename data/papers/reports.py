@@ -15,7 +15,7 @@ from data.errors import UserError
 
 REPOSITORY = "jayded/evidence-inference"
 _HEADING = re.compile(r"^[ \t]*(ABSTRACT|BODY)(?:[.:](.*))?$", re.MULTILINE)
-_TITLE = re.compile(r"\s*TITLE:(.*)")
+_TITLE = re.compile(r"\s*TITLE:\s*(?!\s*(?:ABSTRACT|BODY))(.*)")  # in the same line, or in the next one
 _PROMPT_COLUMNS = ("PromptID", "PMCID", "Outcome", "Intervention", "Comparator")
 _ANNOTATION_COLUMNS = ("PromptID", "Valid Label", "Valid Reasoning", "Label Code", "Evidence Start", "Evidence End")
 

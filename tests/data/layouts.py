@@ -109,7 +109,7 @@ OWN = [
     },
     {
         "document": ["Snow fell on three towns. It was deep.", "The school was closed for 2 days."],
-        "steps": [{"text": "Nobody learned anything.", "sources": [1]}, {"text": "Quiet.", "sources": [0, "closed for 2 days"]}],
+        "steps": [{"text": "Nobody learned anything.", "sources": [1]}, {"text": "Quiet.", "sources": ["closed for 2 days", 0]}],
         "instruction": "Say what it was like.",
     },
 ]

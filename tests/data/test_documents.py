@@ -19,6 +19,7 @@ from data.alignment import Alignment
 from data.documents import DocumentTask
 from data.documents.corpus import overlapping, places, split_pieces, squeezed
 from data.errors import UserError
+from data.papers.reports import parse
 from data.retrieval import BM25
 from data.scoring import numbers
 from data.stories.source import QUESTION
@@ -180,6 +181,15 @@ def test_a_prompt_may_be_the_report_as_its_repository_has_it(corpora):
     )
 
 
+TITLES = {"TITLE: One title": "One title", "TITLE: \nOne title": "One title", "TITLE:": "", "": ""}
+
+
+@pytest.mark.parametrize("head", TITLES)
+def test_a_title_is_in_its_line_or_in_the_next(head):
+    report = parse(f"{head}\n\n  ABSTRACT:\nA.\n\nBODY.X.:\nB.\n")
+    assert (report.title, [p.text.strip() for p in report.abstract], [p.heading for p in report.body]) == (TITLES[head], ["A."], ["X"])
+
+
 def test_a_story_is_asked_by_paragraphs(corpora):
     task = load(corpora, "stories").task
     text = task.decode(task.encode_prompt("A fox. It ran\nfar.\n\nQuestion: Who ran?"))
@@ -322,7 +332,7 @@ def test_bm25_by_its_formula():
 def test_own_documents_are_aligned_where_they_have_no_sources(corpora):
     stored = load(corpora, "documents")
     texts, pieces = (example.document for example in stored)
-    assert [step.sources for step in texts.steps] == [(0, 2), (3,)] and [step.sources for step in pieces.steps] == [(1,), (0, 1)]
+    assert [step.sources for step in texts.steps] == [(0, 2), (3,)] and [step.sources for step in pieces.steps] == [(1,), (1, 0)]
     assert pieces.pieces == tuple(layouts.OWN[1]["document"]) and pieces.about == "Say what it was like."
     example = stored.task.renumber(list(stored)[1])
     assert stored.task.decode(example.prompt_ids).startswith(
