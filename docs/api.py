@@ -30,6 +30,7 @@ PAGE = {
         "data.arithmetic.encode",
         "data.arithmetic.verify",
         "data.news.NewsTask",
+        "data.documents.DocumentTask",
         "data.dataset.load",
         "data.task.Task",
     ],
