@@ -102,14 +102,14 @@ class SourcesStatistics(Statistics):
         return values
 
     def sources_sections(self, statistics: Mapping[str, Any], step: str) -> list[str]:
-        """Write what is known of sources; `step` says what has them."""
+        """Write what is known of sources; `step` says what has them, as in "a sentence"."""
         guess = statistics["position_guesser"]
         return [
             "## Sources",
-            counts(f"sources of a {step}", statistics["sources_histogram"]),
+            counts(f"sources of {step}", statistics["sources_histogram"]),
             f"Attended fraction of response tokens: body {statistics['attended_fraction_body']:.4f}, span tokens "
             f'{statistics["attended_fraction_header"]:.4f} (`header_view="{self._header_view}"`, `prompt_view="causal"`).',
-            f"Naming the {guess['pieces_named']} most frequent positions of each {step}'s sources, whatever the text says: "
+            f"Naming the {guess['pieces_named']} most frequent positions of the n-th one's sources, whatever the text says: "
             f"precision {guess['precision']:.3f}, recall {guess['recall']:.3f}.",
         ]
 

@@ -10,7 +10,7 @@ from data.documents.corpus import Example
 class Statistics(card.SourcesStatistics):
     """Count lengths, pieces, steps and sources, and what response tokens attend to."""
 
-    step = "step"
+    step = "a step"
     """What a step is, for the card."""
 
     def add(self, example: Example) -> None:

@@ -71,7 +71,7 @@ class Statistics(card.SourcesStatistics):
             "## What was written",
             card.lengths_table(statistics),
             self._cut(fields, statistics),
-            *self.sources_sections(statistics, "summary sentence"),
+            *self.sources_sections(statistics, "a summary sentence"),
         ]
         if aligned:
             parts.append(

@@ -13,7 +13,7 @@ from data.retrieval import BM25
 class Statistics(card.Statistics):
     """Count also the numbers of abstracts that stand in the body, and score alignment by the doctors' evidence."""
 
-    step = "sentence of the abstract"
+    step = "a sentence of the abstract"
 
     def __init__(self, vocab: Any, **options: Any) -> None:
         super().__init__(vocab, **options)

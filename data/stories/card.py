@@ -14,7 +14,7 @@ from data.stories.source import QUESTION
 class Statistics(documents.Statistics):
     """Count also sections and questions, and how often BM25's best section for a question is one that people marked."""
 
-    step = "answer"
+    step = "an answer"
 
     def __init__(self, vocab: Any, **options: Any) -> None:
         super().__init__(vocab, **options)

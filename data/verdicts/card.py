@@ -13,7 +13,7 @@ from data.retrieval import BM25
 class Statistics(documents.Statistics):
     """Count also the verdicts, and how often BM25 finds evidence by the question."""
 
-    step = "verdict"
+    step = "a verdict"
 
     def __init__(self, vocab: Any, **options: Any) -> None:
         super().__init__(vocab, **options)
