@@ -72,22 +72,35 @@ def attended_tokens(
     return np.array(counts, np.int64)
 
 
-def read_steps(token_ids: Iterable[int], vocab: Vocab) -> tuple[list[int], list[Step], bool]:
-    """Cut a response into (ids before the first step, steps, whether `<eos>` ends it).
+class Cut(NamedTuple):
+    """A response cut into steps: `body[: bounds[0]]` stands before the first one, step i writes `body[bounds[i] : bounds[i + 1]]`."""
 
-    What follows `<eos>` is ignored, and padding at the end of a response without one.
-    """
+    labels: list[int]
+    named: list[set[int]]
+    body: list[int]
+    bounds: list[int]
+    ended: bool  # by `<eos>`
+
+
+def cut_steps(token_ids: Iterable[int], vocab: Vocab) -> Cut:
+    """Cut a response into steps. What follows `<eos>` is ignored, and padding at the end of a response without one."""
     ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids), np.int64)
     ends, written = np.flatnonzero(ids == vocab.eos_id), np.flatnonzero(ids != vocab.pad_id)
     ids = ids[: ends[0] if len(ends) else written[-1] + 1 if len(written) else 0]
     opens = is_label(ids, vocab.seg_base, vocab)
     step = np.cumsum(opens)  # 0 before the first one
     names = is_label(ids, vocab.ref_base, vocab) & (step > 0)
-    body = ids[~(opens | names)].tolist()
-    bounds = np.searchsorted(step[~(opens | names)], np.arange(1, np.sum(opens) + 2)).tolist()
-    named: list[set[int]] = [set() for _ in bounds[1:]]
+    is_body = ~(opens | names)
+    labels = (ids[opens] - vocab.seg_base).tolist()
+    bounds = np.searchsorted(step[is_body], np.arange(1, len(labels) + 2)).tolist()
+    named: list[set[int]] = [set() for _ in labels]
     for number, label in zip(step[names].tolist(), (ids[names] - vocab.ref_base).tolist()):
         named[number - 1].add(label)
+    return Cut(labels, named, ids[is_body].tolist(), bounds, bool(len(ends)))
+
+
+def read_steps(token_ids: Iterable[int], vocab: Vocab) -> tuple[list[int], list[Step], bool]:
+    """Return (ids before the first step, steps, whether `<eos>` ends it) of a response, as `cut_steps` cuts it."""
+    labels, named, body, bounds, ended = cut_steps(token_ids, vocab)
     bodies = (body[start:end] for start, end in itertools.pairwise(bounds))
-    labels = (ids[opens] - vocab.seg_base).tolist()
-    return body[: bounds[0]], list(map(Step, labels, named, bodies)), bool(len(ends))
+    return body[: bounds[0]], list(map(Step, labels, named, bodies)), ended

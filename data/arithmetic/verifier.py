@@ -1,16 +1,17 @@
 """Check responses step by step, with Python integers."""
 
 import dataclasses
+import itertools
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data import spans
 from data.arithmetic.expressions import MAX_DIGITS, Expression, evaluate, quoted
 from data.arithmetic.oracle import Labelling, check_expression
+from data.spans import cut_steps
 from data.vocab import DEFAULT_VOCAB, Vocab
 
 _ANSWER = re.compile(rf"=(-?[0-9]{{1,{MAX_DIGITS}}})\Z")
@@ -40,13 +41,18 @@ class Verdict:
     message: str
 
 
-class _Written(NamedTuple):
-    """A step as a response writes it: its label (None in plain text), the labels that it names, and the rest, token by token and as ids."""
+class _Response(NamedTuple):
+    """A response as it is written: what stands before the first step, and of each step its label, the labels that it names, and the rest.
 
-    label: int | None
-    named: set[int]
-    body: str
-    ids: list[int]
+    Texts are written token by token; `shown` writes that of a step, or None for what stands before, as a tokenizer's bytes make it.
+    """
+
+    before: str
+    labels: list[int | None]  # None in plain text
+    named: list[set[int]]
+    bodies: list[str]
+    ended: bool
+    shown: Callable[[int | None], str]
 
 
 def verify(
@@ -66,66 +72,64 @@ def verify(
       UserError: the expression itself is not one that `encode` takes.
     """
     expression, first_label = check_expression(expression, vocab, labelling, first_label)
-    stray, written, ended, shown = _read_response(response, vocab)
-    answer_text = _answer_text(stray, written)
-    if labelling == "plain":
-        stray, written, shown = _Written(None, set(), "", []), _plain_steps(stray.body, written), lambda step: step.body
+    written = _read_response(response, vocab)
+    answer_text = _answer_text(written)
     answer_value = None if answer_text is None else int(answer_text)
 
+    # Compared as text: that refuses leading zeros and a negative zero, and never converts an endless number.
     operations = evaluate(expression)
-    problems: dict[int, str] = {}  # of evaluation, by step
-    wrong_spans: dict[int, str] = {}
-    if stray.body:
-        problems[0] = f"{quoted(shown(stray))} stands before the first step"
-    for index, (operation, step) in enumerate(zip(operations, written)):
-        label, minimal = None, set()
-        if labelling != "plain":
-            label, minimal = first_label + index, {first_label + k for k in (operation.left_step, operation.right_step) if k is not None}
-        # Compared as text: that refuses leading zeros and a negative zero, and never converts an endless number.
-        if step.label != label:
-            problems.setdefault(index, f"carries label {step.label}, expected {label}")
-        elif step.body != (expected := str(operation)):
-            problems.setdefault(index, f"expected {quoted(expected)}, found {quoted(shown(step))}")
-        if step.named != minimal:
-            wrong_spans[index] = f"names {_labels(step.named)}, the minimal span is {_labels(minimal)}"
-    if len(written) < len(operations):
-        problems.setdefault(len(written), "missing")
-    elif len(written) > len(operations):
-        problems.setdefault(len(operations), f"one too many: the expression has {len(operations)}")
+    bodies, num_ops = list(map(str, operations)), len(operations)
+    labels: Sequence[int | None] = range(first_label, first_label + num_ops)
+    spans = [{first_label + k for k in operation[2:5:2] if k is not None} for operation in operations]
+    if labelling == "plain":
+        written, labels, spans = _plain_steps(written), [None] * num_ops, [set()] * num_ops
+    num_steps = len(written.labels)
+    pairs = zip(zip(written.labels, written.bodies), zip(labels, bodies))
+    differs = next((index for index, (found, gold) in enumerate(pairs) if found != gold), None)
+    wrong_span = next((index for index, (found, gold) in enumerate(zip(written.named, spans)) if found != gold), None)
 
-    first_wrong_step = min(problems, default=None)
-    if first_wrong_step is not None:
-        message = f"step {first_wrong_step + 1}: {problems[first_wrong_step]}"
-    elif not ended:
+    first_wrong_step = (
+        0 if written.before else differs if differs is not None else min(num_steps, num_ops) if num_steps != num_ops else None
+    )
+    if written.before:
+        message = f"step 1: {quoted(written.shown(None))} stands before the first step"
+    elif differs is not None and written.labels[differs] != labels[differs]:
+        message = f"step {differs + 1}: carries label {written.labels[differs]}, expected {labels[differs]}"
+    elif differs is not None:
+        message = f"step {differs + 1}: expected {quoted(bodies[differs])}, found {quoted(written.shown(differs))}"
+    elif num_steps < num_ops:
+        message = f"step {num_steps + 1}: missing"
+    elif num_steps > num_ops:
+        message = f"step {num_ops + 1}: one too many: the expression has {num_ops}"
+    elif not written.ended:
         message = "every step is right, but <eos> is missing"
-    elif wrong_spans:
-        message = f"every step is right, but step {min(wrong_spans) + 1}: {wrong_spans[min(wrong_spans)]}"
+    elif wrong_span is not None:
+        found, minimal = _labels(written.named[wrong_span]), _labels(spans[wrong_span])
+        message = f"every step is right, but step {wrong_span + 1}: names {found}, the minimal span is {minimal}"
     else:
-        message = f"all {len(operations)} steps and spans are right"
+        message = f"all {num_ops} steps and spans are right"
     return Verdict(
         answer=answer_value,
         answer_right=answer_value == operations[-1].value,
-        steps_right=first_wrong_step is None and ended,
-        spans_right=len(written) == len(operations) and not wrong_spans,
+        steps_right=first_wrong_step is None and written.ended,
+        spans_right=num_steps == num_ops and wrong_span is None,
         first_wrong_step=first_wrong_step,
-        num_steps=len(written),
+        num_steps=num_steps,
         message=message,
     )
 
 
 def answer(response: str | Iterable[int], *, vocab: Vocab = DEFAULT_VOCAB) -> str | None:
     """Read the value that a response (text or ids) ends in, as written: what follows the last step's `=`, or None."""
-    stray, written, *_ = _read_response(response, vocab)
-    return _answer_text(stray, written)
+    return _answer_text(_read_response(response, vocab))
 
 
-def _answer_text(stray: _Written, written: list[_Written]) -> str | None:
-    match = _ANSWER.search((written[-1] if written else stray).body)
+def _answer_text(written: _Response) -> str | None:
+    match = _ANSWER.search(written.bodies[-1] if written.bodies else written.before)
     return match[1] if match else None
 
 
-def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[_Written, list[_Written], bool, Callable[[_Written], str]]:
-    """Cut a response into (tokens before the first step, steps, whether `<eos>` ends it); and say how a step's text is shown."""
+def _read_response(response: str | Iterable[int], vocab: Vocab) -> _Response:
     strangers: list[str] = []  # what is no token of the vocabulary gets an id beyond it
 
     def stranger(token: str) -> int:
@@ -139,23 +143,26 @@ def _read_response(response: str | Iterable[int], vocab: Vocab) -> tuple[_Writte
         ids = response
     else:
         ids = [i if 0 <= i < vocab.size else stranger(f"<id:{i:#x}>") for i in map(operator.index, response)]
-    before, steps, ended = spans.read_steps(ids, vocab)
-    tokens = (*vocab.tokens, *strangers) if strangers else vocab.tokens
+    cut = cut_steps(ids, vocab)
+    texts = list(map(((*vocab.tokens, *strangers) if strangers else vocab.tokens).__getitem__, cut.body))
 
-    def shown(step: _Written) -> str:  # as a tokenizer's bytes make it
-        return vocab.decode(step.ids) if max(step.ids, default=0) < vocab.size else step.body
+    def shown(step: int | None) -> str:
+        start, end = (0, cut.bounds[0]) if step is None else cut.bounds[step : step + 2]
+        known = max(cut.body[start:end], default=0) < vocab.size
+        return vocab.decode(cut.body[start:end]) if known else "".join(texts[start:end])
 
-    def written(label: int | None, named: set[int], ids: list[int]) -> _Written:
-        return _Written(label, named, "".join(map(tokens.__getitem__, ids)), ids)
-
-    return written(None, set(), before), [written(*step) for step in steps], ended, shown
+    bodies = ["".join(texts[start:end]) for start, end in itertools.pairwise(cut.bounds)]
+    return _Response("".join(texts[: cut.bounds[0]]), list(cut.labels), cut.named, bodies, cut.ended, shown)
 
 
-def _plain_steps(stray: str, written: list[_Written]) -> list[_Written]:
+def _plain_steps(written: _Response) -> _Response:
     """Cut a response without span tokens at its `<solve>` tokens. A span token is text like any other, and wrong."""
-    bodies = stray.split("<solve>")
-    bodies[-1] += "".join(f"<seg:{step.label}>{step.body}" for step in written)
-    return [_Written(None, set(), body, []) for body in bodies if body or len(bodies) > 1]
+    bodies = written.before.split("<solve>")
+    bodies[-1] += "".join(f"<seg:{label}>{body}" for label, body in zip(written.labels, written.bodies))
+    bodies = [body for body in bodies if body or len(bodies) > 1]
+    return _Response(
+        "", [None] * len(bodies), [set()] * len(bodies), bodies, written.ended, lambda step: "" if step is None else bodies[step]
+    )
 
 
 def _labels(labels: Iterable[int]) -> str:
