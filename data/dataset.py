@@ -296,7 +296,8 @@ class StoredCorpus:
         for further in range(len(order)):
             number = int(order[(place + further) % len(order)])
             uniform = np.random.default_rng((*seeds, number)).random()
-            if (found := task.renumber(self._example(number, self.dataset[number]) if further else example, uniform)) is not None:
+            chosen = self._example(number, self.dataset[number]) if further else example
+            if (found := task.rewrite(chosen, uniform, self.task.vocab)) is not None:
                 return found
         raise UserError(f"{self.path}: the vocabulary has room for none of its examples")
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from data import spans, task
 from data.errors import UserError
 from data.sources import Unusable
-from data.vocab import TokenizerVocab
+from data.vocab import TokenizerVocab, Vocab, translation
 
 MIN_PROMPT_TOKENS = 16
 
@@ -112,6 +112,20 @@ class PiecesTask(task.Task):
     def answer(self, response_ids: Iterable[int]) -> str | None:
         """Read the text without span tokens; None where no step was opened."""
         return " ".join(step.text for step in self.steps(response_ids)) or None
+
+    def rewrite(self, example: Any, uniform: float, vocab: Vocab) -> Any:
+        """Write an example again as `renumber` does; where its vocabulary writes text as this one does, without its text."""
+        ids, tags = example.token_ids, spans.is_label(example.token_ids, vocab.seg_base, vocab)
+        table, used = translation(vocab, self.vocab), int(ids[tags].max()) - vocab.seg_base - example.first_label + 1
+        if table is None or used >= self.vocab.num_labels:
+            return self.renumber(example, uniform)
+        first = self.vocab.first_label(used, uniform)
+        moved = table[ids]
+        for base, own in ((vocab.seg_base, self.vocab.seg_base), (vocab.ref_base, self.vocab.ref_base)):
+            tags = spans.is_label(ids, base, vocab)
+            moved[tags] = ids[tags] + (own - base + first - example.first_label)
+        is_whole = moved.min() >= 0  # no text of it is structural here
+        return dataclasses.replace(example, token_ids=moved, first_label=first) if is_whole else self.renumber(example, uniform)
 
     def cut_warning(self, kept: int, pieces: Sequence[str], *, piece: str, whole: str) -> list[str]:
         """Say how many pieces of a text a prompt has, where that is not all."""

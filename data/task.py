@@ -138,6 +138,10 @@ class Task(abc.ABC):
         Labels count from 1 on, as in `encode_prompt`, or from where `uniform`, in [0, 1), says (see `Vocab.first_label`).
         """
 
+    def rewrite(self, example: Any, uniform: float, vocab: Vocab) -> Any:
+        """Write an example of another vocabulary in this task's, as `renumber` does."""
+        return self.renumber(example, uniform)
+
     def settings(self) -> dict[str, Any]:
         """Return the settings of its corpus that say how text is written."""
         _, *names = (field.name for field in dataclasses.fields(self))

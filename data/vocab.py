@@ -228,6 +228,13 @@ class TokenizerVocab(Vocab):
         """Encode text without the structural tokens that it may contain, so that no text can open or name anything."""
         return [i for i in self.text_ids(text).tolist() if i not in self.structural]
 
+    @functools.cached_property
+    def _writes(self) -> str:
+        """What of the tokenizer decides how it writes text, as JSON."""
+        fields = json.loads(self.tokenizer_json)
+        fields["added_tokens"] = [token for token in fields["added_tokens"] if not _STRUCTURAL.fullmatch(token["content"])]
+        return json.dumps({name: value for name, value in fields.items() if name not in ("truncation", "padding", "post_processor")})
+
     def _text(self, ids: list[int]) -> str:
         """Decode runs of other tokens as the tokenizer does: the bytes of several may make one character."""
         pieces = []
@@ -245,6 +252,22 @@ def tokenizer_from(tokenizer_json: str) -> Any:
         return Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # that is what the library raises
         raise UserError(f"not a tokenizer: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def translation(vocab: Vocab, other: Vocab) -> npt.NDArray[np.int32] | None:
+    """Return the ids of another vocabulary by those of this one, int32 [size], where both write text alike; None where they do not.
+
+    -1 stands for labels, and for text here that is structural there.
+    """
+    if not isinstance(vocab, TokenizerVocab) or not isinstance(other, TokenizerVocab) or vocab._writes != other._writes:
+        return None
+    table = np.arange(vocab.size, dtype=np.int32)
+    table[table >= other.size] = -1
+    table[[i for i in other.structural if i < vocab.size]] = -1
+    table[list(vocab.structural)] = -1
+    table[list(vocab.structural_ids[:4])] = other.structural_ids[:4]
+    return table
 
 
 def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> TokenizerVocab:

@@ -125,6 +125,34 @@ def test_prompts_and_rows_give_the_example_again(corpora, name):
         assert (first == example.token_ids).all()
 
 
+OTHER_IDS = {  # structural ids, labels -> whether ids are translated
+    "after other tokens": (lambda first, n: (*range(first + 7, first + 11), first + 11, first + 11 + n), 50, True),
+    "some before the labels": (lambda first, n: (first, first + 1, first + 2, first + 3, first + 90 + n, first + 4), 40, True),
+    "a text's own token as an end": (lambda first, n: (first, first + 1, 70, first + 2, first + 3, first + 3 + n), 64, False),
+    "too few labels": (lambda first, n: (*range(first, first + 4), first + 4, first + 4 + n), 9, None),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_IDS)
+def test_ids_of_the_same_tokenizer_are_translated_as_if_written_again(corpora, case, monkeypatch):
+    place, num_labels, is_translated = OTHER_IDS[case]
+    stored = load(corpora, "papers")
+    vocab = stored.task.vocab
+    ids = place(vocab.pad_id, num_labels)
+    other = dataclasses.replace(vocab, num_labels=num_labels, structural_ids=ids, num_tokens=max(ids[4:]) + num_labels)
+    task = dataclasses.replace(stored.task, vocab=other)
+    for example in stored:
+        expected, found = task.renumber(example, 0.6), task.rewrite(example, 0.6, vocab)
+        if is_translated is None:
+            assert found is expected is None
+            continue
+        assert (found.token_ids == expected.token_ids).all() and found.first_label == expected.first_label > 1
+        assert found.document == example.document
+    with monkeypatch.context() as patch:
+        patch.setattr(type(task), "renumber", lambda *arguments: "renumbered")
+        assert (task.rewrite(example, 0.6, vocab) == "renumbered") is not bool(is_translated)
+
+
 def test_questions_of_a_story_are_divided_among_examples(sources, tmp_path, capsys):
     out = tmp_path / "out"
     run(capsys, "stories", "--source", sources["stories"], "--split", "train", *OPTIONS, "--questions", 3, "--orders", 1, "--out", out)
