@@ -20,8 +20,7 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
     with contextlib.closing(examples):
         chosen = itertools.islice(examples, command.num_examples)
         shown = tqdm.tqdm(chosen, "examples", command.num_examples, unit="", disable=None)
-        write = dataset.write if command.split else dataset.write_splits
-        written = write(command.out, shown, command.make_task(kind, vocab), description)
+        written = dataset.write(command.out, shown, command.make_task(kind, vocab), description)
     print(f"{command.out}: " + ", ".join(f"{count:,} {split}" for split, count in written.items()))
     for what, counts in found.items():
         if what != "absent_splits":

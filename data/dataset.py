@@ -45,40 +45,35 @@ def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[
     """Write the examples and their card to a new directory; the same input gives the same bytes. Return their number by split.
 
     Args:
+      examples: of one split, or (split, example) pairs where the description's "split" is None: then the directory has one of each.
       description: goes into the card: at least "command", "split" and "distributions". Read when the examples have ended, so
         that what was counted meanwhile can be in it.
 
     Raises:
       FileExistsError, NotADirectoryError: `path` exists and is not an empty directory, or lies below a file.
-      UserError: it cannot be written.
+      UserError: it cannot be written, or of several splits none is "train".
     """
+    only = description["split"]
     with _new_directory(path) as directory:
-        part = _Part(task)
-        for example in examples:
-            part.add(example)
-        part.save(directory, description)
-    return {description["split"]: len(part)}
-
-
-def write_splits(path: Path, examples: Iterable[tuple[str, Any]], task: Task, description: Mapping[str, Any]) -> dict[str, int]:
-    """Write (split, example) pairs to a directory that has one of each split; as `write` does.
-
-    Raises:
-      UserError: also where no example is in "train".
-    """
-    with _new_directory(path) as directory:
-        parts: dict[str, _Part] = {}
-        for split, example in examples:
+        parts: dict[str, _Part] = {} if only is None else {only: _Part(task)}
+        for split, example in examples if only is None else ((only, example) for example in examples):
             parts.setdefault(split, _Part(task)).add(example)
-        if SPLITS[0] not in parts:
-            raise UserError(f"no example falls to the train split, of {', '.join(parts) or 'none'}: too few to be divided; try --split all")
-        found = [split for split in SPLITS if split in parts]
-        for split in found:
-            parts[split].save(directory / split, {**description, "split": split})
-        _write_text(directory / "dataset_dict.json", json.dumps({"splits": found}))
-        lines = (f"- [{split}]({split}/README.md): {len(parts[split]):,} examples" for split in found)
-        _write_text(directory / "README.md", f"# {task.name} corpus\n\n    {description['command']}\n\n" + "\n".join(lines) + "\n")
-    return {split: len(parts[split]) for split in found}
+        if only is not None:
+            parts[only].save(directory, description)
+        else:
+            _save_splits(directory, parts, task, description)
+    return {split: len(parts[split]) for split in (*SPLITS, only) if split in parts}
+
+
+def _save_splits(directory: Path, parts: Mapping[str, "_Part"], task: Task, description: Mapping[str, Any]) -> None:
+    if SPLITS[0] not in parts:
+        raise UserError(f"no example falls to the train split, of {', '.join(parts) or 'none'}: too few to be divided; try --split all")
+    found = [split for split in SPLITS if split in parts]
+    for split in found:
+        parts[split].save(directory / split, {**description, "split": split})
+    _write_text(directory / "dataset_dict.json", json.dumps({"splits": found}))
+    lines = (f"- [{split}]({split}/README.md): {len(parts[split]):,} examples" for split in found)
+    _write_text(directory / "README.md", f"# {task.name} corpus\n\n    {description['command']}\n\n" + "\n".join(lines) + "\n")
 
 
 class _Part:
@@ -221,14 +216,18 @@ class StoredCorpus:
         return self.task.Corpus(**{name: tuple(v) if isinstance(v := settings[name], list) else v for name in names})
 
     @functools.cached_property
+    def _lengths(self) -> npt.NDArray[np.int32]:
+        return pyarrow.compute.list_value_length(self.dataset.data.column("token_ids")).to_numpy()
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all examples together, prompts and responses."""
-        return int(pyarrow.compute.sum(pyarrow.compute.list_value_length(self.dataset.data.column("token_ids"))).as_py())
+        return int(self._lengths.sum())
 
-    @functools.cached_property
+    @property
     def longest_tokens(self) -> int:
         """Tokens of the longest example."""
-        return int(pyarrow.compute.max(pyarrow.compute.list_value_length(self.dataset.data.column("token_ids"))).as_py())
+        return int(self._lengths.max())
 
     def epochs(self, num_tokens: int) -> float:
         """Return how often each example is seen in so many tokens of training (steps x rows x tokens of a row)."""
@@ -325,6 +324,11 @@ def splits(path: Path | str) -> tuple[str, ...]:
     return found
 
 
+def _directory(path: Path, split: str) -> Path:
+    """Return where a split of a corpus directory lies."""
+    return path if (path / "card.json").is_file() else path / split
+
+
 def fingerprint(path: Path | str) -> str:
     """Identify the content of a corpus directory: its tasks, vocabulary and examples in order, of all splits. Raises as `load` does.
 
@@ -333,7 +337,7 @@ def fingerprint(path: Path | str) -> str:
     path = Path(path)
     digest = hashlib.sha256()
     for split in splits(path):
-        directory = path if (path / "card.json").is_file() else path / split
+        directory = _directory(path, split)
         card = _card(directory)  # of an older version: what it was drawn with, and the statistics of what was drawn
         digest.update(f"{split} {card.get('fingerprint') or json.dumps(card, sort_keys=True)}\n".encode())
         for file in sorted(directory.glob("*.arrow")):
@@ -359,7 +363,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def load(path: Path | str, tasks: Mapping[str, type[Task]], split: str | None = None) -> StoredCorpus:
-    """Open a corpus directory that `write` or `write_splits` made.
+    """Open a corpus directory that `write` made.
 
     Args:
       tasks: by name, `data.tasks.TASKS` say; the directory names its own.
@@ -373,7 +377,7 @@ def load(path: Path | str, tasks: Mapping[str, type[Task]], split: str | None = 
     chosen = split or found[0]
     if chosen not in found:
         raise UserError(f"{path} has no {chosen} split: there is {', '.join(found)}")
-    directory = path if (path / "card.json").is_file() else path / chosen
+    directory = _directory(path, chosen)
     fields = _card(directory)
     try:
         name = fields["task"]["task"]

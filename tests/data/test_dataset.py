@@ -216,7 +216,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, expected):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        corpus.write(tmp_path / "out", failing(), ArithmeticTask(), {"num_examples": 700})
+        corpus.write(tmp_path / "out", failing(), ArithmeticTask(), {"num_examples": 700, "split": "train"})
     assert list(tmp_path.iterdir()) == []
 
 
