@@ -27,12 +27,16 @@ def sections(results: Path) -> dict[str, str]:
     return found
 
 
-def _told(file: Path, report: Row, *more: str) -> str:
-    """Say where figures come from: what was measured, the device, JAX, the file."""
+def _conditions(report: Row, *more: str) -> str:
+    """Say under which conditions figures were measured: what, the device, JAX, the memory's speed."""
     versions, ceiling = report.get("versions", {}), report.get("read_ceiling_terabytes_per_second")
     words = [*more, report["device"], f"JAX {versions.get('jax') or report['jax']}"]
-    words += [f"read ceiling {ceiling:.2f} TB/s"] if ceiling else []
-    return f"{', '.join(words)} ([JSON]({file.parent.name}/{file.name}))"
+    return ", ".join(words + ([f"read ceiling {ceiling:.2f} TB/s"] if ceiling else []))
+
+
+def _told(file: Path, report: Row, *more: str) -> str:
+    """Say where figures come from: their conditions, the file."""
+    return f"{_conditions(report, *more)} ([JSON]({file.parent.name}/{file.name}))"
 
 
 def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
@@ -57,7 +61,10 @@ def _joined(head: tuple[str, ...], key: str, cells: Callable[[Row], list[str]], 
         for _, report in reports:
             for row in report[key]:
                 unique.setdefault(tuple(row.get(part) for part in ("tokens", "context_tokens", *_SETTINGS)), row)
-        told = "\n\n".join(_told(file, report, str(report.get(name))) for file, report in reports)
+        links: dict[str, list[str]] = {}
+        for file, report in reports:
+            links.setdefault(_conditions(report, str(report.get(name))), []).append(f"[JSON]({file.parent.name}/{file.name})")
+        told = "\n\n".join(f"{words} ({', '.join(files)})" for words, files in links.items())
         return f"{told}:\n\n{markdown_table(head, [cells(row) for row in unique.values()])}"
 
     return write
@@ -109,7 +116,7 @@ def _attention(report: Row) -> list[list[str]]:
         own = {case["implementation"]: case for case in report["cases"] if case["shape"] == shape["name"]}
         heads = f"N {shape['num_heads']}, K {shape['num_kv_heads']}, H {shape['head_size']}"
         prompts = f"{shape['batch_size']} of {shape['num_queries']:,}" + (f" at {shape['first_query']:,}" if shape["first_query"] else "")
-        speeds = [_number(own.get(name, {}), "flops_per_second", ".0f", 1e-12) for name in IMPLEMENTATIONS]
+        speeds = [_number(own.get(name, {}), "flops_per_second", ".3g", 1e-12) for name in IMPLEMENTATIONS]
         errors = [_number(own.get(name, {}), "relative_error", ".1e") for name in IMPLEMENTATIONS[:3]]
         lines.append([shape["mask"], prompts, heads, *speeds, *errors])
     return lines
