@@ -87,7 +87,7 @@ class Corpus(GeneratedCorpus[Example]):
     """
 
     vocab_tokens: int = 8192
-    num_labels: int = 1024
+    num_labels: int = 512
     max_prompt_tokens: int = 7680
     max_example_tokens: int = 8192
     too_long: TooLong = "drop"

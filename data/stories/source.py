@@ -111,11 +111,13 @@ class Corpus(corpus.Corpus):
     """How stories are written.
 
     Attributes:
+      num_labels: Labels of the vocabulary; each section, question and answer of an example takes one.
       piece_sentences: Of prompts that are not of a corpus: sentences to a piece (label); 0: whole paragraphs.
       orders: Orders in which the questions of a story to train on are asked, each a shuffle of its own.
       questions: Most questions of an example; a story with more gives several. 0: all in one.
     """
 
+    num_labels: int = 256
     piece_sentences: int = 0
     orders: int = 4
     questions: int = 16
