@@ -6,7 +6,7 @@ import sys
 
 import tqdm
 
-from data import card, commandline, dataset
+from data import card, commandline, writing
 from data.task import Task, WriteCommand
 from data.tasks import TASKS
 
@@ -14,13 +14,13 @@ from data.tasks import TASKS
 def write(command: WriteCommand, kind: type[Task]) -> None:
     """Write the corpus that a command asks for, and say what was written."""
     line = f"python -m data {kind.name} {command.words()} --out DIR"
-    dataset.check_new(command.out)
+    writing.check_new(command.out)
     vocab, examples, found = command.make()
     description = {"command": line, **command.drawn(), "distributions": command.settings(), **found}
     with contextlib.closing(examples):
         chosen = itertools.islice(examples, command.num_examples)
         shown = tqdm.tqdm(chosen, "examples", command.num_examples, unit="", disable=None)
-        written = dataset.write(command.out, shown, command.make_task(kind, vocab), description)
+        written = writing.write(command.out, shown, command.make_task(kind, vocab), description)
     print(f"{command.out}: " + ", ".join(f"{count:,} {split}" for split, count in written.items()))
     for what, counts in found.items():
         if what != "absent_splits":

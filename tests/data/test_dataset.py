@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data import dataset as corpus
+from data import writing
 from data.__main__ import main
 from data.arithmetic import ArithmeticTask, Corpus, encode, stream
 from data.tasks import TASKS
@@ -216,7 +217,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, expected):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        corpus.write(tmp_path / "out", failing(), ArithmeticTask(), {"num_examples": 700, "split": "train"})
+        writing.write(tmp_path / "out", failing(), ArithmeticTask(), {"num_examples": 700, "split": "train"})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,7 +267,7 @@ def test_a_fingerprint_is_that_of_the_content(directory, tmp_path):
     cases += [([longer, examples[1]], ArithmeticTask()), ([other.encode(e.prompt) for e in examples], other)]
     found = {corpus.fingerprint(directory)}
     for number, (drawn, task) in enumerate(cases):
-        corpus.write(tmp_path / str(number), drawn, task, {"command": "", "split": "train", "distributions": {}})
+        writing.write(tmp_path / str(number), drawn, task, {"command": "", "split": "train", "distributions": {}})
         found.add(corpus.fingerprint(tmp_path / str(number)))
     assert len(found) == 6
 
@@ -340,6 +341,6 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeyp
         (line,) = run(tmp_path / "a" / "b" / "out")
     assert line.startswith("error: ") and line.endswith("the corpus cannot be written in it: No space left on device")
     with monkeypatch.context() as patch:  # a file system that is read only: the rights of root would allow all
-        patch.setattr(corpus.tempfile, "TemporaryFile", lambda **options: failing())
+        patch.setattr(writing.tempfile, "TemporaryFile", lambda **options: failing())
         assert run(tmp_path / "a" / "out") == [f"error: {tmp_path}: out cannot be written in it: No space left on device"]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
