@@ -279,17 +279,20 @@ class SpanState:
 
     def advance(self, tokens: Int[Array, "B"], vocab: SpanVocab, active: Bool[Array, "B"]) -> SpanState:
         """Compute the state after one more token in every active sequence; nothing changes in the others."""
-        alive = active & ~self.ended
+        ended = self.ended | (active & (tokens == vocab.eos_id))
+        alive = active & ~ended  # <eos> itself changes nothing else
         opened, referred = (vocab.label_of(tokens, base) for base in (vocab.seg_base, vocab.ref_base))
         opens, is_seg = jnp.where(alive, opened, -1), active & (opened >= 0)
         first_solve = alive & (tokens == vocab.solve_id) & ~self.in_response
         in_response = self.in_response | first_solve
         label = jnp.where(first_solve, 0, jnp.where(opens >= 0, opens, self.label))
         is_response = jnp.where(active, in_response & ~first_solve, self.is_response)
-        index = self.num_tokens
+        num_tokens = self.num_tokens + active.astype(jnp.int32)
+        index = num_tokens - 1  # of the token. Each field is read once, so that it is updated in place
         written = [(self.token_labels, jnp.where(active, index, -1), label)]
         written.append((self.last_named, jnp.where(alive & in_response, referred, -1), index))
-        written += [] if self.toc is None else [(self.toc, jnp.where(is_seg, self.num_segs, -1), index)]
+        num_segs = self.num_segs + is_seg.astype(jnp.int32)
+        written += [] if self.toc is None else [(self.toc, jnp.where(is_seg, num_segs - 1, -1), index)]
         token_labels, last_named, *toc = write_elements(*zip(*written))
         return dataclasses.replace(
             self,
@@ -299,10 +302,10 @@ class SpanState:
             label=label,
             step_index=jnp.where(first_solve | (in_response & (opens >= 0)), index, self.step_index),
             in_response=in_response,
-            ended=self.ended | (active & (tokens == vocab.eos_id)),
+            ended=ended,
             solve_index=jnp.where(first_solve, index, self.solve_index),
-            num_tokens=index + active.astype(jnp.int32),
-            num_segs=self.num_segs + is_seg.astype(jnp.int32),
+            num_tokens=num_tokens,
+            num_segs=num_segs,
             is_response=is_response,
             is_header=jnp.where(active, is_response & (is_seg | (referred >= 0)), self.is_header),
         )

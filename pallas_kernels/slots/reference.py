@@ -26,15 +26,13 @@ def xla_update(slots, kept, slot_table, keys, marks, entries, rule):
     batch, capacity = slot_table.shape
     row, newest = jnp.arange(batch, dtype=jnp.int32)[:, None], rule.end[:, None] - 1
     active = rule.first < rule.end
+    own = jnp.take_along_axis(slot_table, jnp.maximum(newest, 0), axis=1)
+    slots = slots.at[row, jnp.where(active, kept, capacity)[:, None]].set(own)
+    total = kept + active.astype(jnp.int32)
 
     def extend(slots, counts, chosen, rows):
         end = counts[:, None] + jnp.cumsum(chosen, axis=1, dtype=jnp.int32)
         return slots.at[row, jnp.where(chosen, end - 1, capacity)].set(rows), end[:, -1]
-
-    def append():
-        place = jnp.where(active, kept, capacity)[:, None]
-        own = jnp.take_along_axis(slot_table, jnp.maximum(newest, 0), axis=1)
-        return slots.at[row, place].set(own), kept + active.astype(jnp.int32), kept + active.astype(jnp.int32)
 
     def compact():
         tokens = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)
@@ -46,5 +44,5 @@ def xla_update(slots, kept, slot_table, keys, marks, entries, rule):
         beyond &= jax.lax.broadcasted_iota(jnp.int32, entries.shape, 1) < rule.num_entries[:, None]
         return *extend(rows, span, beyond, jnp.take_along_axis(slot_table, entries, axis=1)), span
 
-    slots, counts, span = jax.lax.cond(jnp.any(rule.first < rule.end - 1), compact, append)
+    slots, counts, span = jax.lax.cond(jnp.any(rule.first < rule.end - 1), compact, lambda: (slots, total, total))
     return slots, jnp.where(active, counts, 0), jnp.where(active, span * rule.keep, kept)

@@ -196,7 +196,7 @@ def sample_step(
     occurred = state.occurred
     if occurred is not None:
         occurred = mark_occurring(occurred, tokens[:, None], active[:, None], model.vocab)
-    column = jnp.where(active, state.num_new, -1)
-    logs = write_elements((state.new_tokens, state.num_attended), (column, column), (tokens, fed.slots.counts))
     num_new = state.num_new + active.astype(jnp.int32)
+    column = jnp.where(active, num_new - 1, -1)
+    logs = write_elements((state.new_tokens, state.num_attended), (column, column), (tokens, fed.slots.counts))
     return dataclasses.replace(fed, num_new=num_new, new_tokens=logs[0], num_attended=logs[1], occurred=occurred)
