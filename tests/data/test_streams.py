@@ -231,7 +231,7 @@ def test_variants_of_an_experiment_draw_the_same_expressions(settings):
         ({"uniform_weight": 0, "balanced_weight": 0, "left_comb_weight": 0}, "every shape weight is 0"),
         ({"negative_fraction": 1.1}, "negative_fraction is 1.1; allowed: 0 to 1"),
         ({"max_digits": 0}, "max_digits is 0"),
-        ({"label_jumps": -1}, "label_jumps is -1; allowed: 0 and above"),
+        ({"label_jumps": -1}, "label_jumps is -1; allowed: 0 to 512"),
         ({"jumps_at": "roots"}, "jumps_at is 'roots'; allowed: any, leaves"),
         ({"max_digits": 3, "max_value": 998}, "max_value is 998; allowed: from the largest operand on, 999"),
         ({"labelling": "flat"}, "labelling is 'flat'; allowed: tree, none"),
