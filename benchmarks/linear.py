@@ -1,11 +1,10 @@
-"""Time linear maps of few and many rows against the read ceiling of the memory, and against XLA.
+"""Time skinny GEMMs (few rows) against the read ceiling of the memory, and against XLA.
 
     python -m benchmarks.linear --json FILE           single matrices and layers, beside XLA (docs/linear.md)
-    python -m benchmarks.linear --layers "" --matrices 512-qkv,512-gate-up --batch-size 256,65536 --implementations mosaic,xla
     python -m benchmarks.linear --tune --json FILE    re-derive heuristics.py
 
 What is timed: chains of dependent calls inside one compiled program, each with other weights than the one before, so that
-the weights come from memory and not from the cache: single matrices (a call waits for the result of the one before), and
+the weights come from memory and not from the cache: single matrices (the result of a call is the residual of the next), and
 whole layers without their attention. Microseconds are wall time per call (per layer), launches included, nothing subtracted.
 """
 
@@ -47,7 +46,6 @@ class Matrix:
     num_inputs: int
     norm: bool = False
     gated: bool = False
-    residual: bool = False
     out_dtype: Any = jnp.bfloat16
 
     @property
@@ -57,9 +55,9 @@ class Matrix:
 
 _FUSED: dict[str, dict[str, Any]] = {
     "qkv": {"norm": True},
-    "o": {"residual": True},
+    "o": {},
     "gate-up": {"norm": True, "gated": True},
-    "down": {"residual": True},
+    "down": {},
     "head": {"norm": True, "out_dtype": jnp.float32},
 }
 
@@ -78,7 +76,7 @@ MATRICES = (
 LAYERS: tuple[ShapeName, ...] = ("llama2-7b", "llama3-8b")
 NUM_LAYERS = 4  # distinct ones in the chain
 BATCHES = (1, 8, 32, 64)
-IMPLEMENTATIONS = ("triton", "triton+int8", "mosaic", "xla", "xla+int8", "xla [D, M]")
+IMPLEMENTATIONS = ("triton", "triton+int8", "xla", "xla+int8", "xla [D, M]")
 
 
 def linear_function(kind: str) -> Callable:
@@ -105,18 +103,17 @@ def stored_as(kind: str, weights: Iterable[jax.Array]) -> list:
     return list(map(jax.jit(store[kind]), weights)) if kind in store else list(weights)
 
 
-def chain(linear, options, has_residual, rounds, x, norm, out, weights):
-    """Run `rounds` times through all the weights; the result of a call is the residual of the next, where there is one."""
+def chain(linear, options, rounds, x, norm, residual, weights):
+    """Run `rounds` times through all the weights, the result of a call being the residual of the next."""
 
-    def body(_, outs):
-        outs = list(outs)  # all of them are kept, else XLA would leave out calls whose result nobody reads
-        for i, weight in enumerate(weights):
+    def body(_, residual):
+        for weight in weights:
             # The rows wait for the call before, else XLA would normalise them once for all calls.
-            rows, outs[i - 1] = jax.lax.optimization_barrier((x, outs[i - 1]))
-            outs[i] = linear(rows, weight, norm=norm, residual=outs[i - 1] if has_residual else None, **options)
-        return outs
+            rows, residual = jax.lax.optimization_barrier((x, residual))
+            residual = linear(rows, weight, norm=norm, residual=residual, **options)
+        return residual
 
-    return jax.lax.fori_loop(0, rounds, body, [out] * len(weights))[-1]
+    return jax.lax.fori_loop(0, rounds, body, residual)
 
 
 class Program(NamedTuple):
@@ -126,7 +123,6 @@ class Program(NamedTuple):
     arguments: tuple
     calls: int
     moved_bytes: int
-    flops: int
 
     def compile(self) -> Any:
         try:
@@ -152,8 +148,7 @@ def time_programs(name: str, programs: dict[tuple[int, str], Program], compare: 
         seconds = run_seconds(functools.partial(run, *program.arguments), queued=2, repetitions=runs)  # one queued while the other runs
         microseconds, spread = median_and_spread([1e6 * each / program.calls for each in seconds])
         case = {"name": name, "batch": batch, "what": variant}
-        more |= {"spread_microseconds": spread, "teraflops_per_second": program.flops / microseconds / 1e6}
-        report.add(label, microseconds, program.moved_bytes, case, **more)
+        report.add(label, microseconds, program.moved_bytes, case, spread_microseconds=spread, **more)
     report.save()
 
 
@@ -174,17 +169,16 @@ def run_matrix(matrix: Matrix, variants: dict, seed: int, report: KernelReport, 
     for (batch, name), (linear, kind) in variants.items():
         x, _, residual = inputs[batch]
         weight = stored[kind][0] if kind.endswith("int8") else weights[0]
-        moved = expected_bytes(x, weight, norm=norm, residual=residual if matrix.residual else None, **options)
-        flops = 2 * batch * matrix.num_outputs * matrix.num_inputs
-        guess_ms = len(stored[kind]) * (3.0 + 1.5 * moved / report.ceiling_tbps / 1e6 + flops / 5e8) * 1e-3
+        moved = expected_bytes(x, weight, norm=norm, residual=residual, **options)
+        guess_ms = len(stored[kind]) * (3.0 + 1.5 * moved / report.ceiling_tbps / 1e6) * 1e-3
         rounds = max(1, round(run_ms / guess_ms))
-        function = functools.partial(chain, linear, options, matrix.residual, rounds)
-        programs[batch, name] = Program(function, (*inputs[batch], stored[kind]), rounds * len(stored[kind]), moved, flops)
+        function = functools.partial(chain, linear, options, rounds)
+        programs[batch, name] = Program(function, (*inputs[batch], stored[kind]), rounds * len(stored[kind]), moved)
 
     @functools.cache
     def expected(batch: int, rounds: int) -> jax.Array:
-        # A residual adds up to the sum over all weights, times the rounds.
-        return chain(linear_function("xla"), options, matrix.residual, rounds, *inputs[batch], weights)
+        # The residual adds up to the sum over all weights, times the rounds.
+        return chain(linear_function("xla"), options, rounds, *inputs[batch], weights)
 
     def compare(batch: int, name: str, out: jax.Array) -> dict:
         if variants[batch, name][1].endswith("int8"):
@@ -243,8 +237,7 @@ def run_layers(name: ShapeName, batches: list[int], seed: int, report: KernelRep
         for variant, (kind, rotary) in LAYER_VARIANTS.items():
             function = functools.partial(layer_chain, linear_function(kind), rotary, rounds)
             arguments = (*rest, stored[kind], [(pool, pool)] * NUM_LAYERS)
-            moved, flops = weight_bytes // (2 if "int8" in kind else 1), batch * weight_bytes
-            programs[batch, variant] = Program(function, arguments, rounds * NUM_LAYERS, moved, flops)
+            programs[batch, variant] = Program(function, arguments, rounds * NUM_LAYERS, weight_bytes // (2 if "int8" in kind else 1))
     first: dict[int, jax.Array] = {}
 
     def compare(batch: int, variant: str, out: tuple) -> dict:

@@ -243,8 +243,7 @@ class KernelReport:
             **more,
         }
         self.content["cases"].append(row)
-        units = {"net_microseconds": "us", "kernel_microseconds": "us", "teraflops_per_second": "TFLOP/s"}
-        extras = (f", {key.split('_')[0]} {more[key]:.1f} {unit}" for key, unit in units.items() if key in more)
+        extras = (f", {key.split('_')[0]} {more[key]:.1f} us" for key in ("net_microseconds", "kernel_microseconds") if key in more)
         print(
             f"{label}{microseconds:9.2f} us {moved_bytes / 1e6:8.1f} MB {row['terabytes_per_second']:6.2f} TB/s "
             f"{row['percent_of_ceiling']:5.0f}% of the ceiling{''.join(extras)}",

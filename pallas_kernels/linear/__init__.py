@@ -1,4 +1,4 @@
-"""Linear maps of few and of many rows, fused with what stands before and after them in a Llama layer."""
+"""Skinny GEMMs: few rows times a large matrix, fused with what stands before and after them in a Llama layer."""
 
 from pallas_kernels.linear.api import expected_bytes, fused_linear, unsupported_reason
 

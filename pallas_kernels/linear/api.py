@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, require
 from pallas_kernels.linear import triton
-from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, is_fastest, linear_config, mosaic_config
+from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, is_fastest, linear_config
 from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 
-IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
+IMPLEMENTATIONS = ("reference", "xla", "triton")
 
 
 def fused_linear(
@@ -38,8 +38,7 @@ def fused_linear(
       residual: `[..., M]` (`[..., F]` if gated), added last, in any float dtype.
       gated: SwiGLU (2002.05202, equation 6): `weight` is `[2 F, D]`, the first F outputs being the gate and the last F up.
       out_dtype: of the result, that of `x` unless given; float32 for logits.
-      implementation, interpret: as `pallas_kernels` says; None for the fastest that was measured. "triton", for few rows, and
-        "mosaic", for many, have no gradient.
+      implementation, interpret: as `pallas_kernels` says; None for the fastest that was measured. "triton" has no gradient.
 
     Returns:
       `[..., M]`, or `[..., F]` if gated.
@@ -59,8 +58,8 @@ def fused_linear(
         return jnp.zeros(out_shape, out_dtype)
     rows = x.reshape(-1, num_inputs)
     residual = None if residual is None else residual.reshape(-1, num_results)
-    if chosen in ("triton", "mosaic"):
-        return _kernel(chosen, float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, residual).reshape(out_shape)
+    if chosen == "triton":
+        return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, residual).reshape(out_shape)
     compute = reference_linear if chosen == "reference" else xla_linear
     return compute(rows, weight, norm, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
 
@@ -69,11 +68,8 @@ def unsupported_reason(
     implementation: str, x: jax.Array, weight: Rows, *, norm: jax.Array | None = None, gated: bool = False, interpret: bool = False
 ) -> str | None:
     """Say why `implementation` cannot compute this on the default device; None when it can."""
-    capability = 90 if implementation == "mosaic" else 80
-    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret, capability)) or implementation in PLAIN:
+    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation in PLAIN:
         return reason
-    if implementation == "mosaic":
-        return "it has no interpreter" if interpret else _mosaic_reason(x, weight, gated)
     values, num_rows, num_results = values_of(weight), _num_rows(x), _num_results(weight, gated)
     if num_rows > 64:  # beyond, a kernel bound by arithmetic is the better one
         return f"at most 64 rows, got {num_rows}"
@@ -86,15 +82,6 @@ def unsupported_reason(
     if norm is not None and x.dtype == jnp.float16:
         return "float16 rows times the norm's scale may overflow before they are normalised"
     return int8_reason(values)
-
-
-def _mosaic_reason(x: jax.Array, weight: Rows, gated: bool) -> str | None:
-    if x.dtype == jnp.float32 or values_of(weight).dtype != x.dtype:
-        return f"rows and weights must be both bfloat16 or both float16, got {x.dtype} and {values_of(weight).dtype}"
-    inputs, results = x.shape[-1], _num_results(weight, gated)
-    if inputs % 64 or results % 64:  # of a swizzled tile
-        return f"the numbers of inputs and of results must be multiples of 64, got {inputs} and {results}"
-    return None
 
 
 def expected_bytes(
@@ -120,16 +107,10 @@ def _num_results(weight: Rows, gated: bool) -> int:
     return weight.shape[0] // 2 if gated else weight.shape[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, norm, residual):
-    if norm is not None and (x.shape[0] > MAX_NORM_ROWS or implementation == "mosaic"):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, residual):
+    if norm is not None and x.shape[0] > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, norm_eps), None
-    if implementation == "mosaic":
-        from pallas_kernels.linear import mosaic  # it takes a second to import
-
-        fused = {"bias": False, "residual": residual is not None, "gated": gated}
-        config = mosaic_config(x.shape[0], _num_results(weight, gated), x.shape[1], out_dtype.itemsize, **fused)
-        return mosaic.mosaic_linear(x, weight, None, residual, gated=gated, out_dtype=out_dtype, config=config)
     num_inputs, item_bytes = x.shape[1], values_of(weight).dtype.itemsize
     config = linear_config(x.shape[0], _num_results(weight, gated), num_inputs, item_bytes, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "config": config, "interpret": interpret}
@@ -137,11 +118,11 @@ def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, 
 
 
 @_dispatch.defjvp
-def _no_gradient(implementation, *_):
-    raise NotImplementedError(f"implementation={implementation!r} of fused_linear has no gradient: train with implementation='xla'")
+def _no_gradient(*_):
+    raise NotImplementedError("implementation='triton' of fused_linear has no gradient: train with implementation='xla'")
 
 
-_kernel = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3, 4))  # so that a model's layers trace it once
+_triton = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3))  # so that a model's layers trace it once
 
 
 def _validate(x, weight, norm, residual, gated, out_dtype) -> None:

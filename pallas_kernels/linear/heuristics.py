@@ -20,9 +20,6 @@ MAX_ROWS = 32
 MAX_INT8_ROWS = 8
 MIN_WEIGHTS = 2**24  # smaller matrices were not measured
 
-MAX_MOSAIC_STAGES = 12
-MAX_SHARED_BYTES = 227 * 1024  # of a program on Hopper
-
 
 class LinearConfig(NamedTuple):
     """Static settings of the kernel. The inputs that a program reads at once are `segments * segment_inputs`."""
@@ -87,48 +84,3 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
 def largest_power_of_2_in(number: int, limit: int) -> int:
     """Find the largest power of two that divides `number`, up to `limit`."""
     return min(number & -number, limit)
-
-
-class MosaicConfig(NamedTuple):
-    """Static settings of the Mosaic kernel."""
-
-    row_groups: int  # 2: the two warpgroups take 64 rows each; 1: the same 64 rows, each its own outputs
-    outputs: int  # matrix rows of a warpgroup's product, gate and up counted
-    num_stages: int  # of the ring of inputs
-    band_tiles: int  # tiles of rows that are computed for some outputs before the next outputs
-
-
-def mosaic_config(
-    batch: int, num_results: int, num_inputs: int, out_bytes: int, *, bias: bool, residual: bool, gated: bool
-) -> MosaicConfig:
-    """Choose settings for a static shape; `out_bytes` is what an element of the result takes up.
-
-    Weights that fill the cache are read again for each band of rows, so bands are wide where they are large. Microseconds with a
-    residual on one H100 (JAX 0.11.2, bf16), outputs x inputs:
-                                                        65,536 rows                8,192 rows
-                                                  512 x 512   512 x 1536    4096 x 4096   4096 x 14336
-        128 rows x 256 outputs, 3 stages             89.7        190.4
-        the same in bands of 8 tiles                                           398.8        1311.0
-        the same in bands of 16 tiles                                          432.5        1399.8
-        bands of 8, pairs of blocks share weights    88.9        191.9         423.6        1407.0    (TMA multicast, left out)
-        XLA                                          83.2        171.9         394.7        1299.1
-    """
-    halves = 2 if gated else 1
-    widest = 128 if gated or out_bytes == 4 else 256  # results of a warpgroup
-    width = next(width for width in (256, 192, 128, 64) if width <= widest and num_results % width == 0)
-    config = MosaicConfig(2 if batch > 64 else 1, halves * width, 0, 8 if halves * num_results * num_inputs > 2**22 else 1)
-    if config.row_groups == 1 and config.outputs > 128:  # of each of two warpgroups
-        config = config._replace(outputs=halves * 64)
-    stages = MAX_MOSAIC_STAGES
-    while mosaic_shared_bytes(config._replace(num_stages=stages), out_bytes, bias, residual, gated) > MAX_SHARED_BYTES:
-        stages -= 1
-    return config._replace(num_stages=stages)
-
-
-def mosaic_shared_bytes(config: MosaicConfig, out_bytes: int, bias: bool, residual: bool, gated: bool) -> int:
-    """Count the bytes of shared memory that a program of the Mosaic kernel takes, barriers included (at most 1 KiB)."""
-    results = config.outputs // 2 if gated else config.outputs
-    line = min(results, 128 // out_bytes)
-    slots = results // line if residual else min(2, results // line)
-    rows = 64 * config.row_groups + 2 // config.row_groups * config.outputs  # of a stage
-    return rows * 128 * config.num_stages + 2 * slots * 64 * line * out_bytes + (2 * config.outputs * 4 if bias else 0) + 1024

@@ -1,12 +1,11 @@
-"""Linear maps of few rows and of many against a float64 oracle, within measured error budgets.
+"""Products of few rows against a float64 oracle, within measured error budgets.
 
-On a machine without a GPU the Triton kernel runs in the interpreter, and both kernels are lowered for CUDA; with one, the tests marked
-`gpu` run the same cases, and those of many rows, on it.
+On a machine without a GPU the Pallas kernel runs in the interpreter and is lowered for CUDA; with one, the tests marked
+`gpu` run the same cases on it.
 """
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,14 @@ import pytest
 
 from benchmarks.linear import MATRICES
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from pallas_kernels.linear import api, expected_bytes, unsupported_reason
-from pallas_kernels.linear.heuristics import MAX_SHARED_BYTES, LinearConfig, is_fastest, linear_config, mosaic_config, mosaic_shared_bytes
+from pallas_kernels.linear import expected_bytes, unsupported_reason
+from pallas_kernels.linear.heuristics import LinearConfig, is_fastest, linear_config
 from pallas_kernels.linear.triton import padded_rows, triton_linear
 from tests.pallas_kernels.budget import KERNELS, error, gpu_run, program, rms, round_to, run
-from tests.pallas_kernels.cases.linear import CASE, CASES, MANY_ROWS, Case, Problem, make_problem, shared_memory_bytes
+from tests.pallas_kernels.cases.linear import CASE, CASES, Case, Problem, make_problem, shared_memory_bytes
 from tests.pallas_kernels.lowering import cuda_lowering
 
-ALL = [("reference", False), ("xla", False), *KERNELS, pytest.param("mosaic", False, marks=pytest.mark.gpu)]
+ALL = [("reference", False), ("xla", False), *KERNELS]
 
 # The interpreter runs each case once, in one dtype, since it compiles each for a second; XLA has no tiles, so that few shapes, with
 # everything that can be fused, are enough. A GPU runs all.
@@ -39,8 +38,6 @@ HALF_RUNS += [run(case, ml_dtypes.bfloat16, name) for case in PLAIN for name in 
 HALF_RUNS += [run(CASE[name], np.float16, "triton", True) for name in FLOAT16] + [run(CASE["batch_3"], np.float16, "xla")]
 HALF_RUNS += [gpu_run(case, ml_dtypes.bfloat16, "triton") for case in CASES]
 HALF_RUNS += [gpu_run(CASE[name], np.float16, "triton") for name in FLOAT16]
-HALF_RUNS += [gpu_run(case, ml_dtypes.bfloat16, "mosaic") for case in MANY_ROWS]
-HALF_RUNS += [gpu_run(CASE[name], np.float16, "mosaic") for name in ("rows_300", "many_gates")]
 INT8_RUNS = [run(CASE[name], ml_dtypes.bfloat16, "triton", True) for name in INT8]
 INT8_RUNS += [run(CASE["all_of_it"], ml_dtypes.bfloat16, name) for name in ("reference", "xla")]
 INT8_RUNS += [gpu_run(CASE[name], ml_dtypes.bfloat16, "triton") for name in INT8]
@@ -142,7 +139,7 @@ def test_int8_weights(case, dtype, implementation, interpret):
 @pytest.mark.parametrize("implementation, interpret", ALL)
 def test_float32_logits_of_bfloat16_rows(implementation, interpret):
     """Logits are not rounded to bfloat16: the budget is a tenth of what that rounding alone costs."""
-    problem = round_to(make_problem(Case("head", "", 2, 192, 256)), ml_dtypes.bfloat16)
+    problem = round_to(make_problem(Case("head", "", 2, 200, 256)), ml_dtypes.bfloat16)
     out, exact = product(problem, ml_dtypes.bfloat16, implementation, interpret, out_dtype=jnp.float32), oracle(problem)
     assert rms(out - exact) < 0.1 * rms(exact.astype(ml_dtypes.bfloat16).astype(np.float64) - exact)
 
@@ -279,23 +276,6 @@ def test_kernel_refuses_dtypes_that_it_cannot_serve_well():
         assert "needs a CUDA device" in unsupported_reason("triton", x, weight.astype(x.dtype))
 
 
-def test_kernel_of_many_rows_says_what_it_cannot_do(monkeypatch):
-    monkeypatch.setattr(api, "device_reason", lambda *_: None)
-    shape = jax.ShapeDtypeStruct
-    x, weight = shape((128, 64), jnp.bfloat16), shape((192, 64), jnp.bfloat16)
-    quantized = QuantizedWeight(shape((192, 64), jnp.int8), shape((192,), jnp.float32))
-    assert unsupported_reason("mosaic", x, weight) is None
-    for rows, matrix, gated, reason in [
-        (x, weight, True, "multiples of 64, got 64 and 96"),
-        (shape((128, 96), x.dtype), shape((192, 96), x.dtype), False, "multiples of 64, got 96 and 192"),
-        (x, shape((192, 64), jnp.float32), False, "got bfloat16 and float32"),
-        (shape((128, 64), jnp.float32), shape((192, 64), jnp.float32), False, "got float32 and float32"),
-        (x, quantized, False, "got bfloat16 and int8"),
-    ]:
-        assert reason in unsupported_reason("mosaic", rows, matrix, gated=gated)
-    assert "no interpreter" in unsupported_reason("mosaic", x, weight, interpret=True)
-
-
 def test_expected_bytes():
     x, weight = jnp.ones((2, 3, 64), jnp.bfloat16), jnp.ones((32, 64), jnp.bfloat16)
     assert expected_bytes(x, weight) == 2 * (6 * 64 + 32 * 64 + 6 * 32)
@@ -356,17 +336,6 @@ def test_settings_fit_every_shape(batch, item_bytes):
                 assert shared_memory_bytes(config, batch, item_bytes, max(2, item_bytes), gated) < 227 * 1024
 
 
-@pytest.mark.parametrize("fused", ["", "bias", "residual", "bias residual", "gated", "gated bias residual"])
-def test_settings_of_many_rows_fit_every_shape(fused):
-    options = {name: name in fused for name in ("bias", "residual", "gated")}
-    for batch, num_results, num_inputs in itertools.product((1, 64, 65, 256, 65536), (64, 320, 512, 576, 960, 11008), (64, 14336)):
-        for out_bytes in (2, 4):
-            config = mosaic_config(batch, num_results, num_inputs, out_bytes, **options)
-            assert mosaic_shared_bytes(config, out_bytes, **options) <= MAX_SHARED_BYTES and config.num_stages >= 3
-            assert config.outputs <= 256 and config.outputs % (128 if "gated" in fused else 64) == 0
-            assert 64 * config.row_groups >= min(batch, 128)
-
-
 @pytest.mark.parametrize(
     "batch, num_outputs, item_bytes, fastest",
     [(1, 4096, 2, True), (32, 4096, 2, True), (33, 4096, 2, False), (8, 4096, 1, True), (9, 4096, 1, False), (1, 4095, 2, False)],
@@ -392,26 +361,3 @@ def test_lowers_for_cuda(name, batch, quantized):
     product = functools.partial(triton_linear, norm_eps=1e-5, config=config, gated=matrix.gated, out_dtype=matrix.out_dtype)
     residual = shape((batch, matrix.num_results))
     assert cuda_lowering(product, x, weight, norm, residual).count("__gpu$xla.gpu.triton") == 1
-
-
-@pytest.mark.parametrize(
-    "name, dtype, out_dtype",
-    [
-        ("rows_1001", jnp.bfloat16, None),
-        ("many_gates", jnp.float16, None),
-        ("many_of_it_all", jnp.bfloat16, None),
-        ("rows_9", jnp.bfloat16, jnp.float32),
-    ],
-)
-def test_kernel_of_many_rows_lowers_for_cuda(name, dtype, out_dtype, monkeypatch):
-    monkeypatch.setattr(api, "device_reason", lambda *_: None)
-    case, shape = CASE[name], functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    norm = shape((case.num_inputs,)) if case.norm else None
-    residual = shape((case.batch, case.num_results)) if case.residual else None
-
-    def product(x, weight, norm, residual):
-        options = {"gated": case.gated, "out_dtype": out_dtype, "implementation": "mosaic"}
-        return fused_linear(x, weight, norm=norm, residual=residual, **options)
-
-    lowered = cuda_lowering(product, shape((case.batch, case.num_inputs)), shape((case.num_outputs, case.num_inputs)), norm, residual)
-    assert lowered.count("mosaic_gpu") >= 1
