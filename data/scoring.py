@@ -55,11 +55,11 @@ def numbers(texts: Iterable[str]) -> set[str]:
 
 
 class Shares:
-    """Shares by name, each of all that was added under the name."""
+    """Shares by name, each of all that was added under the name; those named at first are there without anything too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
         self._hits: collections.Counter[str] = collections.Counter()
-        self._of: collections.Counter[str] = collections.Counter()
+        self._of = collections.Counter(dict.fromkeys(names, 0))
 
     def add(self, name: str, hits: Collection[object], of: Collection[object]) -> None:
         """Count some of a collection as hits."""

@@ -43,7 +43,7 @@ class PaperTask(ReportTask):
         written = [self.steps(response) for response in responses]
         golds = [example.document for example in examples]
         scores = scoring.rouge([[step.text for step in gold.steps] for gold in golds], [[step.text for step in own] for own in written])
-        tally = scoring.Shares()
+        tally = scoring.Shares(*self.score_kinds["numbers"], *self.score_kinds["sources"])
         for gold, own in zip(golds, written, strict=True):
             named = {piece for step in own for piece in step.named if piece < len(gold.pieces)}
             wanted = {piece for step in gold.steps for piece in step.sources}
