@@ -23,12 +23,12 @@ from benchmarks.sweep import Bench
 from data import commandline
 from data.errors import check_range
 from data.tasks import TASKS
-from selfspan_jax import compiled, evaluation, files
+from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import Dtype, Sampling, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.memory import catch_out_of_memory
+from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.selectors import SELECTORS
 from selfspan_jax.viewing import text
 from selfspan_jax.viewing.output import Output, prompt_warnings
@@ -52,7 +52,7 @@ class Model:
 
     def load(self, **options: Any) -> SpanLM:
         if self.compile_cache:
-            compiled.keep_programs()
+            files.keep_programs()
         with commandline.status("loading the model ..."):
             return SpanLM.load(self.checkpoint, TASKS, base=self.base, dtype=self.dtype, mesh=self.mesh, **options)
 

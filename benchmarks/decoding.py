@@ -32,9 +32,9 @@ from selfspan_jax.decoding.cache import attend_cached
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket
-from selfspan_jax.memory import bytes_of, check_fits
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
+from selfspan_jax.parallel.memory import bytes_of, check_fits
 from selfspan_jax.parallel.mesh import num_data_shards
 
 WARM_UPS, REPETITIONS = 2, 5

@@ -38,7 +38,7 @@ from selfspan_jax import files
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import AttentionViews
 from selfspan_jax.errors import UserError
-from selfspan_jax.memory import catch_out_of_memory
+from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import bf16_peak
 

@@ -42,8 +42,8 @@ from selfspan_jax.config import ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.model import Decoder
+from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
 from selfspan_jax.selectors import SELECTORS
 from selfspan_jax.spans import SpanVocab

@@ -36,9 +36,9 @@ from selfspan_jax import files, training
 from selfspan_jax.attention.sequences import SequenceImplementation, training_implementation
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.errors import UserError
-from selfspan_jax.memory import DoesNotFit, catch_out_of_memory, check_fits
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import distributed
+from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory, check_fits
 from selfspan_jax.training.metrics import bf16_peak, mfu, step_flops
 
 REPETITIONS, TRACED_STEPS = 3, 3

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,11 +22,9 @@ from tqdm import tqdm
 from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
-from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
-from selfspan_jax.memory import DoesNotFit, catch_out_of_memory
-from selfspan_jax.model import Decoder
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import JUDGED, Example, judgement
@@ -38,20 +36,6 @@ _Z = 1.959964  # the normal distribution's two-sided 95% quantile
 
 Scores = dict[str, Any]
 """Averages over examples by name; accuracies and fractions are between 0 and 1."""
-
-
-class LanguageModel(Protocol):
-    """What `evaluate` uses of a `SpanLM`."""
-
-    model: Decoder
-    engine: Engine
-    task: Any
-
-    def pad(self, prompts: Sequence[Int[np.ndarray, "T"]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]: ...
-    def outputs(
-        self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, policy: Policy
-    ) -> list[Output]: ...
-    def measure_prefill(self, prompts: Sequence[str], prefill: str | Selector, *, attention: str | Policy | None) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +159,7 @@ def first_error(response_ids: Iterable[int], gold_ids: Iterable[int], vocab: Spa
 
 
 def evaluate(
-    lm: LanguageModel,
+    lm: SpanLM,
     examples: Sequence[Example],
     *,
     attention: str | Policy | None = None,
@@ -229,7 +213,7 @@ def evaluate(
 
 
 def evaluate_all(
-    lm: LanguageModel,
+    lm: SpanLM,
     sets: Mapping[str, Sequence[Example]],
     *,
     batch_sizes: Sequence[int],
@@ -283,7 +267,7 @@ def evaluate_all(
     return found
 
 
-def _fitting(lm: LanguageModel, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]]) -> list[int]:
+def _fitting(lm: SpanLM, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]]) -> list[int]:
     """Return the numbers of the examples whose prompts leave room for the longest gold response of all that fit by themselves."""
     context = lm.model.config.max_context_tokens
     prompts, responses = np.array([len(x) for x in ids]), np.array([len(example.response_ids) for example in examples])
@@ -292,7 +276,7 @@ def _fitting(lm: LanguageModel, examples: Sequence[Example], ids: Sequence[Int[n
 
 
 def _config(
-    lm: LanguageModel,
+    lm: SpanLM,
     examples: Sequence[Example],
     ids: Sequence[Int[np.ndarray, "T"]],
     policy: Policy,
@@ -307,7 +291,7 @@ def _config(
     return DecodeConfig(policy, max_new_tokens, prefill=prefill)
 
 
-def _batch_size(lm: LanguageModel, wanted: int, num_prompts: int) -> int:
+def _batch_size(lm: SpanLM, wanted: int, num_prompts: int) -> int:
     """Limit a batch size to the number of prompts; on a mesh that is rounded up to what the mesh divides.
 
     Raises: UserError for a size that the mesh does not divide.
@@ -319,14 +303,14 @@ def _batch_size(lm: LanguageModel, wanted: int, num_prompts: int) -> int:
     return min(wanted, -(-num_prompts // parts) * parts)
 
 
-def _compile(lm: LanguageModel, batch_size: int, prompt_tokens: int, config: DecodeConfig) -> float:
+def _compile(lm: SpanLM, batch_size: int, prompt_tokens: int, config: DecodeConfig) -> float:
     """Compile for a batch and return the seconds that it took, hardly any where it was compiled before."""
     began = time.perf_counter()
     lm.engine.compile(batch_size, prompt_tokens, config)
     return time.perf_counter() - began
 
 
-def report(lm: LanguageModel, found: Mapping[str, Sequence[Evaluation | NotRun]], settings: Mapping[str, Any]) -> dict[str, Any]:
+def report(lm: SpanLM, found: Mapping[str, Sequence[Evaluation | NotRun]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Summarize what `evaluate_all` returned, with its settings, what the task fixes and the device, as JSON.
 
     Everything about a set is of its fastest batch size; `by_batch_size` has the speed of all, `not_run` what was not decoded. Where
@@ -378,5 +362,5 @@ def report(lm: LanguageModel, found: Mapping[str, Sequence[Evaluation | NotRun]]
         values |= {"first_errors": whole.first_errors(), "first_wrong": next(wrong, None)}
     if hasattr(lm.task, "group"):
         groups = whole.groups().items()
-        values[f"by_{lm.task.group_by}"] = {name: own.scores_json() | {"first_errors": own.first_errors()} for name, own in groups}
+        values[f"by_{whole.task.group_by}"] = {name: own.scores_json() | {"first_errors": own.first_errors()} for name, own in groups}
     return values

@@ -1,4 +1,4 @@
-"""Read text and JSON, and write results: files and directories whole or not at all, pipes and devices through."""
+"""Read text and JSON, write results, keep compiled programs: files and directories whole or not at all, pipes and devices through."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import shutil
 import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import jax
 
 from selfspan_jax.errors import UserError
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 _STDOUT = 1
 _PICTURES = (".png", ".svg", ".pdf")
+MAX_PROGRAM_BYTES = 2 * 2**30  # of compiled programs that are kept
 _CANNOT_REPLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
 
@@ -209,6 +213,51 @@ def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def keep_programs(directory: Path | None = None) -> Path | None:
+    """Keep the programs of this process in a directory, small ones too, and take from it those that are there.
+
+    It changes JAX's settings for the process: command lines call it, the library does not. JAX's own environment variables are
+    obeyed: JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=0 keeps none. Of more than 2 GiB the
+    oldest programs are removed.
+
+    Args:
+      directory: by default `selfspan/compiled` in the user's directory of caches: XDG_CACHE_HOME, else ~/.cache.
+
+    Returns: the directory; None where programs are not kept, also where it cannot be written to. A full disk costs nothing but
+      what is not kept.
+    """
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]  # it is one of its settings
+        return None
+    if not (named := os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+        caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        directory = directory or Path(caches).expanduser() / "selfspan" / "compiled"
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            return None
+        if not os.access(directory, os.W_OK | os.X_OK):
+            return None
+        _remove_oldest(directory)
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # JAX leaves out what compiles within a second
+    # What it cannot read or write it compiles again, and warns at every program.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+    return Path(named) if named else directory
+
+
+def _remove_oldest(directory: Path) -> None:
+    """Remove the oldest files of a directory that holds too much, down to half of that; another process may do the same."""
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        found = sorted(((entry.stat(), entry.path) for entry in entries if entry.is_file()), key=lambda file: file[0].st_mtime)
+        total = sum(status.st_size for status, _ in found)
+        for status, path in found if total > MAX_PROGRAM_BYTES else ():
+            if total <= MAX_PROGRAM_BYTES // 2:
+                break
+            os.unlink(path)
+            total -= status.st_size
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -15,7 +15,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pallas_kernels.prompt_attention import Selector
-from selfspan_jax import retention
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
 from selfspan_jax.config import COMPUTE_DTYPES, DecodeConfig, Dtype, Implementation, Sampling, Weights
@@ -27,6 +26,7 @@ from selfspan_jax.files import well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.task import Task, end_ids, installed_tasks
+from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
 from selfspan_jax.viewing.output import Output, prompt_warnings
 from selfspan_jax.viewing.reading import Reading, Step, attention_mask

@@ -23,9 +23,10 @@ import train
 from benchmarks import peers
 from data import arithmetic, news
 from data.__main__ import main as data_main
-from selfspan_jax import files, memory
+from selfspan_jax import files
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.model import Decoder
+from selfspan_jax.parallel import memory
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.weights.models import save_model
 from tests.selfspan_jax.weights import test_importing

@@ -24,13 +24,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from selfspan_jax import memory
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket, decode_step, extend_state, prefill_state, sample_step
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import collectives, layout
+from selfspan_jax.parallel import collectives, layout, memory
 from selfspan_jax.parallel.mesh import check_batch, check_decoding
 
 MAX_STEPS_PER_SYNC = 8  # on a GPU, see `_run`

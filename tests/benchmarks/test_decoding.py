@@ -17,8 +17,9 @@ from benchmarks.decoding import Case
 from benchmarks.shapes import Shape
 from benchmarks.sweep import Bench
 from data import arithmetic
-from selfspan_jax import files, memory
+from selfspan_jax import files
 from selfspan_jax.config import ModelConfig
+from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.weights.huggingface import to_hugging_face

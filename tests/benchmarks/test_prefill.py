@@ -13,8 +13,9 @@ from benchmarks.sweep import Bench
 from data import arithmetic
 from data.vocab import Vocab
 from pallas_kernels.prompt_attention import BLOCK, WindowTiles
-from selfspan_jax import files, memory
+from selfspan_jax import files
 from selfspan_jax.attention.policies import Window, get_policy
+from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.training import metrics
 from tests.benchmarks.test_decoding import ARITHMETIC, ARITHMETIC_SHAPE, SHAPE
