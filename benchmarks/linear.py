@@ -30,9 +30,10 @@ from data import commandline
 from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
 from pallas_kernels.common import MULTIPROCESSORS
 from pallas_kernels.linear import expected_bytes
-from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, LinearConfig
+from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, LinearConfig, TileConfig
 from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.linear.triton import triton_linear
+from pallas_kernels.linear.triton_tiled import triton_tiled_linear
 from selfspan_jax import files
 from selfspan_jax.errors import UserError
 
@@ -70,8 +71,9 @@ def _matrices(prefix: str, shape: ShapeName, *names: str) -> list[Matrix]:
 MATRICES = (
     *_matrices("7b", "llama2-7b", "qkv", "o", "gate-up", "down", "head"),
     *_matrices("8b", "llama3-8b", "qkv", "gate-up", "down", "head"),
-    *_matrices("768", "arithmetic-base", "qkv"),
-    *_matrices("576", "smollm2-135m", "gate-up", "head"),
+    *_matrices("768", "arithmetic-base", "qkv", "o", "gate-up", "down"),
+    *_matrices("576", "smollm2-135m", "qkv", "o", "gate-up", "down", "head"),
+    *_matrices("512", "arithmetic-small", "qkv", "o", "gate-up", "down"),
 )
 LAYERS: tuple[ShapeName, ...] = ("llama2-7b", "llama3-8b")
 NUM_LAYERS = 4  # distinct ones in the chain
@@ -271,10 +273,41 @@ def settings(matrix: Matrix, batch: int, int8: bool) -> list[LinearConfig]:
     return list(dict.fromkeys(found))
 
 
-def configured_linear(config: LinearConfig, x, weight, *, norm, residual, gated, out_dtype):
+def tile_settings(matrix: Matrix, batch: int) -> list[TileConfig]:
+    """List settings of the tiled kernel worth a measurement: programs for a third of the machine at least, eight waves at most."""
+    found = []
+    rows, halves, inputs = pl.next_power_of_2(batch), 2 if matrix.gated else 1, matrix.num_inputs
+    few = batch <= 16
+    tiles = (1,) if batch == 1 else (8, 16) if few else (16, 32, 64, 128)
+    outputs_of_tile = (2, 4, 8, 16) if batch == 1 else (8, 16, 32) if few else (16, 32, 64, 128)
+    for tile_rows, outputs, chunk in itertools.product(tiles, outputs_of_tile, (inputs, 64, 128)):
+        whole, read_bytes = chunk == inputs, 2 * (tile_rows + halves * outputs) * chunk
+        programs = pl.cdiv(batch, tile_rows) * pl.cdiv(matrix.num_results, outputs)
+        if (
+            inputs % chunk
+            or (whole and batch > 64)
+            or not 40 <= programs <= 8 * MULTIPROCESSORS
+            or tile_rows > max(16, rows)
+            or (batch == 1 and not whole)
+        ):
+            continue
+        for warps in (1, 2, 4) if few else (8,) if tile_rows * outputs * halves >= 128 * 64 else (4,):
+            if (read_bytes > 400 * 32 * warps) if whole else 3 * read_bytes > 200_000:
+                continue
+            stages = 1 if whole else max(2, min(5, 200_000 // read_bytes, inputs // chunk))
+            outputs_first = outputs >= 16 and (tile_rows < 16 or outputs >= 64 > tile_rows)  # of at least 16, of 64 on Hopper
+            for rows_first in (*(() if 1 < tile_rows < 16 else (True,)), *((False,) if outputs_first and batch > 1 else ())):
+                found.append(TileConfig(tile_rows, outputs, chunk, warps, stages, rows_first))
+    return list(dict.fromkeys(found))
+
+
+def configured_linear(config: LinearConfig | TileConfig, x, weight, *, norm, residual, gated, out_dtype):
+    options = {"norm_eps": 1e-5, "gated": gated, "out_dtype": out_dtype}
+    if isinstance(config, TileConfig):
+        return triton_tiled_linear(x, weight, norm, None, residual, config=config, **options)
     if norm is not None and x.shape[0] > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, 1e-5), None
-    return triton_linear(x, weight, norm, residual, norm_eps=1e-5, gated=gated, out_dtype=out_dtype, config=config)
+    return triton_linear(x, weight, norm, None, residual, config=config, **options)
 
 
 def variants_of(matrix: Matrix, batches: list[int], implementations: list[str], tune: bool) -> dict:
@@ -284,7 +317,7 @@ def variants_of(matrix: Matrix, batches: list[int], implementations: list[str], 
         if not tune:
             variants[batch, kind] = (linear_function(kind), kind)
         elif kind.startswith("triton"):
-            for config in settings(matrix, batch, "int8" in kind):
+            for config in (*(settings(matrix, batch, "int8" in kind) if batch <= 64 else ()), *tile_settings(matrix, batch)):
                 variants[batch, f"{kind} {'/'.join(map(str, config))}"] = (functools.partial(configured_linear, config), kind)
     return variants
 

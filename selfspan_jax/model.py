@@ -19,16 +19,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
+from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight, rms_norm
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_to_tensor_parallel, reduce_from_tensor_parallel
 from selfspan_jax.spans import SpanVocab
 
 Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
-# queries, keys and values [B, T, K, G + 2, H], not yet rotated; the angles; the layer's cache
-# -> attention output [B, T, N, H], the layer's cache afterwards
-Attend = Callable[[Array, Angles, Any], tuple[Array, Any]]
+# queries, keys and values [B, T, K, G + 2, H], neither normalised nor rotated; the options `norms` and `norm_eps` of queries and keys
+# that are; the angles; the layer's cache -> attention output [B, T, N, H], the layer's cache afterwards
+Attend = Callable[[Array, dict[str, Any], Angles, Any], tuple[Array, Any]]
 
 
 def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig) -> Angles:
@@ -55,10 +55,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normalised = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        return normalised * self.scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class Linear(nnx.Module):
@@ -79,12 +76,11 @@ class Linear(nnx.Module):
         weight = self.weight[...] if self.scales is None else QuantizedWeight(self.weight[...], self.scales[...])
         if norm is not None:
             options |= {"norm": norm.scale[...], "norm_eps": norm.eps}
-        if self.tensor_parallel == "row":
-            residual = options.pop("residual")
-            out = reduce_from_tensor_parallel(fused_linear(x, weight, out_dtype=jnp.float32, **options)).astype(x.dtype) + residual
-        else:
-            out = fused_linear(copy_to_tensor_parallel(x) if self.tensor_parallel else x, weight, **options)
-        return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None, None, :]
+        bias = None if self.bias is None else self.bias[...]
+        if self.tensor_parallel != "row":
+            return fused_linear(copy_to_tensor_parallel(x) if self.tensor_parallel else x, weight, bias=bias, **options)
+        residual = options.pop("residual") if bias is None else options.pop("residual") + bias.astype(x.dtype)[None, None, :]
+        return reduce_from_tensor_parallel(fused_linear(x, weight, out_dtype=jnp.float32, **options)).astype(x.dtype) + residual
 
     def scores(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None) -> Float[Array, "*batch M"]:
         """Compute logits, float32, as the output layer of a model."""
@@ -108,10 +104,10 @@ class Attention(nnx.Module):
         batch, num_tokens, _ = x.shape
         qkv = self.qkv_proj(x, norm=norm, **linear)
         qkv = qkv.reshape(batch, num_tokens, -1, self.projections, self.head_size)
+        norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
-            queries, keys, values = jnp.split(qkv, (qkv.shape[3] - 2, qkv.shape[3] - 1), axis=3)
-            qkv = jnp.concatenate([self.q_norm(queries), self.k_norm(keys), values], axis=3)
-        out, cache = attend(qkv, angles, cache)
+            norms = {"norms": (self.q_norm.scale[...], self.k_norm.scale[...]), "norm_eps": self.q_norm.eps}
+        out, cache = attend(qkv, norms, angles, cache)
         return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, **linear), cache
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, require
-from pallas_kernels.linear import triton
-from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, is_fastest, linear_config
+from pallas_kernels.linear import triton, triton_tiled
+from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, TileConfig, is_fastest, is_tiled, linear_config, tile_config
 from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 
@@ -21,6 +21,7 @@ def fused_linear(
     *,
     norm: jax.Array | None = None,
     norm_eps: float = 1e-5,
+    bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     gated: bool = False,
     out_dtype: jnp.dtype | None = None,
@@ -35,6 +36,7 @@ def fused_linear(
         it, by the implementations that train), or a `QuantizedWeight` of that shape.
       norm: `[D]`, the scale of an RMSNorm of `x` before the product (1910.07467, equation 4), in any float dtype.
       norm_eps: added to the mean square, a static number.
+      bias: `[M]`, added to the product, in any float dtype.
       residual: `[..., M]` (`[..., F]` if gated), added last, in any float dtype.
       gated: SwiGLU (2002.05202, equation 6): `weight` is `[2 F, D]`, the first F outputs being the gate and the last F up.
       out_dtype: of the result, that of `x` unless given; float32 for logits.
@@ -43,7 +45,7 @@ def fused_linear(
     Returns:
       `[..., M]`, or `[..., F]` if gated.
     """
-    _validate(x, weight, norm, residual, gated, out_dtype)
+    _validate(x, weight, norm, bias, residual, gated, out_dtype)
     num_outputs, num_inputs = weight.shape
     fastest = is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize)
     chosen = choose_implementation(
@@ -59,9 +61,9 @@ def fused_linear(
     rows = x.reshape(-1, num_inputs)
     residual = None if residual is None else residual.reshape(-1, num_results)
     if chosen == "triton":
-        return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, residual).reshape(out_shape)
+        return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, bias, residual).reshape(out_shape)
     compute = reference_linear if chosen == "reference" else xla_linear
-    return compute(rows, weight, norm, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
+    return compute(rows, weight, norm, bias, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
 
 
 def unsupported_reason(
@@ -70,17 +72,13 @@ def unsupported_reason(
     """Say why `implementation` cannot compute this on the default device; None when it can."""
     if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation in PLAIN:
         return reason
-    values, num_rows, num_results = values_of(weight), _num_rows(x), _num_results(weight, gated)
-    if num_rows > 64:  # beyond, a kernel bound by arithmetic is the better one
-        return f"at most 64 rows, got {num_rows}"
+    values, num_results = values_of(weight), _num_results(weight, gated)
     if values.shape[1] % 16:  # a step of the matrix unit
         return f"the number of inputs must be a multiple of 16, got {values.shape[1]}"
     if num_results < 16:  # the long side of the matrix unit's product
         return f"at least 16 outputs, got {num_results}"
     if values.dtype not in (x.dtype, jnp.int8):
         return f"{values.dtype} weights for {x.dtype} rows would be read at twice the bytes: cast them once"
-    if norm is not None and x.dtype == jnp.float16:
-        return "float16 rows times the norm's scale may overflow before they are normalised"
     return int8_reason(values)
 
 
@@ -89,13 +87,14 @@ def expected_bytes(
     weight: Rows,
     *,
     norm: jax.Array | None = None,
+    bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     gated: bool = False,
     out_dtype: jnp.dtype | None = None,
 ) -> int:
-    """Count the bytes that must move: weights, scales, rows, norm and residual in once, the result out once."""
+    """Count the bytes that must move: weights, scales, rows, norm, bias and residual in once, the result out once."""
     num_results = _num_rows(x) * _num_results(weight, gated)
-    read = [x, *jax.tree.leaves((weight, norm, residual))]
+    read = [x, *jax.tree.leaves((weight, norm, bias, residual))]
     return sum(a.size * a.dtype.itemsize for a in read) + num_results * jnp.dtype(out_dtype or x.dtype).itemsize
 
 
@@ -108,13 +107,16 @@ def _num_results(weight: Rows, gated: bool) -> int:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, residual):
-    if norm is not None and x.shape[0] > MAX_NORM_ROWS:
+def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, bias, residual):
+    (batch, num_inputs), item_bytes = x.shape, values_of(weight).dtype.itemsize
+    shape = (batch, _num_results(weight, gated), num_inputs, item_bytes, gated)
+    config = tile_config(*shape) if is_tiled(*shape) or (x.dtype == jnp.float16 and norm is not None) else linear_config(*shape)
+    options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "interpret": interpret}
+    if isinstance(config, TileConfig):
+        return triton_tiled.triton_tiled_linear(x, weight, norm, bias, residual, config=config, **options)
+    if norm is not None and batch > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, norm_eps), None
-    num_inputs, item_bytes = x.shape[1], values_of(weight).dtype.itemsize
-    config = linear_config(x.shape[0], _num_results(weight, gated), num_inputs, item_bytes, gated)
-    options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "config": config, "interpret": interpret}
-    return triton.triton_linear(x, weight, norm, residual, **options)
+    return triton.triton_linear(x, weight, norm, bias, residual, config=config, **options)
 
 
 @_dispatch.defjvp
@@ -125,7 +127,7 @@ def _no_gradient(*_):
 _triton = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3))  # so that a model's layers trace it once
 
 
-def _validate(x, weight, norm, residual, gated, out_dtype) -> None:
+def _validate(x, weight, norm, bias, residual, gated, out_dtype) -> None:
     require(x.ndim > 0 and x.dtype in FLOAT_DTYPES, "x must be [..., D] in bfloat16, float16 or float32", x)
     if out_dtype is not None:
         require(jnp.dtype(out_dtype) in FLOAT_DTYPES, "out_dtype must be bfloat16, float16 or float32", jnp.dtype(out_dtype).name)
@@ -140,6 +142,9 @@ def _validate(x, weight, norm, residual, gated, out_dtype) -> None:
     if norm is not None:
         fits = norm.shape == x.shape[-1:] and norm.dtype in FLOAT_DTYPES
         require(fits, f"norm must be a float [D] = {[x.shape[-1]]}", norm)
+    if bias is not None:
+        fits = bias.shape == values.shape[:1] and bias.dtype in FLOAT_DTYPES
+        require(fits, f"bias must be a float [M] = {[values.shape[0]]}", bias)
     if residual is not None:
         shape = (*x.shape[:-1], _num_results(weight, gated))
         fits = residual.shape == shape and residual.dtype in FLOAT_DTYPES

@@ -32,6 +32,17 @@ class LinearConfig(NamedTuple):
     programs: int  # at most; each walks over every so-many-th tile of outputs
 
 
+class TileConfig(NamedTuple):
+    """Static settings of the tiled kernel."""
+
+    tile_rows: int  # rows of x that a program computes; 1 is multiplied off the matrix unit
+    tile_outputs: int  # outputs (gated: pairs of gate and up) that it computes
+    tile_inputs: int  # that it reads at once; with as many as there are, no loop
+    num_warps: int
+    num_stages: int  # of the software pipeline, where there is a loop
+    rows_first: bool = True  # rows on the long side of the matrix unit's product, else outputs
+
+
 def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int) -> bool:
     """Tell whether the kernel was measured to be faster than XLA on problems like this one."""
     max_rows = {1: MAX_INT8_ROWS, 2: MAX_ROWS}.get(item_bytes, 0)
@@ -79,6 +90,26 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
         budget_bytes, max_stages = (100_000, 4) if each == 2 else (170_000, 7)
     num_stages = max(2, min(max_stages, budget_bytes // read_bytes))
     return LinearConfig(tile, segments, inputs, min(4, matrix_rows // 16), num_stages, each * MULTIPROCESSORS)
+
+
+def is_tiled(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> bool:
+    """Tell whether the tiled kernel computes this."""
+    return batch > 64 or num_results * (2 if gated else 1) * num_inputs < MIN_WEIGHTS
+
+
+def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> TileConfig:
+    """Choose settings of the tiled kernel for a static shape."""
+    chunk = largest_power_of_2_in(num_inputs, 64)
+    if batch == 1 and num_inputs <= 2048:
+        return TileConfig(1, min(4, num_results), num_inputs, 2, 1)
+    if batch <= 8:
+        return TileConfig(8, 16, num_inputs if num_inputs <= 1024 else chunk, 2, 3, False)
+    return TileConfig(min(64, max(16, pl.next_power_of_2(batch))), min(32, largest_power_of_2_below(num_results)), chunk, 4, 4)
+
+
+def largest_power_of_2_below(number: int) -> int:
+    """Find the largest power of two up to `number`."""
+    return 1 << number.bit_length() - 1
 
 
 def largest_power_of_2_in(number: int, limit: int) -> int:

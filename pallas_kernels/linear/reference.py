@@ -7,7 +7,7 @@ from pallas_kernels.quantized import Quantized, Rows, values_of
 from pallas_kernels.swiglu import silu_and_mul
 
 
-def reference_linear(x, weight: Rows, norm, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:
+def reference_linear(x, weight: Rows, norm, bias, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:
     """Compute everything in float32 and round once at the end; independent of the kernel and of `xla_linear`."""
     wide = x.astype(jnp.float32)
     if norm is not None:
@@ -17,6 +17,8 @@ def reference_linear(x, weight: Rows, norm, residual, *, norm_eps: float, gated:
     if isinstance(weight, Quantized):
         rows *= weight.scales[:, None]
     out = jnp.einsum("bd,md->bm", wide, rows, precision=jax.lax.Precision.HIGHEST)
+    if bias is not None:
+        out += bias.astype(jnp.float32)[None, :]
     if gated:
         gate, up = jnp.split(out, 2, axis=-1)
         out = jax.nn.silu(gate) * up
@@ -26,17 +28,17 @@ def reference_linear(x, weight: Rows, norm, residual, *, norm_eps: float, gated:
 
 
 def rms_norm(x: jax.Array, norm: jax.Array, norm_eps: float) -> jax.Array:
-    """Normalise `[B, D]` in float32 and round before the scale `[D]`, as Llama does."""
+    """Compute x / rms(x) * norm of rows `[..., D]`: in float32, rounded before the scale `[D]`, as Llama does (1910.07467, equation 4)."""
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm_eps)
-    return wide.astype(x.dtype) * norm.astype(x.dtype)[None, :]
+    return wide.astype(x.dtype) * norm.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def xla_linear(x, weight: Rows, norm, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:
+def xla_linear(x, weight: Rows, norm, bias, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:
     """Compute what a Llama in the dtype of `x` computes, with gradients: the path of training and prefill.
 
     RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
-    rounded; the gate and the residual in `out_dtype`. Float32 products are float32 products, not TF32.
+    rounded; bias, gate and residual in `out_dtype`. Float32 products are float32 products, not TF32.
     """
     x = x if norm is None else rms_norm(x, norm, norm_eps)
     out = jax.lax.dot_general(
@@ -48,6 +50,8 @@ def xla_linear(x, weight: Rows, norm, residual, *, norm_eps: float, gated: bool,
     )
     if isinstance(weight, Quantized):
         out = (out * weight.scales[None, :]).astype(out_dtype)
+    if bias is not None:
+        out += bias.astype(out_dtype)[None, :]
     if gated:
         out = silu_and_mul(out)
     if residual is not None:

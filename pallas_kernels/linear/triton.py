@@ -2,7 +2,7 @@
 
 For row `b` and output `m`, with the normalised row `n[b] = x[b] rsqrt(mean(x[b]^2) + eps) * norm` (or `x[b]` without norm):
 
-    product[b, m] = scales[m] sum_d n[b, d] weight[m, d]
+    product[b, m] = scales[m] sum_d n[b, d] weight[m, d] + bias[m]
     out[b, m]     = product[b, m] + residual[b, m]                                     plain
     out[b, f]     = silu(product[b, f]) product[b, F + f] + residual[b, f]             gated
 
@@ -17,7 +17,7 @@ along the same walk, and no program waits for a norm. The last tile is moved bac
 one before it is computed and stored twice, to the same bits.
 
 Numerics: x * norm is rounded once to the dtype of `x` (Llama rounds the normalised row and then the product with the scale);
-sums, norm, gate and residual are float32, and the result is rounded once. float32 uses IEEE products. Int8 weights are
+sums, norm, bias, gate and residual are float32, and the result is rounded once. float32 uses IEEE products. Int8 weights are
 widened to the dtype of `x`, which is exact; their scales multiply the float32 sums.
 """
 
@@ -36,7 +36,17 @@ MIN_ROWS = 8  # of the short side of the matrix unit's product
 
 
 def triton_linear(
-    x, weight: Rows, norm, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype, config: LinearConfig, interpret: bool = False
+    x,
+    weight: Rows,
+    norm,
+    bias,
+    residual,
+    *,
+    norm_eps: float,
+    gated: bool,
+    out_dtype: jnp.dtype,
+    config: LinearConfig,
+    interpret: bool = False,
 ) -> jax.Array:
     """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]`, already checked."""
     values = values_of(weight)
@@ -49,6 +59,7 @@ def triton_linear(
     optional = {
         "scales": weight.scales if isinstance(weight, Quantized) else None,
         "norm": None if norm is None else split(norm.astype(x.dtype)),
+        "bias": bias,
         "residual": residual,
     }
     optional = {name: array for name, array in optional.items() if array is not None}
@@ -70,7 +81,7 @@ def padded_rows(batch: int, segments: int) -> int:
 def _kernel(
     x_ref,  # [B, D / C, C], C the inputs of a segment
     weight_ref,  # [M, D / C, C], M = 2 F if gated
-    *refs,  # those of scales [M], norm [D / C, C] and residual [B, M or F] that `optional` names, then out_ref [B, M or F]
+    *refs,  # those of scales [M], norm [D / C, C], bias [M] and residual [B, M or F] that `optional` names, then out_ref [B, M or F]
     optional: tuple[str, ...],
     norm_eps: float,
     gated: bool,
@@ -113,11 +124,14 @@ def _kernel(
             sums = jnp.where(segment[:, None] == row_segment[None, :], sums, 0.0)
             sums = jnp.sum(sums.reshape(halves * tile, segments, padded * segments), axis=1)
             sums = jnp.sum(sums.reshape(halves * tile, padded, segments), axis=2)
+        matrix_rows = start + _matrix_row(jnp.arange(halves * tile, dtype=jnp.int32), tile, num_results)
         if "scales" in ref_of:
-            sums *= ref_of["scales"][start + _matrix_row(jnp.arange(halves * tile, dtype=jnp.int32), tile, num_results)][:, None]
+            sums *= ref_of["scales"][matrix_rows][:, None]
         if "norm" in ref_of:
             mean_squares = jnp.sum(jnp.sum(squares, axis=1).reshape(padded, segments), axis=1) / (num_segments * segment_inputs)
             sums *= jax.lax.rsqrt(mean_squares + norm_eps)[None, :]
+        if "bias" in ref_of:
+            sums += ref_of["bias"][matrix_rows].astype(jnp.float32)[:, None]
         if gated:
             sums = sums.reshape(halves, tile, padded)
             is_gate = jnp.arange(halves, dtype=jnp.int32)[:, None, None] == 0

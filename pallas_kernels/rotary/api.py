@@ -6,10 +6,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, head_size_reason, require
+from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.rotary import reference, triton
 
 IMPLEMENTATIONS = ("xla", "triton")
 RUN_TOKENS = triton.TILE_ROWS
+
+
+def norm_heads(qkv: jax.Array, *, norms: tuple[jax.Array, jax.Array] | None = None, norm_eps: float = 1e-5) -> jax.Array:
+    """Normalise each query and each key of `[..., G + 2, H]` by `norms`, the scales `[H]` of both, where a model has them (Qwen 3)."""
+    if norms is None:
+        return qkv
+    queries, keys, values = jnp.split(qkv, (qkv.shape[-2] - 2, qkv.shape[-2] - 1), axis=-2)
+    return jnp.concatenate([rms_norm(queries, norms[0], norm_eps), rms_norm(keys, norms[1], norm_eps), values], axis=-2)
 
 
 def rotate_heads(
@@ -26,7 +35,7 @@ def rotate_heads(
     Returns:
       Queries `[R, K * G, H]` (head `k * G + g`), keys `[R, K, H]` and values `[R, K, H]`.
     """
-    _validate_heads(qkv, cos, sin)
+    validate_heads(qkv, cos, sin)
     chosen = choose_implementation(
         implementation,
         ("xla",) if qkv.dtype == jnp.float32 else ("triton", "xla"),
@@ -60,8 +69,8 @@ def rotate_and_write(
     Returns:
       q `[B, K * G, H]` (head `k * G + g`), k_pool, v_pool.
     """
-    _validate_heads(qkv, cos, sin)
-    _validate_pools(qkv, slots, k_pool, v_pool)
+    validate_heads(qkv, cos, sin)
+    validate_pools(qkv, slots, k_pool, v_pool)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, qkv, interpret=interpret))
     if chosen == "triton" and qkv.size:
         return triton.triton_rotate_and_write(qkv, cos, sin, slots, k_pool, v_pool, interpret=interpret)
@@ -103,7 +112,7 @@ def _backward(implementation, interpret, angles, grads):
 _rotate_heads.defvjp(_forward, _backward)
 
 
-def _validate_heads(qkv, cos, sin) -> None:
+def validate_heads(qkv, cos, sin) -> None:
     fits = qkv.ndim == 4 and qkv.shape[2] > 2 and qkv.shape[3] % 2 == 0 and qkv.dtype in FLOAT_DTYPES
     require(fits, "qkv must be a float [rows, K, G + 2, H] with an even H", qkv)
     wanted = [qkv.shape[0], qkv.shape[3] // 2]
@@ -112,7 +121,7 @@ def _validate_heads(qkv, cos, sin) -> None:
         require(fits, f"{name} must be float32 [rows, H / 2] = {wanted}", angles)
 
 
-def _validate_pools(qkv, slots, k_pool, v_pool) -> None:
+def validate_pools(qkv, slots, k_pool, v_pool) -> None:
     batch, num_kv_heads, _, head_size = qkv.shape
     fits = slots.shape in ((batch,), (batch / RUN_TOKENS,)) and slots.dtype == jnp.int32
     require(fits, f"slots must be int32 [B] = {[batch]}, or [B / {RUN_TOKENS}]", slots)

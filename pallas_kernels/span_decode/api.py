@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, head_size_reason, require
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
+from pallas_kernels.rotary import norm_heads, rotate_and_write
+from pallas_kernels.rotary.api import validate_heads, validate_pools
 from pallas_kernels.span_decode import triton
 from pallas_kernels.span_decode.heuristics import mosaic_config, triton_config
 from pallas_kernels.span_decode.reference import reference_attention, xla_attention
@@ -50,6 +52,53 @@ def span_decode_attention(
         return jnp.zeros(q.shape, q.dtype)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return _attend(chosen, scale, interpret, q, k_pool, v_pool, slots, counts)
+
+
+def rotate_and_attend(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    own: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    slots: jax.Array,
+    counts: jax.Array,
+    *,
+    norms: tuple[jax.Array, jax.Array] | None = None,
+    norm_eps: float = 1e-5,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute a decode step's attention: rotate the heads of one new token per sequence, write its key and value, attend to its slots.
+
+    `rotate_and_write` and `span_decode_attention`, as one kernel with "triton" and one after the other with the others.
+
+    Args:
+      qkv, cos, sin, k_pool, v_pool: as in `rotate_and_write`.
+      own: int32 `[B]`, the pool row of each token, which no other sequence reads. One outside `[0, P)` writes nothing.
+      slots, counts: as in `span_decode_attention`; a sequence that is to read its new token lists its row.
+      norms: scales `[H]` of RMSNorms of each query and each key before they are rotated (Qwen 3), in any float dtype.
+      norm_eps: added to their mean squares, a static number.
+      implementation, interpret: as `pallas_kernels` says, of `span_decode_attention`.
+
+    Returns:
+      The attention's output `[B, K * G, H]`, k_pool, v_pool.
+    """
+    batch, num_kv_heads, fused, head_size = qkv.shape
+    q = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
+    validate_heads(qkv, cos, sin)
+    validate_pools(qkv, own, k_pool, v_pool)
+    _validate(q, k_pool, v_pool, slots, counts)
+    require(own.shape == (batch,), f"own must be int32 [B] = {[batch]}", own)
+    for norm in norms or ():
+        require(norm.shape == (head_size,) and norm.dtype in FLOAT_DTYPES, f"norms must be float [H] = {[head_size]}", norm)
+    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, q, k_pool, interpret=interpret))
+    if chosen == "triton" and q.size and slots.shape[1]:
+        arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms)
+        return _rotate_and_attend(float(norm_eps), interpret, *arrays)
+    qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
+    q, k_pool, v_pool = rotate_and_write(qkv, cos, sin, own, k_pool, v_pool)
+    return span_decode_attention(q, k_pool, v_pool, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool
 
 
 def unsupported_reason(implementation: str, q: jax.Array, k_pool: Rows, *, interpret: bool = False) -> str | None:
@@ -99,8 +148,7 @@ def _dispatch(implementation, scale, interpret, q, k_pool, v_pool, slots, counts
 
         settings = mosaic_config(batch, num_kv_heads, head_size, capacity)
         return mosaic.mosaic_attention(*arrays, scale=scale, config=settings, interpret=interpret)
-    max_kv_heads = 2 if implementation == "triton" else 1
-    config = triton_config(batch, num_kv_heads, head_size, pool.dtype.itemsize, capacity, max_kv_heads)
+    config = triton_config(batch, num_kv_heads, head_size, pool.dtype.itemsize, capacity, plain=implementation == "jax_triton")
     if implementation == "triton":
         return triton.triton_attention(*arrays, scale=scale, config=config, interpret=interpret)
     from pallas_kernels.span_decode import jax_triton  # needs the package jax-triton
@@ -113,6 +161,14 @@ def _no_gradient(*_):
     raise NotImplementedError(
         "span_decode_attention has no gradient: it is a decoding kernel; train with masked attention over whole sequences"
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rotate_and_attend(norm_eps, interpret, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms):
+    (batch, num_kv_heads, _, head_size), capacity = qkv.shape, slots.shape[1]
+    config = triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity)
+    options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config, "interpret": interpret}
+    return triton.triton_rotate_and_attend(qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, **options)
 
 
 _attend = jax.jit(_dispatch, static_argnums=(0, 1, 2))  # so that a model's layers trace it once

@@ -15,7 +15,7 @@ class TritonConfig(NamedTuple):
     tile_rows: int  # K and V rows that a program gathers at once
     num_warps: int
     num_stages: int  # of the software pipeline: tiles in flight plus one
-    splits: int  # of the rows of a sequence of mean length (split-KV)
+    splits: int  # of the rows of a sequence of mean length (split-KV); 0: no sequence is divided, however long
     kv_heads: int = 1  # that a program owns; divides the number there is
 
 
@@ -27,8 +27,10 @@ class MosaicConfig(NamedTuple):
     splits: int  # of the rows of a sequence of mean length (split-KV)
 
 
-def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int, max_kv_heads: int = 2) -> TritonConfig:
+def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int, plain: bool = False) -> TritonConfig:
     """Choose settings for a static shape; `item_bytes` is what an element of the pool takes up.
+
+    The kernels of jax-triton are `plain`: a kv head to a program, and all sequences may be divided.
 
     All programs should be on the machine at once, each with enough bytes in flight that together
     they hide the latency of the memory (some 40 KB per multiprocessor; more does no harm).
@@ -58,7 +60,7 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         per_multiprocessor = 4 if item_bytes == 1 and programs >= MULTIPROCESSORS else 2
         splits = max(1, min(per_multiprocessor * MULTIPROCESSORS // programs, capacity // tile_rows))
         return TritonConfig(tile_rows, num_warps=2, num_stages=3, splits=splits)
-    if head_size == 128 and item_bytes == 2 and max_kv_heads > 1 and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
+    if head_size == 128 and item_bytes == 2 and not plain and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
         return TritonConfig(16, num_warps=1, num_stages=4, splits=1, kv_heads=2)
     return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=1)
 

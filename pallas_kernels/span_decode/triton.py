@@ -39,21 +39,61 @@ from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
 
 def triton_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: TritonConfig, interpret: bool = False) -> jax.Array:
     """Run the kernels; arrays as in `span_decode_attention`, already checked."""
-    num_kv_heads, num_splits = k_pool.shape[1], max_splits(q.shape[0], config.splits)
-    scales: tuple[jax.Array, ...] = ()
+    scales = {}
     if isinstance(k_pool, Quantized) and isinstance(v_pool, Quantized):
-        scales = (k_pool.scales, v_pool.scales)
+        scales = {"k_scales": k_pool.scales, "v_scales": v_pool.scales}
         k_pool, v_pool = k_pool.values, v_pool.values
+    arrays = {"q": q, "k_pool": k_pool, "v_pool": v_pool, "slots": slots, "counts": counts, **scales}
+    return _attend(q, arrays, (), scale, 0.0, config, interpret)[0]
 
-    out, *partial = pl.pallas_call(
-        functools.partial(_attend_kernel, scale=scale, config=config),
+
+def triton_rotate_and_attend(
+    qkv,
+    cos,
+    sin,
+    own,
+    k_pool,
+    v_pool,
+    slots,
+    counts,
+    norms,
+    *,
+    norm_eps: float,
+    scale: float,
+    config: TritonConfig,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Run the kernels; arrays as in `rotate_and_attend`, already checked."""
+    batch, num_kv_heads, fused, head_size = qkv.shape
+    out = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
+    pools = {"k_pool": k_pool, "v_pool": v_pool}
+    arrays = {"qkv": qkv.reshape(*qkv.shape[:3], 2, -1), "cos": cos, "sin": sin, "own": own, **pools, "slots": slots, "counts": counts}
+    if norms is not None:
+        arrays |= {name: norm.astype(qkv.dtype).reshape(2, -1) for name, norm in zip(("q_norm", "k_norm"), norms, strict=True)}
+    return _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret)
+
+
+def _attend(q, arrays: dict, written: tuple[str, ...], scale: float, norm_eps: float, config: TritonConfig, interpret: bool) -> tuple:
+    """Launch the kernels on named arrays; returns the output, of the shape of `q`, and the arrays that are `written` in place."""
+    (batch, _, _), (_, num_kv_heads, _) = q.shape, arrays["k_pool"].shape
+    num_splits = max_splits(batch, config.splits)
+    results = dict(zip(("out", "split_out", "split_max", "split_sum"), split_results(q, num_splits), strict=True))
+    if num_splits == batch:
+        results = {"out": results["out"]}
+    num_partial = len(results) - 1
+    results |= {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in written}
+    names = (*arrays, *results)
+    outs = pl.pallas_call(
+        functools.partial(_attend_kernel, names=names, scale=scale, norm_eps=norm_eps, config=config, interpret=interpret),
         grid=(num_kv_heads // config.kv_heads, num_splits),
-        out_shape=split_results(q, num_splits),
+        out_shape=tuple(results.values()),
+        input_output_aliases={names.index(name): list(results).index(name) for name in written},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="span_decode_attend",
-    )(q, k_pool, v_pool, slots, counts, *scales)
-    return combine(out, partial, counts, slots.shape[1], config, interpret)
+    )(*arrays.values())
+    out, partial, rest = outs[0], list(outs[1 : 1 + num_partial]), outs[1 + num_partial :]
+    return combine(out, partial, arrays["counts"], arrays["slots"].shape[1], config, interpret), *rest
 
 
 def split_results(q: jax.Array, num_splits: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -82,8 +122,8 @@ def combine(
 
 
 def max_splits(batch: int, splits: int) -> int:
-    """Bound the number of splits that `split_sequences` makes of a batch: sum(ceil(x_b)) < sum(x_b) + B."""
-    return batch * splits + batch - 1
+    """Bound the number of splits that `split_sequences` makes of a batch: sum(ceil(x_b)) < sum(x_b) + B; one each if `splits` is 0."""
+    return batch * splits + batch - 1 if splits else batch
 
 
 def group_rows(group: int) -> int:
@@ -127,45 +167,58 @@ def rows_of_split(count, num_splits, index):
 
 
 def _attend_kernel(
-    q_ref,  # [B, N, H]
-    k_ref,  # [P, K, H]
-    v_ref,  # [P, K, H]
-    slots_ref,  # int32 [B, A]
-    counts_ref,  # int32 [B]
-    *refs,  # (k_scale_ref, v_scale_ref: [P, K], only for int8 pools), then the outputs:
-    # out_ref [B, N, H], split_out_ref [splits, N, H], split_max_ref, split_sum_ref [splits, N]
+    *refs,  # of the arrays that `names` says:
+    # q [B, N, H], or qkv [B, K, G + 2, 2, H / 2] with cos, sin float32 [B, H / 2], own int32 [B] and maybe q_norm, k_norm [2, H / 2];
+    # k_pool, v_pool [P, K, H], slots int32 [B, A], counts int32 [B] and, for int8 pools, k_scales, v_scales [P, K];
+    # then the outputs: out [B, N, H]; where sequences are divided split_out [splits, N, H], split_max, split_sum [splits, N]; the pools
+    names: tuple[str, ...],
     scale: float,
+    norm_eps: float,
     config: TritonConfig,
+    interpret: bool,
 ):
-    *scale_refs, out_ref, split_out_ref, split_max_ref, split_sum_ref = refs
-    batch, num_heads, head_size = q_ref.shape
+    ref_of = dict(zip(names, refs, strict=True))  # a pool that is written to is the output
+    k_ref, v_ref, slots_ref, counts_ref, out_ref = (ref_of[name] for name in ("k_pool", "v_pool", "slots", "counts", "out"))
+    batch, num_heads, head_size = out_ref.shape
     num_rows, num_kv_heads, _ = k_ref.shape
-    group = num_heads // num_kv_heads
+    group, capacity = num_heads // num_kv_heads, slots_ref.shape[1]
+    divided = "split_out" in ref_of
     split = pl.program_id(1)
     kv_heads = [pl.program_id(0) * config.kv_heads + i for i in range(config.kv_heads)]
 
-    split_rows, _, splits = split_sequences(counts_ref, batch, slots_ref.shape[1], config)
-    ends = jnp.cumsum(splits)
-    b = jnp.sum((ends <= split).astype(jnp.int32))
+    b = split
+    if divided:
+        split_rows, _, splits = split_sequences(counts_ref, batch, capacity, config)
+        ends = jnp.cumsum(splits)
+        b = jnp.sum((ends <= split).astype(jnp.int32))
 
     @pl.when(b < batch)
     def attend():
-        count = jnp.clip(counts_ref[b], 0, slots_ref.shape[1])
-        num_splits = _num_splits(count, split_rows)
-        index = split - jnp.max(jnp.where(ends <= split, ends, 0))  # of this split among those of its sequence
-        start, stop = rows_of_split(count, num_splits, index)
+        count = jnp.clip(counts_ref[b], 0, capacity)
+        start, stop = jnp.int32(0), count
+        if divided:
+            num_splits = _num_splits(count, split_rows)
+            index = split - jnp.max(jnp.where(ends <= split, ends, 0))  # of this split among those of its sequence
+            start, stop = rows_of_split(count, num_splits, index)
 
         # The group fills up the matrix unit's rows with copies of its last head. They compute and
         # store what that head does, which saves masks where G is no power of two.
         head_of_group = jnp.minimum(jnp.arange(group_rows(group), dtype=jnp.int32), group - 1)
         heads = [kv_head * group + head_of_group for kv_head in kv_heads]
-        queries = [q_ref[b, own, :] for own in heads]  # [rows, H] each
 
         def tile_slots(tile):
             # Past the end the last named row is read again, so nothing unnamed is ever touched.
             positions = start + tile * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32)
             rows = slots_ref[b, jnp.maximum(jnp.minimum(positions, stop - 1), 0)]
             return jnp.clip(rows, 0, num_rows - 1)
+
+        first_rows = tile_slots(0)
+        if "q" in ref_of:
+            queries = [ref_of["q"][b, own, :] for own in heads]  # [rows, H] each
+        else:
+            queries = [_rotate_and_write(ref_of, b, kv_head, head_of_group, norm_eps) for kv_head in kv_heads]
+            if not interpret:  # which runs one program after the other, and knows no barrier
+                plt.debug_barrier()  # the rows that were written are read below
 
         def step(tile, carry):
             # The ids are loaded a tile ahead: the compiler then treats the rows as plain loads and
@@ -180,15 +233,15 @@ def _attend_kernel(
             running_max, running_sum, acc = state
             keys = k_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
             scores = dot(q, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
-            if scale_refs:
-                scores *= scale_refs[0][rows, kv_head][None, :]
+            if "k_scales" in ref_of:
+                scores *= ref_of["k_scales"][rows, kv_head][None, :]
             scores = jnp.where(named[None, :], scores, -jnp.inf)
             new_max = jnp.maximum(running_max, jnp.max(scores, axis=1))
             weights = jnp.exp2(scores - new_max[:, None])
             decay = jnp.exp2(running_max - new_max)
             running_sum = running_sum * decay + jnp.sum(weights, axis=1)
-            if scale_refs:
-                weights *= scale_refs[1][rows, kv_head][None, :]
+            if "v_scales" in ref_of:
+                weights *= ref_of["v_scales"][rows, kv_head][None, :]
             values = v_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
             return new_max, running_sum, acc * decay[:, None] + dot(weights.astype(q.dtype), values, ((1,), (0,)))
 
@@ -197,20 +250,58 @@ def _attend_kernel(
             jnp.zeros(head_of_group.shape, jnp.float32),
             jnp.zeros((*head_of_group.shape, head_size), jnp.float32),
         )
-        _, states = jax.lax.fori_loop(0, pl.cdiv(stop - start, config.tile_rows), step, (tile_slots(0), (nothing,) * config.kv_heads))
+        _, states = jax.lax.fori_loop(0, pl.cdiv(stop - start, config.tile_rows), step, (first_rows, (nothing,) * config.kv_heads))
 
-        @pl.when(num_splits == 1)
         def finish():
             for own, (_, running_sum, acc) in zip(heads, states, strict=True):
                 total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
                 out_ref[b, own, :] = (acc / total[:, None]).astype(out_ref.dtype)
 
-        @pl.when(num_splits > 1)
         def hand_over():
             for own, (running_max, running_sum, acc) in zip(heads, states, strict=True):
-                split_out_ref[split, own, :] = acc
-                split_max_ref[split, own] = running_max
-                split_sum_ref[split, own] = running_sum
+                ref_of["split_out"][split, own, :] = acc
+                ref_of["split_max"][split, own] = running_max
+                ref_of["split_sum"][split, own] = running_sum
+
+        if divided:
+            pl.when(num_splits == 1)(finish)
+            pl.when(num_splits > 1)(hand_over)
+        else:
+            finish()
+
+
+def _rotate_and_write(ref_of: dict, b, kv_head, head_of_group, norm_eps: float):
+    """Rotate the queries `[rows, H]` and the key of a kv head, and write key and value to their row of the pools.
+
+    Programs of other splits of the sequence write the same bits there. The other half of a head comes by a second load, from the cache.
+    """
+    qkv_ref, k_ref, v_ref = ref_of["qkv"], ref_of["k_pool"], ref_of["v_pool"]
+    group, half = qkv_ref.shape[2] - 2, qkv_ref.shape[4]
+    halves = jnp.arange(2, dtype=jnp.int32)[None, :]
+    cos = ref_of["cos"][b, :][None, None, :]
+    sin = jnp.where(halves == 0, -1.0, 1.0)[:, :, None] * ref_of["sin"][b, :][None, None, :]
+
+    def rotated(members, norm):  # [rows, 1] -> [rows, 2, H / 2]
+        def read(halves):
+            x = qkv_ref[b, kv_head, members, jnp.broadcast_to(halves, (members.shape[0], 2)), :]
+            wide = x.astype(jnp.float32)
+            if norm not in ref_of:
+                return wide
+            squares = jnp.sum(jnp.sum(jnp.square(wide), axis=2), axis=1)[:, None, None]
+            normed = (wide * jax.lax.rsqrt(squares / (2 * half) + norm_eps)).astype(x.dtype)
+            return (normed * ref_of[norm][halves, :]).astype(jnp.float32)
+
+        return (read(halves) * cos + read(1 - halves) * sin).astype(qkv_ref.dtype).reshape(-1, 2 * half)
+
+    own = ref_of["own"][b]
+    key, value = rotated(jnp.full((1, 1), group, jnp.int32), "k_norm"), qkv_ref[b, kv_head, group + 1, :, :]
+
+    @pl.when((own >= 0) & (own < k_ref.shape[0]))
+    def write():
+        k_ref[own, kv_head, :] = key.reshape(2 * half)
+        v_ref[own, kv_head, :] = value.reshape(2 * half)
+
+    return rotated(head_of_group[:, None], "q_norm")
 
 
 def _combine_kernel(

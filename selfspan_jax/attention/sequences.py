@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import TileMask, masked_attention, rotate_heads
+from pallas_kernels import TileMask, masked_attention, norm_heads, rotate_heads
 from pallas_kernels.sequence_attention import unsupported_reason
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ModelConfig
@@ -62,8 +62,8 @@ def split_and_rotate(
 def attend_under(mask: Bool[Array, "B T T"] | TileMask, implementation: Literal["xla", "cudnn"] | None = None) -> Attend:
     """Make the attention of a `Decoder` for whole sequences under a mask, without a cache."""
 
-    def attend(qkv, angles, cache):
-        return dot_product_attention(*split_and_rotate(qkv, angles), mask, implementation), cache
+    def attend(qkv, norms, angles, cache):
+        return dot_product_attention(*split_and_rotate(norm_heads(qkv, **norms), angles), mask, implementation), cache
 
     return attend
 

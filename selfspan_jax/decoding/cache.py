@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import PromptMask, prompt_attention, rotate_and_write, span_decode_attention
+from pallas_kernels import PromptMask, norm_heads, prompt_attention, rotate_and_attend, rotate_and_write
 from pallas_kernels.prompt_attention import prompt_rows
 from pallas_kernels.prompt_attention import unsupported_reason as prompt_kernel_reason
 from pallas_kernels.rotary import RUN_TOKENS
@@ -75,8 +75,8 @@ def attend_prompts(slots: Int[Array, "B Q"], mask_of: Callable[[Array, Array, Ar
     """
     first_slots = slots[:, ::RUN_TOKENS].reshape(-1)
 
-    def attend(qkv, angles, cache):
-        batch, num_tokens, *_ = qkv.shape
+    def attend(qkv, norms, angles, cache):
+        qkv, (batch, num_tokens, *_) = norm_heads(qkv, **norms), qkv.shape
         cos, sin = (angle.reshape(batch * num_tokens, -1) for angle in angles)
         q, *pools = rotate_and_write(qkv.reshape(batch * num_tokens, *qkv.shape[2:]), cos, sin, first_slots, *cache[:2])
         q = q.reshape(batch, num_tokens, *q.shape[1:])
@@ -97,9 +97,9 @@ def attend_cached(own: Int[Array, "B"], slots: Slots, implementation: Implementa
     A slot outside the pool writes nothing.
     """
 
-    def attend(qkv, angles, pools):
-        q, k_pool, v_pool = rotate_and_write(qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, *pools)
-        out = span_decode_attention(q, k_pool, v_pool, slots.slots, slots.counts, implementation=implementation)
-        return out[:, None], (k_pool, v_pool)
+    def attend(qkv, norms, angles, pools):
+        arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, *pools, slots.slots, slots.counts)
+        out, *pools = rotate_and_attend(*arrays, **norms, implementation=implementation)
+        return out[:, None], tuple(pools)
 
     return attend

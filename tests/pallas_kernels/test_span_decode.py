@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import QuantizedPool, quantize_pool, span_decode_attention
+from pallas_kernels import QuantizedPool, quantize_pool, rotate_and_attend, span_decode_attention
 from pallas_kernels.span_decode import expected_bytes, mosaic, triton, unsupported_reason
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig, mosaic_config, triton_config
 from tests.pallas_kernels.budget import INTERPRET, KERNELS, error, gpu_run, program, rms, round_to, run
@@ -182,6 +182,101 @@ def test_budget_has_teeth(name):
     assert within_budget(attend(problem, ml_dtypes.bfloat16, "xla"), problem, ml_dtypes.bfloat16)
 
 
+# A decode step's new tokens: rotated, written, attended to.
+
+
+def new_tokens(problem: Problem, with_norms: bool, seed: int = 1) -> dict:
+    """Heads and angles of a new token per sequence; its row, which no other sequence reads, holds NaN and stands anywhere in its slots."""
+    rng, (batch, num_heads, head_size) = np.random.default_rng(seed), problem.q.shape
+    num_kv_heads = problem.k_pool.shape[1]
+    unused = np.flatnonzero(np.isnan(problem.k_pool[:, 0, 0]))
+    own = np.where(problem.counts > 0, rng.permutation(unused)[:batch], len(problem.k_pool)).astype(np.int32)
+    for b in np.flatnonzero(problem.counts):
+        problem.slots[b, rng.integers(problem.counts[b])] = own[b]
+    qkv = rng.normal(size=(batch, num_kv_heads, num_heads // num_kv_heads + 2, head_size)).astype(np.float32)
+    angles = rng.uniform(-100, 100, (batch, head_size // 2))
+    arrays = {"qkv": qkv, "cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32), "own": own}
+    if with_norms:
+        arrays["norms"] = tuple((1.0 + 0.3 * rng.normal(size=head_size)).astype(np.float32) for _ in range(2))
+    return arrays
+
+
+def after_new_tokens(problem: Problem, qkv, cos, sin, own, norms=None) -> Problem:
+    """The problem that is left, in float64: heads normalised, then turned as complex numbers; pools with the new rows."""
+    wide = qkv.astype(np.float64)
+    group, half = wide.shape[2] - 2, wide.shape[3] // 2
+    x = wide[:, :, :-1]
+    if norms is not None:
+        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5)
+        x *= np.stack([norms[0]] * group + [norms[1]]).astype(np.float64)
+    turned = (x[..., :half] + 1j * x[..., half:]) * (cos + 1j * sin.astype(np.complex128))[:, None, None, :]
+    x = np.concatenate([turned.real, turned.imag], axis=-1)
+    k_pool, v_pool = problem.k_pool.copy(), problem.v_pool.copy()
+    for b, row in enumerate(own):
+        if row < len(k_pool):
+            k_pool[row], v_pool[row] = x[b, :, -1], wide[b, :, -1]
+    return dataclasses.replace(problem, q=x[:, :, :-1].reshape(problem.q.shape), k_pool=k_pool, v_pool=v_pool)
+
+
+@functools.cache
+def compiled_step(config: TritonConfig | None, implementation, interpret):
+    if config is None:
+        return program(functools.partial(rotate_and_attend, implementation=implementation, interpret=interpret), interpret)
+
+    def step(qkv, cos, sin, own, *pools_and_slots, norms=None):
+        options = {"norm_eps": 1e-5, "scale": qkv.shape[3] ** -0.5, "config": config, "interpret": interpret}
+        return triton.triton_rotate_and_attend(qkv, cos, sin, own, *pools_and_slots, norms, **options)
+
+    return program(step, interpret)
+
+
+def take_step(problem: Problem, config, implementation="triton", interpret=False, **new) -> list[np.ndarray]:
+    """Output and pools."""
+    pools = (jnp.asarray(pool, jnp.float32) for pool in (problem.k_pool, problem.v_pool))
+    step = compiled_step(config, implementation, interpret)
+    arrays = (new[name] for name in ("qkv", "cos", "sin", "own"))
+    norms = {"norms": new["norms"]} if "norms" in new else {}
+    return [
+        np.asarray(x) for x in step(*map(jnp.asarray, arrays), *pools, jnp.asarray(problem.slots), jnp.asarray(problem.counts), **norms)
+    ]
+
+
+STEPS = [  # case, with norms or not, settings
+    ("ragged", False, TritonConfig(16, 1, 2, 0)),
+    ("ragged", True, TritonConfig(16, 1, 2, 2, kv_heads=2)),
+    ("gqa_3", True, TritonConfig(32, 1, 2, 0, kv_heads=3)),
+    ("batch_1", False, TritonConfig(16, 2, 2, 5)),
+    ("mqa_16_head_32", False, None),
+]
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("name, with_norms, config", STEPS, ids=str)
+def test_new_tokens_are_rotated_written_and_read(name, with_norms, config, interpret):
+    """Rows of new tokens hold NaN before: one that is read too early shows, in any split of its sequence."""
+    problem = round_to(make_problem(CASE[name]), np.float32)
+    new = new_tokens(problem, with_norms)
+    wanted = after_new_tokens(problem, **new)
+    out, *pools = take_step(problem, config, interpret=interpret, **new)
+    np.testing.assert_allclose(out, oracle(wanted), atol=1e-5, rtol=2e-5)
+    for pool, before, after in zip(pools, (problem.k_pool, problem.v_pool), (wanted.k_pool, wanted.v_pool), strict=True):
+        np.testing.assert_allclose(pool, after, atol=2e-6, rtol=1e-5)
+        np.testing.assert_array_equal(
+            np.delete(pool, new["own"][problem.counts > 0], 0), np.delete(before, new["own"][problem.counts > 0], 0)
+        )
+
+
+@pytest.mark.parametrize("sabotage", ["none", "angle", "norms", "own"])
+def test_a_step_without_the_kernel_and_the_tolerance_of_steps(sabotage):
+    """XLA's step is within the tolerance; one with angles, norms or rows of another sequence is not."""
+    problem = round_to(make_problem(CASE["gqa_3"]), np.float32)
+    new = new_tokens(problem, True)
+    expected = oracle(after_new_tokens(problem, **new))
+    changes = {"angle": {"sin": -new["sin"]}, "norms": {"norms": new["norms"][::-1]}, "own": {"own": new["own"][::-1]}}
+    out, *_ = take_step(problem, None, implementation="xla", **(new | changes.get(sabotage, {})))
+    assert np.allclose(out, expected, atol=1e-5, rtol=2e-5) == (sabotage == "none")
+
+
 # What callers may get wrong.
 
 
@@ -327,7 +422,7 @@ def test_settings_divide_the_heads_and_lower_for_cuda():
     config = triton_config(32, 32, 128, 2, 2048)
     assert config.kv_heads == 2
     assert {triton_config(batch, kv_heads, 128, 2, 2048).kv_heads for batch, kv_heads in [(1, 32), (32, 8), (999, 3)]} == {1}
-    assert triton_config(32, 32, 128, 2, 2048, max_kv_heads=1).kv_heads == 1
+    assert triton_config(32, 32, 128, 2, 2048, plain=True).kv_heads == 1
     case = Case("mha_32", "", (40,) * 32, 32, 32, 128)
     attend = functools.partial(triton.triton_attention, scale=0.1, config=config)
     assert "__gpu$xla.gpu.triton" in cuda_lowering(attend, *shapes(case, jnp.bfloat16, jnp.bfloat16))

@@ -20,6 +20,7 @@ class Case:
     norm: bool = False
     residual: bool = False
     gated: bool = False
+    bias: bool = False
 
     @property
     def num_results(self) -> int:
@@ -32,11 +33,12 @@ CASES = (
     Case("batch_8", "as many rows as the matrix unit's short side has", 8, 96, 256, norm=True),
     Case("batch_9", "one more", 9, 64, 128, norm=True, residual=True),
     Case("batch_33", "just beyond a power of two", 33, 64, 64, gated=True),
-    Case("batch_64", "the most rows", 64, 64, 64, residual=True),
-    Case("qkv", "norm before", 2, 192, 256, norm=True),
+    Case("batch_64", "the most rows of the streaming kernel", 64, 64, 64, residual=True),
+    Case("batch_100", "several tiles of rows, the last one cut", 100, 80, 192, norm=True, residual=True),
+    Case("qkv", "norm before, bias after (Qwen 2)", 2, 192, 256, norm=True, bias=True),
     Case("o", "residual after", 2, 64, 256, residual=True),
     Case("gate_up", "norm before, gate after", 2, 160, 256, norm=True, gated=True),
-    Case("all_of_it", "norm, gate and residual", 4, 96, 256, norm=True, residual=True, gated=True),
+    Case("all_of_it", "norm, bias, gate and residual", 4, 96, 256, norm=True, residual=True, gated=True, bias=True),
     Case("odd_outputs", "outputs that no tile divides: the last tile is moved back", 1, 141, 256, norm=True),
     Case("odd_gate", "the same with a gate: the tile moves in both halves", 5, 2 * 37, 128, gated=True),
     Case("few_outputs", "fewer outputs than a usual tile", 1, 16, 128),
@@ -56,6 +58,7 @@ class Problem:
     norm: np.ndarray | None  # [D]
     residual: np.ndarray | None  # [B, M or F]
     gated: bool
+    bias: np.ndarray | None = None  # [M]
     norm_eps: float = 1e-5
 
 
@@ -69,7 +72,8 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     weight *= 2.0 ** rng.integers(-2, 3, (case.num_outputs, 1))
     norm = 1.0 + 0.3 * rng.normal(size=case.num_inputs) if case.norm else None
     residual = rng.normal(size=(case.batch, case.num_results)) if case.residual else None
-    return Problem(x, weight, norm, residual, case.gated)
+    bias = rng.normal(size=case.num_outputs) if case.bias else None
+    return Problem(x, weight, norm, residual, case.gated, bias)
 
 
 def shared_memory_bytes(config: LinearConfig, batch: int, item_bytes: int, x_bytes: int, gated: bool) -> int:

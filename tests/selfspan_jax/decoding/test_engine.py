@@ -17,7 +17,7 @@ from selfspan_jax.attention.policies import POLICIES, Window, get_policy
 from selfspan_jax.config import DecodeConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sample, sequence_keys
-from selfspan_jax.decoding.state import bucket, prefill_chunk_tokens, prefill_state, sample_step
+from selfspan_jax.decoding.state import bucket, decode_step, prefill_chunk_tokens, prefill_state, sample_step
 from selfspan_jax.errors import UserError
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.reference import Reference
@@ -385,6 +385,43 @@ def test_a_step_computes_no_array_as_long_as_the_context_or_the_vocabulary(monke
     assert not long
     assert kernels["update_slots"] == 1 and kernels["write_elements"] == 2
     assert logits == 1  # written once: nothing is chosen from those of the step before
+
+
+# Of a JAX program, what no GPU launches anything for: other shapes of the same bytes.
+FREE = {"reshape", "squeeze", "broadcast_in_dim", "slice"}
+
+
+def launches_of_a_layer(batch_size, weights="bf16", **sizes) -> collections.Counter:
+    """What a decode step with one more layer runs more, on a GPU, traced on any machine."""
+
+    def step(num_layers):
+        model = random_model(hidden_size=64, intermediate_size=96, head_size=32, num_layers=num_layers, **sizes).for_decoding(
+            weights=weights
+        )
+        tokens, active = (jax.ShapeDtypeStruct((batch_size,), dtype) for dtype in (jnp.int32, jnp.bool_))
+        prompts, keys = jax.ShapeDtypeStruct((batch_size, 64), jnp.int32), sequence_keys(None, batch_size)
+        prefill = functools.partial(prefill_state, model, config=GREEDY, num_samples=1, responses=False)
+        state = jax.eval_shape(prefill, prompts, tokens, keys)
+        config = dataclasses.replace(GREEDY, implementation="triton", linear="triton")
+        program = jax.make_jaxpr(lambda *arrays: decode_step(model, *arrays, config))(state, tokens, active)
+        return collections.Counter(each.params.get("name", each.primitive.name) for each in equations(program.jaxpr))
+
+    more = step(3) - step(2)
+    return collections.Counter({name: count for name, count in more.items() if name not in FREE})
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "options"),
+    [(1, {"weights": "int8"}), (64, {"qkv_bias": True, "output_bias": True, "qk_norm": True}), (1024, {"compute_dtype": "float16"})],
+    ids=str,
+)
+def test_a_layer_of_a_decode_step_is_at_most_six_launches(batch_size, options, monkeypatch):
+    """Norm and q, k, v; attention with rotation and writes, where sequences are divided its combining; output; norm, gate and up; down."""
+    for op in ("linear", "span_decode", "rotary", "slots"):
+        monkeypatch.setattr(f"pallas_kernels.{op}.api.device_reason", lambda *_, **__: None)
+    found = launches_of_a_layer(batch_size, **{"compute_dtype": "bfloat16"} | options)
+    assert found.pop("span_decode_combine", 0) <= 1
+    assert found == {"fused_linear": 4, "span_decode_attend": 1}
 
 
 LOOP = DecodeConfig(max_new_tokens=64)

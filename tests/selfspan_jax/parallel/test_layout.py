@@ -216,8 +216,8 @@ def test_the_count_of_collectives_sees_one_more(monkeypatch):
     def asking(*arguments):
         attend = rotated(*arguments)
 
-        def with_question(qkv, angles, pools):
-            out, pools = attend(qkv, angles, pools)
+        def with_question(qkv, norms, angles, pools):
+            out, pools = attend(qkv, norms, angles, pools)
             return out + 0 * jax.lax.psum(out, "tensor"), pools
 
         return with_question

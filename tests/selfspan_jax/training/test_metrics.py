@@ -53,7 +53,7 @@ def test_gradients_through_the_kernels_are_those_of_xla():
     model, batch = random_model(head_size=32, header_view="labels"), DeviceBatch.of(batch_of(1, rows=2))
     mask = get_policy("span").mask(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids)
 
-    def kernels(qkv, angles, cache):
+    def kernels(qkv, norms, angles, cache):
         return masked_attention(*split_and_rotate(qkv, angles), TileMask.of(mask), implementation="triton", interpret=True), cache
 
     graph, params = nnx.split(model, nnx.Param)
