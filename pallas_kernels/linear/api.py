@@ -47,7 +47,7 @@ def fused_linear(
     """
     _validate(x, weight, norm, bias, residual, gated, out_dtype)
     num_outputs, num_inputs = weight.shape
-    fastest = is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize)
+    fastest = is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize, gated)
     chosen = choose_implementation(
         implementation,
         ("triton", "xla") if fastest else ("xla",),
@@ -109,8 +109,10 @@ def _num_results(weight: Rows, gated: bool) -> int:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, bias, residual):
     (batch, num_inputs), item_bytes = x.shape, values_of(weight).dtype.itemsize
-    shape = (batch, _num_results(weight, gated), num_inputs, item_bytes, gated)
-    config = tile_config(*shape) if is_tiled(*shape) or (x.dtype == jnp.float16 and norm is not None) else linear_config(*shape)
+    num_results = _num_results(weight, gated)
+    # float16 rows times the norm's scale may overflow before they are normalised, which the tiled kernel does first.
+    tiled = is_tiled(batch, num_results, num_inputs, gated) or (x.dtype == jnp.float16 and norm is not None)
+    config = (tile_config if tiled else linear_config)(batch, num_results, num_inputs, item_bytes, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "interpret": interpret}
     if isinstance(config, TileConfig):
         return triton_tiled.triton_tiled_linear(x, weight, norm, bias, residual, config=config, **options)

@@ -1,7 +1,7 @@
 """Choose the kernel's settings, and tell when it is faster than XLA.
 
-Measured on one H200 (JAX 0.11.2), bf16 unless said; docs/linear.md has the tables, `python -m benchmarks.linear --tune`
-times the settings of single matrices.
+Measured on one H200 (JAX 0.11.2), bf16 unless said, small matrices on one H100; docs/linear.md has the tables,
+`python -m benchmarks.linear --tune` times the settings of single matrices.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,10 @@ MAX_NORM_ROWS = 2
 # 128 at eight, 126 against 142 at 32. With int8 weights 73 and 85 us at one and eight rows; more rows wait for the conversion.
 MAX_ROWS = 32
 MAX_INT8_ROWS = 8
-MIN_WEIGHTS = 2**24  # smaller matrices were not measured
+MIN_WEIGHTS = 2**24  # smaller matrices go to the tiled kernel, see `tile_config`
+MAX_INPUTS = 2048  # of these; 512, 576 and 1,536 were measured
+MAX_TILED_ROWS = 1024
+MAX_GATED_ROWS = 128  # at 64 rows as fast as XLA or faster, at 256 slower
 
 
 class LinearConfig(NamedTuple):
@@ -43,10 +46,11 @@ class TileConfig(NamedTuple):
     rows_first: bool = True  # rows on the long side of the matrix unit's product, else outputs
 
 
-def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int) -> bool:
-    """Tell whether the kernel was measured to be faster than XLA on problems like this one."""
-    max_rows = {1: MAX_INT8_ROWS, 2: MAX_ROWS}.get(item_bytes, 0)
-    return batch <= max_rows and num_outputs * num_inputs >= MIN_WEIGHTS
+def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int, gated: bool) -> bool:
+    """Tell whether a kernel of the Triton lowering was measured to be faster than XLA on problems like this one."""
+    if num_outputs * num_inputs >= MIN_WEIGHTS:
+        return batch <= {1: MAX_INT8_ROWS, 2: MAX_ROWS}.get(item_bytes, 0)
+    return item_bytes == 2 and num_inputs <= MAX_INPUTS and batch <= (MAX_GATED_ROWS if gated else MAX_TILED_ROWS)
 
 
 def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> LinearConfig:
@@ -92,19 +96,43 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
     return LinearConfig(tile, segments, inputs, min(4, matrix_rows // 16), num_stages, each * MULTIPROCESSORS)
 
 
-def is_tiled(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> bool:
-    """Tell whether the tiled kernel computes this."""
+def is_tiled(batch: int, num_results: int, num_inputs: int, gated: bool) -> bool:
+    """Tell whether the tiled kernel computes what the kernels of the Triton lowering compute: small matrices, or many rows."""
     return batch > 64 or num_results * (2 if gated else 1) * num_inputs < MIN_WEIGHTS
 
 
 def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> TileConfig:
-    """Choose settings of the tiled kernel for a static shape."""
-    chunk = largest_power_of_2_in(num_inputs, 64)
-    if batch == 1 and num_inputs <= 2048:
-        return TileConfig(1, min(4, num_results), num_inputs, 2, 1)
-    if batch <= 8:
-        return TileConfig(8, 16, num_inputs if num_inputs <= 1024 else chunk, 2, 3, False)
-    return TileConfig(min(64, max(16, pl.next_power_of_2(batch))), min(32, largest_power_of_2_below(num_results)), chunk, 4, 4)
+    """Choose settings of the tiled kernel for a static shape, as `linear_config`.
+
+    Microseconds of maps of 512 inputs (arithmetic-small) and of 576 (SmolLM2-135M), down 1,536, on an H100, beside XLA with its norm,
+    gate and residual: QKV, o, gate-up, down
+           1 row:  4 outputs with all inputs, 4 warps; down 2 and 2 warps             - / 2.1,   - / 1.8,  - / 3.2,   - / 2.2
+                   XLA                                                                - / 4.0,   - / 2.6,  - / 5.2,   - / 2.9
+         64 rows:  16 rows, 32 outputs, 64 inputs, everything in flight             3.7 / 4.1, 3.1 / 3.6, 7.4 / 8.3, 4.9 / 4.9
+                   gate-up: 16 rows, 64 outputs, outputs first                                            6.6 / 7.1
+                   XLA                                                              4.8 / 5.9, 3.3 / 4.5, 6.6 / 9.0, 4.0 / 4.6
+        256 rows:  32 rows, 64 outputs, 64 inputs, outputs first                    6.7 / 7.2, 3.3 / 3.5,     -    , 5.8 / 5.7
+                   64 rows, 64 outputs, 64 inputs                                                        9.4 / 10.4
+                   XLA                                                              7.2 / 8.5, 4.1 / 6.0, 8.4 / 9.6, 7.1 / 7.4
+      1,024 rows:  64 rows, 128 outputs, 64 inputs                                  8.7 / 9.9, 5.0 / 5.5,     -    ,   - / 9.9
+                   64 rows, 64 outputs, 64 inputs                                  10.7 / 11.1, 4.2 / 6.2,    -    , 7.7 / -
+                   128 rows, 128 outputs, 64 inputs, 8 warps                                            18.5 / 20.1
+                   XLA                                                              8.9 / 9.6, 5.6 / 6.8, 14.1 / 15.1, 12.3 / 10.9
+    """
+    most = largest_power_of_2_below(num_results)
+    if batch == 1 and num_inputs <= MAX_INPUTS:
+        outputs = 4 if num_inputs <= 1024 else 2
+        return TileConfig(1, min(outputs, most), num_inputs, outputs, 1)
+    chunk = largest_power_of_2_in(num_inputs, 64 if item_bytes < 4 else 32)
+    if batch <= 128 or item_bytes == 4:  # float32 is off the matrix unit
+        rows, outputs, warps, stages, rows_first = (16, 64, 4, 10, False) if gated and item_bytes < 4 else (16, 32, 4, 10, True)
+    elif batch <= 512:
+        rows, outputs, warps, stages, rows_first = (64, 64, 4, 6, True) if gated else (32, 64, 4, 6, False)
+    elif gated:
+        rows, outputs, warps, stages, rows_first = 128, 128, 8, 4, True
+    else:
+        rows, outputs, warps, stages, rows_first = 64, 128 if num_results > 512 else 64, 4, 5, True
+    return TileConfig(rows, min(outputs, most), chunk, warps, max(2, min(stages, num_inputs // chunk + 1)), rows_first)
 
 
 def largest_power_of_2_below(number: int) -> int:

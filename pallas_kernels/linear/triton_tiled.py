@@ -8,7 +8,7 @@ for a map with its norm, its gate and its residual. Here it is one, and no progr
 How: a program owns a tile of rows and outputs. It reads all inputs of the tile at once, in pieces of a power of two each (a chain of
 reads is one latency long), or walks over them in chunks where they are too many. One row is multiplied and summed up off the matrix unit.
 Where the inputs are read at once, rows are normalised before the product; in chunks their factor is applied after the sum, as in
-`triton.py`, but in float16, whose range x * scale may exceed: there they are read once more before, for their squares.
+`triton.py`. In float16, whose range x * scale may exceed, they are read once more before, for their squares.
 The last tile of outputs is moved back to end with the matrix, and rows beyond the batch are its last one: computed and stored
 twice, to the same bits.
 
@@ -82,10 +82,24 @@ def _kernel(
     outputs = pl.ds(first, config.tile_outputs)
     matrix_rows = (outputs, pl.ds(num_results + first, config.tile_outputs)) if gated else (outputs,)
     rows = jnp.minimum(pl.program_id(1) * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32), batch - 1)
-    rounded = "norm" in ref_of and (config.tile_inputs >= num_inputs or x_ref.dtype == jnp.float16)  # before the product
+    whole = config.tile_inputs >= num_inputs
+    outputs_first = config.tile_rows > 1 and not config.rows_first
+    before = "norm" in ref_of and (whole or x_ref.dtype == jnp.float16)
+
+    # What stands after the product is read first, where it is little: at the end each read would be waited for.
+    early = config.tile_rows * config.tile_outputs <= 16 * 32 * config.num_warps
+
+    def read_rest():
+        rest = {name: [ref_of[name][own] for own in matrix_rows] for name in ("scales", "bias") if name in ref_of}
+        return rest | ({"residual": ref_of["residual"][rows, outputs]} if "residual" in ref_of else {})
+
+    rest = read_rest() if early else {}
 
     def read(inputs):
         return x_ref[rows, inputs], [weight_ref[own, inputs] for own in matrix_rows]
+
+    def norm_of(inputs):
+        return ref_of["norm"][inputs][None, :] if "norm" in ref_of else None
 
     def squares_of(x):
         return jnp.square(x.astype(jnp.float32))
@@ -93,22 +107,21 @@ def _kernel(
     def factor_of(sum_of_squares):
         return jax.lax.rsqrt(sum_of_squares / num_inputs + norm_eps)[:, None]
 
-    def scaled(x, inputs, factor=None):
-        x = x if factor is None else (x.astype(jnp.float32) * factor).astype(x.dtype)
-        return x * ref_of["norm"][inputs][None, :] if "norm" in ref_of else x
-
-    def multiply(x, weight):
+    def multiply(x, weights, norm, factor):
+        if factor is not None:
+            x = (x.astype(jnp.float32) * factor).astype(x.dtype)
+        weights = [weight.astype(x.dtype) for weight in weights]
+        x = x if norm is None else x * norm
         if config.tile_rows == 1:
-            return jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None, :]
-        weight = weight.astype(x.dtype)
-        return dot(x, weight, ((1,), (1,))) if config.rows_first else dot(weight, x, ((1,), (1,)))
+            return [jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None, :] for weight in weights]
+        return [dot(weight, x, ((1,), (1,))) if outputs_first else dot(x, weight, ((1,), (1,))) for weight in weights]
 
     factor = None
-    if config.tile_inputs >= num_inputs:
-        parts = [(inputs, *read(inputs)) for inputs in pieces_of(num_inputs)]
-        if rounded:
-            factor = factor_of(sum(jnp.sum(squares_of(x), axis=1) for _, x, _ in parts))
-        products = [[multiply(scaled(x, inputs, factor), weight) for weight in weights] for inputs, x, weights in parts]
+    if whole:
+        parts = [(*read(inputs), norm_of(inputs)) for inputs in pieces_of(num_inputs)]
+        if before:
+            factor = factor_of(sum(jnp.sum(squares_of(x), axis=1) for x, _, _ in parts))
+        products = [multiply(*part, factor) for part in parts]
         sums = [functools.reduce(jnp.add, each) for each in zip(*products, strict=True)]
     else:
         steps = num_inputs // config.tile_inputs
@@ -116,31 +129,34 @@ def _kernel(
         def chunk(k):
             return pl.ds(k * config.tile_inputs, config.tile_inputs)
 
-        squares = jnp.zeros((config.tile_rows, config.tile_inputs), jnp.float32)
-        if rounded:
+        squares = jnp.zeros((config.tile_rows, config.tile_inputs) if "norm" in ref_of else (1, 1), jnp.float32)
+        if before:
             squares = jax.lax.fori_loop(0, steps, lambda k, squares: squares + squares_of(x_ref[rows, chunk(k)]), squares)
             factor = factor_of(jnp.sum(squares, axis=1))
 
         def step(k, carry):
-            squares, sums = carry
+            squares, sums, norm = carry
+            next_norm = norm_of(chunk(jnp.minimum(k + 1, steps - 1)))  # a chunk ahead: it is too little to be copied asynchronously
             x, weights = read(chunk(k))
-            if "norm" in ref_of and not rounded:
+            if norm is not None and not before:
                 squares += squares_of(x)
-            x = scaled(x, chunk(k), factor)
-            return squares, [total + multiply(x, weight) for total, weight in zip(sums, weights, strict=True)]
+            products = multiply(x, weights, norm, factor)
+            return squares, [total + product for total, product in zip(sums, products, strict=True)], next_norm
 
-        shape = (config.tile_rows, config.tile_outputs)[:: 1 if config.rows_first or config.tile_rows == 1 else -1]
-        squares, sums = jax.lax.fori_loop(0, steps, step, (squares, [jnp.zeros(shape, jnp.float32)] * len(matrix_rows)))
+        shape = (config.tile_outputs, config.tile_rows) if outputs_first else (config.tile_rows, config.tile_outputs)
+        carry = squares, [jnp.zeros(shape, jnp.float32)] * len(matrix_rows), norm_of(chunk(0))
+        squares, sums, _ = jax.lax.fori_loop(0, steps, step, carry)
 
-    if not config.rows_first and config.tile_rows > 1:
+    rest = rest or read_rest()
+    if outputs_first:
         sums = [total.T for total in sums]
-    if "scales" in ref_of:
-        sums = [total * ref_of["scales"][own][None, :] for total, own in zip(sums, matrix_rows, strict=True)]
-    if "norm" in ref_of and not rounded:
+    if "scales" in rest:
+        sums = [total * scales[None, :] for total, scales in zip(sums, rest["scales"], strict=True)]
+    if "norm" in ref_of and not before:
         sums = [total * factor_of(jnp.sum(squares, axis=1)) for total in sums]
-    if "bias" in ref_of:
-        sums = [total + ref_of["bias"][own].astype(jnp.float32)[None, :] for total, own in zip(sums, matrix_rows, strict=True)]
+    if "bias" in rest:
+        sums = [total + bias.astype(jnp.float32)[None, :] for total, bias in zip(sums, rest["bias"], strict=True)]
     out = sums[0] / (1.0 + jnp.exp(-sums[0])) * sums[1] if gated else sums[0]
-    if "residual" in ref_of:
-        out += ref_of["residual"][rows, outputs].astype(jnp.float32)
+    if "residual" in rest:
+        out += rest["residual"].astype(jnp.float32)
     out_ref[rows, outputs] = out.astype(out_ref.dtype)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from pallas_kernels.common import MULTIPROCESSORS
 
+MAX_UNDIVIDED_BYTES = 5 << 18  # keys and values of a sequence and kv head, read by one program at 30 to 40 GB/s; four times where many wait
+
 
 class TritonConfig(NamedTuple):
     """Static settings of the Triton kernels."""
@@ -51,18 +53,29 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         64 rows, 2 warps, 3 stages             373 / 50.3 / 20.1       B 128, K 12, H 64, 4096 rows
         32 rows, 1 warp, 4 stages              387 / 50.3 / 18.2
         16 rows, 1 warp, 4 stages              371 / 47.5 / 17.0
+    A step with its rotation and pool writes, H 64, on an H100 (its 1.1 us of launch in it), divided and combined / undivided:
+        B 256, K 4, 36 of 900 rows      16 rows, 1 warp, 4 stages    12.6 / 8.4
+        B 1024, K 4, 35 of 1,500 rows   16 rows, 1 warp, 4 stages    39.9 / 26.3
+        B 64, K 3, 205 of 2,048 rows    64 rows, 2 warps, 3 stages   10.8 / 8.7
+        B 128, K 12, 205 of 2,048 rows  16 rows, 1 warp, 4 stages    37.8 / 34.8
+        B 32, K 32, H 128, 205 of 2,048 16 rows of 2 heads, 1 warp   46.2 / 43.7
     Int8 rows cost instructions, not bytes (43 per row and warp against 14), so they want more warps
     on the machine: twice as many programs.
     """
     programs = batch * num_kv_heads
     tile_rows = max(16, min(64, 8192 // head_size, 16384 // (head_size * item_bytes)))
-    if item_bytes == 1 or programs < 4 * MULTIPROCESSORS:
+    many = item_bytes != 1 and programs >= 4 * MULTIPROCESSORS
+    # Sequences are not divided where one alone, all its rows named, would not hold up the others for long.
+    longest_bytes = capacity * 2 * head_size * item_bytes
+    splits = 1 if plain or longest_bytes > (MAX_UNDIVIDED_BYTES << 2 * many) else 0
+    if not many:
         per_multiprocessor = 4 if item_bytes == 1 and programs >= MULTIPROCESSORS else 2
-        splits = max(1, min(per_multiprocessor * MULTIPROCESSORS // programs, capacity // tile_rows))
+        wanted = max(1, min(per_multiprocessor * MULTIPROCESSORS // programs, capacity // tile_rows))
+        splits = wanted if wanted > 1 or item_bytes == 1 else splits
         return TritonConfig(tile_rows, num_warps=2, num_stages=3, splits=splits)
     if head_size == 128 and item_bytes == 2 and not plain and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
-        return TritonConfig(16, num_warps=1, num_stages=4, splits=1, kv_heads=2)
-    return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=1)
+        return TritonConfig(16, num_warps=1, num_stages=4, splits=splits, kv_heads=2)
+    return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=splits)
 
 
 def mosaic_config(batch: int, num_kv_heads: int, head_size: int, capacity: int) -> MosaicConfig:

@@ -8,10 +8,11 @@ Why it exists: XLA gathers rows into a copy (each byte read, written, and read a
 slots whatever `counts` says). Here every named row is read once, by the program that uses it, and
 nothing else is: `expected_bytes()` in and out.
 
-How: a program owns a kv head, or two neighbouring ones, and a run of one sequence's slots. It
+How: a program owns a kv head, or some neighbouring ones, and a run of one sequence's slots. It
 gathers tiles of K and V rows through shared memory and keeps a running softmax in float32. The G
 query heads of a kv head share the tile on the matrix unit, where they take up 16 rows, so K and V
-are read once for all.
+are read once for all. Several kv heads stand next to each other in a row of the pool: each query has
+zeros beside its own head, and of the sums that of its own head is kept, which fills up the 16 rows.
 
 Balance (split-KV): the programs are assigned by `counts`, on the device. A sequence gets as many
 programs as its share of the batch's slots, at least one, so a long sequence beside short ones is
@@ -43,6 +44,7 @@ def triton_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: 
     if isinstance(k_pool, Quantized) and isinstance(v_pool, Quantized):
         scales = {"k_scales": k_pool.scales, "v_scales": v_pool.scales}
         k_pool, v_pool = k_pool.values, v_pool.values
+    k_pool, v_pool = (pool.reshape(pool.shape[0], -1) for pool in (k_pool, v_pool))
     arrays = {"q": q, "k_pool": k_pool, "v_pool": v_pool, "slots": slots, "counts": counts, **scales}
     return _attend(q, arrays, (), scale, 0.0, config, interpret)[0]
 
@@ -66,16 +68,17 @@ def triton_rotate_and_attend(
     """Run the kernels; arrays as in `rotate_and_attend`, already checked."""
     batch, num_kv_heads, fused, head_size = qkv.shape
     out = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
-    pools = {"k_pool": k_pool, "v_pool": v_pool}
+    pools = {"k_pool": k_pool.reshape(k_pool.shape[0], -1), "v_pool": v_pool.reshape(v_pool.shape[0], -1)}
     arrays = {"qkv": qkv.reshape(*qkv.shape[:3], 2, -1), "cos": cos, "sin": sin, "own": own, **pools, "slots": slots, "counts": counts}
     if norms is not None:
         arrays |= {name: norm.astype(qkv.dtype).reshape(2, -1) for name, norm in zip(("q_norm", "k_norm"), norms, strict=True)}
-    return _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret)
+    out, k_after, v_after = _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret)
+    return out, k_after.reshape(k_pool.shape), v_after.reshape(v_pool.shape)
 
 
 def _attend(q, arrays: dict, written: tuple[str, ...], scale: float, norm_eps: float, config: TritonConfig, interpret: bool) -> tuple:
     """Launch the kernels on named arrays; returns the output, of the shape of `q`, and the arrays that are `written` in place."""
-    (batch, _, _), (_, num_kv_heads, _) = q.shape, arrays["k_pool"].shape
+    batch, num_kv_heads = q.shape[0], arrays["k_pool"].shape[1] // q.shape[2]
     num_splits = max_splits(batch, config.splits)
     results = dict(zip(("out", "split_out", "split_max", "split_sum"), split_results(q, num_splits), strict=True))
     if num_splits == batch:
@@ -169,7 +172,7 @@ def rows_of_split(count, num_splits, index):
 def _attend_kernel(
     *refs,  # of the arrays that `names` says:
     # q [B, N, H], or qkv [B, K, G + 2, 2, H / 2] with cos, sin float32 [B, H / 2], own int32 [B] and maybe q_norm, k_norm [2, H / 2];
-    # k_pool, v_pool [P, K, H], slots int32 [B, A], counts int32 [B] and, for int8 pools, k_scales, v_scales [P, K];
+    # k_pool, v_pool [P, K H], slots int32 [B, A], counts int32 [B] and, for int8 pools, k_scales, v_scales [P, K];
     # then the outputs: out [B, N, H]; where sequences are divided split_out [splits, N, H], split_max, split_sum [splits, N]; the pools
     names: tuple[str, ...],
     scale: float,
@@ -180,11 +183,23 @@ def _attend_kernel(
     ref_of = dict(zip(names, refs, strict=True))  # a pool that is written to is the output
     k_ref, v_ref, slots_ref, counts_ref, out_ref = (ref_of[name] for name in ("k_pool", "v_pool", "slots", "counts", "out"))
     batch, num_heads, head_size = out_ref.shape
-    num_rows, num_kv_heads, _ = k_ref.shape
-    group, capacity = num_heads // num_kv_heads, slots_ref.shape[1]
+    num_rows, width = k_ref.shape
+    group, capacity = num_heads // (width // head_size), slots_ref.shape[1]
     divided = "split_out" in ref_of
     split = pl.program_id(1)
-    kv_heads = [pl.program_id(0) * config.kv_heads + i for i in range(config.kv_heads)]
+
+    # The heads fill up the matrix unit's rows with copies of the last one. They compute and store what
+    # that head does, which saves masks where their number is no power of two.
+    first_kv_head = pl.program_id(0) * config.kv_heads
+    member = jnp.minimum(jnp.arange(group_rows(config.kv_heads * group), dtype=jnp.int32), config.kv_heads * group - 1)
+    kv_head = jax.lax.div(member, jnp.full_like(member, group))  # of these
+    heads = first_kv_head * group + member
+    columns = pl.ds(first_kv_head * head_size, config.kv_heads * head_size)
+
+    def blocks(x):  # [rows, H or kv heads H] -> [rows, kv heads, H], zero where the kv head is not that of the row
+        x = x.reshape(x.shape[0], -1, head_size)
+        mine = kv_head[:, None, None] == jnp.arange(config.kv_heads, dtype=jnp.int32)[None, :, None]
+        return jnp.where(mine, x, jnp.zeros((1, 1, 1), x.dtype))
 
     b = split
     if divided:
@@ -200,68 +215,65 @@ def _attend_kernel(
             num_splits = _num_splits(count, split_rows)
             index = split - jnp.max(jnp.where(ends <= split, ends, 0))  # of this split among those of its sequence
             start, stop = rows_of_split(count, num_splits, index)
-
-        # The group fills up the matrix unit's rows with copies of its last head. They compute and
-        # store what that head does, which saves masks where G is no power of two.
-        head_of_group = jnp.minimum(jnp.arange(group_rows(group), dtype=jnp.int32), group - 1)
-        heads = [kv_head * group + head_of_group for kv_head in kv_heads]
+        first_row = slots_ref[b, jnp.minimum(start, capacity - 1)]
 
         def tile_slots(tile):
-            # Past the end the last named row is read again, so nothing unnamed is ever touched.
+            # Slots are read whatever `counts` says, so that they need not wait for it. Past the end stands
+            # the first named row again, so that nothing unnamed is ever touched.
             positions = start + tile * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32)
-            rows = slots_ref[b, jnp.maximum(jnp.minimum(positions, stop - 1), 0)]
+            rows = jnp.where(positions < stop, slots_ref[b, jnp.minimum(positions, capacity - 1)], first_row)
             return jnp.clip(rows, 0, num_rows - 1)
 
         first_rows = tile_slots(0)
         if "q" in ref_of:
-            queries = [ref_of["q"][b, own, :] for own in heads]  # [rows, H] each
+            queries = ref_of["q"][b, heads, :]  # [rows, H]
         else:
-            queries = [_rotate_and_write(ref_of, b, kv_head, head_of_group, norm_eps) for kv_head in kv_heads]
+            queries = _rotate_and_write(ref_of, b, first_kv_head, kv_head, member, columns, norm_eps)
             if not interpret:  # which runs one program after the other, and knows no barrier
                 plt.debug_barrier()  # the rows that were written are read below
+        if config.kv_heads > 1:
+            queries = blocks(queries).reshape(queries.shape[0], -1)
+
+        def of_heads(ref, rows):  # scales [rows, tile] of the rows' kv heads
+            return ref[jnp.broadcast_to(rows[None, :], (member.size, rows.size)), (first_kv_head + kv_head)[:, None]]
 
         def step(tile, carry):
             # The ids are loaded a tile ahead: the compiler then treats the rows as plain loads and
             # keeps num_stages - 1 tiles of them in flight; of a chain of loads it keeps half as many.
-            rows, states = carry
+            rows, running_max, running_sum, acc = carry
             next_rows = tile_slots(tile + 1)
             offsets = tile * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32)
             named = start + offsets < stop
-            return next_rows, tuple(attend_tile(*own, rows, named) for own in zip(kv_heads, queries, states, strict=True))
-
-        def attend_tile(kv_head, q, state, rows, named):
-            running_max, running_sum, acc = state
-            keys = k_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
-            scores = dot(q, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
+            keys = k_ref[rows, columns].astype(queries.dtype)  # [tile, kv heads H]
+            scores = dot(queries, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
             if "k_scales" in ref_of:
-                scores *= ref_of["k_scales"][rows, kv_head][None, :]
+                scores *= of_heads(ref_of["k_scales"], rows)
             scores = jnp.where(named[None, :], scores, -jnp.inf)
             new_max = jnp.maximum(running_max, jnp.max(scores, axis=1))
             weights = jnp.exp2(scores - new_max[:, None])
             decay = jnp.exp2(running_max - new_max)
             running_sum = running_sum * decay + jnp.sum(weights, axis=1)
             if "v_scales" in ref_of:
-                weights *= ref_of["v_scales"][rows, kv_head][None, :]
-            values = v_ref[rows, kv_head, :].astype(q.dtype)  # [tile, H]
-            return new_max, running_sum, acc * decay[:, None] + dot(weights.astype(q.dtype), values, ((1,), (0,)))
+                weights *= of_heads(ref_of["v_scales"], rows)
+            values = v_ref[rows, columns].astype(queries.dtype)  # [tile, kv heads H]
+            acc = acc * decay[:, None] + dot(weights.astype(queries.dtype), values, ((1,), (0,)))
+            return next_rows, new_max, running_sum, acc
 
-        nothing = (
-            jnp.full(head_of_group.shape, -jnp.inf, jnp.float32),
-            jnp.zeros(head_of_group.shape, jnp.float32),
-            jnp.zeros((*head_of_group.shape, head_size), jnp.float32),
-        )
-        _, states = jax.lax.fori_loop(0, pl.cdiv(stop - start, config.tile_rows), step, (first_rows, (nothing,) * config.kv_heads))
+        nothing = jnp.full(member.shape, -jnp.inf, jnp.float32), jnp.zeros(member.shape, jnp.float32)
+        acc = jnp.zeros((member.size, config.kv_heads * head_size), jnp.float32)
+        num_tiles = pl.cdiv(stop - start, config.tile_rows)
+        _, running_max, running_sum, acc = jax.lax.fori_loop(0, num_tiles, step, (first_rows, *nothing, acc))
+        if config.kv_heads > 1:
+            acc = jnp.sum(blocks(acc), axis=1)
 
         def finish():
-            for own, (_, running_sum, acc) in zip(heads, states, strict=True):
-                total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
-                out_ref[b, own, :] = (acc / total[:, None]).astype(out_ref.dtype)
+            total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
+            out_ref[b, heads, :] = (acc / total[:, None]).astype(out_ref.dtype)
 
         def hand_over():
-            for own, (running_max, running_sum, acc) in zip(heads, states, strict=True):
-                ref_of["split_out"][split, own, :] = acc
-                ref_of["split_max"][split, own] = running_max
-                ref_of["split_sum"][split, own] = running_sum
+            ref_of["split_out"][split, heads, :] = acc
+            ref_of["split_max"][split, heads] = running_max
+            ref_of["split_sum"][split, heads] = running_sum
 
         if divided:
             pl.when(num_splits == 1)(finish)
@@ -270,38 +282,49 @@ def _attend_kernel(
             finish()
 
 
-def _rotate_and_write(ref_of: dict, b, kv_head, head_of_group, norm_eps: float):
-    """Rotate the queries `[rows, H]` and the key of a kv head, and write key and value to their row of the pools.
+def _rotate_and_write(ref_of: dict, b, first_kv_head, kv_head, member, columns, norm_eps: float):
+    """Rotate the queries `[rows, H]` and the keys of a program's kv heads, and write keys and values to their row of the pools.
 
     Programs of other splits of the sequence write the same bits there. The other half of a head comes by a second load, from the cache.
+    All loads come first, so that they are waited for once.
     """
     qkv_ref, k_ref, v_ref = ref_of["qkv"], ref_of["k_pool"], ref_of["v_pool"]
     group, half = qkv_ref.shape[2] - 2, qkv_ref.shape[4]
+    own = ref_of["own"][b]
     halves = jnp.arange(2, dtype=jnp.int32)[None, :]
     cos = ref_of["cos"][b, :][None, None, :]
     sin = jnp.where(halves == 0, -1.0, 1.0)[:, :, None] * ref_of["sin"][b, :][None, None, :]
+    of_kv_heads = first_kv_head + jnp.arange(columns.size // (2 * half), dtype=jnp.int32)[:, None]
 
-    def rotated(members, norm):  # [rows, 1] -> [rows, 2, H / 2]
-        def read(halves):
-            x = qkv_ref[b, kv_head, members, jnp.broadcast_to(halves, (members.shape[0], 2)), :]
-            wide = x.astype(jnp.float32)
-            if norm not in ref_of:
-                return wide
-            squares = jnp.sum(jnp.sum(jnp.square(wide), axis=2), axis=1)[:, None, None]
-            normed = (wide * jax.lax.rsqrt(squares / (2 * half) + norm_eps)).astype(x.dtype)
-            return (normed * ref_of[norm][halves, :]).astype(jnp.float32)
+    def load(kv_heads, members, halves):  # [rows, 1] -> [rows, 2, H / 2]
+        shape = (kv_heads.shape[0], 2)
+        return qkv_ref[b, jnp.broadcast_to(kv_heads, shape), jnp.broadcast_to(members, shape), jnp.broadcast_to(halves, shape), :]
 
-        return (read(halves) * cos + read(1 - halves) * sin).astype(qkv_ref.dtype).reshape(-1, 2 * half)
+    def load_both(kv_heads, members, norm):
+        scales = [ref_of[norm][each, :] for each in (halves, 1 - halves)] if norm in ref_of else [None, None]
+        return [(load(kv_heads, members, each), scale) for each, scale in zip((halves, 1 - halves), scales, strict=True)]
 
-    own = ref_of["own"][b]
-    key, value = rotated(jnp.full((1, 1), group, jnp.int32), "k_norm"), qkv_ref[b, kv_head, group + 1, :, :]
+    def rotate(both):
+        straight, swapped = (x.astype(jnp.float32) for x, _ in both)
+        if both[0][1] is not None:
+            squares = jnp.sum(jnp.sum(jnp.square(straight), axis=2), axis=1)[:, None, None]
+            factor = jax.lax.rsqrt(squares / (2 * half) + norm_eps)
+            straight, swapped = (
+                ((x * factor).astype(scale.dtype) * scale).astype(jnp.float32) for (_, scale), x in zip(both, (straight, swapped))
+            )
+        return (straight * cos + swapped * sin).astype(qkv_ref.dtype).reshape(-1, 2 * half)
+
+    key = load_both(of_kv_heads, jnp.full_like(of_kv_heads, group), "k_norm")
+    value = load(of_kv_heads, jnp.full_like(of_kv_heads, group + 1), halves)
+    queries = load_both((first_kv_head + kv_head)[:, None], jax.lax.rem(member, jnp.full_like(member, group))[:, None], "q_norm")
+    key = rotate(key)
 
     @pl.when((own >= 0) & (own < k_ref.shape[0]))
     def write():
-        k_ref[own, kv_head, :] = key.reshape(2 * half)
-        v_ref[own, kv_head, :] = value.reshape(2 * half)
+        k_ref[own, columns] = key.reshape(-1)
+        v_ref[own, columns] = value.reshape(-1)
 
-    return rotated(head_of_group[:, None], "q_norm")
+    return rotate(queries)
 
 
 def _combine_kernel(

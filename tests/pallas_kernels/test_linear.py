@@ -6,6 +6,7 @@ On a machine without a GPU the Pallas kernel runs in the interpreter and is lowe
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import pytest
 from benchmarks.linear import MATRICES
 from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
 from pallas_kernels.linear import expected_bytes, unsupported_reason
-from pallas_kernels.linear.heuristics import LinearConfig, TileConfig, is_fastest, linear_config
+from pallas_kernels.linear.heuristics import LinearConfig, TileConfig, is_fastest, is_tiled, linear_config, tile_config
 from pallas_kernels.linear.triton import padded_rows, triton_linear
 from pallas_kernels.linear.triton_tiled import triton_tiled_linear
 from tests.pallas_kernels.budget import INTERPRET, KERNELS, error, gpu_run, program, rms, round_to, run
@@ -29,12 +30,12 @@ ALL = [("reference", False), ("xla", False), *KERNELS]
 # everything that can be fused, are enough. A GPU runs all.
 FLOAT32 = ("batch_1", "batch_8", "qkv", "all_of_it", "odd_gate", "inputs_576")
 FLOAT16 = ("batch_3", "batch_33")
-INT8 = ("batch_1", "qkv", "all_of_it", "odd_gate", "batch_33", "inputs_48")
+INT8 = ("qkv", "all_of_it", "odd_gate", "batch_33")
 PLAIN = [CASE[name] for name in ("o", "qkv", "all_of_it")]
 FLOAT32_RUNS = [run(CASE[name], np.float32, "triton", True) for name in FLOAT32]
 FLOAT32_RUNS += [run(case, np.float32, name) for case in PLAIN for name in ("reference", "xla")]
 FLOAT32_RUNS += [gpu_run(case, np.float32, "triton") for case in CASES]
-HALF_RUNS = [run(case, ml_dtypes.bfloat16, "triton", True) for case in CASES if case.name not in (*FLOAT32, *FLOAT16)]
+HALF_RUNS = [run(case, ml_dtypes.bfloat16, "triton", True) for case in CASES if case.name not in (*FLOAT32, *FLOAT16, "o", "gate_up")]
 HALF_RUNS += [run(case, ml_dtypes.bfloat16, name) for case in PLAIN for name in ("reference", "xla")]
 HALF_RUNS += [run(CASE[name], np.float16, "triton", True) for name in FLOAT16] + [run(CASE["batch_3"], np.float16, "xla")]
 HALF_RUNS += [gpu_run(case, ml_dtypes.bfloat16, "triton") for case in CASES]
@@ -326,6 +327,22 @@ def test_settings_do_not_change_the_answer(batch, config, interpret):
     assert within_budget(np.asarray(out, np.float64), problem, ml_dtypes.bfloat16)
 
 
+STREAMED = {"odd_outputs": False, "all_of_it": True, "inputs_11008": False, "batch_33": False}  # with int8 weights or not
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("name", STREAMED)
+def test_small_matrices_by_the_streaming_kernel(name, interpret):
+    """Named cases are small, so the public function gives them to the tiled kernel; large matrices take the other."""
+    case, dtype = CASE[name], ml_dtypes.bfloat16
+    problem = round_to(make_problem(case), dtype)
+    weight_bytes, weight = (1, jax.jit(quantize_weight)) if STREAMED[name] else (2, lambda weight: weight)
+    config = linear_config(case.batch, case.num_results, case.num_inputs, weight_bytes, case.gated)
+    options = {"norm_eps": 1e-5, "gated": case.gated, "out_dtype": jnp.dtype(dtype), "config": config, "interpret": interpret}
+    out = program(functools.partial(triton_linear, **options), interpret)(*arrays_of(problem, jnp.bfloat16, weight))
+    assert within_budget(np.asarray(out, np.float64), dequantized(problem) if STREAMED[name] else problem, dtype)
+
+
 TILES = [
     (1, TileConfig(1, 8, 512, 2, 1)),
     (5, TileConfig(8, 16, 64, 1, 2, rows_first=False)),
@@ -371,13 +388,44 @@ def test_settings_fit_every_shape(batch, item_bytes):
                 assert shared_memory_bytes(config, batch, item_bytes, max(2, item_bytes), gated) < 227 * 1024
 
 
+@pytest.mark.parametrize("batch", [1, 2, 16, 64, 128, 129, 512, 513, 1024, 5000])
+@pytest.mark.parametrize("item_bytes", [1, 2, 4])
+def test_tiles_fit_every_shape(batch, item_bytes):
+    for num_results, num_inputs, gated in itertools.product((16, 17, 48, 564, 4096), (16, 48, 96, 576, 1536, 4096, 11008), (False, True)):
+        config = tile_config(batch, num_results, num_inputs, item_bytes, gated)
+        assert config.tile_outputs <= num_results
+        if config.tile_rows == 1:
+            assert batch == 1 and config.tile_inputs == num_inputs
+            continue
+        assert num_inputs % config.tile_inputs == 0 and config.tile_inputs >= 16
+        assert (config.tile_rows if config.rows_first else config.tile_outputs) >= 16  # of the matrix unit's long side
+        matrix_rows = config.tile_outputs * (2 if gated else 1)
+        step_bytes = (config.tile_rows * max(2, item_bytes) + matrix_rows * item_bytes) * config.tile_inputs
+        assert config.num_stages * step_bytes < 227 * 1024
+
+
 @pytest.mark.parametrize(
-    "batch, num_outputs, item_bytes, fastest",
-    [(1, 4096, 2, True), (32, 4096, 2, True), (33, 4096, 2, False), (8, 4096, 1, True), (9, 4096, 1, False), (1, 4095, 2, False)],
+    "batch, num_outputs, item_bytes, gated, fastest",
+    [
+        (1, 4096, 2, False, True),
+        (32, 4096, 2, False, True),
+        (33, 4096, 2, False, False),
+        (8, 4096, 1, False, True),
+        (9, 4096, 1, False, False),
+        (1, 4095, 2, False, False),  # small, with more inputs than were measured
+    ],
 )
-def test_none_takes_the_kernel_where_it_was_measured_to_be_faster(batch, num_outputs, item_bytes, fastest):
-    assert is_fastest(batch, num_outputs, 4096, item_bytes) == fastest
-    assert not is_fastest(batch, num_outputs, 4096, 4)  # float32 was not measured
+def test_none_takes_the_kernel_where_it_was_measured_to_be_faster(batch, num_outputs, item_bytes, gated, fastest):
+    assert is_fastest(batch, num_outputs, 4096, item_bytes, gated) == fastest
+    assert not is_fastest(batch, num_outputs, 4096, 4, gated)  # float32 was not measured
+
+
+@pytest.mark.parametrize(
+    "batch, gated, fastest", [(1, True, True), (128, True, True), (129, True, False), (1024, False, True), (1025, False, False)]
+)
+def test_none_takes_tiles_for_small_matrices(batch, gated, fastest):
+    assert is_fastest(batch, 3072, 512, 2, gated) == fastest
+    assert not is_fastest(batch, 3072, 512, 1, gated) and not is_fastest(batch, 3072, 512, 4, gated)  # nor were these
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "int8"])
@@ -392,7 +440,9 @@ def test_lowers_for_cuda(name, batch, quantized):
     weight = shape(rows)
     if quantized:
         weight = QuantizedWeight(jax.ShapeDtypeStruct(rows, jnp.int8), jax.ShapeDtypeStruct(rows[:1], jnp.float32))
-    config = linear_config(batch, matrix.num_results, matrix.num_inputs, 1 if quantized else 2, matrix.gated)
-    product = functools.partial(triton_linear, norm_eps=1e-5, config=config, gated=matrix.gated, out_dtype=matrix.out_dtype)
+    tiled = is_tiled(batch, matrix.num_results, matrix.num_inputs, matrix.gated)
+    choose, linear = (tile_config, triton_tiled_linear) if tiled else (linear_config, triton_linear)
+    config = choose(batch, matrix.num_results, matrix.num_inputs, 1 if quantized else 2, matrix.gated)
+    product = functools.partial(linear, norm_eps=1e-5, config=config, gated=matrix.gated, out_dtype=matrix.out_dtype)
     residual = shape((batch, matrix.num_results))
     assert cuda_lowering(product, x, weight, norm, None, residual).count("__gpu$xla.gpu.triton") == 1
