@@ -60,7 +60,7 @@ def triton_tiled_linear(
     )(x, values, *optional.values())
 
 
-def pieces_of(num_inputs: int) -> list[pl.Slice]:
+def pieces_of(num_inputs: int) -> list:
     """Cut the inputs into pieces of powers of two, the largest first."""
     sizes = [1 << bit for bit in reversed(range(num_inputs.bit_length())) if num_inputs >> bit & 1]
     return [pl.ds(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
@@ -121,7 +121,7 @@ def _kernel(
         parts = [(*read(inputs), norm_of(inputs)) for inputs in pieces_of(num_inputs)]
         if before:
             factor = factor_of(sum(jnp.sum(squares_of(x), axis=1) for x, _, _ in parts))
-        products = [multiply(*part, factor) for part in parts]
+        products = [multiply(x, weights, norm, factor) for x, weights, norm in parts]
         sums = [functools.reduce(jnp.add, each) for each in zip(*products, strict=True)]
     else:
         steps = num_inputs // config.tile_inputs

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def rotate_and_attend(
       The attention's output `[B, K * G, H]`, k_pool, v_pool.
     """
     batch, num_kv_heads, fused, head_size = qkv.shape
-    q = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
+    q: Any = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
     validate_heads(qkv, cos, sin)
     validate_pools(qkv, own, k_pool, v_pool)
     _validate(q, k_pool, v_pool, slots, counts)

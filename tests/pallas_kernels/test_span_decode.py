@@ -326,6 +326,22 @@ def test_wrong_arguments_are_named(change, message):
         span_decode_attention(*positional, **named)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"qkv": jnp.ones((2, 2, 2, 64))}, r"qkv must be a float \[rows, K, G \+ 2, H\]"),
+        ({"own": jnp.zeros((3,), jnp.int32)}, r"slots must be int32 \[B\] = \[2\]"),
+        ({"norms": (jnp.ones(64), jnp.ones(32))}, r"norms must be float \[H\] = \[64\], got float32\[32\]"),
+    ],
+)
+def test_wrong_arguments_of_a_step_are_named(change, message):
+    new = {"qkv": jnp.ones((2, 2, 4, 64)), "cos": jnp.ones((2, 32)), "sin": jnp.ones((2, 32)), "own": jnp.zeros((2,), jnp.int32)} | change
+    norms = new.pop("norms", None)
+    _, *rest = arguments().values()
+    with pytest.raises(ValueError, match=message):
+        rotate_and_attend(*new.values(), *rest, norms=norms)
+
+
 def test_gradient_is_refused():
     _, *rest = arguments().values()
     with pytest.raises(NotImplementedError, match="no gradient"):
