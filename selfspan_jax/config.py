@@ -279,6 +279,34 @@ class DecodeConfig:
         get_selector(self.prefill)
 
 
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """How many requests share one running decode state, and its memory."""
+
+    num_sequences: int = 64
+    """Sequences that decode at the same time; more wait."""
+    context_tokens: int | None = None
+    """Of each sequence, prompt and response; by default the model's context."""
+    page_tokens: int = 64
+    """Rows of the cache that a sequence gets, shares and gives back at once; a multiple of 8."""
+    num_pages: int | None = None
+    """Pages of the cache; by default as many as fit into memory, at most those of all sequences at full length."""
+    chunk_tokens: int = 8
+    """Decode steps between two looks of the host: what a stream waits for, and how long a cancelled sequence goes on."""
+    prefill_tokens: int = 512
+    """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
+    max_queue: int = 256
+    """Requests that wait; more are refused."""
+
+    def __post_init__(self):
+        _require_positive(self, "num_sequences", "page_tokens", "chunk_tokens", "prefill_tokens", "max_queue")
+        for name in ("context_tokens", "num_pages"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
+        _require(self.page_tokens % 8 == 0, self, "page_tokens", "multiples of 8")
+        _require(self.prefill_tokens % 64 == 0, self, "prefill_tokens", "multiples of 64")
+
+
 def from_json(config_type: type[T], values: dict) -> T:
     """Build a config from the JSON of its `dataclasses.asdict`.
 

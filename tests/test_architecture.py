@@ -37,10 +37,12 @@ LEVELS = [
     {"model"},
     {"attention"},
     {"decoding", "parallel.distributed"},
+    {"serving.pages", "serving.running"},
+    {"serving.scheduler"},
     {"weights", "viewing"},
     {"training"},
     {"lm"},
-    {"evaluation"},
+    {"evaluation", "serving"},
     {""},  # the package itself: the names for users
 ]
 CORE = ["spans.py", "model.py", "attention", "decoding", "training"]  # what one reads to understand the system

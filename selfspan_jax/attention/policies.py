@@ -27,7 +27,7 @@ class Slots:
 
     slots: Int[Array, "B A"]
     counts: Int[Array, "B"]
-    kept: Int[Array, "B"] | None = None  # of `Span`: so many of the first ones are those of the sequence's next body token too
+    kept: Int[Array, "B"] | None = None  # so many first ones are the next body token's too; None: a step needs those of none before
 
 
 @runtime_checkable

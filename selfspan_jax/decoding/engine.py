@@ -227,11 +227,8 @@ class Engine:
         return bool(np.any((token_ids == self.vocab.solve_id) & (np.arange(1, token_ids.shape[1] + 1) < lengths[:, None])))
 
     def _steps_per_sync(self, num_steps: int) -> int:
-        if self.steps_per_sync is not None:
-            return self.steps_per_sync
-        if jax.default_backend() != "gpu":
-            return 1
-        return max(divisor for divisor in range(1, MAX_STEPS_PER_SYNC + 1) if num_steps % divisor == 0)
+        most = MAX_STEPS_PER_SYNC if jax.default_backend() == "gpu" else 1
+        return self.steps_per_sync or max(divisor for divisor in range(1, most + 1) if num_steps % divisor == 0)
 
 
 # ------------------------------------------------------------------------------------------------- compiled programs

@@ -33,15 +33,15 @@ def sample(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling, 
     `occurred` marks the tokens of each sequence so far, where there is a repetition penalty.
     """
     if occurred is not None:
-        logits = penalized(logits, occurred, sampling)
+        logits = penalized(logits, occurred, normal_float32(sampling.repetition_penalty))
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, filtered_scores(logits, sampling)).astype(jnp.int32)
 
 
-def penalized(logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Make tokens that have occurred less likely, by the repetition penalty (1909.05858)."""
-    penalty, limit = _float32(sampling.repetition_penalty), float(jnp.finfo(jnp.float32).max)
+def penalized(logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], penalty: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
+    """Make tokens that have occurred less likely, by a repetition penalty (1909.05858)."""
+    limit = float(jnp.finfo(jnp.float32).max)
     return jnp.where(occurred, jnp.clip(jnp.where(logits < 0, logits * penalty, logits / penalty), -limit, limit), logits)
 
 
@@ -51,21 +51,26 @@ def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Ar
     Top-k: 1805.04833. Top-p, the nucleus: 1904.09751. Min-p: 2407.01082. The most likely token is always left, also where the
     temperature is so small that its quotients are infinite: the largest logit is 0 before the division.
     """
-    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / _float32(sampling.temperature)
+    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / normal_float32(sampling.temperature)
     if 0 < sampling.top_k < scores.shape[-1]:
         least = jax.lax.top_k(scores, sampling.top_k)[0][:, -1:]
         scores = jnp.where(scores < least, -jnp.inf, scores)
     if sampling.top_p < 1:
-        order = jnp.argsort(scores, axis=-1)  # ascending, so that small probabilities add up exactly
-        mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
-        kept = (mass > 1 - sampling.top_p).at[:, -1].set(True)
-        scores = jnp.where(jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False), scores, -jnp.inf)
+        scores = nucleus(scores, sampling.top_p)
     if sampling.min_p > 0:
         scores = jnp.where(jnp.exp(scores) < sampling.min_p, -jnp.inf, scores)  # the most likely one has exp(0)
     return scores
 
 
-def _float32(number: float) -> float:
+def nucleus(scores: Float[Array, "B V"], top_p: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
+    """Set the scores of tokens outside of the nucleus to minus infinity."""
+    order = jnp.argsort(scores, axis=-1)  # ascending, so that small probabilities add up exactly
+    mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
+    kept = (mass > 1 - top_p).at[:, -1].set(True)
+    return jnp.where(jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False), scores, -jnp.inf)
+
+
+def normal_float32(number: float) -> float:
     """Bound a positive number so that it and its reciprocal are normal in float32: others would count as 0 or as infinite."""
     smallest = float(jnp.finfo(jnp.float32).tiny)
     return min(max(number, smallest), 1 / smallest)

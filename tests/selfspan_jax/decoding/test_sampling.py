@@ -6,7 +6,7 @@ import pytest
 
 from selfspan_jax.config import DecodeConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.sampling import filtered_scores, mark_occurring, penalized, sample, sequence_keys
+from selfspan_jax.decoding.sampling import filtered_scores, mark_occurring, normal_float32, penalized, sample, sequence_keys
 from selfspan_jax.errors import UserError
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
@@ -70,10 +70,10 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty):
         told = torch.from_numpy(row[keep][None].astype(np.int64))
         theirs.append(generation.RepetitionPenaltyLogitsProcessor(penalty)(told, torch.from_numpy(own[None]))[0])
     occurred = mark_occurring(jnp.zeros((len(ids), VOCAB_SIZE), bool), jnp.asarray(ids), jnp.asarray(inside), VOCAB)
-    found = penalized(jnp.asarray(logits), occurred, Sampling(repetition_penalty=penalty))
+    found = penalized(jnp.asarray(logits), occurred, penalty)
     largest = np.finfo(np.float32).max
     np.testing.assert_allclose(found, np.clip(np.stack(theirs), -largest, largest), rtol=1e-6, atol=1e-30)
-    assert np.isfinite(found).all() and np.isfinite(penalized(jnp.asarray(logits), occurred, Sampling(repetition_penalty=1e-300))).all()
+    assert np.isfinite(found).all() and np.isfinite(penalized(jnp.asarray(logits), occurred, normal_float32(1e-300))).all()
 
 
 def test_span_tokens_are_exempt_from_the_penalty():

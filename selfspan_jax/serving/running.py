@@ -1,0 +1,247 @@
+"""The running state and its two compiled programs: one reads prompts into places of it, one decodes a chunk.
+
+Places, lengths and pages are traced, so that nothing is compiled anew whatever comes and goes. Both programs donate the state; the
+device runs them in the order in which the host gives them, so that the host may give pages away before the device is done with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from selfspan_jax.attention.policies import get_policy
+from selfspan_jax.config import DecodeConfig
+from selfspan_jax.decoding.cache import KVCache, attend_prompts
+from selfspan_jax.decoding.sampling import mark_occurring, nucleus, penalized
+from selfspan_jax.decoding.state import DecodeState, decode_step
+from selfspan_jax.model import Attend
+from selfspan_jax.parallel import layout
+from selfspan_jax.spans import SpanState
+
+Draws = Literal["likeliest", "drawn", "filtered"]  # the most that any running sequence asks of sampling: each costs more
+HostArray = Array | np.ndarray  # NumPy's from the host, JAX's in a program
+_STATE = DecodeState.partition_specs()
+
+
+class Prompts(NamedTuple):
+    """A part of R prompts, which begins at the same token of each. A row of length 0 is no prompt."""
+
+    token_ids: Int[HostArray, "R S"]  # from token 0 on; S is at least `first` + Q
+    first: Int[HostArray, ""]  # the first of the Q tokens that are read now; those before are in the pages
+    lengths: Int[HostArray, "R"]  # tokens of each prompt up to the end of this part
+    pages: Int[HostArray, "R A/page"]  # -1 where there is none
+    places: Int[HostArray, "R"]  # of the state, for prompts that end here; B for others
+    num_new: Int[HostArray, "R"]  # how many of the tokens were sampled: of sequences that are read again
+    seeds: UInt[HostArray, "R 3"]  # a seed's upper and lower half, and the number of the sequence among those of the seed
+
+
+class SamplingRows(NamedTuple):
+    """The fields of `Sampling`, one for each sequence."""
+
+    temperature: Float[HostArray, "B"]
+    top_p: Float[HostArray, "B"]
+    top_k: Int[HostArray, "B"]
+    min_p: Float[HostArray, "B"]
+    repetition_penalty: Float[HostArray, "B"]
+
+
+class Decoded(NamedTuple):
+    """What a chunk of C steps gave."""
+
+    token_ids: Int[Array, "C B"]
+    num_attended: Int[Array, "C B"]  # 0 where a sequence took no token
+    done: Bool[Array, "B"]
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "num_rows", "num_sequences", "capacity"))
+def empty_state(graph, params, config: DecodeConfig, num_rows: int, num_sequences: int, capacity: int) -> DecodeState:
+    """Allocate the state of B sequences with room for A tokens each, none of them running, and pools of `num_rows` rows."""
+
+    def empty(model, nothing):
+        none = jnp.zeros(num_sequences, jnp.int32)
+        table = jnp.full((num_sequences, capacity), num_rows, jnp.int32)
+        pools = KVCache.empty(model.config, jnp.zeros(1, jnp.int32), num_rows, num_samples=1, new_capacity=0).pools
+        span = SpanState.of_prefix(jnp.zeros((num_sequences, 1), jnp.int32), none, model.vocab, capacity, model.config.header_view)
+        return DecodeState(
+            cache=KVCache(pools, table),
+            span=span,
+            slots=get_policy(config.attention).initial_slots(table),
+            hidden=jnp.zeros((num_sequences, model.config.hidden_size), model.config.compute_dtype),
+            logits=jnp.zeros((num_sequences, model.vocab_size), jnp.float32),
+            done=jnp.ones(num_sequences, bool),
+            num_new=none,
+            new_tokens=nothing,
+            num_attended=nothing,
+            keys=sequence_keys_of(jnp.zeros((num_sequences, 3), jnp.uint32)),
+            occurred=jnp.zeros((num_sequences, model.vocab_size), bool),
+        )
+
+    nothing = jnp.zeros((num_sequences, 0), jnp.int32)  # the host keeps the tokens
+    return graph.shard_map(empty, layout.REPLICATED, out_specs=_STATE)(params, nothing)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "page_tokens", "num_queries", "responses"), donate_argnames=("state",))
+def read_prompts(
+    graph, params, state: DecodeState, prompts: Prompts, config: DecodeConfig, page_tokens: int, num_queries: int, responses: bool
+) -> DecodeState:
+    """Read Q = `num_queries` tokens of each of R prompts; those that end there take their places in the state.
+
+    Keys and values of the tokens before are gathered from the pages, so that a part needs nothing of the part before but these.
+
+    Args:
+      responses: some of them go on after `<solve>`.
+    """
+
+    def read(model, state, prompts):
+        batch, num_keys = prompts.token_ids.shape
+        capacity, num_rows = state.cache.slot_table.shape[1], state.cache.pools[0][0].shape[0]
+        policy, first = get_policy(config.attention), prompts.first
+        table = slot_table_of(prompts.pages, page_tokens, num_rows)
+        slots = jnp.pad(table, ((0, 0), (0, num_keys)), constant_values=num_rows)[:, :num_keys]
+        positions = jnp.broadcast_to(first + jnp.arange(num_queries, dtype=jnp.int32), (batch, num_queries))
+        tokens, own = (jax.lax.dynamic_slice_in_dim(x, first, num_queries, axis=1) for x in (prompts.token_ids, slots))
+        own = jnp.where(positions < prompts.lengths[:, None], own, num_rows)
+        earlier = jnp.where(jnp.arange(num_keys, dtype=jnp.int32)[None, :] < first, slots, num_rows)
+        masks = policy.prompt_masks(prompts.token_ids, prompts.lengths, model.vocab, model.config, responses=responses)
+        if masks is None:
+            mask = policy.mask(prompts.token_ids, model.vocab, model.config, first_query=first, num_queries=num_queries)
+        else:
+            mask = masks(first, num_queries)
+        buffer_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_keys + positions
+        attend = attend_paged(earlier, own, first, attend_prompts(buffer_slots, lambda *_: mask))
+        hidden, pools = model(tokens, positions, attend, state.cache.pools)
+        at = jnp.clip(prompts.lengths - 1 - first, 0, num_queries - 1)
+        last = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+        token_ids = prompts.token_ids[:, :capacity]
+        inside = jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None, :] < prompts.lengths[:, None]
+        nothing = jnp.zeros((batch, 0), jnp.int32)
+        newcomers = DecodeState(
+            cache=KVCache((), table),
+            span=SpanState.of_prefix(token_ids, prompts.lengths, model.vocab, capacity, model.config.header_view),
+            slots=policy.initial_slots(table),
+            hidden=last,
+            logits=model.logits(last),
+            done=jnp.zeros(batch, bool),
+            num_new=prompts.num_new,
+            new_tokens=nothing,
+            num_attended=nothing,
+            keys=sequence_keys_of(prompts.seeds),
+            occurred=mark_occurring(jnp.zeros((batch, model.vocab_size), bool), token_ids, inside, model.vocab),
+        )
+
+        def put(running, new):
+            return running.at[prompts.places].set(new, mode="drop")
+
+        running = dataclasses.replace(state, cache=KVCache((), state.cache.slot_table))
+        return with_pools(jax.tree.map(put, running, newcomers), pools)
+
+    return graph.shard_map(read, _STATE, layout.REPLICATED, out_specs=_STATE)(params, state, prompts)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "page_tokens", "num_steps", "draws"), donate_argnames=("state",))
+def decode_chunk(
+    graph,
+    params,
+    state: DecodeState,
+    pages: Int[Array, "B A/page"],
+    until: Int[Array, "B"],
+    sampling: SamplingRows | None,
+    config: DecodeConfig,
+    page_tokens: int,
+    num_steps: int,
+    draws: Draws,
+) -> tuple[DecodeState, Decoded]:
+    """Decode `num_steps` tokens of every sequence that has not ended, up to `until` new tokens of each; 0 leaves one as it is.
+
+    A loop of known length, which the host queues without waiting.
+    """
+
+    def decode(model, state, pages, until, sampling):
+        cache, slots = state.cache, state.slots
+        table = slot_table_of(pages, page_tokens, cache.pools[0][0].shape[0])
+        if slots.kept is None:  # they may be a copy of the table, which has grown
+            slots = get_policy(config.attention).initial_slots(table)
+
+        def step(state, _):
+            active = state.is_active(until)
+            keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_new)
+            tokens = jnp.where(active, sample_rows(state.logits, keys, sampling, state.occurred, draws), model.vocab.pad_id)
+            fed = decode_step(model, state, tokens, active, config)
+            occurred = state.occurred
+            if draws == "filtered":
+                occurred = mark_occurring(occurred, tokens[:, None], active[:, None], model.vocab)
+            fed = dataclasses.replace(fed, num_new=state.num_new + active.astype(jnp.int32), occurred=occurred)
+            return fed, (tokens, jnp.where(active, fed.slots.counts, 0))
+
+        state = dataclasses.replace(state, cache=KVCache(cache.pools, table), slots=slots)
+        state, (tokens, num_attended) = jax.lax.scan(step, state, length=num_steps)
+        return state, Decoded(tokens, num_attended, state.done)
+
+    arrays = (layout.REPLICATED,) * 3
+    return graph.shard_map(decode, _STATE, *arrays, out_specs=(_STATE, layout.REPLICATED))(params, state, pages, until, sampling)
+
+
+def attend_paged(earlier: Int[Array, "R S"], own: Int[Array, "R Q"], first: Int[Array, ""], attend: Attend) -> Attend:
+    """Make the attention of prompts whose rows lie in pages from one of prompts whose rows lie next to each other.
+
+    Args:
+      earlier: the pool row of each token before `first`. One outside the pool reads as zeros: it is of no token yet.
+      own: those of the Q tokens from `first` on. One outside writes nothing.
+      attend: the attention over R * S rows, where token s of prompt r is row r * S + s.
+    """
+
+    def paged(qkv, angles, pools):
+        buffers = tuple(pool.at[earlier.reshape(-1)].get(mode="fill", fill_value=0) for pool in pools)
+        out, buffers = attend(qkv, angles, buffers)
+
+        def written(pool, buffer):
+            new = jax.lax.dynamic_slice_in_dim(buffer.reshape(*earlier.shape, *buffer.shape[1:]), first, own.shape[1], axis=1)
+            return pool.at[own].set(new, mode="drop")
+
+        return out, tuple(map(written, pools, buffers))
+
+    return paged
+
+
+def slot_table_of(pages: Int[Array, "B A/page"], page_tokens: int, num_rows: int) -> Int[Array, "B A"]:
+    """List the pool row of each token; `num_rows`, which is outside, where there is no page."""
+    first = jnp.where(pages < 0, num_rows, pages * page_tokens)
+    row = first[:, :, None] + jnp.arange(page_tokens, dtype=jnp.int32)[None, None, :]
+    return jnp.minimum(row, num_rows).reshape(pages.shape[0], -1)
+
+
+def sequence_keys_of(seeds: UInt[Array, "R 3"]) -> Array:
+    """Make keys [R]: those that `sequence_keys` derives from the key of a seed of 64 bits."""
+    high, low, number = seeds[:, 0], seeds[:, 1], seeds[:, 2]
+    keys = jax.vmap(jax.random.key)(low)
+    keys = jnp.where(high > 0, jax.vmap(jax.random.fold_in)(keys, high), keys)
+    return jax.vmap(jax.random.fold_in)(keys, number)
+
+
+def sample_rows(logits: Float[Array, "B V"], keys, sampling: SamplingRows | None, occurred: Bool[Array, "B V"], draws: Draws) -> Array:
+    """Sample the next tokens as `decoding.sampling.sample` does, each sequence by its own settings."""
+    if sampling is None or draws == "likeliest":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature, top_p, top_k, min_p, penalty = (jnp.asarray(field)[:, None] for field in sampling)
+    if draws == "filtered":
+        logits = penalized(logits, occurred, penalty)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature == 0, 1.0, temperature)
+    if draws == "filtered":
+        least = jnp.take_along_axis(jnp.sort(scores, axis=-1), jnp.clip(logits.shape[1] - top_k, 0, logits.shape[1] - 1), axis=1)
+        scores = jnp.where((top_k > 0) & (scores < least), -jnp.inf, scores)
+        scores = jnp.where(top_p < 1, nucleus(scores, top_p), scores)
+        scores = jnp.where(jnp.exp(scores) < min_p, -jnp.inf, scores)
+    drawn = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+    return jnp.where(sampling.temperature == 0, likeliest, drawn)
+
+
+def with_pools(state: DecodeState, pools) -> DecodeState:
+    """Return a state with other pools."""
+    return dataclasses.replace(state, cache=KVCache(pools, state.cache.slot_table))

@@ -1,0 +1,578 @@
+"""Scheduler: many requests through one running decode state (continuous batching, Orca, OSDI 2022).
+
+Each round it frees the places of what has ended, admits requests that wait, has a bounded part of their prompts read, and has a chunk
+of tokens decoded for all that run. The device is one round ahead: while it works, the host hands out the tokens of the round before.
+
+Memory is given in pages (PagedAttention, 2309.06180), to a sequence as it grows. Prompts that begin alike share the pages of their
+beginning. Where no page is left, the youngest sequence gives its pages back and waits to be read again, what it has written included.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from selfspan_jax.attention.policies import Policy, get_policy
+from selfspan_jax.config import DecodeConfig, Implementation, Sampling, ServingConfig
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.sampling import normal_float32
+from selfspan_jax.errors import UserError
+from selfspan_jax.parallel import memory
+from selfspan_jax.parallel.mesh import num_data_shards
+from selfspan_jax.serving.pages import Pages, page_keys
+from selfspan_jax.serving.running import Decoded, Draws, Prompts, SamplingRows, decode_chunk, empty_state, read_prompts
+
+Finished = Literal["stop", "length", "cancelled", "error"]
+_DRAWS: tuple[Draws, ...] = ("likeliest", "drawn", "filtered")
+_MIN_QUERIES = 64  # tokens of each prompt that are read at once
+_CACHE_SHARE = 0.8  # of the memory that parameters and state leave; the rest is for what programs need meanwhile
+_UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to go on from."""
+
+    prompt_ids: Int[np.ndarray, "T"]
+    max_new_tokens: int
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    """Of what is drawn: 0 to 2**64 - 1."""
+    sample: int = 0
+    """Which of the seed's sequences this is: sample i of `Engine.generate` with `num_samples`."""
+
+
+class Tokens(NamedTuple):
+    """What a chunk gave one request. The last one of a request, and no other, says how it finished."""
+
+    token_ids: Int[np.ndarray, "C"]
+    num_attended: Int[np.ndarray, "C"]
+    finished: Finished | None = None
+    error: str | None = None
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+class Closed(Exception):
+    """The scheduler takes no more requests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts: what is there now, and what there has been since the start."""
+
+    running: int
+    reading: int
+    waiting: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    prompt_tokens: int
+    """Read, those of shared pages excluded and those of sequences that were read again included."""
+    prefix_hit_tokens: int
+    """Of prompts, found in shared pages."""
+    generated_tokens: int
+    attended_tokens: int
+    """Read by the generated tokens, each of them itself included."""
+    context_tokens: int
+    """That a dense model would have read for the same tokens."""
+    preemptions: int
+    finished: dict[str, int]
+    """Requests by how they ended."""
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A request in the scheduler's hands: what `Scheduler.cancel` takes. Its fields are the scheduler's own."""
+
+    request: Request
+    deliver: Callable[[Tokens], None]
+    number: int  # in the order of arrival
+    token_ids: Int[np.ndarray, "T"]  # to be read: the prompt; for a sequence that lost its pages also what it has written
+    keys: list[bytes]
+    goes_on: bool  # after `<solve>`
+    pages: list[int] = dataclasses.field(default_factory=list)
+    num_read: int = 0
+    place: int | None = None
+    num_new: int = 0  # tokens that it will have sampled, unless it ends, when all that was dispatched is done
+    written: list[Int[np.ndarray, "C"]] = dataclasses.field(default_factory=list)
+    num_written: int = 0
+    finished: Finished | None = None
+
+
+class _Chunk(NamedTuple):
+    """A chunk that was dispatched, and whose places it decodes."""
+
+    decoded: Decoded
+    tickets: list[tuple[Ticket, int]]
+
+
+class Scheduler:
+    """Run requests of one model, each as if it were alone: the same tokens, the same attended tokens.
+
+    One thread drives it, by `run` or `run_once`; `submit`, `cancel`, `close` and `stats` are for any thread.
+
+    Args:
+      engine: the model, on one device or divided over `tensor`.
+      attention: a policy or its name, for all requests; by default what the model was trained with.
+      stop_ids: that end a sequence beside `<eos>`.
+
+    Raises: UserError for a context beyond the model's and a mesh that divides sequences; DoesNotFit where no page fits into memory.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServingConfig | None = None,
+        *,
+        attention: str | Policy | None = None,
+        stop_ids: tuple[int, ...] = (),
+        implementation: Implementation | None = None,
+    ):
+        config = ServingConfig() if config is None else config
+        context = engine.config.max_context_tokens
+        self.context_tokens = context if config.context_tokens is None else config.context_tokens
+        if self.context_tokens > context:
+            raise UserError(f"context_tokens is {self.context_tokens}; the model's context has {context}")
+        if engine.mesh is not None and num_data_shards(engine.mesh) > 1:
+            raise UserError("a mesh for serving has data=1: all sequences share one cache")
+        self.engine, self.config = engine, config
+        policy = get_policy(engine.config.mask if attention is None else attention)
+        self.decode_config = DecodeConfig(policy, max_new_tokens=1, implementation=implementation, stop_ids=stop_ids)
+        self._pages_each = -(-self.context_tokens // config.page_tokens)
+        self._capacity = self._pages_each * config.page_tokens
+        self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
+        # Few shapes: many short prompts or one long one, always `prefill_tokens` in all, over few lengths of what was read before.
+        self._query_sizes = [config.prefill_tokens]
+        while self._query_sizes[-1] % (2 * _MIN_QUERIES) == 0:
+            self._query_sizes.append(self._query_sizes[-1] // 2)
+        last = -(-(self._capacity + config.prefill_tokens) // _MIN_QUERIES) * _MIN_QUERIES
+        self._key_sizes = [last]
+        while self._key_sizes[0] > 4 * config.prefill_tokens:
+            self._key_sizes.insert(0, -(-self._key_sizes[0] // (4 * _MIN_QUERIES)) * _MIN_QUERIES)
+        self._lock = threading.Condition()
+        self._incoming: collections.deque[Ticket] = collections.deque()
+        self._cancelled: collections.deque[Ticket] = collections.deque()
+        self._closing = self._closed = False
+        self._num_submitted = 0
+        self._waiting: list[Ticket] = []  # in the order of arrival
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._ended: collections.Counter[str] = collections.Counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Begin with an empty state, nothing admitted."""
+        size = self.config.num_sequences
+        self.pages = Pages(self.num_pages)
+        self._reading: list[Ticket] = []
+        self._running: dict[int, Ticket] = {}
+        self._places = list(range(size - 1, -1, -1))  # free ones
+        self._being_read: set[bytes] = set()
+        self._in_flight: _Chunk | None = None
+        self._table = np.full((size, self._pages_each), -1, np.int32)
+        self._sampling = SamplingRows(*(np.zeros(size, dtype) for dtype in (*("float32",) * 2, "int32", *("float32",) * 2)))
+        self._state = empty_state(
+            self.engine.graph, self.engine.params, self.decode_config, self.num_pages * self.config.page_tokens, size, self._capacity
+        )
+
+    # ------------------------------------------------------------------------------------------------- for any thread
+
+    def submit(self, request: Request, deliver: Callable[[Tokens], None]) -> Ticket:
+        """Take a request; `deliver` gets its tokens as they come, in the scheduler's thread. What it raises ends the request.
+
+        Raises: UserError for a request that can never run, QueueFull, Closed.
+        """
+        return self._submit(request, deliver, self.config.max_queue)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request at the next chunk; one that has ended stays as it is."""
+        with self._lock:
+            self._cancelled.append(ticket)
+            self._lock.notify()
+
+    def close(self, *, drain: bool) -> None:
+        """Take no more requests and let `run` return: once all have ended, or, without `drain`, once they are cancelled."""
+        with self._lock:
+            self._closing = True
+            self._closed = self._closed or not drain
+            self._lock.notify()
+
+    @property
+    def stats(self) -> Stats:
+        """Count what there is."""
+        pages = self.pages
+        names = ("prompt_tokens", "prefix_hit_tokens", "generated_tokens", "attended_tokens", "context_tokens", "preemptions")
+        return Stats(
+            running=len(self._running),
+            reading=len(self._reading),
+            waiting=len(self._waiting) + len(self._incoming),
+            pages_used=pages.num_used,
+            pages_cached=pages.num_cached,
+            pages_free=pages.num_free,
+            finished=dict(self._ended),
+            **{name: self._counts[name] for name in names},
+        )
+
+    def _submit(self, request: Request, deliver: Callable[[Tokens], None], max_queue: int | None) -> Ticket:
+        token_ids = self._check(request)
+        keys, goes_on = page_keys(token_ids, self.config.page_tokens), self._goes_on(token_ids)
+        with self._lock:
+            if self._closing:
+                raise Closed("the scheduler takes no more requests")
+            if max_queue is not None and len(self._waiting) + len(self._incoming) >= max_queue:
+                raise QueueFull(f"{max_queue} requests wait already")
+            ticket = Ticket(request, deliver, self._num_submitted, token_ids, keys, goes_on)
+            self._num_submitted += 1
+            self._incoming.append(ticket)
+            self._lock.notify()
+        return ticket
+
+    def _check(self, request: Request) -> Int[np.ndarray, "T"]:
+        """Return the prompt's ids. Raises UserError for what can never run."""
+        token_ids = np.asarray(request.prompt_ids)
+        if token_ids.ndim != 1 or not token_ids.size or not np.issubdtype(token_ids.dtype, np.integer):
+            raise UserError(f"prompt_ids are {token_ids.dtype} of shape {token_ids.shape}; expected whole numbers [T], at least one")
+        self.engine.check_ids(token_ids)
+        limits = {"max_new_tokens": (1, self.context_tokens), "seed": (0, 2**64 - 1), "sample": (0, 2**32 - 1)}
+        for name, (least, most) in limits.items():
+            value = getattr(request, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
+                raise UserError(f"{name} is {value!r}; allowed: whole numbers from {least} to {most}")
+        if not isinstance(request.sampling, Sampling):
+            raise UserError(f"sampling is {request.sampling!r}; expected a Sampling")
+        needed = len(token_ids) + request.max_new_tokens
+        room = min(self.context_tokens, self.num_pages * self.config.page_tokens)
+        if needed > room:
+            raise UserError(
+                f"{len(token_ids)} prompt tokens and {request.max_new_tokens} new ones exceed the {room} that a sequence may have"
+            )
+        return token_ids.astype(np.int32)
+
+    # --------------------------------------------------------------------------------------------- for the one thread
+
+    def run(self) -> None:
+        """Run rounds until the scheduler is closed; wait while there is nothing to do."""
+        while True:
+            if self.run_once():
+                continue
+            with self._lock:
+                while not (self._incoming or self._cancelled or self._closing):
+                    self._lock.wait()
+                if self._closing and not self._incoming:
+                    return
+
+    def run_once(self) -> bool:
+        """Run one round; return False where there was nothing to do.
+
+        Where the device fails, the requests that were admitted end with its error; those that wait go on.
+        """
+        self._take()
+        try:
+            self._admit()
+            was_read = self._read()
+            chunk = self._decode()
+            before, self._in_flight = self._in_flight, chunk
+            if before is not None:
+                self._collect(before)
+        except jax.errors.JaxRuntimeError as error:
+            self._fail(str(error))
+            return True
+        return bool(was_read or chunk or before)
+
+    def generate(self, requests: Sequence[Request]) -> list[Tokens]:
+        """Run requests to their ends and return all tokens of each. Not beside `run`."""
+        parts: list[list[Tokens]] = [[] for _ in requests]
+        tickets = [self._submit(request, part.append, None) for request, part in zip(requests, parts)]
+        try:
+            while self.run_once():
+                pass
+        finally:  # interrupted, nothing of them is left behind
+            for ticket in tickets:
+                self.cancel(ticket)
+        found = []
+        for part in parts:
+            token_ids, num_attended = (np.concatenate([tokens[i] for tokens in part]) for i in range(2))
+            found.append(Tokens(token_ids, num_attended, part[-1].finished, part[-1].error))
+        return found
+
+    def warm_up(self) -> None:
+        """Run every program once, on no request, so that none is compiled later."""
+        for draws in _DRAWS:
+            self._dispatch_chunk(np.zeros(self.config.num_sequences, np.int32), draws)
+        for responses in (False, True):
+            for queries in self._query_sizes[:1] if responses else self._query_sizes:
+                for keys in self._key_sizes:
+                    self._dispatch_read([], 0, queries, keys, responses)
+        jax.block_until_ready(self._state)
+
+    def _take(self) -> None:
+        """Take what other threads have left."""
+        with self._lock:
+            incoming, self._incoming = self._incoming, collections.deque()
+            cancelled, self._cancelled = self._cancelled, collections.deque()
+            closed = self._closed
+        self._waiting.extend(incoming)
+        for ticket in [*cancelled, *((*self._running.values(), *self._reading, *self._waiting) if closed else ())]:
+            if not ticket.finished:
+                self._finish(ticket, Tokens(_NONE, _NONE, "cancelled"))
+
+    def _admit(self) -> None:
+        """Give waiting requests places and pages, in the order of arrival.
+
+        One waits on, and does not hold up those behind it, while another prompt that begins alike is read: it shares the pages then.
+        One that is admitted leaves a page for each sequence that is there, so that few lose theirs.
+        """
+        at = 0
+        while self._places and at < min(len(self._waiting), 2 * self.config.num_sequences):
+            ticket = self._waiting[at]
+            shareable = ticket.keys[: (len(ticket.token_ids) - 1) // self.config.page_tokens]  # the last token is read in any case
+            pages = self.pages.share(shareable)
+            if len(pages) < len(shareable) and shareable[len(pages)] in self._being_read:
+                self.pages.release(pages)
+                at += 1
+                continue
+            missing = self._num_pages(len(ticket.token_ids) + self._next_tokens(ticket)) - len(pages)
+            reserve = len(self._running) + len(self._reading)
+            new = self.pages.allocate(missing) if missing + reserve <= self.pages.num_available else None
+            if new is None:
+                self.pages.release(pages)
+                return
+            del self._waiting[at]
+            ticket.pages, ticket.place = pages + new, self._places.pop()
+            ticket.num_read = len(pages) * self.config.page_tokens
+            self._being_read.update(ticket.keys[len(pages) :])
+            self._counts["prefix_hit_tokens"] += ticket.num_read
+            self._reading.append(ticket)
+
+    def _read(self) -> bool:
+        """Have the next part of prompts read: of the first one, and of others that are as far."""
+        if not self._reading:
+            return False
+        head = self._reading[0]
+        first, left = head.num_read, len(head.token_ids) - head.num_read
+        queries = (
+            self._query_sizes[0] if head.goes_on else min(size for size in self._query_sizes if size >= min(left, self._query_sizes[0]))
+        )
+        count = 1 if head.goes_on else self.config.prefill_tokens // queries
+        group = [ticket for ticket in self._reading if ticket.num_read == first and ticket.goes_on == head.goes_on][:count]
+        keys = min(size for size in self._key_sizes if size >= first + queries)
+        self._dispatch_read(group, first, queries, keys, head.goes_on)
+        for ticket in group:
+            end = min(first + queries, len(ticket.token_ids))
+            self._counts["prompt_tokens"] += end - first
+            for page in range(first // self.config.page_tokens, end // self.config.page_tokens):
+                self.pages.name(ticket.pages[page], ticket.keys[page])
+                self._being_read.discard(ticket.keys[page])
+            ticket.num_read = end
+            if end == len(ticket.token_ids):
+                self._reading.remove(ticket)
+                self._start(ticket)
+        return True
+
+    def _start(self, ticket: Ticket) -> None:
+        """Let a sequence run whose prompt is read."""
+        assert ticket.place is not None
+        self._running[ticket.place] = ticket
+        sampling = ticket.request.sampling
+        numbers = (sampling.temperature and normal_float32(sampling.temperature), sampling.top_p, sampling.top_k, sampling.min_p)
+        for field, value in zip(self._sampling, (*numbers, normal_float32(sampling.repetition_penalty))):
+            field[ticket.place] = value
+
+    def _dispatch_read(self, group: list[Ticket], first: int, num_queries: int, num_keys: int, responses: bool) -> None:
+        size, rows = self.config.num_sequences, 1 if responses else self.config.prefill_tokens // num_queries
+        prompts = Prompts(
+            token_ids=np.full((rows, num_keys), self.engine.vocab.pad_id, np.int32),
+            first=np.array(first, np.int32),
+            lengths=np.zeros(rows, np.int32),
+            pages=np.full((rows, self._pages_each), -1, np.int32),
+            places=np.full(rows, size, np.int32),
+            num_new=np.zeros(rows, np.int32),
+            seeds=np.zeros((rows, 3), np.uint32),
+        )
+        for row, ticket in enumerate(group):
+            end = min(first + num_queries, len(ticket.token_ids))
+            prompts.token_ids[row, :end] = ticket.token_ids[:end]
+            prompts.lengths[row] = end
+            prompts.pages[row, : len(ticket.pages)] = ticket.pages
+            if end == len(ticket.token_ids):
+                prompts.places[row] = ticket.place
+            prompts.num_new[row] = ticket.num_new
+            prompts.seeds[row] = (*divmod(int(ticket.request.seed), 2**32), ticket.request.sample)
+        options = (self.decode_config, self.config.page_tokens, num_queries, responses)
+        self._state = read_prompts(self.engine.graph, self.engine.params, self._state, prompts, *options)
+
+    def _decode(self) -> _Chunk | None:
+        """Have a chunk decoded for all that run; places that are full afterwards are free from then on."""
+        for ticket in sorted(self._running.values(), key=_number):
+            self._grow(ticket)
+        if not self._running:
+            return None
+        until = np.zeros(self.config.num_sequences, np.int32)
+        tickets = [(ticket, place) for place, ticket in self._running.items()]
+        for ticket, place in tickets:
+            ticket.num_new += self._next_tokens(ticket)
+            until[place] = ticket.num_new
+            self._table[place] = -1
+            self._table[place, : len(ticket.pages)] = ticket.pages
+        decoded = self._dispatch_chunk(until, max((_draws(ticket.request.sampling) for ticket, _ in tickets), key=_DRAWS.index))
+        for array in decoded:
+            array.copy_to_host_async()
+        for ticket, _ in tickets:
+            if ticket.num_new == ticket.request.max_new_tokens:
+                self._vacate(ticket)
+        return _Chunk(decoded, tickets)
+
+    def _dispatch_chunk(self, until: Int[np.ndarray, "B"], draws: Draws) -> Decoded:
+        # Copies, because the device may read them after they have changed.
+        sampling = None if draws == "likeliest" else SamplingRows(*(field.copy() for field in self._sampling))
+        options = (self.decode_config, self.config.page_tokens, self.config.chunk_tokens, draws)
+        arguments = (self._state, self._table.copy(), until, sampling)
+        self._state, decoded = decode_chunk(self.engine.graph, self.engine.params, *arguments, *options)
+        return decoded
+
+    def _collect(self, chunk: _Chunk) -> None:
+        """Wait for a chunk and hand out its tokens."""
+        token_ids, num_attended, done = map(np.asarray, chunk.decoded)
+        for ticket, place in chunk.tickets:
+            if ticket.finished:
+                continue
+            count = int(np.count_nonzero(num_attended[:, place]))
+            tokens, attended = token_ids[:count, place].copy(), num_attended[:count, place].copy()
+            length = len(ticket.request.prompt_ids) + ticket.num_written
+            self._counts["context_tokens"] += sum(range(length + 1, length + count + 1))
+            self._counts["attended_tokens"] += int(attended.sum())
+            self._counts["generated_tokens"] += count
+            ticket.written.append(tokens)
+            ticket.num_written += count
+            full = ticket.num_written == ticket.request.max_new_tokens
+            finished: Finished | None = "stop" if done[place] else "length" if full else None
+            if finished:
+                self._finish(ticket, Tokens(tokens, attended, finished))
+            elif count:
+                self._deliver(ticket, Tokens(tokens, attended))
+
+    def _deliver(self, ticket: Ticket, tokens: Tokens) -> None:
+        try:
+            ticket.deliver(tokens)
+        except Exception:  # whatever its own function raises ends this request, and no other
+            _LOG.exception("request %d takes no more tokens", ticket.number)
+            if not ticket.finished:
+                self._release(ticket, "error")
+
+    def _finish(self, ticket: Ticket, tokens: Tokens) -> None:
+        assert tokens.finished
+        self._release(ticket, tokens.finished)
+        self._deliver(ticket, tokens)
+
+    def _release(self, ticket: Ticket, finished: Finished) -> None:
+        """Take everything from a request, wherever it is. Pages of what it has read and written are kept for others."""
+        if finished in ("stop", "length"):
+            tokens = self._all_tokens(ticket)
+            for page, key in zip(ticket.pages, page_keys(tokens, self.config.page_tokens)):
+                self.pages.name(page, key)
+        ticket.finished = finished
+        self._ended[finished] += 1
+        self._withdraw(ticket)
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Take place and pages from a request, if it has any."""
+        if ticket in self._reading:
+            self._reading.remove(ticket)
+            self._being_read.difference_update(ticket.keys[ticket.num_read // self.config.page_tokens :])
+        self._vacate(ticket)
+        self.pages.release(ticket.pages)
+        ticket.pages = []
+
+    def _vacate(self, ticket: Ticket) -> None:
+        if ticket.place is not None:
+            self._running.pop(ticket.place, None)
+            self._places.append(ticket.place)
+            ticket.place = None
+
+    def _grow(self, ticket: Ticket) -> None:
+        """Give a running sequence the pages of its next chunk; where there is none, the youngest sequence loses its own."""
+        while ticket.place is not None and not ticket.finished:
+            tokens = len(ticket.request.prompt_ids) + ticket.num_new + self._next_tokens(ticket)
+            new = self.pages.allocate(max(0, self._num_pages(tokens) - len(ticket.pages)))
+            if new is not None:
+                ticket.pages += new
+                return
+            if self._in_flight is not None:  # whose tokens are needed to read a sequence again; and some may have ended
+                chunk, self._in_flight = self._in_flight, None
+                self._collect(chunk)
+            else:
+                self._preempt(max((*self._running.values(), *self._reading), key=_number))
+
+    def _preempt(self, ticket: Ticket) -> None:
+        """Take a sequence's pages; it waits until all its tokens can be read again."""
+        self._withdraw(ticket)
+        ticket.token_ids, ticket.num_read, ticket.num_new = self._all_tokens(ticket), 0, ticket.num_written
+        ticket.keys, ticket.goes_on = page_keys(ticket.token_ids, self.config.page_tokens), self._goes_on(ticket.token_ids)
+        bisect.insort(self._waiting, ticket, key=_number)
+        self._counts["preemptions"] += 1
+
+    def _fail(self, error: str) -> None:
+        """End the requests that were admitted with an error, and begin with an empty state."""
+        chunk = self._in_flight
+        tickets = {*self._running.values(), *self._reading, *(ticket for ticket, _ in (chunk.tickets if chunk else ()))}
+        self._in_flight = None
+        for ticket in sorted(tickets, key=_number):
+            if not ticket.finished:
+                self._finish(ticket, Tokens(_NONE, _NONE, "error", error))
+        self._reset()
+
+    def _all_tokens(self, ticket: Ticket) -> Int[np.ndarray, "T"]:
+        return np.concatenate([ticket.request.prompt_ids, *ticket.written]).astype(np.int32)
+
+    def _goes_on(self, token_ids: Int[np.ndarray, "T"]) -> bool:
+        return self.engine.goes_on(token_ids[None], np.array([len(token_ids)]))
+
+    def _next_tokens(self, ticket: Ticket) -> int:
+        """Tokens that a sequence takes in its next chunk at most."""
+        return min(self.config.chunk_tokens, ticket.request.max_new_tokens - ticket.num_new)
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.page_tokens)
+
+    def _pages_that_fit(self) -> int:
+        """Count the pages that memory has room for, beside parameters, state and what programs need."""
+        config, engine, model = self.config, self.engine, self.engine.shard.config
+        most = config.num_sequences * self._pages_each
+        sizes = (config.page_tokens, config.num_sequences, self._capacity)
+        state = jax.eval_shape(lambda params: empty_state(engine.graph, params, self.decode_config, *sizes), engine.params)
+        rest = memory.bytes_of((engine.params, dataclasses.replace(state, cache=state.cache.slot_table)))
+        row_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * np.dtype(model.compute_dtype).itemsize
+        page_bytes = config.page_tokens * row_bytes
+        limit = memory.device_memory_bytes()
+        left = _UNKNOWN_MEMORY_BYTES if limit is None else int(_CACHE_SHARE * (limit - rest))
+        if left < page_bytes:
+            raise memory.DoesNotFit(f"does not fit: parameters and state take {rest / 2**30:.1f} GiB and leave no room for the cache")
+        return min(most, left // page_bytes)
+
+
+_NONE = np.zeros(0, np.int32)
+
+
+def _number(ticket: Ticket) -> int:
+    return ticket.number
+
+
+def _draws(sampling: Sampling) -> Draws:
+    """Name what sampling needs; see `running.sample_rows`."""
+    if sampling.repetition_penalty != 1 or (sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0)):
+        return "filtered"
+    return "drawn" if sampling.temperature > 0 else "likeliest"
