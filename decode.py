@@ -25,11 +25,11 @@ from data.errors import check_range
 from data.tasks import TASKS
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
+from selfspan_jax.attention.selectors import SELECTORS
 from selfspan_jax.config import Dtype, Sampling, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import catch_out_of_memory
-from selfspan_jax.selectors import SELECTORS
 from selfspan_jax.viewing import text
 from selfspan_jax.viewing.output import Output, prompt_warnings
 

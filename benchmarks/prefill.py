@@ -30,6 +30,7 @@ from pallas_kernels import PromptMask
 from pallas_kernels.prompt_attention import BLOCK, Selector
 from pallas_kernels.tiles import list_tiles
 from selfspan_jax.attention.policies import Policy, get_policy
+from selfspan_jax.attention.selectors import get_selector
 from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState, bucket, prefill_chunk_tokens
@@ -37,7 +38,6 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.parallel.memory import bytes_of, check_fits
-from selfspan_jax.selectors import get_selector
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import mfu, step_flops
 

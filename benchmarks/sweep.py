@@ -38,6 +38,7 @@ from data.tasks import TASKS
 from data.vocab import DEFAULT_VOCAB, Vocab
 from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
+from selfspan_jax.attention.selectors import SELECTORS
 from selfspan_jax.config import ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
@@ -45,7 +46,6 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
-from selfspan_jax.selectors import SELECTORS
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import bf16_peak
 from selfspan_jax.weights.huggingface import to_hugging_face

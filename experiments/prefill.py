@@ -31,11 +31,11 @@ from experiments import pages, prefill_tables
 from experiments.prefill_tables import quality_cells, task_cells
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import get_policy
+from selfspan_jax.attention.selectors import BLOCK, BlockMeans, SampleAttention, Selector, WindowTiles
 from selfspan_jax.config import DecodeConfig, Dtype
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import catch_out_of_memory
-from selfspan_jax.selectors import BLOCK, BlockMeans, SampleAttention, Selector, WindowTiles
 from selfspan_jax.viewing import retention
 
 KINDS = ("sample 1", "sample 2", "blocks")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from selfspan_jax import spans
+from selfspan_jax.attention.selectors import get_selector
 from selfspan_jax.errors import UserError
-from selfspan_jax.selectors import get_selector
 
 T = TypeVar("T")
 Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  # of the decode attention kernel
@@ -266,7 +266,7 @@ class DecodeConfig:
     prefill_tokens: int = 16_384
     """Prompt tokens, over the batch, that go through the model at once; at least 64 of each prompt. Fewer take less memory."""
     prefill: str | Hashable = "dense"
-    """Of causal prompts: "dense", "sample", "blocks", or a selector of the tiles to read (`selfspan_jax.selectors`)."""
+    """Of causal prompts: "dense", "sample", "blocks", or a selector of the tiles to read (`selfspan_jax.attention.selectors`)."""
     implementation: Implementation | None = None
     """Of the decode attention kernel; None chooses the best that the device has."""
     linear: LinearImplementation | None = None

@@ -30,7 +30,7 @@ MAY_NOT_USE = {
 LEVELS = [
     {"errors"},
     {"files"},
-    {"spans", "selectors"},
+    {"spans", "attention.selectors"},
     {"config", "task"},
     {"parallel.layout"},
     {"parallel.collectives", "parallel.mesh", "parallel.memory"},

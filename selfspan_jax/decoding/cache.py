@@ -14,10 +14,10 @@ from pallas_kernels.prompt_attention import prompt_rows
 from pallas_kernels.prompt_attention import unsupported_reason as prompt_kernel_reason
 from pallas_kernels.rotary import RUN_TOKENS
 from selfspan_jax.attention.policies import Slots
+from selfspan_jax.attention.selectors import Mask
 from selfspan_jax.attention.sequences import dot_product_attention
 from selfspan_jax.config import Implementation, ModelConfig
 from selfspan_jax.model import Attend
-from selfspan_jax.selectors import Mask
 
 ROW_MULTIPLE = 8  # of a pool: what the copy engine moves is cut into so many rows
 LayerPools = tuple[Float[Array, "P K H"], Float[Array, "P K H"]]

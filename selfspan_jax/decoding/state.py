@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from pallas_kernels import write_elements
 from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import Slots, get_policy
+from selfspan_jax.attention.selectors import prompt_mask
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, sample
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
-from selfspan_jax.selectors import prompt_mask
 from selfspan_jax.spans import SpanState
 
 MIN_PREFILL_CHUNK_TOKENS = 64  # of each prompt

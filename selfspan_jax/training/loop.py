@@ -24,8 +24,8 @@ from selfspan_jax.model import Decoder, Frozen
 from selfspan_jax.parallel import collectives, distributed, layout
 from selfspan_jax.training.interrupts import Interrupts
 from selfspan_jax.training.metrics import EVALUATION, MetricsLog, StepTimer
-from selfspan_jax.training.runs import TrainingCheckpoints
 from selfspan_jax.training.step import Batch, DeviceBatch, count_tokens, initial_state, train_step
+from selfspan_jax.weights.checkpoints import TrainingCheckpoints
 
 
 class TrainingDiverged(UserError):

@@ -1,1 +1,1 @@
-"""Weights in files: finished models, pretrained models of Hugging Face directories and GGUF files, adapters."""
+"""Weights in files: checkpoints of runs, finished models, pretrained models of Hugging Face directories and GGUF files, adapters."""

@@ -8,12 +8,12 @@ import pytest
 
 from pallas_kernels.prompt_attention import BlockMeans, SampleAttention, WindowTiles
 from selfspan_jax.attention.policies import Window
+from selfspan_jax.attention.selectors import get_selector
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import prefill_chunk_tokens
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.mesh import make_mesh
-from selfspan_jax.selectors import get_selector
 from selfspan_jax.viewing import retention
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB
