@@ -196,9 +196,9 @@ def attend_paged(earlier: Int[Array, "R S"], own: Int[Array, "R Q"], first: Int[
       attend: the attention over R * S rows, where token s of prompt r is row r * S + s.
     """
 
-    def paged(qkv, angles, pools):
+    def paged(qkv, norms, angles, pools):
         buffers = tuple(pool.at[earlier.reshape(-1)].get(mode="fill", fill_value=0) for pool in pools)
-        out, buffers = attend(qkv, angles, buffers)
+        out, buffers = attend(qkv, norms, angles, buffers)
 
         def written(pool, buffer):
             new = jax.lax.dynamic_slice_in_dim(buffer.reshape(*earlier.shape, *buffer.shape[1:]), first, own.shape[1], axis=1)

@@ -301,11 +301,7 @@ class Scheduler:
         finally:  # interrupted, nothing of them is left behind
             for ticket in tickets:
                 self.cancel(ticket)
-        found = []
-        for part in parts:
-            token_ids, num_attended = (np.concatenate([tokens[i] for tokens in part]) for i in range(2))
-            found.append(Tokens(token_ids, num_attended, part[-1].finished, part[-1].error))
-        return found
+        return [joined(part) for part in parts]
 
     def warm_up(self) -> None:
         """Run every program once, on no request, so that none is compiled later."""
@@ -565,6 +561,12 @@ class Scheduler:
 
 
 _NONE = np.zeros(0, np.int32)
+
+
+def joined(parts: Sequence[Tokens]) -> Tokens:
+    """Join what a request was given."""
+    token_ids, num_attended = (np.concatenate([tokens[i] for tokens in parts]) for i in range(2))
+    return Tokens(token_ids, num_attended, parts[-1].finished, parts[-1].error)
 
 
 def _number(ticket: Ticket) -> int:
