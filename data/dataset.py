@@ -68,7 +68,7 @@ class StoredCorpus:
     @functools.cached_property
     def corpus(self) -> Any:
         """The settings that it was drawn and written with: an instance of its task's `Corpus`. UserError: of another version."""
-        settings, names = self.card["distributions"], [field.name for field in dataclasses.fields(self.task.Corpus)]  # type: ignore[arg-type]
+        settings, names = self.task.settings() | self.card["distributions"], [field.name for field in dataclasses.fields(self.task.Corpus)]  # type: ignore[arg-type]
         if absent := [name for name in names if name not in settings]:
             raise UserError(f"{self.path}: its card does not say {', '.join(absent)}: written by an older version; write it anew")
         return self.task.Corpus(**{name: tuple(v) if isinstance(v := settings[name], list) else v for name in names})

@@ -66,6 +66,14 @@ def encode_steps(
     return np.array([*token_ids, vocab.eos_id], np.int32), first_label
 
 
+def without_span_tokens(token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab) -> tuple[npt.NDArray[np.int32], int]:
+    """Take the span tokens out of an example: (ids, tokens of the prompt). Steps after the first begin with `<solve>`."""
+    segs, refs = (spans.is_label(token_ids, base, vocab) for base in (vocab.seg_base, vocab.ref_base))
+    later = np.arange(len(token_ids)) > prompt_tokens  # at `prompt_tokens` the first step is opened, which the prompt's `<solve>` did
+    kept = ~refs & (~segs | later)
+    return np.where(segs, np.int32(vocab.solve_id), token_ids)[kept], int(kept[:prompt_tokens].sum())
+
+
 class Written(NamedTuple):
     """A step of a response: its label, the pieces of the prompt that it names, from 0 on, and its text."""
 
@@ -116,7 +124,7 @@ class PiecesTask(task.Task):
     def rewrite(self, example: Any, uniform: float, vocab: Vocab) -> Any:
         """Write an example again as `renumber` does; where its vocabulary writes text as this one does, without its text."""
         ids, tags = example.token_ids, spans.is_label(example.token_ids, vocab.seg_base, vocab)
-        table, used = translation(vocab, self.vocab), int(ids[tags].max()) - vocab.seg_base - example.first_label + 1
+        table, used = translation(vocab, self.vocab), int(ids[tags].max(initial=vocab.seg_base)) - vocab.seg_base - example.first_label + 1
         if table is None or used >= self.vocab.num_labels:
             return self.renumber(example, uniform)
         first = self.vocab.first_label(used, uniform)

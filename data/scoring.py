@@ -1,11 +1,15 @@
 """Score texts against gold ones by ROUGE, and the numbers that they state and the sources that they name."""
 
 import collections
+import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from data.alignment import plain_words
+
+Counts = Mapping[str, tuple[float, float]]
+"""Of one example, the sum and the weight that it adds to each score: a score is the ratio of the two over all examples."""
 
 _NUMBER = re.compile(r"[0-9]+(?:[.,·][0-9]+)*")
 
@@ -21,12 +25,18 @@ def rouge(golds: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dic
     return {name: sum(score[key].fmeasure for score in scores) / max(len(scores), 1) for name, key in names.items()}
 
 
+def rouge_counts(gold: Sequence[str], found: Sequence[str]) -> Counts:
+    """Return what one text adds to the means of `rouge`."""
+    return {name: (score, 1) for name, score in rouge([gold], [found]).items()}
+
+
 def rouge_l(golds: Sequence[Sequence[str]], found: Sequence[str]) -> list[float]:
     """Return the F1 of ROUGE-L of each text against the best of its gold ones, each as one sentence; words as for `rouge`."""
     scorer = _scorer("rougeL")
     return [max(scorer.score(gold, own)["rougeL"].fmeasure for gold in every) for every, own in zip(golds, found, strict=True)]
 
 
+@functools.cache
 def _scorer(*names: str) -> Any:
     from rouge_score import rouge_scorer, tokenizers  # imports nltk, which takes a second
 
@@ -54,6 +64,16 @@ def numbers(texts: Iterable[str]) -> set[str]:
     return {re.sub(r",(?=[0-9]{3}(?![0-9]))", "", n).replace("·", ".") for text in texts for n in _NUMBER.findall(text)}
 
 
+def ratios(counts: Iterable[Counts]) -> dict[str, float]:
+    """Compute each score over the examples that have it; of nothing it is 0."""
+    sums: dict[str, tuple[float, float]] = {}
+    for own in counts:
+        for name, (total, weight) in own.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + total, before[1] + weight
+    return {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}
+
+
 class Shares:
     """Shares by name, each of all that was added under the name; those named at first are there without anything too."""
 
@@ -66,6 +86,10 @@ class Shares:
         self._hits[name] += len(hits)
         self._of[name] += len(of)
 
+    def counts(self) -> Counts:
+        """Return the hits, and of how many."""
+        return {name: (self._hits[name], count) for name, count in self._of.items()}
+
     def shares(self) -> dict[str, float]:
         """Return the shares; of nothing it is 0."""
-        return {name: self._hits[name] / max(count, 1) for name, count in self._of.items()}
+        return ratios([self.counts()])

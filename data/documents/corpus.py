@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from data import streams
 from data.alignment import Alignment, readable, split_sentences
 from data.errors import UserError, check_choice, check_range
-from data.pieces import MIN_PROMPT_TOKENS, encode_prompt, encode_steps
+from data.pieces import MIN_PROMPT_TOKENS, encode_prompt, encode_steps, without_span_tokens
 from data.sources import Unusable
 from data.streams import GeneratedCorpus
 from data.vocab import MAX_TOKENIZER_TOKENS, MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab
@@ -22,6 +22,7 @@ BREAK = f"\n\n{MARK}"
 UNKNOWN = (-1,)  # the sources that alignment is to find
 
 TooLong = Literal["drop", "cut"]
+Labelling = Literal["pieces", "plain"]
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _MIN_OVERLAP = 8  # characters: marked text begins and ends a little beyond its sentences
 
@@ -84,6 +85,7 @@ class Corpus(GeneratedCorpus[Example]):
       too_long: drop them, or cut them at the end of a piece: then steps rest on what is left.
       piece_sentences: Sentences to a piece (label), within a paragraph; 0: whole paragraphs.
       closed_pieces: End each piece with its `<seg:k>` once more: for header_view="labels".
+      labelling: "pieces" have labels, which steps name; "plain" is the same text without span tokens, steps told apart by `<solve>`.
     """
 
     vocab_tokens: int = 8192
@@ -93,12 +95,14 @@ class Corpus(GeneratedCorpus[Example]):
     too_long: TooLong = "drop"
     piece_sentences: int = 1
     closed_pieces: bool = True
+    labelling: Labelling = "pieces"
 
     chunk_examples: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         Vocab(self.num_labels)
         check_choice("too_long", self.too_long, TooLong)
+        check_choice("labelling", self.labelling, Labelling)
         check_range(self, "vocab_tokens", low=MIN_TOKENIZER_TOKENS, high=MAX_TOKENIZER_TOKENS)
         check_range(self, "max_prompt_tokens", "max_example_tokens", low=MIN_PROMPT_TOKENS)
         check_range(self, "piece_sentences", low=0)
@@ -135,6 +139,7 @@ def encode(
     alignment: Alignment | None = None,
     max_example_tokens: int,
     too_long: TooLong = "drop",
+    labelling: Labelling = "pieces",
     uniform: float | None = None,
     **style: Any,
 ) -> Example:
@@ -160,6 +165,8 @@ def encode(
     token_ids, first_label = encode_steps(prompt, kept, [(step.text, step.sources) for step in document.steps], vocab, uniform)
     if len(token_ids) > max_example_tokens:
         raise Unusable(f"{len(token_ids)} tokens, more than {max_example_tokens}", "longer than max_example_tokens")
+    if labelling == "plain":
+        return Example(*without_span_tokens(token_ids, len(prompt), vocab), document, first_label)
     return Example(token_ids, len(prompt), document, first_label)
 
 

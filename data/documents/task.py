@@ -1,6 +1,7 @@
 """The task of documents: pieces in, token ids out, and steps that name the pieces that they rest on back."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -8,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from data import scoring
+from data import scoring, spans
 from data.documents import card, corpus, own
 from data.documents.corpus import MARK, Document, Evidence, Example, Step, split_pieces
-from data.errors import UserError
-from data.pieces import PiecesTask, encode_prompt, style
+from data.errors import UserError, check_choice
+from data.pieces import PiecesTask, Written, encode_prompt, style, without_span_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class DocumentTask(PiecesTask):
     Attributes:
       max_example_tokens: Most tokens of an example, its response included.
       piece_sentences: Sentences to a piece, within a paragraph; 0: whole paragraphs.
+      labelling: "plain": text without span tokens, its steps told apart by `<solve>`.
       source: the file or directory that the corpus was read from.
     """
 
@@ -30,6 +32,7 @@ class DocumentTask(PiecesTask):
     source: str = ""
     max_example_tokens: int = 8192
     piece_sentences: int = 1
+    labelling: corpus.Labelling = "pieces"
 
     name: ClassVar[str] = "documents"
     version: ClassVar[int] = 1
@@ -57,6 +60,12 @@ class DocumentTask(PiecesTask):
         super().__post_init__()
         if type(self.piece_sentences) is not int or self.piece_sentences < 0:
             raise UserError(f"piece_sentences is {self.piece_sentences!r}; allowed: whole numbers from 0")
+        check_choice("labelling", self.labelling, corpus.Labelling)
+
+    @classmethod
+    def from_json(cls, fields: Any) -> "DocumentTask":
+        """Read what `to_json` wrote, also without `labelling`, which older models do not name."""
+        return super().from_json({"labelling": "pieces", **fields} if isinstance(fields, Mapping) else fields)
 
     @property
     def is_generated(self) -> bool:
@@ -81,7 +90,8 @@ class DocumentTask(PiecesTask):
 
     def encode_prompt(self, text: str) -> npt.NDArray[np.int32]:
         """Write a prompt, int32 [n], labels from 1 on, cut at the end of a piece. UserError: it has no piece, or more than labels."""
-        return np.array(self._prompt(text)[0], np.int32)
+        ids = np.array(self._prompt(text)[0], np.int32)
+        return without_span_tokens(ids, len(ids), self.vocab)[0] if self.labelling == "plain" else ids
 
     def _prompt(self, text: str) -> tuple[list[int], int, Sequence[str]]:
         about, pieces = self.split_prompt(text)
@@ -94,13 +104,27 @@ class DocumentTask(PiecesTask):
         _, kept, pieces = self._prompt(text)
         return self.cut_warning(kept, pieces, piece="pieces", whole="text")
 
+    def steps(self, response_ids: Iterable[int]) -> list[Written]:
+        """Read the steps of a response, labels from 1 on; those of plain text are numbered and name nothing."""
+        if self.labelling != "plain":
+            return super().steps(response_ids)
+        before, _, _ = spans.read_steps(response_ids, self.vocab)
+        parts = [list(own) for is_end, own in itertools.groupby(before, self.vocab.solve_id.__eq__) if not is_end]
+        texts = (self.vocab.decode(i for i in own if i not in self.vocab.structural).strip() for own in parts)
+        return [Written(number, frozenset(), text) for number, text in enumerate(texts, 1)]
+
     def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
-        """Score responses to the examples' prompts, labels from 1 on: ROUGE, and the sources of each step against the gold one's."""
-        written = [self.steps(response) for response in responses]
-        golds = [example.document.steps for example in examples]
-        scores = scoring.rouge([[step.text for step in gold] for gold in golds], [[step.text for step in own] for own in written])
-        named = [[step.named for step in own] for own in written]
-        return scores | scoring.span_scores([[step.sources for step in gold] for gold in golds], named)
+        """Score responses to the examples' prompts, labels from 1 on."""
+        return scoring.ratios(map(self.counts, examples, responses))
+
+    def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
+        """Score one response: ROUGE, and the sources of each step against the gold one's."""
+        written, gold = self.steps(response), example.document.steps
+        tally = scoring.Shares(*self.score_kinds["sources"])
+        for own, wanted in itertools.zip_longest((step.named for step in written), ({*step.sources} for step in gold), fillvalue=set()):
+            tally.add("span_precision", own & wanted, own)
+            tally.add("span_recall", own & wanted, wanted)
+        return {**scoring.rouge_counts([step.text for step in gold], [step.text for step in written]), **tally.counts()}
 
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
         """Raise UserError: nothing like the documents of a file can be drawn."""
@@ -109,7 +133,7 @@ class DocumentTask(PiecesTask):
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
-            options = {"max_example_tokens": self.max_example_tokens, "uniform": uniform, **style(self)}
+            options = {name: getattr(self, name) for name in ("max_example_tokens", "labelling")} | {"uniform": uniform, **style(self)}
             return corpus.encode(example.document, self.instruction, self.vocab, **options)
         except UserError:
             return None

@@ -35,30 +35,27 @@ class PaperTask(ReportTask):
     WriteCommand: ClassVar[type[source.WriteCommand]] = source.WriteCommand
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
 
-    def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
-        """Score abstracts: ROUGE; the share of the numbers stated that stand in the body, in the sources named and in the gold abstract,
+    def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
+        """Score an abstract: ROUGE; the share of the numbers stated that stand in the body, in the sources named and in the gold abstract,
         and of the gold abstract's that are stated; the sources of each sentence against those that alignment finds for it as it is
         written; all of them together against the gold ones; and the share of the doctors' evidence that is among them.
         """
-        written = [self.steps(response) for response in responses]
-        golds = [example.document for example in examples]
-        scores = scoring.rouge([[step.text for step in gold.steps] for gold in golds], [[step.text for step in own] for own in written])
+        written, gold = self.steps(response), example.document
         tally = scoring.Shares(*self.score_kinds["numbers"], *self.score_kinds["sources"])
-        for gold, own in zip(golds, written, strict=True):
-            named = {piece for step in own for piece in step.named if piece < len(gold.pieces)}
-            wanted = {piece for step in gold.steps for piece in step.sources}
-            body, abstract = (scoring.numbers(texts) for texts in (gold.pieces, [step.text for step in gold.steps]))
-            stated = [scoring.numbers([step.text]) for step in own]
-            aligned = Alignment().align(gold.pieces, [step.text for step in own])
-            for step, numbers, sources in zip(own, stated, aligned, strict=True):
-                inside = scoring.numbers(gold.pieces[piece] for piece in step.named if piece < len(gold.pieces))
-                tally.add("numbers_in_body", numbers & body, numbers)
-                tally.add("numbers_in_sources", numbers & inside, numbers)
-                tally.add("numbers_in_abstract", numbers & abstract, numbers)
-                tally.add("aligned_precision", step.named & {*sources}, step.named)
-                tally.add("aligned_recall", step.named & {*sources}, sources)
-            tally.add("abstract_numbers_stated", abstract & set().union(*stated), abstract)
-            tally.add("gold_precision", named & wanted, named)
-            tally.add("gold_recall", named & wanted, wanted)
-            tally.add("evidence_named", [e for e in gold.evidence if named & {*e.pieces}], gold.evidence)
-        return scores | tally.shares()
+        named = {piece for step in written for piece in step.named if piece < len(gold.pieces)}
+        wanted = {piece for step in gold.steps for piece in step.sources}
+        body, abstract = (scoring.numbers(texts) for texts in (gold.pieces, [step.text for step in gold.steps]))
+        stated = [scoring.numbers([step.text]) for step in written]
+        aligned = Alignment().align(gold.pieces, [step.text for step in written])
+        for step, numbers, sources in zip(written, stated, aligned, strict=True):
+            inside = scoring.numbers(gold.pieces[piece] for piece in step.named if piece < len(gold.pieces))
+            tally.add("numbers_in_body", numbers & body, numbers)
+            tally.add("numbers_in_sources", numbers & inside, numbers)
+            tally.add("numbers_in_abstract", numbers & abstract, numbers)
+            tally.add("aligned_precision", step.named & {*sources}, step.named)
+            tally.add("aligned_recall", step.named & {*sources}, sources)
+        tally.add("abstract_numbers_stated", abstract & set().union(*stated), abstract)
+        tally.add("gold_precision", named & wanted, named)
+        tally.add("gold_recall", named & wanted, wanted)
+        tally.add("evidence_named", [e for e in gold.evidence if named & {*e.pieces}], gold.evidence)
+        return {**scoring.rouge_counts([step.text for step in gold.steps], [step.text for step in written]), **tally.counts()}

@@ -1,7 +1,7 @@
 """The task of stories: sections and questions in; answers out, each of which names its question and the sections it was read in."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from data import scoring
@@ -37,37 +37,32 @@ class StoryTask(DocumentTask):
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
     piece_sentences: int = 0
 
-    def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
+    def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
         """Score answers, each question's by the first step that names the question; one that no step names has an empty answer.
 
         ROUGE-L is the F1 against the better of the people's answers (and against the first of them), in all and by kind, a mean
         over questions; of the sections: how often a gold one is named, and precision and recall of all that are named.
         """
-        golds: list[tuple[str, Sequence[str]]] = []
-        texts: list[str] = []
-        tally = scoring.Shares()
-        for example, response in zip(examples, responses, strict=True):
-            document = example.document
-            answered = {question_of(document, sorted(step.named)): step for step in reversed(self.steps(response))}
-            for gold in document.steps:
-                question = question_of(document, gold.sources)
-                step = answered.get(question)
-                wanted = {*gold.sources} - {question}
-                named = {piece for piece in (step.named if step else ()) if piece != question}
-                golds.append((gold.kind, (gold.text, *gold.answers)))
-                texts.append(step.text if step else "")
-                tally.add("questions_answered", [step] if step else [], [gold])
-                tally.add("section_named", [gold] if named & wanted else [], [gold])
-                tally.add("section_precision", named & wanted, named)
-                tally.add("section_recall", named & wanted, wanted)
-        best = scoring.rouge_l([answers for _, answers in golds], texts)
-        first = scoring.rouge_l([answers[:1] for _, answers in golds], texts)
-        scores = {"rougeL": _mean(best), "rougeL_first_answer": _mean(first)}
-        for kind in KINDS:
-            if own := [score for score, (known, _) in zip(best, golds, strict=True) if known == kind]:
-                scores[f"rougeL_{kind}"] = _mean(own)
-        return scores | tally.shares()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
+        document, written, tally = example.document, self.steps(response), scoring.Shares(*self.score_kinds["sections"])
+        asked = [question_of(document, gold.sources) for gold in document.steps]
+        if self.labelling == "plain":  # answers stand in the order of the questions
+            answered = dict(zip(asked, written))
+        else:
+            answered = {question_of(document, sorted(step.named)): step for step in reversed(written)}
+        texts = []
+        for gold, question in zip(document.steps, asked, strict=True):
+            step = answered.get(question)
+            wanted = {*gold.sources} - {question}
+            named = {piece for piece in (step.named if step else ()) if piece != question}
+            texts.append(step.text if step else "")
+            tally.add("questions_answered", [step] if step else [], [gold])
+            tally.add("section_named", [gold] if named & wanted else [], [gold])
+            tally.add("section_precision", named & wanted, named)
+            tally.add("section_recall", named & wanted, wanted)
+        best = scoring.rouge_l([(gold.text, *gold.answers) for gold in document.steps], texts)
+        first = scoring.rouge_l([(gold.text,) for gold in document.steps], texts)
+        counts = {"rougeL": (sum(best), len(best)), "rougeL_first_answer": (sum(first), len(first))}
+        for kind in {gold.kind for gold in document.steps} & {*KINDS}:
+            own = [score for score, gold in zip(best, document.steps, strict=True) if gold.kind == kind]
+            counts[f"rougeL_{kind}"] = sum(own), len(own)
+        return {**counts, **tally.counts()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from data import scoring
@@ -34,22 +34,20 @@ class VerdictTask(ReportTask):
         found = _VERDICT.findall(self.answer(response_ids) or "")
         return found[-1] if found else None
 
-    def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
-        """Score verdicts: how many are right, and given at all; how often a piece of the evidence that any doctor marked is named;
+    def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
+        """Score a verdict: whether it is right, and given at all; whether a piece of the evidence that any doctor marked is named;
         the pieces named against those of the evidence that the gold response quotes; and the quote against that evidence (ROUGE-L).
         """
-        tally, quotes = scoring.Shares(), []
-        for example, response in zip(examples, responses, strict=True):
-            ids = list(response)
-            (gold,) = example.document.steps
-            verdict, steps = self.verdict(ids), self.steps(ids)
-            named, sources = {piece for step in steps for piece in step.named}, {*gold.sources}
-            marked = {piece for own in example.document.evidence for piece in own.pieces}
-            tally.add("verdict_accuracy", [verdict] if verdict == gold.kind else [], [gold])
-            tally.add("verdicts_given", [verdict] if verdict else [], [gold])
-            tally.add("evidence_named", [gold] if named & marked else [], [gold])
-            tally.add("evidence_precision", named & sources, named)
-            tally.add("evidence_recall", named & sources, sources)
-            quotes.append([text.partition(source.VERDICT)[0].strip() for text in (gold.text, self.answer(ids) or "")])
-        rouge = scoring.rouge([[gold] for gold, _ in quotes], [[own] for _, own in quotes])
-        return tally.shares() | {"quote_rougeL": rouge["rougeL"]}
+        tally, ids = scoring.Shares(), list(response)
+        (gold,) = example.document.steps
+        verdict, steps = self.verdict(ids), self.steps(ids)
+        named, sources = {piece for step in steps for piece in step.named}, {*gold.sources}
+        marked = {piece for own in example.document.evidence for piece in own.pieces}
+        tally.add("verdict_accuracy", [verdict] if verdict == gold.kind else [], [gold])
+        tally.add("verdicts_given", [verdict] if verdict else [], [gold])
+        tally.add("evidence_named", [gold] if named & marked else [], [gold])
+        tally.add("evidence_precision", named & sources, named)
+        tally.add("evidence_recall", named & sources, sources)
+        quotes = (text.partition(source.VERDICT)[0].strip() for text in (gold.text, self.answer(ids) or ""))
+        rouge = scoring.rouge_counts(*([quote] for quote in quotes))
+        return {**tally.counts(), "quote_rougeL": rouge["rougeL"]}

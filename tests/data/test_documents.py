@@ -280,6 +280,32 @@ def test_gold_responses_are_right_and_empty_ones_are_not(corpora, name):
     assert {key for keys in stored.task.score_kinds.values() for key in keys} == set(gold)
 
 
+@pytest.mark.parametrize("name", WRITE)
+def test_plain_text_is_the_same_without_span_tokens(name, corpora, sources, tmp_path, capsys):
+    """The same documents and texts, steps told apart by `<solve>`; whatever labels the vocabulary has, it is written alike."""
+    options = [*OPTIONS, "--labelling", "plain", "--split", "validation", "--out", tmp_path / name]
+    assert run(capsys, name, "--source", sources[name], *options)[0] == 0
+    plain, labelled = dataset.load(tmp_path / name, TASKS), load(corpora, name, "validation")
+    assert len(plain) == len(labelled) and plain.corpus.labelling == "plain"
+    for own, other in zip(plain, labelled, strict=True):
+        vocab, expected = labelled.task.vocab, []
+        for position, token in enumerate(other.token_ids.tolist()):
+            if vocab.seg_base <= token < vocab.seg_base + vocab.num_labels and position > other.prompt_tokens:
+                expected.append("<solve>")
+            elif token < vocab.seg_base or token >= max(vocab.seg_base, vocab.ref_base) + vocab.num_labels:
+                expected.append(vocab.decode([token]))
+        assert [plain.task.vocab.decode([token]) for token in own.token_ids.tolist()] == expected
+        assert plain.task.encode_prompt(own.prompt).tolist() == own.token_ids[: own.prompt_tokens].tolist()
+        steps = plain.task.steps(own.response_ids)
+        assert [step.text for step in steps] == [step.text for step in other.document.steps] and not any(step.named for step in steps)
+        assert plain.task.rewrite(own, 0.7, plain.task.vocab).token_ids.tolist() == own.token_ids.tolist()
+    scores = plain.task.scores([*plain], [example.response_ids for example in plain])
+    assert {"papers": "rougeL", "verdicts": "verdict_accuracy", "stories": "questions_answered"}[name] in scores
+    assert scores.get("rougeL", scores.get("quote_rougeL")) == pytest.approx(1)
+    older = {key: value for key, value in labelled.task.to_json().items() if key != "labelling"}
+    assert type(labelled.task).from_json(older) == labelled.task
+
+
 def test_scores_of_an_abstract_by_hand(corpora):
     stored = load(corpora, "papers", "validation")
     example = stored.task.renumber(next(iter(stored)))
