@@ -121,9 +121,10 @@ class DocumentTask(PiecesTask):
         """Score one response: ROUGE, and the sources of each step against the gold one's."""
         written, gold = self.steps(response), example.document.steps
         tally = scoring.Shares(*self.score_kinds["sources"])
-        for own, wanted in itertools.zip_longest((step.named for step in written), ({*step.sources} for step in gold), fillvalue=set()):
-            tally.add("span_precision", own & wanted, own)
-            tally.add("span_recall", own & wanted, wanted)
+        pairs = itertools.zip_longest((step.named for step in written), (frozenset(step.sources) for step in gold))
+        for named, wanted in ((named or frozenset(), wanted or frozenset()) for named, wanted in pairs):
+            tally.add("span_precision", named & wanted, named)
+            tally.add("span_recall", named & wanted, wanted)
         return {**scoring.rouge_counts([step.text for step in gold], [step.text for step in written]), **tally.counts()}
 
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
