@@ -327,7 +327,7 @@ def test_settings_do_not_change_the_answer(batch, config, interpret):
     assert within_budget(np.asarray(out, np.float64), problem, ml_dtypes.bfloat16)
 
 
-STREAMED = {"odd_outputs": False, "all_of_it": True, "inputs_11008": False, "batch_33": False}  # with int8 weights or not
+STREAMED = {"odd_outputs": False, "all_of_it": True, "inputs_11008": False}  # with int8 weights or not
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)

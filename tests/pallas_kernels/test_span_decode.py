@@ -242,11 +242,9 @@ def take_step(problem: Problem, config, implementation="triton", interpret=False
 
 
 STEPS = [  # case, with norms or not, settings
-    ("ragged", False, TritonConfig(16, 1, 2, 0)),
     ("ragged", True, TritonConfig(16, 1, 2, 2, kv_heads=2)),
     ("gqa_3", True, TritonConfig(32, 1, 2, 0)),
-    ("kv_8", True, TritonConfig(16, 2, 2, 0, kv_heads=4)),
-    ("batch_1", False, TritonConfig(16, 2, 2, 5)),
+    ("kv_8", False, TritonConfig(16, 2, 2, 0, kv_heads=4)),
     ("mqa_16_head_32", False, None),
 ]
 
