@@ -8,14 +8,12 @@ the weights come from memory and not from the cache: single matrices (the result
 whole layers without their attention. Microseconds are wall time per call (per layer), launches included, nothing subtracted.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -25,8 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from benchmarks.shapes import ShapeName, matrix_sizes, named_shape
-from benchmarks.timing import CACHE_BYTES, KernelReport, median_and_spread, names, relative_error, require_gpu, run_seconds
-from data import commandline
+from benchmarks.timing import CACHE_BYTES, KernelCommand, KernelReport, median_and_spread, relative_error, run_seconds
 from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
 from pallas_kernels.common import MULTIPROCESSORS
 from pallas_kernels.linear import expected_bytes
@@ -34,8 +31,6 @@ from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, LinearConfig, TileCo
 from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.linear.triton import triton_linear
 from pallas_kernels.linear.triton_tiled import triton_tiled_linear
-from selfspan_jax import files
-from selfspan_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,25 +319,19 @@ def variants_of(matrix: Matrix, batches: list[int], implementations: list[str], 
 
 def main(arguments: list[str] | None = None) -> int:
     matrices = {matrix.name: matrix for matrix in MATRICES}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__.split("\n")[0])
-    parser.add_argument("--matrices", default=",".join(matrices), help="comma-separated, may be empty (default: all: %(default)s)")
-    parser.add_argument("--layers", default=",".join(LAYERS), help="comma-separated, may be empty (default: all: %(default)s)")
-    parser.add_argument("--batch-size", default=",".join(map(str, BATCHES)), help="rows, comma-separated (default: %(default)s)")
-    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="of the matrices (default: %(default)s)")
+    parser = KernelCommand("benchmarks.linear", __doc__)
+    parser.add_names("--matrices", matrices, ", may be empty", "matrix")
+    parser.add_names("--layers", LAYERS, ", may be empty", "layer")
+    parser.add_names("--batch-size", BATCHES, ", rows")
+    parser.add_names("--implementations", IMPLEMENTATIONS, ", of the matrices")
     parser.add_argument("--tune", action="store_true", help="time every sensible setting of the Triton kernel on the matrices instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the data (default: %(default)s)")
-    parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     args = parser.parse_args(arguments)
-    matrix_names = names(parser, args.matrices, "matrix", matrices)
-    layers = names(parser, args.layers, "layer", LAYERS)
-    implementations = names(parser, args.implementations)
-    batches = list(map(int, names(parser, args.batch_size)))
-    require_gpu(parser)
-    with commandline.exit_on_user_error(UserError), files.outputs(json=args.json), KernelReport(args.json, seed=args.seed) as report:
-        for layer in () if args.tune else layers:
+    batches = list(map(int, args.batch_size))
+    with parser.report(args) as report:
+        for layer in () if args.tune else args.layers:
             run_layers(layer, batches, args.seed, report)
-        for matrix in map(matrices.__getitem__, matrix_names):
-            variants = variants_of(matrix, batches, implementations, args.tune)
+        for matrix in map(matrices.__getitem__, args.matrices):
+            variants = variants_of(matrix, batches, args.implementations, args.tune)
             run_matrix(matrix, variants, args.seed, report, runs=3 if args.tune else 5)
     return 0
 

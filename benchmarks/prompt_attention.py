@@ -11,10 +11,8 @@ error is the RMS of the difference to float32, relative to the RMS of what was e
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,15 +27,13 @@ from benchmarks.shapes import PROMPT_SHAPES, PromptShape
 from benchmarks.span_decode import chain_us
 from benchmarks.timing import KernelReport
 from benchmarks.workloads import arithmetic_prompts, prompt_operators
-from data import arithmetic, commandline
+from data import arithmetic
 from data.vocab import Vocab
 from pallas_kernels import PromptMask, prompt_attention
 from pallas_kernels.prompt_attention import unsupported_reason
 from pallas_kernels.sequence_attention.reference import reference_attention
-from selfspan_jax import files
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import AttentionViews
-from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import bf16_peak
@@ -174,19 +170,14 @@ def run_shape(shape: PromptShape, implementations: list[str], report: KernelRepo
 
 def main(arguments: list[str] | None = None) -> int:
     by_name = {shape.name: shape for shape in PROMPT_SHAPES}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prompt_attention", description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", default=",".join(by_name), help="comma-separated (default: all: %(default)s)")
-    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the data (default: %(default)s)")
-    parser.add_argument("--json", type=pathlib.Path, help="write the results here")
+    parser = timing.KernelCommand("benchmarks.prompt_attention", __doc__)
+    parser.add_names("--shapes", by_name, "", "shape")
+    parser.add_names("--implementations", IMPLEMENTATIONS, "", "implementation")
     args = parser.parse_args(arguments)
-    shapes = [by_name[name] for name in timing.names(parser, args.shapes, "shape", by_name)]
-    implementations = timing.names(parser, args.implementations, "implementation", IMPLEMENTATIONS)
-    timing.require_gpu(parser)
-    settings: dict[str, Any] = {"seed": args.seed, "shapes": list(map(dataclasses.asdict, shapes))}
-    with commandline.exit_on_user_error(UserError), files.outputs(json=args.json), KernelReport(args.json, **settings) as report:
+    shapes = [by_name[name] for name in args.shapes]
+    with parser.report(args, shapes=list(map(dataclasses.asdict, shapes))) as report:
         for shape in shapes:
-            run_shape(shape, implementations, report, args.seed)
+            run_shape(shape, args.implementations, report, args.seed)
             report.save()
     return 0
 

@@ -13,14 +13,13 @@ Beside them stand the time less that of the same chain of empty calls ("net_micr
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import importlib.util
 import math
-import pathlib
 import statistics
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 DENSITIES = (1.0, 0.1, 0.02)
 PATTERNS = ("tokens", "spans", "blocks")
 CASES = tuple((density, pattern) for density in DENSITIES for pattern in (PATTERNS if density < 1.0 else ("all",)))
+IMPLEMENTATIONS = ("triton", "triton+int8", "mosaic", "jax_triton")
 ROUNDS = 8  # through all slot lists of a chain
 
 
@@ -319,16 +319,12 @@ def plot(report: dict) -> Figure:
 
 def main(arguments: list[str] | None = None) -> int:
     by_name = {shape.name: shape for shape in ATTENTION_SHAPES}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.span_decode", description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", default=",".join(by_name), help="comma-separated (default: all: %(default)s)")
-    ours, others = "comma-separated, +int8 for int8 pools", "other implementations: of jax (XLA, cuDNN) and of torch"
-    may_be_empty = "may be empty (default: %(default)s)"
-    parser.add_argument("--implementations", default="triton,triton+int8,mosaic,jax_triton", help=f"{ours}, {may_be_empty}")
-    parser.add_argument("--peers", default="jax,torch", help=f"{others}, {may_be_empty}")
+    parser = timing.KernelCommand("benchmarks.span_decode", __doc__, json="write the results here (with --plot: read them)")
+    parser.add_names("--shapes", by_name, "", "shape")
+    parser.add_names("--implementations", IMPLEMENTATIONS, ", +int8 for int8 pools, may be empty")
+    parser.add_names("--peers", ("jax", "torch"), ", other implementations: of jax (XLA, cuDNN) and of torch, may be empty")
     parser.add_argument("--tune", action="store_true", help="time every setting of the Triton kernel instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the slots and the data (default: %(default)s)")
-    parser.add_argument("--json", type=pathlib.Path, help="write the results here (with --plot: read them)")
-    parser.add_argument("--plot", type=pathlib.Path, help="only draw the results in --json to this file")
+    parser.add_argument("--plot", type=Path, help="only draw the results in --json to this file")
     args = parser.parse_args(arguments)
     if args.plot:
         if not args.json or not args.json.exists():
@@ -336,19 +332,16 @@ def main(arguments: list[str] | None = None) -> int:
         with commandline.exit_on_user_error(UserError), files.outputs(plot=args.plot):
             files.write_picture(args.plot, plot(files.read_json(args.json)))
         return 0
-    shapes = [by_name[name] for name in timing.names(parser, args.shapes, "shape", by_name)]
-    implementations, peers = timing.names(parser, args.implementations), timing.names(parser, args.peers)
-    timing.require_gpu(parser)
-    settings: dict[str, Any] = {"seed": args.seed, "shapes": list(map(dataclasses.asdict, shapes))}
-    with commandline.exit_on_user_error(UserError), files.outputs(json=args.json), KernelReport(args.json, **settings) as report:
+    shapes = [by_name[name] for name in args.shapes]
+    with parser.report(args, shapes=list(map(dataclasses.asdict, shapes))) as report:
         for shape in shapes:
             if args.tune:
                 tune_shape(shape, args.seed, report)
             else:
                 workload = Workload.make(shape, args.seed)
-                run_implementations(workload, implementations, report, args.seed)
-                if peers and len(set(shape.lengths)) == 1:
-                    run_peers(workload, peers, report, args.seed)
+                run_implementations(workload, args.implementations, report, args.seed)
+                if args.peers and len(set(shape.lengths)) == 1:
+                    run_peers(workload, args.peers, report, args.seed)
             report.save()
     return 0
 

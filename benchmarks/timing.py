@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -12,14 +13,16 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from data import commandline
 from selfspan_jax import files
+from selfspan_jax.errors import UserError
 
 TOP_OPERATIONS = 20
 CACHE_BYTES = 64 * 2**20  # more than the L2 of any device meant here: chains read three times as much before they repeat
@@ -265,15 +268,34 @@ class KernelReport:
         files.write_rows(self._path, self.content, complete=True)
 
 
-def names(parser: argparse.ArgumentParser, text: str, what: str = "", known: Iterable[str] = ()) -> list[Any]:
-    """Split an option at its commas, but for those in brackets; a name that is not among the known ones ends in one line and status 2."""
-    found = [name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip()]
-    if what and (unknown := [name for name in found if name not in known]):
-        parser.exit(2, f"error: unknown {what} {unknown[0]!r}, choose from {', '.join(known)}\n")
-    return found
+class KernelCommand(argparse.ArgumentParser):
+    """The command line of a kernel's benchmark: `--seed`, `--json` and lists of names; a wrong name ends in one line and status 2."""
 
+    def __init__(self, module: str, description: str, *, json: str = "write the results here"):
+        """Take the name of the module, its docstring, and the help of `--json`."""
+        super().__init__(prog=f"python -m {module}", description=description.split("\n")[0])
+        self.add_argument("--seed", type=int, default=0, help="of the data (default: %(default)s)")
+        self.add_argument("--json", type=Path, help=json)
 
-def require_gpu(parser: argparse.ArgumentParser) -> None:
-    """End in one line and status 2 where there is no GPU."""
-    if (platform := jax.devices()[0].platform) != "gpu":
-        parser.exit(2, f"error: needs a GPU, the default device is a {platform}\n")
+    def add_names(self, option: str, default: Iterable[Any], text: str, what: str = "") -> None:
+        """Add an option that is split at its commas, but for those in brackets; with `what`, no names but the default's are known."""
+        known = list(map(str, default))
+
+        def split(words: str) -> list[str]:
+            found = [name.strip() for name in re.split(r",(?![^\[]*\])", words) if name.strip()]
+            if what and (unknown := [name for name in found if name not in known]):
+                self.exit(2, f"error: unknown {what} {unknown[0]!r}, choose from {', '.join(known)}\n")
+            return found
+
+        self.add_argument(
+            option, type=split, default=",".join(known), help=f"comma-separated{text} (default: {'all: ' * bool(what)}%(default)s)"
+        )
+
+    @contextlib.contextmanager
+    def report(self, args: argparse.Namespace, **settings: Any) -> Iterator[KernelReport]:
+        """Open the report of a run, with its seed and settings, on a GPU; errors that users can mend end in one line and status 2."""
+        if (platform := jax.devices()[0].platform) != "gpu":
+            self.exit(2, f"error: needs a GPU, the default device is a {platform}\n")
+        errors, outputs = commandline.exit_on_user_error(UserError), files.outputs(json=args.json)
+        with errors, outputs, KernelReport(args.json, seed=args.seed, **settings) as report:
+            yield report
