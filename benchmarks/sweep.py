@@ -44,7 +44,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
+from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import bf16_peak
@@ -298,21 +298,20 @@ def sweep(
     waiting = dict(compile_all(shape, cases, mesh) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
     params, quantized = Engine(decoder, mesh).params, False
+
+    def measure(case: AnyCase, programs: Programs | PrefillProgram) -> dict[str, Any]:
+        nonlocal decoder, params, quantized
+        if case.weights == "int8" and not quantized:
+            decoder, quantized = decoder.for_decoding(weights="int8"), True
+            params = Engine(decoder, mesh).params
+        return _module_of(case).measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
+
     for case in tqdm(cases, desc="measure", unit="row", leave=False, disable=None):
         programs = waiting.pop(case)
-        try:
-            if isinstance(programs, DoesNotFit):
-                raise programs
-            with catch_out_of_memory():
-                if case.weights == "int8" and not quantized:
-                    decoder, quantized = decoder.for_decoding(weights="int8"), True
-                    params = Engine(decoder, mesh).params
-                row = _module_of(case).measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
-        except DoesNotFit as reason:
-            row = {"not_run": str(reason)}
+        row = programs if isinstance(programs, DoesNotFit) else attempt(functools.partial(measure, case, programs))
         settings = dataclasses.asdict(case)
         settings["int8"] = settings.pop("weights") == "int8"
-        yield settings | row
+        yield settings | ({"not_run": str(row)} if isinstance(row, DoesNotFit) else row)
         if isinstance(case, Case) and case == streamed:
             yield settings | {"stream": True} | measure_stream(decoder, tokens_of(case), case, mesh)
 
@@ -321,11 +320,7 @@ def compile_all(shape: Shape, cases: Sequence[AnyCase], mesh: Mesh | None = None
     """Compile every case, side by side because XLA leaves most processors idle on one program."""
 
     def compile_one(case: AnyCase) -> Programs | PrefillProgram | DoesNotFit:
-        try:
-            with catch_out_of_memory():
-                return _module_of(case).compile_case(shape, case, mesh)
-        except DoesNotFit as reason:
-            return reason
+        return attempt(lambda: _module_of(case).compile_case(shape, case, mesh))
 
     options: dict[str, Any] = {"max_workers": max(1, (os.cpu_count() or 1) // 2), "leave": False, "disable": None}
     return dict(zip(cases, thread_map(compile_one, cases, desc="compile", unit="case", **options)))

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
-from data import commandline
+from data import card, commandline
 from experiments.results import Run, digest, load, take
 from experiments.variants import Experiment
 from selfspan_jax import files
@@ -79,8 +79,7 @@ TARGETS = ("target", "wanted", "found", "reached")
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a table; "Not run." where it has no rows."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines) if rows else "Not run."
+    return card.table(head, rows) if rows else "Not run."
 
 
 def judge(target: str, wanted: str = "-", found: str = "-", *, reached: bool | None = None) -> tuple[str, str, str, str]:

@@ -24,7 +24,7 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
+from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import JUDGED, Example, judgement
@@ -235,32 +235,24 @@ def evaluate_all(
     ids = {name: [lm.task.encode_prompt(example.prompt) for example in examples] for name, examples in sets.items()}
     fitting = {name: _fitting(lm, examples, ids[name]) for name, examples in sets.items()}
 
-    def compile_case(case: tuple[str, int]) -> float | NotRun:
+    def compile_case(case: tuple[str, int]) -> float | DoesNotFit:
         name, size = case
         examples, prompts = [sets[name][i] for i in fitting[name]], [ids[name][i] for i in fitting[name]]
         if not examples:
             context = lm.model.config.max_context_tokens
-            return NotRun(size, f"does not fit: prompt and response of each example exceed the model's context of {context} tokens")
-        try:
-            with catch_out_of_memory():
-                config = _config(lm, examples, prompts, policy, prefill)
-                return _compile(lm, _batch_size(lm, size, len(examples)), max(map(len, prompts)), config)
-        except DoesNotFit as reason:
-            return NotRun(size, str(reason))
+            return DoesNotFit(f"does not fit: prompt and response of each example exceed the model's context of {context} tokens")
+        config = _config(lm, examples, prompts, policy, prefill)
+        return attempt(lambda: _compile(lm, _batch_size(lm, size, len(examples)), max(map(len, prompts)), config))
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA leaves most processors idle on one
         compiled = dict(zip(cases, pool.map(compile_case, cases), strict=True))
     found: dict[str, list[Evaluation | NotRun]] = {name: [] for name in sets}
     for name, size in cases:
         seconds, examples = compiled[name, size], [sets[name][i] for i in fitting[name]]
-        if isinstance(seconds, NotRun):
-            found[name].append(seconds)
-            continue
-        try:
-            with catch_out_of_memory():
-                evaluation = evaluate(lm, examples, batch_size=size, attention=policy, prefill=prefill, **options)
-        except DoesNotFit as reason:
-            found[name].append(NotRun(size, str(reason)))
+        run = functools.partial(evaluate, lm, examples, batch_size=size, attention=policy, prefill=prefill, **options)
+        evaluation = seconds if isinstance(seconds, DoesNotFit) else attempt(run)
+        if isinstance(seconds, DoesNotFit) or isinstance(evaluation, DoesNotFit):
+            found[name].append(NotRun(size, str(evaluation)))
         else:
             left_out = len(sets[name]) - len(examples)
             found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds, num_too_long=left_out))

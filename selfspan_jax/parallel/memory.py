@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import layout
+
+T = TypeVar("T")
 
 
 class DoesNotFit(UserError):
@@ -27,6 +29,15 @@ def catch_out_of_memory() -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
         raise DoesNotFit("does not fit: the device ran out of memory") from None
+
+
+def attempt(function: Callable[[], T]) -> T | DoesNotFit:
+    """Call a function; return its result, or the error that says why memory does not suffice."""
+    try:
+        with catch_out_of_memory():
+            return function()
+    except DoesNotFit as reason:
+        return DoesNotFit(str(reason))  # a new one: the traceback of this one keeps arrays alive
 
 
 def check_fits(needed_bytes: int) -> None:
