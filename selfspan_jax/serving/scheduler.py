@@ -274,22 +274,21 @@ class Scheduler:
                     return
 
     def run_once(self) -> bool:
-        """Run one round; return False where there was nothing to do.
+        """Run one round; return whether there is more to do.
 
         Where the device fails, the requests that were admitted end with its error; those that wait go on.
         """
         self._take()
         try:
             self._admit()
-            was_read = self._read()
+            self._read()
             chunk = self._decode()
             before, self._in_flight = self._in_flight, chunk
             if before is not None:
                 self._collect(before)
         except jax.errors.JaxRuntimeError as error:
             self._fail(str(error))
-            return True
-        return bool(was_read or chunk or before)
+        return bool(self._waiting or self._reading or self._running or self._in_flight)
 
     def generate(self, requests: Sequence[Request]) -> list[Tokens]:
         """Run requests to their ends and return all tokens of each. Not beside `run`."""
@@ -352,10 +351,10 @@ class Scheduler:
             self._counts["prefix_hit_tokens"] += ticket.num_read
             self._reading.append(ticket)
 
-    def _read(self) -> bool:
+    def _read(self) -> None:
         """Have the next part of prompts read: of the first one, and of others that are as far."""
         if not self._reading:
-            return False
+            return
         head = self._reading[0]
         first, left = head.num_read, len(head.token_ids) - head.num_read
         queries = (
@@ -375,7 +374,6 @@ class Scheduler:
             if end == len(ticket.token_ids):
                 self._reading.remove(ticket)
                 self._start(ticket)
-        return True
 
     def _start(self, ticket: Ticket) -> None:
         """Let a sequence run whose prompt is read."""
