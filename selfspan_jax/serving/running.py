@@ -36,7 +36,7 @@ class Prompts(NamedTuple):
     first: Int[HostArray, ""]  # the first of the Q tokens that are read now; those before are in the pages
     lengths: Int[HostArray, "R"]  # tokens of each prompt up to the end of this part
     pages: Int[HostArray, "R A/page"]  # -1 where there is none
-    places: Int[HostArray, "R"]  # of the state, for prompts that end here; B for others
+    sources: Int[HostArray, "B"]  # the row that takes each place of the state, because its prompt ends here; -1 for none
     num_new: Int[HostArray, "R"]  # how many of the tokens were sampled: of sequences that are read again
     seeds: UInt[HostArray, "R 3"]  # a seed's upper and lower half, and the number of the sequence among those of the seed
 
@@ -135,8 +135,9 @@ def read_prompts(
             occurred=mark_occurring(jnp.zeros((batch, model.vocab_size), bool), token_ids, inside, model.vocab),
         )
 
-        def put(running, new):
-            return running.at[prompts.places].set(new, mode="drop")
+        def put(running, new):  # no scatter: those take long to compile
+            taken = (prompts.sources >= 0).reshape(-1, *(1,) * (running.ndim - 1))
+            return jnp.where(taken, jnp.take(new, jnp.maximum(prompts.sources, 0), axis=0), running)
 
         running = dataclasses.replace(state, cache=KVCache((), state.cache.slot_table))
         return with_pools(jax.tree.map(put, running, newcomers), pools)

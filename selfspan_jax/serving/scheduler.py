@@ -391,7 +391,7 @@ class Scheduler:
             first=np.array(first, np.int32),
             lengths=np.zeros(rows, np.int32),
             pages=np.full((rows, self._pages_each), -1, np.int32),
-            places=np.full(rows, size, np.int32),
+            sources=np.full(size, -1, np.int32),
             num_new=np.zeros(rows, np.int32),
             seeds=np.zeros((rows, 3), np.uint32),
         )
@@ -401,7 +401,7 @@ class Scheduler:
             prompts.lengths[row] = end
             prompts.pages[row, : len(ticket.pages)] = ticket.pages
             if end == len(ticket.token_ids):
-                prompts.places[row] = ticket.place
+                prompts.sources[ticket.place] = row
             prompts.num_new[row] = ticket.num_new
             prompts.seeds[row] = (*divmod(int(ticket.request.seed), 2**32), ticket.request.sample)
         options = (self.decode_config, self.config.page_tokens, num_queries, responses)

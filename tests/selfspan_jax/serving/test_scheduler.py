@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfspan_jax.attention.policies import Window
 from selfspan_jax.config import DecodeConfig, Sampling, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.errors import UserError
-from selfspan_jax.serving import scheduler as module
-from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler
-from tests.selfspan_jax.models import random_model
+from selfspan_jax.serving.pages import Pages
+from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, joined
+from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 
 # One model and one config, because compiling is what takes the time: four places, pages of 8 tokens.
-ENGINE = Engine(random_model(max_context_tokens=192, header_view="labels", prompt_view="local", prompt_window_tokens=3))
+MODEL = random_model(max_context_tokens=192, header_view="labels", prompt_view="local", prompt_window_tokens=3)
+ENGINE = Engine(MODEL)
 CONFIG = ServingConfig(num_sequences=4, context_tokens=96, page_tokens=8, prefill_tokens=128, num_pages=16, chunk_tokens=4)
-SAMPLINGS = [Sampling(), Sampling(temperature=1.0), Sampling(0.8, top_k=6, top_p=0.9, min_p=0.01, repetition_penalty=1.2)]
+GREEDY, FILTERED = Sampling(), Sampling(0.8, top_k=6, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
 NEW = 24  # tokens at most
 LONGEST = 64  # prompt
 
@@ -34,7 +34,7 @@ def prompt(rng, length, document=()):
     return np.concatenate([np.array(document, np.int32), ids])
 
 
-def alone(requests, attention="span"):
+def alone(requests):
     """What `Engine.generate` writes for each request, its tokens and how many each attended to: batches of independent sequences."""
     found = {}
     for sampling in {request.sampling for request in requests}:
@@ -47,20 +47,13 @@ def alone(requests, attention="span"):
                 token_ids[row, : len(ids)], lengths[row] = ids, len(ids)
                 key = jax.random.fold_in(jax.random.key(low), high) if high else jax.random.key(low)
                 keys.append(sequence_keys(key, 1, requests[i].sample))
-            config = DecodeConfig(attention, NEW, sampling)
+            config = DecodeConfig("span", NEW, sampling)
             state = ENGINE.generate(token_ids, lengths, config, jnp.concatenate(keys))
             for i, tokens, attended in zip(some, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
                 ends = np.flatnonzero(tokens == VOCAB.eos_id)
                 count = min(requests[i].max_new_tokens, int(ends[0]) + 1 if len(ends) else NEW)
                 found[i] = tokens[:count], attended[:count]
     return [found[i] for i in range(len(requests))]
-
-
-def assert_as_alone(requests, found, attention="span"):
-    for request, tokens, (ids, attended) in zip(requests, found, alone(requests, attention), strict=True):
-        np.testing.assert_array_equal(tokens.token_ids, ids, err_msg=str(request))
-        np.testing.assert_array_equal(tokens.num_attended, attended, err_msg=str(request))
-        assert tokens.finished == ("stop" if ids[-1] == VOCAB.eos_id else "length")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +82,7 @@ def idle(warm):
 # ------------------------------------------------------------------------------------- a hostile schedule, seeded
 
 
-def read_rows_belong_to_the_reader(scheduler):
+def assert_read_rows_belong_to_the_reader(scheduler):
     """Every pool row that a sequence has just read is of a page of its own, or of one that began all its sharers alike."""
     chunk = scheduler._in_flight
     if chunk is None:
@@ -123,45 +116,194 @@ def poison_what_nobody_holds(scheduler):
     scheduler._state = dataclasses.replace(scheduler._state, cache=dataclasses.replace(scheduler._state.cache, pools=pools))
 
 
-def test_a_thousand_requests_with_cancellations(warm):
-    """Lengths from 1 to the limit, documents that are shared, three kinds of sampling, fewer pages than the sequences want; some are
-    cancelled before, while and after they run. What is not cancelled is as alone."""
-    rng = np.random.default_rng(1)
-    scheduler = Scheduler(ENGINE, CONFIG)
+def test_a_thousand_requests_with_cancellations(idle):
+    """Lengths from 1 to the limit, documents that are shared, two kinds of sampling, fewer pages than the sequences want; some are
+    cancelled before, while and after they run. What is not cancelled is as alone, and so is what came before a cancellation."""
+    rng, before, num = np.random.default_rng(1), idle.stats, 1000
     documents = [rng.integers(4, VOCAB_SIZE, length).astype(np.int32) for length in (16, 33, 50)]
-    requests, received, tickets = [], [], []
-    busy, worst = True, 0
-    while busy or len(requests) < 1000:
-        for _ in range(rng.integers(0, 10) if len(requests) < 1000 else 0):
-            document = documents[rng.integers(3)] if rng.random() < 0.4 else ()
-            short = rng.random() < 0.6
+    requests, received, tickets, busy = [], [], [], True
+    while busy or len(requests) < num:
+        for _ in range(rng.integers(0, 12) if len(requests) < num else 0):
+            document, short = documents[rng.integers(3)] if rng.random() < 0.4 else (), rng.random() < 0.7
             ids = prompt(rng, rng.integers(1, 12 if short else LONGEST - len(document)), document)
             new, seed = int(rng.integers(1, 6) if short else NEW), int(rng.integers(0, 2**63)) if rng.random() < 0.5 else len(requests)
-            request = Request(ids, new, SAMPLINGS[rng.choice(3, p=[0.7, 0.2, 0.1])], seed, int(rng.integers(3)))
+            requests.append(Request(ids, new, FILTERED if rng.random() < 0.3 else GREEDY, seed, int(rng.integers(3))))
             received.append([])
-            tickets.append(scheduler._submit(request, received[-1].append, None))
-            requests.append(request)
+            tickets.append(idle._submit(requests[-1], received[-1].append, None))
         if tickets and rng.random() < 0.3:
-            scheduler.cancel(tickets[rng.integers(max(0, len(tickets) - 40), len(tickets))])
-        busy = scheduler.run_once()
-        stats = assert_no_page_is_lost(scheduler)
-        worst = max(worst, stats.pages_used)
-        read_rows_belong_to_the_reader(scheduler)
-        poison_what_nobody_holds(scheduler)
-    assert all(sum(tokens.finished is not None for tokens in parts) == 1 and parts[-1].finished for parts in received)
-    stats = assert_no_page_is_lost(scheduler)
-    assert stats.pages_used == 0 and worst > 12 and stats.finished["cancelled"] > 50 and stats.preemptions > 5
-    assert stats.prefix_hit_tokens > 1000
-    ended = [i for i, parts in enumerate(received) if parts[-1].finished != "cancelled"]
-    assert len(ended) > 800
-    whole = [module.joined(received[i]) for i in ended]
-    assert_as_alone([requests[i] for i in ended], whole)
-    for i in set(range(len(requests))) - set(ended):  # what came before the cancellation was right too
-        found = module.joined(received[i])
-        expected, _ = alone_of_one(requests[i]) if i % 20 == 0 else (found.token_ids, None)
-        np.testing.assert_array_equal(found.token_ids, expected[: len(found.token_ids)])
-    assert stats.generated_tokens == sum(len(module.joined(parts).token_ids) for parts in received)
+            idle.cancel(tickets[rng.integers(max(0, len(tickets) - 40), len(tickets))])
+        busy = idle.run_once()
+        assert_no_page_is_lost(idle)
+        assert_read_rows_belong_to_the_reader(idle)
+        poison_what_nobody_holds(idle)
+    assert all([tokens.finished is not None for tokens in parts] == [False] * (len(parts) - 1) + [True] for parts in received)
+    stats, found = idle.stats, list(map(joined, received))
+    assert stats.finished["cancelled"] > 50 and stats.preemptions - before.preemptions > 5
+    assert stats.prefix_hit_tokens - before.prefix_hit_tokens > 1000
+    assert stats.generated_tokens - before.generated_tokens == sum(len(tokens.token_ids) for tokens in found)
+    assert stats.attended_tokens - before.attended_tokens == sum(tokens.num_attended.sum() for tokens in found)
+    for request, tokens, (ids, attended) in zip(requests, found, alone(requests), strict=True):
+        count = len(tokens.token_ids)
+        np.testing.assert_array_equal(tokens.token_ids, ids[:count], err_msg=str(request))
+        np.testing.assert_array_equal(tokens.num_attended, attended[:count], err_msg=str(request))
+        if tokens.finished != "cancelled":
+            assert count == len(ids) and tokens.finished == ("stop" if ids[-1] == VOCAB.eos_id else "length")
 
 
-def alone_of_one(request):
-    return alone([request])[0]
+# ------------------------------------------------------------------------------------------------ one thing at a time
+
+
+def test_prompts_that_begin_alike_are_read_once_and_write_what_they_would_without(idle):
+    """Questions on one document, all at once: the first reads it, the others wait for its pages. Alone, none has any to share."""
+    rng = np.random.default_rng(2)
+    document = prompt(rng, 43)[:-1]
+    requests = [Request(prompt(rng, 9, document), 6) for _ in range(5)]
+    before = idle.stats
+    together = idle.generate(requests)
+    assert idle.stats.prompt_tokens - before.prompt_tokens == 51 + 4 * (51 - 40)  # five full pages of eight
+    assert idle.stats.prefix_hit_tokens - before.prefix_hit_tokens == 4 * 40
+    for request, found in zip(requests, together):
+        idle.pages = Pages(idle.num_pages)  # forgets what it has read
+        before = idle.stats
+        (apart,) = idle.generate([request])
+        assert idle.stats.prefix_hit_tokens == before.prefix_hit_tokens
+        for one, other in zip(apart, found, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_drawn_is_each_request_s_own(idle):
+    """A seed's sequences differ; the same one is the same again, alone or beside a request that makes others go another way."""
+    ids = prompt(np.random.default_rng(3), 20)
+    drawn = [Request(ids, 12, Sampling(1.0), seed=2**40 + 5, sample=sample) for sample in (0, 1, 0)]
+    first, second, again = (found.token_ids.tolist() for found in idle.generate(drawn))
+    assert first == again != second
+    beside = idle.generate([Request(ids, 12, FILTERED), *drawn[:2]])
+    assert [found.token_ids.tolist() for found in beside[1:]] == [first, second]
+
+
+def test_a_request_that_ends_early_leaves_the_others_alone(idle):
+    """Cancelled while it waits, while it runs, and once it has ended; and one whose function raises."""
+    rng, received = np.random.default_rng(4), collections.defaultdict(list)
+    requests = [Request(prompt(rng, 10 + i), 20) for i in range(7)]
+
+    def refuse(tokens):
+        received[6].append(tokens)
+        raise LookupError("gone")
+
+    tickets = [idle.submit(request, refuse if i == 6 else received[i].append) for i, request in enumerate(requests)]
+    idle.cancel(tickets[5])
+    for _ in range(3):
+        idle.run_once()
+    idle.cancel(tickets[1])
+    while idle.run_once():
+        pass
+    idle.cancel(tickets[0])
+    idle.run_once()
+    assert [tickets[i].finished for i in (1, 5, 6)] == ["cancelled", "cancelled", "error"]
+    assert 0 < len(joined(received[1]).token_ids) < 20 and not joined(received[5]).token_ids.size and len(received[6]) == 1
+    kept = (0, 2, 3, 4)
+    for i, (ids, attended) in zip(kept, alone([requests[i] for i in kept])):
+        np.testing.assert_array_equal(joined(received[i]).token_ids, ids)
+        np.testing.assert_array_equal(joined(received[i]).num_attended, attended)
+
+
+def test_a_device_that_fails_ends_what_it_had_and_goes_on(idle, monkeypatch):
+    ids = prompt(np.random.default_rng(5), 10)
+    (before,) = idle.generate([Request(ids, 8)])
+    received = [[] for _ in range(6)]
+    for parts in received:
+        idle.submit(Request(ids, 8), parts.append)
+    idle.run_once()
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfspan_jax.serving.scheduler.decode_chunk", fail)
+        idle.run_once()
+    assert [parts[-1].error for parts in received if parts] == ["RESOURCE_EXHAUSTED: out of memory"] * 4
+    while idle.run_once():
+        pass
+    for parts in received[4:]:
+        np.testing.assert_array_equal(joined(parts).token_ids, before.token_ids)
+
+
+def test_nothing_is_compiled_after_the_warm_up(idle):
+    """Lengths, places, pages, sampling, prompts read again: whatever comes, the programs are there."""
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    rng = np.random.default_rng(6)
+    lengths, samplings = (*range(25, 41), 1, 7, 8, 9, 63, 64), (GREEDY, GREEDY, FILTERED, Sampling(1.0))
+    preemptions, held = idle.stats.preemptions, idle.pages.allocate(5)
+    idle.generate([Request(prompt(rng, length), NEW, samplings[i % 4]) for i, length in enumerate(lengths)])
+    idle.pages.release(held)
+    assert idle.stats.preemptions > preemptions
+    assert not [name for name in events if "trace" in name or "compile" in name]
+    jax.jit(lambda x: x + 1)(1)
+    assert [name for name in events if "compile" in name]  # it would show
+
+
+def test_a_thread_runs_it_until_it_is_closed():
+    scheduler, received, ended = Scheduler(ENGINE, CONFIG), [], threading.Event()
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+
+    def deliver(tokens):
+        received.append(tokens)
+        if tokens.finished:
+            ended.set()
+
+    request = Request(prompt(np.random.default_rng(7), 30), 10)
+    scheduler.submit(request, deliver)
+    assert ended.wait(60)
+    scheduler.submit(request, received.append)
+    scheduler.close(drain=True)
+    with pytest.raises(Closed):
+        scheduler.submit(request, print)
+    thread.join(60)
+    assert not thread.is_alive() and received[-1].finished in ("stop", "length")
+    assert joined(received).token_ids.tolist() == 2 * alone([request])[0][0].tolist()
+    hurried, received = Scheduler(ENGINE, CONFIG), []
+    hurried.submit(request, received.append)
+    hurried.close(drain=False)
+    hurried.run()
+    assert [tokens.finished for tokens in received] == ["cancelled"]
+
+
+def test_dense_reads_everything():
+    """Its slots are a copy of the slot table, which grows with the pages."""
+    scheduler, rng = Scheduler(ENGINE, CONFIG, attention="dense"), np.random.default_rng(8)
+    requests = [Request(prompt(rng, length), 20) for length in (3, 30, 64, 17, 44)]
+    for request, found in zip(requests, scheduler.generate(requests)):
+        start, count = len(request.prompt_ids), len(found.token_ids)
+        np.testing.assert_array_equal(found.num_attended, np.arange(start + 1, start + count + 1))
+        row = np.concatenate([request.prompt_ids, found.token_ids])
+        row = np.pad(row, (0, LONGEST + NEW - len(row)))
+        best = reference_logits(MODEL, row[None], np.tri(len(row), dtype=bool)[None])[0].argmax(axis=1)
+        np.testing.assert_array_equal(found.token_ids, best[start - 1 : start - 1 + count])
+
+
+@pytest.mark.parametrize(
+    "ids, changes, message",
+    [
+        ([], {}, "at least one"),
+        ([[4]], {}, "expected whole numbers"),
+        ([0.5], {}, "expected whole numbers"),
+        ([VOCAB_SIZE], {}, "the model knows 0 to 19"),
+        ([4] * 73, {"max_new_tokens": 24}, "73 prompt tokens and 24 new ones exceed the 96"),
+        ([4], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([4], {"seed": -1}, "seed is -1"),
+        ([4], {"sampling": 0.5}, "sampling is 0.5"),
+    ],
+)
+def test_what_can_never_run_is_refused(idle, ids, changes, message):
+    with pytest.raises(UserError, match=message):
+        idle.submit(Request(np.array(ids or np.zeros(0, np.int32)), **{"max_new_tokens": 4, **changes}), print)
+
+
+def test_a_full_queue_says_so():
+    scheduler = Scheduler(ENGINE, dataclasses.replace(CONFIG, max_queue=2))
+    for _ in range(2):
+        scheduler.submit(Request(np.array([4]), 1), print)
+    with pytest.raises(QueueFull, match="2 requests wait"):
+        scheduler.submit(Request(np.array([4]), 1), print)
