@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,19 +11,9 @@ import numpy.typing as npt
 from data import workers
 from data.errors import UserError
 from data.streams import Example, Shard
+from data.vocab import Vocab
 
 Ids = npt.NDArray[np.int32]
-
-
-class PackingVocab(Protocol):
-    """What packing asks of a vocabulary: `Vocab`, `TokenizerVocab` and `selfspan_jax.spans.SpanVocab` have it."""
-
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def seg_base(self) -> int: ...
-    @property
-    def num_labels(self) -> int: ...
 
 
 class Batch(NamedTuple):
@@ -46,7 +36,7 @@ class Batch(NamedTuple):
 
 def pack(
     examples: Iterable[Example],
-    vocab: PackingVocab,
+    vocab: Vocab,
     *,
     batch_size: int,
     sequence_tokens: int,
@@ -86,7 +76,7 @@ def pack(
 
 
 def pack_stream(
-    stream: Callable[..., Iterable[Example]], vocab: PackingVocab, *, start: int = 0, shard: Shard | None = None, **options: Any
+    stream: Callable[..., Iterable[Example]], vocab: Vocab, *, start: int = 0, shard: Shard | None = None, **options: Any
 ) -> Generator[Batch, None, None]:
     """Pack `stream(start=start)`, or a shard of it: all that a process needs to make its batches. Options are those of `pack`."""
     examples = stream(start=start) if shard is None else stream(start=start, shard=shard)
@@ -95,7 +85,7 @@ def pack_stream(
 
 def batches_from(
     stream: Callable[..., Iterable[Example]],
-    vocab: PackingVocab,
+    vocab: Vocab,
     *,
     batch_size: int,
     num_workers: int = 0,

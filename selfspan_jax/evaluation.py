@@ -69,7 +69,7 @@ class Evaluation:
         """
         verdicts = [out.verdict for out in self.outputs if out.verdict]
         if verdicts:
-            judged = np.mean([(verdict.answer_right, verdict.steps_right, verdict.spans_right) for verdict in verdicts], axis=0)
+            judged = np.mean([[getattr(verdict, name) for name in JUDGED] for verdict in verdicts], axis=0)
             own = dict(zip(("answer_accuracy", "step_accuracy", "span_accuracy"), judged.tolist(), strict=True))
         else:
             own = self.task.scores(self.examples, [out.response_ids for out in self.outputs])
@@ -84,12 +84,11 @@ class Evaluation:
     def speed(self) -> dict[str, Any]:
         """Return what depends on the batch size, as JSON."""
         accuracy = {name: score for name, score in self.scores.items() if name == "answer_accuracy"}
+        rate, unit = self.right_per_second, self.task.unit
         return {
             "batch_size": self.batch_size,
-            f"{self.task.unit}_per_second": self.right_per_second,
-            f"{self.task.unit}_per_second_with_reading": self.right_per_second
-            * self.decode_seconds
-            / (self.decode_seconds + self.read_seconds),
+            f"{unit}_per_second": rate,
+            f"{unit}_per_second_with_reading": rate * self.decode_seconds / (self.decode_seconds + self.read_seconds),
             "response_tokens_per_second": sum(len(out.response_ids) for out in self.outputs) / self.decode_seconds,
             "decode_seconds": self.decode_seconds,
             "read_seconds": self.read_seconds,

@@ -100,12 +100,10 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, resumed_step: int):
         self._writes = distributed.is_first_process()
-        self.evaluated_step = 0
-        """The last step that was evaluated before the run was resumed."""
         kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_step]
-        for line in kept:
-            if any(name.startswith(EVALUATION) for name in line):
-                self.evaluated_step = line["step"]
+        evaluated = (line["step"] for line in kept if any(name.startswith(EVALUATION) for name in line))
+        self.evaluated_step: int = max(evaluated, default=0)
+        """The last step that was evaluated before the run was resumed."""
         if not self._writes:
             return
         file, events = run_dir / "metrics.jsonl", run_dir / "tensorboard"
@@ -147,8 +145,5 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_scores(run_dir: Path, step: int) -> dict[str, float]:
     """Read the scores of the evaluation after a step from a run's log; none if it was not evaluated."""
-    scores: dict[str, float] = {}
-    for line in read_metrics(run_dir):
-        if line["step"] == step:
-            scores |= {name.removeprefix(EVALUATION): value for name, value in line.items() if name.startswith(EVALUATION)}
-    return scores
+    lines = (line.items() for line in read_metrics(run_dir) if line["step"] == step)
+    return {name.removeprefix(EVALUATION): value for line in lines for name, value in line if name.startswith(EVALUATION)}

@@ -23,18 +23,17 @@ EXACT_TOKENS = 2048
 
 
 def measured_prefill(
-    engine: Engine, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig, *, every: int | None = None
+    engine: Engine, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig
 ) -> tuple[DecodeState, Retained]:
     """Read causal prompts as `Engine.prefill` does, and measure what their tiles keep of the attention: leaves [L, b, N].
 
-    Args:
-      every: queries from one that is measured to the next; by default 1 up to 2,048 tokens, above that such that about 2,048 are.
+    Every query is measured up to 2,048 tokens, above that so many that about 2,048 are.
 
     Raises: UserError as `Engine.prefill`, and where a prompt goes on in a response; ValueError for prompts that are not read causally.
     """
     if engine.goes_on(token_ids, lengths):
         raise UserError("what prefill keeps is measured of prompts: here a response has begun")
-    every = every or max(1, token_ids.shape[1] // EXACT_TOKENS)
+    every = max(1, token_ids.shape[1] // EXACT_TOKENS)  # from one that is measured to the next
     prompts = *engine.check_prompts(token_ids, lengths, config), sequence_keys(None, len(lengths))
     state, retained = _prefill(engine.graph, engine.params, *prompts, config, every)
     return state, jax.device_get(retained)
