@@ -84,10 +84,19 @@ class Programs:
 
     engine: Engine  # shapes in place of parameters
     prefill: Any
-    replay: Any
-    oracle_mask: Any | None  # see `_oracle_mask_loop`
     needed_bytes: int
     compile_seconds: float
+    replay: Any = None  # where steps are timed
+    oracle_mask: Any = None  # see `_oracle_mask_loop`
+
+    def memory(self, pools: Any) -> dict[str, Any]:
+        """Return what a row says of memory, of the cache's pools among others, and how long compilation took."""
+        return {
+            "kv_memory_bytes": bytes_of(pools),
+            "program_memory_bytes": self.needed_bytes,
+            "process_peak_memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+            "compile_seconds": self.compile_seconds,
+        }
 
 
 def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs:
@@ -101,10 +110,7 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     def ints(*sizes: int):
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
-    lowered = engine.lower_prefill(case.num_prompts, case.prompt_tokens, config, num_samples=case.num_samples, responses=True)
-    state = layout.device_put_global(lowered.out_info, mesh, DecodeState.partition_specs())
-    check_fits(bytes_of(engine.params) + bytes_of(state))
-    prefill = lowered.compile()
+    prefill, state = compile_prefill(engine, case.num_prompts, case.prompt_tokens, config, num_samples=case.num_samples, responses=True)
     forced_tokens = layout.device_put_global(ints(case.batch_size, case.steps), mesh, _EACH)
     replay = engine.lower_run(state, config, forced_tokens=forced_tokens).compile()
     oracle_mask = None
@@ -115,7 +121,18 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
         oracle_mask = loop.lower(engine.params, state.cache.pools, state.logits, *slots, slots[1]).compile()
     needed = max(footprint(prefill), footprint(replay))
     check_fits(needed)
-    return Programs(engine, prefill, replay, oracle_mask, needed, time.perf_counter() - began)
+    return Programs(engine, prefill, needed, time.perf_counter() - began, replay, oracle_mask)
+
+
+def compile_prefill(engine: Engine, *sizes: Any, **options: Any) -> tuple[jax.stages.Compiled, DecodeState]:
+    """Compile `Engine.prefill` from shapes alone, and return it with the shapes of its state; arguments are those of `lower_prefill`.
+
+    Raises: DoesNotFit where parameters and state exceed the device's memory.
+    """
+    lowered = engine.lower_prefill(*sizes, **options)
+    state = layout.device_put_global(lowered.out_info, engine.mesh, DecodeState.partition_specs())
+    check_fits(bytes_of(engine.params) + bytes_of(state))
+    return lowered.compile(), state
 
 
 def footprint(program: Any) -> int:
@@ -196,10 +213,7 @@ def measure_case(
         "attended_fraction": float((counts / contexts).mean()),
         "bytes_per_step": step_bytes(programs.engine.shard, float(counts.sum(axis=0).mean()) / parts, case.batch_size // parts),
         "time_to_first_token_ms": 1e3 * statistics.median(prefill_seconds),
-        "kv_memory_bytes": bytes_of(pools),
-        "program_memory_bytes": programs.needed_bytes,
-        "process_peak_memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        "compile_seconds": programs.compile_seconds,
+        **programs.memory(pools),
     }
     if oracle_seconds:
         oracle_ms = 1e3 * statistics.median(oracle_seconds[WARM_UPS:]) / case.steps

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from benchmarks.decoding import footprint, prefill_arguments, time_prefill
+from benchmarks.decoding import Programs, compile_prefill, footprint, prefill_arguments, time_prefill
 from benchmarks.shapes import Shape
 from benchmarks.timing import device_times, median_and_spread
 from pallas_kernels import PromptMask
@@ -33,11 +33,10 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.selectors import get_selector
 from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.state import DecodeState, bucket, prefill_chunk_tokens
+from selfspan_jax.decoding.state import bucket, prefill_chunk_tokens
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import layout
-from selfspan_jax.parallel.memory import bytes_of, check_fits
+from selfspan_jax.parallel.memory import check_fits
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import mfu, step_flops
 
@@ -100,31 +99,20 @@ class OfShare(Selector):
         return list_tiles(kept & worked, kept & worked & (j < own))
 
 
-@dataclasses.dataclass
-class PrefillProgram:
-    """The compiled program of a case; nothing is allocated yet."""
-
-    engine: Engine  # shapes in place of parameters
-    prefill: Any
-    compile_seconds: float
-
-
-def compile_case(shape: Shape, case: PrefillCase, mesh: Mesh | None = None) -> PrefillProgram:
+def compile_case(shape: Shape, case: PrefillCase, mesh: Mesh | None = None) -> Programs:
     """Compile a case from shapes alone.
 
     Raises: DoesNotFit where its arguments, results and temporaries exceed the device's memory.
     """
     began = time.perf_counter()
     engine = Engine(shape.abstract(case.weights), mesh)
-    lowered = engine.lower_prefill(case.batch_size, case.context_tokens, case.config)
-    check_fits(bytes_of(engine.params) + bytes_of(layout.device_put_global(lowered.out_info, mesh, DecodeState.partition_specs())))
-    prefill = lowered.compile()
-    check_fits(footprint(prefill))
-    return PrefillProgram(engine, prefill, time.perf_counter() - began)
+    prefill, _ = compile_prefill(engine, case.batch_size, case.context_tokens, case.config)
+    check_fits(needed := footprint(prefill))
+    return Programs(engine, prefill, needed, time.perf_counter() - began)
 
 
 def measure_case(
-    shape: Shape, params: tuple[Array, ...], case: PrefillCase, program: PrefillProgram, prompts: Prompts, *, profile: bool = False
+    shape: Shape, params: tuple[Array, ...], case: PrefillCase, program: Programs, prompts: Prompts, *, profile: bool = False
 ) -> dict[str, Any]:
     """Run a compiled case on prompts and return its row, with the device's time by kind of operation if `profile`.
 
@@ -147,12 +135,9 @@ def measure_case(
         "allowed_pairs": pairs,
         "allowed_fraction": pairs / causal_pairs(lengths),
         "num_devices": 1 if mesh is None else mesh.size,
-        "kv_memory_bytes": bytes_of(state.cache.pools),
         "argument_memory_bytes": memory.argument_size_in_bytes,
         "temporary_memory_bytes": memory.temp_size_in_bytes,
-        "program_memory_bytes": footprint(program.prefill),
-        "process_peak_memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        "compile_seconds": program.compile_seconds,
+        **program.memory(state.cache.pools),
     }
     del state
     return row | (device_times(lambda: program.prefill(*arguments), 1) if profile else {})

@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 from benchmarks import decoding, prefill, report
 from benchmarks import peers as hf
 from benchmarks.decoding import STREAMED_TOKENS, Case, Programs, measure_stream
-from benchmarks.prefill import PrefillCase, PrefillProgram
+from benchmarks.prefill import PrefillCase
 from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line, report_header
 from benchmarks.workloads import (
@@ -282,7 +282,7 @@ def sweep(
     stream: bool = False,
     profile: bool = False,
     mesh: Mesh | None = None,
-    compiled: Mapping[AnyCase, Programs | PrefillProgram | DoesNotFit] | None = None,
+    compiled: Mapping[AnyCase, Programs | DoesNotFit] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure cases and yield the row of each; a case that does not fit in memory gets a row that says so.
 
@@ -299,7 +299,7 @@ def sweep(
     decoder = model.for_decoding() if model is not None else shape.random(seed)
     params, quantized = Engine(decoder, mesh).params, False
 
-    def measure(case: AnyCase, programs: Programs | PrefillProgram) -> dict[str, Any]:
+    def measure(case: AnyCase, programs: Programs) -> dict[str, Any]:
         nonlocal decoder, params, quantized
         if case.weights == "int8" and not quantized:
             decoder, quantized = decoder.for_decoding(weights="int8"), True
@@ -316,10 +316,10 @@ def sweep(
             yield settings | {"stream": True} | measure_stream(decoder, tokens_of(case), case, mesh)
 
 
-def compile_all(shape: Shape, cases: Sequence[AnyCase], mesh: Mesh | None = None) -> dict[AnyCase, Programs | PrefillProgram | DoesNotFit]:
+def compile_all(shape: Shape, cases: Sequence[AnyCase], mesh: Mesh | None = None) -> dict[AnyCase, Programs | DoesNotFit]:
     """Compile every case, side by side because XLA leaves most processors idle on one program."""
 
-    def compile_one(case: AnyCase) -> Programs | PrefillProgram | DoesNotFit:
+    def compile_one(case: AnyCase) -> Programs | DoesNotFit:
         return attempt(lambda: _module_of(case).compile_case(shape, case, mesh))
 
     options: dict[str, Any] = {"max_workers": max(1, (os.cpu_count() or 1) // 2), "leave": False, "disable": None}
