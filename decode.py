@@ -167,6 +167,8 @@ class Eval(Model):
     """A corpus directory that python -m data wrote; by default fresh examples."""
     split: Literal["train", "validation", "test"] | None = None
     """Of a corpus directory that was divided; by default its test split. What is no test or validation split may have been trained on."""
+    sources: Literal["model", "gold", "bm25", "random", "recent"] = "model"
+    """What steps name: what the model chooses, or as many as in the gold response: its own, BM25's, drawn ones, or the latest pieces."""
     json: Path | None = None
     """Write the scores, in all and by group and set, into this file; - is standard output."""
 
@@ -184,10 +186,10 @@ class Eval(Model):
     def run(self) -> None:
         lm = self.load()
         sets, drawn = self.examples(lm.task)
-        options: dict[str, Any] = {"attention": self.attention, "prefill": self.prefill, "passes": self.passes}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("attention", "prefill", "passes", "sources")}
         found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, **options)
         settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
-        settings |= {name: value for name in ("dtype", "prefill") if (value := getattr(self, name)) not in (None, "dense")}
+        settings |= {key: value for key in ("dtype", "prefill", "sources") if (value := getattr(self, key)) not in (None, "dense", "model")}
         results = evaluation.report(lm, found, settings)
         try:
             print(text.evaluation_table(results, lm.task), flush=True)
@@ -202,9 +204,7 @@ class Eval(Model):
         if self.data:
             return self._stored(task, self.data)
         if not getattr(task, "is_generated", True):
-            raise UserError(
-                f"{self.checkpoint} was trained on a file, like which no fresh examples can be drawn: give its test split with --data"
-            )
+            raise UserError(f"{self.checkpoint} was trained on a file, like which nothing can be drawn: give its test split with --data")
         drawn: dict[str, Any] = {"seed": 1 if self.seed is None else self.seed}
         ranges = inspect.signature(task.held_out).parameters.get("ops")
         if ranges is None:

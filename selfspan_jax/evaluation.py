@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -23,6 +24,7 @@ from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
+from selfspan_jax.forcing import Headers, generate_under
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
@@ -31,6 +33,7 @@ from selfspan_jax.task import JUDGED, Example, judgement
 from selfspan_jax.viewing.output import Output, prompt_warnings
 from selfspan_jax.viewing.reading import attended, attended_by_kind
 
+MODEL = "model"  # chooses what steps name
 MARGIN_TOKENS = 16  # that a response may be longer than the longest gold one
 _Z = 1.959964  # the normal distribution's two-sided 95% quantile
 
@@ -117,6 +120,20 @@ class Evaluation:
         kinds = (first_error(out.response_ids, example.response_ids, out.vocab) for out, example in pairs)
         return dict(collections.Counter(kind for kind in kinds if kind).most_common())
 
+    def by_example(self) -> dict[str, Any]:
+        """Return each example's digest, tokens and what it adds to the scores, in order, as JSON: for intervals and comparisons.
+
+        A digest is of the prompt's text.
+        """
+        counts = [self.task.counts(example, out.response_ids) for example, out in zip(self.examples, self.outputs, strict=True)]
+        names = list(dict.fromkeys(name for own in counts for name in own))
+        return {
+            "digests": [hashlib.sha256(example.prompt.encode()).hexdigest()[:16] for example in self.examples],
+            "prompt_tokens": [out.prompt_tokens for out in self.outputs],
+            "response_tokens": [len(out.response_ids) for out in self.outputs],
+            "counts": {name: [[round(float(x), 4) for x in own.get(name, (0, 0))] for own in counts] for name in names},
+        }
+
     def groups(self) -> dict[str, Evaluation]:
         """Return the evaluation of each of the task's groups of prompts, numbers in order."""
         members: dict[str, list] = {}
@@ -166,6 +183,7 @@ def evaluate(
     batch_size: int = 128,
     max_new_tokens: int | None = None,
     passes: int = 1,
+    sources: str = MODEL,
     progress: bool = False,
 ) -> Evaluation:
     """Decode the examples' prompts greedily, all batches of one shape.
@@ -175,11 +193,15 @@ def evaluate(
       prefill: how causal prompts are read, as `SpanLM.generate` has it.
       max_new_tokens: by default 16 more than the longest gold response has.
       passes: times that each batch is decoded; the median of its times counts.
+      sources: what steps name: what the model chooses, or labels that the task's `headers` gives by another name. Then the host
+        gives each token, so that the times say nothing.
 
-    Raises: UserError for no examples, prompts that are too long, and a batch size that the mesh does not divide.
+    Raises: UserError for no examples, prompts that are too long, a batch size that the mesh does not divide, and sources that the
+    task does not give.
     """
     if not examples:
         raise UserError("no examples to evaluate")
+    headers = None if sources == MODEL else _headers(lm.task, examples, sources)
     ids = [lm.task.encode_prompt(example.prompt) for example in examples]
     token_ids, lengths = lm.pad(ids)
     batch_size = _batch_size(lm, batch_size, len(ids))
@@ -197,7 +219,11 @@ def evaluate(
             for _ in range(passes):
                 del state  # the next one needs its memory
                 began = time.perf_counter()
-                state = jax.block_until_ready(lm.engine.generate(token_ids[filled], lengths[filled], config))
+                prompts = token_ids[filled], lengths[filled], config
+                if headers is None:
+                    state = jax.block_until_ready(lm.engine.generate(*prompts))
+                else:
+                    state = generate_under(lm.engine, *prompts, [headers[i] for i in filled])
                 taken.append(time.perf_counter() - began)
             seconds += statistics.median(taken)
             began = time.perf_counter()
@@ -209,6 +235,13 @@ def evaluate(
             bar.update(len(chosen))
     in_order = tuple(outputs[i] for i in range(len(ids)))
     return Evaluation(lm.task, tuple(examples), in_order, batch_size, seconds, compile_seconds, read_seconds=read_seconds)
+
+
+def _headers(task: Any, examples: Sequence[Example], sources: str) -> list[Headers]:
+    """Return what the steps of each response are to name. Raises UserError for a task that does not say it."""
+    if not hasattr(task, "headers"):
+        raise UserError(f"sources are {sources!r}, but this model's task gives none; allowed: {MODEL}")
+    return [task.headers(example, sources) for example in examples]
 
 
 def evaluate_all(
@@ -343,6 +376,8 @@ def report(lm: SpanLM, found: Mapping[str, Sequence[Evaluation | NotRun]], setti
         "sets": {name: chosen[name].to_json() | {"by_batch_size": speeds} for name, speeds in by_batch_size.items()},
     }
     values["not_run"] = not_run
+    if hasattr(lm.task, "counts"):
+        values["by_example"] = whole.by_example()
     if selector := settings.get("prefill"):
         some = [out.prompt for out in outputs[: whole.batch_size]]
         values["prefill"] = {"selector": selector, **lm.measure_prefill(some, selector, attention=first.attention)}

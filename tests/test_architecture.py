@@ -40,7 +40,7 @@ LEVELS = [
     {"serving.pages", "serving.running"},
     {"serving.scheduler"},
     {"weights", "viewing"},
-    {"training"},
+    {"training", "forcing"},
     {"lm"},
     {"evaluation", "serving"},
     {""},  # the package itself: the names for users

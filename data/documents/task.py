@@ -2,9 +2,10 @@
 
 import dataclasses
 import itertools
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,10 @@ from data.documents import card, corpus, own
 from data.documents.corpus import MARK, Document, Evidence, Example, Step, split_pieces
 from data.errors import UserError, check_choice
 from data.pieces import PiecesTask, Written, encode_prompt, style, without_span_tokens
+from data.retrieval import BM25
+
+Sources = Literal["gold", "bm25", "random", "recent"]
+"""What a response's steps name where the model does not choose; see `DocumentTask.headers`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,38 @@ class DocumentTask(PiecesTask):
             tally.add("span_precision", named & wanted, named)
             tally.add("span_recall", named & wanted, wanted)
         return {**scoring.rouge_counts([step.text for step in gold], [step.text for step in written]), **tally.counts()}
+
+    def headers(self, example: Example, sources: Sources) -> list[list[int]]:
+        """Choose what each step of the gold response is to name in place of what a model names: labels, in the order of naming.
+
+        "gold" is the gold sources; of the others, "bm25" the pieces with the best BM25 scores for what `query` says, "random" the
+        same ones for every model, "recent" those nearest to the response, each as many as the gold step has.
+        """
+        if self.labelling == "plain":
+            raise UserError("plain text names no sources")
+        document = example.document
+        drawn, may_be = random.Random(document.prompt), self.candidates(document)
+        ranked = BM25([document.pieces[piece] for piece in may_be])
+        found = []
+        for number, step in enumerate(document.steps):
+            given, count = [piece for piece in step.sources if piece not in may_be], len(set(step.sources) & set(may_be))
+            own: Sequence[int] = step.sources
+            if sources == "bm25":
+                own = sorted(may_be[i] for i in ranked.rank(self.query(document, number))[:count])
+            elif sources == "random":
+                own = sorted(drawn.sample(may_be, count))
+            elif sources == "recent":
+                own = may_be[len(may_be) - count :]
+            found.append([1 + piece for piece in dict.fromkeys((*given, *own))])
+        return found
+
+    def candidates(self, document: Document) -> Sequence[int]:
+        """Return the pieces that a step may rest on; it names others, such as the question that it answers, whatever is chosen."""
+        return range(len(document.pieces))
+
+    def query(self, document: Document, number: int) -> str:
+        """Return what is known before a step is written: what all steps need, and the gold text of the step before."""
+        return " ".join((document.about, *(step.text for step in document.steps[max(number - 1, 0) : number])))
 
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
         """Raise UserError: nothing like the documents of a file can be drawn."""

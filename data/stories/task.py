@@ -1,7 +1,7 @@
 """The task of stories: sections and questions in; answers out, each of which names its question and the sections it was read in."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from data import scoring
@@ -36,6 +36,15 @@ class StoryTask(DocumentTask):
     WriteCommand: ClassVar[type[source.WriteCommand]] = source.WriteCommand
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
     piece_sentences: int = 0
+
+    def candidates(self, document: Document) -> Sequence[int]:
+        """Return the sections; questions are no sources."""
+        return [piece for piece, text in enumerate(document.pieces) if not text.startswith(QUESTION)]
+
+    def query(self, document: Document, number: int) -> str:
+        """Return the question that an answer is to."""
+        question = question_of(document, document.steps[number].sources)
+        return "" if question is None else document.pieces[question]
 
     def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
         """Score answers, each question's by the first step that names the question; one that no step names has an empty answer.

@@ -367,6 +367,30 @@ def test_answers_are_scored_by_the_question_that_they_name(corpora):
     assert scores["section_precision"] == 2 / 4 and scores["section_recall"] == 2 / 5
 
 
+def test_sources_that_are_given_in_place_of_chosen_ones(corpora):
+    """Labels are pieces from 1 on; as many as the gold step has; an answer names its question first, whatever section it is read in."""
+    for name in WRITE:
+        task, examples = load(corpora, name).task, [*load(corpora, name)]
+        for example in map(task.renumber, examples):
+            steps, pieces = example.document.steps, example.document.pieces
+            assert task.headers(example, "gold") == [[1 + piece for piece in step.sources] for step in steps]
+            asked = [i for i, piece in enumerate(pieces) if name == "stories" and piece.startswith(QUESTION)]
+            sections = [i for i in range(len(pieces)) if i not in asked]
+            for number, (step, *found) in enumerate(zip(steps, *(task.headers(example, kind) for kind in ("bm25", "random", "recent")))):
+                count = len({*step.sources} - {*asked})
+                query = {"papers": steps[number - 1].text if number else "", "verdicts": "", "stories": pieces[step.sources[0]]}[name]
+                best = BM25([pieces[i] for i in sections]).rank(f"{example.document.about} {query}")[:count]
+                first = [own.pop(0) - 1 for own in found if name == "stories"]
+                assert first == [step.sources[0]] * len(first)
+                assert found[0] == sorted(1 + sections[i] for i in best)
+                assert len({*found[1]}) == count and {label - 1 for label in found[1]} <= {*sections}
+                assert found[2] == [1 + i for i in sections[-count:]]
+            assert task.headers(example, "random") == task.headers(example, "random")
+    plain = dataclasses.replace(task, labelling="plain")
+    with pytest.raises(UserError, match="plain text names no sources"):
+        plain.headers(plain.renumber(examples[0]), "gold")
+
+
 def test_bm25_by_its_formula():
     """Robertson and Zaragoza (2009), equation 3.15, with k1 = 1.2 and b = 0.75; function words apart."""
     pieces = ["snow fell", "snow snow towns hills", "rain"]

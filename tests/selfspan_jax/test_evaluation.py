@@ -1,6 +1,7 @@
 """Evaluations: scores, order, seconds and reports, by a model that writes noise and a task that is told what to say of it."""
 
 import dataclasses
+import hashlib
 import json
 from types import SimpleNamespace
 from typing import ClassVar, NamedTuple
@@ -115,6 +116,30 @@ def test_scores_order_and_seconds(lm, monkeypatch):
             evaluation.evaluate_all(lm, sets, batch_sizes=[1])
     with pytest.raises(ValueError, match="no examples"):
         evaluation.evaluate(lm, [])
+
+
+class Named(Summaries):
+    """The same, which says what each step names, and what each example adds to a score."""
+
+    def headers(self, example, sources):
+        return [[{"gold": 1, "random": 0}[sources]] * 2]
+
+    def counts(self, example, response_ids):
+        return {"length": (len(response_ids), 1)} | ({"fours": (1, 2)} if "4" in example.prompt else {})
+
+
+def test_steps_name_what_the_task_gives_and_examples_are_kept_apart(model):
+    lm, examples = SpanLM(model, Named()), [Example("45"), Example("567"), Example("4")]
+    found = {sources: evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2, sources=sources) for sources in ("gold", "model")}
+    first = [[out.steps[0].refs for out in own.outputs if out.steps] for own in found.values()]
+    assert first[0] and set(first[0]) == {(1, 1)} and set(first[1]) != {(1, 1)}
+    values = evaluation.report(lm, {"some": [found["model"]]}, {})["by_example"]
+    outputs = found["model"].outputs
+    assert values["digests"] == [hashlib.sha256(example.prompt.encode()).hexdigest()[:16] for example in examples]
+    assert values["prompt_tokens"] == [4, 5, 3] and values["response_tokens"] == [len(out.response_ids) for out in outputs]
+    assert values["counts"] == {"length": [[len(out.response_ids), 1] for out in outputs], "fours": [[1, 2], [0, 0], [1, 2]]}
+    with pytest.raises(ValueError, match="sources are 'gold', but this model's task gives none; allowed: model"):
+        evaluation.evaluate(SpanLM(model, Problems()), examples, sources="gold")
 
 
 def live_bytes():

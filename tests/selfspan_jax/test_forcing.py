@@ -1,0 +1,76 @@
+"""Given headers: what the model itself named changes nothing, and anything else is what a forward over the whole sequence writes."""
+
+import numpy as np
+
+from selfspan_jax import spans
+from selfspan_jax.config import DecodeConfig
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.forcing import generate_under
+from tests.selfspan_jax.models import random_model, reference_logits
+from tests.selfspan_jax.streams import VOCAB
+
+# A model that writes labels at random, and random prompts with pieces 1 and 2.
+VIEWS = {"header_view": "all", "prompt_view": "causal", "prompt_window_tokens": 16}
+MODEL = random_model(3, max_context_tokens=1024, tie_embeddings=False, **VIEWS)
+ENGINE, CONFIG = Engine(MODEL), DecodeConfig(max_new_tokens=24)
+SEGS, REFS = (range(base, base + VOCAB.num_labels) for base in (VOCAB.seg_base, VOCAB.ref_base))
+LENGTHS = np.array([6, 8] * 16, np.int32)
+PROMPTS = np.random.default_rng(0).integers(4, 10, (32, 8)).astype(np.int32)
+PROMPTS[:, [0, 1, 4]] = VOCAB.bos_id, SEGS[1], SEGS[2]
+PROMPTS[np.arange(32), LENGTHS - 1] = VOCAB.solve_id
+
+
+def read(state):
+    """Tokens and how many each attends to, of each sequence as far as it was written."""
+    counts = np.asarray(state.num_attended)
+    return [(own[: (n > 0).sum()].tolist(), n[n > 0].tolist()) for own, n in zip(np.asarray(state.new_tokens), counts, strict=True)]
+
+
+def test_what_the_model_named_itself_gives_the_same_tokens():
+    """Up to where a step names something after it has begun to write, which given headers do not do."""
+    own = read(ENGINE.generate(PROMPTS, LENGTHS, CONFIG))
+    headers, same = [], []
+    for tokens, _ in own:
+        steps, before, stray = [], None, len(tokens)
+        for place, token in enumerate(tokens):
+            if token in SEGS:
+                steps.append([])
+            elif token in REFS and steps and (before in SEGS or before in REFS):
+                steps[-1].append(token - REFS[0])
+            elif token in REFS and steps:
+                stray = place
+                break
+            before = token
+        headers.append(steps)
+        same.append(stray)
+    assert sum(named != [] for steps in headers for named in steps) >= 8 and max(same) > 8
+    given = read(generate_under(ENGINE, PROMPTS, LENGTHS, CONFIG, headers))
+    for found, expected, stray in zip(given, own, same, strict=True):
+        assert [found[0][:stray], found[1][:stray]] == [expected[0][:stray], expected[1][:stray]]
+    assert read(generate_under(ENGINE, PROMPTS, LENGTHS, CONFIG, [[]] * 32)) == own  # without headers all is the model's
+
+
+def test_each_token_is_what_a_forward_over_all_before_it_finds():
+    """Segs open steps; given ones name what is said and nothing more, also where that is nothing; the others what the model chooses."""
+    headers = [[(1, 2), (), (2,)], [(1,)]] * 16
+    forced = chosen = 0
+    found = read(generate_under(ENGINE, PROMPTS, LENGTHS, CONFIG, headers))
+    for prompt, length, given, (new, attended) in [*zip(PROMPTS, LENGTHS, headers, found, strict=True)][:6]:
+        sequence = np.array([*prompt[:length], *new], np.int32)
+        mask = np.asarray(spans.attention_mask(sequence, VOCAB, **VIEWS))
+        assert attended == mask.sum(axis=-1)[length:].tolist()
+        logits = reference_logits(MODEL, np.pad(sequence, (0, 32 - len(sequence)))[None], [np.pad(mask, (0, 32 - len(sequence)))])[0].copy()
+        waiting, opened = [], 0
+        for token, scores in zip(new, logits[length - 1 :]):
+            if waiting:
+                assert token == REFS[waiting.pop(0)]
+                forced += 1
+                continue
+            if 0 < opened <= len(given):
+                scores[REFS[0] : REFS[-1] + 1] = -np.inf
+            assert token == int(np.argmax(scores))
+            chosen += token in REFS
+            if token in SEGS:
+                waiting = [*given[opened]] if opened < len(given) else []
+                opened += 1
+    assert forced >= 6 and chosen >= 1
