@@ -53,6 +53,12 @@ def device_memory_bytes() -> int | None:
     return stats.get("bytes_limit") if stats else None
 
 
+def free_memory_bytes() -> int | None:
+    """Return what of `device_memory_bytes` is not in use; None where the device does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
+
+
 def bytes_of(tree: Any) -> int:
     """Count the bytes of arrays or shapes; on a mesh those of one device's shards."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]

@@ -34,7 +34,7 @@ from selfspan_jax.serving.running import Decoded, Draws, Prompts, SamplingRows, 
 Finished = Literal["stop", "length", "cancelled", "error"]
 _DRAWS: tuple[Draws, ...] = ("likeliest", "drawn", "filtered")
 _MIN_QUERIES = 64  # tokens of each prompt that are read at once
-_CACHE_SHARE = 0.8  # of the memory that parameters and state leave; the rest is for what programs need meanwhile
+_CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
 _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
 _LOG = logging.getLogger(__name__)
 
@@ -183,6 +183,7 @@ class Scheduler:
         self._in_flight: _Chunk | None = None
         self._table = np.full((size, self._pages_each), -1, np.int32)
         self._sampling = SamplingRows(*(np.zeros(size, dtype) for dtype in (*("float32",) * 2, "int32", *("float32",) * 2)))
+        self._state: Any = None  # the memory of one that failed is free before the next one is allocated
         self._state = empty_state(
             self.engine.graph, self.engine.params, self.decode_config, self.num_pages * self.config.page_tokens, size, self._capacity
         )
@@ -543,19 +544,17 @@ class Scheduler:
         return -(-num_tokens // self.config.page_tokens)
 
     def _pages_that_fit(self) -> int:
-        """Count the pages that memory has room for, beside parameters, state and what programs need."""
+        """Count the pages that free memory has room for, beside the rest of the state and what programs need meanwhile."""
         config, engine, model = self.config, self.engine, self.engine.shard.config
-        most = config.num_sequences * self._pages_each
         sizes = (config.page_tokens, config.num_sequences, self._capacity)
         state = jax.eval_shape(lambda params: empty_state(engine.graph, params, self.decode_config, *sizes), engine.params)
-        rest = memory.bytes_of((engine.params, dataclasses.replace(state, cache=state.cache.slot_table)))
+        rest = memory.bytes_of(dataclasses.replace(state, cache=state.cache.slot_table))
         row_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * np.dtype(model.compute_dtype).itemsize
-        page_bytes = config.page_tokens * row_bytes
-        limit = memory.device_memory_bytes()
-        left = _UNKNOWN_MEMORY_BYTES if limit is None else int(_CACHE_SHARE * (limit - rest))
-        if left < page_bytes:
-            raise memory.DoesNotFit(f"does not fit: parameters and state take {rest / 2**30:.1f} GiB and leave no room for the cache")
-        return min(most, left // page_bytes)
+        free = memory.free_memory_bytes()
+        left = _UNKNOWN_MEMORY_BYTES if free is None else int(_CACHE_SHARE * (free - rest))
+        if left < config.page_tokens * row_bytes:
+            raise memory.DoesNotFit(f"does not fit: {rest / 2**30:.1f} GiB of state leave no room for the cache")
+        return min(config.num_sequences * self._pages_each, left // (config.page_tokens * row_bytes))
 
 
 _NONE = np.zeros(0, np.int32)
