@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -80,14 +81,22 @@ class Example(Protocol):
 
 
 def installed_tasks() -> dict[str, type[Task]]:
-    """Load the tasks of installed packages by name: this project's registry (`pip install -e .`), which has those of the others too.
+    """Load the tasks of installed packages by name, this project's among them (`pip install -e .`).
+
+    An entry point is the class of a task, under the task's name, or a mapping from names to classes. One that cannot be imported
+    is left out with a warning.
 
     Raises: UserError where a file of the user's takes the name of a package that is installed beside this one, as `data` is.
     """
     tasks: dict[str, type[Task]] = {}
-    for entry in metadata.entry_points(group="selfspan.tasks", name="builtin"):
+    for entry in metadata.entry_points(group="selfspan.tasks"):
         _check_name(entry.module.partition(".")[0])
-        tasks |= entry.load()
+        try:
+            loaded = entry.load()
+        except (ImportError, AttributeError) as error:  # of another package: the others work without it
+            warnings.warn(f"entry point {entry.name} = {entry.value} of selfspan.tasks cannot be loaded: {error}", stacklevel=2)
+            continue
+        tasks |= loaded if isinstance(loaded, Mapping) else {entry.name: loaded}
     return tasks
 
 
