@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-RESAMPLES = 10_000
-_CHUNK = 1_000  # resamples whose draws are in memory at once
+RESAMPLES = 2_000
 
 Counts = npt.NDArray[np.float64]
 """[n, 2], of each example the sum and the weight that it adds; the score is the ratio of the two over all examples."""
@@ -35,11 +35,14 @@ def difference(ours: Counts, theirs: Counts, *, seed: int = 0) -> Interval:
     """
     if ours.shape != theirs.shape or ours.ndim != 2 or not len(ours):
         raise ValueError(f"counts of shapes {ours.shape} and {theirs.shape}; expected both [n, 2] of the same examples")
-    rng, size, found = np.random.default_rng(seed), len(ours), []
-    for _ in range(RESAMPLES // _CHUNK):
-        times = rng.multinomial(size, np.full(size, 1 / size), size=_CHUNK)  # how often each example was drawn
-        with np.errstate(invalid="ignore", divide="ignore"):
-            own, other = ((sums := times @ counts)[:, 0] / sums[:, 1] for counts in (ours, theirs))
-        found.append(own - other)
-    low, high = np.nanquantile(np.concatenate(found), (0.025, 0.975))
+    times = _draws(len(ours), seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        own, other = ((sums := times @ counts)[:, 0] / sums[:, 1] for counts in (ours, theirs))
+    low, high = np.nanquantile(own - other, (0.025, 0.975))
     return Interval(score(ours) - score(theirs), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=4)  # comparisons of the same examples draw them alike
+def _draws(size: int, seed: int) -> npt.NDArray[np.float64]:
+    """Draw how often each of so many examples is in a resample: [RESAMPLES, size]."""
+    return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64)

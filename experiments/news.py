@@ -9,14 +9,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from experiments import pages
-from experiments.pages import Plot, Tally, judge, markdown_table
+from experiments.pages import Plot, Tally, by_variant, evaluations, judge, markdown_table, score_cell
 from experiments.results import Run
 from experiments.variants import Experiment
 
@@ -26,78 +26,25 @@ _SCORES = {
     **{"fact_accuracy": "fact accuracy", "fact_recall": "fact recall", "all_facts_right": "all facts right"},
     **{"span_precision": "span precision", "span_recall": "span recall", "finished_fraction": "finished"},
 }
-_READING = {
-    "attended_fraction_body": "body: of the context",
-    "attended_tokens_body": "tokens",
-    "attended_fraction_header": "span tokens: of the context",
-    "attended_tokens_header": "tokens",
-    "header_share": "share of span tokens",
-}
 _SPEEDS = dict.fromkeys(("batch_size", "summaries_per_second", "response_tokens_per_second"))
 EXPERIMENT = Experiment(
     "news",
     evaluations={"eval": "scores, reading and speed"},
     evaluation_fields={
-        **dict.fromkeys(("seed", "attention", "device", "jax", "num_parameters", "num_examples", *_SCORES, *_READING)),
+        **dict.fromkeys(("seed", "attention", "device", "jax", "num_parameters", "num_examples", *_SCORES, *pages.READING)),
         "by_batch_size": [_SPEEDS],
     },
 )
 
 
-def evaluations(runs: Iterable[Run], kind: str) -> pd.DataFrame:
-    """Collect evaluations, a row for each run that has one.
-
-    Args:
-      kind: "eval", or "own": of the run itself after its last step, on few articles, the same for all variants.
-    """
-    rows = [{**values, "variant": run.variant, "seed": run.seed} for run in runs if (values := run.part(kind))]
-    return pd.DataFrame(rows, columns=None if rows else ["variant"])
-
-
-def _by_variant(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    return ((str(variant), own) for variant, own in frame.groupby("variant", sort=False))
-
-
-def _cell(own: pd.DataFrame, key: str) -> str:
-    """Write the mean over seeds: ROUGE x 100, tokens, or a share."""
-    values = own[key].dropna().astype(float)  # there are no span tokens to attend where a model writes none
-    if values.empty:
-        return "-"
-    scale, unit = (1, "") if "tokens" in key else (100, "" if key.startswith("rouge") else "%")
-    return f"{scale * values.mean():.1f}{unit}"
-
-
 def scores_table(frame: pd.DataFrame, **more: str) -> str:
     """Write a row for each variant; `more` are further columns by the names of their scores."""
     columns, rows = _SCORES | more, []
-    for variant, own in _by_variant(frame):
+    for variant, own in by_variant(frame):
         right = Tally.of(own, "all_facts_right")
-        cells = [f"{right.right:,}" if key == "all_facts_right" else _cell(own, key) for key in columns]
+        cells = [f"{right.right:,}" if key == "all_facts_right" else score_cell(own, key) for key in columns]
         rows.append((f"`{variant}`", f"{right.num_examples:,}", *cells, *right.bounds))
     return markdown_table(("variant", "summaries", *columns.values(), *(f"all facts right, {bound}" for bound in pages.BOUNDS)), rows)
-
-
-def reading_table(frame: pd.DataFrame) -> str:
-    rows = [(f"`{variant}`", *(_cell(own, key) for key in _READING)) for variant, own in _by_variant(frame)]
-    return markdown_table(("variant", *_READING.values()), rows)
-
-
-def speed_table(frame: pd.DataFrame) -> str:
-    """Write every batch size; the one that gives a variant the most summaries has the ratio to the control's most."""
-    speeds = {}
-    for variant, own in _by_variant(frame):
-        timed = pd.DataFrame([speed for each in own["by_batch_size"] for speed in each]).groupby("batch_size")
-        speeds[variant] = timed.mean()[timed.size() == len(own)]  # at batch sizes that all seeds were timed at
-    most = {variant: own["summaries_per_second"].max() for variant, own in speeds.items()}
-    rows = []
-    for variant, own in speeds.items():
-        control = CONTROLS.get(variant)
-        for size, speed in own.iterrows():
-            summaries = speed["summaries_per_second"]
-            best = control in most and summaries == most[variant]
-            ratio = f"{summaries / most[control]:.2f}x `{control}`" if control and best else "-"
-            rows.append((f"`{variant}`", str(size), f"{summaries:,.1f}", f"{speed['response_tokens_per_second']:,.0f}", ratio))
-    return markdown_table(("variant", "batch", "summaries/s", "response tokens/s", "each at its best batch"), rows)
 
 
 def targets(evaluated: pd.DataFrame, own: pd.DataFrame) -> str:
@@ -107,7 +54,7 @@ def targets(evaluated: pd.DataFrame, own: pd.DataFrame) -> str:
         target = f"`{variant}`: ROUGE-L less than 0.5 below that of `{control}`"
         rouge = judge(target)
         for frame in (own, evaluated):  # the larger evaluation counts where both variants have it
-            found = dict(_by_variant(frame))
+            found = dict(by_variant(frame))
             if {variant, control} <= found.keys():
                 span, dense = (100 * found[name]["rougeL"].mean() for name in (variant, control))
                 rouge = judge(target, f"{dense - 0.5:.2f}", f"{span:.2f}", reached=dense - span < 0.5)
@@ -127,7 +74,7 @@ _MARKS = {
 
 def _plot_scores(axes: Axes, runs: Sequence[Run]) -> None:
     """Plot each variant on its line: the scores that its run found, and how much it read for them."""
-    variants = dict(_by_variant(evaluations(runs, "own")))
+    variants = dict(by_variant(evaluations(runs, "own")))
     for place, (variant, own) in enumerate(variants.items()):
         for key, (words, mark) in _MARKS.items():
             style: dict[str, Any] = {"linestyle": "", "fillstyle": "none", "markeredgewidth": 2, **mark}
@@ -149,8 +96,8 @@ def sections(runs: Sequence[Run], plots: dict[str, str]) -> dict[str, str]:
         "targets": targets(evaluated, own),
         "scores": scores_table(evaluated),
         "own": scores_table(own, attended_fraction="attended, of the context") + plots["scores"],
-        "reading": reading_table(evaluated),
-        "speed": speed_table(evaluated),
+        "reading": pages.reading_table(evaluated),
+        "speed": pages.speed_table(evaluated, "summaries", CONTROLS),
     }
 
 

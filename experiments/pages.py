@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import io
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,63 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def judge(target: str, wanted: str = "-", found: str = "-", *, reached: bool | None = None) -> tuple[str, str, str, str]:
     """Write the row of a target; None where it was not run."""
     return target, wanted, found, "not run" if reached is None else "yes" if reached else "**no**"
+
+
+READING = {
+    "attended_fraction_body": "body: of the context",
+    "attended_tokens_body": "tokens",
+    "attended_fraction_header": "span tokens: of the context",
+    "attended_tokens_header": "tokens",
+    "header_share": "share of span tokens",
+}
+"""What decode.py eval says of the context that was read, and the heads of its columns."""
+
+
+def evaluations(runs: Iterable[Run], kind: str) -> pd.DataFrame:
+    """Collect evaluations, a row for each run that has one.
+
+    Args:
+      kind: "eval", or "own": of the run itself after its last step, on few articles, the same for all variants.
+    """
+    rows = [{**values, "variant": run.variant, "seed": run.seed} for run in runs if (values := run.part(kind))]
+    return pd.DataFrame(rows, columns=None if rows else ["variant"])
+
+
+def by_variant(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Divide what `evaluations` collected, in its order."""
+    return ((str(variant), own) for variant, own in frame.groupby("variant", sort=False))
+
+
+def score_cell(own: pd.DataFrame, key: str) -> str:
+    """Write the mean over seeds: ROUGE x 100, tokens, or a share."""
+    values = own[key].dropna().astype(float)  # there are no span tokens to attend where a model writes none
+    if values.empty:
+        return "-"
+    scale, unit = (1, "") if "tokens" in key else (100, "" if key.startswith("rouge") else "%")
+    return f"{scale * values.mean():.1f}{unit}"
+
+
+def reading_table(frame: pd.DataFrame) -> str:
+    rows = [(f"`{variant}`", *(score_cell(own, key) for key in READING)) for variant, own in by_variant(frame)]
+    return markdown_table(("variant", *READING.values()), rows)
+
+
+def speed_table(frame: pd.DataFrame, unit: str, controls: Mapping[str, str]) -> str:
+    """Write every batch size; the one that gives a variant the most a second has the ratio to the control's most."""
+    speeds = {}
+    for variant, own in by_variant(frame):
+        timed = pd.DataFrame([speed for each in own["by_batch_size"] for speed in each]).groupby("batch_size")
+        speeds[variant] = timed.mean()[timed.size() == len(own)]  # at batch sizes that all seeds were timed at
+    most = {variant: own[f"{unit}_per_second"].max() for variant, own in speeds.items()}
+    rows = []
+    for variant, own in speeds.items():
+        control = controls.get(variant)
+        for size, speed in own.iterrows():
+            rate = speed[f"{unit}_per_second"]
+            best = control in most and rate == most[variant]
+            ratio = f"{rate / most[control]:.2f}x `{control}`" if control and best else "-"
+            rows.append((f"`{variant}`", str(size), f"{rate:,.1f}", f"{speed['response_tokens_per_second']:,.0f}", ratio))
+    return markdown_table(("variant", "batch", f"{unit}/s", "response tokens/s", "each at its best batch"), rows)
 
 
 def _seeds(runs: Iterable[Run]) -> dict[str, list[str]]:
@@ -168,7 +225,11 @@ def _eval_options(evaluation: Mapping[str, Any]) -> str:
         num_examples, speeds, which = evaluation["num_examples"], evaluation["by_batch_size"], ""
     passes = f" --passes {evaluation['passes']}" if evaluation.get("passes", 1) > 1 else ""
     batches = ",".join(str(speed["batch_size"]) for speed in speeds)
-    return f"--seed {evaluation['seed']} --num-examples {num_examples}{which} --batch-size {batches}{passes}"
+    rest = f"--num-examples {num_examples}{which} --batch-size {batches}{passes}"
+    if "data" not in evaluation:
+        return f"--seed {evaluation['seed']} {rest}"
+    sources = f" --sources {evaluation['sources']}" if "sources" in evaluation else ""
+    return f"--data corpora/{evaluation['data']} --split {evaluation['split']} {rest}{sources}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ plots

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.alignment import Alignment
 from data.tasks import TASKS
 from selfspan_jax.config import PRESETS, LoraConfig, tuning_preset
 from selfspan_jax.errors import UserError
@@ -21,7 +22,7 @@ class Variant:
 
     description: str
     preset: str
-    """The subcommand of train.py: a preset, or finetune-lora."""
+    """The subcommand of train.py: a preset, finetune-lora or finetune-full."""
     options: str = ""
     """Options of the command, --name or --name and value; every run of this variant has these settings."""
 
@@ -39,11 +40,16 @@ class Variant:
             configs: dict[str, Any] = {"model": preset.model, "training": preset.training}
             corpus = TASKS[preset.task].Corpus(**preset.corpus)
         else:
-            tuning = tuning_preset(self.settings["corpus"], adapters=True)
-            configs = {"base": None, "attention": tuning.attention, "lora": LoraConfig(), "training": tuning.training}
+            adapters = self.preset == "finetune-lora"
+            tuning = tuning_preset(self.settings["corpus"], adapters=adapters)
+            configs = {"base": None, "attention": tuning.attention, "training": tuning.training}
+            configs |= {"lora": LoraConfig()} if adapters else {}
             corpus = TASKS[self.settings["corpus"]].Corpus(**tuning.corpus)
         configs["corpus"] = corpus
-        return {section: dataclasses.asdict(config) if config else {} for section, config in configs.items()}
+        found = {section: dataclasses.asdict(config) if config else {} for section, config in configs.items()}
+        if "data" in self.settings:  # a card says too how sources were aligned
+            found["corpus"] |= dataclasses.asdict(Alignment())
+        return found
 
     def check(self, run: Mapping[str, Mapping[str, Any]], where: str) -> None:
         """Raise UserError unless the sections of a run.json are those of this variant with its options."""
@@ -51,7 +57,7 @@ class Variant:
             raise UserError(f"{where}: {unknown[0]} is no setting of the variant's corpus")
         found = {key: value for section in self.defaults for key, value in run[section].items()}
         if "base" in run:  # the corpus of fine-tuning is known by its settings
-            found |= {"init": run["base"].get("name"), "corpus": self.settings["corpus"]}
+            found |= {"init": run["base"].get("name")} | {key: self.settings[key] for key in ("corpus", "data") if key in self.settings}
         for key, expected in self.settings.items():
             if (value := as_option(found.get(key, "missing"))) != expected:
                 raise UserError(f"{where}: {key} is {value}, but {expected} in this variant")
@@ -60,7 +66,7 @@ class Variant:
         """Write the command that trains a run: the variant's options, and whatever else differs from the preset."""
         words = ["python train.py", self.preset, f"--run-dir {run_dir}", *self.options.split()]
         for section, defaults in self.defaults.items():
-            for key, value in run[section].items():
+            for key, value in () if section == "corpus" and "data" in self.settings else run[section].items():
                 if key in defaults and key not in self.settings and as_option(value) != as_option(defaults[key]):
                     option = key.replace("_", "-")
                     words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", as_option(value)]
@@ -76,13 +82,16 @@ class Experiment:
     """The kinds of evaluation that a run may have, each with its description."""
     evaluation_fields: Any
     """What is kept of `decode.py eval --json`: the `fields` argument of `results.pick`."""
+    tables: tuple[str, ...] = ()
+    """Those of NAME.toml that it compares; by default all."""
 
     @functools.cached_property
     def panels(self) -> dict[str, dict[str, Variant]]:
         """The variants in each panel of a plot, by the panel's title: those of NAME.toml."""
         with Path(__file__).with_name(f"{self.name}.toml").open("rb") as file:
             panels = tomllib.load(file)
-        return {title: {name: Variant(**own) for name, own in variants.items()} for title, variants in panels.items()}
+        chosen = {title: panels[title] for title in self.tables or panels}
+        return {title: {name: Variant(**own) for name, own in variants.items()} for title, variants in chosen.items()}
 
     @functools.cached_property
     def variants(self) -> dict[str, Variant]:

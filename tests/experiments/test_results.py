@@ -9,10 +9,12 @@ import jax
 import pytest
 
 import train
-from experiments import arithmetic, news, pages, results
+from data.__main__ import main as data_main
+from experiments import arithmetic, documents, news, pages, results
 from selfspan_jax.model import Decoder
 from selfspan_jax.training import Stopped
 from selfspan_jax.weights import importing
+from tests.data import layouts
 from tests.selfspan_jax.models import TINY
 from tests.selfspan_jax.weights.test_lora import directory
 
@@ -72,6 +74,26 @@ def test_the_command_of_a_run_is_the_one_that_trained_it(name, variant, claimed,
     words = shlex.split(own.command(run.settings, f"runs/{variant}-3"))
     assert words[:2] == ["python", "train.py"] and words[words.index("--run-dir") + 1] == f"runs/{variant}-3"
     assert claimed(tmp_path / "again", words[2:]) == there
+
+
+def test_the_command_of_a_run_on_a_corpus_directory_is_the_one_that_trained_it(claimed, tmp_path, monkeypatch):
+    """train.py itself is the oracle, on a corpus directory."""
+    monkeypatch.chdir(tmp_path)
+    experiment = documents.EXPERIMENTS["papers"]
+    own = experiment.variants["papers_plain"]
+    options = ["--vocab-tokens", "400", "--max-prompt-tokens", "600", "--max-example-tokens", "1024"]
+    options += ["--source", str(layouts.write_reports(tmp_path / "reports")), "--labelling", "plain"]
+    data_main(["papers", *options, "--out", str(tmp_path / "corpora" / "papers-plain")])
+    more = ["--seed", "3", "--sequence-tokens", "1024", "--rank", "8"]
+    there = claimed(tmp_path / "run", [own.preset, "--run-dir", "-", *own.options.split(), *more])
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "papers_plain-3.run.json").write_text(json.dumps(there))
+    results.take(experiment, tmp_path / "raw", tmp_path / "kept", "abc")
+    (run,) = results.load(experiment, tmp_path / "kept")
+    words = shlex.split(own.command(run.settings, "runs/here"))
+    assert (
+        claimed(tmp_path / "again", words[2:]) == there and str(tmp_path) not in (tmp_path / "kept" / "papers_plain-3.run.json").read_text()
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,222 @@
+"""Report the experiments on documents, of papers and verdicts or of stories: stored results in, tables and plots of a page out.
+
+    python -m experiments.documents papers docs/papers
+    python -m experiments.documents stories docs/stories
+
+`--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
+papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
+.random.json and .recent.json of one with `--sources`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+
+from data import commandline
+from data.documents.task import Sources
+from data.tasks import TASKS
+from experiments import bootstrap, pages
+from experiments.bootstrap import Interval
+from experiments.pages import judge, markdown_table
+from experiments.results import Run
+from experiments.variants import Experiment
+
+CORPORA = {"papers": ("papers", "verdicts"), "stories": ("stories",)}
+"""The corpora of each page."""
+MAIN = {"papers": ("rougeL", "evidence_named"), "verdicts": ("verdict_accuracy", "evidence_named"), "stories": ("rougeL", "section_named")}
+"""The score that each corpus is published by, and how often a right source is named."""
+BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
+"""Lengths of prompts, in tokens."""
+_READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12}  # at most, of the context, text of responses
+_READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
+_FASTER = {"papers": 3, "verdicts": 3, "stories": 2}  # at least, times the responses of the dense control
+_KEPT = ("data", "split", "attention", "device", "jax", "num_parameters", "num_examples", "attended_fraction", *pages.READING)
+EXPERIMENTS = {
+    page: Experiment(
+        "documents",
+        evaluations={
+            "eval": "scores, reading and speed",
+            **{kind: f"steps name the sources of `--sources {kind}`" for kind in get_args(Sources)},
+        },
+        evaluation_fields={
+            **dict.fromkeys((*_KEPT, "sources?")),
+            "by_example": dict.fromkeys(("digests", "prompt_tokens", "counts")),
+            "by_batch_size": [dict.fromkeys(("batch_size", "response_tokens_per_second", "*"))],
+        },
+        tables=corpora,
+    )
+    for page, corpora in CORPORA.items()
+}
+
+
+def scored(runs: Sequence[Run], variant: str, kind: str) -> pd.DataFrame:
+    """Collect the examples of a variant's evaluations of a kind, all seeds together, by digest; empty where there is none.
+
+    Columns: (score, 0) and (score, 1), the sum and the weight; ("prompt_tokens", 0).
+    """
+    frames = [_frame(values) for run in runs if run.variant == variant and (values := run.part(kind))]
+    if not frames:
+        return pd.DataFrame()
+    examples = pd.concat(frames).groupby(level=0, sort=False)
+    found = examples.sum()
+    found["prompt_tokens", 0] /= examples.size()
+    return found
+
+
+def _frame(evaluation: Mapping[str, Any]) -> pd.DataFrame:
+    own = evaluation["by_example"]
+    columns = {(name, part): [pair[part] for pair in pairs] for name, pairs in own["counts"].items() for part in (0, 1)}
+    return pd.DataFrame({**columns, ("prompt_tokens", 0): own["prompt_tokens"]}, index=own["digests"], dtype=float)
+
+
+def _counts(examples: pd.DataFrame, name: str) -> bootstrap.Counts:
+    return examples[[(name, 0), (name, 1)]].to_numpy() if (name, 0) in examples.columns else np.zeros((len(examples), 2))
+
+
+def compare(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> tuple[int, float, Interval] | None:
+    """Compare a score on the examples that both have: (how many, the other's score, the difference); None where one has none."""
+    common = ours.index.intersection(theirs.index, sort=False)
+    own, other = (_counts(examples.loc[common], name) for examples in (ours, theirs))
+    if not (own[:, 1].any() and other[:, 1].any()):
+        return None
+    return len(common), bootstrap.score(other), bootstrap.difference(own, other)
+
+
+def _percent(*values: float) -> list[str]:
+    return ["-" if np.isnan(value) else f"{100 * value:.1f}" for value in values]
+
+
+def _interval(found: Interval | None) -> list[str]:
+    return _percent(*found) if found else ["-"] * 3
+
+
+def _names(corpus: str) -> list[str]:
+    """Return the names of all scores of a corpus."""
+    kinds: Mapping[str, tuple[str, ...]] = vars(TASKS[corpus])["score_kinds"]
+    return [name for names in kinds.values() for name in names]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+_DIFFERENCE = ("difference", *(f"95% {bound}" for bound in ("from", "to")))
+
+
+def scores_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
+    """Write all scores of each variant, x 100."""
+    names, rows = _names(corpus), []
+    for variant in variants:
+        if len(examples := scored(runs, variant, "eval")):
+            cells = _percent(*(bootstrap.score(_counts(examples, name)) for name in names))
+            rows.append((f"`{variant}`", f"{len(examples):,}", *cells))
+    return markdown_table(("variant", "examples", *map(_words, names)), rows)
+
+
+def differences_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
+    """Write how much higher than the control each variant scores, on the examples that both have."""
+    theirs, rows = scored(runs, f"{corpus}_dense", "eval"), []
+    for variant in variants:
+        ours = scored(runs, variant, "eval")
+        for name in _names(corpus) if variant != f"{corpus}_dense" else ():
+            if found := compare(ours, theirs, name):
+                rows.append((f"`{variant}`", _words(name), f"{found[0]:,}", *_percent(found[1]), *_interval(found[2])))
+    return markdown_table(("variant", "score", "examples", f"`{corpus}_dense`", *_DIFFERENCE), rows)
+
+
+def sources_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
+    """Write the scores with given sources beside those with the model's own, of the same examples."""
+    rows = []
+    for variant in variants:
+        chosen = scored(runs, variant, "eval")
+        for kind in get_args(Sources):
+            given = scored(runs, variant, kind)
+            for name in MAIN[corpus]:
+                if found := compare(given, chosen, name):
+                    value = found[1] + found[2].value
+                    rows.append((f"`{variant}`", kind, _words(name), *_percent(found[1], value), *_interval(found[2])))
+    return markdown_table(("variant", "sources", "score", "the model's own", "given", *_DIFFERENCE), rows)
+
+
+def lengths_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
+    """Write the main score by the length of the prompt, those beyond the rows of training apart."""
+    name, rows = MAIN[corpus][0], []
+    theirs = scored(runs, f"{corpus}_dense", "eval")
+    for variant in variants:
+        ours = scored(runs, variant, "eval")
+        if ours.empty:
+            continue
+        tokens = ours["prompt_tokens", 0]
+        trained = min(run.settings["training"]["sequence_tokens"] for run in runs if run.variant == variant)
+        parts = {words: (tokens >= low) & (tokens < high) & (tokens < trained) for words, (low, high) in BINS.items()}
+        parts[f"{trained:,} and above, longer than trained"] = tokens >= trained
+        for words, part in parts.items():
+            own = ours[part]
+            if len(own):
+                found = compare(own, theirs, name) if variant != f"{corpus}_dense" else None
+                score = _percent(bootstrap.score(_counts(own, name)))
+                rows.append((f"`{variant}`", words, f"{len(own):,}", *score, *_interval(found[2] if found else None)))
+    return markdown_table(("variant", "tokens of the prompt", "examples", _words(name), *_DIFFERENCE), rows)
+
+
+def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
+    """Judge what `labels` is to reach against the dense control."""
+    rows, evaluated = [], pages.evaluations(runs, "eval")
+    for corpus in corpora:
+        unit, (_, named) = TASKS[corpus].unit, MAIN[corpus]
+        ours, theirs = (evaluated[evaluated["variant"] == f"{corpus}_{kind}"] for kind in ("labels", "dense"))
+        examples, control = (scored(runs, f"{corpus}_{kind}", "eval") for kind in ("labels", "dense"))
+        for name in _names(corpus):
+            found = compare(examples, control, name)
+            rows.append(_judge(f"{corpus}: {_words(name)} minus that of dense, upper bound", 0, found and 100 * found[2].high))
+        reading = {"text": ("attended_fraction_body", _READS[corpus]), "all tokens": ("attended_fraction", _READS_WITH_LABELS)}
+        for words, (key, most) in reading.items():
+            target, wanted = f"{corpus}: of the context, {words} of responses reads", f"at most {most:.0%}"
+            share = None if ours.empty else ours[key].astype(float).mean()
+            rows.append(judge(target, wanted) if share is None else judge(target, wanted, f"{share:.1%}", reached=share <= most))
+        rates = [_best(own, f"{unit}_per_second") for own in (ours, theirs)]
+        ratio = rates[0] / rates[1] if rates[0] and rates[1] else None
+        rows.append(_judge(f"{corpus}: {unit} a second, times those of dense", _FASTER[corpus], ratio))
+        found = compare(examples, scored(runs, f"{corpus}_labels", "bm25"), named)
+        rows.append(_judge(f"{corpus}: {_words(named)} minus that of BM25's sources", 0, found and 100 * found[2].value))
+    return markdown_table(pages.TARGETS, rows)
+
+
+def _judge(target: str, least: float, found: float | None) -> tuple[str, str, str, str]:
+    if found is None:
+        return judge(target, f"at least {least:g}")
+    return judge(target, f"at least {least:g}", f"{found:.2f}", reached=found >= least)
+
+
+def _best(frame: pd.DataFrame, unit: str) -> float | None:
+    """Return the rate of the best batch size, a mean over seeds; None where there is none."""
+    timed = pd.DataFrame([speed for each in frame.get("by_batch_size", ()) for speed in each])
+    return None if timed.empty else float(timed.groupby("batch_size")[unit].mean().max())
+
+
+def sections(page: str, runs: Sequence[Run], plots: dict[str, str]) -> dict[str, str]:
+    """Write the sections of a page beside those that every report has."""
+    evaluated, found = pages.evaluations(runs, "eval"), {"targets": targets(runs, CORPORA[page])}
+    tables = {"scores": scores_table, "differences": differences_table, "sources": sources_table, "lengths": lengths_table}
+    for corpus in CORPORA[page]:
+        variants = list(EXPERIMENTS[page].panels[corpus])
+        own = evaluated[evaluated["variant"].isin(variants)]
+        controls = {variant: f"{corpus}_dense" for variant in variants if variant != f"{corpus}_dense"}
+        found |= {f"{corpus} {name}": write(runs, variants, corpus) for name, write in tables.items()}
+        found |= {f"{corpus} reading": pages.reading_table(own), f"{corpus} speed": pages.speed_table(own, TASKS[corpus].unit, controls)}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    pages_of = {page: f"Write the page of {' and '.join(corpora)}." for page, corpora in CORPORA.items()}
+    page, words = commandline.choose(pages_of, __doc__ or "", None if arguments is None else list(arguments))
+    return pages.main(EXPERIMENTS[page], {}, functools.partial(sections, page), words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

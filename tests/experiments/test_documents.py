@@ -1,0 +1,181 @@
+"""The reports of documents: the pages say what the stored results say, also where there are none."""
+
+import json
+import re
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data import dataset
+from data.__main__ import main as data_main
+from data.alignment import Alignment
+from data.stories import source
+from data.tasks import TASKS
+from experiments import documents
+from selfspan_jax import evaluation
+from selfspan_jax.attention.policies import get_policy
+from selfspan_jax.config import ModelConfig
+from selfspan_jax.spans import SpanVocab
+from selfspan_jax.viewing.output import Output
+from tests.data import layouts
+from tests.experiments.reports import call, check_page, tuned_run
+from tests.selfspan_jax.models import TINY
+
+PAGES = {page: SimpleNamespace(main=lambda arguments, page=page: documents.main([page, *arguments])) for page in documents.CORPORA}
+STORIES = PAGES["stories"]
+SECTIONS = ("variants", "targets", *(f"stories {name}" for name in ("scores", "differences", "sources", "lengths", "reading", "speed")))
+PAGE = "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in (*SECTIONS, "training", "not run", "commands"))
+FILES = {
+    "seed": (".eval.json", lambda values: values.pop("by_example"), "has no 'by_example'; not written by this version"),
+    "arm": (
+        ".run.json",
+        lambda values: values["attention"].update(mask="dense", header_view="all"),
+        "header_view is all, but labels in this",
+    ),
+}
+
+
+def rows_of(page, section):
+    (text,) = re.findall(rf"<!-- {section} -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stories")
+    options = ["--vocab-tokens", "400", "--num-labels", "64", "--max-prompt-tokens", "600", "--split", "validation"]
+    data_main(["stories", "--source", str(layouts.write_stories(root / "source")), *options, "--out", str(root / "stories")])
+    return dataset.load(root / "stories", TASKS)
+
+
+def written(stored, responses, sources="model"):
+    """What `decode.py eval --json` writes of given responses."""
+    task, examples = stored.task, [stored.task.renumber(example) for example in stored]
+    config, vocab, outputs = ModelConfig(**TINY, header_view="labels"), SpanVocab(**task.vocab.span_ids()), []
+    for example, response in zip(examples, responses(examples), strict=True):
+        ids = task.encode_prompt(example.prompt)
+        token_ids = np.concatenate([ids, response]).astype(np.int32)
+        outputs.append(Output(task, token_ids, len(ids), np.full(len(response), 10), get_policy("span"), config, vocab, example.prompt))
+    own = evaluation.Evaluation(task, tuple(examples), tuple(outputs), 16, decode_seconds=2.0, compile_seconds=1.0)
+    lm = SimpleNamespace(task=task, model=SimpleNamespace(config=config, num_parameters=7))
+    settings = {"checkpoint": "model", "passes": 1, "data": "stories", "split": "validation"}
+    settings |= {} if sources == "model" else {"sources": sources}
+    return json.loads(json.dumps(evaluation.report(lm, {"stories": [own]}, settings)))
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A function that writes raw results of a variant and seed: its run, and evaluations by kind."""
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "out.md").write_text(PAGE)
+    changes = {"dense": {"mask": "dense"}, "labels": {}, "all": {"header_view": "all"}}
+
+    def write(arm, seed=0, **evaluations):
+        corpus = asdict(source.Corpus()) | asdict(Alignment())
+        name = f"stories_{arm}-{seed}"
+        (tmp_path / "raw" / f"{name}.run.json").write_text(json.dumps(tuned_run("stories", corpus, seed, **changes[arm])))
+        for kind, values in evaluations.items():
+            (tmp_path / "raw" / f"{name}.{kind}.json").write_text(json.dumps(values))
+        return tmp_path
+
+    return write
+
+
+def take(path, capsys):
+    status, _, err = call(STORIES, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
+    assert status == 0, err
+    return (path / "out.md").read_text()
+
+
+def scored(values, counts, tokens, seconds=1.0, **changes):
+    """The same evaluation with other examples: of each the sum and the weight of ROUGE-L and of the sections named."""
+    digests, pairs = (
+        [f"d{i}" for i in range(len(counts))],
+        {"rougeL": [[own, 1] for own, _ in counts], "section_named": [own for _, own in counts]},
+    )
+    timed = values["by_batch_size"][0] | {"responses_per_second": 1 / seconds}
+    return values | {"by_example": {"digests": digests, "prompt_tokens": tokens, "counts": pairs}, "by_batch_size": [timed]} | changes
+
+
+@pytest.mark.parametrize("page", documents.CORPORA)
+def test_the_page_is_what_the_stored_results_say(page, tmp_path, capsys):
+    """If this fails, run `python -m experiments.documents papers docs/papers`, and the same for stories."""
+    check_page(PAGES[page], page, tmp_path, capsys, max_bytes=5_000_000)
+
+
+def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys):
+    (tmp_path / "out.md").write_text(PAGE)
+    assert call(STORIES, capsys, tmp_path / "out")[0] == 0
+    page = (tmp_path / "out.md").read_text()
+    for section in (*SECTIONS[2:], "training", "commands"):
+        assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
+    assert {row[-1] for row in rows_of(page, "targets")} == {"not run"} and page.count(": not trained") == 5
+
+
+def test_an_evaluation_is_taken_as_it_was_written(stored, place, capsys):
+    """Gold responses are right in all of it, empty ones in nothing: the difference is everything, whatever is drawn. They have no
+    precision, since they name nothing.
+    """
+    gold, nothing = (written(stored, responses) for responses in (gold_responses, lambda examples: [[2]] * len(examples)))
+    place("labels", eval=gold, bm25=gold | {"sources": "bm25"})
+    page = take(place("dense", eval=nothing), capsys)
+    names = [name.replace("_", " ") for names in TASKS["stories"].score_kinds.values() for name in names]
+    assert [row[1] for row in rows_of(page, "stories differences")] == [name for name in names if name != "section precision"]
+    assert {tuple(row[2:]) for row in rows_of(page, "stories differences")} == {("1", "0.0", "100.0", "100.0", "100.0")}
+    assert rows_of(page, "stories scores") == [
+        ["`stories_labels`", "1", *["100.0"] * 8],
+        ["`stories_dense`", "1", *["0.0"] * 6, "-", "0.0"],
+    ]
+    line = "python decode.py eval runs/stories_labels-0/model --data corpora/stories --split validation --num-examples 1 --batch-size 16"
+    assert f"{line}\n" in page and f"{line} --sources bm25\n" in page
+    train = "python train.py finetune-lora --run-dir runs/stories_labels-0 --init SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert f"{train} --corpus stories --data corpora/stories --header-view labels\n" in page
+
+
+def gold_responses(examples):
+    return [example.response_ids for example in examples]
+
+
+def test_tables_by_hand(stored, place, capsys):
+    """Two seeds are one: 0.6 of four examples; its control has three of them. Sections: 5 of 8 named, where BM25's are 6 of 8."""
+    plain = written(stored, gold_responses)
+    fast = {"seconds": 0.25, "attended_fraction_body": 0.12, "attended_fraction": 0.2}
+    tokens = [2047, 2048, 4096, 8192]
+    ours = [(0.5, (1, 2)), (0.7, (1, 2)), (0.5, (2, 2)), (0.5, (0, 2))], [(0.5, (1, 2)), (0.7, (2, 2)), (0.7, (2, 2)), (0.7, (1, 2))]
+    given = scored(plain, [(0.4, (2, 2)), (0.5, (1, 2)), (0.5, (1, 2)), (0.5, (2, 2))], tokens, sources="bm25")
+    place("labels", eval=scored(plain, ours[0], tokens, **fast), bm25=given)
+    place("labels", 1, eval=scored(plain, ours[1], tokens, **fast))
+    theirs = scored(plain, [(0.4, (0, 2)), (0.6, (0, 2)), (0.5, (0, 2))], tokens[:3])
+    page = take(place("dense", eval=theirs), capsys)
+    assert [row[:3] for row in rows_of(page, "stories scores")] == [["`stories_labels`", "4", "60.0"], ["`stories_dense`", "3", "50.0"]]
+    assert ["`stories_labels`", "rougeL", "3", "50.0", "10.0", "10.0", "10.0"] in rows_of(page, "stories differences")
+    lengths = [row[1:5] for row in rows_of(page, "stories lengths") if row[0] == "`stories_labels`"]
+    assert lengths == [
+        ["below 2,048", "1", "50.0", "10.0"],
+        ["2,048 to 4,095", "1", "70.0", "10.0"],
+        ["4,096 and above", "1", "60.0", "10.0"],
+        ["8,192 and above, longer than trained", "1", "60.0", "-"],
+    ]
+    sources = [row[:6] for row in rows_of(page, "stories sources")]
+    assert ["`stories_labels`", "bm25", "rougeL", "60.0", "47.5", "-12.5"] in sources
+    assert ["`stories_labels`", "bm25", "section named", "62.5", "75.0", "12.5"] in sources
+    found = {row[0]: row[1:] for row in rows_of(page, "targets")}
+    assert found["stories: rougeL minus that of dense, upper bound"] == ["at least 0", "10.00", "yes"]
+    assert found["stories: section named minus that of BM25's sources"] == ["at least 0", "-12.50", "**no**"]
+    assert found["stories: of the context, text of responses reads"] == ["at most 12%", "12.0%", "yes"]
+    assert found["stories: of the context, all tokens of responses reads"] == ["at most 10%", "20.0%", "**no**"]
+    assert found["stories: responses a second, times those of dense"] == ["at least 2", "4.00", "yes"]
+    assert found["stories: rougeL explicit minus that of dense, upper bound"][-1] == "not run"
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_what_does_not_fit_is_said_in_one_line(case, stored, place, capsys):
+    path = place("labels", eval=written(stored, gold_responses))
+    ending, change, message = FILES[case]
+    file = path / "raw" / f"stories_labels-0{ending}"
+    change(values := json.loads(file.read_text()))
+    file.write_text(json.dumps(values))
+    status, _, err = call(STORIES, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
