@@ -56,17 +56,17 @@ def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Ar
         least = jax.lax.top_k(scores, sampling.top_k)[0][:, -1:]
         scores = jnp.where(scores < least, -jnp.inf, scores)
     if sampling.top_p < 1:
-        scores = nucleus(scores, sampling.top_p)
+        scores = nucleus(scores, 1 - sampling.top_p)
     if sampling.min_p > 0:
         scores = jnp.where(jnp.exp(scores) < sampling.min_p, -jnp.inf, scores)  # the most likely one has exp(0)
     return scores
 
 
-def nucleus(scores: Float[Array, "B V"], top_p: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
-    """Set the scores of tokens outside of the nucleus to minus infinity."""
+def nucleus(scores: Float[Array, "B V"], outside: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
+    """Set the scores of the least likely tokens, whose probabilities add up to no more than `outside`, to minus infinity."""
     order = jnp.argsort(scores, axis=-1)  # ascending, so that small probabilities add up exactly
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
-    kept = (mass > 1 - top_p).at[:, -1].set(True)
+    kept = (mass > outside).at[:, -1].set(True)
     return jnp.where(jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False), scores, -jnp.inf)
 
 

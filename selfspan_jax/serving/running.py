@@ -42,10 +42,10 @@ class Prompts(NamedTuple):
 
 
 class SamplingRows(NamedTuple):
-    """The fields of `Sampling`, one for each sequence."""
+    """The fields of `Sampling`, one for each sequence; of `top_p` what it leaves out."""
 
     temperature: Float[HostArray, "B"]
-    top_p: Float[HostArray, "B"]
+    outside: Float[HostArray, "B"]
     top_k: Int[HostArray, "B"]
     min_p: Float[HostArray, "B"]
     repetition_penalty: Float[HostArray, "B"]
@@ -229,7 +229,7 @@ def sample_rows(logits: Float[Array, "B V"], keys, sampling: SamplingRows | None
     """Sample the next tokens as `decoding.sampling.sample` does, each sequence by its own settings."""
     if sampling is None or draws == "likeliest":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    temperature, top_p, top_k, min_p, penalty = (jnp.asarray(field)[:, None] for field in sampling)
+    temperature, outside, top_k, min_p, penalty = (jnp.asarray(field)[:, None] for field in sampling)
     if draws == "filtered":
         logits = penalized(logits, occurred, penalty)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -237,7 +237,7 @@ def sample_rows(logits: Float[Array, "B V"], keys, sampling: SamplingRows | None
     if draws == "filtered":
         least = jnp.take_along_axis(jnp.sort(scores, axis=-1), jnp.clip(logits.shape[1] - top_k, 0, logits.shape[1] - 1), axis=1)
         scores = jnp.where((top_k > 0) & (scores < least), -jnp.inf, scores)
-        scores = jnp.where(top_p < 1, nucleus(scores, top_p), scores)
+        scores = jnp.where(outside > 0, nucleus(scores, outside), scores)
         scores = jnp.where(jnp.exp(scores) < min_p, -jnp.inf, scores)
     drawn = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
     return jnp.where(sampling.temperature == 0, likeliest, drawn)

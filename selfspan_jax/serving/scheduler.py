@@ -111,6 +111,9 @@ class Ticket:
     num_written: int = 0
     finished: Finished | None = None
 
+    def __post_init__(self):
+        self.prompt_tokens = len(self.token_ids)
+
 
 class _Chunk(NamedTuple):
     """A chunk that was dispatched, and whose places it decodes."""
@@ -180,7 +183,7 @@ class Scheduler:
         self._running: dict[int, Ticket] = {}
         self._places = list(range(size - 1, -1, -1))  # free ones
         self._being_read: set[bytes] = set()
-        self._in_flight: _Chunk | None = None
+        self._in_flight: collections.deque[_Chunk] = collections.deque()
         self._table = np.full((size, self._pages_each), -1, np.int32)
         self._sampling = SamplingRows(*(np.zeros(size, dtype) for dtype in (*("float32",) * 2, "int32", *("float32",) * 2)))
         self._state: Any = None  # the memory of one that failed is free before the next one is allocated
@@ -283,10 +286,9 @@ class Scheduler:
         try:
             self._admit()
             self._read()
-            chunk = self._decode()
-            before, self._in_flight = self._in_flight, chunk
-            if before is not None:
-                self._collect(before)
+            ahead = int(self._decode())
+            while len(self._in_flight) > ahead:
+                self._collect()
         except jax.errors.JaxRuntimeError as error:
             self._fail(str(error))
         return bool(self._waiting or self._reading or self._running or self._in_flight)
@@ -381,8 +383,9 @@ class Scheduler:
         assert ticket.place is not None
         self._running[ticket.place] = ticket
         sampling = ticket.request.sampling
-        numbers = (sampling.temperature and normal_float32(sampling.temperature), sampling.top_p, sampling.top_k, sampling.min_p)
-        for field, value in zip(self._sampling, (*numbers, normal_float32(sampling.repetition_penalty))):
+        temperature = sampling.temperature and normal_float32(sampling.temperature)
+        filters = (1 - sampling.top_p, min(sampling.top_k, self.engine.vocab_size), sampling.min_p)
+        for field, value in zip(self._sampling, (temperature, *filters, normal_float32(sampling.repetition_penalty))):
             field[ticket.place] = value
 
     def _dispatch_read(self, group: list[Ticket], first: int, num_queries: int, num_keys: int, responses: bool) -> None:
@@ -408,12 +411,12 @@ class Scheduler:
         options = (self.decode_config, self.config.page_tokens, num_queries, responses)
         self._state = read_prompts(self.engine.graph, self.engine.params, self._state, prompts, *options)
 
-    def _decode(self) -> _Chunk | None:
-        """Have a chunk decoded for all that run; places that are full afterwards are free from then on."""
+    def _decode(self) -> bool:
+        """Have a chunk decoded for all that run, if any does; places that are full afterwards are free from then on."""
         for ticket in sorted(self._running.values(), key=_number):
             self._grow(ticket)
         if not self._running:
-            return None
+            return False
         until = np.zeros(self.config.num_sequences, np.int32)
         tickets = [(ticket, place) for place, ticket in self._running.items()]
         for ticket, place in tickets:
@@ -427,7 +430,8 @@ class Scheduler:
         for ticket, _ in tickets:
             if ticket.num_new == ticket.request.max_new_tokens:
                 self._vacate(ticket)
-        return _Chunk(decoded, tickets)
+        self._in_flight.append(_Chunk(decoded, tickets))
+        return True
 
     def _dispatch_chunk(self, until: Int[np.ndarray, "B"], draws: Draws) -> Decoded:
         # Copies, because the device may read them after they have changed.
@@ -437,15 +441,17 @@ class Scheduler:
         self._state, decoded = decode_chunk(self.engine.graph, self.engine.params, *arguments, *options)
         return decoded
 
-    def _collect(self, chunk: _Chunk) -> None:
-        """Wait for a chunk and hand out its tokens."""
+    def _collect(self) -> None:
+        """Wait for the oldest chunk in flight and hand out its tokens."""
+        chunk = self._in_flight[0]
         token_ids, num_attended, done = map(np.asarray, chunk.decoded)
+        self._in_flight.popleft()
         for ticket, place in chunk.tickets:
             if ticket.finished:
                 continue
             count = int(np.count_nonzero(num_attended[:, place]))
             tokens, attended = token_ids[:count, place].copy(), num_attended[:count, place].copy()
-            length = len(ticket.request.prompt_ids) + ticket.num_written
+            length = ticket.prompt_tokens + ticket.num_written
             self._counts["context_tokens"] += sum(range(length + 1, length + count + 1))
             self._counts["attended_tokens"] += int(attended.sum())
             self._counts["generated_tokens"] += count
@@ -501,14 +507,13 @@ class Scheduler:
     def _grow(self, ticket: Ticket) -> None:
         """Give a running sequence the pages of its next chunk; where there is none, the youngest sequence loses its own."""
         while ticket.place is not None and not ticket.finished:
-            tokens = len(ticket.request.prompt_ids) + ticket.num_new + self._next_tokens(ticket)
+            tokens = ticket.prompt_tokens + ticket.num_new + self._next_tokens(ticket)
             new = self.pages.allocate(max(0, self._num_pages(tokens) - len(ticket.pages)))
             if new is not None:
                 ticket.pages += new
                 return
-            if self._in_flight is not None:  # whose tokens are needed to read a sequence again; and some may have ended
-                chunk, self._in_flight = self._in_flight, None
-                self._collect(chunk)
+            if self._in_flight:  # whose tokens are needed to read a sequence again; and some may have ended
+                self._collect()
             else:
                 self._preempt(max((*self._running.values(), *self._reading), key=_number))
 
@@ -522,16 +527,14 @@ class Scheduler:
 
     def _fail(self, error: str) -> None:
         """End the requests that were admitted with an error, and begin with an empty state."""
-        chunk = self._in_flight
-        tickets = {*self._running.values(), *self._reading, *(ticket for ticket, _ in (chunk.tickets if chunk else ()))}
-        self._in_flight = None
+        tickets = {*self._running.values(), *self._reading, *(ticket for chunk in self._in_flight for ticket, _ in chunk.tickets)}
         for ticket in sorted(tickets, key=_number):
             if not ticket.finished:
                 self._finish(ticket, Tokens(_NONE, _NONE, "error", error))
         self._reset()
 
     def _all_tokens(self, ticket: Ticket) -> Int[np.ndarray, "T"]:
-        return np.concatenate([ticket.request.prompt_ids, *ticket.written]).astype(np.int32)
+        return np.concatenate([ticket.token_ids[: ticket.prompt_tokens], *ticket.written])
 
     def _goes_on(self, token_ids: Int[np.ndarray, "T"]) -> bool:
         return self.engine.goes_on(token_ids[None], np.array([len(token_ids)]))

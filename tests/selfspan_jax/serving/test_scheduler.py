@@ -40,15 +40,14 @@ def alone(requests):
     for sampling in {request.sampling for request in requests}:
         chosen = [i for i, request in enumerate(requests) if request.sampling == sampling]
         for some in (chosen[start : start + 64] for start in range(0, len(chosen), 64)):
-            rows = [*some, *some[:1] * (64 - len(some))]  # one shape
-            token_ids, lengths, keys = np.zeros((64, LONGEST), np.int32), np.ones(64, np.int32), []
-            for row, i in enumerate(rows):
+            token_ids, lengths, keys = np.full((64, LONGEST), VOCAB.solve_id, np.int32), np.full(64, 2, np.int32), []  # one program
+            for row, i in enumerate(some):
                 ids, (high, low) = requests[i].prompt_ids, divmod(requests[i].seed, 2**32)
                 token_ids[row, : len(ids)], lengths[row] = ids, len(ids)
                 key = jax.random.fold_in(jax.random.key(low), high) if high else jax.random.key(low)
                 keys.append(sequence_keys(key, 1, requests[i].sample))
-            config = DecodeConfig("span", NEW, sampling)
-            state = ENGINE.generate(token_ids, lengths, config, jnp.concatenate(keys))
+            keys += keys[:1] * (64 - len(some))
+            state = ENGINE.generate(token_ids, lengths, DecodeConfig("span", NEW, sampling), jnp.concatenate(keys))
             for i, tokens, attended in zip(some, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
                 ends = np.flatnonzero(tokens == VOCAB.eos_id)
                 count = min(requests[i].max_new_tokens, int(ends[0]) + 1 if len(ends) else NEW)
@@ -84,9 +83,9 @@ def idle(warm):
 
 def assert_read_rows_belong_to_the_reader(scheduler):
     """Every pool row that a sequence has just read is of a page of its own, or of one that began all its sharers alike."""
-    chunk = scheduler._in_flight
-    if chunk is None:
+    if not scheduler._in_flight:
         return
+    (chunk,) = scheduler._in_flight
     slots, counts = np.asarray(scheduler._state.slots.slots), np.asarray(scheduler._state.slots.counts)
     readers = collections.defaultdict(list)
     for ticket, place in chunk.tickets:
@@ -126,6 +125,8 @@ def test_a_thousand_requests_with_cancellations(idle):
         for _ in range(rng.integers(0, 12) if len(requests) < num else 0):
             document, short = documents[rng.integers(3)] if rng.random() < 0.4 else (), rng.random() < 0.7
             ids = prompt(rng, rng.integers(1, 12 if short else LONGEST - len(document)), document)
+            if rng.random() < 0.1:
+                ids[len(ids) // 2] = VOCAB.solve_id  # it goes on in a response
             new, seed = int(rng.integers(1, 6) if short else NEW), int(rng.integers(0, 2**63)) if rng.random() < 0.5 else len(requests)
             requests.append(Request(ids, new, FILTERED if rng.random() < 0.3 else GREEDY, seed, int(rng.integers(3))))
             received.append([])
