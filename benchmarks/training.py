@@ -32,6 +32,7 @@ from benchmarks.timing import device_times, run_seconds, timed
 from benchmarks.workloads import arithmetic_tokens
 from data import arithmetic, commandline
 from data.errors import check_range
+from data.packing import Batch
 from selfspan_jax import files, training
 from selfspan_jax.attention.sequences import SequenceImplementation, training_implementation
 from selfspan_jax.config import TrainConfig
@@ -170,17 +171,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sequences:
-    """A batch whose rows are whole sequences, each token after the prompt a target."""
-
-    token_ids: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    target_mask: np.ndarray
-    next_example: int = 0
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
     """Time training steps of a shape at several lengths."""
@@ -224,13 +214,13 @@ class Lengths:
             files.write_rows(self.json, report, complete=False)
         files.write_rows(self.json, report, complete=True)
 
-    def sequences(self, rows: TrainConfig, model: Decoder) -> Sequences:
-        """Draw expressions with responses, of the length of a row."""
+    def sequences(self, rows: TrainConfig, model: Decoder) -> Batch:
+        """Draw expressions with responses, a row each and of its length; each token after the prompt is a target."""
         size = {"batch_size": rows.batch_size, "num_tokens": rows.sequence_tokens, "steps": 1, "seed": self.seed}
         token_ids = arithmetic_tokens(arithmetic.ArithmeticTask(), **size)
         index = np.broadcast_to(np.arange(rows.sequence_tokens, dtype=np.int32), token_ids.shape)
         is_response = np.cumsum(token_ids == model.vocab.solve_id, axis=1) > 0
-        return Sequences(token_ids, np.ones_like(token_ids), index, is_response & (token_ids != model.vocab.solve_id))
+        return Batch(token_ids, np.ones_like(token_ids), index, is_response & (token_ids != model.vocab.solve_id), next_example=0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from selfspan_jax.config import COMPUTE_DTYPES
+from selfspan_jax.config import COMPUTE_DTYPES, Dtype
 from selfspan_jax.errors import UserError
 from selfspan_jax.files import read_json
 from selfspan_jax.model import Decoder
@@ -29,7 +29,11 @@ from selfspan_jax.weights.models import abstract_decoder, from_llama, is_model, 
 from selfspan_jax.weights.tokenizers import NUM_LABELS, TextTask
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-_PRECISE = {"F32": "f32", "F64": "f32", "F16": "f16"}  # how tensors are stored that bfloat16 rounds, and the option that does not
+_PRECISE: dict[str, Dtype] = {
+    "F32": "f32",
+    "F64": "f32",
+    "F16": "f16",
+}  # what bfloat16 rounds, and the option that does not
 
 
 def is_pretrained(path: Path) -> bool:
@@ -144,8 +148,7 @@ def load_decoder(
 def _say_if_rounded(source: Source, compute_dtype: str) -> None:
     """Log where weights are stored more precisely than they are computed with by default."""
     option = _PRECISE.get(source.tensors.main_dtype or "")
-    if option and COMPUTE_DTYPES[option] != compute_dtype:  # type: ignore[index]
-        stored = {"f32": "float32", "f16": "float16"}[option]
+    if option and (stored := COMPUTE_DTYPES[option]) != compute_dtype:
         logging.getLogger(__name__).warning(
             f"{source.tensors.where}: weights stored in {stored}, computed in {compute_dtype}; option dtype: {option} to round nothing"
         )
