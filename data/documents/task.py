@@ -139,7 +139,7 @@ class DocumentTask(PiecesTask):
         same ones for every model, "recent" those nearest to the response, each as many as the gold step has.
         """
         if self.labelling == "plain":
-            raise UserError("plain text names no sources")
+            raise UserError(f"sources are {sources!r}, but plain text names none; allowed: model")
         document = example.document
         drawn, may_be = random.Random(document.prompt), self.candidates(document)
         ranked = BM25([document.pieces[piece] for piece in may_be])

@@ -387,7 +387,7 @@ def test_sources_that_are_given_in_place_of_chosen_ones(corpora):
                 assert found[2] == [1 + i for i in sections[-count:]]
             assert task.headers(example, "random") == task.headers(example, "random")
     plain = dataclasses.replace(task, labelling="plain")
-    with pytest.raises(UserError, match="plain text names no sources"):
+    with pytest.raises(UserError, match="sources are 'gold', but plain text names none; allowed: model"):
         plain.headers(plain.renumber(examples[0]), "gold")
 
 
