@@ -205,8 +205,8 @@ def _commands(experiment: Experiment, runs: Sequence[Run]) -> str:
     lines = []
     for run in runs:
         commit, directory = run.settings["commit"], f"runs/{run.variant}-{run.seed}"
-        machine = next((f"one {e['device']}, JAX {e['jax']}" for e in run.evaluations.values()), "machine not recorded")
-        lines += [f"# {run.variant}, seed {run.seed}: {machine}, commit {commit}"]
+        machine = next((f"evaluated on one {e['device']}, JAX {e['jax']}" for e in run.evaluations.values()), "not evaluated")
+        lines += [f"# {run.variant}, seed {run.seed}: trained at commit {commit}, {machine}"]
         lines += [experiment.variants[run.variant].command(run.settings, directory)]
         for evaluation in run.evaluations.values():
             other = "" if evaluation["commit"] == commit else f"  # commit {evaluation['commit']}"
