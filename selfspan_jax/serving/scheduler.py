@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import bisect
 import collections
+import concurrent.futures
 import dataclasses
+import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -306,13 +309,18 @@ class Scheduler:
         return [joined(part) for part in parts]
 
     def warm_up(self) -> None:
-        """Run every program once, on no request, so that none is compiled later."""
+        """Compile every program, several at once, and run each on no request, so that none is compiled later."""
+        until = np.zeros(self.config.num_sequences, np.int32)
+        reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._key_sizes]
+        reads += [(self._query_sizes[0], keys, True) for keys in self._key_sizes]
+        lowered = [functools.partial(decode_chunk.lower, *self._chunk_arguments(until, draws)) for draws in _DRAWS]
+        lowered += [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in reads]
+        with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+            list(pool.map(lambda lower: lower().compile(), lowered))
         for draws in _DRAWS:
-            self._dispatch_chunk(np.zeros(self.config.num_sequences, np.int32), draws)
-        for responses in (False, True):
-            for queries in self._query_sizes[:1] if responses else self._query_sizes:
-                for keys in self._key_sizes:
-                    self._dispatch_read([], 0, queries, keys, responses)
+            self._dispatch_chunk(until, draws)
+        for sizes in reads:
+            self._dispatch_read([], 0, *sizes)
         jax.block_until_ready(self._state)
 
     def _take(self) -> None:
@@ -388,7 +396,10 @@ class Scheduler:
         for field, value in zip(self._sampling, (temperature, *filters, normal_float32(sampling.repetition_penalty))):
             field[ticket.place] = value
 
-    def _dispatch_read(self, group: list[Ticket], first: int, num_queries: int, num_keys: int, responses: bool) -> None:
+    def _dispatch_read(self, *sizes: Any) -> None:
+        self._state = read_prompts(*self._read_arguments(*sizes))
+
+    def _read_arguments(self, group: list[Ticket], first: int, num_queries: int, num_keys: int, responses: bool) -> tuple[Any, ...]:
         size, rows = self.config.num_sequences, 1 if responses else self.config.prefill_tokens // num_queries
         prompts = Prompts(
             token_ids=np.full((rows, num_keys), self.engine.vocab.pad_id, np.int32),
@@ -409,7 +420,7 @@ class Scheduler:
             prompts.num_new[row] = ticket.num_new
             prompts.seeds[row] = (*divmod(int(ticket.request.seed), 2**32), ticket.request.sample)
         options = (self.decode_config, self.config.page_tokens, num_queries, responses)
-        self._state = read_prompts(self.engine.graph, self.engine.params, self._state, prompts, *options)
+        return (self.engine.graph, self.engine.params, self._state, prompts, *options)
 
     def _decode(self) -> bool:
         """Have a chunk decoded for all that run, if any does; places that are full afterwards are free from then on."""
@@ -434,12 +445,14 @@ class Scheduler:
         return True
 
     def _dispatch_chunk(self, until: Int[np.ndarray, "B"], draws: Draws) -> Decoded:
+        self._state, decoded = decode_chunk(*self._chunk_arguments(until, draws))
+        return decoded
+
+    def _chunk_arguments(self, until: Int[np.ndarray, "B"], draws: Draws) -> tuple[Any, ...]:
         # Copies, because the device may read them after they have changed.
         sampling = None if draws == "likeliest" else SamplingRows(*(field.copy() for field in self._sampling))
         options = (self.decode_config, self.config.page_tokens, self.config.chunk_tokens, draws)
-        arguments = (self._state, self._table.copy(), until, sampling)
-        self._state, decoded = decode_chunk(self.engine.graph, self.engine.params, *arguments, *options)
-        return decoded
+        return (self.engine.graph, self.engine.params, self._state, self._table.copy(), until, sampling, *options)
 
     def _collect(self) -> None:
         """Wait for the oldest chunk in flight and hand out its tokens."""
