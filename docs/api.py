@@ -22,6 +22,13 @@ PAGE = {
         "selfspan_jax.attention.policies.Span",
         "selfspan_jax.decoding.Engine",
     ],
+    "Serving": [
+        "selfspan_jax.serving.scheduler.Scheduler",
+        "selfspan_jax.serving.scheduler.Request",
+        "selfspan_jax.serving.scheduler.Tokens",
+        "selfspan_jax.serving.scheduler.Stats",
+        "selfspan_jax.config.ServingConfig",
+    ],
     "Evaluation": ["selfspan_jax.evaluation.evaluate"],
     "Pretrained models": ["selfspan_jax.weights.importing.load", "selfspan_jax.weights.huggingface.export"],
     "The decode kernel": ["pallas_kernels.span_decode_attention"],

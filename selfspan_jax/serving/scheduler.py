@@ -162,8 +162,7 @@ class Scheduler:
         self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
         # Few shapes: many short prompts or one long one, always `prefill_tokens` in all, over few lengths of what was read before.
         self._query_sizes = [config.prefill_tokens]
-        while self._query_sizes[-1] % (2 * _MIN_QUERIES) == 0:
-            self._query_sizes.append(self._query_sizes[-1] // 2)
+        self._query_sizes += [size for size in (_MIN_QUERIES * 4**i for i in range(16)) if size < config.prefill_tokens][::-1]
         last = -(-(self._capacity + config.prefill_tokens) // _MIN_QUERIES) * _MIN_QUERIES
         self._key_sizes = [last]
         while self._key_sizes[0] > 4 * config.prefill_tokens:
