@@ -82,7 +82,7 @@ class Generate(Model):
     """End a response before this text; may be given several times. Span tokens are text too, as written: "<seg:3>"."""
     sampling: OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
     seed: int = 0
-    """Of the draws."""
+    """Of the draws: 0 to 2**63 - 1."""
     weights: Weights = "bf16"
     """bf16: the model's own compute dtype; int8: half the bytes of bfloat16."""
     stream: bool = False
@@ -241,7 +241,7 @@ COMMANDS: dict[str, Any] = {"generate": Generate, "eval": Eval, "bench": Bench}
 def main() -> None:
     with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
         _, command = commandline.parse_one_of(COMMANDS, __doc__, user_error=UserError)
-        with files.outputs(**{name: getattr(command, name, None) for name in ("json", "html", "plot")}):
+        with commandline.naming(command, UserError), files.outputs(**{k: getattr(command, k, None) for k in ("json", "html", "plot")}):
             command.run()
 
 

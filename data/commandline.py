@@ -119,7 +119,7 @@ def _without_box(text: str) -> str:
     _, *lines = text.splitlines()
     sections: list[list[str]] = [[]]
     for line in lines:
-        words = [word for word in line.split() if word.strip("─│╭╮╰╯-•+|")]
+        words = [word for word in line.split() if word == "-" or word.strip("─│╭╮╰╯-•+|")]
         sections[-1].extend(words)
         if not words:
             sections.append([])
@@ -128,7 +128,7 @@ def _without_box(text: str) -> str:
 
 @_NUMBERS.primitive_rule
 def _number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Read whole numbers of 64 bits and finite ones: all that NumPy and JAX take."""
+    """Read whole numbers of 64 bits, one of them the sign, and finite ones: all that NumPy and JAX take."""
     if info.type not in (int, float):
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -175,7 +175,7 @@ def _dataclass(info: tyro.constructors.StructTypeInfo) -> Any:
 
 
 def read_number(kind: type, word: str) -> Any:
-    """Read an int of at most 64 bits or a finite float. ValueError: it is none."""
+    """Read an int from -2**63 to 2**63 - 1 or a finite float. ValueError: it is none."""
     try:
         value = kind(word)
     except ValueError:
@@ -183,14 +183,32 @@ def read_number(kind: type, word: str) -> Any:
     if not math.isfinite(value):
         raise ValueError(f"{word!r} is not finite")
     if kind is int and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{word!r} takes more than 64 bits")
+        raise ValueError(f"{word!r} is beyond what whole numbers may be, -2**63 to 2**63 - 1")
     return value
 
 
 def as_options(message: str) -> str:
     """Write the names of settings in a message as the options that they are: `batch_size is 0` as `--batch-size is 0`."""
     message = re.sub(r"(?<![\w./-])[a-z0-9]+(_[a-z0-9]+)+(?![\w./])", lambda name: "--" + name[0].replace("_", "-"), message)
-    return re.sub(r"^[a-z]+(?= is )", r"--\g<0>", message)
+    return re.sub(r"^[a-z]+(?= (is|has) )", r"--\g<0>", message)
+
+
+@contextlib.contextmanager
+def naming(command: Any, *errors: type[ValueError]) -> Iterator[None]:
+    """Let errors that come out of a command name its options: `batch_size is 0` becomes `--batch-size is 0`.
+
+    Names of one word are options where the message begins with them, as in `json is a.txt`.
+    """
+    names = [field.name for field in dataclasses.fields(command)]
+    anywhere, begin = "|".join(name for name in names if "_" in name), "|".join(names)
+    pattern = rf"(?<![\w./'\"-])({anywhere})(?![\w./'\"])|^({begin})(?= (is|has) )"
+    try:
+        yield
+    except (UserError, *errors) as error:
+        named = re.sub(pattern, lambda name: "--" + name[0].replace("_", "-"), str(error))
+        if named == str(error):
+            raise
+        raise UserError(named) from error
 
 
 @contextlib.contextmanager

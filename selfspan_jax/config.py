@@ -21,6 +21,7 @@ LinearImplementation = Literal["reference", "xla", "triton"]  # of the linear ma
 LoraTarget = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
+MAX_SEED = 2**63 - 1
 _MAX_INT = 2**31 - 1  # steps, positions and sizes are int32 on devices
 
 
@@ -180,7 +181,7 @@ class TrainConfig:
     def __post_init__(self):
         _require_positive(self, "steps", "batch_size", "sequence_tokens", "accumulation_steps", "data_parts", "learning_rate", "clip_norm")
         _require_positive(self, "checkpoint_every_steps", "keep_checkpoints", "eval_every_steps", "log_every_steps")
-        _require_within(self, 0, 2**63 - 1, "seed")
+        _require_within(self, 0, MAX_SEED, "seed")
         _require_within(self, 0, _MAX_INT, "eval_examples", "warmup_steps")
         _require(self.batch_size % self.accumulation_steps == 0, self, "accumulation_steps", f"divisors of batch_size={self.batch_size}")
         _require(self.batch_size % self.data_parts == 0, self, "data_parts", f"divisors of batch_size={self.batch_size}")

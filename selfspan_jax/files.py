@@ -175,7 +175,7 @@ def outputs(**files: Path | None) -> Iterator[None]:
         if descriptor is None and not _is_regular(file):
             continue  # a pipe or device takes several
         if (other := names.setdefault(os.path.realpath(file) if descriptor is None else descriptor, name)) != name:
-            raise UserError(f"{other} and {name} are both {file}: give each a file of its own")
+            raise UserError(f"{name} is {file}, as is {other}: give each a file of its own")
     with contextlib.redirect_stdout(sys.stderr) if _STDOUT in names else contextlib.nullcontext():
         yield
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
-from selfspan_jax.config import COMPUTE_DTYPES, DecodeConfig, Dtype, Implementation, Sampling, Weights
+from selfspan_jax.config import COMPUTE_DTYPES, MAX_SEED, DecodeConfig, Dtype, Implementation, Sampling, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState
@@ -86,7 +86,7 @@ class SpanLM:
         path = hub.locate(directory)
         computed: dict[str, Any] = {} if dtype is None else {"compute_dtype": COMPUTE_DTYPES[dtype]}
         is_adapter = lora.is_adapter(path)
-        if base is not None and not is_adapter:
+        if base is not None and not is_adapter and path.exists():
             raise UserError(f"{directory} is no adapter, so it takes no base")
         if importing.is_pretrained(path):
             return cls(*importing.load(path, **computed), weights=weights, mesh=mesh)
@@ -131,7 +131,7 @@ class SpanLM:
             everything, "window" the first and the most recent tokens; by default what the model was trained with.
           max_new_tokens: at most as many as the model's context leaves; by default that.
           chat: write each prompt as a user's message, by the chat template of a pretrained model's tokenizer.
-          seed: of what is drawn at a temperature above 0: 0 to 2**64 - 1.
+          seed: of what is drawn at a temperature above 0: 0 to 2**63 - 1.
           stop: a text or several, before the first of which a response ends; span tokens are text too, as written: "<seg:3>".
           prefill: how causal prompts are read: "dense"; "sample" or "blocks", of whose tiles each head reads some; or a selector of
             `pallas_kernels.prompt_attention`. Prompts below its `dense_below_tokens` are read densely. See `measure_prefill`.
@@ -396,9 +396,9 @@ def _count(name: str, value: Any) -> int:
 
 
 def _key(seed: int) -> PRNGKeyArray:
-    """Make a key of all 64 bits of a seed; JAX itself reads 32 of them, unless told otherwise."""
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed!r}; allowed: whole numbers from 0 to 2**64 - 1")
+    """Make a key of all bits of a seed; JAX itself reads 32 of them, unless told otherwise."""
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed!r}; allowed: whole numbers from 0 to 2**63 - 1")
     high, low = divmod(int(seed), 2**32)
     key = jax.random.key(low)
     return jax.random.fold_in(key, high) if high else key

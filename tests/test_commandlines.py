@@ -104,10 +104,10 @@ WRONG = {
         "--zzz is no option of decode.py eval; see decode.py eval --help",
     ),
     "one of another command": ("decode.py", ["bench", "--ops", "3"], "--ops is no option of decode.py bench"),
-    "a number of 65 bits": (
+    "a seed beyond the range": (
         "decode.py",
         ["generate", CHECKPOINT, "1", "--seed", "9223372036854775808"],
-        "--seed: '9223372036854775808' takes more than 64 bits",
+        "--seed: '9223372036854775808' is beyond what whole numbers may be, -2**63 to 2**63 - 1",
     ),
     "a long one among several": (
         "train.py",
@@ -117,7 +117,7 @@ WRONG = {
     "a long one with commas": (
         "decode.py",
         ["eval", CHECKPOINT, "--ops", "1,99999999999999999999"],
-        "--ops: '99999999999999999999' takes more than 64 bits",
+        "--ops: '99999999999999999999' is beyond what whole numbers may be",
     ),
     "not a number": ("decode.py", ["generate", CHECKPOINT, "1", "--temperature", "nan"], "--temperature: 'nan' is not finite"),
     "infinite": ("train.py", ["arithmetic-tiny", "--run-dir", "x", "--learning-rate", "1e999"], "--learning-rate: '1e999' is not finite"),

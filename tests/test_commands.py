@@ -121,6 +121,9 @@ def test_generate_takes_a_file_of_prompts(call, tmp_path):
     right, wrong, _ = json.loads(written.read_text())["responses"]
     assert right["verdict"]["answer_right"] and not right["warnings"] and len(wrong["warnings"]) == 2
     assert wrong["verdict"]["answer_right"] is False and wrong["verdict"]["message"] in second
+    status, out, _ = call(decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--stop", "<seg:3>", "--json", written)
+    assert status == 0 and "\nSTOPPED: ((51+75)-(95*3)) = (no answer)   (step 3: missing)\n" in out  # the value of step 2 is none
+    assert json.loads(written.read_text())["answer"] is None and "warning: The response was stopped before its answer, by the stop" in out
     prompts.write_text("1+2\n(3+\n")
     status, _, err = call(decode.main, "generate", CHECKPOINT, "--prompts", prompts)
     assert status == 2 and re.fullmatch(r"error: prompt 2, '\(3\+': column 4: .*\n", err)
@@ -321,19 +324,22 @@ DECODE_ERRORS = {
         "--html is for one response: leave out --num-samples",
     ),
     "a prompt and a file": (["generate", CHECKPOINT, "1+2", "--prompts", "x.txt"], "give one of these: a prompt, --article, --prompts"),
-    "an empty stop string": (["generate", CHECKPOINT, "1+2", "--stop", ""], "stop is ('',); allowed"),
+    "no tokens": (["generate", CHECKPOINT, "1+2", "--max-new-tokens", "0"], "--max-new-tokens is 0; allowed"),
+    "a batch of none": (["generate", CHECKPOINT, "1+2", "--batch-size", "0"], "--batch-size is 0"),
+    "a seed below the range": (["generate", CHECKPOINT, "1+2", "--seed", "-1"], "--seed is -1; allowed: whole numbers from 0 to 2**63 - 1"),
+    "an empty stop string": (["generate", CHECKPOINT, "1+2", "--stop", ""], "--stop is ('',); allowed"),
     "no examples": (["eval", CHECKPOINT, "--num-examples", "0"], "--num-examples is 0"),
     "a split of nothing": (["eval", CHECKPOINT, "--split", "test"], "--split is of a corpus directory: give one with --data"),
     "operators twice": (["eval", CHECKPOINT, "--ops", "3", "--max-ops", "4"], "leave out --min-ops and --max-ops"),
-    "a directory for a file": (["eval", CHECKPOINT, "--json", "tests"], "json is tests, which cannot be written: Is a directory"),
-    "a page into a directory": (["generate", CHECKPOINT, "1+2", "--html", "tests"], "html is tests, which cannot be written"),
+    "a directory for a file": (["eval", CHECKPOINT, "--json", "tests"], "--json is tests, which cannot be written: Is a directory"),
+    "a page into a directory": (["generate", CHECKPOINT, "1+2", "--html", "tests"], "--html is tests, which cannot be written"),
     "below a file": (
         ["bench", CHECKPOINT, "--json", "train.py/a.json"],
-        "json is train.py/a.json, which cannot be written: Not a directory",
+        "--json is train.py/a.json, which cannot be written: Not a directory",
     ),
-    "a picture into a directory": (["bench", CHECKPOINT, "--plot", "/proc/a.png"], "plot is /proc/a.png, which cannot be written"),
-    "one file for two": (["generate", CHECKPOINT, "1+2", "--json", "-", "--html", "-"], "json and html are both -"),
-    "no operators": (["eval", CHECKPOINT, "--ops", "0"], "min_ops is 0"),
+    "a picture into a directory": (["bench", CHECKPOINT, "--plot", "/proc/a.png"], "--plot is /proc/a.png, which cannot be written"),
+    "one file for two": (["generate", CHECKPOINT, "1+2", "--json", "-", "--html", "-"], "--html is -, as is json: give each"),
+    "no operators": (["eval", CHECKPOINT, "--ops", "0"], "--min-ops is 0 and --max-ops 0"),
     "nothing to time": (["bench"], "give either a checkpoint or --shape"),
     "twice the same": (["bench", CHECKPOINT, "--shape", "llama2-7b"], "give either a checkpoint or --shape"),
     "unknown shape": (["bench", "--shape", "llama9"], "llama9"),
@@ -341,14 +347,17 @@ DECODE_ERRORS = {
     "no number": (["bench", CHECKPOINT, "--batch-size", "1,x"], "batch-size"),
     "no such peer": (["bench", CHECKPOINT, "--peers", "vllm"], "vllm"),
     "steps of a prefill": (["bench", CHECKPOINT, "--prefill", "--steps", "8"], "--steps is for decode steps: leave it out with --prefill"),
-    "a prefill of a step's peer": (["bench", CHECKPOINT, "--prefill", "--peers", "hf-eager"], "peers has hf-eager; allowed with --prefill"),
-    "odd steps": (["bench", CHECKPOINT, "--steps", "7"], "steps is 7"),
+    "a prefill of a step's peer": (
+        ["bench", CHECKPOINT, "--prefill", "--peers", "hf-eager"],
+        "--peers has hf-eager; allowed with --prefill",
+    ),
+    "odd steps": (["bench", CHECKPOINT, "--steps", "7"], "--steps is 7"),
     "context beyond the model's": (["bench", CHECKPOINT, "--context", "4096"], "the model's context is 2048"),
     "no such share": (
         ["bench", CHECKPOINT, "--workload", "segments", "--context", "512", "--attended-fraction", "0.99"],
-        "attended_fraction is 0.99",
+        "--attended-fraction is 0.99",
     ),
-    "no picture of a benchmark": (["bench", CHECKPOINT, "--plot", "bench.txt"], "plot is bench.txt"),
+    "no picture of a benchmark": (["bench", CHECKPOINT, "--plot", "bench.txt"], "--plot is bench.txt"),
     "no labels": (["eval", CHECKPOINT, "--ops", "600"], "512 labels allow at most 511"),
 }
 
@@ -356,7 +365,7 @@ DECODE_ERRORS = {
 MESH_ERRORS = {
     "no such mesh": (["generate", CHECKPOINT, "1+2", "--mesh", "heads=2"], "no axis 'heads'"),
     "devices missing": (["eval", CHECKPOINT, "--mesh", "data=64"], "takes 64 devices, here are 8"),
-    "sequences do not divide": (["eval", CHECKPOINT, "--batch-size", "3", "--mesh", "data=2"], "data=2 does not divide batch_size=3"),
+    "sequences do not divide": (["eval", CHECKPOINT, "--batch-size", "3", "--mesh", "data=2"], "data=2 does not divide --batch-size=3"),
     "heads do not divide": (["bench", CHECKPOINT, "--mesh", "tensor=4"], "tensor=4 does not divide num_kv_heads=2"),
     "mesh for training": (["bench", CHECKPOINT, "--mesh", "fsdp=2"], "fsdp is for training"),
 }

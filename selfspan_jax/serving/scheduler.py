@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Int
 
 from selfspan_jax.attention.policies import Policy, get_policy
-from selfspan_jax.config import DecodeConfig, Implementation, Sampling, ServingConfig
+from selfspan_jax.config import MAX_SEED, DecodeConfig, Implementation, Sampling, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import normal_float32
 from selfspan_jax.errors import UserError
@@ -50,7 +50,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
-    """Of what is drawn: 0 to 2**64 - 1."""
+    """Of what is drawn: 0 to 2**63 - 1."""
     sample: int = 0
     """Which of the seed's sequences this is: sample i of `Engine.generate` with `num_samples`."""
 
@@ -251,7 +251,7 @@ class Scheduler:
         if token_ids.ndim != 1 or not token_ids.size or not np.issubdtype(token_ids.dtype, np.integer):
             raise UserError(f"prompt_ids are {token_ids.dtype} of shape {token_ids.shape}; expected whole numbers [T], at least one")
         self.engine.check_ids(token_ids)
-        limits = {"max_new_tokens": (1, self.context_tokens), "seed": (0, 2**64 - 1), "sample": (0, 2**32 - 1)}
+        limits = {"max_new_tokens": (1, self.context_tokens), "seed": (0, MAX_SEED), "sample": (0, 2**32 - 1)}
         for name, (least, most) in limits.items():
             value = getattr(request, name)
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:

@@ -48,12 +48,18 @@ class Output(Reading):
     @functools.cached_property
     def warnings(self) -> list[str]:  # type: ignore[override]  # computed once
         """What to know before one believes the response, a line each; first what of the prompt the model was not trained for."""
-        return [*prompt_warnings(self.task, self.prompt), *super().warnings]
+        found = [*prompt_warnings(self.task, self.prompt), *super().warnings]
+        if self._is_cut_short and self.stopped_by is not None:
+            found.append(f'The response was stopped before its answer, by the stop text "{self.stopped_by}".')
+        return found
 
     @functools.cached_property
     def answer(self) -> str | None:
-        """What the task reads as the response's answer, without the stop string that ended it; None where it has none."""
-        answer = self.task.answer(self.response_ids)
+        """What the task reads as the response's answer, without the stop string that ended it; None where it has none.
+
+        Where a response was stopped, what its last step wrote is none, unless the task's verifier finds it right.
+        """
+        answer = None if self._is_cut_short else self.task.answer(self.response_ids)
         if not answer or not self.surplus:
             return answer
         assert self.stopped_by is not None
@@ -64,6 +70,10 @@ class Output(Reading):
         """What the task's verifier finds in the response; None where the task has no verifier."""
         verify = getattr(self.task, "verify", None)
         return verify(self.prompt, self.response_ids) if verify else None
+
+    @property
+    def _is_cut_short(self) -> bool:
+        return self.verdict is not None and judgement(self.verdict, ended=self.ended) == "stopped"
 
     def to_json(self) -> dict[str, Any]:
         """Convert to what JSON can hold."""

@@ -18,10 +18,19 @@ from selfspan_jax.files import new_directory, read_json, write_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.weights.models import METADATA, Tensors, open_safetensors, save_safetensors, to_llama
-from selfspan_jax.weights.tokenizers import TextTask, is_tokenizer, load_tokenizer, switch_runtime_state_off
+from selfspan_jax.weights.tokenizers import (
+    TextTask,
+    from_vocabulary,
+    is_tokenizer,
+    load_tokenizer,
+    switch_runtime_state_off,
+    wrong_span_token,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from selfspan_jax.task import Task
 
 _SIZES = {  # fields of `config.json`, and what ModelConfig calls them
     "hidden_size": "hidden_size",
@@ -152,17 +161,18 @@ def _open_shards(directory: Path) -> Tensors:
     return tensors
 
 
-def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizerBase | TextTask | None = None) -> None:
+def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizerBase | Task | None = None) -> None:
     """Write a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` loads, atomically.
 
     `transformers` attends densely: it ignores spans, and structural tokens are special tokens like any other.
 
     Args:
-      tokenizer: with the structural tokens, as the task of an imported model has it; such a task is taken too. Without one, no
+      tokenizer: with the structural tokens, or the model's task: of an imported model, or of a fine-tuned one, whose vocabulary is
+        a tokenizer too (what its prompts mean is not written: the directory loads as a model of text). Without one, no
         tokenizer is written. Its truncation and padding are switched off. The ends of a text are those of the model and the task.
 
-    Raises: FileExistsError if the directory exists; UserError for an architecture that Hugging Face has no name for, or a
-      quantised or adapted model.
+    Raises: FileExistsError if the directory exists; UserError for an architecture that Hugging Face has no name for, a quantised
+      or adapted model, or a tokenizer without the model's structural tokens.
     """
     if not isinstance(directory, str | Path):
         raise UserError(f"directory is {directory!r}; expected a path")
@@ -171,8 +181,13 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
     end_ids = [model.vocab.eos_id, *model.stop_ids]
     if isinstance(tokenizer, TextTask):
         tokenizer, end_ids = tokenizer.tokenizer, list(dict.fromkeys([*end_ids, *tokenizer.stop_ids]))
+    elif hasattr(tokenizer, "to_json") and not is_tokenizer(tokenizer):
+        named = Path(f"the task {getattr(tokenizer, 'name', type(tokenizer).__name__)}")
+        tokenizer = from_vocabulary(named, tokenizer.to_json().get("vocab", {}), model.vocab)
     if not (tokenizer is None or is_tokenizer(tokenizer)):
-        raise UserError(f"expected a tokenizer of transformers or the task of an imported model, found {type(tokenizer).__name__}")
+        raise UserError(f"expected a tokenizer of transformers or the model's task, found {type(tokenizer).__name__}")
+    if tokenizer is not None and (wrong := wrong_span_token(tokenizer, model.vocab)):
+        raise UserError(f"the tokenizer has no {wrong}, or with another id than the model: give the model's task in its place")
     fields, arrays = to_hugging_face(model.config, model.vocab, model.vocab_size), to_llama(model)
     if len(end_ids) > 1:
         fields["eos_token_id"] = end_ids

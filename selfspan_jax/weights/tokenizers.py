@@ -101,6 +101,18 @@ def find_span_tokens(tokenizer: PreTrainedTokenizerBase) -> SpanVocab | None:
     )
 
 
+def wrong_span_token(tokenizer: PreTrainedTokenizerBase, vocab: SpanVocab) -> str | None:
+    """Return the first structural token that a tokenizer lacks or has under another id than the vocabulary; None where there is none."""
+    known = tokenizer.get_vocab()
+    return next((token for token, i in zip(special_tokens(vocab.num_labels), _span_ids(vocab)) if known.get(token) != i), None)
+
+
+def _span_ids(vocab: SpanVocab) -> list[int]:
+    """Return the ids of `special_tokens` in their order."""
+    families = (range(base, base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
+    return [vocab.solve_id, *itertools.chain(*families)]
+
+
 def add_span_tokens(tokenizer: PreTrainedTokenizerBase, num_labels: int = NUM_LABELS) -> SpanVocab:
     """Add the structural tokens to a tokenizer, as special tokens with consecutive ids above the highest in use.
 
@@ -156,8 +168,7 @@ def from_vocabulary(where: Path, fields: Mapping[str, Any], vocab: SpanVocab) ->
         raise UserError(f"{where}: its vocabulary is the built-in one, without a tokenizer for text")
     core = parse_tokenizer(where, text)
     ends = {name: core.id_to_token(i) or name for name, i in (("<pad>", vocab.pad_id), ("<bos>", vocab.bos_id), ("<eos>", vocab.eos_id))}
-    families = (range(base, base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
-    numbers = [vocab.pad_id, vocab.bos_id, vocab.eos_id, vocab.solve_id, *itertools.chain(*families)]
+    numbers = [vocab.pad_id, vocab.bos_id, vocab.eos_id, *_span_ids(vocab)]
     ids = dict(zip([*ends.values(), *special_tokens(vocab.num_labels)], numbers))
     core.add_special_tokens(sorted((token for token in ids if core.token_to_id(token) is None), key=lambda token: ids[token]))
     if wrong := [token for token, i in ids.items() if core.token_to_id(token) != i]:

@@ -368,7 +368,12 @@ def test_an_int8_model_stays_what_it_is_in_another_object():
     [
         (lambda lm: (5, lm.model), "directory is 5; expected a path"),
         (lambda lm: ("x", lm), "expected a Decoder to export, found SpanLM: of a SpanLM give its model"),
-        (lambda lm: ("x", lm.model, "tokenizer.json"), "expected a tokenizer of transformers or the task"),
+        (lambda lm: ("x", lm.model, "tokenizer.json"), "expected a tokenizer of transformers or the model's task, found str"),
+        (lambda lm: ("x", lm.model, pretrained.tokenizer()), "the tokenizer has no <solve>, or with another id than the model"),
+        (
+            lambda lm: ("x", (own := SpanLM.load("checkpoints/arithmetic-tiny")).model, own.task),
+            "the task arithmetic: its vocabulary is the built-in one, without a tokenizer",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_refused(lm, arguments, message):

@@ -104,11 +104,19 @@ def test_export_and_import_change_no_bit(tmp_path):
 
 def test_a_failed_export_leaves_nothing(tmp_path):
     class Broken:
+        def get_vocab(self):
+            return {"<solve>": vocab.solve_id} | {
+                f"<{kind}:{k}>": base + k
+                for kind, base in (("seg", vocab.seg_base), ("ref", vocab.ref_base))
+                for k in range(vocab.num_labels)
+            }
+
         def save_pretrained(self, directory):
             raise OSError("disk full")
 
+    vocab = (model := random_model()).vocab
     with pytest.raises(OSError, match="disk full"):
-        huggingface.export(tmp_path / "model", random_model(), Broken())
+        huggingface.export(tmp_path / "model", model, Broken())
     assert not list(tmp_path.iterdir())
 
 

@@ -159,7 +159,8 @@ def directory(path, *, seed=0, rows=24, words=None, **changes):
     """A random model with a tokenizer, as somebody would keep it."""
     sizes = {**TINY, "hidden_size": 64, "max_context_tokens": 512, **changes}
     own = SpanVocab.consecutive(rows - 8, 2)
-    huggingface.export(path, Decoder(ModelConfig(**sizes), vocab=own, vocab_size=rows, rngs=nnx.Rngs(seed)), words or tokenizer())
+    huggingface.export(path, Decoder(ModelConfig(**sizes), vocab=own, vocab_size=rows, rngs=nnx.Rngs(seed)))
+    (words or tokenizer()).save_pretrained(path)
     return path
 
 
@@ -261,7 +262,11 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4, "--eval-examples", 2)
     assert status == 0 and "this run is finished" in out
     # into a Hugging Face directory and out of it again: nothing is lost but what the tokens mean
-    huggingface.export(tmp_path / "exported", whole.model, importing.load(base, num_labels=8)[1].tokenizer)
+    huggingface.export(tmp_path / "exported", whole.model, whole.task)
+    text = SpanLM.load(tmp_path / "exported")
+    assert (
+        text.model.vocab == whole.model.vocab and text.task.decode(whole.task.encode_prompt("(1+2)")) == "<bos><seg:1>(1+2)<ref:1><solve>"
+    )
     ids = whole.task.encode_prompt("(1+2)*3")
     again = importing.load_decoder(tmp_path / "exported", whole.model.vocab)
     np.testing.assert_allclose(SpanLM(again, whole.task).logits(ids), whole.logits(ids, attention="dense"), atol=1e-5)
@@ -431,5 +436,6 @@ def test_an_adapter_is_decoded_with_its_base(call, base, tmp_path):
     for arguments, message in ((["--base", tmp_path / "x.gguf"], "no such file"), ([], "it needs that model too (--base)")):
         status, _, err = call(decode.main, "generate", tmp_path / "adapter", "1+2", *arguments)
         assert status == 2 and err.count("\n") == 1 and message in err
-    status, _, err = call(decode.main, "generate", base, "1+2", "--base", base)
-    assert status == 2 and "is no adapter, so it takes no base" in err
+    for path, message in ((base, f"{base} is no adapter, so it takes no base"), (tmp_path / "x", "x: no such checkpoint directory")):
+        status, _, err = call(decode.main, "generate", path, "1+2", "--base", base)
+        assert status == 2 and message in err
