@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_partial(there, tmp_path):
 def test_two_results_need_two_files(tmp_path):
     (tmp_path / "link").symlink_to("page")
     for json_file, html_file in ((tmp_path / "page", tmp_path / "link"), (Path("-"), Path("/dev/stdout"))):
-        with pytest.raises(UserError, match="html is .*, as is json: give each"), files.outputs(json=json_file, html=html_file):
+        with pytest.raises(UserError, match=r"html is .*, as is json: give each"), files.outputs(json=json_file, html=html_file):
             pass
     with files.outputs(json=Path(os.devnull), html=Path(os.devnull), plot=None):
         files.write_bytes(Path(os.devnull), NEW)
