@@ -343,6 +343,25 @@ def test_dense_reads_everything():
         np.testing.assert_array_equal(found.token_ids, best[start - 1 : start - 1 + count])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention, prompt_view", [("span", "local"), ("dense", "causal")])
+def test_the_kernels_give_each_request_what_it_would_get_alone(attention, prompt_view):
+    """Heads of 64, which they take; parts of prompts that begin after a shared page, at no multiple of a tile of queries."""
+    wide = dict(hidden_size=64, intermediate_size=96, head_size=64, num_heads=4, num_kv_heads=2, max_context_tokens=512)
+    engine, rng = Engine(random_model(prompt_view=prompt_view, **wide)), np.random.default_rng(10)
+    config = ServingConfig(num_sequences=4, context_tokens=384, page_tokens=64, prefill_tokens=256, num_pages=18, chunk_tokens=4)
+    document = prompt(rng, 70)[:-1]
+    requests = [Request(prompt(rng, length, document if length > 100 else ()), 12) for length in (150, 7, 250, 64, 130, 200)]
+    scheduler = Scheduler(engine, config, attention=attention)
+    found = scheduler.generate(requests)
+    assert scheduler.stats.prefix_hit_tokens == 3 * 64
+    for request, tokens in zip(requests, found):
+        state = engine.generate(request.prompt_ids[None], np.array([len(request.prompt_ids)]), DecodeConfig(attention, 12))
+        count = len(tokens.token_ids)
+        np.testing.assert_array_equal(tokens.token_ids, state.new_tokens[0, :count])
+        np.testing.assert_array_equal(tokens.num_attended, state.num_attended[0, :count])
+
+
 @pytest.mark.parametrize(
     "ids, changes, message",
     [
