@@ -5,11 +5,11 @@ python decode.py generate runs/news/model --article article.txt
 python decode.py generate checkpoints/arithmetic-tiny --prompts expressions.txt --json responses.json
 python decode.py eval checkpoints/arithmetic-tiny --num-examples 1000
 python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
+python decode.py serve checkpoints/arithmetic-tiny --port 8000
 """
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import os
 import sys
@@ -20,13 +20,13 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.extras import literal_type_from_choices
 
 from benchmarks.sweep import Bench
-from data import commandline
+from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.attention.selectors import SELECTORS
-from selfspan_jax.config import Dtype, Sampling, Weights
+from selfspan_jax.config import Dtype, Sampling, ServerConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import catch_out_of_memory
@@ -47,6 +47,7 @@ class Model:
     """What activations and products are computed in. Default: as the model was trained; a pretrained one that is stored so, in f32."""
     mesh: str | None = None
     """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
+    attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     compile_cache: bool = True
     """Keep compiled programs for the next call, in ~/.cache/selfspan/compiled or JAX_COMPILATION_CACHE_DIR."""
 
@@ -73,7 +74,6 @@ class Generate(Model):
     """Responses to each prompt, drawn at a temperature above 0."""
     chat: bool = False
     """Write the prompt as a user's message, by the chat template of a pretrained model's tokenizer."""
-    attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     prefill: PrefillName = "dense"
     """How causal prompts of 2,048 tokens and more are read: all of them, or for each head what sampled queries or mean keys point at."""
     max_new_tokens: int | None = None
@@ -154,7 +154,6 @@ class Eval(Model):
     """Expressions without --ops: fewest operators, by default 2; their number is uniform between the bounds."""
     max_ops: int | None = None
     """Expressions without --ops: most operators, by default 12."""
-    attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     prefill: PrefillName = "dense"
     """How causal prompts of 2,048 tokens and more are read, as for generate."""
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (128,)
@@ -202,30 +201,25 @@ class Eval(Model):
         if not hasattr(task, "held_out"):
             raise UserError(f"{self.checkpoint}: its task has no examples, so there is nothing to score")
         if self.data:
-            return self._stored(task, self.data)
+            return examples.stored(self.data, task, TASKS, self.num_examples, self.split)
         if not getattr(task, "is_generated", True):
             raise UserError(f"{self.checkpoint} was trained on a file, like which nothing can be drawn: give its test split with --data")
-        drawn: dict[str, Any] = {"seed": 1 if self.seed is None else self.seed}
-        ranges = inspect.signature(task.held_out).parameters.get("ops")
-        if ranges is None:
-            if given := [name for name in _FRESH if name != "seed" and getattr(self, name) not in (None, ())]:
-                raise UserError(f"{_options(given)} is for fresh expressions, not for {task.name}")
-            return task.held_out(self.num_examples, **drawn), drawn
-        ((low, high),) = ranges.default
-        bounds = (low if self.min_ops is None else self.min_ops, high if self.max_ops is None else self.max_ops)
-        sets = task.held_out(self.num_examples, **drawn, ops=[(n, n) for n in self.ops] or [bounds])
-        return sets, drawn | ({"ops": self.ops} if self.ops else dict(zip(("min_ops", "max_ops"), bounds)))
+        given = {name: value for name in _FRESH if (value := getattr(self, name)) not in (None, ())}
+        return examples.held_out(task, self.num_examples, **given)
 
-    def _stored(self, task: Any, directory: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        from data import dataset  # which imports Hugging Face's datasets
 
-        split = self.split or ("test" if "test" in dataset.splits(directory) else None)
-        stored = dataset.load(directory, TASKS, split)
-        if stored.task.name != task.name:
-            raise UserError(f"{directory} is a corpus of {stored.task.name}; allowed: {task.name}")
-        name = directory.resolve().name
-        examples = list(itertools.islice(filter(None, map(task.renumber, stored)), self.num_examples))
-        return {name: examples}, {"data": name, "split": stored.split, "warnings": stored.warnings}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(Model):
+    """Serve a model over HTTP: OpenAI's API, metrics, and a page on which steps appear with what they read."""
+
+    server: OmitArgPrefixes[ServerConfig] = dataclasses.field(default_factory=ServerConfig)
+    weights: Weights = "bf16"
+    """As for generate."""
+
+    def run(self) -> None:
+        from selfspan_jax.serving import server  # the packages that speak HTTP are imported where they are needed
+
+        server.serve(lambda: self.load(weights=self.weights), self.checkpoint.name, self.server, attention=self.attention)
 
 
 _FRESH = ("ops", "min_ops", "max_ops", "seed")
@@ -235,7 +229,7 @@ def _options(names: list[str]) -> str:
     return " and ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-COMMANDS: dict[str, Any] = {"generate": Generate, "eval": Eval, "bench": Bench}
+COMMANDS: dict[str, Any] = {"generate": Generate, "eval": Eval, "bench": Bench, "serve": Serve}
 
 
 def main() -> None:

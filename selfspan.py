@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("decode", "Decode a response to a prompt, and show each step with what it read."),
     "eval": ("decode", "Decode examples of a task, score the responses, and count right answers per second."),
     "bench": ("decode", "Time decode steps against the bytes that they must move."),
+    "serve": ("decode", "Serve a model over HTTP: OpenAI's API, metrics, and a page on which steps appear with what they read."),
     "train": ("train", "Train a model, or fine-tune a pretrained one."),
     "data": ("data.__main__", "Write a corpus."),
 }

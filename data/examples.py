@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -130,3 +131,43 @@ class TrainingExamples:
     @property
     def _is_rewritten(self) -> bool:
         return self.stored is not None and self.stored.task.vocab != self.task.vocab
+
+
+def held_out(
+    task: Any, num_examples: int, *, seed: int = 1, ops: Sequence[int] = (), min_ops: int | None = None, max_ops: int | None = None
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Draw fresh examples of a task that no training sees; return them as sets by name, and how they were drawn.
+
+    Args:
+      ops: of expressions: operators of each set.
+      min_ops, max_ops: without `ops`, the bounds of one set; by default the task's own.
+
+    Raises: UserError for a task that has no expressions.
+    """
+    ranges = inspect.signature(task.held_out).parameters.get("ops")
+    if ranges is None:
+        options = {"--ops": ops or None, "--min-ops": min_ops, "--max-ops": max_ops}
+        if given := [name for name, value in options.items() if value is not None]:
+            raise UserError(f"{' and '.join(given)} is for fresh expressions, not for {task.name}")
+        return task.held_out(num_examples, seed=seed), {"seed": seed}
+    ((low, high),) = ranges.default
+    bounds = (low if min_ops is None else min_ops, high if max_ops is None else max_ops)
+    sets = task.held_out(num_examples, seed=seed, ops=[(n, n) for n in ops] or [bounds])
+    return sets, {"seed": seed, **({"ops": ops} if ops else dict(zip(("min_ops", "max_ops"), bounds)))}
+
+
+def stored(
+    directory: Path, task: Any, tasks: Mapping[str, type[Task]], num_examples: int, split: str | None = None
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Take examples of a task from a corpus directory, of its test split by default; return them and how they were drawn, as `held_out`.
+
+    Raises: UserError for a corpus of another task.
+    """
+    from data import dataset  # which imports Hugging Face's datasets
+
+    corpus = dataset.load(directory, tasks, split or ("test" if "test" in dataset.splits(directory) else None))
+    if corpus.task.name != task.name:
+        raise UserError(f"{directory} is a corpus of {corpus.task.name}; allowed: {task.name}")
+    name = directory.resolve().name
+    examples = list(itertools.islice(filter(None, map(task.renumber, corpus)), num_examples))
+    return {name: examples}, {"data": name, "split": corpus.split, "warnings": corpus.warnings}

@@ -308,6 +308,42 @@ class ServingConfig:
         _require(self.prefill_tokens % 64 == 0, self, "prefill_tokens", "multiples of 64")
 
 
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """Where a server listens, whom it lets in, and how much it takes on at once."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is all of the machine's."""
+    port: int = 8000
+    """TCP port; 0 takes a free one."""
+    api_key: str | None = None
+    """What requests to /v1 must bear; by default what SELFSPAN_API_KEY says, which other users of the machine do not see."""
+    model_name: str | None = None
+    """What clients call the model; by default the name of the checkpoint."""
+    slots: int = ServingConfig.num_sequences
+    """Sequences that decode at the same time; more wait."""
+    context_tokens: int | None = None
+    """Of each sequence, prompt and response; by default the model's context."""
+    num_pages: int | None = None
+    """Pages of the cache, of 64 tokens; by default as many as fit into memory."""
+    prefill_tokens: int = ServingConfig.prefill_tokens
+    """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
+    max_queue: int = ServingConfig.max_queue
+    """Requests that wait; more are refused with status 429."""
+
+    def __post_init__(self):
+        _require_within(self, 0, 65535, "port")
+        _require(self.api_key is None or bool(self.api_key), self, "api_key", "text of at least one character")
+        _require_positive(self, "slots")
+        self.serving  # noqa: B018  # raises for what is wrong with it
+
+    @property
+    def serving(self) -> ServingConfig:
+        """What the scheduler needs."""
+        names = ("context_tokens", "num_pages", "prefill_tokens", "max_queue")
+        return ServingConfig(num_sequences=self.slots, **{name: getattr(self, name) for name in names})
+
+
 def from_json(config_type: type[T], values: dict) -> T:
     """Build a config from the JSON of its `dataclasses.asdict`.
 

@@ -144,7 +144,7 @@ class SpanLM:
         Raises: UserError for a prompt that the task cannot read, or that is too long for the model's context; of several prompts
           it names which. UserError for options that there are not, or that cannot be.
         """
-        texts, ids = self._encode(prompts, chat)
+        texts, ids = self.encode(prompts, chat)
         if not texts:
             return []
         samples = 1 if num_samples is None else _count("num_samples", num_samples)
@@ -172,7 +172,7 @@ class SpanLM:
                     break
             attended = np.concatenate(chunks, axis=1)
             ended = zip(order, responses, attended)
-            return [self._stopped_output(texts[i], ids[i], response, read, call.policy) for i, response, read in ended]
+            return [self.read_response(texts[i], ids[i], response, read, call.policy) for i, response, read in ended]
         state = self.engine.generate(*call.arguments, num_samples=samples, limit_tokens=call.limit_tokens)
         return self.outputs([texts[i] for i in order], [ids[i] for i in order], state, call.policy)
 
@@ -184,7 +184,7 @@ class SpanLM:
         """
         if not isinstance(prompt, str):
             raise UserError(f"a prompt is {prompt!r}: expected text")
-        (prompt,), (ids,) = self._encode(prompt, chat)
+        (prompt,), (ids,) = self.encode(prompt, chat)
         return Stream(self._pieces(prompt, ids, self._call([ids], **options), _count("chunk_tokens", chunk_tokens)))
 
     def _pieces(self, prompt: str, ids: Int[np.ndarray, "T"], call: _Call, chunk_tokens: int) -> Generator[str, None, Output]:
@@ -198,14 +198,14 @@ class SpanLM:
                 break
         if piece := response.finish():
             yield piece
-        return self._stopped_output(prompt, ids, response, np.concatenate(chunks), call.policy)
+        return self.read_response(prompt, ids, response, np.concatenate(chunks), call.policy)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a response, the vocabulary's `<eos>` first."""
         return end_ids(self.task, self.model.vocab)
 
-    def _encode(self, prompts: str | Sequence[str], chat: bool) -> tuple[list[str], list[Int[np.ndarray, "T"]]]:
+    def encode(self, prompts: str | Sequence[str], chat: bool = False) -> tuple[list[str], list[Int[np.ndarray, "T"]]]:
         """Return prompts as a list, and the ids of each. Raises UserError, which of several prompts names the one."""
         if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
             raise UserError(f"prompts are {prompts!r}: expected text, or a list of texts")
@@ -275,7 +275,7 @@ class SpanLM:
           the tiles that are read; in all, and by layer and head. Every query is measured up to 2,048 tokens, above that one of each
           `measured_every`.
         """
-        token_ids, lengths = self.pad(self._encode(prompts, chat)[1])
+        token_ids, lengths = self.pad(self.encode(prompts, chat)[1])
         config = DecodeConfig(self._policy(attention), max_new_tokens=1, prefill=prefill)
         return retention.to_json(retention.measured_prefill(self.engine, token_ids, lengths, config)[1])
 
@@ -322,7 +322,8 @@ class SpanLM:
         read, model = attended[: len(tokens)], self.model
         return Output(self.task, token_ids, len(ids), read, policy, model.config, model.vocab, prompt, **stopped)
 
-    def _stopped_output(self, prompt: str, ids, response: Response, attended, policy: Policy) -> Output:
+    def read_response(self, prompt: str, ids, response: Response, attended, policy: Policy) -> Output:
+        """Read back one response that came in chunks, decoded under a policy, and what its tokens attended to, at least as many."""
         response.finish()
         stopped = {"stopped_by": response.stopped_by, "surplus": response.surplus}
         return self._output(prompt, ids, response.token_ids, attended, policy, **stopped)

@@ -34,7 +34,7 @@ class Task(Protocol):
         the groups in JSON ("ops"), and `group_title`, which heads them in tables ("operators");
       view, how a response is laid out as text: "steps" (the default) or "sources".
       stop_ids, ids that end a response beside the vocabulary's `<eos>`;
-      encode_chat(text) -> ids, the text as a user's message under the tokenizer's chat template, the answer to follow.
+      encode_chat(said) -> ids, text as a user's message, or messages, under the tokenizer's chat template, the answer to follow.
     """
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, "T"]:

@@ -76,7 +76,7 @@ WRONG = {
     "a misspelt command": (
         "decode.py",
         ["genrate"],
-        "'genrate' is no command of decode.py; perhaps generate; allowed: generate, eval, bench",
+        "'genrate' is no command of decode.py; perhaps generate; allowed: generate, eval, bench, serve",
     ),
     "no command": ("data", [], "data takes a command; allowed: arithmetic, news"),
     "a misspelt preset": ("train.py", ["arithmetic-tny", "--run-dir", "x"], "perhaps arithmetic-tiny"),

@@ -46,7 +46,7 @@ def parse_command(monkeypatch, main, arguments, line):
         parsed.append(command)
 
     with monkeypatch.context() as patch:
-        for command in (decode.Generate, decode.Eval, decode.Bench):
+        for command in (decode.Generate, decode.Eval, decode.Bench, decode.Serve):
             patch.setattr(command, "run", keep)
         patch.setattr(train, "train", keep)
         patch.setattr(data_command, "write", keep)

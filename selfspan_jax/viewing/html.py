@@ -35,16 +35,23 @@ _INVISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD
 
 def document(reading: Reading, prompt: str, answer: str | None, verdict: Verdict | None = None) -> str:
     """Write a page. It allows no request and no script but its own, whatever the model has written."""
-    digest = base64.b64encode(hashlib.sha256(_asset("page.js").encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    style = (
+        "body { margin: 1rem; } .selfspan { margin: auto; --selfspan-height: max(22rem, calc(100vh - 14rem)); }"
+        "@media (max-width: 59rem) { body { margin: 0.4rem; } .selfspan { --selfspan-height: none; } }"
+    )
+    return page(clipped(prompt, 60), style, fragment(reading, prompt, answer, verdict), asset("page.js"))
+
+
+def page(title: str, style: str, body: str, *scripts: str, connect: str = "'none'") -> str:
+    """Put a page together, which allows no script but those that its body has, and no request but to `connect`."""
+    digests = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {digests}; base-uri 'none'; form-action 'none'"
+    policy += "" if connect == "'none'" else f"; connect-src {connect}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{_escaped(clipped(prompt, 60))}</title>"
-        "<style>body { margin: 1rem; } .selfspan { margin: auto; --selfspan-height: max(22rem, calc(100vh - 14rem)); }"
-        "@media (max-width: 59rem) { body { margin: 0.4rem; } .selfspan { --selfspan-height: none; } }</style>"
-        f"</head><body>{fragment(reading, prompt, answer, verdict)}</body></html>\n"
+        f"<title>{escaped(title)}</title><style>{style}</style></head><body>{body}</body></html>\n"
     )
 
 
@@ -54,9 +61,9 @@ def fragment(reading: Reading, prompt: str, answer: str | None, verdict: Verdict
     tokens = _tokens(reading)
     rows = "".join(_row(reading, step, tokens, tab_stop=number == 0) for number, step in enumerate(reading.parts))
     said = answer if answer is not None or verdict is None else "(no answer)"
-    shown = "" if said is None else f' <strong class="{_SIGNS[word][1]}" dir="auto">→ {_escaped(clipped(said, 300))}</strong>'
+    shown = "" if said is None else f' <strong class="{_SIGNS[word][1]}" dir="auto">→ {escaped(clipped(said, 300))}</strong>'
     long = " long" if len(prompt) + len(said or "") > 80 else ""
-    judged = f'<p class="verdict {_SIGNS[word][1]}"><strong>{_SIGNS[word][0]}</strong> {_escaped(verdict.message)}</p>' if verdict else ""
+    judged = f'<p class="verdict {_SIGNS[word][1]}"><strong>{_SIGNS[word][0]}</strong> {escaped(verdict.message)}</p>' if verdict else ""
     facts = [
         f"steps: {len(reading.steps)}",
         f"tokens written: {len(reading.response_ids)}",
@@ -65,20 +72,27 @@ def fragment(reading: Reading, prompt: str, answer: str | None, verdict: Verdict
     if len(reading.response_ids):
         facts.append(attended_line(reading))
     return (
-        f'<section class="selfspan" aria-label="what each step of a response read"><style>{_asset("page.css")}</style>'
-        + "".join(f'<p class="warning"><strong>Warning:</strong> {_escaped(warning)}</p>' for warning in reading.warnings)
-        + f'<p class="said{long}"><span dir="auto">{_escaped(clipped(prompt, 160))}</span>{shown}</p>{judged}'
+        f'<section class="selfspan" aria-label="what each step of a response read"><style>{asset("page.css")}</style>'
+        + "".join(f'<p class="warning"><strong>Warning:</strong> {escaped(warning)}</p>' for warning in reading.warnings)
+        + f'<p class="said{long}"><span dir="auto">{escaped(clipped(prompt, 160))}</span>{shown}</p>{judged}'
         f'<p class="facts">{" · ".join(facts)}</p><details class="legend"><summary>How to read this</summary>'
         "<p>A filled number opens a label, an arrow names one: a step reads what carries the labels that it names, its own, and label 0. "
         "Beside each step: the tokens that its tokens read on average, and their share of the context.</p></details>"
+        f"{panes(f'prompt, {reading.prompt_tokens} tokens', ''.join(tokens[: reading.prompt_tokens]), rows)}"
+        f"<script>{asset('page.js')}</script></section>"
+    )
+
+
+def panes(title: str, prompt: str, rows: str) -> str:
+    """Write the prompt, what the shown step read, and the steps, side by side or one below the other; all three as markup."""
+    return (
         f'<div class="panes"><div class="prompt" role="region" aria-label="prompt" tabindex="0">'
-        f'<p class="title">prompt, {reading.prompt_tokens} tokens</p><p class="text">{"".join(tokens[: reading.prompt_tokens])}</p></div>'
+        f'<p class="title">{title}</p><p class="text">{prompt}</p></div>'
         '<div class="reads" role="region" aria-label="what the step read" aria-live="polite" tabindex="0">'
         f'<p class="hint">To see what a step read, and what named it, {_HOW}.</p></div>'
         f'<div class="steps"><p class="title">response: {_HOW}</p>'
         # JupyterLab moves between cells by the same keys, unless told not to.
         f'<ol role="listbox" aria-label="steps of the response" data-lm-suppress-shortcuts="true">{rows}</ol></div></div>'
-        f"<script>{_asset('page.js')}</script></section>"
     )
 
 
@@ -126,7 +140,7 @@ def _tokens(reading: Reading) -> list[str]:
         name = int(roles.names[index])
         if opened >= 0:
             named = set()
-            made.append(f'<wbr><span class="t seg" title="{_escaped(text)}">{opened}</span>')
+            made.append(f'<wbr><span class="t seg" title="{escaped(text)}">{opened}</span>')
         elif name >= 0:
             lost = reading.unresolved[index]
             idle = name in (0, int(roles.labels[index])) or name in named
@@ -135,22 +149,24 @@ def _tokens(reading: Reading) -> list[str]:
                 state, remark = " idle", ": adds nothing, it is visible already"
             named.add(name)
             made.append(
-                f'<span class="t ref{state}" data-names="{name}" title="{_escaped(text + remark)}">↖{name}{" ?" if lost else ""}</span>'
+                f'<span class="t ref{state}" data-names="{name}" title="{escaped(text + remark)}">↖{name}{" ?" if lost else ""}</span>'
             )
         elif referred >= 0:
-            made.append(f'<span class="t mark" title="{_escaped(text)}: means nothing here">↖{referred}</span>')
+            made.append(f'<span class="t mark" title="{escaped(text)}: means nothing here">↖{referred}</span>')
         elif token in (vocab.pad_id, vocab.bos_id, vocab.eos_id, vocab.solve_id):
             lost_class = " lost" if index >= reading.prompt_tokens and token != vocab.eos_id else ""
-            made.append(f'<span class="t mark{lost_class}">{_escaped(text)}</span>')
+            made.append(f'<span class="t mark{lost_class}">{escaped(text)}</span>')
         else:
-            made.append(f'<span class="t">{_escaped(text)}</span>')
+            made.append(f'<span class="t">{escaped(text)}</span>')
     return made
 
 
 @functools.cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return a style sheet or a script of this package."""
     return (resources.files(__package__) / name).read_text("utf-8")
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Write text as markup that shows it."""
     return html.escape(text.translate(_INVISIBLE))

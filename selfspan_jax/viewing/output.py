@@ -77,7 +77,7 @@ class Output(Reading):
 
     def to_json(self) -> dict[str, Any]:
         """Convert to what JSON can hold."""
-        step_keys = ("label", "refs", "text", "attended_tokens")
+        step_keys = ("label", "refs", "text", "attended_tokens", "attended_fraction")
         return {
             "prompt": self.prompt,
             "text": self.text,

@@ -29,20 +29,20 @@
   }
 
   function setUp(root) {
-    const tokens = [...root.querySelectorAll(".t")];
-    const steps = [...root.querySelectorAll(".step")];
+    const all = (selector) => [...root.querySelectorAll(selector)]; // asked anew: a page that shows a response as it is written grows
     const list = root.querySelector("[role=listbox]");
     const panes = root.querySelector(".panes");
     const reads = root.querySelector(".reads");
     const prompt = root.querySelector(".prompt");
     const hint = [...reads.childNodes];
-    const titles = tokens.map((token) => token.title);
+    const titles = new Map(); // of the tokens that are lit, as they were
     let shown = null;
     let pinned = null;
+    let newest = null; // shown as long as none is pinned
 
     const written = (token) => (token.matches(".seg, .ref, .mark") ? "" : token.textContent);
 
-    function quote([first, last], kind) {
+    function quote(tokens, [first, last], kind) {
       const [shown, between] = kind === "toc" ? [(token) => token.textContent, " "] : [written, ""];
       const text = tokens.slice(first, last + 1).map(shown).join(between);
       const short = text.length > LONGEST_QUOTE ? `${text.slice(0, LONGEST_QUOTE / 2)} … ${text.slice(-LONGEST_QUOTE / 2)}` : text;
@@ -52,17 +52,17 @@
       return made;
     }
 
-    function show(step) {
-      if (step === shown) return;
+    function show(step, again = false) {
+      if (step === shown && !again) return;
       shown?.classList.remove("shown");
-      tokens.forEach((token, i) => {
-        token.className = token.className.replace(/ (lit|k-[\w-]+)/g, "");
-        token.title = titles[i];
-      });
+      for (const token of all(".lit")) token.className = token.className.replace(/ (lit|k-[\w-]+)/g, "");
+      for (const [token, title] of titles) token.title = title;
+      titles.clear();
       shown = step;
       panes.classList.toggle("reading", Boolean(step));
       if (!step) return reads.replaceChildren(...hint);
 
+      const tokens = all(".t");
       step.classList.add("shown");
       const title = element("p", "title", step.dataset.said);
       const map = element("div", "map"); // where in the sequence
@@ -77,11 +77,12 @@
           map.append(place);
           for (const token of tokens.slice(first, last + 1)) {
             token.className += ` lit k-${kind}`;
+            if (!titles.has(token)) titles.set(token, token.title);
             token.title = [token.title, `read: ${reason}`].filter(Boolean).join("; ");
           }
         }
         for (const ref of step.querySelectorAll(`.ref[data-names="${key}"]`)) ref.className += ` lit k-${kind}`;
-        const quotes = ranges.map((range) => quote(range, kind));
+        const quotes = ranges.map((range) => quote(tokens, range, kind));
         return element("p", "read", element("span", "key", reason), element("span", "", `${count} `, ...quotes));
       });
       reads.replaceChildren(title, map, ...rows);
@@ -96,18 +97,18 @@
 
     function pin(step) {
       pinned = step;
-      for (const other of steps) other.setAttribute("aria-selected", String(other === step));
-      show(step);
+      for (const other of all(".step")) other.setAttribute("aria-selected", String(other === step));
+      show(step ?? newest);
     }
 
     function focus(step) {
-      for (const other of steps) other.tabIndex = other === step ? 0 : -1;
+      for (const other of all(".step")) other.tabIndex = other === step ? 0 : -1;
       step.focus({ preventScroll: true });
       step.scrollIntoView({ block: "nearest", inline: "nearest" });
     }
 
-    list.addEventListener("pointerover", (event) => show(event.target.closest(".step") ?? pinned));
-    list.addEventListener("pointerleave", () => show(pinned));
+    list.addEventListener("pointerover", (event) => show(event.target.closest(".step") ?? pinned ?? newest));
+    list.addEventListener("pointerleave", () => show(pinned ?? newest));
     list.addEventListener("focusin", (event) => pin(event.target.closest(".step")));
     list.addEventListener("click", (event) => {
       const step = event.target.closest(".step");
@@ -115,6 +116,7 @@
       if (step) pin(step);
     });
     list.addEventListener("keydown", (event) => {
+      const steps = all(".step");
       const at = steps.indexOf(document.activeElement);
       const to = { ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + 10, PageUp: at - 10, Home: 0, End: steps.length - 1 }[event.key];
       if (event.altKey || event.ctrlKey || event.metaKey || (to === undefined && !["Escape", "Enter", " "].includes(event.key))) return;
@@ -124,12 +126,21 @@
       else if (to === undefined) pin(steps[at]);
       else focus(steps[Math.min(Math.max(to, 0), steps.length - 1)]);
     });
-    if (steps.length) pin(steps[0]);
+    const first = root.querySelector(".step");
+    if (first) pin(first);
+    // For a response that is being written: its newest step has grown.
+    return (step) => {
+      newest = step;
+      if ((pinned ?? newest) === step && !list.matches(":hover")) show(step, true);
+    };
   }
 
-  for (const root of document.querySelectorAll(".selfspan")) {
-    if (root.selfspan) continue; // another output of the same notebook has set it up
-    root.selfspan = true;
-    setUp(root);
+  function setUpNew() {
+    for (const root of document.querySelectorAll(".selfspan")) {
+      root.selfspan ??= setUp(root); // unless another output of the same notebook has
+    }
   }
+
+  setUpNew();
+  document.addEventListener("selfspan", setUpNew);
 })();

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -194,8 +194,11 @@ class TextTask:
             raise UserError("the prompt is empty")
         return np.array(ids, np.int32)
 
-    def encode_chat(self, text: str) -> Int[np.ndarray, "T"]:
-        """Encode text as the one message of a user, as the tokenizer's chat template writes it, with the answer's opening.
+    def encode_chat(self, said: str | Sequence[Mapping[str, str]]) -> Int[np.ndarray, "T"]:
+        """Encode a chat, as the tokenizer's chat template writes it, with the answer's opening.
+
+        Args:
+          said: messages, each with its `role` and `content`; text is the one message of a user.
 
         Templates run in the sandbox of `transformers`. Raises UserError for a tokenizer without a template, or one that fails.
         """
@@ -205,7 +208,8 @@ class TextTask:
             from jinja2 import TemplateError
         except ImportError as error:
             raise UserError("chat templates need the package jinja2: pip install jinja2") from error
-        messages = [{"role": "user", "content": well_formed(text)}]
+        given = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        messages = [{**message, "content": well_formed(message["content"])} for message in given]
         try:
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         except (TemplateError, ImportError, ValueError, TypeError, LookupError) as error:  # a template may fail in any of these ways

@@ -464,7 +464,7 @@ MALFORMED = {  # prompts that no tokenizer takes, and what is read in their plac
 def test_a_prompt_with_surrogates_is_read_as_text(lm, prompt, read):
     ids = lm.task.tokenizer(read)["input_ids"]
     assert lm.task.encode_prompt(prompt).tolist() == ids
-    texts, encoded = lm._encode([prompt, read], chat=False)
+    texts, encoded = lm.encode([prompt, read], chat=False)
     assert texts == [read, read] and [each.tolist() for each in encoded] == [ids, ids]
 
 

@@ -1,0 +1,524 @@
+"""Serve a model over HTTP: OpenAI's API (`protocol`), `/health`, `/metrics`, and a live page.
+
+One thread drives the scheduler, one event loop the connections. A request's prompts are encoded, and its responses read back, in
+a third thread, so that a long prompt stops no stream. Tokens go from the scheduler to the loop by `call_soon_threadsafe`.
+
+No request reaches the file system: the page is read when the server starts, and there are no other files. A client that goes
+away frees its places at the next chunk; whatever fails one request is told to it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import uvicorn
+from jaxtyping import Int
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from selfspan_jax.attention.policies import Policy, get_policy
+from selfspan_jax.config import ServerConfig
+from selfspan_jax.errors import UserError
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving import live, protocol
+from selfspan_jax.serving.metrics import Metrics
+from selfspan_jax.serving.protocol import Call
+from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, Ticket, Tokens
+from selfspan_jax.viewing import detokenize
+
+MAX_BODY_BYTES = 4 * 2**20
+KEEP_ALIVE_SECONDS = 15.0  # between comments in a stream that has nothing to say
+RETRY_AFTER_SECONDS = 1
+
+_NONE = np.zeros(0, np.int32)
+
+
+class Refused(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclasses.dataclass(eq=False)
+class Choice:
+    """One response on its way."""
+
+    index: int
+    prompt: str
+    prompt_ids: Int[np.ndarray, "T"]
+    response: detokenize.Response
+    ticket: Ticket | None = None
+    attended: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    last: float = dataclasses.field(default_factory=time.monotonic)
+
+
+class Server:
+    """The application: a model, the scheduler that decodes with it, and what is on its way.
+
+    Args:
+      scheduler: of the same model; `start` runs it in a thread of its own, `stop` ends it.
+      model_name: what clients call the model.
+      attention: the policy that the scheduler decodes with; by default what the model was trained with.
+      examples: prompts that the live page offers.
+      api_key: what requests to /v1 must bear; None: nothing.
+    """
+
+    def __init__(
+        self,
+        lm: SpanLM,
+        scheduler: Scheduler,
+        model_name: str,
+        *,
+        attention: str | Policy | None = None,
+        api_key: str | None = None,
+        examples: Sequence[str] = (),
+    ):
+        self.lm, self.scheduler, self.model_name = lm, scheduler, model_name
+        self.metrics = Metrics(model_name, lambda: scheduler.stats)
+        self.state = "starting"
+        self._key = None if api_key is None else _digest(api_key.encode("utf-8", "surrogateescape"))
+        self.policy = get_policy(lm.model.config.mask if attention is None else attention)
+        self._task_name = getattr(lm.task, "name", type(lm.task).__name__)
+        self._page = live.page(model_name, self._task_name, self.policy.name, examples)
+        self._calls: set[Running] = set()
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self._thread = threading.Thread(target=self._drive, name="scheduler", daemon=True)
+        self._created = int(time.time())
+        routes = [
+            Route("/", self._root),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+        ]
+        handlers: dict[Any, Any] = {HTTPException: _http_error, Refused: _refused}
+        self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
+
+    # --------------------------------------------------------------------------------------------------- life
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        self.state = "ok"
+        try:
+            yield
+        finally:
+            await self.drain()
+            await self._loop.run_in_executor(None, self._thread.join)
+            self._reader.shutdown()
+
+    async def drain(self) -> None:
+        """Finish what runs, refuse the rest."""
+        if self.state == "ok":
+            self.state = "draining"
+        self.scheduler.close(drain=True)
+        for running in self._calls:
+            running.refuse()
+
+    def _drive(self) -> None:
+        try:
+            self.scheduler.run()
+        finally:
+            if self.state == "ok":  # an error, which Python reports: what waits for tokens waits in vain
+                self.state = "failed"
+                self._loop.call_soon_threadsafe(self._fail_all)
+
+    def _fail_all(self) -> None:
+        for running in self._calls:
+            running.put(None, Tokens(_NONE, _NONE, "error", "the scheduler has ended"))
+
+    # ------------------------------------------------------------------------------------------------ small answers
+
+    async def _root(self, request: HttpRequest) -> Response:
+        headers = {"X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+        return HTMLResponse(self._page, headers=headers)
+
+    async def _health(self, request: HttpRequest) -> Response:
+        return _json({"status": self.state}, 200 if self.state == "ok" else 503)
+
+    async def _metrics(self, request: HttpRequest) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _models(self, request: HttpRequest) -> Response:
+        self._check_key(request)
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: HttpRequest) -> Response:
+        self._check_key(request)
+        self._check_model(request.path_params["name"])
+        return _json(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "selfspan",
+            "max_model_len": self.lm.model.config.max_context_tokens,
+            "selfspan": {"task": self._task_name, "attention": self.policy.name},
+        }
+
+    # ------------------------------------------------------------------------------------------------ completions
+
+    async def _completions(self, request: HttpRequest) -> Response:
+        return await self._answer(request, "text_completion")
+
+    async def _chat(self, request: HttpRequest) -> Response:
+        return await self._answer(request, "chat.completion")
+
+    async def _answer(self, request: HttpRequest, kind: Any) -> Response:
+        self._check_key(request)
+        if self.state != "ok":
+            raise Refused(503, f"the server is {self.state}")
+        if (request.headers.get("content-type") or "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(415, "expected the header Content-Type: application/json")
+        body = await _body(request)
+        try:
+            call = protocol.read_call(kind, body)
+            self._check_model(call.model)
+            prompts = await self._loop.run_in_executor(self._reader, self._encode, call)
+            running = self._submit(call, prompts)
+        except ValueError as error:  # UserError, and what tasks raise
+            raise Refused(400, " ".join(str(error).split())) from error
+        except QueueFull as error:
+            raise Refused(429, f"{error}; try again later") from error
+        except Closed as error:
+            raise Refused(503, "the server is shutting down") from error
+        if call.stream:
+            return EventStream(running)
+        with contextlib.closing(running):
+            answered = await _unless_gone(request.receive, running.whole())
+        return Response(status_code=499) if answered is None else _json(answered)
+
+    def _encode(self, call: Call) -> list[tuple[str, Int[np.ndarray, "T"]]]:
+        """Return the text and the ids of each prompt. Raises ValueError for what the task cannot read."""
+        task = self.lm.task
+        if call.messages and hasattr(task, "encode_chat"):
+            return [(call.prompts[0], task.encode_chat(call.messages))]
+        if len(call.messages) > 1:
+            raise UserError(f"messages are {len(call.messages)}; a model of the task {self._task_name} reads one, its prompt")
+        texts, ids = self.lm.encode(call.prompts if len(call.prompts) > 1 else call.prompts[0])
+        return list(zip(texts, ids))
+
+    def _submit(self, call: Call, prompts: Sequence[tuple[str, Int[np.ndarray, "T"]]]) -> Running:
+        """Give the scheduler all that a call asks for, or nothing."""
+        running = Running(self, call)
+        seed = secrets.randbits(64) if call.seed is None else call.seed
+        context = self.lm.model.config.max_context_tokens
+        try:
+            for text, ids in prompts:
+                for _ in range(call.n):
+                    response = detokenize.Response(self._decode, call.stop, self.lm.end_ids)
+                    choice = Choice(len(running.choices), text, ids, response)
+                    limit = context - len(ids) if call.max_tokens is None else call.max_tokens
+                    wanted = Request(ids, limit, call.sampling, seed, sample=choice.index)
+                    choice.ticket = self.scheduler.submit(wanted, running.deliver(choice))
+                    running.choices.append(choice)
+        except BaseException:
+            running.close()
+            raise
+        self._calls.add(running)
+        return running
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        """Write tokens as clients want them, without what ends a response."""
+        return self.lm.task.decode([token for token in token_ids if token not in self.lm.end_ids])
+
+    def _check_key(self, request: HttpRequest) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if self._key is not None and not (
+            hmac.compare_digest(_digest(given.strip().encode("latin-1")), self._key) and scheme.lower() == "bearer"
+        ):
+            raise Refused(401, "wrong or missing API key: expected the header Authorization: Bearer KEY", "invalid_api_key")
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.model_name):
+            raise Refused(404, f"there is no model {name[:80]!r}; there is {self.model_name!r}", "model_not_found")
+
+
+class Running:
+    """A call whose responses are being decoded. `close` cancels what has not ended, whoever has gone."""
+
+    def __init__(self, server: Server, call: Call):
+        self.server, self.call = server, call
+        self.choices: list[Choice] = []
+        self._queue: asyncio.Queue[tuple[Choice | None, Tokens]] = asyncio.Queue()
+        self._started = time.monotonic()
+
+    def deliver(self, choice: Choice) -> Callable[[Tokens], None]:
+        """Return what the scheduler's thread calls with the tokens of a choice."""
+
+        def give(tokens: Tokens) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+                self.server._loop.call_soon_threadsafe(self.put, choice, tokens)
+
+        return give
+
+    def put(self, choice: Choice | None, tokens: Tokens) -> None:
+        self._queue.put_nowait((choice, tokens))
+
+    def refuse(self) -> None:
+        """End a call of which nothing is decoded yet."""
+        if not any(choice.attended for choice in self.choices):
+            self.put(None, Tokens(_NONE, _NONE, "cancelled"))
+
+    def close(self) -> None:
+        """Cancel the choices that have not ended."""
+        self.server._calls.discard(self)
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                self._end(choice, "abort")
+                if choice.ticket is not None:
+                    self.server.scheduler.cancel(choice.ticket)
+
+    async def pieces(self) -> AsyncIterator[tuple[Choice, str] | None]:
+        """Yield the text that each arrival adds to a choice, None now and then where nothing arrives.
+
+        Raises: Refused where the scheduler fails a choice.
+        """
+        while any(choice.finish_reason is None for choice in self.choices):
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):  # Python 3.11's wait_for swallows cancellations
+                    choice, tokens = await self._queue.get()
+            except TimeoutError:
+                yield None
+                continue
+            if choice is not None and choice.finish_reason is not None:  # of a chunk that ran ahead
+                continue
+            if tokens.finished == "cancelled":
+                raise Refused(503, "the server is shutting down")
+            if choice is None or tokens.finished == "error":
+                if choice is not None:
+                    self._end(choice, "error")
+                raise Refused(500, f"decoding failed: {tokens.error}")
+            yield choice, self._add(choice, tokens)
+
+    def _add(self, choice: Choice, tokens: Tokens) -> str:
+        response, now = choice.response, time.monotonic()
+        if count := len(tokens.token_ids):
+            self.server.metrics.arrived(count, now - choice.last, first=not choice.attended)
+            choice.attended.extend(tokens.num_attended.tolist())
+            choice.last = now
+        piece = response.push(tokens.token_ids)
+        if response.done and tokens.finished is None:
+            assert choice.ticket is not None
+            self.server.scheduler.cancel(choice.ticket)
+        if response.done or tokens.finished is not None:
+            piece += response.finish()
+            self._end(choice, "length" if tokens.finished == "length" and response.stopped_by is None else "stop")
+        return piece
+
+    def _end(self, choice: Choice, reason: str) -> None:
+        vocab, ids = self.server.lm.model.vocab, np.asarray(choice.response.token_ids, np.int64)
+        spans = sum(int(np.sum((base <= ids) & (ids < base + vocab.num_labels))) for base in (vocab.seg_base, vocab.ref_base))
+        choice.finish_reason = reason
+        self.server.metrics.finished(reason, len(choice.prompt_ids), len(ids), spans, time.monotonic() - self._started)
+
+    def _read(self, choice: Choice) -> dict[str, Any]:
+        server = self.server
+        attended = np.array(choice.attended, np.int32)
+        out = server.lm.read_response(choice.prompt, choice.prompt_ids, choice.response, attended, server.policy)
+        return protocol.reading_part(out)
+
+    async def read(self, choice: Choice) -> dict[str, Any]:
+        """Say what a choice that has ended read."""
+        return await self.server._loop.run_in_executor(self.server._reader, self._read, choice)
+
+    def usage(self) -> dict[str, int]:
+        """Count the tokens of the prompts, each once, and of the responses."""
+        prompts = sum(len(choice.prompt_ids) for choice in self.choices[:: self.call.n])
+        return protocol.usage(prompts, sum(len(choice.response.token_ids) for choice in self.choices))
+
+    async def whole(self) -> dict[str, Any]:
+        """Return the whole response."""
+        async for _ in self.pieces():
+            pass
+        choices = [(choice.response.text, str(choice.finish_reason), await self.read(choice)) for choice in self.choices]
+        return protocol.response(self.call, self.server.model_name, choices, self.usage())
+
+    async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
+        """Yield the events of a stream, None now and then where there are none."""
+        call, model, lm = self.call, self.server.model_name, self.server.lm
+        watches = [live.Watch(lm.task, lm.model.vocab, choice.prompt_ids) for choice in self.choices] if call.tokens else []
+        for watch, choice in zip(watches, self.choices):
+            yield protocol.event(call, model, choice.index, "", part=watch.prompt())
+        if call.kind == "chat.completion":
+            for choice in self.choices:
+                yield protocol.event(call, model, choice.index, None)
+        async for arrived in self.pieces():
+            if arrived is None:
+                yield None
+                continue
+            choice, piece = arrived
+            seen = watches[choice.index].add(choice.response.token_ids, choice.attended) if watches else None
+            if piece or (seen and seen["tokens"]):
+                yield protocol.event(call, model, choice.index, piece, part=seen)
+            if choice.finish_reason is not None:
+                yield protocol.event(call, model, choice.index, "", choice.finish_reason, await self.read(choice))
+        if call.include_usage:
+            yield protocol.usage_event(call, model, self.usage())
+
+
+class EventStream(Response):
+    """Server-sent events of a call, until its end or until the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, running: Running):
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._running = running
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with contextlib.closing(self._running):
+            await _unless_gone(receive, self._send(send))
+
+    async def _send(self, send: Any) -> None:
+        async def write(text: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with contextlib.aclosing(self._running.events()) as events:
+                async for event in events:
+                    await write(": waiting\n\n" if event is None else f"data: {_dumps(event)}\n\n")
+        except Refused as error:
+            await write(f"data: {_dumps(protocol.error(error.status, str(error), error.code))}\n\n")
+        await write("data: [DONE]\n\n", more=False)
+
+
+async def _unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine does, or None where the client goes away first: then it is cancelled."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0] in done else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _body(request: HttpRequest) -> bytes:
+    """Read a body. Raises Refused for one that is too large, as soon as that shows."""
+    too_large = Refused(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdecimal() and len(length) < 20) or int(length) > MAX_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)  # in ASCII: models and clients may write halves of surrogate pairs
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(_dumps(value), status, headers, "application/json")
+
+
+def _refused(request: HttpRequest, error: Refused) -> Response:
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status in (429, 503) else {}
+    headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    return _json(protocol.error(error.status, str(error), error.code), error.status, headers)
+
+
+def _http_error(request: HttpRequest, error: HTTPException) -> Response:
+    return _json(protocol.error(error.status_code, error.detail), error.status_code, dict(error.headers or {}))
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()  # of one length, so that comparing them tells none
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+class Uvicorn(uvicorn.Server):
+    """A signal lets running requests finish, and the program end as if asked to; a second one ends it at once."""
+
+    should_exit: bool
+
+    def __init__(self, server: Server):
+        # What uvicorn says below a warning names its own process; clients' prompts are in no log.
+        quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False, "proxy_headers": False}
+        super().__init__(uvicorn.Config(server.app, http="h11", ws="none", loop="asyncio", lifespan="on", **quiet))
+        self._server = server
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        host, port = (sockets or [])[0].getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"{self._server.model_name} is served at {url} (a page), {url}/v1 (OpenAI's API), {url}/metrics", flush=True)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._server.drain()))
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Bind a TCP socket. Raises UserError where the address is in use, or none of this machine."""
+    with contextlib.ExitStack() as stack:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            bound = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            raise UserError(f"--host {host} --port {port} cannot be listened on: {error.strerror}") from None
+        yield bound
+
+
+def serve(load: Callable[[], SpanLM], name: str, config: ServerConfig, *, attention: str | Policy | None = None) -> None:
+    """Serve a model until SIGTERM or SIGINT: then what runs is finished, and the rest refused.
+
+    Args:
+      load: returns the model; called once the address is taken, because it may take minutes.
+      name: what clients call the model, unless the config says it.
+
+    Raises: UserError for an address that cannot be listened on, and as `Scheduler`; DoesNotFit.
+    """
+    with listening(config.host, config.port) as bound:
+        lm = load()
+        scheduler = Scheduler(lm.engine, config.serving, attention=attention, stop_ids=lm.end_ids[1:])
+        print("compiling ...", flush=True)
+        scheduler.warm_up()
+        key = os.environ.get("SELFSPAN_API_KEY") or None if config.api_key is None else config.api_key
+        server = Server(lm, scheduler, config.model_name or name, attention=attention, api_key=key)
+        Uvicorn(server).run([bound])

@@ -1,0 +1,479 @@
+"""The server over real sockets: OpenAI's own client, what is refused, clients that go away, and the end.
+
+Most tests have a scheduler that deals out a script, so that they decide when tokens come; the last ones have the real one.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx2
+import numpy as np
+import pytest
+
+from selfspan_jax.attention.policies import get_policy
+from selfspan_jax.config import ServerConfig, ServingConfig
+from selfspan_jax.errors import UserError
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving.scheduler import QueueFull, Scheduler, Stats, Tokens
+from selfspan_jax.viewing.output import Output
+from tests import browser
+from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.streams import VOCAB
+from tests.selfspan_jax.viewing.test_html import HOSTILE_TASK, Words
+
+_S, _R = VOCAB.seg_base, VOCAB.ref_base
+RESPONSE = [_S + 1, 4, 5, _S + 2, _R + 1, 6, VOCAB.eos_id]
+ATTENDED = [3, 4, 5, 2, 6, 7, 8]
+TEXT = "<11>45<12><16>6"  # as the task writes it, without <eos>
+NONE = np.zeros(0, np.int32)
+
+
+class Named(Words):
+    """The task of the page's tests, with a verifier and a warning."""
+
+    name = "words"
+
+    def warnings(self, prompt):
+        return ["long"] if len(prompt) > 2 else []
+
+    def verify(self, prompt, response_ids):
+        return SimpleNamespace(answer_right=True, steps_right=True, spans_right=False, message=f"{len(response_ids)} tokens")
+
+
+class Scripted:
+    """A scheduler that writes RESPONSE to any prompt, two tokens at a time; but "9" fails, "8" goes on without end, "7" waits."""
+
+    def __init__(self, max_queue=64):
+        self.requests, self.cancelled, self.max_queue = [], [], max_queue
+        self._closing = threading.Event()
+        self._active = []
+
+    def submit(self, request, deliver):
+        if len(self._active) >= self.max_queue:
+            raise QueueFull(f"{self.max_queue} requests wait already")
+        if request.max_new_tokens > 61:
+            raise UserError("too many new tokens")
+        ticket = [request, deliver, 0]
+        self.requests.append(request)
+        self._active.append(ticket)
+        return ticket
+
+    def cancel(self, ticket):
+        self.cancelled.append(ticket)
+        self._drop(ticket)
+
+    def _drop(self, ticket):
+        self._active = [other for other in self._active if other is not ticket]
+
+    def _advance(self, ticket):
+        request, deliver, start = ticket
+        kind, ticket[2] = int(request.prompt_ids[1]), start + 2
+        if kind == 9:
+            found = Tokens(NONE, NONE, "error", "the device is on fire")
+        elif kind == 8:
+            found = Tokens(np.array([4, 5]), np.array([2, 2]))
+        elif kind == 7:
+            return
+        else:
+            limit = min(request.max_new_tokens, len(RESPONSE))
+            ids, attended = (np.array(x[:limit][start : start + 2]) for x in (RESPONSE, ATTENDED))
+            finished = None if start + 2 < limit else "stop" if limit == len(RESPONSE) else "length"
+            found = Tokens(ids, attended, finished)
+        if found.finished:
+            self._drop(ticket)
+        deliver(found)
+
+    def run(self):
+        while not self._closing.is_set() or self._active:
+            for ticket in list(self._active):
+                self._advance(ticket)
+            time.sleep(0.002)
+
+    def close(self, *, drain):
+        self._closing.set()
+
+    @property
+    def stats(self):
+        return Stats(2, 1, len(self._active), 3, 1, 4, 100, 20, 50, 250, 1000, 6, {})
+
+
+@contextlib.contextmanager
+def serving(scheduler, task=None, lm=None, **options):
+    """A server in a thread: its address."""
+    from selfspan_jax.serving import server as module
+
+    lm = lm or SpanLM(MODEL, task or Named())
+    with module.listening("127.0.0.1", 0) as bound:
+        running = module.Uvicorn(module.Server(lm, scheduler, "tiny", **options))
+        thread = threading.Thread(target=running.run, args=([bound],))
+        thread.start()
+        try:
+            while not running.started:
+                time.sleep(0.005)
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            running.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+MODEL = random_model()
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    return Scripted()
+
+
+@pytest.fixture(scope="module")
+def address(scripted):
+    with serving(scripted) as address:
+        yield address
+
+
+def post(address, body, path="/v1/completions", **options):
+    return httpx2.post(f"{address}{path}", json=body, timeout=20, trust_env=False, **options)
+
+
+def events(response):
+    lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def expected_reading(prompt, response=RESPONSE, attended=ATTENDED):
+    task = Named()
+    ids = task.encode_prompt(prompt)
+    out = Output(task, np.array([*ids, *response]), len(ids), np.array(attended), get_policy("span"), MODEL.config, VOCAB, prompt)
+    steps = [(step.label, list(step.refs), step.text, step.attended_tokens, step.attended_fraction) for step in out.steps]
+    return steps, out.attended_fraction
+
+
+def check_reading(part, prompt):
+    steps, fraction = expected_reading(prompt)
+    keys = ("label", "refs", "text", "attended_tokens", "attended_fraction")
+    assert [tuple(step[key] for key in keys) for step in part["steps"]] == steps
+    assert part["attended_fraction"] == fraction and part["attended_tokens"] == np.mean(ATTENDED)
+    assert part["verdict"] == {"answer_right": True, "steps_right": True, "spans_right": False, "message": "7 tokens"}
+    assert part["warnings"] == (["long"] if len(prompt) > 2 else [])
+
+
+# ------------------------------------------------------------------------------------------------ OpenAI's client
+
+
+def test_openais_client_reads_whole_responses_and_streams(address, scripted):
+    import openai
+
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="any", http_client=httpx2.Client(trust_env=False), max_retries=0) as client:
+        use(client, openai, scripted)
+
+
+def use(client, openai, scripted):
+    assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").max_model_len == 64
+    whole = client.completions.create(model="tiny", prompt=["45", "456"], n=2, seed=5, temperature=0.5)
+    assert [(choice.index, choice.text, choice.finish_reason) for choice in whole.choices] == [(i, TEXT, "stop") for i in range(4)]
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (4 + 5, 4 * len(RESPONSE))
+    assert [(r.seed, r.sample, r.sampling.temperature) for r in scripted.requests[-4:]] == [(5, i, 0.5) for i in range(4)]
+    check_reading(whole.choices[0].selfspan, "45")
+    check_reading(whole.choices[3].selfspan, "456")
+
+    messages = [{"role": "user", "content": "45"}]
+    chat = client.chat.completions.create(model="tiny", messages=messages)
+    assert (chat.choices[0].message.content, chat.choices[0].finish_reason) == (TEXT, "stop")
+    check_reading(chat.choices[0].selfspan, "45")
+
+    chunks = list(client.chat.completions.create(model="tiny", messages=messages, stream=True, stream_options={"include_usage": True}))
+    *told, usage = chunks
+    assert told[0].choices[0].delta.role == "assistant" and len(told) > 4
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == TEXT
+    assert [chunk.choices[0].finish_reason for chunk in told] == [None] * (len(told) - 1) + ["stop"]
+    check_reading(told[-1].choices[0].selfspan, "45")
+    assert usage.choices == [] and usage.usage.total_tokens == 4 + len(RESPONSE)
+
+    pieces = {0: "", 1: ""}
+    for chunk in client.completions.create(model="tiny", prompt="45", n=2, stream=True, stop="<16>"):
+        assert chunk.usage is None
+        for choice in chunk.choices:
+            pieces[choice.index] += choice.text
+    assert pieces == {0: "<11>45<12>", 1: "<11>45<12>"}  # a stop string that comes in the middle of a chunk
+    cut = client.completions.create(model="tiny", prompt="45", max_tokens=3)
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("<11>45", "length")
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'; there is 'tiny'"):
+        client.completions.create(model="gpt", prompt="45")
+    with pytest.raises(openai.APIError, match="the device is on fire"):
+        list(client.completions.create(model="tiny", prompt="9", stream=True))
+    with pytest.raises(openai.InternalServerError, match="the device is on fire"):
+        client.completions.create(model="tiny", prompt="9")
+    assert client.completions.create(model="tiny", prompt="45").choices[0].text == TEXT  # another request is not concerned
+
+
+def test_of_a_chat_all_messages_are_read_where_the_tokenizer_has_a_template():
+    class Chats(Named):
+        def encode_chat(self, messages):
+            return self.encode_prompt("".join(message["content"] for message in messages))
+
+    said = [("developer", "4"), ("user", "5"), ("assistant", "6"), ("user", [{"type": "text", "text": "7"}, {"type": "text", "text": "8"}])]
+    scripted = Scripted()
+    with serving(scripted, Chats()) as address:
+        messages = [{"role": role, "content": content} for role, content in said]
+        assert post(address, {"messages": messages}, "/v1/chat/completions").status_code == 200
+    assert scripted.requests[0].prompt_ids.tolist() == [1, 4, 5, 6, 7, 8, 3]
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+_CHAT = {"messages": [{"role": "user", "content": "45"}]}
+REFUSED = {
+    "no JSON": (b"{", 400, "the body is not JSON"),
+    "bytes that are no text": (b'{"prompt": "\xff"}', 400, "the body is not JSON"),
+    "nested without end": (b"[" * 100_000, 400, "the body is not JSON"),
+    "a number of many digits": (b'{"prompt": "4", "seed": ' + b"9" * 5000 + b"}", 400, "the body is not JSON"),
+    "no object": (b"[]", 400, "the body is a list; expected a JSON object"),
+    "no prompt": ({}, 400, "prompt: expected text"),
+    "token ids": ({"prompt": [4, 5]}, 400, "token ids are not supported"),
+    "a prompt that the task cannot read": ({"prompt": "x"}, 400, "invalid literal"),
+    "one of several": ({"prompt": ["45", "x"]}, 400, "prompt 2, 'x'"),
+    "a long prompt": ({"prompt": "4" * 70}, 400, "the prompt is 72 tokens long, but the model's context is 64"),
+    "many new tokens": ({"prompt": "4", "max_tokens": 62}, 400, "too many new tokens"),
+    "no tokens": ({"prompt": "4", "max_tokens": 0}, 400, "max_tokens is 0"),
+    "an unknown field": ({"prompt": "4", "tempreature": 1}, 400, "'tempreature' is not supported"),
+    "a penalty": ({"prompt": "4", "presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
+    "log probabilities": ({"prompt": "4", "logprobs": 0}, 400, "logprobs is not supported"),
+    "tools": (_CHAT | {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
+    "not a number": (b'{"prompt": "4", "temperature": NaN}', 400, "temperature is nan"),
+    "a wrong type": ({"prompt": "4", "n": "2"}, 400, "n is text; expected a whole number"),
+    "a truth as a number": ({"prompt": "4", "n": True}, 400, "n is true or false; expected a whole number"),
+    "too many": ({"prompt": "4", "n": 129}, 400, "allowed: 1 to 128"),
+    "a negative seed": ({"prompt": "4", "seed": -1}, 400, "seed is -1"),
+    "an empty stop string": ({"prompt": "4", "stop": ""}, 400, "stop is ''"),
+    "many stop strings": ({"prompt": "4", "stop": ["a"] * 17}, 400, "stop has 17 texts"),
+    "usage of no stream": ({"prompt": "4", "stream_options": {"include_usage": True}}, 400, "stream_options is for stream"),
+    "several messages": ({"messages": _CHAT["messages"] * 2}, 400, "reads one, its prompt"),
+    "a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "expected text, or a list of parts of type text",
+    ),
+    "an unknown role": ({"messages": [{"role": "tool", "content": "4"}]}, 400, "role is 'tool'"),
+    "the assistant last": ({"messages": [{"role": "assistant", "content": "4"}]}, 400, "expected one of the user"),
+    "another model": ({"prompt": "4", "model": "gpt"}, 404, "there is no model 'gpt'"),
+    "a large body": (b" " * (4 * 2**20 + 1), 413, "larger than 4,194,304 bytes"),
+}
+
+
+@pytest.mark.parametrize(("body", "status", "message"), [pytest.param(*case, id=name) for name, case in REFUSED.items()])
+def test_what_is_wrong_is_refused_by_name(address, body, status, message):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    path = "/v1/chat/completions" if b'"messages"' in content else "/v1/completions"
+    found = httpx2.post(f"{address}{path}", content=content, headers={"Content-Type": "application/json"}, timeout=20, trust_env=False)
+    assert found.status_code == status and message in found.json()["error"]["message"]
+
+
+def test_other_paths_methods_and_kinds_of_bodies_are_refused(address):
+    for path in ("/v1/embeddings", "/../../etc/passwd", "/live.py", "/v1/models/%2e%2e%2fetc%2fpasswd"):
+        assert httpx2.get(address + path, trust_env=False).json()["error"]["type"] == "not_found_error"
+    assert httpx2.get(f"{address}/v1/completions", trust_env=False).status_code == 405
+    assert httpx2.post(f"{address}/v1/completions", data={"prompt": "4"}, trust_env=False).status_code == 415  # as a form of another site
+
+    def chunks():  # a body that does not say how long it is
+        for _ in range(70):
+            yield b" " * 2**16
+
+    headers = {"Content-Type": "application/json"}
+    assert httpx2.post(f"{address}/v1/completions", content=chunks(), headers=headers, trust_env=False).status_code == 413
+
+
+def test_a_key_is_asked_for_and_a_full_queue_says_when_to_come_again():
+    with serving(Scripted(max_queue=2), api_key="sécret") as address:
+        for given in (None, "Bearer wrong", "Basic sécret", "sécret"):
+            headers = {} if given is None else {"Authorization": given.encode()}
+            for found in (
+                post(address, {"prompt": "4"}, headers=headers),
+                httpx2.get(f"{address}/v1/models", headers=headers, trust_env=False),
+            ):
+                assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
+        headers = {"Authorization": "Bearer sécret".encode()}
+        assert post(address, {"prompt": "4"}, headers=headers).status_code == 200
+        assert httpx2.get(f"{address}/health", trust_env=False).json() == {"status": "ok"}
+        found = post(address, {"prompt": "7", "n": 3}, headers=headers)  # two have room, and are taken back
+        assert (found.status_code, found.headers["Retry-After"]) == (429, "1")
+        assert post(address, {"prompt": "4", "n": 2}, headers=headers).status_code == 200
+
+
+# ------------------------------------------------------------------------------------------- clients that go away
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("prompt", "stream"), [("8", True), ("7", True), ("8", False), ("7", False)])
+def test_a_client_that_goes_away_frees_its_places(address, scripted, prompt, stream):
+    """Whether tokens come or none, streamed or not."""
+    before, submitted = len(scripted.cancelled), len(scripted.requests)
+    body = {"prompt": prompt, "n": 2, "stream": stream}
+    with (
+        contextlib.suppress(httpx2.ReadTimeout),
+        httpx2.Client(trust_env=False, timeout=0.3) as client,
+        client.stream("POST", f"{address}/v1/completions", json=body) as response,
+    ):
+        next(response.iter_text())
+    until(lambda: len(scripted.cancelled) == before + 2)
+    assert len(scripted.requests) == submitted + 2 and not scripted._active
+
+
+def test_metrics_have_the_names_that_dashboards_know(address):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    post(address, {"prompt": "45"})
+    text = httpx2.get(f"{address}/metrics", trust_env=False).text
+    found = {(s.name, s.labels.get("finished_reason")): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    expected = {
+        **{"vllm:num_requests_running": 3, "vllm:num_requests_waiting": 0, "vllm:kv_cache_usage_perc": 3 / 8},
+        **{"vllm:prompt_tokens_total": 120, "vllm:generation_tokens_total": 50, "vllm:prefix_cache_hits_total": 20},
+        **{"vllm:num_preemptions_total": 6, "selfspan:attended_tokens_total": 250, "selfspan:context_tokens_total": 1000},
+        **{"selfspan:pages_in_use": 3, "selfspan:pages_cached": 1, "selfspan:pages_free": 4},
+    }
+    assert {name: found[name, None] for name in expected} == expected
+    assert found["vllm:request_success_total", "stop"] >= 1 and found["selfspan:span_tokens_total", None] >= 3
+    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"):
+        assert found[f"vllm:{name}_count", None] >= 1
+    assert 'model_name="tiny"' in text
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+
+@pytest.mark.skipif(browser.installed() is None, reason="no browser is installed")
+def test_the_live_page_shows_steps_and_what_they_read_and_asks_nobody_else(tmp_path):
+    """In a real browser: what lights up is what `Output.to_html` says; whatever the model writes is text."""
+    from tests.selfspan_jax.viewing.test_html import read_back
+
+    prompt_ids = HOSTILE_TASK.encode_prompt("4")
+    out = read_back(np.array([*prompt_ids, *RESPONSE]), len(prompt_ids), np.array(ATTENDED), task=HOSTILE_TASK)
+    with serving(Scripted(), HOSTILE_TASK, examples=["4", "<b>"]) as address, browser.Browser(tmp_path) as page:
+        page.look(width=390, height=844, touch=True)
+        page.call("Page.navigate", url=address)
+        until(lambda: page.run("document.readyState") == "complete")
+        page.run("document.querySelector('[name=example]').click()")
+        page.run("document.querySelector('form').requestSubmit(); document.querySelector('form').requestSubmit()")  # two at once
+        until(lambda: page.run("[...document.querySelectorAll('.state')].map(e => e.textContent).join()") == "finished,finished")
+        reads = page.run("[...document.querySelectorAll('.run:first-child .step')].map(e => e.dataset.reads)")
+        texts = page.run("[...document.querySelectorAll('.run:first-child .t:not(.seg, .ref)')].map(e => e.textContent)")
+        shown = out.to_html()
+        assert len(reads) == 2 and all(f'data-reads="{read}"' in shown for read in reads)
+        assert HOSTILE_TASK.words[0] in texts and HOSTILE_TASK.words[2] in texts
+        assert page.run("document.documentElement.scrollWidth") == 390 and page.run("window.broken") is None
+        page.run("document.querySelector('textarea').value = '8'; document.querySelector('form').requestSubmit()")
+        until(lambda: page.run("document.querySelectorAll('.run:first-child .t').length") > 8)
+        page.point(".run:first-child .stop", click=True)
+        until(lambda: page.run("document.querySelector('.run:first-child .state').textContent") == "stopped")
+        assert page.errors == [] and {url.removeprefix(address) for url in page.requests} == {"/", "/v1/completions"}
+
+
+# --------------------------------------------------------------------------------------------- the real scheduler
+
+CALLS = 300
+CONFIG = ServingConfig(num_sequences=4, context_tokens=64, page_tokens=8, prefill_tokens=64, num_pages=24, chunk_tokens=4, max_queue=400)
+
+
+def test_cancellations_at_random_lose_no_page_and_touch_no_other_response():
+    lm = SpanLM(random_model(max_context_tokens=64), Words())
+    scheduler = Scheduler(lm.engine, CONFIG)
+    rng = random.Random(0)
+    prompts = ["".join(rng.choices("456789", k=size)) for size in (1, 5, 12, 20, 30)]
+    alone = {out.prompt: out for out in lm.generate(prompts, max_new_tokens=20)}
+
+    async def ask(client, prompt, patience):
+        body = {"prompt": prompt, "max_tokens": 20, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            text, last = "", None
+            if not patience:  # most have no place yet
+                return None
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    last = json.loads(line[6:])["choices"][0]
+                    text += last["text"]
+                    patience -= 1
+                if not patience:
+                    return None
+        return prompt, text, last["selfspan"]["attended_tokens"]
+
+    async def ask_all(address):
+        limits = httpx2.Limits(max_connections=40)
+        async with httpx2.AsyncClient(base_url=address, timeout=100, trust_env=False, limits=limits) as client:
+            return await asyncio.gather(*(ask(client, rng.choice(prompts), rng.choice((-1, -1, 0, 0, 1, 2))) for _ in range(CALLS)))
+
+    with serving(scheduler, lm=lm) as address:
+        found = [each for each in asyncio.run(ask_all(address)) if each]
+        until(lambda: (scheduler.stats.running, scheduler.stats.reading, scheduler.stats.waiting) == (0, 0, 0))
+    assert 100 < len(found) < 250
+    for prompt, text, attended in found:
+        assert text == alone[prompt].text.removesuffix("<2>")
+        assert attended == pytest.approx(alone[prompt].attended_tokens)
+    stats = scheduler.stats
+    assert stats.pages_used == 0 and stats.pages_cached + stats.pages_free == 24 and stats.finished["cancelled"] > 20
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
+    """`serve` as the command calls it, in this process: signals are the main thread's."""
+    from selfspan_jax.serving import server as module
+
+    lm = SpanLM(random_model(), Named())
+    monkeypatch.setattr(module, "Scheduler", lambda *arguments, **options: scripted)
+    scripted = Scripted()
+    scripted.warm_up = lambda: None
+    release, found = threading.Event(), {}
+    advance = scripted._advance
+    monkeypatch.setattr(scripted, "_advance", lambda ticket: advance(ticket) if ticket[2] == 0 or release.is_set() else None)
+
+    def announced():
+        found["said"] = found.get("said", "") + capsys.readouterr().out
+        return "served at http" in found["said"]
+
+    def client():
+        until(announced)
+        address = found["said"].split("served at ")[1].split()[0]
+        with (
+            httpx2.Client(base_url=address, trust_env=False, timeout=20) as http,
+            http.stream("POST", "/v1/completions", json={"prompt": "45", "stream": True}) as response,
+        ):
+            lines = response.iter_lines()
+            first = next(lines)
+            waiting = threading.Thread(target=lambda: found.update(waiting=post(address, {"prompt": "7"})))
+            waiting.start()
+            until(lambda: len(scripted.requests) == 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            waiting.join()
+            with contextlib.suppress(httpx2.TransportError):
+                found["late"] = post(address, {"prompt": "45"}).status_code
+            release.set()
+            pieces = [line for line in (first, *lines) if line.startswith("data: {")]
+            found["text"] = "".join(json.loads(line[6:])["choices"][0]["text"] for line in pieces)
+
+    def run_client():
+        try:
+            client()
+        finally:
+            release.set()
+            os.kill(os.getpid(), signal.SIGTERM)  # ends the server where the client failed; after its end nothing is left to do
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    thread = threading.Thread(target=run_client)
+    thread.start()
+    module.serve(lambda: lm, "words", ServerConfig(port=0, slots=2))
+    thread.join()
+    signal.signal(signal.SIGTERM, before)
+    assert found["text"] == TEXT
+    assert (found["waiting"].status_code, found["waiting"].headers["Retry-After"]) == (503, "1")
+    assert found.get("late", 503) == 503
