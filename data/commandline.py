@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import logging
 import math
 import os
 import re
@@ -255,6 +256,7 @@ def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
     with status 141, as SIGPIPE does. What the output's encoding lacks is written as escapes.
     """
     user_errors: tuple[type[Exception], ...] = (UserError, *errors)
+    logging.basicConfig(format="warning: %(message)s")  # what libraries say, this one's too; no effect where the caller has set it up
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

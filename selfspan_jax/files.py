@@ -15,7 +15,7 @@ import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,15 @@ def well_formed(text: str) -> str:
     return _SURROGATES.sub("\ufffd", decoded)
 
 
-def read_prompts(file: Path) -> list[str]:
+class FilePrompts(list[str]):
+    """The prompts of a file, and where each of them stands in it."""
+
+    def __init__(self, file: Path, by_line: Mapping[int, str]):
+        super().__init__(by_line.values())
+        self.places = [f"{file}: line {number}" for number in by_line]
+
+
+def read_prompts(file: Path) -> FilePrompts:
     """Read prompts, one a line, without empty lines; of a .jsonl file the "prompt" of each object.
 
     Raises: UserError for a file without prompts, and for a line that is no such object; FileNotFoundError.
@@ -81,7 +89,8 @@ def read_prompts(file: Path) -> list[str]:
     lines = [(number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"{file}: no prompts")
-    return [_json_prompt(file, *line) if file.suffix == ".jsonl" else line[1].removesuffix("\r") for line in lines]
+    is_json = file.suffix == ".jsonl"
+    return FilePrompts(file, {number: _json_prompt(file, number, line) if is_json else line.removesuffix("\r") for number, line in lines})
 
 
 def _json_prompt(file: Path, number: int, line: str) -> str:

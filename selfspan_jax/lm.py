@@ -22,7 +22,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
-from selfspan_jax.files import well_formed
+from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.task import Task, end_ids, installed_tasks
@@ -225,7 +225,8 @@ class SpanLM:
                 if isinstance(prompts, str):
                     raise
                 shown = f"{text[:_SHOWN_CHARACTERS]}..." if isinstance(text, str) and len(text) > _SHOWN_CHARACTERS else text
-                raise UserError(f"prompt {number}, {shown!r}: {error}") from error
+                place = prompts.places[number - 1] if isinstance(prompts, FilePrompts) else f"prompt {number}"
+                raise UserError(f"{place}, {shown!r}: {error}") from error
             found.append(ids)
         return texts, found
 

@@ -108,7 +108,7 @@ def test_a_model_of_others_continues_text(call, tmp_path):
 
 
 def test_generate_takes_a_file_of_prompts(call, tmp_path):
-    """Each response has its own warnings and verdict; what is cut short cannot be right; a prompt that is none is told by its number."""
+    """Each response has its own warnings and verdict; what is cut short cannot be right; a prompt that is none is told by its line."""
     prompts, written = tmp_path / "prompts.txt", tmp_path / "out.json"
     prompts.write_text("((51+75)-(95*3))\n\n123456*7\n((51+75)-(95*3))+(8*(4+16))\n")
     status, out, err = call(decode.main, "generate", CHECKPOINT, "--prompts", prompts, "--max-new-tokens", 64, "--json", written)
@@ -124,9 +124,9 @@ def test_generate_takes_a_file_of_prompts(call, tmp_path):
     status, out, _ = call(decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--stop", "<seg:3>", "--json", written)
     assert status == 0 and "\nSTOPPED: ((51+75)-(95*3)) = (no answer)   (step 3: missing)\n" in out  # the value of step 2 is none
     assert json.loads(written.read_text())["answer"] is None and "warning: The response was stopped before its answer, by the stop" in out
-    prompts.write_text("1+2\n(3+\n")
+    prompts.write_text("1+2\n\n(3+\n")
     status, _, err = call(decode.main, "generate", CHECKPOINT, "--prompts", prompts)
-    assert status == 2 and re.fullmatch(r"error: prompt 2, '\(3\+': column 4: .*\n", err)
+    assert status == 2 and re.fullmatch(r"error: .*prompts\.txt: line 3, '\(3\+': column 4: .*\n", err)
 
 
 def test_eval_reports_by_number_of_operators(call, tmp_path):

@@ -107,7 +107,7 @@ def verify(
         found, minimal = _labels(written.named[wrong_span]), _labels(spans[wrong_span])
         message = f"every step is right, but step {wrong_span + 1}: names {found}, the minimal span is {minimal}"
     else:
-        message = f"all {num_ops} steps and spans are right"
+        message = f"all {num_ops} steps and spans are right" if num_ops > 1 else "the step and its span are right"
     return Verdict(
         answer=answer_value,
         answer_right=answer_value == operations[-1].value,

@@ -140,7 +140,7 @@ def _draw_steps(axes: Axes, reading: Reading) -> None:
     share = f": {read.sum() / dense.sum():.0%} of dense" if len(steps) else ""
     axes.set_title(f"KV rows read per step{share}", fontsize=11)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _finish(axes)
 
 

@@ -194,7 +194,7 @@ class Reading:
         elif self.steps and not self.parts[0].opened:
             found.append(f"Tokens before the first step: {len(self.parts[0].indices)}.")
         if count := int(np.isin(self.response_ids, (vocab.pad_id, vocab.bos_id, vocab.solve_id)).sum()):
-            found.append(f"Structural tokens of a prompt, which mean nothing in a response: {count}.")
+            found.append(f"Tokens in the response that only prompts have (padding, beginning of text, <solve>): {count}.")
         return found
 
 

@@ -85,6 +85,15 @@ def evaluation_table(report: Mapping[str, Any], task: Any) -> str:
     return "\n".join([*warning_lines(report.get("warnings", ())), table, *kept])
 
 
+_FIRST_ERRORS = {  # as `evaluation.first_error` names them
+    "first label": "the label of the first step",
+    "next label": "the label of a later step",
+    "refs": "the labels that a step names",
+    "body": "the text of a step",
+    "eos": "an end too early or too late",
+}
+
+
 def _verified_table(report: Mapping[str, Any], task: Any) -> str:
     grouped = hasattr(task, "group")
     title, groups = (task.group_title, report[f"by_{task.group_by}"]) if grouped else ("set", report["sets"])
@@ -100,7 +109,7 @@ def _verified_table(report: Mapping[str, Any], task: Any) -> str:
             read = f", {speed[f'{task.unit}_per_second_with_reading']:.1f} with the reading of responses"
             lines.append(f"{_named(name, report, task)}: {rate:.1f} right answers per second of prefill and decoding{read}, batch {size}")
     if errors := report["first_errors"]:
-        lines.append("first errors: " + ", ".join(f"{kind} {count}" for kind, count in errors.items()))
+        lines.append("first errors: " + ", ".join(f"{_FIRST_ERRORS[kind]}: {count}" for kind, count in errors.items()))
     if wrong := report["first_wrong"]:
         lines.append(f"first wrong: {wrong}")
     return "\n".join([*lines, *_left_out(report, task)])

@@ -346,6 +346,7 @@ def test_verdict_of_the_gold_response():
     assert verdict.answer_right and verdict.steps_right and verdict.spans_right
     assert (verdict.first_wrong_step, verdict.num_steps) == (None, 3)
     assert verdict.message == "all 3 steps and spans are right"
+    assert verify("1+2", "<seg:1>1+2=3<eos>").message == "the step and its span are right"
 
 
 @pytest.mark.parametrize(
