@@ -256,7 +256,10 @@ def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
     with status 141, as SIGPIPE does. What the output's encoding lacks is written as escapes.
     """
     user_errors: tuple[type[Exception], ...] = (UserError, *errors)
-    logging.basicConfig(format="warning: %(message)s")  # what libraries say, this one's too; no effect where the caller has set it up
+    logging.basicConfig()
+    for handler in logging.getLogger().handlers:  # what libraries log, this one's too, reads as other warnings
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(logging.Formatter("warning: %(message)s"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

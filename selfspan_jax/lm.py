@@ -94,7 +94,11 @@ class SpanLM:
         model.config = dataclasses.replace(model.config, **computed)
         tasks = installed_tasks() if tasks is None else tasks
         if (name := str(fields.get("task"))) not in tasks:
-            known = f"known are {', '.join(sorted(tasks))}" if tasks else "none is installed: pip install -e . installs this project's"
+            known = (
+                f"known are {', '.join(sorted(tasks))}"
+                if tasks
+                else "no installed one can be loaded: pip install -e . installs this project's"
+            )
             raise UserError(f"{directory}: of task {name!r}; {known}")
         return cls(model, tasks[name].from_json(fields), weights=weights, mesh=mesh)
 
