@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -151,3 +153,13 @@ def test_an_interrupted_command_leaves_nothing(tmp_path, sent, status):
     assert process.returncode == status
     assert os.listdir(tmp_path) == []
     assert b"Traceback" not in errors
+
+
+def test_what_libraries_log_reads_as_other_warnings(monkeypatch):
+    """Also where one of them has set up the log's own form before."""
+    handler = logging.StreamHandler(io.StringIO())
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    with commandline.exit_on_user_error():
+        logging.getLogger("of.a.library").warning("stored in float16")
+    assert handler.stream.getvalue() == "warning: stored in float16\n"
