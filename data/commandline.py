@@ -203,9 +203,10 @@ def naming(command: Any, *errors: type[ValueError]) -> Iterator[None]:
     names = [field.name for field in dataclasses.fields(command)]
     anywhere, begin = "|".join(name for name in names if "_" in name), "|".join(names)
     pattern = rf"(?<![\w./'\"-])({anywhere})(?![\w./'\"])|^({begin})(?= (is|has) )"
+    user_errors: tuple[type[ValueError], ...] = (UserError, *errors)
     try:
         yield
-    except (UserError, *errors) as error:
+    except user_errors as error:
         named = re.sub(pattern, lambda name: "--" + name[0].replace("_", "-"), str(error))
         if named == str(error):
             raise

@@ -179,14 +179,15 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
     if not isinstance(model, Decoder):
         raise UserError(f"expected a Decoder to export, found {type(model).__name__}: of a SpanLM give its model")
     end_ids = [model.vocab.eos_id, *model.stop_ids]
-    if isinstance(tokenizer, TextTask):
-        tokenizer, end_ids = tokenizer.tokenizer, list(dict.fromkeys([*end_ids, *tokenizer.stop_ids]))
-    elif hasattr(tokenizer, "to_json") and not is_tokenizer(tokenizer):
-        named = Path(f"the task {getattr(tokenizer, 'name', type(tokenizer).__name__)}")
-        tokenizer = from_vocabulary(named, tokenizer.to_json().get("vocab", {}), model.vocab)
-    if not (tokenizer is None or is_tokenizer(tokenizer)):
-        raise UserError(f"expected a tokenizer of transformers or the model's task, found {type(tokenizer).__name__}")
-    if tokenizer is not None and (wrong := wrong_span_token(tokenizer, model.vocab)):
+    words: Any = tokenizer
+    if isinstance(words, TextTask):
+        words, end_ids = words.tokenizer, list(dict.fromkeys([*end_ids, *words.stop_ids]))
+    elif hasattr(words, "to_json") and not is_tokenizer(words):
+        named = Path(f"the task {getattr(words, 'name', type(words).__name__)}")
+        words = from_vocabulary(named, words.to_json().get("vocab", {}), model.vocab)
+    if not (words is None or is_tokenizer(words)):
+        raise UserError(f"expected a tokenizer of transformers or the model's task, found {type(words).__name__}")
+    if words is not None and (wrong := wrong_span_token(words, model.vocab)):
         raise UserError(f"the tokenizer has no {wrong}, or with another id than the model: give the model's task in its place")
     fields, arrays = to_hugging_face(model.config, model.vocab, model.vocab_size), to_llama(model)
     if len(end_ids) > 1:
@@ -194,9 +195,9 @@ def export(directory: str | Path, model: Decoder, tokenizer: PreTrainedTokenizer
     with new_directory(Path(directory)) as partial:
         save_safetensors(partial / _WEIGHTS, arrays, METADATA)
         write_json(partial / "config.json", fields)
-        if tokenizer is not None:
-            switch_runtime_state_off(tokenizer)
-            tokenizer.save_pretrained(partial)
+        if words is not None:
+            switch_runtime_state_off(words)
+            words.save_pretrained(partial)
 
 
 def model_config(fields: Mapping[str, Any]) -> ModelConfig:
