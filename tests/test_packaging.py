@@ -113,7 +113,7 @@ def test_the_command_says_what_there_is_and_what_there_is_not(installed, tmp_pat
     status, out, err = run(command, "--help", cwd=tmp_path)
     assert (status, err) == (0, "") and all(f"  {name} " in out for name in selfspan.COMMANDS)
     assert run(command, "genrate", cwd=tmp_path) == (
-        2, "", "error: 'genrate' is no command of selfspan; perhaps generate; allowed: generate, eval, bench, train, data\n",
+        2, "", "error: 'genrate' is no command of selfspan; perhaps generate; allowed: generate, eval, bench, serve, train, data\n",
     )  # fmt: skip
     status, out, err = run(command, "data", "arithmetic", "--help", cwd=tmp_path)
     assert (status, err) == (0, "") and out.startswith("usage: selfspan data arithmetic [-h]")
