@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from selfspan_jax.config import Sampling
+from selfspan_jax.config import MAX_SEED, Sampling
 from selfspan_jax.errors import UserError
 from selfspan_jax.viewing.detokenize import check_stop_strings
 from selfspan_jax.viewing.output import Output
@@ -90,8 +90,8 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
     n, seed = _take(fields, "n", int, 1), _take(fields, "seed", int, None)
     if limit is not None and limit < 1:
         raise UserError(f"max_tokens is {limit}; allowed: whole numbers from 1")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed}; allowed: whole numbers from 0 to 2**64 - 1")
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed}; allowed: whole numbers from 0 to 2**63 - 1")
     stop = check_stop_strings(fields.get("stop", ()))
     if len(stop) > MAX_STOP_STRINGS:
         raise UserError(f"stop has {len(stop)} texts; allowed: up to {MAX_STOP_STRINGS}")
