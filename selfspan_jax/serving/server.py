@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import socket
@@ -29,12 +30,13 @@ import uvicorn
 from jaxtyping import Int
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from selfspan_jax.attention.policies import Policy, get_policy
-from selfspan_jax.config import ServerConfig
+from selfspan_jax.config import MAX_SEED, ServerConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving import live, protocol
@@ -94,6 +96,7 @@ class Server:
         examples: Sequence[str] = (),
     ):
         self.lm, self.scheduler, self.model_name = lm, scheduler, model_name
+        self.max_tokens = min(scheduler.context_tokens, scheduler.num_pages * scheduler.config.page_tokens)  # of a sequence
         self.metrics = Metrics(model_name, lambda: scheduler.stats)
         self.state = "starting"
         self._key = None if api_key is None else _digest(api_key.encode("utf-8", "surrogateescape"))
@@ -177,7 +180,7 @@ class Server:
             "object": "model",
             "created": self._created,
             "owned_by": "selfspan",
-            "max_model_len": self.lm.model.config.max_context_tokens,
+            "max_model_len": self.max_tokens,
             "selfspan": {"task": self._task_name, "attention": self.policy.name},
         }
 
@@ -226,14 +229,15 @@ class Server:
     def _submit(self, call: Call, prompts: Sequence[tuple[str, Int[np.ndarray, "T"]]]) -> Running:
         """Give the scheduler all that a call asks for, or nothing."""
         running = Running(self, call)
-        seed = secrets.randbits(64) if call.seed is None else call.seed
-        context = self.lm.model.config.max_context_tokens
+        seed = secrets.randbelow(MAX_SEED + 1) if call.seed is None else call.seed
         try:
             for text, ids in prompts:
+                if (left := self.max_tokens - len(ids)) < 1:
+                    raise UserError(f"the prompt is {len(ids)} tokens long, but a sequence has {self.max_tokens}, response included")
                 for _ in range(call.n):
                     response = detokenize.Response(self._decode, call.stop, self.lm.end_ids)
                     choice = Choice(len(running.choices), text, ids, response)
-                    limit = context - len(ids) if call.max_tokens is None else call.max_tokens
+                    limit = left if call.max_tokens is None else call.max_tokens
                     wanted = Request(ids, limit, call.sampling, seed, sample=choice.index)
                     choice.ticket = self.scheduler.submit(wanted, running.deliver(choice))
                     running.choices.append(choice)
@@ -434,10 +438,13 @@ async def _body(request: HttpRequest) -> bytes:
     if not (length.isascii() and length.isdecimal() and len(length) < 20) or int(length) > MAX_BODY_BYTES:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise too_large
+    except ClientDisconnect:
+        raise Refused(400, "the client went away before the body was whole") from None
     return bytes(body)
 
 
@@ -472,8 +479,8 @@ class Uvicorn(uvicorn.Server):
     should_exit: bool
 
     def __init__(self, server: Server):
-        # What uvicorn says below a warning names its own process; clients' prompts are in no log.
-        quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False, "proxy_headers": False}
+        # Clients' prompts are in no log; what uvicorn says below a warning is not shown.
+        quiet: Any = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
         super().__init__(uvicorn.Config(server.app, http="h11", ws="none", loop="asyncio", lifespan="on", **quiet))
         self._server = server
 
@@ -517,8 +524,17 @@ def serve(load: Callable[[], SpanLM], name: str, config: ServerConfig, *, attent
     with listening(config.host, config.port) as bound:
         lm = load()
         scheduler = Scheduler(lm.engine, config.serving, attention=attention, stop_ids=lm.end_ids[1:])
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone away
         print("compiling ...", flush=True)
         scheduler.warm_up()
         key = os.environ.get("SELFSPAN_API_KEY") or None if config.api_key is None else config.api_key
-        server = Server(lm, scheduler, config.model_name or name, attention=attention, api_key=key)
+        options: dict[str, Any] = {"attention": attention, "api_key": key, "examples": _examples(lm.task)}
+        server = Server(lm, scheduler, config.model_name or name, **options)
         Uvicorn(server).run([bound])
+
+
+def _examples(task: Any) -> list[str]:
+    """Return a few prompts that a model of a task was not trained on, for the page; none of a task that draws none."""
+    if not hasattr(task, "held_out") or not getattr(task, "is_generated", True):
+        return []
+    return [example.prompt for examples in task.held_out(5, seed=1).values() for example in examples]

@@ -50,6 +50,8 @@ class Named(Words):
 class Scripted:
     """A scheduler that writes RESPONSE to any prompt, two tokens at a time; but "9" fails, "8" goes on without end, "7" waits."""
 
+    context_tokens, num_pages, config = 64, 8, ServingConfig(page_tokens=8)
+
     def __init__(self, max_queue=64):
         self.requests, self.cancelled, self.max_queue = [], [], max_queue
         self._closing = threading.Event()
@@ -397,6 +399,7 @@ def test_cancellations_at_random_lose_no_page_and_touch_no_other_response():
     async def ask(client, prompt, patience):
         body = {"prompt": prompt, "max_tokens": 20, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
             text, last = "", None
             if not patience:  # most have no place yet
                 return None

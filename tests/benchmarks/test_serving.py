@@ -1,0 +1,52 @@
+"""The load generator: what it counts of a known course of events, and a run against a server."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import serving
+from tests.selfspan_jax.serving.test_server import RESPONSE, Scripted
+from tests.selfspan_jax.serving.test_server import serving as server_of
+
+
+def test_latencies_count_from_the_arrival_and_failures_apart():
+    requests = [
+        serving.Sent(1.0, [1.5, 1.6, 2.0], 9, True),
+        serving.Sent(2.0, [2.1, 3.0], 10, False),
+        serving.Sent(3.0, [], 0, None, "status 429"),
+    ]
+    row = serving.summary(4.0, requests)
+    assert (row["num_requests"], row["num_failed"], row["tokens"], row["failures"]) == (3, 1, 19, ["status 429"])
+    assert row["tokens_per_second"] == pytest.approx(19 / 2) and row["right_answers_per_second"] == pytest.approx(1 / 2)
+    assert row["first_token_ms_p50"] == pytest.approx(300) and row["first_token_ms_p99"] == pytest.approx(496)
+    assert row["between_events_ms_p50"] == pytest.approx(400) and row["per_token_ms_p50"] == pytest.approx((62.5 + 100) / 2)
+    cells = serving.table([row]).splitlines()[1].split()
+    assert cells[:5] == ["4", "3", "1", "9.5", "0.50"]
+
+
+def test_a_run_against_a_server(tmp_path, monkeypatch, capsys):
+    prompts, report = tmp_path / "prompts.txt", tmp_path / "load.json"
+    prompts.write_text("45\n9\n456\n")
+    with server_of(Scripted()) as address:
+        words = [address, "--rates", "100,200", "--num-requests", "9", "--prompts", str(prompts), "--json", str(report)]
+        monkeypatch.setattr(sys, "argv", ["benchmarks.serving", *words])
+        serving.main()
+    lines = capsys.readouterr().out.splitlines()
+    written = json.loads(report.read_text())
+    assert written["model"]["id"] == "tiny" and written["prompts"] == "prompts.txt" and "api_key" not in written
+    for row in written["rows"]:
+        assert (row["num_requests"], row["num_failed"], row["tokens"]) == (9, 3, 6 * len(RESPONSE))
+        assert row["failures"] == ["decoding failed: the device is on fire"] and row["right_answers_per_second"] > 0
+        assert 0 < row["first_token_ms_p50"] <= row["whole_ms_p50"] <= row["whole_ms_p99"]
+    told = "failed: decoding failed: the device is on fire"
+    assert [line.split()[:3] if line != told else told for line in lines[-4:]] == [["100", "9", "3"], told, ["200", "9", "3"], told]
+
+
+def test_expressions_are_of_mixed_lengths_and_arrivals_of_a_poisson_process():
+    load = serving.Load(url="", num_requests=60, min_ops=2, max_ops=40)
+    sizes = [sum(text.count(sign) for sign in "+-*") for text in load.texts()]
+    assert len(set(sizes)) > 15 and min(sizes) < 8 and max(sizes) > 32 and load.texts() == load.texts()
+    waits = np.random.default_rng(load.seed).exponential(1 / 5, 2000)
+    assert waits.mean() == pytest.approx(0.2, rel=0.1) and waits.std() == pytest.approx(0.2, rel=0.1)
