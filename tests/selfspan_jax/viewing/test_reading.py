@@ -89,7 +89,9 @@ def test_an_output_as_json():
     values = out.to_json()
     assert values["token_ids"] == NAMED["unresolved"][0] and values["num_attended"] == mask.sum(axis=1)[out.prompt_tokens :].tolist()
     assert values["unresolved_refs"] == 1 and values["finished"] is False and values["attention"] == "span"
-    assert values["steps"][0] == {"label": 2, "refs": (4,), "text": "5", "attended_tokens": out.steps[0].attended_tokens}
+    share = np.mean(mask.sum(axis=1)[[4, 5, 6]] / [5, 6, 7])  # <seg:2>, <ref:4> and "5" are tokens 4 to 6
+    first = {"label": 2, "refs": (4,), "text": "5", "attended_tokens": out.steps[0].attended_tokens, "attended_fraction": share}
+    assert values["steps"][0] == first
     assert values["attended_fraction"] == out.attended_fraction and values["warnings"] == out.warnings != []
     assert values["verdict"] is None and values["stopped_by"] is None
 
