@@ -162,6 +162,8 @@ def test_a_chat_is_written_as_its_template_says(tmp_path):
     lm = SpanLM.load(path)
     ids = lm.task.encode_chat("  the cat ")
     assert lm.task.decode(ids) == "<user> the cat<|end|>\n<assistant> " and list(ids).count(0) == 1
+    several = [{"role": "system", "content": "the"}, {"role": "user", "content": "cat "}]
+    assert lm.task.decode(lm.task.encode_chat(several)) == "<system> the<|end|>\n<user> cat<|end|>\n<assistant> "
     out = lm.generate("  the cat ", chat=True, max_new_tokens=6)
     np.testing.assert_array_equal(out.token_ids[: out.prompt_tokens], ids)
     assert "".join(lm.stream("  the cat ", chat=True, max_new_tokens=6)) == out.text
