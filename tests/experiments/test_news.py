@@ -210,7 +210,7 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
     assert "python train.py news-small --run-dir runs/dense-0 --mask dense\n" in page
     smollm2 = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus news"
     assert f"python train.py finetune-lora --run-dir runs/smollm2-0 {smollm2}\n" in page
-    assert "# span, seed 0: one some GPU, JAX 1.0, commit abc" in page
+    assert "# span, seed 0: trained at commit abc, evaluated on one some GPU, JAX 1.0" in page
 
 
 def test_fine_tuned_models_have_a_panel_of_their_own(place, trained, capsys):
