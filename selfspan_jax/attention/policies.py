@@ -217,6 +217,22 @@ class Window:
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(), Window())}
 
 
+def masks_of_prompts(
+    policy: Policy,
+    token_ids: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    vocab: spans.SpanVocab,
+    views: AttentionViews,
+    *,
+    responses: bool,
+) -> Callable[[Int[Array, ""], int], PromptMask | Bool[Array, "B Q T"]]:
+    """Return the function from first query and number of queries (static) to their mask: by tiles where the policy has one, else `mask`."""
+    masks = policy.prompt_masks(token_ids, lengths, vocab, views, responses=responses)
+    if masks is not None:
+        return masks
+    return lambda first, number: policy.mask(token_ids, vocab, views, first_query=first, num_queries=number)
+
+
 def policy_help() -> str:
     """Describe the policies in one line, for the help of command lines."""
     return "; ".join(f"{name}: {policy.description}" for name, policy in POLICIES.items())

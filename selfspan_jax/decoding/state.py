@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pallas_kernels import write_elements
 from pallas_kernels.prompt_attention import Retained
-from selfspan_jax.attention.policies import Slots, get_policy
+from selfspan_jax.attention.policies import Slots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
@@ -93,18 +93,14 @@ def prefill_state(
     cache = KVCache.empty(model.config, lengths, prompt_capacity, num_samples, config.max_new_tokens)
     chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
     first_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
-    masks = policy.prompt_masks(token_ids, lengths, model.vocab, model.config, responses=responses)
+    masks = masks_of_prompts(policy, token_ids, lengths, model.vocab, model.config, responses=responses)
 
     def read_chunk(index, carry):
         pools, last = carry
         start = index * chunk
         positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
-        if masks is None:
-            mask = policy.mask(token_ids, model.vocab, model.config, first_query=start, num_queries=chunk)
-        else:
-            mask = masks(start, chunk)
         tokens = jax.lax.dynamic_slice_in_dim(token_ids, start, chunk, axis=1)
-        attend = attend_prompts(first_slots + positions, prompt_mask(mask, config.prefill, chunk))
+        attend = attend_prompts(first_slots + positions, prompt_mask(masks(start, chunk), config.prefill, chunk))
         hidden, pools = model(tokens, positions, attend, pools)
         at = lengths - 1 - start
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]

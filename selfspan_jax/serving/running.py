@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from selfspan_jax.attention.policies import get_policy
+from selfspan_jax.attention.policies import get_policy, masks_of_prompts
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, nucleus, penalized
@@ -108,11 +108,8 @@ def read_prompts(
         tokens, own = (jax.lax.dynamic_slice_in_dim(x, first, num_queries, axis=1) for x in (prompts.token_ids, slots))
         own = jnp.where(positions < prompts.lengths[:, None], own, num_rows)
         earlier = jnp.where(jnp.arange(num_keys, dtype=jnp.int32)[None, :] < first, slots, num_rows)
-        masks = policy.prompt_masks(prompts.token_ids, prompts.lengths, model.vocab, model.config, responses=responses)
-        if masks is None:
-            mask = policy.mask(prompts.token_ids, model.vocab, model.config, first_query=first, num_queries=num_queries)
-        else:
-            mask = masks(first, num_queries)
+        masks = masks_of_prompts(policy, prompts.token_ids, prompts.lengths, model.vocab, model.config, responses=responses)
+        mask = masks(first, num_queries)
         buffer_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_keys + positions
         attend = attend_paged(earlier, own, first, attend_prompts(buffer_slots, lambda *_: mask))
         hidden, pools = model(tokens, positions, attend, state.cache.pools)
