@@ -56,13 +56,9 @@ def triton_linear(
     def split(array: jax.Array) -> jax.Array:
         return array.reshape(*array.shape[:-1], -1, config.segment_inputs)
 
-    optional = {
-        "scales": weight.scales if isinstance(weight, Quantized) else None,
-        "norm": None if norm is None else split(norm.astype(x.dtype)),
-        "bias": bias,
-        "residual": residual,
-    }
-    optional = {name: array for name, array in optional.items() if array is not None}
+    optional = optional_operands(x, weight, norm, bias, residual)
+    if "norm" in optional:
+        optional["norm"] = split(optional["norm"])
     return pl.pallas_call(
         functools.partial(_kernel, optional=tuple(optional), norm_eps=norm_eps, gated=gated, config=config),
         grid=(pl.cdiv(tiles, pl.cdiv(tiles, config.programs)),),  # the fewest that take no longer than `config.programs`
@@ -71,6 +67,17 @@ def triton_linear(
         interpret=interpret,
         name="fused_linear",
     )(split(x), split(values), *optional.values())
+
+
+def optional_operands(x, weight: Rows, norm, bias, residual) -> dict[str, jax.Array]:
+    """Name the arrays of a call that another call may lack, in the order in which kernels take them."""
+    operands = {
+        "scales": weight.scales if isinstance(weight, Quantized) else None,
+        "norm": None if norm is None else norm.astype(x.dtype),
+        "bias": bias,
+        "residual": residual,
+    }
+    return {name: array for name, array in operands.items() if array is not None}
 
 
 def padded_rows(batch: int, segments: int) -> int:

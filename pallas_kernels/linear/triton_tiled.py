@@ -24,7 +24,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import dot
 from pallas_kernels.linear.heuristics import TileConfig
-from pallas_kernels.quantized import Quantized, Rows, values_of
+from pallas_kernels.linear.triton import optional_operands
+from pallas_kernels.quantized import Rows, values_of
 
 
 def triton_tiled_linear(
@@ -43,13 +44,7 @@ def triton_tiled_linear(
     """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]`, already checked."""
     values = values_of(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
-    optional = {
-        "scales": weight.scales if isinstance(weight, Quantized) else None,
-        "norm": None if norm is None else norm.astype(x.dtype),
-        "bias": bias,
-        "residual": residual,
-    }
-    optional = {name: array for name, array in optional.items() if array is not None}
+    optional = optional_operands(x, weight, norm, bias, residual)
     return pl.pallas_call(
         functools.partial(_kernel, optional=tuple(optional), norm_eps=norm_eps, gated=gated, config=config),
         grid=(pl.cdiv(num_results, config.tile_outputs), pl.cdiv(x.shape[0], config.tile_rows)),
