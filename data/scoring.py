@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -51,12 +52,17 @@ def _scorer(*names: str) -> Any:
 
 def span_scores(golds: Sequence[Sequence[Collection[int]]], found: Sequence[Sequence[Collection[int]]]) -> dict[str, float]:
     """Return precision and recall of the sources named, the n-th sentence compared with the n-th gold one, over all sentences."""
-    hits = named = wanted = 0
-    for gold, own in zip(golds, found, strict=True):
-        hits += sum(len(set(a) & set(b)) for a, b in zip(gold, own))
-        named += sum(len(set(b)) for b in own)
-        wanted += sum(len(set(a)) for a in gold)
-    return {"span_precision": hits / max(named, 1), "span_recall": hits / max(wanted, 1)}
+    return ratios(span_counts(gold, own) for gold, own in zip(golds, found, strict=True))
+
+
+def span_counts(gold: Sequence[Collection[int]], found: Sequence[Collection[int]]) -> Counts:
+    """Return what one text adds to `span_scores`."""
+    shares = Shares("span_precision", "span_recall")
+    nothing: set[int] = set()
+    for wanted, named in itertools.zip_longest(map(set, gold), map(set, found), fillvalue=nothing):
+        shares.add("span_precision", named & wanted, named)
+        shares.add("span_recall", named & wanted, wanted)
+    return shares.counts()
 
 
 def numbers(texts: Iterable[str]) -> set[str]:

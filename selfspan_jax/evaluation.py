@@ -334,6 +334,22 @@ def _compile(lm: SpanLM, batch_size: int, prompt_tokens: int, config: DecodeConf
     return time.perf_counter() - began
 
 
+def _joined(task: Any, evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Return one evaluation of all examples: of a single one itself, whose scores need no second computation."""
+    if len(evaluations) == 1:
+        return evaluations[0]
+    return Evaluation(
+        task,
+        tuple(example for own in evaluations for example in own.examples),
+        tuple(out for own in evaluations for out in own.outputs),
+        max(own.batch_size for own in evaluations),
+        sum(own.decode_seconds for own in evaluations),
+        sum(own.compile_seconds for own in evaluations),
+        sum(own.num_too_long for own in evaluations),
+        sum(own.read_seconds for own in evaluations),
+    )
+
+
 def report(lm: SpanLM, found: Mapping[str, Sequence[Evaluation | NotRun]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Summarize what `evaluate_all` returned, with its settings, what the task fixes and the device, as JSON.
 
@@ -349,16 +365,7 @@ def report(lm: SpanLM, found: Mapping[str, Sequence[Evaluation | NotRun]], setti
         raise DoesNotFit("; ".join(dict.fromkeys(f"{row['set']} at batch {row['batch_size']}: {row['reason']}" for row in not_run)))
     evaluations = {name: own for name, own in by_set.items() if own}
     chosen = {name: max(own, key=lambda evaluation: evaluation.right_per_second) for name, own in evaluations.items()}
-    whole = Evaluation(
-        lm.task,
-        tuple(example for own in chosen.values() for example in own.examples),
-        tuple(out for own in chosen.values() for out in own.outputs),
-        max(own.batch_size for own in chosen.values()),
-        sum(own.decode_seconds for own in chosen.values()),
-        sum(own.compile_seconds for own in chosen.values()),
-        sum(own.num_too_long for own in chosen.values()),
-        sum(own.read_seconds for own in chosen.values()),
-    )
+    whole = _joined(lm.task, [*chosen.values()])
     outputs, first = whole.outputs, whole.outputs[0]
     by_batch_size = {name: [evaluation.speed() for evaluation in own] for name, own in evaluations.items()}
     values = {

@@ -125,12 +125,8 @@ class DocumentTask(PiecesTask):
     def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
         """Score one response: ROUGE, and the sources of each step against the gold one's."""
         written, gold = self.steps(response), example.document.steps
-        tally = scoring.Shares(*self.score_kinds["sources"])
-        pairs = itertools.zip_longest((step.named for step in written), (frozenset(step.sources) for step in gold))
-        for named, wanted in ((named or frozenset(), wanted or frozenset()) for named, wanted in pairs):
-            tally.add("span_precision", named & wanted, named)
-            tally.add("span_recall", named & wanted, wanted)
-        return {**scoring.rouge_counts([step.text for step in gold], [step.text for step in written]), **tally.counts()}
+        spans = scoring.span_counts([step.sources for step in gold], [step.named for step in written])
+        return {**scoring.rouge_counts([step.text for step in gold], [step.text for step in written]), **spans}
 
     def headers(self, example: Example, sources: Sources) -> list[list[int]]:
         """Choose what each step of the gold response is to name in place of what a model names: labels, in the order of naming.
