@@ -23,6 +23,13 @@ def call(report, capsys, *arguments):
     return status, *capsys.readouterr()
 
 
+def take(report, path, capsys):
+    """Take the raw files of a directory; returns the page."""
+    status, _, err = call(report, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
+    assert status == 0, err
+    return (path / "out.md").read_text()
+
+
 def tuned_run(corpus_name, corpus, seed, **attention):
     """The run.json of an adapter's fine-tuning, as train.py writes it (test_results.py compares with train.py itself)."""
     tuning = tuning_preset(corpus_name, adapters=True)

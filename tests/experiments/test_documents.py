@@ -20,7 +20,7 @@ from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing.output import Output
 from tests.data import layouts
-from tests.experiments.reports import call, check_page, tuned_run
+from tests.experiments.reports import call, check_page, take, tuned_run
 from tests.selfspan_jax.models import TINY
 
 PAGES = {page: SimpleNamespace(main=lambda arguments, page=page: documents.main([page, *arguments])) for page in documents.CORPORA}
@@ -83,12 +83,6 @@ def place(tmp_path):
     return write
 
 
-def take(path, capsys):
-    status, _, err = call(STORIES, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
-    assert status == 0, err
-    return (path / "out.md").read_text()
-
-
 def scored(values, counts, tokens, seconds=1.0, **changes):
     """The same evaluation with other examples: of each the sum and the weight of ROUGE-L and of the sections named."""
     digests, pairs = (
@@ -120,7 +114,7 @@ def test_an_evaluation_is_taken_as_it_was_written(stored, place, capsys):
     """
     gold, nothing = (written(stored, responses) for responses in (gold_responses, lambda examples: [[2]] * len(examples)))
     place("labels", eval=gold, bm25=gold | {"sources": "bm25"})
-    page = take(place("dense", eval=nothing), capsys)
+    page = take(STORIES, place("dense", eval=nothing), capsys)
     names = [name.replace("_", " ") for names in TASKS["stories"].score_kinds.values() for name in names]
     assert [row[1] for row in rows_of(page, "stories differences")] == [name for name in names if name != "section precision"]
     assert {tuple(row[2:]) for row in rows_of(page, "stories differences")} == {("1", "0.0", "100.0", "100.0", "100.0")}
@@ -148,7 +142,7 @@ def test_tables_by_hand(stored, place, capsys):
     place("labels", eval=scored(plain, ours[0], tokens, **fast), bm25=given)
     place("labels", 1, eval=scored(plain, ours[1], tokens, **fast))
     theirs = scored(plain, [(0.4, (0, 2)), (0.6, (0, 2)), (0.5, (0, 2))], tokens[:3])
-    page = take(place("dense", eval=theirs), capsys)
+    page = take(STORIES, place("dense", eval=theirs), capsys)
     assert [row[:3] for row in rows_of(page, "stories scores")] == [["`stories_labels`", "4", "60.0"], ["`stories_dense`", "3", "50.0"]]
     assert ["`stories_labels`", "rougeL", "3", "50.0", "10.0", "10.0", "10.0"] in rows_of(page, "stories differences")
     lengths = [row[1:5] for row in rows_of(page, "stories lengths") if row[0] == "`stories_labels`"]

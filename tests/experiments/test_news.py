@@ -17,7 +17,7 @@ from selfspan_jax.config import PRESETS, ModelConfig
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from tests.experiments.reports import call, check_page, tuned_run
+from tests.experiments.reports import call, check_page, take, tuned_run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
 PAGE = "".join(
@@ -87,12 +87,6 @@ def trained(tmp_path, written):
     return write
 
 
-def take(path, capsys):
-    status, _, err = call(report, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
-    assert status == 0, err
-    return (path / "out.md").read_text()
-
-
 def width(file):
     with Image.open(file) as image:
         return image.size[0]
@@ -134,7 +128,7 @@ def test_an_evaluation_of_an_untrained_model_is_taken_as_it_was_written(written,
     for seed, values in enumerate([written, written | nothing]):
         (tmp_path / "raw" / f"span-{seed}.run.json").write_text(json.dumps(run_of("span", seed)))
         (tmp_path / "raw" / f"span-{seed}.eval.json").write_text(json.dumps(values))
-    page = take(tmp_path, capsys)
+    page = take(report, tmp_path, capsys)
     assert f"{100 * written['attended_fraction_body']:.1f}%" == rows_of(page, "reading")["`span`"][0]
     assert rows_of(page, "scores")["`span`"][0] == "4"
     assert "first" not in json.loads((tmp_path / "out" / "span-0.eval.json").read_text())
@@ -145,10 +139,10 @@ def test_targets_are_judged_against_the_control_of_the_same_kind(place, capsys, 
     other = "smollm2" if span == "span" else "span"
     path = place(span, rougeL=0.7021, attended_fraction_body=0.249)
     place(other, rougeL=0.9, attended_fraction_body=0.9)
-    targets = rows_of(take(path, capsys), "targets")
+    targets = rows_of(take(report, path, capsys), "targets")
     assert targets[f"`{span}`: ROUGE-L less than 0.5 below that of `{control}`"] == ["-", "-", "not run"]
     place(control, rougeL=0.7070, attended_fraction_body=1.0)
-    targets = rows_of(take(path, capsys), "targets")
+    targets = rows_of(take(report, path, capsys), "targets")
     assert targets[f"`{span}`: ROUGE-L less than 0.5 below that of `{control}`"] == ["70.20", "70.21", "yes"]
     assert targets[f"`{span}`: {READS}"] == ["25%", "24.9%", "yes"] and targets[f"`{other}`: {READS}"] == ["25%", "90.0%", "**no**"]
 
@@ -156,7 +150,7 @@ def test_targets_are_judged_against_the_control_of_the_same_kind(place, capsys, 
 def test_targets_that_are_missed_are_said_to_be(place, capsys):
     path = place("span", rougeL=0.7019, attended_fraction_body=0.25)
     place("dense", rougeL=0.7070)
-    targets = rows_of(take(path, capsys), "targets")
+    targets = rows_of(take(report, path, capsys), "targets")
     assert targets["`span`: ROUGE-L less than 0.5 below that of `dense`"] == ["70.20", "70.19", "**no**"]
     assert targets[f"`span`: {READS}"] == ["25%", "25.0%", "**no**"]
 
@@ -167,7 +161,7 @@ def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, tra
     trained("span", 0.7000)
     trained("dense", 0.7040, attended_fraction=1.0)
     trained("prompt", 0.9, last=10)
-    page = take(path, capsys)
+    page = take(report, path, capsys)
     assert rows_of(page, "targets")["`span`: ROUGE-L less than 0.5 below that of `dense`"] == ["69.90", "70.00", "yes"]
     own = rows_of(page, "own")
     assert own.keys() == {"variant", "---", "`span`", "`dense`"} and "`dense`" not in rows_of(page, "scores")
@@ -180,7 +174,7 @@ def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
     place("span", 0, rouge1=0.5, rougeL=0.625, all_facts_right=0.98, num_examples=100, attended_tokens_body=40.0)
     path = place("span", 1, rouge1=0.5, rougeL=0.5, all_facts_right=0.9, num_examples=200, attended_tokens_body=50.0)
     place("dense", fact_accuracy=0.123, finished_fraction=1.0, header_share=0.25)
-    page = take(path, capsys)
+    page = take(report, path, capsys)
     head, span, dense = (rows_of(page, "scores")[name] for name in ("variant", "`span`", "`dense`"))
     cells = dict(zip(head, span, strict=True))
     assert cells["summaries"] == "300" and cells["ROUGE-1"] == "50.0" and cells["ROUGE-L"] == "56.2"
@@ -197,7 +191,7 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
     place("smollm2", rates=[(64, 10.0)])
     place("smollm2", 1, rates=[(64, 20.0), (128, 50.0)])
     path = place("dense", rates=[(64, 40.0), (256, 30.0)])
-    page = take(path, capsys)
+    page = take(report, path, capsys)
     lines = [line for line in page.splitlines() if re.match(r"\| `\w+` \| \d+ \| [\d.]+ \| [\d,]+ \| \S", line)]
     assert lines[:3] == [
         "| `span` | 64 | 10.0 | 500 | - |",
@@ -215,12 +209,12 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
 
 def test_fine_tuned_models_have_a_panel_of_their_own(place, trained, capsys):
     path = place("span")
-    assert "scores.png" not in take(path, capsys) and not list(path.rglob("*.png"))
+    assert "scores.png" not in take(report, path, capsys) and not list(path.rglob("*.png"))
     trained("span", 0.5)
-    assert "(out/scores.png)" in take(path, capsys) and (path / "out" / "loss.png").exists()
+    assert "(out/scores.png)" in take(report, path, capsys) and (path / "out" / "loss.png").exists()
     one = width(path / "out" / "scores.png")
     trained("smollm2", 0.5)
-    take(path, capsys)
+    take(report, path, capsys)
     assert width(path / "out" / "scores.png") > one
 
 
