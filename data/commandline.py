@@ -102,13 +102,13 @@ def parse(command: Any, name: str, words: list[str], *, user_error: type[Excepti
             sys.stderr.write(captured.getvalue())
             raise
         cause = end.__context__
-        while cause is not None:
-            if isinstance(cause, UserError | user_error):
-                fail(as_options(str(cause)))
-            cause = cause.__context__
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         tyro.cli(kind, args=["--help"], **options)
     known = re.findall(r"--[a-z][\w-]*", text.getvalue())
+    while cause is not None:
+        if isinstance(cause, UserError | user_error):
+            fail(as_options(str(cause), (option[2:].replace("-", "_") for option in known)))
+        cause = cause.__context__
     for word in (word.partition("=")[0] for word in words if word.startswith("--")):
         if word.replace("_", "-") not in known:
             fail(f"{word} is no option of {program}{similar(word, known)}; see {program} --help")
@@ -188,26 +188,25 @@ def read_number(kind: type, word: str) -> Any:
     return value
 
 
-def as_options(message: str) -> str:
-    """Write the names of settings in a message as the options that they are: `batch_size is 0` as `--batch-size is 0`."""
-    message = re.sub(r"(?<![\w./-])[a-z0-9]+(_[a-z0-9]+)+(?![\w./])", lambda name: "--" + name[0].replace("_", "-"), message)
-    return re.sub(r"^[a-z]+(?= (is|has) )", r"--\g<0>", message)
+def as_options(message: str, settings: Iterable[str]) -> str:
+    """Write the names of settings in a message as the options that they are: `batch_size is 0` as `--batch-size is 0`.
+
+    Names of one word are options where the message begins with them, as in `json is a.txt`.
+    """
+    names = [*settings]
+    anywhere, begin = "|".join(name for name in names if "_" in name), "|".join(names)
+    pattern = rf"(?<![\w./'\"-])({anywhere or '$.'})(?![\w./'\"])|^({begin})(?= (is|has) )"
+    return re.sub(pattern, lambda name: "--" + name[0].replace("_", "-"), message)
 
 
 @contextlib.contextmanager
 def naming(command: Any, *errors: type[ValueError]) -> Iterator[None]:
-    """Let errors that come out of a command name its options: `batch_size is 0` becomes `--batch-size is 0`.
-
-    Names of one word are options where the message begins with them, as in `json is a.txt`.
-    """
-    names = [field.name for field in dataclasses.fields(command)]
-    anywhere, begin = "|".join(name for name in names if "_" in name), "|".join(names)
-    pattern = rf"(?<![\w./'\"-])({anywhere})(?![\w./'\"])|^({begin})(?= (is|has) )"
+    """Let errors that come out of a command name its options, see `as_options`."""
     user_errors: tuple[type[ValueError], ...] = (UserError, *errors)
     try:
         yield
     except user_errors as error:
-        named = re.sub(pattern, lambda name: "--" + name[0].replace("_", "-"), str(error))
+        named = as_options(str(error), (field.name for field in dataclasses.fields(command)))
         if named == str(error):
             raise
         raise UserError(named) from error
