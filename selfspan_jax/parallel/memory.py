@@ -21,14 +21,14 @@ class DoesNotFit(UserError):
 
 
 @contextlib.contextmanager
-def catch_out_of_memory() -> Iterator[None]:
-    """Raise DoesNotFit in place of JAX's error where the device runs out of memory."""
+def catch_out_of_memory(advice: str = "") -> Iterator[None]:
+    """Raise DoesNotFit, with advice at its end, in place of JAX's error where the device runs out of memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
-        raise DoesNotFit("does not fit: the device ran out of memory") from None
+        raise DoesNotFit(f"does not fit: the device ran out of memory{advice}") from None
 
 
 def attempt(function: Callable[[], T]) -> T | DoesNotFit:

@@ -22,6 +22,7 @@ from selfspan_jax.config import TrainConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder, Frozen
 from selfspan_jax.parallel import collectives, distributed, layout
+from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.training.interrupts import Interrupts
 from selfspan_jax.training.metrics import EVALUATION, MetricsLog, StepTimer
 from selfspan_jax.training.step import Batch, DeviceBatch, count_tokens, initial_state, train_step
@@ -45,6 +46,7 @@ class Stopped(Exception):
 _TIME_IS_UP = 1  # stands for the time limit beside numbers of signals
 
 
+@catch_out_of_memory("; more --accumulation-steps, --remat or fewer --sequence-tokens need less")
 def train(
     model: Decoder,
     config: TrainConfig,
@@ -72,8 +74,8 @@ def train(
       progress: show a bar on a terminal, elsewhere print a line for each line of the log.
 
     Returns: the trained model, on one device.
-    Raises: UserError for a mesh that does not divide the model or batch; TrainingDiverged naming the step with a loss or gradient
-      that is not finite; Stopped at the time limit or a signal.
+    Raises: UserError for a mesh that does not divide the model or batch; DoesNotFit where memory does not suffice; TrainingDiverged
+      naming the step with a loss or gradient that is not finite; Stopped at the time limit or a signal.
     """
     deadline = math.inf if stop_after_seconds is None else time.perf_counter() + stop_after_seconds
     interrupts = interrupts or Interrupts()

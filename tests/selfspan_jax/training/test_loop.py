@@ -19,6 +19,7 @@ from data.packing import Batch
 from selfspan_jax import training
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Frozen
+from selfspan_jax.parallel.memory import DoesNotFit
 from selfspan_jax.training import DeviceBatch, TrainingDiverged
 from selfspan_jax.training import step as step_module
 from tests.selfspan_jax.models import random_model, reference_logits
@@ -386,6 +387,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
             training.train(model, config, batches_from=poisoned, run_dir=tmp_path)
     training.train_step.clear_cache()
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 5
+
+
+def test_a_run_that_does_not_fit_says_what_needs_less(tmp_path):
+    def too_large(model):
+        return {"score": float(jax.device_get(jnp.zeros(2**50, jnp.int8))[0])}
+
+    with pytest.raises(DoesNotFit, match="ran out of memory; more --accumulation-steps"):
+        run(tmp_path, evaluate=too_large)
 
 
 def test_errors_of_the_data_reach_the_caller():
