@@ -11,9 +11,12 @@ from data.news import NewsTask
 from data.papers import PaperTask
 from data.stories import StoryTask
 from data.task import Task
+from data.tools import ToolTask
 from data.verdicts import VerdictTask
 
-_OWN: dict[str, type[Task]] = {task.name: task for task in (ArithmeticTask, NewsTask, DocumentTask, PaperTask, VerdictTask, StoryTask)}
+_OWN: dict[str, type[Task]] = {
+    task.name: task for task in (ArithmeticTask, NewsTask, DocumentTask, PaperTask, VerdictTask, StoryTask, ToolTask)
+}
 
 
 def with_installed(tasks: Mapping[str, type[Task]], entries: Iterable[metadata.EntryPoint]) -> dict[str, Any]:

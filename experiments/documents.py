@@ -1,11 +1,12 @@
-"""Report the experiments on documents, of papers and verdicts or of stories: stored results in, tables and plots of a page out.
+"""Report the experiments on documents, of papers and verdicts, of stories or of tools: stored results in, tables and plots of a page out.
 
     python -m experiments.documents papers docs/papers
     python -m experiments.documents stories docs/stories
+    python -m experiments.documents tools docs/tools
 
 `--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
 papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
-.random.json and .recent.json of one with `--sources`.
+.random.json and .recent.json of one with `--sources`; of tools .few.json and .many.json of one on other catalogues.
 """
 
 from __future__ import annotations
@@ -26,15 +27,22 @@ from experiments.pages import judge, markdown_table
 from experiments.results import Run
 from experiments.variants import Experiment
 
-CORPORA = {"papers": ("papers", "verdicts"), "stories": ("stories",)}
+CORPORA = {"papers": ("papers", "verdicts"), "stories": ("stories",), "tools": ("tools",)}
 """The corpora of each page."""
-MAIN = {"papers": ("rougeL", "evidence_named"), "verdicts": ("verdict_accuracy", "evidence_named"), "stories": ("rougeL", "section_named")}
+MAIN = {
+    "papers": ("rougeL", "evidence_named"),
+    "verdicts": ("verdict_accuracy", "evidence_named"),
+    "stories": ("rougeL", "section_named"),
+    "tools": ("calls_right", "service_named"),
+}
 """The score that each corpus is published by, and how often a right source is named."""
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
-_READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12}  # at most, of the context, text of responses
+_READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
-_FASTER = {"papers": 3, "verdicts": 3, "stories": 2}  # at least, times the responses of the dense control
+_FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
+CATALOGUES = {"few": "tools-5", "eval": "tools", "many": "tools-100"}
+"""Corpora of tools by the number of services: the kind of the evaluation on each, and its directory."""
 _KEPT = ("data", "split", "attention", "device", "jax", "num_parameters", "num_examples", "attended_fraction", *pages.READING)
 EXPERIMENTS = {
     page: Experiment(
@@ -42,6 +50,7 @@ EXPERIMENTS = {
         evaluations={
             "eval": "scores, reading and speed",
             **{kind: f"steps name the sources of `--sources {kind}`" for kind in get_args(Sources)},
+            **{kind: f"the catalogues of `corpora/{own}`" for kind, own in CATALOGUES.items() if page == "tools" and kind != "eval"},
         },
         evaluation_fields={
             **dict.fromkeys((*_KEPT, "sources?")),
@@ -91,6 +100,11 @@ def _percent(*values: float) -> list[str]:
     return ["-" if np.isnan(value) else f"{100 * value:.1f}" for value in values]
 
 
+def control(corpus: str, variant: str) -> str:
+    """Name the dense control of a variant: the same text, and as many parameters trained."""
+    return f"{corpus}_dense{'_full' if variant.endswith('_full') else ''}"
+
+
 def _interval(found: Interval | None) -> list[str]:
     return _percent(*found) if found else ["-"] * 3
 
@@ -120,13 +134,14 @@ def scores_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> s
 
 def differences_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
     """Write how much higher than the control each variant scores, on the examples that both have."""
-    theirs, rows = scored(runs, f"{corpus}_dense", "eval"), []
+    rows = []
     for variant in variants:
-        ours = scored(runs, variant, "eval")
-        for name in _names(corpus) if variant != f"{corpus}_dense" else ():
+        own = control(corpus, variant)
+        ours, theirs = (scored(runs, name, "eval") for name in (variant, own))
+        for name in _names(corpus) if variant != own else ():
             if found := compare(ours, theirs, name):
-                rows.append((f"`{variant}`", _words(name), f"{found[0]:,}", *_percent(found[1]), *_interval(found[2])))
-    return markdown_table(("variant", "score", "examples", f"`{corpus}_dense`", *_DIFFERENCE), rows)
+                rows.append((f"`{variant}`", _words(name), f"{found[0]:,}", f"`{own}`", *_percent(found[1]), *_interval(found[2])))
+    return markdown_table(("variant", "score", "examples", "control", "the control's", *_DIFFERENCE), rows)
 
 
 def sources_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
@@ -146,9 +161,8 @@ def sources_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> 
 def lengths_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
     """Write the main score by the length of the prompt, those beyond the rows of training apart."""
     name, rows = MAIN[corpus][0], []
-    theirs = scored(runs, f"{corpus}_dense", "eval")
     for variant in variants:
-        ours = scored(runs, variant, "eval")
+        ours, theirs = (scored(runs, own, "eval") for own in (variant, control(corpus, variant)))
         if ours.empty:
             continue
         tokens = ours["prompt_tokens", 0]
@@ -158,10 +172,23 @@ def lengths_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> 
         for words, part in parts.items():
             own = ours[part]
             if len(own):
-                found = compare(own, theirs, name) if variant != f"{corpus}_dense" else None
+                found = compare(own, theirs, name) if variant != control(corpus, variant) else None
                 score = _percent(bootstrap.score(_counts(own, name)))
                 rows.append((f"`{variant}`", words, f"{len(own):,}", *score, *_interval(found[2] if found else None)))
     return markdown_table(("variant", "tokens of the prompt", "examples", _words(name), *_DIFFERENCE), rows)
+
+
+def catalogues_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
+    """Write the main scores by the number of services."""
+    rows = []
+    for variant in variants:
+        for kind, data in CATALOGUES.items():
+            ours, theirs = (scored(runs, own, kind) for own in (variant, control(corpus, variant)))
+            for name in MAIN[corpus] if len(ours) else ():
+                found = compare(ours, theirs, name) if variant != control(corpus, variant) else None
+                score = _percent(bootstrap.score(_counts(ours, name)))
+                rows.append((f"`{variant}`", f"`corpora/{data}`", _words(name), *score, *_interval(found[2] if found else None)))
+    return markdown_table(("variant", "corpus", "score", "found", *_DIFFERENCE), rows)
 
 
 def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
@@ -206,9 +233,11 @@ def sections(page: str, runs: Sequence[Run], plots: dict[str, str]) -> dict[str,
     for corpus in CORPORA[page]:
         variants = list(EXPERIMENTS[page].panels[corpus])
         own = evaluated[evaluated["variant"].isin(variants)]
-        controls = {variant: f"{corpus}_dense" for variant in variants if variant != f"{corpus}_dense"}
+        controls = {variant: dense for variant in variants if variant != (dense := control(corpus, variant))}
         found |= {f"{corpus} {name}": write(runs, variants, corpus) for name, write in tables.items()}
         found |= {f"{corpus} reading": pages.reading_table(own), f"{corpus} speed": pages.speed_table(own, TASKS[corpus].unit, controls)}
+    if page == "tools":
+        found["tools catalogues"] = catalogues_table(runs, list(EXPERIMENTS[page].panels[page]), page)
     return found
 
 

@@ -439,7 +439,7 @@ TUNING_PRESETS = {
     "arithmetic": TuningPreset({"num_labels": 64, "label_jumps": 0, "jumps_at": "any"}, TunedAttention(), _TUNING),
     # Articles are longer, and choosing sources reads all of them.
     "news": TuningPreset({}, TunedAttention(header_view="all"), dataclasses.replace(_TUNING, sequence_tokens=1024, batch_size=32)),
-    **dict.fromkeys(("documents", "papers", "verdicts", "stories"), _LONG),
+    **dict.fromkeys(("documents", "papers", "verdicts", "stories", "tools"), _LONG),
 }
 
 

@@ -23,7 +23,7 @@ from tests.test_readme import SMALLER, parse_command, run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["protocol", "architecture", "models", "adding-a-corpus", "adding-an-attention-policy", "measuring", "limits", "arithmetic", "news"]
-PAGES += ["papers", "stories"]
+PAGES += ["papers", "stories", "tools"]
 PAGES += ["header-views", "generate", "versions", "troubleshooting", "related-work", "api"]
 PAGES += ["prefill", "serving"]  # figures; its commands are parsed
 PAGES += ["figures"]  # its commands are parsed: test_readme.py

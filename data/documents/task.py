@@ -137,24 +137,31 @@ class DocumentTask(PiecesTask):
         if self.labelling == "plain":
             raise UserError(f"sources are {sources!r}, but plain text names none; allowed: model")
         document = example.document
-        drawn, may_be = random.Random(document.prompt), self.candidates(document)
-        ranked = BM25([document.pieces[piece] for piece in may_be])
+        drawn, rankings = random.Random(document.prompt), dict[Sequence[int], BM25]()
         found = []
         for number, step in enumerate(document.steps):
-            given, count = [piece for piece in step.sources if piece not in may_be], len(set(step.sources) & set(may_be))
-            own: Sequence[int] = step.sources
-            if sources == "bm25":
-                own = sorted(may_be[i] for i in ranked.rank(self.query(document, number))[:count])
-            elif sources == "random":
-                own = sorted(drawn.sample(may_be, count))
-            elif sources == "recent":
-                own = may_be[len(may_be) - count :]
-            found.append([1 + piece for piece in dict.fromkeys((*given, *own))])
+            pools = self.pools(document, number)
+            named = [piece for piece in step.sources if not any(piece in pool for pool in pools)]
+            for pool in pools:
+                gold = [piece for piece in dict.fromkeys(step.sources) if piece in pool]
+                own: Sequence[int] = gold
+                if sources == "bm25":
+                    ranking = rankings.get(pool) or rankings.setdefault(pool, BM25([document.pieces[piece] for piece in pool]))
+                    own = sorted(pool[i] for i in ranking.rank(self.query(document, number))[: len(gold)])
+                elif sources == "random":
+                    own = sorted(drawn.sample(pool, len(gold)))
+                elif sources == "recent":
+                    own = pool[len(pool) - len(gold) :]
+                named += own
+            found.append([1 + piece for piece in dict.fromkeys(named)])
         return found
 
-    def candidates(self, document: Document) -> Sequence[int]:
-        """Return the pieces that a step may rest on; it names others, such as the question that it answers, whatever is chosen."""
-        return range(len(document.pieces))
+    def pools(self, document: Document, number: int) -> Sequence[Sequence[int]]:
+        """Return the pieces that a step may rest on, in parts: sources are chosen in each part by itself.
+
+        A source in no part, such as the question that a step answers, is named whatever is chosen.
+        """
+        return [range(len(document.pieces))]
 
     def query(self, document: Document, number: int) -> str:
         """Return what is known before a step is written: what all steps need, and the gold text of the step before."""

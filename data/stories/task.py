@@ -37,9 +37,9 @@ class StoryTask(DocumentTask):
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
     piece_sentences: int = 0
 
-    def candidates(self, document: Document) -> Sequence[int]:
+    def pools(self, document: Document, number: int) -> list[Sequence[int]]:
         """Return the sections; questions are no sources."""
-        return [piece for piece, text in enumerate(document.pieces) if not text.startswith(QUESTION)]
+        return [tuple(piece for piece, text in enumerate(document.pieces) if not text.startswith(QUESTION))]
 
     def query(self, document: Document, number: int) -> str:
         """Return the question that an answer is to."""

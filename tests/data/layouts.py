@@ -118,3 +118,83 @@ OWN = [
 def write_own(file):
     file.write_text("".join(json.dumps(row) + "\n" for row in OWN), encoding="utf-8")
     return file
+
+
+SERVICES = {  # slots with the values that they may take, if these are known; methods with what they require and their defaults
+    "Buses_1": (
+        {"to_town": (), "seats": ("1", "2", "3"), "line": (), "class": ("any", "first"), "leaves": ()},
+        {"FindBus": (["to_town"], {"seats": "1"}), "BookBus": (["line", "seats"], {"class": "any"})},
+    ),
+    "Buses_2": ({"stop": ()}, {"FindStop": (["stop"], {})}),
+    "Inns_1": ({"place": (), "inn": ()}, {"FindInn": (["place"], {})}),
+    "Weather_1": ({"town": (), "sky": ()}, {"GetWeather": (["town"], {})}),
+}
+SERVICES["Taxis_1"] = SERVICES["Buses_1"]
+SCHEMAS = {"train": [*SERVICES][:4], "dev": ["Buses_1", "Inns_1", "Weather_1", "Taxis_1"], "test": ["Inns_1", "Taxis_1", "Weather_1"]}
+CARRIERS = {"train": ["Buses_1"] * 3, "dev": ["Buses_1", "Taxis_1"], "test": ["Taxis_1"] * 2}  # one a dialogue
+TOWNS = ("Oakton", "Elmville", "Ashford")
+
+
+def paraphrased(name, version):
+    return name + f"_v{version}" * bool(version)
+
+
+def schema(name, version):
+    slots, methods = SERVICES[name]
+    return {
+        "service_name": f"{name}{version or ''}",
+        "description": paraphrased(f"Offers {name}", version),
+        "slots": [
+            {"name": paraphrased(slot, version), "description": f"The {slot}", "is_categorical": bool(values), "possible_values": [*values]}
+            for slot, values in slots.items()
+        ],
+        "intents": [
+            {"name": paraphrased(method, version), "description": f"To {method}", "is_transactional": False, "result_slots": []}
+            | {"required_slots": [paraphrased(slot, version) for slot in required]}
+            | {"optional_slots": {paraphrased(slot, version): value for slot, value in optional.items()}}
+            for method, (required, optional) in methods.items()
+        ],
+    }
+
+
+def frame(service, *values, **called):
+    acts = [{"act": "INFORM", "slot": slot, "values": [value], "canonical_values": [value]} for slot, value in values]
+    return {"service": service, "actions": acts, "slots": []} | called
+
+
+def call(method, results=(), **parameters):
+    return {"service_call": {"method": method, "parameters": parameters}, "service_results": [*results]}
+
+
+def dialogue(number, carrier, town):
+    """A call whose values stand in two turns, one with a value of a row and a default, and one with what another service was told."""
+    rows = [{"to_town": town, "seats": "2", "line": line, "leaves": f"{line[1]}:30"} for line in ("K7", "K8")]
+    turns = [
+        ("USER", f"I want to go to {town}.", frame(carrier, ("to_town", town))),
+        ("SYSTEM", "How many are you?", frame(carrier)),
+        ("USER", "Two of\nus.", frame(carrier, ("seats", "2"))),
+        ("SYSTEM", "One leaves at 7:30.", frame(carrier, ("leaves", "7:30"), **call("FindBus", rows, seats="2", to_town=town))),
+        ("USER", "Book it.", frame(carrier)),
+        ("SYSTEM", "Booked.", frame(carrier, **call("BookBus", rows[:1], **{"line": "K7", "seats": "2", "class": "any"}))),
+        ("USER", "An inn there?", frame("Inns_1")),
+        ("SYSTEM", "There is none.", frame("Inns_1", **call("FindInn", place=town))),
+        ("USER", "Thanks.", frame("Inns_1")),
+    ]
+    return {
+        "dialogue_id": number,
+        "services": [carrier, "Inns_1"],
+        "turns": [{"speaker": who, "utterance": text, "frames": [own]} for who, text, own in turns],
+    }
+
+
+def write_tools(root, parts=tuple(SCHEMAS)):
+    """A clone of google-research-datasets/dstc8-schema-guided-dialogue with these parts; a dialogue has three calls."""
+    for part in parts:
+        for version in range(6):
+            folder = root / f"sgd_x/data/v{version}" / part if version else root / part
+            folder.mkdir(parents=True)
+            (folder / "schema.json").write_text(json.dumps([schema(name, version) for name in SCHEMAS[part]]))
+        for number, carrier in enumerate(CARRIERS[part]):
+            file = root / part / f"dialogues_{number:03}.json"
+            file.write_text(json.dumps([dialogue(f"{part}_{number}", carrier, TOWNS[number])]))
+    return root

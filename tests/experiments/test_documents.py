@@ -117,7 +117,7 @@ def test_an_evaluation_is_taken_as_it_was_written(stored, place, capsys):
     page = take(STORIES, place("dense", eval=nothing), capsys)
     names = [name.replace("_", " ") for names in TASKS["stories"].score_kinds.values() for name in names]
     assert [row[1] for row in rows_of(page, "stories differences")] == [name for name in names if name != "section precision"]
-    assert {tuple(row[2:]) for row in rows_of(page, "stories differences")} == {("1", "0.0", "100.0", "100.0", "100.0")}
+    assert {tuple(row[2:]) for row in rows_of(page, "stories differences")} == {("1", "`stories_dense`", "0.0", *["100.0"] * 3)}
     assert rows_of(page, "stories scores") == [
         ["`stories_labels`", "1", *["100.0"] * 8],
         ["`stories_dense`", "1", *["0.0"] * 6, "-", "0.0"],
@@ -144,7 +144,7 @@ def test_tables_by_hand(stored, place, capsys):
     theirs = scored(plain, [(0.4, (0, 2)), (0.6, (0, 2)), (0.5, (0, 2))], tokens[:3])
     page = take(STORIES, place("dense", eval=theirs), capsys)
     assert [row[:3] for row in rows_of(page, "stories scores")] == [["`stories_labels`", "4", "60.0"], ["`stories_dense`", "3", "50.0"]]
-    assert ["`stories_labels`", "rougeL", "3", "50.0", "10.0", "10.0", "10.0"] in rows_of(page, "stories differences")
+    assert ["`stories_labels`", "rougeL", "3", "`stories_dense`", "50.0", "10.0", "10.0", "10.0"] in rows_of(page, "stories differences")
     lengths = [row[1:5] for row in rows_of(page, "stories lengths") if row[0] == "`stories_labels`"]
     assert lengths == [
         ["below 2,048", "1", "50.0", "10.0"],
@@ -173,3 +173,32 @@ def test_what_does_not_fit_is_said_in_one_line(case, stored, place, capsys):
     file.write_text(json.dumps(values))
     status, _, err = call(STORIES, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_tables_of_tools_by_hand():
+    """Each number of services is a corpus of its own; what all parameters are trained for is compared with what they are trained for."""
+
+    def run(variant, **right):
+        def part(kind):
+            counts = {name: [[own, 2] for own in right[kind]] for name in ("calls_right", "service_named")} if kind in right else None
+            return counts and {"by_example": {"digests": ["a", "b"][: len(right[kind])], "prompt_tokens": [9, 9], "counts": counts}}
+
+        return SimpleNamespace(variant=variant, part=part)
+
+    runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1))]
+    runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]
+    names = [run.variant for run in runs]
+    rows = [line.strip("| ").split(" | ") for line in documents.catalogues_table(runs, names, "tools").splitlines()]
+    assert [row[:5] for row in rows if "calls right" in row] == [
+        ["`tools_labels`", "`corpora/tools-5`", "calls right", "100.0", "-"],
+        ["`tools_labels`", "`corpora/tools`", "calls right", "75.0", "50.0"],
+        ["`tools_dense`", "`corpora/tools`", "calls right", "25.0", "-"],
+        ["`tools_dense`", "`corpora/tools-100`", "calls right", "50.0", "-"],
+        ["`tools_labels_full`", "`corpora/tools`", "calls right", "100.0", "0.0"],
+        ["`tools_dense_full`", "`corpora/tools`", "calls right", "100.0", "-"],
+    ]
+    rows = [line.strip("| ").split(" | ") for line in documents.differences_table(runs, names, "tools").splitlines()]
+    assert [row[:6] for row in rows if "calls right" in row] == [
+        ["`tools_labels`", "calls right", "2", "`tools_dense`", "25.0", "50.0"],
+        ["`tools_labels_full`", "calls right", "2", "`tools_dense_full`", "100.0", "0.0"],
+    ]

@@ -1,0 +1,309 @@
+"""Read dialogues and their service calls as google-research-datasets/dstc8-schema-guided-dialogue has them, and make documents of them.
+
+`{train,dev,test}/schema.json`, `{train,dev,test}/dialogues_*.json`, and the schemas in five paraphrases in `sgd_x/data/v{1..5}`.
+"""
+
+import dataclasses
+import functools
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from data.documents import corpus, own
+from data.documents.corpus import Document, Step
+from data.documents.own import Draft
+from data.errors import UserError, check_choice, check_range
+from data.sources import Made
+from data.streams import SPLITS
+from data.tools import catalogue
+from data.tools.catalogue import Drawing, Service, Wordings, field, line
+
+SPEAKERS = {"USER": "User:", "SYSTEM": "System:"}
+RESULT = "Result:"
+SEEN, REWORDED, UNSEEN = KINDS = ("seen", "reworded", "unseen")
+"""Of a call's service: in training with its wording, in training in other wordings alone, not in training."""
+
+
+class Call(NamedTuple):
+    """A call of a method: what a step writes as JSON."""
+
+    service: str
+    method: str
+    parameters: Mapping[str, Any]
+
+    def write(self) -> str:
+        return json.dumps(self._asdict(), ensure_ascii=False)
+
+
+def read_call(text: str) -> Call | None:
+    """Read what `Call.write` wrote; None where a text is something else, whatever it is."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"service": str, "method": str, "parameters": dict}
+    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
+        return None
+    return Call(**fields) if all(isinstance(fields[name], kind) for name, kind in kinds.items()) else None
+
+
+class Turn(NamedTuple):
+    """What one of the two says, the values that its annotation has, as (service, slot, value), and the calls made before it is said."""
+
+    speaker: str
+    text: str
+    values: tuple[tuple[str, str, str], ...]
+    calls: tuple[tuple[Call, tuple[dict[str, str], ...]], ...]
+    """Each with the rows that it found."""
+
+
+class Dialogue(NamedTuple):
+    """A record of the repository; services, methods and slots have their original names."""
+
+    name: str
+    split: str
+    services: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+def read(source: str, split: str) -> Iterator[Dialogue]:
+    """Yield the dialogues of a split, file by file. UserError: a file is not what it should be."""
+    folder = Path(source, catalogue.FOLDERS[split])
+    files = sorted(folder.glob("dialogues_*.json"))
+    if not files:
+        raise UserError(f"{folder}: expected files dialogues_*.json")
+    for file in files:
+        dialogues = catalogue.read_json(file)
+        if not isinstance(dialogues, list):
+            raise UserError(f"{file}: expected a list of dialogues")
+        for fields in dialogues:
+            name = field(file, fields, "dialogue_id", str)
+            where = f"{file}: {name}"
+            turns = tuple(_turn(where, turn) for turn in field(where, fields, "turns", list))
+            yield Dialogue(name, split, tuple(map(line, field(where, fields, "services", list))), turns)
+
+
+def _turn(where: str, fields: Any) -> Turn:
+    speaker = field(where, fields, "speaker", str)
+    if speaker not in SPEAKERS:
+        raise UserError(f"{where}: the speaker is {speaker!r}; allowed: {', '.join(SPEAKERS)}")
+    values, calls = [], []
+    for frame in field(where, fields, "frames", list):
+        service = field(where, frame, "service", str)
+        for act in field(where, frame, "actions", list, []):
+            slot = field(where, act, "slot", str, "")
+            values += [(service, slot, line(value)) for value in field(where, act, "canonical_values", list, [])]
+        if "service_call" in frame:
+            called = field(where, frame, "service_call", dict)
+            call = Call(service, field(where, called, "method", str), _lines(field(where, called, "parameters", dict)))
+            calls.append((call, tuple(map(_lines, field(where, frame, "service_results", list, [])))))
+    return Turn(speaker, line(field(where, fields, "utterance", str)), tuple(values), tuple(calls))
+
+
+def _lines(fields: Mapping[str, Any]) -> dict[str, str]:
+    return {name: line(value) for name, value in fields.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus(corpus.Corpus):
+    """How dialogues with services are written.
+
+    Attributes:
+      num_labels: Labels of the vocabulary; each service, turn, result row and call of an example takes one.
+      piece_sentences: Of prompts that are not of a corpus: sentences to a piece (label); 0: whole paragraphs.
+      services: Services in a catalogue, those that the dialogue uses among them; several wordings of distractors where there are fewer.
+      original: Share of services in their original wording; the others are in one of SGD-X's five.
+      described: Services have descriptions, defaults and allowed values; otherwise the names of methods and parameters alone.
+      example: all calls of a dialogue, or those of one turn after what was said before it.
+    """
+
+    num_labels: int = 256
+    piece_sentences: int = 0
+    services: int = 26
+    original: float = 0.25
+    described: bool = True
+    example: Literal["dialogue", "turn"] = "dialogue"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "services", low=1)
+        check_range(self, "original", low=0, high=1)
+        check_choice("example", self.example, Literal["dialogue", "turn"])
+        if self.too_long != "drop":
+            raise UserError(f"too_long is {self.too_long!r}; allowed: drop: what a dialogue ends with is what its calls rest on")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """The documents of a dialogue: one of all its calls, or one for each turn that has some; pickles.
+
+    Attributes:
+      known: the services of each split, in all wordings.
+      seen: those of training.
+    """
+
+    known: Mapping[str, Wordings]
+    seen: frozenset[str]
+    corpus: Corpus
+    seed: int
+
+    def __call__(self, dialogue: Dialogue) -> Iterator[Draft | Made]:
+        calling = [number for number, turn in enumerate(dialogue.turns) if turn.calls]
+        if not calling:
+            yield Made(dialogue.split, None, ("without a call",))
+        elif self.corpus.example == "dialogue":
+            yield self._draft(dialogue, None)
+        else:
+            yield from (self._draft(dialogue, number) for number in calling)
+
+    def _draft(self, dialogue: Dialogue, only: int | None) -> Draft | Made:
+        """Make the document of a dialogue and its calls; of those of one turn alone, with what was said before it."""
+        number = dialogue.name if only is None else f"{dialogue.name}/{only}"
+        drawing = Drawing(self.corpus.services, self.corpus.original, dialogue.split == "train")
+        known = self.known[dialogue.split]
+        services = drawing.draw(known, dialogue.services, random.Random(f"tools/{self.seed}/{dialogue.split}/{number}"))
+        places = {own.origin: place for place, own in enumerate(services)}  # other wordings are of distractors alone
+        transcript = Transcript([own.write(described=self.corpus.described) for own in services])
+        steps = []
+        for i, turn in enumerate(dialogue.turns[: None if only is None else only + 1]):
+            for call, rows in turn.calls:
+                if call.service not in dialogue.services:
+                    raise UserError(f"dialogue {dialogue.name}: a call of {call.service}, which is none of its services")
+                place = places[call.service]
+                service, original = services[place], known[call.service][0]
+                if only in (None, i):
+                    origins = transcript.origins(call, original, described=self.corpus.described)
+                    if origins is None:
+                        return Made(dialogue.split, None, ("with a value that stands nowhere",))
+                    steps.append(Step(reworded(call, original, service).write(), (place, *origins), (), self._kind(service)))
+                if only is None or i < only:
+                    names = dict(zip((slot.name for slot in original.slots), (slot.name for slot in service.slots)))
+                    transcript.find(call, rows, names)
+            transcript.say(turn)
+        pieces = transcript.pieces if only is None else transcript.pieces[:-1]  # the turn that calls is said afterwards
+        return Draft(number, dialogue.split, Document("", tuple(pieces), tuple(steps)))
+
+    def _kind(self, service: Service) -> str:
+        return UNSEEN if service.origin not in self.seen else REWORDED if service.is_held_out else SEEN
+
+
+class Transcript:
+    """The pieces of a dialogue after those of its catalogue, and where values stand in them."""
+
+    def __init__(self, catalogue: Iterable[str]) -> None:
+        self.pieces = [*catalogue]
+        self._last: int | None = None  # what was said last
+        self._said: list[tuple[int, tuple[str, str, str]]] = []  # piece, and service, slot and value
+        self._found: list[tuple[int, str]] = []  # piece and value
+
+    def say(self, turn: Turn) -> None:
+        """Add a turn."""
+        self._last = len(self.pieces)
+        self.pieces.append(f"{SPEAKERS[turn.speaker]} {turn.text}")
+        self._said += [(self._last, value) for value in turn.values]
+
+    def find(self, call: Call, rows: Iterable[Mapping[str, str]], names: Mapping[str, str]) -> None:
+        """Add the rows that a call found, without what it asked for: turns say that, in words."""
+        for row in rows:
+            if own := {names.get(slot, slot): value for slot, value in row.items() if slot not in call.parameters}:
+                self._found += [(len(self.pieces), value) for value in own.values()]
+                self.pieces.append(f"{RESULT} {json.dumps(own, ensure_ascii=False)}")
+
+    def origins(self, call: Call, original: Service, *, described: bool) -> tuple[int, ...] | None:
+        """Return the pieces that a call rests on beside its service: what was said last, and where its values stand.
+
+        A value stands in the latest turn whose annotation has it for the same slot of the same service; else, if it is the method's
+        default, in the piece of the service, where that says it; else in the latest turn that has it for any slot of any; else in the
+        latest row. None where one stands nowhere, or nothing was said.
+        """
+        if self._last is None:
+            return None
+        defaults = {pair for own in original.methods if own.name == call.method for pair in own.optional} if described else set()
+        pieces = {self._last}
+        for slot, value in call.parameters.items():
+            same = [piece for piece, own in self._said if own == (call.service, slot, value)]
+            if not same and (slot, value) in defaults:
+                continue
+            stands = (
+                same or [piece for piece, own in self._said if own[2] == value] or [piece for piece, own in self._found if own == value]
+            )
+            if not stands:
+                return None
+            pieces.add(stands[-1])
+        return tuple(sorted(pieces))
+
+
+def reworded(call: Call, original: Service, service: Service) -> Call:
+    """Write a call in another wording of its service, parameters in the method's order.
+
+    UserError: there is no such method or parameter.
+    """
+    method = next((i for i, own in enumerate(original.methods) if own.name == call.method), None)
+    if method is None:
+        raise UserError(f"{original.name} has no method {call.method}, only {', '.join(own.name for own in original.methods)}")
+    before, after = original.methods[method], service.methods[method]
+    if unknown := sorted(call.parameters.keys() - {*before.parameters}):
+        raise UserError(f"{original.name}: {call.method} has no parameter {unknown[0]}, only {', '.join(before.parameters)}")
+    pairs = zip(before.parameters, after.parameters, strict=True)
+    return Call(service.name, after.name, {new: call.parameters[old] for old, new in pairs if old in call.parameters})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteCommand(own.WriteCommand):
+    """Write dialogues with a catalogue of services, and their service calls with the turns the values come from, as a datasets directory.
+
+    Attributes:
+      source: A clone of github.com/google-research-datasets/dstc8-schema-guided-dialogue, or documents of your own, whose steps are calls:
+        see python -m data documents --help.
+      split: train, validation or test: that part alone; all: everything, undivided. Default: all parts that there are, beside each other.
+    """
+
+    corpus: Corpus = dataclasses.field(default_factory=Corpus)
+
+    unit: ClassVar[str] = "examples"
+    instruction: ClassVar[str] = "Call the services:"
+    repository: ClassVar[str] = "google-research-datasets/dstc8-schema-guided-dialogue"
+
+    def part(self, split: str) -> Path:
+        return catalogue.schema_file(self.source, split)
+
+    def read_part(self, split: str) -> Iterator[Any]:
+        dialogues = [*read(self.source, split)]
+        random.Random(f"tools/{self.seed}/{split}").shuffle(
+            dialogues
+        )  # files are by kind of service, and evaluations take the first examples
+        for dialogue in dialogues:
+            if unknown := [name for name in dialogue.services if name not in self.known[split]]:
+                raise UserError(f"{self.part(split)}: has no {unknown[0]}, a service of dialogue {dialogue.name}")
+            yield dialogue
+
+    def read(self, split: str | None) -> Iterator[Any]:
+        for record in super().read(split):
+            for number, step in enumerate(record.document.steps if isinstance(record, Draft) else ()):
+                if read_call(step.text) is None:
+                    wanted = Call("...", "...", {}).write()
+                    raise UserError(
+                        f"{self.source}: row {record.number + 1}, step {number}: {step.text[:40]!r} is no call: expected {wanted}"
+                    )
+            yield record
+
+    @functools.cached_property
+    def known(self) -> dict[str, Wordings]:
+        """The services of each split that there is, in all wordings; those of training say which services are seen."""
+        there = [split for split in SPLITS if split == "train" or self.part(split).exists()]
+        return {split: catalogue.read(self.source, split) for split in there}
+
+    def texts(self, record: Any) -> Iterable[str]:
+        if isinstance(record, Draft):
+            return record.texts
+        wordings = (service for name in record.services for service in self.known[record.split][name])
+        calls = (found for turn in record.turns for found in turn.calls)
+        rows = (json.dumps(row, ensure_ascii=False) for call, found in calls for row in ({**call.parameters}, *found))
+        return [*(own.write(described=True) for own in wordings), *(turn.text for turn in record.turns), *rows]
+
+    def drafts(self) -> Callable[[Any], Iterable[Draft | Made]]:
+        if self.is_own:
+            return super().drafts()
+        return Drafts(self.known, frozenset(self.known["train"]), self.corpus, self.seed)

@@ -1,0 +1,93 @@
+"""The task of tools: a catalogue and a dialogue in; service calls out, each of which names its service and the turns it rests on."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+from data import scoring
+from data.documents import Document, DocumentTask, Example
+from data.tools import card, source
+from data.tools.catalogue import SERVICE
+from data.tools.source import REWORDED, SEEN, UNSEEN, read_call
+
+SIZES = (5, 26, 100)  # of catalogues, that groups tell apart
+_BY_KIND = {
+    "seen_services": (SEEN, REWORDED),
+    "unseen_services": (UNSEEN,),
+    "seen_wording": (SEEN,),
+    "unseen_wording": (REWORDED,),
+}
+
+
+def services_of(pieces: Sequence[str]) -> range:
+    """Return the pieces that are services: the first ones."""
+    return range(sum(1 for _ in itertools.takewhile(lambda piece: piece.startswith(f"{SERVICE} "), pieces)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolTask(DocumentTask):
+    """Turn catalogues with dialogues into ids and responses into service calls; see `DocumentTask`.
+
+    A prompt's paragraphs are its pieces: first those that begin with "Service NAME:", then "User: ...", "System: ..." and "Result: ...".
+    """
+
+    name: ClassVar[str] = "tools"
+    unit: ClassVar[str] = "responses"
+    group_by: ClassVar[str] = "services"
+    group_title: ClassVar[str] = "services"
+    score_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "calls": ("calls_right", "services_right", "methods_right", "parameters_right", "calls_readable", "dialogues_right"),
+        "seen": tuple(f"calls_right_{kind}" for kind in _BY_KIND),
+        "sources": ("service_named", "service_precision", "turn_precision", "turn_recall"),
+    }
+    Corpus: ClassVar[type[source.Corpus]] = source.Corpus
+    WriteCommand: ClassVar[type[source.WriteCommand]] = source.WriteCommand
+    Statistics: ClassVar[type[card.Statistics]] = card.Statistics
+    piece_sentences: int = 0
+
+    def group(self, prompt: str) -> str:
+        """Return how many services a prompt has: "5" for up to 5, "26", "100"."""
+        count = len(services_of(self.split_prompt(prompt)[1]))
+        return next((str(size) for size in SIZES if count <= size), f"above {SIZES[-1]}")
+
+    def pools(self, document: Document, number: int) -> list[Sequence[int]]:
+        """Return the services, and what was said and found before a call, up to what it answers to."""
+        services = services_of(document.pieces)
+        return [services, range(len(services), max(document.steps[number].sources) + 1)]
+
+    def query(self, document: Document, number: int) -> str:
+        """Return what was said last before a call."""
+        return document.pieces[max(document.steps[number].sources)]
+
+    def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
+        """Score calls, the n-th step against the n-th gold one.
+
+        Of the gold calls, how many are exactly right (service, method and every parameter, with no other), in all and by what of
+        their service was seen in training; have the right service; have its right method too. Of the gold parameters, how many have
+        the right value. Of the steps written, how many are calls. How many responses are right in all and have no step more. Of the
+        pieces: how often the gold service is named, the share of services named that are it, and precision and recall of the others.
+        """
+        document, written = example.document, self.steps(response)
+        tally = scoring.Shares(*itertools.chain(*(self.score_kinds[kind] for kind in ("calls", "sources"))))
+        services, all_right = {*services_of(document.pieces)}, len(written) == len(document.steps)
+        for gold, step in itertools.zip_longest(document.steps, written):
+            call, named = (read_call(step.text), step.named) if step else (None, frozenset[int]())
+            sources = {*gold.sources} if gold else set[int]()
+            tally.add("calls_readable", [call] if call else [], [step] if step else [])
+            tally.add("service_precision", named & sources & services, named & services)
+            tally.add("turn_precision", named & sources - services, named - services)
+            tally.add("turn_recall", named & sources - services, sources - services)
+            if gold is None:
+                continue
+            wanted = read_call(gold.text)
+            service, method, is_right = (call is not None and wanted is not None and call[:n] == wanted[:n] for n in (1, 2, 3))
+            all_right &= is_right
+            told, asked = (own.parameters if own else {} for own in (call, wanted))
+            found = {"services_right": service, "methods_right": method, "calls_right": is_right}
+            found |= {f"calls_right_{name}": is_right for name, kinds in _BY_KIND.items() if gold.kind in kinds}
+            for name, so in {**found, "service_named": bool(named & sources & services)}.items():
+                tally.add(name, [gold] if so else [], [gold])
+            tally.add("parameters_right", [name for name, value in asked.items() if name in told and told[name] == value], asked)
+        tally.add("dialogues_right", [example] if all_right else [], [example])
+        return tally.counts()

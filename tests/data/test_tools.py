@@ -1,0 +1,409 @@
+"""Tools: catalogues and dialogues of the public layout, what their calls rest on, scores, and what is refused."""
+
+# ruff: noqa: E501  (tables of text)
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import decode
+from data import dataset
+from data.__main__ import main as data_main
+from data.errors import UserError
+from data.retrieval import BM25
+from data.sources import Made
+from data.tasks import TASKS
+from data.tools.source import KINDS, Corpus, WriteCommand, read_call
+from tests.data import layouts
+from tests.data.test_documents import respond, run
+
+OPTIONS = ["--vocab-tokens", "400", "--services", "3", "--original", "1"]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return layouts.write_tools(tmp_path_factory.mktemp("tools") / "sgd")
+
+
+@pytest.fixture(scope="module")
+def corpus(clone, tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpora") / "tools"
+    data_main(["tools", "--source", str(clone), *OPTIONS, "--out", str(out)])
+    return out
+
+
+def drafts(clone, split="train", seed=0, **settings):
+    """What becomes of a split's dialogues."""
+    command = WriteCommand(source=str(clone), out=Path("-"), seed=seed, split=split, corpus=Corpus(**settings))
+    make = command.drafts()
+    return [draft for dialogue in sorted(command.read(split)) for draft in make(dialogue)]
+
+
+def to_oakton(stored):
+    """The first dialogue of the clone's training part."""
+    return next(example for example in map(stored.task.renumber, stored) if "Oakton" in example.prompt)
+
+
+BUSES = (
+    'Service Buses_1: Offers Buses_1. FindBus(to_town, seats="1"): To FindBus. BookBus(line, seats, class="any"): To BookBus. '
+    "Parameters: to_town: The to_town; seats (1, 2, 3): The seats; line: The line; class (any, first): The class"
+)
+INNS = "Service Inns_1: Offers Inns_1. FindInn(place): To FindInn. Parameters: place: The place"
+WEATHER = "Service Weather_1: Offers Weather_1. GetWeather(town): To GetWeather. Parameters: town: The town"
+SAID = [
+    "User: I want to go to Oakton.", "System: How many are you?", "User: Two of us.", 'Result: {"line": "K7", "leaves": "7:30"}',
+    'Result: {"line": "K8", "leaves": "8:30"}', "System: One leaves at 7:30.", "User: Book it.", 'Result: {"to_town": "Oakton", "leaves": "7:30"}',
+    "System: Booked.", "User: An inn there?", "System: There is none.", "User: Thanks.",
+]  # fmt: skip
+CALLS = [  # what is written, the service, the pieces of SAID that it rests on
+    ('{"service": "Buses_1", "method": "FindBus", "parameters": {"to_town": "Oakton", "seats": "2"}}', "Buses_1", (0, 2)),
+    ('{"service": "Buses_1", "method": "BookBus", "parameters": {"line": "K7", "seats": "2", "class": "any"}}', "Buses_1", (2, 3, 6)),
+    ('{"service": "Inns_1", "method": "FindInn", "parameters": {"place": "Oakton"}}', "Inns_1", (0, 9)),
+]
+
+
+def test_an_example_is_the_dialogue_and_its_calls_with_where_their_values_stand(corpus):
+    """Rows leave out what was asked for; a value of another service's slot stands where it stood last, a default in the service itself."""
+    assert [len(dataset.load(corpus, TASKS, split)) for split in dataset.splits(corpus)] == [3, 2, 2]
+    stored = dataset.load(corpus, TASKS, "train")
+    example = to_oakton(stored)
+    catalogue, said = example.document.pieces[:3], example.document.pieces[3:]
+    assert sorted(catalogue) == [BUSES, INNS, WEATHER] and [*said] == SAID  # Buses_2 could be meant as well
+    places = {piece.split()[1].rstrip(":"): place for place, piece in enumerate(catalogue)}
+    expected = [(text, (places[name], *(3 + i for i in sources))) for text, name, sources in CALLS]
+    assert [(step.text, step.sources) for step in example.document.steps] == expected
+    assert stored.task.encode_prompt(example.prompt).tolist() == example.prompt_ids.tolist()
+    names = "".join(f"<ref:{1 + piece}>" for piece in expected[0][1])
+    decoded = stored.task.decode(example.token_ids)
+    assert decoded.startswith("<bos> Call the services:<seg:1> Service ") and f"<solve><seg:16>{names} {CALLS[0][0]}<seg:17>" in decoded
+
+
+def test_a_default_that_another_slot_was_told_stands_in_the_service(clone, tmp_path):
+    shutil.copytree(clone, tmp_path / "clone")
+    turns(lambda own: own[1]["frames"].append(layouts.frame("Inns_1", ("inn", "any"))))(tmp_path / "clone")
+    before, after = (drafts(root, services=3)[1].document.steps for root in (clone, tmp_path / "clone"))
+    assert [step.sources for step in after] == [step.sources for step in before]
+
+
+def test_one_turn_an_example_has_what_was_said_before_its_call(clone):
+    found = drafts(clone, services=3, original=1, example="turn")
+    assert len(found) == 9
+    for (text, _, sources), draft in zip(CALLS, found, strict=False):
+        pieces, (step,) = draft.document.pieces, draft.document.steps
+        assert [*pieces[3:]] == SAID[: sources[-1] + 1] and step.text == text
+        assert step.sources[1:] == tuple(3 + i for i in sources) and pieces[step.sources[0]].startswith(
+            f"Service {read_call(text).service}:"
+        )
+
+
+def test_without_descriptions_services_are_names_alone(clone):
+    """The default of a parameter stands nowhere then, so neither does a call that has it."""
+    first, *_ = drafts(clone, services=3, original=1, described=False, example="turn")
+    assert "Service Buses_1: FindBus(to_town, seats?) BookBus(line, seats, class?)" in first.document.pieces
+    assert {own.counted for own in drafts(clone, described=False)} == {("with a value that stands nowhere",)}
+
+
+# -------------------------------------------------------------------------------------------------------------- catalogues
+
+
+def plain(text):
+    """The original wording of a paraphrase: (text, its version)."""
+    versions = {int(n) for n in re.findall(r"_v([1-5])\b", text)} or {0}
+    (version,) = versions
+    return re.sub(r"_v[1-5]\b", "", re.sub(rf"_([12]){version}\b", r"_\1", text) if version else text), version
+
+
+def test_wordings_are_drawn_and_calls_are_written_in_that_of_their_service(clone):
+    """Across seeds no place and no wording is the service's own. In training one paraphrase of each service is never seen."""
+    seen = {split: {} for split in layouts.SCHEMAS}
+    for seed in range(40):
+        for split, part in zip(("train", "validation"), layouts.SCHEMAS):
+            for draft in drafts(clone, split, seed, services=3, original=0.2):
+                services = draft.document.pieces[:3]
+                names = [plain(piece)[0].split()[1].rstrip(":") for piece in services]
+                assert len({*names}) == 3 and {*names} <= {*layouts.SCHEMAS[part]} - {"Buses_2"}
+                for place, (name, piece) in enumerate(zip(names, services)):
+                    text, version = plain(piece)
+                    assert name == "Taxis_1" or text in (BUSES, INNS, WEATHER)
+                    seen[part if name in layouts.SCHEMAS["train"] else "test"].setdefault(name, set()).add((place, version))
+                for step, (text, *_) in zip(draft.document.steps, CALLS, strict=True):
+                    own, version = plain(step.text)
+                    carrier = draft.document.steps[0].text.split('"')[3].partition("_")[0]
+                    town = read_call(draft.document.steps[2].text).parameters.popitem()[1]
+                    assert own == text.replace("Oakton", town).replace("Buses", carrier)
+                    assert version == plain(services[step.sources[0]])[1]
+                    assert read_call(step.text).service == services[step.sources[0]].split()[1].rstrip(":")
+    held_out = {name: {*range(1, 6)} - {version for _, version in found} for name, found in seen["train"].items()}
+    assert held_out.keys() == {"Buses_1", "Inns_1", "Weather_1"} and {len(own) for own in held_out.values()} == {1}
+    assert all({place for place, _ in found} == {0, 1, 2} for part in seen.values() for found in part.values())
+    assert all({version for _, version in found} == {*range(6)} for found in seen["dev"].values())
+
+
+SIZES = {"fewer than it uses": (1, 2), "each once": (3, 3), "in second wordings": (5, 5), "as many as there are": (100, 2 + 5)}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_catalogue_has_what_the_dialogue_uses_and_distractors(clone, case):
+    """Of a distractor there are five wordings in training; those of the services used would be right as well."""
+    size, expected = SIZES[case]
+    for draft in drafts(clone, services=size):
+        services = [plain(piece)[0].split()[1] for piece in draft.document.pieces if piece.startswith("Service ")]
+        assert len(services) == expected and services.count("Buses_1:") == services.count("Inns_1:") == 1
+
+
+def test_dialogues_are_in_an_order_of_their_own(clone):
+    """Files are by kind of service, and an evaluation of some examples takes the first ones."""
+    orders = {tuple(d.name for d in WriteCommand(source=str(clone), out=Path("-"), seed=seed).read("train")) for seed in range(9)}
+    assert len(orders) > 3 and {tuple(sorted(order)) for order in orders} == {("train_0", "train_1", "train_2")}
+
+
+def test_kinds_say_what_of_a_service_training_sees(clone):
+    """Only validation and test have the wordings that are held out, and services of their own."""
+    kinds = {"train": set(), "validation": set()}
+    for split, found in kinds.items():
+        for seed in range(20):
+            for draft in drafts(clone, split, seed, services=3):
+                found |= {(step.kind, read_call(step.text).service[:4]) for step in draft.document.steps}
+    assert kinds["train"] == {("seen", "Buse"), ("seen", "Inns")}
+    assert kinds["validation"] == kinds["train"] | {("reworded", "Buse"), ("reworded", "Inns"), ("unseen", "Taxi")}
+
+
+# ------------------------------------------------------------------------------------------------------------------ scores
+
+FIND, BOOK, INN = (text for text, *_ in CALLS)
+SCORES = {  # steps: (is the service named, rests on which of the gold turns and on a wrong one, text) -> scores that are not 1
+    "gold": ([(1, 1, 0, FIND), (1, 1, 0, BOOK), (1, 1, 0, INN)], {}),
+    "other order of parameters, other white space": ([(1, 1, 0, FIND.replace('"to_town": "Oakton", "seats": "2"', '"seats":"2",  "to_town":"Oakton"')), (1, 1, 0, BOOK), (1, 1, 0, INN)], {}),
+    "a wrong value": ([(1, 1, 0, FIND.replace('"2"', '"3"')), (1, 1, 0, BOOK), (1, 1, 0, INN)],
+        {"calls_right": 2 / 3, "parameters_right": 5 / 6, "dialogues_right": 0}),
+    "a number in place of text": ([(1, 1, 0, FIND.replace('"2"', "2")), (1, 1, 0, BOOK), (1, 1, 0, INN)],
+        {"calls_right": 2 / 3, "parameters_right": 5 / 6, "dialogues_right": 0}),
+    "one parameter more": ([(1, 1, 0, FIND), (1, 1, 0, BOOK), (1, 1, 0, INN.replace("Oakton", 'Oakton", "inn": "any'))],
+        {"calls_right": 2 / 3, "dialogues_right": 0}),
+    "another method": ([(1, 1, 0, FIND.replace("FindBus", "BookBus")), (1, 1, 0, BOOK), (1, 1, 0, INN)],
+        {"calls_right": 2 / 3, "methods_right": 2 / 3, "dialogues_right": 0}),
+    "another service": ([(0, 1, 0, FIND.replace("Buses_1", "Inns_1")), (1, 1, 0, BOOK), (1, 1, 0, INN)],
+        {"calls_right": 2 / 3, "services_right": 2 / 3, "methods_right": 2 / 3, "dialogues_right": 0, "service_named": 2 / 3, "service_precision": 2 / 3}),
+    "no JSON": ([(1, 1, 0, FIND[:-1]), (1, 1, 0, BOOK), (1, 1, 0, INN)],
+        {"calls_right": 2 / 3, "services_right": 2 / 3, "methods_right": 2 / 3, "parameters_right": 4 / 6, "calls_readable": 2 / 3, "dialogues_right": 0}),
+    "a wrong turn": ([(1, 1, 1, FIND), (1, 1, 0, BOOK), (1, 1, 0, INN)], {"turn_precision": 7 / 8}),
+    "a turn left out": ([(1, 0, 0, FIND), (1, 1, 0, BOOK), (1, 1, 0, INN)], {"turn_recall": 5 / 7}),
+    "a call left out": ([(1, 1, 0, FIND), (1, 1, 0, BOOK)],
+        {"calls_right": 2 / 3, "services_right": 2 / 3, "methods_right": 2 / 3, "parameters_right": 5 / 6, "dialogues_right": 0, "service_named": 2 / 3, "turn_recall": 5 / 7}),
+    "a call too many": ([(1, 1, 0, FIND), (1, 1, 0, BOOK), (1, 1, 0, INN), (0, 0, 1, INN)],
+        {"dialogues_right": 0, "service_precision": 3 / 4, "turn_precision": 7 / 8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_scores_by_hand(corpus, case):
+    steps, expected = SCORES[case]
+    stored = dataset.load(corpus, TASKS, "train")
+    example = to_oakton(stored)
+    response = []
+    for number, (is_named, rests, is_wrong, text) in enumerate(steps):
+        place, *turns = example.document.steps[min(number, 2)].sources
+        other = next(i for i in range(3) if i != place)
+        refs = [1 + (place if is_named else other), *(1 + turn for turn in turns if rests), *[1 + 3 + 11] * is_wrong]
+        response.append((refs, text))
+    scores = stored.task.scores([example], [respond(stored.task, response)])
+    calls = {"calls_right_seen_services", "calls_right_seen_wording"}
+    names = {name for kind in stored.task.score_kinds.values() for name in kind} - {
+        "calls_right_unseen_services",
+        "calls_right_unseen_wording",
+    }
+    right = expected.get("calls_right", 1)
+    assert scores == pytest.approx({**dict.fromkeys(names, 1), **dict.fromkeys(calls, right), **expected})
+
+
+BY_KIND = {  # what of the service is seen -> which shares have the call
+    "seen": {"seen_services", "seen_wording"},
+    "reworded": {"seen_services", "unseen_wording"},
+    "unseen": {"unseen_services"},
+    "": set(),
+}
+
+
+@pytest.mark.parametrize("kind", BY_KIND)
+def test_right_calls_are_counted_by_what_training_sees(corpus, kind):
+    stored = dataset.load(corpus, TASKS, "test")
+    example = stored.task.renumber(next(iter(stored)))
+    document = dataclasses.replace(example.document, steps=tuple(step._replace(kind=kind) for step in example.document.steps))
+    counts = stored.task.counts(dataclasses.replace(example, document=document), example.response_ids)
+    assert {name: own for name, own in counts.items() if name.startswith("calls_right_")} == {
+        f"calls_right_{name}": (3, 3) for name in BY_KIND[kind]
+    }
+    assert kind in (*KINDS, "")
+
+
+NO_CALLS = ["", "null", "[1]", '"x"', "{" * 5000, "[" * 100_000, '{"service": "a", "method": "b"}', '{"service": 1, "method": "b", "parameters": {}}',
+    '{"service": "a", "method": "b", "parameters": []}', '{"service": "a", "method": "b", "parameters": {}, "id": 1}', "9" * 5000]  # fmt: skip
+
+
+def test_what_is_no_call_is_none():
+    assert [read_call(text) for text in NO_CALLS] == [None] * len(NO_CALLS)
+    assert read_call(' {"method": "b", "parameters": {"c": [1]}, "service": "a"} ') == ("a", "b", {"c": [1]})
+
+
+def test_sources_that_are_given_are_a_service_and_as_many_turns_before_the_call(corpus):
+    stored = dataset.load(corpus, TASKS, "train")
+    for example in map(stored.task.renumber, stored):
+        pieces = example.document.pieces
+        found = {kind: stored.task.headers(example, kind) for kind in ("gold", "bm25", "random", "recent")}
+        for number, step in enumerate(example.document.steps):
+            service, *turns = step.sources
+            gold, bm25, drawn, recent = (found[kind][number] for kind in found)
+            assert gold == [1 + service, *(1 + turn for turn in turns)]
+            said = pieces[3 : turns[-1] + 1]
+            assert bm25 == [1 + BM25(pieces[:3]).rank(said[-1])[0], *(4 + i for i in sorted(BM25(said).rank(said[-1])[: len(turns)]))]
+            assert drawn[0] <= 3 and {*drawn[1:]} <= {*range(4, turns[-1] + 2)} and len({*drawn}) == len(step.sources)
+            assert recent == [3, *range(turns[-1] + 2 - len(turns), turns[-1] + 2)]
+        assert found["random"] == stored.task.headers(example, "random")
+
+
+def test_prompts_are_told_apart_by_their_number_of_services(corpus):
+    task = dataset.load(corpus, TASKS).task
+    group = {n: task.group("\n\n".join([*[f"Service S_{i}: f(x)" for i in range(n)], "User: hello"])) for n in (0, 5, 6, 26, 27, 100, 101)}
+    assert group == {0: "5", 5: "5", 6: "26", 26: "26", 27: "100", 100: "100", 101: "above 100"}
+    assert (
+        task.decode(task.encode_prompt("Service A:\n f(x)\n\nUser: Hi."))
+        == "<bos> Call the services:<seg:1> Service A: f(x)<seg:1><seg:2> User: Hi.<seg:2><solve>"
+    )
+
+
+def test_the_card_counts_what_prompts_have(corpus):
+    statistics = dataset.load(corpus, TASKS, "test").card["statistics"]
+    assert {name: statistics[name]["mean"] for name in ("services", "turns", "rows", "steps")} == {
+        "services": 3,
+        "turns": 9,
+        "rows": 3,
+        "steps": 3,
+    }
+    assert statistics["kinds"] == {"seen": 2, "unseen": 4} and 0 < statistics["bm25"] < 1
+    assert "the one called for" in (corpus / "test" / "README.md").read_text()
+
+
+def test_an_evaluation_takes_the_test_part(corpus):
+    sets, drawn = decode.Eval(checkpoint=Path("model"), data=corpus, split="test").examples(dataset.load(corpus, TASKS).task)
+    (examples,) = sets.values()
+    assert drawn["split"] == "test" and len(examples) == 2 and {example.first_label for example in examples} == {1}
+
+
+# ---------------------------------------------------------------------------------------------------------- what is refused
+
+
+def edited(file, change):
+    """A change of a file's JSON."""
+
+    def edit(root):
+        values = json.loads((root / file).read_text())
+        (root / file).write_text(json.dumps(change(values) or values))
+
+    return edit
+
+
+def turns(change):
+    return edited("train/dialogues_001.json", lambda own: change(own[0]["turns"]))
+
+
+DAMAGED = {  # what is done to the clone -> what is said
+    "no dialogues": (
+        lambda root: [file.unlink() for file in (root / "train").glob("dialogues_*")],
+        "train: expected files dialogues_*.json",
+    ),
+    "no schema": (lambda root: (root / "train/schema.json").unlink(), "train/schema.json: there is no such file, so no train part"),
+    "no paraphrase": (lambda root: (root / "sgd_x/data/v3/train/schema.json").unlink(), "v3/train/schema.json: No such file"),
+    "no JSON": (lambda root: (root / "train/dialogues_001.json").write_text("[{"), "dialogues_001.json is not JSON"),
+    "an object": (edited("train/dialogues_001.json", lambda own: {"a": own}), "dialogues_001.json: expected a list of dialogues"),
+    "a dialogue without turns": (
+        edited("train/dialogues_001.json", lambda own: own[0].pop("turns") and None),
+        "train_1: expected a list as 'turns'",
+    ),
+    "another speaker": (turns(lambda own: own[0].update(speaker="HOST")), "train_1: the speaker is 'HOST'; allowed: USER, SYSTEM"),
+    "an unknown method": (
+        turns(lambda own: own[3]["frames"][0]["service_call"].update(method="Fly")),
+        "Buses_1 has no method Fly, only FindBus, BookBus",
+    ),
+    "an unknown parameter": (
+        turns(lambda own: own[3]["frames"][0]["service_call"].update(parameters={"seats": "2", "wings": "2"})),
+        "Buses_1: FindBus has no parameter wings",
+    ),
+    "a service of no dialogue": (
+        turns(lambda own: own[3]["frames"][0].update(service="Weather_1")),
+        "a call of Weather_1, which is none of its services",
+    ),
+    "an unknown service": (
+        edited("train/dialogues_001.json", lambda own: own[0].update(services=["Ships_1"])),
+        "train/schema.json: has no Ships_1, a service of dialogue train_1",
+    ),
+    "a paraphrase of others": (
+        edited("sgd_x/data/v2/train/schema.json", lambda own: own.pop() and None),
+        "v2/train/schema.json: expected Weather_12, with the methods",
+    ),
+    "fewer parameters": (
+        edited("sgd_x/data/v2/train/schema.json", lambda own: own[0]["intents"][0].update(optional_slots={})),
+        "expected Buses_12, with the methods and slots of Buses_1",
+    ),
+    "fewer slots": (
+        edited("sgd_x/data/v2/train/schema.json", lambda own: own[1]["slots"].pop() and None),
+        "Buses_22 has 0 slots, but Buses_2 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_repositories_are_one_line(case, clone, tmp_path, capsys):
+    damage, message = DAMAGED[case]
+    shutil.copytree(clone, tmp_path / "clone")
+    damage(tmp_path / "clone")
+    status, _, err = run(capsys, "tools", "--source", tmp_path / "clone", "--split", "train", *OPTIONS, "--out", tmp_path / "out")
+    assert status == 2 and err.startswith("error: ") and message in err and not (tmp_path / "out").exists()
+
+
+def test_dialogues_that_cannot_be_used_are_counted(clone, tmp_path):
+    shutil.copytree(clone, tmp_path / "clone")
+    turns(lambda own: own[3]["frames"][0]["service_call"]["parameters"].update(seats="7"))(tmp_path / "clone")
+    edited("train/dialogues_002.json", lambda own: own[0]["turns"].__delitem__(slice(3, None)))(tmp_path / "clone")
+    found = [draft.counted for draft in drafts(tmp_path / "clone") if isinstance(draft, Made)]
+    assert found == [("with a value that stands nowhere",), ("without a call",)]
+
+
+def test_parts_that_are_missing_are_said(tmp_path, capsys):
+    source = layouts.write_tools(tmp_path / "source", ("train", "test"))
+    status, out, _ = run(capsys, "tools", "--source", source, *OPTIONS, "--out", tmp_path / "out")
+    assert status == 0 and f"no validation part in {source}" in out and dataset.splits(tmp_path / "out") == ("train", "test")
+    shutil.rmtree(source / "train")
+    status, _, err = run(capsys, "tools", "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
+    assert status == 2 and "train/schema.json: No such file or directory" in err
+
+
+SETTINGS = {
+    "no service": ({"services": 0}, "services is 0; allowed: 1 and above"),
+    "more than all": ({"original": 1.5}, "original is 1.5; allowed: 0 to 1"),
+    "another example": ({"example": "word"}, "example is 'word'; allowed: dialogue, turn"),
+    "a cut dialogue": ({"too_long": "cut"}, "too_long is 'cut'; allowed: drop"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_are_refused(case):
+    settings, message = SETTINGS[case]
+    with pytest.raises(UserError, match=message):
+        Corpus(**settings)
+
+
+def test_own_documents_are_catalogues_and_calls(tmp_path, capsys):
+    row = {
+        "document": ["Service A: f(x)", "User: Do it with 3."],
+        "steps": [{"text": '{"service": "A", "method": "f", "parameters": {"x": 3}}', "sources": [0, 1]}],
+    }
+    for steps, message in ((row["steps"], None), ([{"text": "f(3)", "sources": [0]}], "row 2, step 0: 'f(3)' is no call: expected {")):
+        (tmp_path / "own.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'steps': steps})}\n")
+        status, out, err = run(
+            capsys, "tools", "--source", tmp_path / "own.jsonl", "--split", "all", *OPTIONS, "--out", tmp_path / f"out{message is None}"
+        )
+        assert (status, message or "2 written") == (2, message) and message in err if message else status == 0 and "2 written" in out
