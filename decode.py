@@ -168,6 +168,8 @@ class Eval(Model):
     """Of a corpus directory that was divided; by default its test split. What is no test or validation split may have been trained on."""
     sources: Literal["model", "gold", "bm25", "random", "recent"] = "model"
     """What steps name: what the model chooses, or as many as in the gold response: its own, BM25's, drawn ones, or the latest pieces."""
+    constrained: bool = False
+    """Tools: let each step begin with a service of the catalogue and one of its methods."""
     json: Path | None = None
     """Write the scores, in all and by group and set, into this file; - is standard output."""
 
@@ -185,10 +187,10 @@ class Eval(Model):
     def run(self) -> None:
         lm = self.load()
         sets, drawn = self.examples(lm.task)
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("attention", "prefill", "passes", "sources")}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("attention", "prefill", "passes", "sources", "constrained")}
         found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, **options)
         settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
-        settings |= {key: value for key in ("dtype", "prefill", "sources") if (value := getattr(self, key)) not in (None, "dense", "model")}
+        settings |= {key: value for key in ("dtype", "prefill", "sources", "constrained") if (value := getattr(self, key)) not in _USUAL}
         results = evaluation.report(lm, found, settings)
         try:
             print(text.evaluation_table(results, lm.task), flush=True)
@@ -222,6 +224,7 @@ class Serve(Model):
         server.serve(lambda: self.load(weights=self.weights), self.checkpoint.name, self.server, attention=self.attention)
 
 
+_USUAL = (None, "dense", "model", False)
 _FRESH = ("ops", "min_ops", "max_ops", "seed")
 
 

@@ -6,7 +6,8 @@
 
 `--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
 papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
-.random.json and .recent.json of one with `--sources`; of tools .few.json and .many.json of one on other catalogues.
+.random.json and .recent.json of one with `--sources`; of tools .few.json and .many.json of one on other
+catalogues, .constrained.json of one with `--constrained`.
 """
 
 from __future__ import annotations
@@ -41,8 +42,13 @@ BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and abo
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
-CATALOGUES = {"few": "tools-5", "eval": "tools", "many": "tools-100"}
-"""Corpora of tools by the number of services: the kind of the evaluation on each, and its directory."""
+CATALOGUES = {
+    "few": "`corpora/tools-5`",
+    "eval": "`corpora/tools`",
+    "many": "`corpora/tools-100`",
+    "constrained": "`corpora/tools`, `--constrained`",
+}
+"""Of tools, evaluations by kind: corpora by their number of services, and decoding that is constrained to the catalogue's methods."""
 _KEPT = ("data", "split", "attention", "device", "jax", "num_parameters", "num_examples", "attended_fraction", *pages.READING)
 EXPERIMENTS = {
     page: Experiment(
@@ -50,10 +56,10 @@ EXPERIMENTS = {
         evaluations={
             "eval": "scores, reading and speed",
             **{kind: f"steps name the sources of `--sources {kind}`" for kind in get_args(Sources)},
-            **{kind: f"the catalogues of `corpora/{own}`" for kind, own in CATALOGUES.items() if page == "tools" and kind != "eval"},
+            **{kind: f"on {own}" for kind, own in CATALOGUES.items() if page == "tools" and kind != "eval"},
         },
         evaluation_fields={
-            **dict.fromkeys((*_KEPT, "sources?")),
+            **dict.fromkeys((*_KEPT, "sources?", "constrained?")),
             "by_example": dict.fromkeys(("digests", "prompt_tokens", "counts")),
             "by_batch_size": [dict.fromkeys(("batch_size", "response_tokens_per_second", "*"))],
         },
@@ -182,12 +188,12 @@ def catalogues_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) 
     """Write the main scores by the number of services."""
     rows = []
     for variant in variants:
-        for kind, data in CATALOGUES.items():
+        for kind, words in CATALOGUES.items():
             ours, theirs = (scored(runs, own, kind) for own in (variant, control(corpus, variant)))
             for name in MAIN[corpus] if len(ours) else ():
                 found = compare(ours, theirs, name) if variant != control(corpus, variant) else None
                 score = _percent(bootstrap.score(_counts(ours, name)))
-                rows.append((f"`{variant}`", f"`corpora/{data}`", _words(name), *score, *_interval(found[2] if found else None)))
+                rows.append((f"`{variant}`", words, _words(name), *score, *_interval(found[2] if found else None)))
     return markdown_table(("variant", "corpus", "score", "found", *_DIFFERENCE), rows)
 
 

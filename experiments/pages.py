@@ -229,7 +229,8 @@ def _eval_options(evaluation: Mapping[str, Any]) -> str:
     if "data" not in evaluation:
         return f"--seed {evaluation['seed']} {rest}"
     sources = f" --sources {evaluation['sources']}" if "sources" in evaluation else ""
-    return f"--data corpora/{evaluation['data']} --split {evaluation['split']} {rest}{sources}"
+    constrained = " --constrained" if "constrained" in evaluation else ""
+    return f"--data corpora/{evaluation['data']} --split {evaluation['split']} {rest}{sources}{constrained}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ plots

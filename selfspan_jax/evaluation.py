@@ -24,7 +24,7 @@ from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
-from selfspan_jax.forcing import Headers, generate_under
+from selfspan_jax.forcing import Beginnings, Headers, generate_under
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
@@ -184,6 +184,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     passes: int = 1,
     sources: str = MODEL,
+    constrained: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Decode the examples' prompts greedily, all batches of one shape.
@@ -195,13 +196,15 @@ def evaluate(
       passes: times that each batch is decoded; the median of its times counts.
       sources: what steps name: what the model chooses, or labels that the task's `headers` gives by another name. Then the host
         gives each token, so that the times say nothing.
+      constrained: let the text of each step begin with one of the task's `beginnings`, such as the methods of a catalogue; by the host
+        as well.
 
-    Raises: UserError for no examples, prompts that are too long, a batch size that the mesh does not divide, and sources that the
-    task does not give.
+    Raises: UserError for no examples, prompts that are too long, a batch size that the mesh does not divide, and sources or
+    beginnings that the task does not give.
     """
     if not examples:
         raise UserError("no examples to evaluate")
-    headers = None if sources == MODEL else _headers(lm.task, examples, sources)
+    given = None if sources == MODEL and not constrained else _given(lm.task, examples, sources, constrained)
     ids = [lm.task.encode_prompt(example.prompt) for example in examples]
     token_ids, lengths = lm.pad(ids)
     batch_size = _batch_size(lm, batch_size, len(ids))
@@ -220,10 +223,10 @@ def evaluate(
                 del state  # the next one needs its memory
                 began = time.perf_counter()
                 prompts = token_ids[filled], lengths[filled], config
-                if headers is None:
+                if given is None:
                     state = jax.block_until_ready(lm.engine.generate(*prompts))
                 else:
-                    state = generate_under(lm.engine, *prompts, [headers[i] for i in filled])
+                    state = generate_under(lm.engine, *prompts, *([own[i] for i in filled] for own in given))
                 taken.append(time.perf_counter() - began)
             seconds += statistics.median(taken)
             began = time.perf_counter()
@@ -237,11 +240,19 @@ def evaluate(
     return Evaluation(lm.task, tuple(examples), in_order, batch_size, seconds, compile_seconds, read_seconds=read_seconds)
 
 
-def _headers(task: Any, examples: Sequence[Example], sources: str) -> list[Headers]:
-    """Return what the steps of each response are to name. Raises UserError for a task that does not say it."""
-    if not hasattr(task, "headers"):
-        raise UserError(f"sources are {sources!r}, but this model's task gives none; allowed: {MODEL}")
-    return [task.headers(example, sources) for example in examples]
+def _given(task: Any, examples: Sequence[Example], sources: str, constrained: bool) -> tuple[list[Headers], list[Beginnings]]:
+    """Return what the steps of each response are to name and to begin with. Raises UserError for a task that does not say it."""
+    headers: list[Headers] = [()] * len(examples)
+    beginnings: list[Beginnings] = [()] * len(examples)
+    if sources != MODEL:
+        if not hasattr(task, "headers"):
+            raise UserError(f"sources are {sources!r}, but this model's task gives none; allowed: {MODEL}")
+        headers = [task.headers(example, sources) for example in examples]
+    if constrained:
+        if not hasattr(task, "beginnings"):
+            raise UserError("constrained is True, but this model's task says nothing that steps are to begin with")
+        beginnings = [task.beginnings(example.prompt) for example in examples]
+    return headers, beginnings
 
 
 def evaluate_all(

@@ -1,4 +1,4 @@
-"""Decode with given headers: what a step reads is said from outside, what it writes is the model's."""
+"""Decode with given headers, or given beginnings: what a step reads, or what its text begins with, is said from outside."""
 
 from __future__ import annotations
 
@@ -19,15 +19,53 @@ from selfspan_jax.spans import SpanVocab
 
 Headers = Sequence[Sequence[int]]
 """The labels that each step of a response names, in the order of naming."""
+Beginnings = Sequence[Sequence[int]]
+"""Token ids: the text of each step of a response begins with one of these."""
+
+
+class _Text:
+    """What the text of a step may go on with as long as it is no more than a beginning.
+
+    `<solve>`, which the prompt ends with, and `<seg:k>` open one: text without span tokens is told apart by the former.
+    """
+
+    def __init__(self, vocab: SpanVocab, beginnings: Beginnings) -> None:
+        self._beginnings = self._left = beginnings  # what of each is still to be written
+        families = (range(base, base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
+        self._segs, self._refs = families
+        self._solve, self._free = vocab.solve_id, {vocab.eos_id, *self._segs, *self._refs}
+        self._is_empty = True
+
+    def allowed(self) -> set[int] | None:
+        """Return the ids that may come next, None for any. Where no text is written yet, span tokens and the end may come as well."""
+        if not self._left:
+            return None
+        return {own[0] for own in self._left} | (self._free if self._is_empty else set())
+
+    def write(self, token: int) -> None:
+        """Go on by a token."""
+        if token == self._solve or token in self._segs:
+            self._left, self._is_empty = self._beginnings, True
+        elif not (self._is_empty and token in self._refs):
+            after = [own[1:] for own in self._left if own[0] == token]
+            self._left, self._is_empty = after if all(after) else (), False
 
 
 def generate_under(
-    engine: Engine, token_ids: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"], config: DecodeConfig, headers: Sequence[Headers]
+    engine: Engine,
+    token_ids: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, "B"],
+    config: DecodeConfig,
+    headers: Sequence[Headers],
+    beginnings: Sequence[Beginnings] | None = None,
 ) -> DecodeState:
     """Decode greedily as `Engine.generate` does, but the n-th step that sequence b opens names `headers[b][n]` and nothing else.
 
     Which `<seg:k>` opens a step, and what it writes, is the model's; the steps beyond `headers[b]` name what it chooses. What comes
     next depends on what was written, so the host gives each token: for quality, not for speed.
+
+    Args:
+      beginnings: the text of each step of sequence b begins with one of `beginnings[b]`, the most likely one token by token.
     """
     state = engine.prefill(token_ids, lengths, config)
     vocab, (batch, room) = engine.vocab, state.new_tokens.shape
@@ -35,8 +73,12 @@ def generate_under(
     attended = np.zeros((batch, room), np.int32)
     pending: list[collections.deque[int]] = [collections.deque() for _ in range(batch)]
     begun, is_given, done = [0] * batch, np.zeros(batch, bool), np.asarray(state.done)
+    texts = [_Text(vocab, own) for own in beginnings or [()] * batch]
     for column in range(room):
-        free, other = (np.asarray(found) for found in _most_likely(state.logits, vocab))
+        logits = state.logits
+        if (allowed := _allowed(texts, ~done, logits.shape)) is not None:
+            logits = jnp.where(allowed, logits, -jnp.inf)
+        free, other = (np.asarray(found) for found in _most_likely(logits, vocab))
         chosen = np.where(is_given, other, free)
         for row in np.flatnonzero(~done).tolist():
             if pending[row]:
@@ -45,6 +87,7 @@ def generate_under(
                 is_given[row] = begun[row] < len(headers[row])
                 pending[row].extend(headers[row][begun[row]] if is_given[row] else ())
                 begun[row] += 1
+            texts[row].write(int(chosen[row]))
         tokens[:, column] = np.where(done, vocab.pad_id, chosen)
         state = engine.step(state, tokens[:, column], config)
         attended[:, column] = np.where(done, 0, np.asarray(state.slots.counts))
@@ -53,6 +96,18 @@ def generate_under(
             break
     num_new = jnp.asarray((attended > 0).sum(axis=1), jnp.int32)
     return dataclasses.replace(state, num_new=num_new, new_tokens=jnp.asarray(tokens), num_attended=jnp.asarray(attended))
+
+
+def _allowed(texts: Sequence[_Text], rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return which tokens may come next in some rows, bool [B, V]; None where any may in all of them."""
+    found = {row: ids for row in np.flatnonzero(rows).tolist() if (ids := texts[row].allowed()) is not None}
+    if not found:
+        return None
+    allowed = np.ones(shape, bool)
+    for row, ids in found.items():
+        allowed[row] = False
+        allowed[row, list(ids)] = True
+    return allowed
 
 
 @functools.partial(jax.jit, static_argnames=("vocab",))

@@ -15,6 +15,7 @@ from data.alignment import readable
 from data.errors import UserError
 
 SERVICE = "Service"  # what the piece of a service begins with
+PARAMETERS = "Parameters:"  # what they are stands after this
 VERSIONS = 5  # of SGD-X; version 0 is the original wording
 FOLDERS = {"train": "train", "validation": "dev", "test": "test"}
 
@@ -74,7 +75,7 @@ class Service(NamedTuple):
         used = {name for own in self.methods for name in own.parameters}
         told = ((slot, f" ({', '.join(slot.values)})" if slot.values else "") for slot in self.slots if slot.name in used)
         slots = (f"{slot.name}{allowed}: {slot.description}" for slot, allowed in told)
-        return f"{SERVICE} {self.name}: {self.description}. {' '.join(methods)} Parameters: {'; '.join(slots)}"
+        return f"{SERVICE} {self.name}: {self.description}. {' '.join(methods)} {PARAMETERS} {'; '.join(slots)}"
 
 
 Wordings = Mapping[str, Sequence[Service]]

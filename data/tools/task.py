@@ -2,14 +2,15 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from data import scoring
 from data.documents import Document, DocumentTask, Example
 from data.tools import card, source
-from data.tools.catalogue import SERVICE
-from data.tools.source import REWORDED, SEEN, UNSEEN, read_call
+from data.tools.catalogue import PARAMETERS, SERVICE
+from data.tools.source import REWORDED, SEEN, UNSEEN, Call, read_call
 
 SIZES = (5, 26, 100)  # of catalogues, that groups tell apart
 _BY_KIND = {
@@ -18,6 +19,9 @@ _BY_KIND = {
     "seen_wording": (SEEN,),
     "unseen_wording": (REWORDED,),
 }
+
+
+_METHOD = re.compile(r"(?<=[.:)] )(\w+)\(")  # after the service's description, or after another method
 
 
 def services_of(pieces: Sequence[str]) -> range:
@@ -59,6 +63,18 @@ class ToolTask(DocumentTask):
     def query(self, document: Document, number: int) -> str:
         """Return what was said last before a call."""
         return document.pieces[max(document.steps[number].sources)]
+
+    def beginnings(self, prompt: str) -> list[list[int]]:
+        """Return what the text of a step may begin with, as ids: a service of the prompt and one of its methods, up to its parameters."""
+        pieces = self.split_prompt(prompt)[1]
+        found = []
+        for piece in services_of(pieces):
+            head = pieces[piece].partition(f" {PARAMETERS} ")[0]
+            name = head.removeprefix(f"{SERVICE} ").partition(":")[0]
+            for method in _METHOD.findall(head):
+                both = [self.vocab.plain_text_ids(f" {Call(name, method, own).write()}") for own in ({}, {"x": "x"})]
+                found.append([token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*both))])
+        return found
 
     def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
         """Score calls, the n-th step against the n-th gold one.

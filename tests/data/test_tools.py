@@ -265,6 +265,18 @@ def test_sources_that_are_given_are_a_service_and_as_many_turns_before_the_call(
         assert found["random"] == stored.task.headers(example, "random")
 
 
+def test_a_step_may_begin_with_a_service_of_the_catalogue_and_its_method(clone, corpus):
+    stored = dataset.load(corpus, TASKS, "train")
+    task, example = stored.task, to_oakton(stored)
+    expected = {("Buses_1", "FindBus"), ("Buses_1", "BookBus"), ("Inns_1", "FindInn"), ("Weather_1", "GetWeather")}
+    for prompt in (example.prompt, drafts(clone, services=3, original=1, described=False, example="turn")[0].document.prompt):
+        texts = [task.decode(ids) for ids in task.beginnings(prompt)]
+        assert sorted(texts) == sorted(f' {{"service": "{own}", "method": "{name}", "parameters":' for own, name in expected)
+    for step in example.document.steps:
+        ids = task.vocab.plain_text_ids(f" {step.text}")
+        assert sum(ids[: len(own)] == own for own in task.beginnings(example.prompt)) == 1
+
+
 def test_prompts_are_told_apart_by_their_number_of_services(corpus):
     task = dataset.load(corpus, TASKS).task
     group = {n: task.group("\n\n".join([*[f"Service S_{i}: f(x)" for i in range(n)], "User: hello"])) for n in (0, 5, 6, 26, 27, 100, 101)}

@@ -185,7 +185,7 @@ def test_tables_of_tools_by_hand():
 
         return SimpleNamespace(variant=variant, part=part)
 
-    runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1))]
+    runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1), constrained=(2, 1))]
     runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]
     names = [run.variant for run in runs]
     rows = [line.strip("| ").split(" | ") for line in documents.catalogues_table(runs, names, "tools").splitlines()]
@@ -194,6 +194,7 @@ def test_tables_of_tools_by_hand():
         ["`tools_labels`", "`corpora/tools`", "calls right", "75.0", "50.0"],
         ["`tools_dense`", "`corpora/tools`", "calls right", "25.0", "-"],
         ["`tools_dense`", "`corpora/tools-100`", "calls right", "50.0", "-"],
+        ["`tools_dense`", "`corpora/tools`, `--constrained`", "calls right", "75.0", "-"],
         ["`tools_labels_full`", "`corpora/tools`", "calls right", "100.0", "0.0"],
         ["`tools_dense_full`", "`corpora/tools`", "calls right", "100.0", "-"],
     ]

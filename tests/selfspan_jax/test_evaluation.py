@@ -119,10 +119,13 @@ def test_scores_order_and_seconds(lm, monkeypatch):
 
 
 class Named(Summaries):
-    """The same, which says what each step names, and what each example adds to a score."""
+    """The same, which says what each step names, what its text begins with, and what each example adds to a score."""
 
     def headers(self, example, sources):
         return [[{"gold": 1, "random": 0}[sources]] * 2]
+
+    def beginnings(self, prompt):
+        return [[9, 8]]
 
     def counts(self, example, response_ids):
         return {"length": (len(response_ids), 1)} | ({"fours": (1, 2)} if "4" in example.prompt else {})
@@ -140,6 +143,11 @@ def test_steps_name_what_the_task_gives_and_examples_are_kept_apart(model):
     assert values["counts"] == {"length": [[len(out.response_ids), 1] for out in outputs], "fours": [[1, 2], [0, 0], [1, 2]]}
     with pytest.raises(ValueError, match="sources are 'gold', but this model's task gives none; allowed: model"):
         evaluation.evaluate(SpanLM(model, Problems()), examples, sources="gold")
+    constrained = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2, sources="gold", constrained=True)
+    texts = [[token for token in out.response_ids.tolist() if token in range(4, 10)][:2] for out in constrained.outputs]
+    assert any(texts) and all(text == [9, 8][: len(text)] for text in texts)
+    with pytest.raises(ValueError, match="constrained is True, but this model's task says nothing that steps are to begin with"):
+        evaluation.evaluate(SpanLM(model, Problems()), examples, constrained=True)
 
 
 def live_bytes():

@@ -1,4 +1,4 @@
-"""Given headers: what the model itself named changes nothing, and anything else is what a forward over the whole sequence writes."""
+"""Given headers and beginnings: what is the model's own changes nothing, all else is what a forward over the whole sequence writes."""
 
 import numpy as np
 
@@ -74,3 +74,27 @@ def test_each_token_is_what_a_forward_over_all_before_it_finds():
                 waiting = [*given[opened]] if opened < len(given) else []
                 opened += 1
     assert forced >= 6 and chosen >= 1
+
+
+def test_the_text_of_each_step_begins_as_is_said():
+    """The oracle reads the tokens back: while what a step wrote is less than a beginning, the most likely of what goes on with one."""
+    beginnings, free = [[[9, 8, 7], [9, 5], [4, 6, 6, 6]], [[7, 4]]] * 16, {VOCAB.eos_id, *SEGS, *REFS}
+    found = read(generate_under(ENGINE, PROMPTS, LENGTHS, CONFIG, [[]] * 32, beginnings))
+    given = steps = 0
+    for prompt, length, own, (new, _) in [*zip(PROMPTS, LENGTHS, beginnings, found, strict=True)][:6]:
+        sequence = np.array([*prompt[:length], *new], np.int32)
+        mask = np.asarray(spans.attention_mask(sequence, VOCAB, **VIEWS))
+        logits = reference_logits(MODEL, np.pad(sequence, (0, 32 - len(sequence)))[None], [np.pad(mask, (0, 32 - len(sequence)))])[0]
+        text = []
+        for token, scores in zip(new, logits[length - 1 :]):
+            after = {choice[len(text)] for choice in own if choice[: len(text)] == text and len(choice) > len(text)}
+            if any(choice == text[: len(choice)] for choice in own):
+                after = set()
+            may = sorted(after | (free if not text else set())) if after else range(len(scores))
+            assert token == max(may, key=lambda i: scores[i])
+            given += token in after
+            if token in SEGS or token == VOCAB.solve_id:
+                steps, text = steps + 1, []
+            elif text or token not in REFS:
+                text.append(token)
+    assert given > 8 and steps > 3
