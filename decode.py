@@ -186,7 +186,7 @@ class Eval(Model):
 
     def run(self) -> None:
         lm = self.load()
-        sets, drawn = self.examples(lm.task)
+        lm.task, sets, drawn = self.examples(lm.task)
         options: dict[str, Any] = {name: getattr(self, name) for name in ("attention", "prefill", "passes", "sources", "constrained")}
         found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, **options)
         settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
@@ -198,8 +198,11 @@ class Eval(Model):
             if self.json:
                 files.write_json(self.json, results)
 
-    def examples(self, task: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Draw fresh examples of the task, or take those of a corpus directory; return them as sets by name, and how they were drawn."""
+    def examples(self, task: Any) -> tuple[Any, dict[str, list[Any]], dict[str, Any]]:
+        """Draw fresh examples of the task, or take those of a corpus directory.
+
+        Returns: the task that scores them, the examples as sets by name, and how they were drawn.
+        """
         if not hasattr(task, "held_out"):
             raise UserError(f"{self.checkpoint}: its task has no examples, so there is nothing to score")
         if self.data:
@@ -207,7 +210,7 @@ class Eval(Model):
         if not getattr(task, "is_generated", True):
             raise UserError(f"{self.checkpoint} was trained on a file, like which nothing can be drawn: give its test split with --data")
         given = {name: value for name in _FRESH if (value := getattr(self, name)) not in (None, ())}
-        return examples.held_out(task, self.num_examples, **given)
+        return task, *examples.held_out(task, self.num_examples, **given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ class FineTuning(Run):
     def prepare(self) -> tuple[Decoder, TrainingExamples, dict[str, Any]]:
         """Return the model, the examples, and what decides the result beside them."""
         seed, attention = self.training.seed, dataclasses.asdict(self.attention)
-        labels: dict[str, Any] = {"num_labels": self.corpus.num_labels, "fewer_labels": self.data is not None}
+        labels: dict[str, Any] = {"num_labels": self.corpus.num_labels, "fewer_labels": self.data is not None, "labels_as_words": True}
         computed: dict[str, Any] = {} if self.dtype is None else {"compute_dtype": COMPUTE_DTYPES[self.dtype]}
         model, text = importing.load(self.init, seed=seed, **labels, **attention, **computed)
         if (context := model.config.max_context_tokens) < (row := self.training.sequence_tokens):

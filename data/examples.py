@@ -158,16 +158,16 @@ def held_out(
 
 def stored(
     directory: Path, task: Any, tasks: Mapping[str, type[Task]], num_examples: int, split: str | None = None
-) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Take examples of a task from a corpus directory, of its test split by default; return them and how they were drawn, as `held_out`.
+) -> tuple[Any, dict[str, list[Any]], dict[str, Any]]:
+    """Take examples for a model of a task from a corpus directory, of its test split by default.
 
+    Returns: the task that scores them, `Task.on` the corpus's, and the examples and how they were drawn, as `held_out`.
     Raises: UserError for a corpus of another task.
     """
     from data import dataset  # which imports Hugging Face's datasets
 
     corpus = dataset.load(directory, tasks, split or ("test" if "test" in dataset.splits(directory) else None))
-    if corpus.task.name != task.name:
-        raise UserError(f"{directory} is a corpus of {corpus.task.name}; allowed: {task.name}")
+    scored_by = task.on(corpus.task)
     name = directory.resolve().name
-    examples = list(itertools.islice(filter(None, map(task.renumber, corpus)), num_examples))
-    return {name: examples}, {"data": name, "split": corpus.split, "warnings": corpus.warnings}
+    examples = list(itertools.islice(filter(None, map(scored_by.renumber, corpus)), num_examples))
+    return scored_by, {name: examples}, {"data": name, "split": corpus.split, "warnings": corpus.warnings}

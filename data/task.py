@@ -142,6 +142,12 @@ class Task(abc.ABC):
         """Write an example of another vocabulary in this task's, as `renumber` does."""
         return self.renumber(example, uniform)
 
+    def on(self, other: "Task") -> "Task":
+        """Return the task that puts and scores another one's examples to a model of this task. UserError: they are not for it."""
+        if other.name != self.name:
+            raise UserError(f"the corpus is one of {other.name}; allowed: {self.name}")
+        return self
+
     def settings(self) -> dict[str, Any]:
         """Return the settings of its corpus that say how text is written."""
         _, *names = (field.name for field in dataclasses.fields(self))

@@ -38,7 +38,9 @@ def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[
     with _new_directory(path) as directory:
         parts: dict[str, _Part] = {} if only is None else {only: _Part(task)}
         for split, example in examples if only is None else ((only, example) for example in examples):
-            parts.setdefault(split, _Part(task)).add(example)
+            if split not in parts:
+                parts[split] = _Part(task)
+            parts[split].add(example)
         if only is not None:
             parts[only].save(directory, description)
         else:

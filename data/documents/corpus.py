@@ -192,6 +192,8 @@ def without_unfounded(document: Document) -> Document:
 def align(document: Document, alignment: Alignment) -> Document:
     """Find the sources of the steps whose sources are not known."""
     numbers = [number for number, step in enumerate(document.steps) if step.sources == UNKNOWN]
+    if not numbers:
+        return document
     found = dict(zip(numbers, alignment.align(document.pieces, [document.steps[number].text for number in numbers]), strict=True))
     steps = (step._replace(sources=found.get(number, step.sources)) for number, step in enumerate(document.steps))
     return dataclasses.replace(document, steps=tuple(steps))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data import scoring, spans
+from data import scoring, spans, task
 from data.documents import card, corpus, own
 from data.documents.corpus import MARK, Document, Evidence, Example, Step, split_pieces
 from data.errors import UserError, check_choice
@@ -178,6 +178,13 @@ class DocumentTask(PiecesTask):
             return corpus.encode(example.document, self.instruction, self.vocab, **options)
         except UserError:
             return None
+
+    def on(self, other: task.Task) -> task.Task:
+        """Return the task of papers, verdicts or stories as a model of any documents reads it, which knows their instructions by training."""
+        if self.name != DocumentTask.name or not isinstance(other, DocumentTask):
+            return super().on(other)
+        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "labelling")}
+        return dataclasses.replace(other, **own)
 
     def to_row(self, example: Example) -> dict[str, Any]:
         """Return the columns of an example in a corpus directory."""

@@ -58,7 +58,13 @@ def open_source(path: str | Path) -> Source:
 
 
 def load(
-    path: str | Path, *, num_labels: int | None = None, fewer_labels: bool = False, seed: int = 0, **changes: Any
+    path: str | Path,
+    *,
+    num_labels: int | None = None,
+    fewer_labels: bool = False,
+    labels_as_words: bool = False,
+    seed: int = 0,
+    **changes: Any,
 ) -> tuple[Decoder, TextTask]:
     """Load a language model and its tokenizer, both with the structural tokens.
 
@@ -67,6 +73,7 @@ def load(
     Args:
       num_labels: labels that are added, by default 256; of a model that has structural tokens so many are used, by default all.
       fewer_labels: take a model that has structural tokens of fewer labels.
+      labels_as_words: see `load_decoder`; for a model that is to be trained.
 
     Other arguments and errors: see `load_decoder`. Raises: UserError for a tokenizer that does not fit the model.
     """
@@ -90,7 +97,7 @@ def load(
             vocab = dataclasses.replace(vocab, num_labels=min(num_labels, vocab.num_labels))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    model = load_decoder(source, vocab, new_ids=new_ids, used_ids=used_ids, seed=seed, **changes)
+    model = load_decoder(source, vocab, new_ids=new_ids, used_ids=used_ids, labels_as_words=labels_as_words, seed=seed, **changes)
     return model, TextTask(tokenizer, model.stop_ids)
 
 
@@ -100,6 +107,7 @@ def load_decoder(
     *,
     new_ids: Sequence[int] | None = None,
     used_ids: Sequence[int] | None = None,
+    labels_as_words: bool = False,
     seed: int = 0,
     **changes: Any,
 ) -> Decoder:
@@ -113,7 +121,10 @@ def load_decoder(
       vocab: ids of the structural tokens; by default the model's own, or after the file's vocabulary, with 256 labels.
       new_ids: ids of new tokens within the file's rows, which then begin like those beyond.
       used_ids: ids of old tokens, whose rows new ones begin with the mean of; by default all below the new ones.
-      seed: seed of the noise of new embeddings.
+      labels_as_words: begin the rows of `<seg:k>` and `<ref:k>` as that of one old token, drawn for each label, plus a row of the
+        family: a pretrained model copies its old tokens, so it can name a label that it reads before it has learnt any. Without
+        training such a model would write labels where it means these tokens.
+      seed: seed of what is drawn for new embeddings.
       changes: fields of ModelConfig in place of the file's: compute_dtype, mask, header_view, prompt_view and so on.
 
     Raises:
@@ -138,7 +149,10 @@ def load_decoder(
 
     def read(name: str) -> Array:
         array = source.tensors.read(name).astype(config.compute_dtype)
-        return _extended(array, new_size, old_rows, new_rows, jax.random.key(seed)) if name in _EMBEDDINGS else array
+        if name not in _EMBEDDINGS or not len(new_rows):
+            return array
+        rows = _extended(array, new_size, old_rows, new_rows, jax.random.key(seed))
+        return _with_words(rows, old_rows, vocab, jax.random.key(seed)) if labels_as_words else rows
 
     model = from_llama(abstract, read)
     model.stop_ids = tuple(i for i in source.eos_ids if i != vocab.eos_id)
@@ -158,10 +172,19 @@ def _extended(
     rows: Float[Array, "V D"], size: int, old: Int[np.ndarray, "m"], new: Int[np.ndarray, "n"], key: Array
 ) -> Float[Array, "V2 D"]:
     """Give rows to the new ids: the mean of the rows of old ones, plus noise."""
-    if not len(new):
-        return rows
     wide = rows[old].astype(jnp.float32)
     noise = jax.random.normal(key, (len(new), rows.shape[1]), jnp.float32)
     values = jnp.mean(wide, axis=0, keepdims=True) + 0.01 * jnp.std(wide, axis=0, keepdims=True) * noise
     longer = jnp.concatenate([rows, jnp.zeros((size - rows.shape[0], rows.shape[1]), rows.dtype)])
     return longer.at[new].set(values.astype(rows.dtype))
+
+
+def _with_words(rows: Float[Array, "V D"], old: Int[np.ndarray, "m"], vocab: SpanVocab, key: Array) -> Float[Array, "V D"]:
+    """Give both tokens of each label the row of one old token, plus noise that all of a family share."""
+    wide = rows[old].astype(jnp.float32)
+    words = jax.random.choice(key, wide, (vocab.num_labels,), replace=len(old) < vocab.num_labels)
+    for family, base in enumerate((vocab.seg_base, vocab.ref_base)):
+        noise = jax.random.normal(jax.random.fold_in(key, family), (1, rows.shape[1]), jnp.float32)
+        values = words + jnp.std(wide, axis=0, keepdims=True) * noise
+        rows = rows.at[base : base + vocab.num_labels].set(values.astype(rows.dtype))
+    return rows

@@ -1,0 +1,136 @@
+"""Write a mixture of corpora of documents as JSONL, with questions of its own making: what one model of all of them trains on.
+
+    python -m experiments.mixture corpora/papers corpora/verdicts corpora/stories --out corpora/mixture.jsonl.d
+    python -m data documents --source corpora/mixture.jsonl.d --out corpora/mixture
+
+A model that is trained on it reads the prompts of each corpus, by their instructions: `decode.py eval MODEL --data corpora/stories`.
+
+Each example of the corpora becomes a row of `train.jsonl` or `validation.jsonl` (the test parts are left alone). Beside it stands a
+row for finding passages: sentences are taken out of the sections of the same text (of some they stay), their first words are the
+questions, their last words the answers, which name the question and the section. So a text gives tens of choices of a source, which
+nobody had to mark (the inverse cloze task: Lee et al., *Latent Retrieval for Weakly Supervised Open Domain Question Answering*, ACL 2019).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from data import commandline, dataset
+from data.alignment import split_sentences
+from data.documents.corpus import Document, sink
+from data.documents.task import DocumentTask
+from data.errors import UserError, check_range
+from data.stories.source import QUESTION
+from data.tasks import TASKS
+
+INSTRUCTION = "Complete the sentences:"
+_SPLITS = ("train", "validation")
+_MIN_WORDS = 8  # of a sentence that is asked for
+_MAX_SENTENCES = 6  # of a section that is made of pieces
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Write a mixture of corpora of documents as JSONL."""
+
+    corpora: Positional[tuple[Path, ...]]
+    """Directories that python -m data wrote, of papers, verdicts, stories or documents."""
+    out: Path
+    """Directory of the files; made if need be."""
+    questions: int = 24
+    """Most self-made questions about a text; 0 for none."""
+    kept: float = 0.1
+    """Share of the sentences asked for that stay in their section."""
+    seed: int = 0
+    """Seed of what is asked."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "questions", "seed", low=0)
+        if not 0 <= self.kept <= 1:
+            raise UserError(f"kept is {self.kept}; allowed: 0 to 1")
+
+
+def row(task: DocumentTask, document: Document) -> dict[str, Any]:
+    """Write a document with the instruction of its task."""
+    steps = [{"text": step.text, "sources": list(step.sources)} for step in document.steps]
+    return {"instruction": sink(task.instruction, document.about), "document": list(document.pieces), "steps": steps}
+
+
+def sections_of(document: Document, draw: random.Random) -> list[list[str]]:
+    """Cut a document into sections, each a list of sentences: neighbouring pieces of one sentence are joined at random."""
+    texts = [split_sentences(piece) for piece in document.pieces if not piece.startswith(QUESTION)]
+    found: list[list[str]] = []
+    room = 0
+    for sentences in texts:
+        if len(sentences) > 1 or room < 1:
+            found.append([])
+            room = draw.randint(1, _MAX_SENTENCES)
+        found[-1] += sentences
+        room -= len(sentences)
+    return [sentences for sentences in found if sentences]
+
+
+def cloze(document: Document, draw: random.Random, *, questions: int, kept: float) -> dict[str, Any] | None:
+    """Ask for sentences of a document; None where it has none that is long enough beside another one of its section."""
+    sections = sections_of(document, draw)
+    able = [(i, j) for i, own in enumerate(sections) if len(own) > 1 for j, text in enumerate(own) if len(text.split()) >= _MIN_WORDS]
+    chosen = {i: j for i, j in draw.sample(able, len(able))}  # one of a section
+    asked = draw.sample(sorted(chosen.items()), min(questions, len(chosen)))
+    if not asked:
+        return None
+    steps, prompts = [], []
+    for i, j in asked:
+        words = sections[i][j].split()
+        cut = len(words) - draw.randint(3, len(words) // 2)
+        prompts.append(f"{QUESTION} {' '.join(words[:cut])}")
+        steps.append({"text": " ".join(words[cut:]), "sources": [len(sections) + len(steps), i]})
+    removed = {(i, j) for i, j in asked if draw.random() >= kept}
+    texts = [" ".join(text for j, text in enumerate(own) if (i, j) not in removed) for i, own in enumerate(sections)]
+    return {"instruction": INSTRUCTION, "document": texts + prompts, "steps": steps}
+
+
+def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a split, each with the corpus that it comes from."""
+    seen = set[Sequence[str]]()
+    for path in mixture.corpora:
+        if split not in dataset.splits(path):
+            continue
+        stored = dataset.load(path, TASKS, split)
+        if not isinstance(stored.task, DocumentTask):
+            raise UserError(f"{path} is a corpus of {stored.task.name}; allowed: corpora of documents")
+        for example in stored:
+            document = example.document
+            yield stored.task.name, row(stored.task, document)
+            pieces = tuple(piece for piece in document.pieces if not piece.startswith(QUESTION))
+            if pieces in seen or not mixture.questions:
+                continue
+            seen.add(pieces)
+            draw = random.Random(f"cloze/{mixture.seed}/{' '.join(pieces)}")
+            if (made := cloze(document, draw, questions=mixture.questions, kept=mixture.kept)) is not None:
+                yield f"cloze of {stored.task.name}", made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    with commandline.exit_on_user_error(UserError):
+        mixture = commandline.parse(Mixture, "mixture", sys.argv[1:] if arguments is None else list(arguments), user_error=UserError)
+        mixture.out.mkdir(parents=True, exist_ok=True)
+        for split in _SPLITS:
+            counts: dict[str, int] = {}
+            with contextlib.closing((mixture.out / f"{split}.jsonl").open("w", encoding="utf-8")) as file:
+                for name, fields in rows(mixture, split):
+                    counts[name] = counts.get(name, 0) + 1
+                    file.write(json.dumps(fields) + "\n")
+            print(f"{split}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+
+
+if __name__ == "__main__":
+    main()
