@@ -517,8 +517,15 @@ def test_documents_are_not_drawn(corpora):
 
 @pytest.mark.parametrize("name", WRITE)
 def test_an_evaluation_takes_the_test_part(corpora, name):
-    sets, drawn = decode.Eval(checkpoint=Path("model"), data=corpora / name, split="test").examples(load(corpora, name).task)
+    """Also for a model of any documents, which has the other tasks' examples scored by them."""
+    stored = load(corpora, name)
+    evaluation = decode.Eval(checkpoint=Path("model"), data=corpora / name, split="test")
+    task, sets, drawn = evaluation.examples(stored.task)
     (examples,) = sets.values()
+    assert task == stored.task
+    general = DocumentTask.of(load(corpora, "documents").corpus, stored.task.vocab)
+    task, again, _ = evaluation.examples(general)
+    assert task == stored.task and [own.token_ids.tolist() for own in again[name]] == [own.token_ids.tolist() for own in examples]
     assert drawn["split"] == "test"
     assert [example.document for example in examples] == [example.document for example in load(corpora, name, "test")]
     assert {example.first_label for example in examples} == {1}
