@@ -74,7 +74,8 @@ class _Part:
     def add(self, example: Any) -> None:
         self._statistics.add(example)
         self._rows.append({**self._task.to_row(example), "prompt_tokens": example.prompt_tokens, "token_ids": example.token_ids})
-        self._digest.update(np.array([len(example.token_ids), example.prompt_tokens, *example.token_ids], "<i4").tobytes())
+        sizes = [len(example.token_ids), example.prompt_tokens]
+        self._digest.update(np.concatenate([sizes, example.token_ids]).astype("<i4").tobytes())
         if len(self._rows) == _BLOCK_EXAMPLES:
             self._end_block()
 

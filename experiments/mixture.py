@@ -46,17 +46,21 @@ class Mixture:
     """Directories that python -m data wrote, of papers, verdicts, stories or documents."""
     out: Path
     """Directory of the files; made if need be."""
+    texts: float = 0.25
+    """Share of the texts that questions are made about."""
     questions: int = 24
-    """Most self-made questions about a text; 0 for none."""
+    """Most self-made questions about a text."""
     kept: float = 0.1
     """Share of the sentences asked for that stay in their section."""
     seed: int = 0
     """Seed of what is asked."""
 
     def __post_init__(self) -> None:
-        check_range(self, "questions", "seed", low=0)
-        if not 0 <= self.kept <= 1:
-            raise UserError(f"kept is {self.kept}; allowed: 0 to 1")
+        check_range(self, "questions", low=1)
+        check_range(self, "seed", low=0)
+        for name in ("texts", "kept"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise UserError(f"{name} is {value}; allowed: 0 to 1")
 
 
 def row(task: DocumentTask, document: Document) -> dict[str, Any]:
@@ -111,10 +115,10 @@ def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
             document = example.document
             yield stored.task.name, row(stored.task, document)
             pieces = tuple(piece for piece in document.pieces if not piece.startswith(QUESTION))
-            if pieces in seen or not mixture.questions:
+            draw = random.Random(f"cloze/{mixture.seed}/{' '.join(pieces)}")
+            if pieces in seen or draw.random() >= mixture.texts:
                 continue
             seen.add(pieces)
-            draw = random.Random(f"cloze/{mixture.seed}/{' '.join(pieces)}")
             if (made := cloze(document, draw, questions=mixture.questions, kept=mixture.kept)) is not None:
                 yield f"cloze of {stored.task.name}", made
 
