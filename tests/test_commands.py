@@ -611,7 +611,7 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
     assert status == 0 and out.startswith("2 summaries (span attention)") and "\nROUGE " in out, err
     written = json.loads((tmp_path / "eval.json").read_text())
     assert {"rouge1", "rougeL", "fact_accuracy", "span_precision", "attended_fraction_body", "summaries_per_second"} <= written.keys()
-    fresh, drawn = decode.Eval(checkpoint=run / "model", num_examples=3).examples(news.NewsTask.from_json(written_task(run)))
+    _, fresh, drawn = decode.Eval(checkpoint=run / "model", num_examples=3).examples(news.NewsTask.from_json(written_task(run)))
     assert list(fresh) == ["synthetic"] and len(fresh["synthetic"]) == 3 and drawn == {"seed": 1}
     *_, last, solve = fresh["synthetic"][0].prompt_ids
     assert last == solve + 1 + len(fresh["synthetic"][0].story.article)  # the last `<seg:k>` once more, in ids after `<solve>`

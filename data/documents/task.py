@@ -180,7 +180,7 @@ class DocumentTask(PiecesTask):
             return None
 
     def on(self, other: task.Task) -> task.Task:
-        """Return the task of papers, verdicts or stories as a model of any documents reads it, which knows their instructions by training."""
+        """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""
         if self.name != DocumentTask.name or not isinstance(other, DocumentTask):
             return super().on(other)
         own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "labelling")}

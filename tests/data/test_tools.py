@@ -300,7 +300,7 @@ def test_the_card_counts_what_prompts_have(corpus):
 
 
 def test_an_evaluation_takes_the_test_part(corpus):
-    sets, drawn = decode.Eval(checkpoint=Path("model"), data=corpus, split="test").examples(dataset.load(corpus, TASKS).task)
+    _, sets, drawn = decode.Eval(checkpoint=Path("model"), data=corpus, split="test").examples(dataset.load(corpus, TASKS).task)
     (examples,) = sets.values()
     assert drawn["split"] == "test" and len(examples) == 2 and {example.first_label for example in examples} == {1}
 
