@@ -15,6 +15,7 @@ The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.1
 """
 
 from pallas_kernels.linear import fused_linear, rms_norm
+from pallas_kernels.norm import fork_rms_norm
 from pallas_kernels.prompt_attention import PromptMask, prompt_attention
 from pallas_kernels.quantized import QuantizedPool, QuantizedWeight, quantize_pool, quantize_weight
 from pallas_kernels.rotary import norm_heads, rotate_and_write, rotate_heads
@@ -28,6 +29,7 @@ __all__ = [
     "QuantizedPool",
     "QuantizedWeight",
     "TileMask",
+    "fork_rms_norm",
     "fused_linear",
     "masked_attention",
     "norm_heads",

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight, rms_norm
+from pallas_kernels import QuantizedWeight, fork_rms_norm, fused_linear, quantize_weight, rms_norm
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_to_tensor_parallel, reduce_from_tensor_parallel
@@ -56,6 +56,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return rms_norm(x, self.scale[...], self.eps)
+
+    def fork(self, x: Float[Array, "B T D"], implementation: LinearImplementation | None = "xla"):
+        """Return x for the residual, what the next linear map takes, and the norm that it computes itself: with gradients, none."""
+        if implementation != "xla":
+            return x, x, self
+        return *fork_rms_norm(x, self.scale[...], eps=self.eps), None
 
 
 class Linear(nnx.Module):
@@ -102,7 +108,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, **linear: Any):
         batch, num_tokens, _ = x.shape
-        qkv = self.qkv_proj(x, norm=norm, **linear)
+        x, rows, own_norm = norm.fork(x, **linear)
+        qkv = self.qkv_proj(rows, norm=own_norm, **linear)
         qkv = qkv.reshape(batch, num_tokens, -1, self.projections, self.head_size)
         norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
@@ -119,7 +126,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config, rngs, residual=True)
 
     def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, **linear: Any) -> Float[Array, "B T D"]:
-        return self.down_proj(self.gate_up_proj(x, norm=norm, gated=True, **linear), residual=x, **linear)
+        x, rows, own_norm = norm.fork(x, **linear)
+        return self.down_proj(self.gate_up_proj(rows, norm=own_norm, gated=True, **linear), residual=x, **linear)
 
 
 class Layer(nnx.Module):
@@ -198,8 +206,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None = "xla") -> Float[Array, "*batch V"]:
         """Return the logits of the next token, float32."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return head.scores(hidden, linear)
+        return self.output_layer.scores(hidden, linear)
+
+    @property
+    def output_layer(self) -> Any:
+        """The module that computes logits: the embedding, where both are tied."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
 
     @property
     def num_parameters(self) -> int:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear.product import plain_product, product
 from pallas_kernels.quantized import Quantized, Rows, values_of
 from pallas_kernels.swiglu import silu_and_mul
 
@@ -41,13 +42,10 @@ def xla_linear(x, weight: Rows, norm, bias, residual, *, norm_eps: float, gated:
     rounded; bias, gate and residual in `out_dtype`. Float32 products are float32 products, not TF32.
     """
     x = x if norm is None else rms_norm(x, norm, norm_eps)
-    out = jax.lax.dot_general(
-        x,
-        values_of(weight).astype(x.dtype),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32 if isinstance(weight, Quantized) else out_dtype,
-    )
+    if isinstance(weight, Quantized) or out_dtype == x.dtype:
+        out = plain_product(x, values_of(weight), jnp.float32 if isinstance(weight, Quantized) else out_dtype)
+    else:
+        out = product(x, weight, out_dtype)
     if isinstance(weight, Quantized):
         out = (out * weight.scales[None, :]).astype(out_dtype)
     if bias is not None:

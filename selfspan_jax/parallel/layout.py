@@ -37,7 +37,7 @@ PARAMETERS = {
     "lm_head": ("vocabulary", "width"),
 }
 # Replicated parameters that each shard of `tensor` uses for its own outputs only: their gradients are partial sums.
-_PARTIAL_GRADIENTS = {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"}
+_PARTIAL_GRADIENTS = {"q_norm", "k_norm"}
 
 
 def spec(*axes: str | None) -> PartitionSpec:

@@ -162,32 +162,51 @@ def sums_of_targets(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum the cross-entropy over the targets, and count those that are predicted right.
 
-    Where the logits of all rows would take more memory, they are computed for some rows at a time, of targets only, and again
-    in the backward pass.
+    Where the logits of all rows would take more memory, they are computed for some rows at a time, of targets only, and each part's
+    gradients with them: so nothing of a part is kept or computed again.
     """
-
-    def sums(hidden, targets, is_target):
-        logits = model.logits(hidden)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        right = jnp.argmax(logits, axis=-1) == targets
-        return jnp.sum(jnp.where(is_target, losses, 0.0)), jnp.sum(right & is_target, dtype=jnp.float32)
-
-    num_rows = hidden.shape[0]
     chunk = max(1, max_logits_bytes // (4 * model.vocab_size) // 128) * 128
-    if num_rows <= chunk:
-        return sums(hidden, targets, is_target)
-    order = jnp.argsort(~is_target, stable=True)  # targets first, so that whole chunks are without any
-    order = jnp.pad(order, (0, -num_rows % chunk), constant_values=num_rows).reshape(-1, chunk)
+    whole = hidden.shape[0] <= chunk
+    return (_sums if whole else _sums_of_parts)(*nnx.split(model.output_layer, nnx.Param, ...), hidden, targets, is_target, chunk)
 
-    def add(total, rows):
-        some = hidden.at[rows].get(mode="fill", fill_value=0), targets.at[rows].get(mode="fill", fill_value=0)
-        wanted = is_target.at[rows].get(mode="fill", fill_value=False)
-        nothing = jnp.zeros((), jnp.float32)
-        found = jax.lax.cond(wanted[0], jax.checkpoint(sums), lambda *_: (nothing, nothing), *some, wanted)
-        return jax.tree.map(jnp.add, total, found), None
 
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, (zero, zero), order)[0]
+def _sums(graph, params, rest, hidden, targets, is_target, _=None):
+    logits = nnx.merge(graph, params, rest).scores(hidden, "xla")
+    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
+    # The target's own logit by a comparison, not by a lookup, whose gradient is a scatter and a pass over the logits of its own.
+    own = jnp.sum(jnp.where(targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :], logits, 0.0), axis=1)
+    losses = jnp.log(jnp.sum(jnp.exp(logits), axis=1)) - own
+    return jnp.sum(jnp.where(is_target, losses, 0.0)), jnp.sum((own >= 0) & is_target, dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
+def _sums_of_parts(*args):
+    return _sums_and_gradients(*args)[0]
+
+
+def _sums_and_gradients(graph, params, rest, hidden, targets, is_target, chunk):
+    order = jnp.argsort(~is_target, stable=True)  # targets first: parts without any are left out
+    order = jnp.pad(order, (0, -order.size % chunk), constant_values=order.size)
+
+    def add(part, total):
+        rows = jax.lax.dynamic_slice_in_dim(order, part * chunk, chunk)
+        own = (x.at[rows].get(mode="fill", fill_value=0) for x in (hidden, targets, is_target))
+        sums, (of_params, of_hidden) = jax.value_and_grad(_sums, argnums=(1, 3), has_aux=True)(graph, params, rest, *own)
+        *before, gradient = total
+        return *jax.tree.map(jnp.add, tuple(before), (sums, of_params)), gradient.at[rows].set(of_hidden, mode="drop")
+
+    nothing = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden)
+    num_parts = (jnp.sum(is_target, dtype=jnp.int32) + (chunk - 1)) // chunk
+    sums, *gradients = jax.lax.fori_loop(0, num_parts, add, nothing)
+    return sums, gradients
+
+
+def _scale_gradients(graph, chunk, gradients, grad):
+    of_params, of_hidden = jax.tree.map(lambda x: x * grad[0].astype(x.dtype), gradients)
+    return of_params, None, of_hidden, None, None
+
+
+_sums_of_parts.defvjp(_sums_and_gradients, _scale_gradients)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames=("state",))
