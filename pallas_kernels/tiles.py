@@ -72,17 +72,30 @@ def until_end(partial, needed, first, length):
     return jnp.minimum(partial, needed), needed
 
 
-def over_tiles(body, init, tiles: Tiles, group: int = 1):
-    """Fold `body(other tile, carry, masked, member)` over the tiles that are needed and, within each, the members of a group."""
+def over_tiles(body, init, tiles: Tiles, group: int = 1, ahead: Callable | None = None):
+    """Fold `body(other tile, carry, masked, member)` over the tiles that are needed and, within each, the members of a group.
+
+    With `ahead(other tile, member)`, numbers that are loaded for a tile, `body` gets them too; where the mask cuts nothing they are
+    loaded one step ahead, so that nothing waits for them.
+    """
 
     def at(index):
         return tiles.at(jax.lax.div(index, jnp.int32(group)))
 
+    def member(index):
+        return jax.lax.rem(index, jnp.int32(group))
+
+    def loaded(other, index):
+        return () if ahead is None else ahead(other, member(index))
+
     def step(index, carry, masked):
         # The number of a tile is loaded one step ahead, so that the loads of its rows do not wait for it.
-        other, state = carry
-        return at(index + 1), body(other, state, masked, jax.lax.rem(index, jnp.int32(group)))
+        other, numbers, state = carry
+        after = at(index + 1)
+        numbers, later = (loaded(other, index), ()) if masked else (numbers, loaded(after, index + 1))
+        return after, later, body(other, state, masked, member(index), *numbers)
 
-    carry = jax.lax.fori_loop(0, tiles.partial * group, functools.partial(step, masked=True), (at(jnp.int32(0)), init))
-    _, state = jax.lax.fori_loop(tiles.partial * group, tiles.needed * group, functools.partial(step, masked=False), carry)
-    return state
+    cut = tiles.partial * group
+    other, _, state = jax.lax.fori_loop(0, cut, functools.partial(step, masked=True), (at(jnp.int32(0)), (), init))
+    carry = other, loaded(other, cut), state
+    return jax.lax.fori_loop(cut, tiles.needed * group, functools.partial(step, masked=False), carry)[2]

@@ -72,12 +72,13 @@ def backward(q, k, v, mask: TileMask, out, lse, grad, *, scale: float, interpret
         "masked_attention_dkv",
         8 if wide else 4,
         interpret,
+        num_stages=2 if wide else 3,
     )(q, k, v, mask.bits, mask.query_tiles, mask.query_counts, lse, delta, grad)
     return dq, dk, dv
 
 
-def _call(kernel, grid, out_shape, name: str, num_warps: int, interpret: bool):
-    num_stages = 1 if out_shape[0].dtype == jnp.float32 else 2  # of the software pipeline: tiles in flight plus one
+def _call(kernel, grid, out_shape, name: str, num_warps: int, interpret: bool, num_stages: int = 2):
+    num_stages = 1 if out_shape[0].dtype == jnp.float32 else num_stages  # of the software pipeline: tiles in flight plus one
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -174,12 +175,15 @@ def _keys_kernel(
     keys = pl.ds(tile * block_k, block_k)
     k, v = k_ref[b, keys, kv_head, :], v_ref[b, keys, kv_head, :]
 
-    def add(query_tile, carry, masked, member):
+    def sums(query_tile, member):
+        at = b, kv_head * group + member, pl.ds(query_tile * block_q, block_q)
+        return lse_ref[at], delta_ref[at]
+
+    def add(query_tile, carry, masked, member, lse, delta):
         dk, dv = carry
         head = kv_head * group + member
         queries = pl.ds(query_tile * block_q, block_q)
         q, grad = q_ref[b, queries, head, :], grad_ref[b, queries, head, :]
-        lse, delta = lse_ref[b, head, queries], delta_ref[b, head, queries]
         weights = jnp.exp2(dot(k, q, ((1,), (1,))) * (scale * LOG2_E) - lse[None, :])  # [block_k, block_q]
         if masked:
             weights = jnp.where(_allowed(bits_ref, b, tile, queries, block_k, query_axis=1), weights, 0.0)
@@ -188,7 +192,7 @@ def _keys_kernel(
         return dk + dot(dscores.astype(q.dtype), q, ((1,), (0,))), dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = over_tiles(add, (zeros, zeros), listed_tiles(tiles_ref, counts_ref, b, tile), group=group)
+    dk, dv = over_tiles(add, (zeros, zeros), listed_tiles(tiles_ref, counts_ref, b, tile), group=group, ahead=sums)
     dk_ref[b, keys, kv_head, :] = (dk * scale).astype(dk_ref.dtype)
     dv_ref[b, keys, kv_head, :] = dv.astype(dv_ref.dtype)
 
