@@ -10,7 +10,7 @@ XLA copies them first. `rotate_heads`: XLA writes the gradient of a slice as a p
 keys and values went through memory padded and added up. Here each number is read once and each result is written
 once, in the layout that the matrix product reads.
 
-How: a program owns a kv head, its G query heads, its key and its value; of one sequence, or of a tile of rows.
+How: a program owns a kv head, its G query heads, its key and its value, of one sequence; or some kv heads of a tile of rows.
 
 Numerics: rotated in float32, rounded once to the dtype of the heads; values are copied as they are.
 """
@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.rotary.reference import rotate_pairs
 
 TILE_ROWS = 32  # tokens of a program of whole sequences, whose number of rows must be a multiple
+MAX_KV_HEADS = 3  # of such a program: with three of twelve 272 us, with one 315 (65,536 tokens, G 1, H 64, one H100)
 
 
 def triton_rotate_and_write(
@@ -35,7 +36,7 @@ def triton_rotate_and_write(
     pool = jax.ShapeDtypeStruct(k_pool.shape, k_pool.dtype)
     return pl.pallas_call(
         _write_kernel if one_by_one else _write_runs_kernel,
-        grid=(slots.shape[0], num_kv_heads),
+        grid=(slots.shape[0], num_kv_heads if one_by_one else num_kv_heads // heads_at_once(num_kv_heads)),
         out_shape=(q, pool, pool),
         input_output_aliases={4: 1, 5: 2},
         compiler_params=plt.CompilerParams(num_warps=1 if one_by_one else 4, num_stages=1),
@@ -66,12 +67,23 @@ def triton_rotate_heads_gradient(
 def _call(kernel, num_rows: int, num_kv_heads: int, out_shape, interpret: bool, name: str):
     return pl.pallas_call(
         kernel,
-        grid=(num_rows // TILE_ROWS, num_kv_heads),
+        grid=(num_rows // TILE_ROWS, num_kv_heads // heads_at_once(num_kv_heads)),
         out_shape=out_shape,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name=name,
     )
+
+
+def heads_at_once(num_kv_heads: int) -> int:
+    """Choose how many kv heads a program of whole sequences owns."""
+    return next(heads for heads in range(MAX_KV_HEADS, 0, -1) if num_kv_heads % heads == 0)
+
+
+def _own_heads(num_kv_heads: int):
+    """Return the kv heads of this program."""
+    heads = heads_at_once(num_kv_heads)
+    return [pl.program_id(1) * heads + index for index in range(heads)]
 
 
 def _halves(head_size: int):
@@ -144,15 +156,16 @@ def _write_runs_kernel(
 
 def _rotate_tile(qkv_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, own, slots):
     """Rotate the heads of the rows `own`; keys and values go to the rows `slots`."""
-    kv_head, group = pl.program_id(1), qkv_ref.shape[2] - 2
+    group = qkv_ref.shape[2] - 2
     low, high = _halves(qkv_ref.shape[3])
     cos, sin = cos_ref[own, :], sin_ref[own, :]
-    for member in range(group + 1):
-        target, rows, head = (q_ref, own, kv_head * group + member) if member < group else (k_ref, slots, kv_head)
-        first, second = rotate_pairs(qkv_ref[own, kv_head, member, low], qkv_ref[own, kv_head, member, high], cos, sin)
-        target[rows, head, low] = first.astype(target.dtype)
-        target[rows, head, high] = second.astype(target.dtype)
-    v_ref[slots, kv_head, :] = qkv_ref[own, kv_head, group + 1, :]
+    for kv_head in _own_heads(qkv_ref.shape[1]):
+        for member in range(group + 1):
+            target, rows, head = (q_ref, own, kv_head * group + member) if member < group else (k_ref, slots, kv_head)
+            first, second = rotate_pairs(qkv_ref[own, kv_head, member, low], qkv_ref[own, kv_head, member, high], cos, sin)
+            target[rows, head, low] = first.astype(target.dtype)
+            target[rows, head, high] = second.astype(target.dtype)
+        v_ref[slots, kv_head, :] = qkv_ref[own, kv_head, group + 1, :]
 
 
 def _heads_gradient_kernel(
@@ -163,12 +176,13 @@ def _heads_gradient_kernel(
     sin_ref,  # float32 [R, H / 2]
     out_ref,  # [R, K, G + 2, H]
 ):
-    own, kv_head, group = pl.ds(pl.program_id(0) * TILE_ROWS, TILE_ROWS), pl.program_id(1), out_ref.shape[2] - 2
+    own, group = pl.ds(pl.program_id(0) * TILE_ROWS, TILE_ROWS), out_ref.shape[2] - 2
     low, high = _halves(out_ref.shape[3])
     cos, sin = cos_ref[own, :], sin_ref[own, :]
-    for member in range(group + 1):
-        source, head = (dq_ref, kv_head * group + member) if member < group else (dk_ref, kv_head)
-        first, second = rotate_pairs(source[own, head, low], source[own, head, high], cos, sin, back=True)
-        out_ref[own, kv_head, member, low] = first.astype(out_ref.dtype)
-        out_ref[own, kv_head, member, high] = second.astype(out_ref.dtype)
-    out_ref[own, kv_head, group + 1, :] = dv_ref[own, kv_head, :]
+    for kv_head in _own_heads(out_ref.shape[1]):
+        for member in range(group + 1):
+            source, head = (dq_ref, kv_head * group + member) if member < group else (dk_ref, kv_head)
+            first, second = rotate_pairs(source[own, head, low], source[own, head, high], cos, sin, back=True)
+            out_ref[own, kv_head, member, low] = first.astype(out_ref.dtype)
+            out_ref[own, kv_head, member, high] = second.astype(out_ref.dtype)
+        out_ref[own, kv_head, group + 1, :] = dv_ref[own, kv_head, :]
