@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear.many_rows import is_fused, swiglu_linear
 from pallas_kernels.linear.product import plain_product, product
 from pallas_kernels.quantized import Quantized, Rows, values_of
 from pallas_kernels.swiglu import silu_and_mul
@@ -39,9 +40,14 @@ def xla_linear(x, weight: Rows, norm, bias, residual, *, norm_eps: float, gated:
     """Compute what a Llama in the dtype of `x` computes, with gradients: the path of training and prefill.
 
     RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
-    rounded; bias, gate and residual in `out_dtype`. Float32 products are float32 products, not TF32.
+    rounded; bias, gate and residual in `out_dtype`. Float32 products are float32 products, not TF32. Without gradients the gate of
+    many rows is computed in a kernel on Hopper, which rounds once.
     """
     x = x if norm is None else rms_norm(x, norm, norm_eps)
+    if gated and not isinstance(weight, Quantized) and bias is residual is None and out_dtype == x.dtype:
+        rounded = weight.astype(x.dtype)
+        if is_fused(x, rounded):
+            return swiglu_linear(x, rounded)
     if isinstance(weight, Quantized) or out_dtype == x.dtype:
         out = plain_product(x, values_of(weight), jnp.float32 if isinstance(weight, Quantized) else out_dtype)
     else:

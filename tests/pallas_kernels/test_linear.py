@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from benchmarks.linear import MATRICES
-from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight
-from pallas_kernels.linear import expected_bytes, unsupported_reason
-from pallas_kernels.linear.heuristics import LinearConfig, TileConfig, is_fastest, is_tiled, linear_config, tile_config
+from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight, silu_and_mul
+from pallas_kernels.linear import expected_bytes, many_rows, mosaic, unsupported_reason
+from pallas_kernels.linear.heuristics import LinearConfig, TileConfig, band_tiles, is_fastest, is_tiled, linear_config, tile_config
+from pallas_kernels.linear.mosaic import mosaic_swiglu_linear
 from pallas_kernels.linear.triton import padded_rows, triton_linear
 from pallas_kernels.linear.triton_tiled import triton_tiled_linear
 from tests.pallas_kernels.budget import INTERPRET, KERNELS, error, gpu_run, program, rms, round_to, run
-from tests.pallas_kernels.cases.linear import CASE, CASES, Case, Problem, make_problem, shared_memory_bytes
+from tests.pallas_kernels.cases.linear import CASE, CASES, MANY_ROWS, Case, Problem, make_problem, shared_memory_bytes
 from tests.pallas_kernels.lowering import cuda_lowering
 
 ALL = [("reference", False), ("xla", False), *KERNELS]
@@ -446,3 +447,103 @@ def test_lowers_for_cuda(name, batch, quantized):
     product = functools.partial(linear, norm_eps=1e-5, config=config, gated=matrix.gated, out_dtype=matrix.out_dtype)
     residual = shape((batch, matrix.num_results))
     assert cuda_lowering(product, x, weight, norm, None, residual).count("__gpu$xla.gpu.triton") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- many rows
+
+
+def half(x):
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [case.name for case in MANY_ROWS])
+def test_gates_of_many_rows(name):
+    """Within the error of a float64 result that is rounded to bfloat16 once; gate and up swapped are far outside."""
+    case = CASE[name]
+    problem = round_to(make_problem(case), ml_dtypes.bfloat16)
+    bands = band_tiles(case.num_results, case.num_inputs)
+    exact = oracle(problem)
+    budget = 1.1 * rms(exact.astype(ml_dtypes.bfloat16).astype(np.float64) - exact)
+    for weight, right in ((problem.weight, True), (np.roll(problem.weight, case.num_results, axis=0), False)):
+        out = mosaic_swiglu_linear(half(problem.x), half(weight), band_tiles=bands)
+        assert (rms(np.asarray(out, float) - exact) < budget) == right
+
+
+def test_gates_of_many_rows_are_fused_where_it_was_measured(monkeypatch):
+    """Up to 768 inputs, from 16,384 rows on, without bias or residual; on no other device, and never with gradients."""
+    calls = []
+
+    def kernel(x, weight, *, band_tiles):
+        calls.append((*x.shape, weight.shape[0], band_tiles))
+        return plain(x, weight)
+
+    def plain(x, weight):
+        return silu_and_mul(jnp.matmul(x, weight.T))
+
+    def product(x, weight, **more):
+        jax.eval_shape(lambda x, weight, more: fused_linear(x, weight, gated=True, implementation="xla", **more), x, weight, more)
+
+    monkeypatch.setattr(mosaic, "mosaic_swiglu_linear", kernel)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    x, weight, narrow = shape((16384, 768)), jax.ShapeDtypeStruct((6144, 768), jnp.float32), shape((3072, 512))
+    product(x, weight)
+    assert not calls  # this device has no kernel
+    monkeypatch.setattr(many_rows, "device_reason", lambda *_: None)
+    product(x, weight)
+    product(shape((64, 512, 512)), narrow)
+    assert calls == [(16384, 768, 6144, 8), (32768, 512, 3072, 1)]
+    product(shape((16383, 768)), weight)
+    product(shape((16384, 4096)), shape((1024, 4096)))
+    product(x, shape((6144 + 128, 768)))
+    product(x, weight, residual=shape((16384, 3072)))
+    product(x, weight, bias=shape((6144,)))
+    product(jax.ShapeDtypeStruct(x.shape, jnp.float32), weight)
+    assert len(calls) == 2
+
+    rng = np.random.default_rng(0)
+    few, matrix = half(rng.normal(size=(8, 64))), half(rng.normal(size=(128, 64)))
+    loss = [jax.grad(lambda *args, f=f: jnp.sum(f(*args).astype(jnp.float32)), argnums=(0, 1)) for f in (many_rows.swiglu_linear, plain)]
+    for found, expected in zip(*(gradients(few, matrix) for gradients in loss), strict=True):
+        np.testing.assert_array_equal(np.asarray(found, float), np.asarray(expected, float))
+    assert len(calls) == 2  # XLA computed the value too, with the products that the gradient needs
+
+
+def test_the_kernel_of_gates_says_what_it_cannot_do():
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    for rows, outputs, inputs, reason in [
+        (256, 512, 96, "multiples of 64 and 128, got 96 and 256"),
+        (256, 384, 64, "multiples of 64 and 128, got 64 and 192"),
+        (260, 512, 64, "a multiple of 8 from 128, got 260"),
+        (64, 512, 64, "a multiple of 8 from 128, got 64"),
+    ]:
+        assert reason in mosaic.unsupported_reason(shape((rows, inputs)), shape((outputs, inputs)))
+    x, weight = shape((256, 64)), shape((512, 64))
+    assert mosaic.unsupported_reason(x, weight) is None
+    assert "got float32 and bfloat16" in mosaic.unsupported_reason(jax.ShapeDtypeStruct(x.shape, jnp.float32), weight)
+
+
+@pytest.mark.parametrize("rows, outputs, inputs", [(65536, 3072, 512), (16384, 3072, 576), (16384, 6144, 768)])
+def test_the_kernel_of_gates_lowers_for_cuda(rows, outputs, inputs):
+    product = functools.partial(mosaic_swiglu_linear, band_tiles=band_tiles(outputs // 2, inputs))
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, inputs), (outputs, inputs)))
+    assert "mosaic_gpu" in cuda_lowering(product, *shapes)
+
+
+def test_gradients_of_float32_logits_are_products_of_halves():
+    """Not TF32: the logits' gradient is rounded to bfloat16, and the weight's is summed up in float32."""
+    rng = np.random.default_rng(0)
+    x, weight, grad = rng.normal(size=(24, 64)), rng.normal(size=(96, 64)), rng.normal(size=(24, 96))
+    x, weight = (a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (x, weight))
+    rows, matrix = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.float32)
+
+    def gradients(rows, matrix, grad):
+        return jax.vjp(lambda *args: fused_linear(*args, out_dtype=jnp.float32, implementation="xla"), rows, matrix)[1](grad)
+
+    found = gradients(rows, matrix, jnp.asarray(grad, jnp.float32))
+    rounded = grad.astype(ml_dtypes.bfloat16).astype(np.float64)
+    for one, plain, exact in zip(found, (rounded @ weight, rounded.T @ x), (grad @ weight, grad.T @ x), strict=True):
+        assert error(np.asarray(one, float), plain.astype(one.dtype).astype(np.float64), exact) < 1.5
+    assert found[1].dtype == jnp.float32
+    products = [eqn for eqn in jax.make_jaxpr(gradients)(rows, matrix, jnp.asarray(grad, jnp.float32)).eqns if "dot_general" in str(eqn)]
+    assert len(products) >= 2 and not any("f32[24,96] bf16" in str(eqn) for eqn in products)

@@ -46,7 +46,12 @@ CASES = (
     Case("inputs_576", "SmolLM2-135M's width, nine times 64", 2, 64, 576, norm=True),
     Case("inputs_48", "inputs with a power of two as low as 16", 1, 32, 48, norm=True),
 )
-CASE = {case.name: case for case in CASES}
+MANY_ROWS = (
+    Case("rows_304", "the last tile of rows is not full", 304, 2 * 128, 256, gated=True),
+    Case("bands", "more tiles than programs; wide weights, in bands of tiles, the last not full", 2200, 2 * 2176, 1024, gated=True),
+    Case("inputs_576_gated", "nine steps, for four stages", 16384, 2 * 256, 576, gated=True),
+)
+CASE = {case.name: case for case in (*CASES, *MANY_ROWS)}
 
 
 @dataclasses.dataclass
