@@ -93,7 +93,7 @@ def read_ceiling_tbps() -> float:
 # A collective's time has in it the waiting for the other devices.
 _KINDS = {
     "communication": r"nccl|(?i:all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective.?permute)",
-    "attention": r"masked_attention|span_decode|prompt_attention|anonymous_mosaic_gpu|sdpa|fmha|flash",
+    "attention": r"masked_attention|span_decode|prompt_attention|^(?!.*fused_linear).*mosaic_gpu|sdpa|fmha|flash",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|dot|fused_linear",
 }
 

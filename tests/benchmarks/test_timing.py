@@ -86,6 +86,7 @@ def test_rows_of_kernels_stand_beside_their_bytes(tmp_path, monkeypatch, capsys)
         (" masked_attention_forward", "attention"),
         ("custom-call.8 prompt_attention", "attention"),
         ("custom-call.8 _kernel_mosaic_gpu_kernel", "attention"),
+        ("custom-call.9 fused_linear_swiglu_mosaic_gpu_kernel", "matrix products"),
         ("custom-call.9 nvjet_tst_128x8_64x12_4x1_v_bz_TNT", "matrix products"),
         ("custom-call fused_linear", "matrix products"),
         ("loop_add_fusion.12 loop_add_fusion_12", "the rest"),
