@@ -93,21 +93,28 @@ def prefill_state(
     cache = KVCache.empty(model.config, lengths, prompt_capacity, num_samples, config.max_new_tokens)
     chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
     first_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
-    masks = masks_of_prompts(policy, token_ids, lengths, model.vocab, model.config, responses=responses)
+    arguments = token_ids, lengths, model.vocab, model.config
+    masks_of = functools.partial(masks_of_prompts, policy, *arguments)
 
-    def read_chunk(index, carry):
+    def read_chunk(masks, prefill, index, carry):
         pools, last = carry
         start = index * chunk
         positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
         tokens = jax.lax.dynamic_slice_in_dim(token_ids, start, chunk, axis=1)
-        attend = attend_prompts(first_slots + positions, prompt_mask(masks(start, chunk), config.prefill, chunk))
+        attend = attend_prompts(first_slots + positions, prompt_mask(masks(start, chunk), prefill, chunk))
         hidden, pools = model(tokens, positions, attend, pools)
         at = lengths - 1 - start
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return pools, jnp.where(((at >= 0) & (at < chunk))[:, None], here, last)
 
     carry = (tuple((*layer, *measured) for layer in cache.pools), jnp.zeros((batch, model.config.hidden_size), model.config.compute_dtype))
-    pools, last = jax.lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, read_chunk, carry)
+    num_chunks, begun = (jnp.max(lengths) + chunk - 1) // chunk, 0
+    if chunk < prompt_capacity and policy.prompt_masks(*arguments, responses=responses) is None:  # chunks before any response have tiles
+        is_prompt = jnp.cumsum(token_ids == model.vocab.solve_id, axis=1) == 0
+        begun = jnp.minimum(num_chunks, jnp.min(jnp.sum(is_prompt, axis=1, dtype=jnp.int32)) // chunk)
+        carry = jax.lax.fori_loop(0, begun, functools.partial(read_chunk, masks_of(responses=False), "dense"), carry)
+    read_rest = functools.partial(read_chunk, masks_of(responses=responses), config.prefill)
+    pools, last = jax.lax.fori_loop(begun, num_chunks, read_rest, carry)
 
     def for_each_sample(x):
         return jnp.repeat(x, num_samples, axis=0)

@@ -131,8 +131,9 @@ def test_prefill_in_chunks_is_one_forward():
     lengths = np.array([256, 1, 63, 64, 65, 128, 200, 255], np.int32)
     rows = rng.integers(4, VOCAB_SIZE, (len(lengths), 256 + 2)).astype(np.int32)
     rows[:, 0] = VOCAB.bos_id
+    rows[rows == VOCAB.solve_id] = VOCAB.bos_id
     for b in range(len(lengths) - 1):  # a response begins in most of them, so that steps, names and views reach across chunks
-        rows[b, rng.integers(1, 120)] = VOCAB.solve_id
+        rows[b, rng.integers(64, 120)] = VOCAB.solve_id  # after the first chunk, which is read as that of prompts
     t, s = np.indices((258, 258))
     window = (s <= t) & ((t - s < 70) | (s < 2))
     for case, policy, masks in [
