@@ -59,7 +59,7 @@ def triton_gradient(x, scale, grad, passed, eps: float, *, interpret: bool = Fal
         functools.partial(_kernel, eps=eps, tile_rows=rows, pieces=pieces(num_columns)),
         grid=(programs,),
         out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((programs, num_columns), jnp.float32)),
-        compiler_params=plt.CompilerParams(num_warps=max(2, num_columns // 2048), num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=max(2, pl.next_power_of_2(num_columns) // 1024), num_stages=1),
         interpret=interpret,
         name="rms_norm_gradient",
     )(x, scale, grad, passed)
