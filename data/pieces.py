@@ -1,6 +1,7 @@
 """Prompts in labelled pieces, and responses whose steps name the pieces that they rest on: what tasks on text share."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,7 +33,7 @@ def encode_prompt(
     kept = 0
     for number, text in enumerate(pieces):
         label = min(1 + number, vocab.num_labels - 1)
-        ids = spans.piece(label, vocab.plain_text_ids(" " + text), vocab, closed=closed_pieces)
+        ids = spans.piece(label, _text_ids(vocab, text), vocab, closed=closed_pieces)
         if len(token_ids) + len(ids) + 1 > max_prompt_tokens:  # `<solve>` follows
             break
         token_ids += ids
@@ -44,6 +45,12 @@ def encode_prompt(
         message = f"{kept} pieces and {num_steps} steps need labels up to {last}, but the last one is {vocab.num_labels - 1}"
         raise Unusable(f"{message}: more num_labels, or fewer max_prompt_tokens", "with more pieces than num_labels")
     return [*token_ids, vocab.solve_id], kept
+
+
+@functools.lru_cache(maxsize=1024)
+def _text_ids(vocab: TokenizerVocab, text: str) -> tuple[int, ...]:
+    """Encode the text of a piece: catalogues, and what was said before a turn, have the same ones again."""
+    return tuple(vocab.plain_text_ids(" " + text))
 
 
 def encode_steps(
