@@ -82,11 +82,24 @@ def test_an_example_is_the_dialogue_and_its_calls_with_where_their_values_stand(
     assert decoded.startswith("<bos> Call the services:<seg:1> Service ") and f"<solve><seg:16>{names} {CALLS[0][0]}<seg:17>" in decoded
 
 
-def test_a_default_that_another_slot_was_told_stands_in_the_service(clone, tmp_path):
-    shutil.copytree(clone, tmp_path / "clone")
-    turns(lambda own: own[1]["frames"].append(layouts.frame("Inns_1", ("inn", "any"))))(tmp_path / "clone")
-    before, after = (drafts(root, services=3)[1].document.steps for root in (clone, tmp_path / "clone"))
-    assert [step.sources for step in after] == [step.sources for step in before]
+STANDS = {  # what a turn says too: number, service, slot, value -> the pieces of SAID that the second call rests on
+    "a default is no other slot's": (1, "Inns_1", "inn", "any", (2, 3, 6)),
+    "the latest turn": (4, "Buses_1", "seats", "2", (3, 6)),
+    "the same slot before another": (3, "Buses_1", "leaves", "2", (2, 3, 6)),
+    "the same service before another": (3, "Inns_1", "seats", "2", (2, 3, 6)),
+    "any slot before a row": (2, "Inns_1", "inn", "K7", (2, 6)),
+    "nothing after the call": (5, "Buses_1", "seats", "2", (2, 3, 6)),
+}
+
+
+@pytest.mark.parametrize("case", STANDS)
+def test_where_values_stand(clone, tmp_path, case):
+    number, service, slot, value, expected = STANDS[case]
+    shutil.copytree(clone / "train", tmp_path / "train")
+    (tmp_path / "sgd_x").symlink_to(clone / "sgd_x")
+    turns(lambda own: own[number]["frames"].append(layouts.frame(service, (slot, value))))(tmp_path)
+    step = drafts(tmp_path, services=3)[1].document.steps[1]
+    assert [piece - 3 for piece in step.sources[1:]] == [*expected]
 
 
 def test_one_turn_an_example_has_what_was_said_before_its_call(clone):
