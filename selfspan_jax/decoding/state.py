@@ -108,7 +108,7 @@ def prefill_state(
         return pools, jnp.where(((at >= 0) & (at < chunk))[:, None], here, last)
 
     carry = (tuple((*layer, *measured) for layer in cache.pools), jnp.zeros((batch, model.config.hidden_size), model.config.compute_dtype))
-    num_chunks, begun = (jnp.max(lengths) + chunk - 1) // chunk, 0
+    num_chunks, begun = (jnp.max(lengths) + chunk - 1) // chunk, jnp.int32(0)
     if chunk < prompt_capacity and policy.prompt_masks(*arguments, responses=responses) is None:  # chunks before any response have tiles
         is_prompt = jnp.cumsum(token_ids == model.vocab.solve_id, axis=1) == 0
         begun = jnp.minimum(num_chunks, jnp.min(jnp.sum(is_prompt, axis=1, dtype=jnp.int32)) // chunk)
