@@ -59,7 +59,7 @@ EXPERIMENTS = {
             **{kind: f"on {own}" for kind, own in CATALOGUES.items() if page == "tools" and kind != "eval"},
         },
         evaluation_fields={
-            **dict.fromkeys((*_KEPT, "sources?", "constrained?")),
+            **dict.fromkeys((*_KEPT, "finished_fraction?", "sources?", "constrained?")),
             "by_example": dict.fromkeys(("digests", "prompt_tokens", "counts")),
             "by_batch_size": [dict.fromkeys(("batch_size", "response_tokens_per_second", "*"))],
         },

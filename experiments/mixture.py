@@ -1,7 +1,7 @@
 """Write a mixture of corpora of documents as JSONL, with questions of its own making: what one model of all of them trains on.
 
-    python -m experiments.mixture corpora/papers corpora/verdicts corpora/stories --out corpora/mixture.jsonl.d
-    python -m data documents --source corpora/mixture.jsonl.d --out corpora/mixture
+    python -m experiments.mixture corpora/papers corpora/verdicts corpora/stories --out rows
+    python -m data documents --source rows --out corpora/mixture
 
 A model that is trained on it reads the prompts of each corpus, by their instructions: `decode.py eval MODEL --data corpora/stories`.
 
@@ -13,7 +13,7 @@ nobody had to mark (the inverse cloze task: Lee et al., *Latent Retrieval for We
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import dataclasses
 import json
 import random
@@ -31,6 +31,7 @@ from data.documents.task import DocumentTask
 from data.errors import UserError, check_range
 from data.stories.source import QUESTION
 from data.tasks import TASKS
+from selfspan_jax import files
 
 INSTRUCTION = "Complete the sentences:"
 _SPLITS = ("train", "validation")
@@ -126,14 +127,11 @@ def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
 def main(arguments: Sequence[str] | None = None) -> None:
     with commandline.exit_on_user_error(UserError):
         mixture = commandline.parse(Mixture, "mixture", sys.argv[1:] if arguments is None else list(arguments), user_error=UserError)
-        mixture.out.mkdir(parents=True, exist_ok=True)
         for split in _SPLITS:
-            counts: dict[str, int] = {}
-            with contextlib.closing((mixture.out / f"{split}.jsonl").open("w", encoding="utf-8")) as file:
-                for name, fields in rows(mixture, split):
-                    counts[name] = counts.get(name, 0) + 1
-                    file.write(json.dumps(fields) + "\n")
-            print(f"{split}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+            if found := list(rows(mixture, split)):
+                files.write_text(mixture.out / f"{split}.jsonl", "".join(f"{json.dumps(fields)}\n" for _, fields in found))
+                counts = collections.Counter(name for name, _ in found)
+                print(f"{split}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ class Variant:
             corpus = TASKS[self.settings["corpus"]].Corpus(**tuning.corpus)
         configs["corpus"] = corpus
         found = {section: dataclasses.asdict(config) if config else {} for section, config in configs.items()}
-        if "data" in self.settings:  # a card says too how sources were aligned
-            found["corpus"] |= dataclasses.asdict(Alignment())
+        if "data" in self.settings:  # a card says too how sources were aligned, and whose words it is written in
+            found["corpus"] |= {**dataclasses.asdict(Alignment()), "tokenizer": None}
         return found
 
     def check(self, run: Mapping[str, Mapping[str, Any]], where: str) -> None:

@@ -173,6 +173,20 @@ def test_new_embeddings_are_near_the_mean_and_differ():
     assert np.any(np.asarray(again.embed_tokens.embedding[...]) != rows)
 
 
+def test_labels_of_a_model_to_be_trained_begin_as_tokens_that_it_knows():
+    """Both tokens of a label are one old row apart from a row that all of their family share."""
+    old = np.asarray(load_file(RECORDED / "llama" / "model.safetensors")["model.embed_tokens.weight"])
+    model = importing.load_decoder(RECORDED / "llama", labels_as_words=True)
+    rows, vocab = np.asarray(model.embed_tokens.embedding[...]), model.vocab
+    np.testing.assert_array_equal(rows[:VOCAB_SIZE], old)
+    seg, ref = (rows[base : base + vocab.num_labels] for base in (vocab.seg_base, vocab.ref_base))
+    np.testing.assert_allclose(seg - ref, np.broadcast_to((seg - ref)[:1], seg.shape), atol=1e-6)
+    assert np.abs(seg[0] - ref[0]).mean() > 0.1 * old.std()
+    apart = [np.abs(old[None] - (seg - (seg[0] - word))[:, None]).max(axis=2).min(axis=1).max() for word in old]
+    assert min(apart) < 1e-6 < sorted(apart)[1]  # every label is an old row for one shared row, and for no other
+    assert len(np.unique(seg, axis=0)) > 10
+
+
 @pytest.fixture
 def directory(tmp_path):
     """A whole model with a tokenizer, as somebody would keep it."""

@@ -1,0 +1,71 @@
+"""The mixture of corpora: what their rows say, and questions of its own making against the text that they are about."""
+
+import json
+
+import pytest
+
+from data import dataset
+from data.__main__ import main as data_main
+from data.tasks import TASKS
+from experiments import mixture
+
+SENTENCES = [
+    f"The {name} of the river {place} was seen by all the people there." for name in ("king", "wolf", "cook") for place in ("Ouse", "Exe")
+]
+OWN = {"instruction": "Answer:", "document": [*SENTENCES, "Question: Who?"], "steps": [{"text": "the wolf", "sources": [6, 2]}]}
+LONG = {"document": [" ".join(SENTENCES[:3]), " ".join(SENTENCES[3:])], "steps": [{"text": "All was seen.", "sources": [1]}]}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Two documents: sentences as pieces, beside a question, and sections of several sentences."""
+    path = tmp_path_factory.mktemp("mixture")
+    for split in ("train", "validation"):
+        (path / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (OWN, LONG)))
+    data_main(["documents", "--source", str(path), "--vocab-tokens", "300", "--out", str(path / "corpus")])
+    return path / "corpus"
+
+
+def written(corpus, out, *options):
+    mixture.main([str(corpus), "--out", str(out), *options])
+    return {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in out.iterdir()}
+
+
+def test_rows_are_those_of_the_corpora_and_can_be_written_as_one(corpus, tmp_path):
+    found = written(corpus, tmp_path / "rows", "--texts", "0")
+    assert found == {split: [OWN, {"instruction": "", **LONG}] for split in ("train", "validation")}
+    data_main(["documents", "--source", str(tmp_path / "rows"), "--vocab-tokens", "300", "--out", str(tmp_path / "both")])
+    one, other = (dataset.load(path, TASKS, "train") for path in (corpus, tmp_path / "both"))
+    assert [example.document for example in one] == [example.document for example in other]
+
+
+@pytest.mark.parametrize("kept", ["0", "1"])
+def test_questions_are_sentences_of_the_sections_that_their_answers_name(corpus, tmp_path, kept):
+    """By the text itself: question and answer make a sentence, which its section has lost, or keeps, and no other section has."""
+    made = [
+        row
+        for row in written(corpus, tmp_path / kept, "--texts", "1", "--kept", kept)["train"]
+        if row["instruction"] == mixture.INSTRUCTION
+    ]
+    assert len(made) == 2
+    for row in made:
+        questions = [i for i, piece in enumerate(row["document"]) if piece.startswith("Question:")]
+        sections = row["document"][: questions[0]]
+        assert [step["sources"][0] for step in row["steps"]] == questions and "Who?" not in " ".join(row["document"])
+        asked = []
+        for step in row["steps"]:
+            question, section = step["sources"]
+            asked.append(f"{row['document'][question].removeprefix('Question: ')} {step['text']}")
+            before = SENTENCES.index(asked[-1])  # sections are of neighbours
+            neighbours = [place for place, text in enumerate(SENTENCES) if text in sections[section] and text != asked[-1]]
+            assert before - 1 in neighbours or before + 1 in neighbours
+            assert [asked[-1] in text for text in sections] == [kept == "1" and i == section for i in range(len(sections))]
+        assert all(text in " ".join(sections) for text in SENTENCES if text not in asked)
+
+
+def test_what_is_no_corpus_of_documents_is_refused(tmp_path, capsys):
+    data_main(["arithmetic", "--num-examples", "2", "--out", str(tmp_path / "sums")])
+    with pytest.raises(SystemExit):
+        mixture.main([str(tmp_path / "sums"), "--out", str(tmp_path / "rows")])
+    assert "is a corpus of arithmetic; allowed: corpora of documents" in capsys.readouterr().err
+    assert not (tmp_path / "rows").exists()
