@@ -11,7 +11,7 @@ import pytest
 from data import dataset
 from data.__main__ import main as data_main
 from data.alignment import Alignment
-from data.stories import source
+from data.documents import Corpus
 from data.tasks import TASKS
 from experiments import documents
 from selfspan_jax import evaluation
@@ -73,9 +73,9 @@ def place(tmp_path):
     changes = {"dense": {"mask": "dense"}, "labels": {}, "all": {"header_view": "all"}}
 
     def write(arm, seed=0, **evaluations):
-        corpus = asdict(source.Corpus()) | asdict(Alignment())
+        corpus = asdict(Corpus()) | asdict(Alignment())
         name = f"stories_{arm}-{seed}"
-        (tmp_path / "raw" / f"{name}.run.json").write_text(json.dumps(tuned_run("stories", corpus, seed, **changes[arm])))
+        (tmp_path / "raw" / f"{name}.run.json").write_text(json.dumps(tuned_run("documents", corpus, seed, adapters=False, **changes[arm])))
         for kind, values in evaluations.items():
             (tmp_path / "raw" / f"{name}.{kind}.json").write_text(json.dumps(values))
         return tmp_path
@@ -124,8 +124,8 @@ def test_an_evaluation_is_taken_as_it_was_written(stored, place, capsys):
     ]
     line = "python decode.py eval runs/stories_labels-0/model --data corpora/stories --split validation --num-examples 1 --batch-size 16"
     assert f"{line}\n" in page and f"{line} --sources bm25\n" in page
-    train = "python train.py finetune-lora --run-dir runs/stories_labels-0 --init SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert f"{train} --corpus stories --data corpora/stories --header-view labels\n" in page
+    train = "python train.py finetune-full --run-dir runs/stories_labels-0 --init SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert f"{train} --corpus documents --data corpora/mixture --header-view labels\n" in page
 
 
 def gold_responses(examples):

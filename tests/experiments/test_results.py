@@ -14,7 +14,6 @@ from experiments import arithmetic, documents, news, pages, results
 from selfspan_jax.model import Decoder
 from selfspan_jax.training import Stopped
 from selfspan_jax.weights import importing
-from tests.data import layouts
 from tests.selfspan_jax.models import TINY
 from tests.selfspan_jax.weights.test_lora import directory
 
@@ -76,15 +75,17 @@ def test_the_command_of_a_run_is_the_one_that_trained_it(name, variant, claimed,
     assert claimed(tmp_path / "again", words[2:]) == there
 
 
-def test_the_command_of_a_run_on_a_corpus_directory_is_the_one_that_trained_it(claimed, tmp_path, monkeypatch):
+def test_the_command_of_a_run_on_a_corpus_directory_is_the_one_that_trained_it(claimed, base, tmp_path, monkeypatch):
     """train.py itself is the oracle, on a corpus directory."""
     monkeypatch.chdir(tmp_path)
     experiment = documents.EXPERIMENTS["papers"]
     own = experiment.variants["papers_plain"]
-    options = ["--vocab-tokens", "400", "--max-prompt-tokens", "600", "--max-example-tokens", "1024"]
-    options += ["--source", str(layouts.write_reports(tmp_path / "reports")), "--labelling", "plain"]
-    data_main(["papers", *options, "--out", str(tmp_path / "corpora" / "papers-plain")])
-    more = ["--seed", "3", "--sequence-tokens", "1024", "--rank", "8"]
+    rows = [{"document": [f"It rained in {town}.", "Snow fell."], "steps": [{"text": town, "sources": [0]}]} for town in ("Ouse", "Exe")]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = ["--max-prompt-tokens", "600", "--max-example-tokens", "1024", "--labelling", "plain", "--tokenizer", str(base)]
+    data_main(["documents", *options, "--source", str(tmp_path), "--out", str(tmp_path / "corpora" / "mixture-plain")])
+    more = ["--seed", "3", "--sequence-tokens", "1024", "--learning-rate", "5e-4"]
     there = claimed(tmp_path / "run", [own.preset, "--run-dir", "-", *own.options.split(), *more])
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "papers_plain-3.run.json").write_text(json.dumps(there))
