@@ -92,7 +92,8 @@ def cloze(document: Document, draw: random.Random, *, questions: int, kept: floa
     asked = draw.sample(sorted(chosen.items()), min(questions, len(chosen)))
     if not asked:
         return None
-    steps, prompts = [], []
+    steps: list[dict[str, Any]] = []
+    prompts: list[str] = []
     for i, j in asked:
         words = sections[i][j].split()
         cut = len(words) - draw.randint(3, len(words) // 2)
