@@ -14,13 +14,13 @@ and raises ValueError where the arguments do not fit together, and NotImplemente
 The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.11 deprecates it.
 """
 
-from pallas_kernels.linear import fused_linear, rms_norm
+from pallas_kernels.linear import ScaledRows, fused_linear, rms_norm
 from pallas_kernels.norm import fork_rms_norm
 from pallas_kernels.prompt_attention import PromptMask, prompt_attention
 from pallas_kernels.quantized import QuantizedPool, QuantizedWeight, quantize_pool, quantize_weight
 from pallas_kernels.rotary import norm_heads, rotate_and_write, rotate_heads
 from pallas_kernels.sequence_attention import TileMask, masked_attention
-from pallas_kernels.slots import update_slots, write_elements
+from pallas_kernels.slots import per_sequence, read_elements, update_slots, write_elements
 from pallas_kernels.span_decode import rotate_and_attend, span_decode_attention
 from pallas_kernels.swiglu import silu_and_mul
 
@@ -28,14 +28,17 @@ __all__ = [
     "PromptMask",
     "QuantizedPool",
     "QuantizedWeight",
+    "ScaledRows",
     "TileMask",
     "fork_rms_norm",
     "fused_linear",
     "masked_attention",
     "norm_heads",
+    "per_sequence",
     "prompt_attention",
     "quantize_pool",
     "quantize_weight",
+    "read_elements",
     "rms_norm",
     "rotate_and_attend",
     "rotate_and_write",

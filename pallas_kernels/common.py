@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.jax_triton import missing_reason
+
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MULTIPROCESSORS = 132  # of an H100 or H200; another number costs a little balance, nothing else
 PLAIN = ("reference", "xla")  # implementations in plain JAX, which run anywhere
@@ -52,6 +54,8 @@ def device_reason(implementation: str, known: Sequence[str], interpret: bool, mi
     Raises: ValueError for an implementation that the op does not have.
     """
     require(implementation in known, f"unknown implementation {implementation!r}, choose from {', '.join(known)}")
+    if implementation == "jax_triton" and (reason := missing_reason(interpret)):
+        return reason
     if interpret or implementation in PLAIN:
         return None
     device = jax.devices()[0]

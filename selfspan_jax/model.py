@@ -26,6 +26,7 @@ from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_
 from selfspan_jax.spans import SpanVocab
 
 Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+Rows = Any  # [B, T, D]; in decoding, where the norm that follows is known, `pallas_kernels.ScaledRows` of it
 # queries, keys and values [B, T, K, G + 2, H], neither normalised nor rotated; the options `norms` and `norm_eps` of queries and keys
 # that are; the angles; the layer's cache -> attention output [B, T, N, H], the layer's cache afterwards
 Attend = Callable[[Array, dict[str, Any], Angles, Any], tuple[Array, Any]]
@@ -77,13 +78,14 @@ class Linear(nnx.Module):
         self.bias = nnx.data(nnx.Param(jnp.zeros((out_size,), jnp.float32)) if bias else None)
         self.tensor_parallel: Literal["column", "row"] | None = None  # divided by outputs, or by inputs, over devices
 
-    def __call__(self, x: Float[Array, "B T D"], *, norm: RMSNorm | None = None, **options: Any) -> Float[Array, "B T M"]:
+    def __call__(self, x: Rows, *, norm: RMSNorm | None = None, next_norm: RMSNorm | None = None, **options: Any) -> Rows:
         """Apply the map to norm(x). Options are those of `pallas_kernels.fused_linear`: residual, gated, out_dtype, implementation."""
         weight = self.weight[...] if self.scales is None else QuantizedWeight(self.weight[...], self.scales[...])
         if norm is not None:
             options |= {"norm": norm.scale[...], "norm_eps": norm.eps}
         bias = None if self.bias is None else self.bias[...]
         if self.tensor_parallel != "row":
+            options |= {} if next_norm is None else {"next_norm": next_norm.scale[...]}
             return fused_linear(copy_to_tensor_parallel(x) if self.tensor_parallel else x, weight, bias=bias, **options)
         residual = options.pop("residual") if bias is None else options.pop("residual") + bias.astype(x.dtype)[None, None, :]
         return reduce_from_tensor_parallel(fused_linear(x, weight, out_dtype=jnp.float32, **options)).astype(x.dtype) + residual
@@ -106,16 +108,16 @@ class Attention(nnx.Module):
         self.q_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
         self.k_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
 
-    def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, **linear: Any):
-        batch, num_tokens, _ = x.shape
+    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, **linear: Any):
         x, rows, own_norm = norm.fork(x, **linear)
         qkv = self.qkv_proj(rows, norm=own_norm, **linear)
+        batch, num_tokens, _ = qkv.shape
         qkv = qkv.reshape(batch, num_tokens, -1, self.projections, self.head_size)
         norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
             norms = {"norms": (self.q_norm.scale[...], self.k_norm.scale[...]), "norm_eps": self.q_norm.eps}
         out, cache = attend(qkv, norms, angles, cache)
-        return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, **linear), cache
+        return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, next_norm=next_norm, **linear), cache
 
 
 class MLP(nnx.Module):
@@ -125,9 +127,10 @@ class MLP(nnx.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config, rngs)  # all gates, then all ups
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config, rngs, residual=True)
 
-    def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, **linear: Any) -> Float[Array, "B T D"]:
+    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm | None, **linear: Any) -> Rows:
         x, rows, own_norm = norm.fork(x, **linear)
-        return self.down_proj(self.gate_up_proj(rows, norm=own_norm, gated=True, **linear), residual=x, **linear)
+        gates = self.gate_up_proj(rows, norm=own_norm, gated=True, **linear)
+        return self.down_proj(gates, residual=x, next_norm=next_norm, **linear)
 
 
 class Layer(nnx.Module):
@@ -139,9 +142,9 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], angles: Angles, attend: Attend, cache: Any, **linear: Any):
-        x, cache = self.self_attn(x, self.input_layernorm, angles, attend, cache, **linear)
-        return self.mlp(x, self.post_attention_layernorm, **linear), cache
+    def __call__(self, x: Rows, angles: Angles, attend: Attend, cache: Any, next_norm: RMSNorm | None = None, **linear: Any):
+        x, cache = self.self_attn(x, self.input_layernorm, self.post_attention_layernorm, angles, attend, cache, **linear)
+        return self.mlp(x, self.post_attention_layernorm, next_norm, **linear), cache
 
 
 class Embedding(nnx.Embed):
@@ -189,18 +192,20 @@ class Decoder(nnx.Module):
         # Rounded after the lookup: its gradient is a scatter with many hits per row, which GPUs add up in float32 only.
         x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
 
-        def run(layer: Layer, x, angles, cache):
+        def run(layer: Layer, x, angles, cache, next_norm):
             if self.gather_layers:
                 graph, params = nnx.split(layer)
                 layer = nnx.merge(graph, all_gather_params(params, self.config.compute_dtype))
-            return layer(x, angles, attend, cache, implementation=linear)
+            return layer(x, angles, attend, cache, next_norm, implementation=linear)
 
         if self.config.remat or self.gather_layers:
             policy = None if self.config.remat else jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             run = nnx.remat(run, policy=policy)
         after = []
-        for layer, cache in zip(self.layers, caches or (None,) * self.config.num_layers, strict=True):
-            x, cache = run(layer, x, angles, cache)
+        unknown = linear == "xla" or self.gather_layers  # of use to kernels only, which have no gradient
+        next_norms = [None if unknown else layer.input_layernorm for layer in self.layers[1:]] + [None]
+        for layer, cache, next_norm in zip(self.layers, caches or (None,) * self.config.num_layers, next_norms, strict=True):
+            x, cache = run(layer, x, angles, cache, next_norm)
             after.append(cache)
         return self.norm(x), tuple(after)
 

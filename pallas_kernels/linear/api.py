@@ -2,36 +2,40 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, require
+from pallas_kernels.jax_triton import launch
 from pallas_kernels.linear import triton, triton_tiled
 from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, TileConfig, is_fastest, is_tiled, linear_config, tile_config
-from pallas_kernels.linear.reference import reference_linear, rms_norm, xla_linear
+from pallas_kernels.linear.reference import ScaledRows, plain_rows, reference_linear, rms_norm, xla_linear
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 
-IMPLEMENTATIONS = ("reference", "xla", "triton")
+IMPLEMENTATIONS = ("reference", "xla", "triton", "jax_triton")
 
 
 def fused_linear(
-    x: jax.Array,
+    x: jax.Array | ScaledRows,
     weight: Rows,
     *,
     norm: jax.Array | None = None,
     norm_eps: float = 1e-5,
     bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
+    residual: jax.Array | ScaledRows | None = None,
     gated: bool = False,
+    next_norm: jax.Array | None = None,
     out_dtype: jnp.dtype | None = None,
     implementation: str | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> Any:
     """Multiply rows, RMS-normalised or not, with a matrix `[M, D]`; then SwiGLU and a residual, where they are asked for.
 
     Args:
-      x: `[..., D]` rows, bfloat16, float16 or float32; B is how many there are.
+      x: `[..., D]` rows, bfloat16, float16 or float32; B is how many there are. Or `ScaledRows`, made with `next_norm` the `norm` of
+        this call: the same result, without their norm being computed by every program anew.
       weight: `[M, D]`, the D inputs of an output next to each other, in the dtype of `x` or in float32 (which is cast to
         it, by the implementations that train), or a `QuantizedWeight` of that shape.
       norm: `[D]`, the scale of an RMSNorm of `x` before the product (1910.07467, equation 4), in any float dtype.
@@ -39,15 +43,18 @@ def fused_linear(
       bias: `[M]`, added to the product, in any float dtype.
       residual: `[..., M]` (`[..., F]` if gated), added last, in any float dtype.
       gated: SwiGLU (2002.05202, equation 6): `weight` is `[2 F, D]`, the first F outputs being the gate and the last F up.
+      next_norm: `[M]` (`[F]`), the `norm` of a later call whose `x` the result is. Where that gains, the result is `ScaledRows`.
       out_dtype: of the result, that of `x` unless given; float32 for logits.
-      implementation, interpret: as `pallas_kernels` says; None for the fastest that was measured. "triton" has no gradient.
+      implementation, interpret: as `pallas_kernels` says; None for the fastest that was measured. Kernels have no gradient.
 
     Returns:
       `[..., M]`, or `[..., F]` if gated.
     """
-    _validate(x, weight, norm, bias, residual, gated, out_dtype)
+    given, x, residual = x, plain_rows(x), None if residual is None else plain_rows(residual)
+    _validate(x, weight, norm, bias, residual, next_norm, gated, out_dtype)
     num_outputs, num_inputs = weight.shape
-    fastest = is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize, gated)
+    scaled = given if isinstance(given, ScaledRows) and norm is not None else None
+    fastest = is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize, gated, scaled is not None)
     chosen = choose_implementation(
         implementation,
         ("triton", "xla") if fastest else ("xla",),
@@ -58,10 +65,18 @@ def fused_linear(
     out_shape = (*x.shape[:-1], num_results)
     if math.prod(out_shape) == 0:
         return jnp.zeros(out_shape, out_dtype)
-    rows = x.reshape(-1, num_inputs)
+    rows: jax.Array | ScaledRows = x.reshape(-1, num_inputs)
     residual = None if residual is None else residual.reshape(-1, num_results)
-    if chosen == "triton":
-        return _triton(float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, bias, residual).reshape(out_shape)
+    if chosen in ("triton", "jax_triton"):
+        if scaled is not None:
+            rows = ScaledRows(x.reshape(-1, num_inputs), scaled.scaled.reshape(-1, num_inputs), scaled.squares)
+        scales = out_dtype == x.dtype != jnp.float16 and _num_rows(x) > MAX_NORM_ROWS  # float16 times a scale may overflow
+        out = _kernel(
+            chosen, float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, bias, residual, next_norm if scales else None
+        )
+        if isinstance(out, ScaledRows):
+            return ScaledRows(out.rows.reshape(out_shape), out.scaled.reshape(out_shape), out.squares)
+        return out.reshape(out_shape)
     compute = reference_linear if chosen == "reference" else xla_linear
     return compute(rows, weight, norm, bias, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
 
@@ -106,30 +121,34 @@ def _num_results(weight: Rows, gated: bool) -> int:
     return weight.shape[0] // 2 if gated else weight.shape[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _dispatch(norm_eps, gated, out_dtype, interpret, x, weight, norm, bias, residual):
-    (batch, num_inputs), item_bytes = x.shape, values_of(weight).dtype.itemsize
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, norm, bias, residual, next_norm):
+    (batch, num_inputs), item_bytes = plain_rows(x).shape, values_of(weight).dtype.itemsize
+    norm = None if isinstance(x, ScaledRows) else norm
     num_results = _num_results(weight, gated)
     # float16 rows times the norm's scale may overflow before they are normalised, which the tiled kernel does first.
-    tiled = is_tiled(batch, num_results, num_inputs, gated) or (x.dtype == jnp.float16 and norm is not None)
+    tiled = is_tiled(batch, num_results, num_inputs, gated) or (norm is not None and x.dtype == jnp.float16)
     config = (tile_config if tiled else linear_config)(batch, num_results, num_inputs, item_bytes, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "interpret": interpret}
     if isinstance(config, TileConfig):
-        return triton_tiled.triton_tiled_linear(x, weight, norm, bias, residual, config=config, **options)
+        linear = functools.partial(triton_tiled.triton_tiled_linear, config=config, **options)
+        return launch(implementation, linear, x, weight, norm, bias, residual, next_norm)
     if norm is not None and batch > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, norm_eps), None
-    return triton.triton_linear(x, weight, norm, bias, residual, config=config, **options)
+    return launch(
+        implementation, functools.partial(triton.triton_linear, config=config, **options), x, weight, norm, bias, residual, next_norm
+    )
 
 
 @_dispatch.defjvp
 def _no_gradient(*_):
-    raise NotImplementedError("implementation='triton' of fused_linear has no gradient: train with implementation='xla'")
+    raise NotImplementedError("the kernels of fused_linear have no gradient: train with implementation='xla'")
 
 
-_triton = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3))  # so that a model's layers trace it once
+_kernel = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3, 4))  # so that a model's layers trace it once
 
 
-def _validate(x, weight, norm, bias, residual, gated, out_dtype) -> None:
+def _validate(x, weight, norm, bias, residual, next_norm, gated, out_dtype) -> None:
     require(x.ndim > 0 and x.dtype in FLOAT_DTYPES, "x must be [..., D] in bfloat16, float16 or float32", x)
     if out_dtype is not None:
         require(jnp.dtype(out_dtype) in FLOAT_DTYPES, "out_dtype must be bfloat16, float16 or float32", jnp.dtype(out_dtype).name)
@@ -147,6 +166,9 @@ def _validate(x, weight, norm, bias, residual, gated, out_dtype) -> None:
     if bias is not None:
         fits = bias.shape == values.shape[:1] and bias.dtype in FLOAT_DTYPES
         require(fits, f"bias must be a float [M] = {[values.shape[0]]}", bias)
+    if next_norm is not None:
+        fits = next_norm.shape == (_num_results(weight, gated),) and next_norm.dtype in FLOAT_DTYPES
+        require(fits, f"next_norm must be a float [M] = {[_num_results(weight, gated)]}", next_norm)
     if residual is not None:
         shape = (*x.shape[:-1], _num_results(weight, gated))
         fits = residual.shape == shape and residual.dtype in FLOAT_DTYPES

@@ -21,7 +21,7 @@ MAX_INT8_ROWS = 8
 MIN_WEIGHTS = 2**24  # smaller matrices go to the tiled kernel, see `tile_config`
 MAX_INPUTS = 2048  # of these; 512, 576 and 1,536 were measured
 MAX_TILED_ROWS = 1024
-MAX_GATED_ROWS = 128  # at 64 rows as fast as XLA or faster, at 256 slower
+MAX_GATED_ROWS = 128  # where rows are to be normalised: at 64 rows as fast as XLA or faster, at 256 slower
 
 
 MIN_MOSAIC_ROWS = 16_384  # fewer were not measured
@@ -50,11 +50,11 @@ class TileConfig(NamedTuple):
     rows_first: bool = True  # rows on the long side of the matrix unit's product, else outputs
 
 
-def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int, gated: bool) -> bool:
-    """Tell whether a kernel of the Triton lowering was measured to be faster than XLA on problems like this one."""
+def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int, gated: bool, scaled: bool = False) -> bool:
+    """Tell whether a kernel of the Triton lowering was measured to be faster than XLA on problems like this one; `scaled`: `ScaledRows`."""
     if num_outputs * num_inputs >= MIN_WEIGHTS:
         return batch <= {1: MAX_INT8_ROWS, 2: MAX_ROWS}.get(item_bytes, 0)
-    return item_bytes == 2 and num_inputs <= MAX_INPUTS and batch <= (MAX_GATED_ROWS if gated else MAX_TILED_ROWS)
+    return item_bytes == 2 and num_inputs <= MAX_INPUTS and batch <= (MAX_GATED_ROWS if gated and not scaled else MAX_TILED_ROWS)
 
 
 def is_fastest_of_many_rows(batch: int, num_inputs: int) -> bool:
@@ -127,17 +127,28 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
                    64 rows, 64 outputs                           10.7 / 11.1  4.2 / 6.2  26.2 / 28.4   7.7 / 10.9
                    128 rows, 128 outputs, 8 warps                13.2 / 13.9  6.6 / 7.2  18.5 / 20.1  11.8 / 12.4
                    XLA                                            8.9 /  9.6  5.6 / 6.8  14.1 / 15.1  12.3 / 10.9
+    Of `ScaledRows`, another run, no norm in the loop (gate-up of 512 inputs in chunks of 128):
+         64 rows:  16 rows, 32 outputs                            3.5 /  -
+                   64 rows, 16 pairs                                                         4.3 /  -
+                   64 rows, 32 pairs                                                         5.1 /  -
+        256 rows:  32 rows, 64 outputs first                      3.7 /  3.8
+                   64 rows, 64 pairs                                                         7.5 /  7.8
+                   128 rows, 32 pairs                                                        7.1 /  7.5
+      1,024 rows:  64 rows, 128 outputs                           5.7 /  -
+                   128 rows, 128 pairs, 8 warps                                             13.1 /  -
+    (those at 256 rows less the 1.3 us of another launch in that chain). A map that makes `ScaledRows` takes 0.4 to 0.6 us more.
     Between 2 and 63 rows nothing was measured: a program does there what it does at 64, and there are fewer.
     """
     most = largest_power_of_2_below(num_results)
     if batch == 1 and num_inputs <= MAX_INPUTS:
         outputs = 4 if num_inputs <= 1024 else 2
         return TileConfig(1, min(outputs, most), num_inputs, outputs, 1)
-    chunk = largest_power_of_2_in(num_inputs, 64 if item_bytes < 4 else 32)
+    chunk = largest_power_of_2_in(num_inputs, 32 if item_bytes == 4 else 128 if gated and batch <= 128 else 64)
     if batch <= 128 or item_bytes == 4:  # float32 is off the matrix unit
-        rows, outputs, warps, stages, rows_first = (16, 64, 4, 5, False) if gated and item_bytes < 4 else (16, 32, 4, 10, True)
+        wide = max(16, min(64, pl.next_power_of_2(batch)))
+        rows, outputs, warps, stages, rows_first = (wide, 16, 4, 640 // chunk, True) if gated and item_bytes < 4 else (16, 32, 4, 10, True)
     elif batch <= 512:
-        rows, outputs, warps, stages, rows_first = (64, 64, 4, 6, True) if gated else (32, 64, 4, 6, False)
+        rows, outputs, warps, stages, rows_first = (128, 32, 4, 6, True) if gated else (32, 64, 4, 6, False)
     elif gated:
         rows, outputs, warps, stages, rows_first = 128, 128, 8, 4, True
     else:

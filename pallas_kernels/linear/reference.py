@@ -1,5 +1,7 @@
 """The product in plain JAX: in float32, and rounded where a model in the dtype of `x` rounds. Shapes as in `fused_linear`, `x` `[B, D]`."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,19 @@ from pallas_kernels.linear.many_rows import is_fused, swiglu_linear
 from pallas_kernels.linear.product import plain_product, product
 from pallas_kernels.quantized import Quantized, Rows, values_of
 from pallas_kernels.swiglu import silu_and_mul
+
+
+class ScaledRows(NamedTuple):
+    """Rows that a product made, with what the norm before the next product needs of them; see `fused_linear`."""
+
+    rows: jax.Array  # [..., D]
+    scaled: jax.Array  # [..., D], rows times the norm's scale
+    squares: jax.Array  # float32 [T, B], sums of the squares of B rows over T groups of their columns
+
+
+def plain_rows(x: jax.Array | ScaledRows) -> jax.Array:
+    """Return the rows alone."""
+    return x.rows if isinstance(x, ScaledRows) else x
 
 
 def reference_linear(x, weight: Rows, norm, bias, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:

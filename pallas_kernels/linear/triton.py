@@ -6,6 +6,8 @@ For row `b` and output `m`, with the normalised row `n[b] = x[b] rsqrt(mean(x[b]
     out[b, m]     = product[b, m] + residual[b, m]                                     plain
     out[b, f]     = silu(product[b, f]) product[b, F + f] + residual[b, f]             gated
 
+and, where the norm of the next map is known (`ScaledRows`), out * next_norm and the sums of out^2 over each tile of outputs.
+
 Why it exists: a decode step reads every weight once to multiply it with a few rows, so its time is that of the bytes
 (`expected_bytes()`), and everything else is to be hidden behind them. XLA gives the norm, the gate and often the residual
 kernels of their own, each a launch and a walk through memory in every layer, and starts the matrix when they are done.
@@ -13,8 +15,8 @@ kernels of their own, each a launch and a walk through memory in every layer, an
 How: a program owns a tile of outputs and walks over the inputs in chunks, several of which are on their way at any time.
 The weights stand on the long side of the matrix unit's product and the rows of `x` on its short one (8 rows are enough).
 The factor rsqrt(...) of a row does not depend on d, so it is applied after the sum: the squares are summed up
-along the same walk, and no program waits for a norm. The last tile is moved back to end with the matrix; what it shares with the
-one before it is computed and stored twice, to the same bits.
+along the same walk, and no program waits for a norm. Of `ScaledRows` they are known, and no program scales its rows anew.
+The last tile is moved back to end with the matrix; what it shares with the one before it is computed and stored twice, to the same bits.
 
 Numerics: x * norm is rounded once to the dtype of `x` (Llama rounds the normalised row and then the product with the scale);
 sums, norm, bias, gate and residual are float32, and the result is rounded once. float32 uses IEEE products. Int8 weights are
@@ -30,6 +32,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import dot
 from pallas_kernels.linear.heuristics import LinearConfig
+from pallas_kernels.linear.reference import ScaledRows
 from pallas_kernels.quantized import Quantized, Rows, values_of
 
 MIN_ROWS = 8  # of the short side of the matrix unit's product
@@ -41,14 +44,15 @@ def triton_linear(
     norm,
     bias,
     residual,
+    next_norm=None,
     *,
     norm_eps: float,
     gated: bool,
     out_dtype: jnp.dtype,
     config: LinearConfig,
     interpret: bool = False,
-) -> jax.Array:
-    """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]`, already checked."""
+) -> jax.Array | ScaledRows:
+    """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]` or `ScaledRows` of it, already checked."""
     values = values_of(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
     tiles = pl.cdiv(num_results, config.tile_outputs)
@@ -56,28 +60,66 @@ def triton_linear(
     def split(array: jax.Array) -> jax.Array:
         return array.reshape(*array.shape[:-1], -1, config.segment_inputs)
 
-    optional = optional_operands(x, weight, norm, bias, residual)
+    x, optional = operands(x, weight, norm, bias, residual, next_norm)
     if "norm" in optional:
         optional["norm"] = split(optional["norm"])
-    return pl.pallas_call(
-        functools.partial(_kernel, optional=tuple(optional), norm_eps=norm_eps, gated=gated, config=config),
+    results = result_shapes(x.shape[0], num_results, out_dtype, tiles if next_norm is not None else 0)
+    outs = pl.pallas_call(
+        functools.partial(_kernel, names=(*optional, *results), norm_eps=norm_eps, gated=gated, config=config),
         grid=(pl.cdiv(tiles, pl.cdiv(tiles, config.programs)),),  # the fewest that take no longer than `config.programs`
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], num_results), out_dtype),
+        out_shape=tuple(results.values()),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="fused_linear",
     )(split(x), split(values), *optional.values())
+    return outs[0] if next_norm is None else ScaledRows(*outs)
 
 
-def optional_operands(x, weight: Rows, norm, bias, residual) -> dict[str, jax.Array]:
-    """Name the arrays of a call that another call may lack, in the order in which kernels take them."""
-    operands = {
+def operands(x, weight: Rows, norm, bias, residual, next_norm) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the rows to multiply, and by their names the arrays of a call that another call may lack."""
+    squares = None
+    if isinstance(x, ScaledRows):
+        x, squares, norm = x.scaled, x.squares, None
+    found = {
         "scales": weight.scales if isinstance(weight, Quantized) else None,
         "norm": None if norm is None else norm.astype(x.dtype),
+        "squares": squares,
         "bias": bias,
         "residual": residual,
+        "next_norm": None if next_norm is None else next_norm.astype(x.dtype),
     }
-    return {name: array for name, array in operands.items() if array is not None}
+    return x, {name: array for name, array in found.items() if array is not None}
+
+
+def result_shapes(batch: int, num_results: int, dtype: jnp.dtype, squared_tiles: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name the results of a call: one array, or where squares are summed up those of `ScaledRows`."""
+    out = jax.ShapeDtypeStruct((batch, num_results), dtype)
+    return {"out": out} | (
+        {"scaled": out, "out_squares": jax.ShapeDtypeStruct((squared_tiles, batch), jnp.float32)} if squared_tiles else {}
+    )
+
+
+def read_factor(squares_ref, rows, num_inputs: int, norm_eps: float):
+    """Compute the norm's factor of `rows` from their sums of squares, `squares_ref` `[T, B]`."""
+    number = squares_ref.shape[0]
+    tile, row = jnp.arange(pl.next_power_of_2(number), dtype=jnp.int32)[:, None], rows[None, :]
+    shape = (tile.size, row.size)
+    sums = squares_ref[jnp.broadcast_to(jnp.minimum(tile, number - 1), shape), jnp.broadcast_to(row, shape)]
+    return jax.lax.rsqrt(jnp.sum(jnp.where(tile < number, sums, 0.0), axis=0) / num_inputs + norm_eps)
+
+
+def write_tile(ref_of: dict, out, rows, index, tile: int, next_norm):
+    """Write tile `index` of the outputs, float32 `[rows, tile]`, and what the next norm, where it is given, wants of them.
+
+    The last tile ends with the matrix.
+    """
+    start = jnp.minimum(index * tile, ref_of["out"].shape[1] - tile)
+    out = out.astype(ref_of["out"].dtype)
+    ref_of["out"][rows, pl.ds(start, tile)] = out
+    if next_norm is not None:
+        ref_of["scaled"][rows, pl.ds(start, tile)] = out * next_norm[None, :]
+        own = (start + jnp.arange(tile, dtype=jnp.int32) >= index * tile)[None, :]  # the others are counted by the tile before
+        ref_of["out_squares"][index, rows] = jnp.sum(jnp.where(own, jnp.square(out.astype(jnp.float32)), 0.0), axis=1)
 
 
 def padded_rows(batch: int, segments: int) -> int:
@@ -88,17 +130,17 @@ def padded_rows(batch: int, segments: int) -> int:
 def _kernel(
     x_ref,  # [B, D / C, C], C the inputs of a segment
     weight_ref,  # [M, D / C, C], M = 2 F if gated
-    *refs,  # those of scales [M], norm [D / C, C], bias [M] and residual [B, M or F] that `optional` names, then out_ref [B, M or F]
-    optional: tuple[str, ...],
+    *refs,  # those that `names` says of scales [M], norm [D / C, C], squares [T, B], bias [M], residual [B, M or F], next_norm [M or F],
+    # then the outputs: out [B, M or F] and maybe scaled [B, M or F] and out_squares [tiles, B]
+    names: tuple[str, ...],
     norm_eps: float,
     gated: bool,
     config: LinearConfig,
 ):
-    *optional_refs, out_ref = refs
-    ref_of = dict(zip(optional, optional_refs, strict=True))
+    ref_of = dict(zip(names, refs, strict=True))
     tile, segments = config.tile_outputs, config.segments
     batch, num_segments, segment_inputs = x_ref.shape
-    num_results = out_ref.shape[1]
+    num_results = ref_of["out"].shape[1]
     program, num_programs, num_tiles = pl.program_id(0), pl.num_programs(0), pl.cdiv(num_results, tile)
     steps, halves = num_segments // segments, 2 if gated else 1  # of a tile: its reads; its gate and its up outputs
 
@@ -109,6 +151,8 @@ def _kernel(
     output = _matrix_row(output, tile, num_results)
     row, row_segment = _divide(jnp.arange(padded * segments, dtype=jnp.int32), segments)
     row = jnp.minimum(row, batch - 1)
+    own_rows = jnp.minimum(jnp.arange(padded, dtype=jnp.int32), batch - 1)
+    factor = read_factor(ref_of["squares"], own_rows, num_segments * segment_inputs, norm_eps) if "squares" in ref_of else None
 
     def step(i, carry):
         squares, sums = carry
@@ -122,11 +166,11 @@ def _kernel(
 
         @pl.when(k == steps - 1)
         def _():
-            finish(start, squares, sums)
+            finish(program + tile_index * num_programs, start, squares, sums)
 
         return jnp.where(k < steps - 1, squares, 0.0), jnp.where(k < steps - 1, sums, 0.0)
 
-    def finish(start, squares, sums):
+    def finish(index, start, squares, sums):
         if segments > 1:  # only the sums of two same segments belong to the product
             sums = jnp.where(segment[:, None] == row_segment[None, :], sums, 0.0)
             sums = jnp.sum(sums.reshape(halves * tile, segments, padded * segments), axis=1)
@@ -137,6 +181,8 @@ def _kernel(
         if "norm" in ref_of:
             mean_squares = jnp.sum(jnp.sum(squares, axis=1).reshape(padded, segments), axis=1) / (num_segments * segment_inputs)
             sums *= jax.lax.rsqrt(mean_squares + norm_eps)[None, :]
+        if factor is not None:
+            sums *= factor[None, :]
         if "bias" in ref_of:
             sums += ref_of["bias"][matrix_rows].astype(jnp.float32)[:, None]
         if gated:
@@ -144,11 +190,10 @@ def _kernel(
             is_gate = jnp.arange(halves, dtype=jnp.int32)[:, None, None] == 0
             gate, up = (jnp.sum(jnp.where(mine, sums, 0.0), axis=0) for mine in (is_gate, ~is_gate))
             sums = gate / (1.0 + jnp.exp(-gate)) * up
-        own = (jnp.minimum(jnp.arange(padded, dtype=jnp.int32), batch - 1), pl.ds(start, tile))
         out = sums.T  # [B, tile]
         if "residual" in ref_of:
-            out += ref_of["residual"][own].astype(jnp.float32)
-        out_ref[own] = out.astype(out_ref.dtype)
+            out += ref_of["residual"][own_rows, pl.ds(start, tile)].astype(jnp.float32)
+        write_tile(ref_of, out, own_rows, index, tile, ref_of["next_norm"][pl.ds(start, tile)] if "next_norm" in ref_of else None)
 
     squares = jnp.zeros((padded * segments, segment_inputs) if "norm" in ref_of else (1, 1), jnp.float32)
     sums = jnp.zeros((halves * tile * segments, padded * segments), jnp.float32)

@@ -8,7 +8,7 @@ for a map with its norm, its gate and its residual. Here it is one, and no progr
 How: a program owns a tile of rows and outputs. It reads all inputs of the tile at once, in pieces of a power of two each (a chain of
 reads is one latency long), or walks over them in chunks where they are too many. One row is multiplied and summed up off the matrix unit.
 Where the inputs are read at once, rows are normalised before the product; in chunks their factor is applied after the sum, as in
-`triton.py`. In float16, whose range x * scale may exceed, they are read once more before, for their squares.
+`triton.py`, or comes with `ScaledRows`. In float16, whose range x * scale may exceed, they are read once more before, for their squares.
 The last tile of outputs is moved back to end with the matrix, and rows beyond the batch are its last one: computed and stored
 twice, to the same bits.
 
@@ -16,6 +16,7 @@ Numerics: as `triton.py`; where rows are normalised before the product they are 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import dot
 from pallas_kernels.linear.heuristics import TileConfig
-from pallas_kernels.linear.triton import optional_operands
+from pallas_kernels.linear.reference import ScaledRows
+from pallas_kernels.linear.triton import operands, read_factor, result_shapes, write_tile
 from pallas_kernels.quantized import Rows, values_of
 
 
@@ -34,25 +36,29 @@ def triton_tiled_linear(
     norm,
     bias,
     residual,
+    next_norm=None,
     *,
     norm_eps: float,
     gated: bool,
     out_dtype: jnp.dtype,
     config: TileConfig,
     interpret: bool = False,
-) -> jax.Array:
-    """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]`, already checked."""
+) -> jax.Array | ScaledRows:
+    """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]` or `ScaledRows` of it, already checked."""
     values = values_of(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
-    optional = optional_operands(x, weight, norm, bias, residual)
-    return pl.pallas_call(
-        functools.partial(_kernel, optional=tuple(optional), norm_eps=norm_eps, gated=gated, config=config),
-        grid=(pl.cdiv(num_results, config.tile_outputs), pl.cdiv(x.shape[0], config.tile_rows)),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], num_results), out_dtype),
+    x, optional = operands(x, weight, norm, bias, residual, next_norm)
+    tiles = pl.cdiv(num_results, config.tile_outputs)
+    results = result_shapes(x.shape[0], num_results, out_dtype, tiles if next_norm is not None else 0)
+    outs = pl.pallas_call(
+        functools.partial(_kernel, names=(*optional, *results), norm_eps=norm_eps, gated=gated, config=config),
+        grid=(tiles, pl.cdiv(x.shape[0], config.tile_rows)),
+        out_shape=tuple(results.values()),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="fused_linear",
     )(x, values, *optional.values())
+    return outs[0] if next_norm is None else ScaledRows(*outs)
 
 
 def pieces_of(num_inputs: int) -> list:
@@ -64,15 +70,14 @@ def pieces_of(num_inputs: int) -> list:
 def _kernel(
     x_ref,  # [B, D]
     weight_ref,  # [M, D], M = 2 F if gated
-    *refs,  # those of scales [M], norm [D], bias [M] and residual [B, M or F] that `optional` names, then out_ref [B, M or F]
-    optional: tuple[str, ...],
+    *refs,  # as in `triton.py`, norm [D]
+    names: tuple[str, ...],
     norm_eps: float,
     gated: bool,
     config: TileConfig,
 ):
-    *optional_refs, out_ref = refs
-    ref_of = dict(zip(optional, optional_refs, strict=True))
-    (batch, num_inputs), num_results = x_ref.shape, out_ref.shape[1]
+    ref_of = dict(zip(names, refs, strict=True))
+    (batch, num_inputs), num_results = x_ref.shape, ref_of["out"].shape[1]
     first = jnp.minimum(pl.program_id(0) * config.tile_outputs, num_results - config.tile_outputs)
     outputs = pl.ds(first, config.tile_outputs)
     matrix_rows = (outputs, pl.ds(num_results + first, config.tile_outputs)) if gated else (outputs,)
@@ -81,14 +86,17 @@ def _kernel(
     outputs_first = config.tile_rows > 1 and not config.rows_first
     before = "norm" in ref_of and (whole or x_ref.dtype == jnp.float16)
 
-    # What stands after the product is read first, where it is little: at the end each read would be waited for.
+    # What stands after the product is read first, the residual where it is little: at the end each read would be waited for.
     early = config.tile_rows * config.tile_outputs <= 16 * 32 * config.num_warps
 
-    def read_rest():
-        rest = {name: [ref_of[name][own] for own in matrix_rows] for name in ("scales", "bias") if name in ref_of}
-        return rest | ({"residual": ref_of["residual"][rows, outputs]} if "residual" in ref_of else {})
+    rest: dict[str, Any] = {name: [ref_of[name][own] for own in matrix_rows] for name in ("scales", "bias") if name in ref_of}
+    rest |= {"factor": read_factor(ref_of["squares"], rows, num_inputs, norm_eps)[:, None]} if "squares" in ref_of else {}
+    rest |= {"next_norm": ref_of["next_norm"][outputs]} if "next_norm" in ref_of else {}
 
-    rest = read_rest() if early else {}
+    def read_residual():
+        return ref_of["residual"][rows, outputs] if "residual" in ref_of else None
+
+    residual = read_residual() if early else None
 
     def read(inputs):
         return x_ref[rows, inputs], [weight_ref[own, inputs] for own in matrix_rows]
@@ -142,16 +150,18 @@ def _kernel(
         carry = squares, [jnp.zeros(shape, jnp.float32)] * len(matrix_rows), norm_of(chunk(0))
         squares, sums, _ = jax.lax.fori_loop(0, steps, step, carry)
 
-    rest = rest or read_rest()
+    residual = residual if early else read_residual()
     if outputs_first:
         sums = [total.T for total in sums]
     if "scales" in rest:
         sums = [total * scales[None, :] for total, scales in zip(sums, rest["scales"], strict=True)]
     if "norm" in ref_of and not before:
         sums = [total * factor_of(jnp.sum(squares, axis=1)) for total in sums]
+    if "factor" in rest:
+        sums = [total * rest["factor"] for total in sums]
     if "bias" in rest:
         sums = [total + bias.astype(jnp.float32)[None, :] for total, bias in zip(sums, rest["bias"], strict=True)]
     out = sums[0] / (1.0 + jnp.exp(-sums[0])) * sums[1] if gated else sums[0]
-    if "residual" in rest:
-        out += rest["residual"].astype(jnp.float32)
-    out_ref[rows, outputs] = out.astype(out_ref.dtype)
+    if residual is not None:
+        out += residual.astype(jnp.float32)
+    write_tile(ref_of, out, rows, pl.program_id(0), config.tile_outputs, rest.get("next_norm"))

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, head_size_reason, require
+from pallas_kernels.jax_triton import launch
 from pallas_kernels.linear.reference import rms_norm
 from pallas_kernels.rotary import reference, triton
 
-IMPLEMENTATIONS = ("xla", "triton")
+IMPLEMENTATIONS = ("xla", "triton", "jax_triton")
 RUN_TOKENS = triton.TILE_ROWS
 
 
@@ -72,8 +73,9 @@ def rotate_and_write(
     validate_heads(qkv, cos, sin)
     validate_pools(qkv, slots, k_pool, v_pool)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, qkv, interpret=interpret))
-    if chosen == "triton" and qkv.size:
-        return triton.triton_rotate_and_write(qkv, cos, sin, slots, k_pool, v_pool, interpret=interpret)
+    if chosen != "xla" and qkv.size:
+        write = functools.partial(triton.triton_rotate_and_write, interpret=interpret)
+        return launch(chosen, write, qkv, cos, sin, slots, k_pool, v_pool)
     if slots.shape[0] < qkv.shape[0]:
         slots = (slots[:, None] + jnp.arange(RUN_TOKENS, dtype=jnp.int32)[None, :]).reshape(-1)
     return reference.xla_rotate_and_write(qkv, cos, sin, slots, k_pool, v_pool)
@@ -94,8 +96,8 @@ def unsupported_reason(implementation: str, qkv: jax.Array, *, row_multiple: int
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rotate_heads(implementation, interpret, qkv, cos, sin):
-    if implementation == "triton":
-        return triton.triton_rotate_heads(qkv, cos, sin, interpret=interpret)
+    if implementation != "xla":
+        return launch(implementation, functools.partial(triton.triton_rotate_heads, interpret=interpret), qkv, cos, sin)
     return reference.xla_rotate_heads(qkv, cos, sin)
 
 
@@ -104,8 +106,9 @@ def _forward(implementation, interpret, qkv, cos, sin):
 
 
 def _backward(implementation, interpret, angles, grads):
-    if implementation == "triton":
-        return triton.triton_rotate_heads_gradient(*grads, *angles, interpret=interpret), None, None
+    if implementation != "xla":
+        gradient = functools.partial(triton.triton_rotate_heads_gradient, interpret=interpret)
+        return launch(implementation, gradient, *grads, *angles), None, None
     return reference.xla_rotate_heads_gradient(*grads, *angles), None, None
 
 

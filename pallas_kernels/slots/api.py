@@ -1,16 +1,17 @@
 """The public functions: validate, choose an implementation, launch."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import choose_implementation, device_reason, require
-from pallas_kernels.slots.reference import xla_update, xla_write
-from pallas_kernels.slots.triton import triton_update, triton_write
+from pallas_kernels.jax_triton import launch
+from pallas_kernels.slots.reference import xla_read, xla_update, xla_write
+from pallas_kernels.slots.triton import Row, read_row, triton_per_sequence, update_row, write_rows
 
-IMPLEMENTATIONS = ("xla", "triton")
+IMPLEMENTATIONS = ("xla", "triton", "jax_triton")
 
 
 class Rule(NamedTuple):
@@ -31,28 +32,52 @@ class Rule(NamedTuple):
     keep: jax.Array  # 1 where the next token goes on from the slots by keys, 0 where it begins anew
 
 
-def write_elements(
-    arrays: Sequence[jax.Array],
-    columns: Sequence[jax.Array],
-    values: Sequence[jax.Array],
-    *,
-    implementation: str | None = None,
-    interpret: bool = False,
-) -> tuple[jax.Array, ...]:
+def per_sequence(function: Callable, state: Any, *others: Any, implementation: str | None = None, interpret: bool = False) -> Any:
+    """Compute `function(state, *others)`, which treats each of B sequences by itself, in one launch.
+
+    Args:
+      function: returns the state afterwards, and results. It does what NumPy does elementwise with arrays `[B]`, and passes arrays `[B, X]`
+        to `read_elements`, `write_elements` and `update_slots` only. A kernel calls it with one sequence's numbers in place of `[B]`.
+      state: a pytree of these arrays, int32 or, if `[B]`, bool; it may be updated in place.
+      others: pytrees of what it reads only; a number for all sequences `[]` too.
+      implementation, interpret: as `pallas_kernels` says.
+    """
+    for leaf in jax.tree.leaves((state, others)):
+        fits = leaf.ndim <= 2 and (leaf.dtype == jnp.int32 or (leaf.dtype == jnp.bool_ and leaf.ndim < 2))
+        require(fits, "expected int32 [B, X], or int32 or bool [B]", leaf)
+    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))
+    if chosen == "xla":
+        return function(state, *others)
+    return launch(chosen, lambda state, *others: triton_per_sequence(function, state, others, interpret), state, *others)
+
+
+def read_elements(array: jax.Array, columns: jax.Array) -> jax.Array:
+    """Read one element of each row, `array[b, columns[b]]`; a column outside reads the nearest one.
+
+    Args:
+      array: int32 `[B, X]`.
+      columns: int32 `[B]`.
+    """
+    if isinstance(array, Row):
+        return read_row(array, columns)
+    return xla_read(array, columns)
+
+
+def write_elements(arrays: Sequence[jax.Array], columns: Sequence[jax.Array], values: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Write one element into each row of several arrays: `arrays[i][b, columns[i][b]] = values[i][b]`.
 
     Args:
-      arrays: int32 `[B, X]`, each of its own X. They may be updated in place.
+      arrays: int32 `[B, X]`, each of its own X.
       columns, values: int32 `[B]`, one for each array. A column outside writes nothing.
-      implementation, interpret: as `pallas_kernels` says.
     """
+    if isinstance(arrays[0], Row):
+        return write_rows(arrays, columns, values)
     for array, column, value in zip(arrays, columns, values, strict=True):
         fits = array.ndim == 2 and column.shape == value.shape == array.shape[:1]
         require(
             fits and array.dtype == column.dtype == value.dtype == jnp.int32, "expected int32 [B, X], [B] and [B]", array, column, value
         )
-    chosen = _choose(implementation, interpret)
-    return xla_write(arrays, columns, values) if chosen == "xla" else triton_write(arrays, columns, values, interpret=interpret)
+    return xla_write(arrays, columns, values)
 
 
 def update_slots(
@@ -63,9 +88,6 @@ def update_slots(
     marks: jax.Array,
     entries: jax.Array | None,
     rule: Rule,
-    *,
-    implementation: str | None = None,
-    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """List the pool rows that the newest token of every sequence attends to, going on from those that are kept.
 
@@ -78,12 +100,13 @@ def update_slots(
       entries: int32 `[B, C]`, indices of tokens, or None: after those that the rule selects come the first `rule.num_entries[b]` of these
         that it does not.
       rule: which tokens. From `rule.first[b]` on they are listed, in order.
-      implementation, interpret: as `pallas_kernels` says.
 
     Returns:
       `slots`; how many are in use, 0 in sequences that are left as they are; and `kept` for the next update: how many of them the rule
-      selected. The arrays given may be updated in place.
+      selected.
     """
+    if isinstance(slots, Row):
+        return update_row(slots, kept, slot_table, keys, marks, entries, rule)  # type: ignore[arg-type]  # rows as slots is
     batch, capacity = slot_table.shape
     wanted = {"slots": (slots, (batch, capacity + 1)), "kept": (kept, (batch,)), "slot_table": (slot_table, (batch, capacity))}
     wanted |= {"keys": (keys, (batch, capacity)), "marks": (marks, (batch, marks.shape[-1]))}
@@ -91,14 +114,9 @@ def update_slots(
     for name, (array, shape) in {**wanted, **{name: (field, (batch,)) for name, field in rule._asdict().items()}}.items():
         fits = array.shape == shape and array.dtype == jnp.int32
         require(fits, f"{name} must be int32{list(shape)} beside a slot_table {list(slot_table.shape)}", array)
-    arguments = (slots, kept, slot_table, keys, marks, entries, rule)
-    return xla_update(*arguments) if _choose(implementation, interpret) == "xla" else triton_update(*arguments, interpret=interpret)
+    return xla_update(slots, kept, slot_table, keys, marks, entries, rule)
 
 
 def unsupported_reason(implementation: str, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot run on the default device; None when it can."""
     return device_reason(implementation, IMPLEMENTATIONS, interpret)
-
-
-def _choose(implementation: str | None, interpret: bool) -> str:
-    return choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))

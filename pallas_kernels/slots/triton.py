@@ -1,19 +1,25 @@
-"""Both as Pallas kernels with the Triton lowering (Ampere and newer), in place; integers throughout.
+"""Bookkeeping of a decode step as one Pallas kernel with the Triton lowering (Ampere and newer), in place; integers throughout.
 
+    read:    value[b] = array[b, column[b]]
     write:   arrays[i][b, columns[i][b]] = values[i][b]
     update:  n = kept[b];  for t in first[b] .. end[b] - 2, selected by the rule:  slots[b, n] = slot_table[b, t];  n += 1
              slots[b, n] = slot_table[b, end[b] - 1];  n += 1;  kept[b] = n * keep[b]
              for t in entries[b, :num_entries[b]], not selected:  slots[b, n] = slot_table[b, t];  n += 1
              counts[b] = n
 
-Why they exist: which sequences list more than their newest token is known on the device only. A conditional of XLA asks the host, once
+Why it exists: a step updates some twenty numbers of each sequence and one element of several of its rows. XLA makes up to twenty launches
+of that. And which sequences list more than their newest token is known on the device only: a conditional of XLA asks the host, once
 per decode step; a plain compaction (cumulative sum and scatter) reads whole tables for all sequences in every step, where a
-sequence that appends reads one entry. And a step writes one element into each row of several arrays: a launch for all, not one for each.
+sequence that appends reads one entry.
 
-How: each sequence has a program, which reads a tile of the keys at a time, those of its tokens and no others.
+How: each sequence has a program, which runs the caller's function on its own numbers, and the operations above on its own rows. An
+update reads a tile of the keys at a time, those of its tokens and no others.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,103 +29,120 @@ from jax.experimental.pallas import triton as plt
 TILE = 2048  # tokens whose keys a program reads at once
 
 
-def triton_write(arrays, columns, values, *, interpret: bool = False) -> tuple[jax.Array, ...]:
-    """Run the kernel; arrays as in `write_elements`, already checked."""
-    return pl.pallas_call(
-        _write_kernel,
-        grid=(arrays[0].shape[0],),
-        out_shape=tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays),
-        input_output_aliases={i: i for i in range(len(arrays))},
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+@dataclasses.dataclass
+class Row:
+    """A sequence's row of an array `[B, X]`, inside of the kernel; without a reference where only shapes are asked for."""
+
+    width: int
+    ref: Any = None
+    b: Any = None
+    interpret: bool = False
+    written: bool = False
+
+
+def triton_per_sequence(function: Callable, state: Any, others: tuple, interpret: bool) -> Any:
+    """Run the kernel; arguments as in `per_sequence`."""
+    carried, read = jax.tree.leaves(state), jax.tree.leaves(others)
+    arrays = [array if array.ndim else array.reshape(1) for array in (*carried, *read)]
+    structure: Any = jax.tree.structure((state, *others))
+    (batch,) = {array.shape[0] for array in carried or read if array.ndim}
+    returned: list[Any] = []
+
+    def results_of(numbers):
+        given = iter(numbers)
+        _, results = function(*structure.unflatten([Row(array.shape[1]) if array.ndim == 2 else next(given) for array in arrays]))
+        returned.append(jax.tree.structure(results))
+        return jax.tree.leaves(results)
+
+    results = jax.eval_shape(results_of, [jax.ShapeDtypeStruct((), array.dtype) for array in arrays if array.ndim < 2])
+    out_shape = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in carried]
+    out_shape += [jax.ShapeDtypeStruct((batch,), number.dtype) for number in results]
+    outs = pl.pallas_call(
+        functools.partial(_kernel, function=function, structure=structure, num_carried=len(carried), interpret=interpret),
+        grid=(batch,),
+        out_shape=tuple(out_shape),
+        input_output_aliases={i: i for i in range(len(carried))},
+        compiler_params=plt.CompilerParams(num_warps=8 if any(array.ndim == 2 for array in carried) else 1, num_stages=1),
         interpret=interpret,
-        name="write_elements",
-    )(*arrays, *columns, *values)
+        name="per_sequence",
+    )(*arrays)
+    of_state: Any = jax.tree.structure(state)
+    return of_state.unflatten(outs[: len(carried)]), returned[0].unflatten(outs[len(carried) :])
 
 
-def _write_kernel(*refs):  # int32: arrays [B, X], columns [B], values [B], then the arrays as outputs
-    number, b = len(refs) // 4, pl.program_id(0)
-    for column_ref, value_ref, array_ref in zip(refs[number : 2 * number], refs[2 * number : 3 * number], refs[3 * number :]):
-        column = column_ref[b]
-
-        @pl.when((column >= 0) & (column < array_ref.shape[1]))
-        def write(array_ref=array_ref, column=column, value_ref=value_ref):
-            array_ref[b, column] = value_ref[b]
-
-
-def triton_update(slots, kept, slot_table, keys, marks, entries, rule, *, interpret: bool = False):
-    """Run the kernel; arrays as in `update_slots`, already checked."""
-    tile = min(TILE, pl.next_power_of_2(max(slot_table.shape[1], 32)))
-    counts = jax.ShapeDtypeStruct(kept.shape, kept.dtype)
-    slots, kept, counts = pl.pallas_call(
-        functools.partial(_update_kernel, tile=tile, has_entries=entries is not None),
-        grid=(slot_table.shape[0],),
-        out_shape=(jax.ShapeDtypeStruct(slots.shape, slots.dtype), counts, counts),
-        input_output_aliases={0: 0, 1: 1},
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
-        interpret=interpret,
-        name="update_slots",
-    )(slots, kept, slot_table, keys, marks, *rule, *(() if entries is None else (entries,)))
-    return slots, counts, kept
-
-
-def _update_kernel(
-    _slots,  # the output slots_ref
-    _kept,  # the output kept_ref
-    slot_table_ref,  # int32 [B, A]
-    keys_ref,  # int32 [B, A]
-    marks_ref,  # int32 [B, L]
-    end_ref,  # int32 [B], as all of a Rule
-    first_ref,
-    key_ref,
-    since_ref,
-    below_ref,
-    start_ref,
-    num_entries_ref,
-    keep_ref,
-    *refs,  # entries [B, C] where there are some; then the outputs slots [B, A + 1], kept [B] and counts [B], int32
-    tile: int,
-    has_entries: bool,
+def _kernel(
+    *refs,  # int32 or bool, [B], [B, X] or [1]: the state, what else is read; then the outputs: the state, results [B]
+    function: Callable,
+    structure: Any,
+    num_carried: int,
+    interpret: bool,
 ):
-    *entries, slots_ref, kept_ref, counts_ref = refs
-    capacity, b = slot_table_ref.shape[1], pl.program_id(0)
-    end, first, kept = end_ref[b], first_ref[b], kept_ref[b]
+    b, number = pl.program_id(0), structure.num_leaves
+    outs = refs[number:]
+    given = (*outs[:num_carried], *refs[num_carried:number])
+    views = [Row(ref.shape[1], ref, b, interpret) if ref.ndim == 2 else ref[b if ref.shape[0] > 1 else 0] for ref in given]
+    found = jax.tree.leaves(function(*structure.unflatten(views)))
+    for ref, value in zip(outs, found, strict=True):
+        if not isinstance(value, Row):
+            ref[b] = value
 
-    @pl.when(first >= end)
-    def rest():
-        counts_ref[b] = 0
 
-    @pl.when(first < end)
-    def update():
-        key, since, below, start = key_ref[b], since_ref[b], below_ref[b], start_ref[b]
+def read_row(row: Row, column):
+    """Read an element of a row; a column outside reads the nearest one."""
+    return jnp.int32(0) if row.ref is None else row.ref[row.b, jnp.clip(column, 0, row.width - 1)]
 
-        def selected(token):
-            own = keys_ref[b, token]
-            marked = marks_ref[b, jnp.maximum(own, 0)] >= since
-            return (own == 0) | (own == key) | marked | (token < below) | (token >= start)
 
-        def extend(count, token, chosen):  # what is not chosen goes to the last column, so that no store needs a mask
-            chosen = chosen.astype(jnp.int32)
-            place = count + jnp.cumsum(chosen) - 1
-            slots_ref[b, jnp.where(chosen != 0, place, capacity)] = slot_table_ref[b, token]
-            return count + jnp.sum(chosen)
+def write_rows(rows, columns, values):
+    """Write an element of each row, as `write_elements`."""
+    for row, column, value in zip(rows, columns, values, strict=True):
+        row.written = True
+        if row.ref is not None:
 
-        def tokens(index, count):
-            token = first + index * tile + jnp.arange(tile, dtype=jnp.int32)
-            at = jnp.minimum(token, end - 1)
-            return extend(count, at, (token < end - 1) & selected(at))
+            @pl.when((column >= 0) & (column < row.width))
+            def write(row=row, column=column, value=value):
+                row.ref[row.b, column] = value
 
-        count = jax.lax.fori_loop(0, pl.cdiv(end - 1 - first, tile), tokens, kept)
-        slots_ref[b, jnp.minimum(count, capacity)] = slot_table_ref[b, end - 1]
-        count += 1
-        kept_ref[b] = count * keep_ref[b]
-        if has_entries:
-            (entries_ref,) = entries
-            number = num_entries_ref[b]
+    return tuple(rows)
 
-            def listed(index, count):
-                place = index * tile + jnp.arange(tile, dtype=jnp.int32)
-                token = entries_ref[b, jnp.minimum(place, number - 1)]
-                return extend(count, token, (place < number) & (token < end - 1) & ~selected(token))
 
-            count = jax.lax.fori_loop(0, pl.cdiv(number, tile), listed, count)
-        counts_ref[b] = count
+def update_row(slots: Row, kept, slot_table: Row, keys: Row, marks: Row, entries: Row | None, rule):
+    """Update a sequence's slots, as `update_slots`."""
+    slots.written = True
+    if slots.ref is None:
+        return slots, jnp.int32(0), jnp.int32(0)
+    capacity, b = slot_table.width, slots.b
+    tile = min(TILE, pl.next_power_of_2(max(capacity, 32)))
+    if (keys.written or marks.written) and not slots.interpret:  # the interpreter runs one thread, and knows no barrier
+        plt.debug_barrier()
+
+    def selected(token):
+        own = keys.ref[b, token]
+        marked = marks.ref[b, jnp.maximum(own, 0)] >= rule.since
+        return (own == 0) | (own == rule.key) | marked | (token < rule.below) | (token >= rule.start)
+
+    def extend(count, token, chosen):  # what is not chosen goes to the last column, so that no store needs a mask
+        chosen = chosen.astype(jnp.int32)
+        place = count + jnp.cumsum(chosen) - 1
+        slots.ref[b, jnp.where(chosen != 0, place, capacity)] = slot_table.ref[b, token]
+        return count + jnp.sum(chosen)
+
+    def listed_by_rule(index, count):
+        token = rule.first + index * tile + jnp.arange(tile, dtype=jnp.int32)
+        at = jnp.clip(token, 0, jnp.maximum(rule.end - 1, 0))
+        return extend(count, at, (token < rule.end - 1) & selected(at))
+
+    def listed(index, count):
+        place = index * tile + jnp.arange(tile, dtype=jnp.int32)
+        token = entries.ref[b, jnp.clip(place, 0, jnp.maximum(rule.num_entries - 1, 0))]
+        return extend(count, token, (place < rule.num_entries) & (token < rule.end - 1) & ~selected(token))
+
+    active = rule.first < rule.end
+    count = jax.lax.fori_loop(0, jnp.maximum(pl.cdiv(rule.end - 1 - rule.first, tile), 0), listed_by_rule, kept)
+    newest = slot_table.ref[b, jnp.maximum(rule.end - 1, 0)]
+    slots.ref[b, jnp.where(active, jnp.minimum(count, capacity), capacity)] = newest
+    span = count + active.astype(jnp.int32)
+    count = span
+    if entries is not None:
+        tiles = jnp.where(active, pl.cdiv(rule.num_entries, tile), 0)
+        count = jax.lax.fori_loop(0, tiles, listed, count)
+    return slots, jnp.where(active, count, 0), jnp.where(active, span * rule.keep, kept)

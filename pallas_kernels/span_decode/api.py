@@ -1,7 +1,6 @@
 """The public function: validate, choose an implementation, launch."""
 
 import functools
-import importlib.util
 import math
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, head_size_reason, require
+from pallas_kernels.jax_triton import launch
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 from pallas_kernels.rotary import norm_heads, rotate_and_write
 from pallas_kernels.rotary.api import validate_heads, validate_pools
@@ -72,7 +72,7 @@ def rotate_and_attend(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute a decode step's attention: rotate the heads of one new token per sequence, write its key and value, attend to its slots.
 
-    `rotate_and_write` and `span_decode_attention`, as one kernel with "triton" and one after the other with the others.
+    `rotate_and_write` and `span_decode_attention`, as one kernel with "triton" and "jax_triton", one after the other with the others.
 
     Args:
       qkv, cos, sin, k_pool, v_pool: as in `rotate_and_write`.
@@ -94,9 +94,9 @@ def rotate_and_attend(
     for norm in norms or ():
         require(norm.shape == (head_size,) and norm.dtype in FLOAT_DTYPES, f"norms must be float [H] = {[head_size]}", norm)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, q, k_pool, interpret=interpret))
-    if chosen == "triton" and q.size and slots.shape[1]:
+    if chosen in ("triton", "jax_triton") and q.size and slots.shape[1]:
         arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms)
-        return _rotate_and_attend(float(norm_eps), interpret, *arrays)
+        return _rotate_and_attend(chosen, float(norm_eps), interpret, *arrays)
     qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
     q, k_pool, v_pool = rotate_and_write(qkv, cos, sin, own, k_pool, v_pool)
     return span_decode_attention(q, k_pool, v_pool, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool
@@ -104,13 +104,6 @@ def rotate_and_attend(
 
 def unsupported_reason(implementation: str, q: jax.Array, k_pool: Rows, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot compute this on the default device; None when it can."""
-    if implementation == "jax_triton":
-        if interpret:
-            return "it has no interpreter"
-        if isinstance(k_pool, Quantized):
-            return "int8 pools are only in triton"
-        if not importlib.util.find_spec("jax_triton"):
-            return "needs the package jax-triton"
     reason = device_reason(implementation, IMPLEMENTATIONS, interpret, 90 if implementation == "mosaic" else 80)
     if reason or implementation in PLAIN:
         return reason
@@ -149,12 +142,8 @@ def _dispatch(implementation, scale, interpret, q, k_pool, v_pool, slots, counts
 
         settings = mosaic_config(batch, num_kv_heads, head_size, capacity)
         return mosaic.mosaic_attention(*arrays, scale=scale, config=settings, interpret=interpret)
-    config = triton_config(batch, num_kv_heads, head_size, pool.dtype.itemsize, capacity, plain=implementation == "jax_triton")
-    if implementation == "triton":
-        return triton.triton_attention(*arrays, scale=scale, config=config, interpret=interpret)
-    from pallas_kernels.span_decode import jax_triton  # needs the package jax-triton
-
-    return jax_triton.jax_triton_attention(*arrays, scale=scale, config=config)
+    config = triton_config(batch, num_kv_heads, head_size, pool.dtype.itemsize, capacity)
+    return launch(implementation, functools.partial(triton.triton_attention, scale=scale, config=config, interpret=interpret), *arrays)
 
 
 @_dispatch.defjvp
@@ -164,12 +153,13 @@ def _no_gradient(*_):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rotate_and_attend(norm_eps, interpret, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rotate_and_attend(implementation, norm_eps, interpret, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms):
     (batch, num_kv_heads, _, head_size), capacity = qkv.shape, slots.shape[1]
     config = triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity)
     options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config, "interpret": interpret}
-    return triton.triton_rotate_and_attend(qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, **options)
+    attend = functools.partial(triton.triton_rotate_and_attend, **options)
+    return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms)
 
 
 _attend = jax.jit(_dispatch, static_argnums=(0, 1, 2))  # so that a model's layers trace it once

@@ -29,10 +29,8 @@ class MosaicConfig(NamedTuple):
     splits: int  # of the rows of a sequence of mean length (split-KV)
 
 
-def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int, plain: bool = False) -> TritonConfig:
+def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int) -> TritonConfig:
     """Choose settings for a static shape; `item_bytes` is what an element of the pool takes up.
-
-    The kernels of jax-triton are `plain`: a kv head to a program, and all sequences may be divided.
 
     All programs should be on the machine at once, each with enough bytes in flight that together
     they hide the latency of the memory (some 40 KB per multiprocessor; more does no harm).
@@ -55,7 +53,7 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         16 rows, 1 warp, 4 stages              371 / 47.5 / 17.0
     A step with its rotation and pool writes, H 64, on an H100 (its 1.1 us of launch in it), divided and combined / undivided:
         B 256, K 4, 36 of 900 rows      16 rows, 1 warp, 4 stages    12.6 / 8.4
-        B 1024, K 4, 35 of 1,500 rows   16 rows, 1 warp, 4 stages    39.9 / 26.3
+        B 1024, K 4, 35 of 1,500 rows   16 rows, 1 warp, 4 stages    39.9 / 26.3, in another run - / 25.9; 3 stages - / 24.1
         B 64, K 3, 205 of 2,048 rows    64 rows, 2 warps, 3 stages   10.8 / 8.7
         B 128, K 12, 205 of 2,048 rows  16 rows, 1 warp, 4 stages    37.8 / 34.8
         B 32, K 32, H 128, 205 of 2,048 16 rows of 2 heads, 1 warp   46.2 / 43.7
@@ -67,15 +65,17 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
     many = item_bytes != 1 and programs >= 4 * MULTIPROCESSORS
     # Sequences are not divided where one alone, all its rows named, would not hold up the others for long.
     longest_bytes = capacity * 2 * head_size * item_bytes
-    splits = 1 if plain or longest_bytes > (MAX_UNDIVIDED_BYTES << 2 * many) else 0
+    splits = 1 if longest_bytes > (MAX_UNDIVIDED_BYTES << 2 * many) else 0
     if not many:
         per_multiprocessor = 4 if item_bytes == 1 and programs >= MULTIPROCESSORS else 2
         wanted = max(1, min(per_multiprocessor * MULTIPROCESSORS // programs, capacity // tile_rows))
         splits = wanted if wanted > 1 or item_bytes == 1 else splits
         return TritonConfig(tile_rows, num_warps=2, num_stages=3, splits=splits)
-    if head_size == 128 and item_bytes == 2 and not plain and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
+    if head_size == 128 and item_bytes == 2 and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
         return TritonConfig(16, num_warps=1, num_stages=4, splits=splits, kv_heads=2)
-    return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=splits)
+    # Where most programs wait for others to end, less memory for each lets more of them run.
+    num_stages = 3 if head_size == 64 and item_bytes == 2 and programs >= 24 * MULTIPROCESSORS else 4
+    return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=num_stages, splits=splits)
 
 
 def mosaic_config(batch: int, num_kv_heads: int, head_size: int, capacity: int) -> MosaicConfig:

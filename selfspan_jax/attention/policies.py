@@ -37,6 +37,8 @@ class Policy(Hashable, Protocol):
     name: ClassVar[str]
     description: ClassVar[str]
     """What a query reads, in a few words, for the help of command lines."""
+    per_sequence: ClassVar[bool]
+    """Whether `step_slots` is a function as `pallas_kernels.per_sequence` takes it, so that it becomes part of one kernel."""
 
     def mask(
         self,
@@ -126,6 +128,7 @@ class Span:
 
     name: ClassVar[str] = "span"
     description: ClassVar[str] = "what the model names"
+    per_sequence: ClassVar[bool] = True
 
     def mask(self, token_ids, vocab, views, **rows):
         return spans.attention_mask(token_ids, vocab, **_views(views), **rows)
@@ -163,6 +166,7 @@ class Dense:
 
     name: ClassVar[str] = "dense"
     description: ClassVar[str] = "everything before"
+    per_sequence: ClassVar[bool] = False
 
     def mask(self, token_ids, vocab, views, **rows):
         return _earlier(token_ids, **rows)[0]
@@ -188,6 +192,7 @@ class Window:
 
     name: ClassVar[str] = "window"
     description: ClassVar[str] = "first and recent tokens"
+    per_sequence: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.sink_tokens < 0 or self.window_tokens < 1:

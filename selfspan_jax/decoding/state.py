@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from pallas_kernels import write_elements
+from pallas_kernels import per_sequence, read_elements, write_elements
 from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import Slots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
@@ -160,25 +160,38 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
     )
 
 
+def bookkeeping(config: DecodeConfig) -> str | None:
+    """Return the implementation of `per_sequence`: that of the attention, if it is the one by Triton itself, else the fastest."""
+    return config.implementation if config.implementation == "jax_triton" else None
+
+
 def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig) -> DecodeState:
     """Feed one token of every active sequence through the automaton and the model; nothing changes for the others."""
-    cache, span = state.cache, state.span.advance(tokens, model.vocab, active)
-    position = jnp.maximum(span.num_tokens - 1, 0)
-    own = jnp.take_along_axis(cache.slot_table, position[:, None], axis=1)[:, 0]
-    slots = get_policy(config.attention).step_slots(state.slots, cache.slot_table, own=own, span=span, active=active, views=model.config)
-    attend = attend_cached(jnp.where(active, own, cache.pools[0][0].shape[0]), slots, config.implementation)
+    cache, policy, num_rows = state.cache, get_policy(config.attention), state.cache.pools[0][0].shape[0]
+
+    def step_slots(slots, table, own, span, active):
+        return policy.step_slots(slots, table, own=own, span=span, active=active, views=model.config)
+
+    def advance(before, table, tokens, active):
+        span, slots, done = before
+        span = span.advance(tokens, model.vocab, active)
+        position = jnp.maximum(span.num_tokens - 1, 0)
+        own = read_elements(table, position)
+        slots = step_slots(slots, table, own, span, active) if policy.per_sequence else slots
+        ends = functools.reduce(jnp.logical_or, (tokens == end for end in (model.vocab.eos_id, *config.stop_ids)))
+        return (span, slots, done | (active & ends)), (position, own, jnp.where(active, own, num_rows))
+
+    carried = state.span, state.slots if policy.per_sequence else None, state.done
+    (span, slots, done), (position, own, written) = per_sequence(
+        advance, carried, cache.slot_table, tokens, active, implementation=bookkeeping(config)
+    )
+    slots = slots if policy.per_sequence else step_slots(state.slots, cache.slot_table, own, span, active)
+    attend = attend_cached(written, slots, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
     hidden = jnp.where(active[:, None], hidden[:, 0], state.hidden)  # so that the logits, many more, need not be chosen from
-    ends = functools.reduce(jnp.logical_or, (tokens == end for end in (model.vocab.eos_id, *config.stop_ids)))
-    return dataclasses.replace(
-        state,
-        cache=dataclasses.replace(cache, pools=pools),
-        span=span,
-        slots=slots,
-        hidden=hidden,
-        logits=model.logits(hidden, linear=config.linear),
-        done=state.done | (active & ends),
-    )
+    logits = model.logits(hidden, linear=config.linear)
+    cache = dataclasses.replace(cache, pools=pools)
+    return dataclasses.replace(state, cache=cache, span=span, slots=slots, hidden=hidden, logits=logits, done=done)
 
 
 def sample_step(
@@ -189,17 +202,28 @@ def sample_step(
     Args:
       forced_tokens: written in place of the sampled ones, -1 where the sample stands.
     """
-    active = state.is_active(until)
-    tokens = sample(state.logits, jax.vmap(jax.random.fold_in)(state.keys, state.num_new), config.sampling, state.occurred)
-    if forced_tokens is not None:
-        forced = jnp.take_along_axis(forced_tokens, jnp.minimum(state.num_new, forced_tokens.shape[1] - 1)[:, None], axis=1)[:, 0]
-        tokens = jnp.where(forced >= 0, forced, tokens)
-    tokens = jnp.where(active, tokens, model.vocab.pad_id)
+
+    def choose(_, sampled, done, num_new, until, forced):
+        active = ~done & (num_new < until)
+        if forced is not None:
+            token = read_elements(forced, num_new)
+            sampled = jnp.where(token >= 0, token, sampled)
+        return None, (jnp.where(active, sampled, model.vocab.pad_id), active)
+
+    def log(logs, tokens, active, num_attended):
+        num_new, *written = logs
+        num_new += active.astype(jnp.int32)
+        column = jnp.where(active, num_new - 1, -1)
+        return (num_new, *write_elements(written, (column, column), (tokens, num_attended))), None
+
+    sampled = sample(state.logits, jax.vmap(jax.random.fold_in)(state.keys, state.num_new), config.sampling, state.occurred)
+    _, (tokens, active) = per_sequence(
+        choose, None, sampled, state.done, state.num_new, until, forced_tokens, implementation=bookkeeping(config)
+    )
     fed = decode_step(model, state, tokens, active, config)
     occurred = state.occurred
     if occurred is not None:
         occurred = mark_occurring(occurred, tokens[:, None], active[:, None], model.vocab)
-    num_new = state.num_new + active.astype(jnp.int32)
-    column = jnp.where(active, num_new - 1, -1)
-    logs = write_elements((state.new_tokens, state.num_attended), (column, column), (tokens, fed.slots.counts))
-    return dataclasses.replace(fed, num_new=num_new, new_tokens=logs[0], num_attended=logs[1], occurred=occurred)
+    written = state.num_new, state.new_tokens, state.num_attended
+    logs, _ = per_sequence(log, written, tokens, active, fed.slots.counts, implementation=bookkeeping(config))
+    return dataclasses.replace(fed, num_new=logs[0], new_tokens=logs[1], num_attended=logs[2], occurred=occurred)

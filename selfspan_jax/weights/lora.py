@@ -54,6 +54,7 @@ class AdaptedLinear(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,  # of no use here
         residual: Float[Array, "B T M"] | None = None,
         gated: bool = False,
         implementation: LinearImplementation | None = "xla",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.linear import MATRICES
-from pallas_kernels import QuantizedWeight, fused_linear, quantize_weight, silu_and_mul
+from pallas_kernels import QuantizedWeight, ScaledRows, fused_linear, quantize_weight, silu_and_mul
 from pallas_kernels.linear import expected_bytes, many_rows, mosaic, unsupported_reason
 from pallas_kernels.linear.heuristics import LinearConfig, TileConfig, band_tiles, is_fastest, is_tiled, linear_config, tile_config
 from pallas_kernels.linear.mosaic import mosaic_swiglu_linear
@@ -375,6 +375,52 @@ def test_float16_rows_are_normalised_before_their_scale(tile_inputs, interpret):
     assert within_budget(np.asarray(out, np.float64), problem, np.float16)
 
 
+# 80 outputs in tiles of 32: the last tile overlaps the one before it, whose squares must not be counted twice.
+SCALED = {
+    "streamed": (triton_linear, 5, LinearConfig(32, 1, 32, 2, 2, programs=2), LinearConfig(16, 1, 16, 2, 2, programs=264)),
+    "tiled": (triton_tiled_linear, 70, TileConfig(32, 32, 64, 4, 3), TileConfig(16, 16, 80, 2, 2, rows_first=False)),
+}
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("name", SCALED)
+def test_a_product_prepares_the_norm_of_the_next(name, interpret):
+    linear, batch, *configs = SCALED[name]
+    dtype, options = ml_dtypes.bfloat16, {"norm_eps": 1e-5, "out_dtype": jnp.dtype(jnp.bfloat16), "interpret": interpret}
+    first = round_to(make_problem(Case("first", "", batch, 80, 64, residual=True)), dtype)
+    second = round_to(make_problem(Case("second", "", batch, 2 * 39, 80, norm=True, residual=True, gated=True)), dtype)
+
+    def both(x, weight, residual, following, norm, rest):
+        scaled = linear(x, weight, None, None, residual, norm, gated=False, config=configs[0], **options)
+        return scaled, linear(scaled, following, norm, None, rest, gated=True, config=configs[1], **options)
+
+    (x, weight, _, _, residual), (_, following, norm, _, rest) = arrays_of(first, jnp.bfloat16), arrays_of(second, jnp.bfloat16)
+    scaled, out = program(both, interpret)(x, weight, residual, following, norm, rest)
+    assert within_budget(np.asarray(scaled.rows, np.float64), first, dtype)
+    rows = np.asarray(scaled.rows, np.float64)
+    np.testing.assert_allclose(np.asarray(scaled.squares).sum(axis=0), (rows**2).sum(axis=1), rtol=1e-5)
+    second = dataclasses.replace(second, x=rows.astype(np.float32))
+    assert within_budget(np.asarray(out, np.float64), second, dtype)
+    assert not within_budget(np.asarray(out, np.float64), dataclasses.replace(second, norm=1.02 * second.norm), dtype)
+
+
+@pytest.mark.parametrize("batch, dtype, scaled", [(2, jnp.bfloat16, False), (3, jnp.bfloat16, True), (3, jnp.float16, False)], ids=str)
+def test_rows_are_scaled_where_that_gains(batch, dtype, scaled):
+    """One or two rows are normalised by every program; float16 rows times a scale may exceed float16. Others give what plain rows give."""
+    x, weight, norm = jnp.ones((1, batch, 64), dtype), jnp.eye(64, dtype=dtype), jnp.arange(64, dtype=jnp.float32)
+    options = {"implementation": "triton", "interpret": True}
+    out = fused_linear(x, weight, residual=x, next_norm=norm, **options)
+    assert isinstance(out, ScaledRows) == scaled
+    plain = fused_linear(x, weight, residual=x, **options)
+    for implementation in ("triton", "xla"):
+        options["implementation"] = implementation
+        results = [fused_linear(rows, weight, norm=norm, residual=rows, **options) for rows in (out, plain)]
+        assert results[0].shape == x.shape
+        np.testing.assert_allclose(*(np.asarray(result, np.float32) for result in results), rtol=2**-6)
+    with pytest.raises(ValueError, match=r"next_norm must be a float \[M\] = \[64\]"):
+        fused_linear(x, weight, next_norm=norm[1:])
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64])
 @pytest.mark.parametrize("item_bytes", [1, 2, 4])
 def test_settings_fit_every_shape(batch, item_bytes):
@@ -426,6 +472,7 @@ def test_none_takes_the_kernel_where_it_was_measured_to_be_faster(batch, num_out
 )
 def test_none_takes_tiles_for_small_matrices(batch, gated, fastest):
     assert is_fastest(batch, 3072, 512, 2, gated) == fastest
+    assert is_fastest(batch, 3072, 512, 2, gated, scaled=True) == (batch <= 1024)
     assert not is_fastest(batch, 3072, 512, 1, gated) and not is_fastest(batch, 3072, 512, 4, gated)  # nor were these
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import update_slots, write_elements
+from pallas_kernels import per_sequence, read_elements, update_slots, write_elements
 from pallas_kernels.slots import Rule
-from pallas_kernels.slots.triton import TILE, triton_update, triton_write
+from pallas_kernels.slots.triton import TILE
 from tests.pallas_kernels.budget import program
 from tests.pallas_kernels.lowering import cuda_lowering
 
@@ -43,6 +43,11 @@ def slots_wanted(row, before, entries, keys, marks, rule):
     return before + listed + beyond, len(before) + len(listed)
 
 
+def updated(state, *arguments):
+    slots, counts, kept = update_slots(*state, *arguments)
+    return (slots, kept), counts
+
+
 @pytest.mark.parametrize("has_entries", [False, True], ids=["alone", "entries"])
 @pytest.mark.parametrize(("name", "implementation", "interpret"), RUNS)
 def test_slots_over_many_steps(name, implementation, interpret, has_entries):
@@ -53,7 +58,7 @@ def test_slots_over_many_steps(name, implementation, interpret, has_entries):
     keys = rng.integers(0, NUM_KEYS, shape).astype(np.int32)
     slots, kept = jnp.full((batch, capacity + 1), -7, jnp.int32), jnp.zeros(batch, jnp.int32)
     before, length = [[] for _ in range(batch)], np.ones(batch, int)
-    update = program(functools.partial(update_slots, implementation=implementation, interpret=interpret), interpret)
+    update = program(functools.partial(per_sequence, updated, implementation=implementation, interpret=interpret), interpret)
     for step in range(6):
         rests, anew = (np.arange(batch) + step) % 6 == 5, (np.arange(batch) + step) % 3 == 0
         previous, length = length, np.where(rests, length, np.minimum(length + rng.integers(1, 1 + capacity // 3 + 1, batch), capacity))
@@ -75,7 +80,7 @@ def test_slots_over_many_steps(name, implementation, interpret, has_entries):
         rule = Rule(**{field: jnp.asarray(value, jnp.int32) for field, value in fields.items()})
         kept = jnp.where(jnp.asarray(anew), 0, kept)
         given = jnp.asarray(entries) if has_entries else None
-        slots, counts, kept = update(slots, kept, *map(jnp.asarray, (table, keys, marks)), given, rule)
+        (slots, kept), counts = update((slots, kept), *map(jnp.asarray, (table, keys, marks)), given, rule)
         for b in range(batch):
             own = {field: int(value[b]) for field, value in fields.items()}
             go_on = [] if anew[b] else before[b]
@@ -89,31 +94,57 @@ def test_slots_over_many_steps(name, implementation, interpret, has_entries):
             before[b] = wanted[: int(kept[b])]
 
 
+def counted(state, tokens, active, limit):
+    """A function of a sequence that reads and writes rows, and numbers of both dtypes."""
+    number, is_odd, seen, last = state
+    earlier = read_elements(seen, number - 1)
+    seen, last = write_elements((seen, last), (jnp.where(active, number, -1), jnp.where(earlier > 4, earlier, -(2**31))), (tokens, number))
+    number = jnp.minimum(number + active.astype(jnp.int32), limit)
+    return (number, is_odd ^ active, seen, last), {"earlier": earlier, "new": active & (tokens != earlier)}
+
+
 @pytest.mark.parametrize(
     ("implementation", "interpret"), [("xla", False), ("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu)]
 )
-def test_one_element_of_each_row_is_written(implementation, interpret):
-    """Into arrays of several widths; columns outside write nothing."""
-    rng, widths = np.random.default_rng(3), (1, 3, 40)
-    arrays = [rng.integers(0, 9, (5, width)).astype(np.int32) for width in widths]
-    columns = [np.array(column, np.int32) for column in ([0, -1, 1, 0, -(2**31)], [0, 1, -1, 0, 0], [39, 40, -1, 0, 7])]
-    values = [np.arange(5, dtype=np.int32) + 100 * i for i in range(3)]
-    expected = [array.copy() for array in arrays]
-    for array, column, value in zip(expected, columns, values):
-        for b in range(5):
-            if 0 <= column[b] < array.shape[1]:
-                array[b, column[b]] = value[b]
-    write = program(functools.partial(write_elements, implementation=implementation, interpret=interpret), interpret)
-    for found, wanted in zip(write(*(tuple(map(jnp.asarray, x)) for x in (arrays, columns, values))), expected, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_function_of_each_sequence(batch, implementation, interpret):
+    """Against plain Python, over some steps; rows of several widths, columns outside of them, a number for all."""
+    rng, (width, labels) = np.random.default_rng(batch), (4, 9)
+    step = program(functools.partial(per_sequence, counted, implementation=implementation, interpret=interpret), interpret)
+    state = (
+        jnp.zeros(batch, jnp.int32),
+        jnp.zeros(batch, bool),
+        jnp.full((batch, width), -1, jnp.int32),
+        jnp.zeros((batch, labels), jnp.int32),
+    )
+    expected = [[0, False, [-1] * width, [0] * labels] for _ in range(batch)]
+    for _ in range(6):
+        tokens, active = rng.integers(0, labels + 3, batch).astype(np.int32), rng.random(batch) < 0.8
+        state, results = step(state, jnp.asarray(tokens), jnp.asarray(active), jnp.int32(5))
+        for b, mine in enumerate(expected):
+            number, _, seen, last = mine
+            earlier = seen[min(max(number - 1, 0), width - 1)]
+            if active[b] and number < width:
+                seen[number] = int(tokens[b])
+            if 4 < earlier < labels:
+                last[earlier] = number
+            mine[:2] = min(number + active[b], 5), mine[1] ^ active[b]
+            assert (results["earlier"][b], results["new"][b]) == (earlier, active[b] and tokens[b] != earlier)
+            for found, wanted in zip(state, mine, strict=True):
+                np.testing.assert_array_equal(np.asarray(found)[b], wanted)
 
 
-def test_the_kernels_lower_for_cuda():
+def test_the_kernel_lowers_for_cuda():
     b, ba, bl = (jax.ShapeDtypeStruct((4, *rest), jnp.int32) for rest in ((), (3000,), (512,)))
-    slots = jax.ShapeDtypeStruct((4, 3001), jnp.int32)
-    for entries in (None, ba):
-        assert "__gpu$xla.gpu.triton" in cuda_lowering(triton_update, slots, b, ba, ba, bl, entries, Rule(*[b] * 8))
-    assert cuda_lowering(triton_write, (ba, bl), (b, b), (b, b)).count("__gpu$xla.gpu.triton") == 1  # one launch for all
+    slots, flags = jax.ShapeDtypeStruct((4, 3001), jnp.int32), jax.ShapeDtypeStruct((4,), bool)
+    launch = functools.partial(per_sequence, updated, implementation="triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pallas_kernels.slots.api.device_reason", lambda *_, **__: None)
+        for entries in (None, ba):
+            assert cuda_lowering(launch, (slots, b), ba, ba, bl, entries, Rule(*[b] * 8)).count("__gpu$xla.gpu.triton") == 1
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        launch = functools.partial(per_sequence, counted, implementation="triton")
+        assert cuda_lowering(launch, (b, flags, ba, bl), b, flags, number).count("__gpu$xla.gpu.triton") == 1
 
 
 def test_what_does_not_fit_is_refused():
@@ -130,5 +161,7 @@ def test_what_does_not_fit_is_refused():
             update_slots(*arguments)
     with pytest.raises(ValueError, match=r"expected int32 \[B, X\], \[B\] and \[B\]"):
         write_elements((table,), (b[:1],), (b,))
+    with pytest.raises(ValueError, match=r"expected int32 \[B, X\], or int32 or bool \[B\], got float32\[2\]"):
+        per_sequence(updated, (slots, b), b.astype(jnp.float32))
     with pytest.raises(ValueError, match="unknown implementation"):
-        update_slots(slots, b, table, table, table, None, rule, implementation="cuda")
+        per_sequence(updated, (slots, b), table, table, table, None, rule, implementation="cuda")
