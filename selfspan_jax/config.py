@@ -275,6 +275,11 @@ class DecodeConfig:
     stop_ids: tuple[int, ...] = ()
     """Ids that end a sequence beside the vocabulary's `<eos>`: a pretrained model may have several ends of text."""
 
+    @property
+    def bookkeeping(self) -> Literal["jax_triton"] | None:
+        """Return the implementation of `pallas_kernels.per_sequence`: that of the attention if it is Triton's own, else the fastest."""
+        return "jax_triton" if self.implementation == "jax_triton" else None
+
     def __post_init__(self):
         _require_positive(self, "max_new_tokens", "prefill_tokens")
         get_selector(self.prefill)

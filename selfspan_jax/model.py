@@ -58,7 +58,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return rms_norm(x, self.scale[...], self.eps)
 
-    def fork(self, x: Float[Array, "B T D"], implementation: LinearImplementation | None = "xla"):
+    def fork(self, x: Rows, implementation: LinearImplementation | None = "xla"):
         """Return x for the residual, what the next linear map takes, and the norm that it computes itself: with gradients, none."""
         if implementation != "xla":
             return x, x, self
@@ -129,8 +129,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm | None, **linear: Any) -> Rows:
         x, rows, own_norm = norm.fork(x, **linear)
-        gates = self.gate_up_proj(rows, norm=own_norm, gated=True, **linear)
-        return self.down_proj(gates, residual=x, next_norm=next_norm, **linear)
+        return self.down_proj(self.gate_up_proj(rows, norm=own_norm, gated=True, **linear), residual=x, next_norm=next_norm, **linear)
 
 
 class Layer(nnx.Module):
@@ -202,8 +201,7 @@ class Decoder(nnx.Module):
             policy = None if self.config.remat else jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             run = nnx.remat(run, policy=policy)
         after = []
-        unknown = linear == "xla" or self.gather_layers  # of use to kernels only, which have no gradient
-        next_norms = [None if unknown else layer.input_layernorm for layer in self.layers[1:]] + [None]
+        next_norms = [None if linear == "xla" or self.gather_layers else layer.input_layernorm for layer in self.layers[1:]] + [None]
         for layer, cache, next_norm in zip(self.layers, caches or (None,) * self.config.num_layers, next_norms, strict=True):
             x, cache = run(layer, x, angles, cache, next_norm)
             after.append(cache)

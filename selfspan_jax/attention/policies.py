@@ -37,8 +37,6 @@ class Policy(Hashable, Protocol):
     name: ClassVar[str]
     description: ClassVar[str]
     """What a query reads, in a few words, for the help of command lines."""
-    per_sequence: ClassVar[bool]
-    """Whether `step_slots` is a function as `pallas_kernels.per_sequence` takes it, so that it becomes part of one kernel."""
 
     def mask(
         self,
@@ -87,7 +85,7 @@ class Policy(Hashable, Protocol):
         active: Bool[Array, "B"],
         views: AttentionViews,
     ) -> Slots:
-        """Compute the slots that each sequence's newest token attends to. Traced, in the decode loop.
+        """Compute the slots that each sequence's newest token attends to. Traced in the decode loop; where slots are `kept`, in its kernel.
 
         Args:
           slots: those of the token before; `initial_slots` right after prefill.
@@ -128,7 +126,6 @@ class Span:
 
     name: ClassVar[str] = "span"
     description: ClassVar[str] = "what the model names"
-    per_sequence: ClassVar[bool] = True
 
     def mask(self, token_ids, vocab, views, **rows):
         return spans.attention_mask(token_ids, vocab, **_views(views), **rows)
@@ -166,7 +163,6 @@ class Dense:
 
     name: ClassVar[str] = "dense"
     description: ClassVar[str] = "everything before"
-    per_sequence: ClassVar[bool] = False
 
     def mask(self, token_ids, vocab, views, **rows):
         return _earlier(token_ids, **rows)[0]
@@ -192,7 +188,6 @@ class Window:
 
     name: ClassVar[str] = "window"
     description: ClassVar[str] = "first and recent tokens"
-    per_sequence: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.sink_tokens < 0 or self.window_tokens < 1:

@@ -160,38 +160,28 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
     )
 
 
-def bookkeeping(config: DecodeConfig) -> str | None:
-    """Return the implementation of `per_sequence`: that of the attention, if it is the one by Triton itself, else the fastest."""
-    return config.implementation if config.implementation == "jax_triton" else None
-
-
 def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig) -> DecodeState:
     """Feed one token of every active sequence through the automaton and the model; nothing changes for the others."""
-    cache, policy, num_rows = state.cache, get_policy(config.attention), state.cache.pools[0][0].shape[0]
-
-    def step_slots(slots, table, own, span, active):
-        return policy.step_slots(slots, table, own=own, span=span, active=active, views=model.config)
+    cache, num_rows = state.cache, state.cache.pools[0][0].shape[0]
+    step_slots = functools.partial(get_policy(config.attention).step_slots, views=model.config)
 
     def advance(before, table, tokens, active):
         span, slots, done = before
         span = span.advance(tokens, model.vocab, active)
         position = jnp.maximum(span.num_tokens - 1, 0)
         own = read_elements(table, position)
-        slots = step_slots(slots, table, own, span, active) if policy.per_sequence else slots
+        slots = None if slots is None else step_slots(slots, table, own=own, span=span, active=active)
         ends = functools.reduce(jnp.logical_or, (tokens == end for end in (model.vocab.eos_id, *config.stop_ids)))
         return (span, slots, done | (active & ends)), (position, own, jnp.where(active, own, num_rows))
 
-    carried = state.span, state.slots if policy.per_sequence else None, state.done
-    (span, slots, done), (position, own, written) = per_sequence(
-        advance, carried, cache.slot_table, tokens, active, implementation=bookkeeping(config)
-    )
-    slots = slots if policy.per_sequence else step_slots(state.slots, cache.slot_table, own, span, active)
+    arrays = (state.span, None if state.slots.kept is None else state.slots, state.done), cache.slot_table, tokens, active
+    (span, slots, done), (position, own, written) = per_sequence(advance, *arrays, implementation=config.bookkeeping)
+    slots = slots or step_slots(state.slots, cache.slot_table, own=own, span=span, active=active)
     attend = attend_cached(written, slots, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
     hidden = jnp.where(active[:, None], hidden[:, 0], state.hidden)  # so that the logits, many more, need not be chosen from
-    logits = model.logits(hidden, linear=config.linear)
-    cache = dataclasses.replace(cache, pools=pools)
-    return dataclasses.replace(state, cache=cache, span=span, slots=slots, hidden=hidden, logits=logits, done=done)
+    fed = {"cache": dataclasses.replace(cache, pools=pools), "span": span, "slots": slots, "done": done}
+    return dataclasses.replace(state, hidden=hidden, logits=model.logits(hidden, linear=config.linear), **fed)
 
 
 def sample_step(
@@ -217,13 +207,10 @@ def sample_step(
         return (num_new, *write_elements(written, (column, column), (tokens, num_attended))), None
 
     sampled = sample(state.logits, jax.vmap(jax.random.fold_in)(state.keys, state.num_new), config.sampling, state.occurred)
-    _, (tokens, active) = per_sequence(
-        choose, None, sampled, state.done, state.num_new, until, forced_tokens, implementation=bookkeeping(config)
-    )
+    arrays = None, sampled, state.done, state.num_new, until, forced_tokens
+    _, (tokens, active) = per_sequence(choose, *arrays, implementation=config.bookkeeping)
     fed = decode_step(model, state, tokens, active, config)
-    occurred = state.occurred
-    if occurred is not None:
-        occurred = mark_occurring(occurred, tokens[:, None], active[:, None], model.vocab)
-    written = state.num_new, state.new_tokens, state.num_attended
-    logs, _ = per_sequence(log, written, tokens, active, fed.slots.counts, implementation=bookkeeping(config))
+    occurred = None if state.occurred is None else mark_occurring(state.occurred, tokens[:, None], active[:, None], model.vocab)
+    logged = (state.num_new, state.new_tokens, state.num_attended), tokens, active, fed.slots.counts
+    logs, _ = per_sequence(log, *logged, implementation=config.bookkeeping)
     return dataclasses.replace(fed, num_new=logs[0], new_tokens=logs[1], num_attended=logs[2], occurred=occurred)
