@@ -39,7 +39,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected an object, found {type(value).__name__}")

@@ -91,7 +91,12 @@ def train(
     log = MetricsLog(run_dir, first_step)
     progress = progress and distributed.is_first_process()
     if progress:
-        print(f"resuming from step {first_step:,} of {config.steps:,}" if first_step else "compiling the training step", flush=True)
+        print(
+            *([f"resuming from step {first_step:,} of {config.steps:,}"] if first_step else []),
+            "compiling the training step",
+            sep="\n",
+            flush=True,
+        )
     # None hides the bar only where there is no terminal
     bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=None if progress else True)
     timer = StepTimer(model, 1 if mesh is None else mesh.size)

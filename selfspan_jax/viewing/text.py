@@ -30,7 +30,7 @@ def warning_lines(warnings: Iterable[str]) -> list[str]:
 def answer_line(out: Output) -> str:
     """Write the answer beside what the verifier says of it; what is not right begins with WRONG, FLAWED or STOPPED, see `judgement`."""
     assert out.verdict is not None
-    said = f"{out.prompt} = {'(no answer)' if out.answer is None else out.answer}   ({out.verdict.message})"
+    said = f"{' '.join(out.prompt.split())} = {'(no answer)' if out.answer is None else out.answer}   ({out.verdict.message})"
     word = judgement(out.verdict, ended=out.ended)
     return said if word == "right" else f"{word.upper()}: {said}"
 
@@ -51,7 +51,7 @@ def in_color(table: str) -> str:
 
 def _steps_lines(out: Output) -> list[str]:
     """Lay out the steps with what each read, the answer with the verdict on it, and how much of the context was read."""
-    lines = [out.prompt + out.text, ""]
+    lines = [out.prompt, f"response: {out.text}", ""] if out.verdict else [out.prompt + out.text, ""]
     if out.steps:
         head = ("step", "reads", "writes", "attended tokens")
         rows = [(f"<{s.label}>", " ".join(f"<{ref}>" for ref in s.refs) or "-", s.text, f"{s.attended_tokens:.1f}") for s in out.steps]
@@ -66,7 +66,7 @@ def _sources_lines(out: Output) -> list[str]:
     """Lay out the steps, each with the pieces of the prompt that it named below it, and how much of the context was read."""
     ids, labels = (x[: out.prompt_tokens] for x in (out.token_ids, out.roles.labels))
     opens = (ids >= out.vocab.seg_base) & (ids < out.vocab.seg_base + out.vocab.num_labels)
-    lines = [out.answer or "(no step was opened)", ""]
+    lines = [out.answer, ""] if out.answer else ["(no step was opened)", f"response: {out.text}"]
     written: dict[int, str] = {}
     for step in out.steps:
         lines.append(f"<{step.label}> {step.text.strip()}")

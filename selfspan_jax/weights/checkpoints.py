@@ -56,7 +56,7 @@ class TrainingCheckpoints:
 
     def _hook(self, unraisable: Any) -> None:
         """Leave out what Orbax's library says of reads and writes that it gave up when another had failed."""
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
             self._noise[1](unraisable)
 
     @contextlib.contextmanager
@@ -84,7 +84,10 @@ class TrainingCheckpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._manager.restore(step, args=args)
-            except (KeyError, ValueError, OSError) as error:  # what Orbax raises for files that are missing, cut short, not JSON
+            except Exception as error:
+                # Orbax raises these for files that are missing or not JSON, a bare Exception for arrays that are missing or cut short
+                if type(error) is not Exception and not isinstance(error, KeyError | ValueError | OSError):
+                    raise
                 damaged.append(step)
                 reason = " ".join(str(error.args[0] if error.args else error).split())[:160]
                 distributed.log_once(

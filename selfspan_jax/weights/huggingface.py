@@ -227,6 +227,8 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"num_attention_heads is {num_heads}; allowed: 1 and above")
     fields = {"num_key_value_heads": num_heads, "head_dim": fields["hidden_size"] // num_heads, "rms_norm_eps": 1e-6, **fields}
     rope = _rope(fields)
+    if (dtype := fields.get("dtype", fields.get("torch_dtype"))) not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {dtype!r}; allowed: float32, bfloat16, float16")
     sizes = {ours: fields[theirs] for theirs, ours in _SIZES.items()}
     if (window := _sliding_window(kind, fields)) is not None:  # within it attention is dense
         sizes["max_context_tokens"] = min(sizes["max_context_tokens"], window)
@@ -238,7 +240,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         output_bias=biased and kind != "qwen2",
         qk_norm=kind == "qwen3",
         tie_embeddings=fields.get("tie_word_embeddings", False),
-        compute_dtype="float32" if fields.get("dtype", fields.get("torch_dtype")) == "float32" else "bfloat16",
+        compute_dtype="float32" if dtype == "float32" else "bfloat16",
         mask="dense",
         header_view="all",
         prompt_view="causal",

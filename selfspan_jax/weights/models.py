@@ -44,7 +44,7 @@ class Tensors:
     """The file or directory, which errors name."""
     shapes: dict[str, tuple[int, ...]]
     """By name."""
-    read: Callable[[str], Array]
+    read_unchecked: Callable[[str], Array]
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """By name, in the words of the file: "F32", "BF16", "Q4_1"."""
 
@@ -55,6 +55,13 @@ class Tensors:
         for name in self.shapes.keys() & self.dtypes.keys():
             sizes[self.dtypes[name]] += math.prod(self.shapes[name])
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+    def read(self, name: str) -> Array:
+        """Read a tensor. Raises UserError for numbers that are not finite."""
+        array = self.read_unchecked(name)
+        if jnp.issubdtype(array.dtype, jnp.floating) and not jnp.isfinite(array).all():
+            raise UserError(f"{self.where}: {name} has numbers that are not finite (NaN or infinite): the weights are damaged")
+        return array
 
     def check(self, wanted: Mapping[str, Any], ignored: Container[str] = ()) -> None:
         """Compare names and shapes with those of `wanted` (arrays, or shapes in their place); no tensor is read.

@@ -36,7 +36,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         parse_tokenizer(file, read_text(file))
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:  # all that damaged files were seen to raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError) as error:  # seen for damaged files
         raise UserError(f"{directory}: the tokenizer cannot be read ({type(error).__name__}: {_one_line(error)})") from error
     except StrictDataclassError as error:  # it reads the config too, and checks types
         raise UserError(f"{directory / 'config.json'}: {_one_line(error.__cause__ or error)}") from error

@@ -163,6 +163,13 @@ def test_a_source_may_be_a_sentence_of_the_response_or_nothing(gold):
     assert lines[at + 3] == "    from <60> (nothing so far carries that label)"
 
 
+def test_a_response_of_sources_without_a_step_is_shown(gold):
+    out, _ = gold
+    ids = np.append(out.token_ids[: out.prompt_tokens], out.vocab.ref_id(2))
+    bare = dataclasses.replace(out, token_ids=ids, num_attended=out.num_attended[:1])
+    assert text.response_table(bare).splitlines()[2:4] == ["(no step was opened)", "response: <ref:2>"]
+
+
 def test_a_response_with_steps_has_a_row_for_each():
     out, _, mask = output(NAMED["unresolved"][0])
     stopped, lost, *lines = text.response_table(out).splitlines()

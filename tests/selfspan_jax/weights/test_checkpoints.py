@@ -1,5 +1,6 @@
 """Checkpoints of a run: what is damaged is named and left out, and what has no room is one line."""
 
+import os
 import shutil
 
 import jax.numpy as jnp
@@ -16,14 +17,20 @@ def cut_data(checkpoint):
             file.write_bytes(file.read_bytes()[:20])
 
 
+def largest_file(checkpoint):
+    return max((file for file in (checkpoint / "state").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
 DAMAGE = {
     "empty": lambda checkpoint: (shutil.rmtree(checkpoint), checkpoint.mkdir()),
     "no state": lambda checkpoint: shutil.rmtree(checkpoint / "state"),
     "no position in the data": lambda checkpoint: shutil.rmtree(checkpoint / "data"),
     "position cut short": lambda checkpoint: (checkpoint / "data" / "metadata").write_text('{"next_ex'),
     "parameters cut short": cut_data,
+    "a large array cut short": lambda checkpoint: os.truncate(largest_file(checkpoint), 1000),
+    "a large array missing": lambda checkpoint: largest_file(checkpoint).unlink(),
 }
-STATE = {"params": jnp.arange(8.0), "step": jnp.zeros((), jnp.int32)}
+STATE = {"params": jnp.arange(2**16, dtype=jnp.float32).at[::3].multiply(1.7), "step": jnp.zeros((), jnp.int32)}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(saved, tmp_
 def test_a_checkpoint_without_room_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 70, 30))
     checkpoints = TrainingCheckpoints(tmp_path, 2)
-    with pytest.raises(UserError, match=r"a checkpoint cannot be written to .*: it takes 0\.0 MB, 0\.0 MB are free"):
+    with pytest.raises(UserError, match=r"a checkpoint cannot be written to .*: it takes 0\.3 MB, 0\.0 MB are free"):
         checkpoints.save(4, STATE, 5)
     checkpoints.close()

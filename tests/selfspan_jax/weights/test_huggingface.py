@@ -190,6 +190,7 @@ TYPES = {  # fields of a wrong type, and how the line ends that refuses them
     "text for a bias": (dict(attention_bias="false"), "attention_bias is 'false'; expected true or false"),
     "a list for an object": (dict(rope_parameters=[]), "rope_parameters is []; expected an object"),
     "a list for a name": (dict(model_type=[]), "model_type is []; known are llama, mistral, qwen2, qwen3"),
+    "a dtype that nothing here computes in": (dict(dtype="float8"), "dtype is 'float8'; allowed: float32, bfloat16, float16"),
     "what only transformers reads": (dict(use_cache="yes"), "Field 'use_cache' expected bool, got str (value: 'yes')"),
     "weights elsewhere": (
         dict(transformers_weights="x.safetensors"),
@@ -204,6 +205,24 @@ def test_a_field_of_a_wrong_type_is_named_with_file_and_value(base, tmp_path, fi
     with pytest.raises(UserError) as error:
         SpanLM.load(path)
     assert str(error.value) == f"{path / 'config.json'}: {message}"
+
+
+def test_json_without_end_is_named(base, tmp_path):
+    path = changed(base, tmp_path / "model")
+    (path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+        SpanLM.load(path)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_named(base, tmp_path, number):
+    path = changed(base, tmp_path / "model")
+    arrays = load_file(base / "model.safetensors")
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].copy()
+    arrays["model.norm.weight"][3] = number
+    save_file(arrays, path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight has numbers that are not finite"):
+        SpanLM.load(path)
 
 
 def test_two_models_in_one_directory_are_refused(base, tmp_path):
