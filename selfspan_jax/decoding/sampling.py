@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +28,40 @@ def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], i
     return occurred.at[row, jnp.where(counted, token_ids, occurred.shape[1])].set(True, mode="drop")
 
 
-def sample(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling, occurred: Array | None = None) -> Int[Array, "B"]:
+class SamplingFields(NamedTuple):
+    """The fields of `Sampling`: numbers, or arrays [B] of each sequence's own. None where none asks for it; of `top_p` what it leaves out."""
+
+    temperature: float | Float[Array, "B"] | None  # 0 takes the most likely token
+    outside: float | Float[Array, "B"] | None
+    top_k: int | Int[Array, "B"] | None
+    min_p: float | Float[Array, "B"] | None
+    repetition_penalty: float | Float[Array, "B"] | None
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> SamplingFields:
+        """Write settings as numbers that float32 has."""
+        penalty = None if sampling.repetition_penalty == 1 else normal_float32(sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            return cls(None, None, None, None, penalty)
+        outside = 1 - sampling.top_p or None
+        return cls(normal_float32(sampling.temperature), outside, min(sampling.top_k, 2**31 - 1) or None, sampling.min_p or None, penalty)
+
+
+def sample(
+    logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling | SamplingFields, occurred: Array | None = None
+) -> Int[Array, "B"]:
     """Sample the next tokens: the most likely ones at temperature 0, else draws from those that the filters leave.
 
     `occurred` marks the tokens of each sequence so far, where there is a repetition penalty.
     """
-    if occurred is not None:
-        logits = penalized(logits, occurred, normal_float32(sampling.repetition_penalty))
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, filtered_scores(logits, sampling)).astype(jnp.int32)
+    fields = _columns(sampling)
+    if fields.repetition_penalty is not None and occurred is not None:
+        logits = penalized(logits, occurred, fields.repetition_penalty)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if fields.temperature is None:
+        return likeliest
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered_scores(logits, fields)).astype(jnp.int32)
+    return jnp.where(jnp.ravel(fields.temperature) == 0, likeliest, drawn)
 
 
 def penalized(logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], penalty: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
@@ -45,21 +70,29 @@ def penalized(logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], penalty
     return jnp.where(occurred, jnp.clip(jnp.where(logits < 0, logits * penalty, logits / penalty), -limit, limit), logits)
 
 
-def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling | SamplingFields) -> Float[Array, "B V"]:
     """Divide logits by the temperature, and set those of tokens that are not to be drawn to minus infinity; see `Sampling`.
 
     Top-k: 1805.04833. Top-p, the nucleus: 1904.09751. Min-p: 2407.01082. The most likely token is always left, also where the
     temperature is so small that its quotients are infinite: the largest logit is 0 before the division.
     """
-    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / normal_float32(sampling.temperature)
-    if 0 < sampling.top_k < scores.shape[-1]:
-        least = jax.lax.top_k(scores, sampling.top_k)[0][:, -1:]
-        scores = jnp.where(scores < least, -jnp.inf, scores)
-    if sampling.top_p < 1:
-        scores = nucleus(scores, 1 - sampling.top_p)
-    if sampling.min_p > 0:
-        scores = jnp.where(jnp.exp(scores) < sampling.min_p, -jnp.inf, scores)  # the most likely one has exp(0)
+    temperature, outside, top_k, min_p, _ = _columns(sampling)
+    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature == 0, 1.0, temperature)
+    if top_k is not None:
+        least = jnp.take_along_axis(jnp.sort(scores, axis=-1), jnp.clip(scores.shape[-1] - top_k, 0, scores.shape[-1] - 1), axis=1)
+        scores = jnp.where((top_k > 0) & (scores < least), -jnp.inf, scores)
+    if outside is not None:
+        scores = jnp.where(outside > 0, nucleus(scores, outside), scores)
+    if min_p is not None:
+        scores = jnp.where(jnp.exp(scores) < min_p, -jnp.inf, scores)  # the most likely one has exp(0)
     return scores
+
+
+def _columns(sampling: Sampling | SamplingFields) -> SamplingFields:
+    """Return settings as arrays [B or 1, 1]."""
+    fields = SamplingFields.of(sampling) if isinstance(sampling, Sampling) else sampling
+    dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+    return SamplingFields(*(x if x is None else jnp.asarray(x, dtype).reshape(-1, 1) for x, dtype in zip(fields, dtypes)))
 
 
 def nucleus(scores: Float[Array, "B V"], outside: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:

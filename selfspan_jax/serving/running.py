@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from selfspan_jax.attention.policies import get_policy, masks_of_prompts
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
-from selfspan_jax.decoding.sampling import mark_occurring, nucleus, penalized
+from selfspan_jax.decoding.sampling import SamplingFields, mark_occurring, sample
 from selfspan_jax.decoding.state import DecodeState, decode_step
 from selfspan_jax.model import Attend
 from selfspan_jax.parallel import layout
 from selfspan_jax.spans import SpanState
 
-Draws = Literal["likeliest", "drawn", "filtered"]  # the most that any running sequence asks of sampling: each costs more
 HostArray = Array | np.ndarray  # NumPy's from the host, JAX's in a program
 _STATE = DecodeState.partition_specs()
 
@@ -41,14 +40,12 @@ class Prompts(NamedTuple):
     seeds: UInt[HostArray, "R 3"]  # a seed's upper and lower half, and the number of the sequence among those of the seed
 
 
-class SamplingRows(NamedTuple):
-    """The fields of `Sampling`, one for each sequence; of `top_p` what it leaves out."""
+class LogProbs(NamedTuple):
+    """Log-probabilities of the model, before temperature and filters: of the token that was taken, and of the L most likely ones."""
 
-    temperature: Float[HostArray, "B"]
-    outside: Float[HostArray, "B"]
-    top_k: Int[HostArray, "B"]
-    min_p: Float[HostArray, "B"]
-    repetition_penalty: Float[HostArray, "B"]
+    taken: Float[HostArray, "C B"]
+    likeliest_ids: Int[HostArray, "C B L"]
+    likeliest: Float[HostArray, "C B L"]
 
 
 class Decoded(NamedTuple):
@@ -57,6 +54,7 @@ class Decoded(NamedTuple):
     token_ids: Int[Array, "C B"]
     num_attended: Int[Array, "C B"]  # 0 where a sequence took no token
     done: Bool[Array, "B"]
+    logprobs: LogProbs | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "num_rows", "num_sequences", "capacity"))
@@ -142,22 +140,25 @@ def read_prompts(
     return graph.shard_map(read, _STATE, layout.REPLICATED, out_specs=_STATE)(params, state, prompts)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "page_tokens", "num_steps", "draws"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("graph", "config", "page_tokens", "num_steps", "num_logprobs"), donate_argnames=("state",))
 def decode_chunk(
     graph,
     params,
     state: DecodeState,
     pages: Int[Array, "B A/page"],
     until: Int[Array, "B"],
-    sampling: SamplingRows | None,
+    sampling: SamplingFields,
     config: DecodeConfig,
     page_tokens: int,
     num_steps: int,
-    draws: Draws,
+    num_logprobs: int,
 ) -> tuple[DecodeState, Decoded]:
     """Decode `num_steps` tokens of every sequence that has not ended, up to `until` new tokens of each; 0 leaves one as it is.
 
     A loop of known length, which the host queues without waiting.
+
+    Args:
+      num_logprobs: L, how many likely tokens there is a log-probability of; 0: none, nor of the token itself.
     """
 
     def decode(model, state, pages, until, sampling):
@@ -169,17 +170,18 @@ def decode_chunk(
         def step(state, _):
             active = state.is_active(until)
             keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_new)
-            tokens = jnp.where(active, sample_rows(state.logits, keys, sampling, state.occurred, draws), model.vocab.pad_id)
+            tokens = jnp.where(active, sample(state.logits, keys, sampling, state.occurred), model.vocab.pad_id)
             fed = decode_step(model, state, tokens, active, config)
             occurred = state.occurred
-            if draws == "filtered":
+            if sampling.repetition_penalty is not None:
                 occurred = mark_occurring(occurred, tokens[:, None], active[:, None], model.vocab)
             fed = dataclasses.replace(fed, num_new=state.num_new + active.astype(jnp.int32), occurred=occurred)
-            return fed, (tokens, jnp.where(active, fed.slots.counts, 0))
+            logprobs = logprobs_of(state.logits, tokens, num_logprobs) if num_logprobs else None
+            return fed, (tokens, jnp.where(active, fed.slots.counts, 0), logprobs)
 
         state = dataclasses.replace(state, cache=KVCache(cache.pools, table), slots=slots)
-        state, (tokens, num_attended) = jax.lax.scan(step, state, length=num_steps)
-        return state, Decoded(tokens, num_attended, state.done)
+        state, (tokens, num_attended, logprobs) = jax.lax.scan(step, state, length=num_steps)
+        return state, Decoded(tokens, num_attended, state.done, logprobs)
 
     arrays = (layout.REPLICATED,) * 3
     return graph.shard_map(decode, _STATE, *arrays, out_specs=(_STATE, layout.REPLICATED))(params, state, pages, until, sampling)
@@ -222,22 +224,11 @@ def sequence_keys_of(seeds: UInt[Array, "R 3"]) -> Array:
     return jax.vmap(jax.random.fold_in)(keys, number)
 
 
-def sample_rows(logits: Float[Array, "B V"], keys, sampling: SamplingRows | None, occurred: Bool[Array, "B V"], draws: Draws) -> Array:
-    """Sample the next tokens as `decoding.sampling.sample` does, each sequence by its own settings."""
-    if sampling is None or draws == "likeliest":
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    temperature, outside, top_k, min_p, penalty = (jnp.asarray(field)[:, None] for field in sampling)
-    if draws == "filtered":
-        logits = penalized(logits, occurred, penalty)
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature == 0, 1.0, temperature)
-    if draws == "filtered":
-        least = jnp.take_along_axis(jnp.sort(scores, axis=-1), jnp.clip(logits.shape[1] - top_k, 0, logits.shape[1] - 1), axis=1)
-        scores = jnp.where((top_k > 0) & (scores < least), -jnp.inf, scores)
-        scores = jnp.where(outside > 0, nucleus(scores, outside), scores)
-        scores = jnp.where(jnp.exp(scores) < min_p, -jnp.inf, scores)
-    drawn = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
-    return jnp.where(sampling.temperature == 0, likeliest, drawn)
+def logprobs_of(logits: Float[Array, "B V"], token_ids: Int[Array, "B"], number: int) -> LogProbs:
+    """Compute the log-probabilities of a step's tokens, and of the `number` most likely ones."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    likeliest, ids = jax.lax.top_k(logprobs, number)
+    return LogProbs(jnp.take_along_axis(logprobs, token_ids[:, None], axis=1)[:, 0], ids, likeliest)
 
 
 def with_pools(state: DecodeState, pools) -> DecodeState:

@@ -27,15 +27,18 @@ from jaxtyping import Int
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import MAX_SEED, DecodeConfig, Implementation, Sampling, ServingConfig
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.sampling import normal_float32
+from selfspan_jax.decoding.sampling import SamplingFields
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.pages import Pages, page_keys
-from selfspan_jax.serving.running import Decoded, Draws, Prompts, SamplingRows, decode_chunk, empty_state, read_prompts
+from selfspan_jax.serving.running import Decoded, LogProbs, Prompts, decode_chunk, empty_state, read_prompts
 
 Finished = Literal["stop", "length", "cancelled", "error"]
-_DRAWS: tuple[Draws, ...] = ("likeliest", "drawn", "filtered")
+MAX_LOGPROBS = 20  # most likely tokens whose log-probabilities a request may ask for
+_NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
+# What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
+_LEVELS = ((0, 0), (1, 0), (len(_NEUTRAL), 0), (len(_NEUTRAL), MAX_LOGPROBS))
 _MIN_QUERIES = 64  # tokens of each prompt that are read at once
 _CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
 _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
@@ -53,6 +56,8 @@ class Request:
     """Of what is drawn: 0 to 2**63 - 1."""
     sample: int = 0
     """Which of the seed's sequences this is: sample i of `Engine.generate` with `num_samples`."""
+    logprobs: bool = False
+    """Whether `Tokens` have log-probabilities."""
 
 
 class Tokens(NamedTuple):
@@ -62,6 +67,8 @@ class Tokens(NamedTuple):
     num_attended: Int[np.ndarray, "C"]
     finished: Finished | None = None
     error: str | None = None
+    logprobs: LogProbs | None = None
+    """[C] and [C, L], where the request asks for them."""
 
 
 class QueueFull(Exception):
@@ -109,20 +116,21 @@ class Ticket:
     pages: list[int] = dataclasses.field(default_factory=list)
     num_read: int = 0
     place: int | None = None
-    num_new: int = 0  # tokens that it will have sampled, unless it ends, when all that was dispatched is done
+    num_new: int = 0  # tokens that it had sampled when it was admitted
     written: list[Int[np.ndarray, "C"]] = dataclasses.field(default_factory=list)
     num_written: int = 0
     finished: Finished | None = None
 
     def __post_init__(self):
         self.prompt_tokens = len(self.token_ids)
+        self.level = _level(self.request)
 
 
 class _Chunk(NamedTuple):
-    """A chunk that was dispatched, and whose places it decodes."""
+    """A chunk that was dispatched, and who has each place of it."""
 
     decoded: Decoded
-    tickets: list[tuple[Ticket, int]]
+    tickets: dict[int, Ticket]
 
 
 class Scheduler:
@@ -162,7 +170,7 @@ class Scheduler:
         self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
         # Few shapes: many short prompts or one long one, always `prefill_tokens` in all, over few lengths of what was read before.
         self._query_sizes = [config.prefill_tokens]
-        self._query_sizes += [size for size in (_MIN_QUERIES * 4**i for i in range(16)) if size < config.prefill_tokens][::-1]
+        self._query_sizes += [size for size in (_MIN_QUERIES * 2**i for i in range(24)) if size < config.prefill_tokens][::-1]
         last = -(-(self._capacity + config.prefill_tokens) // _MIN_QUERIES) * _MIN_QUERIES
         self._key_sizes = [last]
         while self._key_sizes[0] > 4 * config.prefill_tokens:
@@ -187,7 +195,10 @@ class Scheduler:
         self._being_read: set[bytes] = set()
         self._in_flight: collections.deque[_Chunk] = collections.deque()
         self._table = np.full((size, self._pages_each), -1, np.int32)
-        self._sampling = SamplingRows(*(np.zeros(size, dtype) for dtype in (*("float32",) * 2, "int32", *("float32",) * 2)))
+        self._sampling = SamplingFields(*(np.full(size, value, np.array(value, f"{type(value).__name__}32").dtype) for value in _NEUTRAL))
+        # Of each place: tokens of the prompt, those that have been sampled when all that was dispatched is done, unless it ends, and
+        # how many it takes at most; tokens that its pages have room for. A round touches the places that change, and no others.
+        self._prompt_tokens, self._until, self._limit, self._room = (np.zeros(size, np.int32) for _ in range(4))
         self._state: Any = None  # the memory of one that failed is free before the next one is allocated
         self._state = empty_state(
             self.engine.graph, self.engine.params, self.decode_config, self.num_pages * self.config.page_tokens, size, self._capacity
@@ -309,15 +320,14 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """Compile every program, several at once, and run each on no request, so that none is compiled later."""
-        until = np.zeros(self.config.num_sequences, np.int32)
         reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._key_sizes]
         reads += [(self._query_sizes[0], keys, True) for keys in self._key_sizes]
-        lowered = [functools.partial(decode_chunk.lower, *self._chunk_arguments(until, draws)) for draws in _DRAWS]
+        lowered = [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in _LEVELS]
         lowered += [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in reads]
         with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
             list(pool.map(lambda lower: lower().compile(), lowered))
-        for draws in _DRAWS:
-            self._dispatch_chunk(until, draws)
+        for level in _LEVELS:
+            self._dispatch_chunk(level)
         for sizes in reads:
             self._dispatch_read([], 0, *sizes)
         jax.block_until_ready(self._state)
@@ -348,7 +358,8 @@ class Scheduler:
                 self.pages.release(pages)
                 at += 1
                 continue
-            missing = self._num_pages(len(ticket.token_ids) + self._next_tokens(ticket)) - len(pages)
+            first_chunk = min(self.config.chunk_tokens, ticket.request.max_new_tokens - ticket.num_new)
+            missing = self._num_pages(len(ticket.token_ids) + first_chunk) - len(pages)
             reserve = len(self._running) + len(self._reading)
             new = self.pages.allocate(missing) if missing + reserve <= self.pages.num_available else None
             if new is None:
@@ -387,13 +398,19 @@ class Scheduler:
 
     def _start(self, ticket: Ticket) -> None:
         """Let a sequence run whose prompt is read."""
-        assert ticket.place is not None
-        self._running[ticket.place] = ticket
-        sampling = ticket.request.sampling
-        temperature = sampling.temperature and normal_float32(sampling.temperature)
-        filters = (1 - sampling.top_p, min(sampling.top_k, self.engine.vocab_size), sampling.min_p)
-        for field, value in zip(self._sampling, (temperature, *filters, normal_float32(sampling.repetition_penalty))):
-            field[ticket.place] = value
+        place, request = ticket.place, ticket.request
+        assert place is not None
+        self._running[place] = ticket
+        self._prompt_tokens[place], self._until[place], self._limit[place] = ticket.prompt_tokens, ticket.num_new, request.max_new_tokens
+        self._set_pages(ticket)
+        for own, value, neutral in zip(self._sampling, SamplingFields.of(request.sampling), _NEUTRAL):
+            own[place] = neutral if value is None else value
+
+    def _set_pages(self, ticket: Ticket) -> None:
+        """Write a sequence's pages where the next chunk finds them."""
+        place = ticket.place
+        self._table[place, : len(ticket.pages)] = ticket.pages
+        self._room[place] = len(ticket.pages) * self.config.page_tokens
 
     def _dispatch_read(self, *sizes: Any) -> None:
         self._state = read_prompts(*self._read_arguments(*sizes))
@@ -423,58 +440,60 @@ class Scheduler:
 
     def _decode(self) -> bool:
         """Have a chunk decoded for all that run, if any does; places that are full afterwards are free from then on."""
-        for ticket in sorted(self._running.values(), key=_number):
+        ends = self._prompt_tokens + self._next_until()
+        for ticket in sorted((self._running[place] for place in np.flatnonzero(ends > self._room).tolist()), key=_number):
             self._grow(ticket)
         if not self._running:
             return False
-        until = np.zeros(self.config.num_sequences, np.int32)
-        tickets = [(ticket, place) for place, ticket in self._running.items()]
-        for ticket, place in tickets:
-            ticket.num_new += self._next_tokens(ticket)
-            until[place] = ticket.num_new
-            self._table[place] = -1
-            self._table[place, : len(ticket.pages)] = ticket.pages
-        decoded = self._dispatch_chunk(until, max((_draws(ticket.request.sampling) for ticket, _ in tickets), key=_DRAWS.index))
-        for array in decoded:
+        self._until = self._next_until()
+        tickets = self._running.copy()
+        decoded = self._dispatch_chunk(max(ticket.level for ticket in tickets.values()))
+        for array in jax.tree.leaves(decoded):
             array.copy_to_host_async()
-        for ticket, _ in tickets:
-            if ticket.num_new == ticket.request.max_new_tokens:
-                self._vacate(ticket)
+        for place in np.flatnonzero((self._until == self._limit) & (self._limit > 0)).tolist():
+            self._vacate(tickets[place])
         self._in_flight.append(_Chunk(decoded, tickets))
         return True
 
-    def _dispatch_chunk(self, until: Int[np.ndarray, "B"], draws: Draws) -> Decoded:
-        self._state, decoded = decode_chunk(*self._chunk_arguments(until, draws))
+    def _next_until(self) -> Int[np.ndarray, "B"]:
+        """Count the tokens that each place will have sampled after the next chunk at most."""
+        return np.minimum(self._until + self.config.chunk_tokens, self._limit)
+
+    def _dispatch_chunk(self, level: tuple[int, int]) -> Decoded:
+        self._state, decoded = decode_chunk(*self._chunk_arguments(level))
         return decoded
 
-    def _chunk_arguments(self, until: Int[np.ndarray, "B"], draws: Draws) -> tuple[Any, ...]:
+    def _chunk_arguments(self, level: tuple[int, int]) -> tuple[Any, ...]:
         # Copies, because the device may read them after they have changed.
-        sampling = None if draws == "likeliest" else SamplingRows(*(field.copy() for field in self._sampling))
-        options = (self.decode_config, self.config.page_tokens, self.config.chunk_tokens, draws)
-        return (self.engine.graph, self.engine.params, self._state, self._table.copy(), until, sampling, *options)
+        num_fields, num_logprobs = level
+        sampling = SamplingFields(*(field.copy() if i < num_fields else None for i, field in enumerate(self._sampling)))
+        options = (self.decode_config, self.config.page_tokens, self.config.chunk_tokens, min(num_logprobs, self.engine.vocab_size))
+        return (self.engine.graph, self.engine.params, self._state, self._table.copy(), self._until.copy(), sampling, *options)
 
     def _collect(self) -> None:
         """Wait for the oldest chunk in flight and hand out its tokens."""
         chunk = self._in_flight[0]
-        token_ids, num_attended, done = map(np.asarray, chunk.decoded)
+        token_ids, num_attended, done, logprobs = jax.tree.map(np.asarray, chunk.decoded)
         self._in_flight.popleft()
-        for ticket, place in chunk.tickets:
+        counts, sums, done = np.count_nonzero(num_attended, axis=0).tolist(), num_attended.sum(axis=0).tolist(), done.tolist()
+        token_ids, num_attended = (np.ascontiguousarray(x.T) for x in (token_ids, num_attended))
+        for place, ticket in chunk.tickets.items():
             if ticket.finished:
                 continue
-            count = int(np.count_nonzero(num_attended[:, place]))
-            tokens, attended = token_ids[:count, place].copy(), num_attended[:count, place].copy()
-            length = ticket.prompt_tokens + ticket.num_written
-            self._counts["context_tokens"] += sum(range(length + 1, length + count + 1))
-            self._counts["attended_tokens"] += int(attended.sum())
+            count, length = counts[place], ticket.prompt_tokens + ticket.num_written
+            tokens, attended = token_ids[place, :count], num_attended[place, :count]
+            self._counts["context_tokens"] += count * length + count * (count + 1) // 2
+            self._counts["attended_tokens"] += sums[place]
             self._counts["generated_tokens"] += count
             ticket.written.append(tokens)
             ticket.num_written += count
             full = ticket.num_written == ticket.request.max_new_tokens
             finished: Finished | None = "stop" if done[place] else "length" if full else None
+            scores = LogProbs(*(x[:count, place] for x in logprobs)) if ticket.request.logprobs else None
             if finished:
-                self._finish(ticket, Tokens(tokens, attended, finished))
+                self._finish(ticket, Tokens(tokens, attended, finished, logprobs=scores))
             elif count:
-                self._deliver(ticket, Tokens(tokens, attended))
+                self._deliver(ticket, Tokens(tokens, attended, logprobs=scores))
 
     def _deliver(self, ticket: Ticket, tokens: Tokens) -> None:
         try:
@@ -497,9 +516,9 @@ class Scheduler:
                 self.pages.name(page, key)
         ticket.finished = finished
         self._ended[finished] += 1
-        self._withdraw(ticket)
-        if ticket in self._waiting:
+        if not ticket.pages:  # only those that wait have none
             self._waiting.remove(ticket)
+        self._withdraw(ticket)
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Take place and pages from a request, if it has any."""
@@ -511,18 +530,21 @@ class Scheduler:
         ticket.pages = []
 
     def _vacate(self, ticket: Ticket) -> None:
-        if ticket.place is not None:
-            self._running.pop(ticket.place, None)
-            self._places.append(ticket.place)
+        if (place := ticket.place) is not None:
+            self._running.pop(place, None)
+            self._places.append(place)
             ticket.place = None
+            self._table[place] = -1
+            self._prompt_tokens[place] = self._until[place] = self._limit[place] = self._room[place] = 0
 
     def _grow(self, ticket: Ticket) -> None:
         """Give a running sequence the pages of its next chunk; where there is none, the youngest sequence loses its own."""
         while ticket.place is not None and not ticket.finished:
-            tokens = ticket.prompt_tokens + ticket.num_new + self._next_tokens(ticket)
-            new = self.pages.allocate(max(0, self._num_pages(tokens) - len(ticket.pages)))
+            tokens = self._prompt_tokens[ticket.place] + self._next_until()[ticket.place]
+            new = self.pages.allocate(self._num_pages(int(tokens)) - len(ticket.pages))
             if new is not None:
                 ticket.pages += new
+                self._set_pages(ticket)
                 return
             if self._in_flight:  # whose tokens are needed to read a sequence again; and some may have ended
                 self._collect()
@@ -539,7 +561,7 @@ class Scheduler:
 
     def _fail(self, error: str) -> None:
         """End the requests that were admitted with an error, and begin with an empty state."""
-        tickets = {*self._running.values(), *self._reading, *(ticket for chunk in self._in_flight for ticket, _ in chunk.tickets)}
+        tickets = {*self._running.values(), *self._reading, *(ticket for chunk in self._in_flight for ticket in chunk.tickets.values())}
         for ticket in sorted(tickets, key=_number):
             if not ticket.finished:
                 self._finish(ticket, Tokens(_NONE, _NONE, "error", error))
@@ -550,10 +572,6 @@ class Scheduler:
 
     def _goes_on(self, token_ids: Int[np.ndarray, "T"]) -> bool:
         return self.engine.goes_on(token_ids[None], np.array([len(token_ids)]))
-
-    def _next_tokens(self, ticket: Ticket) -> int:
-        """Tokens that a sequence takes in its next chunk at most."""
-        return min(self.config.chunk_tokens, ticket.request.max_new_tokens - ticket.num_new)
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_tokens)
@@ -578,15 +596,15 @@ _NONE = np.zeros(0, np.int32)
 def joined(parts: Sequence[Tokens]) -> Tokens:
     """Join what a request was given."""
     token_ids, num_attended = (np.concatenate([tokens[i] for tokens in parts]) for i in range(2))
-    return Tokens(token_ids, num_attended, parts[-1].finished, parts[-1].error)
+    scores = [tokens.logprobs for tokens in parts if tokens.logprobs is not None]
+    return Tokens(token_ids, num_attended, *parts[-1][2:4], LogProbs(*map(np.concatenate, zip(*scores))) if scores else None)
 
 
 def _number(ticket: Ticket) -> int:
     return ticket.number
 
 
-def _draws(sampling: Sampling) -> Draws:
-    """Name what sampling needs; see `running.sample_rows`."""
-    if sampling.repetition_penalty != 1 or (sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0)):
-        return "filtered"
-    return "drawn" if sampling.temperature > 0 else "likeliest"
+def _level(request: Request) -> tuple[int, int]:
+    """Return the first of `_LEVELS` that has what a request asks for."""
+    asked = [number for number, value in enumerate(SamplingFields.of(request.sampling), 1) if value is not None]
+    return next(level for level in _LEVELS if level[0] >= max(asked, default=0) and (level[1] > 0 or not request.logprobs))

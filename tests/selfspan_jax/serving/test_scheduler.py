@@ -89,7 +89,7 @@ def assert_read_rows_belong_to_the_reader(scheduler):
     (chunk,) = scheduler._in_flight
     slots, counts = np.asarray(scheduler._state.slots.slots), np.asarray(scheduler._state.slots.counts)
     readers = collections.defaultdict(list)
-    for ticket, place in chunk.tickets:
+    for place, ticket in chunk.tickets.items():
         pages = ticket.pages if ticket.pages else scheduler._table[place][scheduler._table[place] >= 0].tolist()
         read = slots[place, : counts[place]]
         assert len(set(read.tolist())) == len(read)
