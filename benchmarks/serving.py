@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import httpx2
-import numpy as np
 from tyro.conf import Positional, arg
 
+from benchmarks.arrivals import Sent, arrivals, summary, table
 from data import arithmetic, commandline
 from data.errors import UserError, check_range
 from selfspan_jax import files
@@ -70,23 +70,11 @@ class Load:
         return [example.prompt for example in itertools.islice(drawn, self.num_requests)]
 
 
-@dataclasses.dataclass
-class Sent:
-    """What became of one request; times in seconds from the beginning."""
-
-    arrival: float
-    events: list[float] = dataclasses.field(default_factory=list)
-    """When text came."""
-    tokens: int = 0
-    right: bool | None = None
-    failed: str | None = None
-
-
 async def send_all(client: httpx2.AsyncClient, model: str, prompts: list[str], rate: float, load: Load) -> list[Sent]:
     """Send each prompt at its time, and wait for all responses."""
-    waits = np.random.default_rng(load.seed).exponential(1 / rate, len(prompts))
+    times = arrivals(rate, len(prompts), load.seed)
     begin = time.perf_counter()
-    requests = (_send(client, model, text, begin, float(at), load) for text, at in zip(prompts, np.cumsum(waits)))
+    requests = (_send(client, model, text, begin, float(at), load) for text, at in zip(prompts, times))
     return await asyncio.gather(*requests)
 
 
@@ -118,52 +106,6 @@ def _take(sent: Sent, event: dict[str, Any], now: float) -> None:
             sent.events.append(now)
         if verdict := (choice.get("selfspan") or {}).get("verdict"):
             sent.right = verdict["answer_right"]
-
-
-def summary(rate: float, requests: list[Sent]) -> dict[str, Any]:
-    """Sum up the requests of one rate: counts, rates over the time from the first arrival to the last event, latencies in ms."""
-    done = [sent for sent in requests if sent.failed is None and sent.events]
-    seconds = max((sent.events[-1] for sent in done), default=0.0) - min(sent.arrival for sent in requests)
-    gaps = [later - earlier for sent in done for earlier, later in itertools.pairwise(sent.events)]
-    each = [(sent.events[-1] - sent.events[0]) / (sent.tokens - 1) for sent in done if sent.tokens > 1]
-    row: dict[str, Any] = {
-        "requests_per_second": rate,
-        "num_requests": len(requests),
-        "num_failed": sum(sent.failed is not None for sent in requests),
-        "tokens": sum(sent.tokens for sent in done),
-        "tokens_per_second": sum(sent.tokens for sent in done) / seconds if done else 0.0,
-        "right_answers_per_second": sum(bool(sent.right) for sent in done) / seconds
-        if any(sent.right is not None for sent in done)
-        else None,
-        "failures": sorted({sent.failed for sent in requests if sent.failed}),
-    }
-    for name, values in (
-        ("first_token", [sent.events[0] - sent.arrival for sent in done]),
-        ("between_events", gaps),
-        ("per_token", each),
-        ("whole", [sent.events[-1] - sent.arrival for sent in done]),
-    ):
-        row |= {f"{name}_ms_p{q}": 1000 * float(np.percentile(values, q)) if values else None for q in (50, 99)}
-    return row
-
-
-_COLUMNS = {"first token": "first_token", "between events": "between_events", "per token": "per_token", "whole": "whole"}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Lay the rows out, latencies as p50 / p99 in ms."""
-    head = ["requests/s", "sent", "failed", "tokens/s", "right/s", *(f"{title}, ms" for title in _COLUMNS)]
-    lines = [head]
-    for row in rows:
-        right = row["right_answers_per_second"]
-        cells = [f"{row['requests_per_second']:g}", str(row["num_requests"]), str(row["num_failed"]), f"{row['tokens_per_second']:.1f}"]
-        cells.append("-" if right is None else f"{right:.2f}")
-        for name in _COLUMNS.values():
-            p50, p99 = (row[f"{name}_ms_p{q}"] for q in (50, 99))
-            cells.append("-" if p50 is None else f"{p50:.1f} / {p99:.1f}")
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)) for cells in lines)
 
 
 async def run(load: Load) -> dict[str, Any]:

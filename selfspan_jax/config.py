@@ -297,7 +297,7 @@ class ServingConfig:
     """Rows of the cache that a sequence gets, shares and gives back at once; a multiple of 8."""
     num_pages: int | None = None
     """Pages of the cache; by default as many as fit into memory, at most those of all sequences at full length."""
-    chunk_tokens: int = 8
+    chunk_tokens: int = 16
     """Decode steps between two looks of the host: what a stream waits for, and how long a cancelled sequence goes on."""
     prefill_tokens: int = 512
     """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
@@ -331,6 +331,8 @@ class ServerConfig:
     """Of each sequence, prompt and response; by default the model's context."""
     num_pages: int | None = None
     """Pages of the cache, of 64 tokens; by default as many as fit into memory."""
+    chunk_tokens: int = ServingConfig.chunk_tokens
+    """Decode steps between two looks of the host: text comes so many tokens at a time. Fewer for a large model, whose steps are long."""
     prefill_tokens: int = ServingConfig.prefill_tokens
     """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
     max_queue: int = ServingConfig.max_queue
@@ -345,7 +347,7 @@ class ServerConfig:
     @property
     def serving(self) -> ServingConfig:
         """What the scheduler needs."""
-        names = ("context_tokens", "num_pages", "prefill_tokens", "max_queue")
+        names = ("context_tokens", "num_pages", "chunk_tokens", "prefill_tokens", "max_queue")
         return ServingConfig(num_sequences=self.slots, **{name: getattr(self, name) for name in names})
 
 

@@ -168,7 +168,8 @@ class Scheduler:
         self._pages_each = -(-self.context_tokens // config.page_tokens)
         self._capacity = self._pages_each * config.page_tokens
         self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
-        # Few shapes: many short prompts or one long one, always `prefill_tokens` in all, over few lengths of what was read before.
+        # Few shapes: many short prompts or one long one, always `prefill_tokens` in all. The first part of a prompt has itself as keys;
+        # those that follow have one of few numbers of them.
         self._query_sizes = [config.prefill_tokens]
         self._query_sizes += [size for size in (_MIN_QUERIES * 2**i for i in range(24)) if size < config.prefill_tokens][::-1]
         last = -(-(self._capacity + config.prefill_tokens) // _MIN_QUERIES) * _MIN_QUERIES
@@ -320,8 +321,8 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """Compile every program, several at once, and run each on no request, so that none is compiled later."""
-        reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._key_sizes]
-        reads += [(self._query_sizes[0], keys, True) for keys in self._key_sizes]
+        reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._all_key_sizes(queries)]
+        reads += [(self._query_sizes[0], keys, True) for keys in self._all_key_sizes(self._query_sizes[0])]
         lowered = [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in _LEVELS]
         lowered += [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in reads]
         with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
@@ -377,13 +378,11 @@ class Scheduler:
         if not self._reading:
             return
         head = self._reading[0]
-        first, left = head.num_read, len(head.token_ids) - head.num_read
-        queries = (
-            self._query_sizes[0] if head.goes_on else min(size for size in self._query_sizes if size >= min(left, self._query_sizes[0]))
-        )
-        count = 1 if head.goes_on else self.config.prefill_tokens // queries
-        group = [ticket for ticket in self._reading if ticket.num_read == first and ticket.goes_on == head.goes_on][:count]
-        keys = min(size for size in self._key_sizes if size >= first + queries)
+        first, queries = head.num_read, self._queries(head)
+        alike = [ticket for ticket in self._reading if ticket.num_read == first and ticket.goes_on == head.goes_on]
+        alike.sort(key=lambda ticket: abs(self._queries(ticket) - queries))  # the head stays first: it is among the nearest
+        group = alike[: 1 if head.goes_on else self.config.prefill_tokens // queries]
+        keys = min(size for size in self._all_key_sizes(queries) if size >= first + queries)
         self._dispatch_read(group, first, queries, keys, head.goes_on)
         for ticket in group:
             end = min(first + queries, len(ticket.token_ids))
@@ -395,6 +394,16 @@ class Scheduler:
             if end == len(ticket.token_ids):
                 self._reading.remove(ticket)
                 self._start(ticket)
+
+    def _queries(self, ticket: Ticket) -> int:
+        """Choose how many tokens of a prompt are read at once: the size that its rest fits best."""
+        if ticket.goes_on:
+            return self._query_sizes[0]
+        left = min(len(ticket.token_ids) - ticket.num_read, self._query_sizes[0])
+        return min(size for size in self._query_sizes if size >= left)
+
+    def _all_key_sizes(self, queries: int) -> list[int]:
+        return [queries, *(size for size in self._key_sizes if size > queries)]
 
     def _start(self, ticket: Ticket) -> None:
         """Let a sequence run whose prompt is read."""

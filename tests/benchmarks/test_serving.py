@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 
 from benchmarks import serving
+from benchmarks.arrivals import Sent, arrivals, summary, table
 from tests.selfspan_jax.serving.test_server import RESPONSE, Scripted
 from tests.selfspan_jax.serving.test_server import serving as server_of
 
 
 def test_latencies_count_from_the_arrival_and_failures_apart():
     requests = [
-        serving.Sent(1.0, [1.5, 1.6, 2.0], 9, True),
-        serving.Sent(2.0, [2.1, 3.0], 10, False),
-        serving.Sent(3.0, [], 0, None, "status 429"),
+        Sent(1.0, [1.5, 1.6, 2.0], 9, True),
+        Sent(2.0, [2.1, 3.0], 10, False),
+        Sent(3.0, [], 0, None, "status 429"),
     ]
-    row = serving.summary(4.0, requests)
+    row = summary(4.0, requests)
     assert (row["num_requests"], row["num_failed"], row["tokens"], row["failures"]) == (3, 1, 19, ["status 429"])
     assert row["tokens_per_second"] == pytest.approx(19 / 2) and row["right_answers_per_second"] == pytest.approx(1 / 2)
     assert row["first_token_ms_p50"] == pytest.approx(300) and row["first_token_ms_p99"] == pytest.approx(496)
     assert row["between_events_ms_p50"] == pytest.approx(400) and row["per_token_ms_p50"] == pytest.approx((62.5 + 100) / 2)
-    cells = serving.table([row]).splitlines()[1].split()
+    cells = table([row]).splitlines()[1].split()
     assert cells[:5] == ["4", "3", "1", "9.5", "0.50"]
 
 
@@ -48,5 +49,5 @@ def test_expressions_are_of_mixed_lengths_and_arrivals_of_a_poisson_process():
     load = serving.Load(url="", num_requests=60, min_ops=2, max_ops=40)
     sizes = [sum(text.count(sign) for sign in "+-*") for text in load.texts()]
     assert len(set(sizes)) > 15 and min(sizes) < 8 and max(sizes) > 32 and load.texts() == load.texts()
-    waits = np.random.default_rng(load.seed).exponential(1 / 5, 2000)
+    waits = np.diff(arrivals(5, 2000, seed=0))
     assert waits.mean() == pytest.approx(0.2, rel=0.1) and waits.std() == pytest.approx(0.2, rel=0.1)
