@@ -29,6 +29,7 @@ from benchmarks.timing import median_and_spread, torch_ms
 PeerName = Literal["hf-compiled", "hf-eager", "hf-generate", "hf-sdpa"]
 PREFILL_PEERS: tuple[PeerName, ...] = ("hf-sdpa",)  # the others decode
 _UNCOMPILED = ("hf-eager", "hf-sdpa")
+SERVED = "hf-continuous"  # requests through continuous batching, see `_serve`
 WARM_UPS, REPETITIONS = 2, 5  # an eager step needs one warm-up only
 _MARK = "row: "  # in front of a result among what libraries print
 
@@ -150,6 +151,44 @@ def _make_prefill(model, case: dict[str, Any], device: str, seed: int) -> Callab
     return lambda: torch_ms(read, device)
 
 
+def _serve(model, case: dict[str, Any], seed: int) -> list[list[list[float]]]:
+    """Run requests through continuous batching (`generate_batch`'s manager) as they arrive; return when each token of each came.
+
+    The case has `prompt_tokens` and `new_tokens` of the requests, and `rates`: pairs of a rate and the arrivals of the first requests,
+    in seconds. Its `rows` are the tokens that the cache has room for.
+    """
+    import torch
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(model.config.vocab_size, (length,), generator=generator).tolist() for length in case["prompt_tokens"]]
+    page = ContinuousBatchingConfig().page_size
+    batching = ContinuousBatchingConfig(num_blocks=case["rows"] // page, max_requests_per_batch=case["slots"])
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(case["new_tokens"]))
+    found = []
+    with model.continuous_batching_context_manager(generation_config=greedy, continuous_batching_config=batching) as manager:
+
+        def run(name: str, arrivals: Sequence[float]) -> list[list[float]]:
+            begin, outputs = time.perf_counter(), {}
+            for i, at in enumerate(arrivals):
+                time.sleep(max(0.0, begin + at - time.perf_counter()))
+                manager.add_request(prompts[i], f"{name}-{i}", max_new_tokens=case["new_tokens"][i], record_timestamps=True)
+            while len(outputs) < len(arrivals):
+                if (output := manager.get_result(timeout=60)) is None:
+                    raise RuntimeError(f"transformers: {len(arrivals) - len(outputs)} requests have no result after a minute")
+                if output.is_finished():
+                    outputs[output.request_id] = output
+            each = [outputs[f"{name}-{i}"] for i in range(len(arrivals))]
+            if failed := next((output.error for output in each if output.error), None):
+                raise RuntimeError(f"transformers: {failed}")
+            return [[stamp - begin for stamp in output.timestamps] for output in each]
+
+        run("warm-up", [0.0, 0.0])
+        for number, (_, arrivals) in enumerate(case["rates"]):
+            found.append(run(str(number), arrivals))
+    return found
+
+
 def _main(job: dict[str, Any]) -> None:
     import torch
     import transformers
@@ -193,13 +232,16 @@ def _main(job: dict[str, Any]) -> None:
         }
 
     with torch.no_grad():
-        runs = [make(case) if case["peer"] not in _UNCOMPILED else None for case in job["cases"]]
+        runs = [make(case) if case["peer"] not in (*_UNCOMPILED, SERVED) else None for case in job["cases"]]
         sys.stdin.readline()  # the word to measure; nothing when the caller is gone
         for index, case in enumerate(job["cases"]):
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            run = runs[index] or make(case)
-            row = {"not_run": run} if isinstance(run, str) else measure(case, *run)
+            if case["peer"] == SERVED:
+                row, run = {"events": _serve(model, case, job["seed"])}, None
+            else:
+                run = runs[index] or make(case)
+                row = {"not_run": run} if isinstance(run, str) else measure(case, *run)
             print(_MARK + json.dumps({**case, **row, "versions": versions}), flush=True)
             del run
             runs[index] = None

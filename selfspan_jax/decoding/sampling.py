@@ -29,7 +29,7 @@ def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], i
 
 
 class SamplingFields(NamedTuple):
-    """The fields of `Sampling`: numbers, or arrays [B] of each sequence's own. None where none asks for it; of `top_p` what it leaves out."""
+    """The fields of `Sampling`, of `top_p` what it leaves out: numbers, or each sequence's own. None where none asks for it."""
 
     temperature: float | Float[Array, "B"] | None  # 0 takes the most likely token
     outside: float | Float[Array, "B"] | None

@@ -319,15 +319,19 @@ class Scheduler:
                 self.cancel(ticket)
         return [joined(part) for part in parts]
 
-    def warm_up(self) -> None:
-        """Compile every program, several at once, and run each on no request, so that none is compiled later."""
+    def warm_up(self, *, draws: bool = True) -> None:
+        """Compile every program, several at once, and run each on no request, so that none is compiled later.
+
+        Without `draws` only those of greedy decoding.
+        """
+        levels = _LEVELS if draws else _LEVELS[:1]
         reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._all_key_sizes(queries)]
         reads += [(self._query_sizes[0], keys, True) for keys in self._all_key_sizes(self._query_sizes[0])]
-        lowered = [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in _LEVELS]
+        lowered = [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in levels]
         lowered += [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in reads]
         with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
             list(pool.map(lambda lower: lower().compile(), lowered))
-        for level in _LEVELS:
+        for level in levels:
             self._dispatch_chunk(level)
         for sizes in reads:
             self._dispatch_read([], 0, *sizes)

@@ -1,0 +1,439 @@
+"""Compare continuous batching with static batches, and with transformers' own, on the same requests in the same run.
+
+    python -m benchmarks.batching checkpoints/arithmetic-small --json FILE
+    python -m benchmarks.batching --shape smollm2-135m --peers --json FILE
+
+A checkpoint of arithmetic decodes expressions of 2 to 200 operators, and its answers are judged. A shape has random weights, prompts of
+random tokens, and responses of given lengths: log-uniform, prompts of 32 to 2,000 tokens, responses of 32 to 512. Requests arrive in random
+order, all at once or as a Poisson process (open loop), and their times count from the arrival. The systems:
+
+- scheduler: `selfspan_jax.serving.scheduler`, no HTTP; its pages are as many rows as the static batch has.
+- static: as many of those that wait as a batch has, in the order of arrival, each batch until its longest response has ended.
+- sorted: the same, when all are there at once: of prompts of about the same length.
+- transformers: `generate_batch`'s manager, in a process of its own: the same lengths and rows of cache, dense attention, random weights.
+
+Beside these rows: `equal`, throughput while requests of equal lengths wait, and of one static batch of them; `stalls`, the time between two
+deliveries to streams while prompts of about 2,000 tokens arrive, and without these; `first`, from a short request to its first tokens while
+nothing else runs. `equal` and `stalls` have random weights, so that no response ends early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from tyro.conf import Positional, arg
+
+from benchmarks import peers as hf
+from benchmarks.arrivals import Sent, arrivals, summary, table
+from benchmarks.shapes import Shape, ShapeName, named_shape
+from benchmarks.timing import header_line, report_header, timed
+from data import arithmetic, commandline
+from data.errors import check_range
+from data.tasks import TASKS
+from selfspan_jax import files
+from selfspan_jax.config import DecodeConfig, ServingConfig
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.state import bucket
+from selfspan_jax.errors import UserError
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving.pages import Pages
+from selfspan_jax.serving.scheduler import Request, Scheduler, Tokens
+from selfspan_jax.weights.huggingface import to_hugging_face
+
+PAGE_TOKENS = ServingConfig.page_tokens
+EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS, EQUAL_ROUNDS = 256, 512, 5
+STREAM_TOKENS, LONG_PROMPT_TOKENS, LONG_PROMPT_OPERATORS, LONG_EVERY_CHUNKS = 1500, 2000, 300, 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batching:
+    """Run the same requests through a scheduler, through static batches and through transformers, and print what each gives."""
+
+    checkpoint: Annotated[Positional[Path | None], arg(metavar="[CHECKPOINT]")] = None
+    """Directory of a finished model of arithmetic; or give --shape."""
+    shape: ShapeName | None = None
+    """A model's sizes, filled with random weights; attention is dense."""
+    num_requests: int = 1024
+    """Requests that are there at once, and most requests of a rate."""
+    rates: Annotated[tuple[float, ...], commandline.commas(float)] = ()
+    """Arrivals per second on average, one measurement each, beside all at once."""
+    seconds: float = 8.0
+    """How long requests arrive at a rate."""
+    max_ops: int = 200
+    """Most operators of an expression; their number is uniform from 2."""
+    batch_size: int = 128
+    """Sequences of a static batch."""
+    slots: int = 256
+    """Sequences that the scheduler decodes at the same time, on as many rows of cache as the static batch has."""
+    chunk_tokens: int = ServingConfig.chunk_tokens
+    """Decode steps between two looks of the scheduler."""
+    prefill_tokens: int = 4096
+    """Most prompt tokens that the scheduler reads between two chunks, but for `stalls` and `first`, where it has its default."""
+    streams: int = 32
+    """Of `stalls`: sequences that decode while prompts arrive."""
+    parts: Annotated[tuple[str, ...], commandline.commas("mixed", "equal", "stalls", "first")] = ("mixed", "equal", "stalls", "first")
+    """What is measured; several with commas."""
+    peers: bool = False
+    """Run transformers too, where it and PyTorch are installed."""
+    peer_requests: int = 128
+    """Requests that are there at once for transformers, which is slower."""
+    seed: int = 0
+    """Of requests, arrivals and weights."""
+    json: Path | None = None
+    """Write the figures into this file, after each of them; - is standard output."""
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.shape is None):
+            raise UserError("give either a checkpoint or --shape")
+        check_range(self, "num_requests", "max_ops", "batch_size", "slots", "streams", "peer_requests", low=1)
+        if self.rates and min(self.rates) <= 0:
+            raise UserError(f"--rates is {self.rates}; allowed: numbers above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A request: a prompt, how many tokens its response has at most, and what tells whether that is right."""
+
+    prompt_ids: Int[np.ndarray, "T"]
+    new_tokens: int
+    is_right: Callable[[Int[np.ndarray, "T"]], bool] | None = None
+
+
+class Model:
+    """What is measured: an engine, its attention, and requests to it."""
+
+    def __init__(self, settings: Batching):
+        self.settings, self.rng = settings, np.random.default_rng(settings.seed)
+        self.lm = SpanLM.load(settings.checkpoint, TASKS) if settings.checkpoint else None
+        if self.lm is not None:
+            if not isinstance(self.lm.task, arithmetic.ArithmeticTask):
+                raise UserError(f"{settings.checkpoint} is no model of arithmetic")
+            self.engine, self.attention, self.stop_ids = self.lm.engine, self.lm.model.config.mask, self.lm.end_ids[1:]
+            self.work = self.expressions(settings.num_requests, 2, settings.max_ops)
+            model = self.lm.model
+            self.endless = Engine(endless(Shape(model.config, model.vocab, self.engine.vocab_size), settings.seed))
+        else:
+            assert settings.shape is not None
+            self.engine, self.attention, self.stop_ids = Engine(endless(named_shape(settings.shape), settings.seed)), "dense", ()
+            self.endless = self.engine
+            sizes = [np.exp(self.rng.uniform(*np.log(bounds), settings.num_requests)).astype(int) for bounds in ((32, 2000), (32, 512))]
+            self.work = [Work(self.tokens(int(prompt)), int(new)) for prompt, new in zip(*sizes)]
+        self.prompt_tokens, self.new_tokens = (max(sizes) for sizes in zip(*((len(w.prompt_ids), w.new_tokens) for w in self.work)))
+        room = -(-self.new_tokens // settings.chunk_tokens) * settings.chunk_tokens
+        self.rows = settings.batch_size * (bucket(self.prompt_tokens) + room)
+        self.config = DecodeConfig(self.attention, room, stop_ids=self.stop_ids)
+
+    def expressions(self, number: int, min_ops: int, max_ops: int) -> list[Work]:
+        """Draw expressions; a response has room for 16 tokens more than the right one has."""
+        assert self.lm is not None
+        task, seed = self.lm.task, self.settings.seed + 1
+        drawn = arithmetic.stream(task.corpus(min_ops=min_ops, max_ops=max_ops), seed=seed, split="test")
+
+        def work(example: Any) -> Work:
+            def is_right(tokens) -> bool:
+                return np.array_equal(tokens, example.response_ids) or bool(task.verify(example.prompt, tokens).answer_right)
+
+            return Work(task.encode_prompt(example.prompt), len(example.response_ids) + 16, is_right)
+
+        return [work(example) for example in itertools.islice(drawn, number)]
+
+    def tokens(self, number: int) -> Int[np.ndarray, "T"]:
+        """Draw a prompt."""
+        return self.rng.integers(self.engine.vocab_size // 2, self.engine.vocab_size, number, np.int32)
+
+    def scheduler(self, engine: Engine, **changes: Any) -> Scheduler:
+        """Make a scheduler, all of whose programs for greedy decoding are compiled and have run."""
+        settings = self.settings
+        options: dict[str, Any] = {"num_sequences": settings.slots, "chunk_tokens": settings.chunk_tokens, "max_queue": 10**6, **changes}
+        scheduler = Scheduler(engine, ServingConfig(**options), attention=self.attention, stop_ids=self.stop_ids)
+        scheduler.warm_up(draws=False)
+        gc.collect()
+        gc.freeze()  # as the server does
+        return scheduler
+
+
+def endless(shape: Shape, seed: int) -> Any:
+    """Draw random weights whose greedy responses never end: the logit of `<eos>` is 0, and some other one is above."""
+    model = shape.random(seed)
+    table = model.embed_tokens.embedding if model.lm_head is None else model.lm_head.weight
+    table[...] = table[...].at[shape.vocab.eos_id].set(0)
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------- requests at rates
+
+
+def run_scheduler(scheduler: Scheduler, work: Sequence[Work], times: Float[np.ndarray, "R"]) -> list[Sent]:
+    """Give each request to the scheduler when it arrives, and run until all have ended."""
+    sent = [Sent(float(at)) for at in times]
+    parts: list[list[Tokens]] = [[] for _ in work]
+    begin, given = time.perf_counter(), 0
+
+    def deliver(number: int) -> Callable[[Tokens], None]:
+        def take(tokens: Tokens) -> None:
+            if len(tokens.token_ids):
+                sent[number].events.append(time.perf_counter() - begin)
+                sent[number].tokens += len(tokens.token_ids)
+            parts[number].append(tokens)
+
+        return take
+
+    while True:
+        now = time.perf_counter() - begin
+        while given < len(work) and times[given] <= now:
+            scheduler.submit(Request(work[given].prompt_ids, work[given].new_tokens), deliver(given))
+            given += 1
+        if not scheduler.run_once():
+            if given == len(work):
+                break
+            time.sleep(max(0.0, times[given] - (time.perf_counter() - begin)))
+    for own, found, item in zip(sent, parts, work):
+        own.failed = found[-1].error
+        _judge(own, item, np.concatenate([tokens.token_ids for tokens in found]))
+    return sent
+
+
+def run_static(model: Model, work: Sequence[Work], times: Float[np.ndarray, "R"]) -> list[Sent]:
+    """Decode batches of what waits; where all is there at once in one loop each, else in chunks, so that clients see tokens come."""
+    sent, size = [Sent(float(at)) for at in times], model.settings.batch_size
+    responses: list[Int[np.ndarray, "T"]] = [np.zeros(0, np.int32)] * len(work)
+    begin, done = time.perf_counter(), 0
+    while done < len(work):
+        time.sleep(max(0.0, times[done] - (time.perf_counter() - begin)))
+        now = time.perf_counter() - begin
+        chosen = list(range(done, min(done + size, int(np.searchsorted(times, now, side="right")))))
+        done += len(chosen)
+        filled = (chosen + chosen[:1] * size)[:size]  # one shape
+        token_ids, lengths = np.zeros((size, model.prompt_tokens), np.int32), np.array([len(work[i].prompt_ids) for i in filled], np.int32)
+        for row, i in zip(token_ids, filled):
+            row[: len(work[i].prompt_ids)] = work[i].prompt_ids
+        chunk = model.settings.chunk_tokens
+        limit = -(-max(work[i].new_tokens for i in chosen) // chunk) * chunk
+        pieces: Iterator[Any]
+        if times[-1] > 0:
+            pieces = model.engine.stream(token_ids, lengths, model.config, limit_tokens=limit, chunk_tokens=chunk)
+        else:
+            state = jax.block_until_ready(model.engine.generate(token_ids, lengths, model.config, limit_tokens=limit))
+            pieces = iter([(np.asarray(state.new_tokens), np.asarray(state.num_attended))])
+        for tokens, num_attended in pieces:
+            now = time.perf_counter() - begin
+            for row, i in enumerate(chosen):
+                count = min(int(np.count_nonzero(num_attended[row])), work[i].new_tokens - sent[i].tokens)
+                if count:
+                    sent[i].events.append(now)
+                    sent[i].tokens += count
+                    responses[i] = np.concatenate([responses[i], tokens[row, :count]])
+    for own, item, tokens in zip(sent, work, responses):
+        _judge(own, item, tokens)
+    return sent
+
+
+def _judge(sent: Sent, work: Work, tokens: Int[np.ndarray, "T"]) -> None:
+    sent.right = None if work.is_right is None else work.is_right(tokens)
+
+
+def mixed(model: Model) -> Iterator[dict[str, Any]]:
+    """Measure requests of mixed lengths: all at once, then at each rate."""
+    settings, work = model.settings, model.work
+    context = model.prompt_tokens + model.new_tokens
+    scheduler = model.scheduler(
+        model.engine, context_tokens=context, num_pages=model.rows // PAGE_TOKENS, prefill_tokens=settings.prefill_tokens
+    )
+    order = {"sorted": sorted(work, key=lambda item: len(item.prompt_ids))}
+    order |= {"scheduler, longest first": order["sorted"][::-1]}
+    for rate in (None, *settings.rates):
+        number = len(work) if rate is None else min(len(work), max(1, round(rate * settings.seconds)))
+        times = arrivals(rate, number, settings.seed)
+        scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
+        yield {"system": "scheduler", **summary(rate, run_scheduler(scheduler, work[:number], times))}
+        if rate is None:
+            scheduler.pages = Pages(scheduler.num_pages)
+            longest = run_scheduler(scheduler, order["scheduler, longest first"], times)
+            yield {"system": "scheduler, longest first", **summary(rate, longest)}
+    del scheduler
+    for rate in (None, *settings.rates):
+        number = len(work) if rate is None else min(len(work), max(1, round(rate * settings.seconds)))
+        times = arrivals(rate, number, settings.seed)
+        few = np.zeros(settings.batch_size) if rate is None else np.full(settings.batch_size, 1e-9)
+        run_static(
+            model, [dataclasses.replace(item, is_right=None, new_tokens=2) for item in order["sorted"][-len(few) :]], few
+        )  # compiles
+        yield {"system": "static", **summary(rate, run_static(model, work[:number], times))}
+        if rate is None:
+            yield {"system": "sorted", **summary(rate, run_static(model, order["sorted"], times))}
+
+
+# ------------------------------------------------------------------------------------------------------ one thing at a time
+
+
+def equal(model: Model) -> dict[str, Any]:
+    """Measure requests of equal lengths: while some wait, and one static batch of them."""
+    batch, prompt, new = model.settings.batch_size // 2, EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS
+    ids = np.stack([model.tokens(prompt) for _ in range(batch * EQUAL_ROUNDS)])
+    lengths, config = np.full(batch, prompt, np.int32), DecodeConfig(model.attention, new)
+
+    def static() -> Any:
+        return model.endless.generate(ids[:batch], lengths, config).new_tokens
+
+    static()
+    seconds = min(timed(static)[1] for _ in range(3))
+    pages = batch * (bucket(prompt) + new) // PAGE_TOKENS
+    scheduler = model.scheduler(model.endless, num_sequences=batch, context_tokens=prompt + new, num_pages=pages, prefill_tokens=1024)
+    for row in ids:
+        scheduler.submit(Request(row, new), lambda tokens: None)
+    marks: list[tuple[float, int]] = []
+    while scheduler.run_once():
+        stats = scheduler.stats
+        if stats.generated_tokens >= batch * new and (stats.waiting or len(marks) < 2):  # since then, places become free one by one
+            marks.append((time.perf_counter(), stats.generated_tokens))
+    (began, before), (ended, after) = marks[0], marks[-1]
+    rate, static_rate = (after - before) / (ended - began), batch * new / seconds
+    return {
+        "batch_size": batch,
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        "static_tokens_per_second": static_rate,
+        "tokens_per_second": rate,
+        "of_static": rate / static_rate,
+        "preemptions": scheduler.stats.preemptions,
+    }
+
+
+def stalls(model: Model) -> list[dict[str, Any]]:
+    """Measure the time between two deliveries to streams, without long prompts and while they arrive."""
+    streams = model.settings.streams
+    short = [model.tokens(64) for _ in range(streams)]
+    texts = model.expressions(40, *(2 * (LONG_PROMPT_OPERATORS,))) if model.lm else []
+    longs = itertools.cycle([item.prompt_ids for item in texts] or [model.tokens(LONG_PROMPT_TOKENS) for _ in range(40)])
+    context = min(LONG_PROMPT_TOKENS + STREAM_TOKENS, model.engine.config.max_context_tokens)
+    scheduler = model.scheduler(model.endless, num_sequences=streams + 8, context_tokens=context)
+    rows = []
+    for with_long in (False, True):
+        stamps: list[list[float]] = [[] for _ in short]
+        for own, ids in zip(stamps, short):
+            scheduler.submit(Request(ids, STREAM_TOKENS), lambda tokens, own=own: own.append(time.perf_counter()))
+        rounds, given = 0, 0
+        while scheduler.run_once():
+            rounds += 1
+            if (
+                with_long
+                and rounds > 20
+                and rounds % LONG_EVERY_CHUNKS == 0
+                and rounds < 0.8 * STREAM_TOKENS / scheduler.config.chunk_tokens
+            ):
+                scheduler.submit(Request(next(longs), scheduler.config.chunk_tokens), lambda tokens: None)
+                given += 1
+        gaps = 1e3 * np.concatenate([np.diff(own[3:]) for own in stamps])
+        p50, p99 = (float(x) for x in np.percentile(gaps, [50, 99]))
+        rows.append(
+            {"streams": streams, "long_prompts": given, "ms_p50": p50, "ms_p99": p99, "ms_most": float(gaps.max()), "p99_of_p50": p99 / p50}
+        )
+    return rows
+
+
+def first(model: Model) -> dict[str, Any]:
+    """Measure the time from a short request to its first tokens, and to its end, nothing else running."""
+    scheduler = model.scheduler(model.engine, num_sequences=64, context_tokens=min(2048, model.engine.config.max_context_tokens))
+    work = model.expressions(20, 2, 4) if model.lm else [Work(model.tokens(32), 64) for _ in range(20)]
+    sent = [run_scheduler(scheduler, [item], np.zeros(1))[0] for item in work]
+    times = [[1e3 * (own.events[at] - own.arrival) for own in sent] for at in (0, -1)]
+    return {
+        "first_token_ms_p50": float(np.median(times[0])),
+        "first_token_ms_most": max(times[0]),
+        "whole_ms_p50": float(np.median(times[1])),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- the whole
+
+
+def peer_case(model: Model) -> dict[str, Any]:
+    """Describe the same requests for transformers: lengths, arrivals, rows of cache."""
+    settings = model.settings
+    times = {None: arrivals(None, min(settings.peer_requests, len(model.work)), settings.seed)}
+    times |= {rate: arrivals(rate, min(len(model.work), max(1, round(rate * settings.seconds))), settings.seed) for rate in settings.rates}
+    return {
+        "peer": "hf-continuous",
+        "rows": model.rows,
+        "slots": settings.slots,
+        "prompt_tokens": [len(item.prompt_ids) for item in model.work],
+        "new_tokens": [item.new_tokens - 16 * (item.is_right is not None) for item in model.work],
+        "rates": [[rate, own.tolist()] for rate, own in times.items()],
+    }
+
+
+def measure(settings: Batching) -> dict[str, Any]:
+    """Measure all parts; written as they come."""
+    model = Model(settings)
+    header = report_header()
+    print(header_line(header), flush=True)
+    own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name not in ("json", "checkpoint")}
+    sizes = {"prompt_tokens": [len(item.prompt_ids) for item in model.work], "new_tokens": [item.new_tokens for item in model.work]}
+    report: dict[str, Any] = {
+        **header,
+        "checkpoint": settings.checkpoint and settings.checkpoint.name,
+        **own,
+        "attention": model.attention,
+        "rows_of_cache": model.rows,
+        **{f"{kind}_{name}": float(f(values)) for name, values in sizes.items() for kind, f in (("mean", np.mean), ("most", np.max))},
+        "rows": [],
+    }
+
+    def save(complete: bool = False) -> None:
+        files.write_rows(settings.json, report, complete=complete)
+
+    with contextlib.ExitStack() as stack:
+        process = None
+        if settings.peers:
+            config = to_hugging_face(model.engine.config, model.engine.vocab, model.engine.vocab_size)
+            process = stack.enter_context(hf.Peers(config, [peer_case(model)], settings.seed))  # which builds its model meanwhile
+        _measure(model, report, save, process)
+    print(table(report["rows"]) if report["rows"] else "", flush=True)
+    save(complete=True)
+    return report
+
+
+def _measure(model: Model, report: dict[str, Any], save: Callable[[], None], process: hf.Peers | None) -> None:
+    for name, part in (("first", first), ("stalls", stalls), ("equal", equal)):
+        if name in model.settings.parts:
+            report[name] = part(model)
+            print(f"{name}: {report[name]}", flush=True)
+            save()
+    if "mixed" in model.settings.parts:
+        for row in mixed(model):
+            report["rows"].append(row)
+            print(table([row]), flush=True)
+            save()
+    for found in process.rows() if process else ():
+        for (rate, times), requests in zip(found["rates"], found["events"]):
+            done = [Sent(arrival, events, len(events)) for arrival, events in zip(times, requests)]
+            report["rows"].append({"system": "transformers", **summary(rate, done), "versions": found["versions"]})
+            print(table(report["rows"][-1:]), flush=True)
+            save()
+
+
+def main() -> None:
+    with commandline.exit_on_user_error(UserError):
+        settings = commandline.parse(Batching, "benchmarks.batching", sys.argv[1:], description=__doc__)
+        if settings.peers and (reason := hf.missing_reason()):
+            raise UserError(f"--peers: {reason}")
+        if settings.peers:  # they share the device with this process
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        with files.outputs(json=settings.json):
+            measure(settings)
+
+
+if __name__ == "__main__":
+    main()
