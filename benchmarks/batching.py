@@ -128,7 +128,7 @@ class Model:
             assert settings.shape is not None
             self.engine, self.attention, self.stop_ids = Engine(endless(named_shape(settings.shape), settings.seed)), "dense", ()
             self.endless = self.engine
-            sizes = [np.exp(self.rng.uniform(*np.log(bounds), settings.num_requests)).astype(int) for bounds in ((32, 2000), (32, 512))]
+            sizes = [np.exp(self.rng.uniform(np.log(32), np.log(most), settings.num_requests)).astype(int) for most in (2000, 512)]
             self.work = [Work(self.tokens(int(prompt)), int(new)) for prompt, new in zip(*sizes)]
         self.prompt_tokens, self.new_tokens = (max(sizes) for sizes in zip(*((len(w.prompt_ids), w.new_tokens) for w in self.work)))
         room = -(-self.new_tokens // settings.chunk_tokens) * settings.chunk_tokens
@@ -138,7 +138,8 @@ class Model:
     def expressions(self, number: int, min_ops: int, max_ops: int) -> list[Work]:
         """Draw expressions; a response has room for 16 tokens more than the right one has."""
         assert self.lm is not None
-        task, seed = self.lm.task, self.settings.seed + 1
+        task: Any = self.lm.task
+        seed = self.settings.seed + 1
         drawn = arithmetic.stream(task.corpus(min_ops=min_ops, max_ops=max_ops), seed=seed, split="test")
 
         def work(example: Any) -> Work:
@@ -323,7 +324,7 @@ def stalls(model: Model) -> list[dict[str, Any]]:
     for with_long in (False, True):
         stamps: list[list[float]] = [[] for _ in short]
         for own, ids in zip(stamps, short):
-            scheduler.submit(Request(ids, STREAM_TOKENS), lambda tokens, own=own: own.append(time.perf_counter()))
+            scheduler.submit(Request(ids, STREAM_TOKENS), _stamping(own))
         rounds, given = 0, 0
         while scheduler.run_once():
             rounds += 1
@@ -341,6 +342,10 @@ def stalls(model: Model) -> list[dict[str, Any]]:
             {"streams": streams, "long_prompts": given, "ms_p50": p50, "ms_p99": p99, "ms_most": float(gaps.max()), "p99_of_p50": p99 / p50}
         )
     return rows
+
+
+def _stamping(stamps: list[float]) -> Callable[[Tokens], None]:
+    return lambda tokens: stamps.append(time.perf_counter())
 
 
 def first(model: Model) -> dict[str, Any]:
@@ -362,7 +367,7 @@ def first(model: Model) -> dict[str, Any]:
 def peer_case(model: Model) -> dict[str, Any]:
     """Describe the same requests for transformers: lengths, arrivals, rows of cache."""
     settings = model.settings
-    times = {None: arrivals(None, min(settings.peer_requests, len(model.work)), settings.seed)}
+    times: dict[float | None, Any] = {None: arrivals(None, min(settings.peer_requests, len(model.work)), settings.seed)}
     times |= {rate: arrivals(rate, min(len(model.work), max(1, round(rate * settings.seconds))), settings.seed) for rate in settings.rates}
     return {
         "peer": "hf-continuous",

@@ -169,7 +169,8 @@ def _serve(model, case: dict[str, Any], seed: int) -> list[list[list[float]]]:
     with model.continuous_batching_context_manager(generation_config=greedy, continuous_batching_config=batching) as manager:
 
         def run(name: str, arrivals: Sequence[float]) -> list[list[float]]:
-            begin, outputs = time.perf_counter(), {}
+            outputs: dict[str, Any] = {}
+            begin = time.perf_counter()
             for i, at in enumerate(arrivals):
                 time.sleep(max(0.0, begin + at - time.perf_counter()))
                 manager.add_request(prompts[i], f"{name}-{i}", max_new_tokens=case["new_tokens"][i], record_timestamps=True)
@@ -238,7 +239,8 @@ def _main(job: dict[str, Any]) -> None:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             if case["peer"] == SERVED:
-                row, run = {"events": _serve(model, case, job["seed"])}, None
+                row: dict[str, Any] = {"events": _serve(model, case, job["seed"])}
+                run = None
             else:
                 run = runs[index] or make(case)
                 row = {"not_run": run} if isinstance(run, str) else measure(case, *run)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
+
+import jax.numpy as jnp
 
 from selfspan_jax import spans
 from selfspan_jax.attention.selectors import get_selector
@@ -253,6 +255,41 @@ class Sampling:
         _require_number(self, "top_p", lambda value: 0 < value <= 1, "numbers above 0, up to 1")
         _require_number(self, "min_p", lambda value: 0 <= value <= 1, "numbers from 0 to 1")
         _require_number(self, "repetition_penalty", lambda value: 0 < value < math.inf, "numbers above 0")
+
+
+class SamplingFields(NamedTuple):
+    """The fields of `Sampling`, of `top_p` what it leaves out: numbers that float32 has, or an array [B] of each sequence's own.
+
+    None where none asks for it.
+    """
+
+    temperature: Any  # 0 takes the most likely token
+    outside: Any
+    top_k: Any
+    min_p: Any
+    repetition_penalty: Any
+
+    @classmethod
+    def of(cls, sampling: Sampling | SamplingFields) -> SamplingFields:
+        """Write settings as numbers; fields stay as they are."""
+        if isinstance(sampling, SamplingFields):
+            return sampling
+        penalty = None if sampling.repetition_penalty == 1 else normal_float32(sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            return cls(None, None, None, None, penalty)
+        outside = 1 - sampling.top_p or None
+        return cls(normal_float32(sampling.temperature), outside, min(sampling.top_k, 2**31 - 1) or None, sampling.min_p or None, penalty)
+
+    def columns(self) -> SamplingFields:
+        """Return arrays [B or 1, 1], beside which logits [B, V] fit."""
+        dtypes = SamplingFields(jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+        return SamplingFields(*(x if x is None else jnp.asarray(x, dtype).reshape(-1, 1) for x, dtype in zip(self, dtypes)))
+
+
+def normal_float32(number: float) -> float:
+    """Bound a positive number so that it and its reciprocal are normal in float32: others would count as 0 or as infinite."""
+    smallest = float(jnp.finfo(jnp.float32).tiny)
+    return min(max(number, smallest), 1 / smallest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from selfspan_jax.config import Sampling
+from selfspan_jax.config import Sampling, SamplingFields
 from selfspan_jax.spans import SpanVocab
 
 
@@ -28,40 +27,19 @@ def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], i
     return occurred.at[row, jnp.where(counted, token_ids, occurred.shape[1])].set(True, mode="drop")
 
 
-class SamplingFields(NamedTuple):
-    """The fields of `Sampling`, of `top_p` what it leaves out: numbers, or each sequence's own. None where none asks for it."""
-
-    temperature: float | Float[Array, "B"] | None  # 0 takes the most likely token
-    outside: float | Float[Array, "B"] | None
-    top_k: int | Int[Array, "B"] | None
-    min_p: float | Float[Array, "B"] | None
-    repetition_penalty: float | Float[Array, "B"] | None
-
-    @classmethod
-    def of(cls, sampling: Sampling) -> SamplingFields:
-        """Write settings as numbers that float32 has."""
-        penalty = None if sampling.repetition_penalty == 1 else normal_float32(sampling.repetition_penalty)
-        if sampling.temperature == 0:
-            return cls(None, None, None, None, penalty)
-        outside = 1 - sampling.top_p or None
-        return cls(normal_float32(sampling.temperature), outside, min(sampling.top_k, 2**31 - 1) or None, sampling.min_p or None, penalty)
-
-
-def sample(
-    logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling | SamplingFields, occurred: Array | None = None
-) -> Int[Array, "B"]:
+def sample(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling | SamplingFields, occurred=None) -> Int[Array, "B"]:
     """Sample the next tokens: the most likely ones at temperature 0, else draws from those that the filters leave.
 
     `occurred` marks the tokens of each sequence so far, where there is a repetition penalty.
     """
-    fields = _columns(sampling)
+    fields = SamplingFields.of(sampling)
     if fields.repetition_penalty is not None and occurred is not None:
-        logits = penalized(logits, occurred, fields.repetition_penalty)
+        logits = penalized(logits, occurred, fields.columns().repetition_penalty)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if fields.temperature is None:
         return likeliest
     drawn = jax.vmap(jax.random.categorical)(keys, filtered_scores(logits, fields)).astype(jnp.int32)
-    return jnp.where(jnp.ravel(fields.temperature) == 0, likeliest, drawn)
+    return jnp.where(jnp.asarray(fields.temperature) == 0, likeliest, drawn)
 
 
 def penalized(logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], penalty: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
@@ -76,7 +54,7 @@ def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling | SamplingFi
     Top-k: 1805.04833. Top-p, the nucleus: 1904.09751. Min-p: 2407.01082. The most likely token is always left, also where the
     temperature is so small that its quotients are infinite: the largest logit is 0 before the division.
     """
-    temperature, outside, top_k, min_p, _ = _columns(sampling)
+    temperature, outside, top_k, min_p, _ = SamplingFields.of(sampling).columns()
     scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature == 0, 1.0, temperature)
     if top_k is not None:
         least = jnp.take_along_axis(jnp.sort(scores, axis=-1), jnp.clip(scores.shape[-1] - top_k, 0, scores.shape[-1] - 1), axis=1)
@@ -88,22 +66,9 @@ def filtered_scores(logits: Float[Array, "B V"], sampling: Sampling | SamplingFi
     return scores
 
 
-def _columns(sampling: Sampling | SamplingFields) -> SamplingFields:
-    """Return settings as arrays [B or 1, 1]."""
-    fields = SamplingFields.of(sampling) if isinstance(sampling, Sampling) else sampling
-    dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32)
-    return SamplingFields(*(x if x is None else jnp.asarray(x, dtype).reshape(-1, 1) for x, dtype in zip(fields, dtypes)))
-
-
 def nucleus(scores: Float[Array, "B V"], outside: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
     """Set the scores of the least likely tokens, whose probabilities add up to no more than `outside`, to minus infinity."""
     order = jnp.argsort(scores, axis=-1)  # ascending, so that small probabilities add up exactly
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
     kept = (mass > outside).at[:, -1].set(True)
     return jnp.where(jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False), scores, -jnp.inf)
-
-
-def normal_float32(number: float) -> float:
-    """Bound a positive number so that it and its reciprocal are normal in float32: others would count as 0 or as infinite."""
-    smallest = float(jnp.finfo(jnp.float32).tiny)
-    return min(max(number, smallest), 1 / smallest)

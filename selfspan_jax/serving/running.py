@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from selfspan_jax.attention.policies import get_policy, masks_of_prompts
-from selfspan_jax.config import DecodeConfig
+from selfspan_jax.config import DecodeConfig, SamplingFields
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
-from selfspan_jax.decoding.sampling import SamplingFields, mark_occurring, sample
+from selfspan_jax.decoding.sampling import mark_occurring, sample
 from selfspan_jax.decoding.state import DecodeState, decode_step
 from selfspan_jax.model import Attend
 from selfspan_jax.parallel import layout

@@ -25,9 +25,8 @@ import numpy as np
 from jaxtyping import Int
 
 from selfspan_jax.attention.policies import Policy, get_policy
-from selfspan_jax.config import MAX_SEED, DecodeConfig, Implementation, Sampling, ServingConfig
+from selfspan_jax.config import MAX_SEED, DecodeConfig, Implementation, Sampling, SamplingFields, ServingConfig
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.sampling import SamplingFields
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import num_data_shards

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfspan_jax.config import DecodeConfig, Sampling
+from selfspan_jax.config import DecodeConfig, Sampling, normal_float32
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.sampling import filtered_scores, mark_occurring, normal_float32, penalized, sample, sequence_keys
+from selfspan_jax.decoding.sampling import filtered_scores, mark_occurring, penalized, sample, sequence_keys
 from selfspan_jax.errors import UserError
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE

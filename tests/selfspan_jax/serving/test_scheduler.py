@@ -16,6 +16,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.serving.pages import Pages
 from selfspan_jax.serving.running import Decoded
 from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, joined
+from selfspan_jax.spans import attention_mask
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 
@@ -239,6 +240,22 @@ def test_what_is_drawn_is_each_request_s_own(idle):
     assert first == again != second
     beside = idle.generate([Request(ids, 12, FILTERED), *drawn[:2]])
     assert [found.token_ids.tolist() for found in beside[1:]] == [first, second]
+
+
+def test_log_probabilities_are_the_model_s_before_temperature_and_filters(idle):
+    """Of the tokens taken and of the most likely ones; a request beside it that asks for none has none."""
+    ids = prompt(np.random.default_rng(11), 20)
+    asking, other = idle.generate([Request(ids, 9, FILTERED, logprobs=True), Request(ids, 9)])
+    assert other.logprobs is None
+    whole, count = np.concatenate([ids, asking.token_ids]), len(asking.token_ids)
+    mask = np.asarray(attention_mask(jnp.asarray(whole), VOCAB, header_view="labels", prompt_view="local", prompt_window_tokens=3))
+    logits = reference_logits(MODEL, whole[None], mask[None])[0, len(ids) - 1 : -1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    taken, likeliest_ids, likeliest = asking.logprobs
+    np.testing.assert_allclose(taken, expected[np.arange(count), asking.token_ids], atol=1e-4)
+    np.testing.assert_allclose(likeliest, -np.sort(-expected, axis=1)[:, : likeliest.shape[1]], atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(expected, likeliest_ids, axis=1), likeliest, atol=1e-4)
+    assert likeliest.shape == (count, min(20, VOCAB_SIZE))
 
 
 def test_a_request_that_ends_early_leaves_the_others_alone(idle):
