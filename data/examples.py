@@ -167,7 +167,10 @@ def stored(
     from data import dataset  # which imports Hugging Face's datasets
 
     corpus = dataset.load(directory, tasks, split or ("test" if "test" in dataset.splits(directory) else None))
-    scored_by = task.on(corpus.task)
+    try:
+        scored_by = task.on(corpus.task)
+    except UserError as error:
+        raise UserError(f"{directory} {error}") from None
     name = directory.resolve().name
     examples = list(itertools.islice(filter(None, map(scored_by.renumber, corpus)), num_examples))
     return scored_by, {name: examples}, {"data": name, "split": corpus.split, "warnings": corpus.warnings}

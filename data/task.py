@@ -145,7 +145,7 @@ class Task(abc.ABC):
     def on(self, other: "Task") -> "Task":
         """Return the task that puts and scores another one's examples to a model of this task. UserError: they are not for it."""
         if other.name != self.name:
-            raise UserError(f"the corpus is one of {other.name}; allowed: {self.name}")
+            raise UserError(f"is a corpus of {other.name}; allowed: {self.name}")
         return self
 
     def settings(self) -> dict[str, Any]:
