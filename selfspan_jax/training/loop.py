@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,8 @@ def train(
     log = MetricsLog(run_dir, first_step)
     progress = progress and distributed.is_first_process()
     if progress:
-        print(
-            *([f"resuming from step {first_step:,} of {config.steps:,}"] if first_step else []),
-            "compiling the training step",
-            sep="\n",
-            flush=True,
-        )
+        resuming = f"resuming from step {first_step:,} of {config.steps:,}\n" if first_step else ""
+        print(f"{resuming}compiling the training step", flush=True)
     # None hides the bar only where there is no terminal
     bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=None if progress else True)
     timer = StepTimer(model, 1 if mesh is None else mesh.size)
@@ -127,7 +123,6 @@ def train(
         timer.restart()
         return collectives.process_max(interrupts.signal)
 
-    closing = contextlib.closing
     with interrupts.deferred(), closing(checkpoints), closing(log), closing(batches), bar, distributed.exit_if_peer_lost():
         if is_due(first_step) and log.evaluated_step != first_step and (stop := score(first_step)):
             raise Stopped(first_step, stop)
