@@ -21,17 +21,18 @@ from selfspan_jax.viewing.output import Output
 
 MAX_CHOICES = 128  # responses that one request may ask for
 MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20  # likely tokens whose log-probabilities a request may ask for
+_LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
-_READ = ("model", "n", "max_tokens", "stop", "seed", "stream", "stream_options", "selfspan", *_SAMPLING)
-_OWN = {"text_completion": ("prompt",), "chat.completion": ("messages", "max_completion_tokens")}
+_READ = ("model", "n", "max_tokens", "stop", "seed", "stream", "stream_options", "logprobs", "selfspan", *_SAMPLING)
+_OWN = {"text_completion": ("prompt",), "chat.completion": ("messages", "max_completion_tokens", "top_logprobs")}
 # Say nothing of what a response is to be: who asks, and what is kept of it (nothing is).
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Not supported, but clients send the value at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0, 0.0)),
-    "top_logprobs": (0,),
-    **dict.fromkeys(("echo", "logprobs"), (False,)),
+    "echo": (False,),
     **dict.fromkeys(("suffix", "functions", "tools", "logit_bias"), ("", [], {})),
     "best_of": (1,),
     "tool_choice": ("none", "auto"),
@@ -57,6 +58,8 @@ class Call:
     seed: int | None = None
     stream: bool = False
     include_usage: bool = False
+    logprobs: int | None = None
+    """How many likely tokens to name beside each token, with log-probabilities; None: not even that of the token itself."""
     tokens: bool = False
     """Whether events say of each token what it is, for a page that shows them."""
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
@@ -85,6 +88,8 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
         raise UserError("stream_options is for stream: true")
     if (tokens := _only(ours, "selfspan", "tokens")) and (not stream or "stop" in fields):
         raise UserError("selfspan.tokens is for stream: true without stop, because it shows every token")
+    if (logprobs := _logprobs(kind, fields)) is not None and stream and "stop" in fields:
+        raise UserError("logprobs of a stream are without stop, because tokens are told before it is sure that they stay")
     limits = [_take(fields, name, int, None) for name in ("max_completion_tokens", "max_tokens")]
     limit = next((limit for limit in limits if limit is not None), None)
     n, seed = _take(fields, "n", int, 1), _take(fields, "seed", int, None)
@@ -101,7 +106,23 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
         raise UserError(f"n is {n} for {len(prompts)} prompts; allowed: 1 to {MAX_CHOICES} responses in all")
     sampling = Sampling(**{name: fields[name] for name in _SAMPLING if name in fields})
     usage = _only(options, "stream_options", "include_usage", also=("include_obfuscation",))
-    return Call(kind, prompts, messages, sampling, _take(fields, "model", str, None), n, limit, stop, seed, stream, usage, tokens)
+    return Call(kind, prompts, messages, sampling, _take(fields, "model", str, None), n, limit, stop, seed, stream, usage, logprobs, tokens)
+
+
+def _logprobs(kind: str, fields: Mapping[str, Any]) -> int | None:
+    """Read how many likely tokens are asked for: of a chat by two fields, else by one. None where no log-probability is."""
+    if kind == "chat.completion":
+        asked, name = _take(fields, "logprobs", bool, False), "top_logprobs"
+        number = _take(fields, name, int, 0)
+        if number and not asked:
+            raise UserError("top_logprobs is for logprobs: true")
+    else:
+        name = "logprobs"
+        asked = fields.get(name) is not None and fields[name] is not False
+        number = _take(fields, name, int, 0) if asked else 0
+    if not 0 <= number <= MAX_LOGPROBS:
+        raise UserError(f"{name} is {number}; allowed: 0 to {MAX_LOGPROBS}")
+    return number if asked else None
 
 
 def _take(fields: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
@@ -173,18 +194,52 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def response(call: Call, model: str, choices: Sequence[tuple[str, str, dict[str, Any]]], used: dict[str, int]) -> dict[str, Any]:
-    """Write a whole response; choices are texts, finish reasons and what each read."""
+Scored = tuple[str, float, Sequence[tuple[str, float]]]
+"""The text of a token and its log-probability, and those of the likeliest tokens in its place."""
 
-    def choice(index: int, text: str, reason: str, part: dict[str, Any]) -> dict[str, Any]:
+
+def logprobs_part(call: Call, tokens: Sequence[Scored], offset: int = 0) -> dict[str, Any] | None:
+    """Write the log-probabilities of tokens that begin after `offset` characters of the text; None where the call asks for none."""
+    if call.logprobs is None:
+        return None
+    if call.kind == "chat.completion":
+
+        def entry(text: str, logprob: float) -> dict[str, Any]:
+            whole = "\N{REPLACEMENT CHARACTER}" not in text  # else a part of a character, which text cannot say
+            return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(text.encode()) if whole else None}
+
+        content = [entry(text, own) | {"top_logprobs": [entry(*other) for other in top]} for text, own, top in tokens]
+        return {"content": content, "refusal": None}
+    lengths = [len(text) for text, *_ in tokens]
+    return {
+        "tokens": [text for text, *_ in tokens],
+        "token_logprobs": [max(own, _LEAST_LOGPROB) for _, own, _ in tokens],
+        "top_logprobs": [{text: max(own, _LEAST_LOGPROB) for text, own in reversed(top)} for *_, top in tokens] if call.logprobs else None,
+        "text_offset": [offset + sum(lengths[:i]) for i in range(len(tokens))],
+    }
+
+
+Answered = tuple[str, str, dict[str, Any], dict[str, Any] | None]
+
+
+def response(call: Call, model: str, choices: Sequence[Answered], used: dict[str, int]) -> dict[str, Any]:
+    """Write a whole response; choices are texts, finish reasons, what each read, and log-probabilities."""
+
+    def choice(index: int, text: str, reason: str, part: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
         said = {"text": text} if call.kind == "text_completion" else {"message": {"role": "assistant", "content": text}}
-        return {"index": index, **said, "logprobs": None, "finish_reason": reason, "selfspan": part}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason, "selfspan": part}
 
     return {**_head(call, model, call.kind), "choices": [choice(i, *each) for i, each in enumerate(choices)], "usage": used}
 
 
 def event(
-    call: Call, model: str, index: int, text: str | None, reason: str | None = None, part: dict[str, Any] | None = None
+    call: Call,
+    model: str,
+    index: int,
+    text: str | None,
+    reason: str | None = None,
+    part: dict[str, Any] | None = None,
+    logprobs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write an event of a stream: a piece of a choice's text, its end with the reason, or, of a chat, its beginning: text None."""
     if call.kind == "text_completion":
@@ -193,7 +248,7 @@ def event(
         said = {"delta": {"role": "assistant", "content": ""}}
     else:
         said = {"delta": {"content": text} if text or reason is None else {}}
-    choice = {"index": index, **said, "logprobs": None, "finish_reason": reason, **({} if part is None else {"selfspan": part})}
+    choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason, **({} if part is None else {"selfspan": part})}
     return {**_head(call, model, _EVENT[call.kind]), "choices": [choice], **({"usage": None} if call.include_usage else {})}
 
 

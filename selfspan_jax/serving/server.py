@@ -70,6 +70,11 @@ class Choice:
     response: detokenize.Response
     ticket: Ticket | None = None
     attended: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[tuple[float, list[int], list[float]]] = dataclasses.field(default_factory=list)
+    """Of each token: its own, and the likeliest ids with theirs."""
+    told: int = 0
+    """Tokens whose log-probabilities are in events."""
+    told_characters: int = 0
     finish_reason: str | None = None
     last: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -238,7 +243,7 @@ class Server:
                     response = detokenize.Response(self._decode, call.stop, self.lm.end_ids)
                     choice = Choice(len(running.choices), text, ids, response)
                     limit = left if call.max_tokens is None else call.max_tokens
-                    wanted = Request(ids, limit, call.sampling, seed, sample=choice.index)
+                    wanted = Request(ids, limit, call.sampling, seed, sample=choice.index, logprobs=call.logprobs is not None)
                     choice.ticket = self.scheduler.submit(wanted, running.deliver(choice))
                     running.choices.append(choice)
         except BaseException:
@@ -326,6 +331,8 @@ class Running:
             self.server.metrics.arrived(count, now - choice.last, first=not choice.attended)
             choice.attended.extend(tokens.num_attended.tolist())
             choice.last = now
+            if tokens.logprobs is not None:
+                choice.logprobs.extend(zip(*(x.tolist() for x in tokens.logprobs)))
         piece = response.push(tokens.token_ids)
         if response.done and tokens.finished is None:
             assert choice.ticket is not None
@@ -356,11 +363,25 @@ class Running:
         prompts = sum(len(choice.prompt_ids) for choice in self.choices[:: self.call.n])
         return protocol.usage(prompts, sum(len(choice.response.token_ids) for choice in self.choices))
 
+    def logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Say the log-probabilities of the tokens that no event had yet, what ends a response left out; None where there are none."""
+        if self.call.logprobs is None:
+            return None
+        scored, decode = [], self.server.lm.task.decode
+        start, choice.told = choice.told, len(choice.response.token_ids)
+        for token_id, (own, ids, values) in zip(choice.response.token_ids[start:], choice.logprobs[start:]):
+            if token_id not in self.server.lm.end_ids:
+                likeliest = [(decode([other]), value) for other, value in zip(ids, values)]
+                scored.append((decode([token_id]), own, likeliest[: self.call.logprobs]))
+        offset = choice.told_characters
+        choice.told_characters += sum(len(text) for text, *_ in scored)
+        return protocol.logprobs_part(self.call, scored, offset) if scored else None
+
     async def whole(self) -> dict[str, Any]:
         """Return the whole response."""
         async for _ in self.pieces():
             pass
-        choices = [(choice.response.text, str(choice.finish_reason), await self.read(choice)) for choice in self.choices]
+        choices = [(own.response.text, str(own.finish_reason), await self.read(own), self.logprobs(own)) for own in self.choices]
         return protocol.response(self.call, self.server.model_name, choices, self.usage())
 
     async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
@@ -378,8 +399,9 @@ class Running:
                 continue
             choice, piece = arrived
             seen = watches[choice.index].add(choice.response.token_ids, choice.attended) if watches else None
-            if piece or (seen and seen["tokens"]):
-                yield protocol.event(call, model, choice.index, piece, part=seen)
+            scores = self.logprobs(choice)
+            if piece or scores or (seen and seen["tokens"]):
+                yield protocol.event(call, model, choice.index, piece, part=seen, logprobs=scores)
             if choice.finish_reason is not None:
                 yield protocol.event(call, model, choice.index, "", choice.finish_reason, await self.read(choice))
         if call.include_usage:

@@ -21,6 +21,7 @@ from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ServerConfig, ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving.running import LogProbs
 from selfspan_jax.serving.scheduler import QueueFull, Scheduler, Stats, Tokens
 from selfspan_jax.viewing.output import Output
 from tests import browser
@@ -33,6 +34,7 @@ RESPONSE = [_S + 1, 4, 5, _S + 2, _R + 1, 6, VOCAB.eos_id]
 ATTENDED = [3, 4, 5, 2, 6, 7, 8]
 TEXT = "<11>45<12><16>6"  # as the task writes it, without <eos>
 NONE = np.zeros(0, np.int32)
+SCORES = LogProbs(-np.arange(7.0), np.stack([RESPONSE, [4] * 7, [5] * 7], axis=1), -np.arange(7.0)[:, None] - np.array([0, 1, np.inf]))
 
 
 class Named(Words):
@@ -87,7 +89,8 @@ class Scripted:
             limit = min(request.max_new_tokens, len(RESPONSE))
             ids, attended = (np.array(x[:limit][start : start + 2]) for x in (RESPONSE, ATTENDED))
             finished = None if start + 2 < limit else "stop" if limit == len(RESPONSE) else "length"
-            found = Tokens(ids, attended, finished)
+            scores = LogProbs(*(x[:limit][start : start + 2] for x in SCORES)) if request.logprobs else None
+            found = Tokens(ids, attended, finished, logprobs=scores)
         if found.finished:
             self._drop(ticket)
         deliver(found)
@@ -216,6 +219,24 @@ def use(client, openai, scripted):
     assert client.completions.create(model="tiny", prompt="45").choices[0].text == TEXT  # another request is not concerned
 
 
+def test_log_probabilities_are_in_openais_form(address):
+    """Of the tokens of the text, all of them in a stream too; minus infinity is no JSON."""
+    texts, offsets = ["<11>", "4", "5", "<12>", "<16>", "6"], [0, 4, 5, 6, 10, 14]
+    asked = {"prompt": "45", "logprobs": 3}
+    whole = post(address, asked).json()["choices"][0]["logprobs"]
+    assert (whole["tokens"], whole["text_offset"], whole["token_logprobs"]) == (texts, offsets, [0, -1, -2, -3, -4, -5])
+    assert whole["top_logprobs"][0] == {"<11>": 0, "4": -1, "5": -9999} and whole["top_logprobs"][1]["4"] == -1
+    told = [event["choices"][0]["logprobs"] for event in events(post(address, asked | {"stream": True}))]
+    for name in whole:
+        assert [value for part in told if part for value in part[name]] == whole[name]
+    assert post(address, {"prompt": "45", "logprobs": 0}).json()["choices"][0]["logprobs"]["top_logprobs"] is None
+    chat = post(address, _CHAT | {"logprobs": True, "top_logprobs": 2}, "/v1/chat/completions").json()["choices"][0]["logprobs"]
+    assert [entry["token"] for entry in chat["content"]] == texts and chat["content"][1]["bytes"] == [ord("4")]
+    assert [other["logprob"] for other in chat["content"][2]["top_logprobs"]] == [-2, -3]
+    for body in ({"prompt": "45"}, {"prompt": "45", "logprobs": False}):
+        assert post(address, body).json()["choices"][0]["logprobs"] is None
+
+
 def test_of_a_chat_all_messages_are_read_where_the_tokenizer_has_a_template():
     class Chats(Named):
         def encode_chat(self, messages):
@@ -247,7 +268,9 @@ REFUSED = {
     "no tokens": ({"prompt": "4", "max_tokens": 0}, 400, "max_tokens is 0"),
     "an unknown field": ({"prompt": "4", "tempreature": 1}, 400, "'tempreature' is not supported"),
     "a penalty": ({"prompt": "4", "presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
-    "log probabilities": ({"prompt": "4", "logprobs": 0}, 400, "logprobs is not supported"),
+    "many log probabilities": ({"prompt": "4", "logprobs": 21}, 400, "logprobs is 21; allowed: 0 to 20"),
+    "log probabilities of a chat": (_CHAT | {"top_logprobs": 2}, 400, "top_logprobs is for logprobs: true"),
+    "log probabilities of what may be cut": ({"prompt": "4", "logprobs": 1, "stop": "5", "stream": True}, 400, "without stop"),
     "tools": (_CHAT | {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
     "not a number": (b'{"prompt": "4", "temperature": NaN}', 400, "temperature is nan"),
     "a wrong type": ({"prompt": "4", "n": "2"}, 400, "n is text; expected a whole number"),
