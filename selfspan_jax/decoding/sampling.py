@@ -22,24 +22,20 @@ def sequence_keys(key: PRNGKeyArray | None, num_sequences: int, first: int | Int
 def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], inside: Bool[Array, "B T"], vocab: SpanVocab) -> Array:
     """Mark the tokens that occur where `inside`, span tokens (`<seg>`, `<ref>`) excepted: what `repetition_penalty` is for."""
     segs, refs = ((token_ids >= base) & (token_ids < base + vocab.num_labels) for base in (vocab.seg_base, vocab.ref_base))
-    counted = inside & ~segs & ~refs
     row = jnp.arange(token_ids.shape[0], dtype=jnp.int32)[:, None]
-    return occurred.at[row, jnp.where(counted, token_ids, occurred.shape[1])].set(True, mode="drop")
+    return occurred.at[row, jnp.where(inside & ~segs & ~refs, token_ids, occurred.shape[1])].set(True, mode="drop")
 
 
 def sample(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling | SamplingFields, occurred=None) -> Int[Array, "B"]:
-    """Sample the next tokens: the most likely ones at temperature 0, else draws from those that the filters leave.
-
-    `occurred` marks the tokens of each sequence so far, where there is a repetition penalty.
-    """
-    fields = SamplingFields.of(sampling)
+    """Sample the next tokens: the most likely at temperature 0, else draws from what filters leave; `occurred` for a repetition penalty."""
+    fields = SamplingFields.of(sampling).columns()
     if fields.repetition_penalty is not None and occurred is not None:
-        logits = penalized(logits, occurred, fields.columns().repetition_penalty)
+        logits = penalized(logits, occurred, fields.repetition_penalty)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if fields.temperature is None:
         return likeliest
     drawn = jax.vmap(jax.random.categorical)(keys, filtered_scores(logits, fields)).astype(jnp.int32)
-    return jnp.where(jnp.asarray(fields.temperature) == 0, likeliest, drawn)
+    return jnp.where(fields.temperature[:, 0] == 0, likeliest, drawn)
 
 
 def penalized(logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], penalty: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
