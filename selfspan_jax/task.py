@@ -30,6 +30,8 @@ class Task(Protocol):
       counts(example, response_ids) -> {score: (sum, weight)}, what one example adds to the scores, each the ratio of the two over all;
       headers(example, sources) -> the labels that each step is to name in place of what the model names, by a name of where from;
       beginnings(prompt) -> token ids with one of which the text of each step is to begin, where decoding is constrained to that;
+      tool_prompt(messages, tools) -> str, the text of a prompt of a chat with functions, and tool_calls(prompt, response_ids, tools), the
+        calls of a response: `name`, `arguments` as JSON, and the `pieces` that each names;
       score_kinds, a mapping that says which scores stand together in a table ({"ROUGE": ("rouge1", "rouge2")});
       group(prompt) -> str, what an evaluation tells apart, such as the number of operators, with `group_by`, which names
         the groups in JSON ("ops"), and `group_title`, which heads them in tables ("operators");

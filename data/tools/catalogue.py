@@ -74,8 +74,8 @@ class Service(NamedTuple):
             methods.append(f"{own.name}({', '.join((*own.required, *defaults))}): {own.description}.")
         used = {name for own in self.methods for name in own.parameters}
         told = ((slot, f" ({', '.join(slot.values)})" if slot.values else "") for slot in self.slots if slot.name in used)
-        slots = (f"{slot.name}{allowed}: {slot.description}" for slot, allowed in told)
-        return f"{SERVICE} {self.name}: {self.description}. {' '.join(methods)} {PARAMETERS} {'; '.join(slots)}"
+        slots = "; ".join(f"{slot.name}{allowed}: {slot.description}" for slot, allowed in told)
+        return f"{SERVICE} {self.name}: {self.description}. {' '.join(methods)}" + (f" {PARAMETERS} {slots}" if slots else "")
 
 
 Wordings = Mapping[str, Sequence[Service]]

@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from data import scoring
 from data.documents import Document, DocumentTask, Example
-from data.tools import card, source
+from data.tools import card, chat, source
 from data.tools.catalogue import PARAMETERS, SERVICE
 from data.tools.source import REWORDED, SEEN, UNSEEN, Call, read_call
 
@@ -63,6 +63,14 @@ class ToolTask(DocumentTask):
     def query(self, document: Document, number: int) -> str:
         """Return what was said last before a call."""
         return document.pieces[max(document.steps[number].sources)]
+
+    def tool_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        """Write messages and functions as OpenAI's chat API has them as the text of a prompt. UserError: they are something else."""
+        return chat.prompt(messages, tools)
+
+    def tool_calls(self, prompt: str, response_ids: Iterable[int], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Read the calls of functions in a response to such a prompt; see `chat.calls`."""
+        return chat.calls(self.steps(response_ids), self.split_prompt(prompt)[1], tools)
 
     def beginnings(self, prompt: str) -> list[list[int]]:
         """Return what the text of a step may begin with, as ids: a service of the prompt and one of its methods, up to its parameters."""

@@ -26,14 +26,14 @@ _LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 _READ = ("model", "n", "max_tokens", "stop", "seed", "stream", "stream_options", "logprobs", "selfspan", *_SAMPLING)
-_OWN = {"text_completion": ("prompt",), "chat.completion": ("messages", "max_completion_tokens", "top_logprobs")}
+_OWN = {"text_completion": ("prompt",), "chat.completion": ("messages", "max_completion_tokens", "top_logprobs", "tools")}
 # Say nothing of what a response is to be: who asks, and what is kept of it (nothing is).
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Not supported, but clients send the value at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0, 0.0)),
     "echo": (False,),
-    **dict.fromkeys(("suffix", "functions", "tools", "logit_bias"), ("", [], {})),
+    **dict.fromkeys(("suffix", "functions", "logit_bias"), ("", [], {})),
     "best_of": (1,),
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -48,8 +48,8 @@ class Call:
     kind: Literal["text_completion", "chat.completion"]
     prompts: tuple[str, ...]
     """Of a chat its last message."""
-    messages: tuple[dict[str, str], ...]
-    """Of a chat, each with a `role` and its `content`."""
+    messages: tuple[dict[str, Any], ...]
+    """Of a chat, each with a `role` and its `content`; with tools, also `tool_calls` and `tool_call_id` as they were given."""
     sampling: Sampling
     model: str | None = None
     n: int = 1
@@ -60,6 +60,8 @@ class Call:
     include_usage: bool = False
     logprobs: int | None = None
     """How many likely tokens to name beside each token, with log-probabilities; None: not even that of the token itself."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Of a chat, functions as they were given; none where `tool_choice` is "none"."""
     tokens: bool = False
     """Whether events say of each token what it is, for a page that shows them."""
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
@@ -88,8 +90,9 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
         raise UserError("stream_options is for stream: true")
     if (tokens := _only(ours, "selfspan", "tokens")) and (not stream or "stop" in fields):
         raise UserError("selfspan.tokens is for stream: true without stop, because it shows every token")
-    if (logprobs := _logprobs(kind, fields)) is not None and stream and "stop" in fields:
-        raise UserError("logprobs of a stream are without stop, because tokens are told before it is sure that they stay")
+    tools = tuple(_take(fields, "tools", list, ())) if fields.get("tool_choice") != "none" else ()
+    if (logprobs := _logprobs(kind, fields)) is not None and stream and ("stop" in fields or tools):
+        raise UserError("logprobs of a stream are without stop and tools, because tokens are told before it is sure that they stay")
     limits = [_take(fields, name, int, None) for name in ("max_completion_tokens", "max_tokens")]
     limit = next((limit for limit in limits if limit is not None), None)
     n, seed = _take(fields, "n", int, 1), _take(fields, "seed", int, None)
@@ -100,13 +103,15 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
     stop = check_stop_strings(fields.get("stop", ()))
     if len(stop) > MAX_STOP_STRINGS:
         raise UserError(f"stop has {len(stop)} texts; allowed: up to {MAX_STOP_STRINGS}")
-    messages = _messages(fields) if kind == "chat.completion" else ()
+    messages = _messages(fields, with_tools=bool(tools)) if kind == "chat.completion" else ()
     prompts = (messages[-1]["content"],) if messages else _prompts(fields)
     if not 1 <= n or n * len(prompts) > MAX_CHOICES:
         raise UserError(f"n is {n} for {len(prompts)} prompts; allowed: 1 to {MAX_CHOICES} responses in all")
     sampling = Sampling(**{name: fields[name] for name in _SAMPLING if name in fields})
     usage = _only(options, "stream_options", "include_usage", also=("include_obfuscation",))
-    return Call(kind, prompts, messages, sampling, _take(fields, "model", str, None), n, limit, stop, seed, stream, usage, logprobs, tokens)
+    return Call(
+        kind, prompts, messages, sampling, _take(fields, "model", str, None), n, limit, stop, seed, stream, usage, logprobs, tools, tokens
+    )
 
 
 def _logprobs(kind: str, fields: Mapping[str, Any]) -> int | None:
@@ -149,21 +154,23 @@ def _prompts(fields: Mapping[str, Any]) -> tuple[str, ...]:
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-def _messages(fields: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
+def _messages(fields: Mapping[str, Any], *, with_tools: bool) -> tuple[dict[str, Any], ...]:
     given, read = fields.get("messages"), []
+    roles = _ROLES | ({"tool": "tool"} if with_tools else {})
     if not isinstance(given, list) or not given:
         raise UserError("messages: expected a list of at least one message")
     for number, message in enumerate(given, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not isinstance(role, str) or role not in _ROLES:
-            raise UserError(f"message {number}: role is {str(role)[:40]!r}; allowed: {', '.join(_ROLES)}")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(role, str) or role not in roles:
+            raise UserError(f"message {number}: role is {str(role)[:40]!r}; allowed: {', '.join(roles)}")
+        calls = {name: message[name] for name in ("tool_calls", "tool_call_id") if with_tools and message.get(name) is not None}
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else [] if content is None and calls else content
         if not isinstance(parts, list) or not all(
             isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
         ):
             raise UserError(f"message {number}: content: expected text, or a list of parts of type text")
-        read.append({"role": _ROLES[role], "content": "".join(part["text"] for part in parts)})
-    if read[-1]["role"] != "user":
+        read.append({"role": roles[role], "content": "".join(part["text"] for part in parts), **calls})
+    if read[-1]["role"] not in ("user", "tool"):
         raise UserError(f"the last message is of the {read[-1]['role']}; expected one of the user")
     return tuple(read)
 
@@ -223,11 +230,13 @@ Answered = tuple[str, str, dict[str, Any], dict[str, Any] | None]
 
 
 def response(call: Call, model: str, choices: Sequence[Answered], used: dict[str, int]) -> dict[str, Any]:
-    """Write a whole response; choices are texts, finish reasons, what each read, and log-probabilities."""
+    """Write a whole response; choices are texts, finish reasons, what each read (with `tool_calls` of tools), and log-probabilities."""
 
     def choice(index: int, text: str, reason: str, part: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        said = {"text": text} if call.kind == "text_completion" else {"message": {"role": "assistant", "content": text}}
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason, "selfspan": part}
+        calls = _tool_calls(part)
+        message = {"role": "assistant", **({"content": None, "tool_calls": calls} if calls else {"content": text})}
+        said = {"text": text} if call.kind == "text_completion" else {"message": message}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": _reason(reason, part), "selfspan": part}
 
     return {**_head(call, model, call.kind), "choices": [choice(i, *each) for i, each in enumerate(choices)], "usage": used}
 
@@ -241,20 +250,43 @@ def event(
     part: dict[str, Any] | None = None,
     logprobs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write an event of a stream: a piece of a choice's text, its end with the reason, or, of a chat, its beginning: text None."""
+    """Write an event of a stream: a piece of a choice's text, its end with the reason, or, of a chat, its beginning: text None.
+
+    Calls of tools, which `part` has, come whole.
+    """
     if call.kind == "text_completion":
         said: dict[str, Any] = {"text": text or ""}
     elif text is None:
         said = {"delta": {"role": "assistant", "content": ""}}
+    elif calls := _tool_calls(part or {}):
+        said = {"delta": {"tool_calls": [{"index": number, **own} for number, own in enumerate(calls)]}}
     else:
         said = {"delta": {"content": text} if text or reason is None else {}}
-    choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason, **({} if part is None else {"selfspan": part})}
+    choice = {
+        "index": index,
+        **said,
+        "logprobs": logprobs,
+        "finish_reason": reason and _reason(reason, part or {}),
+        **({} if part is None else {"selfspan": part}),
+    }
     return {**_head(call, model, _EVENT[call.kind]), "choices": [choice], **({"usage": None} if call.include_usage else {})}
 
 
 def usage_event(call: Call, model: str, used: dict[str, int]) -> dict[str, Any]:
     """Write the event after the last choice's, for `include_usage`."""
     return {**_head(call, model, _EVENT[call.kind]), "choices": [], "usage": used}
+
+
+def _tool_calls(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Write the calls among what a response says of itself as OpenAI's clients read them."""
+    return [
+        {"id": own["id"], "type": "function", "function": {"name": own["name"], "arguments": own["arguments"]}}
+        for own in part.get("tool_calls", ())
+    ]
+
+
+def _reason(reason: str, part: Mapping[str, Any]) -> str:
+    return "tool_calls" if reason == "stop" and part.get("tool_calls") else reason
 
 
 _EVENT = {"text_completion": "text_completion", "chat.completion": "chat.completion.chunk"}

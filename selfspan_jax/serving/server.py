@@ -13,6 +13,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import hmac
 import json
@@ -22,6 +23,7 @@ import secrets
 import socket
 import threading
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -224,6 +226,11 @@ class Server:
     def _encode(self, call: Call) -> list[tuple[str, Int[np.ndarray, "T"]]]:
         """Return the text and the ids of each prompt. Raises ValueError for what the task cannot read."""
         task = self.lm.task
+        if call.tools:
+            if not hasattr(task, "tool_prompt"):
+                raise UserError(f"tools is not supported by a model of the task {self._task_name}; leave it out")
+            texts, ids = self.lm.encode(task.tool_prompt(call.messages, call.tools))
+            return list(zip(texts, ids))
         if call.messages and hasattr(task, "encode_chat"):
             return [(call.prompts[0], task.encode_chat(call.messages))]
         if len(call.messages) > 1:
@@ -352,7 +359,12 @@ class Running:
         server = self.server
         attended = np.array(choice.attended, np.int32)
         out = server.lm.read_response(choice.prompt, choice.prompt_ids, choice.response, attended, server.policy)
-        return protocol.reading_part(out)
+        part = protocol.reading_part(out)
+        if self.call.tools:
+            task: Any = server.lm.task
+            called = task.tool_calls(choice.prompt, choice.response.token_ids, self.call.tools)
+            part["tool_calls"] = [{"id": f"call_{uuid.uuid4().hex}", **own} for own in called]
+        return part
 
     async def read(self, choice: Choice) -> dict[str, Any]:
         """Say what a choice that has ended read."""
@@ -399,11 +411,14 @@ class Running:
                 continue
             choice, piece = arrived
             seen = watches[choice.index].add(choice.response.token_ids, choice.attended) if watches else None
+            if call.tools:
+                piece = ""  # calls come whole, at the end, and so does text that is none
             scores = self.logprobs(choice)
             if piece or scores or (seen and seen["tokens"]):
                 yield protocol.event(call, model, choice.index, piece, part=seen, logprobs=scores)
             if choice.finish_reason is not None:
-                yield protocol.event(call, model, choice.index, "", choice.finish_reason, await self.read(choice))
+                rest = choice.response.text if call.tools else ""
+                yield protocol.event(call, model, choice.index, rest, choice.finish_reason, await self.read(choice))
         if call.include_usage:
             yield protocol.usage_event(call, model, self.usage())
 
@@ -549,6 +564,8 @@ def serve(load: Callable[[], SpanLM], name: str, config: ServerConfig, *, attent
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone away
         print("compiling ...", flush=True)
         scheduler.warm_up()
+        gc.collect()
+        gc.freeze()  # what stays is not looked at again between chunks
         key = os.environ.get("SELFSPAN_API_KEY") or None if config.api_key is None else config.api_key
         options: dict[str, Any] = {"attention": attention, "api_key": key, "examples": _examples(lm.task)}
         server = Server(lm, scheduler, config.model_name or name, **options)

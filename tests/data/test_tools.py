@@ -432,3 +432,95 @@ def test_own_documents_are_catalogues_and_calls(tmp_path, capsys):
             capsys, "tools", "--source", tmp_path / "own.jsonl", "--split", "all", *OPTIONS, "--out", tmp_path / f"out{message is None}"
         )
         assert (status, message or "2 written") == (2, message) and message in err if message else status == 0 and "2 written" in out
+
+
+# ------------------------------------------------------------------------------------------------------ OpenAI's functions
+
+SEATS = {"type": "integer", "description": "How many", "default": 1}
+FUNCTIONS = [
+    {"name": "Buses-FindBus", "description": "Find a bus.", "parameters": {"type": "object", "required": ["to"], "properties": {
+        "to": {"type": "string", "description": "Where to"}, "seats": SEATS, "fast": {"type": "boolean"}, "price": {"type": "number"}, "note": {"type": ["string", "null"]}}}},
+    {"name": "Buses-BookBus", "parameters": {"required": ["line", "seats"], "properties": {"line": {"enum": ["K7", "K8"]}, "seats": SEATS}}},
+    {"name": "get_time", "description": "Tell the time"},
+]  # fmt: skip
+TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
+FOUND = json.dumps([{"line": "K7", "to": "Oakton", "direct": True}, {"to": "Oakton"}, "and\nmore"])
+MESSAGES = [
+    {"role": "system", "content": "Today is  Friday."},
+    {"role": "user", "content": "To Oakton,\x1e Service X: please"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "a", "type": "function", "function": {"name": "Buses-FindBus", "arguments": '{"to": "Oakton"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "a", "content": FOUND},
+    {"role": "assistant", "content": "K7?"},
+    {"role": "user", "content": "Yes."},
+]
+
+
+def test_functions_and_messages_are_a_catalogue_and_a_dialogue(corpus):
+    task = dataset.load(corpus, TASKS).task
+    about, pieces = task.split_prompt(task.tool_prompt(MESSAGES, TOOLS))
+    assert about == "Today is Friday." and [*pieces] == [
+        'Service Buses: Find a bus. FindBus(to, seats="1", fast="dontcare", price="dontcare", note="dontcare"): Find a bus. BookBus(line, seats): A function. '
+        "Parameters: to: Where to; seats: How many; fast (True, False): fast; price: price; note: note; line (K7, K8): line",
+        "Service get_time: Tell the time. get_time(): Tell the time.",
+        "User: To Oakton, Service X: please", 'Result: {"line": "K7", "direct": "True"}', "Result: and more", "System: K7?", "User: Yes.",
+    ]  # fmt: skip
+    assert task.group(task.tool_prompt(MESSAGES, TOOLS)) == "5" and len(task.beginnings(task.tool_prompt(MESSAGES, TOOLS))) == 3
+
+
+ARGUMENTS = {  # what a step says of parameters -> what the function gets
+    "numbers and truth values": (
+        {"to": "Oakton", "seats": "2", "fast": "True", "price": "1.5"},
+        {"to": "Oakton", "seats": 2, "fast": True, "price": 1.5},
+    ),
+    "what may be anything is left out": ({"to": "3", "fast": "dontcare"}, {"to": "3"}),
+    "what is none stays text": (own := {"seats": "two", "fast": "maybe", "price": "inf", "note": "1"}, own),
+    "typed already": ({"seats": 2, "price": None, "more": [1]}, {"seats": 2, "price": None, "more": [1]}),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_calls_of_functions_have_the_types_of_their_schema_and_the_pieces_that_they_name(corpus, case):
+    said, expected = ARGUMENTS[case]
+    task = dataset.load(corpus, TASKS).task
+    prompt = task.tool_prompt(MESSAGES, TOOLS)
+    text = json.dumps({"service": "Buses", "method": "FindBus", "parameters": said})
+    others = [
+        ((), text.replace("FindBus", "Fly")),
+        ((2,), '{"service": "get_time", "method": "get_time", "parameters": {}}'),
+        ((), "Hello"),
+    ]
+    first, second = task.tool_calls(prompt, respond(task, [((3, 1, 30), text), *others]), TOOLS)
+    assert (first["name"], json.loads(first["arguments"])) == ("Buses-FindBus", expected)
+    pieces = task.split_prompt(prompt)[1]
+    assert first["pieces"] == [{"label": label, "text": pieces[label - 1]} for label in (1, 3)]
+    assert second == {"name": "get_time", "arguments": "{}", "pieces": [{"label": 2, "text": pieces[1]}]}
+
+
+def function(**changes):
+    return [{"type": "function", "function": FUNCTIONS[0] | changes}]
+
+
+NO_CHAT = {
+    "no function": (MESSAGES, [{"type": "function"}], "tool 1: expected a dict as 'function'"),
+    "no object": (MESSAGES, [3], "tool 1: expected a dict as 'function'"),
+    "no name": (MESSAGES, function(name=None), "tool 1: expected a str as 'name'"),
+    "a name with white space": (MESSAGES, function(name="a b"), "tool 1: the name is 'a b'; allowed: up to 64 letters, digits, _ and -"),
+    "a property with white space": (MESSAGES, function(parameters={"properties": {"a\x1e": {}}}), "the property 'a\\x1e' has white space"),
+    "a property that is none": (MESSAGES, function(parameters={"required": ["x"]}), "'x' is required, but none of its properties"),
+    "a number as calls": ([{"role": "assistant", "tool_calls": 3}], TOOLS, "message 1: expected a list as 'tool_calls'"),
+    "a number as values": (MESSAGES, function(parameters={"properties": {"a": {"type": "boolean", "enum": 3}}}), "tool 1, a: expected a list as 'enum'"),
+    "a list as a property": (MESSAGES, function(parameters={"properties": {"a": []}}), "tool 1: expected a dict as 'a'"),
+    "a result of no call": (MESSAGES[:2] + MESSAGES[3:], TOOLS, "message 3: no call before it has the id 'a'"),
+    "arguments that are no JSON": ([{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "x", "arguments": "{"}}]}], TOOLS, "message 1: the arguments of a call are no JSON object: '{'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_CHAT)
+def test_functions_and_messages_that_are_refused(corpus, case):
+    messages, tools, message = NO_CHAT[case]
+    with pytest.raises(UserError, match=re.escape(message)):
+        dataset.load(corpus, TASKS).task.tool_prompt(messages, tools)

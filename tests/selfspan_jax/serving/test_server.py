@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -16,16 +17,21 @@ from types import SimpleNamespace
 import httpx2
 import numpy as np
 import pytest
+from flax import nnx
 
+from data.tools import ToolTask
+from data.vocab import train_vocab
 from selfspan_jax.attention.policies import get_policy
-from selfspan_jax.config import ServerConfig, ServingConfig
+from selfspan_jax.config import ModelConfig, ServerConfig, ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.model import Decoder
 from selfspan_jax.serving.running import LogProbs
 from selfspan_jax.serving.scheduler import QueueFull, Scheduler, Stats, Tokens
+from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing.output import Output
 from tests import browser
-from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.models import TINY, random_model
 from tests.selfspan_jax.streams import VOCAB
 from tests.selfspan_jax.viewing.test_html import HOSTILE_TASK, Words
 
@@ -250,6 +256,75 @@ def test_of_a_chat_all_messages_are_read_where_the_tokenizer_has_a_template():
     assert scripted.requests[0].prompt_ids.tolist() == [1, 4, 5, 6, 7, 8, 3]
 
 
+class Answering(Scripted):
+    """A scheduler that writes one response to any prompt."""
+
+    context_tokens, num_pages = 1024, 128
+
+    def __init__(self, response):
+        super().__init__()
+        self.response = response
+
+    def submit(self, request, deliver):
+        self.requests.append(request)
+        self._active.append(ticket := [request, deliver, 0])
+        return ticket
+
+    def _advance(self, ticket):
+        part = self.response[ticket[2] : ticket[2] + 5]
+        ticket[2] += 5
+        finished = "stop" if ticket[2] >= len(self.response) else None
+        if finished:
+            self._drop(ticket)
+        ticket[1](Tokens(np.array(part), np.full(len(part), 3), finished))
+
+
+TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"properties": {"hours": {"type": "integer"}}}}}]
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The time?"}]
+TOLD = [
+    {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}]},
+    {"role": "tool", "tool_call_id": "a", "content": '{"now": "7:30"}'},
+]
+
+
+def test_openais_client_gives_tools_and_reads_calls():
+    """The task of tools reads functions; what a call names comes in our own part. Text that is no call is text."""
+    import openai
+
+    vocab = train_vocab(["call the services"], vocab_tokens=300, num_labels=16)
+    task = ToolTask(vocab)
+    config = ModelConfig(**{**TINY, "max_context_tokens": 1024}, header_view="labels", prompt_view="causal")
+    spans = SpanVocab(**vocab.span_ids())
+    lm = SpanLM(Decoder(config, vocab=spans, vocab_size=vocab.size, rngs=nnx.Rngs(0)), task)
+    text = '{"service": "get_time", "method": "get_time", "parameters": {"hours": "24"}}'
+    for said, calls in ((text, True), ("Half past seven.", False)):
+        response = [spans.seg_base + 4, spans.ref_base + 1, spans.ref_base + 2, *vocab.plain_text_ids(f" {said}"), spans.eos_id]
+        scripted = Answering(response)
+        with serving(scripted, lm=lm) as address:
+            http = httpx2.Client(trust_env=False)
+            with openai.OpenAI(base_url=f"{address}/v1", api_key="any", http_client=http, max_retries=0) as client:
+                whole = client.chat.completions.create(model="tiny", messages=ASKED + TOLD, tools=TOOLS, tool_choice="auto").choices[0]
+                streamed = [
+                    own.choices[0] for own in client.chat.completions.create(model="tiny", messages=ASKED, tools=TOOLS, stream=True)
+                ]
+        pieces = ["Service get_time: A function. get_time(hours=", "User: The time?", 'Result: {"now": "7:30"}']
+        written = task.decode(scripted.requests[0].prompt_ids)
+        assert written.startswith("<bos> Call the services: Be brief.<seg:1> ")
+        assert [part.lstrip().startswith(own) for part, own in zip(re.split("<seg:.>", written)[1::2], pieces, strict=True)] == [True] * 3
+        assert [choice.finish_reason for choice in streamed] == [None] * (len(streamed) - 1) + [whole.finish_reason]
+        if not calls:
+            assert (whole.message.content, whole.message.tool_calls, whole.finish_reason) == (f"<seg:4><ref:1><ref:2> {said}", None, "stop")
+            assert "".join(choice.delta.content or "" for choice in streamed) == whole.message.content
+            continue
+        assert (whole.message.content, whole.finish_reason) == (None, "tool_calls") and not any(c.delta.content for c in streamed)
+        for (called,), part in ((whole.message.tool_calls, whole.selfspan), (streamed[-1].delta.tool_calls, streamed[-1].selfspan)):
+            assert (called.type, called.function.name, called.function.arguments) == ("function", "get_time", '{"hours": 24}')
+            (own,) = part["tool_calls"]
+            assert own["id"] == called.id and [piece["label"] for piece in own["pieces"]] == [1, 2]
+            assert all(piece["text"].startswith(start) for piece, start in zip(own["pieces"], pieces))
+        assert streamed[-1].delta.tool_calls[0].index == 0
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 _CHAT = {"messages": [{"role": "user", "content": "45"}]}
@@ -271,7 +346,11 @@ REFUSED = {
     "many log probabilities": ({"prompt": "4", "logprobs": 21}, 400, "logprobs is 21; allowed: 0 to 20"),
     "log probabilities of a chat": (_CHAT | {"top_logprobs": 2}, 400, "top_logprobs is for logprobs: true"),
     "log probabilities of what may be cut": ({"prompt": "4", "logprobs": 1, "stop": "5", "stream": True}, 400, "without stop"),
-    "tools": (_CHAT | {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
+    "tools": (_CHAT | {"tools": [{"type": "function"}]}, 400, "tools is not supported by a model of the task words; leave it out"),
+    "an object as tools": (_CHAT | {"tools": {"type": "function"}}, 400, "tools is an object; expected a list"),
+    "tools of a prompt": ({"prompt": "4", "tools": []}, 400, "'tools' is not supported"),
+    "a call that must be made": (_CHAT | {"tools": TOOLS, "tool_choice": "required"}, 400, "tool_choice is not supported"),
+    "a result without tools": ({"messages": ASKED + TOLD}, 400, "message 3: content: expected text"),
     "not a number": (b'{"prompt": "4", "temperature": NaN}', 400, "temperature is nan"),
     "a wrong type": ({"prompt": "4", "n": "2"}, 400, "n is text; expected a whole number"),
     "a truth as a number": ({"prompt": "4", "n": True}, 400, "n is true or false; expected a whole number"),
