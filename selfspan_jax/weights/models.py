@@ -59,7 +59,7 @@ class Tensors:
     def read(self, name: str) -> Array:
         """Read a tensor. Raises UserError for numbers that are not finite."""
         array = self.read_unchecked(name)
-        if jnp.issubdtype(array.dtype, jnp.floating) and not jnp.isfinite(array).all():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not _is_finite(array):
             raise UserError(f"{self.where}: {name} has numbers that are not finite (NaN or infinite): the weights are damaged")
         return array
 
@@ -78,6 +78,11 @@ class Tensors:
         for name, array in wanted.items():
             if self.shapes[name] != array.shape:
                 raise UserError(f"{self.where}: {name} is {list(self.shapes[name])}, but the config asks for {list(array.shape)}")
+
+
+@jax.jit  # without an array of booleans
+def _is_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()
 
 
 def open_safetensors(where: Path, files: Sequence[Path]) -> Tensors:
