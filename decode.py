@@ -65,9 +65,9 @@ class Generate(Model):
     prompt: Annotated[Positional[str | None], arg(metavar="[PROMPT]")] = None
     """An expression: whole numbers, + - * and parentheses; or text."""
     article: Path | None = None
-    """A text file in place of the prompt: an article, a report, a story with its questions."""
+    """A text file in place of the prompt: an article, a report, a story with its questions; - is standard input."""
     prompts: Path | None = None
-    """A file of prompts in place of the prompt: one a line, or .jsonl: objects with a "prompt" each."""
+    """A file of prompts in place of the prompt: one a line, or .jsonl: objects with a "prompt" each; - is standard input, one a line."""
     batch_size: int = 32
     """Prompts of a file that are decoded together."""
     num_samples: int | None = None

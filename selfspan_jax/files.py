@@ -26,7 +26,7 @@ from selfspan_jax.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STDOUT = 1
+_STDIN, _STDOUT = 0, 1
 _PICTURES = (".png", ".svg", ".pdf")
 MAX_PROGRAM_BYTES = 2 * 2**30  # of compiled programs that are kept
 _CANNOT_REPLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
@@ -47,12 +47,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_text(file: Path) -> str:
-    """Read a text file, without a byte-order mark.
+    """Read a text file, without a byte-order mark; `-` is standard input.
 
     Raises: UserError if the file is not text in UTF-8; FileNotFoundError.
     """
+    is_file = str(file) != "-"
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with open(file if is_file else _STDIN, encoding="utf-8-sig", closefd=is_file) as stream:
+            return stream.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
 

@@ -47,6 +47,18 @@ def test_prompts_of_a_file(tmp_path, name):
             files.read_prompts(tmp_path / file)
 
 
+def test_prompts_come_from_standard_input(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf1+2\r\n\n3*4")
+    kept = os.dup(0)
+    try:
+        with open(tmp_path / "p.txt") as given:
+            os.dup2(given.fileno(), 0)
+        assert files.read_prompts(Path("-")) == ["1+2", "3*4"]
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
 OLD, NEW = b"what was there\n", b"what is new\n"
 
 
