@@ -166,8 +166,8 @@ class Eval(Model):
     """A corpus directory that python -m data wrote; by default fresh examples."""
     split: Literal["train", "validation", "test"] | None = None
     """Of a corpus directory that was divided; by default its test split. What is no test or validation split may have been trained on."""
-    sources: Literal["model", "gold", "bm25", "random", "recent"] = "model"
-    """What steps name: what the model chooses, or as many as in the gold response: its own, BM25's, drawn ones, or the latest pieces."""
+    sources: Literal["model", "order", "gold", "bm25", "random", "recent"] = "model"
+    """What steps name: what the model chooses (order: but labels and questions); the gold sources, or as many of BM25's, drawn or last."""
     constrained: bool = False
     """Tools: let each step begin with a service of the catalogue and one of its methods."""
     json: Path | None = None

@@ -22,7 +22,8 @@ class Batch(NamedTuple):
     token_ids      int32 [B, T]  padded with `pad_id`
     segment_ids    int32 [B, T]  0 is padding, 1, 2, ... the examples within the row: no token may see another's
     positions      int32 [B, T]  rotary positions, from 0 in every example; padding has 0
-    target_mask    bool  [B, T]  True where the token is to be predicted: the response with `<eos>`, but for an example's `unpredictable`
+    target_mask    bool  [B, T]  True where the token is to be predicted: the response with `<eos>`, but for an example's `unpredictable`;
+                   also its `predictable`, of the prompt
     next_example   number of the first example that is in no batch yet: packing resumes from it exactly;
                    of rows that are packed in shards a number for each shard, 0 for those that are packed elsewhere
     """
@@ -172,7 +173,8 @@ def _batches(
                 batch.segment_ids[row, begin:end] = segment
                 batch.positions[row, begin:end] = positions(example.token_ids, start + index)
                 batch.target_mask[row, begin + example.prompt_tokens : end] = True
-                batch.target_mask[row, [begin + place for place in getattr(example, "unpredictable", ())]] = False
+                for name, is_target in (("predictable", True), ("unpredictable", False)):
+                    batch.target_mask[row, [begin + place for place in getattr(example, name, ())]] = is_target
                 begin = end
         start += num_taken
         total_tokens -= sum(lengths[:num_taken])

@@ -54,12 +54,19 @@ def _text_ids(vocab: TokenizerVocab, text: str) -> tuple[int, ...]:
 
 
 def encode_steps(
-    prompt: Sequence[int], kept: int, steps: Sequence[tuple[str, Sequence[int]]], vocab: TokenizerVocab, uniform: float | None
+    prompt: Sequence[int],
+    kept: int,
+    steps: Sequence[tuple[str, Sequence[int]]],
+    vocab: TokenizerVocab,
+    uniform: float | None,
+    *,
+    closed: bool = False,
 ) -> tuple[npt.NDArray[np.int32], int]:
     """Write the response of (text, sources) steps after a prompt of `kept` pieces: (ids of both, int32 [n], the first label).
 
     Args:
       uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
+      closed: end each step with its `<seg:k>` once more, which has read it: so later span tokens know what was named and written.
     """
     token_ids, first_label = [*prompt], 1
     if uniform is not None:
@@ -69,7 +76,7 @@ def encode_steps(
     for number, (text, sources) in enumerate(steps):
         token_ids.append(vocab.seg_base + first_label + kept + number)
         token_ids += [vocab.ref_base + first_label + i for i in sources]
-        token_ids += vocab.plain_text_ids(" " + text)
+        token_ids += [*vocab.plain_text_ids(" " + text), *([vocab.seg_base + first_label + kept + number] if closed else [])]
     return np.array([*token_ids, vocab.eos_id], np.int32), first_label
 
 
@@ -119,8 +126,9 @@ class PiecesTask(task.Task):
         return "labels" if self.closed_pieces else "all"
 
     def steps(self, response_ids: Iterable[int]) -> list[Written]:
-        """Read the steps of a response, labels from 1 on; what stands before the first one is left out."""
-        _, steps, _ = spans.read_steps(response_ids, self.vocab)
+        """Read the steps of a response, labels from 1 on; what stands before the first one is left out, and what closes one."""
+        _, found, _ = spans.read_steps(response_ids, self.vocab)
+        steps = [own for own, before in zip(found, (None, *found)) if not own.closes(before)]
         text = [self.vocab.decode(i for i in step.body if i not in self.vocab.structural).strip() for step in steps]
         return [Written(step.label, frozenset(label - 1 for label in step.named), own) for step, own in zip(steps, text)]
 

@@ -20,6 +20,10 @@ class Step(NamedTuple):
     named: set[int]
     body: list[int]
 
+    def closes(self, before: "Step | None") -> bool:
+        """Whether it only opens the label of the step before once more, which so ends with its label as pieces do."""
+        return before is not None and self.label == before.label and not (self.named or self.body)
+
 
 def piece(label: int, token_ids: Iterable[int], vocab: Vocab, *, closed: bool) -> list[int]:
     """Write a piece of a prompt: `<seg:label>` and its ids; where it is closed, `<seg:label>` once more.

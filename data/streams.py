@@ -28,7 +28,7 @@ _SAMPLED_EXAMPLES = 256  # at most, to estimate lengths
 class Example:
     """A prompt and its gold response: int32 [n] ids, the first `prompt_tokens` of them, `<solve>` included, the prompt.
 
-    It may have `unpredictable`, positions of response tokens that are not to be predicted.
+    It may have `unpredictable`, positions of response tokens that are not to be predicted, and `predictable`, of prompt tokens that are.
     """
 
     token_ids: npt.NDArray[np.int32]

@@ -108,7 +108,8 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    return f"{corpus}_dense{'_full' if variant.endswith('_full') else ''}"
+    kinds = {"_full": "_full", "_open": "_closed", "_closed": "_closed", "_closed_long": "_closed"}
+    return f"{corpus}_dense{next((own for end, own in kinds.items() if variant.endswith(end)), '')}"
 
 
 def _interval(found: Interval | None) -> list[str]:

@@ -24,7 +24,7 @@ from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
-from selfspan_jax.forcing import Beginnings, Headers, generate_under
+from selfspan_jax.forcing import Order, generate_under
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
@@ -33,7 +33,7 @@ from selfspan_jax.task import JUDGED, Example, judgement
 from selfspan_jax.viewing.output import Output, prompt_warnings
 from selfspan_jax.viewing.reading import attended, attended_by_kind
 
-MODEL = "model"  # chooses what steps name
+MODEL, ORDER = "model", "order"  # the model chooses what steps name, or what the order of the steps does not say of it
 MARGIN_TOKENS = 16  # that a response may be longer than the longest gold one
 _Z = 1.959964  # the normal distribution's two-sided 95% quantile
 
@@ -226,7 +226,8 @@ def evaluate(
                 if given is None:
                     state = jax.block_until_ready(lm.engine.generate(*prompts))
                 else:
-                    state = generate_under(lm.engine, *prompts, *([own[i] for i in filled] for own in given))
+                    own_given = {name: [own[i] for i in filled] for name, own in given.items()}
+                    state = generate_under(lm.engine, *prompts, **own_given, names_more=sources == ORDER)
                 taken.append(time.perf_counter() - began)
             seconds += statistics.median(taken)
             began = time.perf_counter()
@@ -240,19 +241,20 @@ def evaluate(
     return Evaluation(lm.task, tuple(examples), in_order, batch_size, seconds, compile_seconds, read_seconds=read_seconds)
 
 
-def _given(task: Any, examples: Sequence[Example], sources: str, constrained: bool) -> tuple[list[Headers], list[Beginnings]]:
+def _given(task: Any, examples: Sequence[Example], sources: str, constrained: bool) -> dict[str, list[Any]]:
     """Return what the steps of each response are to name and to begin with. Raises UserError for a task that does not say it."""
-    headers: list[Headers] = [()] * len(examples)
-    beginnings: list[Beginnings] = [()] * len(examples)
+    given: dict[str, list[Any]] = {"headers": [()] * len(examples), "beginnings": [()] * len(examples)}
     if sources != MODEL:
         if not hasattr(task, "headers"):
             raise UserError(f"sources are {sources!r}, but this model's task gives none; allowed: {MODEL}")
-        headers = [task.headers(example, sources) for example in examples]
+        given["headers"] = [task.headers(example, sources) for example in examples]
+        if hasattr(task, "opens"):
+            given["orders"] = [Order(*task.opens(example, sources)) for example in examples]
     if constrained:
         if not hasattr(task, "beginnings"):
             raise UserError("constrained is True, but this model's task says nothing that steps are to begin with")
-        beginnings = [task.beginnings(example.prompt) for example in examples]
-    return headers, beginnings
+        given["beginnings"] = [task.beginnings(example.prompt) for example in examples]
+    return given
 
 
 def evaluate_all(

@@ -6,11 +6,12 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
@@ -21,6 +22,20 @@ Headers = Sequence[Sequence[int]]
 """The labels that each step of a response names, in the order of naming."""
 Beginnings = Sequence[Sequence[int]]
 """Token ids: the text of each step of a response begins with one of these."""
+
+
+class Order(NamedTuple):
+    """Which labels the steps of a response open, where that follows from the prompt, so that nothing is chosen by it.
+
+    Attributes:
+      labels: of the steps, in order.
+      closed: whether each step ends by opening its label once more.
+      num_steps: steps that the response has before it may end.
+    """
+
+    labels: Sequence[int]
+    closed: bool = False
+    num_steps: int = 0
 
 
 class _Text:
@@ -58,14 +73,19 @@ def generate_under(
     config: DecodeConfig,
     headers: Sequence[Headers],
     beginnings: Sequence[Beginnings] | None = None,
+    orders: Sequence[Order] | None = None,
+    names_more: bool = False,
 ) -> DecodeState:
     """Decode greedily as `Engine.generate` does, but the n-th step that sequence b opens names `headers[b][n]` and nothing else.
 
-    Which `<seg:k>` opens a step, and what it writes, is the model's; the steps beyond `headers[b]` name what it chooses. What comes
-    next depends on what was written, so the host gives each token: for quality, not for speed.
+    What a step writes is the model's; the steps beyond `headers[b]` name what it chooses. What comes next depends on what was
+    written, so the host gives each token: for quality, not for speed.
 
     Args:
       beginnings: the text of each step of sequence b begins with one of `beginnings[b]`, the most likely one token by token.
+      orders: the labels of the steps of sequence b, where the model is not to choose them: it says when a step begins or ends, by all
+        `<seg:k>` together.
+      names_more: let a step name more than it is given.
     """
     state = engine.prefill(token_ids, lengths, config)
     vocab, (batch, room) = engine.vocab, state.new_tokens.shape
@@ -74,18 +94,26 @@ def generate_under(
     pending: list[collections.deque[int]] = [collections.deque() for _ in range(batch)]
     begun, is_given, done = [0] * batch, np.zeros(batch, bool), np.asarray(state.done)
     texts = [_Text(vocab, own) for own in beginnings or [()] * batch]
+    is_open = np.zeros(batch, bool)  # a step that is to be closed
     for column in range(room):
         logits = state.logits
         if (allowed := _allowed(texts, ~done, logits.shape)) is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
+        if orders is not None:
+            logits = _gathered(logits, np.array([count < own.num_steps for count, own in zip(begun, orders, strict=True)]), vocab)
         free, other = (np.asarray(found) for found in _most_likely(logits, vocab))
         chosen = np.where(is_given, other, free)
         for row in np.flatnonzero(~done).tolist():
             if pending[row]:
                 chosen[row] = vocab.ref_base + pending[row].popleft()
             elif vocab.seg_base <= chosen[row] < vocab.seg_base + vocab.num_labels:
-                is_given[row] = begun[row] < len(headers[row])
-                pending[row].extend(headers[row][begun[row]] if is_given[row] else ())
+                if orders is not None:
+                    number, is_open[row] = begun[row] - is_open[row], orders[row].closed and not is_open[row]
+                    chosen[row] = vocab.seg_base + orders[row].labels[min(number, len(orders[row].labels) - 1)]
+                    if number < begun[row]:
+                        continue
+                is_given[row] = begun[row] < len(headers[row]) and not names_more
+                pending[row].extend(headers[row][begun[row]] if begun[row] < len(headers[row]) else ())
                 begun[row] += 1
             texts[row].write(int(chosen[row]))
         tokens[:, column] = np.where(done, vocab.pad_id, chosen)
@@ -108,6 +136,15 @@ def _allowed(texts: Sequence[_Text], rows: np.ndarray, shape: tuple[int, ...]) -
         allowed[row] = False
         allowed[row, list(ids)] = True
     return allowed
+
+
+@functools.partial(jax.jit, static_argnames=("vocab",))
+def _gathered(logits: Float[Array, "B V"], goes_on: Bool[Array, "B"], vocab: SpanVocab) -> Float[Array, "B V"]:
+    """Give all that `<seg:k>` tokens have to one of them; where a response goes on, what its end has as well."""
+    ids = jnp.arange(logits.shape[-1])[None, :]
+    moved = (ids >= vocab.seg_base) & (ids < vocab.seg_base + vocab.num_labels) | goes_on[:, None] & (ids == vocab.eos_id)
+    total = jax.nn.logsumexp(jnp.where(moved, logits, -jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(ids == vocab.seg_base, total, jnp.where(moved, -jnp.inf, logits))
 
 
 @functools.partial(jax.jit, static_argnames=("vocab",))

@@ -29,6 +29,7 @@ class Task(Protocol):
       scores(examples, responses) -> dict[str, float], the scores of a task that has no verifier;
       counts(example, response_ids) -> {score: (sum, weight)}, what one example adds to the scores, each the ratio of the two over all;
       headers(example, sources) -> the labels that each step is to name in place of what the model names, by a name of where from;
+      opens(example, sources) -> which labels the steps then open, as `forcing.Order`, where that follows from the prompt;
       beginnings(prompt) -> token ids with one of which the text of each step is to begin, where decoding is constrained to that;
       tool_prompt(messages, tools) -> str, the text of a prompt of a chat with functions, and tool_calls(prompt, response_ids, tools), the
         calls of a response: `name`, `arguments` as JSON, and the `pieces` that each names;

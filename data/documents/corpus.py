@@ -8,7 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from data import streams
+import numpy as np
+import numpy.typing as npt
+
+from data import spans, streams
 from data.alignment import Alignment, readable, split_sentences
 from data.errors import UserError, check_choice, check_range
 from data.pieces import MIN_PROMPT_TOKENS, encode_prompt, encode_steps, without_span_tokens
@@ -67,6 +70,8 @@ class Example(streams.Example):
 
     document: Document
     first_label: int
+    predictable: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    """Positions of the prompt's tokens that are to be predicted as well: each `<seg:k>` that follows on the end of a closed piece."""
 
     @property
     def prompt(self) -> str:
@@ -85,6 +90,7 @@ class Corpus(GeneratedCorpus[Example]):
       too_long: drop them, or cut them at the end of a piece: then steps rest on what is left.
       piece_sentences: Sentences to a piece (label), within a paragraph; 0: whole paragraphs.
       closed_pieces: End each piece with its `<seg:k>` once more: for header_view="labels".
+      closed_steps: End each step with its `<seg:k>` once more, so that later span tokens know what was written.
       labelling: "pieces" have labels, which steps name; "plain" is the same text without span tokens, steps told apart by `<solve>`.
     """
 
@@ -95,6 +101,7 @@ class Corpus(GeneratedCorpus[Example]):
     too_long: TooLong = "drop"
     piece_sentences: int = 1
     closed_pieces: bool = True
+    closed_steps: bool = False
     labelling: Labelling = "pieces"
 
     chunk_examples: ClassVar[int] = 1
@@ -140,6 +147,7 @@ def encode(
     max_example_tokens: int,
     too_long: TooLong = "drop",
     labelling: Labelling = "pieces",
+    closed_steps: bool = False,
     uniform: float | None = None,
     **style: Any,
 ) -> Example:
@@ -162,12 +170,19 @@ def encode(
     document = without_unfounded(document)
     if not document.steps:
         raise Unusable("no step rests on a piece", "without a step that rests on a piece")
-    token_ids, first_label = encode_steps(prompt, kept, [(step.text, step.sources) for step in document.steps], vocab, uniform)
+    steps = [(step.text, step.sources) for step in document.steps]
+    token_ids, first_label = encode_steps(prompt, kept, steps, vocab, uniform, closed=closed_steps)
     if len(token_ids) > max_example_tokens:
         raise Unusable(f"{len(token_ids)} tokens, more than {max_example_tokens}", "longer than max_example_tokens")
     if labelling == "plain":
         return Example(*without_span_tokens(token_ids, len(prompt), vocab), document, first_label)
-    return Example(token_ids, len(prompt), document, first_label)
+    return Example(token_ids, len(prompt), document, first_label, predictable(token_ids, len(prompt), vocab))
+
+
+def predictable(token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab) -> npt.NDArray[np.int64]:
+    """Find the `<seg:k>` tokens of a prompt before which the piece before is closed: which label follows on which is learnt there."""
+    tags = spans.is_label(token_ids[:prompt_tokens], vocab.seg_base, vocab)
+    return np.flatnonzero(tags[1:] & tags[:-1]) + 1
 
 
 def cut(document: Document, kept: int) -> Document:

@@ -17,8 +17,8 @@ from data.errors import UserError, check_choice
 from data.pieces import PiecesTask, Written, encode_prompt, style, without_span_tokens
 from data.retrieval import BM25
 
-Sources = Literal["gold", "bm25", "random", "recent"]
-"""What a response's steps name where the model does not choose; see `DocumentTask.headers`."""
+Sources = Literal["order", "gold", "bm25", "random", "recent"]
+"""What a response's steps name where the model does not choose all of it; see `DocumentTask.headers`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class DocumentTask(PiecesTask):
     Attributes:
       max_example_tokens: Most tokens of an example, its response included.
       piece_sentences: Sentences to a piece, within a paragraph; 0: whole paragraphs.
+      closed_steps: Each step of a response ends with its `<seg:k>` once more.
       labelling: "plain": text without span tokens, its steps told apart by `<solve>`.
       source: the file or directory that the corpus was read from.
     """
@@ -37,6 +38,7 @@ class DocumentTask(PiecesTask):
     source: str = ""
     max_example_tokens: int = 8192
     piece_sentences: int = 1
+    closed_steps: bool = False
     labelling: corpus.Labelling = "pieces"
 
     name: ClassVar[str] = "documents"
@@ -69,8 +71,8 @@ class DocumentTask(PiecesTask):
 
     @classmethod
     def from_json(cls, fields: Any) -> "DocumentTask":
-        """Read what `to_json` wrote, also without `labelling`, which older models do not name."""
-        return super().from_json({"labelling": "pieces", **fields} if isinstance(fields, Mapping) else fields)
+        """Read what `to_json` wrote, also without `labelling` and `closed_steps`, which older models do not name."""
+        return super().from_json({"labelling": "pieces", "closed_steps": False, **fields} if isinstance(fields, Mapping) else fields)
 
     @property
     def is_generated(self) -> bool:
@@ -131,8 +133,9 @@ class DocumentTask(PiecesTask):
     def headers(self, example: Example, sources: Sources) -> list[list[int]]:
         """Choose what each step of the gold response is to name in place of what a model names: labels, in the order of naming.
 
-        "gold" is the gold sources; of the others, "bm25" the pieces with the best BM25 scores for what `query` says, "random" the
-        same ones for every model, "recent" those nearest to the response, each as many as the gold step has.
+        "order" is what the order of the steps says: the question that each answers, and nothing where there are none: the model
+        chooses what else is named. "gold" is the gold sources; of the others, "bm25" the pieces with the best BM25 scores for what
+        `query` says, "random" the same ones for every model, "recent" those nearest to the response, each as many as the gold step has.
         """
         if self.labelling == "plain":
             raise UserError(f"sources are {sources!r}, but plain text names none; allowed: model")
@@ -145,7 +148,9 @@ class DocumentTask(PiecesTask):
             for pool in pools:
                 gold = [piece for piece in dict.fromkeys(step.sources) if piece in pool]
                 own: Sequence[int] = gold
-                if sources == "bm25":
+                if sources == "order":
+                    own = []
+                elif sources == "bm25":
                     ranking = rankings.get(pool) or rankings.setdefault(pool, BM25([document.pieces[piece] for piece in pool]))
                     own = sorted(pool[i] for i in ranking.rank(self.query(document, number))[: len(gold)])
                 elif sources == "random":
@@ -154,7 +159,15 @@ class DocumentTask(PiecesTask):
                     own = pool[len(pool) - len(gold) :]
                 named += own
             found.append([1 + piece for piece in dict.fromkeys(named)])
-        return found
+        return found if any(found) else []
+
+    def opens(self, example: Example, sources: Sources) -> tuple[range, bool, int]:
+        """Return what of the steps' labels follows from the prompt, as `selfspan_jax.forcing.Order` has it.
+
+        Steps open the labels after the pieces'. With "order" those that answer questions are as many as these are.
+        """
+        num_steps = len(self.headers(example, "order")) if sources == "order" else 0
+        return range(1 + len(example.document.pieces), self.vocab.num_labels), self.closed_steps, num_steps
 
     def pools(self, document: Document, number: int) -> Sequence[Sequence[int]]:
         """Return the pieces that a step may rest on, in parts: sources are chosen in each part by itself.
@@ -174,7 +187,10 @@ class DocumentTask(PiecesTask):
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
-            options = {name: getattr(self, name) for name in ("max_example_tokens", "labelling")} | {"uniform": uniform, **style(self)}
+            options = {name: getattr(self, name) for name in ("max_example_tokens", "labelling", "closed_steps")} | {
+                "uniform": uniform,
+                **style(self),
+            }
             return corpus.encode(example.document, self.instruction, self.vocab, **options)
         except UserError:
             return None
@@ -183,7 +199,7 @@ class DocumentTask(PiecesTask):
         """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""
         if self.name != DocumentTask.name or not isinstance(other, DocumentTask):
             return super().on(other)
-        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "labelling")}
+        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "closed_steps", "labelling")}
         return dataclasses.replace(other, **own)
 
     def to_row(self, example: Example) -> dict[str, Any]:
@@ -197,7 +213,8 @@ class DocumentTask(PiecesTask):
         steps = (Step(s["text"], tuple(s["sources"]), tuple(s["answers"]), s["kind"]) for s in row["steps"])
         evidence = (Evidence(tuple(own["pieces"]), tuple(own["steps"])) for own in row["evidence"])
         document = Document(row["about"], tuple(row["pieces"]), tuple(steps), tuple(evidence))
-        return Example(row["token_ids"], row["prompt_tokens"], document, row["first_label"])
+        ids, prompt_tokens = row["token_ids"], row["prompt_tokens"]
+        return Example(ids, prompt_tokens, document, row["first_label"], corpus.predictable(ids, prompt_tokens, self.vocab))
 
     def statistics(self) -> card.Statistics:
         """Return the empty statistics of a corpus."""

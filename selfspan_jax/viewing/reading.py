@@ -95,12 +95,14 @@ class Reading:
         if not len(self.response_ids):
             return ()
         roles = TokenRoles(*(role[self.prompt_tokens :] for role in self.roles))
+        is_body = ~roles.is_header & ~np.isin(self.response_ids, self.end_ids)
         starts = np.flatnonzero(np.diff(roles.step_index, prepend=-2))
+        again = np.diff(roles.labels[starts], prepend=-1) == 0  # a step that only opens the label before once more closes that step
+        starts = starts[~(again & (np.add.reduceat(is_body | (roles.names >= 0), starts) == 0))]
         opening = roles.step_index[starts]
         opened = (opening >= 0) & self.roles.is_header[opening]
         bounds = [*starts.tolist(), len(roles.labels)]
         refs = (tuple(piece.tolist()) for piece in _pieces(roles.names, roles.names >= 0, bounds))
-        is_body = ~roles.is_header & ~np.isin(self.response_ids, self.end_ids)
         texts = map(self.task.decode, _pieces(self.response_ids, is_body, bounds))
         means = ((np.add.reduceat(x, starts) / np.diff(bounds)).tolist() for x in (self.num_attended, self.fractions))
         indices = np.split(np.arange(self.prompt_tokens, len(self.token_ids)), starts[1:])

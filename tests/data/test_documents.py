@@ -5,6 +5,7 @@
 import collections
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -92,6 +93,11 @@ def test_an_example_is_written_as_the_protocol_says(corpora, name):
     stored = load(corpora, name, "validation")
     example = stored.task.renumber(next(iter(stored)))
     assert stored.task.decode(example.token_ids) == WRITTEN[name]
+    assert stored.task.decode(example.token_ids[example.predictable]) == "<seg:2><seg:3><seg:4><seg:5><seg:6>"
+    closing = dataclasses.replace(stored.task, closed_steps=True)
+    closed, response = closing.renumber(example), WRITTEN[name].partition("<solve>")[2]
+    ends = re.sub(r"(<seg:\d+>)(.*?)(?=<seg|<eos>)", r"\1\2\1", response)  # of each step its label once more
+    assert closing.decode(closed.response_ids) == ends and closing.steps(closed.response_ids) == stored.task.steps(example.response_ids)
 
 
 def test_each_answer_names_its_question_first_and_then_its_sections(corpora):
@@ -386,6 +392,10 @@ def test_sources_that_are_given_in_place_of_chosen_ones(corpora):
                 assert len({*found[1]}) == count and {label - 1 for label in found[1]} <= {*sections}
                 assert found[2] == [1 + i for i in sections[-count:]]
             assert task.headers(example, "random") == task.headers(example, "random")
+            ordered = task.headers(example, "order")
+            assert ordered == ([[1 + step.sources[0]] for step in steps] if name == "stories" else [])
+            labels, closed, count = task.opens(example, "order")
+            assert [*labels[:2]] == [1 + len(pieces), 2 + len(pieces)] and (closed, count) == (False, len(ordered))
     plain = dataclasses.replace(task, labelling="plain")
     with pytest.raises(UserError, match="sources are 'gold', but plain text names none; allowed: model"):
         plain.headers(plain.renumber(examples[0]), "gold")

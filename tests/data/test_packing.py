@@ -26,13 +26,15 @@ class Made:
     token_ids: np.ndarray
     prompt_tokens: int
     unpredictable: np.ndarray
+    predictable: tuple[int, ...] = ()
 
 
 def made(lengths):
     rng = np.random.default_rng(0)
     prompts = [int(rng.integers(1, n)) for n in lengths]
     left_out = [rng.integers(prompt, n, rng.integers(3)) for prompt, n in zip(prompts, lengths)]
-    return [Made(rng.integers(1, VOCAB.size, n).astype(np.int32), *places) for n, *places in zip(lengths, prompts, left_out)]
+    also = [tuple(rng.integers(0, prompt, rng.integers(3)).tolist()) for prompt in prompts]
+    return [Made(rng.integers(1, VOCAB.size, n).astype(np.int32), *places) for n, *places in zip(lengths, prompts, left_out, also)]
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +60,13 @@ def unpack(batch):
 def check(batch, expected):
     """The batch holds exactly these examples, each whole and alone in its segment."""
     left = collections.Counter(example.token_ids.tobytes() for example in expected)
-    targets = {x.token_ids.tobytes(): (x.prompt_tokens, list(getattr(x, "unpredictable", ()))) for x in expected}
+    own = {name: [list(getattr(x, name, ())) for x in expected] for name in ("unpredictable", "predictable")}
+    targets = {x.token_ids.tobytes(): (x.prompt_tokens, *places) for x, *places in zip(expected, *own.values())}
     for token_ids, positions, target_mask in unpack(batch):
         left[token_ids.tobytes()] -= 1
         assert positions.tolist() == list(range(len(token_ids)))
-        first, left_out = targets[token_ids.tobytes()]
-        assert target_mask.tolist() == [t >= first and t not in left_out for t in range(len(token_ids))]
+        first, left_out, also = targets[token_ids.tobytes()]
+        assert target_mask.tolist() == [(t >= first and t not in left_out) or t in also for t in range(len(token_ids))]
     assert not any(left.values())
 
 

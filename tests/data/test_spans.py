@@ -76,9 +76,12 @@ def test_attended_tokens_of_the_specification_s_example():
         ("<seg:3><pad><ref:1>", ("", [(3, {1}, "<pad>")], False)),
         ("<pad><eos>", ("<pad>", [], True)),
         ("", ("", [], False)),
+        ("<seg:1>1<seg:1><seg:2>2<seg:2><ref:1>", ("", [(1, set(), "1"), (1, set(), ""), (2, set(), "2"), (2, {1}, "")], False)),
     ],
 )
 def test_the_steps_of_a_response(response, expected):
     vocab = Vocab()
     before, steps, ended = read_steps(vocab.encode(response), vocab)
     assert (vocab.decode(before), [(label, named, vocab.decode(body)) for label, named, body in steps], ended) == expected
+    again = [place for place, (before, own) in enumerate(zip((None, *steps), steps)) if own.closes(before)]
+    assert again == ([1] if "<seg:1><seg:2>" in response else [])  # the last one of label 2 names something

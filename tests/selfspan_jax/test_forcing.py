@@ -5,7 +5,7 @@ import numpy as np
 from selfspan_jax import spans
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.forcing import generate_under
+from selfspan_jax.forcing import Order, generate_under
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB
 
@@ -98,3 +98,32 @@ def test_the_text_of_each_step_begins_as_is_said():
             elif text or token not in REFS:
                 text.append(token)
     assert given > 8 and steps > 3
+
+
+def test_labels_follow_their_order_and_the_model_says_when():
+    """All `<seg:k>` together against each other token; a step is closed before the next one opens; no end before so many have begun."""
+    orders = [Order(range(1, 5), closed, count) for closed, count in ((True, 0), (False, 3))] * 16
+    given = {"headers": [[(1,)]] * 32, "orders": orders, "names_more": True}
+    found = read(generate_under(ENGINE, PROMPTS, LENGTHS, CONFIG, **given))
+    begun = []
+    for order, (new, _) in zip(orders, found, strict=True):
+        opened = [token - SEGS[0] for token in new if token in SEGS]
+        expected = [label for label in (1, 2, 3, *[4] * 24) for _ in range(1 + order.closed)]
+        assert opened == expected[: len(opened)]
+        places = [i for i, token in enumerate(new) if token in SEGS]
+        assert all(i + 1 == len(new) or new[i + 1] == REFS[1] for i in places[:1]) and (
+            VOCAB.eos_id not in new or len(opened) >= order.num_steps
+        )
+        begun.append(len(opened))
+    assert max(begun) > 4
+    for prompt, length, order, (new, _) in [*zip(PROMPTS, LENGTHS, orders, found, strict=True)][:6]:
+        sequence = np.array([*prompt[:length], *new], np.int32)
+        mask = np.asarray(spans.attention_mask(sequence, VOCAB, **VIEWS))
+        logits = reference_logits(MODEL, np.pad(sequence, (0, 32 - len(sequence)))[None], [np.pad(mask, (0, 32 - len(sequence)))])[0]
+        for place, (token, scores) in enumerate(zip(new, logits[length - 1 :].astype(float))):
+            goes_on = sum(own in SEGS for own in new[:place]) < order.num_steps
+            family = {*SEGS, *([VOCAB.eos_id] if goes_on else [])}
+            others = max((score, own) for own, score in enumerate(scores) if own not in family)
+            if place == 0 or new[place - 1] not in SEGS or sum(own in SEGS for own in new[:place]) > 1:  # else its given source comes
+                total = np.log(sum(np.exp(scores[own]) for own in family))
+                assert token == others[1] if others[0] > total else token in SEGS

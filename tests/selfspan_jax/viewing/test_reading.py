@@ -35,6 +35,18 @@ def gold():
     return out, example
 
 
+def test_what_closes_a_step_belongs_to_it(gold):
+    out, _ = gold
+    last, end = out.task.vocab.seg_base + out.steps[-1].label, out.task.vocab.eos_id
+    closed = dataclasses.replace(
+        out, token_ids=np.array([*out.token_ids[:-1], last, end], np.int32), num_attended=np.append(out.num_attended, 9)
+    )
+    assert [(step.label, step.refs, step.text) for step in closed.steps] == [(step.label, step.refs, step.text) for step in out.steps]
+    assert closed.steps[-1].indices.tolist() == [*out.steps[-1].indices, len(out.token_ids)]
+    opened = dataclasses.replace(closed, token_ids=np.array([*out.token_ids[:-1], last, out.token_ids[-2]], np.int32))
+    assert len(opened.steps) == 3 and opened.steps[-1].label == opened.steps[-2].label  # it goes on to write: a step of its own
+
+
 def test_header_tokens_read_every_tag_and_all_tokens_what_is_named(gold):
     out, example = gold
     vocab = out.task.vocab
