@@ -96,7 +96,7 @@ class Generate(Model):
 
     def __post_init__(self):
         if sum(given is not None for given in (self.prompt, self.article, self.prompts)) != 1:
-            raise UserError("give one of these: a prompt, --article, --prompts")
+            raise UserError("give exactly one of these: a prompt, --article, --prompts")
         several = [name for name in ("prompts", "num_samples") if getattr(self, name) is not None]
         if several and (single := [name for name in ("stream", "html", "plot") if getattr(self, name)]):
             raise UserError(f"{_options(single)} is for one response: leave out {_options(several)}")

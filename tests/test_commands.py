@@ -323,7 +323,7 @@ DECODE_ERRORS = {
         ["generate", CHECKPOINT, "1+2", "--num-samples", "2", "--temperature", "1", "--html", "x.html"],
         "--html is for one response: leave out --num-samples",
     ),
-    "a prompt and a file": (["generate", CHECKPOINT, "1+2", "--prompts", "x.txt"], "give one of these: a prompt, --article, --prompts"),
+    "a prompt and a file": (["generate", CHECKPOINT, "1+2", "--prompts", "x.txt"], "give exactly one of these: a prompt"),
     "no tokens": (["generate", CHECKPOINT, "1+2", "--max-new-tokens", "0"], "--max-new-tokens is 0; allowed"),
     "a batch of none": (["generate", CHECKPOINT, "1+2", "--batch-size", "0"], "--batch-size is 0"),
     "a seed below the range": (["generate", CHECKPOINT, "1+2", "--seed", "-1"], "--seed is -1; allowed: whole numbers from 0 to 2**63 - 1"),
@@ -629,7 +629,7 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
         (["generate", run / "model", "--article", tmp_path / "long.txt"], "need labels up to 61, but the last one is 47"),
         (["generate", run / "model", "--article", tmp_path / "empty.txt"], "the article has no sentence"),
         (["generate", run / "model", "--article", tmp_path / "none.txt"], "No such file"),
-        (["generate", run / "model"], "give one of these: a prompt, --article, --prompts"),
+        (["generate", run / "model"], "give exactly one of these: a prompt, --article, --prompts"),
         (["eval", run / "model", "--ops", "2"], "--ops is for fresh expressions, not for news"),
         (["eval", CHECKPOINT, "--data", data], "is a corpus of news; allowed: arithmetic"),
     ):

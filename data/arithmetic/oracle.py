@@ -141,9 +141,7 @@ def check_expression(expression: Expression | str, vocab: Vocab, labelling: Labe
     first_label = operator.index(first_label)
     if first_label < 1:
         raise UserError(f"first_label is {first_label}; allowed: 1 and above (label 0 is the sink)")
-    if first_label + expression.num_ops > vocab.num_labels:
-        raise UserError(
-            f"{expression.num_ops} operators from label {first_label} on need labels up to "
-            f"{first_label + expression.num_ops - 1}, but the last one is {vocab.num_labels - 1}"
-        )
+    if expression.num_ops > (allowed := max(vocab.num_labels - first_label, 0)):
+        labels = f"from {first_label} on there are {allowed} labels for their steps"
+        raise UserError(f"{expression.num_ops} operators; allowed: at most {allowed} ({labels})")
     return expression, first_label

@@ -112,6 +112,8 @@ def _document(where: str, text: Any, steps: Any, instruction: Any, piece_sentenc
     if not isinstance(steps, list):
         raise UserError(f"{where}: steps is no list")
     pieces = [" ".join(readable(piece).split()) for piece in text] if is_list else split_pieces(text, piece_sentences)
+    if not pieces:
+        raise UserError(f"{where}: the document is empty")
     if is_list and not all(pieces):
         raise UserError(f"{where}: piece {pieces.index('')} of the document is empty")
     ranges = places("\n".join(pieces), pieces)

@@ -18,8 +18,14 @@ def response_table(out: Output, *, told: Collection[str] = ()) -> str:
 
 def response_tables(outs: Sequence[Output]) -> str:
     """Lay out several responses, one below the other, each with its number and the beginning of its prompt."""
-    heads = (f"[{number}/{len(outs)}] {' '.join(out.prompt.split())[:100]}" for number, out in enumerate(outs, 1))
+    heads = (f"[{number}/{len(outs)}] {_beginning(out.prompt)}" for number, out in enumerate(outs, 1))
     return "\n\n".join(f"{head}\n{response_table(out)}" for head, out in zip(heads, outs))
+
+
+def _beginning(prompt: str, width: int = 100) -> str:
+    """Write the beginning of a prompt as one line of at most `width` characters."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= width else f"{line[: width - 4]} ..."
 
 
 def warning_lines(warnings: Iterable[str]) -> list[str]:
@@ -30,7 +36,7 @@ def warning_lines(warnings: Iterable[str]) -> list[str]:
 def answer_line(out: Output) -> str:
     """Write the answer beside what the verifier says of it; what is not right begins with WRONG, FLAWED or STOPPED, see `judgement`."""
     assert out.verdict is not None
-    said = f"{' '.join(out.prompt.split())} = {'(no answer)' if out.answer is None else out.answer}   ({out.verdict.message})"
+    said = f"{_beginning(out.prompt, 1000)} = {'(no answer)' if out.answer is None else out.answer}   ({out.verdict.message})"
     word = judgement(out.verdict, ended=out.ended)
     return said if word == "right" else f"{word.upper()}: {said}"
 

@@ -311,8 +311,8 @@ def test_verdicts_on_plain_text(response, expected):
         ({"expression": "7"}, 'nothing to evaluate: "7" has no operator'),
         ({"expression": "1+"}, "column 3: expected a number"),
         ({"first_label": 0}, "first_label is 0; allowed: 1 and above"),
-        ({"first_label": 510}, "3 operators from label 510 on need labels up to 512, but the last one is 511"),
-        ({"vocab": Vocab(3)}, "3 operators from label 1 on need labels up to 3, but the last one is 2"),
+        ({"first_label": 510}, "3 operators; allowed: at most 2 (from 510 on there are 2 labels for their steps)"),
+        ({"vocab": Vocab(3)}, "3 operators; allowed: at most 2 (from 1 on there are 2 labels for their steps)"),
         ({"labelling": "flat"}, "labelling is 'flat'; allowed: tree, none, plain"),
     ],
 )

@@ -441,6 +441,8 @@ def row(**changes):
 BAD_OWN = {  # the second of two rows -> what is said
     "no document": ({"steps": []}, "row 2: document is neither a text nor a list of texts"),
     "a number in a list": (row(document=["a", 1]), "row 2: document is neither a text nor a list of texts"),
+    "an empty document": (row(document=" \n"), "row 2: the document is empty"),
+    "no pieces": (row(document=[]), "row 2: the document is empty"),
     "an empty piece": (row(document=["a b", " "]), "row 2: piece 1 of the document is empty"),
     "steps that are a text": (row(steps="x"), "row 2: steps is no list"),
     "a step without text": (row(steps=[{"sources": []}]), 'row 2, step 0: expected {"text": "...", "sources": [...]}'),
