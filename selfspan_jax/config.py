@@ -338,12 +338,14 @@ class ServingConfig:
     """Decode steps between two looks of the host: what a stream waits for, and how long a cancelled sequence goes on."""
     prefill_tokens: int = 512
     """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
+    reads_per_chunk: int | None = 1
+    """Times that so many are read between two chunks; None: until no prompt waits, for throughput where nobody watches a stream."""
     max_queue: int = 256
     """Requests that wait; more are refused."""
 
     def __post_init__(self):
         _require_positive(self, "num_sequences", "page_tokens", "chunk_tokens", "prefill_tokens", "max_queue")
-        for name in ("context_tokens", "num_pages"):
+        for name in ("context_tokens", "num_pages", "reads_per_chunk"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
         _require(self.page_tokens % 8 == 0, self, "page_tokens", "multiples of 8")

@@ -16,7 +16,7 @@ from pallas_kernels import per_sequence, read_elements, write_elements
 from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import Slots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
-from selfspan_jax.config import DecodeConfig
+from selfspan_jax.config import DecodeConfig, Sampling, SamplingFields
 from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, sample
 from selfspan_jax.model import Decoder
@@ -185,12 +185,21 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
 
 
 def sample_step(
-    model: Decoder, state: DecodeState, until: Int[Array, ""], forced_tokens: Int[Array, "B M"] | None, config: DecodeConfig
+    model: Decoder,
+    state: DecodeState,
+    until: Int[Array, ""] | Int[Array, "B"],
+    forced_tokens: Int[Array, "B M"] | None,
+    config: DecodeConfig,
+    *,
+    sampling: Sampling | SamplingFields | None = None,
+    first: Int[Array, "B"] | None = None,
 ) -> DecodeState:
-    """Sample the next token of every sequence and feed it; nothing changes once `until` steps are done, or in sequences that are.
+    """Sample the next token of every sequence and feed it; nothing changes in sequences that have `until` tokens, or are done.
 
     Args:
       forced_tokens: written in place of the sampled ones, -1 where the sample stands.
+      sampling: in place of the config's.
+      first: which of a sequence's new tokens the first column of `new_tokens` and `num_attended` is for, by default the first.
     """
 
     def choose(_, sampled, done, num_new, until, forced):
@@ -200,17 +209,18 @@ def sample_step(
             sampled = jnp.where(token >= 0, token, sampled)
         return None, (jnp.where(active, sampled, model.vocab.pad_id), active)
 
-    def log(logs, tokens, active, num_attended):
+    def log(logs, tokens, active, num_attended, first):
         num_new, *written = logs
         num_new += active.astype(jnp.int32)
-        column = jnp.where(active, num_new - 1, -1)
+        column = jnp.where(active, num_new - 1 - (0 if first is None else first), -1)
         return (num_new, *write_elements(written, (column, column), (tokens, num_attended))), None
 
-    sampled = sample(state.logits, jax.vmap(jax.random.fold_in)(state.keys, state.num_new), config.sampling, state.occurred)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_new)
+    sampled = sample(state.logits, keys, config.sampling if sampling is None else sampling, state.occurred)
     arrays = None, sampled, state.done, state.num_new, until, forced_tokens
     _, (tokens, active) = per_sequence(choose, *arrays, implementation=config.bookkeeping)
     fed = decode_step(model, state, tokens, active, config)
     occurred = None if state.occurred is None else mark_occurring(state.occurred, tokens[:, None], active[:, None], model.vocab)
-    logged = (state.num_new, state.new_tokens, state.num_attended), tokens, active, fed.slots.counts
+    logged = (state.num_new, state.new_tokens, state.num_attended), tokens, active, fed.slots.counts, first
     logs, _ = per_sequence(log, *logged, implementation=config.bookkeeping)
     return dataclasses.replace(fed, num_new=logs[0], new_tokens=logs[1], num_attended=logs[2], occurred=occurred)

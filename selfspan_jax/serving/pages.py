@@ -10,10 +10,13 @@ import numpy as np
 from jaxtyping import Int
 
 
-def page_keys(token_ids: Int[np.ndarray, "T"], page_tokens: int) -> list[bytes]:
-    """Hash each full page of a sequence together with all tokens before it (chained BLAKE2b), since its rows depend on them."""
-    keys, key = [], b""
-    for end in range(page_tokens, len(token_ids) + 1, page_tokens):
+def page_keys(token_ids: Int[np.ndarray, "T"], page_tokens: int, known: Sequence[bytes] = ()) -> list[bytes]:
+    """Hash each full page of a sequence together with all tokens before it (chained BLAKE2b), since its rows depend on them.
+
+    `known` are those of its first pages.
+    """
+    keys, key = [*known], known[-1] if known else b""
+    for end in range((len(known) + 1) * page_tokens, len(token_ids) + 1, page_tokens):
         page = np.ascontiguousarray(token_ids[end - page_tokens : end], "<i4")
         key = hashlib.blake2b(page.tobytes(), key=key, digest_size=32).digest()
         keys.append(key)

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from selfspan_jax.attention.policies import get_policy, masks_of_prompts
 from selfspan_jax.config import DecodeConfig, SamplingFields
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
-from selfspan_jax.decoding.sampling import mark_occurring, sample
-from selfspan_jax.decoding.state import DecodeState, decode_step
+from selfspan_jax.decoding.sampling import mark_occurring
+from selfspan_jax.decoding.state import DecodeState, sample_step
 from selfspan_jax.model import Attend
 from selfspan_jax.parallel import layout
 from selfspan_jax.spans import SpanState
@@ -51,8 +51,8 @@ class LogProbs(NamedTuple):
 class Decoded(NamedTuple):
     """What a chunk of C steps gave."""
 
-    token_ids: Int[Array, "C B"]
-    num_attended: Int[Array, "C B"]  # 0 where a sequence took no token
+    token_ids: Int[Array, "B C"]
+    num_attended: Int[Array, "B C"]  # 0 where a sequence took no token
     done: Bool[Array, "B"]
     logprobs: LogProbs | None = None
 
@@ -167,21 +167,23 @@ def decode_chunk(
         if slots.kept is None:  # they may be a copy of the table, which has grown
             slots = get_policy(config.attention).initial_slots(table)
 
-        def step(state, _):
-            active = state.is_active(until)
-            keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_new)
-            tokens = jnp.where(active, sample(state.logits, keys, sampling, state.occurred), model.vocab.pad_id)
-            fed = decode_step(model, state, tokens, active, config)
-            occurred = state.occurred
-            if sampling.repetition_penalty is not None:
-                occurred = mark_occurring(occurred, tokens[:, None], active[:, None], model.vocab)
-            fed = dataclasses.replace(fed, num_new=state.num_new + active.astype(jnp.int32), occurred=occurred)
-            logprobs = logprobs_of(state.logits, tokens, num_logprobs) if num_logprobs else None
-            return fed, (tokens, jnp.where(active, fed.slots.counts, 0), logprobs)
+        begun = dataclasses.replace(
+            state,
+            cache=KVCache(cache.pools, table),
+            slots=slots,
+            occurred=None if sampling.repetition_penalty is None else state.occurred,
+            new_tokens=jnp.full((len(until), num_steps), model.vocab.pad_id, jnp.int32),
+            num_attended=jnp.zeros((len(until), num_steps), jnp.int32),
+        )
 
-        state = dataclasses.replace(state, cache=KVCache(cache.pools, table), slots=slots)
-        state, (tokens, num_attended, logprobs) = jax.lax.scan(step, state, length=num_steps)
-        return state, Decoded(tokens, num_attended, state.done, logprobs)
+        def step(before, number):
+            state = sample_step(model, before, until, None, config, sampling=sampling, first=begun.num_new)
+            return state, logprobs_of(before.logits, state.new_tokens[:, number], num_logprobs) if num_logprobs else None
+
+        ended, logprobs = jax.lax.scan(step, begun, jnp.arange(num_steps, dtype=jnp.int32))
+        decoded = Decoded(ended.new_tokens, ended.num_attended, ended.done, logprobs)
+        occurred = state.occurred if ended.occurred is None else ended.occurred
+        return dataclasses.replace(ended, occurred=occurred, new_tokens=state.new_tokens, num_attended=state.num_attended), decoded
 
     arrays = (layout.REPLICATED,) * 3
     return graph.shard_map(decode, _STATE, *arrays, out_specs=(_STATE, layout.REPLICATED))(params, state, pages, until, sampling)

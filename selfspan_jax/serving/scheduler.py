@@ -17,6 +17,7 @@ import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -98,6 +99,8 @@ class Stats:
     context_tokens: int
     """That a dense model would have read for the same tokens."""
     preemptions: int
+    waited_seconds: float
+    """That the host had nothing to do but to wait for a chunk's tokens; where it does not rise, the device waits for the host."""
     finished: dict[str, int]
     """Requests by how they ended."""
 
@@ -230,7 +233,7 @@ class Scheduler:
     def stats(self) -> Stats:
         """Count what there is."""
         pages = self.pages
-        names = ("prompt_tokens", "prefix_hit_tokens", "generated_tokens", "attended_tokens", "context_tokens", "preemptions")
+        names = ("prompt_tokens", "prefix_hit_tokens", "generated_tokens", "attended_tokens", "context_tokens", "preemptions", "waited_seconds")
         return Stats(
             running=len(self._running),
             reading=len(self._reading),
@@ -298,7 +301,10 @@ class Scheduler:
         self._take()
         try:
             self._admit()
-            self._read()
+            num_read = 0
+            while self._reading and num_read != self.config.reads_per_chunk:
+                self._read()
+                num_read += 1
             ahead = int(self._decode())
             while len(self._in_flight) > ahead:
                 self._collect()
@@ -378,8 +384,6 @@ class Scheduler:
 
     def _read(self) -> None:
         """Have the next part of prompts read: of the first one, and of others that are as far."""
-        if not self._reading:
-            return
         head = self._reading[0]
         first, queries = head.num_read, self._queries(head)
         alike = [ticket for ticket in self._reading if ticket.num_read == first and ticket.goes_on == head.goes_on]
@@ -414,14 +418,15 @@ class Scheduler:
         assert place is not None
         self._running[place] = ticket
         self._prompt_tokens[place], self._until[place], self._limit[place] = ticket.prompt_tokens, ticket.num_new, request.max_new_tokens
-        self._set_pages(ticket)
+        self._set_pages(ticket, [])
         for own, value, neutral in zip(self._sampling, SamplingFields.of(request.sampling), _NEUTRAL):
             own[place] = neutral if value is None else value
 
-    def _set_pages(self, ticket: Ticket) -> None:
-        """Write a sequence's pages where the next chunk finds them."""
-        place = ticket.place
-        self._table[place, : len(ticket.pages)] = ticket.pages
+    def _set_pages(self, ticket: Ticket, new: list[int]) -> None:
+        """Give a running sequence new pages, and write those that its place does not have yet where the next chunk finds them."""
+        place, ticket.pages = ticket.place, [*ticket.pages, *new]
+        written = self._room[place] // self.config.page_tokens
+        self._table[place, written : len(ticket.pages)] = ticket.pages[written:]
         self._room[place] = len(ticket.pages) * self.config.page_tokens
 
     def _dispatch_read(self, *sizes: Any) -> None:
@@ -454,7 +459,8 @@ class Scheduler:
         """Have a chunk decoded for all that run, if any does; places that are full afterwards are free from then on."""
         ends = self._prompt_tokens + self._next_until()
         for ticket in sorted((self._running[place] for place in np.flatnonzero(ends > self._room).tolist()), key=_number):
-            self._grow(ticket)
+            if ticket.place is not None:  # it may have lost its pages to another one
+                self._grow(ticket, int(ends[ticket.place]))
         if not self._running:
             return False
         self._until = self._next_until()
@@ -485,18 +491,18 @@ class Scheduler:
     def _collect(self) -> None:
         """Wait for the oldest chunk in flight and hand out its tokens."""
         chunk = self._in_flight[0]
+        began = time.perf_counter()
         token_ids, num_attended, done, logprobs = jax.tree.map(np.asarray, chunk.decoded)
+        self._counts["waited_seconds"] += time.perf_counter() - began  # type: ignore[assignment]
         self._in_flight.popleft()
-        counts, sums, done = np.count_nonzero(num_attended, axis=0).tolist(), num_attended.sum(axis=0).tolist(), done.tolist()
-        token_ids, num_attended = (np.ascontiguousarray(x.T) for x in (token_ids, num_attended))
-        for place, ticket in chunk.tickets.items():
-            if ticket.finished:
-                continue
+        counts, sums, done = np.count_nonzero(num_attended, axis=1).tolist(), num_attended.sum(axis=1).tolist(), done.tolist()
+        chosen = [(place, ticket) for place, ticket in chunk.tickets.items() if not ticket.finished]
+        self._counts["generated_tokens"] += sum(counts[place] for place, _ in chosen)
+        self._counts["attended_tokens"] += sum(sums[place] for place, _ in chosen)
+        for place, ticket in chosen:
             count, length = counts[place], ticket.prompt_tokens + ticket.num_written
             tokens, attended = token_ids[place, :count], num_attended[place, :count]
             self._counts["context_tokens"] += count * length + count * (count + 1) // 2
-            self._counts["attended_tokens"] += sums[place]
-            self._counts["generated_tokens"] += count
             ticket.written.append(tokens)
             ticket.num_written += count
             full = ticket.num_written == ticket.request.max_new_tokens
@@ -523,8 +529,8 @@ class Scheduler:
     def _release(self, ticket: Ticket, finished: Finished) -> None:
         """Take everything from a request, wherever it is. Pages of what it has read and written are kept for others."""
         if finished in ("stop", "length"):
-            tokens = self._all_tokens(ticket)
-            for page, key in zip(ticket.pages, page_keys(tokens, self.config.page_tokens)):
+            keys = page_keys(self._all_tokens(ticket), self.config.page_tokens, ticket.keys)
+            for page, key in zip(ticket.pages, keys):
                 self.pages.name(page, key)
         ticket.finished = finished
         self._ended[finished] += 1
@@ -549,14 +555,12 @@ class Scheduler:
             self._table[place] = -1
             self._prompt_tokens[place] = self._until[place] = self._limit[place] = self._room[place] = 0
 
-    def _grow(self, ticket: Ticket) -> None:
+    def _grow(self, ticket: Ticket, num_tokens: int) -> None:
         """Give a running sequence the pages of its next chunk; where there is none, the youngest sequence loses its own."""
         while ticket.place is not None and not ticket.finished:
-            tokens = self._prompt_tokens[ticket.place] + self._next_until()[ticket.place]
-            new = self.pages.allocate(self._num_pages(int(tokens)) - len(ticket.pages))
+            new = self.pages.allocate(self._num_pages(num_tokens) - len(ticket.pages))
             if new is not None:
-                ticket.pages += new
-                self._set_pages(ticket)
+                self._set_pages(ticket, new)
                 return
             if self._in_flight:  # whose tokens are needed to read a sequence again; and some may have ended
                 self._collect()
@@ -567,7 +571,7 @@ class Scheduler:
         """Take a sequence's pages; it waits until all its tokens can be read again."""
         self._withdraw(ticket)
         ticket.token_ids, ticket.num_read, ticket.num_new = self._all_tokens(ticket), 0, ticket.num_written
-        ticket.keys, ticket.goes_on = page_keys(ticket.token_ids, self.config.page_tokens), self._goes_on(ticket.token_ids)
+        ticket.keys, ticket.goes_on = page_keys(ticket.token_ids, self.config.page_tokens, ticket.keys), self._goes_on(ticket.token_ids)
         bisect.insort(self._waiting, ticket, key=_number)
         self._counts["preemptions"] += 1
 

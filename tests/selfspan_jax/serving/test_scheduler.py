@@ -173,13 +173,13 @@ class Device:
                 self.ends[place], self.num_new[place], self.done[place] = prompts.lengths[row], prompts.num_new[row], False
 
     def decode_chunk(self, graph, params, state, pages, until, *options):
-        token_ids = self.rng.integers(4, VOCAB_SIZE, (CONFIG.chunk_tokens, CONFIG.num_sequences)).astype(np.int32)
+        token_ids = self.rng.integers(4, VOCAB_SIZE, (CONFIG.num_sequences, CONFIG.chunk_tokens)).astype(np.int32)
         counts = np.zeros_like(token_ids)
         for place in np.flatnonzero(until):
             for step in range(CONFIG.chunk_tokens):
                 if self.num_new[place] < until[place] and not self.done[place]:
                     self.may_write(pages[place], [self.ends[place]])
-                    counts[step, place], self.done[place] = 1, self.rng.random() < 0.05
+                    counts[place, step], self.done[place] = 1, self.rng.random() < 0.05
                     self.ends[place], self.num_new[place] = self.ends[place] + 1, self.num_new[place] + 1
         return None, Decoded(*(np.array(x).view(Fetched) for x in (token_ids, counts, self.done)))
 
