@@ -7,20 +7,25 @@ A checkpoint of arithmetic decodes expressions of 2 to 200 operators, and its an
 random tokens, and responses of given lengths: log-uniform, prompts of 32 to 2,000 tokens, responses of 32 to 512. Requests arrive in random
 order, all at once or as a Poisson process (open loop), and their times count from the arrival. The systems:
 
-- scheduler: `selfspan_jax.serving.scheduler`, no HTTP; its pages are as many rows as the static batch has.
+- scheduler: `selfspan_jax.serving.scheduler`, no HTTP; its pages are as many rows as the static batch has. Where all requests are there at
+  once, all prompts that have places are read before the next chunk; at a rate, one part between two chunks.
 - static: as many of those that wait as a batch has, in the order of arrival, each batch until its longest response has ended.
 - sorted: the same, when all are there at once: of prompts of about the same length.
 - transformers: `generate_batch`'s manager, in a process of its own: the same lengths and rows of cache, dense attention, random weights.
 
-Beside these rows: `equal`, throughput while requests of equal lengths wait, and of one static batch of them; `stalls`, the time between two
-deliveries to streams while prompts of about 2,000 tokens arrive, and without these; `first`, from a short request to its first tokens while
-nothing else runs. `equal` and `stalls` have random weights, so that no response ends early.
+Beside these parts, `mixed` and `rates`: `equal`, throughput while requests of equal lengths wait, and of one static batch of them, with as
+many places as above and with a server's defaults; `stalls`, the time between two deliveries to streams while prompts of about 2,000 tokens
+arrive, and without these; `first`, from a short request to its first tokens while nothing else runs. `equal` and `stalls` have random
+weights, so that no response ends early. `equal` is measured from the end of the first responses to when none waits any more, `stalls` while
+all streams run. A server's defaults are `ServingConfig`'s. All programs are compiled first, several at once.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import os
@@ -49,12 +54,12 @@ from selfspan_jax.decoding.state import bucket
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
-from selfspan_jax.serving.scheduler import Request, Scheduler, Tokens
+from selfspan_jax.serving.scheduler import THROUGHPUT_PREFILL_TOKENS, Request, Scheduler, Tokens, throughput_scheduler
 from selfspan_jax.weights.huggingface import to_hugging_face
 
-PAGE_TOKENS = ServingConfig.page_tokens
 EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS, EQUAL_ROUNDS = 256, 512, 5
-STREAM_TOKENS, LONG_PROMPT_TOKENS, LONG_PROMPT_OPERATORS, LONG_EVERY_CHUNKS = 1500, 2000, 300, 6
+STREAM_TOKENS, STREAM_PASSES, LONG_PROMPT_TOKENS, LONG_PROMPT_OPERATORS, LONG_EVERY_CHUNKS = 1500, 4, 2000, 300, 6
+PARTS = ("mixed", "equal", "stalls", "first", "rates")  # in the order in which they are measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,7 @@ class Batching:
     num_requests: int = 1024
     """Requests that are there at once, and most requests of a rate."""
     rates: Annotated[tuple[float, ...], commandline.commas(float)] = ()
-    """Arrivals per second on average, one measurement each, beside all at once."""
+    """Of `rates`: arrivals per second on average, one measurement each."""
     seconds: float = 8.0
     """How long requests arrive at a rate."""
     max_ops: int = 200
@@ -76,14 +81,14 @@ class Batching:
     batch_size: int = 128
     """Sequences of a static batch."""
     slots: int = 256
-    """Sequences that the scheduler decodes at the same time, on as many rows of cache as the static batch has."""
+    """Sequences that the scheduler decodes at the same time, on as many rows of cache as the static batch has; of `equal` both's."""
     chunk_tokens: int = ServingConfig.chunk_tokens
     """Decode steps between two looks of the scheduler."""
-    prefill_tokens: int = 4096
-    """Most prompt tokens that the scheduler reads between two chunks, but for `stalls` and `first`, where it has its default."""
+    prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
+    """Most prompt tokens that the scheduler reads at once, where it has no server's defaults."""
     streams: int = 32
     """Of `stalls`: sequences that decode while prompts arrive."""
-    parts: Annotated[tuple[str, ...], commandline.commas("mixed", "equal", "stalls", "first")] = ("mixed", "equal", "stalls", "first")
+    parts: Annotated[tuple[str, ...], commandline.commas(*PARTS)] = PARTS
     """What is measured; several with commas."""
     peers: bool = False
     """Run transformers too, where it and PyTorch are installed."""
@@ -154,15 +159,46 @@ class Model:
         """Draw a prompt."""
         return self.rng.integers(self.engine.vocab_size // 2, self.engine.vocab_size, number, np.int32)
 
-    def scheduler(self, engine: Engine, **changes: Any) -> Scheduler:
-        """Make a scheduler, all of whose programs for greedy decoding are compiled and have run."""
-        settings = self.settings
-        options: dict[str, Any] = {"num_sequences": settings.slots, "chunk_tokens": settings.chunk_tokens, "max_queue": 10**6, **changes}
-        scheduler = Scheduler(engine, ServingConfig(**options), attention=self.attention, stop_ids=self.stop_ids)
+    def scheduler(self, engine: Engine, *, defaults: bool = False) -> Scheduler:
+        """Make a scheduler, of many places or of a server's defaults; its programs for greedy decoding are compiled and have run."""
+        settings, config = self.settings, engine.config
+        context = max(self.prompt_tokens + self.new_tokens, EQUAL_PROMPT_TOKENS + EQUAL_NEW_TOKENS)
+        options: dict[str, Any] = {"chunk_tokens": settings.chunk_tokens, "max_queue": 10**6}
+        if defaults:
+            own = ServingConfig(context_tokens=min(LONG_PROMPT_TOKENS + STREAM_TOKENS, config.max_context_tokens), **options)
+            scheduler = Scheduler(engine, own, attention=self.attention, stop_ids=self.stop_ids)
+        else:
+            options |= {"num_sequences": settings.slots, "prefill_tokens": settings.prefill_tokens}
+            scheduler = throughput_scheduler(engine, self.config, settings.batch_size, self.prompt_tokens, context, **options)
         scheduler.warm_up(draws=False)
+        return scheduler
+
+    def compile(self) -> None:
+        """Compile what the parts need, all of it at once; a scheduler that is made later finds its programs."""
+        parts = self.settings.parts
+        jobs: list[Callable[[], Any]] = []
+        if {"mixed", "equal", "rates"} & {*parts}:
+            jobs.append(lambda: self.scheduler(self.engine))
+        if {"equal", "stalls", "first"} & {*parts}:
+            jobs.append(lambda: self.scheduler(self.engine, defaults=True))
+        if "mixed" in parts:
+            jobs.append(lambda: self.engine.compile(self.settings.batch_size, self.prompt_tokens, self.config))
+        if "equal" in parts:
+            config = self.equal_config()
+            jobs += [functools.partial(self.engine.compile, size, EQUAL_PROMPT_TOKENS, config) for size in self.equal_sizes()]
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(jobs))) as pool:
+            for job in [pool.submit(job) for job in jobs]:
+                job.result()
         gc.collect()
         gc.freeze()  # as the server does
-        return scheduler
+
+    def equal_sizes(self) -> tuple[int, int]:
+        """Return the sequences of `equal`: of many places, and of a server's defaults."""
+        return self.settings.slots, ServingConfig.num_sequences
+
+    def equal_config(self) -> DecodeConfig:
+        """Return what a static batch of equal lengths decodes with."""
+        return DecodeConfig(self.attention, EQUAL_NEW_TOKENS, stop_ids=self.stop_ids)
 
 
 def endless(shape: Shape, seed: int) -> Any:
@@ -246,102 +282,135 @@ def _judge(sent: Sent, work: Work, tokens: Int[np.ndarray, "T"]) -> None:
 
 
 def mixed(model: Model) -> Iterator[dict[str, Any]]:
-    """Measure requests of mixed lengths: all at once, then at each rate."""
-    settings, work = model.settings, model.work
-    context = model.prompt_tokens + model.new_tokens
-    scheduler = model.scheduler(
-        model.engine, context_tokens=context, num_pages=model.rows // PAGE_TOKENS, prefill_tokens=settings.prefill_tokens
-    )
-    order = {"sorted": sorted(work, key=lambda item: len(item.prompt_ids))}
-    order |= {"scheduler, longest first": order["sorted"][::-1]}
-    for rate in (None, *settings.rates):
-        number = len(work) if rate is None else min(len(work), max(1, round(rate * settings.seconds)))
-        times = arrivals(rate, number, settings.seed)
+    """Measure requests of mixed lengths that are all there at once."""
+    work, times = model.work, arrivals(None, len(model.work), model.settings.seed)
+    similar = sorted(work, key=lambda item: len(item.prompt_ids))
+    scheduler = model.scheduler(model.engine)
+    for system, own in (("scheduler", work), ("scheduler, longest first", similar[::-1])):
         scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
-        yield {"system": "scheduler", **summary(rate, run_scheduler(scheduler, work[:number], times))}
-        if rate is None:
-            scheduler.pages = Pages(scheduler.num_pages)
-            longest = run_scheduler(scheduler, order["scheduler, longest first"], times)
-            yield {"system": "scheduler, longest first", **summary(rate, longest)}
+        before = scheduler.stats
+        row = {"system": system, **summary(None, run_scheduler(scheduler, own, times))}
+        yield row | {name: getattr(scheduler.stats, name) - getattr(before, name) for name in ("preemptions", "waited_seconds")}
     del scheduler
-    for rate in (None, *settings.rates):
-        number = len(work) if rate is None else min(len(work), max(1, round(rate * settings.seconds)))
-        times = arrivals(rate, number, settings.seed)
-        few = np.zeros(settings.batch_size) if rate is None else np.full(settings.batch_size, 1e-9)
-        run_static(
-            model, [dataclasses.replace(item, is_right=None, new_tokens=2) for item in order["sorted"][-len(few) :]], few
-        )  # compiles
-        yield {"system": "static", **summary(rate, run_static(model, work[:number], times))}
-        if rate is None:
-            yield {"system": "sorted", **summary(rate, run_static(model, order["sorted"], times))}
+    warm_static(model, np.zeros(model.settings.batch_size))
+    for system, own in (("static", work), ("sorted", similar)):
+        yield {"system": system, **summary(None, run_static(model, own, times))}
+
+
+def rates(model: Model) -> Iterator[dict[str, Any]]:
+    """Measure requests of mixed lengths at each rate."""
+    settings = model.settings
+    drawn = [(rate, arrivals(rate, min(len(model.work), max(1, round(rate * settings.seconds))), settings.seed)) for rate in settings.rates]
+    scheduler = model.scheduler(model.engine)
+    scheduler.config = dataclasses.replace(scheduler.config, reads_per_chunk=1)
+    for rate, times in drawn:
+        scheduler.pages = Pages(scheduler.num_pages)
+        yield {"system": "scheduler", **summary(rate, run_scheduler(scheduler, model.work[: len(times)], times))}
+    del scheduler
+    warm_static(model, np.full(settings.batch_size, 1e-9))
+    for rate, times in drawn:
+        yield {"system": "static", **summary(rate, run_static(model, model.work[: len(times)], times))}
+
+
+def warm_static(model: Model, times: Float[np.ndarray, "R"]) -> None:
+    """Run a static batch of the longest prompts once, so that its programs are compiled and loaded."""
+    longest = sorted(model.work, key=lambda item: len(item.prompt_ids))[-len(times) :]
+    run_static(model, [dataclasses.replace(item, is_right=None, new_tokens=2) for item in longest], times[: len(longest)])
 
 
 # ------------------------------------------------------------------------------------------------------ one thing at a time
 
 
-def equal(model: Model) -> dict[str, Any]:
+def equal(model: Model) -> Iterator[dict[str, Any]]:
     """Measure requests of equal lengths: while some wait, and one static batch of them."""
-    batch, prompt, new = model.settings.batch_size // 2, EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS
-    ids = np.stack([model.tokens(prompt) for _ in range(batch * EQUAL_ROUNDS)])
-    lengths, config = np.full(batch, prompt, np.int32), DecodeConfig(model.attention, new)
+    prompt, new, config = EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS, model.equal_config()
+    for batch, defaults in zip(model.equal_sizes(), (False, True)):
+        ids = np.stack([model.tokens(prompt) for _ in range(batch * EQUAL_ROUNDS)])
+        lengths = np.full(batch, prompt, np.int32)
 
-    def static() -> Any:
-        return model.endless.generate(ids[:batch], lengths, config).new_tokens
+        def static() -> Any:
+            return model.endless.generate(ids[:batch], lengths, config).new_tokens  # noqa: B023
 
-    static()
-    seconds = min(timed(static)[1] for _ in range(3))
-    pages = batch * (bucket(prompt) + new) // PAGE_TOKENS
-    scheduler = model.scheduler(model.endless, num_sequences=batch, context_tokens=prompt + new, num_pages=pages, prefill_tokens=1024)
-    for row in ids:
-        scheduler.submit(Request(row, new), lambda tokens: None)
-    marks: list[tuple[float, int]] = []
-    while scheduler.run_once():
-        stats = scheduler.stats
-        if stats.generated_tokens >= batch * new and (stats.waiting or len(marks) < 2):  # since then, places become free one by one
-            marks.append((time.perf_counter(), stats.generated_tokens))
-    (began, before), (ended, after) = marks[0], marks[-1]
-    rate, static_rate = (after - before) / (ended - began), batch * new / seconds
-    return {
-        "batch_size": batch,
-        "prompt_tokens": prompt,
-        "new_tokens": new,
-        "static_tokens_per_second": static_rate,
-        "tokens_per_second": rate,
-        "of_static": rate / static_rate,
-        "preemptions": scheduler.stats.preemptions,
-    }
+        static()
+        seconds = min(timed(static)[1] for _ in range(3))
+        scheduler = model.scheduler(model.endless, defaults=defaults)
+        for row in ids:
+            scheduler.submit(Request(row, new), lambda tokens: None)
+        marks: list[tuple[float, int, float]] = []
+        while scheduler.run_once():
+            stats = scheduler.stats
+            if stats.generated_tokens >= batch * new and (stats.waiting or len(marks) < 2):  # since then, places become free
+                marks.append((time.perf_counter(), stats.generated_tokens, stats.waited_seconds))
+        (began, before, waited), (ended, after, waited_then) = marks[0], marks[-1]
+        rate, static_rate = (after - before) / (ended - began), batch * new / seconds
+        yield {
+            "batch_size": batch,
+            "defaults": defaults,
+            "prompt_tokens": prompt,
+            "new_tokens": new,
+            "chunk_tokens": scheduler.config.chunk_tokens,
+            "prefill_tokens": scheduler.config.prefill_tokens,
+            "static_tokens_per_second": static_rate,
+            "tokens_per_second": rate,
+            "of_static": rate / static_rate,
+            "host_waits": (waited_then - waited) / (ended - began),
+            "preemptions": scheduler.stats.preemptions,
+        }
+        del scheduler
 
 
-def stalls(model: Model) -> list[dict[str, Any]]:
-    """Measure the time between two deliveries to streams, without long prompts and while they arrive."""
-    streams = model.settings.streams
+def stalls(model: Model) -> Iterator[dict[str, Any]]:
+    """Measure the time between two deliveries to streams, without long prompts and while they arrive.
+
+    Counted while all streams run; `with_ramp` has the gaps before and after. `host` is a round's time less what it waited for the
+    device, `host_cpu` the processor time of that: where it is much less, other programs had the processor.
+    """
+    streams, chunk = model.settings.streams, model.settings.chunk_tokens
     short = [model.tokens(64) for _ in range(streams)]
     texts = model.expressions(40, *(2 * (LONG_PROMPT_OPERATORS,))) if model.lm else []
     longs = itertools.cycle([item.prompt_ids for item in texts] or [model.tokens(LONG_PROMPT_TOKENS) for _ in range(40)])
-    context = min(LONG_PROMPT_TOKENS + STREAM_TOKENS, model.engine.config.max_context_tokens)
-    scheduler = model.scheduler(model.endless, num_sequences=streams + 8, context_tokens=context)
-    rows = []
-    for with_long in (False, True):
-        stamps: list[list[float]] = [[] for _ in short]
-        for own, ids in zip(stamps, short):
-            scheduler.submit(Request(ids, STREAM_TOKENS), _stamping(own))
-        rounds, given = 0, 0
-        while scheduler.run_once():
-            rounds += 1
-            if (
-                with_long
-                and rounds > 20
-                and rounds % LONG_EVERY_CHUNKS == 0
-                and rounds < 0.8 * STREAM_TOKENS / scheduler.config.chunk_tokens
-            ):
-                scheduler.submit(Request(next(longs), scheduler.config.chunk_tokens), lambda tokens: None)
-                given += 1
-        gaps = 1e3 * np.concatenate([np.diff(own[3:]) for own in stamps])
+    scheduler = model.scheduler(model.endless, defaults=True)
+    new_tokens = min(STREAM_TOKENS, scheduler.context_tokens - len(short[0]))
+    for with_long, passes in ((True, 0), (False, STREAM_PASSES), (True, STREAM_PASSES)):  # what the first one finds is not counted
+        inside, every, host, cpu, given = [], [], [], [], 0
+        for _ in range(max(1, passes)):
+            stamps: list[list[float]] = [[] for _ in short]
+            for own, ids in zip(stamps, short):
+                scheduler.submit(Request(ids, new_tokens), _stamping(own))
+            rounds, more, waited = 0, True, scheduler.stats.waited_seconds
+            while more:
+                began, began_cpu, waited_before = time.perf_counter(), time.thread_time(), waited
+                more = scheduler.run_once()
+                waited = scheduler.stats.waited_seconds
+                host.append(time.perf_counter() - began - (waited - waited_before))
+                cpu.append(time.thread_time() - began_cpu)
+                rounds += 1
+                if with_long and rounds > 20 and rounds % LONG_EVERY_CHUNKS == 0 and rounds < 0.8 * new_tokens / chunk:
+                    scheduler.submit(Request(next(longs), chunk), lambda tokens: None)
+                    given += 1
+            first, last = max(own[min(2, len(own) - 1)] for own in stamps), min(own[-1] for own in stamps)
+            every += [np.diff(own) for own in stamps]
+            inside += [np.diff([stamp for stamp in own if first <= stamp <= last]) for own in stamps]
+        if not passes:
+            continue
+        gaps, all_gaps, of_host, of_cpu = (1e3 * np.concatenate(found) for found in (inside, every, [host], [cpu]))
         p50, p99 = (float(x) for x in np.percentile(gaps, [50, 99]))
-        rows.append(
-            {"streams": streams, "long_prompts": given, "ms_p50": p50, "ms_p99": p99, "ms_most": float(gaps.max()), "p99_of_p50": p99 / p50}
-        )
-    return rows
+        yield {
+            "streams": streams,
+            "long_prompts": given,
+            "chunk_tokens": chunk,
+            "prefill_tokens": scheduler.config.prefill_tokens,
+            "rounds": len(host),
+            "ms_p50": p50,
+            "ms_p99": p99,
+            "ms_most": float(gaps.max()),
+            "p99_of_p50": p99 / p50,
+            "with_ramp_ms_p99": float(np.percentile(all_gaps, 99)),
+            "host_ms_p50": float(np.median(of_host)),
+            "host_ms_p99": float(np.percentile(of_host, 99)),
+            "host_cpu_ms_p50": float(np.median(of_cpu)),
+            "host_cpu_ms_p99": float(np.percentile(of_cpu, 99)),
+        }
 
 
 def _stamping(stamps: list[float]) -> Callable[[Tokens], None]:
@@ -350,7 +419,7 @@ def _stamping(stamps: list[float]) -> Callable[[Tokens], None]:
 
 def first(model: Model) -> dict[str, Any]:
     """Measure the time from a short request to its first tokens, and to its end, nothing else running."""
-    scheduler = model.scheduler(model.engine, num_sequences=64, context_tokens=min(2048, model.engine.config.max_context_tokens))
+    scheduler = model.scheduler(model.engine, defaults=True)
     work = model.expressions(20, 2, 4) if model.lm else [Work(model.tokens(32), 64) for _ in range(20)]
     sent = [run_scheduler(scheduler, [item], np.zeros(1))[0] for item in work]
     times = [[1e3 * (own.events[at] - own.arrival) for own in sent] for at in (0, -1)]
@@ -411,22 +480,34 @@ def measure(settings: Batching) -> dict[str, Any]:
 
 
 def _measure(model: Model, report: dict[str, Any], save: Callable[[], None], process: hf.Peers | None) -> None:
-    for name, part in (("first", first), ("stalls", stalls), ("equal", equal)):
-        if name in model.settings.parts:
-            report[name] = part(model)
+    began = time.perf_counter()
+    model.compile()
+    report["compile_seconds"] = time.perf_counter() - began
+    print(f"compiled in {report['compile_seconds']:.0f} s", flush=True)
+    measured: dict[str, Callable[[Model], Iterator[dict[str, Any]]]] = {"equal": equal, "stalls": stalls}
+
+    def add(row: dict[str, Any]) -> None:
+        report["rows"].append(row)
+        print(table([row]), flush=True)
+        save()
+
+    for name in PARTS:
+        if name not in model.settings.parts:
+            continue
+        if name == "first":
+            report[name] = first(model)
             print(f"{name}: {report[name]}", flush=True)
+        for row in measured.get(name, lambda _: iter(()))(model):
+            report.setdefault(name, []).append(row)
+            print(f"{name}: {row}", flush=True)
             save()
-    if "mixed" in model.settings.parts:
-        for row in mixed(model):
-            report["rows"].append(row)
-            print(table([row]), flush=True)
-            save()
+        for row in {"mixed": mixed, "rates": rates}.get(name, lambda _: iter(()))(model):
+            add(row)
+        save()
     for found in process.rows() if process else ():
         for (rate, times), requests in zip(found["rates"], found["events"]):
             done = [Sent(arrival, events, len(events)) for arrival, events in zip(times, requests)]
-            report["rows"].append({"system": "transformers", **summary(rate, done), "versions": found["versions"]})
-            print(table(report["rows"][-1:]), flush=True)
-            save()
+            add({"system": "transformers", **summary(rate, done), "versions": found["versions"]})
 
 
 def main() -> None:

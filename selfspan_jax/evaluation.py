@@ -28,6 +28,7 @@ from selfspan_jax.forcing import Order, generate_under
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
+from selfspan_jax.serving.scheduler import Request, run_together, saves_steps, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import JUDGED, Example, judgement
 from selfspan_jax.viewing.output import Output, prompt_warnings
@@ -61,6 +62,8 @@ class Evaluation:
     compile_seconds: float
     num_too_long: int = 0
     """Examples that were left out, because prompt and response exceed the model's context."""
+    num_places: int | None = None
+    """Sequences that a scheduler decoded at the same time, on the rows of cache of a batch; None: the batches were static."""
     read_seconds: float = 0.0
     """What reading the responses back took: their texts, what each token is and read, the verdicts."""
 
@@ -90,6 +93,7 @@ class Evaluation:
         rate, unit = self.right_per_second, self.task.unit
         return {
             "batch_size": self.batch_size,
+            **({} if self.num_places is None else {"num_places": self.num_places}),
             f"{unit}_per_second": rate,
             f"{unit}_per_second_with_reading": rate * self.decode_seconds / (self.decode_seconds + self.read_seconds),
             "response_tokens_per_second": sum(len(out.response_ids) for out in self.outputs) / self.decode_seconds,
@@ -187,7 +191,7 @@ def evaluate(
     constrained: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """Decode the examples' prompts greedily, all batches of one shape.
+    """Decode the examples' prompts greedily, all batches of one shape; or, where that saves steps, by a `Scheduler` on the cache of one.
 
     Args:
       attention: a policy or its name; by default what the model was trained with.
@@ -210,6 +214,8 @@ def evaluate(
     batch_size = _batch_size(lm, batch_size, len(ids))
     policy = get_policy(attention or lm.model.config.mask)
     config = _config(lm, examples, ids, policy, prefill, max_new_tokens)
+    if _is_served(lm, examples, ids, config, batch_size, passes=passes, sources=sources, constrained=constrained):
+        return _evaluate_served(lm, examples, ids, config, batch_size)
     compile_seconds, seconds, read_seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0, 0.0
     state: Any = None
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
@@ -239,6 +245,30 @@ def evaluate(
             bar.update(len(chosen))
     in_order = tuple(outputs[i] for i in range(len(ids)))
     return Evaluation(lm.task, tuple(examples), in_order, batch_size, seconds, compile_seconds, read_seconds=read_seconds)
+
+
+def _is_served(lm: SpanLM, examples, ids, config: DecodeConfig, batch_size: int, passes=1, sources=MODEL, constrained=False, **_) -> bool:
+    """Tell whether a scheduler decodes the examples, in place of static batches of similar lengths."""
+    pairs = sorted((len(prompt), len(example.response_ids)) for prompt, example in zip(ids, examples, strict=True))
+    prompt_tokens, new_tokens = ([pair[i] for pair in pairs] for i in range(2))
+    plain = passes == 1 and sources == MODEL and not constrained
+    return plain and saves_steps(lm.engine, config, prompt_tokens, new_tokens, batch_size)
+
+
+def _evaluate_served(lm: SpanLM, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]], config, batch_size: int) -> Evaluation:
+    longest, policy, stamps = max(map(len, ids)), get_policy(config.attention), [time.perf_counter()]
+    scheduler = throughput_scheduler(lm.engine, config, batch_size, longest, longest + config.max_new_tokens)
+    scheduler.warm_up(draws=False)
+    stamps.append(time.perf_counter())
+    found = run_together(scheduler, [Request(prompt, config.max_new_tokens) for prompt in ids])
+    stamps.append(time.perf_counter())
+    decoded = zip(examples, ids, found, strict=True)
+    outputs = tuple(lm.read_tokens(own.prompt, prompt, tokens[0], tokens[1], policy) for own, prompt, tokens in decoded)
+    for out in outputs:
+        _ = out.text, out.roles, out.verdict  # computed when they are first asked for
+    compiling, decoding, reading = np.diff([*stamps, time.perf_counter()]).tolist()
+    places = scheduler.config.num_sequences
+    return Evaluation(lm.task, tuple(examples), outputs, batch_size, decoding, compiling, num_places=places, read_seconds=reading)
 
 
 def _given(task: Any, examples: Sequence[Example], sources: str, constrained: bool) -> dict[str, list[Any]]:
@@ -287,6 +317,8 @@ def evaluate_all(
             context = lm.model.config.max_context_tokens
             return DoesNotFit(f"does not fit: prompt and response of each example exceed the model's context of {context} tokens")
         config = _config(lm, examples, prompts, policy, prefill)
+        if _is_served(lm, examples, prompts, config, _batch_size(lm, size, len(examples)), **options):
+            return 0.0  # the scheduler compiles its programs itself
         return attempt(lambda: _compile(lm, _batch_size(lm, size, len(examples)), max(map(len, prompts)), config))
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA leaves most processors idle on one
@@ -299,7 +331,7 @@ def evaluate_all(
         if isinstance(seconds, DoesNotFit) or isinstance(evaluation, DoesNotFit):
             found[name].append(NotRun(size, str(evaluation)))
         else:
-            left_out = len(sets[name]) - len(examples)
+            left_out, seconds = len(sets[name]) - len(examples), max(seconds, evaluation.compile_seconds)
             found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds, num_too_long=left_out))
     return found
 
@@ -359,7 +391,7 @@ def _joined(task: Any, evaluations: Sequence[Evaluation]) -> Evaluation:
         sum(own.decode_seconds for own in evaluations),
         sum(own.compile_seconds for own in evaluations),
         sum(own.num_too_long for own in evaluations),
-        sum(own.read_seconds for own in evaluations),
+        read_seconds=sum(own.read_seconds for own in evaluations),
     )
 
 

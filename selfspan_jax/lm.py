@@ -25,6 +25,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
+from selfspan_jax.serving.scheduler import Request, run_together, saves_steps, throughput_scheduler
 from selfspan_jax.task import Task, end_ids, installed_tasks
 from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
@@ -130,7 +131,8 @@ class SpanLM:
         Args:
           prompts: text of the task (for arithmetic: expressions). Halves of surrogate pairs in it are read as U+FFFD.
           num_samples: responses to each prompt, which share its cache rows; a prompt's result is then a list of that length.
-          batch_size: of many prompts, how many are decoded together; by default all.
+          batch_size: of many prompts, how many are decoded together; by default all. On a GPU prompts of mixed lengths that are several
+            batches go through a `Scheduler` with the cache of one, if that promises to be faster; tokens are the same.
           attention: a policy of `selfspan_jax.attention.policies` or its name: "span" reads what the model names, "dense"
             everything, "window" the first and the most recent tokens; by default what the model was trained with.
           max_new_tokens: at most as many as the model's context leaves; by default that.
@@ -157,9 +159,26 @@ class SpanLM:
             raise UserError(f"num_samples is {samples}; allowed: 1 to {most}, as rows of the cache are counted in 32 bits")
         batches = [slice(start, start + step) for start in range(0, len(texts), step)]
         calls = [self._call(ids[batch], samples, batch.start * samples, **options) for batch in batches]
-        flat = [out for batch, call in zip(batches, calls) for out in self._decode(texts[batch], ids[batch], samples, call)]
+        rows = [len(own) for own in ids for _ in range(samples)]  # responses are taken to be as long as prompts
+        if not calls[0].stop and saves_steps(self.engine, calls[0].arguments[2], rows, rows, step * samples):
+            flat = self._decode_together(texts, ids, samples, step, calls)
+        else:
+            flat = [out for batch, call in zip(batches, calls) for out in self._decode(texts[batch], ids[batch], samples, call)]
         outputs = flat if num_samples is None else [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return outputs[0] if isinstance(prompts, str) else outputs
+
+    def _decode_together(
+        self, texts: list[str], ids: list[Int[np.ndarray, "T"]], samples: int, step: int, calls: list[_Call]
+    ) -> list[Output]:
+        """Decode all batches of `step` prompts in one running state, on the rows of cache of one of them, to the same tokens."""
+        config, context = calls[0].arguments[2], max(call.limit_tokens + int(call.arguments[1].max()) for call in calls)
+        scheduler = throughput_scheduler(self.engine, config, step * samples, max(map(len, ids)), context)
+        requests = [
+            Request(ids[i // samples], calls[i // samples // step].limit_tokens, config.sampling, calls[0].seed, sample=i)
+            for i in range(len(ids) * samples)
+        ]
+        found = run_together(scheduler, requests)
+        return [self.read_tokens(texts[i // samples], ids[i // samples], *found[i][:2], calls[0].policy) for i in range(len(found))]
 
     def _decode(self, texts: list[str], ids: list[Int[np.ndarray, "T"]], samples: int, call: _Call) -> list[Output]:
         """Decode one batch; samples of a prompt are next to each other."""
@@ -264,7 +283,7 @@ class SpanLM:
         policy = self._policy(attention)
         config = DecodeConfig(policy, room, Sampling(**sampling), prefill=prefill, implementation=implementation, stop_ids=self.end_ids[1:])
         keys = sequence_keys(_key(seed), len(lengths) * num_samples, first_sequence)
-        return _Call((token_ids, lengths, config, keys), limit, policy, check_stop_strings(stop))
+        return _Call((token_ids, lengths, config, keys), limit, policy, check_stop_strings(stop), seed)
 
     def logits(self, token_ids: Int[np.ndarray, "T"], attention: str | Policy | None = None) -> Float[np.ndarray, "T V"]:
         """Score the token after each token, in float32, in one forward pass under the mask of a policy."""
@@ -316,11 +335,13 @@ class SpanLM:
         self, prompts: Sequence[str], prompt_ids: Sequence[Int[np.ndarray, "T"]], state: DecodeState, policy: Policy
     ) -> list[Output]:
         """Read back what was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
-        written, outputs = int(state.num_steps), []
-        for prompt, ids, tokens, attended in zip(prompts, prompt_ids, np.asarray(state.new_tokens), np.asarray(state.num_attended)):
-            ends = np.flatnonzero(np.isin(tokens, self.end_ids))
-            outputs.append(self._output(prompt, ids, tokens[: int(ends[0]) + 1 if len(ends) else written], attended, policy))
-        return outputs
+        decoded = zip(prompts, prompt_ids, np.asarray(state.new_tokens)[:, : int(state.num_steps)], np.asarray(state.num_attended))
+        return [self.read_tokens(prompt, ids, tokens, attended, policy) for prompt, ids, tokens, attended in decoded]
+
+    def read_tokens(self, prompt: str, ids, tokens: Int[np.ndarray, "M"], attended: Int[np.ndarray, "M"], policy: Policy) -> Output:
+        """Read back the tokens of one response up to its end, if it has one, and what they attended to, decoded under a policy."""
+        ends = np.flatnonzero(np.isin(tokens, self.end_ids))
+        return self._output(prompt, ids, tokens[: int(ends[0]) + 1] if len(ends) else tokens, attended, policy)
 
     def _output(self, prompt: str, ids, tokens, attended, policy: Policy, **stopped: Any) -> Output:
         token_ids = np.concatenate([ids, np.asarray(tokens, np.int32)])
@@ -385,6 +406,7 @@ class _Call:
     limit_tokens: int
     policy: Policy
     stop: tuple[str, ...]
+    seed: int
 
 
 def _check_weights(weights: Weights) -> None:

@@ -33,6 +33,7 @@ class Pages:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders = [0] * num_pages
+        self._num_held = 0
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._kept: collections.OrderedDict[int, None] = collections.OrderedDict()
@@ -50,7 +51,7 @@ class Pages:
     @property
     def num_used(self) -> int:
         """Pages that sequences hold; a shared one counts once."""
-        return sum(holders > 0 for holders in self._holders)
+        return self._num_held
 
     @property
     def num_available(self) -> int:
@@ -63,6 +64,7 @@ class Pages:
         for key in keys:
             if (page := self._page_of.get(key)) is None:
                 break
+            self._num_held += not self._holders[page]
             self._holders[page] += 1
             self._kept.pop(page, None)
             found.append(page)
@@ -79,6 +81,7 @@ class Pages:
         found = [self._free.pop() for _ in range(num_pages)]
         for page in found:
             self._holders[page] = 1
+        self._num_held += num_pages
         return found
 
     def name(self, page: int, key: bytes) -> None:
@@ -92,6 +95,7 @@ class Pages:
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
+            self._num_held -= 1
             if page in self._key_of:
                 self._kept[page] = None
             else:
