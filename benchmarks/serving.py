@@ -111,6 +111,7 @@ def _take(sent: Sent, event: dict[str, Any], now: float) -> None:
 async def run(load: Load) -> dict[str, Any]:
     """Measure at each rate, one after the other."""
     prompts, rows = load.texts(), []
+    settings = {field.name: getattr(load, field.name) for field in dataclasses.fields(load) if field.name not in ("json", "api_key", "url")}
     headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=load.url, headers=headers, timeout=None, limits=limits, trust_env=False) as client:
@@ -124,17 +125,16 @@ async def run(load: Load) -> dict[str, Any]:
             rows.append(summary(rate, await send_all(client, card["id"], prompts, rate, load)))
             failures = [f"failed: {failure}" for failure in rows[-1]["failures"]]
             print("\n".join([*table(rows).splitlines()[(len(rows) > 1) * -1 :], *failures]), flush=True)
-    settings = {field.name: getattr(load, field.name) for field in dataclasses.fields(load) if field.name not in ("json", "api_key", "url")}
-    return {"model": card, **settings, "prompts": load.prompts and load.prompts.name, "rows": rows}
+            report = {"model": card, **settings, "prompts": load.prompts and load.prompts.name, "rows": rows}
+            files.write_rows(load.json, report, complete=len(rows) == len(load.rates))
+    return report
 
 
 def main() -> None:
     with commandline.exit_on_user_error(UserError):
         load = commandline.parse(Load, "benchmarks.serving", sys.argv[1:], description=__doc__)
         with files.outputs(json=load.json):
-            report = asyncio.run(run(load))
-            if load.json:
-                files.write_json(load.json, report)
+            asyncio.run(run(load))
 
 
 if __name__ == "__main__":

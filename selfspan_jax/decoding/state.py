@@ -16,7 +16,7 @@ from pallas_kernels import per_sequence, read_elements, write_elements
 from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import Slots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
-from selfspan_jax.config import DecodeConfig, Sampling, SamplingFields
+from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, sample
 from selfspan_jax.model import Decoder
@@ -185,21 +185,13 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
 
 
 def sample_step(
-    model: Decoder,
-    state: DecodeState,
-    until: Int[Array, ""] | Int[Array, "B"],
-    forced_tokens: Int[Array, "B M"] | None,
-    config: DecodeConfig,
-    *,
-    sampling: Sampling | SamplingFields | None = None,
-    first: Int[Array, "B"] | None = None,
+    model: Decoder, state: DecodeState, until: Int[Array, "*B"], forced_tokens, config: DecodeConfig, *, sampling=None, first=None
 ) -> DecodeState:
     """Sample the next token of every sequence and feed it; nothing changes in sequences that have `until` tokens, or are done.
 
     Args:
-      forced_tokens: written in place of the sampled ones, -1 where the sample stands.
-      sampling: in place of the config's.
-      first: which of a sequence's new tokens the first column of `new_tokens` and `num_attended` is for, by default the first.
+      forced_tokens: [B, M], written in place of the sampled ones, -1 where the sample stands; or None.
+      sampling: `SamplingFields` in place of the config's; `first` [B]: which new token is in the first column, by default the first.
     """
 
     def choose(_, sampled, done, num_new, until, forced):
@@ -215,8 +207,7 @@ def sample_step(
         column = jnp.where(active, num_new - 1 - (0 if first is None else first), -1)
         return (num_new, *write_elements(written, (column, column), (tokens, num_attended))), None
 
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_new)
-    sampled = sample(state.logits, keys, config.sampling if sampling is None else sampling, state.occurred)
+    sampled = sample(state.logits, jax.vmap(jax.random.fold_in)(state.keys, state.num_new), sampling or config.sampling, state.occurred)
     arrays = None, sampled, state.done, state.num_new, until, forced_tokens
     _, (tokens, active) = per_sequence(choose, *arrays, implementation=config.bookkeeping)
     fed = decode_step(model, state, tokens, active, config)

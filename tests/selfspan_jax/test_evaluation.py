@@ -16,6 +16,7 @@ from selfspan_jax import SpanLM, evaluation
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
+from selfspan_jax.serving import scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing import text
 from tests.selfspan_jax.models import random_model
@@ -116,6 +117,19 @@ def test_scores_order_and_seconds(lm, monkeypatch):
             evaluation.evaluate_all(lm, sets, batch_sizes=[1])
     with pytest.raises(ValueError, match="no examples"):
         evaluation.evaluate(lm, [])
+
+
+def test_a_scheduler_decodes_what_static_batches_do(lm, monkeypatch):
+    examples = [Example(prompt) for prompt in ("45", "456", "4", "45", "4")]
+    static = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2)
+    monkeypatch.setattr(evaluation, "saves_steps", lambda *_: True)
+    monkeypatch.setattr(scheduler, "THROUGHPUT_PREFILL_TOKENS", 64)
+    monkeypatch.setattr(scheduler.Scheduler, "warm_up", lambda *_, **__: None)  # it would compile what these prompts do not need
+    served = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2)
+    assert static.num_places is None and served.speed()["num_places"] == 4 and served.decode_seconds > 0
+    assert served.scores == static.scores
+    for ours, theirs in zip(served.outputs, static.outputs, strict=True):
+        np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
 
 
 class Named(Summaries):

@@ -13,9 +13,10 @@ from selfspan_jax.config import DecodeConfig, Sampling, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.errors import UserError
+from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.serving.pages import Pages
 from selfspan_jax.serving.running import Decoded
-from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, joined
+from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, joined, saves_steps
 from selfspan_jax.spans import attention_mask
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
@@ -200,11 +201,11 @@ def test_after_many_requests_no_page_is_lost(monkeypatch):
     device = Device(scheduler, rng)
     monkeypatch.setattr("selfspan_jax.serving.scheduler.read_prompts", device.read_prompts)
     monkeypatch.setattr("selfspan_jax.serving.scheduler.decode_chunk", device.decode_chunk)
-    for _ in hostile(scheduler, rng, 1500, requests, received):
+    for _ in hostile(scheduler, rng, 1000, requests, received):
         holders = collections.Counter(page for ticket in {*scheduler._running.values(), *scheduler._reading} for page in ticket.pages)
         assert all(scheduler.pages._holders[page] >= count for page, count in holders.items())
     stats = scheduler.stats
-    assert (stats.pages_used, stats.running, stats.waiting) == (0, 0, 0) and sum(stats.finished.values()) == len(requests) >= 1500
+    assert (stats.pages_used, stats.running, stats.waiting) == (0, 0, 0) and sum(stats.finished.values()) == len(requests) >= 1000
     assert stats.finished["cancelled"] > 50 and stats.preemptions > 10
     for request, parts in zip(requests, received):
         tokens = joined(parts)
@@ -347,9 +348,9 @@ def test_a_thread_runs_it_until_it_is_closed():
     assert [tokens.finished for tokens in received] == ["cancelled"]
 
 
-def test_dense_reads_everything():
-    """Its slots are a copy of the slot table, which grows with the pages."""
-    scheduler, rng = Scheduler(ENGINE, CONFIG, attention="dense"), np.random.default_rng(8)
+def test_dense_reads_everything_on_two_devices_as_well():
+    """Its slots are a copy of the slot table, which grows with the pages; each device has half of the heads."""
+    scheduler, rng = Scheduler(Engine(MODEL, make_mesh("tensor=2")), CONFIG, attention="dense"), np.random.default_rng(8)
     requests = [Request(prompt(rng, length), 20) for length in (3, 30, 64, 17, 44)]
     for request, found in zip(requests, scheduler.generate(requests)):
         start, count = len(request.prompt_ids), len(found.token_ids)
@@ -358,6 +359,26 @@ def test_dense_reads_everything():
         row = np.pad(row, (0, LONGEST + NEW - len(row)))
         best = reference_logits(MODEL, row[None], np.tri(len(row), dtype=bool)[None])[0].argmax(axis=1)
         np.testing.assert_array_equal(found.token_ids, best[start - 1 : start - 1 + count])
+
+
+MIXED, ALIKE = [20, 40, 80, 600] * 64, [600] * 256
+
+
+@pytest.mark.parametrize(
+    "prompts, new, batch_size, changes, backend, saves",
+    [
+        (MIXED, MIXED, 16, {}, "gpu", True),
+        (sorted(MIXED), sorted(MIXED), 16, {}, "gpu", False),  # static batches of similar lengths lose little
+        (ALIKE, ALIKE, 16, {}, "gpu", False),  # as many rows hold hardly more sequences than the batch
+        (MIXED, [5, 9, 5, 12] * 64, 16, {}, "gpu", False),  # a place that ends is free a chunk later
+        (MIXED, MIXED, 100, {}, "gpu", False),  # few batches
+        (MIXED, MIXED, 16, {"prefill": "sample"}, "gpu", False),
+        (MIXED, MIXED, 16, {}, "cpu", False),  # where twice the rows take twice the time
+    ],
+)
+def test_a_scheduler_is_for_where_it_saves_steps(prompts, new, batch_size, changes, backend, saves, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert saves_steps(ENGINE, DecodeConfig("span", 640, **changes), prompts, new, batch_size) == saves
 
 
 @pytest.mark.gpu
