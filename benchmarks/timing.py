@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -81,6 +82,7 @@ def _total(x: jax.Array) -> jax.Array:
     return jnp.sum(x, dtype=jnp.uint32)
 
 
+@functools.cache  # of one process
 def read_ceiling_tbps() -> float:
     """Measure how fast the memory can be read: a sum of 2 GiB (32 MiB on a CPU), the fastest of five repetitions, in TB/s."""
     size_bytes = 2**31 if jax.default_backend() == "gpu" else 2**25

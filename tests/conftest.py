@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 import hypothesis
@@ -48,6 +49,16 @@ def compiled_programs_of_one_file():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs_are_timed_once():
+    """No test asserts a duration: what benchmarks repeat for a median runs as seldom as it can."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in filter(None, map(sys.modules.get, ("benchmarks.decoding", "benchmarks.training"))):
+            patch.setattr(module, "REPETITIONS", 2)
+            patch.setattr(module, "WARM_UPS", 1, raising=False)
+        yield
 
 
 # The files that take longest come first: begun last, one would leave the other processors idle. Needs `--no-loadscope-reorder`,

@@ -121,7 +121,8 @@ def test_generate_takes_a_file_of_prompts(call, tmp_path):
     right, wrong, _ = json.loads(written.read_text())["responses"]
     assert right["verdict"]["answer_right"] and not right["warnings"] and len(wrong["warnings"]) == 2
     assert wrong["verdict"]["answer_right"] is False and wrong["verdict"]["message"] in second
-    status, out, _ = call(decode.main, "generate", CHECKPOINT, "((51+75)-(95*3))", "--stop", "<seg:3>", "--json", written)
+    one = ["((51+75)-(95*3))", "--stop", "<seg:3>", "--max-new-tokens", 64]
+    status, out, _ = call(decode.main, "generate", CHECKPOINT, *one, "--json", written)
     assert status == 0 and "\nSTOPPED: ((51+75)-(95*3)) = (no answer)   (step 3: missing)\n" in out  # the value of step 2 is none
     assert json.loads(written.read_text())["answer"] is None and "warning: The response was stopped before its answer, by the stop" in out
     prompts.write_text("1+2\n\n(3+\n")
@@ -604,7 +605,7 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
     status, out, err = call(train.main, "news-small", "--run-dir", run, *options)
     assert status == 0 and "finished" in out, err
     assert "synthetic articles of 2 to 2 events" in (run / "model" / "README.md").read_text()
-    sizes = ["--num-examples", "4", "--max-events", "2", "--max-distractors", "0", "--vocab-tokens", "400"]
+    sizes = ["--num-examples", "4", "--max-events", "2", "--max-distractors", "0", "--vocab-tokens", "400", "--num-labels", "48"]
     data_main(["news", *sizes, "--split", "test", "--out", str(data)])
     arguments = ["--num-examples", 2, "--batch-size", 2, "--data", data, "--json", tmp_path / "eval.json"]
     status, out, err = call(decode.main, "eval", run / "model", *arguments)

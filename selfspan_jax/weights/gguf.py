@@ -157,13 +157,14 @@ def _tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: the tokenizer is of type {kind!r}; known is gpt2 (byte-pair encoding)")
     if (cut := value("pre", "default")) not in _SPLITS_DIGITS:
         raise UserError(f"{path}: the tokenizer cuts text as {cut!r}; known are {', '.join(_SPLITS_DIGITS)}")
-    for name in ("tokens", "merges"):
-        if not isinstance(value(name), list):
+    spelling, merges = value("tokens"), value("merges")
+    for name, found in {"tokens": spelling, "merges": merges}.items():
+        if not isinstance(found, list):
             raise UserError(f"{path}: tokenizer.ggml.{name} is missing")
-    tokens, spelling = [_spelled(token) for token in value("tokens")], value("tokens")
+    tokens = _spelled(spelling)
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge.split(" ", 1)) for merge in value("merges")]))
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge.split(" ", 1)) for merge in merges]))
     except Exception as error:  # that is what the library raises
         raise UserError(f"{path}: its tokens and merges do not fit ({' '.join(str(error).split())})") from error
     digits = [pre_tokenizers.Digits(individual_digits=True)] if _SPLITS_DIGITS[cut] else []
@@ -187,9 +188,10 @@ def _tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat, **names, **ends)
 
 
-def _spelled(token: str) -> str:
-    """Write a token in the alphabet of byte-level tokenizers, in which most files have it already."""
+def _spelled(tokens: list[str]) -> list[str]:
+    """Write tokens in the alphabet of byte-level tokenizers, in which most files have them already."""
     from tokenizers import pre_tokenizers
 
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return token if set(token) <= set(level.alphabet()) else "".join(part for part, _ in level.pre_tokenize_str(token))
+    alphabet = set(level.alphabet())
+    return [token if alphabet.issuperset(token) else "".join(part for part, _ in level.pre_tokenize_str(token)) for token in tokens]

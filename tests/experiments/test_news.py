@@ -11,6 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from data import news
+from data.vocab import train_vocab
 from experiments import news as report
 from selfspan_jax import evaluation
 from selfspan_jax.config import PRESETS, ModelConfig
@@ -39,11 +40,11 @@ def run_of(variant, seed):
 @pytest.fixture(scope="module")
 def written():
     """What `decode.py eval --json` writes of news, of the smallest model that there is."""
-    corpus = news.Corpus(vocab_tokens=400, num_labels=64, max_events=2, max_distractors=0)
-    task = news.NewsTask.of(corpus)
+    corpus = news.Corpus(max_events=2, max_distractors=0)
+    task = news.NewsTask(train_vocab(["A fire at the Oakton warehouse injured 14 people."], vocab_tokens=300, num_labels=64))
     config = ModelConfig(**SIZES, header_view="all", prompt_view="causal", compute_dtype="float32")
     lm = SpanLM(Decoder(config, vocab=SpanVocab(**task.vocab.span_ids()), vocab_size=task.vocab.size, rngs=nnx.Rngs(0)), task)
-    examples = list(itertools.islice(corpus.stream(seed=1, split="test"), 2))
+    examples = list(itertools.islice(corpus.stream(vocab=task.vocab, seed=1, split="test"), 2))
     settings = {"num_examples": 2, "ops": (), "seed": 1, "batch_size": (2,), "mesh": None, "checkpoint": "model"}
     values = evaluation.report(lm, evaluation.evaluate_all(lm, {"synthetic": examples}, batch_sizes=(2,)), settings)
     return json.loads(json.dumps(values))

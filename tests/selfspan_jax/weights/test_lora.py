@@ -246,7 +246,7 @@ def bench(call, model, tmp_path, *more):
 
 
 def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base, tmp_path):
-    status, out, err = fine_tune(call, tmp_path / "run", base, "--rank", 4, "--eval-examples", 2)
+    status, out, err = fine_tune(call, tmp_path / "run", base, "--rank", 4)
     assert status == 0, err
     assert out.splitlines()[-1] == f"finished: {tmp_path / 'run' / 'model'}"
     adapter, model = tmp_path / "run" / "adapter", tmp_path / "run" / "model"
@@ -259,7 +259,7 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     small, large = ((d / f).stat().st_size for d, f in ((adapter, "adapter.safetensors"), (model, "model.safetensors")))
     assert small < large
     assert bench(call, model, tmp_path, "--context", 96)["workload"] == "arithmetic"  # in its own words
-    status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4, "--eval-examples", 2)
+    status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4)
     assert status == 0 and "this run is finished" in out
     # into a Hugging Face directory and out of it again: nothing is lost but what the tokens mean
     huggingface.export(tmp_path / "exported", whole.model, whole.task)
