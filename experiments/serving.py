@@ -1,0 +1,185 @@
+"""Tables of docs/serving.md, from JSON files of `benchmarks.batching`, `benchmarks.serving` and `decode.py eval`.
+
+python -m experiments.serving
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from data import commandline
+from experiments import pages
+from experiments.pages import judge, markdown_table
+from selfspan_jax import files
+from selfspan_jax.errors import UserError
+
+Row = dict[str, Any]
+MODEL, HTTP, PEERS, EVALUATION = "arithmetic-small.json", "http.json", "smollm2-135m.json", "eval.json"  # the files
+_SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
+_SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
+_LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """Write the tables of a page from the JSON files in the directory beside it that has its name. One without its file stays as it is."""
+
+    results: Positional[Path] = Path("docs/serving")
+    """Directory of the files: arithmetic-small.json, http.json, smollm2-135m.json, eval.json."""
+
+    def run(self) -> None:
+        page = self.results.with_name(f"{self.results.name}.md")
+        files.write_text(page, pages.fill(files.read_text(page), sections(self.results)))
+
+
+def sections(results: Path) -> dict[str, str]:
+    """Write each section of the page whose file there is, by its name."""
+    found: dict[str, str] = {}
+    for name, write in ((MODEL, of_model), (HTTP, of_http), (PEERS, of_peers), (EVALUATION, of_evaluation)):
+        if (file := results / name).is_file():
+            report = files.read_json(file)
+            told = f"[JSON]({results.name}/{name})"
+            if "device" in report:
+                told = f"{report['device']}, JAX {report.get('versions', report)['jax']} ({told})"
+            found |= {section: f"{told}:\n\n{text}" for section, text in write(report).items()}
+    return found
+
+
+def of_model(report: Row) -> dict[str, str]:
+    """Write the tables of `benchmarks.batching CHECKPOINT`."""
+    systems = {row["system"]: row for row in report["rows"] if row["requests_per_second"] is None}
+    rates = [row for row in report["rows"] if row["requests_per_second"] is not None]
+    return {
+        "targets": _targets(report, systems),
+        "mixed": _mixed(list(systems.values())),
+        "equal": markdown_table(
+            ("sequences", "prompt tokens read at once", "static batch, tokens/s", "scheduler, tokens/s", "of static, %", "host waits, %"),
+            [_equal(row) for row in report.get("equal", [])],
+        ),
+        "stalls": markdown_table(
+            ("long prompts", "rounds", "p50", "p99", "most", "p99 with ramps", "host p50", "host p99", "its processor p99"),
+            [_stalls(row) for row in report.get("stalls", [])],
+        ),
+        "rates": _rates(rates),
+    }
+
+
+def of_http(report: Row) -> dict[str, str]:
+    """Write the table of `benchmarks.serving`."""
+    return {"http": _rates(report["rows"])}
+
+
+def of_peers(report: Row) -> dict[str, str]:
+    """Write the table of `benchmarks.batching --shape ... --peers`."""
+    return {"peers": _mixed([row for row in report["rows"] if row["requests_per_second"] is None])}
+
+
+def of_evaluation(report: Row) -> dict[str, str]:
+    """Write the table of `decode.py eval`."""
+    (speed,) = report["by_batch_size"]
+    cells = [f"{report['num_examples']:,}", str(speed["batch_size"]), str(speed.get("num_places", "-"))]
+    cells += [f"{report['answer_accuracy']:.1%}", f"{speed['problems_per_second']:.0f}", f"{speed['response_tokens_per_second']:,.0f}"]
+    head = ("expressions", "batch of the same cache", "places of the scheduler", "right", "right answers/s", "tokens/s")
+    return {"eval": markdown_table(head, [cells])}
+
+
+def _targets(report: Row, systems: Row) -> str:
+    rows = []
+    for row in report.get("equal", []):
+        what = "with a server's defaults" if row["defaults"] else "many places"
+        target = f"tokens/s while requests of equal lengths wait, of one static batch of {row['batch_size']}, {what}, %"
+        rows.append(judge(target, "90", f"{100 * row['of_static']:.1f}", reached=row["of_static"] >= 0.9))
+    for name, others in (("scheduler", "static"), ("scheduler, longest first", "static"), ("scheduler", "sorted")):
+        if name in systems and others in systems:
+            ratio = systems[name]["right_answers_per_second"] / systems[others]["right_answers_per_second"]
+            target = f"right answers/s on 2 to 200 operators, {_SYSTEMS[name]}, of {_SYSTEMS[others]}"
+            wanted, reached = ("2", ratio >= 2) if others == "static" else ("-", None)
+            rows.append(
+                (target, wanted, f"{ratio:.2f}", "-") if reached is None else judge(target, wanted, f"{ratio:.2f}", reached=reached)
+            )
+    for row in report.get("stalls", []):
+        if row["long_prompts"]:
+            target = "ms between deliveries while expressions of some 1,970 tokens arrive, p99 of p50"
+            rows.append(judge(target, "3", f"{row['p99_of_p50']:.2f}", reached=row["p99_of_p50"] <= 3))
+    if found := report.get("first"):
+        most = found["first_token_ms_most"]
+        rows.append(judge("first tokens of a short expression, warm, most of 20, ms", "50", f"{most:.1f}", reached=most <= 50))
+    return markdown_table(("target", "wanted", "found", "reached"), rows)
+
+
+def _mixed(rows: list[Row]) -> str:
+    head = ("all at once", "requests", "seconds", "tokens/s", "right answers/s", "first tokens, ms, p50", "the whole, ms, p50")
+    return markdown_table(
+        head,
+        [
+            [
+                _SYSTEMS.get(row["system"], row["system"]),
+                f"{row['num_requests']:,}",
+                f"{row['seconds']:.2f}",
+                f"{row['tokens_per_second']:,.0f}",
+                _number(row["right_answers_per_second"], 0),
+                _number(row["first_token_ms_p50"], 0),
+                _number(row["whole_ms_p50"], 0),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _equal(row: Row) -> list[str]:
+    rates = [f"{row[name]:,.0f}" for name in ("static_tokens_per_second", "tokens_per_second")]
+    return [
+        str(row["batch_size"]),
+        f"{row['prefill_tokens']:,}",
+        *rates,
+        *(f"{100 * row[name]:.1f}" for name in ("of_static", "host_waits")),
+    ]
+
+
+def _stalls(row: Row) -> list[str]:
+    names = ("ms_p50", "ms_p99", "ms_most", "with_ramp_ms_p99", "host_ms_p50", "host_ms_p99", "host_cpu_ms_p99")
+    return [str(row["long_prompts"]), str(row["rounds"]), *(_number(row[name], 1) for name in names)]
+
+
+def _rates(rows: list[Row]) -> str:
+    head = [
+        "requests/s",
+        "",
+        "tokens/s",
+        "right answers/s",
+        "first tokens, ms, p50",
+        "p99",
+        "between events, p50",
+        "p99",
+        "the whole, p50",
+        "p99",
+    ]
+    cells = [
+        [
+            f"{row['requests_per_second']:g}",
+            row.get("system", "HTTP"),
+            f"{row['tokens_per_second']:,.0f}",
+            _number(row["right_answers_per_second"], 1),
+            *(_number(row[f"{name}_{quantile}"], 1) for name in _LATENCIES for quantile in ("p50", "p99")),
+        ]
+        for row in sorted(rows, key=lambda row: row["requests_per_second"])
+    ]
+    return markdown_table(head, cells)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    with commandline.exit_on_user_error(UserError):
+        commandline.parse(Page, "experiments.serving", sys.argv[1:] if argv is None else argv, description=__doc__).run()
+
+
+if __name__ == "__main__":
+    main()
