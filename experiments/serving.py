@@ -118,7 +118,7 @@ def _mixed(rows: list[Row]) -> str:
         head,
         [
             [
-                _SYSTEMS.get(row["system"], row["system"]),
+                _SYSTEMS.get(row["system"]) or row["system"],
                 f"{row['num_requests']:,}",
                 f"{row['seconds']:.2f}",
                 f"{row['tokens_per_second']:,.0f}",

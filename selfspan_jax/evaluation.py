@@ -232,7 +232,7 @@ def evaluate(
                 if given is None:
                     state = jax.block_until_ready(lm.engine.generate(*prompts))
                 else:
-                    own_given = {name: [own[i] for i in filled] for name, own in given.items()}
+                    own_given: dict[str, Any] = {name: [own[i] for i in filled] for name, own in given.items()}
                     state = generate_under(lm.engine, *prompts, **own_given, names_more=sources == ORDER)
                 taken.append(time.perf_counter() - began)
             seconds += statistics.median(taken)

@@ -16,7 +16,7 @@ from selfspan_jax import SpanLM, evaluation
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
-from selfspan_jax.serving import scheduler
+from selfspan_jax.serving.scheduler import Tokens
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing import text
 from tests.selfspan_jax.models import random_model
@@ -119,17 +119,23 @@ def test_scores_order_and_seconds(lm, monkeypatch):
         evaluation.evaluate(lm, [])
 
 
-def test_a_scheduler_decodes_what_static_batches_do(lm, monkeypatch):
+def test_what_a_scheduler_decodes_is_read_in_the_order_of_the_examples(lm, monkeypatch):
+    """Each response up to its end; that the tokens are those of static batches is tested in test_lm.py."""
     examples = [Example(prompt) for prompt in ("45", "456", "4", "45", "4")]
-    static = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2)
+    config = SimpleNamespace(num_sequences=4)
+
+    def run_together(scheduler, requests):
+        assert [request.max_new_tokens for request in requests] == [6] * 5
+        assert [len(request.prompt_ids) for request in requests] == [4, 5, 3, 4, 3]
+        return [Tokens(np.array([len(own.prompt_ids), 2, 7, 7]), np.array([3, 4, 5, 6]), "length") for own in requests]
+
     monkeypatch.setattr(evaluation, "saves_steps", lambda *_: True)
-    monkeypatch.setattr(scheduler, "THROUGHPUT_PREFILL_TOKENS", 64)
-    monkeypatch.setattr(scheduler.Scheduler, "warm_up", lambda *_, **__: None)  # it would compile what these prompts do not need
-    served = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2)
-    assert static.num_places is None and served.speed()["num_places"] == 4 and served.decode_seconds > 0
-    assert served.scores == static.scores
-    for ours, theirs in zip(served.outputs, static.outputs, strict=True):
-        np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+    monkeypatch.setattr(evaluation, "throughput_scheduler", lambda *_: SimpleNamespace(config=config, warm_up=lambda draws: None))
+    monkeypatch.setattr(evaluation, "run_together", run_together)
+    found = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2)
+    assert [out.response_ids.tolist() for out in found.outputs] == [[4, 2], [5, 2], [3, 2], [4, 2], [3, 2]]
+    assert found.scores["answer_accuracy"] == 4 / 5 and found.scores["attended_tokens"] == 3.5
+    assert found.speed()["num_places"] == 4 and found.decode_seconds > 0
 
 
 class Named(Summaries):
