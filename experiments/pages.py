@@ -130,8 +130,9 @@ def speed_table(frame: pd.DataFrame, unit: str, controls: Mapping[str, str]) -> 
     """Write every batch size; the one that gives a variant the most a second has the ratio to the control's most."""
     speeds = {}
     for variant, own in by_variant(frame):
-        timed = pd.DataFrame([speed for each in own["by_batch_size"] for speed in each]).groupby("batch_size")
-        speeds[variant] = timed.mean()[timed.size() == len(own)]  # at batch sizes that all seeds were timed at
+        if found := [speed for each in own["by_batch_size"] for speed in each]:  # none of what was decoded beside other work
+            timed = pd.DataFrame(found).groupby("batch_size")
+            speeds[variant] = timed.mean()[timed.size() == len(own)]  # at batch sizes that all seeds were timed at
     most = {variant: own[f"{unit}_per_second"].max() for variant, own in speeds.items()}
     rows = []
     for variant, own in speeds.items():
