@@ -28,9 +28,8 @@ class Shape:
     vocab_size: int
 
     def abstract(self, weights: Weights = "bf16") -> Decoder:
-        """Build the decoder as `for_decoding` returns it, with shapes in place of arrays."""
-        make = functools.partial(Decoder, self.config, vocab=self.vocab, vocab_size=self.vocab_size)
-        return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)).for_decoding(weights=weights))
+        """Build the decoder as `for_decoding` returns it, with shapes in place of arrays, to be filled, not changed."""
+        return _abstract(self, weights)
 
     def random(self, seed: int) -> Decoder:
         """Build the decoder with random weights, drawn on the device in the compute dtype."""
@@ -44,6 +43,12 @@ class Shape:
         """Return this shape with room for sequences of at least `tokens` tokens."""
         room = max(tokens, self.config.max_context_tokens)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, max_context_tokens=room))
+
+
+@functools.lru_cache(maxsize=8)  # of 32 layers it takes a second
+def _abstract(shape: Shape, weights: Weights) -> Decoder:
+    make = functools.partial(Decoder, shape.config, vocab=shape.vocab, vocab_size=shape.vocab_size)
+    return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)).for_decoding(weights=weights))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))

@@ -63,8 +63,8 @@ def programs_are_timed_once():
 
 # The files that take longest come first: begun last, one would leave the other processors idle. Needs `--no-loadscope-reorder`,
 # without which files of few tests come last, and those are the longest.
-LONGEST = ["test_commands", "test_docs", "test_distributed", "test_importing", "test_layout", "test_lora", "test_lm", "test_engine"]
-LONGEST += ["test_notebooks", "test_decoding", "test_loop", "test_sequence_attention", "test_streams", "test_readme"]
+LONGEST = ["test_commands", "test_distributed", "test_docs", "test_importing", "test_layout", "test_engine", "test_notebooks", "test_lm"]
+LONGEST += ["test_lora", "test_decoding", "test_loop", "test_huggingface", "test_packaging", "test_sequence_attention"]
 
 
 def pytest_collection_modifyitems(items):
