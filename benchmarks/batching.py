@@ -4,8 +4,8 @@
     python -m benchmarks.batching --shape smollm2-135m --peers --json FILE
 
 A checkpoint of arithmetic decodes expressions of 2 to 200 operators, and its answers are judged. A shape has random weights, prompts of
-random tokens, and responses of given lengths: log-uniform, prompts of 32 to 2,000 tokens, responses of 32 to 512. Requests arrive in random
-order, all at once or as a Poisson process (open loop), and their times count from the arrival. The systems:
+random tokens, and responses of given lengths: log-uniform, prompts of 32 to 2,000 tokens, or what its context leaves, responses of 32 to
+512. Requests arrive in random order, all at once or as a Poisson process (open loop), and their times count from the arrival. The systems:
 
 - scheduler: `selfspan_jax.serving.scheduler`, no HTTP; its pages are as many rows as the static batch has. Where all requests are there at
   once, all prompts that have places are read before the next chunk; at a rate, one part between two chunks.
@@ -22,7 +22,6 @@ all streams run. A server's defaults are `ServingConfig`'s. All programs are com
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -54,11 +53,20 @@ from selfspan_jax.decoding.state import bucket
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
-from selfspan_jax.serving.scheduler import THROUGHPUT_PREFILL_TOKENS, Request, Scheduler, Tokens, throughput_scheduler
+from selfspan_jax.serving.scheduler import (
+    THROUGHPUT_CHUNK_TOKENS,
+    THROUGHPUT_PREFILL_TOKENS,
+    Request,
+    Scheduler,
+    Tokens,
+    compile_all,
+    throughput_scheduler,
+)
 from selfspan_jax.weights.huggingface import to_hugging_face
 
 EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS, EQUAL_ROUNDS = 256, 512, 5
 STREAM_TOKENS, STREAM_PASSES, LONG_PROMPT_TOKENS, LONG_PROMPT_OPERATORS, LONG_EVERY_CHUNKS = 1500, 4, 2000, 300, 6
+DEFAULT_CONTEXT, MAX_QUEUE = 4096, 10**6
 PARTS = ("mixed", "equal", "stalls", "first", "rates")  # in the order in which they are measured
 
 
@@ -82,8 +90,8 @@ class Batching:
     """Sequences of a static batch."""
     slots: int = 256
     """Sequences that the scheduler decodes at the same time, on as many rows of cache as the static batch has; of `equal` both's."""
-    chunk_tokens: int = ServingConfig.chunk_tokens
-    """Decode steps between two looks of the scheduler."""
+    chunk_tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (THROUGHPUT_CHUNK_TOKENS, 64, ServingConfig.chunk_tokens)
+    """Decode steps between two looks of the scheduler where it has no server's defaults; `mixed` and `equal` are measured with each."""
     prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
     """Most prompt tokens that the scheduler reads at once, where it has no server's defaults."""
     streams: int = 32
@@ -133,10 +141,11 @@ class Model:
             assert settings.shape is not None
             self.engine, self.attention, self.stop_ids = Engine(endless(named_shape(settings.shape), settings.seed)), "dense", ()
             self.endless = self.engine
-            sizes = [np.exp(self.rng.uniform(np.log(32), np.log(most), settings.num_requests)).astype(int) for most in (2000, 512)]
+            longest = min(LONG_PROMPT_TOKENS, self.engine.config.max_context_tokens - 512)
+            sizes = [np.exp(self.rng.uniform(np.log(32), np.log(most), settings.num_requests)).astype(int) for most in (longest, 512)]
             self.work = [Work(self.tokens(int(prompt)), int(new)) for prompt, new in zip(*sizes)]
         self.prompt_tokens, self.new_tokens = (max(sizes) for sizes in zip(*((len(w.prompt_ids), w.new_tokens) for w in self.work)))
-        room = -(-self.new_tokens // settings.chunk_tokens) * settings.chunk_tokens
+        room = -(-self.new_tokens // ServingConfig.chunk_tokens) * ServingConfig.chunk_tokens
         self.rows = settings.batch_size * (bucket(self.prompt_tokens) + room)
         self.config = DecodeConfig(self.attention, room, stop_ids=self.stop_ids)
 
@@ -160,35 +169,40 @@ class Model:
         return self.rng.integers(self.engine.vocab_size // 2, self.engine.vocab_size, number, np.int32)
 
     def scheduler(self, engine: Engine, *, defaults: bool = False) -> Scheduler:
-        """Make a scheduler, of many places or of a server's defaults; its programs for greedy decoding are compiled and have run."""
-        settings, config = self.settings, engine.config
-        context = max(self.prompt_tokens + self.new_tokens, EQUAL_PROMPT_TOKENS + EQUAL_NEW_TOKENS)
-        options: dict[str, Any] = {"chunk_tokens": settings.chunk_tokens, "max_queue": 10**6}
+        """Make a scheduler, of many places or of a server's defaults."""
+        settings, context = self.settings, max(self.prompt_tokens + self.new_tokens, EQUAL_PROMPT_TOKENS + EQUAL_NEW_TOKENS)
         if defaults:
-            own = ServingConfig(context_tokens=min(LONG_PROMPT_TOKENS + STREAM_TOKENS, config.max_context_tokens), **options)
-            scheduler = Scheduler(engine, own, attention=self.attention, stop_ids=self.stop_ids)
-        else:
-            options |= {"num_sequences": settings.slots, "prefill_tokens": settings.prefill_tokens}
-            scheduler = throughput_scheduler(engine, self.config, settings.batch_size, self.prompt_tokens, context, **options)
-        scheduler.warm_up(draws=False)
-        return scheduler
+            own = ServingConfig(context_tokens=min(DEFAULT_CONTEXT, engine.config.max_context_tokens), max_queue=MAX_QUEUE)
+            return Scheduler(engine, own, attention=self.attention, stop_ids=self.stop_ids)
+        options = {"num_sequences": settings.slots, "prefill_tokens": settings.prefill_tokens, "max_queue": MAX_QUEUE}
+        options["chunk_tokens"] = settings.chunk_tokens[0]
+        return throughput_scheduler(engine, self.config, settings.batch_size, self.prompt_tokens, context, **options)
 
     def compile(self) -> None:
-        """Compile what the parts need, all of it at once; a scheduler that is made later finds its programs."""
-        parts = self.settings.parts
-        jobs: list[Callable[[], Any]] = []
+        """Compile what the parts need, several programs at once, and run those of schedulers; one that is made later finds them."""
+        parts, settings = self.settings.parts, self.settings
+        programs: list[Callable[[], Any]] = []
+        schedulers = []
         if {"mixed", "equal", "rates"} & {*parts}:
-            jobs.append(lambda: self.scheduler(self.engine))
+            schedulers.append((self.scheduler(self.engine), settings.chunk_tokens))
         if {"equal", "stalls", "first"} & {*parts}:
-            jobs.append(lambda: self.scheduler(self.engine, defaults=True))
+            schedulers.append((self.scheduler(self.engine, defaults=True), (ServingConfig.chunk_tokens,)))
+        for scheduler, chunks in schedulers:
+            for chunk in chunks[1:]:
+                with_chunks(scheduler, chunk)
+                programs += scheduler.programs(draws=False)[:1]
+            with_chunks(scheduler, chunks[0])
+            programs += scheduler.programs(draws=False)
         if "mixed" in parts:
-            jobs.append(lambda: self.engine.compile(self.settings.batch_size, self.prompt_tokens, self.config))
+            programs.append(lambda: self.engine.compile(settings.batch_size, self.prompt_tokens, self.config))
         if "equal" in parts:
-            config = self.equal_config()
-            jobs += [functools.partial(self.engine.compile, size, EQUAL_PROMPT_TOKENS, config) for size in self.equal_sizes()]
-        with concurrent.futures.ThreadPoolExecutor(max(1, len(jobs))) as pool:
-            for job in [pool.submit(job) for job in jobs]:
-                job.result()
+            arguments = EQUAL_PROMPT_TOKENS, self.equal_config()
+            programs += [functools.partial(self.engine.compile, size, *arguments) for size in self.equal_sizes()]
+        compile_all(programs)
+        for scheduler, chunks in schedulers:
+            for chunk in chunks[::-1]:
+                with_chunks(scheduler, chunk)
+                scheduler.warm_up(draws=False)
         gc.collect()
         gc.freeze()  # as the server does
 
@@ -199,6 +213,11 @@ class Model:
     def equal_config(self) -> DecodeConfig:
         """Return what a static batch of equal lengths decodes with."""
         return DecodeConfig(self.attention, EQUAL_NEW_TOKENS, stop_ids=self.stop_ids)
+
+
+def with_chunks(scheduler: Scheduler, chunk_tokens: int) -> None:
+    """Let chunks of a scheduler that does nothing have so many tokens from now on."""
+    scheduler.config = dataclasses.replace(scheduler.config, chunk_tokens=chunk_tokens)
 
 
 def endless(shape: Shape, seed: int) -> Any:
@@ -256,7 +275,7 @@ def run_static(model: Model, work: Sequence[Work], times: Float[np.ndarray, "R"]
         token_ids, lengths = np.zeros((size, model.prompt_tokens), np.int32), np.array([len(work[i].prompt_ids) for i in filled], np.int32)
         for row, i in zip(token_ids, filled):
             row[: len(work[i].prompt_ids)] = work[i].prompt_ids
-        chunk = model.settings.chunk_tokens
+        chunk = ServingConfig.chunk_tokens
         limit = -(-max(work[i].new_tokens for i in chosen) // chunk) * chunk
         pieces: Iterator[Any]
         if times[-1] > 0:
@@ -286,10 +305,12 @@ def mixed(model: Model) -> Iterator[dict[str, Any]]:
     work, times = model.work, arrivals(None, len(model.work), model.settings.seed)
     similar = sorted(work, key=lambda item: len(item.prompt_ids))
     scheduler = model.scheduler(model.engine)
-    for system, own in (("scheduler", work), ("scheduler, longest first", similar[::-1])):
+    orders = {"scheduler": work, "scheduler, longest first": similar[::-1]}
+    for chunk, system in itertools.product(model.settings.chunk_tokens, orders):
+        with_chunks(scheduler, chunk)
         scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
         before = scheduler.stats
-        row = {"system": system, **summary(None, run_scheduler(scheduler, own, times))}
+        row = {"system": system, "chunk_tokens": chunk, **summary(None, run_scheduler(scheduler, orders[system], times))}
         yield row | {name: getattr(scheduler.stats, name) - getattr(before, name) for name in ("preemptions", "waited_seconds")}
     del scheduler
     warm_static(model, np.zeros(model.settings.batch_size))
@@ -302,7 +323,7 @@ def rates(model: Model) -> Iterator[dict[str, Any]]:
     settings = model.settings
     drawn = [(rate, arrivals(rate, min(len(model.work), max(1, round(rate * settings.seconds))), settings.seed)) for rate in settings.rates]
     scheduler = model.scheduler(model.engine)
-    scheduler.config = dataclasses.replace(scheduler.config, reads_per_chunk=1)
+    scheduler.config = dataclasses.replace(scheduler.config, reads_per_chunk=1)  # and the first of the chunks
     for rate, times in drawn:
         scheduler.pages = Pages(scheduler.num_pages)
         yield {"system": "scheduler", **summary(rate, run_scheduler(scheduler, model.work[: len(times)], times))}
@@ -334,28 +355,32 @@ def equal(model: Model) -> Iterator[dict[str, Any]]:
         static()
         seconds = min(timed(static)[1] for _ in range(3))
         scheduler = model.scheduler(model.endless, defaults=defaults)
-        for row in ids:
-            scheduler.submit(Request(row, new), lambda tokens: None)
-        marks: list[tuple[float, int, float]] = []
-        while scheduler.run_once():
-            stats = scheduler.stats
-            if stats.generated_tokens >= batch * new and (stats.waiting or len(marks) < 2):  # since then, places become free
-                marks.append((time.perf_counter(), stats.generated_tokens, stats.waited_seconds))
-        (began, before, waited), (ended, after, waited_then) = marks[0], marks[-1]
-        rate, static_rate = (after - before) / (ended - began), batch * new / seconds
-        yield {
-            "batch_size": batch,
-            "defaults": defaults,
-            "prompt_tokens": prompt,
-            "new_tokens": new,
-            "chunk_tokens": scheduler.config.chunk_tokens,
-            "prefill_tokens": scheduler.config.prefill_tokens,
-            "static_tokens_per_second": static_rate,
-            "tokens_per_second": rate,
-            "of_static": rate / static_rate,
-            "host_waits": (waited_then - waited) / (ended - began),
-            "preemptions": scheduler.stats.preemptions,
-        }
+        for chunk in (ServingConfig.chunk_tokens,) if defaults else model.settings.chunk_tokens:
+            with_chunks(scheduler, chunk)
+            scheduler.pages, start = Pages(scheduler.num_pages), scheduler.stats
+            for row in ids:
+                scheduler.submit(Request(row, new), lambda tokens: None)
+            marks: list[tuple[float, int, float]] = []
+            while scheduler.run_once():
+                stats = scheduler.stats
+                written = stats.generated_tokens - start.generated_tokens
+                if written >= batch * new and (stats.waiting or len(marks) < 2):  # since then, places become free
+                    marks.append((time.perf_counter(), written, stats.waited_seconds))
+            (began, before, waited), (ended, after, waited_then) = marks[0], marks[-1]
+            rate, static_rate = (after - before) / (ended - began), batch * new / seconds
+            yield {
+                "batch_size": batch,
+                "defaults": defaults,
+                "prompt_tokens": prompt,
+                "new_tokens": new,
+                "chunk_tokens": chunk,
+                "prefill_tokens": scheduler.config.prefill_tokens,
+                "static_tokens_per_second": static_rate,
+                "tokens_per_second": rate,
+                "of_static": rate / static_rate,
+                "host_waits": (waited_then - waited) / (ended - began),
+                "preemptions": scheduler.stats.preemptions - start.preemptions,
+            }
         del scheduler
 
 
@@ -365,7 +390,7 @@ def stalls(model: Model) -> Iterator[dict[str, Any]]:
     Counted while all streams run; `with_ramp` has the gaps before and after. `host` is a round's time less what it waited for the
     device, `host_cpu` the processor time of that: where it is much less, other programs had the processor.
     """
-    streams, chunk = model.settings.streams, model.settings.chunk_tokens
+    streams, chunk = model.settings.streams, ServingConfig.chunk_tokens
     short = [model.tokens(64) for _ in range(streams)]
     texts = model.expressions(40, *(2 * (LONG_PROMPT_OPERATORS,))) if model.lm else []
     longs = itertools.cycle([item.prompt_ids for item in texts] or [model.tokens(LONG_PROMPT_TOKENS) for _ in range(40)])

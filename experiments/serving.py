@@ -52,13 +52,22 @@ def sections(results: Path) -> dict[str, str]:
 
 def of_model(report: Row) -> dict[str, str]:
     """Write the tables of `benchmarks.batching CHECKPOINT`."""
-    systems = {row["system"]: row for row in report["rows"] if row["requests_per_second"] is None}
+    at_once = [row for row in report["rows"] if row["requests_per_second"] is None]
+    systems = {row["system"]: row for row in at_once[::-1]}  # the first of each, which has the chunks of `throughput_scheduler`
     rates = [row for row in report["rows"] if row["requests_per_second"] is not None]
     return {
         "targets": _targets(report, systems),
-        "mixed": _mixed(list(systems.values())),
+        "mixed": _mixed(at_once),
         "equal": markdown_table(
-            ("sequences", "prompt tokens read at once", "static batch, tokens/s", "scheduler, tokens/s", "of static, %", "host waits, %"),
+            (
+                "sequences",
+                "chunk",
+                "prompt tokens at once",
+                "static batch, tokens/s",
+                "scheduler, tokens/s",
+                "of static, %",
+                "host waits, %",
+            ),
             [_equal(row) for row in report.get("equal", [])],
         ),
         "stalls": markdown_table(
@@ -90,7 +99,7 @@ def of_evaluation(report: Row) -> dict[str, str]:
 
 def _targets(report: Row, systems: Row) -> str:
     rows = []
-    for row in report.get("equal", []):
+    for row in {row["defaults"]: row for row in sorted(report.get("equal", [])[::-1], key=lambda row: row["defaults"])}.values():
         what = "with a server's defaults" if row["defaults"] else "many places"
         target = f"tokens/s while requests of equal lengths wait, of one static batch of {row['batch_size']}, {what}, %"
         rows.append(judge(target, "90", f"{100 * row['of_static']:.1f}", reached=row["of_static"] >= 0.9))
@@ -113,12 +122,13 @@ def _targets(report: Row, systems: Row) -> str:
 
 
 def _mixed(rows: list[Row]) -> str:
-    head = ("all at once", "requests", "seconds", "tokens/s", "right answers/s", "first tokens, ms, p50", "the whole, ms, p50")
+    head = ("all at once", "chunk", "requests", "seconds", "tokens/s", "right answers/s", "first tokens, ms, p50", "the whole, ms, p50")
     return markdown_table(
         head,
         [
             [
                 _SYSTEMS.get(row["system"]) or row["system"],
+                str(row.get("chunk_tokens", "-")),
                 f"{row['num_requests']:,}",
                 f"{row['seconds']:.2f}",
                 f"{row['tokens_per_second']:,.0f}",
@@ -135,6 +145,7 @@ def _equal(row: Row) -> list[str]:
     rates = [f"{row[name]:,.0f}" for name in ("static_tokens_per_second", "tokens_per_second")]
     return [
         str(row["batch_size"]),
+        str(row["chunk_tokens"]),
         f"{row['prefill_tokens']:,}",
         *rates,
         *(f"{100 * row[name]:.1f}" for name in ("of_static", "host_waits")),

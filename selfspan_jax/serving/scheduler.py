@@ -46,7 +46,8 @@ _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not s
 # Requests that are all there: places for each sequence of a static batch on the same rows of cache, because few are at their full length;
 # and from how many batches, and how many times fewer steps, on that is faster: 1.77 times fewer gave 1.17 times the answers on an H100.
 PLACES_PER_SEQUENCE, MIN_BATCHES, MIN_SAVING = 2, 4, 1.65
-THROUGHPUT_PREFILL_TOKENS = 4096
+# A chunk of a small model is over before the host has done its part of it for so many places, so it is longer than where streams wait.
+THROUGHPUT_PREFILL_TOKENS, THROUGHPUT_CHUNK_TOKENS = 4096, 32
 _LOG = logging.getLogger(__name__)
 
 
@@ -340,20 +341,26 @@ class Scheduler:
     def warm_up(self, *, draws: bool = True) -> None:
         """Compile every program, several at once, and run each on no request, so that none is compiled later.
 
-        Without `draws` only those of greedy decoding.
+        Without `draws` only those of greedy decoding. Programs run in this thread, once all are compiled: a GPU records some as graphs when
+        they run, and fails where another thread loads one meanwhile.
         """
-        levels = _LEVELS if draws else _LEVELS[:1]
-        reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._all_key_sizes(queries)]
-        reads += [(self._query_sizes[0], keys, True) for keys in self._all_key_sizes(self._query_sizes[0])]
-        lowered = [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in levels]
-        lowered += [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in reads]
-        with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-            list(pool.map(lambda lower: lower().compile(), lowered))
-        for level in levels:
+        compile_all(self.programs(draws=draws))
+        for level in _LEVELS if draws else _LEVELS[:1]:
             self._dispatch_chunk(level)
-        for sizes in reads:
+        for sizes in self._read_sizes():
             self._dispatch_read([], 0, *sizes)
         jax.block_until_ready(self._state)
+
+    def programs(self, *, draws: bool = True) -> list[Callable[[], Any]]:
+        """Return what compiles each program, those of chunks first, and runs nothing: for `compile_all`."""
+        levels = _LEVELS if draws else _LEVELS[:1]
+        lowering = [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in levels]
+        lowering += [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in self._read_sizes()]
+        return [functools.partial(_compile, lower) for lower in lowering]
+
+    def _read_sizes(self) -> list[tuple[int, int, bool]]:
+        reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._all_key_sizes(queries)]
+        return reads + [(self._query_sizes[0], keys, True) for keys in self._all_key_sizes(self._query_sizes[0])]
 
     def _take(self) -> None:
         """Take what other threads have left."""
@@ -622,6 +629,17 @@ class Scheduler:
 _NONE = np.zeros(0, np.int32)
 
 
+def _compile(lower: Callable[[], jax.stages.Lowered]) -> None:
+    lower().compile()
+
+
+def compile_all(programs: Sequence[Callable[[], Any]]) -> None:
+    """Call what compiles programs, several at once."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        for compiled in [pool.submit(program) for program in programs]:
+            compiled.result()
+
+
 # ------------------------------------------------------------------------------------------------- in place of static batches
 
 
@@ -638,7 +656,7 @@ def saves_steps(engine: Engine, config: DecodeConfig, prompt_tokens: Sequence[in
     static = sum(int(new[start : start + batch_size].max()) for start in range(0, len(new), batch_size))
     rows = batch_size * (prompts.max() + new.max())
     together = min(PLACES_PER_SEQUENCE * batch_size, rows / np.mean(prompts + new / 2))
-    lost = 1.5 * ServingConfig.chunk_tokens  # after the end of a response, until its place is free
+    lost = 1.5 * THROUGHPUT_CHUNK_TOKENS  # after the end of a response, until its place is free
     return static >= MIN_SAVING * ((new + lost).sum() / together + new.max() / 2)
 
 
@@ -651,8 +669,8 @@ def throughput_scheduler(
     """
     page = ServingConfig.page_tokens
     rows = max(batch_size * (bucket(prompt_tokens) + config.max_new_tokens), context_tokens + page)
-    places = PLACES_PER_SEQUENCE * batch_size
-    serving = ServingConfig(places, context_tokens, num_pages=rows // page, prefill_tokens=THROUGHPUT_PREFILL_TOKENS, reads_per_chunk=None)
+    sizes = {"chunk_tokens": THROUGHPUT_CHUNK_TOKENS, "prefill_tokens": THROUGHPUT_PREFILL_TOKENS}
+    serving = ServingConfig(PLACES_PER_SEQUENCE * batch_size, context_tokens, num_pages=rows // page, reads_per_chunk=None, **sizes)
     options: dict[str, Any] = {"attention": config.attention, "stop_ids": config.stop_ids, "implementation": config.implementation}
     return Scheduler(engine, dataclasses.replace(serving, **changes), **options)
 

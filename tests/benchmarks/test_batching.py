@@ -44,7 +44,7 @@ def test_each_request_gets_its_tokens_and_its_time_counts_from_its_arrival(times
 
 
 @pytest.mark.parametrize("times, batches", [(np.zeros(5), 3), (np.array([0, 0, 0, 0.0, 0.03]), 3)])
-def test_a_static_batch_runs_as_long_as_its_longest_response_and_each_counts_its_own(times, batches):
+def test_a_static_batch_runs_as_long_as_its_longest_response_and_each_counts_its_own(times, batches, monkeypatch):
     limits = []
 
     def generate(token_ids, lengths, config, limit_tokens):
@@ -58,7 +58,8 @@ def test_a_static_batch_runs_as_long_as_its_longest_response_and_each_counts_its
             yield tuple(x[:, start : start + chunk_tokens] for x in (state.new_tokens, state.num_attended))
 
     engine = types.SimpleNamespace(generate=generate, stream=stream)
-    settings = types.SimpleNamespace(batch_size=2, chunk_tokens=4)
+    settings = types.SimpleNamespace(batch_size=2)
+    monkeypatch.setattr(batching.ServingConfig, "chunk_tokens", 4)
     model = types.SimpleNamespace(engine=engine, settings=settings, prompt_tokens=7, config=None)
     sent = batching.run_static(model, work(1, 2, 5, 4, 3), times)
     assert limits == [4, 8, 4] and len(limits) == batches

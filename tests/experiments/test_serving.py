@@ -19,13 +19,21 @@ def row(system, right, rate=None):
 
 STALLS = {"streams": 32, "rounds": 370, "ms_p50": 4.0, "ms_p99": 12.4, "ms_most": 13.0, "p99_of_p50": 3.1, "with_ramp_ms_p99": 14.0}
 STALLS |= {"host_ms_p50": 2.0, "host_ms_p99": 9.0, "host_cpu_ms_p99": 3.0}
-EQUAL = {"batch_size": 256, "defaults": False, "prefill_tokens": 4096, "static_tokens_per_second": 1e6, "tokens_per_second": 9.1e5}
+EQUAL = {
+    "batch_size": 256,
+    "defaults": False,
+    "chunk_tokens": 32,
+    "prefill_tokens": 4096,
+    "static_tokens_per_second": 1e6,
+    "tokens_per_second": 9.1e5,
+}
 EQUAL |= {"of_static": 0.91, "host_waits": 0.25}
 REPORT = HEADER | {
     "rows": [
         row("scheduler", 500.0),
         row("static", 240.0),
         row("sorted", 400.0),
+        row("scheduler", 450.0),
         row("static", 20.0, 100.0),
         row("scheduler", 90.0, 100.0),
     ],
@@ -46,7 +54,7 @@ def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
         ("91.0", "yes"), ("2.08", "yes"), ("1.25", "-"), ("3.10", "**no**"), ("6.1", "yes")
     ]  # fmt: skip
     assert found["mixed"].startswith(f"H100, JAX 0.11.2 ([JSON]({tmp_path.name}/{serving.MODEL}))")
-    assert [own[4] for own in cells(found["mixed"])] == ["500", "240", "400"]
+    assert [own[5] for own in cells(found["mixed"])] == ["500", "240", "400", "450"]
     assert [own[:4] for own in cells(found["rates"])] == [["100", "static", "400,000", "20.0"], ["100", "scheduler", "400,000", "90.0"]]
     assert [own[0] for own in cells(found["stalls"])] == ["0", "36"] and cells(found["equal"])[0][-2:] == ["91.0", "25.0"]
     assert set(found) == {"targets", "mixed", "equal", "stalls", "rates"}  # of the other files nothing is known
