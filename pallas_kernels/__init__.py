@@ -14,7 +14,7 @@ and raises ValueError where the arguments do not fit together, and NotImplemente
 The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.11 deprecates it.
 """
 
-from pallas_kernels.linear import ScaledRows, fused_linear, rms_norm
+from pallas_kernels.linear import ScaledRows, SplitRows, fused_linear, rms_norm
 from pallas_kernels.norm import fork_rms_norm
 from pallas_kernels.prompt_attention import PromptMask, prompt_attention
 from pallas_kernels.quantized import QuantizedPool, QuantizedWeight, quantize_pool, quantize_weight
@@ -29,6 +29,7 @@ __all__ = [
     "QuantizedPool",
     "QuantizedWeight",
     "ScaledRows",
+    "SplitRows",
     "TileMask",
     "fork_rms_norm",
     "fused_linear",

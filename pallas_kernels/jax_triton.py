@@ -21,7 +21,8 @@ from jax.extend.core import Literal
 _TYPES = {"int32": "int32", "bool": "int1", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "int8": "int8"}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "rem": "%", "and": "&", "or": "|", "xor": "^"}
 _INFIX |= {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_CALLS = {"max": "maximum", "min": "minimum", "exp": "exp", "exp2": "exp2", "rsqrt": "rsqrt", "debug_barrier": "debug_barrier"}
+_CALLS = {"max": "maximum", "min": "minimum", "debug_barrier": "debug_barrier"}
+_CALLS |= {name: name for name in ("exp", "exp2", "log", "log2", "rsqrt")}
 
 
 def missing_reason(interpret: bool) -> str | None:

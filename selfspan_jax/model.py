@@ -28,7 +28,7 @@ from selfspan_jax.spans import SpanVocab
 Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
 Rows = Any  # [B, T, D]; in decoding, where the norm that follows is known, `pallas_kernels.ScaledRows` of it
 # queries, keys and values [B, T, K, G + 2, H], neither normalised nor rotated; the options `norms` and `norm_eps` of queries and keys
-# that are; the angles; the layer's cache -> attention output [B, T, N, H], the layer's cache afterwards
+# that are, in decoding `ahead`, the weights that are read next; the angles; the layer's cache -> outputs [B, T, N, H], its cache afterwards
 Attend = Callable[[Array, dict[str, Any], Angles, Any], tuple[Array, Any]]
 
 
@@ -108,15 +108,15 @@ class Attention(nnx.Module):
         self.q_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
         self.k_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
 
-    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, **linear: Any):
+    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, ahead=(), **linear: Any):
         x, rows, own_norm = norm.fork(x, **linear)
         qkv = self.qkv_proj(rows, norm=own_norm, **linear)
         batch, num_tokens, _ = qkv.shape
         qkv = qkv.reshape(batch, num_tokens, -1, self.projections, self.head_size)
-        norms: dict[str, Any] = {}
+        options: dict[str, Any] = {"ahead": [linear_map.weight[...] for linear_map in ahead]} if ahead else {}
         if self.q_norm is not None and self.k_norm is not None:
-            norms = {"norms": (self.q_norm.scale[...], self.k_norm.scale[...]), "norm_eps": self.q_norm.eps}
-        out, cache = attend(qkv, norms, angles, cache)
+            options |= {"norms": (self.q_norm.scale[...], self.k_norm.scale[...]), "norm_eps": self.q_norm.eps}
+        out, cache = attend(qkv, options, angles, cache)
         return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, next_norm=next_norm, **linear), cache
 
 
@@ -141,8 +141,12 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Rows, angles: Angles, attend: Attend, cache: Any, next_norm: RMSNorm | None = None, **linear: Any):
-        x, cache = self.self_attn(x, self.input_layernorm, self.post_attention_layernorm, angles, attend, cache, **linear)
+    def __call__(self, x: Rows, angles: Angles, attend: Attend, cache: Any, following: Layer | None = None, **linear: Any):
+        next_norm, ahead = None, tuple[Linear, ...]()
+        if following is not None:  # in decoding: what is read after the attention
+            ahead = self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, following.self_attn.qkv_proj
+            next_norm = following.input_layernorm
+        x, cache = self.self_attn(x, self.input_layernorm, self.post_attention_layernorm, angles, attend, cache, ahead, **linear)
         return self.mlp(x, self.post_attention_layernorm, next_norm, **linear), cache
 
 
@@ -191,19 +195,19 @@ class Decoder(nnx.Module):
         # Rounded after the lookup: its gradient is a scatter with many hits per row, which GPUs add up in float32 only.
         x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
 
-        def run(layer: Layer, x, angles, cache, next_norm):
+        def run(layer: Layer, x, angles, cache, following):
             if self.gather_layers:
                 graph, params = nnx.split(layer)
                 layer = nnx.merge(graph, all_gather_params(params, self.config.compute_dtype))
-            return layer(x, angles, attend, cache, next_norm, implementation=linear)
+            return layer(x, angles, attend, cache, following, implementation=linear)
 
         if self.config.remat or self.gather_layers:
             policy = None if self.config.remat else jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             run = nnx.remat(run, policy=policy)
         after = []
-        next_norms = [None if linear == "xla" or self.gather_layers else layer.input_layernorm for layer in self.layers[1:]] + [None]
-        for layer, cache, next_norm in zip(self.layers, caches or (None,) * self.config.num_layers, next_norms, strict=True):
-            x, cache = run(layer, x, angles, cache, next_norm)
+        following = [None if linear == "xla" or self.gather_layers else layer for layer in self.layers[1:]] + [None]
+        for layer, cache, after_it in zip(self.layers, caches or (None,) * self.config.num_layers, following, strict=True):
+            x, cache = run(layer, x, angles, cache, after_it)
             after.append(cache)
         return self.norm(x), tuple(after)
 

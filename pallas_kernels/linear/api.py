@@ -11,14 +11,14 @@ from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, de
 from pallas_kernels.jax_triton import launch
 from pallas_kernels.linear import triton, triton_tiled
 from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, TileConfig, is_fastest, is_tiled, linear_config, tile_config
-from pallas_kernels.linear.reference import ScaledRows, plain_rows, reference_linear, rms_norm, xla_linear
+from pallas_kernels.linear.reference import ScaledRows, SplitRows, plain_rows, reference_linear, rms_norm, xla_linear
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "jax_triton")
 
 
 def fused_linear(
-    x: jax.Array | ScaledRows,
+    x: jax.Array | ScaledRows | SplitRows,
     weight: Rows,
     *,
     norm: jax.Array | None = None,
@@ -35,7 +35,7 @@ def fused_linear(
 
     Args:
       x: `[..., D]` rows, bfloat16, float16 or float32; B is how many there are. Or `ScaledRows`, made with `next_norm` the `norm` of
-        this call: the same result, without their norm being computed by every program anew.
+        this call: the same result, without their norm being computed by every program anew. Or `SplitRows`, without a norm.
       weight: `[M, D]`, the D inputs of an output next to each other, in the dtype of `x` or in float32 (which is cast to
         it, by the implementations that train), or a `QuantizedWeight` of that shape.
       norm: `[D]`, the scale of an RMSNorm of `x` before the product (1910.07467, equation 4), in any float dtype.
@@ -50,35 +50,36 @@ def fused_linear(
     Returns:
       `[..., M]`, or `[..., F]` if gated.
     """
-    given, x, residual = x, plain_rows(x), None if residual is None else plain_rows(residual)
-    _validate(x, weight, norm, bias, residual, next_norm, gated, out_dtype)
+    plain: Any = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x  # SplitRows: a shape alone
+    residual = None if residual is None else plain_rows(residual)
+    _validate(plain, weight, norm, bias, residual, next_norm, gated, out_dtype)
     num_outputs, num_inputs = weight.shape
-    scaled = given if isinstance(given, ScaledRows) and norm is not None else None
-    fastest = is_fastest(_num_rows(x), num_outputs, num_inputs, values_of(weight).dtype.itemsize, gated, scaled is not None)
+    batch, scaled = _num_rows(plain), isinstance(x, ScaledRows) and norm is not None
+    fastest = is_fastest(batch, num_outputs, num_inputs, values_of(weight).dtype.itemsize, gated, scaled)
     chosen = choose_implementation(
         implementation,
         ("triton", "xla") if fastest else ("xla",),
-        lambda name: unsupported_reason(name, x, weight, norm=norm, gated=gated, interpret=interpret),
+        lambda name: unsupported_reason(name, plain, weight, norm=norm, gated=gated, interpret=interpret),
     )
-    out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    out_dtype = plain.dtype if out_dtype is None else jnp.dtype(out_dtype)
     num_results = _num_results(weight, gated)
-    out_shape = (*x.shape[:-1], num_results)
+    out_shape = (*plain.shape[:-1], num_results)
     if math.prod(out_shape) == 0:
         return jnp.zeros(out_shape, out_dtype)
-    rows: jax.Array | ScaledRows = x.reshape(-1, num_inputs)
     residual = None if residual is None else residual.reshape(-1, num_results)
-    if chosen in ("triton", "jax_triton"):
-        if scaled is not None:
-            rows = ScaledRows(x.reshape(-1, num_inputs), scaled.scaled.reshape(-1, num_inputs), scaled.squares)
-        scales = out_dtype == x.dtype != jnp.float16 and _num_rows(x) > MAX_NORM_ROWS  # float16 times a scale may overflow
-        out = _kernel(
-            chosen, float(norm_eps), gated, out_dtype, interpret, rows, weight, norm, bias, residual, next_norm if scales else None
-        )
-        if isinstance(out, ScaledRows):
-            return ScaledRows(out.rows.reshape(out_shape), out.scaled.reshape(out_shape), out.squares)
-        return out.reshape(out_shape)
-    compute = reference_linear if chosen == "reference" else xla_linear
-    return compute(rows, weight, norm, bias, residual, norm_eps=float(norm_eps), gated=gated, out_dtype=out_dtype).reshape(out_shape)
+    norm_eps = float(norm_eps)
+    if chosen in PLAIN:
+        compute, rows = reference_linear if chosen == "reference" else xla_linear, plain_rows(x).reshape(-1, num_inputs)
+        return compute(rows, weight, norm, bias, residual, norm_eps=norm_eps, gated=gated, out_dtype=out_dtype).reshape(out_shape)
+    given: Any = x if isinstance(x, SplitRows) else plain
+    given = given.reshape(-1, num_inputs)
+    if isinstance(x, ScaledRows) and scaled:
+        given = ScaledRows(given, x.scaled.reshape(-1, num_inputs), x.squares)
+    scales = out_dtype == plain.dtype != jnp.float16 and batch > MAX_NORM_ROWS  # float16 times a scale may overflow
+    out = _kernel(chosen, norm_eps, gated, out_dtype, interpret, given, weight, norm, bias, residual, next_norm if scales else None)
+    if isinstance(out, ScaledRows):
+        return ScaledRows(out.rows.reshape(out_shape), out.scaled.reshape(out_shape), out.squares)
+    return out.reshape(out_shape)
 
 
 def unsupported_reason(
@@ -123,13 +124,16 @@ def _num_results(weight: Rows, gated: bool) -> int:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, norm, bias, residual, next_norm):
-    (batch, num_inputs), item_bytes = plain_rows(x).shape, values_of(weight).dtype.itemsize
+    plain = getattr(x, "rows", x)
+    (batch, num_inputs), item_bytes = plain.shape, values_of(weight).dtype.itemsize
     norm = None if isinstance(x, ScaledRows) else norm
     num_results = _num_results(weight, gated)
     # float16 rows times the norm's scale may overflow before they are normalised, which the tiled kernel does first.
-    tiled = is_tiled(batch, num_results, num_inputs, gated) or (norm is not None and x.dtype == jnp.float16)
+    tiled = is_tiled(batch, num_results, num_inputs, gated) or (norm is not None and plain.dtype == jnp.float16)
     config = (tile_config if tiled else linear_config)(batch, num_results, num_inputs, item_bytes, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "interpret": interpret}
+    if isinstance(x, SplitRows) and (norm is not None or not isinstance(config, TileConfig) or config.tile_rows > 1):
+        x = plain_rows(x)
     if isinstance(config, TileConfig):
         linear = functools.partial(triton_tiled.triton_tiled_linear, config=config, **options)
         return launch(implementation, linear, x, weight, norm, bias, residual, next_norm)
@@ -149,7 +153,7 @@ _kernel = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3, 4))  # so that a model'
 
 
 def _validate(x, weight, norm, bias, residual, next_norm, gated, out_dtype) -> None:
-    require(x.ndim > 0 and x.dtype in FLOAT_DTYPES, "x must be [..., D] in bfloat16, float16 or float32", x)
+    require(len(x.shape) > 0 and x.dtype in FLOAT_DTYPES, "x must be [..., D] in bfloat16, float16 or float32", x)
     if out_dtype is not None:
         require(jnp.dtype(out_dtype) in FLOAT_DTYPES, "out_dtype must be bfloat16, float16 or float32", jnp.dtype(out_dtype).name)
     values = values_of(weight)

@@ -44,7 +44,7 @@ class TileConfig(NamedTuple):
 
     tile_rows: int  # rows of x that a program computes; 1 is multiplied off the matrix unit
     tile_outputs: int  # outputs (gated: pairs of gate and up) that it computes
-    tile_inputs: int  # that it reads at once; with as many as there are, no loop
+    tile_inputs: int  # of a chunk, a power of two, several of which are in flight; with as many as there are, no loop
     num_warps: int
     num_stages: int  # of the software pipeline, where there is a loop
     rows_first: bool = True  # rows on the long side of the matrix unit's product, else outputs
@@ -115,7 +115,7 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
 
     Microseconds on an H100 of maps of 512 inputs (arithmetic-small) / of 576 (SmolLM2-135M), of 1,536 for down:
                                                                       QKV          o         gate-up        down
-           1 row:  4 outputs, down 2; as many warps                 - /  2.1    - / 1.8     - /  3.2     - /  2.2
+           1 row:  4 outputs, down 2; as many warps, norm first     - /  2.1    - / 1.8     - /  3.2     - /  2.2
                    XLA                                              - /  4.0    - / 2.6     - /  5.2     - /  2.9
          64 rows:  16 rows, 32 outputs, all in flight             3.7 /  4.1  3.3 / 3.4   7.4 /  8.3   4.9 /  4.9
                    16 rows, 64 outputs first, 5 stages            4.9 /  5.2    -         6.6 /  7.1     -
@@ -129,6 +129,8 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
                    XLA                                            8.9 /  9.6  5.6 / 6.8  14.1 / 15.1  12.3 / 10.9
     Of `ScaledRows`, another run, no norm in the loop (gate-up of 512 inputs in chunks of 128):
          64 rows:  16 rows, 32 outputs                            3.5 /  -
+                   in whole steps on an H200: chunks of 64        - / 3.6        - / 3.5     - / 4.5        - / 5.2
+                   chunks of 128 and a rest of 64                 - / 3.5        - / 3.3     - / 4.9        - / 5.0
                    64 rows, 16 pairs                                                         4.3 /  -
                    64 rows, 32 pairs                                                         5.1 /  -
         256 rows:  32 rows, 64 outputs first                      3.7 /  3.8
@@ -143,10 +145,14 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
     if batch == 1 and num_inputs <= MAX_INPUTS:
         outputs = 4 if num_inputs <= 1024 else 2
         return TileConfig(1, min(outputs, most), num_inputs, outputs, 1)
-    chunk = largest_power_of_2_in(num_inputs, 32 if item_bytes == 4 else 128 if gated and batch <= 128 else 64)
-    if batch <= 128 or item_bytes == 4:  # float32 is off the matrix unit
+    few = batch <= 128 and item_bytes < 4
+    chunk = largest_power_of_2_in(num_inputs, 32 if item_bytes == 4 else 128 if few else 64)
+    if few and not gated:
+        chunk = max(chunk, min(128, largest_power_of_2_below(num_inputs)))  # the rest beside the loop
+    if few or item_bytes == 4:  # float32 is off the matrix unit
         wide = max(16, min(64, pl.next_power_of_2(batch)))
-        rows, outputs, warps, stages, rows_first = (wide, 16, 4, 640 // chunk, True) if gated and item_bytes < 4 else (16, 32, 4, 10, True)
+        rows, outputs, warps, stages = (wide, 16, 4, 640 // chunk) if few and gated else (16, 32, 4, min(10, 640 // chunk))
+        rows_first = True
     elif batch <= 512:
         rows, outputs, warps, stages, rows_first = (128, 32, 4, 6, True) if gated else (32, 64, 4, 6, False)
     elif gated:

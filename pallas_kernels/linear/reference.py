@@ -1,5 +1,6 @@
 """The product in plain JAX: in float32, and rounded where a model in the dtype of `x` rounds. Shapes as in `fused_linear`, `x` `[B, D]`."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,9 +20,38 @@ class ScaledRows(NamedTuple):
     squares: jax.Array  # float32 [T, B], sums of the squares of B rows over T groups of their columns
 
 
-def plain_rows(x: jax.Array | ScaledRows) -> jax.Array:
+class SplitRows(NamedTuple):
+    """Outputs of attention to S parts of what a sequence attends to, which the product after it combines; see `rotate_and_attend`."""
+
+    parts: jax.Array  # [S, ..., D], each the attention to its part alone
+    lse: jax.Array  # float32 [S, ..., N], of each part and head the log of the sum of exponentials, in units of log 2
+
+    @property
+    def rows(self) -> jax.ShapeDtypeStruct:
+        """Describe the rows [..., D] that they are parts of."""
+        return jax.ShapeDtypeStruct(self.parts.shape[1:], self.parts.dtype)
+
+    def reshape(self, *shape: int) -> "SplitRows":
+        """Give rows another shape; the last axis is heads times head size."""
+        parts = self.parts.reshape(len(self.parts), *shape)
+        return SplitRows(parts, self.lse.reshape(len(self.lse), *parts.shape[1:-1], self.lse.shape[-1]))
+
+
+def plain_rows(x: jax.Array | ScaledRows | SplitRows) -> jax.Array:
     """Return the rows alone."""
+    if isinstance(x, SplitRows):
+        head_size = x.parts.shape[-1] // x.lse.shape[-1]
+        return combine(list(x.parts), list(jnp.repeat(x.lse, head_size, axis=-1)))
     return x.rows if isinstance(x, ScaledRows) else x
+
+
+def combine(parts: list[jax.Array], lse: list[jax.Array]) -> jax.Array:
+    """Compute sum_i 2^(lse_i - m) parts_i / sum_i 2^(lse_i - m), m the largest of lse: parts without a weight are zero."""
+    peak = functools.reduce(jnp.maximum, lse)
+    weights = [jnp.where(each > -jnp.inf, jnp.exp2(each - peak), 0.0) for each in lse]
+    total = functools.reduce(jnp.add, weights)
+    rows = functools.reduce(jnp.add, [weight * part.astype(jnp.float32) for weight, part in zip(weights, parts, strict=True)])
+    return (rows / jnp.where(total > 0, total, 1.0)).astype(parts[0].dtype)
 
 
 def reference_linear(x, weight: Rows, norm, bias, residual, *, norm_eps: float, gated: bool, out_dtype: jnp.dtype) -> jax.Array:

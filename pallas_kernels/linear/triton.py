@@ -32,7 +32,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import dot
 from pallas_kernels.linear.heuristics import LinearConfig
-from pallas_kernels.linear.reference import ScaledRows
+from pallas_kernels.linear.reference import ScaledRows, SplitRows
 from pallas_kernels.quantized import Quantized, Rows, values_of
 
 MIN_ROWS = 8  # of the short side of the matrix unit's product
@@ -77,10 +77,13 @@ def triton_linear(
 
 def operands(x, weight: Rows, norm, bias, residual, next_norm) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the rows to multiply, and by their names the arrays of a call that another call may lack."""
-    squares = None
+    lse = squares = None
     if isinstance(x, ScaledRows):
         x, squares, norm = x.scaled, x.squares, None
+    elif isinstance(x, SplitRows):
+        x, lse = x
     found = {
+        "lse": lse,
         "scales": weight.scales if isinstance(weight, Quantized) else None,
         "norm": None if norm is None else norm.astype(x.dtype),
         "squares": squares,
@@ -99,13 +102,18 @@ def result_shapes(batch: int, num_results: int, dtype: jnp.dtype, squared_tiles:
     )
 
 
-def read_factor(squares_ref, rows, num_inputs: int, norm_eps: float):
-    """Compute the norm's factor of `rows` from their sums of squares, `squares_ref` `[T, B]`."""
+def read_squares(squares_ref, rows):
+    """Read the sums of squares of `rows`, of each group of columns: float32 [T, rows], zeros up to a power of two; `squares_ref` [T, B]."""
     number = squares_ref.shape[0]
     tile, row = jnp.arange(pl.next_power_of_2(number), dtype=jnp.int32)[:, None], rows[None, :]
     shape = (tile.size, row.size)
     sums = squares_ref[jnp.broadcast_to(jnp.minimum(tile, number - 1), shape), jnp.broadcast_to(row, shape)]
-    return jax.lax.rsqrt(jnp.sum(jnp.where(tile < number, sums, 0.0), axis=0) / num_inputs + norm_eps)
+    return jnp.where(tile < number, sums, 0.0)
+
+
+def factor_of(squares, num_inputs: int, norm_eps: float):
+    """Compute the norm's factor of rows from the sums of their squares."""
+    return jax.lax.rsqrt(squares / num_inputs + norm_eps)
 
 
 def write_tile(ref_of: dict, out, rows, index, tile: int, next_norm):
@@ -152,7 +160,10 @@ def _kernel(
     row, row_segment = _divide(jnp.arange(padded * segments, dtype=jnp.int32), segments)
     row = jnp.minimum(row, batch - 1)
     own_rows = jnp.minimum(jnp.arange(padded, dtype=jnp.int32), batch - 1)
-    factor = read_factor(ref_of["squares"], own_rows, num_segments * segment_inputs, norm_eps) if "squares" in ref_of else None
+    factor = None
+    if "squares" in ref_of:
+        squares = jnp.sum(read_squares(ref_of["squares"], own_rows), axis=0)
+        factor = factor_of(squares, num_segments * segment_inputs, norm_eps)
 
     def step(i, carry):
         squares, sums = carry
@@ -179,8 +190,8 @@ def _kernel(
         if "scales" in ref_of:
             sums *= ref_of["scales"][matrix_rows][:, None]
         if "norm" in ref_of:
-            mean_squares = jnp.sum(jnp.sum(squares, axis=1).reshape(padded, segments), axis=1) / (num_segments * segment_inputs)
-            sums *= jax.lax.rsqrt(mean_squares + norm_eps)[None, :]
+            squares = jnp.sum(jnp.sum(squares, axis=1).reshape(padded, segments), axis=1)
+            sums *= factor_of(squares, num_segments * segment_inputs, norm_eps)[None, :]
         if factor is not None:
             sums *= factor[None, :]
         if "bias" in ref_of:

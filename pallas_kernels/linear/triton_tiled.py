@@ -6,13 +6,14 @@ Why it exists: a decode step of a small model is as long as its launches and the
 for a map with its norm, its gate and its residual. Here it is one, and no program walks over more than one tile.
 
 How: a program owns a tile of rows and outputs. It reads all inputs of the tile at once, in pieces of a power of two each (a chain of
-reads is one latency long), or walks over them in chunks where they are too many. One row is multiplied and summed up off the matrix unit.
-Where the inputs are read at once, rows are normalised before the product; in chunks their factor is applied after the sum, as in
-`triton.py`, or comes with `ScaledRows`. In float16, whose range x * scale may exceed, they are read once more before, for their squares.
+reads is one latency long), or walks over them in chunks where they are too many, the rest in pieces. One row is multiplied and summed up
+off the matrix unit; its parts, where attention left them (`SplitRows`), are combined by every program.
+A norm's factor is applied after the sum, as in `triton.py`, or comes with `ScaledRows`; what adds up squares stands where no read waits
+for it. In float16, whose range x * scale may exceed, rows are normalised first, for which chunks are read once more before.
 The last tile of outputs is moved back to end with the matrix, and rows beyond the batch are its last one: computed and stored
 twice, to the same bits.
 
-Numerics: as `triton.py`; where rows are normalised before the product they are rounded before the scale, as Llama does.
+Numerics: as `triton.py`; float16 rows are rounded before the norm's scale, as Llama does.
 """
 
 import functools
@@ -25,8 +26,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import dot
 from pallas_kernels.linear.heuristics import TileConfig
-from pallas_kernels.linear.reference import ScaledRows
-from pallas_kernels.linear.triton import operands, read_factor, result_shapes, write_tile
+from pallas_kernels.linear.reference import ScaledRows, combine
+from pallas_kernels.linear.triton import factor_of, operands, read_squares, result_shapes, write_tile
 from pallas_kernels.quantized import Rows, values_of
 
 
@@ -44,15 +45,16 @@ def triton_tiled_linear(
     config: TileConfig,
     interpret: bool = False,
 ) -> jax.Array | ScaledRows:
-    """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]` or `ScaledRows` of it, already checked."""
+    """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]`, `ScaledRows` of it, or `SplitRows` of one row, already checked."""
     values = values_of(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
     x, optional = operands(x, weight, norm, bias, residual, next_norm)
     tiles = pl.cdiv(num_results, config.tile_outputs)
-    results = result_shapes(x.shape[0], num_results, out_dtype, tiles if next_norm is not None else 0)
+    batch = x.shape[-2]
+    results = result_shapes(batch, num_results, out_dtype, tiles if next_norm is not None else 0)
     outs = pl.pallas_call(
         functools.partial(_kernel, names=(*optional, *results), norm_eps=norm_eps, gated=gated, config=config),
-        grid=(tiles, pl.cdiv(x.shape[0], config.tile_rows)),
+        grid=(tiles, pl.cdiv(batch, config.tile_rows)),
         out_shape=tuple(results.values()),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
@@ -61,14 +63,24 @@ def triton_tiled_linear(
     return outs[0] if next_norm is None else ScaledRows(*outs)
 
 
-def pieces_of(num_inputs: int) -> list:
-    """Cut the inputs into pieces of powers of two, the largest first."""
-    sizes = [1 << bit for bit in reversed(range(num_inputs.bit_length())) if num_inputs >> bit & 1]
-    return [pl.ds(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+def pieces_of(first: int, num_inputs: int) -> list:
+    """Cut the inputs from `first` on into pieces of powers of two, the largest first."""
+    rest = num_inputs - first
+    sizes = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+    return [pl.ds(first + sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+
+
+def read_parts(parts_ref, lse_ref, inputs):
+    """Read some inputs of one row's parts: [S, 1, inputs], and of each input the log-sum-exp."""
+    num_parts, _, num_heads = lse_ref.shape
+    head_size = parts_ref.shape[2] // num_heads
+    head = inputs.start + jnp.arange(inputs.size, dtype=jnp.int32)
+    head = jax.lax.div(head, jnp.full_like(head, head_size))
+    return [parts_ref[i, :, inputs] for i in range(num_parts)], [lse_ref[i, 0, head][None, :] for i in range(num_parts)]
 
 
 def _kernel(
-    x_ref,  # [B, D]
+    x_ref,  # [B, D], or of `SplitRows` [S, 1, D] with lse [S, 1, N]
     weight_ref,  # [M, D], M = 2 F if gated
     *refs,  # as in `triton.py`, norm [D]
     names: tuple[str, ...],
@@ -77,38 +89,35 @@ def _kernel(
     config: TileConfig,
 ):
     ref_of = dict(zip(names, refs, strict=True))
-    (batch, num_inputs), num_results = x_ref.shape, ref_of["out"].shape[1]
+    (batch, num_inputs), num_results = x_ref.shape[-2:], ref_of["out"].shape[1]
     first = jnp.minimum(pl.program_id(0) * config.tile_outputs, num_results - config.tile_outputs)
     outputs = pl.ds(first, config.tile_outputs)
     matrix_rows = (outputs, pl.ds(num_results + first, config.tile_outputs)) if gated else (outputs,)
     rows = jnp.minimum(pl.program_id(1) * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32), batch - 1)
-    whole = config.tile_inputs >= num_inputs
+    steps = num_inputs // config.tile_inputs if config.tile_inputs < num_inputs else 0
     outputs_first = config.tile_rows > 1 and not config.rows_first
-    before = "norm" in ref_of and (whole or x_ref.dtype == jnp.float16)
+    before = "norm" in ref_of and x_ref.dtype == jnp.float16
 
     # What stands after the product is read first, the residual where it is little: at the end each read would be waited for.
     early = config.tile_rows * config.tile_outputs <= 16 * 32 * config.num_warps
 
-    rest: dict[str, Any] = {name: [ref_of[name][own] for own in matrix_rows] for name in ("scales", "bias") if name in ref_of}
-    rest |= {"factor": read_factor(ref_of["squares"], rows, num_inputs, norm_eps)[:, None]} if "squares" in ref_of else {}
-    rest |= {"next_norm": ref_of["next_norm"][outputs]} if "next_norm" in ref_of else {}
+    after: dict[str, Any] = {name: [ref_of[name][own] for own in matrix_rows] for name in ("scales", "bias") if name in ref_of}
+    after |= {"squares": read_squares(ref_of["squares"], rows)} if "squares" in ref_of else {}  # added up at the end: that takes a barrier
+    after |= {"next_norm": ref_of["next_norm"][outputs]} if "next_norm" in ref_of else {}
 
     def read_residual():
         return ref_of["residual"][rows, outputs] if "residual" in ref_of else None
 
     residual = read_residual() if early else None
 
-    def read(inputs):
-        return x_ref[rows, inputs], [weight_ref[own, inputs] for own in matrix_rows]
+    def read_weights(inputs):
+        return [weight_ref[own, inputs] for own in matrix_rows]
 
     def norm_of(inputs):
         return ref_of["norm"][inputs][None, :] if "norm" in ref_of else None
 
     def squares_of(x):
         return jnp.square(x.astype(jnp.float32))
-
-    def factor_of(sum_of_squares):
-        return jax.lax.rsqrt(sum_of_squares / num_inputs + norm_eps)[:, None]
 
     def multiply(x, weights, norm, factor):
         if factor is not None:
@@ -119,49 +128,58 @@ def _kernel(
             return [jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None, :] for weight in weights]
         return [dot(weight, x, ((1,), (1,))) if outputs_first else dot(x, weight, ((1,), (1,))) for weight in weights]
 
-    factor = None
-    if whole:
-        parts = [(*read(inputs), norm_of(inputs)) for inputs in pieces_of(num_inputs)]
-        if before:
-            factor = factor_of(sum(jnp.sum(squares_of(x), axis=1) for x, _, _ in parts))
-        products = [multiply(x, weights, norm, factor) for x, weights, norm in parts]
-        sums = [functools.reduce(jnp.add, each) for each in zip(*products, strict=True)]
+    # The inputs that no chunk holds, all of them where they are read at once, are on their way while the others are multiplied.
+    pieces = pieces_of(steps * config.tile_inputs, num_inputs)
+    rest = [(read_weights(inputs), norm_of(inputs)) for inputs in pieces]
+    if "lse" in ref_of:
+        xs = [combine(*parts) for parts in [read_parts(x_ref, ref_of["lse"], inputs) for inputs in pieces]]
     else:
-        steps = num_inputs // config.tile_inputs
+        xs = [x_ref[rows, inputs] for inputs in pieces]
+    squares_of_rest = sum(jnp.sum(squares_of(x), axis=1) for x in xs) if "norm" in ref_of else None
 
-        def chunk(k):
-            return pl.ds(k * config.tile_inputs, config.tile_inputs)
+    def chunk(k):
+        return pl.ds(k * config.tile_inputs, config.tile_inputs)
 
-        squares = jnp.zeros((config.tile_rows, config.tile_inputs) if "norm" in ref_of else (1, 1), jnp.float32)
-        if before:
-            squares = jax.lax.fori_loop(0, steps, lambda k, squares: squares + squares_of(x_ref[rows, chunk(k)]), squares)
-            factor = factor_of(jnp.sum(squares, axis=1))
+    def all_squares(squares):
+        return functools.reduce(jnp.add, [jnp.sum(squares, axis=1)] * (steps > 0) + [squares_of_rest] * (len(xs) > 0))
 
-        def step(k, carry):
-            squares, sums, norm = carry
-            next_norm = norm_of(chunk(jnp.minimum(k + 1, steps - 1)))  # a chunk ahead: it is too little to be copied asynchronously
-            x, weights = read(chunk(k))
-            if norm is not None and not before:
-                squares += squares_of(x)
-            products = multiply(x, weights, norm, factor)
-            return squares, [total + product for total, product in zip(sums, products, strict=True)], next_norm
+    squares = jnp.zeros((config.tile_rows, config.tile_inputs) if "norm" in ref_of and steps else (1, 1), jnp.float32)
+    factor = None
+    if before:
+        squared = squares
+        if steps:
+            squared = jax.lax.fori_loop(0, steps, lambda k, squares: squares + squares_of(x_ref[rows, chunk(k)]), squares)
+        factor = factor_of(all_squares(squared), num_inputs, norm_eps)[:, None]
 
+    def step(k, carry):
+        squares, sums, norm = carry
+        next_norm = norm_of(chunk(jnp.minimum(k + 1, steps - 1)))  # a chunk ahead: it is too little to be copied asynchronously
+        x, weights = x_ref[rows, chunk(k)], read_weights(chunk(k))
+        if norm is not None and not before:
+            squares += squares_of(x)
+        products = multiply(x, weights, norm, factor)
+        return squares, [total + product for total, product in zip(sums, products, strict=True)], next_norm
+
+    sums = None
+    if steps:
         shape = (config.tile_outputs, config.tile_rows) if outputs_first else (config.tile_rows, config.tile_outputs)
         carry = squares, [jnp.zeros(shape, jnp.float32)] * len(matrix_rows), norm_of(chunk(0))
         squares, sums, _ = jax.lax.fori_loop(0, steps, step, carry)
+    products = [multiply(x, weights, norm, factor) for x, (weights, norm) in zip(xs, rest, strict=True)]
+    sums = [functools.reduce(jnp.add, each) for each in zip(*([sums] if sums else []), *products, strict=True)]
 
     residual = residual if early else read_residual()
     if outputs_first:
         sums = [total.T for total in sums]
-    if "scales" in rest:
-        sums = [total * scales[None, :] for total, scales in zip(sums, rest["scales"], strict=True)]
+    if "scales" in after:
+        sums = [total * scales[None, :] for total, scales in zip(sums, after["scales"], strict=True)]
     if "norm" in ref_of and not before:
-        sums = [total * factor_of(jnp.sum(squares, axis=1)) for total in sums]
-    if "factor" in rest:
-        sums = [total * rest["factor"] for total in sums]
-    if "bias" in rest:
-        sums = [total + bias.astype(jnp.float32)[None, :] for total, bias in zip(sums, rest["bias"], strict=True)]
+        sums = [total * factor_of(all_squares(squares), num_inputs, norm_eps)[:, None] for total in sums]
+    if "squares" in after:
+        sums = [total * factor_of(jnp.sum(after["squares"], axis=0), num_inputs, norm_eps)[:, None] for total in sums]
+    if "bias" in after:
+        sums = [total + bias.astype(jnp.float32)[None, :] for total, bias in zip(sums, after["bias"], strict=True)]
     out = sums[0] / (1.0 + jnp.exp(-sums[0])) * sums[1] if gated else sums[0]
     if residual is not None:
         out += residual.astype(jnp.float32)
-    write_tile(ref_of, out, rows, pl.program_id(0), config.tile_outputs, rest.get("next_norm"))
+    write_tile(ref_of, out, rows, pl.program_id(0), config.tile_outputs, after.get("next_norm"))

@@ -7,8 +7,10 @@ Measured on one H200 (JAX 0.11.2, bf16) by `python -m benchmarks.span_decode --t
 from typing import NamedTuple
 
 from pallas_kernels.common import MULTIPROCESSORS
+from pallas_kernels.linear.heuristics import MAX_INPUTS, largest_power_of_2_below
 
 MAX_UNDIVIDED_BYTES = 5 << 18  # keys and values of a sequence and kv head, read by one program at 30 to 40 GB/s; four times where many wait
+MAX_PARTS_CAPACITY = 12_288  # slots; with more, all of them named, more programs than a product can combine are faster
 
 
 class TritonConfig(NamedTuple):
@@ -19,6 +21,8 @@ class TritonConfig(NamedTuple):
     num_stages: int  # of the software pipeline: tiles in flight plus one
     splits: int  # of the rows of a sequence of mean length (split-KV); 0: no sequence is divided, however long
     kv_heads: int = 1  # that a program owns; divides the number there is
+    ahead: int = 0  # programs for each of those of a part, which fetch what is read next into the L2 cache
+    parts: int = 0  # that each sequence is divided into instead, for the product that follows to combine (`SplitRows`); 0: none
 
 
 class MosaicConfig(NamedTuple):
@@ -57,6 +61,11 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         B 64, K 3, 205 of 2,048 rows    64 rows, 2 warps, 3 stages   10.8 / 8.7
         B 128, K 12, 205 of 2,048 rows  16 rows, 1 warp, 4 stages    37.8 / 34.8
         B 32, K 32, H 128, 205 of 2,048 16 rows of 2 heads, 1 warp   46.2 / 43.7
+    The same on an H200 (1.1 us of another launch in it), undivided:       all rows /
+        B 64, K 3, 205 of 2,048 rows    64 rows, 2 warps, 3 stages    44.5 / 11.5
+                                        128 rows, 4 warps, 3 stages   37.4 / 11.2
+                                        256 rows, 4 warps, 2 stages   38.4 / 12.5    8 warps 43.5 / -
+        B 256, K 4, 36 of 900 rows      16 rows, 1 warp, 4 stages        - / 13.2    3 stages 12.2
     Int8 rows cost instructions, not bytes (43 per row and warp against 14), so they want more warps
     on the machine: twice as many programs.
     """
@@ -70,12 +79,36 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         per_multiprocessor = 4 if item_bytes == 1 and programs >= MULTIPROCESSORS else 2
         wanted = max(1, min(per_multiprocessor * MULTIPROCESSORS // programs, capacity // tile_rows))
         splits = wanted if wanted > 1 or item_bytes == 1 else splits
+        if wanted == 1 and head_size == 64 and item_bytes == 2:
+            return TritonConfig(128, num_warps=4, num_stages=3, splits=splits)
         return TritonConfig(tile_rows, num_warps=2, num_stages=3, splits=splits)
     if head_size == 128 and item_bytes == 2 and num_kv_heads % 2 == 0 and programs >= 6 * MULTIPROCESSORS:
         return TritonConfig(16, num_warps=1, num_stages=4, splits=splits, kv_heads=2)
     # Where most programs wait for others to end, less memory for each lets more of them run.
-    num_stages = 3 if head_size == 64 and item_bytes == 2 and programs >= 24 * MULTIPROCESSORS else 4
+    num_stages = 3 if head_size == 64 and item_bytes == 2 and programs >= 7 * MULTIPROCESSORS else 4
     return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=num_stages, splits=splits)
+
+
+def parts_config(batch: int, num_heads: int, num_kv_heads: int, head_size: int, capacity: int) -> TritonConfig | None:
+    """Choose settings of attention whose parts the product that follows combines; None where it is divided otherwise, or not at all.
+
+    Every program of that product reads all parts, so there are few, and it is a product of one row with a small matrix. Microseconds of
+    both on an H200 (JAX 0.11.2, bf16; 1.1 of another launch in it), N 9, K 3, H 64, so many of 2,048 rows (8,192 of 8,192):
+                                            36     205   1,024   2,048   8,192
+        divided, and combined             13.5    14.4    14.7    18.2    18.7
+        undivided, 64 rows, 2 warps        8.6    14.0    19.8    33.3   109.1
+         4 parts, 64 rows, 2 warps         8.9    10.6    13.6    17.0    35.1
+         8 parts, 64 rows, 2 warps         9.9     9.8    12.9    14.4    23.9
+         8 parts, 128 rows, 4 warps       12.4    11.9    10.7    14.0    22.3
+        16 parts, 64 rows, 4 warps        11.5    11.8    12.1    14.3    19.0
+    Single figures are uncertain by 1 us; the same setting before other settings of the map took up to that much more or less.
+    Programs that fetch the weights of the other maps (`ahead`) make a step of SmolLM2-135M 5% faster: 0.449 against 0.475 ms, 30 layers.
+    """
+    if batch != 1 or num_heads * head_size > MAX_INPUTS or head_size > 128 or capacity > MAX_PARTS_CAPACITY:
+        return None
+    parts = min(16, max(4, largest_power_of_2_below(max(1, capacity // 256))))
+    ahead = max(0, MULTIPROCESSORS // num_kv_heads - parts)  # a program for every multiprocessor
+    return TritonConfig(tile_rows=64, num_warps=2 if parts < 16 else 4, num_stages=3, splits=0, ahead=ahead, parts=parts)
 
 
 def mosaic_config(batch: int, num_kv_heads: int, head_size: int, capacity: int) -> MosaicConfig:

@@ -18,7 +18,8 @@ Balance (split-KV): the programs are assigned by `counts`, on the device. A sequ
 programs as its share of the batch's slots, at least one, so a long sequence beside short ones is
 spread over the machine. `counts` is read again by every program, which is cheaper than a kernel
 that plans for them. The splits of a sequence are combined by a second kernel, by log-sum-exp; a
-sequence of one split is finished by its only program.
+sequence of one split is finished by its only program. One sequence alone is divided into a fixed number of parts
+instead, tile by tile in turns, which the output map combines as it reads them (`SplitRows`): a launch less.
 
 Numerics: scores, softmax and sums in float32; the weights are rounded to the dtype of `q` for the
 second product, as plain attention in that dtype does. float32 pools use IEEE products.
@@ -34,8 +35,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import LOG2_E, MULTIPROCESSORS, dot
+from pallas_kernels.linear.reference import SplitRows
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
+
+SECTOR_BYTES = 32  # that the L2 cache fetches at once
 
 
 def triton_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: TritonConfig, interpret: bool = False) -> jax.Array:
@@ -59,6 +63,7 @@ def triton_rotate_and_attend(
     slots,
     counts,
     norms,
+    ahead=(),
     *,
     norm_eps: float,
     scale: float,
@@ -72,6 +77,9 @@ def triton_rotate_and_attend(
     arrays = {"qkv": qkv.reshape(*qkv.shape[:3], 2, -1), "cos": cos, "sin": sin, "own": own, **pools, "slots": slots, "counts": counts}
     if norms is not None:
         arrays |= {name: norm.astype(qkv.dtype).reshape(2, -1) for name, norm in zip(("q_norm", "k_norm"), norms, strict=True)}
+    if config.ahead:
+        sectors = [array.reshape(-1, SECTOR_BYTES // array.dtype.itemsize) for array in ahead]
+        arrays |= {f"ahead_{i}": array for i, array in enumerate(sectors)}
     out, k_after, v_after = _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret)
     return out, k_after.reshape(k_pool.shape), v_after.reshape(v_pool.shape)
 
@@ -79,16 +87,19 @@ def triton_rotate_and_attend(
 def _attend(q, arrays: dict, written: tuple[str, ...], scale: float, norm_eps: float, config: TritonConfig, interpret: bool) -> tuple:
     """Launch the kernels on named arrays; returns the output, of the shape of `q`, and the arrays that are `written` in place."""
     batch, num_kv_heads = q.shape[0], arrays["k_pool"].shape[1] // q.shape[2]
-    num_splits = max_splits(batch, config.splits)
+    num_splits = batch * config.parts or max_splits(batch, config.splits)
     results = dict(zip(("out", "split_out", "split_max", "split_sum"), split_results(q, num_splits), strict=True))
-    if num_splits == batch:
+    if config.parts:
+        shapes = ((*q.shape, q.dtype), (*q.shape[:2], jnp.float32))
+        results = {name: jax.ShapeDtypeStruct((config.parts, *shape), dtype) for name, (*shape, dtype) in zip(("parts", "lse"), shapes)}
+    elif num_splits == batch:
         results = {"out": results["out"]}
     num_partial = len(results) - 1
     results |= {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in written}
     names = (*arrays, *results)
     outs = pl.pallas_call(
         functools.partial(_attend_kernel, names=names, scale=scale, norm_eps=norm_eps, config=config, interpret=interpret),
-        grid=(num_kv_heads // config.kv_heads, num_splits),
+        grid=(num_kv_heads // config.kv_heads, num_splits + (config.ahead if "ahead_0" in arrays else 0)),
         out_shape=tuple(results.values()),
         input_output_aliases={names.index(name): list(results).index(name) for name in written},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
@@ -96,6 +107,8 @@ def _attend(q, arrays: dict, written: tuple[str, ...], scale: float, norm_eps: f
         name="span_decode_attend",
     )(*arrays.values())
     out, partial, rest = outs[0], list(outs[1 : 1 + num_partial]), outs[1 + num_partial :]
+    if config.parts:
+        return SplitRows(out.reshape(*out.shape[:2], -1), *partial), *rest
     return combine(out, partial, arrays["counts"], arrays["slots"].shape[1], config, interpret), *rest
 
 
@@ -173,7 +186,8 @@ def _attend_kernel(
     *refs,  # of the arrays that `names` says:
     # q [B, N, H], or qkv [B, K, G + 2, 2, H / 2] with cos, sin float32 [B, H / 2], own int32 [B] and maybe q_norm, k_norm [2, H / 2];
     # k_pool, v_pool [P, K H], slots int32 [B, A], counts int32 [B] and, for int8 pools, k_scales, v_scales [P, K];
-    # then the outputs: out [B, N, H]; where sequences are divided split_out [splits, N, H], split_max, split_sum [splits, N]; the pools
+    # then the outputs: out [B, N, H]; where sequences are divided split_out [splits, N, H], split_max, split_sum [splits, N]; the pools.
+    # Or, in place of out, parts [S, B, N, H] and lse float32 [S, B, N].
     names: tuple[str, ...],
     scale: float,
     norm_eps: float,
@@ -181,16 +195,16 @@ def _attend_kernel(
     interpret: bool,
 ):
     ref_of = dict(zip(names, refs, strict=True))  # a pool that is written to is the output
-    k_ref, v_ref, slots_ref, counts_ref, out_ref = (ref_of[name] for name in ("k_pool", "v_pool", "slots", "counts", "out"))
-    batch, num_heads, head_size = out_ref.shape
+    k_ref, v_ref, slots_ref, counts_ref = (ref_of[name] for name in ("k_pool", "v_pool", "slots", "counts"))
+    batch, num_heads, head_size = ref_of["parts" if config.parts else "out"].shape[-3:]
     num_rows, width = k_ref.shape
     group, capacity = num_heads // (width // head_size), slots_ref.shape[1]
     divided = "split_out" in ref_of
-    split = pl.program_id(1)
+    head_program, split = pl.program_id(0), pl.program_id(1)
 
     # The heads fill up the matrix unit's rows with copies of the last one. They compute and store what
     # that head does, which saves masks where their number is no power of two.
-    first_kv_head = pl.program_id(0) * config.kv_heads
+    first_kv_head = head_program * config.kv_heads
     member = jnp.minimum(jnp.arange(group_rows(config.kv_heads * group), dtype=jnp.int32), config.kv_heads * group - 1)
     kv_head = jax.lax.div(member, jnp.full_like(member, group))  # of these
     heads = first_kv_head * group + member
@@ -202,25 +216,49 @@ def _attend_kernel(
         return jnp.where(mine, x, jnp.zeros((1, 1, 1), x.dtype))
 
     b = split
-    if divided:
+    if config.parts:
+        b, part = jax.lax.div(split, config.parts), jax.lax.rem(split, config.parts)
+    elif divided:
         split_rows, _, splits = split_sequences(counts_ref, batch, capacity, config)
         ends = jnp.cumsum(splits)
         b = jnp.sum((ends <= split).astype(jnp.int32))
 
+    if "ahead_0" in ref_of:
+
+        @pl.when(split >= batch * config.parts)
+        def fetch():
+            number = config.ahead * (num_heads // group // config.kv_heads)
+            index = head_program * config.ahead + split - batch * config.parts
+            read = []
+            for ref in (ref for name, ref in ref_of.items() if name.startswith("ahead_")):
+                share = pl.cdiv(ref.shape[0], number)
+                sectors = index * share + jnp.arange(pl.next_power_of_2(share), dtype=jnp.int32)
+                read.append(ref[jnp.minimum(sectors, ref.shape[0] - 1), 0])
+            total = functools.reduce(jnp.add, [jnp.sum(each.astype(jnp.float32)) for each in read])
+
+            @pl.when(total != total)  # of what holds NaN, as results then do anyway; without a use the compiler drops the reads
+            def keep():
+                ref_of["lse"][0, 0, 0] = total
+
     @pl.when(b < batch)
     def attend():
         count = jnp.clip(counts_ref[b], 0, capacity)
-        start, stop = jnp.int32(0), count
-        if divided:
+        start, stop, stride = jnp.int32(0), count, config.tile_rows
+        if config.parts:  # in turns, so that the first slots need not wait for `counts`
+            start, stride = part * config.tile_rows, config.parts * config.tile_rows
+        elif divided:
             num_splits = _num_splits(count, split_rows)
             index = split - jnp.max(jnp.where(ends <= split, ends, 0))  # of this split among those of its sequence
             start, stop = rows_of_split(count, num_splits, index)
         first_row = slots_ref[b, jnp.minimum(start, capacity - 1)]
 
+        def positions_of(tile):
+            return start + tile * stride + jnp.arange(config.tile_rows, dtype=jnp.int32)
+
         def tile_slots(tile):
             # Slots are read whatever `counts` says, so that they need not wait for it. Past the end stands
             # the first named row again, so that nothing unnamed is ever touched.
-            positions = start + tile * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32)
+            positions = positions_of(tile)
             rows = jnp.where(positions < stop, slots_ref[b, jnp.minimum(positions, capacity - 1)], first_row)
             return jnp.clip(rows, 0, num_rows - 1)
 
@@ -242,8 +280,7 @@ def _attend_kernel(
             # keeps num_stages - 1 tiles of them in flight; of a chain of loads it keeps half as many.
             rows, running_max, running_sum, acc = carry
             next_rows = tile_slots(tile + 1)
-            offsets = tile * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32)
-            named = start + offsets < stop
+            named = positions_of(tile) < stop
             keys = k_ref[rows, columns].astype(queries.dtype)  # [tile, kv heads H]
             scores = dot(queries, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
             if "k_scales" in ref_of:
@@ -261,21 +298,25 @@ def _attend_kernel(
 
         nothing = jnp.full(member.shape, -jnp.inf, jnp.float32), jnp.zeros(member.shape, jnp.float32)
         acc = jnp.zeros((member.size, config.kv_heads * head_size), jnp.float32)
-        num_tiles = pl.cdiv(stop - start, config.tile_rows)
+        num_tiles = pl.cdiv(stop - start, stride)
         _, running_max, running_sum, acc = jax.lax.fori_loop(0, num_tiles, step, (first_rows, *nothing, acc))
         if config.kv_heads > 1:
             acc = jnp.sum(blocks(acc), axis=1)
 
+        total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
+
         def finish():
-            total = jnp.where(running_sum > 0, running_sum, 1.0)  # nothing named: 0 / 1
-            out_ref[b, heads, :] = (acc / total[:, None]).astype(out_ref.dtype)
+            ref_of["out"][b, heads, :] = (acc / total[:, None]).astype(queries.dtype)
 
         def hand_over():
             ref_of["split_out"][split, heads, :] = acc
             ref_of["split_max"][split, heads] = running_max
             ref_of["split_sum"][split, heads] = running_sum
 
-        if divided:
+        if config.parts:
+            ref_of["parts"][part, b, heads, :] = (acc / total[:, None]).astype(queries.dtype)
+            ref_of["lse"][part, b, heads] = running_max + jnp.log2(total)
+        elif divided:
             pl.when(num_splits == 1)(finish)
             pl.when(num_splits > 1)(hand_over)
         else:

@@ -99,7 +99,7 @@ def attend_cached(own: Int[Array, "B"], slots: Slots, implementation: Implementa
 
     def attend(qkv, norms, angles, pools):
         arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, *pools, slots.slots, slots.counts)
-        out, *pools = rotate_and_attend(*arrays, **norms, implementation=implementation)
-        return out[:, None], tuple(pools)
+        out, *pools = rotate_and_attend(*arrays, **norms, split=True, implementation=implementation)
+        return out.reshape(len(own), 1, -1), tuple(pools)
 
     return attend

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.linear import MATRICES
-from pallas_kernels import QuantizedWeight, ScaledRows, fused_linear, quantize_weight, silu_and_mul
+from pallas_kernels import QuantizedWeight, ScaledRows, SplitRows, fused_linear, quantize_weight, silu_and_mul
 from pallas_kernels.linear import expected_bytes, many_rows, mosaic, unsupported_reason
 from pallas_kernels.linear.heuristics import LinearConfig, TileConfig, band_tiles, is_fastest, is_tiled, linear_config, tile_config
 from pallas_kernels.linear.mosaic import mosaic_swiglu_linear
@@ -348,14 +348,14 @@ TILES = [
     (1, TileConfig(1, 8, 512, 2, 1)),
     (5, TileConfig(8, 16, 64, 1, 2, rows_first=False)),
     (5, TileConfig(8, 32, 512, 1, 1, rows_first=False)),
-    (70, TileConfig(32, 32, 64, 4, 3)),
+    (70, TileConfig(32, 32, 128, 4, 3)),
 ]
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
 @pytest.mark.parametrize("batch, config", TILES, ids=str)
 def test_tiles_do_not_change_the_answer(batch, config, interpret):
-    """Inputs at once, in pieces of 256 and 64, and in chunks; tiles of outputs and of rows that overlap or are cut."""
+    """Inputs at once, in pieces of 256 and 64, in chunks, in chunks and a rest; tiles of outputs and of rows that overlap or are cut."""
     case = Case("tiles", "", batch, 2 * 39, 320, norm=True, residual=True, gated=True, bias=True)
     problem = round_to(make_problem(case), ml_dtypes.bfloat16)
     options = {"norm_eps": 1e-5, "gated": True, "out_dtype": jnp.dtype(jnp.bfloat16), "config": config, "interpret": interpret}
@@ -404,6 +404,23 @@ def test_a_product_prepares_the_norm_of_the_next(name, interpret):
     assert not within_budget(np.asarray(out, np.float64), dataclasses.replace(second, norm=1.02 * second.norm), dtype)
 
 
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("batch, implementation", [(1, "triton"), (2, "xla")])
+def test_a_product_combines_the_parts_of_attention(batch, implementation, interpret):
+    """Three heads of 32; a part without a weight holds numbers that are not to be read, a head without any gives zeros."""
+    rng = np.random.default_rng(0)
+    parts, lse, weight = rng.normal(size=(4, batch, 96)), 3 * rng.normal(size=(4, batch, 3)), rng.normal(size=(32, 96))
+    lse[2, 0, 1] = lse[:, -1, 2] = -np.inf
+    weights = np.where(lse > -np.inf, np.exp2(lse), 0.0)
+    weights = np.repeat(weights / np.maximum(weights.sum(axis=0), 1e-9), 32, axis=-1)
+    exact = (weights * parts).sum(axis=0) @ weight.T
+    product = program(functools.partial(fused_linear, implementation=implementation, interpret=interpret), interpret)
+    rows, matrix = jnp.asarray(parts, jnp.float32), jnp.asarray(weight, jnp.float32)
+    for given, right in ((lse, True), (lse[::-1], False)):
+        out = product(SplitRows(rows, jnp.asarray(given, jnp.float32)).reshape(batch, 1, 96), matrix)
+        assert out.shape == (batch, 1, 32) and np.allclose(out[:, 0], exact, atol=1e-4) == right
+
+
 @pytest.mark.parametrize("batch, dtype, scaled", [(2, jnp.bfloat16, False), (3, jnp.bfloat16, True), (3, jnp.float16, False)], ids=str)
 def test_rows_are_scaled_where_that_gains(batch, dtype, scaled):
     """One or two rows are normalised by every program; float16 rows times a scale may exceed float16. Others give what plain rows give."""
@@ -444,7 +461,7 @@ def test_tiles_fit_every_shape(batch, item_bytes):
         if config.tile_rows == 1:
             assert batch == 1 and config.tile_inputs == num_inputs
             continue
-        assert num_inputs % config.tile_inputs == 0 and config.tile_inputs >= 16
+        assert 16 <= config.tile_inputs <= num_inputs and config.tile_inputs.bit_count() == 1
         assert (config.tile_rows if config.rows_first else config.tile_outputs) >= 16  # of the matrix unit's long side
         matrix_rows = config.tile_outputs * (2 if gated else 1)
         step_bytes = (config.tile_rows * max(2, item_bytes) + matrix_rows * item_bytes) * config.tile_inputs
