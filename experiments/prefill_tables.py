@@ -122,6 +122,20 @@ def _attention(report: Row) -> list[list[str]]:
     return lines
 
 
+def _many_rows(report: Row) -> list[list[str]]:
+    """One line for each map, its fastest kernel beside XLA's program."""
+    maps: dict[tuple[Any, ...], list[Row]] = {}
+    for case in report["cases"]:
+        maps.setdefault((case["map"], case["shape"], case["rows"]), []).append(case)
+    lines = []
+    for (name, shape, rows), cases in maps.items():
+        (xla,) = (case for case in cases if case["variant"] == "xla")
+        best = min((case for case in cases if case is not xla), key=lambda case: case["microseconds"], default=None)
+        kernel = ["-"] * 3 if best is None else [best["variant"], f"{best['microseconds']:,.0f}", f"{best['flops_per_second'] / 1e12:.0f}"]
+        lines.append([name, shape, f"{rows:,}", f"{xla['microseconds']:,.0f}", f"{xla['flops_per_second'] / 1e12:.0f}", *kernel])
+    return lines
+
+
 # --------------------------------------------------------------------------------------------------------- sparse prefill
 
 TASK = ("prompt tokens", "prefill", "threshold", "tiles read", "retained mass, mean", "least")
@@ -217,6 +231,7 @@ def _training(reports: list[tuple[Path, Row]]) -> str:
 
 
 _FIRST = _each((*FIRST_TOKEN, "program, GiB"), _first_tokens)
+_MANY_ROWS = ("map", "shape", "rows", "XLA, us", "XLA, TFLOP/s", "kernel", "kernel, us", "kernel, TFLOP/s")
 _ERRORS = tuple(f"error, {name}" for name in IMPLEMENTATIONS[:3])
 SECTIONS: dict[str, tuple[str, Writer]] = {  # of the page: the files, and what is written of them
     "attention": ("prompt_attention.json", _each(("mask", "prompts", "heads", *IMPLEMENTATIONS, *_ERRORS), _attention)),
@@ -224,6 +239,7 @@ SECTIONS: dict[str, tuple[str, Writer]] = {  # of the page: the files, and what 
     "smollm2-135m": ("smollm2-135m.json", _FIRST),
     "arithmetic-small": ("arithmetic-small.json", _FIRST),
     "arithmetic-base": ("arithmetic-base.json", _FIRST),
+    "many rows": ("many_rows.json", _each(_MANY_ROWS, _many_rows)),
     "llama3-8b 128k": ("llama3-8b_128k.json", _FIRST),
     "llama3-8b 128k decoding": ("llama3-8b_128k_decode.json", _each(DECODING, _steps)),
     "sparse quality": ("sparse_quality_*.json", _quality),

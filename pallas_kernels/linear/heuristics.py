@@ -25,7 +25,11 @@ MAX_GATED_ROWS = 128  # where rows are to be normalised: at 64 rows as fast as X
 
 
 MIN_MOSAIC_ROWS = 16_384  # fewer were not measured
-MAX_MOSAIC_INPUTS = 768  # at 512, 576 and 768 the kernel was faster than XLA, at 4,096 slower
+# At 512, 576 and 768 inputs the kernel was faster than XLA with a gate, up to 3,072 with a residual; at 4,096 and more slower or no faster.
+MAX_MOSAIC_INPUTS = 768
+MAX_MOSAIC_RESIDUAL_INPUTS = 3_072
+MAX_MOSAIC_STAGES = 12
+MAX_SHARED_BYTES = 227 * 1024  # of a program on Hopper
 
 
 class LinearConfig(NamedTuple):
@@ -57,9 +61,9 @@ def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int, g
     return item_bytes == 2 and num_inputs <= MAX_INPUTS and batch <= (MAX_GATED_ROWS if gated and not scaled else MAX_TILED_ROWS)
 
 
-def is_fastest_of_many_rows(batch: int, num_inputs: int) -> bool:
-    """Tell whether the Mosaic kernel was measured to be faster than XLA on gated maps like this one; see `band_tiles`."""
-    return batch >= MIN_MOSAIC_ROWS and num_inputs <= MAX_MOSAIC_INPUTS
+def is_fastest_of_many_rows(batch: int, num_inputs: int, gated: bool) -> bool:
+    """Tell whether the Mosaic kernel was measured to be faster than XLA on a map like this one, with a gate or else a residual."""
+    return batch >= MIN_MOSAIC_ROWS and num_inputs <= (MAX_MOSAIC_INPUTS if gated else MAX_MOSAIC_RESIDUAL_INPUTS)
 
 
 def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> LinearConfig:
@@ -185,3 +189,31 @@ def band_tiles(num_results: int, num_inputs: int) -> int:
         XLA, with its SwiGLU       499            160            385                2610
     """
     return 8 if 2 * num_results * num_inputs > 2**22 else 1
+
+
+class MosaicConfig(NamedTuple):
+    """Static settings of the Mosaic kernel, whose tiles have 128 rows."""
+
+    outputs: int  # matrix rows of a tile's product, gates and ups counted
+    num_stages: int  # of the ring of inputs
+    band_tiles: int  # see `band_tiles`
+
+
+def mosaic_config(num_results: int, num_inputs: int, *, gated: bool, added: bool) -> MosaicConfig:
+    """Choose settings of the Mosaic kernel for a static shape, in half precision."""
+    width = next(width for width in (256, 192, 128, 64) if num_results % width == 0 and not (gated and width > 128))
+    bands = band_tiles(num_results, num_inputs) if gated else 1
+    config = MosaicConfig(2 * width if gated else width, MAX_MOSAIC_STAGES, bands)
+    while mosaic_shared_bytes(config, added) > MAX_SHARED_BYTES:
+        config = config._replace(num_stages=config.num_stages - 1)
+    return config
+
+
+def mosaic_slots(config: MosaicConfig, added: bool) -> int:
+    """Count the buffers of 64 results that a warpgroup of the Mosaic kernel has: all of a tile where a residual comes into them."""
+    return config.outputs // 64 if added else min(2, config.outputs // 64)
+
+
+def mosaic_shared_bytes(config: MosaicConfig, added: bool) -> int:
+    """Count the bytes of shared memory that a program of the Mosaic kernel takes, barriers included (at most 1 KiB)."""
+    return (128 + config.outputs) * 128 * config.num_stages + 2 * mosaic_slots(config, added) * 64 * 128 + 1024

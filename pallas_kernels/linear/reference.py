@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear.many_rows import is_fused, swiglu_linear
+from pallas_kernels.linear.many_rows import is_fused, linear_of_many_rows
 from pallas_kernels.linear.product import plain_product, product
 from pallas_kernels.quantized import Quantized, Rows, values_of
 from pallas_kernels.swiglu import silu_and_mul
@@ -85,14 +85,14 @@ def xla_linear(x, weight: Rows, norm, bias, residual, *, norm_eps: float, gated:
     """Compute what a Llama in the dtype of `x` computes, with gradients: the path of training and prefill.
 
     RMSNorm in float32, rounded before its scale; products summed in float32 and rounded to `out_dtype`; silu in float32,
-    rounded; bias, gate and residual in `out_dtype`. Float32 products are float32 products, not TF32. Without gradients the gate of
-    many rows is computed in a kernel on Hopper, which rounds once.
+    rounded; bias, gate and residual in `out_dtype`. Float32 products are float32 products, not TF32. Many rows with a gate or a
+    residual go to a kernel on Hopper, which rounds once.
     """
     x = x if norm is None else rms_norm(x, norm, norm_eps)
-    if gated and not isinstance(weight, Quantized) and bias is residual is None and out_dtype == x.dtype:
+    if not isinstance(weight, Quantized) and bias is None and out_dtype == x.dtype:
         rounded = weight.astype(x.dtype)
-        if is_fused(x, rounded):
-            return swiglu_linear(x, rounded)
+        if is_fused(x, rounded, gated=gated, added=residual is not None):
+            return linear_of_many_rows(x, rounded, None if residual is None else residual.astype(out_dtype), gated)
     if isinstance(weight, Quantized) or out_dtype == x.dtype:
         out = plain_product(x, values_of(weight), jnp.float32 if isinstance(weight, Quantized) else out_dtype)
     else:

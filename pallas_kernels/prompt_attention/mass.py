@@ -34,13 +34,14 @@ def tile_mass(q: jax.Array, k: jax.Array, positions: jax.Array, *, implementatio
     """
     if (missing := -k.shape[1] % BLOCK) > 0:
         k = jnp.pad(k, ((0, 0), (0, missing), (0, 0), (0, 0)))
-    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: _unsupported_reason(name, q, interpret))
+    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, q, interpret))
     sums = _xla_sums(q, k, positions) if chosen == "xla" else _triton_sums(q, k, positions, interpret)
     tile = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 3)
     return jax.nn.softmax(jnp.where(tile * BLOCK <= positions[:, None, :, None], sums, -jnp.inf), axis=-1)
 
 
-def _unsupported_reason(implementation: str, q: jax.Array, interpret: bool) -> str | None:
+def unsupported_reason(implementation: str, q: jax.Array, interpret: bool) -> str | None:
+    """Say why an implementation cannot run on such queries; None when it can."""
     if (reason := device_reason(implementation, ("xla", "triton"), interpret)) or interpret or implementation == "xla":
         return reason
     return head_size_reason(q.shape[3])

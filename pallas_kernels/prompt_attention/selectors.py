@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import require
 from pallas_kernels.prompt_attention.mask import PromptMask, prompt_rows
-from pallas_kernels.prompt_attention.mass import BLOCK, MAX_SCORES, tile_mass
+from pallas_kernels.prompt_attention.mass import BLOCK, tile_mass
+from pallas_kernels.prompt_attention.means import tile_scores
 from pallas_kernels.tiles import list_tiles
 
 
@@ -177,25 +178,12 @@ class BlockMeans(WindowTiles):
         _require_number(self, "last_rows", 0)
 
     def _keep(self, q, k, query, key, lengths):
-        batch, num_queries, num_heads, head_size = q.shape
-        num_tiles, num_kv_heads = key.shape[3], k.shape[2]
+        (batch, _, num_kv_heads, head_size), num_tiles = k.shape, key.shape[3]
         used = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :, None, None] < lengths
         total = jnp.where(used, k, 0).reshape(batch, num_tiles, BLOCK, num_kv_heads, head_size).sum(axis=2, dtype=jnp.float32)
         count = jnp.clip(lengths - key, 1, BLOCK).astype(jnp.float32)[:, 0, 0, :, None, None]
         means = (total / count).astype(q.dtype)
-        inside = query[0, 0, 0, 0] + jnp.arange(num_queries, dtype=jnp.int32)[None, :] < lengths[:, :, 0, 0]
-        wide = jnp.float32 if jax.default_backend() == "cpu" else q.dtype
-
-        def scores(of_tile):  # queries [B, 128, K, G, H] of a tile, and which are of prompts: [B, N, J], logarithms
-            tile, real = of_tile
-            products = jnp.einsum("btkgh,bjkh->bkgtj", tile.astype(wide), means.astype(wide), preferred_element_type=jnp.float32)
-            products = jnp.where(real[:, None, None, :, None], products * head_size**-0.5, -jnp.inf)
-            return jax.nn.logsumexp(products, axis=3).reshape(batch, num_heads, num_tiles)
-
-        q = q.reshape(batch, -1, BLOCK, num_kv_heads, num_heads // num_kv_heads, head_size)
-        tiles = jnp.moveaxis(q, 1, 0), jnp.moveaxis(inside.reshape(batch, -1, BLOCK), 1, 0)
-        at_once = max(1, MAX_SCORES // (batch * num_heads * BLOCK * num_tiles))
-        found = jnp.moveaxis(jax.lax.map(scores, tiles, batch_size=min(at_once, q.shape[1])), 0, 2)  # [B, N, I, J]
+        found = tile_scores(q, means, query[0, 0, 0, 0], lengths[:, 0, 0, 0])
         found = jnp.where(key < query + BLOCK, found, -jnp.inf)
         high = found >= jnp.max(found, axis=3, keepdims=True) + jnp.log(jnp.float32(self.alpha))
         last = query >= ((lengths + (BLOCK - 1)) // BLOCK - self.last_rows) * BLOCK

@@ -28,6 +28,13 @@ def silu_and_mul(gate_up: jax.Array, *, implementation: str | None = None, inter
     return _differentiable(chosen, interpret, gate_up)
 
 
+def silu_and_mul_gradient(gate_up: jax.Array, grad: jax.Array) -> jax.Array:
+    """Compute the gradient of `silu_and_mul`, `[R, 2 F]`, from that of its result, `[R, F]`, by the best implementation."""
+    preferred = ("xla",) if gate_up.dtype == jnp.float32 else ("triton", "xla")
+    chosen = choose_implementation(None, preferred, lambda name: unsupported_reason(name, gate_up))
+    return _gradient(chosen, False, gate_up, grad)
+
+
 def unsupported_reason(implementation: str, gate_up: jax.Array, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot compute the gradient on the default device; None when it can."""
     if reason := device_reason(implementation, IMPLEMENTATIONS, interpret):
@@ -47,10 +54,14 @@ def _forward(implementation, interpret, gate_up):
     return _differentiable(implementation, interpret, gate_up), gate_up
 
 
-def _backward(implementation, interpret, gate_up, grad):
+def _gradient(implementation, interpret, gate_up, grad):
     if implementation == "triton":
-        return (triton.triton_gradient(gate_up, grad, interpret=interpret),)
-    return (reference.xla_gradient(gate_up, grad),)
+        return triton.triton_gradient(gate_up, grad, interpret=interpret)
+    return reference.xla_gradient(gate_up, grad)
+
+
+def _backward(*args):
+    return (_gradient(*args),)
 
 
 _differentiable.defvjp(_forward, _backward)

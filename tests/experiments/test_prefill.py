@@ -107,6 +107,16 @@ FILES = {  # what each command writes, and lines of the tables made of it
         },
         ["| causal | 1 of 8,192 at 24,576 | N 32, K 8, H 128 | 645 | - | - | - | 2.4e-03 | - | - |"],
     ),
+    "many_rows": (
+        {
+            "cases": [
+                {"map": "SwiGLU", "shape": "base", "rows": 16384, "variant": variant, "microseconds": us, "flops_per_second": 1e17 / us}
+                for variant, us in (("xla", 400.0), ("mosaic, bands of 1", 300.0), ("mosaic, bands of 8", 250.0))
+            ]
+            + [{"map": "QKV", "shape": "base", "rows": 128, "variant": "xla", "microseconds": 4.0, "flops_per_second": 1e12}]
+        },
+        ["| SwiGLU | base | 16,384 | 400 | 250 | mosaic, bands of 8 | 250 | 400 |", "| QKV | base | 128 | 4 | 1 | - | - | - |"],
+    ),
     "llama3-8b_128k_decode": (
         {
             "rows": [

@@ -17,8 +17,18 @@ import pytest
 from benchmarks.linear import MATRICES
 from pallas_kernels import QuantizedWeight, ScaledRows, SplitRows, fused_linear, quantize_weight, silu_and_mul
 from pallas_kernels.linear import expected_bytes, many_rows, mosaic, unsupported_reason
-from pallas_kernels.linear.heuristics import LinearConfig, TileConfig, band_tiles, is_fastest, is_tiled, linear_config, tile_config
-from pallas_kernels.linear.mosaic import mosaic_swiglu_linear
+from pallas_kernels.linear.heuristics import (
+    MAX_SHARED_BYTES,
+    LinearConfig,
+    TileConfig,
+    is_fastest,
+    is_tiled,
+    linear_config,
+    mosaic_config,
+    mosaic_shared_bytes,
+    tile_config,
+)
+from pallas_kernels.linear.mosaic import mosaic_linear
 from pallas_kernels.linear.triton import padded_rows, triton_linear
 from pallas_kernels.linear.triton_tiled import triton_tiled_linear
 from tests.pallas_kernels.budget import INTERPRET, KERNELS, error, gpu_run, program, rms, round_to, run
@@ -522,33 +532,54 @@ def half(x):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [case.name for case in MANY_ROWS])
-def test_gates_of_many_rows(name):
-    """Within the error of a float64 result that is rounded to bfloat16 once; gate and up swapped are far outside."""
+def test_many_rows(name):
+    """Within the error of a float64 result rounded to bfloat16 once; gate and up swapped, or outputs moved by one, are far outside."""
     case = CASE[name]
     problem = round_to(make_problem(case), ml_dtypes.bfloat16)
-    bands = band_tiles(case.num_results, case.num_inputs)
+    config = mosaic_config(case.num_results, case.num_inputs, gated=case.gated, added=case.residual)
     exact = oracle(problem)
     budget = 1.1 * rms(exact.astype(ml_dtypes.bfloat16).astype(np.float64) - exact)
-    for weight, right in ((problem.weight, True), (np.roll(problem.weight, case.num_results, axis=0), False)):
-        out = mosaic_swiglu_linear(half(problem.x), half(weight), band_tiles=bands)
+    wrong = dataclasses.replace(problem, weight=np.roll(problem.weight, case.num_results if case.gated else 1, axis=0))
+    for one, right in ((problem, True), (wrong, False)):
+        residual = None if one.residual is None else half(one.residual)
+        out = mosaic_linear(half(one.x), half(one.weight), residual, gated=case.gated, config=config)
         assert (rms(np.asarray(out, float) - exact) < budget) == right
 
 
-def test_gates_of_many_rows_are_fused_where_it_was_measured(monkeypatch):
-    """Up to 768 inputs, from 16,384 rows on, without bias or residual; on no other device, and never with gradients."""
+@pytest.mark.gpu
+def test_gradients_of_many_rows():
+    """Against the same in XLA's programs, in bfloat16, and those in float64."""
+    rng = np.random.default_rng(0)
+    sizes = ((16384, 128), 1), ((512, 128), 11), ((128, 256), 16)
+    x, gate_up, down = (rng.normal(size=size).astype(ml_dtypes.bfloat16).astype(float) / by for size, by in sizes)
+
+    def loss(x, gate_up, down):
+        out = fused_linear(fused_linear(x, gate_up, gated=True, implementation="xla"), down, residual=x, implementation="xla")
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    arguments = [half(a) for a in (x, gate_up, down)]
+    assert "fused_linear_kernel" in jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arguments).as_text()
+    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*(jnp.asarray(a, jnp.float32) for a in (x, gate_up, down)))
+    for one, exact in zip(found, expected):
+        exact = np.asarray(exact, float)
+        assert rms(np.asarray(one, float) - exact) < 0.01 * rms(exact)
+
+
+def test_many_rows_are_fused_where_it_was_measured(monkeypatch):
+    """From 16,384 rows on: gates up to 768 inputs, residuals up to 3,072, without bias; on no other device. With gradients too."""
     calls = []
 
-    def kernel(x, weight, *, band_tiles):
-        calls.append((*x.shape, weight.shape[0], band_tiles))
-        return plain(x, weight)
+    def kernel(x, weight, residual=None, *, gated, config, keep_products=False):
+        calls.append((*x.shape, weight.shape[0], config.band_tiles, residual is not None, keep_products))
+        products = jnp.matmul(x, weight.T)
+        out = silu_and_mul(products) if gated else products + residual
+        return (out, products) if keep_products else out
 
-    def plain(x, weight):
-        return silu_and_mul(jnp.matmul(x, weight.T))
+    def product(x, weight, gated=True, **more):
+        jax.eval_shape(lambda x, weight, more: fused_linear(x, weight, gated=gated, implementation="xla", **more), x, weight, more)
 
-    def product(x, weight, **more):
-        jax.eval_shape(lambda x, weight, more: fused_linear(x, weight, gated=True, implementation="xla", **more), x, weight, more)
-
-    monkeypatch.setattr(mosaic, "mosaic_swiglu_linear", kernel)
+    monkeypatch.setattr(mosaic, "mosaic_linear", kernel)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     x, weight, narrow = shape((16384, 768)), jax.ShapeDtypeStruct((6144, 768), jnp.float32), shape((3072, 512))
     product(x, weight)
@@ -556,42 +587,69 @@ def test_gates_of_many_rows_are_fused_where_it_was_measured(monkeypatch):
     monkeypatch.setattr(many_rows, "device_reason", lambda *_: None)
     product(x, weight)
     product(shape((64, 512, 512)), narrow)
-    assert calls == [(16384, 768, 6144, 8), (32768, 512, 3072, 1)]
+    product(shape((16384, 3072)), shape((768, 3072)), gated=False, residual=x)
+    expected = [(16384, 768, 6144, 8, False, False), (32768, 512, 3072, 1, False, False), (16384, 3072, 768, 1, True, False)]
+    assert calls == expected
     product(shape((16383, 768)), weight)
     product(shape((16384, 4096)), shape((1024, 4096)))
-    product(x, shape((6144 + 128, 768)))
+    product(shape((16384, 4096)), shape((768, 4096)), gated=False, residual=x)
+    product(x, shape((6144 + 64, 768)))
     product(x, weight, residual=shape((16384, 3072)))
     product(x, weight, bias=shape((6144,)))
     product(jax.ShapeDtypeStruct(x.shape, jnp.float32), weight)
-    assert len(calls) == 2
+    product(x, weight, gated=False)
+    assert calls == expected
 
     rng = np.random.default_rng(0)
-    few, matrix = half(rng.normal(size=(8, 64))), half(rng.normal(size=(128, 64)))
-    loss = [jax.grad(lambda *args, f=f: jnp.sum(f(*args).astype(jnp.float32)), argnums=(0, 1)) for f in (many_rows.swiglu_linear, plain)]
-    for found, expected in zip(*(gradients(few, matrix) for gradients in loss), strict=True):
-        np.testing.assert_array_equal(np.asarray(found, float), np.asarray(expected, float))
-    assert len(calls) == 2  # XLA computed the value too, with the products that the gradient needs
+    few, matrix, rest = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((8, 64), (128, 64), (8, 128)))
+    for gated, residual in ((True, None), (False, rest)):
+
+        def fused(x, weight, gated=gated, residual=residual):
+            return many_rows.linear_of_many_rows(x, weight, residual, gated)
+
+        def apart(x, weight, gated=gated, residual=residual):
+            products = jnp.matmul(x, weight.T, precision="highest")
+            return silu_and_mul(products) if gated else products + residual
+
+        loss = [jax.grad(lambda *args, f=f: jnp.sum(f(*args) ** 2), argnums=(0, 1)) for f in (fused, apart)]
+        for found, exact in zip(*(gradients(few, matrix) for gradients in loss), strict=True):
+            np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
+    assert [call[-1] for call in calls[3:]] == [True, False]  # products are kept for their gradient
 
 
-def test_the_kernel_of_gates_says_what_it_cannot_do():
+def test_the_kernel_of_many_rows_says_what_it_cannot_do():
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     for rows, outputs, inputs, reason in [
-        (256, 512, 96, "multiples of 64 and 128, got 96 and 256"),
-        (256, 384, 64, "multiples of 64 and 128, got 64 and 192"),
+        (256, 512, 96, "multiples of 64, got 96 and 256"),
+        (256, 320, 64, "multiples of 64, got 64 and 160"),
         (260, 512, 64, "a multiple of 8 from 128, got 260"),
         (64, 512, 64, "a multiple of 8 from 128, got 64"),
     ]:
-        assert reason in mosaic.unsupported_reason(shape((rows, inputs)), shape((outputs, inputs)))
-    x, weight = shape((256, 64)), shape((512, 64))
-    assert mosaic.unsupported_reason(x, weight) is None
-    assert "got float32 and bfloat16" in mosaic.unsupported_reason(jax.ShapeDtypeStruct(x.shape, jnp.float32), weight)
+        assert reason in mosaic.unsupported_reason(shape((rows, inputs)), shape((outputs, inputs)), True)
+    x, weight = shape((256, 64)), shape((320, 64))
+    assert mosaic.unsupported_reason(x, weight, False) is None
+    assert "got float32 and bfloat16" in mosaic.unsupported_reason(jax.ShapeDtypeStruct(x.shape, jnp.float32), weight, False)
 
 
-@pytest.mark.parametrize("rows, outputs, inputs", [(65536, 3072, 512), (16384, 3072, 576), (16384, 6144, 768)])
-def test_the_kernel_of_gates_lowers_for_cuda(rows, outputs, inputs):
-    product = functools.partial(mosaic_swiglu_linear, band_tiles=band_tiles(outputs // 2, inputs))
-    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, inputs), (outputs, inputs)))
-    assert "mosaic_gpu" in cuda_lowering(product, *shapes)
+MOSAIC_LOWERINGS = [  # rows, outputs, inputs, gated
+    (65536, 3072, 512, True),
+    (16384, 3072, 576, True),
+    (16384, 6144, 768, True),
+    (65536, 768, 3072, False),
+    (16384, 576, 1536, False),
+]
+
+
+@pytest.mark.parametrize("rows, outputs, inputs, gated", MOSAIC_LOWERINGS)
+def test_the_kernel_of_many_rows_lowers_for_cuda(rows, outputs, inputs, gated):
+    """Gates with their products kept, the others with a residual; and their settings fit into shared memory."""
+    results = outputs // 2 if gated else outputs
+    config = mosaic_config(results, inputs, gated=gated, added=not gated)
+    assert mosaic_shared_bytes(config, not gated) <= MAX_SHARED_BYTES and config.num_stages >= 3
+    assert results % (config.outputs // 2 if gated else config.outputs) == 0
+    product = functools.partial(mosaic_linear, gated=gated, config=config, keep_products=gated)
+    sizes = (rows, inputs), (outputs, inputs), *([] if gated else [(rows, outputs)])
+    assert "mosaic_gpu" in cuda_lowering(product, *(jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes))
 
 
 def test_gradients_of_float32_logits_are_products_of_halves():

@@ -50,6 +50,9 @@ MANY_ROWS = (
     Case("rows_304", "the last tile of rows is not full", 304, 2 * 128, 256, gated=True),
     Case("bands", "more tiles than programs; wide weights, in bands of tiles, the last not full", 2200, 2 * 2176, 1024, gated=True),
     Case("inputs_576_gated", "nine steps, for four stages", 16384, 2 * 256, 576, gated=True),
+    Case("gates_64", "gates and ups in tiles of 64 and 64", 304, 2 * 320, 512, gated=True),
+    Case("added", "a residual; more tiles than programs", 2200, 4096, 128, residual=True),
+    Case("added_192", "a residual, outputs in tiles of 192", 304, 576, 1536, residual=True),
 )
 CASE = {case.name: case for case in (*CASES, *MANY_ROWS)}
 

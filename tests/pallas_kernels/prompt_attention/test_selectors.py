@@ -17,8 +17,8 @@ from pallas_kernels.prompt_attention import (
     SampleAttention,
     WindowTiles,
     mass,
+    means,
     retained_mass,
-    selectors,
     tile_mass,
 )
 from pallas_kernels.prompt_attention.selectors import fewest_reaching
@@ -241,8 +241,24 @@ def test_the_kernel_finds_the_same_mass(interpret):
     assert not np.asarray(found)[np.broadcast_to(after, found.shape)].any() and after.any()
 
 
-def test_the_kernel_lowers_for_cuda(monkeypatch):
+@pytest.mark.parametrize("interpret", INTERPRET)
+def test_the_kernel_of_scores_finds_the_same(interpret, monkeypatch):
+    """At an offset, with queries after the end of a prompt; more means than the kernel takes at once, some after the last query."""
+    monkeypatch.setattr(means, "BLOCK_MEANS", 64 if not interpret else 4)
+    q, k = (jnp.asarray(np.concatenate([x] * (1 if interpret else 64 // HEAD_SIZE), axis=3)) for x in (Q, K[:, ::BLOCK]))
+    arguments = q, k, jnp.int32(256), jnp.asarray(LENGTHS, jnp.int32)
+    found, expected = (means.tile_scores(*arguments, implementation=name, interpret=interpret) for name in ("triton", "xla"))
+    before = np.arange(NUM_TILES)[None, :] <= 2 + np.arange(NUM_QUERIES // BLOCK)[:, None]
+    np.testing.assert_allclose(*(np.where(before, x, 0) for x in (found, expected)), atol=1e-5 if interpret else 2e-3)
+    assert np.isneginf(np.asarray(expected)[2, :, 1:]).all() and np.isfinite(np.asarray(expected)[:2, :, 0]).all()
+
+
+def test_the_kernels_lower_for_cuda(monkeypatch):
     monkeypatch.setattr(mass, "device_reason", lambda *_: None)
+    scores = functools.partial(means.tile_scores, implementation="triton")
+    halves = [jax.ShapeDtypeStruct((1, tokens, heads, 64), jnp.bfloat16) for tokens, heads in ((256, 4), (70, 2))]
+    numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,))]
+    assert "__gpu$xla.gpu.triton" in cuda_lowering(scores, *halves, *numbers)
     q, k = jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 1024, 2, 64), jnp.bfloat16)
     positions = jax.ShapeDtypeStruct((2, 100), jnp.int32)
     assert "__gpu$xla.gpu.triton" in cuda_lowering(functools.partial(tile_mass, implementation="triton"), q, k, positions)
@@ -255,7 +271,7 @@ def test_mass_is_the_same_in_pieces(monkeypatch):
     whole = tile_mass(jnp.asarray(Q[:, :16]), jnp.asarray(K), positions)
     monkeypatch.setattr(mass, "MAX_SCORES", 1)
     np.testing.assert_allclose(tile_mass(jnp.asarray(Q[:, :16]), jnp.asarray(K), positions), whole, atol=1e-6)
-    monkeypatch.setattr(selectors, "MAX_SCORES", 1)
+    monkeypatch.setattr(means, "MAX_SCORES", 1)
     selector = CASES["means"][0]
     _, counts = selector.choose(jnp.asarray(Q), jnp.asarray(K), first_query=256, lengths=jnp.asarray(LENGTHS, jnp.int32))
     np.testing.assert_array_equal(counts, mask_of(selector, 256).key_counts)
