@@ -339,7 +339,7 @@ class ServingConfig:
     prefill_tokens: int = 512
     """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
     reads_per_chunk: int | None = 1
-    """Times that so many are read between two chunks; None: until no prompt waits, for throughput where nobody watches a stream."""
+    """Times that so many are read between two chunks; None: all of several that are admitted at once, where nobody watches a stream."""
     max_queue: int = 256
     """Requests that wait; more are refused."""
 

@@ -48,6 +48,7 @@ _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not s
 PLACES_PER_SEQUENCE, MIN_BATCHES, MIN_SAVING = 2, 4, 1.65
 # A chunk of a small model is over before the host has done its part of it for so many places, so it is longer than where streams wait.
 THROUGHPUT_PREFILL_TOKENS, THROUGHPUT_CHUNK_TOKENS = 4096, 32
+ADMITTED_SHARE = 16  # of the places: one in so many is free before requests are admitted where `reads_per_chunk` is None
 _LOG = logging.getLogger(__name__)
 
 
@@ -377,8 +378,12 @@ class Scheduler:
         """Give waiting requests places and pages, in the order of arrival.
 
         One waits on, and does not hold up those behind it, while another prompt that begins alike is read: it shares the pages then.
-        One that is admitted leaves a page for each sequence that is there, so that few lose theirs.
+        One that is admitted leaves a page for each sequence that is there, so that few lose theirs. Where all that wait are read before a
+        chunk begins, several are admitted at once: a reading takes about as long for one prompt as for those that fill it.
         """
+        several = min(len(self._waiting), self.config.num_sequences // ADMITTED_SHARE)
+        if self.config.reads_per_chunk is None and self._running and len(self._places) < several:
+            return
         at = 0
         while self._places and at < min(len(self._waiting), 2 * self.config.num_sequences):
             ticket = self._waiting[at]
