@@ -128,7 +128,7 @@ def _predict(
 def main(arguments: Sequence[str] | None = None) -> None:
     with commandline.exit_on_user_error(UserError):
         options = commandline.parse(Choices, "choices", sys.argv[1:] if arguments is None else list(arguments), user_error=UserError)
-        lm = SpanLM.load(options.checkpoint)
+        lm = SpanLM.load(options.checkpoint, TASKS)
         task, sets, _ = examples.stored(options.data, lm.task, TASKS, options.num_examples, options.split)
         found = choices(lm.model, task, *sets.values())
         for kind, own in found.items():

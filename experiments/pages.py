@@ -225,8 +225,8 @@ def _eval_options(evaluation: Mapping[str, Any]) -> str:
     else:
         num_examples, speeds, which = evaluation["num_examples"], evaluation["by_batch_size"], ""
     passes = f" --passes {evaluation['passes']}" if evaluation.get("passes", 1) > 1 else ""
-    batches = ",".join(str(speed["batch_size"]) for speed in speeds)
-    rest = f"--num-examples {num_examples}{which} --batch-size {batches}{passes}"
+    batches = f" --batch-size {','.join(str(speed['batch_size']) for speed in speeds)}" if speeds else ""
+    rest = f"--num-examples {num_examples}{which}{batches}{passes}"
     if "data" not in evaluation:
         return f"--seed {evaluation['seed']} {rest}"
     sources = f" --sources {evaluation['sources']}" if "sources" in evaluation else ""
