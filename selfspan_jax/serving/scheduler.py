@@ -44,7 +44,8 @@ _MIN_QUERIES = 64  # tokens of each prompt that are read at once
 _CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
 _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
 # Requests that are all there: places for each sequence of a static batch on the same rows of cache, because few are at their full length;
-# and from how many batches, and how many times fewer steps, on that is faster: 1.77 times fewer gave 1.17 times the answers on an H100.
+# and from how many batches, and how many times fewer steps, on that is taken to be faster: 1.77 times fewer gave 1.17 times the answers
+# between two runs on H100s; where it begins to pay was not measured.
 PLACES_PER_SEQUENCE, MIN_BATCHES, MIN_SAVING = 2, 4, 1.65
 # A chunk of a small model is over before the host has done its part of it for so many places, so it is longer than where streams wait.
 THROUGHPUT_PREFILL_TOKENS, THROUGHPUT_CHUNK_TOKENS = 4096, 32
