@@ -196,18 +196,19 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
 
         def run(layer: Layer, x, angles, cache, following):
-            if self.gather_layers:
-                graph, params = nnx.split(layer)
-                layer = nnx.merge(graph, all_gather_params(params, self.config.compute_dtype))
             return layer(x, angles, attend, cache, following, implementation=linear)
 
-        if self.config.remat or self.gather_layers:
+        def run_checkpointed(layer: Layer, x, *others):
+            graph, params = nnx.split(layer)  # `nnx.remat` writes parameters back, which a compiled loop does not allow
+            gather = (lambda params: all_gather_params(params, self.config.compute_dtype)) if self.gather_layers else lambda params: params
             policy = None if self.config.remat else jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-            run = nnx.remat(run, policy=policy)
+            return jax.checkpoint(lambda params, x: run(nnx.merge(graph, gather(params)), x, *others), policy=policy)(params, x)
+
+        run_layer = run_checkpointed if self.config.remat or self.gather_layers else run
         after = []
         following = [None if linear == "xla" or self.gather_layers else layer for layer in self.layers[1:]] + [None]
         for layer, cache, after_it in zip(self.layers, caches or (None,) * self.config.num_layers, following, strict=True):
-            x, cache = run(layer, x, angles, cache, after_it)
+            x, cache = run_layer(layer, x, angles, cache, after_it)
             after.append(cache)
         return self.norm(x), tuple(after)
 

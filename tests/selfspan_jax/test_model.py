@@ -135,6 +135,19 @@ def test_remat_changes_no_gradient():
         np.testing.assert_allclose(plain, recomputed, rtol=1e-4, atol=1e-4 * float(jnp.abs(plain).max()))
 
 
+def test_a_model_with_remat_runs_in_a_compiled_loop():
+    """Decoding runs it so; flax writes parameters back from its own checkpointing, which a loop refuses."""
+    model, token_ids = random_model(remat=True), jnp.array([NAMED["specification"][0]], jnp.int32)
+    attend = attend_under(jnp.tri(token_ids.shape[1], dtype=bool)[None])
+
+    def hidden():
+        return model(token_ids, jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None], attend)[0]
+
+    expected = hidden()
+    found = jax.lax.fori_loop(0, 1, lambda _, x: x + hidden(), jnp.zeros_like(expected))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def influence():
     """A function of a mask, compiled once: of the last hidden state at t the derivative by the embedding at s is not exactly zero."""
