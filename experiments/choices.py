@@ -50,7 +50,17 @@ class Choices:
     num_examples: int = 64
     """Examples, at most."""
     json: Path | None = None
-    """Write the table into this file."""
+    """Write the table into this file; - is standard output."""
+
+    def run(self) -> None:
+        lm = SpanLM.load(self.checkpoint, TASKS)
+        task, sets, _ = examples.stored(self.data, lm.task, TASKS, self.num_examples, self.split)
+        found = choices(lm.model, task, *sets.values())
+        for kind, own in found.items():
+            shares = f"right {own['right']:6.1%}  within its family {own['right_within_family']:6.1%}  loss {own['loss']:.3f}"
+            print(f"{kind:13}{own['tokens']:8,} tokens  {shares}")
+        if self.json:
+            files.write_json(self.json, {"checkpoint": self.checkpoint.name, "data": self.data.name, "kinds": found})
 
 
 def kinds(ids: np.ndarray, prompt_tokens: int, task: DocumentTask) -> Iterator[tuple[str, set[int]]]:
@@ -128,14 +138,8 @@ def _predict(
 def main(arguments: Sequence[str] | None = None) -> None:
     with commandline.exit_on_user_error(UserError):
         options = commandline.parse(Choices, "choices", sys.argv[1:] if arguments is None else list(arguments), user_error=UserError)
-        lm = SpanLM.load(options.checkpoint, TASKS)
-        task, sets, _ = examples.stored(options.data, lm.task, TASKS, options.num_examples, options.split)
-        found = choices(lm.model, task, *sets.values())
-        for kind, own in found.items():
-            shares = f"right {own['right']:6.1%}  within its family {own['right_within_family']:6.1%}  loss {own['loss']:.3f}"
-            print(f"{kind:13}{own['tokens']:8,} tokens  {shares}")
-        if options.json:
-            files.write_json(options.json, {"checkpoint": options.checkpoint.name, "data": options.data.name, "kinds": found})
+        with files.outputs(json=options.json):
+            options.run()
 
 
 if __name__ == "__main__":
