@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.shapes import ShapeName, matrix_sizes
-from benchmarks.timing import median_and_spread, relative_error, report_header, run_seconds
+from benchmarks.timing import median_and_spread, relative_error, report_header, run_command, run_seconds
 from data import commandline
 from data.errors import check_range
 from pallas_kernels.linear.heuristics import mosaic_config
@@ -27,7 +26,6 @@ from pallas_kernels.linear.product import plain_product
 from pallas_kernels.swiglu import silu_and_mul
 from selfspan_jax import files
 from selfspan_jax.errors import UserError
-from selfspan_jax.parallel.memory import catch_out_of_memory
 
 SHAPES: tuple[ShapeName, ...] = ("arithmetic-small", "arithmetic-base", "smollm2-135m", "llama3-8b")
 MAX_NUMBERS = 2**27  # of the rows of an input: those of a wide model are fewer
@@ -141,10 +139,7 @@ def _words(settings: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        command = commandline.parse(ManyRows, "benchmarks.many_rows", sys.argv[1:] if argv is None else argv, user_error=UserError)
-        with files.outputs(json=command.json):
-            command.run()
+    run_command(ManyRows, "benchmarks.many_rows", argv)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from data import commandline
 from selfspan_jax import files
 from selfspan_jax.errors import UserError
+from selfspan_jax.parallel.memory import catch_out_of_memory
 
 TOP_OPERATIONS = 20
 CACHE_BYTES = 64 * 2**20  # more than the L2 of any device meant here: chains read three times as much before they repeat
@@ -268,6 +270,14 @@ class KernelReport:
 
     def __exit__(self, *_: object) -> None:
         files.write_rows(self._path, self.content, complete=True)
+
+
+def run_command(command_type: type, module: str, arguments: list[str] | None) -> None:
+    """Read a command, a dataclass with `json` and `run`, from a command line, by default this process's, and run it."""
+    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
+        command = commandline.parse(command_type, module, sys.argv[1:] if arguments is None else arguments, user_error=UserError)
+        with files.outputs(json=command.json):
+            command.run()
 
 
 class KernelCommand(argparse.ArgumentParser):

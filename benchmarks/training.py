@@ -15,7 +15,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import statistics
-import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +27,7 @@ from jax.sharding import Mesh
 
 from benchmarks.decoding import footprint
 from benchmarks.shapes import ShapeName, named_shape
-from benchmarks.timing import device_times, run_seconds, timed
+from benchmarks.timing import device_times, run_command, run_seconds, timed
 from benchmarks.workloads import arithmetic_tokens
 from data import arithmetic, commandline
 from data.errors import check_range
@@ -224,10 +223,7 @@ class Lengths:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        command = commandline.parse(Lengths, "benchmarks.training", sys.argv[1:] if argv is None else argv, user_error=UserError)
-        with files.outputs(json=command.json):
-            command.run()
+    run_command(Lengths, "benchmarks.training", argv)
 
 
 if __name__ == "__main__":

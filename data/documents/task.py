@@ -187,11 +187,8 @@ class DocumentTask(PiecesTask):
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
-            options = {name: getattr(self, name) for name in ("max_example_tokens", "labelling", "closed_steps")} | {
-                "uniform": uniform,
-                **style(self),
-            }
-            return corpus.encode(example.document, self.instruction, self.vocab, **options)
+            options = {name: getattr(self, name) for name in ("max_example_tokens", "labelling", "closed_steps")} | style(self)
+            return corpus.encode(example.document, self.instruction, self.vocab, uniform=uniform, **options)
         except UserError:
             return None
 

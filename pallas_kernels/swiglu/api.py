@@ -23,16 +23,18 @@ def silu_and_mul(gate_up: jax.Array, *, implementation: str | None = None, inter
     """
     fits = gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0 and gate_up.dtype in FLOAT_DTYPES
     require(fits, "gate_up must be a float [R, 2 F]", gate_up)
-    preferred = ("xla",) if gate_up.dtype == jnp.float32 else ("triton", "xla")
-    chosen = choose_implementation(implementation, preferred, lambda name: unsupported_reason(name, gate_up, interpret=interpret))
-    return _differentiable(chosen, interpret, gate_up)
+    return _differentiable(_choose(implementation, gate_up, interpret), interpret, gate_up)
 
 
 def silu_and_mul_gradient(gate_up: jax.Array, grad: jax.Array) -> jax.Array:
     """Compute the gradient of `silu_and_mul`, `[R, 2 F]`, from that of its result, `[R, F]`, by the best implementation."""
+    return _gradient(_choose(None, gate_up, False), False, gate_up, grad)
+
+
+def _choose(implementation: str | None, gate_up: jax.Array, interpret: bool) -> str:
+    """Choose what computes the gradient."""
     preferred = ("xla",) if gate_up.dtype == jnp.float32 else ("triton", "xla")
-    chosen = choose_implementation(None, preferred, lambda name: unsupported_reason(name, gate_up))
-    return _gradient(chosen, False, gate_up, grad)
+    return choose_implementation(implementation, preferred, lambda name: unsupported_reason(name, gate_up, interpret=interpret))
 
 
 def unsupported_reason(implementation: str, gate_up: jax.Array, *, interpret: bool = False) -> str | None:
