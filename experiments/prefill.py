@@ -158,7 +158,9 @@ class Tasks(Thresholds):
     ops: int | None = None
     """Expressions: operators of each."""
     batch_size: int = 8
-    """Prompts that are read together: short chunks have fewer tiles to choose from."""
+    """Prompts that are read together."""
+    prefill_tokens: int = DecodeConfig.prefill_tokens
+    """Tokens over the batch that go through the model at once: short chunks have fewer tiles to choose from."""
     seed: int = 1
     """Of the examples."""
 
@@ -194,7 +196,7 @@ class Tasks(Thresholds):
         token_ids = np.pad(token_ids, ((0, 0), (0, -token_ids.shape[1] % BLOCK)), constant_values=lm.model.vocab.pad_id)  # whole tiles
         policy = get_policy(lm.model.config.mask)
         room = max(len(example.response_ids) for example in examples) + evaluation.MARGIN_TOKENS
-        reading = DecodeConfig(policy, room, prefill=prefill)
+        reading = DecodeConfig(policy, room, prefill=prefill, prefill_tokens=self.prefill_tokens)
         config = dataclasses.replace(reading, prefill="dense")  # one loop for all
         outputs, kept = [], []
         for some in np.arange(len(ids)).reshape(-1, self.batch_size):

@@ -78,7 +78,7 @@ def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, capsys):
     config = dataclasses.replace(random_model().config, max_context_tokens=1024, prompt_view="causal")
     lm = SpanLM(Decoder(config, vocab=vocab, vocab_size=vocab.min_vocab_size, rngs=nnx.Rngs(0)), task)
     monkeypatch.setattr(prefill.SpanLM, "load", lambda *_, **__: lm)
-    sizes = ["--ops", 40, "--num-examples", 2, "--batch-size", 2, "--selectors", "sample 1", "--sample-1", "1.0"]
+    sizes = ["--ops", 40, "--num-examples", 2, "--batch-size", 2, "--prefill-tokens", 1024, "--selectors", "sample 1", "--sample-1", "1.0"]
     status, out, err = call(prefill, capsys, "tasks", "model", *sizes, "--json", tmp_path / "tasks.json")
     assert (status or 0) == 0, err
     report = json.loads((tmp_path / "tasks.json").read_text())
