@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data import spans, task
+from data.alignment import split_sentences
 from data.errors import UserError
 from data.sources import Unusable
 from data.vocab import TokenizerVocab, Vocab, translation
@@ -18,13 +19,24 @@ MIN_PROMPT_TOKENS = 16
 
 def style(settings: Any) -> dict[str, Any]:
     """Return how a corpus or a task writes prompts, as arguments of `encode_prompt` and `encode`."""
-    return {name: getattr(settings, name) for name in ("max_prompt_tokens", "closed_pieces")}
+    names = ("max_prompt_tokens", "closed_pieces", "closed_sentences")  # the last one not of all
+    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 
 def encode_prompt(
-    instruction: str, pieces: Sequence[str], vocab: TokenizerVocab, *, max_prompt_tokens: int, closed_pieces: bool, num_steps: int = 1
+    instruction: str,
+    pieces: Sequence[str],
+    vocab: TokenizerVocab,
+    *,
+    max_prompt_tokens: int,
+    closed_pieces: bool,
+    closed_sentences: bool = False,
+    num_steps: int = 1,
 ) -> tuple[list[int], int]:
     """Write a prompt, labels from 1 on, cut at the end of a piece: (ids, pieces that were kept).
+
+    Args:
+      closed_sentences: open a piece's label again between its sentences, so that each of them has a row of the table of contents.
 
     Raises:
       Unusable: a first piece that does not fit, or more pieces than labels.
@@ -33,7 +45,9 @@ def encode_prompt(
     kept = 0
     for number, text in enumerate(pieces):
         label = min(1 + number, vocab.num_labels - 1)
-        ids = spans.piece(label, _text_ids(vocab, text), vocab, closed=closed_pieces)
+        sentences = (split_sentences(text) if closed_sentences else []) or [text]
+        own = [i for sentence in sentences for i in (vocab.seg_base + label, *_text_ids(vocab, sentence))]
+        ids = spans.piece(label, own[1:], vocab, closed=closed_pieces)
         if len(token_ids) + len(ids) + 1 > max_prompt_tokens:  # `<solve>` follows
             break
         token_ids += ids

@@ -9,6 +9,7 @@ Each example of the corpora becomes a row of `train.jsonl` or `validation.jsonl`
 row for finding passages: sentences are taken out of the sections of the same text (of some they stay), their first words are the
 questions, their last words the answers, which name the question and the section. So a text gives tens of choices of a source, which
 nobody had to mark (the inverse cloze task: Lee et al., *Latent Retrieval for Weakly Supervised Open Domain Question Answering*, ACL 2019).
+With `--kept 1 --words 10` the sentences stay, and a question is some of their words: what has to be found is where these stand together.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from selfspan_jax import files
 INSTRUCTION = "Complete the sentences:"
 _SPLITS = ("train", "validation")
 _MIN_WORDS = 8  # of a sentence that is asked for
+_MAX_ANSWER_WORDS = 6
 _MAX_SENTENCES = 6  # of a section that is made of pieces
 
 
@@ -53,12 +55,18 @@ class Mixture:
     """Most self-made questions about a text."""
     kept: float = 0.1
     """Share of the sentences asked for that stay in their section."""
+    words: int = 0
+    """Most words of a self-made question, drawn from the sentence's beginning; 0: all of it."""
+    rows: int = 1
+    """Most rows of self-made questions about a text, as far as the corpora have it so often."""
+    windows: int = 0
+    """Beside each example of stories, parts of it of so many lengths: sections in a row, and the questions about them."""
     seed: int = 0
     """Seed of what is asked."""
 
     def __post_init__(self) -> None:
-        check_range(self, "questions", low=1)
-        check_range(self, "seed", low=0)
+        check_range(self, "questions", "rows", low=1)
+        check_range(self, "seed", "windows", "words", low=0)
         for name in ("texts", "kept"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise UserError(f"{name} is {value}; allowed: 0 to 1")
@@ -84,29 +92,48 @@ def sections_of(document: Document, draw: random.Random) -> list[list[str]]:
     return [sentences for sentences in found if sentences]
 
 
-def cloze(document: Document, draw: random.Random, *, questions: int, kept: float) -> dict[str, Any] | None:
+def cloze(document: Document, draw: random.Random, *, questions: int, kept: float, words: int = 0) -> dict[str, Any] | None:
     """Ask for sentences of a document; None where it has none that is long enough beside another one of its section."""
     sections = sections_of(document, draw)
-    able = [(i, j) for i, own in enumerate(sections) if len(own) > 1 for j, text in enumerate(own) if len(text.split()) >= _MIN_WORDS]
-    chosen = {i: j for i, j in draw.sample(able, len(able))}  # one of a section
-    asked = draw.sample(sorted(chosen.items()), min(questions, len(chosen)))
+    able = [(i, j) for i, own in enumerate(sections) for j, text in enumerate(own) if len(text.split()) >= _MIN_WORDS]
+    shuffled = draw.sample(able, len(able))
+    room = [len(own) // 2 for own in sections]  # sentences that may be asked for
+    asked = []
+    for i, j in shuffled:
+        if room[i] and len(asked) < questions:
+            room[i] -= 1
+            asked.append((i, j))
     if not asked:
         return None
     steps: list[dict[str, Any]] = []
     prompts: list[str] = []
     for i, j in asked:
-        words = sections[i][j].split()
-        cut = len(words) - draw.randint(3, len(words) // 2)
-        prompts.append(f"{QUESTION} {' '.join(words[:cut])}")
-        steps.append({"text": " ".join(words[cut:]), "sources": [len(sections) + len(steps), i]})
+        own = sections[i][j].split()
+        cut = len(own) - draw.randint(3, min(len(own) // 2, _MAX_ANSWER_WORDS))
+        chosen = sorted(draw.sample(range(cut), min(cut, draw.randint(3, max(3, words))))) if words else range(cut)
+        prompts.append(f"{QUESTION} {' '.join(own[place] for place in chosen)}")
+        steps.append({"text": " ".join(own[cut:]), "sources": [len(sections) + len(steps), i]})
     removed = {(i, j) for i, j in asked if draw.random() >= kept}
     texts = [" ".join(text for j, text in enumerate(own) if (i, j) not in removed) for i, own in enumerate(sections)]
     return {"instruction": INSTRUCTION, "document": texts + prompts, "steps": steps}
 
 
+def window(document: Document, draw: random.Random) -> Document | None:
+    """Take sections in a row, and the questions that these alone answer; None where there are none."""
+    sections = [i for i, piece in enumerate(document.pieces) if not piece.startswith(QUESTION)]
+    size = draw.randint(min(3, len(sections)), len(sections))
+    start = draw.randint(0, len(sections) - size)
+    kept = sections[start : start + size]
+    answers = [step for step in document.steps if all(i in kept or i >= len(sections) for i in step.sources)]
+    kept += [i for step in answers for i in step.sources if i >= len(sections)]
+    places = {i: place for place, i in enumerate(kept)}
+    steps = tuple(step._replace(sources=tuple(places[i] for i in step.sources)) for step in answers)
+    return dataclasses.replace(document, pieces=tuple(document.pieces[i] for i in kept), steps=steps) if steps else None
+
+
 def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the rows of a split, each with the corpus that it comes from."""
-    seen = set[Sequence[str]]()
+    seen = collections.Counter[Sequence[str]]()
     for path in mixture.corpora:
         if split not in dataset.splits(path):
             continue
@@ -116,12 +143,17 @@ def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
         for example in stored:
             document = example.document
             yield stored.task.name, row(stored.task, document)
+            if any(piece.startswith(QUESTION) for piece in document.pieces):
+                for number in range(mixture.windows):
+                    own = window(document, random.Random(f"window/{mixture.seed}/{number}/{document.prompt}"))
+                    if own is not None:
+                        yield f"windows of {stored.task.name}", row(stored.task, own)
             pieces = tuple(piece for piece in document.pieces if not piece.startswith(QUESTION))
-            draw = random.Random(f"cloze/{mixture.seed}/{' '.join(pieces)}")
-            if pieces in seen or draw.random() >= mixture.texts:
+            draw = random.Random(f"cloze/{mixture.seed}/{seen[pieces] or ''}{' '.join(pieces)}")
+            if seen[pieces] >= mixture.rows or draw.random() >= mixture.texts:
                 continue
-            seen.add(pieces)
-            if (made := cloze(document, draw, questions=mixture.questions, kept=mixture.kept)) is not None:
+            seen[pieces] += 1
+            if (made := cloze(document, draw, questions=mixture.questions, kept=mixture.kept, words=mixture.words)) is not None:
                 yield f"cloze of {stored.task.name}", made
 
 

@@ -90,6 +90,7 @@ class Corpus(GeneratedCorpus[Example]):
       too_long: drop them, or cut them at the end of a piece: then steps rest on what is left.
       piece_sentences: Sentences to a piece (label), within a paragraph; 0: whole paragraphs.
       closed_pieces: End each piece with its `<seg:k>` once more: for header_view="labels".
+      closed_sentences: End each sentence of a piece with the piece's `<seg:k>`, not the last one alone.
       closed_steps: End each step with its `<seg:k>` once more, so that later span tokens know what was written.
       labelling: "pieces" have labels, which steps name; "plain" is the same text without span tokens, steps told apart by `<solve>`.
     """
@@ -101,6 +102,7 @@ class Corpus(GeneratedCorpus[Example]):
     too_long: TooLong = "drop"
     piece_sentences: int = 1
     closed_pieces: bool = True
+    closed_sentences: bool = False
     closed_steps: bool = False
     labelling: Labelling = "pieces"
 
@@ -113,6 +115,7 @@ class Corpus(GeneratedCorpus[Example]):
         check_range(self, "vocab_tokens", low=MIN_TOKENIZER_TOKENS, high=MAX_TOKENIZER_TOKENS)
         check_range(self, "max_prompt_tokens", "max_example_tokens", low=MIN_PROMPT_TOKENS)
         check_range(self, "piece_sentences", low=0)
+        check_closing(self)
 
     @property
     def vocab(self) -> TokenizerVocab:
@@ -127,6 +130,12 @@ class Corpus(GeneratedCorpus[Example]):
 
     def chunk(self, vocab: Any, seed: int, split: streams.Split, number: int) -> list[Example]:
         raise _not_generated()
+
+
+def check_closing(settings: Any) -> None:
+    """Raise UserError where sentences of pieces are closed, and pieces are not."""
+    if settings.closed_sentences and not settings.closed_pieces:
+        raise UserError("closed_sentences is True where closed_pieces is False; allowed: both, as the last sentence ends the piece")
 
 
 def _not_generated() -> UserError:
@@ -155,7 +164,7 @@ def encode(
 
     Args:
       alignment: finds the sources of steps that have none yet.
-      style: `max_prompt_tokens` and `closed_pieces`.
+      style: `max_prompt_tokens`, `closed_pieces` and `closed_sentences`.
 
     Raises:
       Unusable: it is too long, or no step rests on anything.

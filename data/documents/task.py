@@ -28,6 +28,7 @@ class DocumentTask(PiecesTask):
     Attributes:
       max_example_tokens: Most tokens of an example, its response included.
       piece_sentences: Sentences to a piece, within a paragraph; 0: whole paragraphs.
+      closed_sentences: Each sentence of a piece ends with the piece's `<seg:k>`.
       closed_steps: Each step of a response ends with its `<seg:k>` once more.
       labelling: "plain": text without span tokens, its steps told apart by `<solve>`.
       source: the file or directory that the corpus was read from.
@@ -38,6 +39,7 @@ class DocumentTask(PiecesTask):
     source: str = ""
     max_example_tokens: int = 8192
     piece_sentences: int = 1
+    closed_sentences: bool = False
     closed_steps: bool = False
     labelling: corpus.Labelling = "pieces"
 
@@ -68,11 +70,13 @@ class DocumentTask(PiecesTask):
         if type(self.piece_sentences) is not int or self.piece_sentences < 0:
             raise UserError(f"piece_sentences is {self.piece_sentences!r}; allowed: whole numbers from 0")
         check_choice("labelling", self.labelling, corpus.Labelling)
+        corpus.check_closing(self)
 
     @classmethod
     def from_json(cls, fields: Any) -> "DocumentTask":
-        """Read what `to_json` wrote, also without `labelling` and `closed_steps`, which older models do not name."""
-        return super().from_json({"labelling": "pieces", "closed_steps": False, **fields} if isinstance(fields, Mapping) else fields)
+        """Read what `to_json` wrote, also without the settings that older models do not name."""
+        absent = {"labelling": "pieces", "closed_sentences": False, "closed_steps": False}
+        return super().from_json({**absent, **fields} if isinstance(fields, Mapping) else fields)
 
     @property
     def is_generated(self) -> bool:
@@ -196,7 +200,7 @@ class DocumentTask(PiecesTask):
         """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""
         if self.name != DocumentTask.name or not isinstance(other, DocumentTask):
             return super().on(other)
-        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "closed_steps", "labelling")}
+        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "closed_sentences", "closed_steps", "labelling")}
         return dataclasses.replace(other, **own)
 
     def to_row(self, example: Example) -> dict[str, Any]:

@@ -118,6 +118,19 @@ def test_each_answer_names_its_question_first_and_then_its_sections(corpora):
     assert all(len(found) > 1 for found in orders.values())  # four shuffles of four questions each
 
 
+def test_each_sentence_of_a_section_has_its_label(corpora):
+    """Closed sentences: as closed pieces, and `<seg:k>` stands between the sentences too, which begin with a capital in these stories."""
+    stored = load(corpora, "stories", "validation")
+    (example,) = stored
+    task = dataclasses.replace(stored.task, closed_sentences=True)
+    texts = (stored.task.decode(own.renumber(example).token_ids) for own in (stored.task, task))
+    plain, closed = (text.partition("<solve>") for text in texts)
+    marked = re.sub(r"(<seg:\d+>)([^<]*)", lambda m: m[1] + re.sub(r"(?<=[a-z][.]) (?=[A-Z])", f"{m[1]} ", m[2]), plain[0])
+    assert closed == (marked, *plain[1:]) and marked.count("<seg:1>") > plain[0].count("<seg:1>") == 2
+    with pytest.raises(UserError, match="closed_sentences is True where closed_pieces is False; allowed: both"):
+        dataclasses.replace(task, closed_pieces=False)
+
+
 @pytest.mark.parametrize("name", sorted(TASKS.keys() - {"arithmetic", "news"} & {*WRITE, "documents"}))
 def test_prompts_and_rows_give_the_example_again(corpora, name):
     stored = load(corpora, name)

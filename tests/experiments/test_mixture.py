@@ -1,11 +1,14 @@
 """The mixture of corpora: what their rows say, and questions of its own making against the text that they are about."""
 
 import json
+import random
+import re
 
 import pytest
 
 from data import dataset
 from data.__main__ import main as data_main
+from data.documents import Document, Step
 from data.tasks import TASKS
 from experiments import mixture
 
@@ -61,6 +64,32 @@ def test_questions_are_sentences_of_the_sections_that_their_answers_name(corpus,
             assert before - 1 in neighbours or before + 1 in neighbours
             assert [asked[-1] in text for text in sections] == [kept == "1" and i == section for i in range(len(sections))]
         assert all(text in " ".join(sections) for text in SENTENCES if text not in asked)
+
+
+def test_questions_of_a_few_words_are_words_of_one_sentence_in_its_order(corpus, tmp_path):
+    rows = written(corpus, tmp_path, "--texts", "1", "--kept", "1", "--words", "4")["train"]
+    for row in (row for row in rows if row["instruction"] == mixture.INSTRUCTION):
+        for step in row["steps"]:
+            question, section = step["sources"]
+            few = row["document"][question].removeprefix("Question: ").split()
+            whole = [text for text in SENTENCES if text in row["document"][section] and text.endswith(f" {step['text']}")]
+            assert 3 <= len(few) <= 4 and any(re.search(".*".join(map(re.escape, few)), text) for text in whole)
+
+
+def test_a_window_has_sections_in_a_row_and_the_questions_that_these_alone_answer():
+    texts = tuple(f"Part {number}." for number in range(8))
+    steps = tuple(Step(f"of {'and'.join(map(str, own))}", (8 + i, *own)) for i, own in enumerate([(0,), (5,), (2, 3), (7,)]))
+    document = Document("", (*texts, *(f"Question: {step.text}?" for step in steps)), steps)
+    found = [own for seed in range(40) if (own := mixture.window(document, random.Random(seed)))]
+    assert len({own.pieces for own in found}) > 8
+    for own in found:
+        sections = [piece for piece in own.pieces if not piece.startswith("Question:")]
+        assert " ".join(sections) in " ".join(texts)
+        for step in own.steps:
+            question, *sources = (own.pieces[i] for i in step.sources)
+            assert question == f"Question: {step.text}?" and step.text == f"of {'and'.join(text[5] for text in sources)}"
+        inside = [step.text for step in steps if all(texts[i] in sections for i in step.sources[1:])]
+        assert [step.text for step in own.steps] == inside
 
 
 def test_what_is_no_corpus_of_documents_is_refused(tmp_path, capsys):
