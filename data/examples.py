@@ -113,7 +113,7 @@ class TrainingExamples:
         scored_on, limits = f"fresh {self.corpus.description}", self.corpus.limits
         if self.stored is not None and not self.task.is_generated:
             scored_on = f"examples that were held out (split validation of {self.stored.path.absolute().name})"
-            limits = ANY_LIMITS
+            limits = ANY_LIMITS + (f" Licence of {licence}." if (licence := self.stored.card.get("licence")) else "")
         limits = f"It was trained on {self.trained_on} and nothing else. {limits}"
         return {"trained_on": self.trained_on, "scored_on": scored_on, "limits": limits}
 

@@ -43,10 +43,10 @@ _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # a
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
 CATALOGUES = {
-    "few": "`corpora/tools-5`",
-    "eval": "`corpora/tools`",
-    "many": "`corpora/tools-100`",
-    "constrained": "`corpora/tools`, `--constrained`",
+    "few": "`corpora/turns-5`",
+    "eval": "`corpora/turns-26`",
+    "many": "`corpora/turns-100`",
+    "constrained": "`corpora/turns-26`, `--constrained`",
 }
 """Of tools, evaluations by kind: corpora by their number of services, and decoding that is constrained to the catalogue's methods."""
 _KEPT = ("data", "split", "attention", "device", "jax", "num_parameters", "num_examples", "attended_fraction", *pages.READING)

@@ -31,7 +31,9 @@ class Statistics(card.SourcesStatistics):
             "## Settings",
             card.table(("setting", "value"), fields["distributions"].items()),
             f"## {what.capitalize()} read",
-            "Of all splits together." + (f" The source has no {' and no '.join(absent)} part." if absent else ""),
+            "Of all splits together."
+            + (f" The source has no {' and no '.join(absent)} part." if absent else "")
+            + (f" Licence of {fields['licence']}." if "licence" in fields else ""),
             card.table(("", what), counts.items()),
             "## What was written",
             card.lengths_table(statistics),

@@ -170,6 +170,8 @@ class WriteCommand(sources.WriteCommand):
     """What all prompts begin with."""
     repository: ClassVar[str] = ""
     """Of a task that reads one: its name."""
+    licence: ClassVar[str] = ""
+    """Of what it has."""
 
     @property
     def is_own(self) -> bool:
@@ -189,7 +191,10 @@ class WriteCommand(sources.WriteCommand):
         raise NotImplementedError
 
     def found(self) -> dict[str, Any]:
-        return {} if self.is_own else {"absent_splits": [split for split in SPLITS if not self.part(split).exists()]}
+        if self.is_own:
+            return {}
+        absent = [split for split in SPLITS if not self.part(split).exists()]
+        return {"absent_splits": absent, "licence": f"{self.repository}: {self.licence}"}
 
     def read(self, split: str | None) -> Iterator[Any]:
         if self.is_own:

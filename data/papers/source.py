@@ -42,6 +42,7 @@ class ReportCommand(own.WriteCommand):
     """Options of the tasks that read reports of clinical trials."""
 
     repository: ClassVar[str] = reports.REPOSITORY
+    licence: ClassVar[str] = "MIT (Lehman et al. 2019, DeYoung et al. 2020); the papers are PubMed Central's"
 
     def part(self, split: str) -> Path:
         return reports.part(self.source, split)

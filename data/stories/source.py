@@ -142,6 +142,7 @@ class WriteCommand(own.WriteCommand):
     unit: ClassVar[str] = "examples"
     instruction: ClassVar[str] = "Answer the questions:"
     repository: ClassVar[str] = "uci-soe/FairytaleQAData"
+    licence: ClassVar[str] = "Apache-2.0 (Xu et al. 2022)"
 
     def part(self, split: str) -> Path:
         return part(self.source, split)

@@ -114,6 +114,7 @@ class Corpus(corpus.Corpus):
       num_labels: Labels of the vocabulary; each service, turn, result row and call of an example takes one.
       piece_sentences: Of prompts that are not of a corpus: sentences to a piece (label); 0: whole paragraphs.
       services: Services in a catalogue, those that the dialogue uses among them; several wordings of distractors where there are fewer.
+      min_services: Fewest services, where catalogues are of different sizes: log-uniform up to services. 0: all are of one size.
       original: Share of services in their original wording; the others are in one of SGD-X's five.
       described: Services have descriptions, defaults and allowed values; otherwise the names of methods and parameters alone.
       example: all calls of a dialogue, or those of one turn after what was said before it.
@@ -122,6 +123,7 @@ class Corpus(corpus.Corpus):
     num_labels: int = 256
     piece_sentences: int = 0
     services: int = 26
+    min_services: int = 0
     original: float = 0.25
     described: bool = True
     example: Literal["dialogue", "turn"] = "dialogue"
@@ -129,6 +131,7 @@ class Corpus(corpus.Corpus):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "services", low=1)
+        check_range(self, "min_services", low=0, high=self.services)
         check_range(self, "original", low=0, high=1)
         check_choice("example", self.example, Literal["dialogue", "turn"])
         if self.too_long != "drop":
@@ -161,9 +164,11 @@ class Drafts:
     def _draft(self, dialogue: Dialogue, only: int | None) -> Draft | Made:
         """Make the document of a dialogue and its calls; of those of one turn alone, with what was said before it."""
         number = dialogue.name if only is None else f"{dialogue.name}/{only}"
-        drawing = Drawing(self.corpus.services, self.corpus.original, dialogue.split == "train")
+        uniform, most = random.Random(f"tools/{self.seed}/{dialogue.split}/{number}"), self.corpus.services
+        least = self.corpus.min_services or most
+        size = int(least * ((most + 1) / least) ** uniform.random()) if least < most else most
         known = self.known[dialogue.split]
-        services = drawing.draw(known, dialogue.services, random.Random(f"tools/{self.seed}/{dialogue.split}/{number}"))
+        services = Drawing(size, self.corpus.original, dialogue.split == "train").draw(known, dialogue.services, uniform)
         places = {own.origin: place for place, own in enumerate(services)}  # other wordings are of distractors alone
         transcript = Transcript([own.write(described=self.corpus.described) for own in services])
         steps = []
@@ -265,6 +270,7 @@ class WriteCommand(own.WriteCommand):
     unit: ClassVar[str] = "examples"
     instruction: ClassVar[str] = "Call the services:"
     repository: ClassVar[str] = "google-research-datasets/dstc8-schema-guided-dialogue"
+    licence: ClassVar[str] = "CC BY-SA 4.0 (Rastogi et al. 2020; wordings: Lee et al. 2022)"
 
     def part(self, split: str) -> Path:
         return catalogue.schema_file(self.source, split)

@@ -14,6 +14,7 @@ import decode
 from data import dataset
 from data.__main__ import main as data_main
 from data.errors import UserError
+from data.examples import TrainingExamples
 from data.retrieval import BM25
 from data.sources import Made
 from data.tasks import TASKS
@@ -156,16 +157,25 @@ def test_wordings_are_drawn_and_calls_are_written_in_that_of_their_service(clone
     assert all({version for _, version in found} == {*range(6)} for found in seen["dev"].values())
 
 
-SIZES = {"fewer than it uses": (1, 2), "each once": (3, 3), "in second wordings": (5, 5), "as many as there are": (100, 2 + 5)}
+SIZES = {  # settings -> how many services there are
+    "fewer than it uses": ({"services": 1}, {2}),
+    "each once": ({"services": 3}, {3}),
+    "in second wordings": ({"services": 5}, {5}),
+    "as many as there are": ({"services": 100}, {2 + 5}),
+    "of several sizes": ({"services": 5, "min_services": 3, "example": "turn"}, {3, 4, 5}),
+}
 
 
 @pytest.mark.parametrize("case", SIZES)
 def test_a_catalogue_has_what_the_dialogue_uses_and_distractors(clone, case):
     """Of a distractor there are five wordings in training; those of the services used would be right as well."""
-    size, expected = SIZES[case]
-    for draft in drafts(clone, services=size):
-        services = [plain(piece)[0].split()[1] for piece in draft.document.pieces if piece.startswith("Service ")]
-        assert len(services) == expected and services.count("Buses_1:") == services.count("Inns_1:") == 1
+    settings, expected = SIZES[case]
+    found = [
+        [plain(piece)[0].split()[1] for piece in draft.document.pieces if piece.startswith("Service ")]
+        for draft in drafts(clone, **settings)
+    ]
+    assert {len(services) for services in found} == expected
+    assert all(services.count("Buses_1:") == services.count("Inns_1:") == 1 for services in found)
 
 
 def test_dialogues_are_in_an_order_of_their_own(clone):
@@ -309,7 +319,10 @@ def test_the_card_counts_what_prompts_have(corpus):
         "steps": 3,
     }
     assert statistics["kinds"] == {"seen": 2, "unseen": 4} and 0 < statistics["bm25"] < 1
-    assert "the one called for" in (corpus / "test" / "README.md").read_text()
+    assert "the one called for" in (text := (corpus / "test" / "README.md").read_text())
+    stored = dataset.load(corpus, TASKS)
+    limits = TrainingExamples(stored.task, stored.corpus, stored).texts()["limits"]
+    assert all("Licence of google-research-datasets/dstc8-schema-guided-dialogue: CC BY-SA 4.0 (" in own for own in (text, limits))
 
 
 def test_an_evaluation_takes_the_test_part(corpus):
@@ -408,6 +421,7 @@ def test_parts_that_are_missing_are_said(tmp_path, capsys):
 
 SETTINGS = {
     "no service": ({"services": 0}, "services is 0; allowed: 1 and above"),
+    "fewest above most": ({"min_services": 27}, "min_services is 27; allowed: 0 to 26"),
     "more than all": ({"original": 1.5}, "original is 1.5; allowed: 0 to 1"),
     "another example": ({"example": "word"}, "example is 'word'; allowed: dialogue, turn"),
     "a cut dialogue": ({"too_long": "cut"}, "too_long is 'cut'; allowed: drop"),

@@ -191,13 +191,13 @@ def test_tables_of_tools_by_hand():
     names = [run.variant for run in runs]
     rows = [line.strip("| ").split(" | ") for line in documents.catalogues_table(runs, names, "tools").splitlines()]
     assert [row[:5] for row in rows if "calls right" in row] == [
-        ["`tools_labels`", "`corpora/tools-5`", "calls right", "100.0", "-"],
-        ["`tools_labels`", "`corpora/tools`", "calls right", "75.0", "50.0"],
-        ["`tools_dense`", "`corpora/tools`", "calls right", "25.0", "-"],
-        ["`tools_dense`", "`corpora/tools-100`", "calls right", "50.0", "-"],
-        ["`tools_dense`", "`corpora/tools`, `--constrained`", "calls right", "75.0", "-"],
-        ["`tools_labels_full`", "`corpora/tools`", "calls right", "100.0", "0.0"],
-        ["`tools_dense_full`", "`corpora/tools`", "calls right", "100.0", "-"],
+        ["`tools_labels`", "`corpora/turns-5`", "calls right", "100.0", "-"],
+        ["`tools_labels`", "`corpora/turns-26`", "calls right", "75.0", "50.0"],
+        ["`tools_dense`", "`corpora/turns-26`", "calls right", "25.0", "-"],
+        ["`tools_dense`", "`corpora/turns-100`", "calls right", "50.0", "-"],
+        ["`tools_dense`", "`corpora/turns-26`, `--constrained`", "calls right", "75.0", "-"],
+        ["`tools_labels_full`", "`corpora/turns-26`", "calls right", "100.0", "0.0"],
+        ["`tools_dense_full`", "`corpora/turns-26`", "calls right", "100.0", "-"],
     ]
     rows = [line.strip("| ").split(" | ") for line in documents.differences_table(runs, names, "tools").splitlines()]
     assert [row[:6] for row in rows if "calls right" in row] == [

@@ -1,0 +1,152 @@
+"""Decode conversations over one catalogue of tools: time to the first token, tokens a second, rows of the cache kept and read.
+
+    python -m benchmarks.conversations runs/tools_labels-0/model --data corpora/tools --json FILE
+
+A model of tools answers `--conversations` at once, on a scheduler with as many places, in three systems:
+
+- apart: each conversation has the catalogue that the corpus gives it, and all of it is read.
+- shared: all have the same catalogue, which is read with the first of them.
+- kept: the same, but other conversations over this catalogue have been there before.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from tyro.conf import Positional, arg
+
+from benchmarks.arrivals import summary, table
+from benchmarks.batching import Work, run_scheduler
+from benchmarks.timing import header_line, report_header
+from data import commandline, examples
+from data.documents import Document
+from data.errors import check_range
+from data.tasks import TASKS
+from data.tools import ToolTask
+from data.tools.task import services_of
+from selfspan_jax import files
+from selfspan_jax.config import ServingConfig
+from selfspan_jax.errors import UserError
+from selfspan_jax.evaluation import MARGIN_TOKENS
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving.pages import Pages
+from selfspan_jax.serving.scheduler import THROUGHPUT_PREFILL_TOKENS, Scheduler
+
+_CANDIDATES = 8  # examples that are looked at for each conversation over one catalogue
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """Answer many conversations at once, with a catalogue of tools each and with one for all, and print what that takes."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
+    """Directory of a finished model of tools."""
+    data: Path
+    """A corpus directory that `python -m data tools` wrote."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """Its part."""
+    conversations: int = 64
+    """That are there at once."""
+    services: int = 26
+    """In the catalogue that they share."""
+    chunk_tokens: int = ServingConfig.chunk_tokens
+    """Decode steps between two looks of the host."""
+    prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
+    """Most prompt tokens that are read at once; all prompts are read before a chunk begins."""
+    passes: int = 3
+    """Times that each is measured; the one whose time is the median counts."""
+    json: Path | None = None
+    """Write the figures into this file; - is standard output."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "conversations", "services", "passes", low=1)
+
+
+def over_one_catalogue(documents: Iterable[Document], size: int, number: int) -> list[Document]:
+    """Choose conversations whose services fit into one catalogue of so many together, and give it to each in place of its own.
+
+    Where they use fewer services, others of their catalogues follow. UserError: there are fewer such conversations.
+    """
+    catalogue, others, chosen = dict[str, None](), dict[str, None](), list[Document]()
+    for document in documents:
+        services = services_of(document.pieces)
+        used = dict.fromkeys(document.pieces[i] for step in document.steps for i in step.sources if i in services)
+        if len(catalogue | used) <= size and len(chosen) < number:
+            catalogue |= used
+            others |= dict.fromkeys(document.pieces[i] for i in services)
+            chosen.append(document)
+    if len(chosen) < number:
+        raise UserError(f"{len(chosen)} conversations fit into one catalogue of {size} services, but {number} are wanted")
+    whole = [*catalogue, *(piece for piece in others if piece not in catalogue)][:size]
+    return [Document(own.about, (*whole, *own.pieces[len(services_of(own.pieces)) :]), ()) for own in chosen]
+
+
+def measure(settings: Conversations) -> dict[str, Any]:
+    """Measure all systems; return the report."""
+    lm = SpanLM.load(settings.checkpoint, TASKS)
+    if not isinstance(lm.task, ToolTask):
+        raise UserError(f"{settings.checkpoint} is no model of tools")
+    count = settings.conversations
+    task, sets, drawn = examples.stored(settings.data, lm.task, TASKS, 2 * count * _CANDIDATES, settings.split)
+    (found,) = sets.values()
+    own = [example.document for example in found[:count]]
+    shared = over_one_catalogue((example.document for example in found), settings.services, 2 * count)
+    room = MARGIN_TOKENS + max(len(example.response_ids) for example in found)
+    apart, *both = (
+        [Work(task.encode_prompt(document.prompt), room) for document in part] for part in (own, shared[:count], shared[count:])
+    )
+    context = room + max(len(work.prompt_ids) for part in (apart, *both) for work in part)
+    sizes: dict[str, Any] = {"chunk_tokens": settings.chunk_tokens, "prefill_tokens": settings.prefill_tokens, "reads_per_chunk": None}
+    config = ServingConfig(count, min(context, lm.model.config.max_context_tokens), max_queue=count, **sizes)
+    scheduler = Scheduler(lm.engine, config, stop_ids=lm.end_ids[1:])
+    scheduler.warm_up(draws=False)
+    rows = collections.defaultdict[str, list[dict[str, Any]]](list)
+    for _ in range(settings.passes):
+        for system, work in zip(("apart", "shared", "kept"), (apart, *both), strict=True):
+            if system != "kept":
+                scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
+            rows[system].append({"system": system, **run(scheduler, work)})
+    return {
+        **report_header(),
+        "checkpoint": settings.checkpoint.name,
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name not in ("json", "checkpoint")},
+        **drawn,
+        "attention": lm.model.config.mask,
+        "num_parameters": lm.model.num_parameters,
+        "rows": [sorted(own, key=lambda row: row["seconds"])[len(own) // 2] for own in rows.values()],
+    }
+
+
+def run(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:
+    """Run requests that are all there at once, and say what they took and read."""
+    before = scheduler.stats
+    sent = run_scheduler(scheduler, work, np.zeros(len(work)))
+    after = scheduler.stats
+    names = ("prompt_tokens", "prefix_hit_tokens", "generated_tokens", "attended_tokens", "context_tokens")
+    counts = {name: getattr(after, name) - getattr(before, name) for name in names}
+    share = counts["attended_tokens"] / counts["context_tokens"]
+    rows = (after.pages_used + after.pages_cached) * scheduler.config.page_tokens
+    return {**summary(None, sent), **counts, "attended_fraction": share, "rows_kept": rows}
+
+
+def main() -> None:
+    with commandline.exit_on_user_error(UserError):
+        settings = commandline.parse(Conversations, "benchmarks.conversations", sys.argv[1:], description=__doc__)
+        with files.outputs(json=settings.json):
+            report = measure(settings)
+            print(header_line(report), table(report["rows"]), sep="\n", flush=True)
+            for row in report["rows"]:
+                print(f"{row['system']}: {row['prompt_tokens']:,} tokens of prompts read, {row['rows_kept']:,} rows kept,", end=" ")
+                print(f"{row['attended_fraction']:.1%} of the context read by {row['generated_tokens']:,} tokens")
+            if settings.json:
+                files.write_json(settings.json, report)
+
+
+if __name__ == "__main__":
+    main()
