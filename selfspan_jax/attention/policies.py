@@ -7,6 +7,7 @@ A policy says it twice, and both must agree for every token: `mask` for whole se
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels import PromptMask, update_slots
+from pallas_kernels import PromptMask, TileMask, update_slots
+from pallas_kernels.sequence_attention import unsupported_reason
 from selfspan_jax import spans
-from selfspan_jax.config import AttentionViews
+from selfspan_jax.config import AttentionViews, ModelConfig
 from selfspan_jax.errors import UserError
 
 
@@ -108,10 +110,6 @@ def _earlier(token_ids, *, segment_ids=None, first_query=0, num_queries=None) ->
     return mask, distance
 
 
-def _causal_prompts(lengths: Int[Array, "B"], num_keys: int) -> Callable[[Int[Array, ""], int], PromptMask]:
-    return lambda first, num_queries: PromptMask.causal(first, lengths, num_keys=num_keys)
-
-
 def _local_prompts(lengths, query_labels, key_labels, **options) -> Callable[[Int[Array, ""], int], PromptMask]:
     def masks(first, num_queries):
         some = jax.lax.dynamic_slice_in_dim(query_labels, first, num_queries, axis=1)
@@ -134,7 +132,7 @@ class Span:
         if responses:
             return None
         if views.prompt_view == "causal":
-            return _causal_prompts(lengths, token_ids.shape[1])
+            return Dense().prompt_masks(token_ids, lengths, vocab, views, responses=False)
         labels = spans.token_roles(token_ids, vocab).labels
         return _local_prompts(lengths, labels, labels, num_labels=vocab.num_labels, window_tokens=views.prompt_window_tokens)
 
@@ -168,7 +166,7 @@ class Dense:
         return _earlier(token_ids, **rows)[0]
 
     def prompt_masks(self, token_ids, lengths, vocab, views, *, responses):
-        return _causal_prompts(lengths, token_ids.shape[1])
+        return lambda first, _: PromptMask.causal(first, lengths, num_keys=token_ids.shape[1])
 
     def initial_slots(self, slot_table):
         return Slots(slot_table, jnp.zeros(slot_table.shape[0], jnp.int32))  # for good: only the counts grow
@@ -222,15 +220,17 @@ def masks_of_prompts(
     token_ids: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     vocab: spans.SpanVocab,
-    views: AttentionViews,
+    config: ModelConfig,
     *,
     responses: bool,
-) -> Callable[[Int[Array, ""], int], PromptMask | Bool[Array, "B Q T"]]:
-    """Return the function from first query and number of queries (static) to their mask: by tiles where the policy has one, else `mask`."""
-    masks = policy.prompt_masks(token_ids, lengths, vocab, views, responses=responses)
-    if masks is not None:
+) -> Callable[[Int[Array, ""], int], PromptMask | TileMask | Bool[Array, "B Q T"]]:
+    """Return the function from first query and number of queries (static) to their mask; bits or booleans where only `mask` says it."""
+    if (masks := policy.prompt_masks(token_ids, lengths, vocab, config, responses=responses)) is not None:
         return masks
-    return lambda first, number: policy.mask(token_ids, vocab, views, first_query=first, num_queries=number)
+    rows, (batch, num_keys) = functools.partial(policy.mask, token_ids, vocab, config), token_ids.shape
+    if unsupported_reason("triton", config.head_size):
+        return lambda first, number: rows(first_query=first, num_queries=number)
+    return lambda first, number: TileMask.of_rows(lambda at, some: rows(first_query=first + at, num_queries=some), batch, number, num_keys)
 
 
 def policy_help() -> str:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Hashable
 
 from jaxtyping import Array, Bool
 
+from pallas_kernels import TileMask
 from pallas_kernels.prompt_attention import BLOCK, BlockMeans, PromptMask, SampleAttention, Selector, WindowTiles, choose_tiles
 from selfspan_jax.errors import UserError
 
 __all__ = ["BLOCK", "SELECTORS", "BlockMeans", "Mask", "SampleAttention", "Selector", "WindowTiles", "get_selector", "prompt_mask"]
 
 SELECTORS: dict[str, Selector | None] = {"dense": None, "sample": SampleAttention(), "blocks": BlockMeans()}
-Mask = PromptMask | Bool[Array, "B Q T"]
+Mask = PromptMask | TileMask | Bool[Array, "B Q T"]
 
 
 def get_selector(prefill: str | Hashable) -> Selector | None:

@@ -84,9 +84,8 @@ def attend_prompts(slots: Int[Array, "B Q"], mask_of: Callable[[Array, Array, Ar
         after = (*pools, *(retained.after(q, pools[0], mask) for retained in cache[2:]))
         if isinstance(mask, PromptMask) and prompt_kernel_reason("triton", q, pools[0], mask) is None:
             return prompt_attention(q, *pools, mask), after
-        pairs = mask.pairs(num_tokens) if isinstance(mask, PromptMask) else mask
-        k, v = (prompt_rows(pool, batch, pairs.shape[-1]) for pool in pools)
-        return dot_product_attention(q, k, v, pairs), after
+        k, v = (prompt_rows(pool, batch, mask.shape[-1] if isinstance(mask, Array) else mask.num_keys) for pool in pools)
+        return dot_product_attention(q, k, v, mask.pairs(num_tokens) if isinstance(mask, PromptMask) else mask), after
 
     return attend
 

@@ -39,8 +39,7 @@ def test_the_span_policy_has_the_views_of_the_model():
     np.testing.assert_array_equal(get_policy("span").mask(jnp.asarray(TOKENS), VOCAB, CONFIG), expected)
 
 
-@pytest.mark.parametrize("policy", ["span", *FORMULAS], ids=str)
-@pytest.mark.parametrize("prompt_view", ["local", "causal"])
+@pytest.mark.parametrize("policy, prompt_view", [("span", "local"), *((policy, "causal") for policy in ("span", *FORMULAS))], ids=str)
 def test_masks_of_prompts_are_their_masks(policy, prompt_view):
     """Rows of any part of prompts that end in `<solve>`, at their end or before it."""
     rows = np.full((2, 64), VOCAB.pad_id, np.int32)
@@ -51,10 +50,6 @@ def test_masks_of_prompts_are_their_masks(policy, prompt_view):
     expected = get_policy(policy).mask(jnp.asarray(rows), VOCAB, config)
     for b, length in enumerate(lengths):
         np.testing.assert_array_equal(masks(jnp.int32(0), 64).pairs(64)[b, 0, :length], expected[b, :length])
-
-
-def test_spans_of_responses_are_said_by_their_mask_alone():
-    assert get_policy("span").prompt_masks(jnp.asarray(TOKENS), jnp.array([20, 20]), VOCAB, CONFIG, responses=True) is None
 
 
 def test_policies_have_names_and_words_for_the_command_line():

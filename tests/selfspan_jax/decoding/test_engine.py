@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import importlib
 import itertools
 import re
 
@@ -153,13 +154,13 @@ def test_prefill_in_chunks_is_one_forward():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy, prompt_view", [("span", "local"), ("span", "causal"), ("dense", "local"), (Window(2, 70), "local")])
-@pytest.mark.parametrize("chunk_tokens", [64, 256])
-def test_the_kernels_of_prompts_are_one_forward(policy, prompt_view, chunk_tokens):
-    """Heads of 32, which they take; prompts alone, whose masks are positions and labels; chunks of one tile of queries and of many."""
+@pytest.mark.parametrize("chunk_tokens, responses", [(64, False), (256, False), (64, True), (256, True)])
+def test_the_kernels_of_prompts_are_one_forward(policy, prompt_view, chunk_tokens, responses):
+    """Heads of 32, which they take; masks that are positions and labels, and bits where responses go on; chunks of one tile and of many."""
     rng, lengths = np.random.default_rng(5), np.array([256, 1, 63, 130], np.int32)
     rows = rng.integers(4, VOCAB_SIZE, (4, 256)).astype(np.int32)
     rows[rows == VOCAB.solve_id] = VOCAB.bos_id
-    rows[np.arange(4), lengths - 1] = VOCAB.solve_id
+    rows[np.arange(4), np.minimum(lengths - 1, 70) if responses else lengths - 1] = VOCAB.solve_id  # 70: in the second chunk of 64
     model = random_model(max_context_tokens=1024, head_size=32, prompt_view=prompt_view, prompt_window_tokens=5)
     masks = np.array(get_policy(policy).mask(jnp.asarray(rows), VOCAB, model.config))
     config = DecodeConfig(policy, max_new_tokens=4, prefill_tokens=4 * chunk_tokens)
@@ -386,6 +387,37 @@ def test_a_step_computes_no_array_as_long_as_the_context_or_the_vocabulary(monke
     assert not long
     assert kernels["per_sequence"] == 3
     assert logits == 1  # written once: nothing is chosen from those of the step before
+
+
+def arrays_of_pairs(policy, prompt_view: str, responses: bool) -> tuple[set, set]:
+    """Names and types of what a program that reads chunks of prompts has, outside of kernels, for each query and token; its kernels."""
+    batch, tokens, sizes = 2, 640, dict(hidden_size=64, intermediate_size=96, head_size=32, num_layers=1)
+    model = random_model(max_context_tokens=1024, prompt_view=prompt_view, **sizes)
+    config = DecodeConfig(policy, max_new_tokens=8, prefill_tokens=batch * 128)
+    chunk = prefill_chunk_tokens(batch, tokens, config)
+    shapes = jax.ShapeDtypeStruct((batch, tokens), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32), sequence_keys(None, batch)
+    read = functools.partial(prefill_state, model, config=config, num_samples=1, responses=responses)
+    pairs, kernels = set(), set()
+    for equation in equations(jax.make_jaxpr(read)(*shapes).jaxpr):
+        kernels.add(equation.params.get("name") if equation.primitive.name == "pallas_call" else None)
+        outs = [x.aval for x in equation.outvars]
+        pairs |= {(equation.primitive.name, out.dtype) for out in outs if {tokens, chunk} <= {*out.shape} or out.shape.count(tokens) > 1}
+    return pairs, kernels - {None}
+
+
+def test_prompts_are_read_without_an_array_of_pairs(monkeypatch):
+    """Masks are positions and labels. What only the policy's `mask` says, as of responses, is kept in bits, without scores or a bias.
+
+    Where a device has no kernels there are such arrays: so the search finds them.
+    """
+    assert arrays_of_pairs("dense", "causal", False)[0]
+    for op in ("prompt_attention", "sequence_attention"):
+        monkeypatch.setattr(importlib.import_module(f"pallas_kernels.{op}.api"), "device_reason", lambda *_, **__: None)
+    for policy, prompt_view in (("dense", "causal"), ("window", "causal"), ("span", "causal"), ("span", "local")):
+        assert arrays_of_pairs(policy, prompt_view, False) == (set(), {"prompt_attention"})
+    pairs, kernels = arrays_of_pairs("span", "local", True)
+    assert kernels == {"prompt_attention", "masked_attention"}  # of the chunks before any response, and of the others
+    assert pairs and all(dtype in (bool, jnp.int32, jnp.uint32) for _, dtype in pairs)
 
 
 # Of a JAX program, what no GPU launches anything for: other shapes of the same bytes.
