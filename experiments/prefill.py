@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int
 from tyro.conf import Positional
 
-from data import commandline
+from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
 from experiments import pages, prefill_tables
@@ -157,6 +157,10 @@ class Tasks(Thresholds):
     """Fresh examples, as many in every batch."""
     ops: int | None = None
     """Expressions: operators of each."""
+    data: Path | None = None
+    """A corpus directory written by `python -m data`, in place of fresh examples: all those whose prompts the model has room for."""
+    split: str | None = None
+    """Of --data; by default its test split."""
     batch_size: int = 8
     """Prompts that are read together."""
     prefill_tokens: int = DecodeConfig.prefill_tokens
@@ -173,37 +177,50 @@ class Tasks(Thresholds):
         lm = SpanLM.load(self.model, TASKS, base=self.base)
         if lm.model.config.mask == "span" and lm.model.config.prompt_view == "local":
             raise UserError(f"{self.model} reads its prompts by labels, not causally: there is nothing to choose")
+        some, drawn = self.drawn(lm)
         task: Any = lm.task
-        ranges: dict[str, Any] = {} if self.ops is None else {"ops": [(self.ops, self.ops)]}
-        (examples,) = task.held_out(self.num_examples, seed=self.seed, **ranges).values()
-        ids = [task.encode_prompt(example.prompt) for example in examples]
+        ids = [task.encode_prompt(example.prompt) for example in some]
         mean, longest = float(np.mean([len(prompt) for prompt in ids])), max(map(len, ids))
-        settings = {"task": task.name, "seed": self.seed, "ops": self.ops, "prompt_tokens": mean, "longest_prompt_tokens": longest}
+        settings = {"task": task.name, **drawn, "prompt_tokens": mean, "longest_prompt_tokens": longest}
         report: dict[str, Any] = {**_header(self.model), **settings, "tasks": []}
         for kind, threshold, selector in self.variants(report["tasks"], -(-longest // BLOCK)):
-            scores, kept = self.score(lm, examples, ids, selector)
+            scores, kept = self.score(lm, some, ids, selector)
             row = {"tokens": round(mean), "selector": kind, "threshold": threshold, **scores, **kept}
             report["tasks"].append(row)
             print("  ".join(task_cells(row)), flush=True)
             files.write_rows(self.json, report, complete=False)
         files.write_rows(self.json, report, complete=True)
 
+    def drawn(self, lm: SpanLM) -> tuple[list[Any], dict[str, Any]]:
+        """Return the examples, in whole batches, and how they were drawn; the model's task becomes the one that scores them."""
+        if self.data is None:
+            (some,) = examples.held_out(lm.task, self.num_examples, seed=self.seed, ops=() if self.ops is None else (self.ops,))[0].values()
+            return some, {"seed": self.seed, "ops": self.ops}
+        lm.task, sets, drawn = examples.stored(self.data, lm.task, TASKS, self.num_examples, self.split)
+        (some,) = sets.values()
+        context = lm.model.config.max_context_tokens
+        some = [each for each in some if len(lm.task.encode_prompt(each.prompt)) + len(each.response_ids) < context]
+        if not (whole := len(some) // self.batch_size * self.batch_size):
+            raise UserError(f"--batch-size is {self.batch_size}: of {self.data} only {len(some)} examples fit into {context} tokens")
+        return some[:whole], {"data": drawn["data"], "split": drawn["split"]}
+
     def score(
-        self, lm: SpanLM, examples: Sequence[Any], ids: Sequence[Int[np.ndarray, "T"]], prefill: str | Selector
+        self, lm: SpanLM, some: Sequence[Any], ids: Sequence[Int[np.ndarray, "T"]], prefill: str | Selector
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the task's scores of responses that are decoded after a prefill, and what the prefill kept."""
         token_ids, lengths = lm.pad(ids)
         token_ids = np.pad(token_ids, ((0, 0), (0, -token_ids.shape[1] % BLOCK)), constant_values=lm.model.vocab.pad_id)  # whole tiles
         policy = get_policy(lm.model.config.mask)
-        room = max(len(example.response_ids) for example in examples) + evaluation.MARGIN_TOKENS
+        room = max(len(example.response_ids) for example in some) + evaluation.MARGIN_TOKENS
+        room = min(room, lm.model.config.max_context_tokens - int(lengths.max()))
         reading = DecodeConfig(policy, room, prefill=prefill, prefill_tokens=self.prefill_tokens)
         config = dataclasses.replace(reading, prefill="dense")  # one loop for all
         outputs, kept = [], []
-        for some in np.arange(len(ids)).reshape(-1, self.batch_size):
-            state, retained = retention.measured_prefill(lm.engine, token_ids[some], lengths[some], reading)
+        for rows in np.arange(len(ids)).reshape(-1, self.batch_size):
+            state, retained = retention.measured_prefill(lm.engine, token_ids[rows], lengths[rows], reading)
             kept.append(retained)
-            outputs += lm.outputs([examples[i].prompt for i in some], [ids[i] for i in some], lm.engine.run(state, config), policy)
-        found = evaluation.Evaluation(lm.task, tuple(examples), tuple(outputs), self.batch_size, 0.0, 0.0)
+            outputs += lm.outputs([some[i].prompt for i in rows], [ids[i] for i in rows], lm.engine.run(state, config), policy)
+        found = evaluation.Evaluation(lm.task, tuple(some), tuple(outputs), self.batch_size, 0.0, 0.0)
         return found.scores_json(), _summed(kept)
 
 

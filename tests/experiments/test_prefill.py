@@ -88,6 +88,17 @@ def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, capsys):
     assert all(everything[name] == dense[name] for name in ("answer_accuracy", "step_accuracy", "attended_tokens"))
     assert dense["num_examples"] == 2 and dense["tiles_kept"] == everything["tiles_kept"] == 1
 
+    (some,) = task.held_out(3, seed=1, ops=[(40, 40)]).values()  # of a corpus: those that fit, in whole batches
+    monkeypatch.setattr(prefill.examples, "stored", lambda *_: (task, {"c": some}, {"data": "c", "split": "test", "warnings": []}))
+    stored = [*sizes[2:], "--data", tmp_path, "--json", tmp_path / "stored.json"]
+    status, _, err = call(prefill, capsys, "tasks", "model", *stored)
+    assert (status or 0) == 0, err
+    again = json.loads((tmp_path / "stored.json").read_text())
+    assert again["tasks"] == report["tasks"] and (again["data"], again["split"]) == ("c", "test")
+    lm.model.config = dataclasses.replace(lm.model.config, max_context_tokens=300)
+    status, _, err = call(prefill, capsys, "tasks", "model", *stored)
+    assert status == 2 and err == f"error: --batch-size is 2: of {tmp_path} only 0 examples fit into 300 tokens\n"
+
     lm.model.config = dataclasses.replace(lm.model.config, prompt_view="local")
     status, _, err = call(prefill, capsys, "tasks", "model", *sizes)
     assert status == 2 and err == "error: model reads its prompts by labels, not causally: there is nothing to choose\n"
