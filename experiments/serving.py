@@ -74,7 +74,7 @@ def of_model(report: Row) -> dict[str, str]:
             ("long prompts", "rounds", "p50", "p99", "most", "p99 with ramps", "host p50", "host p99", "its processor p99"),
             [_stalls(row) for row in report.get("stalls", [])],
         ),
-        "rates": _rates(rates),
+        **({"rates": _rates(rates)} if rates else {}),
     }
 
 
