@@ -139,16 +139,17 @@ def describe(model: Decoder) -> str:
 
 
 def loss_sums(
-    model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None
+    model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None, *, source_weight: float = 1.0
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Compute the cross-entropy summed over the targets.
+    """Compute the cross-entropy summed over the targets, that of `<ref:k>` times `source_weight`.
 
     Returns: the loss, and sums over the batch: "loss", "right" (targets predicted right), "targets", "pairs" (attended pairs).
     """
     attend, pairs = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids, implementation=attention)
     hidden, _ = model(batch.token_ids, batch.positions, attend)
     targets, is_target = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))).reshape(-1) for x in (batch.token_ids, batch.target_mask))
-    loss, right = sums_of_targets(model, hidden.reshape(targets.size, -1), targets, is_target)
+    weights = jnp.where(model.vocab.label_of(targets, model.vocab.ref_base) < 0, 1.0, source_weight)
+    loss, right = sums_of_targets(model, hidden.reshape(targets.size, -1), targets, jnp.where(is_target, weights, 0.0))
     return loss, {"loss": loss, "right": right, "targets": jnp.sum(is_target, dtype=jnp.float32), "pairs": pairs}
 
 
@@ -156,27 +157,27 @@ def sums_of_targets(
     model: Decoder,
     hidden: Float[Array, "R D"],
     targets: Int[Array, "R"],
-    is_target: Bool[Array, "R"],
+    weights: Float[Array, "R"],
     *,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum the cross-entropy over the targets, and count those that are predicted right.
+    """Sum the weighted cross-entropy over the targets, whose weights are above 0, and count those that are predicted right.
 
     Where the logits of all rows would take more memory, they are computed for some rows at a time, of targets only, and each part's
     gradients with them: so nothing of a part is kept or computed again.
     """
     chunk = max(1, max_logits_bytes // (4 * model.vocab_size) // 128) * 128
     whole = hidden.shape[0] <= chunk
-    return (_sums if whole else _sums_of_parts)(*nnx.split(model.output_layer, nnx.Param, ...), hidden, targets, is_target, chunk)
+    return (_sums if whole else _sums_of_parts)(*nnx.split(model.output_layer, nnx.Param, ...), hidden, targets, weights, chunk)
 
 
-def _sums(graph, params, rest, hidden, targets, is_target, _=None):
+def _sums(graph, params, rest, hidden, targets, weights, _=None):
     logits = nnx.merge(graph, params, rest).scores(hidden, "xla")
     logits -= jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
     # The target's own logit by a comparison, not by a lookup, whose gradient is a scatter and a pass over the logits of its own.
     own = jnp.sum(jnp.where(targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :], logits, 0.0), axis=1)
     losses = jnp.log(jnp.sum(jnp.exp(logits), axis=1)) - own
-    return jnp.sum(jnp.where(is_target, losses, 0.0)), jnp.sum((own >= 0) & is_target, dtype=jnp.float32)
+    return jnp.sum(losses * weights), jnp.sum((own >= 0) & (weights > 0), dtype=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
@@ -184,19 +185,19 @@ def _sums_of_parts(*args):
     return _sums_and_gradients(*args)[0]
 
 
-def _sums_and_gradients(graph, params, rest, hidden, targets, is_target, chunk):
-    order = jnp.argsort(~is_target, stable=True)  # targets first: parts without any are left out
+def _sums_and_gradients(graph, params, rest, hidden, targets, weights, chunk):
+    order = jnp.argsort(weights == 0, stable=True)  # targets first: parts without any are left out
     order = jnp.pad(order, (0, -order.size % chunk), constant_values=order.size)
 
     def add(part, total):
         rows = jax.lax.dynamic_slice_in_dim(order, part * chunk, chunk)
-        own = (x.at[rows].get(mode="fill", fill_value=0) for x in (hidden, targets, is_target))
+        own = (x.at[rows].get(mode="fill", fill_value=0) for x in (hidden, targets, weights))
         sums, (of_params, of_hidden) = jax.value_and_grad(_sums, argnums=(1, 3), has_aux=True)(graph, params, rest, *own)
         *before, gradient = total
         return *jax.tree.map(jnp.add, tuple(before), (sums, of_params)), gradient.at[rows].set(of_hidden, mode="drop")
 
     nothing = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden)
-    num_parts = (jnp.sum(is_target, dtype=jnp.int32) + (chunk - 1)) // chunk
+    num_parts = (jnp.sum(weights > 0, dtype=jnp.int32) + (chunk - 1)) // chunk
     sums, *gradients = jax.lax.fori_loop(0, num_parts, add, nothing)
     return sums, gradients
 
@@ -223,7 +224,8 @@ def train_step(
     mesh = fixed.mesh
 
     def loss(params, part):
-        return loss_sums(fixed.model(params if mesh is None else collectives.all_gather_embeddings(params, mesh)), part, attention)
+        model = fixed.model(params if mesh is None else collectives.all_gather_embeddings(params, mesh))
+        return loss_sums(model, part, attention, source_weight=config.source_weight)
 
     def sum_gradients(params, batch):
         def gradients(part):
@@ -233,8 +235,7 @@ def train_step(
             grads, sums = gradients(batch)
         else:
             parts = jax.tree.map(lambda x: x.reshape(config.accumulation_steps, -1, *x.shape[1:]), batch)
-            shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)))
             add = functools.partial(jax.tree.map, jnp.add)
             (grads, sums), _ = jax.lax.scan(lambda total, part: (add(total, gradients(part)), None), zeros, parts)
         return collectives.psum_gradients(grads, mesh), collectives.psum_data(sums, mesh)
@@ -247,11 +248,6 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax mixes step counts and rates
         rate = learning_rate(config)(state.step)
         updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    metrics = {
-        "loss": sums["loss"] / targets,
-        "token_accuracy": sums["right"] / targets,
-        "gradient_norm": optax.tree.norm(grads),
-        "learning_rate": rate,
-        "attended_pairs": sums["pairs"],
-    }
+    metrics = {"loss": sums["loss"] / targets, "token_accuracy": sums["right"] / targets, "gradient_norm": optax.tree.norm(grads)}
+    metrics |= {"learning_rate": rate, "attended_pairs": sums["pairs"]}
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics

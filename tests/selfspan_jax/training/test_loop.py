@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from data.packing import Batch
 from selfspan_jax import training
+from selfspan_jax.attention.sequences import attend_in_training
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.model import Frozen
 from selfspan_jax.parallel.memory import DoesNotFit
@@ -86,9 +87,10 @@ def test_a_loss_that_is_summed_in_parts_is_the_same(fraction):
     graph, params = nnx.split(model)
     hidden = jnp.asarray(rng.normal(size=(num_rows, 32)), jnp.float32)
     targets, is_target = jnp.asarray(rng.integers(0, VOCAB_SIZE, num_rows)), jnp.asarray(rng.random(num_rows) < fraction)
+    weights = jnp.where(is_target, 1 + jnp.arange(num_rows) % 3, 0).astype(jnp.float32)
 
     def sums(params, hidden, **options):
-        return step_module.sums_of_targets(nnx.merge(graph, params), hidden, targets, is_target, **options)
+        return step_module.sums_of_targets(nnx.merge(graph, params), hidden, targets, weights, **options)
 
     def parts(params, hidden):
         return sums(params, hidden, max_logits_bytes=1)  # 128 rows
@@ -98,6 +100,21 @@ def test_a_loss_that_is_summed_in_parts_is_the_same(fraction):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     program = str(jax.make_jaxpr(jax.grad(lambda *args: parts(*args)[0]))(params, hidden))
     assert f"f32[128,{VOCAB_SIZE}]" in program and f"f32[{num_rows},{VOCAB_SIZE}]" not in program
+
+
+def test_the_loss_of_sources_counts_as_often_as_is_said():
+    """By numpy in float64, from the logits of the same model."""
+    batch, model, weight = DeviceBatch.of(batch_of(0)), random_model(), 2.5
+    attend, _ = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids)
+    hidden, _ = model(batch.token_ids, batch.positions, attend)
+    logits, ids = np.asarray(model.logits(hidden), np.float64)[:, :-1], np.asarray(batch.token_ids)[:, 1:]
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, ids[..., None], -1)[..., 0]
+    is_source = (ids >= VOCAB.ref_base) & (ids < VOCAB.ref_base + VOCAB.num_labels)
+    mask = np.asarray(batch.target_mask)[:, 1:]
+    assert (mask & is_source).any() and (mask & ~is_source).any()
+    expected = (losses * mask * np.where(is_source, weight, 1)).sum()
+    found, sums = training.loss_sums(model, batch, source_weight=weight)
+    assert float(found) == pytest.approx(expected, rel=1e-4) and float(sums["targets"]) == mask.sum()
 
 
 def test_a_dense_control_is_trained_under_the_causal_mask():
@@ -375,8 +392,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
 
     original = training.loss_sums
 
-    def loss_sums(model, batch, attention):
-        loss, sums = original(model, batch, attention)
+    def loss_sums(model, batch, attention, **options):
+        loss, sums = original(model, batch, attention, **options)
         bad = jnp.where(jnp.max(batch.positions) > 10**6, jnp.nan, 1.0)
         return loss * bad, {**sums, "loss": sums["loss"] * bad}
 
