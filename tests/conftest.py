@@ -41,6 +41,7 @@ def pytest_collection_finish():
     """What is imported stays: the collector, which runs often while JAX traces, need not look at it each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)
