@@ -298,10 +298,12 @@ class Scheduler:
 
     # --------------------------------------------------------------------------------------------- for the one thread
 
-    def run(self) -> None:
-        """Run rounds until the scheduler is closed; wait while there is nothing to do."""
+    def run(self, after_round: Callable[[], None] = lambda: None) -> None:
+        """Run rounds until the scheduler is closed, and call `after_round` after each; wait while there is nothing to do."""
         while True:
-            if self.run_once():
+            more = self.run_once()
+            after_round()
+            if more:
                 continue
             with self._lock:
                 while not (self._incoming or self._cancelled or self._closing):

@@ -1,7 +1,7 @@
 """Serve a model over HTTP: OpenAI's API (`protocol`), `/health`, `/metrics`, and a live page.
 
 One thread drives the scheduler, one event loop the connections. A request's prompts are encoded, and its responses read back, in
-a third thread, so that a long prompt stops no stream. Tokens go from the scheduler to the loop by `call_soon_threadsafe`.
+a third thread, so that a long prompt stops no stream. The tokens of a chunk go from the scheduler to the loop together.
 
 No request reaches the file system: the page is read when the server starts, and there are no other files. A client that goes
 away frees its places at the next chunk; whatever fails one request is told to it alone.
@@ -10,6 +10,7 @@ away frees its places at the next chunk; whatever fails one request is told to i
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -111,6 +112,8 @@ class Server:
         self._task_name = getattr(lm.task, "name", type(lm.task).__name__)
         self._page = live.page(model_name, self._task_name, self.policy.name, examples)
         self._calls: set[Running] = set()
+        self._arrived: collections.deque[tuple[Running, Choice, Tokens]] = collections.deque()
+        self._end_ids = frozenset(lm.end_ids)
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._thread = threading.Thread(target=self._drive, name="scheduler", daemon=True)
         self._created = int(time.time())
@@ -150,11 +153,22 @@ class Server:
 
     def _drive(self) -> None:
         try:
-            self.scheduler.run()
+            self.scheduler.run(self._wake)
         finally:
             if self.state == "ok":  # an error, which Python reports: what waits for tokens waits in vain
                 self.state = "failed"
                 self._loop.call_soon_threadsafe(self._fail_all)
+
+    def _wake(self) -> None:
+        """Have what has arrived given out by the loop: once for a round, because the loop takes the interpreter's lock with each call."""
+        if self._arrived:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+                self._loop.call_soon_threadsafe(self._give_out)
+
+    def _give_out(self) -> None:
+        while self._arrived:
+            running, choice, tokens = self._arrived.popleft()
+            running.put(choice, tokens)
 
     def _fail_all(self) -> None:
         for running in self._calls:
@@ -247,7 +261,7 @@ class Server:
                 if (left := self.max_tokens - len(ids)) < 1:
                     raise UserError(f"the prompt is {len(ids)} tokens long, but a sequence has {self.max_tokens}, response included")
                 for _ in range(call.n):
-                    response = detokenize.Response(self._decode, call.stop, self.lm.end_ids)
+                    response = detokenize.Response(self._decode, call.stop, tuple(self._end_ids))
                     choice = Choice(len(running.choices), text, ids, response)
                     limit = left if call.max_tokens is None else call.max_tokens
                     wanted = Request(ids, limit, call.sampling, seed, sample=choice.index, logprobs=call.logprobs is not None)
@@ -261,7 +275,7 @@ class Server:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         """Write tokens as clients want them, without what ends a response."""
-        return self.lm.task.decode([token for token in token_ids if token not in self.lm.end_ids])
+        return self.lm.task.decode([token for token in token_ids if token not in self._end_ids])
 
     def _check_key(self, request: HttpRequest) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -286,12 +300,7 @@ class Running:
 
     def deliver(self, choice: Choice) -> Callable[[Tokens], None]:
         """Return what the scheduler's thread calls with the tokens of a choice."""
-
-        def give(tokens: Tokens) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
-                self.server._loop.call_soon_threadsafe(self.put, choice, tokens)
-
-        return give
+        return lambda tokens: self.server._arrived.append((self, choice, tokens))
 
     def put(self, choice: Choice | None, tokens: Tokens) -> None:
         self._queue.put_nowait((choice, tokens))

@@ -13,7 +13,7 @@ _CONTEXT_TOKENS = 8
 
 
 class Detokenizer:
-    """Write tokens as text, one by one: joined, the pieces are the text of all.
+    """Write tokens as text, one by one or several at once: joined, the pieces are the text of all.
 
     The bytes of several tokens may make one character, so a piece never ends within one: it waits for the rest, and the last of
     the tokens gets it. What a token adds is the difference of two decoded windows of tokens, because decoders treat the first
@@ -27,9 +27,9 @@ class Detokenizer:
         self._begins = [0]  # where in the window a character begins
         self._written = 0  # characters of the window's text
 
-    def push(self, token_id: int) -> str:
-        """Return what one more token adds."""
-        self._window.append(int(token_id))
+    def push(self, *token_ids: int) -> str:
+        """Return what more tokens add. Several at once take hardly longer than one."""
+        self._window += map(int, token_ids)
         text = self._decode(self._window)
         whole = text.rstrip(_UNFINISHED)
         piece = self._take(whole)
@@ -63,7 +63,7 @@ class StopStrings:
     """Cut text that comes in pieces before the first stop string that is complete; of several that end at once, the longest."""
 
     def __init__(self, strings: Sequence[str]):
-        self._strings = strings
+        self.strings = strings
         self._waiting = ""  # may be the beginning of a stop string
         self.found: str | None = None
 
@@ -72,12 +72,12 @@ class StopStrings:
         if self.found is not None:
             return ""
         text = self._waiting + piece
-        ends = [(text.find(string) + len(string), -len(string), string) for string in self._strings if string in text]
+        ends = [(text.find(string) + len(string), -len(string), string) for string in self.strings if string in text]
         if ends:
             end, _, self.found = min(ends)
             self._waiting = ""
             return text[: end - len(self.found)]
-        waiting = max((_overlap(text, string) for string in self._strings), default=0)
+        waiting = max((_overlap(text, string) for string in self.strings), default=0)
         self._waiting = text[len(text) - waiting :]
         return text[: len(text) - waiting]
 
@@ -95,7 +95,7 @@ class Response:
 
     def __init__(self, decode: Decode, stop: Sequence[str], end_ids: Sequence[int]):
         self._detokenizer, self._stops, self._end_ids = Detokenizer(decode), StopStrings(stop), end_ids
-        self._lengths = [0]  # of the text after each number of tokens, stop strings included
+        self._lengths = [0]  # of the text after each push, stop strings included; with these, of one token
         self.token_ids: list[int] = []
         self.text = ""
         self.done = False
@@ -107,14 +107,16 @@ class Response:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Add tokens until the response is done; return the text that is sure by now."""
-        before = len(self.text)
-        for token_id in map(int, token_ids):
+        before, new = len(self.text), list(map(int, token_ids))
+        new = new[: next((i for i, token_id in enumerate(new, 1) if token_id in self._end_ids), len(new))]
+        size = 1 if self._stops.strings else len(new)  # a stop string is looked for after each token
+        for part in (new[start : start + size] for start in range(0, len(new), size or 1)):
             if self.done:
                 break
-            self.token_ids.append(token_id)
+            self.token_ids += part
             self._lengths.append(self._lengths[-1])
-            self._add(self._detokenizer.push(token_id))
-            if not self.done and token_id in self._end_ids:
+            self._add(self._detokenizer.push(*part))
+            if not self.done and part[-1] in self._end_ids:
                 self.finish()
         return self.text[before:]
 

@@ -101,10 +101,11 @@ class Scripted:
             self._drop(ticket)
         deliver(found)
 
-    def run(self):
+    def run(self, after_round):
         while not self._closing.is_set() or self._active:
             for ticket in list(self._active):
                 self._advance(ticket)
+            after_round()
             time.sleep(0.002)
 
     def close(self, *, drain):
