@@ -10,11 +10,15 @@ asked; one of this project's also says which answers are right. What is timed on
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +30,8 @@ from data import arithmetic, commandline
 from data.errors import UserError, check_range
 from selfspan_jax import files
 
+MAX_BUSY = 0.8  # of a processor, that a client may take before its own speed is what is measured
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
@@ -35,8 +41,8 @@ class Load:
     """Of the server, as in http://127.0.0.1:8000."""
     rates: Annotated[tuple[float, ...], commandline.commas(float)] = (1.0, 2.0, 4.0, 8.0)
     """Arrivals per second on average, one measurement each."""
-    num_requests: int = 100
-    """Requests at each rate."""
+    num_requests: Annotated[tuple[int, ...], commandline.commas(int)] = (100,)
+    """Requests at each rate: one number for all rates, or one for each. Few at a high rate measure how it begins and ends."""
     min_ops: int = 2
     """Fewest operators of an expression; their number is uniform between the bounds."""
     max_ops: int = 200
@@ -49,33 +55,47 @@ class Load:
     """Of the draws."""
     seed: int = 0
     """Of arrivals and expressions."""
+    processes: int = 1
+    """That send and read, each its share of the requests: one reads some ten thousand events a second."""
     api_key: str | None = None
     """What the server asks for."""
     json: Path | None = None
     """Write the figures into this file; - is standard output."""
 
     def __post_init__(self) -> None:
-        check_range(self, "num_requests", "min_ops", low=1)
+        check_range(self, "processes", "min_ops", low=1)
+        if len(self.num_requests) not in (1, len(self.rates)) or min(self.num_requests) < 1:
+            raise UserError(f"--num-requests is {self.num_requests}; allowed: one number of at least 1, or one for each of --rates")
         if not self.rates or min(self.rates) <= 0:
             raise UserError(f"--rates is {self.rates}; allowed: numbers above 0")
         if self.max_ops < self.min_ops:
             raise UserError(f"--max-ops is {self.max_ops}, less than --min-ops {self.min_ops}")
 
     def texts(self) -> list[str]:
-        """Return as many prompts as there are requests at a rate."""
+        """Return as many prompts as there are requests at a rate at most."""
         if self.prompts:
-            return list(itertools.islice(itertools.cycle(files.read_prompts(self.prompts)), self.num_requests))
+            return list(itertools.islice(itertools.cycle(files.read_prompts(self.prompts)), max(self.num_requests)))
         task = arithmetic.ArithmeticTask()
         drawn = task.corpus(min_ops=self.min_ops, max_ops=self.max_ops).stream(seed=self.seed, split="test", vocab=task.vocab)
-        return [example.prompt for example in itertools.islice(drawn, self.num_requests)]
+        return [example.prompt for example in itertools.islice(drawn, max(self.num_requests))]
+
+    def connection(self) -> dict[str, Any]:
+        """Return the options of a client of the server."""
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return {"base_url": self.url, "headers": headers, "trust_env": False}
 
 
-async def send_all(client: httpx2.AsyncClient, model: str, prompts: list[str], rate: float, load: Load) -> list[Sent]:
-    """Send each prompt at its time, and wait for all responses."""
-    times = arrivals(rate, len(prompts), load.seed)
-    begin = time.perf_counter()
-    requests = (_send(client, model, text, begin, float(at), load) for text, at in zip(prompts, times))
-    return await asyncio.gather(*requests)
+async def send_all(load: Load, model: str, prompts: Sequence[str], times: Sequence[float], begin: float) -> list[Sent]:
+    """Send each prompt at its time after `begin`, and wait for all responses."""
+    async with httpx2.AsyncClient(**load.connection(), timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
+        return await asyncio.gather(*(_send(client, model, text, begin, at, load) for text, at in zip(prompts, times)))
+
+
+def share(load: Load, model: str, prompts: Sequence[str], times: Sequence[float], begin: float) -> tuple[list[Sent], float]:
+    """Do the part of one process; return what became of it, and which share of the time it took a processor."""
+    started, used = time.perf_counter(), time.process_time()
+    sent = asyncio.run(send_all(load, model, prompts, times, begin))
+    return sent, (time.process_time() - used) / (time.perf_counter() - max(started, begin))
 
 
 async def _send(client: httpx2.AsyncClient, model: str, prompt: str, begin: float, arrival: float, load: Load) -> Sent:
@@ -108,23 +128,34 @@ def _take(sent: Sent, event: dict[str, Any], now: float) -> None:
             sent.right = verdict["answer_right"]
 
 
-async def run(load: Load) -> dict[str, Any]:
+def run(load: Load) -> dict[str, Any]:
     """Measure at each rate, one after the other."""
-    prompts, rows = load.texts(), []
     settings = {field.name: getattr(load, field.name) for field in dataclasses.fields(load) if field.name not in ("json", "api_key", "url")}
-    headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
-    limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(base_url=load.url, headers=headers, timeout=None, limits=limits, trust_env=False) as client:
-        try:
-            found = await client.get("/v1/models")
-            found.raise_for_status()
-            card = found.json()["data"][0]
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, LookupError) as error:
-            raise UserError(f"{load.url}: no server of OpenAI's API ({error or type(error).__name__})") from None
-        for rate in load.rates:
-            rows.append(summary(rate, await send_all(client, card["id"], prompts, rate, load)))
-            failures = [f"failed: {failure}" for failure in rows[-1]["failures"]]
-            print("\n".join([*table(rows).splitlines()[(len(rows) > 1) * -1 :], *failures]), flush=True)
+    try:
+        with httpx2.Client(**load.connection()) as client:
+            found = client.get("/v1/models").raise_for_status()
+        card = found.json()["data"][0]
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, LookupError) as error:
+        raise UserError(f"{load.url}: no server of OpenAI's API ({error or type(error).__name__})") from None
+    rows: list[dict[str, Any]] = []
+    prompts = load.texts()
+    with contextlib.ExitStack() as stack:
+        run_share: Callable[..., Iterable[tuple[list[Sent], float]]] = map
+        if load.processes > 1:
+            context = multiprocessing.get_context("spawn")
+            run_share = stack.enter_context(concurrent.futures.ProcessPoolExecutor(load.processes, context)).map
+            list(run_share(time.sleep, [1.0] * load.processes))  # all have begun
+        for rate, number in zip(load.rates, itertools.cycle(load.num_requests)):
+            times, begin = arrivals(rate, number, load.seed).tolist(), time.perf_counter() + 0.1  # this clock is that of all processes
+            parts = [slice(part, number, load.processes) for part in range(load.processes)]
+            of_each = ([load] * len(parts), [card["id"]] * len(parts), [prompts[part] for part in parts], [times[part] for part in parts])
+            done = list(run_share(share, *of_each, [begin] * len(parts)))
+            sent, busy = [one for own, _ in done for one in own], max(busy for _, busy in done)
+            rows.append(summary(rate, sent) | {"client_busy": busy})
+            notes = [f"failed: {failure}" for failure in rows[-1]["failures"]]
+            if busy > MAX_BUSY:
+                notes.append(f"this client took {busy:.0%} of a processor and may be what is slow; more --processes help")
+            print("\n".join([*table(rows).splitlines()[(len(rows) > 1) * -1 :], *notes]), flush=True)
             report = {"model": card, **settings, "prompts": load.prompts and load.prompts.name, "rows": rows}
             files.write_rows(load.json, report, complete=len(rows) == len(load.rates))
     return report
@@ -134,7 +165,7 @@ def main() -> None:
     with commandline.exit_on_user_error(UserError):
         load = commandline.parse(Load, "benchmarks.serving", sys.argv[1:], description=__doc__)
         with files.outputs(json=load.json):
-            asyncio.run(run(load))
+            run(load)
 
 
 if __name__ == "__main__":

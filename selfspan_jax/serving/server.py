@@ -45,7 +45,7 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving import live, protocol
 from selfspan_jax.serving.metrics import Metrics
 from selfspan_jax.serving.protocol import Call
-from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, Ticket, Tokens
+from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, Ticket, Tokens, joined
 from selfspan_jax.viewing import detokenize
 
 MAX_BODY_BYTES = 4 * 2**20
@@ -320,26 +320,34 @@ class Running:
                     self.server.scheduler.cancel(choice.ticket)
 
     async def pieces(self) -> AsyncIterator[tuple[Choice, str] | None]:
-        """Yield the text that each arrival adds to a choice, None now and then where nothing arrives.
+        """Yield the text that arrivals add to a choice, None now and then where nothing arrives.
+
+        Where the loop is behind, several chunks of a choice are one piece.
 
         Raises: Refused where the scheduler fails a choice.
         """
         while any(choice.finish_reason is None for choice in self.choices):
+            arrived: dict[Choice | None, list[Tokens]] = {}
             try:
                 async with asyncio.timeout(KEEP_ALIVE_SECONDS):  # Python 3.11's wait_for swallows cancellations
                     choice, tokens = await self._queue.get()
+                arrived[choice] = [tokens]
             except TimeoutError:
                 yield None
-                continue
-            if choice is not None and choice.finish_reason is not None:  # of a chunk that ran ahead
-                continue
-            if tokens.finished == "cancelled":
-                raise Refused(503, "the server is shutting down")
-            if choice is None or tokens.finished == "error":
-                if choice is not None:
-                    self._end(choice, "error")
-                raise Refused(500, f"decoding failed: {tokens.error}")
-            yield choice, self._add(choice, tokens)
+            while not self._queue.empty():
+                choice, tokens = self._queue.get_nowait()
+                arrived.setdefault(choice, []).append(tokens)
+            for choice, parts in arrived.items():
+                tokens = parts[0] if len(parts) == 1 else joined(parts)
+                if choice is not None and choice.finish_reason is not None:  # of a chunk that ran ahead
+                    continue
+                if tokens.finished == "cancelled":
+                    raise Refused(503, "the server is shutting down")
+                if choice is None or tokens.finished == "error":
+                    if choice is not None:
+                        self._end(choice, "error")
+                    raise Refused(500, f"decoding failed: {tokens.error}")
+                yield choice, self._add(choice, tokens)
 
     def _add(self, choice: Choice, tokens: Tokens) -> str:
         response, now = choice.response, time.monotonic()
@@ -405,15 +413,17 @@ class Running:
         choices = [(own.response.text, str(own.finish_reason), await self.read(own), self.logprobs(own)) for own in self.choices]
         return protocol.response(self.call, self.server.model_name, choices, self.usage())
 
-    async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
-        """Yield the events of a stream, None now and then where there are none."""
+    async def events(self) -> AsyncGenerator[str | None, None]:
+        """Yield the events of a stream as JSON, None now and then where there are none."""
         call, model, lm = self.call, self.server.model_name, self.server.lm
+        # Most events are a piece of text and nothing else: what is around it is written once.
+        around = [_dumps(protocol.event(call, model, choice.index, call.id)).split(_dumps(call.id)) for choice in self.choices]
         watches = [live.Watch(lm.task, lm.model.vocab, choice.prompt_ids) for choice in self.choices] if call.tokens else []
         for watch, choice in zip(watches, self.choices):
-            yield protocol.event(call, model, choice.index, "", part=watch.prompt())
+            yield _dumps(protocol.event(call, model, choice.index, "", part=watch.prompt()))
         if call.kind == "chat.completion":
             for choice in self.choices:
-                yield protocol.event(call, model, choice.index, None)
+                yield _dumps(protocol.event(call, model, choice.index, None))
         async for arrived in self.pieces():
             if arrived is None:
                 yield None
@@ -423,13 +433,15 @@ class Running:
             if call.tools:
                 piece = ""  # calls come whole, at the end, and so does text that is none
             scores = self.logprobs(choice)
-            if piece or scores or (seen and seen["tokens"]):
-                yield protocol.event(call, model, choice.index, piece, part=seen, logprobs=scores)
+            if scores or (seen and seen["tokens"]):
+                yield _dumps(protocol.event(call, model, choice.index, piece, part=seen, logprobs=scores))
+            elif piece:
+                yield _dumps(piece).join(around[choice.index])
             if choice.finish_reason is not None:
                 rest = choice.response.text if call.tools else ""
-                yield protocol.event(call, model, choice.index, rest, choice.finish_reason, await self.read(choice))
+                yield _dumps(protocol.event(call, model, choice.index, rest, choice.finish_reason, await self.read(choice)))
         if call.include_usage:
-            yield protocol.usage_event(call, model, self.usage())
+            yield _dumps(protocol.usage_event(call, model, self.usage()))
 
 
 class EventStream(Response):
@@ -454,7 +466,7 @@ class EventStream(Response):
         try:
             async with contextlib.aclosing(self._running.events()) as events:
                 async for event in events:
-                    await write(": waiting\n\n" if event is None else f"data: {_dumps(event)}\n\n")
+                    await write(": waiting\n\n" if event is None else f"data: {event}\n\n")
         except Refused as error:
             await write(f"data: {_dumps(protocol.error(error.status, str(error), error.code))}\n\n")
         await write("data: [DONE]\n\n", more=False)

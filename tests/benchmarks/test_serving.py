@@ -31,22 +31,22 @@ def test_a_run_against_a_server(tmp_path, monkeypatch, capsys):
     prompts, report = tmp_path / "prompts.txt", tmp_path / "load.json"
     prompts.write_text("45\n9\n456\n")
     with server_of(Scripted()) as address:
-        words = [address, "--rates", "100,200", "--num-requests", "9", "--prompts", str(prompts), "--json", str(report)]
+        words = [address, "--rates", "100,200", "--num-requests", "9,6", "--prompts", str(prompts), "--json", str(report)]
         monkeypatch.setattr(sys, "argv", ["benchmarks.serving", *words])
         serving.main()
     lines = capsys.readouterr().out.splitlines()
     written = json.loads(report.read_text())
     assert written["model"]["id"] == "tiny" and written["prompts"] == "prompts.txt" and "api_key" not in written
-    for row in written["rows"]:
-        assert (row["num_requests"], row["num_failed"], row["tokens"]) == (9, 3, 6 * len(RESPONSE))
+    for row, number in zip(written["rows"], (9, 6), strict=True):
+        assert (row["num_requests"], row["num_failed"], row["tokens"]) == (number, number // 3, number // 3 * 2 * len(RESPONSE))
         assert row["failures"] == ["decoding failed: the device is on fire"] and row["right_answers_per_second"] > 0
         assert 0 < row["first_token_ms_p50"] <= row["whole_ms_p50"] <= row["whole_ms_p99"]
     told = "failed: decoding failed: the device is on fire"
-    assert [line.split()[:3] if line != told else told for line in lines[-4:]] == [["100", "9", "3"], told, ["200", "9", "3"], told]
+    assert [line.split()[:3] if line != told else told for line in lines[-4:]] == [["100", "9", "3"], told, ["200", "6", "2"], told]
 
 
 def test_expressions_are_of_mixed_lengths_and_arrivals_of_a_poisson_process():
-    load = serving.Load(url="", num_requests=60, min_ops=2, max_ops=40)
+    load = serving.Load(url="", num_requests=(60,), min_ops=2, max_ops=40)
     sizes = [sum(text.count(sign) for sign in "+-*") for text in load.texts()]
     assert len(set(sizes)) > 15 and min(sizes) < 8 and max(sizes) > 32 and load.texts() == load.texts()
     waits = np.diff(arrivals(5, 2000, seed=0))
