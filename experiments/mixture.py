@@ -98,7 +98,7 @@ def cloze(document: Document, draw: random.Random, *, questions: int, kept: floa
     able = [(i, j) for i, own in enumerate(sections) for j, text in enumerate(own) if len(text.split()) >= _MIN_WORDS]
     shuffled = draw.sample(able, len(able))
     room = [len(own) // 2 for own in sections]  # sentences that may be asked for
-    asked = []
+    asked: list[tuple[int, int]] = []
     for i, j in shuffled:
         if room[i] and len(asked) < questions:
             room[i] -= 1
