@@ -94,7 +94,7 @@ class CompiledSteps:
             "batch_size": self.config.batch_size,
             "sequence_tokens": self.config.sequence_tokens,
             "mask": self.model.config.mask,
-            "training_takes": training_implementation(self.model.config) or [*self.programs][-1],
+            "training_takes": training_implementation(self.model.config, self.config.sequence_tokens) or [*self.programs][-1],
             "attention": {name: self._measure(*program, steps) for name, program in self.programs.items()},
         }
 
@@ -135,7 +135,6 @@ class CompiledSteps:
 
 def compile_steps(runs: Iterable[tuple[Decoder, TrainConfig, Iterator[training.Batch]]], mesh: Mesh | None = None) -> list[CompiledSteps]:
     """Compile the steps of some runs: traced one after the other, compiled side by side because XLA leaves most processors idle on one."""
-    names: Sequence[SequenceImplementation] = ("triton", "cudnn") if jax.default_backend() == "gpu" else ("xla",)
     traced: list[tuple[dict[str, Any], dict[SequenceImplementation, Any]]] = []
     for model, config, batches in runs:
         taken = list(itertools.islice(batches, 2))
@@ -144,6 +143,10 @@ def compile_steps(runs: Iterable[tuple[Decoder, TrainConfig, Iterator[training.B
         tokens = statistics.mean(training.count_tokens(batch, config) for batch in taken)
         on_device = [training.DeviceBatch.of(batch, num_rows=config.batch_size, mesh=mesh) for batch in taken]
         fixed, state = training.initial_state(model, config, mesh)
+        best = training_implementation(model.config, config.sequence_tokens) or "triton"
+        names: tuple[SequenceImplementation, ...] = ("xla",)
+        if jax.default_backend() == "gpu":
+            names = (best, "cudnn") if best == "triton" else (best, "triton", "cudnn")
         run = {"model": model, "config": config, "mesh": mesh, "batches": on_device, "tokens": tokens, "fixed": fixed, "state": state}
         traced.append((run, {name: training.train_step.lower(fixed, state, on_device[0], config, name) for name in names}))
     with concurrent.futures.ThreadPoolExecutor() as pool:

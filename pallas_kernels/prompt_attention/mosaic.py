@@ -10,6 +10,8 @@ Seen on JAX 0.10.2 and 0.11.2 (lowering), 0.11.2 (runs).
 """
 
 import functools
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,24 +46,37 @@ def unsupported_reason(q: jax.Array, k_pool: jax.Array, mask: PromptMask) -> str
 
 
 def mosaic_prompt_attention(
-    q: jax.Array, k_pool: jax.Array, v_pool: jax.Array, mask: PromptMask, *, scale: float, config: MosaicConfig
-) -> jax.Array:
-    """Run the kernel; arrays as in `prompt_attention`, already checked."""
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    mask: PromptMask,
+    *,
+    scale: float,
+    config: MosaicConfig,
+    first_keys: jax.Array | None = None,
+) -> Any:
+    """Run the kernel; arrays as in `prompt_attention`, already checked.
+
+    With `first_keys`, int32 [B, T], query t attends to keys from `first_keys[b, t]` on, of the tiles that the mask lists. Then the
+    logarithms of the sums, float32 [B, N, T] in units of log 2, come beside the output: what gradients need.
+    """
     batch, num_queries, num_heads, head_size = q.shape
-    tiles = [] if mask.key_tiles is None else [mask.key_tiles, mask.key_counts]
+    tiles = [] if mask.key_tiles is None or mask.key_counts is None else [mask.key_tiles, mask.key_counts]
+    firsts = [] if first_keys is None else [first_keys]
+    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32)]
 
     def tiled(*shape):
         transforms = (plgpu.TilingTransform((TILING_ROWS, 128 // q.dtype.itemsize)), plgpu.SwizzleTransform(128))
         return plgpu.SMEM((*shape, head_size), q.dtype, transforms=transforms)
 
-    # With lists heads read other keys: what runs at once shares them in the cache if it is of one head. A chunk of 16,384 queries at
-    # the end of 131,072 tokens took 20.8 ms with the heads within the tiles, 16.3 so, at 28% of the tiles (one H100; N 32, K 8, H 128).
+    # With lists of their own heads read other keys: what runs at once shares them in the cache if it is of one head. A chunk of 16,384
+    # queries at the end of 131,072 tokens took 20.8 ms with the heads within the tiles, 16.3 so, at 28% of the tiles (one H100; N 32, K 8).
     grid = [("prompt", batch), ("tile", num_queries // BLOCK_Q), ("head", num_heads)]
-    grid = [grid[0], grid[2], grid[1]] if tiles else grid
+    grid = [grid[0], grid[2], grid[1]] if tiles and tiles[0].shape[1] > 1 else grid
     stages = config.num_stages
     return plgpu.kernel(
-        functools.partial(_kernel, scale=scale, block_k=config.block_k, num_keys=mask.num_keys, num_lists=len(tiles)),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        functools.partial(_kernel, scale=scale, block_k=config.block_k, num_keys=mask.num_keys, inputs=(len(tiles), len(firsts))),
+        out_type=outs if firsts else outs[0],
         grid=tuple(size for _, size in grid),
         grid_names=tuple(name for name, _ in grid),
         num_threads=3,
@@ -70,15 +85,22 @@ def mosaic_prompt_attention(
             tiled(2, WARPGROUP_QUERIES),
             tiled(stages, config.block_k),
             tiled(stages, config.block_k),
-            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=1 + len(firsts), num_barriers=2),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),
+            *([plgpu.SMEM((2, WARPGROUP_QUERIES), dtype) for dtype in (jnp.int32, jnp.float32)] if firsts else []),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k_pool, v_pool, mask.first_query.reshape(1), mask.lengths, *tiles)
+    )(q, k_pool, v_pool, mask.first_query.reshape(1), mask.lengths, *tiles, *firsts)
+
+
+def load(ref, layout):
+    """Load numbers from shared memory into registers of a layout, on each JAX: the function had an index until 0.12."""
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=layout)
 
 
 def _kernel(
@@ -87,13 +109,16 @@ def _kernel(
     v_ref,  # [P, K, H]
     first_query_ref,  # int32 [1]
     lengths_ref,  # int32 [B]
-    *refs,  # int32 lists [B, N or 1, query tiles, C] and counts [B, N or 1, query tiles, 2]; the output; scratch
+    *refs,  # int32 lists [B, N or 1, query tiles, C], counts [B, N or 1, query tiles, 2], first keys [B, T]; the outputs; scratch
     scale: float,
     block_k: int,
     num_keys: int,
-    num_lists: int,
+    inputs: tuple[int, int],  # lists and counts; first keys
 ):
-    out_ref, q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = refs[num_lists:]
+    num_lists, packed = inputs
+    first_keys_refs, rest = refs[num_lists : sum(inputs)], refs[sum(inputs) :]
+    out_ref, lse_refs, scratch = rest[0], rest[1 : 1 + packed], rest[1 + packed :]
+    q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, turn, *numbers = scratch
     head_size, stages = q_ref.shape[3], k_smem.shape[0]
     b, head, warpgroup = (jax.lax.axis_index(name) for name in ("prompt", "head", "warpgroup"))
     # The last tiles of queries have the most keys: they begin first.
@@ -138,6 +163,9 @@ def _kernel(
         own_q = q_smem.at[warpgroup]
         queries = pl.ds(tile * BLOCK_Q + warpgroup * WARPGROUP_QUERIES, WARPGROUP_QUERIES)
         plgpu.copy_gmem_to_smem(q_ref.at[b, queries, head], own_q, q_ready.at[warpgroup])
+        first_keys, lse = (smem.at[warpgroup] for smem in numbers) if packed else (None, None)
+        for ref in first_keys_refs:
+            plgpu.copy_gmem_to_smem(ref.at[b, queries], first_keys, q_ready.at[warpgroup])
         plgpu.barrier_wait(q_ready.at[warpgroup])
         factor = scale * LOG2_E
         by_query = plgpu.Layout.WGMMA.reduce(1)
@@ -162,7 +190,11 @@ def _kernel(
             plgpu.barrier_arrive(k_free.at[stage])
             if masked:
                 query, key = (plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
-                scores = jnp.where(query + own_first >= key + key_tile(index) * block_k, scores, -jnp.inf)
+                allowed = query + own_first >= key + key_tile(index) * block_k
+                if packed:
+                    own = load(first_keys, by_query)
+                    allowed &= key + key_tile(index) * block_k >= jax.lax.broadcast_in_dim(own, scores.shape, [0])
+                scores = jnp.where(allowed, scores, -jnp.inf)
             new_max = jnp.maximum(running_max, jnp.max(scores, axis=1) * factor)
             decay = jnp.exp2(running_max - new_max)
             weights = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_max, scores.shape, [0]))
@@ -191,10 +223,14 @@ def _kernel(
             plgpu.layout_cast(jnp.zeros((WARPGROUP_QUERIES, head_size), jnp.float32), plgpu.Layout.WGMMA),
         )
         carry = jax.lax.fori_loop(0, partial, functools.partial(step, masked=True), carry)
-        _, total, acc = jax.lax.fori_loop(partial, needed, functools.partial(step, masked=False), carry)
+        top, total, acc = jax.lax.fori_loop(partial, needed, functools.partial(step, masked=False), carry)
         pl.when(warpgroup == 0)(take_turns)
         total = jnp.where(total > 0, total, 1.0)  # no key: 0 / 1
         own_q[...] = (acc / jax.lax.broadcast_in_dim(total, acc.shape, [0])).astype(q_ref.dtype)
+        if packed:
+            lse[...] = top + jnp.log2(total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own_q, out_ref.at[b, queries, head])
+        for ref in lse_refs:
+            plgpu.copy_smem_to_gmem(lse, ref.at[b, head, queries])
         plgpu.wait_smem_to_gmem(0)

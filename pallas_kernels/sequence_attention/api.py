@@ -8,17 +8,17 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, choose_implementation, device_reason, head_size_reason, require
 from pallas_kernels.sequence_attention import triton
-from pallas_kernels.sequence_attention.mask import TileMask
+from pallas_kernels.sequence_attention.mask import PackedMask, TileMask
 from pallas_kernels.sequence_attention.reference import reference_attention
 
-IMPLEMENTATIONS = ("reference", "triton")
+IMPLEMENTATIONS = ("reference", "triton", "mosaic")
 
 
 def masked_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: TileMask,
+    mask: TileMask | PackedMask,
     *,
     scale: float | None = None,
     implementation: str | None = None,
@@ -30,7 +30,7 @@ def masked_attention(
       q: `[B, T, N, H]` queries, bfloat16, float16 or float32. Query head `n` reads kv head `n // (N // K)`.
       k, v: `[B, S, K, H]` keys and values in the dtype of `q`.
       mask: which of the S keys each of the T queries may attend to, the same for all heads. A query that may attend to
-        nothing gives zeros.
+        nothing gives zeros. "triton" reads a `TileMask`, "mosaic" a `PackedMask`, "reference" both.
       scale: factor on the scores, `1 / sqrt(H)` unless given; a static number above 0.
       implementation, interpret: as `pallas_kernels` says.
 
@@ -39,21 +39,33 @@ def masked_attention(
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     _validate(q, k, v, mask, scale)
-    chosen = choose_implementation(
-        implementation, ("triton", "reference"), lambda name: unsupported_reason(name, q.shape[3], interpret=interpret)
-    )
+    packed = isinstance(mask, PackedMask)
+
+    def reason(name: str) -> str | None:
+        found = unsupported_reason(name, q.shape[3], interpret=interpret)
+        if name == "triton" and packed:
+            return found or "masks of packed rows are only in mosaic"
+        if name == "mosaic" and (q.dtype == jnp.float32 or not packed):
+            return found or (f"the dtype must be bfloat16 or float16, got {q.dtype}" if packed else "masks in bits are only in triton")
+        return found
+
+    chosen = choose_implementation(implementation, ("mosaic" if packed else "triton", "reference"), reason)
     if q.size == 0 or k.size == 0:
         return jnp.zeros(q.shape, q.dtype)
     if chosen == "reference":
         return reference_attention(q, k, v, mask.unpacked(), scale=scale)
-    q, k, v = _pad(q, mask.block_q), _pad(k, mask.block_k), _pad(v, mask.block_k)
+    if isinstance(mask, TileMask):
+        q, k, v = _pad(q, mask.block_q), _pad(k, mask.block_k), _pad(v, mask.block_k)
     return _attend(scale, interpret, q, k, v, mask)[:, : mask.num_queries]
 
 
 def unsupported_reason(implementation: str, head_size: int, *, interpret: bool = False) -> str | None:
     """Say why `implementation` cannot compute heads of this size on the default device; None when it can."""
-    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret)) or implementation == "reference":
+    capability = 90 if implementation == "mosaic" else 80
+    if (reason := device_reason(implementation, IMPLEMENTATIONS, interpret, capability)) or implementation == "reference":
         return reason
+    if implementation == "mosaic":
+        return "it has no interpreter" if interpret else None if head_size == 64 else f"head size must be 64, got {head_size}"
     return head_size_reason(head_size)
 
 
@@ -63,11 +75,20 @@ def _differentiable(scale, interpret, q, k, v, mask):
 
 
 def _forward(scale, interpret, q, k, v, mask):
-    out, lse = triton.forward(q, k, v, mask, scale=scale, interpret=interpret)
+    if isinstance(mask, PackedMask):
+        from pallas_kernels.sequence_attention import mosaic  # it takes a second to import
+
+        out, lse = mosaic.forward(q, k, v, mask, scale=scale)
+    else:
+        out, lse = triton.forward(q, k, v, mask, scale=scale, interpret=interpret)
     return out, (q, k, v, mask, out, lse)
 
 
 def _backward(scale, interpret, saved, grad):
+    if isinstance(saved[3], PackedMask):
+        from pallas_kernels.sequence_attention import mosaic
+
+        return (*mosaic.backward(*saved, grad, scale=scale), None)
     return (*triton.backward(*saved, grad, scale=scale, interpret=interpret), None)
 
 
@@ -80,7 +101,7 @@ def _pad(x: jax.Array, block: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 
 
-def _validate(q, k, v, mask: TileMask, scale: float) -> None:
+def _validate(q, k, v, mask: TileMask | PackedMask, scale: float) -> None:
     for name, array, letters in (("q", q, "[B, T, N, H]"), ("k", k, "[B, S, K, H]"), ("v", v, "[B, S, K, H]")):
         require(array.ndim == 4, f"{name} must be {letters}", array)
     require(q.dtype in FLOAT_DTYPES, "q must be bfloat16, float16 or float32", q)
@@ -90,6 +111,7 @@ def _validate(q, k, v, mask: TileMask, scale: float) -> None:
     require(fits, f"q {list(q.shape)} and k {list(k.shape)} must share batch and head size")
     fits = k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0
     require(fits, f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} kv heads")
-    wanted, found = [*q.shape[:2], k.shape[1]], [mask.bits.shape[0], mask.num_queries, mask.num_keys]
+    num_rows = (mask.first_keys if isinstance(mask, PackedMask) else mask.bits).shape[0]
+    wanted, found = [*q.shape[:2], k.shape[1]], [num_rows, mask.num_queries, mask.num_keys]
     require(wanted == found, f"the mask must be [B, T, S] = {wanted}", found)
     require(scale > 0, "scale must be above 0", scale)

@@ -1,4 +1,4 @@
-"""Pack a boolean mask to bits, with the lists of its tiles that are not empty: the mask as the kernels read it."""
+"""Masks as the kernels read them, with the lists of their tiles that are not empty: any mask in bits, packed causal rows by positions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import require
 from pallas_kernels.tiles import list_tiles
 
 TILE = (64, 64)  # queries by keys: what one warp group (4 warps) multiplies at once, without spilled registers in any kernel
@@ -90,6 +91,10 @@ class TileMask:
         every = jnp.all(tiled == -1, axis=(2, 4))
         return cls(bits, *list_tiles(some.swapaxes(1, 2), every.swapaxes(1, 2)), *list_tiles(some, every), num_queries, num_keys)
 
+    def keys_of_queries(self) -> jax.Array:
+        """Count the keys that each query attends to: int32 [B, T]."""
+        return jnp.sum(jax.lax.population_count(self.bits), axis=1)[:, : self.num_queries]
+
     def unpacked(self) -> jax.Array:
         """Return the bool `[B, T, S]`."""
         shifts = jnp.arange(WORD_BITS, dtype=jnp.int32)[None, None, :, None]
@@ -105,3 +110,55 @@ def _pack_bits(mask: jax.Array) -> jax.Array:
     values = jnp.uint32(1) << jnp.arange(WORD_BITS, dtype=jnp.uint32)
     words = jnp.sum(jnp.where(mask, values[None, None, None, :], jnp.uint32(0)), axis=3, dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(words, jnp.int32).swapaxes(1, 2)
+
+
+PACKED_BLOCK = 128  # queries, and keys, of a tile of a packed mask
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMask:
+    """A causal mask of rows of T tokens, sequences packed one after the other: query t attends to keys `first_keys[b, t]` to t.
+
+    T is a multiple of 128. Tiles are 128 queries by 128 keys, listed as those of a `TileMask`.
+    """
+
+    first_keys: jax.Array
+    """int32 [B, T]: where the sequence of each token begins."""
+    key_tiles: jax.Array
+    """int32 [B, T/128, T/128]"""
+    key_counts: jax.Array
+    """int32 [B, T/128, 2]"""
+    query_tiles: jax.Array
+    """int32 [B, T/128, T/128]"""
+    query_counts: jax.Array
+    """int32 [B, T/128, 2]"""
+
+    @classmethod
+    def of(cls, segment_ids: jax.Array) -> PackedMask:
+        """Make the mask of int32 `[B, T]`, which changes where another sequence begins. Raises ValueError where T is no multiple of 128."""
+        require(segment_ids.shape[1] % PACKED_BLOCK == 0, f"packed rows must be multiples of {PACKED_BLOCK} tokens", segment_ids)
+        index = jax.lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+        begins = (index == 0) | (segment_ids != jnp.roll(segment_ids, 1, axis=1))
+        first_keys = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+        first = jnp.arange(0, segment_ids.shape[1], PACKED_BLOCK, dtype=jnp.int32)
+        query, key, last = first[None, :, None], first[None, None, :], PACKED_BLOCK - 1
+        lowest, highest = first_keys[:, ::PACKED_BLOCK, None], first_keys[:, last::PACKED_BLOCK, None]  # they only grow
+        some = (key <= query + last) & (key + last >= lowest)
+        every = (key + last <= query) & (key >= highest)
+        return cls(first_keys, *list_tiles(some, every), *list_tiles(some.swapaxes(1, 2), every.swapaxes(1, 2)))
+
+    @property
+    def num_queries(self) -> int:
+        return self.first_keys.shape[1]
+
+    num_keys = num_queries
+
+    def unpacked(self) -> jax.Array:
+        """Return the bool `[B, T, T]`."""
+        token = jnp.arange(self.num_queries, dtype=jnp.int32)
+        return (token[None, None, :] <= token[None, :, None]) & (token[None, None, :] >= self.first_keys[:, :, None])
+
+    def keys_of_queries(self) -> jax.Array:
+        """Count the keys that each query attends to: int32 [B, T]."""
+        return jnp.arange(self.num_queries, dtype=jnp.int32)[None, :] - self.first_keys + 1

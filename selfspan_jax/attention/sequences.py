@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import TileMask, masked_attention, norm_heads, rotate_heads
-from pallas_kernels.sequence_attention import unsupported_reason
+from pallas_kernels import PackedMask, TileMask, masked_attention, norm_heads, rotate_heads
+from pallas_kernels.sequence_attention import PACKED_BLOCK, unsupported_reason
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Angles, Attend
 from selfspan_jax.spans import SpanVocab
 
-SequenceImplementation = Literal["xla", "cudnn", "triton"]
+SequenceImplementation = Literal["xla", "cudnn", "triton", "mosaic"]
+AnyMask = Bool[Array, "B T S"] | Bool[Array, "B N T S"] | TileMask | PackedMask
 
 
 def dot_product_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | Bool[Array, "B N T S"] | TileMask,
-    implementation: Literal["xla", "cudnn"] | None = None,
+    mask: AnyMask,
+    implementation: SequenceImplementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Compute softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G.
 
     Args:
-      mask: a `TileMask` for the project's own kernels; a boolean one for `implementation`, by default cuDNN's fused kernel
-        where it takes one (a GPU, half precision, even lengths), else XLA.
+      mask: a `TileMask` or `PackedMask` for the project's own kernels; a boolean one for `implementation`, by default cuDNN's fused
+        kernel where it takes one (a GPU, half precision, even lengths), else XLA.
     """
-    if isinstance(mask, TileMask):
+    if not isinstance(mask, Array):
         return masked_attention(q, k, v, mask)
     if implementation is None:
         fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0
@@ -42,7 +43,7 @@ def dot_product_attention(
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # the library promotes its own scores
         mask = mask if mask.ndim == 4 else mask[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation).astype(dtype)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation).astype(dtype)  # type: ignore[arg-type]
 
 
 def split_and_rotate(
@@ -59,7 +60,7 @@ def split_and_rotate(
     return q, k, v
 
 
-def attend_under(mask: Bool[Array, "B T T"] | TileMask, implementation: Literal["xla", "cudnn"] | None = None) -> Attend:
+def attend_under(mask: AnyMask, implementation: SequenceImplementation | None = None) -> Attend:
     """Make the attention of a `Decoder` for whole sequences under a mask, without a cache."""
 
     def attend(qkv, norms, angles, cache):
@@ -68,9 +69,11 @@ def attend_under(mask: Bool[Array, "B T T"] | TileMask, implementation: Literal[
     return attend
 
 
-def training_implementation(config: ModelConfig) -> SequenceImplementation | None:
-    """Return "triton" where the device has the project's kernels for such a model, in half precision; None where it has not."""
-    return "triton" if config.compute_dtype != "float32" and not unsupported_reason("triton", config.head_size) else None
+def training_implementation(config: ModelConfig, num_tokens: int) -> SequenceImplementation | None:
+    """Return which of the project's kernels training such a model on such rows takes, in half precision; None where the device has none."""
+    packed = config.mask == "dense" and num_tokens % PACKED_BLOCK == 0
+    names: tuple[SequenceImplementation, ...] = () if config.compute_dtype == "float32" else ("mosaic", "triton") if packed else ("triton",)
+    return next((name for name in names if not unsupported_reason(name, config.head_size)), None)
 
 
 def attend_in_training(
@@ -85,30 +88,27 @@ def attend_in_training(
 
     Args:
       segment_ids: different numbers for sequences packed in one row; 0 is padding.
-      implementation: "triton", the project's kernels, which skip tiles that no query attends to and never hold the mask as
-        booleans; "cudnn" or "xla", which read the mask as a bias of every pair; None for the first that the device has.
+      implementation: "triton" or, of dense masks alone, "mosaic", the project's kernels, which skip tiles that no query attends to and
+        never hold the mask as booleans; "cudnn" or "xla", which read it as a bias; None for the best that the device has.
 
     Returns: the attention, and the number of pairs of tokens that the mask keeps, padding excluded.
-
-    Raises: UserError for an unknown implementation; NotImplementedError for "triton" where it cannot run.
+    Raises: UserError for an unknown implementation; NotImplementedError for the project's kernels where they cannot run.
     """
     if implementation is not None and implementation not in get_args(SequenceImplementation):
         raise UserError(f"implementation is {implementation!r}; allowed: {', '.join(get_args(SequenceImplementation))}")
-    implementation = implementation or training_implementation(config)
-    if implementation == "triton" and (reason := unsupported_reason("triton", config.head_size)):
-        raise NotImplementedError(f"implementation='triton': {reason}")
+    batch, num_tokens = token_ids.shape
+    implementation = implementation or training_implementation(config, num_tokens)
+    wrong = "the mask must be dense" if implementation == "mosaic" and config.mask != "dense" else None
+    if implementation in ("triton", "mosaic") and (reason := unsupported_reason(implementation, config.head_size) or wrong):
+        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
 
     def rows(first_query, num_queries):
         some = {} if num_queries == num_tokens else {"first_query": first_query, "num_queries": num_queries}
         return get_policy(config.mask).mask(token_ids, vocab, config, segment_ids=segment_ids, **some)
 
-    batch, num_tokens = token_ids.shape
-    if implementation == "triton":
-        tiles = TileMask.of_rows(rows, batch, num_tokens, num_tokens)
-        keys = jnp.sum(jax.lax.population_count(tiles.bits), axis=1)[:, :num_tokens]  # of each query
-        attend = attend_under(tiles)
+    if implementation == "mosaic":
+        mask: Any = PackedMask.of(jnp.zeros_like(token_ids) if segment_ids is None else segment_ids)
     else:
-        mask = rows(0, num_tokens)
-        keys = jnp.sum(mask, axis=2, dtype=jnp.int32)
-        attend = attend_under(mask, implementation)
-    return attend, jnp.sum(keys if segment_ids is None else jnp.where(segment_ids > 0, keys, 0), dtype=jnp.float32)
+        mask = TileMask.of_rows(rows, batch, num_tokens, num_tokens) if implementation == "triton" else rows(0, num_tokens)
+    keys = jnp.sum(mask, axis=2, dtype=jnp.int32) if isinstance(mask, Array) else mask.keys_of_queries()
+    return attend_under(mask, implementation), jnp.sum(keys, where=None if segment_ids is None else segment_ids > 0, dtype=jnp.float32)

@@ -51,6 +51,7 @@ def test_mosaic_and_jax_triton_are_imported_where_they_are_launched():
         "triton",
         "pallas_kernels.span_decode.mosaic",
         "pallas_kernels.prompt_attention.mosaic",
+        "pallas_kernels.sequence_attention.mosaic",
     )
     users = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if imported_at_once(path) & set(slow)}
-    assert users == {"linear/mosaic.py", "span_decode/mosaic.py", "prompt_attention/mosaic.py"}
+    assert users == {"linear/mosaic.py", "span_decode/mosaic.py", "prompt_attention/mosaic.py", "sequence_attention/mosaic.py"}

@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import TileMask, masked_attention
+from pallas_kernels import PackedMask, TileMask, masked_attention
 from pallas_kernels.sequence_attention import api, unsupported_reason
 from tests.pallas_kernels.budget import error, gpu_run, program, rms, round_to, run
-from tests.pallas_kernels.cases.sequence_attention import CASE, CASES, Case, Problem, blocks, causal, make_problem, spotted
+from tests.pallas_kernels.cases.sequence_attention import CASE, CASES, PACKED, Case, Problem, blocks, causal, make_problem, spotted
 from tests.pallas_kernels.lowering import cuda_lowering
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -30,6 +30,7 @@ FLOAT32 = [run(CASE[name], np.float32, "reference") for name in ("nothing", "gqa
 FLOAT32 += [run(case, np.float32, "triton", True) for case in CASES if case.name not in HALF]
 HALF_PRECISION = [run(CASE[name], dtype, "triton", True) for name, dtype in HALF.items()]
 HALF_PRECISION += [gpu_run(CASE[name], dtype, "triton") for name, dtype in HALF.items()]
+HALF_PRECISION += [gpu_run(PACKED, dtype, "mosaic") for dtype in (ml_dtypes.bfloat16, np.float16)]
 
 
 # The oracle, and how wrong an implementation may be.
@@ -73,7 +74,7 @@ def within_budget(results: dict[str, np.ndarray], problem: Problem, dtype) -> bo
 @functools.cache
 def compiled(implementation, interpret, scale):
     def both(q, k, v, grad, mask):
-        tiles = TileMask.of(mask)
+        tiles = PackedMask.of(jnp.argmax(mask, axis=2)) if implementation == "mosaic" else TileMask.of(mask)
         attend = functools.partial(masked_attention, scale=scale, implementation=implementation, interpret=interpret)
         out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, tiles), q, k, v)
         return out, *backward(grad)
@@ -155,6 +156,25 @@ def test_a_mask_is_packed_without_loss(name, tile):
         assert set(np.asarray(tiles.query_tiles[b, j, partial:needed])) == set(np.flatnonzero(allowed[b, :, j] == 1))
 
 
+def test_packed_rows_are_a_mask_without_loss():
+    """Rows of sequences from one token to many tiles long: what is listed, cut and counted is what the mask of pairs says."""
+    segments = np.repeat(np.arange(9)[None], [1, 126, 2, 1, 60, 194, 128, 100, 28], axis=1)
+    segments = np.concatenate([segments, np.zeros_like(segments)]).astype(np.int32)
+    mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(640, dtype=bool)
+    packed = jax.jit(PackedMask.of)(jnp.asarray(segments))
+    np.testing.assert_array_equal(packed.unpacked(), mask)
+    np.testing.assert_array_equal(packed.keys_of_queries(), mask.sum(axis=2))
+    allowed = mask.reshape(2, 5, 128, 5, 128).mean((2, 4))
+    for lists, counts, pairs in (
+        (packed.key_tiles, packed.key_counts, allowed),
+        (packed.query_tiles, packed.query_counts, allowed.swapaxes(1, 2)),
+    ):
+        for at in np.ndindex(2, 5):
+            partial, needed = np.asarray(counts[at])
+            assert {*np.asarray(lists[at][:partial])} == {*np.flatnonzero((pairs[at] > 0) & (pairs[at] < 1))}
+            assert {*np.asarray(lists[at][partial:needed])} == {*np.flatnonzero(pairs[at] == 1)}
+
+
 @pytest.mark.parametrize("num_queries", [128, 300])
 def test_a_mask_made_in_chunks_is_the_mask(num_queries):
     rng = np.random.default_rng(0)
@@ -210,6 +230,22 @@ def test_backend_says_what_it_cannot_do():
     np.testing.assert_allclose(masked_attention(*odd.values()), 1.0, rtol=1e-6)  # None picks one that can
 
 
+def test_packed_rows_have_kernels_of_their_own(monkeypatch):
+    rows = arguments(queries=128, keys=128) | {"mask": PackedMask.of(jnp.zeros((2, 128), jnp.int32))}
+    np.testing.assert_allclose(masked_attention(*rows.values()), 1.0, rtol=1e-5)
+    monkeypatch.setattr(api, "device_reason", lambda *_: None)
+    for named, change, reason in (
+        ("triton", {}, "masks of packed rows are only in mosaic"),
+        ("mosaic", {}, "the dtype must be bfloat16 or float16, got float32"),
+        ("mosaic", arguments(queries=128, keys=128, dtype=jnp.bfloat16), "masks in bits are only in triton"),
+        ("mosaic", arguments(head_size=128), "head size must be 64, got 128"),
+    ):
+        with pytest.raises(NotImplementedError, match=reason):
+            masked_attention(*(rows | change).values(), implementation=named)
+    with pytest.raises(ValueError, match="multiples of 128 tokens"):
+        PackedMask.of(jnp.zeros((2, 130), jnp.int32))
+
+
 @pytest.mark.parametrize("shape", [{"batch": 0}, {"queries": 0}, {"keys": 0}])
 def test_nothing_to_do(shape):
     args = arguments(**shape)
@@ -217,9 +253,7 @@ def test_nothing_to_do(shape):
     assert out.shape == args["q"].shape and not out.any()
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [("gqa_3", jnp.bfloat16), ("head_32", jnp.float16), ("head_128", jnp.bfloat16), ("head_128", jnp.float32)]
-)
+@pytest.mark.parametrize("name, dtype", [("gqa_3", jnp.bfloat16), ("head_32", jnp.float16), ("head_128", jnp.float32)])
 def test_lowers_for_cuda(name, dtype, monkeypatch):
     monkeypatch.setattr(api, "device_reason", lambda *_: None)
     case = CASE[name]
@@ -231,6 +265,19 @@ def test_lowers_for_cuda(name, dtype, monkeypatch):
         return jax.vjp(lambda q, k, v: masked_attention(q, k, v, mask, implementation="triton"), q, k, v)[1](grad)
 
     assert cuda_lowering(both, q, k, k, q, mask).count("__gpu$xla.gpu.triton") == 3
+
+
+def test_packed_rows_lower_for_cuda(monkeypatch):
+    monkeypatch.setattr(api, "device_reason", lambda *_: None)
+    q, k, ids = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((1, 256, 6, 64), jnp.bfloat16), ((1, 256, 2, 64), jnp.bfloat16), ((1, 256), jnp.int32))
+    )
+
+    def both(q, k, v, grad, ids):
+        return jax.vjp(lambda q, k, v: masked_attention(q, k, v, PackedMask.of(ids), implementation="mosaic"), q, k, v)[1](grad)
+
+    assert "mosaic_gpu" in cuda_lowering(both, q, k, k, q, ids)
 
 
 @pytest.mark.gpu

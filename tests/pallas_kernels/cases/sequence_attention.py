@@ -67,6 +67,15 @@ CASES = (
     Case("head_128", "the usual head size", (spotted,), 128, None, 2, 1, 128),
 )
 CASE = {case.name: case for case in CASES}
+PACKED = Case(
+    "packed_gqa_3",
+    "rows of packed sequences, tiles of 128: documents of some tokens, and one of the whole row",
+    (blocks, causal),
+    384,
+    None,
+    6,
+    2,
+)
 
 
 @dataclasses.dataclass

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import TileMask, masked_attention
+from pallas_kernels.sequence_attention import api as kernels_of_sequences
 from selfspan_jax import training
 from selfspan_jax.attention.policies import get_policy
-from selfspan_jax.attention.sequences import attend_in_training, attend_under, split_and_rotate
+from selfspan_jax.attention.sequences import attend_in_training, attend_under, split_and_rotate, training_implementation
 from selfspan_jax.training import DeviceBatch, metrics
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.training.test_loop import batch_of
@@ -73,5 +74,36 @@ def test_the_kernels_are_refused_where_they_cannot_run():
     model = random_model(head_size=16)
     with pytest.raises(NotImplementedError, match="'triton'"):
         training.loss_sums(model, batch, "triton")
-    with pytest.raises(ValueError, match="implementation is 'cuda'; allowed: xla, cudnn, triton"):
+    with pytest.raises(ValueError, match="implementation is 'cuda'; allowed: xla, cudnn, triton, mosaic"):
         training.loss_sums(model, batch, "cuda")
+
+
+def test_rows_of_dense_masks_take_the_packed_kernels_where_there_are_any(monkeypatch):
+    monkeypatch.setattr(kernels_of_sequences, "device_reason", lambda *_, **__: None)
+    dense, span = (random_model(head_size=64, mask=mask, compute_dtype="bfloat16") for mask in ("dense", "span"))
+    taken = {(model.config.mask, tokens): training_implementation(model.config, tokens) for model in (dense, span) for tokens in (256, 200)}
+    assert taken == {("dense", 256): "mosaic", ("dense", 200): "triton", ("span", 256): "triton", ("span", 200): "triton"}
+    assert training_implementation(random_model(head_size=64, mask="dense").config, 256) is None  # float32
+    with pytest.raises(NotImplementedError, match="'mosaic': the mask must be dense"):
+        training.loss_sums(span, DeviceBatch.of(batch_of(0)), "mosaic")
+
+
+@pytest.mark.gpu
+def test_packed_rows_train_through_the_kernels_as_through_xla():
+    """Loss and gradients of a dense model, two documents and padding in a row of 256 tokens."""
+    model = random_model(head_size=64, num_heads=6, num_kv_heads=2, mask="dense", compute_dtype="bfloat16", max_context_tokens=256)
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1, 2, 0], [1, 1, 2]], [100, 90, 66], axis=1)
+    ids, positions = rng.integers(4, model.vocab_size, (2, 256)), np.broadcast_to(np.arange(256), (2, 256))
+    batch = DeviceBatch(*(jnp.asarray(x, jnp.int32) for x in (ids, segments, positions)), jnp.asarray(segments > 0))
+    graph, params = nnx.split(model, nnx.Param)
+
+    def sums(params, implementation):
+        return training.loss_sums(nnx.merge(graph, params), batch, implementation)
+
+    both = jax.jit(jax.value_and_grad(sums, has_aux=True), static_argnums=1)
+    (found, other), (expected, same) = both(params, "mosaic"), both(params, "xla")
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-2)
+    assert found[1]["pairs"] == expected[1]["pairs"]
+    for one, exact in zip(jax.tree.leaves(other), jax.tree.leaves(same), strict=True):
+        assert np.sqrt(np.mean((one - exact) ** 2)) < 0.05 * np.sqrt(np.mean(exact**2))
