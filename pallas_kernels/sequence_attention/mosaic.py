@@ -7,14 +7,15 @@ a third issues the TMA copies of the other side's tiles into a ring of stages. T
 (`prompt_attention/mosaic.py`). The gradient of the queries goes through the list of its key tiles, that of keys and values through its
 query tiles, all G query heads of each; both products of a tile that need no softmax are waited for at once.
 
-Measured alone on one H100 (JAX 0.11.2, bf16; 16 rows of 4,096 tokens, N 9, K 3, H 64), microseconds; Triton's are 1,018 forward and
-2,934 backward:
+Measured alone (JAX 0.11.2, bf16; 16 rows of 4,096 tokens, one sequence each, N 9, K 3, H 64), microseconds by stages, on one H100 and
+one H200; Triton's kernels take 1,018 and 1,008 forward, 2,934 and 2,954 backward:
 
-    forward, 2, 3 stages                                   985, 814
-    gradient of the queries, 2, 3 stages                   926, 907
-    gradients of keys and values, 128 queries, 2 stages   1,129
-                                  64 queries, 2, 3, 4     1,299, 1,335, 1,369
-                                  64 queries, 3, scores waited for apart   1,543
+    stages                                           2      3      4             2      3      4
+    forward                                        985    814      -           832    823  1,113
+    gradient of the queries                        926    907      -         1,023    946    953
+    gradients of keys and values, 128 queries    1,129      -      -         1,151  1,253  1,255
+    with 64 queries in a tile                    1,299  1,335  1,369             -  1,607      -
+    128, scores waited for apart                 1,362  1,345      -             -      -      -
 
 Seen on JAX 0.10.2, 0.11.2 and 0.12.0.1 (lowering), 0.11.2 (runs).
 """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import PackedMask, TileMask, masked_attention, norm_heads, rotate_heads
-from pallas_kernels.sequence_attention import PACKED_BLOCK, unsupported_reason
+from pallas_kernels.sequence_attention import packed_rows_pay, unsupported_reason
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.errors import UserError
@@ -71,7 +71,7 @@ def attend_under(mask: AnyMask, implementation: SequenceImplementation | None = 
 
 def training_implementation(config: ModelConfig, num_tokens: int) -> SequenceImplementation | None:
     """Return which of the project's kernels training such a model on such rows takes, in half precision; None where the device has none."""
-    packed = config.mask == "dense" and num_tokens % PACKED_BLOCK == 0
+    packed = config.mask == "dense" and packed_rows_pay(num_tokens)
     names: tuple[SequenceImplementation, ...] = () if config.compute_dtype == "float32" else ("mosaic", "triton") if packed else ("triton",)
     return next((name for name in names if not unsupported_reason(name, config.head_size)), None)
 
