@@ -153,7 +153,7 @@ def _oracle_mask_loop(engine: Engine, config: DecodeConfig, first_position: int,
         def step(index, carry):
             pools, logits = carry
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            attend = attend_cached(own[index], Slots(slots[index], counts[index]), config.implementation)
+            attend = attend_cached(own[index], Slots(slots[index], counts[index], kept=counts[index]), config.implementation)
             positions = jnp.full((logits.shape[0], 1), first_position + index, jnp.int32)
             hidden, pools = model(tokens[:, None], positions, attend, pools, linear=config.linear)
             return pools, model.logits(hidden[:, 0], linear=config.linear)

@@ -132,7 +132,7 @@ def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, 
     tiled = is_tiled(batch, num_results, num_inputs, gated) or (norm is not None and plain.dtype == jnp.float16)
     config = (tile_config if tiled else linear_config)(batch, num_results, num_inputs, item_bytes, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "interpret": interpret}
-    if isinstance(x, SplitRows) and (norm is not None or not isinstance(config, TileConfig) or config.tile_rows > 1):
+    if isinstance(x, SplitRows) and (norm is not None or not isinstance(config, TileConfig) or config.on_matrix_unit):
         x = plain_rows(x)
     if isinstance(config, TileConfig):
         linear = functools.partial(triton_tiled.triton_tiled_linear, config=config, **options)

@@ -21,6 +21,7 @@ MAX_INT8_ROWS = 8
 MIN_WEIGHTS = 2**24  # smaller matrices go to the tiled kernel, see `tile_config`
 MAX_INPUTS = 2048  # of these; 512, 576 and 1,536 were measured
 MAX_TILED_ROWS = 1024
+MAX_FEW_ROWS = 8  # the matrix unit's short side
 MAX_GATED_ROWS = 128  # where rows are to be normalised: at 64 rows as fast as XLA or faster, at 256 slower
 
 
@@ -46,12 +47,17 @@ class LinearConfig(NamedTuple):
 class TileConfig(NamedTuple):
     """Static settings of the tiled kernel."""
 
-    tile_rows: int  # rows of x that a program computes; 1 is multiplied off the matrix unit
+    tile_rows: int  # rows of x that a program computes
     tile_outputs: int  # outputs (gated: pairs of gate and up) that it computes
     tile_inputs: int  # of a chunk, a power of two, several of which are in flight; with as many as there are, no loop
     num_warps: int
     num_stages: int  # of the software pipeline, where there is a loop
     rows_first: bool = True  # rows on the long side of the matrix unit's product, else outputs
+
+    @property
+    def on_matrix_unit(self) -> bool:
+        """Whether rows are multiplied together; fewer than the long side of the matrix unit's product are multiplied one by one, off it."""
+        return self.tile_rows >= 16 or not self.rows_first
 
 
 def is_fastest(batch: int, num_outputs: int, num_inputs: int, item_bytes: int, gated: bool, scaled: bool = False) -> bool:
@@ -143,12 +149,29 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
       1,024 rows:  64 rows, 128 outputs                           5.7 /  -
                    128 rows, 128 pairs, 8 warps                                             13.1 /  -
     (those at 256 rows less the 1.3 us of another launch in that chain). A map that makes `ScaledRows` takes 0.4 to 0.6 us more.
-    Between 2 and 63 rows nothing was measured: a program does there what it does at 64, and there are fewer.
+    Few rows, `ScaledRows` of 576 inputs, the kernel alone by the profiler on an H100, weights in memory / in the cache:
+          8 rows:  8 rows, 16 outputs first, all at once,
+                   4 warps (gate-up 2; down in chunks of 128)    2.7 /  2.4  2.7 / 2.3    4.3 /  3.1   4.1 /  3.7
+                   the same, the norm in the map                 3.5 /  3.0  2.5 / 2.2    4.8 /  3.9   3.9 /  3.5
+                   16 rows, 16 outputs, 2 warps, chunks of 128   2.9 /  2.7  3.1 / 2.9    5.2 /  4.7   4.4 /  4.3
+                   16 rows, 32 outputs, 4 warps (gate-up 16)     3.3 /  3.3  3.2 / 3.0    4.8 /  4.2   4.8 /  4.6
+                   row by row, off the matrix unit               4.5 /  4.2  4.0 / 3.6    8.8 /  8.0   4.6 /  4.2
+        256 rows:  down of 512 outputs: 64 rows, 16 outputs                                            5.1 /  4.7
+                   32 rows, 64 outputs first                                                           6.2 /  6.1
+    Whole steps on an H200 (SmolLM2-135M, ms; attention as it was): 8 rows 0.634, before with tiles of 16 rows and 32 outputs 0.727.
+    2 rows are multiplied as one is, each by itself: 0.537 where tiles of 8 rows take 0.571. 16 rows: tiles of 16 outputs take 0.667,
+    with outputs first 0.672. 32 rows: as 64. arithmetic-small, 256 rows: 0.222 with the tiles of down above, six stages; 0.234 before.
     """
     most = largest_power_of_2_below(num_results)
-    if batch == 1 and num_inputs <= MAX_INPUTS:
+    if batch <= MAX_NORM_ROWS and num_inputs <= MAX_INPUTS:
         outputs = 4 if num_inputs <= 1024 else 2
-        return TileConfig(1, min(outputs, most), num_inputs, outputs, 1)
+        return TileConfig(batch, min(outputs, most), num_inputs, outputs, 1)
+    if batch <= MAX_FEW_ROWS and item_bytes == 2 and num_inputs <= MAX_INPUTS:  # narrow tiles: many programs, with much in flight
+        if num_inputs <= 1024:
+            return TileConfig(MAX_FEW_ROWS, 16, num_inputs, num_warps=2 if gated else 4, num_stages=1, rows_first=False)
+        return TileConfig(MAX_FEW_ROWS, 16, 128, num_warps=2, num_stages=8, rows_first=False)
+    if batch <= 16 and item_bytes == 2 and not gated:
+        return TileConfig(16, 16, min(128, largest_power_of_2_below(num_inputs)), num_warps=2, num_stages=5)
     few = batch <= 128 and item_bytes < 4
     chunk = largest_power_of_2_in(num_inputs, 32 if item_bytes == 4 else 128 if few else 64)
     if few and not gated:
@@ -159,6 +182,8 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
         rows_first = True
     elif batch <= 512:
         rows, outputs, warps, stages, rows_first = (128, 32, 4, 6, True) if gated else (32, 64, 4, 6, False)
+        if num_inputs > 1024 and not gated:
+            rows, outputs, rows_first, chunk = 64, 16, True, largest_power_of_2_in(num_inputs, 128)
     elif gated:
         rows, outputs, warps, stages, rows_first = 128, 128, 8, 4, True
     else:

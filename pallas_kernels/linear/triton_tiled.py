@@ -6,8 +6,8 @@ Why it exists: a decode step of a small model is as long as its launches and the
 for a map with its norm, its gate and its residual. Here it is one, and no program walks over more than one tile.
 
 How: a program owns a tile of rows and outputs. It reads all inputs of the tile at once, in pieces of a power of two each (a chain of
-reads is one latency long), or walks over them in chunks where they are too many, the rest in pieces. One row is multiplied and summed up
-off the matrix unit; its parts, where attention left them (`SplitRows`), are combined by every program.
+reads is one latency long), or walks over them in chunks where they are too many, the rest in pieces. One or two rows are multiplied one by
+one, off the matrix unit; their parts, where attention left them (`SplitRows`), are combined by every program.
 A norm's factor is applied after the sum, as in `triton.py`, or comes with `ScaledRows`; what adds up squares stands where no read waits
 for it. In float16, whose range x * scale may exceed, rows are normalised first, for which chunks are read once more before.
 The last tile of outputs is moved back to end with the matrix, and rows beyond the batch are its last one: computed and stored
@@ -70,13 +70,14 @@ def pieces_of(first: int, num_inputs: int) -> list:
     return [pl.ds(first + sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
-def read_parts(parts_ref, lse_ref, inputs):
-    """Read some inputs of one row's parts: [S, 1, inputs], and of each input the log-sum-exp."""
+def read_parts(parts_ref, lse_ref, rows, inputs):
+    """Read some inputs of the parts of rows: S times [rows, inputs], and of each input the log-sum-exp."""
     num_parts, _, num_heads = lse_ref.shape
     head_size = parts_ref.shape[2] // num_heads
     head = inputs.start + jnp.arange(inputs.size, dtype=jnp.int32)
     head = jax.lax.div(head, jnp.full_like(head, head_size))
-    return [parts_ref[i, :, inputs] for i in range(num_parts)], [lse_ref[i, 0, head][None, :] for i in range(num_parts)]
+    row, head = (jnp.broadcast_to(index, (rows.size, inputs.size)) for index in (rows[:, None], head[None, :]))
+    return [parts_ref[i, rows, inputs] for i in range(num_parts)], [lse_ref[i, row, head] for i in range(num_parts)]
 
 
 def _kernel(
@@ -93,25 +94,33 @@ def _kernel(
     first = jnp.minimum(pl.program_id(0) * config.tile_outputs, num_results - config.tile_outputs)
     outputs = pl.ds(first, config.tile_outputs)
     matrix_rows = (outputs, pl.ds(num_results + first, config.tile_outputs)) if gated else (outputs,)
-    rows = jnp.minimum(pl.program_id(1) * config.tile_rows + jnp.arange(config.tile_rows, dtype=jnp.int32), batch - 1)
     steps = num_inputs // config.tile_inputs if config.tile_inputs < num_inputs else 0
-    outputs_first = config.tile_rows > 1 and not config.rows_first
+    outputs_first = not config.rows_first
     before = "norm" in ref_of and x_ref.dtype == jnp.float16
+    first_row = pl.program_id(1) * config.tile_rows
+    groups = [jnp.arange(config.tile_rows)] if config.on_matrix_unit else [jnp.full((1,), row) for row in range(config.tile_rows)]
+    groups = [jnp.minimum(first_row + group.astype(jnp.int32), batch - 1) for group in groups]  # of rows that are multiplied together
 
     # What stands after the product is read first, the residual where it is little: at the end each read would be waited for.
     early = config.tile_rows * config.tile_outputs <= 16 * 32 * config.num_warps
 
     after: dict[str, Any] = {name: [ref_of[name][own] for own in matrix_rows] for name in ("scales", "bias") if name in ref_of}
-    after |= {"squares": read_squares(ref_of["squares"], rows)} if "squares" in ref_of else {}  # added up at the end: that takes a barrier
+    if "squares" in ref_of:  # added up at the end: that takes a barrier
+        after |= {"squares": [read_squares(ref_of["squares"], rows) for rows in groups]}
     after |= {"next_norm": ref_of["next_norm"][outputs]} if "next_norm" in ref_of else {}
 
     def read_residual():
-        return ref_of["residual"][rows, outputs] if "residual" in ref_of else None
+        return [ref_of["residual"][rows, outputs] if "residual" in ref_of else None for rows in groups]
 
-    residual = read_residual() if early else None
+    residuals = read_residual() if early else None
 
     def read_weights(inputs):
         return [weight_ref[own, inputs] for own in matrix_rows]
+
+    def read_rows(inputs):
+        if "lse" in ref_of:
+            return [combine(*read_parts(x_ref, ref_of["lse"], rows, inputs)) for rows in groups]
+        return [x_ref[rows, inputs] for rows in groups]
 
     def norm_of(inputs):
         return ref_of["norm"][inputs][None, :] if "norm" in ref_of else None
@@ -124,62 +133,64 @@ def _kernel(
             x = (x.astype(jnp.float32) * factor).astype(x.dtype)
         weights = [weight.astype(x.dtype) for weight in weights]
         x = x if norm is None else x * norm
-        if config.tile_rows == 1:
+        if not config.on_matrix_unit:
             return [jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None, :] for weight in weights]
         return [dot(weight, x, ((1,), (1,))) if outputs_first else dot(x, weight, ((1,), (1,))) for weight in weights]
 
     # The inputs that no chunk holds, all of them where they are read at once, are on their way while the others are multiplied.
     pieces = pieces_of(steps * config.tile_inputs, num_inputs)
     rest = [(read_weights(inputs), norm_of(inputs)) for inputs in pieces]
-    if "lse" in ref_of:
-        xs = [combine(*parts) for parts in [read_parts(x_ref, ref_of["lse"], inputs) for inputs in pieces]]
-    else:
-        xs = [x_ref[rows, inputs] for inputs in pieces]
-    squares_of_rest = sum(jnp.sum(squares_of(x), axis=1) for x in xs) if "norm" in ref_of else None
+    rest_rows = list(zip(*[read_rows(inputs) for inputs in pieces], strict=True)) or [()] * len(groups)  # of each group
 
     def chunk(k):
         return pl.ds(k * config.tile_inputs, config.tile_inputs)
 
-    def all_squares(squares):
-        return functools.reduce(jnp.add, [jnp.sum(squares, axis=1)] * (steps > 0) + [squares_of_rest] * (len(xs) > 0))
+    def all_squares(squares, xs):
+        squares = [jnp.sum(squares, axis=1)] * (steps > 0) + [jnp.sum(squares_of(x), axis=1) for x in xs]
+        return functools.reduce(jnp.add, squares)
 
-    squares = jnp.zeros((config.tile_rows, config.tile_inputs) if "norm" in ref_of and steps else (1, 1), jnp.float32)
-    factor = None
+    no_squares = jnp.zeros((groups[0].size, config.tile_inputs) if "norm" in ref_of and steps else (1, 1), jnp.float32)
+    factors = [None] * len(groups)
     if before:
-        squared = squares
-        if steps:
-            squared = jax.lax.fori_loop(0, steps, lambda k, squares: squares + squares_of(x_ref[rows, chunk(k)]), squares)
-        factor = factor_of(all_squares(squared), num_inputs, norm_eps)[:, None]
+        for index, rows in enumerate(groups):
+            squared = no_squares
+            if steps:
+                squared = jax.lax.fori_loop(0, steps, lambda k, squares: squares + squares_of(x_ref[rows, chunk(k)]), squared)  # noqa: B023
+            factors[index] = factor_of(all_squares(squared, rest_rows[index]), num_inputs, norm_eps)[:, None]
 
     def step(k, carry):
         squares, sums, norm = carry
         next_norm = norm_of(chunk(jnp.minimum(k + 1, steps - 1)))  # a chunk ahead: it is too little to be copied asynchronously
-        x, weights = x_ref[rows, chunk(k)], read_weights(chunk(k))
+        xs, weights = read_rows(chunk(k)), read_weights(chunk(k))
         if norm is not None and not before:
-            squares += squares_of(x)
-        products = multiply(x, weights, norm, factor)
-        return squares, [total + product for total, product in zip(sums, products, strict=True)], next_norm
+            squares = [each + squares_of(x) for each, x in zip(squares, xs, strict=True)]
+        products = [multiply(x, weights, norm, factor) for x, factor in zip(xs, factors, strict=True)]
+        return squares, jax.tree.map(jnp.add, sums, products), next_norm
 
-    sums = None
+    sums: list = [None] * len(groups)
+    squares = [no_squares] * len(groups)
     if steps:
-        shape = (config.tile_outputs, config.tile_rows) if outputs_first else (config.tile_rows, config.tile_outputs)
-        carry = squares, [jnp.zeros(shape, jnp.float32)] * len(matrix_rows), norm_of(chunk(0))
-        squares, sums, _ = jax.lax.fori_loop(0, steps, step, carry)
-    products = [multiply(x, weights, norm, factor) for x, (weights, norm) in zip(xs, rest, strict=True)]
-    sums = [functools.reduce(jnp.add, each) for each in zip(*([sums] if sums else []), *products, strict=True)]
+        size = (groups[0].size, config.tile_outputs)
+        zeros = [jnp.zeros(size[::-1] if outputs_first else size, jnp.float32)] * len(matrix_rows)
+        squares, sums, _ = jax.lax.fori_loop(0, steps, step, (squares, [zeros] * len(groups), norm_of(chunk(0))))
 
-    residual = residual if early else read_residual()
-    if outputs_first:
-        sums = [total.T for total in sums]
-    if "scales" in after:
-        sums = [total * scales[None, :] for total, scales in zip(sums, after["scales"], strict=True)]
-    if "norm" in ref_of and not before:
-        sums = [total * factor_of(all_squares(squares), num_inputs, norm_eps)[:, None] for total in sums]
-    if "squares" in after:
-        sums = [total * factor_of(jnp.sum(after["squares"], axis=0), num_inputs, norm_eps)[:, None] for total in sums]
-    if "bias" in after:
-        sums = [total + bias.astype(jnp.float32)[None, :] for total, bias in zip(sums, after["bias"], strict=True)]
-    out = sums[0] / (1.0 + jnp.exp(-sums[0])) * sums[1] if gated else sums[0]
-    if residual is not None:
-        out += residual.astype(jnp.float32)
-    write_tile(ref_of, out, rows, pl.program_id(0), config.tile_outputs, after.get("next_norm"))
+    residuals = residuals or read_residual()
+    for index, (rows, xs, factor, residual) in enumerate(zip(groups, rest_rows, factors, residuals, strict=True)):
+        products = [multiply(x, weights, norm, factor) for x, (weights, norm) in zip(xs, rest, strict=True)]
+        totals = [functools.reduce(jnp.add, each) for each in zip(*([sums[index]] if steps else []), *products, strict=True)]
+        if outputs_first:
+            totals = [total.T for total in totals]
+        if "scales" in after:
+            totals = [total * scales[None, :] for total, scales in zip(totals, after["scales"], strict=True)]
+        if "norm" in ref_of and not before:
+            factor = factor_of(all_squares(squares[index], xs), num_inputs, norm_eps)[:, None]
+            totals = [total * factor for total in totals]
+        if "squares" in after:
+            factor = factor_of(jnp.sum(after["squares"][index], axis=0), num_inputs, norm_eps)[:, None]
+            totals = [total * factor for total in totals]
+        if "bias" in after:
+            totals = [total + bias.astype(jnp.float32)[None, :] for total, bias in zip(totals, after["bias"], strict=True)]
+        out = totals[0] / (1.0 + jnp.exp(-totals[0])) * totals[1] if gated else totals[0]
+        if residual is not None:
+            out += residual.astype(jnp.float32)
+        write_tile(ref_of, out, rows, pl.program_id(0), config.tile_outputs, after.get("next_norm"))

@@ -14,7 +14,7 @@ from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reas
 from pallas_kernels.rotary import norm_heads, rotate_and_write
 from pallas_kernels.rotary.api import validate_heads, validate_pools
 from pallas_kernels.span_decode import triton
-from pallas_kernels.span_decode.heuristics import mosaic_config, parts_config, triton_config
+from pallas_kernels.span_decode.heuristics import MAX_AHEAD_BYTES, mosaic_config, parts_config, triton_config
 from pallas_kernels.span_decode.reference import reference_attention, xla_attention
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic", "jax_triton")
@@ -69,6 +69,7 @@ def rotate_and_attend(
     norms: tuple[jax.Array, jax.Array] | None = None,
     norm_eps: float = 1e-5,
     split: bool = False,
+    sparse: bool = False,
     ahead: Sequence[jax.Array] = (),
     implementation: str | None = None,
     interpret: bool = False,
@@ -84,7 +85,8 @@ def rotate_and_attend(
       norms: scales `[H]` of RMSNorms of each query and each key before they are rotated (Qwen 3), in any float dtype.
       norm_eps: added to their mean squares, a static number.
       split: the output may come as `SplitRows`, where that gains, for `fused_linear` to combine.
-      ahead: arrays that are read next; with `split`, multiprocessors that have nothing else to do fetch them into the L2 cache.
+      sparse: few of the slots are expected to be in use, as where a model names what it reads; for the choice of settings alone.
+      ahead: arrays that are read next; where that gains, multiprocessors that have nothing else to do fetch them into the L2 cache.
       implementation, interpret: as `pallas_kernels` says, of `span_decode_attention`.
 
     Returns:
@@ -100,9 +102,12 @@ def rotate_and_attend(
         require(norm.shape == (head_size,) and norm.dtype in FLOAT_DTYPES, f"norms must be float [H] = {[head_size]}", norm)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, q, k_pool, interpret=interpret))
     if chosen in ("triton", "jax_triton") and q.size and slots.shape[1]:
-        fetched = tuple(x for x in ahead if jnp.issubdtype(x.dtype, jnp.floating) and x.size * x.dtype.itemsize % triton.SECTOR_BYTES == 0)
+        sizes = [x.size * x.dtype.itemsize for x in ahead]
+        fits = sum(sizes) <= MAX_AHEAD_BYTES
+        whole = [fits and jnp.issubdtype(x.dtype, jnp.floating) and size % triton.SECTOR_BYTES == 0 for x, size in zip(ahead, sizes)]
+        fetched = tuple(x for x, is_whole in zip(ahead, whole) if is_whole)
         arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched)
-        return _rotate_and_attend(chosen, float(norm_eps), split, interpret, *arrays)
+        return _rotate_and_attend(chosen, float(norm_eps), split, sparse, interpret, *arrays)
     qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
     q, k_pool, v_pool = rotate_and_write(qkv, cos, sin, own, k_pool, v_pool)
     return span_decode_attention(q, k_pool, v_pool, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool
@@ -159,11 +164,11 @@ def _no_gradient(*_):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _rotate_and_attend(implementation, norm_eps, split, interpret, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _rotate_and_attend(implementation, norm_eps, split, sparse, interpret, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead):
     (batch, num_kv_heads, fused, head_size), capacity = qkv.shape, slots.shape[1]
     config = parts_config(batch, num_kv_heads * (fused - 2), num_kv_heads, head_size, capacity) if split else None
-    config = config or triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity)
+    config = config or triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity, sparse)
     options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config, "interpret": interpret}
     attend = functools.partial(triton.triton_rotate_and_attend, **options)
     return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead)

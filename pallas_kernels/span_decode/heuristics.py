@@ -7,9 +7,12 @@ Measured on one H200 (JAX 0.11.2, bf16) by `python -m benchmarks.span_decode --t
 from typing import NamedTuple
 
 from pallas_kernels.common import MULTIPROCESSORS
-from pallas_kernels.linear.heuristics import MAX_INPUTS, largest_power_of_2_below
+from pallas_kernels.linear.heuristics import MAX_FEW_ROWS, MAX_INPUTS, largest_power_of_2_below
 
 MAX_UNDIVIDED_BYTES = 5 << 18  # keys and values of a sequence and kv head, read by one program at 30 to 40 GB/s; four times where many wait
+MAX_SPARSE_CAPACITY = 4_096  # slots of a sequence that names few of them (a tenth of 2,304 was measured), which one program then reads
+MAX_PARTS_BATCH = 2  # sequences whose parts a product combines, row by row
+MAX_AHEAD_BYTES = 1 << 24  # weights that are fetched ahead: of 7 MB it was measured to gain
 MAX_PARTS_CAPACITY = 12_288  # slots; with more, all of them named, more programs than a product can combine are faster
 
 
@@ -33,8 +36,8 @@ class MosaicConfig(NamedTuple):
     splits: int  # of the rows of a sequence of mean length (split-KV)
 
 
-def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int) -> TritonConfig:
-    """Choose settings for a static shape; `item_bytes` is what an element of the pool takes up.
+def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int, capacity: int, sparse: bool = False) -> TritonConfig:
+    """Choose settings for a static shape; `item_bytes` is what an element of the pool takes up, `sparse` as in `rotate_and_attend`.
 
     All programs should be on the machine at once, each with enough bytes in flight that together
     they hide the latency of the memory (some 40 KB per multiprocessor; more does no harm).
@@ -66,10 +69,18 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
                                         128 rows, 4 warps, 3 stages   37.4 / 11.2
                                         256 rows, 4 warps, 2 stages   38.4 / 12.5    8 warps 43.5 / -
         B 256, K 4, 36 of 900 rows      16 rows, 1 warp, 4 stages        - / 13.2    3 stages 12.2
+    Few sequences, each with few of its rows (`sparse`): whole steps of SmolLM2-135M on an H200, 205 of 2,304 slots, ms; maps as chosen:
+        B 8    divided and combined 0.634, undivided 0.592, and weights fetched ahead 0.569;  all rows 0.736 / 1.277 /  -
+        B 32   divided and combined 0.763, undivided, 2 stages 0.689, 3 stages 0.679;         all rows 1.247 / 1.508 /  -
+        B 16 and 32, weights fetched ahead (15 layers, an H100): attention 2 us longer, the maps after it 1 us shorter
     Int8 rows cost instructions, not bytes (43 per row and warp against 14), so they want more warps
     on the machine: twice as many programs.
     """
     programs = batch * num_kv_heads
+    few = MAX_PARTS_BATCH < batch and programs < MULTIPROCESSORS and head_size <= 64 and item_bytes == 2
+    if sparse and few and capacity <= MAX_SPARSE_CAPACITY:
+        ahead = max(0, MULTIPROCESSORS // num_kv_heads - batch) if batch <= MAX_FEW_ROWS else 0
+        return TritonConfig(128, num_warps=4, num_stages=2 if programs < 64 else 3, splits=0, ahead=ahead)
     tile_rows = max(16, min(64, 8192 // head_size, 16384 // (head_size * item_bytes)))
     many = item_bytes != 1 and programs >= 4 * MULTIPROCESSORS
     # Sequences are not divided where one alone, all its rows named, would not hold up the others for long.
@@ -103,8 +114,10 @@ def parts_config(batch: int, num_heads: int, num_kv_heads: int, head_size: int, 
         16 parts, 64 rows, 4 warps        11.5    11.8    12.1    14.3    19.0
     Single figures are uncertain by 1 us; the same setting before other settings of the map took up to that much more or less.
     Programs that fetch the weights of the other maps (`ahead`) make a step of SmolLM2-135M 5% faster: 0.449 against 0.475 ms, 30 layers.
+    Of two sequences it takes 0.537 ms with 8 parts (all rows 0.630), 0.542 without `ahead`, 0.571 undivided. Of four, with maps for the
+    matrix unit, 0.595 with 4 parts, 0.572 undivided.
     """
-    if batch != 1 or num_heads * head_size > MAX_INPUTS or head_size > 128 or capacity > MAX_PARTS_CAPACITY:
+    if batch > MAX_PARTS_BATCH or num_heads * head_size > MAX_INPUTS or head_size > 128 or capacity > MAX_PARTS_CAPACITY:
         return None
     parts = min(16, max(4, largest_power_of_2_below(max(1, capacity // 256))))
     ahead = max(0, MULTIPROCESSORS // num_kv_heads - parts)  # a program for every multiprocessor

@@ -196,6 +196,7 @@ def _attend_kernel(
 ):
     ref_of = dict(zip(names, refs, strict=True))  # a pool that is written to is the output
     k_ref, v_ref, slots_ref, counts_ref = (ref_of[name] for name in ("k_pool", "v_pool", "slots", "counts"))
+    out_ref = ref_of["lse" if config.parts else "out"]
     batch, num_heads, head_size = ref_of["parts" if config.parts else "out"].shape[-3:]
     num_rows, width = k_ref.shape
     group, capacity = num_heads // (width // head_size), slots_ref.shape[1]
@@ -224,11 +225,12 @@ def _attend_kernel(
         b = jnp.sum((ends <= split).astype(jnp.int32))
 
     if "ahead_0" in ref_of:
+        num_splits = pl.num_programs(1) - config.ahead
 
-        @pl.when(split >= batch * config.parts)
+        @pl.when(split >= num_splits)
         def fetch():
             number = config.ahead * (num_heads // group // config.kv_heads)
-            index = head_program * config.ahead + split - batch * config.parts
+            index = head_program * config.ahead + split - num_splits
             read = []
             for ref in (ref for name, ref in ref_of.items() if name.startswith("ahead_")):
                 share = pl.cdiv(ref.shape[0], number)
@@ -238,7 +240,7 @@ def _attend_kernel(
 
             @pl.when(total != total)  # of what holds NaN, as results then do anyway; without a use the compiler drops the reads
             def keep():
-                ref_of["lse"][0, 0, 0] = total
+                out_ref[0, 0, 0] = total.astype(out_ref.dtype)
 
     @pl.when(b < batch)
     def attend():

@@ -98,7 +98,7 @@ def attend_cached(own: Int[Array, "B"], slots: Slots, implementation: Implementa
 
     def attend(qkv, norms, angles, pools):
         arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, *pools, slots.slots, slots.counts)
-        out, *pools = rotate_and_attend(*arrays, **norms, split=True, implementation=implementation)
+        out, *pools = rotate_and_attend(*arrays, **norms, split=True, sparse=slots.kept is not None, implementation=implementation)
         return out.reshape(len(own), 1, -1), tuple(pools)
 
     return attend

@@ -249,7 +249,7 @@ AHEAD = [jnp.ones((40, 24)), jnp.ones((7, 16), jnp.bfloat16)]  # read and of no 
 STEPS = [  # case, with norms or not, settings
     ("ragged", True, TritonConfig(16, 1, 2, 2, kv_heads=2)),
     ("gqa_3", True, TritonConfig(16, 1, 2, 0, parts=4, ahead=2)),  # 33 rows: the last part is empty
-    ("kv_8", False, TritonConfig(16, 2, 2, 0, kv_heads=4)),
+    ("kv_8", False, TritonConfig(16, 2, 2, 0, kv_heads=4, ahead=1)),
     ("mqa_16_head_32", False, None),
 ]
 
