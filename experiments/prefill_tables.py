@@ -241,7 +241,7 @@ SECTIONS: dict[str, tuple[str, Writer]] = {  # of the page: the files, and what 
     "arithmetic-base": ("arithmetic-base.json", _FIRST),
     "many rows": ("many_rows.json", _each(_MANY_ROWS, _many_rows)),
     "llama3-8b 128k": ("llama3-8b_128k.json", _FIRST),
-    "llama3-8b 128k decoding": ("llama3-8b_128k_decode.json", _each(DECODING, _steps)),
+    "llama3-8b 128k decoding": ("llama3-8b_128k_decode*.json", _each(DECODING, _steps)),
     "sparse quality": ("sparse_quality_*.json", _quality),
     "sparse tasks": ("sparse_tasks_*.json", _tasks),
     "sparse speed": ("sparse_speed_*.json", _joined(SPEED, "rows", speed_cells, name="shape")),
