@@ -94,6 +94,8 @@ class Batching:
     """Decode steps between two looks of the scheduler where it has no server's defaults; `mixed` and `equal` are measured with each."""
     prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
     """Most prompt tokens that the scheduler reads at once, where it has no server's defaults."""
+    min_read_tokens: int = ServingConfig.min_read_tokens
+    """Fewest tokens that the scheduler reads of one prompt at once; more need fewer programs, and so does their compiling."""
     streams: int = 32
     """Of `stalls`: sequences that decode while prompts arrive."""
     parts: Annotated[tuple[str, ...], commandline.commas(*PARTS)] = PARTS
@@ -175,7 +177,7 @@ class Model:
             own = ServingConfig(context_tokens=min(DEFAULT_CONTEXT, engine.config.max_context_tokens), max_queue=MAX_QUEUE)
             return Scheduler(engine, own, attention=self.attention, stop_ids=self.stop_ids)
         options = {"num_sequences": settings.slots, "prefill_tokens": settings.prefill_tokens, "max_queue": MAX_QUEUE}
-        options["chunk_tokens"] = settings.chunk_tokens[0]
+        options |= {"chunk_tokens": settings.chunk_tokens[0], "min_read_tokens": settings.min_read_tokens}
         return throughput_scheduler(engine, self.config, settings.batch_size, self.prompt_tokens, context, **options)
 
     def compile(self) -> None:

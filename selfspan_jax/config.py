@@ -342,18 +342,21 @@ class ServingConfig:
     """Decode steps between two looks of the host: what a stream waits for, and how long a cancelled sequence goes on."""
     prefill_tokens: int = 512
     """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
+    min_read_tokens: int = 64
+    """Fewest tokens that are read of one prompt at once. More need fewer programs, and let fewer short prompts be read together."""
     reads_per_chunk: int | None = 1
     """Times that so many are read between two chunks; None: all of several that are admitted at once, where nobody watches a stream."""
     max_queue: int = 256
     """Requests that wait; more are refused."""
 
     def __post_init__(self):
-        _require_positive(self, "num_sequences", "page_tokens", "chunk_tokens", "prefill_tokens", "max_queue")
+        _require_positive(self, "num_sequences", "page_tokens", "chunk_tokens", "prefill_tokens", "min_read_tokens", "max_queue")
         for name in ("context_tokens", "num_pages", "reads_per_chunk"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
         _require(self.page_tokens % 8 == 0, self, "page_tokens", "multiples of 8")
-        _require(self.prefill_tokens % 64 == 0, self, "prefill_tokens", "multiples of 64")
+        for name in ("prefill_tokens", "min_read_tokens"):
+            _require(getattr(self, name) % 64 == 0, self, name, "multiples of 64")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ MAX_LOGPROBS = 20  # most likely tokens whose log-probabilities a request may as
 _NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
 # What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
 _LEVELS = ((0, 0), (1, 0), (len(_NEUTRAL), 0), (len(_NEUTRAL), MAX_LOGPROBS))
-_MIN_QUERIES = 64  # tokens of each prompt that are read at once
+_KEY_TOKENS = 64  # what numbers of keys are multiples of
 _CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
 _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
 # Requests that are all there: places for each sequence of a static batch on the same rows of cache, because few are at their full length;
@@ -181,11 +181,11 @@ class Scheduler:
         # Few shapes: many short prompts or one long one, always `prefill_tokens` in all. The first part of a prompt has itself as keys;
         # those that follow have one of few numbers of them.
         self._query_sizes = [config.prefill_tokens]
-        self._query_sizes += [size for size in (_MIN_QUERIES * 2**i for i in range(24)) if size < config.prefill_tokens][::-1]
-        last = -(-(self._capacity + config.prefill_tokens) // _MIN_QUERIES) * _MIN_QUERIES
+        self._query_sizes += [size for size in (config.min_read_tokens * 2**i for i in range(24)) if size < config.prefill_tokens][::-1]
+        last = -(-(self._capacity + config.prefill_tokens) // _KEY_TOKENS) * _KEY_TOKENS
         self._key_sizes = [last]
         while self._key_sizes[0] > 4 * config.prefill_tokens:
-            self._key_sizes.insert(0, -(-self._key_sizes[0] // (4 * _MIN_QUERIES)) * _MIN_QUERIES)
+            self._key_sizes.insert(0, -(-self._key_sizes[0] // (4 * _KEY_TOKENS)) * _KEY_TOKENS)
         self._lock = threading.Condition()
         self._incoming: collections.deque[Ticket] = collections.deque()
         self._cancelled: collections.deque[Ticket] = collections.deque()
