@@ -99,7 +99,8 @@ def mosaic_prompt_attention(
 
 def load(ref, layout):
     """Load numbers from shared memory into registers of a layout, on each JAX: the function had an index until 0.12."""
-    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    positional = [each for each in inspect.signature(plgpu.load).parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    index = ((),) if len(positional) > 1 else ()
     return plgpu.load(ref, *index, layout=layout)
 
 
