@@ -39,6 +39,7 @@ MAIN = {
 """The score that each corpus is published by, and how often a right source is named."""
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
+_NARROW = ("sentences", "labels")  # variants whose headers read labels alone, the latest first
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
@@ -108,7 +109,7 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    kinds = {"_full": "_full", "_open": "_closed", "_closed": "_closed", "_closed_long": "_closed"}
+    kinds = {"_full": "_full", "_open": "_closed", "_closed": "_closed", "_closed_long": "_closed", "_sentences": "_sentences"}
     return f"{corpus}_dense{next((own for end, own in kinds.items() if variant.endswith(end)), '')}"
 
 
@@ -199,14 +200,16 @@ def catalogues_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) 
 
 
 def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
-    """Judge what `labels` is to reach against the dense control."""
+    """Judge what the latest evaluated variant with narrow headers is to reach against its dense control."""
     rows, evaluated = [], pages.evaluations(runs, "eval")
     for corpus in corpora:
         unit, (_, named) = TASKS[corpus].unit, MAIN[corpus]
-        ours, theirs = (evaluated[evaluated["variant"] == f"{corpus}_{kind}"] for kind in ("labels", "dense"))
-        examples, control = (scored(runs, f"{corpus}_{kind}", "eval") for kind in ("labels", "dense"))
+        variant = next((own for kind in _NARROW if len(scored(runs, own := f"{corpus}_{kind}", "eval"))), f"{corpus}_{_NARROW[-1]}")
+        pair = variant, control(corpus, variant)
+        ours, theirs = (evaluated[evaluated["variant"] == own] for own in pair)
+        examples, others = (scored(runs, own, "eval") for own in pair)
         for name in _names(corpus):
-            found = compare(examples, control, name)
+            found = compare(examples, others, name)
             rows.append(_judge(f"{corpus}: {_words(name)} minus that of dense, upper bound", 0, found and 100 * found[2].high))
         reading = {"text": ("attended_fraction_body", _READS[corpus]), "all tokens": ("attended_fraction", _READS_WITH_LABELS)}
         for words, (key, most) in reading.items():
@@ -216,7 +219,7 @@ def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
         rates = [_best(own, f"{unit}_per_second") for own in (ours, theirs)]
         ratio = rates[0] / rates[1] if rates[0] and rates[1] else None
         rows.append(_judge(f"{corpus}: {unit} a second, times those of dense", _FASTER[corpus], ratio))
-        found = compare(examples, scored(runs, f"{corpus}_labels", "bm25"), named)
+        found = compare(examples, scored(runs, variant, "bm25"), named)
         rows.append(_judge(f"{corpus}: {_words(named)} minus that of BM25's sources", 0, found and 100 * found[2].value))
     return markdown_table(pages.TARGETS, rows)
 
