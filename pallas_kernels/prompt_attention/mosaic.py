@@ -98,10 +98,10 @@ def mosaic_prompt_attention(
 
 
 def load(ref, layout):
-    """Load numbers from shared memory into registers of a layout, on each JAX: the function had an index until 0.12."""
-    positional = [each for each in inspect.signature(plgpu.load).parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
-    index = ((),) if len(positional) > 1 else ()
-    return plgpu.load(ref, *index, layout=layout)
+    """Load numbers from shared memory into registers of a layout, on each JAX: the function asked for an index until 0.11."""
+    parameters = inspect.signature(plgpu.load).parameters.values()
+    required = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is each.empty]
+    return plgpu.load(ref, *[()] * (len(required) - 1), layout=layout)
 
 
 def _kernel(
