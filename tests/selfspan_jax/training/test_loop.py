@@ -104,16 +104,21 @@ def test_a_loss_that_is_summed_in_parts_is_the_same(fraction):
 
 def test_the_loss_of_sources_counts_as_often_as_is_said():
     """By numpy in float64, from the logits of the same model."""
-    batch, model, weight = DeviceBatch.of(batch_of(0)), random_model(), 2.5
-    attend, _ = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids)
-    hidden, _ = model(batch.token_ids, batch.positions, attend)
-    logits, ids = np.asarray(model.logits(hidden), np.float64)[:, :-1], np.asarray(batch.token_ids)[:, 1:]
+    batch, weight = DeviceBatch.of(batch_of(0)), 2.5
+
+    @nnx.jit
+    def computed(model):
+        attend, _ = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids)
+        hidden, _ = model(batch.token_ids, batch.positions, attend)
+        return model.logits(hidden), *training.loss_sums(model, batch, source_weight=weight)
+
+    logits, found, sums = computed(random_model())
+    logits, ids = np.asarray(logits, np.float64)[:, :-1], np.asarray(batch.token_ids)[:, 1:]
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, ids[..., None], -1)[..., 0]
     is_source = (ids >= VOCAB.ref_base) & (ids < VOCAB.ref_base + VOCAB.num_labels)
     mask = np.asarray(batch.target_mask)[:, 1:]
     assert (mask & is_source).any() and (mask & ~is_source).any()
     expected = (losses * mask * np.where(is_source, weight, 1)).sum()
-    found, sums = training.loss_sums(model, batch, source_weight=weight)
     assert float(found) == pytest.approx(expected, rel=1e-4) and float(sums["targets"]) == mask.sum()
 
 
