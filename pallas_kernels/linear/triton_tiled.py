@@ -97,9 +97,10 @@ def _kernel(
     steps = num_inputs // config.tile_inputs if config.tile_inputs < num_inputs else 0
     outputs_first = not config.rows_first
     before = "norm" in ref_of and x_ref.dtype == jnp.float16
-    first_row = pl.program_id(1) * config.tile_rows
-    groups = [jnp.arange(config.tile_rows)] if config.on_matrix_unit else [jnp.full((1,), row) for row in range(config.tile_rows)]
-    groups = [jnp.minimum(first_row + group.astype(jnp.int32), batch - 1) for group in groups]  # of rows that are multiplied together
+    # Rows that are multiplied together, all of the tile or each by itself.
+    size = config.tile_rows if config.on_matrix_unit else 1
+    firsts = [pl.program_id(1) * config.tile_rows + row for row in range(0, config.tile_rows, size)]
+    groups = [jnp.minimum(first_row + jnp.arange(size, dtype=jnp.int32), batch - 1) for first_row in firsts]
 
     # What stands after the product is read first, the residual where it is little: at the end each read would be waited for.
     early = config.tile_rows * config.tile_outputs <= 16 * 32 * config.num_warps
@@ -141,22 +142,22 @@ def _kernel(
     pieces = pieces_of(steps * config.tile_inputs, num_inputs)
     rest = [(read_weights(inputs), norm_of(inputs)) for inputs in pieces]
     rest_rows = list(zip(*[read_rows(inputs) for inputs in pieces], strict=True)) or [()] * len(groups)  # of each group
+    squares_of_rest = [sum(jnp.sum(squares_of(x), axis=1) for x in xs) for xs in rest_rows] if "norm" in ref_of else []
 
     def chunk(k):
         return pl.ds(k * config.tile_inputs, config.tile_inputs)
 
-    def all_squares(squares, xs):
-        squares = [jnp.sum(squares, axis=1)] * (steps > 0) + [jnp.sum(squares_of(x), axis=1) for x in xs]
-        return functools.reduce(jnp.add, squares)
+    def all_squares(squares, of_rest):
+        return functools.reduce(jnp.add, [jnp.sum(squares, axis=1)] * (steps > 0) + [of_rest] * (len(pieces) > 0))
 
-    no_squares = jnp.zeros((groups[0].size, config.tile_inputs) if "norm" in ref_of and steps else (1, 1), jnp.float32)
+    no_squares = jnp.zeros((size, config.tile_inputs) if "norm" in ref_of and steps else (1, 1), jnp.float32)
     factors = [None] * len(groups)
     if before:
         for index, rows in enumerate(groups):
             squared = no_squares
             if steps:
                 squared = jax.lax.fori_loop(0, steps, lambda k, squares: squares + squares_of(x_ref[rows, chunk(k)]), squared)  # noqa: B023
-            factors[index] = factor_of(all_squares(squared, rest_rows[index]), num_inputs, norm_eps)[:, None]
+            factors[index] = factor_of(all_squares(squared, squares_of_rest[index]), num_inputs, norm_eps)[:, None]
 
     def step(k, carry):
         squares, sums, norm = carry
@@ -170,8 +171,8 @@ def _kernel(
     sums: list = [None] * len(groups)
     squares = [no_squares] * len(groups)
     if steps:
-        size = (groups[0].size, config.tile_outputs)
-        zeros = [jnp.zeros(size[::-1] if outputs_first else size, jnp.float32)] * len(matrix_rows)
+        shape = (config.tile_outputs, size) if outputs_first else (size, config.tile_outputs)
+        zeros = [jnp.zeros(shape, jnp.float32)] * len(matrix_rows)
         squares, sums, _ = jax.lax.fori_loop(0, steps, step, (squares, [zeros] * len(groups), norm_of(chunk(0))))
 
     residuals = residuals or read_residual()
@@ -183,7 +184,7 @@ def _kernel(
         if "scales" in after:
             totals = [total * scales[None, :] for total, scales in zip(totals, after["scales"], strict=True)]
         if "norm" in ref_of and not before:
-            factor = factor_of(all_squares(squares[index], xs), num_inputs, norm_eps)[:, None]
+            factor = factor_of(all_squares(squares[index], squares_of_rest[index]), num_inputs, norm_eps)[:, None]
             totals = [total * factor for total in totals]
         if "squares" in after:
             factor = factor_of(jnp.sum(after["squares"][index], axis=0), num_inputs, norm_eps)[:, None]

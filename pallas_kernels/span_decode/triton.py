@@ -18,7 +18,7 @@ Balance (split-KV): the programs are assigned by `counts`, on the device. A sequ
 programs as its share of the batch's slots, at least one, so a long sequence beside short ones is
 spread over the machine. `counts` is read again by every program, which is cheaper than a kernel
 that plans for them. The splits of a sequence are combined by a second kernel, by log-sum-exp; a
-sequence of one split is finished by its only program. One sequence alone is divided into a fixed number of parts
+sequence of one split is finished by its only program. One or two sequences are divided into a fixed number of parts
 instead, tile by tile in turns, which the output map combines as it reads them (`SplitRows`): a launch less.
 
 Numerics: scores, softmax and sums in float32; the weights are rounded to the dtype of `q` for the
