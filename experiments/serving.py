@@ -19,7 +19,7 @@ from selfspan_jax import files
 from selfspan_jax.errors import UserError
 
 Row = dict[str, Any]
-MODEL, HTTP, PEERS, EVALUATION = "arithmetic-small.json", "http.json", "smollm2-135m.json", "eval.json"  # the files
+MODEL, HTTP, HTTP_32, PEERS, EVALUATION = "arithmetic-small.json", "http.json", "http32.json", "smollm2-135m.json", "eval.json"  # the files
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
@@ -30,7 +30,7 @@ class Page:
     """Write the tables of a page from the JSON files in the directory beside it that has its name. One without its file stays as it is."""
 
     results: Positional[Path] = Path("docs/serving")
-    """Directory of the files: arithmetic-small.json, http.json, smollm2-135m.json, eval.json."""
+    """Directory of the files: arithmetic-small.json, http.json, http32.json, smollm2-135m.json, eval.json."""
 
     def run(self) -> None:
         page = self.results.with_name(f"{self.results.name}.md")
@@ -40,7 +40,7 @@ class Page:
 def sections(results: Path) -> dict[str, str]:
     """Write each section of the page whose file there is, by its name."""
     found: dict[str, str] = {}
-    for name, write in ((MODEL, of_model), (HTTP, of_http), (PEERS, of_peers), (EVALUATION, of_evaluation)):
+    for name, write in ((MODEL, of_model), (HTTP, of_http), (HTTP_32, of_longer_chunks), (PEERS, of_peers), (EVALUATION, of_evaluation)):
         if (file := results / name).is_file():
             report = files.read_json(file)
             told = f"[JSON]({results.name}/{name})"
@@ -81,6 +81,11 @@ def of_model(report: Row) -> dict[str, str]:
 def of_http(report: Row) -> dict[str, str]:
     """Write the table of `benchmarks.serving`."""
     return {"http": _rates(report["rows"])}
+
+
+def of_longer_chunks(report: Row) -> dict[str, str]:
+    """Write that of a server with longer chunks."""
+    return {"http32": _rates(report["rows"])}
 
 
 def of_peers(report: Row) -> dict[str, str]:

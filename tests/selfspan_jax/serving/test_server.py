@@ -244,6 +244,26 @@ def test_log_probabilities_are_in_openais_form(address):
         assert post(address, body).json()["choices"][0]["logprobs"] is None
 
 
+class Hasty(Scripted):
+    """A scheduler whose chunks are all there before the loop looks."""
+
+    def _advance(self, ticket):
+        while any(own is ticket for own in self._active):
+            super()._advance(ticket)
+
+
+def test_chunks_that_have_come_meanwhile_are_one_event():
+    with serving(Hasty()) as address:
+        told = events(post(address, {"prompt": ["45", "456"], "logprobs": 1, "stream": True}))
+        plain = events(post(address, {"prompt": "45", "stream": True}))
+    for index, prompt in enumerate(("45", "456")):
+        piece, end = (choice for event in told for choice in event["choices"] if choice["index"] == index)
+        assert (piece["text"], piece["logprobs"]["token_logprobs"]) == (TEXT, [0, -1, -2, -3, -4, -5])
+        check_reading(end["selfspan"], prompt)
+    assert [event["choices"][0]["text"] for event in plain] == [TEXT, ""]
+    assert [event.keys() for event in plain] == [event.keys() for event in told[:2]] and len({event["id"] for event in plain}) == 1
+
+
 def test_of_a_chat_all_messages_are_read_where_the_tokenizer_has_a_template():
     class Chats(Named):
         def encode_chat(self, messages):
