@@ -209,6 +209,7 @@ def fewest_reaching(mass: jax.Array, share: float) -> jax.Array:
 
 
 def _require_number(selector, field: str, low: float, high: float | None = None) -> None:
-    value = getattr(selector, field)
+    value, whole = getattr(selector, field), type(getattr(type(selector), field)) is int
     bounds = f"from {low}" if high is None else f"{low} to {high}"
     require(low <= value and (high is None or value <= high), f"{field} must be {bounds}", value)
+    require(not whole or type(value) is int, f"{field} must be a whole number", value)

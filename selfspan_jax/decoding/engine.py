@@ -108,14 +108,16 @@ class Engine:
     def check_prompts(self, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig) -> tuple[Array, Array]:
         """Return prompts, padded to one of few sizes, and their lengths.
 
-        Raises: UserError for prompts that are empty, hold unknown ids, or leave no room for the new tokens.
+        Raises: UserError for no prompts, and for ones that are empty, hold unknown ids, or leave no room for the new tokens.
         """
         if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
             raise UserError(f"prompts of shape {token_ids.shape} with lengths of shape {lengths.shape}; expected [B, T] and [B]")
         self.check_ids(token_ids)
-        if lengths.size and not (1 <= lengths.min() and lengths.max() <= token_ids.shape[1]):
+        if not lengths.size:
+            raise UserError("there are no prompts")
+        if not (1 <= lengths.min() and lengths.max() <= token_ids.shape[1]):
             raise UserError(f"prompt lengths from {lengths.min()} to {lengths.max()} in rows of {token_ids.shape[1]}")
-        longest, new, context = int(lengths.max(initial=0)), config.max_new_tokens, self.config.max_context_tokens
+        longest, new, context = int(lengths.max()), config.max_new_tokens, self.config.max_context_tokens
         if longest + new > context:
             raise UserError(f"{longest} prompt tokens and {new} new ones exceed the model's context of {context} tokens")
         if self.mesh is not None:

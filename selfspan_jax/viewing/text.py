@@ -45,6 +45,7 @@ def prefill_line(kept: Mapping[str, Any]) -> str:
     """Say what a sparse prefill kept of its prompts, as `SpanLM.measure_prefill` found it."""
     least, mean = kept["retained_mass_min"], kept["retained_mass_mean"]
     read = f"prefill: {kept['selector']} reads {kept['tiles_kept']:.1%} of the tiles"
+    read += " (short prompts are read densely)" * (kept["tiles_kept"] == 1)
     return f"{read}; retained mass: {mean:.2%} in the mean of queries and heads, {least:.2%} at least"
 
 

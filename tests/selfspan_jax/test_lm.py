@@ -341,7 +341,10 @@ def test_sparse_prefill_is_for_prompts_that_read_everything(lm):
     kept = causal.measure_prefill(["456", "4567"], "blocks")
     assert (kept["tiles_kept"], kept["measured_every"], round(kept["retained_mass_min"], 4)) == (1, 1, 1)
     line = text.prefill_line({"selector": "blocks", **kept, "retained_mass_min": 0.5})
-    assert line == "prefill: blocks reads 100.0% of the tiles; retained mass: 100.00% in the mean of queries and heads, 50.00% at least"
+    assert line.split("; ") == [
+        "prefill: blocks reads 100.0% of the tiles (short prompts are read densely)",
+        "retained mass: 100.00% in the mean of queries and heads, 50.00% at least",
+    ]
     with pytest.raises(UserError, match="exact tiles by labels are already sparse"):
         lm.generate(EXPRESSION, prefill="sample")
     with pytest.raises(UserError, match="prefill is 'all'; allowed: dense, sample, blocks, or a selector"):

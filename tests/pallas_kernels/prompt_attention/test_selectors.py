@@ -330,6 +330,7 @@ def test_the_fewest_reach_a_share_at_its_edges():
         (lambda: SampleAttention(sampled_fraction=0), "sampled_fraction must be above 0"),
         (lambda: BlockMeans(alpha=-0.1), "alpha must be 0 to 1, got -0.1"),
         (lambda: BlockMeans(near_tiles=-1), "near_tiles must be from 0, got -1"),
+        (lambda: BlockMeans(near_tiles=1.5), "near_tiles must be a whole number, got 1.5"),
         (lambda: WindowTiles(dense_below_tokens=-1), "dense_below_tokens must be from 0"),
         (lambda: WindowTiles().choose(jnp.asarray(Q[:, :100]), jnp.asarray(K)), "T and S multiples of 128"),
     ],

@@ -314,6 +314,7 @@ def test_tokens_are_drawn_with_the_stated_probabilities(temperature, top_p):
 @pytest.mark.parametrize(
     ("token_ids", "lengths", "options", "message"),
     [
+        (np.zeros((0, 4), np.int32), [], {}, "there are no prompts"),
         ([[1, 3]], [0], {}, "prompt lengths from 0"),
         ([[1, 3]], [3], {}, "prompt lengths from 3"),
         ([[1, 20]], [2], {}, "the model knows 0 to 19"),
