@@ -37,14 +37,16 @@ class Interrupts:
         self._writer.setblocking(False)
         self._previous: list[Any] = [signal.signal(number, self._raise) for number in SIGNALS]
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="interrupts", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in zip(SIGNALS, self._previous):
             signal.signal(number, handler)
-        self._writer.close()  # ends the thread
+        self._writer.close()  # ends the thread, once it has said what it read
+        self._thread.join()
 
     @contextlib.contextmanager
     def deferred(self, deferred: bool = True) -> Iterator[None]:

@@ -34,7 +34,7 @@ def test_a_run_against_a_server(tmp_path, monkeypatch, capsys):
         words = [address, "--rates", "100,200", "--num-requests", "9,6", "--prompts", str(prompts), "--json", str(report)]
         monkeypatch.setattr(sys, "argv", ["benchmarks.serving", *words])
         serving.main()
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("this client took")]  # on a busy machine
     written = json.loads(report.read_text())
     assert written["model"]["id"] == "tiny" and written["prompts"] == "prompts.txt" and "api_key" not in written
     for row, number in zip(written["rows"], (9, 6), strict=True):
