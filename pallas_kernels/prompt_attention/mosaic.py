@@ -60,14 +60,10 @@ def mosaic_prompt_attention(
     With `first_keys`, int32 [B, T], query t attends to keys from `first_keys[b, t]` on, of the tiles that the mask lists. Then the
     logarithms of the sums, float32 [B, N, T] in units of log 2, come beside the output: what gradients need.
     """
-    batch, num_queries, num_heads, head_size = q.shape
+    batch, num_queries, num_heads, _ = q.shape
     tiles = [] if mask.key_tiles is None or mask.key_counts is None else [mask.key_tiles, mask.key_counts]
     firsts = [] if first_keys is None else [first_keys]
     outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32)]
-
-    def tiled(*shape):
-        transforms = (plgpu.TilingTransform((TILING_ROWS, 128 // q.dtype.itemsize)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM((*shape, head_size), q.dtype, transforms=transforms)
 
     # With lists of their own heads read other keys: what runs at once shares them in the cache if it is of one head. A chunk of 16,384
     # queries at the end of 131,072 tokens took 20.8 ms with the heads within the tiles, 16.3 so, at 28% of the tiles (one H100; N 32, K 8).
@@ -82,9 +78,9 @@ def mosaic_prompt_attention(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=(
-            tiled(2, WARPGROUP_QUERIES),
-            tiled(stages, config.block_k),
-            tiled(stages, config.block_k),
+            smem_tiles(q, 2, WARPGROUP_QUERIES),
+            smem_tiles(q, stages, config.block_k),
+            smem_tiles(q, stages, config.block_k),
             plgpu.Barrier(num_arrivals=1 + len(firsts), num_barriers=2),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
@@ -95,6 +91,12 @@ def mosaic_prompt_attention(
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k_pool, v_pool, mask.first_query.reshape(1), mask.lengths, *tiles, *firsts)
+
+
+def smem_tiles(like, *shape):
+    """Describe tiles of rows in shared memory as wgmma reads them, rows and dtype as of `like` `[B, T, N, H]`."""
+    transforms = (plgpu.TilingTransform((TILING_ROWS, 128 // like.dtype.itemsize)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((*shape, like.shape[3]), like.dtype, transforms=transforms)
 
 
 def load(ref, layout):

@@ -82,22 +82,22 @@ def _differentiable(scale, interpret, q, k, v, mask):
     return _forward(scale, interpret, q, k, v, mask)[0]
 
 
-def _forward(scale, interpret, q, k, v, mask):
+def _kernels(mask: TileMask | PackedMask, interpret: bool):
+    """Return the forward and the backward function of the kernels that read such a mask."""
     if isinstance(mask, PackedMask):
         from pallas_kernels.sequence_attention import mosaic  # it takes a second to import
 
-        out, lse = mosaic.forward(q, k, v, mask, scale=scale)
-    else:
-        out, lse = triton.forward(q, k, v, mask, scale=scale, interpret=interpret)
+        return mosaic.forward, mosaic.backward
+    return functools.partial(triton.forward, interpret=interpret), functools.partial(triton.backward, interpret=interpret)
+
+
+def _forward(scale, interpret, q, k, v, mask):
+    out, lse = _kernels(mask, interpret)[0](q, k, v, mask, scale=scale)
     return out, (q, k, v, mask, out, lse)
 
 
 def _backward(scale, interpret, saved, grad):
-    if isinstance(saved[3], PackedMask):
-        from pallas_kernels.sequence_attention import mosaic
-
-        return (*mosaic.backward(*saved, grad, scale=scale), None)
-    return (*triton.backward(*saved, grad, scale=scale, interpret=interpret), None)
+    return (*_kernels(saved[3], interpret)[1](*saved, grad, scale=scale), None)
 
 
 _differentiable.defvjp(_forward, _backward)

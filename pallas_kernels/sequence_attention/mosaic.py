@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import LOG2_E
 from pallas_kernels.prompt_attention.heuristics import MosaicConfig
 from pallas_kernels.prompt_attention.mask import PromptMask
-from pallas_kernels.prompt_attention.mosaic import TILING_ROWS, WARPGROUP_QUERIES, load, mosaic_prompt_attention
+from pallas_kernels.prompt_attention.mosaic import WARPGROUP_QUERIES, load, mosaic_prompt_attention, smem_tiles
 from pallas_kernels.sequence_attention.mask import PACKED_BLOCK, PackedMask
 
 ROWS = WARPGROUP_QUERIES  # of a warpgroup's matrix product
@@ -56,34 +56,29 @@ def backward(q, k, v, mask: PackedMask, out, lse, grad, *, scale: float) -> tupl
     dq, delta = _run(
         functools.partial(_queries_kernel, scale=scale),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
-        q.shape[2],
-        (
-            *[_tiles(q, 2, ROWS)] * 3,
-            *[_tiles(q, QUERIES_STAGES, PACKED_BLOCK)] * 2,
-            *[plgpu.SMEM((2, ROWS), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)],
-            plgpu.Barrier(num_barriers=2, num_arrivals=5),
-            plgpu.Barrier(num_barriers=QUERIES_STAGES, num_arrivals=2),
-            plgpu.Barrier(num_barriers=QUERIES_STAGES, num_arrivals=2),
-        ),
+        own_tiles=3,
+        stages=QUERIES_STAGES,
+        numbers=(2, ROWS),
+        arrivals=(5, 2),
     )(q, k, v, mask.first_keys, mask.key_tiles, mask.key_counts, out, lse, grad)
     dk, dv = _run(
         functools.partial(_keys_kernel, scale=scale),
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        k.shape[2],
-        (
-            *[_tiles(k, 2, ROWS)] * 2,
-            *[_tiles(q, KEYS_STAGES, PACKED_BLOCK)] * 2,
-            *[plgpu.SMEM((KEYS_STAGES, PACKED_BLOCK), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)],
-            plgpu.Barrier(num_barriers=2, num_arrivals=2),
-            plgpu.Barrier(num_barriers=KEYS_STAGES, num_arrivals=5),
-            plgpu.Barrier(num_barriers=KEYS_STAGES, num_arrivals=2),
-        ),
+        own_tiles=2,
+        stages=KEYS_STAGES,
+        numbers=(KEYS_STAGES, PACKED_BLOCK),
+        arrivals=(2, 5),
     )(q, k, v, mask.first_keys, mask.query_tiles, mask.query_counts, lse, delta, grad)
     return dq, dk, dv
 
 
-def _run(kernel, out_type, num_heads: int, scratch_types):
-    batch, num_tokens, *_ = out_type[0].shape
+def _run(kernel, out_type, *, own_tiles: int, stages: int, numbers: tuple[int, int], arrivals: tuple[int, int]):
+    """Make a kernel of a gradient, whose first result has the side that programs own.
+
+    In shared memory it has `own_tiles` of each warpgroup, two tiles of the other side a stage, and three arrays of shape `numbers`:
+    log-sum-exp, D and first keys. `arrivals` are copies that a barrier waits for: of a warpgroup's own rows, and of a stage.
+    """
+    batch, num_tokens, num_heads, _ = out_type[0].shape
     return plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -91,14 +86,16 @@ def _run(kernel, out_type, num_heads: int, scratch_types):
         grid_names=("row", "tile", "head"),
         num_threads=3,
         thread_name="warpgroup",
-        scratch_types=scratch_types,
+        scratch_types=(
+            *[smem_tiles(out_type[0], 2, ROWS)] * own_tiles,
+            *[smem_tiles(out_type[0], stages, PACKED_BLOCK)] * 2,
+            *[plgpu.SMEM(numbers, dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)],
+            plgpu.Barrier(num_barriers=2, num_arrivals=arrivals[0]),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals[1]),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+        ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-
-
-def _tiles(like, *shape):
-    transforms = (plgpu.TilingTransform((TILING_ROWS, 128 // like.dtype.itemsize)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((*shape, like.shape[3]), like.dtype, transforms=transforms)
 
 
 def _spread(numbers, shape, axis: int):
