@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,8 +22,8 @@ from tyro.conf import Positional, arg
 
 from benchmarks.arrivals import summary, table
 from benchmarks.batching import Work, run_scheduler
-from benchmarks.timing import header_line, report_header
-from data import commandline, examples
+from benchmarks.timing import header_line, report_header, run_command
+from data import examples
 from data.documents import Document
 from data.errors import check_range
 from data.tasks import TASKS
@@ -66,6 +65,15 @@ class Conversations:
 
     def __post_init__(self) -> None:
         check_range(self, "conversations", "services", "passes", low=1)
+
+    def run(self) -> None:
+        report = measure(self)
+        print(header_line(report), table(report["rows"]), sep="\n", flush=True)
+        for row in report["rows"]:
+            print(f"{row['system']}: {row['prompt_tokens']:,} tokens of prompts read, {row['rows_kept']:,} rows kept,", end=" ")
+            print(f"{row['attended_fraction']:.1%} of the context read by {row['generated_tokens']:,} tokens")
+        if self.json:
+            files.write_json(self.json, report)
 
 
 def over_one_catalogue(documents: Iterable[Document], size: int, number: int) -> list[Document]:
@@ -136,16 +144,7 @@ def run(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:
 
 
 def main() -> None:
-    with commandline.exit_on_user_error(UserError):
-        settings = commandline.parse(Conversations, "benchmarks.conversations", sys.argv[1:], description=__doc__)
-        with files.outputs(json=settings.json):
-            report = measure(settings)
-            print(header_line(report), table(report["rows"]), sep="\n", flush=True)
-            for row in report["rows"]:
-                print(f"{row['system']}: {row['prompt_tokens']:,} tokens of prompts read, {row['rows_kept']:,} rows kept,", end=" ")
-                print(f"{row['attended_fraction']:.1%} of the context read by {row['generated_tokens']:,} tokens")
-            if settings.json:
-                files.write_json(settings.json, report)
+    run_command(Conversations, "benchmarks.conversations", description=__doc__)
 
 
 if __name__ == "__main__":

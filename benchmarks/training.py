@@ -144,9 +144,7 @@ def compile_steps(runs: Iterable[tuple[Decoder, TrainConfig, Iterator[training.B
         on_device = [training.DeviceBatch.of(batch, num_rows=config.batch_size, mesh=mesh) for batch in taken]
         fixed, state = training.initial_state(model, config, mesh)
         best = training_implementation(model.config, config.sequence_tokens) or "triton"
-        names: tuple[SequenceImplementation, ...] = ("xla",)
-        if jax.default_backend() == "gpu":
-            names = (best, "cudnn") if best == "triton" else (best, "triton", "cudnn")
+        names: Iterable[SequenceImplementation] = dict.fromkeys((best, "triton", "cudnn")) if jax.default_backend() == "gpu" else ("xla",)
         run = {"model": model, "config": config, "mesh": mesh, "batches": on_device, "tokens": tokens, "fixed": fixed, "state": state}
         traced.append((run, {name: training.train_step.lower(fixed, state, on_device[0], config, name) for name in names}))
     with concurrent.futures.ThreadPoolExecutor() as pool:

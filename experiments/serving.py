@@ -6,6 +6,7 @@ python -m experiments.serving
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ class Page:
 def sections(results: Path) -> dict[str, str]:
     """Write each section of the page whose file there is, by its name."""
     found: dict[str, str] = {}
-    for name, write in ((MODEL, of_model), (HTTP, of_http), (HTTP_32, of_longer_chunks), (PEERS, of_peers), (EVALUATION, of_evaluation)):
+    for name, write in (
+        (MODEL, of_model),
+        (HTTP, of_http),
+        (HTTP_32, functools.partial(of_http, section="http32")),
+        (PEERS, of_peers),
+        (EVALUATION, of_evaluation),
+    ):
         if (file := results / name).is_file():
             report = files.read_json(file)
             told = f"[JSON]({results.name}/{name})"
@@ -78,14 +85,9 @@ def of_model(report: Row) -> dict[str, str]:
     }
 
 
-def of_http(report: Row) -> dict[str, str]:
-    """Write the table of `benchmarks.serving`."""
-    return {"http": _rates(report["rows"])}
-
-
-def of_longer_chunks(report: Row) -> dict[str, str]:
-    """Write that of a server with longer chunks."""
-    return {"http32": _rates(report["rows"])}
+def of_http(report: Row, section: str = "http") -> dict[str, str]:
+    """Write the table of `benchmarks.serving`, as a section of this name."""
+    return {section: _rates(report["rows"])}
 
 
 def of_peers(report: Row) -> dict[str, str]:

@@ -261,7 +261,7 @@ class Server:
                 if (left := self.max_tokens - len(ids)) < 1:
                     raise UserError(f"the prompt is {len(ids)} tokens long, but a sequence has {self.max_tokens}, response included")
                 for _ in range(call.n):
-                    response = detokenize.Response(self._decode, call.stop, tuple(self._end_ids))
+                    response = detokenize.Response(self._decode, call.stop, self._end_ids)
                     choice = Choice(len(running.choices), text, ids, response)
                     limit = left if call.max_tokens is None else call.max_tokens
                     wanted = Request(ids, limit, call.sampling, seed, sample=choice.index, logprobs=call.logprobs is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from selfspan_jax.errors import UserError
 
@@ -93,7 +93,7 @@ class Response:
     Tokens that only a stop string needs are left out. One that begins before it stays; `surplus` characters of its text do not.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str], end_ids: Sequence[int]):
+    def __init__(self, decode: Decode, stop: Sequence[str], end_ids: Collection[int]):
         self._detokenizer, self._stops, self._end_ids = Detokenizer(decode), StopStrings(stop), end_ids
         self._lengths = [0]  # of the text after each push, stop strings included; with these, of one token
         self.token_ids: list[int] = []
