@@ -75,18 +75,22 @@ def encode_steps(
     uniform: float | None,
     *,
     closed: bool = False,
+    solve_names: bool = False,
 ) -> tuple[npt.NDArray[np.int32], int]:
     """Write the response of (text, sources) steps after a prompt of `kept` pieces: (ids of both, int32 [n], the first label).
 
     Args:
       uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
       closed: end each step with its `<seg:k>` once more, which has read it: so later span tokens know what was named and written.
+      solve_names: name the first step's first source before the step as well: `<solve>`, which has read all of the prompt, chooses it.
     """
     token_ids, first_label = [*prompt], 1
     if uniform is not None:
         first_label = vocab.first_label(kept + len(steps), uniform)
         tags = range(vocab.seg_base, vocab.seg_base + vocab.num_labels)
         token_ids = [i + first_label - 1 if i in tags else i for i in token_ids]
+    if solve_names:
+        token_ids.append(vocab.ref_base + first_label + steps[0][1][0])
     for number, (text, sources) in enumerate(steps):
         token_ids.append(vocab.seg_base + first_label + kept + number)
         token_ids += [vocab.ref_base + first_label + i for i in sources]
@@ -97,7 +101,7 @@ def encode_steps(
 def without_span_tokens(token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab) -> tuple[npt.NDArray[np.int32], int]:
     """Take the span tokens out of an example: (ids, tokens of the prompt). Steps after the first begin with `<solve>`."""
     segs, refs = (spans.is_label(token_ids, base, vocab) for base in (vocab.seg_base, vocab.ref_base))
-    later = np.arange(len(token_ids)) > prompt_tokens  # at `prompt_tokens` the first step is opened, which the prompt's `<solve>` did
+    later = np.cumsum(segs & (np.arange(len(token_ids)) >= prompt_tokens)) > 1  # the prompt's `<solve>` opens the first step
     kept = ~refs & (~segs | later)
     return np.where(segs, np.int32(vocab.solve_id), token_ids)[kept], int(kept[:prompt_tokens].sum())
 

@@ -2,8 +2,8 @@
 
     python -m experiments.choices runs/labels-0/model --data corpora/stories --split validation --json results/choices.json
 
-Each token is predicted after the gold ones before it, so that one wrong choice spoils no other: what opens a step, the question that
-it answers, its first source, further ones, where naming stops, text, what closes it, and the end.
+Each token is predicted after the gold ones before it, so that one wrong choice spoils no other: what opens a step, what `<solve>` names, the question that
+a step answers, its first source, further ones, where naming stops, text, what closes it, and the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 
 _MULTIPLE = 128  # that lengths are padded to
-_FAMILIES = {"first label": 0, "next label": 0, "closes": 0, "question": 1, "first source": 1, "more sources": 1}  # 0: <seg:k>, 1: <ref:k>
+_FAMILIES = {"first label": 0, "next label": 0, "closes": 0, "<solve>'s": 1, "question": 1, "first source": 1, "more sources": 1}  # 0: <seg:k>, 1: <ref:k>
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,8 @@ def kinds(ids: np.ndarray, prompt_tokens: int, task: DocumentTask) -> Iterator[t
         if token in segs:
             yield ("closes" if token == label else "first label" if label is None else "next label"), {token}
             label, named = token, 0
+        elif token in refs and label is None:
+            yield "<solve>'s", {token}
         elif token in refs and token - vocab.ref_base in questions:
             yield "question", {token}
         elif token in refs:

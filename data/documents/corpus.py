@@ -92,6 +92,7 @@ class Corpus(GeneratedCorpus[Example]):
       closed_pieces: End each piece with its `<seg:k>` once more: for header_view="labels".
       closed_sentences: End each sentence of a piece with the piece's `<seg:k>`, not the last one alone.
       closed_steps: End each step with its `<seg:k>` once more, so that later span tokens know what was written.
+      solve_names: Name the first step's first source before the step as well: then `<solve>`, which has read all of the prompt, chooses it.
       labelling: "pieces" have labels, which steps name; "plain" is the same text without span tokens, steps told apart by `<solve>`.
     """
 
@@ -104,6 +105,7 @@ class Corpus(GeneratedCorpus[Example]):
     closed_pieces: bool = True
     closed_sentences: bool = False
     closed_steps: bool = False
+    solve_names: bool = False
     labelling: Labelling = "pieces"
 
     chunk_examples: ClassVar[int] = 1
@@ -157,6 +159,7 @@ def encode(
     too_long: TooLong = "drop",
     labelling: Labelling = "pieces",
     closed_steps: bool = False,
+    solve_names: bool = False,
     uniform: float | None = None,
     **style: Any,
 ) -> Example:
@@ -180,7 +183,7 @@ def encode(
     if not document.steps:
         raise Unusable("no step rests on a piece", "without a step that rests on a piece")
     steps = [(step.text, step.sources) for step in document.steps]
-    token_ids, first_label = encode_steps(prompt, kept, steps, vocab, uniform, closed=closed_steps)
+    token_ids, first_label = encode_steps(prompt, kept, steps, vocab, uniform, closed=closed_steps, solve_names=solve_names)
     if len(token_ids) > max_example_tokens:
         raise Unusable(f"{len(token_ids)} tokens, more than {max_example_tokens}", "longer than max_example_tokens")
     if labelling == "plain":

@@ -62,7 +62,7 @@ class Maker:
     def _made(self, draft: Draft) -> Made:
         uniform = random.Random(f"{self.name}/{self.seed}/labels/{draft.number}").random()
         options: dict[str, Any] = {"alignment": self.alignment, "uniform": uniform}
-        options |= {name: getattr(self.corpus, name) for name in ("too_long", "max_example_tokens", "labelling", "closed_steps")}
+        options |= {name: getattr(self.corpus, name) for name in ("too_long", "max_example_tokens", "labelling", "closed_steps", "solve_names")}
         before = draft.document
         try:
             example = encode(before, self.instruction, self.vocab, **options, **style(self.corpus))

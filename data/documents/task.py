@@ -30,6 +30,7 @@ class DocumentTask(PiecesTask):
       piece_sentences: Sentences to a piece, within a paragraph; 0: whole paragraphs.
       closed_sentences: Each sentence of a piece ends with the piece's `<seg:k>`.
       closed_steps: Each step of a response ends with its `<seg:k>` once more.
+      solve_names: The first step's first source is named before the step as well.
       labelling: "plain": text without span tokens, its steps told apart by `<solve>`.
       source: the file or directory that the corpus was read from.
     """
@@ -41,6 +42,7 @@ class DocumentTask(PiecesTask):
     piece_sentences: int = 1
     closed_sentences: bool = False
     closed_steps: bool = False
+    solve_names: bool = False
     labelling: corpus.Labelling = "pieces"
 
     name: ClassVar[str] = "documents"
@@ -75,7 +77,7 @@ class DocumentTask(PiecesTask):
     @classmethod
     def from_json(cls, fields: Any) -> "DocumentTask":
         """Read what `to_json` wrote, also without the settings that older models do not name."""
-        absent = {"labelling": "pieces", "closed_sentences": False, "closed_steps": False}
+        absent = {"labelling": "pieces", "closed_sentences": False, "closed_steps": False, "solve_names": False}
         return super().from_json({**absent, **fields} if isinstance(fields, Mapping) else fields)
 
     @property
@@ -191,7 +193,7 @@ class DocumentTask(PiecesTask):
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
-            options = {name: getattr(self, name) for name in ("max_example_tokens", "labelling", "closed_steps")} | style(self)
+            options = {name: getattr(self, name) for name in ("max_example_tokens", "labelling", "closed_steps", "solve_names")} | style(self)
             return corpus.encode(example.document, self.instruction, self.vocab, uniform=uniform, **options)
         except UserError:
             return None
@@ -200,7 +202,7 @@ class DocumentTask(PiecesTask):
         """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""
         if self.name != DocumentTask.name or not isinstance(other, DocumentTask):
             return super().on(other)
-        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "closed_sentences", "closed_steps", "labelling")}
+        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "closed_sentences", "closed_steps", "solve_names", "labelling")}
         return dataclasses.replace(other, **own)
 
     def to_row(self, example: Example) -> dict[str, Any]:
