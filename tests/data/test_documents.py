@@ -98,6 +98,12 @@ def test_an_example_is_written_as_the_protocol_says(corpora, name):
     closed, response = closing.renumber(example), WRITTEN[name].partition("<solve>")[2]
     ends = re.sub(r"(<seg:\d+>)(.*?)(?=<seg|<eos>)", r"\1\2\1", response)  # of each step its label once more
     assert closing.decode(closed.response_ids) == ends and closing.steps(closed.response_ids) == stored.task.steps(example.response_ids)
+    naming = dataclasses.replace(stored.task, solve_names=True)
+    named = naming.renumber(example)
+    assert naming.decode(named.response_ids) == "<ref:5>" + response  # what `<solve>` names belongs to no step
+    assert naming.steps(named.response_ids) == stored.task.steps(example.response_ids)
+    plain, unnamed = (dataclasses.replace(own, labelling="plain").renumber(example) for own in (naming, stored.task))
+    assert plain.token_ids.tolist() == unnamed.token_ids.tolist() and plain.prompt_tokens == unnamed.prompt_tokens
 
 
 def test_each_answer_names_its_question_first_and_then_its_sections(corpora):
