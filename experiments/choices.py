@@ -2,8 +2,8 @@
 
     python -m experiments.choices runs/labels-0/model --data corpora/stories --split validation --json results/choices.json
 
-Each token is predicted after the gold ones before it, so that one wrong choice spoils no other: what opens a step, what `<solve>` names, the question that
-a step answers, its first source, further ones, where naming stops, text, what closes it, and the end.
+Each token is predicted after the gold ones before it, so that one wrong choice spoils no other: what `<solve>` names, what
+opens a step, the question that it answers, its first source, further ones, where naming stops, text, what closes it, and the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 
 _MULTIPLE = 128  # that lengths are padded to
-_FAMILIES = {"first label": 0, "next label": 0, "closes": 0, "<solve>'s": 1, "question": 1, "first source": 1, "more sources": 1}  # 0: <seg:k>, 1: <ref:k>
+_FAMILIES = dict.fromkeys(("first label", "next label", "closes"), 0) | dict.fromkeys(
+    ("<solve>'s", "question", "first source", "more sources"), 1
+)  # 0: <seg:k>, 1: <ref:k>
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

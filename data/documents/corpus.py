@@ -26,6 +26,8 @@ UNKNOWN = (-1,)  # the sources that alignment is to find
 
 TooLong = Literal["drop", "cut"]
 Labelling = Literal["pieces", "plain"]
+RESPONSE_STYLE = ("labelling", "closed_steps", "solve_names")
+"""What corpora and tasks set of how responses are written."""
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _MIN_OVERLAP = 8  # characters: marked text begins and ends a little beyond its sentences
 

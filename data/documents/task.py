@@ -193,7 +193,7 @@ class DocumentTask(PiecesTask):
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
-            options = {name: getattr(self, name) for name in ("max_example_tokens", "labelling", "closed_steps", "solve_names")} | style(self)
+            options = {name: getattr(self, name) for name in ("max_example_tokens", *corpus.RESPONSE_STYLE)} | style(self)
             return corpus.encode(example.document, self.instruction, self.vocab, uniform=uniform, **options)
         except UserError:
             return None
@@ -202,7 +202,7 @@ class DocumentTask(PiecesTask):
         """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""
         if self.name != DocumentTask.name or not isinstance(other, DocumentTask):
             return super().on(other)
-        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "closed_sentences", "closed_steps", "solve_names", "labelling")}
+        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "closed_sentences", *corpus.RESPONSE_STYLE)}
         return dataclasses.replace(other, **own)
 
     def to_row(self, example: Example) -> dict[str, Any]:
