@@ -11,7 +11,8 @@ Every op takes
 
 and raises ValueError where the arguments do not fit together, and NotImplementedError where the named implementation cannot do this.
 
-The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.11 deprecates it.
+What launches a kernel is jitted by itself, so that a program traces and lowers it once for all layers of a model: a Mosaic-GPU kernel
+takes 0.3 s. The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.11 deprecates it.
 """
 
 from pallas_kernels.linear import ScaledRows, SplitRows, fused_linear, rms_norm

@@ -44,6 +44,7 @@ def unsupported_reason(x: jax.Array, weight: jax.Array, gated: bool) -> str | No
     return None if num_rows % TILING_ROWS == 0 and num_rows >= BLOCK_ROWS else f"rows must be a multiple of 8 from 128, got {num_rows}"
 
 
+@functools.partial(jax.jit, static_argnames=("gated", "config", "keep_products"))
 def mosaic_linear(x, weight, residual=None, *, gated: bool, config: MosaicConfig, keep_products: bool = False):
     """Run the kernel on normalised rows `[B, D]`, a weight `[M, D]` (gated: all gates, then all ups) and, not gated, a residual `[B, M]`.
 

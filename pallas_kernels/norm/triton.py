@@ -47,6 +47,7 @@ def pieces(num_columns: int) -> list[tuple[int, int]]:
     return [(sum(sizes[:index]), size) for index, size in enumerate(sizes)]
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def triton_gradient(x, scale, grad, passed, eps: float, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Run the kernel on rows x [R, D], scale [D], and the gradients [R, D] of the normalised rows and of those that go on.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -18,6 +19,7 @@ BLOCK_ROWS = 64  # queries of a program of the kernel
 MAX_SCORES = 2**26  # that are held at once: 256 MB of float32
 
 
+@functools.partial(jax.jit, static_argnames=("implementation", "interpret"))
 def tile_mass(q: jax.Array, k: jax.Array, positions: jax.Array, *, implementation: str | None = None, interpret: bool = False) -> jax.Array:
     """Compute the probability that each query's softmax puts on each tile of 128 keys.
 

@@ -1,5 +1,7 @@
 """Scores of tiles by mean keys: what block means choose by."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -11,6 +13,7 @@ from pallas_kernels.prompt_attention.mass import BLOCK, MAX_SCORES, unsupported_
 BLOCK_MEANS = 64  # that the kernel takes at once
 
 
+@functools.partial(jax.jit, static_argnames=("implementation", "interpret"))
 def tile_scores(q, means, first_query, lengths, *, implementation: str | None = None, interpret: bool = False) -> jax.Array:
     """Compute for each tile of 128 queries and each mean key the logarithm of the sum over the queries of exp(q . mean / sqrt(H)).
 

@@ -45,6 +45,7 @@ def unsupported_reason(q: jax.Array, k_pool: jax.Array, mask: PromptMask) -> str
     return None if mask.blocks is None or mask.blocks in allowed else f"tiles must be of {allowed}, got {mask.blocks}"
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "config"))
 def mosaic_prompt_attention(
     q: jax.Array,
     k_pool: jax.Array,

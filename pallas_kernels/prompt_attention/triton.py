@@ -28,6 +28,7 @@ from pallas_kernels.prompt_attention.mask import PromptMask
 from pallas_kernels.tiles import Tiles, causal_counts, listed_tiles, no_keys, normalise, over_tiles, softmax_step, until_end
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
 def triton_prompt_attention(
     q, k_pool, v_pool, mask: PromptMask, *, scale: float, config: TritonConfig, interpret: bool = False
 ) -> jax.Array:

@@ -15,6 +15,8 @@ How: a program owns a kv head, its G query heads, its key and its value, of one 
 Numerics: rotated in float32, rounded once to the dtype of the heads; values are copied as they are.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -26,6 +28,7 @@ TILE_ROWS = 32  # tokens of a program of whole sequences, whose number of rows m
 MAX_KV_HEADS = 3  # of such a program: with three of twelve 272 us, with one 315 (65,536 tokens, G 1, H 64, one H100)
 
 
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def triton_rotate_and_write(
     qkv: jax.Array, cos: jax.Array, sin: jax.Array, slots: jax.Array, k_pool: jax.Array, v_pool: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -45,6 +48,7 @@ def triton_rotate_and_write(
     )(qkv, cos, sin, slots, k_pool, v_pool)
 
 
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def triton_rotate_heads(
     qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -55,6 +59,7 @@ def triton_rotate_heads(
     return _call(_heads_kernel, num_rows, num_kv_heads, (q, kv, kv), interpret, "rotate_heads")(qkv, cos, sin)
 
 
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def triton_rotate_heads_gradient(
     dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: jax.Array, sin: jax.Array, *, interpret: bool = False
 ) -> jax.Array:

@@ -59,7 +59,7 @@ def masked_attention(
         return reference_attention(q, k, v, mask.unpacked(), scale=scale)
     if isinstance(mask, TileMask):
         q, k, v = _pad(q, mask.block_q), _pad(k, mask.block_k), _pad(v, mask.block_k)
-    return _attend(scale, interpret, q, k, v, mask)[:, : mask.num_queries]
+    return _differentiable(scale, interpret, q, k, v, mask)[:, : mask.num_queries]
 
 
 def packed_rows_pay(num_tokens: int) -> bool:
@@ -101,7 +101,6 @@ def _backward(scale, interpret, saved, grad):
 
 
 _differentiable.defvjp(_forward, _backward)
-_attend = jax.jit(_differentiable, static_argnums=(0, 1))  # so that a model's layers trace it once
 
 
 def _pad(x: jax.Array, block: int) -> jax.Array:

@@ -37,6 +37,7 @@ ROWS = WARPGROUP_QUERIES  # of a warpgroup's matrix product
 FORWARD_STAGES, QUERIES_STAGES, KEYS_STAGES = 3, 3, 2  # tiles in flight
 
 
+@functools.partial(jax.jit, static_argnames=("scale",))
 def forward(q, k, v, mask: PackedMask, *, scale: float) -> list[jax.Array]:
     """Run the forward kernel on q [B, T, N, H], k and v [B, T, K, H].
 
@@ -51,6 +52,7 @@ def forward(q, k, v, mask: PackedMask, *, scale: float) -> list[jax.Array]:
     return mosaic_prompt_attention(q, k_pool, v_pool, tiles, scale=scale, config=config, first_keys=mask.first_keys)
 
 
+@functools.partial(jax.jit, static_argnames=("scale",))
 def backward(q, k, v, mask: PackedMask, out, lse, grad, *, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Run the backward kernels: gradients of q, k and v from that of `out`; shapes as in `forward`."""
     dq, delta = _run(

@@ -36,6 +36,7 @@ from pallas_kernels.sequence_attention.mask import WORD_BITS, TileMask
 from pallas_kernels.tiles import listed_tiles, no_keys, normalise, over_tiles, softmax_step
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def forward(q, k, v, mask: TileMask, *, scale: float, interpret: bool = False) -> list[jax.Array]:
     """Run the forward kernel on q [B, T', N, H], k and v [B, S', K, H].
 
@@ -52,6 +53,7 @@ def forward(q, k, v, mask: TileMask, *, scale: float, interpret: bool = False) -
     )(q, k, v, mask.bits, mask.key_tiles, mask.key_counts)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def backward(q, k, v, mask: TileMask, out, lse, grad, *, scale: float, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Run the backward kernels: gradients of q, k and v from that of `out`; shapes as in `forward`."""
     batch, num_queries, num_heads, head_size = q.shape

@@ -12,6 +12,8 @@ How: a program owns a tile of rows and columns, of the gate and of up.
 Numerics: float32, rounded where Llama in the dtype of the activations rounds (`gradients`, which XLA computes too).
 """
 
+import functools
+
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -21,6 +23,7 @@ from pallas_kernels.swiglu.reference import gradients
 TILE = (8, 256)  # rows by columns of a program
 
 
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def triton_gradient(gate_up: jax.Array, grad: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Run the kernel of the gradient of `silu_and_mul`, `[R, 2 F]`, from that of its result, `[R, F]`."""
     num_rows, width = grad.shape

@@ -218,5 +218,10 @@ def test_lowers_for_cuda(name, dtype, implementation, monkeypatch):
     monkeypatch.setattr(api, "device_reason", lambda *_: None)
     problem = make_problem(CASE[name])
     q, k, v = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (problem.q, problem.k, problem.v))
-    lowered = cuda_lowering(functools.partial(prompt_attention, implementation=implementation), q, k, v, make_mask(problem))
-    assert {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu"}[implementation] in lowered
+
+    def two_layers(q, k, v, mask):
+        attend = functools.partial(prompt_attention, k_pool=k, v_pool=v, mask=mask, implementation=implementation)
+        return attend(attend(2 * q))  # arguments of a program are lowered apart from what it computes
+
+    lowered = cuda_lowering(two_layers, q, k, v, make_mask(problem))
+    assert lowered.count({"triton": "__gpu$xla.gpu.triton", "mosaic": "custom_call @mosaic_gpu"}[implementation]) == 1  # for both layers
