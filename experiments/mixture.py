@@ -39,6 +39,7 @@ _SPLITS = ("train", "validation")
 _MIN_WORDS = 8  # of a sentence that is asked for
 _MAX_ANSWER_WORDS = 6
 _MAX_SENTENCES = 6  # of a section that is made of pieces
+_MIN_WINDOW = 3  # pieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Mixture:
     rows: int = 1
     """Most rows of self-made questions about a text, as far as the corpora have it so often."""
     windows: int = 0
-    """Beside each example of stories, parts of it of so many lengths: sections in a row, and the questions about them."""
+    """Beside each example, so many parts of it: pieces in a row, and the steps, and their questions, that rest on these alone."""
     seed: int = 0
     """Seed of what is asked."""
 
@@ -118,17 +119,19 @@ def cloze(document: Document, draw: random.Random, *, questions: int, kept: floa
     return {"instruction": INSTRUCTION, "document": texts + prompts, "steps": steps}
 
 
-def window(document: Document, draw: random.Random) -> Document | None:
-    """Take sections in a row, and the questions that these alone answer; None where there are none."""
+def window(document: Document, draw: random.Random) -> Document:
+    """Take pieces in a row around those of one step, as many as drawn evenly by their logarithm, and the steps that these alone answer."""
     sections = [i for i, piece in enumerate(document.pieces) if not piece.startswith(QUESTION)]
-    size = draw.randint(min(3, len(sections)), len(sections))
-    start = draw.randint(0, len(sections) - size)
+    sources = [i for i in draw.choice(document.steps).sources if i < len(sections)]
+    size = round(_MIN_WINDOW * (len(sections) / _MIN_WINDOW) ** draw.random())
+    size = min(len(sections), max(size, 1 + max(sources) - min(sources)))
+    start = draw.randint(max(0, 1 + max(sources) - size), min(*sources, len(sections) - size))
     kept = sections[start : start + size]
     answers = [step for step in document.steps if all(i in kept or i >= len(sections) for i in step.sources)]
     kept += [i for step in answers for i in step.sources if i >= len(sections)]
     places = {i: place for place, i in enumerate(kept)}
     steps = tuple(step._replace(sources=tuple(places[i] for i in step.sources)) for step in answers)
-    return dataclasses.replace(document, pieces=tuple(document.pieces[i] for i in kept), steps=steps) if steps else None
+    return dataclasses.replace(document, pieces=tuple(document.pieces[i] for i in kept), steps=steps)
 
 
 def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -143,11 +146,9 @@ def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
         for example in stored:
             document = example.document
             yield stored.task.name, row(stored.task, document)
-            if any(piece.startswith(QUESTION) for piece in document.pieces):
-                for number in range(mixture.windows):
-                    own = window(document, random.Random(f"window/{mixture.seed}/{number}/{document.prompt}"))
-                    if own is not None:
-                        yield f"windows of {stored.task.name}", row(stored.task, own)
+            for number in range(mixture.windows):
+                own = window(document, random.Random(f"window/{mixture.seed}/{number}/{document.prompt}"))
+                yield f"windows of {stored.task.name}", row(stored.task, own)
             pieces = tuple(piece for piece in document.pieces if not piece.startswith(QUESTION))
             draw = random.Random(f"cloze/{mixture.seed}/{seen[pieces] or ''}{' '.join(pieces)}")
             if seen[pieces] >= mixture.rows or draw.random() >= mixture.texts:

@@ -165,7 +165,9 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest global norm of a gradient."""
     source_weight: float = 1.0
-    """How many times the loss of a source (<ref:k>) counts: where responses are mostly text, choosing is learnt from few tokens."""
+    """How many times the choice among sources (<ref:k>) counts: where responses are mostly text, choosing is learnt from few tokens."""
+    end_weight: float = 1.0
+    """How many times the loss of the end (<eos>) counts: above 1, responses end where they might as well go on."""
     gap_scales: tuple[int, ...] = (0, 1, 4, 16, 64)
     """Where a piece of the text begins (<seg>) its rotary position jumps by up to twice one of these scales; 0 alone for no gaps."""
     checkpoint_every_steps: int = 1000
@@ -184,7 +186,8 @@ class TrainConfig:
 
     def __post_init__(self):
         _require_positive(self, "steps", "batch_size", "sequence_tokens", "accumulation_steps", "data_parts", "learning_rate", "clip_norm")
-        _require_positive(self, "source_weight", "checkpoint_every_steps", "keep_checkpoints", "eval_every_steps", "log_every_steps")
+        _require_positive(self, "source_weight", "end_weight")
+        _require_positive(self, "checkpoint_every_steps", "keep_checkpoints", "eval_every_steps", "log_every_steps")
         _require_within(self, 0, MAX_SEED, "seed")
         _require_within(self, 0, _MAX_INT, "eval_examples", "warmup_steps")
         _require(self.batch_size % self.accumulation_steps == 0, self, "accumulation_steps", f"divisors of batch_size={self.batch_size}")
@@ -203,9 +206,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return all settings, for `run.json`; those that older runs lack only if they are not 1."""
-        return {
-            name: value for name, value in dataclasses.asdict(self).items() if name not in ("data_parts", "source_weight") or value != 1
-        }
+        absent = ("data_parts", "source_weight", "end_weight")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in absent or value != 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

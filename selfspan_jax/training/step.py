@@ -139,45 +139,42 @@ def describe(model: Decoder) -> str:
 
 
 def loss_sums(
-    model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None, *, source_weight: float = 1.0
+    model: Decoder, batch: DeviceBatch, attention: SequenceImplementation | None = None, *, weights: tuple[float, float] = (1.0, 1.0)
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Compute the cross-entropy summed over the targets, that of `<ref:k>` times `source_weight`.
+    """Compute the cross-entropy summed over the targets, weighted: which `<ref:k>` a source is, not that it is one, and `<eos>`.
 
-    Returns: the loss, and sums over the batch: "loss", "right" (targets predicted right), "targets", "pairs" (attended pairs).
+    Returns: the loss, and sums over the batch: "loss" (all counted once), "right" (predicted right), "targets", "pairs" (attended pairs).
     """
     attend, pairs = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids, implementation=attention)
     hidden, _ = model(batch.token_ids, batch.positions, attend)
     targets, is_target = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))).reshape(-1) for x in (batch.token_ids, batch.target_mask))
-    weights = jnp.where(model.vocab.label_of(targets, model.vocab.ref_base) < 0, 1.0, source_weight)
-    loss, right = sums_of_targets(model, hidden.reshape(targets.size, -1), targets, jnp.where(is_target, weights, 0.0))
-    return loss, {"loss": loss, "right": right, "targets": jnp.sum(is_target, dtype=jnp.float32), "pairs": pairs}
+    loss, (plain, right) = sums_of_targets(model, hidden.reshape(targets.size, -1), targets, is_target, weights)
+    return loss, {"loss": plain, "right": right, "targets": jnp.sum(is_target, dtype=jnp.float32), "pairs": pairs}
 
 
-def sums_of_targets(
-    model: Decoder,
-    hidden: Float[Array, "R D"],
-    targets: Int[Array, "R"],
-    weights: Float[Array, "R"],
-    *,
-    max_logits_bytes: int = MAX_LOGITS_BYTES,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum the weighted cross-entropy over the targets, whose weights are above 0, and count those that are predicted right.
+def sums_of_targets(model, hidden, targets, is_target, weights, *, max_logits_bytes=MAX_LOGITS_BYTES):
+    """Return the loss of rows [R, D], what of them all counted once is, and how many targets [R] are predicted right; see `loss_sums`.
 
     Where the logits of all rows would take more memory, they are computed for some rows at a time, of targets only, and each part's
     gradients with them: so nothing of a part is kept or computed again.
     """
     chunk = max(1, max_logits_bytes // (4 * model.vocab_size) // 128) * 128
-    whole = hidden.shape[0] <= chunk
-    return (_sums if whole else _sums_of_parts)(*nnx.split(model.output_layer, nnx.Param, ...), hidden, targets, weights, chunk)
+    sums = _sums if hidden.shape[0] <= chunk else _sums_of_parts
+    plan = chunk, *weights, model.vocab.eos_id, model.vocab.ref_base, model.vocab.ref_base + model.vocab.num_labels
+    return sums(*nnx.split(model.output_layer, nnx.Param, ...), hidden, targets, is_target, plan)
 
 
-def _sums(graph, params, rest, hidden, targets, weights, _=None):
+def _sums(graph, params, rest, hidden, targets, is_target, plan):
     logits = nnx.merge(graph, params, rest).scores(hidden, "xla")
     logits -= jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
     # The target's own logit by a comparison, not by a lookup, whose gradient is a scatter and a pass over the logits of its own.
     own = jnp.sum(jnp.where(targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :], logits, 0.0), axis=1)
-    losses = jnp.log(jnp.sum(jnp.exp(logits), axis=1)) - own
-    return jnp.sum(losses * weights), jnp.sum((own >= 0) & (weights > 0), dtype=jnp.float32)
+    losses = jnp.where(is_target, jnp.log(jnp.sum(jnp.exp(logits), axis=1)) - own, 0.0)
+    _, source_weight, end_weight, eos_id, low, high = plan
+    among = jnp.where(is_target & (targets >= low) & (targets < high), jax.nn.logsumexp(logits[:, low:high], axis=1) - own, 0.0)
+    plain, right = jnp.sum(losses), jnp.sum((own >= 0) & is_target, dtype=jnp.float32)
+    more = (source_weight - 1) * among + (end_weight - 1) * jnp.where(targets == eos_id, losses, 0.0)
+    return plain + jnp.sum(more), (plain, right)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
@@ -185,24 +182,25 @@ def _sums_of_parts(*args):
     return _sums_and_gradients(*args)[0]
 
 
-def _sums_and_gradients(graph, params, rest, hidden, targets, weights, chunk):
-    order = jnp.argsort(weights == 0, stable=True)  # targets first: parts without any are left out
+def _sums_and_gradients(graph, params, rest, hidden, targets, is_target, plan):
+    chunk, *_ = plan
+    order = jnp.argsort(~is_target, stable=True)  # targets first: parts without any are left out
     order = jnp.pad(order, (0, -order.size % chunk), constant_values=order.size)
 
     def add(part, total):
         rows = jax.lax.dynamic_slice_in_dim(order, part * chunk, chunk)
-        own = (x.at[rows].get(mode="fill", fill_value=0) for x in (hidden, targets, weights))
-        sums, (of_params, of_hidden) = jax.value_and_grad(_sums, argnums=(1, 3), has_aux=True)(graph, params, rest, *own)
+        own = (x.at[rows].get(mode="fill", fill_value=0) for x in (hidden, targets, is_target))
+        sums, (of_params, of_hidden) = jax.value_and_grad(_sums, argnums=(1, 3), has_aux=True)(graph, params, rest, *own, plan)
         *before, gradient = total
         return *jax.tree.map(jnp.add, tuple(before), (sums, of_params)), gradient.at[rows].set(of_hidden, mode="drop")
 
-    nothing = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden)
-    num_parts = (jnp.sum(weights > 0, dtype=jnp.int32) + (chunk - 1)) // chunk
+    nothing = (jnp.zeros(()), (jnp.zeros(()), jnp.zeros(()))), jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden)
+    num_parts = (jnp.sum(is_target, dtype=jnp.int32) + (chunk - 1)) // chunk
     sums, *gradients = jax.lax.fori_loop(0, num_parts, add, nothing)
     return sums, gradients
 
 
-def _scale_gradients(graph, chunk, gradients, grad):
+def _scale_gradients(graph, plan, gradients, grad):
     of_params, of_hidden = jax.tree.map(lambda x: x * grad[0].astype(x.dtype), gradients)
     return of_params, None, of_hidden, None, None
 
@@ -225,7 +223,7 @@ def train_step(
 
     def loss(params, part):
         model = fixed.model(params if mesh is None else collectives.all_gather_embeddings(params, mesh))
-        return loss_sums(model, part, attention, source_weight=config.source_weight)
+        return loss_sums(model, part, attention, weights=(config.source_weight, config.end_weight))
 
     def sum_gradients(params, batch):
         def gradients(part):

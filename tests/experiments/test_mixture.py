@@ -80,7 +80,7 @@ def test_a_window_has_sections_in_a_row_and_the_questions_that_these_alone_answe
     texts = tuple(f"Part {number}." for number in range(8))
     steps = tuple(Step(f"of {'and'.join(map(str, own))}", (8 + i, *own)) for i, own in enumerate([(0,), (5,), (2, 3), (7,)]))
     document = Document("", (*texts, *(f"Question: {step.text}?" for step in steps)), steps)
-    found = [own for seed in range(40) if (own := mixture.window(document, random.Random(seed)))]
+    found = [mixture.window(document, random.Random(seed)) for seed in range(40)]
     assert len({own.pieces for own in found}) > 8
     for own in found:
         sections = [piece for piece in own.pieces if not piece.startswith("Question:")]
@@ -89,7 +89,7 @@ def test_a_window_has_sections_in_a_row_and_the_questions_that_these_alone_answe
             question, *sources = (own.pieces[i] for i in step.sources)
             assert question == f"Question: {step.text}?" and step.text == f"of {'and'.join(text[5] for text in sources)}"
         inside = [step.text for step in steps if all(texts[i] in sections for i in step.sources[1:])]
-        assert [step.text for step in own.steps] == inside
+        assert [step.text for step in own.steps] == inside != []
 
 
 def test_what_is_no_corpus_of_documents_is_refused(tmp_path, capsys):

@@ -87,10 +87,9 @@ def test_a_loss_that_is_summed_in_parts_is_the_same(fraction):
     graph, params = nnx.split(model)
     hidden = jnp.asarray(rng.normal(size=(num_rows, 32)), jnp.float32)
     targets, is_target = jnp.asarray(rng.integers(0, VOCAB_SIZE, num_rows)), jnp.asarray(rng.random(num_rows) < fraction)
-    weights = jnp.where(is_target, 1 + jnp.arange(num_rows) % 3, 0).astype(jnp.float32)
 
     def sums(params, hidden, **options):
-        return step_module.sums_of_targets(nnx.merge(graph, params), hidden, targets, weights, **options)
+        return step_module.sums_of_targets(nnx.merge(graph, params), hidden, targets, is_target, (3.0, 2.0), **options)
 
     def parts(params, hidden):
         return sums(params, hidden, max_logits_bytes=1)  # 128 rows
@@ -102,24 +101,31 @@ def test_a_loss_that_is_summed_in_parts_is_the_same(fraction):
     assert f"f32[128,{VOCAB_SIZE}]" in program and f"f32[{num_rows},{VOCAB_SIZE}]" not in program
 
 
-def test_the_loss_of_sources_counts_as_often_as_is_said():
-    """By numpy in float64, from the logits of the same model."""
-    batch, weight = DeviceBatch.of(batch_of(0)), 2.5
+def test_the_choice_among_sources_and_the_end_count_as_often_as_is_said():
+    """By numpy in float64, from the logits of the same model: whether one is named counts once, and so does all in what is logged."""
+    packed, weight, end_weight = batch_of(0), 2.5, 1.5
+    packed.token_ids[0, -1], packed.target_mask[0, -1] = VOCAB.eos_id, True
+    batch = DeviceBatch.of(packed)
 
     @nnx.jit
     def computed(model):
         attend, _ = attend_in_training(batch.token_ids, model.vocab, model.config, segment_ids=batch.segment_ids)
         hidden, _ = model(batch.token_ids, batch.positions, attend)
-        return model.logits(hidden), *training.loss_sums(model, batch, source_weight=weight)
+        return model.logits(hidden), *training.loss_sums(model, batch, weights=(weight, end_weight))
 
     logits, found, sums = computed(random_model())
     logits, ids = np.asarray(logits, np.float64)[:, :-1], np.asarray(batch.token_ids)[:, 1:]
-    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, ids[..., None], -1)[..., 0]
-    is_source = (ids >= VOCAB.ref_base) & (ids < VOCAB.ref_base + VOCAB.num_labels)
-    mask = np.asarray(batch.target_mask)[:, 1:]
+    own, scores = np.take_along_axis(logits, ids[..., None], -1)[..., 0], np.exp(logits)
+    sources = slice(VOCAB.ref_base, VOCAB.ref_base + VOCAB.num_labels)
+    losses, choices = np.log(scores.sum(-1)) - own, np.log(scores[..., sources].sum(-1)) - own
+    is_source, mask = (ids >= sources.start) & (ids < sources.stop), np.asarray(batch.target_mask)[:, 1:]
     assert (mask & is_source).any() and (mask & ~is_source).any()
-    expected = (losses * mask * np.where(is_source, weight, 1)).sum()
-    assert float(found) == pytest.approx(expected, rel=1e-4) and float(sums["targets"]) == mask.sum()
+    expected = (losses * mask).sum()
+    assert float(sums["loss"]) == pytest.approx(expected, rel=1e-4) and float(sums["targets"]) == mask.sum()
+    ends = losses[mask & (ids == VOCAB.eos_id)]
+    assert ends.any()
+    expected += (weight - 1) * choices[mask & is_source].sum() + (end_weight - 1) * ends.sum()
+    assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_dense_control_is_trained_under_the_causal_mask():
