@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import math
 import os
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -64,6 +63,8 @@ class Evaluation:
     """Examples that were left out, because prompt and response exceed the model's context."""
     num_places: int | None = None
     """Sequences that a scheduler decoded at the same time, on the rows of cache of a batch; None: the batches were static."""
+    prefill_seconds: float | None = None
+    """What of `decode_seconds` reading the prompts took; None where they are read while others are decoded, or the host gives tokens."""
     read_seconds: float = 0.0
     """What reading the responses back took: their texts, what each token is and read, the verdicts."""
 
@@ -98,6 +99,7 @@ class Evaluation:
             f"{unit}_per_second_with_reading": rate * self.decode_seconds / (self.decode_seconds + self.read_seconds),
             "response_tokens_per_second": sum(len(out.response_ids) for out in self.outputs) / self.decode_seconds,
             "decode_seconds": self.decode_seconds,
+            **({} if self.prefill_seconds is None else {"prefill_seconds": self.prefill_seconds}),
             "read_seconds": self.read_seconds,
             "compile_seconds": self.compile_seconds,
             **accuracy,
@@ -216,7 +218,8 @@ def evaluate(
     config = _config(lm, examples, ids, policy, prefill, max_new_tokens)
     if _is_served(lm, examples, ids, config, batch_size, passes=passes, sources=sources, constrained=constrained):
         return _evaluate_served(lm, examples, ids, config, batch_size)
-    compile_seconds, seconds, read_seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0, 0.0
+    compile_seconds, read_seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
+    seconds = np.zeros(2)  # of prefill, and of all
     state: Any = None
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
     outputs: dict[int, Output] = {}
@@ -229,13 +232,16 @@ def evaluate(
                 del state  # the next one needs its memory
                 began = time.perf_counter()
                 prompts = token_ids[filled], lengths[filled], config
+                prefilled = began
                 if given is None:
-                    state = jax.block_until_ready(lm.engine.generate(*prompts))
+                    state = jax.block_until_ready(lm.engine.prefill(*prompts))
+                    prefilled = time.perf_counter()
+                    state = jax.block_until_ready(lm.engine.run(state, config))
                 else:
                     own_given: dict[str, Any] = {name: [own[i] for i in filled] for name, own in given.items()}
                     state = generate_under(lm.engine, *prompts, **own_given, names_more=sources == ORDER)
-                taken.append(time.perf_counter() - began)
-            seconds += statistics.median(taken)
+                taken.append((prefilled - began, time.perf_counter() - began))
+            seconds += np.median(taken, axis=0)
             began = time.perf_counter()
             found = lm.outputs([examples[i].prompt for i in chosen], [ids[i] for i in chosen], state, policy)
             for out in found:
@@ -244,7 +250,9 @@ def evaluate(
             outputs |= dict(zip(chosen, found, strict=True))
             bar.update(len(chosen))
     in_order = tuple(outputs[i] for i in range(len(ids)))
-    return Evaluation(lm.task, tuple(examples), in_order, batch_size, seconds, compile_seconds, read_seconds=read_seconds)
+    prefill, both = seconds.tolist()
+    own_seconds: dict[str, Any] = {"prefill_seconds": prefill if given is None else None, "read_seconds": read_seconds}
+    return Evaluation(lm.task, tuple(examples), in_order, batch_size, both, compile_seconds, **own_seconds)
 
 
 def _is_served(lm: SpanLM, examples, ids, config: DecodeConfig, batch_size: int, passes=1, sources=MODEL, constrained=False, **_) -> bool:
@@ -391,6 +399,7 @@ def _joined(task: Any, evaluations: Sequence[Evaluation]) -> Evaluation:
         sum(own.decode_seconds for own in evaluations),
         sum(own.compile_seconds for own in evaluations),
         sum(own.num_too_long for own in evaluations),
+        prefill_seconds=None if None in (prefills := [own.prefill_seconds for own in evaluations]) else sum(prefills),
         read_seconds=sum(own.read_seconds for own in evaluations),
     )
 

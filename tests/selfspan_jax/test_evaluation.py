@@ -95,12 +95,14 @@ def evaluations(lm):
 def test_scores_order_and_seconds(lm, monkeypatch):
     """Shares, the order of the prompts, the median of passes, the last, smaller batch; decoding and reading are timed apart."""
     prompts = ["45", "456", "4"]  # not in the order of their lengths, in which they are decoded
-    lasted = [100, *(5, 1, 2), 0.5, *(7, 3, 3), 0.25]  # compilation; three passes of each batch, then what they wrote is read
-    readings = iter(reading for seconds in lasted for reading in (0.0, seconds))
+    passes, later = [(0, 1, 5), (0, 0.25, 1), (0, 0.5, 2)], [(0, 2, 7), (0, 1, 3), (0, 1, 3)]  # prefill, and decoding after it
+    lasted = [(0, 100), *passes, (0, 0.5), *later, (0, 0.25)]  # compilation; three passes of each batch, then what they wrote is read
+    readings = iter(reading for own in lasted for reading in own)
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
     found = evaluation.evaluate(lm, [Example(prompt) for prompt in prompts], max_new_tokens=6, batch_size=2, passes=3)
     assert (found.decode_seconds, found.read_seconds, found.compile_seconds, next(readings, "read")) == (2 + 3, 0.75, 100, "read")
     speed = found.speed()
+    assert speed["prefill_seconds"] == 0.5 + 1
     assert (speed["problems_per_second"], speed["problems_per_second_with_reading"]) == (2 / 5, pytest.approx(2 / 5.75))
     assert [out.prompt for out in found.outputs] == prompts and found.outputs[0].verdict.message == "of 45"
     assert (found.scores["answer_accuracy"], found.scores["step_accuracy"], found.scores["span_accuracy"]) == (2 / 3, 1 / 3, 2 / 3)
@@ -188,37 +190,37 @@ def test_prompts_are_read_as_asked_and_what_is_kept_is_told(lm):
 
 def test_each_pass_has_the_memory_of_the_one_before(lm, monkeypatch):
     """What is alive when a batch begins is what was alive before the first: no KV pool of an earlier pass or batch."""
-    generate, alive, ends = lm.engine.generate, [], []
+    prefill, alive, ends = lm.engine.prefill, [], []
 
     def measured(*arguments):
         alive.append(live_bytes())
-        state = generate(*arguments)
+        state = prefill(*arguments)
         ends.append(live_bytes())
         return state
 
     prompts = [Example(prompt) for prompt in ("45", "456", "4", "45")]
     evaluation.evaluate_all(lm, {"warm up": prompts}, batch_sizes=[2], max_new_tokens=6)
-    monkeypatch.setattr(lm.engine, "generate", measured)
+    monkeypatch.setattr(lm.engine, "prefill", measured)
     evaluation.evaluate_all(lm, {"first": prompts, "second": prompts}, batch_sizes=[2], passes=2, max_new_tokens=6)
-    pools = jax.tree.leaves(generate(np.ones((2, 8), np.int32), np.full(2, 8), DecodeConfig("span", 6)).cache.pools)
+    pools = jax.tree.leaves(prefill(np.ones((2, 8), np.int32), np.full(2, 8), DecodeConfig("span", 6)).cache.pools)
     assert len(alive) == 8 and min(ends) - max(alive) > sum(pool.nbytes for pool in pools)
     assert max(alive) - min(alive) < 1000, alive  # tokens that outputs keep, on a CPU without a copy
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_told_and_the_others_are_kept(lm, monkeypatch):
-    generate, compile_ = lm.engine.generate, lm.engine.compile
+    prefill, compile_ = lm.engine.prefill, lm.engine.compile
 
     def run_out(token_ids, *arguments):
         if len(token_ids) == 2 and token_ids.shape[1] == 5:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
-        return generate(token_ids, *arguments)
+        return prefill(token_ids, *arguments)
 
     def compile_or_not(batch_size, *arguments):
         if batch_size == 3:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.")
         return compile_(batch_size, *arguments)
 
-    monkeypatch.setattr(lm.engine, "generate", run_out)
+    monkeypatch.setattr(lm.engine, "prefill", run_out)
     monkeypatch.setattr(lm.engine, "compile", compile_or_not)
     sets = {"short": [Example("4")] * 2, "long": [Example("456")] * 3}
     before = live_bytes()
@@ -239,7 +241,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_told_and_the_others_are_kept(l
         patch.setattr(memory, "device_memory_bytes", lambda: 1000)
         with pytest.raises(UserError, match=r"short at batch 1: does not fit: needs 0\.0 GiB of memory, the device has 0\.0"):
             evaluation.report(lm, evaluation.evaluate_all(lm, {"short": sets["short"]}, batch_sizes=(1,)), {})
-    monkeypatch.setattr(lm.engine, "generate", lambda *arguments: jnp.zeros(3) + jnp.zeros(4))
+    monkeypatch.setattr(lm.engine, "prefill", lambda *arguments: jnp.zeros(3) + jnp.zeros(4))
     with pytest.raises(TypeError):  # any other error is a bug
         evaluation.evaluate_all(lm, sets, batch_sizes=(1,))
 
