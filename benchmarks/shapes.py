@@ -171,6 +171,8 @@ PROMPT_SHAPES = (
     PromptShape("b1-32k", "long: the steady state of the loop over keys", 1, 32768, 32, 8, 128),
     PromptShape("b1-8k-at-24k", "the last chunk of a long prompt, over rows already in the pool", 1, 8192, 32, 8, 128, first_query=24576),
     PromptShape("b1-16k-h64", "SmolLM2-135M heads: head size 64, three queries to a key", 1, 16384, 9, 3, 64),
+    PromptShape("b1-32k-mha", "as b1-32k, but no heads share keys: four times the keys and values", 1, 32768, 32, 32, 128),
+    PromptShape("b1-32k-mqa", "as b1-32k, but all heads share keys: an eighth of the keys and values", 1, 32768, 32, 1, 128),
     PromptShape(
         "local-b128-3k", "expressions that attend to their own labels: few pairs, in small tiles", 128, 3072, 8, 4, 64, mask="local"
     ),

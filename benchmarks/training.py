@@ -17,7 +17,7 @@ import itertools
 import statistics
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,7 @@ class CompiledSteps:
             "parameters": self.model.num_parameters,
             "batch_size": self.config.batch_size,
             "sequence_tokens": self.config.sequence_tokens,
+            "remat": self.model.config.remat,
             "mask": self.model.config.mask,
             "training_takes": training_implementation(self.model.config, self.config.sequence_tokens) or [*self.programs][-1],
             "attention": {name: self._measure(*program, steps) for name, program in self.programs.items()},
@@ -133,8 +134,16 @@ class CompiledSteps:
         }
 
 
-def compile_steps(runs: Iterable[tuple[Decoder, TrainConfig, Iterator[training.Batch]]], mesh: Mesh | None = None) -> list[CompiledSteps]:
-    """Compile the steps of some runs: traced one after the other, compiled side by side because XLA leaves most processors idle on one."""
+def compile_steps(
+    runs: Iterable[tuple[Decoder, TrainConfig, Iterator[training.Batch]]],
+    mesh: Mesh | None = None,
+    attention: Sequence[SequenceImplementation] = (),
+) -> list[CompiledSteps]:
+    """Compile the steps of some runs: traced one after the other, compiled side by side because XLA leaves most processors idle on one.
+
+    Args:
+      attention: the implementations; by default what training takes, and beside it Triton's and cuDNN's on a GPU, XLA's elsewhere.
+    """
     traced: list[tuple[dict[str, Any], dict[SequenceImplementation, Any]]] = []
     for model, config, batches in runs:
         taken = list(itertools.islice(batches, 2))
@@ -144,7 +153,8 @@ def compile_steps(runs: Iterable[tuple[Decoder, TrainConfig, Iterator[training.B
         on_device = [training.DeviceBatch.of(batch, num_rows=config.batch_size, mesh=mesh) for batch in taken]
         fixed, state = training.initial_state(model, config, mesh)
         best = training_implementation(model.config, config.sequence_tokens) or "triton"
-        names: Iterable[SequenceImplementation] = dict.fromkeys((best, "triton", "cudnn")) if jax.default_backend() == "gpu" else ("xla",)
+        usual: Iterable[SequenceImplementation] = dict.fromkeys((best, "triton", "cudnn")) if jax.default_backend() == "gpu" else ("xla",)
+        names = attention or usual
         run = {"model": model, "config": config, "mesh": mesh, "batches": on_device, "tokens": tokens, "fixed": fixed, "state": state}
         traced.append((run, {name: training.train_step.lower(fixed, state, on_device[0], config, name) for name in names}))
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -184,6 +194,10 @@ class Lengths:
     """Tokens of a step, a multiple of each length."""
     layers: int | None = None
     """Fewer layers than the shape has, for a try."""
+    remat: bool = False
+    """Compute each layer's activations again for its gradient, in place of keeping them."""
+    attention: Annotated[tuple[SequenceImplementation, ...], commandline.commas(*get_args(SequenceImplementation))] = ()
+    """Implementations of attention; by default what training takes, and beside it triton and cudnn on a GPU, xla elsewhere."""
     steps: int = 5
     """Of one repetition."""
     seed: int = 0
@@ -199,7 +213,12 @@ class Lengths:
 
     def run(self) -> None:
         shape = named_shape(self.shape, arithmetic_vocab=True)
-        changes: dict[str, Any] = {"mask": self.mask, "num_layers": self.layers, "max_context_tokens": max(self.tokens)}
+        changes: dict[str, Any] = {
+            "mask": self.mask,
+            "num_layers": self.layers,
+            "remat": self.remat,
+            "max_context_tokens": max(self.tokens),
+        }
         config = dataclasses.replace(shape.config, **{name: value for name, value in changes.items() if value is not None})
         model = Decoder(config, vocab=shape.vocab, vocab_size=shape.vocab_size, rngs=nnx.Rngs(self.seed))
         report: dict[str, Any] = {"shape": self.shape, "step_tokens": self.step_tokens, "seed": self.seed, "lengths": []}
@@ -207,7 +226,7 @@ class Lengths:
         for tokens in self.tokens:
             rows = TrainConfig(steps=1_000, batch_size=self.step_tokens // tokens, sequence_tokens=tokens, seed=self.seed)
             runs.append((model, rows, itertools.repeat(self.sequences(rows, model))))
-        for compiled in compile_steps(runs):
+        for compiled in compile_steps(runs, attention=self.attention):
             figures = compiled.measure(self.steps)
             report["lengths"].append(figures)
             print(table(figures), flush=True)
