@@ -10,6 +10,7 @@ python decode.py serve checkpoints/arithmetic-tiny --port 8000
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -55,7 +56,7 @@ class Model:
         if self.compile_cache:
             files.keep_programs()
         with commandline.status("loading the model ..."):
-            return SpanLM.load(self.checkpoint, TASKS, base=self.base, dtype=self.dtype, mesh=self.mesh, **options)
+            return SpanLM.load(self.checkpoint, TASKS, base=self.base, dtype=self.dtype, **{"mesh": self.mesh, **options})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,7 @@ class Generate(Model):
             with commandline.status("compiling and decoding ..."):
                 found = lm.generate(prompts, num_samples=self.num_samples, batch_size=self.batch_size, **options)
             outs = [found] if isinstance(found, Output) else [out for own in found for out in ([own] if isinstance(own, Output) else own)]
-        several = self.prompts or self.num_samples
-        kept: dict[str, Any] = {}
+        several, kept = self.prompts or self.num_samples, dict[str, Any]()
         if self.prefill != "dense":
             some = prompts if isinstance(prompts, str) else prompts[: self.batch_size]
             kept = {"selector": self.prefill, **lm.measure_prefill(some, self.prefill, attention=self.attention, chat=self.chat)}
@@ -224,7 +224,7 @@ class Serve(Model):
     def run(self) -> None:
         from selfspan_jax.serving import server  # the packages that speak HTTP are imported where they are needed
 
-        server.serve(lambda: self.load(weights=self.weights), self.checkpoint.name, self.server, attention=self.attention)
+        server.serve(functools.partial(self.load, weights=self.weights), self.checkpoint.name, self.server, self.mesh, self.attention)
 
 
 _USUAL = (None, "dense", "model", False)

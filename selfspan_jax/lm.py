@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
-from selfspan_jax.config import COMPUTE_DTYPES, MAX_SEED, DecodeConfig, Dtype, Implementation, Sampling, Weights
+from selfspan_jax.config import COMPUTE_DTYPES, MAX_SEED, DecodeConfig, Dtype, Implementation, ModelConfig, Sampling, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState
@@ -26,6 +26,7 @@ from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.serving.scheduler import Request, run_together, saves_steps, throughput_scheduler
+from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task, end_ids, installed_tasks
 from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
@@ -45,7 +46,64 @@ _OPTIONS = ("attention", "max_new_tokens", "chat", "seed", "stop", "prefill", "i
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
-class SpanLM:
+class Reader:
+    """Encode prompts in the words of a task, and read responses back: what needs a model's configuration, and none of its parameters."""
+
+    def __init__(self, task: Task, config: ModelConfig, vocab: SpanVocab):
+        self.task, self.config, self.vocab = task, config, vocab
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a response, the vocabulary's `<eos>` first."""
+        return end_ids(self.task, self.vocab)
+
+    def encode(self, prompts: str | Sequence[str], chat: bool = False) -> tuple[list[str], list[Int[np.ndarray, "T"]]]:
+        """Return prompts as a list, and the ids of each. Raises UserError, which of several prompts names the one."""
+        if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise UserError(f"prompts are {prompts!r}: expected text, or a list of texts")
+        encode = getattr(self.task, "encode_chat", None) if chat else self.task.encode_prompt
+        if encode is None:
+            raise UserError("chat is for pretrained models: this model's task writes its prompts itself")
+        texts, found = [prompts] if isinstance(prompts, str) else list(prompts), []
+        for number, text in enumerate(texts, 1):
+            try:
+                if not isinstance(text, str):
+                    raise UserError(f"expected text, found {type(text).__name__}")
+                texts[number - 1] = text = well_formed(text)
+                ids = encode(text)
+                self._check_length(len(ids))
+                prompt_warnings(self.task, text)  # which may find that it cannot be judged
+            except ValueError as error:  # what tasks raise
+                if isinstance(prompts, str):
+                    raise
+                shown = f"{text[:_SHOWN_CHARACTERS]}..." if isinstance(text, str) and len(text) > _SHOWN_CHARACTERS else text
+                place = prompts.places[number - 1] if isinstance(prompts, FilePrompts) else f"prompt {number}"
+                raise UserError(f"{place}, {shown!r}: {error}") from error
+            found.append(ids)
+        return texts, found
+
+    def read_tokens(self, prompt: str, ids, tokens: Int[np.ndarray, "M"], attended: Int[np.ndarray, "M"], policy: Policy) -> Output:
+        """Read back the tokens of one response up to its end, if it has one, and what they attended to, decoded under a policy."""
+        ends = np.flatnonzero(np.isin(tokens, self.end_ids))
+        return self._output(prompt, ids, tokens[: int(ends[0]) + 1] if len(ends) else tokens, attended, policy)
+
+    def read_response(self, prompt: str, ids, response: Response, attended, policy: Policy) -> Output:
+        """Read back one response that came in chunks, decoded under a policy, and what its tokens attended to, at least as many."""
+        response.finish()
+        stopped = {"stopped_by": response.stopped_by, "surplus": response.surplus}
+        return self._output(prompt, ids, response.token_ids, attended, policy, **stopped)
+
+    def _output(self, prompt: str, ids, tokens, attended, policy: Policy, **stopped: Any) -> Output:
+        token_ids = np.concatenate([ids, np.asarray(tokens, np.int32)])
+        read = attended[: len(tokens)]
+        return Output(self.task, token_ids, len(ids), read, policy, self.config, self.vocab, prompt, **stopped)
+
+    def _check_length(self, prompt_tokens: int) -> None:
+        if prompt_tokens >= (context := self.config.max_context_tokens):
+            raise UserError(f"the prompt is {prompt_tokens} tokens long, but the model's context is {context}, response included")
+
+
+class SpanLM(Reader):
     """Decode with a model, in the words of the task that it was trained for."""
 
     def __init__(self, model: Decoder, task: Task, *, weights: Weights = "bf16", mesh: str | None = None):
@@ -53,7 +111,7 @@ class SpanLM:
         _check_weights(weights)
         self.model = model.for_decoding(weights=weights)
         self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
-        self.task = task
+        super().__init__(task, self.model.config, self.model.vocab)
 
     @classmethod
     def load(
@@ -223,36 +281,6 @@ class SpanLM:
             yield piece
         return self.read_response(prompt, ids, response, np.concatenate(chunks), call.policy)
 
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The ids that end a response, the vocabulary's `<eos>` first."""
-        return end_ids(self.task, self.model.vocab)
-
-    def encode(self, prompts: str | Sequence[str], chat: bool = False) -> tuple[list[str], list[Int[np.ndarray, "T"]]]:
-        """Return prompts as a list, and the ids of each. Raises UserError, which of several prompts names the one."""
-        if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
-            raise UserError(f"prompts are {prompts!r}: expected text, or a list of texts")
-        encode = getattr(self.task, "encode_chat", None) if chat else self.task.encode_prompt
-        if encode is None:
-            raise UserError("chat is for pretrained models: this model's task writes its prompts itself")
-        texts, found = [prompts] if isinstance(prompts, str) else list(prompts), []
-        for number, text in enumerate(texts, 1):
-            try:
-                if not isinstance(text, str):
-                    raise UserError(f"expected text, found {type(text).__name__}")
-                texts[number - 1] = text = well_formed(text)
-                ids = encode(text)
-                self._check_length(len(ids))
-                prompt_warnings(self.task, text)  # which may find that it cannot be judged
-            except ValueError as error:  # what tasks raise
-                if isinstance(prompts, str):
-                    raise
-                shown = f"{text[:_SHOWN_CHARACTERS]}..." if isinstance(text, str) and len(text) > _SHOWN_CHARACTERS else text
-                place = prompts.places[number - 1] if isinstance(prompts, FilePrompts) else f"prompt {number}"
-                raise UserError(f"{place}, {shown!r}: {error}") from error
-            found.append(ids)
-        return texts, found
-
     def _call(
         self,
         ids: Sequence[Int[np.ndarray, "T"]],
@@ -338,28 +366,8 @@ class SpanLM:
         decoded = zip(prompts, prompt_ids, np.asarray(state.new_tokens)[:, : int(state.num_steps)], np.asarray(state.num_attended))
         return [self.read_tokens(prompt, ids, tokens, attended, policy) for prompt, ids, tokens, attended in decoded]
 
-    def read_tokens(self, prompt: str, ids, tokens: Int[np.ndarray, "M"], attended: Int[np.ndarray, "M"], policy: Policy) -> Output:
-        """Read back the tokens of one response up to its end, if it has one, and what they attended to, decoded under a policy."""
-        ends = np.flatnonzero(np.isin(tokens, self.end_ids))
-        return self._output(prompt, ids, tokens[: int(ends[0]) + 1] if len(ends) else tokens, attended, policy)
-
-    def _output(self, prompt: str, ids, tokens, attended, policy: Policy, **stopped: Any) -> Output:
-        token_ids = np.concatenate([ids, np.asarray(tokens, np.int32)])
-        read, model = attended[: len(tokens)], self.model
-        return Output(self.task, token_ids, len(ids), read, policy, model.config, model.vocab, prompt, **stopped)
-
-    def read_response(self, prompt: str, ids, response: Response, attended, policy: Policy) -> Output:
-        """Read back one response that came in chunks, decoded under a policy, and what its tokens attended to, at least as many."""
-        response.finish()
-        stopped = {"stopped_by": response.stopped_by, "surplus": response.surplus}
-        return self._output(prompt, ids, response.token_ids, attended, policy, **stopped)
-
     def _response(self, call: _Call) -> Response:
         return Response(self.task.decode, call.stop, self.end_ids)
-
-    def _check_length(self, prompt_tokens: int) -> None:
-        if prompt_tokens >= (context := self.model.config.max_context_tokens):
-            raise UserError(f"the prompt is {prompt_tokens} tokens long, but the model's context is {context}, response included")
 
     def _check_ids(self, token_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         token_ids = np.asarray(token_ids, np.int32)

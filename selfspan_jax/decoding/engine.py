@@ -27,7 +27,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket, decode_step, extend_state, prefill_state, sample_step
-from selfspan_jax.errors import UserError
+from selfspan_jax.errors import UserError, check_ids
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import collectives, layout, memory
 from selfspan_jax.parallel.mesh import check_batch, check_decoding
@@ -79,8 +79,7 @@ class Engine:
 
     def check_ids(self, token_ids: Int[np.ndarray, "..."]) -> None:
         """Raise UserError for ids outside the model's vocabulary."""
-        if token_ids.size and not (0 <= token_ids.min() and token_ids.max() < self.vocab_size):
-            raise UserError(f"token ids from {token_ids.min()} to {token_ids.max()}; the model knows 0 to {self.vocab_size - 1}")
+        check_ids(token_ids, self.vocab_size)
 
     def prefill(
         self,

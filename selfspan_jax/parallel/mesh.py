@@ -23,6 +23,19 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
     Raises: UserError that says what is wrong with the text, or how many devices are missing.
     """
+    sizes = axis_sizes(text)
+    devices = jax.devices() if devices is None else list(devices)
+    wanted = math.prod(sizes.values())
+    if wanted > len(devices):
+        raise UserError(f"mesh is {text!r}: takes {wanted} devices, here are {len(devices)} ({devices[0].device_kind})")
+    if jax.process_count() > 1 and wanted != len(devices):
+        raise UserError(f"mesh is {text!r}: takes {wanted} devices; {jax.process_count()} processes must use all of their {len(devices)}")
+    grid = np.array(devices[:wanted]).reshape([sizes[name] for name in MESH_AXES])
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def axis_sizes(text: str) -> dict[str, int]:
+    """Read the size of each axis from a text like `data=2,tensor=4`. Raises UserError that says what is wrong with it."""
     if not isinstance(text, str):
         raise UserError(f"mesh is {text!r}; expected text such as data=2,tensor=2")
     sizes = dict.fromkeys(MESH_AXES, 1)
@@ -35,14 +48,7 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
             raise UserError(f"mesh is {text!r}: each axis takes one size, 1 and above, as in data=2,tensor=2")
         seen.add(name)
         sizes[name] = int(number)
-    devices = jax.devices() if devices is None else list(devices)
-    wanted = math.prod(sizes.values())
-    if wanted > len(devices):
-        raise UserError(f"mesh is {text!r}: takes {wanted} devices, here are {len(devices)} ({devices[0].device_kind})")
-    if jax.process_count() > 1 and wanted != len(devices):
-        raise UserError(f"mesh is {text!r}: takes {wanted} devices; {jax.process_count()} processes must use all of their {len(devices)}")
-    grid = np.array(devices[:wanted]).reshape([sizes[name] for name in MESH_AXES])
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return sizes
 
 
 def training_mesh(text: str | None) -> Mesh | None:

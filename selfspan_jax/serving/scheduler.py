@@ -29,7 +29,7 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import MAX_SEED, DecodeConfig, Implementation, Sampling, SamplingFields, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket
-from selfspan_jax.errors import UserError
+from selfspan_jax.errors import UserError, check_ids
 from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.pages import Pages, page_keys
@@ -67,6 +67,21 @@ class Request:
     logprobs: bool = False
     """Whether `Tokens` have log-probabilities."""
 
+    def check(self, vocab_size: int, context_tokens: int, room: int) -> None:
+        """Raise UserError for what can never run: `context_tokens` are those of a sequence, and there is cache for `room` tokens."""
+        token_ids = np.asarray(self.prompt_ids)
+        if token_ids.ndim != 1 or not token_ids.size or not np.issubdtype(token_ids.dtype, np.integer):
+            raise UserError(f"prompt_ids are {token_ids.dtype} of shape {token_ids.shape}; expected whole numbers [T], at least one")
+        check_ids(token_ids, vocab_size)
+        for name, (least, most) in {"max_new_tokens": (1, context_tokens), "seed": (0, MAX_SEED), "sample": (0, 2**32 - 1)}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
+                raise UserError(f"{name} is {value!r}; allowed: whole numbers from {least} to {most}")
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(f"sampling is {self.sampling!r}; expected a Sampling")
+        if len(token_ids) + self.max_new_tokens > (room := min(context_tokens, room)):
+            raise UserError(f"{len(token_ids)} prompt tokens and {self.max_new_tokens} new ones exceed the {room} that a sequence may have")
+
 
 class Tokens(NamedTuple):
     """What a chunk gave one request. The last one of a request, and no other, says how it finished."""
@@ -91,26 +106,34 @@ class Closed(Exception):
 class Stats:
     """Counts: what is there now, and what there has been since the start."""
 
-    running: int
-    reading: int
-    waiting: int
-    pages_used: int
-    pages_cached: int
-    pages_free: int
-    prompt_tokens: int
+    running: int = 0
+    reading: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    pages_free: int = 0
+    submitted: int = 0
+    prompt_tokens: int = 0
     """Read, those of shared pages excluded and those of sequences that were read again included."""
-    prefix_hit_tokens: int
+    prefix_hit_tokens: int = 0
     """Of prompts, found in shared pages."""
-    generated_tokens: int
-    attended_tokens: int
+    generated_tokens: int = 0
+    attended_tokens: int = 0
     """Read by the generated tokens, each of them itself included."""
-    context_tokens: int
+    context_tokens: int = 0
     """That a dense model would have read for the same tokens."""
-    preemptions: int
-    waited_seconds: float
+    preemptions: int = 0
+    waited_seconds: float = 0.0
     """That the host had nothing to do but to wait for a chunk's tokens; where it does not rise, the device waits for the host."""
-    finished: dict[str, int]
+    finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Requests by how they ended."""
+
+    @classmethod
+    def sum(cls, several: Sequence[Stats]) -> Stats:
+        """Add up the counts of several schedulers."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "finished"]
+        ended = sum((own.finished for own in several), collections.Counter[str]())
+        return cls(**{name: sum(getattr(own, name) for own in several) for name in names}, finished=ended)
 
 
 @dataclasses.dataclass(eq=False)
@@ -241,15 +264,6 @@ class Scheduler:
     def stats(self) -> Stats:
         """Count what there is."""
         pages = self.pages
-        names = (
-            "prompt_tokens",
-            "prefix_hit_tokens",
-            "generated_tokens",
-            "attended_tokens",
-            "context_tokens",
-            "preemptions",
-            "waited_seconds",
-        )
         return Stats(
             running=len(self._running),
             reading=len(self._reading),
@@ -257,12 +271,14 @@ class Scheduler:
             pages_used=pages.num_used,
             pages_cached=pages.num_cached,
             pages_free=pages.num_free,
-            finished=dict(self._ended),
-            **{name: self._counts[name] for name in names},
+            submitted=self._num_submitted,
+            finished=self._ended.copy(),
+            **self._counts,  # type: ignore[arg-type]
         )
 
     def _submit(self, request: Request, deliver: Callable[[Tokens], None], max_queue: int | None) -> Ticket:
-        token_ids = self._check(request)
+        request.check(self.engine.vocab_size, self.context_tokens, self.num_pages * self.config.page_tokens)
+        token_ids = np.asarray(request.prompt_ids).astype(np.int32)
         keys, goes_on = page_keys(token_ids, self.config.page_tokens), self._goes_on(token_ids)
         with self._lock:
             if self._closing:
@@ -274,27 +290,6 @@ class Scheduler:
             self._incoming.append(ticket)
             self._lock.notify()
         return ticket
-
-    def _check(self, request: Request) -> Int[np.ndarray, "T"]:
-        """Return the prompt's ids. Raises UserError for what can never run."""
-        token_ids = np.asarray(request.prompt_ids)
-        if token_ids.ndim != 1 or not token_ids.size or not np.issubdtype(token_ids.dtype, np.integer):
-            raise UserError(f"prompt_ids are {token_ids.dtype} of shape {token_ids.shape}; expected whole numbers [T], at least one")
-        self.engine.check_ids(token_ids)
-        limits = {"max_new_tokens": (1, self.context_tokens), "seed": (0, MAX_SEED), "sample": (0, 2**32 - 1)}
-        for name, (least, most) in limits.items():
-            value = getattr(request, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
-                raise UserError(f"{name} is {value!r}; allowed: whole numbers from {least} to {most}")
-        if not isinstance(request.sampling, Sampling):
-            raise UserError(f"sampling is {request.sampling!r}; expected a Sampling")
-        needed = len(token_ids) + request.max_new_tokens
-        room = min(self.context_tokens, self.num_pages * self.config.page_tokens)
-        if needed > room:
-            raise UserError(
-                f"{len(token_ids)} prompt tokens and {request.max_new_tokens} new ones exceed the {room} that a sequence may have"
-            )
-        return token_ids.astype(np.int32)
 
     # --------------------------------------------------------------------------------------------- for the one thread
 

@@ -1,7 +1,7 @@
 """Serve a model over HTTP: OpenAI's API (`protocol`), `/health`, `/metrics`, and a live page.
 
-One thread drives the scheduler, one event loop the connections. A request's prompts are encoded, and its responses read back, in
-a third thread, so that a long prompt stops no stream. The tokens of a chunk go from the scheduler to the loop together.
+Schedulers have processes of their own (`workers`). Here a thread takes what they give, one event loop has the connections. A request's
+prompts are encoded, and its responses read back, in a third thread, so that a long prompt stops no stream.
 
 No request reaches the file system: the page is read when the server starts, and there are no other files. A client that goes
 away frees its places at the next chunk; whatever fails one request is told to it alone.
@@ -28,6 +28,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import uvicorn
 from jaxtyping import Int
@@ -41,11 +42,12 @@ from starlette.routing import Route
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import MAX_SEED, ServerConfig
 from selfspan_jax.errors import UserError
-from selfspan_jax.lm import SpanLM
+from selfspan_jax.lm import Reader, SpanLM
 from selfspan_jax.serving import live, protocol
 from selfspan_jax.serving.metrics import Metrics
 from selfspan_jax.serving.protocol import Call
-from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, Ticket, Tokens, joined
+from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, Tokens, joined
+from selfspan_jax.serving.workers import Workers
 from selfspan_jax.viewing import detokenize
 
 MAX_BODY_BYTES = 4 * 2**20
@@ -71,7 +73,7 @@ class Choice:
     prompt: str
     prompt_ids: Int[np.ndarray, "T"]
     response: detokenize.Response
-    ticket: Ticket | None = None
+    ticket: Any = None
     attended: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[tuple[float, list[int], list[float]]] = dataclasses.field(default_factory=list)
     """Of each token: its own, and the likeliest ids with theirs."""
@@ -83,10 +85,11 @@ class Choice:
 
 
 class Server:
-    """The application: a model, the scheduler that decodes with it, and what is on its way.
+    """The application: what encodes and reads texts, the scheduler that decodes, or several in other processes, and what is on its way.
 
     Args:
-      scheduler: of the same model; `start` runs it in a thread of its own, `stop` ends it.
+      lm: of the model that the scheduler has.
+      scheduler: is run in a thread, until `drain`.
       model_name: what clients call the model.
       attention: the policy that the scheduler decodes with; by default what the model was trained with.
       examples: prompts that the live page offers.
@@ -95,8 +98,8 @@ class Server:
 
     def __init__(
         self,
-        lm: SpanLM,
-        scheduler: Scheduler,
+        lm: Reader,
+        scheduler: Scheduler | Workers,
         model_name: str,
         *,
         attention: str | Policy | None = None,
@@ -108,7 +111,7 @@ class Server:
         self.metrics = Metrics(model_name, lambda: scheduler.stats)
         self.state = "starting"
         self._key = None if api_key is None else _digest(api_key.encode("utf-8", "surrogateescape"))
-        self.policy = get_policy(lm.model.config.mask if attention is None else attention)
+        self.policy = get_policy(lm.config.mask if attention is None else attention)
         self._task_name = getattr(lm.task, "name", type(lm.task).__name__)
         self._page = live.page(model_name, self._task_name, self.policy.name, examples)
         self._calls: set[Running] = set()
@@ -367,7 +370,7 @@ class Running:
         return piece
 
     def _end(self, choice: Choice, reason: str) -> None:
-        vocab, ids = self.server.lm.model.vocab, np.asarray(choice.response.token_ids, np.int64)
+        vocab, ids = self.server.lm.vocab, np.asarray(choice.response.token_ids, np.int64)
         spans = sum(int(np.sum((base <= ids) & (ids < base + vocab.num_labels))) for base in (vocab.seg_base, vocab.ref_base))
         choice.finish_reason = reason
         self.server.metrics.finished(reason, len(choice.prompt_ids), len(ids), spans, time.monotonic() - self._started)
@@ -418,7 +421,7 @@ class Running:
         call, model, lm = self.call, self.server.model_name, self.server.lm
         # Most events are a piece of text and nothing else: what is around it is written once.
         around = [_dumps(protocol.event(call, model, choice.index, call.id)).split(_dumps(call.id)) for choice in self.choices]
-        watches = [live.Watch(lm.task, lm.model.vocab, choice.prompt_ids) for choice in self.choices] if call.tokens else []
+        watches = [live.Watch(lm.task, lm.vocab, choice.prompt_ids) for choice in self.choices] if call.tokens else []
         for watch, choice in zip(watches, self.choices):
             yield _dumps(protocol.event(call, model, choice.index, "", part=watch.prompt()))
         if call.kind == "chat.completion":
@@ -570,27 +573,27 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield bound
 
 
-def serve(load: Callable[[], SpanLM], name: str, config: ServerConfig, *, attention: str | Policy | None = None) -> None:
+def serve(
+    load: Callable[..., SpanLM], name: str, config: ServerConfig, mesh: str | None = None, attention: str | Policy | None = None
+) -> None:
     """Serve a model until SIGTERM or SIGINT: then what runs is finished, and the rest refused.
 
     Args:
-      load: returns the model; called once the address is taken, because it may take minutes.
+      load: makes the model, as for `Workers`; called once the address is taken, because it may take minutes.
       name: what clients call the model, unless the config says it.
 
-    Raises: UserError for an address that cannot be listened on, and as `Scheduler`; DoesNotFit.
+    Raises: UserError for an address that cannot be listened on, and as `Workers`; DoesNotFit.
     """
-    with listening(config.host, config.port) as bound:
-        lm = load()
-        scheduler = Scheduler(lm.engine, config.serving, attention=attention, stop_ids=lm.end_ids[1:])
+    jax.config.update("jax_platforms", "cpu")  # devices are the workers'
+    with listening(config.host, config.port) as bound, Workers(load, config.serving, mesh=mesh, attention=attention) as workers:
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone away
         print("compiling ...", flush=True)
-        scheduler.warm_up()
+        workers.warm_up()
         gc.collect()
-        gc.freeze()  # what stays is not looked at again between chunks
+        gc.freeze()  # what stays is not looked at again
         key = os.environ.get("SELFSPAN_API_KEY") or None if config.api_key is None else config.api_key
-        options: dict[str, Any] = {"attention": attention, "api_key": key, "examples": _examples(lm.task)}
-        server = Server(lm, scheduler, config.model_name or name, **options)
-        Uvicorn(server).run([bound])
+        options: dict[str, Any] = {"attention": attention, "api_key": key, "examples": _examples(workers.reader.task)}
+        Uvicorn(Server(workers.reader, workers, config.model_name or name, **options)).run([bound])
 
 
 def _examples(task: Any) -> list[str]:

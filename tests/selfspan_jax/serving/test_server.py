@@ -1,13 +1,11 @@
 """The server over real sockets: OpenAI's own client, what is refused, clients that go away, and the end.
 
-Most tests have a scheduler that deals out a script, so that they decide when tokens come; the last ones have the real one.
+They have a scheduler that deals out a script, so that they decide when tokens come; the real one is in test_workers.
 """
 
-import asyncio
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import threading
@@ -27,7 +25,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.serving.running import LogProbs
-from selfspan_jax.serving.scheduler import QueueFull, Scheduler, Stats, Tokens
+from selfspan_jax.serving.scheduler import QueueFull, Stats, Tokens
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing.output import Output
 from tests import browser
@@ -113,7 +111,7 @@ class Scripted:
 
     @property
     def stats(self):
-        return Stats(2, 1, len(self._active), 3, 1, 4, 100, 20, 50, 250, 1000, 6, 0.5, {})
+        return Stats(2, 1, len(self._active), 3, 1, 4, len(self.requests), 100, 20, 50, 250, 1000, 6)
 
 
 @contextlib.contextmanager
@@ -506,59 +504,16 @@ def test_the_live_page_shows_steps_and_what_they_read_and_asks_nobody_else(tmp_p
         assert page.errors == [] and {url.removeprefix(address) for url in page.requests} == {"/", "/v1/completions"}
 
 
-# --------------------------------------------------------------------------------------------- the real scheduler
-
-CALLS = 300
-CONFIG = ServingConfig(num_sequences=4, context_tokens=64, page_tokens=8, prefill_tokens=64, num_pages=24, chunk_tokens=4, max_queue=400)
-
-
-def test_cancellations_at_random_lose_no_page_and_touch_no_other_response():
-    lm = SpanLM(random_model(max_context_tokens=64), Words())
-    scheduler = Scheduler(lm.engine, CONFIG)
-    rng = random.Random(0)
-    prompts = ["".join(rng.choices("456789", k=size)) for size in (1, 5, 12, 20, 30)]
-    alone = {out.prompt: out for out in lm.generate(prompts, max_new_tokens=20)}
-
-    async def ask(client, prompt, patience):
-        body = {"prompt": prompt, "max_tokens": 20, "stream": True}
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            assert response.status_code == 200
-            text, last = "", None
-            if not patience:  # most have no place yet
-                return None
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    last = json.loads(line[6:])["choices"][0]
-                    text += last["text"]
-                    patience -= 1
-                if not patience:
-                    return None
-        return prompt, text, last["selfspan"]["attended_tokens"]
-
-    async def ask_all(address):
-        limits = httpx2.Limits(max_connections=40)
-        async with httpx2.AsyncClient(base_url=address, timeout=100, trust_env=False, limits=limits) as client:
-            return await asyncio.gather(*(ask(client, rng.choice(prompts), rng.choice((-1, -1, 0, 0, 1, 2))) for _ in range(CALLS)))
-
-    with serving(scheduler, lm=lm) as address:
-        found = [each for each in asyncio.run(ask_all(address)) if each]
-        until(lambda: (scheduler.stats.running, scheduler.stats.reading, scheduler.stats.waiting) == (0, 0, 0))
-    assert 100 < len(found) < 250
-    for prompt, text, attended in found:
-        assert text == alone[prompt].text.removesuffix("<2>")
-        assert attended == pytest.approx(alone[prompt].attended_tokens)
-    stats = scheduler.stats
-    assert stats.pages_used == 0 and stats.pages_cached + stats.pages_free == 24 and stats.finished["cancelled"] > 20
+# --------------------------------------------------------------------------------------------------------- the end
 
 
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
     """`serve` as the command calls it, in this process: signals are the main thread's."""
     from selfspan_jax.serving import server as module
 
-    lm = SpanLM(random_model(), Named())
-    monkeypatch.setattr(module, "Scheduler", lambda *arguments, **options: scripted)
     scripted = Scripted()
-    scripted.warm_up = lambda: None
+    scripted.warm_up, scripted.reader = lambda: None, SpanLM(random_model(), Named())
+    monkeypatch.setattr(module, "Workers", lambda *arguments, **options: contextlib.nullcontext(scripted))
     release, found = threading.Event(), {}
     advance = scripted._advance
     monkeypatch.setattr(scripted, "_advance", lambda ticket: advance(ticket) if ticket[2] == 0 or release.is_set() else None)
@@ -597,7 +552,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     thread = threading.Thread(target=run_client)
     thread.start()
-    module.serve(lambda: lm, "words", ServerConfig(port=0, slots=2))
+    module.serve(None, "words", ServerConfig(port=0, slots=2))
     thread.join()
     signal.signal(signal.SIGTERM, before)
     assert found["text"] == TEXT

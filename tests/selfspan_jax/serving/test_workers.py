@@ -1,0 +1,160 @@
+"""Schedulers in processes of their own: the server over them, what they give, and what becomes of requests whose process ends."""
+
+import asyncio
+import random
+import threading
+
+import httpx2
+import numpy as np
+import pytest
+
+from selfspan_jax.config import ServingConfig
+from selfspan_jax.errors import UserError
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving.running import LogProbs
+from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Stats, Tokens
+from selfspan_jax.serving.workers import Round, Workers, shares
+from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.serving.test_server import serving, until
+from tests.selfspan_jax.viewing.test_html import Words
+
+CALLS = 160
+CONFIG = ServingConfig(num_sequences=1, context_tokens=64, page_tokens=8, prefill_tokens=64, num_pages=12, chunk_tokens=2, max_queue=200)
+
+
+def load(mesh=None):
+    """The model of the tests, made in a worker."""
+    return SpanLM(random_model(max_context_tokens=64), Words(), mesh=mesh)
+
+
+def refuse(mesh=None):
+    raise UserError(f"there is no such model, {mesh}")
+
+
+async def ask(client, prompt, patience):
+    """Read a stream, or go away after so many events; -1: never."""
+    body = {"prompt": prompt, "max_tokens": 20, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        text, last = "", None
+        if not patience:  # most have no place yet
+            return None
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                last = httpx2.Response(200, content=line[6:]).json()["choices"][0]
+                text += last["text"]
+                patience -= 1
+            if not patience:
+                return None
+    return prompt, text, last["selfspan"]["attended_tokens"]
+
+
+def test_two_workers_behind_a_server_give_each_what_it_would_get_alone_and_one_goes_on_where_the_other_ends():
+    """While clients go away at random, no page is lost and no other response touched."""
+    rng = random.Random(0)
+    prompts = ["".join(rng.choices("456789", k=size)) for size in (1, 5, 12, 20, 30)]
+    alone = {out.prompt: out for out in load().generate(prompts, max_new_tokens=20)}
+
+    async def ask_all(address):
+        limits = httpx2.Limits(max_connections=40)
+        async with httpx2.AsyncClient(base_url=address, timeout=100, trust_env=False, limits=limits) as client:
+            return await asyncio.gather(*(ask(client, rng.choice(prompts), rng.choice((-1, -1, 0, 0, 1, 2))) for _ in range(CALLS)))
+
+    with Workers(load, CONFIG, mesh="data=2") as workers:
+        workers.warm_up()
+        with serving(workers, lm=workers.reader) as address:
+            found = [each for each in asyncio.run(ask_all(address)) if each]
+            until(lambda: (workers.stats.running, workers.stats.reading, workers.stats.waiting) == (0, 0, 0))
+            stats = workers.stats
+            assert all(worker.submitted > 50 for worker in workers._workers)  # each has its share
+            assert stats.pages_used == 0 and stats.pages_cached + stats.pages_free == 24 and stats.finished["cancelled"] > 5
+            given = []
+            for ids in (np.array([4, 99]), np.array([4, -1]), np.zeros(0, int), np.full(60, 4)):
+                with pytest.raises(UserError):  # before it is sent
+                    workers.submit(Request(ids, 20), given.append)
+            tickets = [workers.submit(Request(np.array([1, 4, 3]), 50), given.append) for _ in range(2)]
+            assert tickets[0][0] is not tickets[1][0]
+            tickets[0][0].process.kill()
+            until(lambda: sum(tokens.finished is not None for tokens in given) == 2)
+            assert sorted(tokens.finished for tokens in given if tokens.finished) in (["error", "length"], ["error", "stop"])
+            assert [tokens.error for tokens in given if tokens.error] == ["the process that decodes has ended"]
+            whole = httpx2.post(f"{address}/v1/completions", json={"prompt": prompts[1], "max_tokens": 20}, timeout=20, trust_env=False)
+            assert whole.json()["choices"][0]["text"] == alone[prompts[1]].text.removesuffix("<2>")
+        with pytest.raises(Closed):
+            workers.submit(Request(np.array([4]), 1), given.append)
+    assert 50 < len(found) < 130
+    for prompt, text, attended in found:
+        assert text == alone[prompt].text.removesuffix("<2>")
+        assert attended == pytest.approx(alone[prompt].attended_tokens)
+
+
+class Silent:
+    """A connection to a worker that says nothing."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+def test_what_waits_is_counted_where_requests_are_given(monkeypatch):
+    """Requests that a worker has not told of yet wait; those that it gave places do not."""
+    workers = object.__new__(Workers)
+    from selfspan_jax.serving.workers import _Worker
+
+    workers.config, workers._lock, workers._closing, workers._numbers = ServingConfig(max_queue=2), threading.Lock(), False, iter(range(9))
+    workers.vocab_size, workers.context_tokens, workers.num_pages = 20, 64, 8
+    workers._workers = [_Worker(None, Silent())]
+    request = Request(np.array([4]), 1)
+    for _ in range(2):
+        workers.submit(request, print)
+    with pytest.raises(QueueFull, match="2 requests wait already"):
+        workers.submit(request, print)
+    workers._workers[0].stats = Stats(running=1, waiting=1, submitted=2)
+    workers.submit(request, print)
+    with pytest.raises(QueueFull):
+        workers.submit(request, print)
+    workers._workers[0].ended = True
+    with pytest.raises(Closed):
+        workers.submit(request, print)
+    assert [message[:2] for message in workers._workers[0].connection.sent] == [("submit", 0), ("submit", 1), ("submit", 2)]
+
+
+def test_a_round_is_taken_apart_as_it_was_put_together():
+    scores = LogProbs(np.array([-1.0]), np.array([[4]]), np.array([[-1.0]]))
+    given = [
+        (7, Tokens(np.array([4, 5]), np.array([2, 3]))),
+        (3, Tokens(np.array([6]), np.array([4]), "stop", None, scores)),
+        (9, Tokens(np.zeros(0, np.int32), np.zeros(0, np.int32), "error", "on fire")),
+        (8, Tokens(np.array([8]), np.array([9]))),
+    ]
+    for some in (given, []):
+        back = list(Round.of(some, Stats(running=2)).given())
+        assert [(number, tokens.finished, tokens.error) for number, tokens in back] == [(n, own.finished, own.error) for n, own in some]
+        for (_, found), (_, own) in zip(back, some, strict=True):
+            assert found[0].tolist() == own[0].tolist() and found[1].tolist() == own[1].tolist()
+            assert (found.logprobs is None) == (own.logprobs is None)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "visible", "expected"),
+    [
+        (None, None, [(None, None)]),
+        ("tensor=2", "3,4", [("tensor=2", None)]),  # it takes the first that it sees
+        ("data=2", None, [(None, "0"), (None, "1")]),
+        ("data=2,tensor=2", "4,5,6,7", [("tensor=2", "4,5"), ("tensor=2", "6,7")]),
+        ("tensor=1,data=3", "GPU-a,GPU-b,GPU-c", [(None, "GPU-a"), (None, "GPU-b"), (None, "GPU-c")]),
+    ],
+)
+def test_a_mesh_is_divided_into_those_of_its_workers(mesh, visible, expected):
+    assert shares(mesh, visible) == expected
+
+
+def test_what_cannot_be_divided_or_loaded_is_told_in_one_line():
+    with pytest.raises(UserError, match="takes 4 devices, CUDA_VISIBLE_DEVICES has 2"):
+        shares("data=2,tensor=2", "0,1")
+    with pytest.raises(UserError, match="no axis 'dat'"):
+        shares("dat=2", None)
+    with pytest.raises(UserError, match="there is no such model, tensor=2"):
+        Workers(refuse, CONFIG, mesh="tensor=2")
