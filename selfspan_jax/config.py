@@ -308,7 +308,7 @@ class DecodeConfig:
     """M, tokens that there is room for after each prompt."""
     sampling: Sampling = Sampling()
     prefill_tokens: int = 16_384
-    """Prompt tokens, over the batch, that go through the model at once; at least 64 of each prompt. Fewer take less memory."""
+    """Prompt tokens, over the batch, that go through the model at once, or the next more that divide the prompts; at least 128 of each."""
     prefill: str | Hashable = "dense"
     """Of causal prompts: "dense", "sample", "blocks", or a selector of the tiles to read (`selfspan_jax.attention.selectors`)."""
     implementation: Implementation | None = None

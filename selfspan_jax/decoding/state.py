@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.spans import SpanState
 
-MIN_PREFILL_CHUNK_TOKENS = 64  # of each prompt
+MIN_CAPACITY_TOKENS = 64  # of each prompt
 
 
 @jax.tree_util.register_dataclass
@@ -63,15 +64,15 @@ class DecodeState:
 
 def bucket(num_tokens: int) -> int:
     """Round a prompt's length up to one of few sizes (64 tokens and up, four to an octave), so that few programs are compiled."""
-    step = max(MIN_PREFILL_CHUNK_TOKENS, 1 << max(0, num_tokens.bit_length() - 3))
+    step = max(MIN_CAPACITY_TOKENS, 1 << max(0, num_tokens.bit_length() - 3))
     return -(-num_tokens // step) * step
 
 
 def prefill_chunk_tokens(batch_size: int, prompt_capacity: int, config: DecodeConfig) -> int:
-    """Choose how many tokens of each prompt go through the model at once: all, or a power of two that divides the capacity."""
-    wanted = max(MIN_PREFILL_CHUNK_TOKENS, config.prefill_tokens // max(batch_size, 1))
-    largest_divisor = prompt_capacity & -prompt_capacity
-    return prompt_capacity if prompt_capacity <= wanted else min(largest_divisor, 1 << (wanted.bit_length() - 1))
+    """Choose how many tokens of each prompt are read at once: the least equal part, of whole tiles, that is `prefill_tokens` in all."""
+    tile = math.gcd(prompt_capacity, 128)  # of queries in the fastest kernels, and of what sparse prefill chooses
+    parts = (prompt_capacity // n for n in range(prompt_capacity // tile, 0, -1) if prompt_capacity % (n * tile) == 0)
+    return next((part for part in parts if part * batch_size >= config.prefill_tokens), prompt_capacity)
 
 
 def prefill_state(

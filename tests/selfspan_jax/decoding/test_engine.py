@@ -20,6 +20,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sample, sequence_keys
 from selfspan_jax.decoding.state import bucket, decode_step, prefill_chunk_tokens, prefill_state, sample_step
 from selfspan_jax.errors import UserError
+from tests.pallas_kernels.budget import rms
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED, VIEWS, VOCAB, VOCAB_SIZE, streams
@@ -125,17 +126,29 @@ def test_the_tolerance_has_teeth():
     assert smallest > 10 * TOLERANCE
 
 
+def test_chunks_of_prompts_are_what_kernels_take():
+    """Of any shape: equal parts, of whole tiles, with as many rows as kernels of many rows want, and no more than that takes."""
+    config = DecodeConfig()
+    sizes = itertools.product((1, 2, 3, 5, 8, 64, 100, 130, 1000), (64, 200, 300, 520, 640, 800, 2000, 3000, 8000, 17_000, 131_072))
+    for batch, capacity in ((batch, bucket(tokens)) for batch, tokens in sizes):
+        tile = 128 if capacity % 128 == 0 else 64
+        enough = [part for part in range(tile, capacity, tile) if capacity % part == 0 and batch * part >= 16_384]
+        assert prefill_chunk_tokens(batch, capacity, config) == min(enough, default=capacity), (batch, capacity)
+    named = {(3, 8000): 8192, (1, 17_000): 20_480, (64, 8000): 256, (1024, 2968): 128, (1, 131_072): 16_384, (200, 300): 320}
+    assert {(b, tokens): prefill_chunk_tokens(b, bucket(tokens), config) for b, tokens in named} == named
+
+
 def test_prefill_in_chunks_is_one_forward():
     """Lengths at and around the ends of chunks of 64; a prompt far shorter than the rest; what follows a prompt is ignored. So are steps
     that go on from there."""
     rng = np.random.default_rng(3)
-    lengths = np.array([256, 1, 63, 64, 65, 128, 200, 255], np.int32)
-    rows = rng.integers(4, VOCAB_SIZE, (len(lengths), 256 + 2)).astype(np.int32)
+    lengths = np.array([192, 1, 63, 64, 65, 128, 160, 191], np.int32)
+    rows = rng.integers(4, VOCAB_SIZE, (len(lengths), 192 + 2)).astype(np.int32)
     rows[:, 0] = VOCAB.bos_id
     rows[rows == VOCAB.solve_id] = VOCAB.bos_id
     for b in range(len(lengths) - 1):  # a response begins in most of them, so that steps, names and views reach across chunks
         rows[b, rng.integers(64, 120)] = VOCAB.solve_id  # after the first chunk, which is read as that of prompts
-    t, s = np.indices((258, 258))
+    t, s = np.indices((194, 194))
     window = (s <= t) & ((t - s < 70) | (s < 2))
     for case, policy, masks in [
         (1, "span", reference_masks(rows, CASES[1])),
@@ -144,8 +157,8 @@ def test_prefill_in_chunks_is_one_forward():
         (3, "span", reference_masks(rows, CASES[3])),
     ]:
         config = DecodeConfig(policy, max_new_tokens=4, prefill_tokens=8 * 64)
-        assert prefill_chunk_tokens(8, 256, config) == 64
-        state, expected = ENGINES[case].prefill(rows[:, :256], lengths, config), reference_logits(MODELS[case], rows, masks)
+        assert prefill_chunk_tokens(8, 192, config) == 64
+        state, expected = ENGINES[case].prefill(rows[:, :192], lengths, config), reference_logits(MODELS[case], rows, masks)
         for index in range(3):
             at = np.arange(8), lengths - 1 + index
             state = ENGINES[case].step(state, rows[at], config) if index else state
@@ -154,13 +167,13 @@ def test_prefill_in_chunks_is_one_forward():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy, prompt_view", [("span", "local"), ("span", "causal"), ("dense", "local"), (Window(2, 70), "local")])
-@pytest.mark.parametrize("chunk_tokens, responses", [(64, False), (256, False), (64, True), (256, True)])
+@pytest.mark.parametrize("chunk_tokens, responses", [(128, False), (256, False), (128, True), (256, True)])
 def test_the_kernels_of_prompts_are_one_forward(policy, prompt_view, chunk_tokens, responses):
     """Heads of 32, which they take; masks that are positions and labels, and bits where responses go on; chunks of one tile and of many."""
     rng, lengths = np.random.default_rng(5), np.array([256, 1, 63, 130], np.int32)
     rows = rng.integers(4, VOCAB_SIZE, (4, 256)).astype(np.int32)
     rows[rows == VOCAB.solve_id] = VOCAB.bos_id
-    rows[np.arange(4), np.minimum(lengths - 1, 70) if responses else lengths - 1] = VOCAB.solve_id  # 70: in the second chunk of 64
+    rows[np.arange(4), np.minimum(lengths - 1, 140) if responses else lengths - 1] = VOCAB.solve_id  # 140: in the second chunk of 128
     model = random_model(max_context_tokens=1024, head_size=32, prompt_view=prompt_view, prompt_window_tokens=5)
     masks = np.array(get_policy(policy).mask(jnp.asarray(rows), VOCAB, model.config))
     config = DecodeConfig(policy, max_new_tokens=4, prefill_tokens=4 * chunk_tokens)
@@ -168,6 +181,31 @@ def test_the_kernels_of_prompts_are_one_forward(policy, prompt_view, chunk_token
     logits = np.asarray(Engine(model).prefill(rows, lengths, config).logits)
     expected = reference_logits(model, rows, masks)[np.arange(4), lengths - 1]
     np.testing.assert_allclose(logits, expected, atol=10 * TOLERANCE, rtol=10 * TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk_tokens", [128, 512])
+def test_prompts_in_half_precision_are_one_forward(chunk_tokens):
+    """The Mosaic kernel, heads of 64 in bfloat16, ragged, in one chunk and in four: as near to float32 as XLA's bfloat16 is, and where
+    the best token stands out it is the best. So are steps that go on from there. A tile of keys less is far outside."""
+    rows, lengths = np.random.default_rng(6).integers(4, VOCAB.seg_base, (4, 512)).astype(np.int32), np.array([510, 140, 129, 300])
+    sizes = {"max_context_tokens": 1024, "head_size": 64, "prompt_view": "causal"}
+    exact, model = (random_model(compute_dtype=dtype, **sizes) for dtype in ("float32", "bfloat16"))
+    t, s = np.indices((512, 512))
+    expected, plain = (reference_logits(one, rows, [s <= t] * 4) for one in (exact, model))
+    wrong = reference_logits(exact, rows, [(s <= t) & ((s >= 128) | (t < 128))] * 4)
+    config, engine = DecodeConfig("dense", max_new_tokens=4, prefill_tokens=4 * chunk_tokens), Engine(model)
+    assert prefill_chunk_tokens(4, 512, config) == chunk_tokens
+    assert "mosaic_gpu" in engine.lower_prefill(4, 512, config).as_text()
+    state = engine.prefill(rows, lengths.astype(np.int32), config)
+    for index in range(3):
+        at = np.arange(4), lengths - 1 + index
+        state = engine.step(state, rows[at], config) if index else state
+        budget = 2 * rms(plain[at] - expected[at])
+        assert rms(np.asarray(state.logits) - expected[at]) < budget < 0.2 * rms(wrong[at] - expected[at])
+        best = np.sort(expected[at], axis=1)[:, -2:]
+        clear = best[:, 1] - best[:, 0] > 4 * budget
+        assert clear.any() and (np.argmax(state.logits, axis=1) == np.argmax(expected[at], axis=1))[clear].all()
 
 
 # --------------------------------------------------------------------------------------------------- the two drivers
