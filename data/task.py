@@ -13,7 +13,7 @@ import numpy.typing as npt
 from data.card import Statistics
 from data.errors import UserError, check_json, check_range
 from data.streams import GeneratedCorpus
-from data.vocab import Vocab
+from data.vocab import TokenizerVocab, Vocab
 
 T = TypeVar("T", bound="Task")
 
@@ -117,6 +117,11 @@ class Task(abc.ABC):
     def decode(self, token_ids: Iterable[int]) -> str:
         """Write ids [n] as text, span tokens included."""
         return self.vocab.decode(token_ids)
+
+    @property
+    def tokens(self) -> tuple[str, ...] | None:
+        """The text of each id, where texts are those of their tokens, one after the other; None where several may make a character."""
+        return None if isinstance(self.vocab, TokenizerVocab) else self.vocab.tokens
 
     @abc.abstractmethod
     def answer(self, response_ids: Iterable[int]) -> str | None:

@@ -37,6 +37,7 @@ class Task(Protocol):
       group(prompt) -> str, what an evaluation tells apart, such as the number of operators, with `group_by`, which names
         the groups in JSON ("ops"), and `group_title`, which heads them in tables ("operators");
       view, how a response is laid out as text: "steps" (the default) or "sources".
+      tokens, the text of each id, where the text of several is theirs, one after the other: then steps are read faster;
       stop_ids, ids that end a response beside the vocabulary's `<eos>`;
       encode_chat(said) -> ids, text as a user's message, or messages, under the tokenizer's chat template, the answer to follow.
     """

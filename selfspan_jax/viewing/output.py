@@ -37,7 +37,7 @@ class Output(Reading):
     @functools.cached_property
     def text(self) -> str:
         """The response as written, span tokens included, without the stop string that ended it."""
-        text = self.task.decode(self.response_ids)
+        text = self._text(self.response_ids)
         return text[: len(text) - self.surplus]
 
     @property

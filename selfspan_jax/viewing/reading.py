@@ -10,8 +10,8 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ from selfspan_jax.spans import SpanVocab, TokenRoles
 from selfspan_jax.task import Task, end_ids
 from selfspan_jax.viewing import detokenize
 
+V = TypeVar("V", str, tuple, np.ndarray)
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+
+class Step(NamedTuple):
     """One step of a response: the label that it opens, the labels that it names in order, and the text that it writes."""
 
     label: int
@@ -37,10 +38,15 @@ class Step:
     """Tokens that the step's own tokens attended to, on average."""
     attended_fraction: float
     """Share of the context that they attended to, on average."""
-    indices: Int[np.ndarray, "I"] = dataclasses.field(repr=False, compare=False)
-    """Positions of the step's tokens in the sequence."""
+    positions: range
+    """Of the step's tokens in the sequence."""
     opened: bool = True
     """Whether a `<seg>` opens it; nothing opens the tokens before the first step."""
+
+    @property
+    def indices(self) -> Int[np.ndarray, "I"]:
+        """Positions of the step's tokens in the sequence, as an array."""
+        return np.arange(self.positions.start, self.positions.stop)
 
     def __str__(self) -> str:
         return f"<seg:{self.label}>{''.join(f'<ref:{ref}>' for ref in self.refs)}{self.text}"
@@ -77,7 +83,18 @@ class Reading:
     @functools.cached_property
     def token_texts(self) -> tuple[str, ...]:
         """The written form of each token; of several tokens that make up a character, the last has it, the others are empty."""
-        return detokenize.token_texts(self.task.decode, self.token_ids)
+        if self._written is None:
+            return detokenize.token_texts(self.task.decode, self.token_ids)
+        return tuple(self._written[0][self.token_ids].tolist())
+
+    @functools.cached_property
+    def _written(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The text of each id and its length, where the task says them and has all ids."""
+        tokens, ids = getattr(self.task, "tokens", None), self.token_ids
+        return None if tokens is None or ids.min(initial=0) < 0 or ids.max(initial=0) >= len(tokens) else _texts_and_lengths(tokens)
+
+    def _text(self, ids: Int[np.ndarray, "I"]) -> str:
+        return self.task.decode(ids) if self._written is None else "".join(self._written[0][ids].tolist())
 
     @functools.cached_property
     def roles(self) -> TokenRoles:
@@ -95,18 +112,21 @@ class Reading:
         if not len(self.response_ids):
             return ()
         roles = TokenRoles(*(role[self.prompt_tokens :] for role in self.roles))
-        is_body = ~roles.is_header & ~np.isin(self.response_ids, self.end_ids)
+        is_body = ~np.any([roles.is_header, *(self.response_ids == end_id for end_id in self.end_ids)], axis=0)
         starts = np.flatnonzero(np.diff(roles.step_index, prepend=-2))
         again = np.diff(roles.labels[starts], prepend=-1) == 0  # a step that only opens the label before once more closes that step
         starts = starts[~(again & (np.add.reduceat(is_body | (roles.names >= 0), starts) == 0))]
         opening = roles.step_index[starts]
         opened = (opening >= 0) & self.roles.is_header[opening]
-        bounds = [*starts.tolist(), len(roles.labels)]
-        refs = (tuple(piece.tolist()) for piece in _pieces(roles.names, roles.names >= 0, bounds))
-        texts = map(self.task.decode, _pieces(self.response_ids, is_body, bounds))
+        bounds, named = np.append(starts, len(roles.labels)), roles.names >= 0
+        refs = _pieces(tuple(roles.names[named].tolist()), named, bounds)
+        if self._written is None:  # the bytes of several tokens may make a character
+            texts: Iterable[str] = map(self.task.decode, _pieces(self.response_ids[is_body], is_body, bounds))
+        else:
+            texts = _pieces(self._text(self.response_ids[is_body]), self._written[1][self.response_ids] * is_body, bounds)
         means = ((np.add.reduceat(x, starts) / np.diff(bounds)).tolist() for x in (self.num_attended, self.fractions))
-        indices = np.split(np.arange(self.prompt_tokens, len(self.token_ids)), starts[1:])
-        return tuple(map(Step, roles.labels[starts].tolist(), refs, texts, *means, indices, opened.tolist()))
+        positions = itertools.starmap(range, itertools.pairwise((bounds + self.prompt_tokens).tolist()))
+        return tuple(map(Step, roles.labels[starts].tolist(), refs, texts, *means, positions, opened.tolist()))
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -239,11 +259,15 @@ def _attended(readings: Sequence[Reading]) -> Iterator[tuple[str, np.ndarray]]:
     yield "attended_tokens", np.concatenate([reading.num_attended for reading in readings])
 
 
-def _pieces(array: Any, chosen: Any, bounds: Sequence[int]) -> list[np.ndarray]:
-    """Cut what is chosen of an array of R tokens where the array is cut at `bounds`."""
-    counts = np.concatenate([[0], np.cumsum(chosen)])[bounds].tolist()
-    kept = array[chosen]
-    return [kept[start:end] for start, end in itertools.pairwise(counts)]
+def _pieces(values: V, sizes: Any, bounds: Int[np.ndarray, "S"]) -> list[V]:
+    """Cut values, so many of each of R tokens, where the tokens are cut at `bounds`."""
+    ends = np.append(0, np.cumsum(sizes))[bounds].tolist()
+    return [values[start:end] for start, end in itertools.pairwise(ends)]
+
+
+@functools.lru_cache(maxsize=8)
+def _texts_and_lengths(tokens: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(tokens, object), np.array(list(map(len, tokens)))
 
 
 def attention_mask(token_ids: Int[np.ndarray, "T"], vocab: SpanVocab, config: ModelConfig, policy: Policy) -> Bool[np.ndarray, "T T"]:
