@@ -23,10 +23,8 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
         written = writing.write(command.out, shown, command.make_task(kind, vocab), description)
     print(f"{command.out}: " + ", ".join(f"{count:,} {split}" for split, count in written.items()))
     for what, counts in found.items():
-        if what == "licence":
-            print(f"licence of {counts}")
-        elif what != "absent_splits":
-            print(f"{what}: {card.listed(counts)}")
+        if what != "absent_splits":
+            print(f"{what}: {counts if isinstance(counts, str) else card.listed(counts)}")
         elif counts:
             print(f"no {' and no '.join(counts)} part in {description['source']}")
 

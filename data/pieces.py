@@ -17,10 +17,9 @@ from data.vocab import TokenizerVocab, Vocab, translation
 MIN_PROMPT_TOKENS = 16
 
 
-def style(settings: Any) -> dict[str, Any]:
-    """Return how a corpus or a task writes prompts, as arguments of `encode_prompt` and `encode`."""
-    names = ("max_prompt_tokens", "closed_pieces", "closed_sentences")  # the last one not of all
-    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+def style(settings: Any, *names: str) -> dict[str, Any]:
+    """Return how a corpus or a task writes, as arguments of `encode_prompt` and `encode`: what all set, and what is named."""
+    return {name: getattr(settings, name) for name in ("max_prompt_tokens", "closed_pieces", *names)}
 
 
 def encode_prompt(

@@ -26,8 +26,8 @@ UNKNOWN = (-1,)  # the sources that alignment is to find
 
 TooLong = Literal["drop", "cut"]
 Labelling = Literal["pieces", "plain"]
-RESPONSE_STYLE = ("labelling", "closed_steps", "solve_names")
-"""What corpora and tasks set of how responses are written."""
+STYLE = ("closed_sentences", "labelling", "closed_steps", "solve_names")
+"""What corpora of documents and their tasks set of how prompts and responses are written, beside what all on pieces set."""
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _MIN_OVERLAP = 8  # characters: marked text begins and ends a little beyond its sentences
 
@@ -158,10 +158,10 @@ def encode(
     *,
     alignment: Alignment | None = None,
     max_example_tokens: int,
+    labelling: Labelling,
+    closed_steps: bool,
+    solve_names: bool,
     too_long: TooLong = "drop",
-    labelling: Labelling = "pieces",
-    closed_steps: bool = False,
-    solve_names: bool = False,
     uniform: float | None = None,
     **style: Any,
 ) -> Example:

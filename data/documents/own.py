@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from data import rows, sources
 from data.alignment import Alignment, readable
-from data.documents.corpus import RESPONSE_STYLE, UNKNOWN, Corpus, Document, Step, encode, overlapping, places, split_pieces, squeezed
+from data.documents.corpus import STYLE, UNKNOWN, Corpus, Document, Step, encode, overlapping, places, split_pieces, squeezed
 from data.errors import UserError
 from data.pieces import style
 from data.sources import Made, Unusable, written
@@ -62,10 +62,10 @@ class Maker:
     def _made(self, draft: Draft) -> Made:
         uniform = random.Random(f"{self.name}/{self.seed}/labels/{draft.number}").random()
         options: dict[str, Any] = {"alignment": self.alignment, "uniform": uniform}
-        options |= {name: getattr(self.corpus, name) for name in ("too_long", "max_example_tokens", *RESPONSE_STYLE)}
+        options |= style(self.corpus, "too_long", "max_example_tokens", *STYLE)
         before = draft.document
         try:
-            example = encode(before, self.instruction, self.vocab, **options, **style(self.corpus))
+            example = encode(before, self.instruction, self.vocab, **options)
         except Unusable as error:
             return Made(draft.split, None, (error.kind,))
         after = example.document

@@ -77,7 +77,7 @@ class DocumentTask(PiecesTask):
     @classmethod
     def from_json(cls, fields: Any) -> "DocumentTask":
         """Read what `to_json` wrote, also without the settings that older models do not name."""
-        absent = {"labelling": "pieces", "closed_sentences": False, "closed_steps": False, "solve_names": False}
+        absent = {field.name: field.default for field in dataclasses.fields(cls) if field.name in corpus.STYLE}
         return super().from_json({**absent, **fields} if isinstance(fields, Mapping) else fields)
 
     @property
@@ -110,7 +110,7 @@ class DocumentTask(PiecesTask):
         about, pieces = self.split_prompt(text)
         if not pieces:
             raise UserError("the text has no sentence" if self.piece_sentences else "the text has no paragraph")
-        return *encode_prompt(corpus.sink(self.instruction, about), pieces, self.vocab, **style(self)), pieces
+        return *encode_prompt(corpus.sink(self.instruction, about), pieces, self.vocab, **style(self, "closed_sentences")), pieces
 
     def warnings(self, text: str) -> list[str]:
         """Say how much of a text is cut. UserError: see `encode_prompt`."""
@@ -193,7 +193,7 @@ class DocumentTask(PiecesTask):
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
-            options = {name: getattr(self, name) for name in ("max_example_tokens", *corpus.RESPONSE_STYLE)} | style(self)
+            options = style(self, "max_example_tokens", *corpus.STYLE)
             return corpus.encode(example.document, self.instruction, self.vocab, uniform=uniform, **options)
         except UserError:
             return None
@@ -202,8 +202,7 @@ class DocumentTask(PiecesTask):
         """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""
         if self.name != DocumentTask.name or not isinstance(other, DocumentTask):
             return super().on(other)
-        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", "closed_sentences", *corpus.RESPONSE_STYLE)}
-        return dataclasses.replace(other, **own)
+        return dataclasses.replace(other, **{name: getattr(self, name) for name in ("vocab", "closed_pieces", *corpus.STYLE)})
 
     def to_row(self, example: Example) -> dict[str, Any]:
         """Return the columns of an example in a corpus directory."""
