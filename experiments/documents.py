@@ -39,10 +39,12 @@ MAIN = {
 """The score that each corpus is published by, and how often a right source is named."""
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
-_NARROW = ("solve", "sentences", "labels")  # variants whose headers read labels alone, the latest first
+_NARROW = ("labels_3", "solve", "sentences", "labels")  # variants whose headers read labels alone, the latest first
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
+_BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # by the card's data sheet
+_KV_BYTES = 23_040  # a token of SmolLM2-135M: keys and values of 3 heads of 64 in bfloat16, in 30 layers
 CATALOGUES = {
     "few": "`corpora/turns-5`",
     "eval": "`corpora/turns-26`",
@@ -50,12 +52,24 @@ CATALOGUES = {
     "constrained": "`corpora/turns-26`, `--constrained`",
 }
 """Of tools, evaluations by kind: corpora by their number of services, and decoding that is constrained to the catalogue's methods."""
-_KEPT = ("data", "split", "attention", "device", "jax", "num_parameters", "num_examples", "attended_fraction", *pages.READING)
+_KEPT = (
+    "data",
+    "split",
+    "attention",
+    "device",
+    "jax",
+    "num_parameters",
+    "num_examples",
+    "attended_fraction",
+    "attended_tokens?",
+    *pages.READING,
+)
 EXPERIMENTS = {
     page: Experiment(
         "documents",
         evaluations={
             "eval": "scores, reading and speed",
+            "speed": "the same, alone on the GPU",
             **{kind: f"steps name the sources of `--sources {kind}`" for kind in get_args(Sources)},
             **{kind: f"on {own}" for kind, own in CATALOGUES.items() if page == "tools" and kind != "eval"},
         },
@@ -109,7 +123,7 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    kinds = {"_open": "_closed", "_closed_long": "_closed"} | {end: end for end in ("_full", "_closed", "_sentences", "_solve")}
+    kinds = {"_open": "_closed", "_closed_long": "_closed"} | {end: end for end in ("_full", "_closed", "_sentences", "_3", "_solve")}
     return f"{corpus}_dense{next((own for end, own in kinds.items() if variant.endswith(end)), '')}"
 
 
@@ -201,12 +215,12 @@ def catalogues_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) 
 
 def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
     """Judge what the latest evaluated variant with narrow headers is to reach against its dense control."""
-    rows, evaluated = [], pages.evaluations(runs, "eval")
+    rows, evaluated, speeds = [], pages.evaluations(runs, "eval"), timed(runs)
     for corpus in corpora:
         unit, (_, named) = TASKS[corpus].unit, MAIN[corpus]
         variant = next((own for kind in _NARROW if len(scored(runs, own := f"{corpus}_{kind}", "eval"))), f"{corpus}_{_NARROW[-1]}")
         pair = variant, control(corpus, variant)
-        ours, theirs = (evaluated[evaluated["variant"] == own] for own in pair)
+        ours = evaluated[evaluated["variant"] == variant]
         examples, others = (scored(runs, own, "eval") for own in pair)
         for name in _names(corpus):
             found = compare(examples, others, name)
@@ -216,7 +230,7 @@ def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
             target, wanted = f"{corpus}: of the context, {words} of responses reads", f"at most {most:.0%}"
             share = None if ours.empty else ours[key].astype(float).mean()
             rows.append(judge(target, wanted) if share is None else judge(target, wanted, f"{share:.1%}", reached=share <= most))
-        rates = [_best(own, f"{unit}_per_second") for own in (ours, theirs)]
+        rates = [_best(speeds[speeds["variant"] == own], f"{unit}_per_second") for own in pair]
         ratio = rates[0] / rates[1] if rates[0] and rates[1] else None
         rows.append(_judge(f"{corpus}: {unit} a second, times those of dense", _FASTER[corpus], ratio))
         found = compare(examples, scored(runs, variant, "bm25"), named)
@@ -236,16 +250,42 @@ def _best(frame: pd.DataFrame, unit: str) -> float | None:
     return None if timed.empty else float(timed.groupby("batch_size")[unit].mean().max())
 
 
+def timed(runs: Sequence[Run]) -> pd.DataFrame:
+    """Collect the evaluations that say how fast a variant is: those that ran alone, where there are some."""
+    alone = {run.variant for run in runs if run.part("speed")}
+    return pd.concat([pages.evaluations(runs, "speed"), pages.evaluations([run for run in runs if run.variant not in alone], "eval")])
+
+
+def times_table(frame: pd.DataFrame, unit: str) -> str:
+    """Write what a response takes of the GPU's time, prefill and decoding apart, and the least that decoding's bytes take.
+
+    These are the weights, read once a token for a whole batch, and the keys and values of the tokens attended to.
+    """
+    rows = []
+    for values in frame.to_dict("records"):
+        for speed in values["by_batch_size"]:
+            if not isinstance(speed, dict) or "prefill_seconds" not in speed:
+                continue
+            count, per_second = values["num_examples"], next(own for card, own in _BYTES_PER_SECOND.items() if card in values["device"])
+            tokens = speed["response_tokens_per_second"] * speed["decode_seconds"] / count
+            moved = 2 * values["num_parameters"] / speed["batch_size"] + values["attended_tokens"] * _KV_BYTES
+            taken = speed["prefill_seconds"], speed["decode_seconds"] - speed["prefill_seconds"], count * tokens * moved / per_second
+            numbers = [f"{1000 * seconds / count:.2f}" for seconds in taken]
+            rows.append((f"`{values['variant']}`", str(speed["batch_size"]), f"{tokens:.1f}", *numbers))
+    return markdown_table(("variant", "batch", f"tokens, mean of {unit}", "prefill, ms", "decoding, ms", "bound of bytes, ms"), rows)
+
+
 def sections(page: str, runs: Sequence[Run], plots: dict[str, str]) -> dict[str, str]:
     """Write the sections of a page beside those that every report has."""
-    evaluated, found = pages.evaluations(runs, "eval"), {"targets": targets(runs, CORPORA[page])}
+    evaluated, speeds, found = pages.evaluations(runs, "eval"), timed(runs), {"targets": targets(runs, CORPORA[page])}
     tables = {"scores": scores_table, "differences": differences_table, "sources": sources_table, "lengths": lengths_table}
     for corpus in CORPORA[page]:
         variants = list(EXPERIMENTS[page].panels[corpus])
-        own = evaluated[evaluated["variant"].isin(variants)]
+        own, alone = (frame[frame["variant"].isin(variants)] for frame in (evaluated, speeds))
         controls = {variant: dense for variant in variants if variant != (dense := control(corpus, variant))}
         found |= {f"{corpus} {name}": write(runs, variants, corpus) for name, write in tables.items()}
-        found |= {f"{corpus} reading": pages.reading_table(own), f"{corpus} speed": pages.speed_table(own, TASKS[corpus].unit, controls)}
+        found |= {f"{corpus} reading": pages.reading_table(own), f"{corpus} speed": pages.speed_table(alone, TASKS[corpus].unit, controls)}
+        found[f"{corpus} times"] = times_table(alone, TASKS[corpus].unit)
     if page == "tools":
         found["tools catalogues"] = catalogues_table(runs, list(EXPERIMENTS[page].panels[page]), page)
     return found

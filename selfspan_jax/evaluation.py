@@ -250,9 +250,9 @@ def evaluate(
             outputs |= dict(zip(chosen, found, strict=True))
             bar.update(len(chosen))
     in_order = tuple(outputs[i] for i in range(len(ids)))
-    prefill, both = seconds.tolist()
-    own_seconds: dict[str, Any] = {"prefill_seconds": prefill if given is None else None, "read_seconds": read_seconds}
-    return Evaluation(lm.task, tuple(examples), in_order, batch_size, both, compile_seconds, **own_seconds)
+    first, both = seconds.tolist()
+    own: dict[str, Any] = {"prefill_seconds": first if given is None else None, "read_seconds": read_seconds}
+    return Evaluation(lm.task, tuple(examples), in_order, batch_size, both, compile_seconds, **own)
 
 
 def _is_served(lm: SpanLM, examples, ids, config: DecodeConfig, batch_size: int, passes=1, sources=MODEL, constrained=False, **_) -> bool:
@@ -391,6 +391,7 @@ def _joined(task: Any, evaluations: Sequence[Evaluation]) -> Evaluation:
     """Return one evaluation of all examples: of a single one itself, whose scores need no second computation."""
     if len(evaluations) == 1:
         return evaluations[0]
+    prefills = [own.prefill_seconds for own in evaluations if own.prefill_seconds is not None]
     return Evaluation(
         task,
         tuple(example for own in evaluations for example in own.examples),
@@ -399,7 +400,7 @@ def _joined(task: Any, evaluations: Sequence[Evaluation]) -> Evaluation:
         sum(own.decode_seconds for own in evaluations),
         sum(own.compile_seconds for own in evaluations),
         sum(own.num_too_long for own in evaluations),
-        prefill_seconds=None if None in (prefills := [own.prefill_seconds for own in evaluations]) else sum(prefills),
+        prefill_seconds=sum(prefills) if len(prefills) == len(evaluations) else None,
         read_seconds=sum(own.read_seconds for own in evaluations),
     )
 

@@ -25,7 +25,8 @@ from tests.selfspan_jax.models import TINY
 
 PAGES = {page: SimpleNamespace(main=lambda arguments, page=page: documents.main([page, *arguments])) for page in documents.CORPORA}
 STORIES = PAGES["stories"]
-SECTIONS = ("variants", "targets", *(f"stories {name}" for name in ("scores", "differences", "sources", "lengths", "reading", "speed")))
+TABLES = ("scores", "differences", "sources", "lengths", "reading", "speed", "times")
+SECTIONS = ("variants", "targets", *(f"stories {name}" for name in TABLES))
 PAGE = "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in (*SECTIONS, "training", "not run", "commands"))
 FILES = {
     "seed": (".eval.json", lambda values: values.pop("by_example"), "has no 'by_example'; not written by this version"),
@@ -143,7 +144,16 @@ def test_tables_by_hand(stored, place, capsys):
     place("labels", eval=scored(plain, ours[0], tokens, **fast), bm25=given)
     place("labels", 1, eval=scored(plain, ours[1], tokens, **fast))
     theirs = scored(plain, [(0.4, (0, 2)), (0.6, (0, 2)), (0.5, (0, 2))], tokens[:3])
-    page = take(STORIES, place("dense", eval=theirs), capsys)
+    timed = theirs["by_batch_size"][0] | {"response_tokens_per_second": 100.0, "decode_seconds": 2.0, "prefill_seconds": 0.5}
+    alone = {
+        "num_examples": 10,
+        "attended_tokens": 1000.0,
+        "device": "NVIDIA H200",
+        "by_batch_size": [timed],
+    }
+    page = take(STORIES, place("dense", eval=theirs | {"by_batch_size": []}, speed=theirs | alone), capsys)
+    bound = 20 * (2 * theirs["num_parameters"] / 16 + 1000 * 2 * 30 * 3 * 64 * 2) / 4.8e9  # 20 tokens a response, in ms
+    assert rows_of(page, "stories times") == [["`stories_dense`", "16", "20.0", "50.00", "150.00", f"{bound:.2f}"]]
     assert [row[:3] for row in rows_of(page, "stories scores")] == [["`stories_labels`", "4", "60.0"], ["`stories_dense`", "3", "50.0"]]
     assert ["`stories_labels`", "rougeL", "3", "`stories_dense`", "50.0", "10.0", "10.0", "10.0"] in rows_of(page, "stories differences")
     lengths = [row[1:5] for row in rows_of(page, "stories lengths") if row[0] == "`stories_labels`"]
