@@ -28,7 +28,6 @@ import functools
 import gc
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -42,7 +41,7 @@ from tyro.conf import Positional, arg
 from benchmarks import peers as hf
 from benchmarks.arrivals import Sent, arrivals, summary, table
 from benchmarks.shapes import Shape, ShapeName, named_shape
-from benchmarks.timing import header_line, report_header, timed
+from benchmarks.timing import header_line, report_header, run_command, timed
 from data import arithmetic, commandline
 from data.errors import check_range
 from data.tasks import TASKS
@@ -115,6 +114,13 @@ class Batching:
         check_range(self, "num_requests", "max_ops", "batch_size", "slots", "streams", "peer_requests", low=1)
         if self.rates and min(self.rates) <= 0:
             raise UserError(f"--rates is {self.rates}; allowed: numbers above 0")
+
+    def run(self) -> None:
+        if self.peers and (reason := hf.missing_reason()):
+            raise UserError(f"--peers: {reason}")
+        if self.peers:  # they share the device with this process
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        measure(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -538,14 +544,7 @@ def _measure(model: Model, report: dict[str, Any], save: Callable[[], None], pro
 
 
 def main() -> None:
-    with commandline.exit_on_user_error(UserError):
-        settings = commandline.parse(Batching, "benchmarks.batching", sys.argv[1:], description=__doc__)
-        if settings.peers and (reason := hf.missing_reason()):
-            raise UserError(f"--peers: {reason}")
-        if settings.peers:  # they share the device with this process
-            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        with files.outputs(json=settings.json):
-            measure(settings)
+    run_command(Batching, "benchmarks.batching", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import httpx2
 from tyro.conf import Positional, arg
 
 from benchmarks.arrivals import Sent, arrivals, summary, table
+from benchmarks.timing import run_command
 from data import arithmetic, commandline
 from data.errors import UserError, check_range
 from selfspan_jax import files
@@ -70,6 +70,9 @@ class Load:
             raise UserError(f"--rates is {self.rates}; allowed: numbers above 0")
         if self.max_ops < self.min_ops:
             raise UserError(f"--max-ops is {self.max_ops}, less than --min-ops {self.min_ops}")
+
+    def run(self) -> None:
+        measure(self)
 
     def texts(self) -> list[str]:
         """Return as many prompts as there are requests at a rate at most."""
@@ -128,8 +131,8 @@ def _take(sent: Sent, event: dict[str, Any], now: float) -> None:
             sent.right = verdict["answer_right"]
 
 
-def run(load: Load) -> dict[str, Any]:
-    """Measure at each rate, one after the other."""
+def measure(load: Load) -> None:
+    """Measure at each rate, one after the other; printed and written as it comes."""
     settings = {field.name: getattr(load, field.name) for field in dataclasses.fields(load) if field.name not in ("json", "api_key", "url")}
     try:
         with httpx2.Client(**load.connection()) as client:
@@ -158,14 +161,10 @@ def run(load: Load) -> dict[str, Any]:
             print("\n".join([*table(rows).splitlines()[(len(rows) > 1) * -1 :], *notes]), flush=True)
             report = {"model": card, **settings, "prompts": load.prompts and load.prompts.name, "rows": rows}
             files.write_rows(load.json, report, complete=len(rows) == len(load.rates))
-    return report
 
 
 def main() -> None:
-    with commandline.exit_on_user_error(UserError):
-        load = commandline.parse(Load, "benchmarks.serving", sys.argv[1:], description=__doc__)
-        with files.outputs(json=load.json):
-            run(load)
+    run_command(Load, "benchmarks.serving", description=__doc__)
 
 
 if __name__ == "__main__":
