@@ -52,15 +52,9 @@ from selfspan_jax.decoding.state import bucket
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
-from selfspan_jax.serving.scheduler import (
-    THROUGHPUT_CHUNK_TOKENS,
-    THROUGHPUT_PREFILL_TOKENS,
-    Request,
-    Scheduler,
-    Tokens,
-    compile_all,
-    throughput_scheduler,
-)
+from selfspan_jax.serving.requests import Request, Tokens
+from selfspan_jax.serving.scheduler import Scheduler, compile_all
+from selfspan_jax.serving.throughput import THROUGHPUT_CHUNK_TOKENS, THROUGHPUT_PREFILL_TOKENS, throughput_scheduler
 from selfspan_jax.weights.huggingface import to_hugging_face
 
 EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS, EQUAL_ROUNDS = 256, 512, 5

@@ -35,7 +35,8 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
-from selfspan_jax.serving.scheduler import THROUGHPUT_PREFILL_TOKENS, Scheduler
+from selfspan_jax.serving.scheduler import Scheduler
+from selfspan_jax.serving.throughput import THROUGHPUT_PREFILL_TOKENS
 
 _CANDIDATES = 8  # examples that are looked at for each conversation over one catalogue
 

@@ -24,9 +24,9 @@ PAGE = {
     ],
     "Serving": [
         "selfspan_jax.serving.scheduler.Scheduler",
-        "selfspan_jax.serving.scheduler.Request",
-        "selfspan_jax.serving.scheduler.Tokens",
-        "selfspan_jax.serving.scheduler.Stats",
+        "selfspan_jax.serving.requests.Request",
+        "selfspan_jax.serving.requests.Tokens",
+        "selfspan_jax.serving.requests.Stats",
         "selfspan_jax.config.ServingConfig",
     ],
     "Evaluation": ["selfspan_jax.evaluation.evaluate"],

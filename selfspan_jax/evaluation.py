@@ -27,7 +27,8 @@ from selfspan_jax.forcing import Order, generate_under
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
-from selfspan_jax.serving.scheduler import Request, run_together, saves_steps, throughput_scheduler
+from selfspan_jax.serving.requests import Request
+from selfspan_jax.serving.throughput import run_together, saves_steps, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import JUDGED, Example, judgement
 from selfspan_jax.viewing.output import Output, prompt_warnings

@@ -25,7 +25,8 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
-from selfspan_jax.serving.scheduler import Request, run_together, saves_steps, throughput_scheduler
+from selfspan_jax.serving.requests import Request
+from selfspan_jax.serving.throughput import run_together, saves_steps, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task, end_ids, installed_tasks
 from selfspan_jax.viewing import retention

@@ -19,23 +19,22 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from selfspan_jax.attention.policies import Policy, get_policy
-from selfspan_jax.config import MAX_SEED, DecodeConfig, Implementation, Sampling, SamplingFields, ServingConfig
+from selfspan_jax.config import DecodeConfig, Implementation, SamplingFields, ServingConfig
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.state import bucket
-from selfspan_jax.errors import UserError, check_ids
+from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.pages import Pages, page_keys
+from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, Stats, Tokens, joined
 from selfspan_jax.serving.running import Decoded, LogProbs, Prompts, decode_chunk, empty_state, read_prompts
 
-Finished = Literal["stop", "length", "cancelled", "error"]
 MAX_LOGPROBS = 20  # most likely tokens whose log-probabilities a request may ask for
 _NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
 # What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
@@ -43,97 +42,8 @@ _LEVELS = ((0, 0), (1, 0), (len(_NEUTRAL), 0), (len(_NEUTRAL), MAX_LOGPROBS))
 _KEY_TOKENS = 64  # what numbers of keys are multiples of
 _CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
 _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
-# Requests that are all there: places for each sequence of a static batch on the same rows of cache, because few are at their full length;
-# and from how many batches, and how many times fewer steps, on that is taken to be faster: 1.77 times fewer gave 1.17 times the answers
-# between two runs on H100s; where it begins to pay was not measured.
-PLACES_PER_SEQUENCE, MIN_BATCHES, MIN_SAVING = 2, 4, 1.65
-# A chunk of a small model is over before the host has done its part of it for so many places, so it is longer than where streams wait.
-THROUGHPUT_PREFILL_TOKENS, THROUGHPUT_CHUNK_TOKENS = 4096, 32
 ADMITTED_SHARE = 16  # of the places: one in so many is free before requests are admitted where `reads_per_chunk` is None
 _LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to go on from."""
-
-    prompt_ids: Int[np.ndarray, "T"]
-    max_new_tokens: int
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    seed: int = 0
-    """Of what is drawn: 0 to 2**63 - 1."""
-    sample: int = 0
-    """Which of the seed's sequences this is: sample i of `Engine.generate` with `num_samples`."""
-    logprobs: bool = False
-    """Whether `Tokens` have log-probabilities."""
-
-    def check(self, vocab_size: int, context_tokens: int, room: int) -> None:
-        """Raise UserError for what can never run: `context_tokens` are those of a sequence, and there is cache for `room` tokens."""
-        token_ids = np.asarray(self.prompt_ids)
-        if token_ids.ndim != 1 or not token_ids.size or not np.issubdtype(token_ids.dtype, np.integer):
-            raise UserError(f"prompt_ids are {token_ids.dtype} of shape {token_ids.shape}; expected whole numbers [T], at least one")
-        check_ids(token_ids, vocab_size)
-        for name, (least, most) in {"max_new_tokens": (1, context_tokens), "seed": (0, MAX_SEED), "sample": (0, 2**32 - 1)}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
-                raise UserError(f"{name} is {value!r}; allowed: whole numbers from {least} to {most}")
-        if not isinstance(self.sampling, Sampling):
-            raise UserError(f"sampling is {self.sampling!r}; expected a Sampling")
-        if len(token_ids) + self.max_new_tokens > (room := min(context_tokens, room)):
-            raise UserError(f"{len(token_ids)} prompt tokens and {self.max_new_tokens} new ones exceed the {room} that a sequence may have")
-
-
-class Tokens(NamedTuple):
-    """What a chunk gave one request. The last one of a request, and no other, says how it finished."""
-
-    token_ids: Int[np.ndarray, "C"]
-    num_attended: Int[np.ndarray, "C"]
-    finished: Finished | None = None
-    error: str | None = None
-    logprobs: LogProbs | None = None
-    """[C] and [C, L], where the request asks for them."""
-
-
-class QueueFull(Exception):
-    """As many requests wait as may."""
-
-
-class Closed(Exception):
-    """The scheduler takes no more requests."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """Counts: what is there now, and what there has been since the start."""
-
-    running: int = 0
-    reading: int = 0
-    waiting: int = 0
-    pages_used: int = 0
-    pages_cached: int = 0
-    pages_free: int = 0
-    submitted: int = 0
-    prompt_tokens: int = 0
-    """Read, those of shared pages excluded and those of sequences that were read again included."""
-    prefix_hit_tokens: int = 0
-    """Of prompts, found in shared pages."""
-    generated_tokens: int = 0
-    attended_tokens: int = 0
-    """Read by the generated tokens, each of them itself included."""
-    context_tokens: int = 0
-    """That a dense model would have read for the same tokens."""
-    preemptions: int = 0
-    waited_seconds: float = 0.0
-    """That the host had nothing to do but to wait for a chunk's tokens; where it does not rise, the device waits for the host."""
-    finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    """Requests by how they ended."""
-
-    @classmethod
-    def sum(cls, several: Sequence[Stats]) -> Stats:
-        """Add up the counts of several schedulers."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "finished"]
-        ended = sum((own.finished for own in several), collections.Counter[str]())
-        return cls(**{name: sum(getattr(own, name) for own in several) for name in names}, finished=ended)
 
 
 @dataclasses.dataclass(eq=False)
@@ -641,60 +551,6 @@ def compile_all(programs: Sequence[Callable[[], Any]]) -> None:
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         for compiled in [pool.submit(program) for program in programs]:
             compiled.result()
-
-
-# ------------------------------------------------------------------------------------------------- in place of static batches
-
-
-def saves_steps(engine: Engine, config: DecodeConfig, prompt_tokens: Sequence[int], new_tokens: Sequence[int], batch_size: int) -> bool:
-    """Tell whether requests that are all there take far fewer decode steps here than in static batches, in the order given.
-
-    On a GPU, that is, where a step of more sequences takes little longer, and where nothing is asked for that a scheduler cannot do.
-    `new_tokens` may be guesses; only their ratios to each other and to the prompts count.
-    """
-    prompts, new = np.array(prompt_tokens), np.array(new_tokens)
-    one_cache = engine.mesh is None or num_data_shards(engine.mesh) == 1
-    if len(new) < MIN_BATCHES * batch_size or not one_cache or config.prefill != "dense" or jax.default_backend() == "cpu":
-        return False
-    static = sum(int(new[start : start + batch_size].max()) for start in range(0, len(new), batch_size))
-    rows = batch_size * (prompts.max() + new.max())
-    together = min(PLACES_PER_SEQUENCE * batch_size, rows / np.mean(prompts + new / 2))
-    lost = 1.5 * THROUGHPUT_CHUNK_TOKENS  # after the end of a response, until its place is free
-    return static >= MIN_SAVING * ((new + lost).sum() / together + new.max() / 2)
-
-
-def throughput_scheduler(
-    engine: Engine, config: DecodeConfig, batch_size: int, prompt_tokens: int, context_tokens: int, **changes: Any
-) -> Scheduler:
-    """Make what runs requests that are all there, on as many rows of cache as a static batch of prompts of up to so many tokens has.
-
-    Its prompts have all been read before a chunk begins. `changes` are fields of `ServingConfig`.
-    """
-    page = ServingConfig.page_tokens
-    rows = max(batch_size * (bucket(prompt_tokens) + config.max_new_tokens), context_tokens + page)
-    sizes = {"chunk_tokens": THROUGHPUT_CHUNK_TOKENS, "prefill_tokens": THROUGHPUT_PREFILL_TOKENS}
-    serving = ServingConfig(PLACES_PER_SEQUENCE * batch_size, context_tokens, num_pages=rows // page, reads_per_chunk=None, **sizes)
-    options: dict[str, Any] = {"attention": config.attention, "stop_ids": config.stop_ids, "implementation": config.implementation}
-    return Scheduler(engine, dataclasses.replace(serving, **changes), **options)
-
-
-def run_together(scheduler: Scheduler, requests: Sequence[Request]) -> list[Tokens]:
-    """Run requests to their ends, those with the longest prompts first: their responses are likely to be the longest.
-
-    Raises: JaxRuntimeError where the device fails.
-    """
-    order = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt_ids))
-    found = dict(zip(order, scheduler.generate([requests[number] for number in order])))
-    if failed := next((tokens.error for tokens in found.values() if tokens.error), None):
-        raise jax.errors.JaxRuntimeError(failed)
-    return [found[number] for number in range(len(requests))]
-
-
-def joined(parts: Sequence[Tokens]) -> Tokens:
-    """Join what a request was given."""
-    token_ids, num_attended = (np.concatenate([tokens[i] for tokens in parts]) for i in range(2))
-    scores = [tokens.logprobs for tokens in parts if tokens.logprobs is not None]
-    return Tokens(token_ids, num_attended, *parts[-1][2:4], LogProbs(*map(np.concatenate, zip(*scores))) if scores else None)
 
 
 def _number(ticket: Ticket) -> int:

@@ -46,7 +46,8 @@ from selfspan_jax.lm import Reader, SpanLM
 from selfspan_jax.serving import live, protocol
 from selfspan_jax.serving.metrics import Metrics
 from selfspan_jax.serving.protocol import Call
-from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, Tokens, joined
+from selfspan_jax.serving.requests import Closed, QueueFull, Request, Tokens, joined
+from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.workers import Workers
 from selfspan_jax.viewing import detokenize
 

@@ -31,8 +31,9 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.lm import Reader, SpanLM
 from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import axis_sizes
+from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
-from selfspan_jax.serving.scheduler import Closed, Finished, QueueFull, Request, Scheduler, Stats, Ticket, Tokens
+from selfspan_jax.serving.scheduler import Scheduler, Ticket
 
 _NONE = np.zeros(0, np.int32)
 _NO_QUEUE = 2**31 - 1  # a worker takes what it is given: who gives it counts what waits

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import batching
 from benchmarks.batching import Work
-from selfspan_jax.serving.scheduler import Tokens
+from selfspan_jax.serving.requests import Tokens
 
 
 class Scripted:

@@ -16,7 +16,7 @@ from selfspan_jax import SpanLM, evaluation
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
-from selfspan_jax.serving.scheduler import Tokens
+from selfspan_jax.serving.requests import Tokens
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing import text
 from tests.selfspan_jax.models import random_model

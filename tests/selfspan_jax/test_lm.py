@@ -12,7 +12,7 @@ from selfspan_jax.attention.policies import Window
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import evaluate
 from selfspan_jax.lm import Step, installed_tasks
-from selfspan_jax.serving import scheduler
+from selfspan_jax.serving import scheduler, throughput
 from selfspan_jax.viewing import text
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.reference import Reference
@@ -108,10 +108,10 @@ def test_many_prompts_give_the_same_tokens_whether_batches_are_static_or_share_a
     prompts = ["".join(str((i + at) % 10) for at in range(length)) for i, length in enumerate((3, 40, 5, 1, 60, 9, 2, 30))]
     options = dict(batch_size=2, num_samples=2, max_new_tokens=40, temperature=1.5, seed=2**40 + 3)
     apart, ran = small.generate(prompts, **options), []
-    monkeypatch.setattr(scheduler, "THROUGHPUT_PREFILL_TOKENS", 128)
+    monkeypatch.setattr(throughput, "THROUGHPUT_PREFILL_TOKENS", 128)
     monkeypatch.setattr(scheduler, "ADMITTED_SHARE", 3)  # two of eight places at once
     monkeypatch.setattr(lm_module, "saves_steps", lambda *_: True)
-    monkeypatch.setattr(lm_module, "run_together", lambda *given: ran.append(given[0]) or scheduler.run_together(*given))
+    monkeypatch.setattr(lm_module, "run_together", lambda *given: ran.append(given[0]) or throughput.run_together(*given))
     together = small.generate(prompts, **options)
     assert ran[0].config.num_sequences == 8 and ran[0].num_pages * ran[0].config.page_tokens <= 4 * (64 + 40)
     for ours, theirs in zip(sum(together, []), sum(apart, []), strict=True):

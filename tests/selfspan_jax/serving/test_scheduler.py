@@ -15,8 +15,10 @@ from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.serving.pages import Pages
+from selfspan_jax.serving.requests import Closed, QueueFull, Request, joined
 from selfspan_jax.serving.running import Decoded
-from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Scheduler, joined, saves_steps
+from selfspan_jax.serving.scheduler import Scheduler
+from selfspan_jax.serving.throughput import saves_steps
 from selfspan_jax.spans import attention_mask
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE

@@ -24,8 +24,8 @@ from selfspan_jax.config import ModelConfig, ServerConfig, ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
+from selfspan_jax.serving.requests import QueueFull, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
-from selfspan_jax.serving.scheduler import QueueFull, Stats, Tokens
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing.output import Output
 from tests import browser

@@ -11,8 +11,8 @@ import pytest
 from selfspan_jax.config import ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving.requests import Closed, QueueFull, Request, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
-from selfspan_jax.serving.scheduler import Closed, QueueFull, Request, Stats, Tokens
 from selfspan_jax.serving.workers import Round, Workers, shares
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.serving.test_server import serving, until

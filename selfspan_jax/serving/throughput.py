@@ -1,0 +1,68 @@
+"""A scheduler in place of static batches, for requests that are all there and that nobody watches: when it is faster, how it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from selfspan_jax.config import DecodeConfig, ServingConfig
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.state import bucket
+from selfspan_jax.parallel.mesh import num_data_shards
+from selfspan_jax.serving.requests import Request, Tokens
+from selfspan_jax.serving.scheduler import Scheduler
+
+# Places for each sequence of a static batch on the same rows of cache, because few are at their full length;
+# and from how many batches, and how many times fewer steps, on that is taken to be faster: 1.77 times fewer gave 1.17 times the answers
+# between two runs on H100s; where it begins to pay was not measured.
+PLACES_PER_SEQUENCE, MIN_BATCHES, MIN_SAVING = 2, 4, 1.65
+# A chunk of a small model is over before the host has done its part of it for so many places, so it is longer than where streams wait.
+THROUGHPUT_PREFILL_TOKENS, THROUGHPUT_CHUNK_TOKENS = 4096, 32
+
+
+def saves_steps(engine: Engine, config: DecodeConfig, prompt_tokens: Sequence[int], new_tokens: Sequence[int], batch_size: int) -> bool:
+    """Tell whether requests that are all there take far fewer decode steps here than in static batches, in the order given.
+
+    On a GPU, that is, where a step of more sequences takes little longer, and where nothing is asked for that a scheduler cannot do.
+    `new_tokens` may be guesses; only their ratios to each other and to the prompts count.
+    """
+    prompts, new = np.array(prompt_tokens), np.array(new_tokens)
+    one_cache = engine.mesh is None or num_data_shards(engine.mesh) == 1
+    if len(new) < MIN_BATCHES * batch_size or not one_cache or config.prefill != "dense" or jax.default_backend() == "cpu":
+        return False
+    static = sum(int(new[start : start + batch_size].max()) for start in range(0, len(new), batch_size))
+    rows = batch_size * (prompts.max() + new.max())
+    together = min(PLACES_PER_SEQUENCE * batch_size, rows / np.mean(prompts + new / 2))
+    lost = 1.5 * THROUGHPUT_CHUNK_TOKENS  # after the end of a response, until its place is free
+    return static >= MIN_SAVING * ((new + lost).sum() / together + new.max() / 2)
+
+
+def throughput_scheduler(
+    engine: Engine, config: DecodeConfig, batch_size: int, prompt_tokens: int, context_tokens: int, **changes: Any
+) -> Scheduler:
+    """Make what runs requests that are all there, on as many rows of cache as a static batch of prompts of up to so many tokens has.
+
+    Its prompts have all been read before a chunk begins. `changes` are fields of `ServingConfig`.
+    """
+    page = ServingConfig.page_tokens
+    rows = max(batch_size * (bucket(prompt_tokens) + config.max_new_tokens), context_tokens + page)
+    sizes = {"chunk_tokens": THROUGHPUT_CHUNK_TOKENS, "prefill_tokens": THROUGHPUT_PREFILL_TOKENS}
+    serving = ServingConfig(PLACES_PER_SEQUENCE * batch_size, context_tokens, num_pages=rows // page, reads_per_chunk=None, **sizes)
+    options: dict[str, Any] = {"attention": config.attention, "stop_ids": config.stop_ids, "implementation": config.implementation}
+    return Scheduler(engine, dataclasses.replace(serving, **changes), **options)
+
+
+def run_together(scheduler: Scheduler, requests: Sequence[Request]) -> list[Tokens]:
+    """Run requests to their ends, those with the longest prompts first: their responses are likely to be the longest.
+
+    Raises: JaxRuntimeError where the device fails.
+    """
+    order = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt_ids))
+    found = dict(zip(order, scheduler.generate([requests[number] for number in order])))
+    if failed := next((tokens.error for tokens in found.values() if tokens.error), None):
+        raise jax.errors.JaxRuntimeError(failed)
+    return [found[number] for number in range(len(requests))]
