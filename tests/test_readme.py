@@ -1,5 +1,6 @@
 """The README is executed: its Python, its commands (at toy size), and the output that it shows."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -97,6 +98,18 @@ def test_the_commands_of_the_readme_run(workplace, monkeypatch):
             smaller = [*smaller, "--ops", "3", "--batch-size", "4"]
         run_command(monkeypatch, main, [*words[2:], *smaller], line)
     assert (workplace / "runs" / "tiny" / "model").exists() and (workplace / "runs" / "eval.json").exists()
+
+
+def test_the_way_from_a_file_to_a_server_is_understood(workplace, monkeypatch):
+    """Its corpus is written; what needs a language model is parsed."""
+    row = {"document": "Snow fell. It was deep.", "steps": [{"text": "Deep snow."}]}
+    rows = [json.dumps(row | {"document": f"{number} {row['document']}"}) for number in range(30)]
+    Path("reports.jsonl").write_text("\n".join(rows))
+    first, *others = (shlex.split(line) for line in blocks("bash")[0].splitlines())
+    run_command(monkeypatch, data_command.main, [*first[3:], "--vocab-tokens", "300"], first)
+    for _, program, *arguments in others:
+        parse_command(monkeypatch, SMALLER[program][0], arguments, program)
+    assert first[-1] == others[0][others[0].index("--data") + 1] == others[1][others[1].index("--data") + 1] and len(others) == 3
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/figures.md"])
