@@ -21,7 +21,7 @@ from benchmarks.shapes import ShapeName, matrix_sizes
 from benchmarks.timing import median_and_spread, relative_error, report_header, run_command, run_seconds
 from data import commandline
 from data.errors import check_range
-from pallas_kernels.linear.heuristics import mosaic_config
+from pallas_kernels.linear.heuristics import MosaicConfig, mosaic_config
 from pallas_kernels.linear.product import plain_product
 from pallas_kernels.swiglu import silu_and_mul
 from selfspan_jax import files
@@ -47,12 +47,16 @@ class Map:
         out = silu_and_mul(products) if self.gated else products + residual if self.added else products
         return (out, products) if self.keep_products else out
 
+    def config(self, weight: jax.Array) -> MosaicConfig:
+        """Return the kernel's settings as models take them."""
+        num_results = weight.shape[0] // 2 if self.gated else weight.shape[0]
+        return mosaic_config(num_results, weight.shape[1], gated=self.gated, added=self.added)
+
     def kernel(self, band_tiles: int, x, weight, residual):
         """Compute it in one kernel."""
         from pallas_kernels.linear.mosaic import mosaic_linear
 
-        num_results = weight.shape[0] // 2 if self.gated else weight.shape[0]
-        config = mosaic_config(num_results, weight.shape[1], gated=self.gated, added=self.added)._replace(band_tiles=band_tiles)
+        config = self.config(weight)._replace(band_tiles=band_tiles)
         added = residual if self.added else None
         return mosaic_linear(x, weight, added, gated=self.gated, config=config, keep_products=self.keep_products)
 
@@ -124,7 +128,8 @@ class ManyRows:
                     flops = 2.0 * rows * num_outputs * num_inputs
                     yield settings | {"variant": "xla"}, each.plain, arguments, flops
                     for band in self.bands:
-                        yield settings | {"variant": f"mosaic, bands of {band}"}, functools.partial(each.kernel, band), arguments, flops
+                        taken = {"variant": f"mosaic, bands of {band}", "taken": band == each.config(weight).band_tiles}
+                        yield settings | taken, functools.partial(each.kernel, band), arguments, flops
 
 
 def _compile(function: Callable, arguments: tuple[jax.Array, ...]) -> Any:

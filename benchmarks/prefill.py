@@ -27,10 +27,10 @@ from benchmarks.decoding import Programs, compile_prefill, footprint, prefill_ar
 from benchmarks.shapes import Shape
 from benchmarks.timing import device_times, median_and_spread
 from pallas_kernels import PromptMask
-from pallas_kernels.prompt_attention import BLOCK, Selector
+from pallas_kernels.prompt_attention import BLOCK, SampleAttention, Selector
 from pallas_kernels.tiles import list_tiles
+from selfspan_jax.attention import selectors
 from selfspan_jax.attention.policies import Policy, get_policy
-from selfspan_jax.attention.selectors import get_selector
 from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket, prefill_chunk_tokens
@@ -40,6 +40,9 @@ from selfspan_jax.parallel.memory import check_fits
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import mfu, step_flops
 
+# By the names that `PrefillCase` takes.
+SELECTORS: dict[str, Selector] = {name: selector for name, selector in selectors.SELECTORS.items() if selector is not None}
+SELECTORS |= {"sample-1": SampleAttention(version=1)}
 MAX_SECONDS = 30.0  # after which a prefill is not repeated again
 Prompts = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]  # padded, and how many tokens of each row there are
 
@@ -73,8 +76,9 @@ class PrefillCase:
 
     @property
     def config(self) -> DecodeConfig:
-        selector = get_selector(self.prefill)
-        chosen = "dense" if selector is None else OfShare(selector=selector, share=self.kept, dense_below_tokens=0)
+        chosen: str | OfShare = "dense"
+        if self.prefill != "dense":
+            chosen = OfShare(selector=SELECTORS[self.prefill], share=self.kept, dense_below_tokens=0)
         return DecodeConfig(attention=self.attention, max_new_tokens=1, prefill=chosen)
 
 

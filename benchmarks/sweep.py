@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 from benchmarks import decoding, prefill, report
 from benchmarks import peers as hf
 from benchmarks.decoding import STREAMED_TOKENS, Case, Programs, measure_stream
-from benchmarks.prefill import PrefillCase
+from benchmarks.prefill import SELECTORS, PrefillCase
 from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import header_line, report_header
 from benchmarks.workloads import (
@@ -38,7 +38,6 @@ from data.tasks import TASKS
 from data.vocab import DEFAULT_VOCAB, Vocab
 from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
-from selfspan_jax.attention.selectors import SELECTORS
 from selfspan_jax.config import ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
@@ -51,7 +50,6 @@ from selfspan_jax.training.metrics import bf16_peak
 from selfspan_jax.weights.huggingface import to_hugging_face
 
 DEFAULT_CONTEXT = 2048
-_SELECTORS = [name for name, selector in SELECTORS.items() if selector is not None]
 AnyCase = Case | PrefillCase
 TokensOf = Callable[[AnyCase], Any]  # whole sequences [B, T], or prompts with their lengths
 
@@ -77,7 +75,7 @@ class Bench:
     """Tokens of context, the mean over the timed steps, or of the prompts; several with commas.
     Default: 2048, or the room of the checkpoint."""
     attention: Annotated[tuple[str, ...], commandline.commas(*POLICIES), arg(help=f"{policy_help()}; several with commas.")] = (*POLICIES,)
-    sparse: Annotated[tuple[str, ...], commandline.commas(*_SELECTORS)] = ()
+    sparse: Annotated[tuple[str, ...], commandline.commas(*SELECTORS)] = ()
     """With --prefill: selectors of sparse prefill, a row of each beside those of --attention."""
     kept: Annotated[tuple[float, ...], commandline.commas(float)] = ()
     """Share of the tiles before the diagonal that --sparse reads, 0 to 1: one for all, or one for each."""

@@ -123,15 +123,15 @@ def _attention(report: Row) -> list[list[str]]:
 
 
 def _many_rows(report: Row) -> list[list[str]]:
-    """One line for each map, its fastest kernel beside XLA's program."""
+    """One line for each map: the kernel as models run it beside XLA's program."""
     maps: dict[tuple[Any, ...], list[Row]] = {}
     for case in report["cases"]:
         maps.setdefault((case["map"], case["shape"], case["rows"]), []).append(case)
     lines = []
     for (name, shape, rows), cases in maps.items():
         (xla,) = (case for case in cases if case["variant"] == "xla")
-        best = min((case for case in cases if case is not xla), key=lambda case: case["microseconds"], default=None)
-        kernel = ["-"] * 3 if best is None else [best["variant"], f"{best['microseconds']:,.0f}", f"{best['flops_per_second'] / 1e12:.0f}"]
+        own = next((case for case in cases if case.get("taken")), None)
+        kernel = ["-"] * 3 if own is None else [own["variant"], f"{own['microseconds']:,.0f}", f"{own['flops_per_second'] / 1e12:.0f}"]
         lines.append([name, shape, f"{rows:,}", f"{xla['microseconds']:,.0f}", f"{xla['flops_per_second'] / 1e12:.0f}", *kernel])
     return lines
 
@@ -142,7 +142,8 @@ TASK = ("prompt tokens", "prefill", "threshold", "tiles read", "retained mass, m
 QUALITY = ("tokens", *TASK[1:], "perplexity", "loss above dense")
 _KINDS = ("attention", "matrix products", "the rest")
 _KINDS_MS = tuple(f"{kind}, ms" for kind in _KINDS)
-SPEED = ("tokens", "prefill", "tiles before the diagonal", "first token, ms", "times dense", *_KINDS_MS)
+SPEED = ("tokens", "prefill", "tiles before the diagonal", "mass, mean", "first token, ms", "spread, ms", "runs", "times dense", *_KINDS_MS)
+_QUALITY_NAMES = {"sample": "sample 2", "sample-1": "sample 1"}  # of what benchmarks call otherwise
 
 
 def _kept_cells(row: Row) -> list[str]:
@@ -160,13 +161,22 @@ def task_cells(row: Row) -> list[str]:
     return [*_kept_cells(row), *(f"{row[score]:.1%}" for score in SCORES if score in row)]
 
 
-def speed_cells(row: Row) -> list[str]:
-    first = [f"{row['context_tokens']:,}", row["prefill"], f"{row['kept']:.0%}"]
-    if "not_run" in row:
-        return [*first, f"not run: {row['not_run']}", *["-"] * (len(SPEED) - len(first) - 1)]
-    kinds = row.get("device_ms_by_kind", {})
-    parts = [_number(kinds, kind, ",.0f") for kind in _KINDS]
-    return [*first, f"{row['time_to_first_token_ms']:,.0f}", _number(row, "speedup_over_dense", ".2f"), *parts]
+def _speed(reports: list[tuple[Path, Row]]) -> str:
+    """Write the speeds, and beside each share of the tiles the mass that the selector retained where it chose as many on real text."""
+    measured = [row for file in sorted(reports[0][0].parent.glob("sparse_quality_*.json")) for row in files.read_json(file)["quality"]]
+
+    def cells(row: Row) -> list[str]:
+        kind = _QUALITY_NAMES.get(row["prefill"], row["prefill"])
+        alike = (each for each in measured if each["selector"] == kind and abs(each["tiles_kept"] - row["kept"]) < 0.006)
+        mass = "100.0%" if kind == "dense" else _number(next(alike, {}), "retained_mass_mean", ".1%")
+        first = [f"{row['context_tokens']:,}", kind, f"{row['kept']:.0%}", mass]
+        if "not_run" in row:
+            return [*first, f"not run: {row['not_run']}", *["-"] * (len(SPEED) - len(first) - 1)]
+        parts = [_number(row.get("device_ms_by_kind", {}), each, ",.0f") for each in _KINDS]
+        times = f"{row['time_to_first_token_ms']:,.0f}", _number(row, "spread_ms", ",.0f"), _number(row, "repetitions", ".0f")
+        return [*first, *times, _number(row, "speedup_over_dense", ".2f"), *parts]
+
+    return _joined(SPEED, "rows", cells, name="shape")(reports)
 
 
 def _quality(reports: list[tuple[Path, Row]]) -> str:
@@ -244,6 +254,6 @@ SECTIONS: dict[str, tuple[str, Writer]] = {  # of the page: the files, and what 
     "llama3-8b 128k decoding": ("llama3-8b_128k_decode*.json", _each(DECODING, _steps)),
     "sparse quality": ("sparse_quality_*.json", _quality),
     "sparse tasks": ("sparse_tasks_*.json", _tasks),
-    "sparse speed": ("sparse_speed_*.json", _joined(SPEED, "rows", speed_cells, name="shape")),
+    "sparse speed": ("sparse_speed_*.json", _speed),
     "training": ("training_*.json", _training),
 }

@@ -122,11 +122,12 @@ FILES = {  # what each command writes, and lines of the tables made of it
         {
             "cases": [
                 {"map": "SwiGLU", "shape": "base", "rows": 16384, "variant": variant, "microseconds": us, "flops_per_second": 1e17 / us}
+                | ({} if variant == "xla" else {"taken": "1" in variant})
                 for variant, us in (("xla", 400.0), ("mosaic, bands of 1", 300.0), ("mosaic, bands of 8", 250.0))
             ]
             + [{"map": "QKV", "shape": "base", "rows": 128, "variant": "xla", "microseconds": 4.0, "flops_per_second": 1e12}]
         },
-        ["| SwiGLU | base | 16,384 | 400 | 250 | mosaic, bands of 8 | 250 | 400 |", "| QKV | base | 128 | 4 | 1 | - | - | - |"],
+        ["| SwiGLU | base | 16,384 | 400 | 250 | mosaic, bands of 1 | 300 | 333 |", "| QKV | base | 128 | 4 | 1 | - | - | - |"],
     ),
     "llama3-8b_128k_decode": (
         {
@@ -150,10 +151,15 @@ FILES = {  # what each command writes, and lines of the tables made of it
             "shape": "llama3-8b",
             "rows": [
                 PREFILLED | {"prefill": "sample", "kept": 0.4, "speedup_over_dense": 2.0, "device_ms_by_kind": {"attention": 31.4}},
+                PREFILLED | {"prefill": "blocks", "kept": 0.754, "repetitions": 5, "spread_ms": 2.25},
                 PREFILLED | {"prefill": "blocks", "kept": 0.25, "not_run": "no room"},
             ],
         },
-        ["| 8,192 | sample | 40% | 1,234 | 2.00 | 31 | - | - |", "| 8,192 | blocks | 25% | not run: no room | - | - | - | - |"],
+        [
+            "| 8,192 | sample 2 | 40% | - | 1,234 | - | - | 2.00 | 31 | - | - |",
+            "| 8,192 | blocks | 75% | 50.0% | 1,234 | 2 | 5 | - | - | - | - |",
+            "| 8,192 | blocks | 25% | - | not run: no room | - | - | - | - | - | - |",
+        ],
     ),
     "training_base": (
         {
