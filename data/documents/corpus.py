@@ -147,8 +147,8 @@ def _not_generated() -> UserError:
 
 
 def sink(instruction: str, about: str) -> str:
-    """Return what all steps see: it stands before the first piece."""
-    return " ".join(filter(None, (instruction, about)))
+    """Return what all steps see: it stands before the first piece. Rows that were written by a task begin with its instruction."""
+    return " ".join(filter(None, (instruction, about.removeprefix(instruction).lstrip())))
 
 
 def encode(
