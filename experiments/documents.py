@@ -123,7 +123,8 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    kinds = {"_open": "_closed", "_closed_long": "_closed"} | {end: end for end in ("_full", "_closed", "_sentences", "_3", "_solve", "_mixed")}
+    same = ("_full", "_closed", "_sentences", "_3", "_solve", "_mixed")
+    kinds = {"_open": "_closed", "_closed_long": "_closed"} | {end: end for end in same}
     return f"{corpus}_dense{next((own for end, own in kinds.items() if variant.endswith(end)), '')}"
 
 
