@@ -15,17 +15,20 @@ What launches a kernel is jitted by itself, so that a program traces and lowers 
 takes 0.3 s. The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.11 deprecates it.
 """
 
+from pallas_kernels.copy_rows import copy_rows
 from pallas_kernels.linear import ScaledRows, SplitRows, fused_linear, rms_norm
 from pallas_kernels.norm import fork_rms_norm
+from pallas_kernels.place_rows import Wanted, place_rows
 from pallas_kernels.prompt_attention import PromptMask, prompt_attention
 from pallas_kernels.quantized import QuantizedPool, QuantizedWeight, quantize_pool, quantize_weight
 from pallas_kernels.rotary import norm_heads, rotate_and_write, rotate_heads
 from pallas_kernels.sequence_attention import PackedMask, TileMask, masked_attention
 from pallas_kernels.slots import per_sequence, read_elements, update_slots, write_elements
-from pallas_kernels.span_decode import rotate_and_attend, span_decode_attention
+from pallas_kernels.span_decode import HostRows, rotate_and_attend, span_decode_attention
 from pallas_kernels.swiglu import silu_and_mul
 
 __all__ = [
+    "HostRows",
     "PackedMask",
     "PromptMask",
     "QuantizedPool",
@@ -33,11 +36,14 @@ __all__ = [
     "ScaledRows",
     "SplitRows",
     "TileMask",
+    "Wanted",
+    "copy_rows",
     "fork_rms_norm",
     "fused_linear",
     "masked_attention",
     "norm_heads",
     "per_sequence",
+    "place_rows",
     "prompt_attention",
     "quantize_pool",
     "quantize_weight",

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,14 @@ from pallas_kernels.span_decode.heuristics import MAX_AHEAD_BYTES, mosaic_config
 from pallas_kernels.span_decode.reference import reference_attention, xla_attention
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic", "jax_triton")
+
+
+class HostRows(NamedTuple):
+    """Rows that lie in host memory: slot -1 - r is row r of these pools."""
+
+    k_pool: jax.Array  # [P', K, H], put with `memory_kind="pinned_host"` on a GPU
+    v_pool: jax.Array
+    counts: jax.Array  # int32 [B]: how many of a sequence's slots in use are such; where it is 0, none is looked for
 
 
 def span_decode_attention(
@@ -71,6 +79,7 @@ def rotate_and_attend(
     split: bool = False,
     sparse: bool = False,
     ahead: Sequence[jax.Array] = (),
+    host: HostRows | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[Any, jax.Array, jax.Array]:
@@ -87,6 +96,8 @@ def rotate_and_attend(
       split: the output may come as `SplitRows`, where that gains, for `fused_linear` to combine.
       sparse: few of the slots are expected to be in use, as where a model names what it reads; for the choice of settings alone.
       ahead: arrays that are read next; where that gains, multiprocessors that have nothing else to do fetch them into the L2 cache.
+      host: where slots below 0 are rows in host memory, which are read over the link as they are met; "mosaic" and "jax_triton" have no way
+        to, and "reference" and "xla" move the whole host pools to the device first.
       implementation, interpret: as `pallas_kernels` says, of `span_decode_attention`.
 
     Returns:
@@ -98,6 +109,12 @@ def rotate_and_attend(
     validate_pools(qkv, own, k_pool, v_pool)
     _validate(q, k_pool, v_pool, slots, counts)
     require(own.shape == (batch,), f"own must be int32 [B] = {[batch]}", own)
+    if host is not None:
+        fits = host.k_pool.shape == host.v_pool.shape and host.k_pool.shape[1:] == k_pool.shape[1:] and host.counts.shape == (batch,)
+        fits &= host.k_pool.dtype == host.v_pool.dtype == k_pool.dtype and host.counts.dtype == jnp.int32
+        require(fits, "expected host pools [P', K, H] like the device's, and their counts int32 [B]", *host)
+        if implementation in ("mosaic", "jax_triton"):
+            raise NotImplementedError(f"implementation={implementation!r}: it reads no rows in host memory")
     for norm in norms or ():
         require(norm.shape == (head_size,) and norm.dtype in FLOAT_DTYPES, f"norms must be float [H] = {[head_size]}", norm)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, q, k_pool, interpret=interpret))
@@ -106,11 +123,15 @@ def rotate_and_attend(
         fits = sum(sizes) <= MAX_AHEAD_BYTES
         whole = [fits and jnp.issubdtype(x.dtype, jnp.floating) and size % triton.SECTOR_BYTES == 0 for x, size in zip(ahead, sizes)]
         fetched = tuple(x for x, is_whole in zip(ahead, whole) if is_whole)
-        arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched)
+        arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched, host)
         return _rotate_and_attend(chosen, float(norm_eps), split, sparse, interpret, *arrays)
     qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
     q, k_pool, v_pool = rotate_and_write(qkv, cos, sin, own, k_pool, v_pool)
-    return span_decode_attention(q, k_pool, v_pool, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool
+    pools = k_pool, v_pool
+    if host is not None:
+        slots = jnp.where(slots < 0, k_pool.shape[0] - 1 - slots, slots)
+        pools = tuple(jnp.concatenate([pool, jax.device_put(rows, jax.memory.Space.Device)]) for pool, rows in zip(pools, host[:2]))
+    return span_decode_attention(q, *pools, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool
 
 
 def unsupported_reason(implementation: str, q: jax.Array, k_pool: Rows, *, interpret: bool = False) -> str | None:
@@ -165,13 +186,15 @@ def _no_gradient(*_):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _rotate_and_attend(implementation, norm_eps, split, sparse, interpret, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead):
+def _rotate_and_attend(
+    implementation, norm_eps, split, sparse, interpret, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host
+):
     (batch, num_kv_heads, fused, head_size), capacity = qkv.shape, slots.shape[1]
     config = parts_config(batch, num_kv_heads * (fused - 2), num_kv_heads, head_size, capacity) if split else None
     config = config or triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity, sparse)
     options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config, "interpret": interpret}
     attend = functools.partial(triton.triton_rotate_and_attend, **options)
-    return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead)
+    return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host)
 
 
 _attend = jax.jit(_dispatch, static_argnums=(0, 1, 2))  # so that a model's layers trace it once

@@ -21,6 +21,9 @@ that plans for them. The splits of a sequence are combined by a second kernel, b
 sequence of one split is finished by its only program. One or two sequences are divided into a fixed number of parts
 instead, tile by tile in turns, which the output map combines as it reads them (`SplitRows`): a launch less.
 
+Rows in host memory, where there are some (`HostRows`), are read in a second pass over the slots: of the tiles of the first what lies
+on the device, of those of the second the rest, over the link. A sequence that has none there makes one pass.
+
 Numerics: scores, softmax and sums in float32; the weights are rounded to the dtype of `q` for the
 second product, as plain attention in that dtype does. float32 pools use IEEE products.
 Int8 pools are widened to the dtype of `q` (which is exact), their scales multiply the scores and
@@ -64,6 +67,7 @@ def triton_rotate_and_attend(
     counts,
     norms,
     ahead=(),
+    host=None,
     *,
     norm_eps: float,
     scale: float,
@@ -77,6 +81,10 @@ def triton_rotate_and_attend(
     arrays = {"qkv": qkv.reshape(*qkv.shape[:3], 2, -1), "cos": cos, "sin": sin, "own": own, **pools, "slots": slots, "counts": counts}
     if norms is not None:
         arrays |= {name: norm.astype(qkv.dtype).reshape(2, -1) for name, norm in zip(("q_norm", "k_norm"), norms, strict=True)}
+    if host is not None:
+        rows = [jax.device_put(pool, jax.memory.Space.Device) if interpret else pool for pool in host[:2]]
+        arrays |= {name: pool.reshape(pool.shape[0], -1) for name, pool in zip(("k_host", "v_host"), rows, strict=True)}
+        arrays["host_counts"] = host.counts
     if config.ahead:
         sectors = [array.reshape(-1, SECTOR_BYTES // array.dtype.itemsize) for array in ahead]
         arrays |= {f"ahead_{i}": array for i, array in enumerate(sectors)}
@@ -186,6 +194,7 @@ def _attend_kernel(
     *refs,  # of the arrays that `names` says:
     # q [B, N, H], or qkv [B, K, G + 2, 2, H / 2] with cos, sin float32 [B, H / 2], own int32 [B] and maybe q_norm, k_norm [2, H / 2];
     # k_pool, v_pool [P, K H], slots int32 [B, A], counts int32 [B] and, for int8 pools, k_scales, v_scales [P, K];
+    # for rows in host memory k_host, v_host [P', K H] and host_counts int32 [B];
     # then the outputs: out [B, N, H]; where sequences are divided split_out [splits, N, H], split_max, split_sum [splits, N]; the pools.
     # Or, in place of out, parts [S, B, N, H] and lse float32 [S, B, N].
     names: tuple[str, ...],
@@ -200,7 +209,7 @@ def _attend_kernel(
     batch, num_heads, head_size = ref_of["parts" if config.parts else "out"].shape[-3:]
     num_rows, width = k_ref.shape
     group, capacity = num_heads // (width // head_size), slots_ref.shape[1]
-    divided = "split_out" in ref_of
+    divided, has_host = "split_out" in ref_of, "k_host" in ref_of
     head_program, split = pl.program_id(0), pl.program_id(1)
 
     # The heads fill up the matrix unit's rows with copies of the last one. They compute and store what
@@ -262,7 +271,7 @@ def _attend_kernel(
             # the first named row again, so that nothing unnamed is ever touched.
             positions = positions_of(tile)
             rows = jnp.where(positions < stop, slots_ref[b, jnp.minimum(positions, capacity - 1)], first_row)
-            return jnp.clip(rows, 0, num_rows - 1)
+            return rows if has_host else jnp.clip(rows, 0, num_rows - 1)
 
         first_rows = tile_slots(0)
         if "q" in ref_of:
@@ -277,31 +286,48 @@ def _attend_kernel(
         def of_heads(ref, rows):  # scales [rows, tile] of the rows' kv heads
             return ref[jnp.broadcast_to(rows[None, :], (member.size, rows.size)), (first_kv_head + kv_head)[:, None]]
 
-        def step(tile, carry):
+        def read(name, place, rows, named):
+            """Read the rows of a tile; where some lie in host memory, those that `place` has, zeros for the others."""
+            if not has_host:
+                return ref_of[f"{name}_pool"][rows, columns].astype(queries.dtype)
+            ref = ref_of[f"{name}_{place}"]
+            at = jnp.clip(rows if place == "pool" else -1 - rows, 0, ref.shape[0] - 1)
+            mask = jnp.broadcast_to(named[:, None], (config.tile_rows, columns.size))
+            each = columns.start + jnp.arange(columns.size, dtype=jnp.int32)[None, :]
+            return plt.load(ref.at[at[:, None], each], mask=mask, other=0)
+
+        def step(tile, carry, place="pool"):
             # The ids are loaded a tile ahead: the compiler then treats the rows as plain loads and
             # keeps num_stages - 1 tiles of them in flight; of a chain of loads it keeps half as many.
             rows, running_max, running_sum, acc = carry
             next_rows = tile_slots(tile + 1)
             named = positions_of(tile) < stop
-            keys = k_ref[rows, columns].astype(queries.dtype)  # [tile, kv heads H]
+            if has_host:
+                named &= (rows >= 0) == (place == "pool")
+            keys = read("k", place, rows, named)  # [tile, kv heads H]
             scores = dot(queries, keys, ((1,), (1,))) * (scale * LOG2_E)  # [rows, tile]
             if "k_scales" in ref_of:
                 scores *= of_heads(ref_of["k_scales"], rows)
             scores = jnp.where(named[None, :], scores, -jnp.inf)
             new_max = jnp.maximum(running_max, jnp.max(scores, axis=1))
-            weights = jnp.exp2(scores - new_max[:, None])
-            decay = jnp.exp2(running_max - new_max)
+            base = jnp.where(new_max > -jnp.inf, new_max, 0.0) if has_host else new_max  # a tile may have no row that is in its place
+            weights = jnp.exp2(scores - base[:, None])
+            decay = jnp.exp2(running_max - base)
             running_sum = running_sum * decay + jnp.sum(weights, axis=1)
             if "v_scales" in ref_of:
                 weights *= of_heads(ref_of["v_scales"], rows)
-            values = v_ref[rows, columns].astype(queries.dtype)  # [tile, kv heads H]
+            values = read("v", place, rows, named)  # [tile, kv heads H]
             acc = acc * decay[:, None] + dot(weights.astype(queries.dtype), values, ((1,), (0,)))
             return next_rows, new_max, running_sum, acc
 
         nothing = jnp.full(member.shape, -jnp.inf, jnp.float32), jnp.zeros(member.shape, jnp.float32)
         acc = jnp.zeros((member.size, config.kv_heads * head_size), jnp.float32)
         num_tiles = pl.cdiv(stop - start, stride)
-        _, running_max, running_sum, acc = jax.lax.fori_loop(0, num_tiles, step, (first_rows, *nothing, acc))
+        carry = jax.lax.fori_loop(0, num_tiles, step, (first_rows, *nothing, acc))
+        if has_host:
+            num_tiles = jnp.where(ref_of["host_counts"][b] > 0, num_tiles, 0)
+            carry = jax.lax.fori_loop(0, num_tiles, functools.partial(step, place="host"), (first_rows, *carry[1:]))
+        _, running_max, running_sum, acc = carry
         if config.kv_heads > 1:
             acc = jnp.sum(blocks(acc), axis=1)
 

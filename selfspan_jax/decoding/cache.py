@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ class KVCache:
 
     pools: tuple[LayerPools, ...]
     slot_table: Int[Array, "B A"]
+    is_resident: ClassVar[bool] = True  # all rows are in the pools, whatever is named
 
     @classmethod
     def empty(
@@ -64,6 +66,14 @@ class KVCache:
         own_slot = first + jnp.clip(new_token, 0, new_capacity - 1)
         old_slot = jnp.pad(self.slot_table, ((0, 0), (0, new_capacity)))
         return KVCache(pools, jnp.where(new_token < 0, old_slot, own_slot))  # type: ignore[arg-type]  # pools are pairs
+
+    def choose_slots(self, step_slots: Callable[..., Slots], slots: Slots, **now: Any) -> tuple[KVCache, Slots]:
+        """Compute what the newest tokens attend to, by a policy's `step_slots`; return the cache from which they can."""
+        return self, step_slots(slots, self.slot_table, **now)
+
+    def attend(self, own: Int[Array, "B"], slots: Slots, implementation: Implementation | None) -> Attend:
+        """Make the attention of one new token per sequence, as `attend_cached`."""
+        return attend_cached(own, slots, implementation)
 
 
 def attend_prompts(slots: Int[Array, "B Q"], mask_of: Callable[[Array, Array, Array], Mask]) -> Attend:

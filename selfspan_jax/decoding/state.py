@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +19,12 @@ from pallas_kernels import per_sequence, read_elements, write_elements
 from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import Slots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
-from selfspan_jax.config import DecodeConfig
-from selfspan_jax.decoding.cache import KVCache, attend_cached, attend_prompts
+from selfspan_jax.config import DecodeConfig, ModelConfig
+from selfspan_jax.decoding.cache import KVCache, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, sample
-from selfspan_jax.model import Decoder
+from selfspan_jax.model import Attend, Decoder
 from selfspan_jax.parallel import layout
-from selfspan_jax.spans import SpanState
+from selfspan_jax.spans import SpanState, SpanVocab
 
 MIN_CAPACITY_TOKENS = 64  # of each prompt
 
@@ -75,6 +77,37 @@ def prefill_chunk_tokens(batch_size: int, prompt_capacity: int, config: DecodeCo
     return next((part for part in parts if part * batch_size >= config.prefill_tokens), prompt_capacity)
 
 
+def for_each_chunk(
+    read: Callable[[Int[Array, "b C"], Attend, Any], Any],
+    carry: Any,
+    token_ids: Int[Array, "b T"],
+    lengths: Int[Array, "b"],
+    vocab: SpanVocab,
+    model_config: ModelConfig,
+    config: DecodeConfig,
+    responses: bool,
+) -> Any:
+    """Compute `carry = read(positions, attend, carry)` of the prompts' tokens, a chunk of each at a time; other arguments as below."""
+    batch, prompt_capacity = token_ids.shape
+    policy = get_policy(config.attention)
+    chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
+    first_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
+    arguments = token_ids, lengths, vocab, model_config
+    masks_of = functools.partial(masks_of_prompts, policy, *arguments)
+
+    def read_chunk(masks, prefill, index, carry):
+        start = index * chunk
+        positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
+        return read(positions, attend_prompts(first_slots + positions, prompt_mask(masks(start, chunk), prefill, chunk)), carry)
+
+    num_chunks, begun = (jnp.max(lengths) + chunk - 1) // chunk, jnp.int32(0)
+    if chunk < prompt_capacity and policy.prompt_masks(*arguments, responses=responses) is None:  # chunks before any response have tiles
+        is_prompt = jnp.cumsum(token_ids == vocab.solve_id, axis=1) == 0
+        begun = jnp.minimum(num_chunks, jnp.min(jnp.sum(is_prompt, axis=1, dtype=jnp.int32)) // chunk)
+        carry = jax.lax.fori_loop(0, begun, functools.partial(read_chunk, masks_of(responses=False), "dense"), carry)
+    return jax.lax.fori_loop(begun, num_chunks, functools.partial(read_chunk, masks_of(responses=responses), config.prefill), carry)
+
+
 def prefill_state(
     model: Decoder,
     token_ids: Int[Array, "b T"],
@@ -89,33 +122,26 @@ def prefill_state(
 
     `responses` says whether some of them go on after `<solve>`; `measured`, a `Retained` of no queries, adds one to each layer's pools.
     """
-    batch, prompt_capacity = token_ids.shape
-    policy = get_policy(config.attention)
-    cache = KVCache.empty(model.config, lengths, prompt_capacity, num_samples, config.max_new_tokens)
-    chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
-    first_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
-    arguments = token_ids, lengths, model.vocab, model.config
-    masks_of = functools.partial(masks_of_prompts, policy, *arguments)
+    cache = KVCache.empty(model.config, lengths, token_ids.shape[1], num_samples, config.max_new_tokens)
 
-    def read_chunk(masks, prefill, index, carry):
+    def read(positions, attend, carry):
         pools, last = carry
-        start = index * chunk
-        positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
-        tokens = jax.lax.dynamic_slice_in_dim(token_ids, start, chunk, axis=1)
-        attend = attend_prompts(first_slots + positions, prompt_mask(masks(start, chunk), prefill, chunk))
-        hidden, pools = model(tokens, positions, attend, pools)
-        at = lengths - 1 - start
-        here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
-        return pools, jnp.where(((at >= 0) & (at < chunk))[:, None], here, last)
+        hidden, pools = model(jnp.take_along_axis(token_ids, positions, axis=1), positions, attend, pools)
+        at = lengths[:, None] - 1 - positions[:, :1]
+        here = jnp.take_along_axis(hidden, jnp.clip(at, 0, positions.shape[1] - 1)[:, :, None], axis=1)[:, 0]
+        return pools, jnp.where((at >= 0) & (at < positions.shape[1]), here, last)
 
-    carry = (tuple((*layer, *measured) for layer in cache.pools), jnp.zeros((batch, model.config.hidden_size), model.config.compute_dtype))
-    num_chunks, begun = (jnp.max(lengths) + chunk - 1) // chunk, jnp.int32(0)
-    if chunk < prompt_capacity and policy.prompt_masks(*arguments, responses=responses) is None:  # chunks before any response have tiles
-        is_prompt = jnp.cumsum(token_ids == model.vocab.solve_id, axis=1) == 0
-        begun = jnp.minimum(num_chunks, jnp.min(jnp.sum(is_prompt, axis=1, dtype=jnp.int32)) // chunk)
-        carry = jax.lax.fori_loop(0, begun, functools.partial(read_chunk, masks_of(responses=False), "dense"), carry)
-    read_rest = functools.partial(read_chunk, masks_of(responses=responses), config.prefill)
-    pools, last = jax.lax.fori_loop(begun, num_chunks, read_rest, carry)
+    carry = (
+        tuple((*layer, *measured) for layer in cache.pools),
+        jnp.zeros((len(lengths), model.config.hidden_size), model.config.compute_dtype),
+    )
+    pools, last = for_each_chunk(read, carry, token_ids, lengths, model.vocab, model.config, config, responses)
+    return start_state(model, dataclasses.replace(cache, pools=pools), last, token_ids, lengths, keys, config, num_samples)
+
+
+def start_state(model: Decoder, cache: KVCache, last: Float[Array, "b D"], token_ids, lengths, keys, config, num_samples) -> DecodeState:
+    """Return the state after prompts that are in the cache, `last` the hidden states of their last tokens; the rest as for `prefill_state`."""
+    batch, prompt_capacity = token_ids.shape
 
     def for_each_sample(x):
         return jnp.repeat(x, num_samples, axis=0)
@@ -127,9 +153,9 @@ def prefill_state(
         occurred = for_each_sample(mark_occurring(jnp.zeros((batch, model.vocab_size), bool), token_ids, inside, model.vocab))
     new_shape = (batch * num_samples, config.max_new_tokens)
     return DecodeState(
-        cache=dataclasses.replace(cache, pools=pools),
+        cache=cache,
         span=jax.tree.map(for_each_sample, span),
-        slots=policy.initial_slots(cache.slot_table),
+        slots=get_policy(config.attention).initial_slots(cache.slot_table),
         hidden=for_each_sample(last),
         logits=for_each_sample(model.logits(last)),
         done=jnp.zeros(new_shape[:1], bool),
@@ -175,10 +201,12 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
         ends = functools.reduce(jnp.logical_or, (tokens == end for end in (model.vocab.eos_id, *config.stop_ids)))
         return (span, slots, done | (active & ends)), (position, own, jnp.where(active, own, num_rows))
 
-    arrays = (state.span, None if state.slots.kept is None else state.slots, state.done), cache.slot_table, tokens, active
+    at_once = state.slots.kept is not None and cache.is_resident
+    arrays = (state.span, state.slots if at_once else None, state.done), cache.slot_table, tokens, active
     (span, slots, done), (position, own, written) = per_sequence(advance, *arrays, implementation=config.bookkeeping)
-    slots = slots or step_slots(state.slots, cache.slot_table, own=own, span=span, active=active)
-    attend = attend_cached(written, slots, config.implementation)
+    if slots is None:
+        cache, slots = cache.choose_slots(step_slots, state.slots, own=own, span=span, active=active)
+    attend = cache.attend(written, slots, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
     hidden = jnp.where(active[:, None], hidden[:, 0], state.hidden)  # so that the logits, many more, need not be chosen from
     fed = {"cache": dataclasses.replace(cache, pools=pools), "span": span, "slots": slots, "done": done}

@@ -1,0 +1,56 @@
+"""The public function: validate, choose an implementation, launch."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import PLAIN, choose_implementation, device_reason, require
+from pallas_kernels.copy_rows.reference import xla_copy_rows
+from pallas_kernels.copy_rows.triton import triton_copy_rows
+
+IMPLEMENTATIONS = ("xla", "triton")
+Pools = tuple[jax.Array, ...]
+
+
+def copy_rows(
+    host_pools: Pools,
+    pools: Pools,
+    sources: jax.Array,
+    targets: jax.Array,
+    counts: jax.Array,
+    *,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Pools:
+    """Copy rows of pools in host memory to rows of pools on the device: `pools[i][targets[b, j]] = host_pools[i][sources[b, j]]`.
+
+    Args:
+      host_pools: `[P', K, H]` each, put with `memory_kind="pinned_host"` on a GPU.
+      pools: `[P, K, H]` each, in the same dtypes; "triton" writes them in place.
+      sources, targets: int32 `[B, F]`. No target is named twice.
+      counts: int32 `[B]`: the first `counts[b]` of each row are copied; what stands beyond is arbitrary. Rows outside a pool are left out.
+      implementation, interpret: as `pallas_kernels` says. "xla" moves the whole host pools to the device first.
+
+    Returns: the pools afterwards.
+    """
+    require(len(host_pools) == len(pools) > 0, "expected as many pools as host pools", len(host_pools), len(pools))
+    for host, pool in zip(host_pools, pools):
+        fits = host.ndim == pool.ndim == 3 and host.shape[1:] == pool.shape[1:] == pools[0].shape[1:]
+        require(fits and host.dtype == pool.dtype, "expected pools [P, K, H] and host pools [P', K, H] of one dtype", host, pool)
+    fits = sources.ndim == 2 and sources.shape == targets.shape and counts.shape == sources.shape[:1]
+    fits &= sources.dtype == targets.dtype == counts.dtype == jnp.int32
+    require(fits, "expected sources and targets int32 [B, F] and counts int32 [B]", sources, targets, counts)
+    chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, pools[0], interpret=interpret))
+    if not sources.size:
+        return pools
+    if chosen == "xla":
+        return xla_copy_rows(host_pools, pools, sources, targets, counts)
+    return triton_copy_rows(host_pools, pools, sources, targets, counts, interpret=interpret)
+
+
+def unsupported_reason(implementation: str, pool: jax.Array, *, interpret: bool = False) -> str | None:
+    """Say why `implementation` cannot run on the default device; None when it can."""
+    reason = device_reason(implementation, IMPLEMENTATIONS, interpret)
+    if reason or implementation in PLAIN:
+        return reason
+    head_size = pool.shape[-1]
+    return None if head_size & (head_size - 1) == 0 else f"the head size must be a power of two, got {head_size}"

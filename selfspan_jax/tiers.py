@@ -1,0 +1,229 @@
+"""Prompts in host memory: an engine whose sequences have a working set of rows on the GPU, filled as the model names labels.
+
+The rows of a prompt are written to pinned host memory, layer by layer as it is read, and stay there. On the GPU each sequence has W rows
+for tokens of its prompt, and the rows of its new tokens. What every step reads is put there first: label 0, and where headers read it
+the table of contents. A header that opens or names a label says, before any token that uses it and for all layers at once, what is to be
+read: tokens of that label without a row get one, taken from the least recently named labels that are not in use, and the rows are copied
+within the step, in each layer before its attention. Body tokens read the GPU alone.
+
+What finds no place (a working set too small for what is named) and what is read only once (headers that see the whole prompt, other
+policies) is read from host memory by the attention kernel itself. So what is computed never depends on what is where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
+from pallas_kernels.span_decode import unsupported_reason
+from selfspan_jax.attention.policies import Slots
+from selfspan_jax.config import DecodeConfig, ModelConfig
+from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.sampling import sequence_keys
+from selfspan_jax.decoding.state import DecodeState, for_each_chunk, start_state
+from selfspan_jax.errors import UserError
+from selfspan_jax.model import Attend, Decoder, rotary_angles
+from selfspan_jax.spans import SpanState, SpanVocab
+
+WORKING_SET_TOKENS = 4096
+READ_TOKENS = 1 << 17  # of prompts that are read together: their hidden states and one layer's rows are on the GPU
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TieredCache(KVCache):
+    """A cache whose pools are of two places: of each layer keys and values on the device, then keys and values in host memory.
+
+    `slot_table[b, t]` is a row of the device's pools, or -1 - r for row r of the host's. Row w of the working set of sequence b is row
+    b * W + w; token t of its prompt is row `host_start[b] + t`. Samples of a prompt share its rows in host memory.
+    """
+
+    owner: Int[Array, "B W"]  # the token in each row of the working set, -1 for none
+    pinned: Int[Array, "B"]  # so many first rows of it are kept for good
+    host_start: Int[Array, "B"]
+    sources: Int[Array, "B W"]  # the first num_copied rows are copied to targets in the step at hand
+    targets: Int[Array, "B W"]
+    num_copied: Int[Array, "B"]
+    on_host: Int[Array, "B"]  # slots in use that are rows in host memory
+    copied: Int[Array, "B"]  # rows copied since the prompt, of each layer
+    misses: Int[Array, "B"]  # rows read from host memory since then, of each layer
+
+    is_resident: ClassVar[bool] = False
+
+    def extended(self, num_tokens, new_capacity):
+        """Allocate rows on the device, as `KVCache.extended`."""
+        resident = KVCache(tuple(layer[:2] for layer in self.pools), self.slot_table).extended(num_tokens, new_capacity)
+        pools = tuple((*layer, *old[2:]) for layer, old in zip(resident.pools, self.pools))
+        return dataclasses.replace(self, pools=pools, slot_table=resident.slot_table)
+
+    def choose_slots(self, step_slots, slots, *, own, span: SpanState, active):
+        """Give rows on the device to what headers open and name, then compute the slots."""
+        cache = self
+        if slots.kept is not None:  # a policy that reads what is named
+            cache = self.placed(span, active & span.is_response & span.is_header)
+
+            def choose(slots, table, own, span, active):
+                return step_slots(slots, table, own=own, span=span, active=active), None
+
+            slots, _ = per_sequence(choose, slots, cache.slot_table, own, span, active)
+        else:
+            slots = step_slots(slots, self.slot_table, own=own, span=span, active=active)
+        used = jax.lax.broadcasted_iota(jnp.int32, slots.slots.shape, 1) < slots.counts[:, None]
+        on_host = jnp.sum(used & (slots.slots < 0), axis=1, dtype=jnp.int32)
+        return dataclasses.replace(cache, on_host=on_host, misses=cache.misses + jnp.where(active, on_host, 0)), slots
+
+    def placed(self, span: SpanState, wanted: Array) -> TieredCache:
+        """Choose rows for what wanted sequences read by label, and note what is to be copied."""
+        in_use = Wanted(wanted.astype(jnp.int32), span.num_tokens, span.label, span.step_index)
+        found = place_rows(self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_start)
+        rows = {"slot_table": found.slot_table, "owner": found.owner, "sources": found.sources, "targets": found.targets}
+        return dataclasses.replace(self, num_copied=found.counts, copied=self.copied + found.counts, **rows)
+
+    def copy(self, layer: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Copy into a layer's pools on the device the rows that were noted."""
+        return (*copy_rows(layer[2:], layer[:2], self.sources, self.targets, self.num_copied), *layer[2:])
+
+    def attend(self, own, slots: Slots, implementation) -> Attend:
+        """Make the attention of one new token per sequence; each layer copies its rows first."""
+
+        def attend(qkv, norms, angles, layer):
+            k_pool, v_pool, *host = self.copy(layer)
+            arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, k_pool, v_pool, slots.slots, slots.counts)
+            options = {"split": True, "sparse": slots.kept is not None, "host": HostRows(*host, self.on_host)}
+            out, *pools = rotate_and_attend(*arrays, **norms, **options, implementation=implementation)
+            return out.reshape(len(own), 1, -1), (*pools, *host)
+
+        return attend
+
+
+class HostEngine(Engine):
+    """An engine that keeps prompts in host memory; other methods and arguments as for `Engine`.
+
+    Args:
+      working_set_tokens: rows on the GPU for the prompt of each sequence. Half of them at most hold what every step reads.
+
+    Raises: UserError for a working set of fewer than 2 rows, and for a decoder that the attention kernel cannot take.
+    """
+
+    def __init__(self, model: Decoder, *, working_set_tokens: int = WORKING_SET_TOKENS, steps_per_sync: int | None = None):
+        super().__init__(model, steps_per_sync=steps_per_sync)
+        if working_set_tokens < 2:
+            raise UserError(f"working_set_tokens is {working_set_tokens}; allowed: 2 and above")
+        self.working_set_tokens = working_set_tokens
+        config = model.config
+        q, pool = (
+            jax.ShapeDtypeStruct((1, heads, config.head_size), config.compute_dtype) for heads in (config.num_heads, config.num_kv_heads)
+        )
+        if jax.default_backend() == "gpu" and (reason := unsupported_reason("triton", q, pool)):  # type: ignore[arg-type]
+            raise UserError(f"kv_memory is 'host', which needs the Triton kernel: {reason}")
+
+    def prefill(self, token_ids, lengths, config, key=None, *, num_samples=1):
+        """Read prompts into host memory; arguments and errors as for `Engine.prefill`."""
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}; allowed: 1 and above")
+        prompts = self.check_prompts(token_ids, lengths, config)
+        keys = key if key is not None and key.ndim else sequence_keys(key, len(lengths) * num_samples)
+        host, last = self._read(*prompts, config, self.goes_on(token_ids, lengths))
+        width = min(self.working_set_tokens, prompts[0].shape[1])
+        return _start(self.graph, self.params, host, last, *prompts, keys, config, num_samples, width)
+
+    def _read(self, token_ids, lengths, config, responses) -> tuple[tuple[tuple[Array, Array], ...], Array]:
+        """Read prompts, some at a time, each group layer by layer; return the host's pools and the last hidden states."""
+        batch, capacity = token_ids.shape
+        group = max(number for number in range(1, batch + 1) if batch % number == 0 and (number == 1 or number * capacity <= READ_TOKENS))
+        decoder = self.graph.decoder(self.params)
+        layers = [nnx.split(layer) for layer in decoder.layers]
+        pools, last = [_empty(self.config, batch * capacity) for _ in layers], []
+        for start in range(0, batch, group):
+            some, first = (token_ids[start : start + group], lengths[start : start + group]), jnp.int32(start * capacity)
+            x = _embed(*nnx.split(decoder.embed_tokens), some[0], self.config)
+            for index, (graph, params) in enumerate(layers):
+                x, pools[index] = _read_layer(graph, params, x, pools[index], first, *some, self.vocab, self.config, config, responses)
+            last.append(_last(*nnx.split(decoder.norm), x, some[1]))
+        return tuple(pools), jnp.concatenate(last)
+
+    def compile(self, batch_size, prompt_tokens, config):
+        """Compile what `generate` runs, by running it once: memory is taken for it."""
+        tokens = jnp.zeros((batch_size, prompt_tokens), jnp.int32)
+        state = self.prefill(jax.device_get(tokens), jax.device_get(jnp.full(batch_size, prompt_tokens, jnp.int32)), config)
+        jax.block_until_ready(self.run(state, config, until=0))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows"))
+def _empty(config: ModelConfig, rows: int) -> tuple[Array, Array]:
+    pool = jnp.zeros((rows, config.num_kv_heads, config.head_size), jnp.dtype(config.compute_dtype))
+    return jax.device_put((pool, pool), jax.memory.Space.Host)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config"))
+def _embed(graph, params, token_ids, config):
+    return nnx.merge(graph, params)(token_ids).astype(config.compute_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "vocab", "model_config", "config", "responses"), donate_argnames=("x", "pools"))
+def _read_layer(graph, params, x, pools, first, token_ids, lengths, vocab: SpanVocab, model_config: ModelConfig, config, responses):
+    """Compute a layer of whole prompts, a chunk at a time, and write its rows to the host's pools from row `first` on."""
+    layer = nnx.merge(graph, params)
+    batch, capacity, _ = x.shape
+
+    def read(positions, attend, carry):
+        x, rows = carry
+        start = positions[0, 0]
+        some = jax.lax.dynamic_slice_in_dim(x, start, positions.shape[1], axis=1)
+        some, rows = layer(some, rotary_angles(positions, model_config), attend, rows, implementation="xla")
+        return jax.lax.dynamic_update_slice_in_dim(x, some, start, axis=1), rows
+
+    empty = jnp.zeros((batch * capacity, *pools[0].shape[1:]), pools[0].dtype)
+    x, rows = for_each_chunk(read, (x, (empty, empty)), token_ids, lengths, vocab, model_config, config, responses)
+    rows = jax.device_put(rows, jax.memory.Space.Host)
+    return x, tuple(jax.lax.dynamic_update_slice_in_dim(pool, some, first, axis=0) for pool, some in zip(pools, rows))
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def _last(graph, params, x: Float[Array, "b T D"], lengths: Int[Array, "b"]) -> Float[Array, "b D"]:
+    return nnx.merge(graph, params)(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0])
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples", "width"), donate_argnames=("host",))
+def _start(graph, params, host, last, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, width: int) -> DecodeState:
+    """Make the state after prompts that are in the host's pools, with a working set of what every step reads."""
+    model, (batch, capacity) = graph.decoder(params), token_ids.shape
+    sequences, num_prompt_rows = batch * num_samples, batch * capacity
+    resident = KVCache.empty(model.config, lengths, capacity, num_samples, config.max_new_tokens).slot_table
+    table = jnp.where(resident < num_prompt_rows, -1 - resident, resident - num_prompt_rows + sequences * width)
+    rows = -(-sequences * (width + config.max_new_tokens) // ROW_MULTIPLE) * ROW_MULTIPLE
+    empty, none = jnp.zeros((rows, *host[0][0].shape[1:]), host[0][0].dtype), jnp.zeros(sequences, jnp.int32)
+    starts = jnp.arange(sequences, dtype=jnp.int32) // num_samples * capacity
+    unused = jnp.full((sequences, width), -1, jnp.int32)
+    pools = tuple((empty, empty, *layer) for layer in host)
+    cache = TieredCache(pools, table, unused, none, starts, unused, unused, none, none, none, none)
+    state = start_state(model, cache, last, token_ids, lengths, keys, config, num_samples)
+    if state.slots.kept is None:
+        return state
+    labels, token = state.span.token_labels, jax.lax.broadcasted_iota(jnp.int32, table.shape, 1)
+    always = labels == 0
+    if state.span.toc is not None:
+        opened = jnp.pad(token_ids, ((0, 0), (0, config.max_new_tokens)), constant_values=model.vocab.pad_id)
+        always |= (labels >= 0) & jnp.repeat(model.vocab.label_of(opened, model.vocab.seg_base) >= 0, num_samples, axis=0)
+    sequence = jnp.arange(sequences, dtype=jnp.int32)[:, None]
+    row = jnp.cumsum(always, axis=1, dtype=jnp.int32) - 1
+    always &= row < width // 2
+    row, target = jnp.where(always, row, width), sequence * width + row
+    cache = dataclasses.replace(
+        cache,
+        slot_table=jnp.where(always, target, table),
+        owner=unused.at[sequence, row].set(token, mode="drop"),
+        sources=unused.at[sequence, row].set(starts[:, None] + token, mode="drop"),
+        targets=unused.at[sequence, row].set(target, mode="drop"),
+        pinned=jnp.sum(always, axis=1, dtype=jnp.int32),
+    )
+    filling = dataclasses.replace(cache, num_copied=cache.pinned)
+    return dataclasses.replace(state, cache=dataclasses.replace(cache, pools=tuple(map(filling.copy, pools))))
