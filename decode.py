@@ -1,7 +1,6 @@
 """Decode with a trained span model: one prompt step by step, many to see how often it is right, or to see how fast.
 
 python decode.py generate checkpoints/arithmetic-tiny "((51+75)-(95*3))"
-python decode.py generate runs/news/model --article article.txt
 python decode.py generate checkpoints/arithmetic-tiny --prompts expressions.txt --json responses.json
 python decode.py eval checkpoints/arithmetic-tiny --num-examples 1000
 python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
@@ -12,8 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +24,7 @@ from data.tasks import TASKS
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.attention.selectors import SELECTORS
-from selfspan_jax.config import Dtype, Sampling, ServerConfig, Weights
+from selfspan_jax.config import Dtype, KvMemory, Sampling, ServerConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import catch_out_of_memory
@@ -48,6 +45,8 @@ class Model:
     """What activations and products are computed in. Default: as the model was trained; a pretrained one that is stored so, in f32."""
     mesh: str | None = None
     """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
+    kv_memory: KvMemory = "device"
+    """Where keys and values of prompts lie: host is for contexts that the GPU cannot hold; not for serve."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     compile_cache: bool = True
     """Keep compiled programs for the next call, in ~/.cache/selfspan/compiled or JAX_COMPILATION_CACHE_DIR."""
@@ -56,7 +55,7 @@ class Model:
         if self.compile_cache:
             files.keep_programs()
         with commandline.status("loading the model ..."):
-            return SpanLM.load(self.checkpoint, TASKS, base=self.base, dtype=self.dtype, **{"mesh": self.mesh, **options})
+            return SpanLM.load(self.checkpoint, TASKS, **{name: getattr(self, name) for name in _LOADED} | options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,7 @@ class Generate(Model):
                 results.callback(files.write_json, self.json, written)
             table = text.response_tables(outs) if several else text.response_table(outs[0], told=told)
             table += f"\n{text.prefill_line(kept)}" if kept else ""
-            print(text.in_color(table) if sys.stdout.isatty() and "NO_COLOR" not in os.environ else table, flush=True)
+            print(text.for_terminal(table), flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,8 +174,7 @@ class Eval(Model):
 
     def __post_init__(self):
         check_range(self, "num_examples", "batch_size", "passes", low=1)
-        if self.seed is not None:
-            check_range(self, "seed", low=0)
+        check_range(self, *(() if self.seed is None else ("seed",)), low=0)
         if self.data is None and self.split:
             raise UserError("--split is of a corpus directory: give one with --data")
         if self.data and (given := [name for name in _FRESH if getattr(self, name) not in (None, ())]):
@@ -190,7 +188,7 @@ class Eval(Model):
         options: dict[str, Any] = {name: getattr(self, name) for name in ("attention", "prefill", "passes", "sources", "constrained")}
         found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, **options)
         settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
-        settings |= {key: value for key in ("dtype", "prefill", "sources", "constrained") if (value := getattr(self, key)) not in _USUAL}
+        settings |= {k: v for k in ("dtype", "kv_memory", "prefill", "sources", "constrained") if (v := getattr(self, k)) not in _USUAL}
         results = evaluation.report(lm, found, settings)
         try:
             print(text.evaluation_table(results, lm.task), flush=True)
@@ -227,7 +225,8 @@ class Serve(Model):
         server.serve(functools.partial(self.load, weights=self.weights), self.checkpoint.name, self.server, self.mesh, self.attention)
 
 
-_USUAL = (None, "dense", "model", False)
+_LOADED = ("base", "dtype", "mesh", "kv_memory")
+_USUAL = (None, "device", "dense", "model", False)
 _FRESH = ("ops", "min_ops", "max_ops", "seed")
 
 

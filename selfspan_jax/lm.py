@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
-from selfspan_jax.config import COMPUTE_DTYPES, MAX_SEED, DecodeConfig, Dtype, Implementation, ModelConfig, Sampling, Weights
+from selfspan_jax.config import COMPUTE_DTYPES, MAX_SEED, DecodeConfig, Dtype, Implementation, KvMemory, ModelConfig, Sampling, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState
@@ -29,6 +29,7 @@ from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import run_together, saves_steps, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task, end_ids, installed_tasks
+from selfspan_jax.tiers import WORKING_SET_TOKENS, HostEngine
 from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
 from selfspan_jax.viewing.output import Output, prompt_warnings
@@ -107,11 +108,25 @@ class Reader:
 class SpanLM(Reader):
     """Decode with a model, in the words of the task that it was trained for."""
 
-    def __init__(self, model: Decoder, task: Task, *, weights: Weights = "bf16", mesh: str | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        task: Task,
+        *,
+        weights: Weights = "bf16",
+        mesh: str | None = None,
+        kv_memory: KvMemory = "device",
+        working_set_tokens: int = WORKING_SET_TOKENS,
+    ):
         """Copy a model for decoding; options as for `load`."""
-        _check_weights(weights)
+        _check_named("weights", weights, Weights)
+        _check_named("kv_memory", kv_memory, KvMemory)
+        if mesh and kv_memory == "host":
+            raise UserError(f"mesh is {mesh!r}, but kv_memory is 'host', which is for one device: give one of them")
         self.model = model.for_decoding(weights=weights)
         self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
+        if kv_memory == "host":
+            self.engine = HostEngine(self.model, working_set_tokens=working_set_tokens)
         super().__init__(task, self.model.config, self.model.vocab)
 
     @classmethod
@@ -124,6 +139,8 @@ class SpanLM(Reader):
         dtype: Dtype | None = None,
         weights: Weights = "bf16",
         mesh: str | None = None,
+        kv_memory: KvMemory = "device",
+        working_set_tokens: int = WORKING_SET_TOKENS,
     ) -> SpanLM:
         """Load a model.
 
@@ -135,6 +152,8 @@ class SpanLM(Reader):
             pretrained, float32 where its config or its file says so and bfloat16 elsewhere.
           weights: "bf16", the model's own compute dtype, or "int8", half the bytes of bfloat16.
           mesh: decode on several devices, for example `data=2,tensor=2`: `data` divides sequences, `tensor` kv heads.
+          kv_memory: where keys and values of prompts lie: "device", or "host" for contexts that the device cannot hold, with those of at
+            most `working_set_tokens` of each prompt on the device (`selfspan_jax.tiers`); on one device.
 
         Raises: FileNotFoundError, UserError with one line that says what is wrong with the directory.
         """
@@ -142,14 +161,15 @@ class SpanLM(Reader):
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
         if not (tasks is None or isinstance(tasks, Mapping)):
             raise UserError(f"tasks is {tasks!r}; expected a mapping from names to task classes")
-        _check_weights(weights)
+        _check_named("weights", weights, Weights)
+        placed: dict[str, Any] = {"mesh": mesh, "kv_memory": kv_memory, "working_set_tokens": working_set_tokens}
         path = hub.locate(directory)
         computed: dict[str, Any] = {} if dtype is None else {"compute_dtype": COMPUTE_DTYPES[dtype]}
         is_adapter = lora.is_adapter(path)
         if base is not None and not is_adapter and path.exists():
             raise UserError(f"{directory} is no adapter, so it takes no base")
         if importing.is_pretrained(path):
-            return cls(*importing.load(path, **computed), weights=weights, mesh=mesh)
+            return cls(*importing.load(path, **computed), weights=weights, **placed)
         model, fields = lora.load_adapter(path, base) if is_adapter else models.load_model(path)
         model.config = dataclasses.replace(model.config, **computed)
         tasks = installed_tasks() if tasks is None else tasks
@@ -160,7 +180,7 @@ class SpanLM(Reader):
                 else "no installed one can be loaded: pip install -e . installs this project's"
             )
             raise UserError(f"{directory}: of task {name!r}; {known}")
-        return cls(model, tasks[name].from_json(fields), weights=weights, mesh=mesh)
+        return cls(model, tasks[name].from_json(fields), weights=weights, **placed)
 
     def __repr__(self) -> str:
         config, task = self.model.config, getattr(self.task, "name", type(self.task).__name__)
@@ -418,9 +438,9 @@ class _Call:
     seed: int
 
 
-def _check_weights(weights: Weights) -> None:
-    if weights not in get_args(Weights):
-        raise UserError(f"weights is {weights!r}; allowed: {', '.join(get_args(Weights))}")
+def _check_named(name: str, value: Any, names: Any) -> None:
+    if value not in get_args(names):
+        raise UserError(f"{name} is {value!r}; allowed: {', '.join(get_args(names))}")
 
 
 _MAX_ROWS = 2**31 - 1  # of the pools of keys and values, which slots number in int32

@@ -64,18 +64,18 @@ class TieredCache(KVCache):
         pools = tuple((*layer, *old[2:]) for layer, old in zip(resident.pools, self.pools))
         return dataclasses.replace(self, pools=pools, slot_table=resident.slot_table)
 
-    def choose_slots(self, step_slots, slots, *, own, span: SpanState, active):
+    def choose_slots(self, step_slots, slots, **now):
         """Give rows on the device to what headers open and name, then compute the slots."""
-        cache = self
+        cache, span, active = self, now["span"], now["active"]
         if slots.kept is not None:  # a policy that reads what is named
             cache = self.placed(span, active & span.is_response & span.is_header)
 
-            def choose(slots, table, own, span, active):
-                return step_slots(slots, table, own=own, span=span, active=active), None
+            def choose(slots, table, now):
+                return step_slots(slots, table, **now), None
 
-            slots, _ = per_sequence(choose, slots, cache.slot_table, own, span, active)
+            slots, _ = per_sequence(choose, slots, cache.slot_table, now)
         else:
-            slots = step_slots(slots, self.slot_table, own=own, span=span, active=active)
+            slots = step_slots(slots, self.slot_table, **now)
         used = jax.lax.broadcasted_iota(jnp.int32, slots.slots.shape, 1) < slots.counts[:, None]
         on_host = jnp.sum(used & (slots.slots < 0), axis=1, dtype=jnp.int32)
         return dataclasses.replace(cache, on_host=on_host, misses=cache.misses + jnp.where(active, on_host, 0)), slots
@@ -84,8 +84,15 @@ class TieredCache(KVCache):
         """Choose rows for what wanted sequences read by label, and note what is to be copied."""
         in_use = Wanted(wanted.astype(jnp.int32), span.num_tokens, span.label, span.step_index)
         found = place_rows(self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_start)
-        rows = {"slot_table": found.slot_table, "owner": found.owner, "sources": found.sources, "targets": found.targets}
-        return dataclasses.replace(self, num_copied=found.counts, copied=self.copied + found.counts, **rows)
+        return dataclasses.replace(
+            self,
+            slot_table=found.slot_table,
+            owner=found.owner,
+            sources=found.sources,
+            targets=found.targets,
+            num_copied=found.counts,
+            copied=self.copied + found.counts,
+        )
 
     def copy(self, layer: tuple[Array, ...]) -> tuple[Array, ...]:
         """Copy into a layer's pools on the device the rows that were noted."""

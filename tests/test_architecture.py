@@ -28,7 +28,7 @@ MAY_NOT_USE = {
 }
 # Inside the library, lowest first: a module imports modules of its own package and of the levels below, nothing beside it or above.
 LEVELS = [
-    {"errors"},
+    {"errors", "interrupts"},
     {"files"},
     {"spans", "attention.selectors"},
     {"config", "task"},
@@ -37,7 +37,7 @@ LEVELS = [
     {"model"},
     {"attention"},
     {"decoding", "parallel.distributed"},
-    {"serving.pages", "serving.running"},
+    {"serving.pages", "serving.running", "tiers"},
     {"serving.requests"},
     {"serving.scheduler"},
     {"serving.throughput"},

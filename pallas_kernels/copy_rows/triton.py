@@ -24,6 +24,8 @@ MAX_PROGRAMS = 16  # of a sequence
 
 def triton_copy_rows(host_pools, pools, sources, targets, counts, *, interpret: bool = False):
     """Run the kernel; arguments as in `copy_rows`, already checked."""
+    if interpret:  # which knows no memory but the device's
+        host_pools = jax.device_put(host_pools, jax.memory.Space.Device)
     batch, capacity = sources.shape
     _, num_heads, head_size = pools[0].shape
     heads = num_heads & -num_heads  # the largest power of two that divides them: a tile's sizes are powers of two
@@ -60,7 +62,7 @@ def _kernel(
         at = jnp.minimum(place, capacity - 1)
         source, target = sources_ref[b, at], targets_ref[b, at]
         valid = (place < count) & (source >= 0) & (source < host_refs[0].shape[0]) & (target >= 0) & (target < out_refs[0].shape[0])
-        source, target = jnp.where(valid, source, 0), jnp.where(valid, target, 0)
+        source, target = jnp.where(valid, source, 0), jnp.where(valid, target, out_refs[0].shape[0])  # the interpreter drops the latter
         mask = jnp.broadcast_to(valid[:, None], (tile_rows, width))
         tiles = [plt.load(ref.at[source[:, None], columns], mask=mask, other=0) for ref in host_refs]
         for ref, tile in zip(out_refs, tiles, strict=True):

@@ -63,6 +63,7 @@ def place_rows(
       implementation, interpret: as `pallas_kernels` says.
     """
     batch, capacity = slot_table.shape
+    shapes: dict[str, tuple[jax.Array, tuple[int, ...]]]
     shapes = {"slot_table": (slot_table, (batch, capacity)), "owner": (owner, (batch, owner.shape[-1])), "keys": (keys, (batch, capacity))}
     shapes |= {"marks": (marks, (batch, marks.shape[-1])), "pinned": (pinned, (batch,)), "host_start": (host_start, (batch,))}
     for name, (array, shape) in (shapes | {name: (field, (batch,)) for name, field in wanted._asdict().items()}).items():

@@ -130,7 +130,8 @@ def rotate_and_attend(
     pools = k_pool, v_pool
     if host is not None:
         slots = jnp.where(slots < 0, k_pool.shape[0] - 1 - slots, slots)
-        pools = tuple(jnp.concatenate([pool, jax.device_put(rows, jax.memory.Space.Device)]) for pool, rows in zip(pools, host[:2]))
+        k_host, v_host = jax.device_put(host[:2], jax.memory.Space.Device)
+        pools = jnp.concatenate([k_pool, k_host]), jnp.concatenate([v_pool, v_host])
     return span_decode_attention(q, *pools, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool
 
 

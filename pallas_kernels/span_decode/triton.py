@@ -204,7 +204,7 @@ def _attend_kernel(
     interpret: bool,
 ):
     ref_of = dict(zip(names, refs, strict=True))  # a pool that is written to is the output
-    k_ref, v_ref, slots_ref, counts_ref = (ref_of[name] for name in ("k_pool", "v_pool", "slots", "counts"))
+    k_ref, slots_ref, counts_ref = (ref_of[name] for name in ("k_pool", "slots", "counts"))
     out_ref = ref_of["lse" if config.parts else "out"]
     batch, num_heads, head_size = ref_of["parts" if config.parts else "out"].shape[-3:]
     num_rows, width = k_ref.shape

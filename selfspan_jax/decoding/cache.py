@@ -21,7 +21,7 @@ from selfspan_jax.config import Implementation, ModelConfig
 from selfspan_jax.model import Attend
 
 ROW_MULTIPLE = 8  # of a pool: what the copy engine moves is cut into so many rows
-LayerPools = tuple[Float[Array, "P K H"], Float[Array, "P K H"]]
+LayerPools = tuple[Float[Array, "P K H"], ...]  # keys and values
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +65,7 @@ class KVCache:
         new_token = jnp.arange(capacity + new_capacity, dtype=jnp.int32)[None, :] - num_tokens[:, None]
         own_slot = first + jnp.clip(new_token, 0, new_capacity - 1)
         old_slot = jnp.pad(self.slot_table, ((0, 0), (0, new_capacity)))
-        return KVCache(pools, jnp.where(new_token < 0, old_slot, own_slot))  # type: ignore[arg-type]  # pools are pairs
+        return KVCache(pools, jnp.where(new_token < 0, old_slot, own_slot))
 
     def choose_slots(self, step_slots: Callable[..., Slots], slots: Slots, **now: Any) -> tuple[KVCache, Slots]:
         """Compute what the newest tokens attend to, by a policy's `step_slots`; return the cache from which they can."""

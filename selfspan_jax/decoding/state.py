@@ -22,7 +22,7 @@ from selfspan_jax.attention.selectors import prompt_mask
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, sample
-from selfspan_jax.model import Attend, Decoder
+from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.spans import SpanState, SpanVocab
 
@@ -78,16 +78,9 @@ def prefill_chunk_tokens(batch_size: int, prompt_capacity: int, config: DecodeCo
 
 
 def for_each_chunk(
-    read: Callable[[Int[Array, "b C"], Attend, Any], Any],
-    carry: Any,
-    token_ids: Int[Array, "b T"],
-    lengths: Int[Array, "b"],
-    vocab: SpanVocab,
-    model_config: ModelConfig,
-    config: DecodeConfig,
-    responses: bool,
+    read: Callable, carry: Any, token_ids, lengths, vocab: SpanVocab, model_config: ModelConfig, config: DecodeConfig, responses: bool
 ) -> Any:
-    """Compute `carry = read(positions, attend, carry)` of the prompts' tokens, a chunk of each at a time; other arguments as below."""
+    """Compute `carry = read(positions [b, C], attend, carry)` for C tokens of each prompt at a time; arguments as for `prefill_state`."""
     batch, prompt_capacity = token_ids.shape
     policy = get_policy(config.attention)
     chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
@@ -140,7 +133,7 @@ def prefill_state(
 
 
 def start_state(model: Decoder, cache: KVCache, last: Float[Array, "b D"], token_ids, lengths, keys, config, num_samples) -> DecodeState:
-    """Return the state after prompts that are in the cache, `last` the hidden states of their last tokens; the rest as for `prefill_state`."""
+    """Return the state after prompts that are in the cache; `last` is the hidden states of their last tokens."""
     batch, prompt_capacity = token_ids.shape
 
     def for_each_sample(x):

@@ -34,6 +34,7 @@ from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.pages import Pages, page_keys
 from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, Stats, Tokens, joined
 from selfspan_jax.serving.running import Decoded, LogProbs, Prompts, decode_chunk, empty_state, read_prompts
+from selfspan_jax.tiers import HostEngine
 
 MAX_LOGPROBS = 20  # most likely tokens whose log-probabilities a request may ask for
 _NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
@@ -103,6 +104,8 @@ class Scheduler:
         self.context_tokens = context if config.context_tokens is None else config.context_tokens
         if self.context_tokens > context:
             raise UserError(f"context_tokens is {self.context_tokens}; the model's context has {context}")
+        if isinstance(engine, HostEngine):
+            raise UserError("kv_memory is 'host'; a server's pages lie on the device, allowed: 'device'")
         if engine.mesh is not None and num_data_shards(engine.mesh) > 1:
             raise UserError("a mesh for serving has data=1: all sequences share one cache")
         self.engine, self.config = engine, config

@@ -15,6 +15,7 @@ from selfspan_jax.decoding.state import bucket
 from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.requests import Request, Tokens
 from selfspan_jax.serving.scheduler import Scheduler
+from selfspan_jax.tiers import HostEngine
 
 # Places for each sequence of a static batch on the same rows of cache, because few are at their full length;
 # and from how many batches, and how many times fewer steps, on that is taken to be faster: 1.77 times fewer gave 1.17 times the answers
@@ -31,7 +32,7 @@ def saves_steps(engine: Engine, config: DecodeConfig, prompt_tokens: Sequence[in
     `new_tokens` may be guesses; only their ratios to each other and to the prompts count.
     """
     prompts, new = np.array(prompt_tokens), np.array(new_tokens)
-    one_cache = engine.mesh is None or num_data_shards(engine.mesh) == 1
+    one_cache = not isinstance(engine, HostEngine) and (engine.mesh is None or num_data_shards(engine.mesh) == 1)
     if len(new) < MIN_BATCHES * batch_size or not one_cache or config.prefill != "dense" or jax.default_backend() == "cpu":
         return False
     static = sum(int(new[start : start + batch_size].max()) for start in range(0, len(new), batch_size))

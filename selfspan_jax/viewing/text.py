@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +49,11 @@ def prefill_line(kept: Mapping[str, Any]) -> str:
     read = f"prefill: {kept['selector']} reads {kept['tiles_kept']:.1%} of the tiles"
     read += " (short prompts are read densely)" * (kept["tiles_kept"] == 1)
     return f"{read}; retained mass: {mean:.2%} in the mean of queries and heads, {least:.2%} at least"
+
+
+def for_terminal(table: str) -> str:
+    """Write a table in color where standard output is a terminal and the user did not forbid it (NO_COLOR)."""
+    return in_color(table) if sys.stdout.isatty() and "NO_COLOR" not in os.environ else table
 
 
 def in_color(table: str) -> str:

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from selfspan_jax.attention.policies import POLICIES
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.errors import UserError
 from selfspan_jax.tiers import HostEngine
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.reference import Reference
@@ -88,7 +86,9 @@ def test_steps_are_those_of_rows_on_the_device(views):
         for step in range(STEPS):
             alive = ~np.asarray(state.done)
             state, plain = engine.step(state, forced[:, step], config), resident.step(plain, forced[:, step], config)
-            np.testing.assert_allclose(np.asarray(state.logits)[alive], np.asarray(plain.logits)[alive], atol=1e-4, err_msg=f"{size}, step {step}")
+            np.testing.assert_allclose(
+                np.asarray(state.logits)[alive], np.asarray(plain.logits)[alive], atol=1e-4, err_msg=f"{size}, step {step}"
+            )
             np.testing.assert_array_equal(np.asarray(state.slots.counts)[alive], np.asarray(plain.slots.counts)[alive])
             for b in np.flatnonzero(alive):
                 simulated[b].feed(len(ROWS[b][0]) + step, forced[b, step])

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from selfspan_jax.training import Interrupts, interrupts
+from selfspan_jax import interrupts
+from selfspan_jax.interrupts import Interrupts
 
 
 @pytest.mark.parametrize(

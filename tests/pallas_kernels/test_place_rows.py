@@ -1,0 +1,72 @@
+"""Which rows of a working set are given to whom, against a simulation in plain Python, over many steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import Wanted, place_rows
+from pallas_kernels.place_rows.triton import triton_place_rows
+from tests.pallas_kernels.lowering import cuda_lowering
+
+BATCH, CAPACITY, LABELS = 5, 70, 9
+RUNS = [("xla", False, 25), ("triton", True, 5), pytest.param("triton", False, 25, marks=pytest.mark.gpu)]
+
+
+def simulate(table, owner, keys, marks, wanted, pinned, host_start):
+    """The slot table and owners afterwards, and of each sequence the pairs of rows that are copied."""
+    table, owner, copies = table.copy(), owner.copy(), []
+    width = owner.shape[1]
+    for b in range(BATCH):
+
+        def in_use(token, b=b):
+            return keys[b, token] in (0, wanted.key[b]) or marks[b, max(keys[b, token], 0)] >= wanted.since[b]
+
+        missing = [t for t in range(wanted.end[b]) if table[b, t] < 0 and in_use(t)] if wanted.place[b] else []
+        free = [row for row in range(pinned[b], width) if owner[b, row] < 0 or not in_use(owner[b, row])]
+        free.sort(key=lambda row, b=b: (-2 if owner[b, row] < 0 else marks[b, max(keys[b, owner[b, row]], 0)], row))
+        copies.append([])
+        for token, row in zip(missing, sorted(free[: len(missing)])):
+            if (left := owner[b, row]) >= 0:
+                table[b, left] = -1 - host_start[b] - left
+            table[b, token], owner[b, row] = b * width + row, token
+            copies[b].append((host_start[b] + token, b * width + row))
+    return table, owner, copies
+
+
+@pytest.mark.parametrize("implementation, interpret, steps", RUNS)
+@pytest.mark.parametrize("width", [1, 6, 20, CAPACITY])
+def test_the_least_recently_named_give_their_rows(width, implementation, interpret, steps):
+    rng = np.random.default_rng(width)
+    host_start = (np.arange(BATCH) * CAPACITY).astype(np.int32)
+    table = (-1 - np.arange(CAPACITY)[None, :] - host_start[:, None]).astype(np.int32)
+    owner, marks = np.full((BATCH, width), -1, np.int32), np.full((BATCH, LABELS), -1, np.int32)
+    keys = rng.integers(0, LABELS, (BATCH, CAPACITY)).astype(np.int32)
+    pinned = rng.integers(0, min(width, 5) + 1, BATCH).astype(np.int32)
+    place = jax.jit(functools.partial(place_rows, implementation=implementation, interpret=interpret))
+    moved = 0
+    for step in range(steps):
+        marks[np.arange(BATCH), rng.integers(0, LABELS, BATCH)] = step
+        sizes = rng.integers(0, 4, BATCH), rng.integers(0, CAPACITY + 1, BATCH), rng.integers(0, LABELS, BATCH)
+        wanted = Wanted(*(x.astype(np.int32) for x in (*sizes, step - rng.integers(0, 3, BATCH))))
+        found = place(*map(jnp.asarray, (table, owner, keys, marks)), wanted, pinned, host_start)
+        table, owner, copies = simulate(table, owner, keys, marks, wanted, pinned, host_start)
+        np.testing.assert_array_equal(found.slot_table, table)
+        np.testing.assert_array_equal(found.owner, owner)
+        pairs = np.stack([found.sources, found.targets], axis=2)
+        assert [list(map(tuple, pairs[b, :count])) for b, count in enumerate(np.asarray(found.counts))] == copies
+        moved += sum(map(len, copies))
+    assert moved
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    row, table = jnp.zeros(2, jnp.int32), jnp.zeros((2, 8), jnp.int32)
+    with pytest.raises(ValueError, match=r"pinned must be int32\[2\]"):
+        place_rows(table, table, table, table, Wanted(row, row, row, row), row[:1], row)
+
+
+def test_the_kernel_lowers_for_cuda():
+    row, table = jnp.zeros(4, jnp.int32), jnp.zeros((4, 9000), jnp.int32)
+    assert "place_rows" in cuda_lowering(triton_place_rows, table, table[:, :4096], table, table[:, :512], *[row] * 6)
