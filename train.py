@@ -106,6 +106,8 @@ class FineTuning(Run):
     """What it is fine-tuned on, in the words of its own tokenizer; with --data that of the directory. Its options are among these."""
     attention: TunedAttention
     adapters: LoraConfig | None
+    adapter: Path | None = None
+    """With finetune-lora: an adapter of the same base, rank and scale that training goes on from."""
 
     def prepare(self) -> tuple[Decoder, TrainingExamples, dict[str, Any]]:
         """Return the model, the examples, and what decides the result beside them."""
@@ -121,7 +123,9 @@ class FineTuning(Run):
         name = init.name if init.name != "model" else f"{init.parent.name}/model"
         identity: dict[str, Any] = {"attention": attention, "base": {"name": name, "sha256": lora.fingerprint(model)}}
         identity |= {} if self.dtype is None else {"dtype": self.dtype}
-        return model, examples, identity | ({} if self.adapters is None else {"lora": dataclasses.asdict(self.adapters)})
+        identity |= {} if self.adapters is None else {"lora": dataclasses.asdict(self.adapters)}
+        identity |= {} if self.adapter is None else {"adapter": lora.begin_with(model, self.adapter)}
+        return model, examples, identity
 
 
 def parse() -> NewModel | FineTuning:

@@ -57,7 +57,9 @@ class Variant:
             raise UserError(f"{where}: {unknown[0]} is no setting of the variant's corpus")
         found = {key: value for section in self.defaults for key, value in run[section].items()}
         if "base" in run:  # the corpus of fine-tuning is known by its settings
-            found |= {"init": run["base"].get("name")} | {key: self.settings[key] for key in ("corpus", "data") if key in self.settings}
+            found |= {"init": run["base"].get("name")} | {
+                key: self.settings[key] for key in ("corpus", "data", "adapter") if key in self.settings
+            }
         for key, expected in self.settings.items():
             if (value := as_option(found.get(key, "missing"))) != expected:
                 raise UserError(f"{where}: {key} is {value}, but {expected} in this variant")

@@ -33,7 +33,7 @@ from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, T
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder, Frozen, Linear, RMSNorm
 from selfspan_jax.weights.importing import load_decoder
-from selfspan_jax.weights.models import Format, abstract_decoder
+from selfspan_jax.weights.models import Format, Tensors, abstract_decoder
 
 
 class AdaptedLinear(nnx.Module):
@@ -233,13 +233,8 @@ def load_adapter(directory: Path, base: str | Path | None) -> tuple[Decoder, dic
       FileNotFoundError: no such directory, or a file of it or of the base is missing.
       UserError: a malformed file, tensors that do not fit, no base, or another base.
     """
-    stored, tensors, task, fields = _ADAPTER.open(directory, "base", "lora")
+    stored, tensors, task, name, expected, config = _open(directory)
     wanted = stored.config
-    try:
-        name, expected = fields["base"]["name"], fields["base"]["sha256"]
-        config = from_json(LoraConfig, fields["lora"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / _ADAPTER.description}: {error}") from error
     if base is None:
         raise UserError(f"{directory} is an adapter of {name}: it needs that model too (--base)")
     tuned = ("compute_dtype", *(field.name for field in dataclasses.fields(TunedAttention)))  # what fine-tuning chose, not the base
@@ -252,10 +247,41 @@ def load_adapter(directory: Path, base: str | Path | None) -> tuple[Decoder, dic
     model = adapt(model, config)
     if fingerprint(model) != expected:
         raise UserError(f"{base}: other weights than those of {name}, which {directory} is an adapter of")
+    _read(model, tensors, wanted.compute_dtype)
+    return merged(model), task
+
+
+def begin_with(model: Decoder, directory: Path) -> dict[str, str]:
+    """Give an adapted decoder the matrices and rows of an adapter, and return its name and the SHA-256 of its tensors' file.
+
+    Raises:
+      FileNotFoundError: no such directory, or a file of it is missing.
+      UserError: a malformed file, an adapter of another base, rank, scale, targets or labels, or a model without adapters.
+    """
+    _check_adapted(model)
+    stored, tensors, _, name, expected, config = _open(directory)
+    if config != model.adapters:
+        raise UserError(f"{directory}: its adapters are {config}, those to train {model.adapters}")
+    if stored.vocab != model.vocab or fingerprint(model) != expected:
+        raise UserError(f"{directory}: an adapter of {name} with {stored.vocab.num_labels} labels, not of the model that is trained")
+    _read(model, tensors, stored.config.compute_dtype)
+    return {"name": directory.name, "sha256": hashlib.sha256((directory / _ADAPTER.tensors).read_bytes()).hexdigest()}
+
+
+def _open(directory: Path) -> tuple[Decoder, Tensors, dict[str, Any], str, str, LoraConfig]:
+    """Open an adapter: what `Format.open` returns, and the name of its base, the SHA-256 of that one's weights, and its config."""
+    stored, tensors, task, fields = _ADAPTER.open(directory, "base", "lora")
+    try:
+        return stored, tensors, task, fields["base"]["name"], fields["base"]["sha256"], from_json(LoraConfig, fields["lora"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / _ADAPTER.description}: {error}") from error
+
+
+def _read(model: Decoder, tensors: Tensors, dtype: str) -> None:
+    """Read the trainable parameters of an adapted decoder, rounded as they are stored."""
     tensors.check(_named(model, nnx.Param))
 
     def read(path: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
-        return leaf.replace(tensors.read(_name(path)).astype(wanted.compute_dtype).astype(jnp.float32))
+        return leaf.replace(tensors.read(_name(path)).astype(dtype).astype(jnp.float32))
 
     nnx.update(model, nnx.map_state(read, nnx.state(model, nnx.Param)))
-    return merged(model), task

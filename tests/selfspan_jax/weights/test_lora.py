@@ -1,6 +1,7 @@
 """Adapters: what they change and what they leave alone, merging, their files, and fine-tuning by the command line."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 
@@ -97,6 +98,21 @@ def test_an_adapter_is_saved_with_the_config_that_made_it(tmp_path, change, mess
         with pytest.raises(UserError, match=match):
             lora.save_adapter(tmp_path / "x", model, dataclasses.replace(LORA, **change), "base", {}, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_training_goes_on_from_an_adapter_of_the_same_base(tmp_path):
+    model, directory = trained(lora.adapt(random_model(), LORA)), tmp_path / "first"
+    lora.save_adapter(directory, model, LORA, "base", {}, "")
+    other = lora.adapt(random_model(), LORA, seed=1)
+    digest = hashlib.sha256((directory / "adapter.safetensors").read_bytes()).hexdigest()
+    assert lora.begin_with(other, directory) == {"name": "first", "sha256": digest}
+    for own, expected in zip(*(jax.tree.leaves(nnx.state(each, nnx.Param)) for each in (other, model)), strict=True):
+        np.testing.assert_array_equal(own, expected)
+    refused = {"its adapters are": lora.adapt(random_model(), LoraConfig(rank=2)), "has no adapters": random_model()}
+    refused["not of the model that is trained"] = lora.adapt(random_model(hidden_size=64), LORA)
+    for message, model in refused.items():
+        with pytest.raises(UserError, match=message):
+            lora.begin_with(model, directory)
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
