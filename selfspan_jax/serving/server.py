@@ -258,12 +258,16 @@ class Server:
 
     def _submit(self, call: Call, prompts: Sequence[tuple[str, Int[np.ndarray, "T"]]]) -> Running:
         """Give the scheduler all that a call asks for, or nothing."""
+        if (asked := call.n * len(prompts)) > (most := self.scheduler.config.max_queue):
+            raise UserError(f"n is {call.n} for {len(prompts)} prompts, {asked} responses; this server queues {most} at most")
         running = Running(self, call)
         seed = secrets.randbelow(MAX_SEED + 1) if call.seed is None else call.seed
         try:
             for text, ids in prompts:
                 if (left := self.max_tokens - len(ids)) < 1:
                     raise UserError(f"the prompt is {len(ids)} tokens long, but a sequence has {self.max_tokens}, response included")
+                if call.max_tokens is not None and call.max_tokens > left:
+                    raise UserError(f"max_tokens is {call.max_tokens}; the prompt's {len(ids)} tokens leave {left}")
                 for _ in range(call.n):
                     response = detokenize.Response(self._decode, call.stop, self._end_ids)
                     choice = Choice(len(running.choices), text, ids, response)

@@ -21,7 +21,6 @@ from data.tools import ToolTask
 from data.vocab import train_vocab
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ModelConfig, ServerConfig, ServingConfig
-from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.serving.requests import QueueFull, Stats, Tokens
@@ -56,7 +55,7 @@ class Named(Words):
 class Scripted:
     """A scheduler that writes RESPONSE to any prompt, two tokens at a time; but "9" fails, "8" goes on without end, "7" waits."""
 
-    context_tokens, num_pages, config = 64, 8, ServingConfig(page_tokens=8)
+    context_tokens, num_pages, config = 64, 8, ServingConfig(page_tokens=8, max_queue=100)
 
     def __init__(self, max_queue=64):
         self.requests, self.cancelled, self.max_queue = [], [], max_queue
@@ -66,8 +65,6 @@ class Scripted:
     def submit(self, request, deliver):
         if len(self._active) >= self.max_queue:
             raise QueueFull(f"{self.max_queue} requests wait already")
-        if request.max_new_tokens > 61:
-            raise UserError("too many new tokens")
         ticket = [request, deliver, 0]
         self.requests.append(request)
         self._active.append(ticket)
@@ -358,7 +355,7 @@ REFUSED = {
     "a prompt that the task cannot read": ({"prompt": "x"}, 400, "invalid literal"),
     "one of several": ({"prompt": ["45", "x"]}, 400, "prompt 2, 'x'"),
     "a long prompt": ({"prompt": "4" * 70}, 400, "the prompt is 72 tokens long, but the model's context is 64"),
-    "many new tokens": ({"prompt": "4", "max_tokens": 62}, 400, "too many new tokens"),
+    "many new tokens": ({"prompt": "4", "max_tokens": 62}, 400, "max_tokens is 62; the prompt's 3 tokens leave 61"),
     "no tokens": ({"prompt": "4", "max_tokens": 0}, 400, "max_tokens is 0"),
     "an unknown field": ({"prompt": "4", "tempreature": 1}, 400, "'tempreature' is not supported"),
     "a penalty": ({"prompt": "4", "presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
@@ -374,6 +371,7 @@ REFUSED = {
     "a wrong type": ({"prompt": "4", "n": "2"}, 400, "n is text; expected a whole number"),
     "a truth as a number": ({"prompt": "4", "n": True}, 400, "n is true or false; expected a whole number"),
     "too many": ({"prompt": "4", "n": 129}, 400, "allowed: 1 to 128"),
+    "more than may ever wait": ({"prompt": ["4"] * 64, "n": 2}, 400, "128 responses; this server queues 100 at most"),
     "a negative seed": ({"prompt": "4", "seed": -1}, 400, "seed is -1"),
     "an empty stop string": ({"prompt": "4", "stop": ""}, 400, "stop is ''"),
     "many stop strings": ({"prompt": "4", "stop": ["a"] * 17}, 400, "stop has 17 texts"),
