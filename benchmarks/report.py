@@ -51,6 +51,7 @@ def label(row: dict[str, Any]) -> str:
         return row["peer"]
     words = row["attention"] if row.get("prefill", "dense") == "dense" else f"{row['prefill']} {row['kept']:.0%}"
     words += " int8" if row["int8"] else ""
+    words += " host" if row.get("kv_memory") == "host" else ""
     words += f" x{row['num_samples']} samples" if row.get("num_samples", 1) > 1 else ""
     return words + (" streamed" if row.get("stream") else "")
 
@@ -67,6 +68,7 @@ _STEP_COLUMNS = (
     _TOKENS,
     ("attended", lambda r: f"{r['attended_tokens']:.0f} ({r['attended_fraction']:.1%})"),
     ("GB/step", lambda r: f"{r['bytes_per_step'] / 1e9:.2f}"),
+    ("link GB/step", lambda r: f"{r['link_bytes_per_step'] / 1e9:.3f}"),
     ("roofline ms", lambda r: f"{r['roofline_ms']:.3f}"),
     ("of roofline", lambda r: f"{r['percent_of_roofline']:.0f}%"),
     *_VERSUS,

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 from tyro.conf import Positional, arg
 
-from benchmarks import decoding, prefill, report
+from benchmarks import decoding, prefill, report, tiers
 from benchmarks import peers as hf
 from benchmarks.decoding import STREAMED_TOKENS, Case, Programs, measure_stream
 from benchmarks.prefill import SELECTORS, PrefillCase
 from benchmarks.shapes import Shape, ShapeName, named_shape
+from benchmarks.tiers import TieredCase
 from benchmarks.timing import header_line, report_header
 from benchmarks.workloads import (
     WorkloadName,
@@ -38,7 +39,7 @@ from data.tasks import TASKS
 from data.vocab import DEFAULT_VOCAB, Vocab
 from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
-from selfspan_jax.config import ModelConfig, Weights
+from selfspan_jax.config import KvMemory, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
@@ -81,6 +82,8 @@ class Bench:
     """Share of the tiles before the diagonal that --sparse reads, 0 to 1: one for all, or one for each."""
     weights: Annotated[tuple[Weights, ...], commandline.commas(*get_args(Weights))] = ("bf16",)
     """Precision of the weights; both with a comma."""
+    kv_memory: Annotated[tuple[KvMemory, ...], commandline.commas(*get_args(KvMemory))] = ("device",)
+    """Where keys and values of prompts lie, as for generate; both with a comma."""
     steps: int = 64
     """Timed steps of every sequence, an even number."""
     peers: Annotated[tuple[hf.PeerName, ...], commandline.commas(*get_args(hf.PeerName))] = ()
@@ -129,6 +132,8 @@ class Bench:
         allowed = [name for name in get_args(hf.PeerName) if (name in hf.PREFILL_PEERS) == self.prefill]
         if wrong := [peer for peer in self.peers if peer not in allowed]:
             raise UserError(f"peers has {wrong[0]}; allowed {'with' if self.prefill else 'without'} --prefill: {', '.join(allowed)}")
+        if self.mesh and "host" in self.kv_memory:
+            raise UserError(f"mesh is {self.mesh!r}, but --kv-memory host is for one device: leave one of them out")
         if self.peers and self.mesh:
             raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
 
@@ -143,7 +148,8 @@ class Bench:
             sparse = itertools.product(self.weights, self.context, self.batch_size, zip(self.sparse, shares))
             cases += [PrefillCase("dense", batch, context, weights, *chosen) for weights, context, batch, chosen in sparse]
         else:
-            cases = [Case(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every]
+            kinds = [{"device": Case, "host": TieredCase}[memory] for memory in dict.fromkeys(self.kv_memory)]
+            cases = [kind(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every for kind in kinds]
         if self.num_samples > 1:
             apart = Case("span", self.num_samples, max(self.context), self.steps)
             cases += [apart, dataclasses.replace(apart, num_samples=self.num_samples)]
@@ -262,12 +268,12 @@ class Bench:
 
 
 # The options that say something of decode steps only.
-_STEPS_ONLY = ("steps", "num_samples", "stream_check")
+_STEPS_ONLY = ("steps", "num_samples", "stream_check", "kv_memory")
 
 
 def _module_of(case: AnyCase) -> Any:
     """Return the module that compiles and measures a case."""
-    return prefill if isinstance(case, PrefillCase) else decoding
+    return prefill if isinstance(case, PrefillCase) else tiers if isinstance(case, TieredCase) else decoding
 
 
 def sweep(
@@ -292,7 +298,11 @@ def sweep(
       mesh: the devices to decode on, by default one.
       compiled: the result of `compile_all` for the cases.
     """
-    streamed = next((case for case in cases if case.attention == "span" and case.weights == "bf16"), None) if stream else None
+    streamed = (
+        next((case for case in cases if type(case) is Case and case.attention == "span" and case.weights == "bf16"), None)
+        if stream
+        else None
+    )
     waiting = dict(compile_all(shape, cases, mesh) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
     params, quantized = Engine(decoder, mesh).params, False

@@ -1,0 +1,93 @@
+"""Measure decode steps of prompts in host memory: the replay of `benchmarks.decoding`, and what comes over the link.
+
+Working sets hold at first what every step reads, as after any prefill. A replay is repeated from that state. Rows that it copied are then
+in pools that the repetition takes for empty: it copies them again, which is what is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from benchmarks.decoding import REPETITIONS, WARM_UPS, Case, Programs
+from benchmarks.shapes import Shape, step_bytes
+from benchmarks.timing import median_and_spread, timed
+from selfspan_jax.config import KvMemory
+from selfspan_jax.parallel.memory import bytes_of, check_fits
+from selfspan_jax.tiers import HostEngine
+
+MAX_REPEATED_SECONDS = 20.0  # of a prefill; what takes longer hardly feels its compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class TieredCase(Case):
+    """A case whose prompts lie in host memory."""
+
+    kv_memory: KvMemory = "host"
+
+
+def compile_case(shape: Shape, case: TieredCase, mesh: Mesh | None = None) -> Programs:
+    """Make the engine; it compiles as it runs. Raises: DoesNotFit where the parameters alone exceed the device's memory."""
+    engine = HostEngine(shape.abstract(case.weights))
+    check_fits(needed := bytes_of(engine.params))
+    return Programs(engine, None, needed, 0.0)
+
+
+def measure_case(
+    shape: Shape,
+    params: tuple[Array, ...],
+    case: TieredCase,
+    programs: Programs,
+    token_ids: Int[np.ndarray, "B T"],
+    *,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """Run a case on a workload and return its row; there is no profile of it."""
+    engine, config = programs.engine, case.config
+    engine.params = params
+    prompts, lengths = token_ids[: case.num_prompts, : case.prompt_tokens], np.full(case.num_prompts, case.prompt_tokens)
+    prefill = functools.partial(engine.prefill, num_samples=case.num_samples)
+    state, prefill_seconds = timed(prefill, prompts, lengths, config)
+    if prefill_seconds < MAX_REPEATED_SECONDS:
+        del state
+        state, prefill_seconds = timed(prefill, prompts, lengths, config)
+    forced = np.repeat(token_ids[: case.num_prompts, case.prompt_tokens :], case.num_samples, axis=0)
+    pools = state.cache.pools
+    kept = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=()))
+    del state
+    run, seconds = functools.partial(engine.run, forced_tokens=forced), []
+    for _ in range(WARM_UPS + REPETITIONS):
+        fresh = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), kept))
+        fresh = dataclasses.replace(fresh, cache=dataclasses.replace(fresh.cache, pools=pools))
+        state, elapsed = timed(run, fresh, config)
+        del fresh
+        seconds.append(elapsed)
+        pools = state.cache.pools
+    if not np.array_equal(np.asarray(state.new_tokens), forced):
+        raise RuntimeError(f"{case}: the loop did not replay the tokens that it was given")
+    median_ms, spread_ms = median_and_spread([1e3 * s / case.steps for s in seconds[WARM_UPS:]])
+    counts, contexts = np.asarray(state.num_attended), np.arange(case.prompt_tokens + 1, case.num_tokens + 1)
+    copied, missed = (float(np.asarray(rows, np.int64).sum()) / case.steps for rows in (state.cache.copied, state.cache.misses))
+    row_bytes = bytes_of([pool[:1] for layer in pools for pool in layer[:2]])  # of all layers
+    return {
+        "ms_per_step": median_ms,
+        "spread_ms": spread_ms,
+        "tokens_per_second": 1e3 * case.batch_size / median_ms,
+        "mean_context_tokens": float(contexts.mean()),
+        "attended_tokens": float(counts.mean()),
+        "attended_fraction": float((counts / contexts).mean()),
+        "bytes_per_step": step_bytes(engine.shard, float(counts.sum(axis=0).mean()), case.batch_size),
+        "time_to_first_token_ms": 1e3 * prefill_seconds,
+        "copied_rows_per_step": copied,
+        "missed_rows_per_step": missed,
+        "link_bytes_per_step": (copied + missed) * row_bytes,
+        "kv_memory_bytes": bytes_of([layer[:2] for layer in pools]),
+        "host_memory_bytes": bytes_of([layer[2:] for layer in pools]),
+        "process_peak_memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
