@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import QuantizedPool, SplitRows, quantize_pool, rotate_and_attend, span_decode_attention
+from pallas_kernels import HostRows, QuantizedPool, SplitRows, quantize_pool, rotate_and_attend, span_decode_attention
 from pallas_kernels.span_decode import expected_bytes, mosaic, triton, unsupported_reason
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig, mosaic_config, triton_config
 from tests.pallas_kernels.budget import INTERPRET, KERNELS, error, gpu_run, program, rms, round_to, run
@@ -223,9 +223,9 @@ def compiled_step(config: TritonConfig | None, implementation, interpret):
     if config is None:
         return program(functools.partial(rotate_and_attend, implementation=implementation, interpret=interpret), interpret)
 
-    def step(qkv, cos, sin, own, *pools_and_slots, norms=None):
+    def step(qkv, cos, sin, own, *pools_and_slots, norms=None, host=None):
         options = {"norm_eps": 1e-5, "scale": qkv.shape[3] ** -0.5, "config": config, "interpret": interpret}
-        return triton.triton_rotate_and_attend(qkv, cos, sin, own, *pools_and_slots, norms, AHEAD, **options)
+        return triton.triton_rotate_and_attend(qkv, cos, sin, own, *pools_and_slots, norms, AHEAD, host, **options)
 
     return program(step, interpret)
 
@@ -235,8 +235,8 @@ def take_step(problem: Problem, config, implementation="triton", interpret=False
     pools = (jnp.asarray(pool, jnp.float32) for pool in (problem.k_pool, problem.v_pool))
     step = compiled_step(config, implementation, interpret)
     arrays = (new[name] for name in ("qkv", "cos", "sin", "own"))
-    norms = {"norms": new["norms"]} if "norms" in new else {}
-    out, *pools = step(*map(jnp.asarray, arrays), *pools, jnp.asarray(problem.slots), jnp.asarray(problem.counts), **norms)
+    others = {name: new[name] for name in ("norms", "host") if name in new}
+    out, *pools = step(*map(jnp.asarray, arrays), *pools, jnp.asarray(problem.slots), jnp.asarray(problem.counts), **others)
     if isinstance(out, SplitRows):
         parts, lse = (np.asarray(x, np.float64) for x in out)
         weights = np.exp2(lse - lse.max(axis=0)) / np.exp2(lse - lse.max(axis=0)).sum(axis=0)
@@ -268,6 +268,40 @@ def test_new_tokens_are_rotated_written_and_read(name, with_norms, config, inter
         np.testing.assert_array_equal(
             np.delete(pool, new["own"][problem.counts > 0], 0), np.delete(before, new["own"][problem.counts > 0], 0)
         )
+
+
+def in_host_memory(problem: Problem, own, seed=0) -> tuple[Problem, HostRows]:
+    """The problem with half of its rows in host memory, in another order, and NaN in their place; every other sequence has none there."""
+    rng = np.random.default_rng(seed)
+    kept = {*own, *problem.slots[1::2].ravel()}
+    moved = rng.permutation([row for row in range(len(problem.k_pool)) if row not in kept])[: len(problem.k_pool) // 2]
+    place = {row: -1 - index for index, row in enumerate(moved)}
+    slots = np.vectorize(lambda row: place.get(row, row))(problem.slots).astype(np.int32)
+    counts = [int((row[:count] < 0).sum()) for row, count in zip(slots, problem.counts)]
+    pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    pools, host = [], []
+    for pool in (problem.k_pool, problem.v_pool):
+        host.append(jax.device_put(np.nan_to_num(pool[moved]).astype(np.float32), pinned))
+        pools.append(pool.copy())
+        pools[-1][moved] = np.nan
+    return dataclasses.replace(problem, k_pool=pools[0], v_pool=pools[1], slots=slots), HostRows(*host, jnp.asarray(counts, jnp.int32))
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("name, config", [(name, config) for name, _, config in STEPS[:3]], ids=str)
+def test_rows_in_host_memory_are_read(name, config, interpret):
+    """A row that is looked for on the wrong side is NaN; one that is not looked for is missed."""
+    problem = round_to(make_problem(CASE[name]), np.float32)
+    new = new_tokens(problem, False)
+    expected = oracle(after_new_tokens(problem, **new))
+    tiered, host = in_host_memory(problem, new["own"])
+    assert int(host.counts.sum()) > 0
+    missed = host._replace(counts=jnp.zeros_like(host.counts))
+    for rows, found in ((host, True), (missed, False)):
+        out, *_ = take_step(tiered, config, interpret=interpret, **new, host=rows)
+        assert np.allclose(out, expected, atol=1e-5, rtol=2e-5) == found
+    if name == "gqa_3" and interpret:
+        np.testing.assert_allclose(take_step(tiered, None, "xla", **new, host=host)[0], expected, atol=1e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("sabotage", ["none", "angle", "norms", "own"])
