@@ -28,6 +28,9 @@ def catch_out_of_memory(advice: str = "") -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
+        if "host memory" in str(error):
+            wrong = "host memory ran out that a GPU may read: XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows 64 GiB of it unless set otherwise"
+            raise DoesNotFit(f"does not fit: {wrong}") from None
         raise DoesNotFit(f"does not fit: the device ran out of memory{advice}") from None
 
 

@@ -10,6 +10,7 @@ from selfspan_jax.config import DecodeConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.tiers import HostEngine
 from tests.selfspan_jax.models import random_model
@@ -143,3 +144,11 @@ def test_what_is_not_there_is_refused():
     for options, message in (({"kv_memory": "disk"}, "allowed: device, host"), ({"kv_memory": "host", "mesh": "data=1"}, "for one device")):
         with pytest.raises(UserError, match=message):
             SpanLM(model, ArithmeticTask(), **options)
+
+
+def test_host_memory_that_runs_out_is_named():
+    with (
+        pytest.raises(DoesNotFit, match="host memory ran out that a GPU may read: XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"),
+        catch_out_of_memory(),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory allocating 17179869184 bytes")
