@@ -111,6 +111,8 @@ class FineTuning(Run):
 
     def prepare(self) -> tuple[Decoder, TrainingExamples, dict[str, Any]]:
         """Return the model, the examples, and what decides the result beside them."""
+        if self.adapter is not None and self.adapters is None:
+            raise UserError("--adapter: all parameters are trained; allowed with finetune-lora")
         seed, attention = self.training.seed, dataclasses.asdict(self.attention)
         labels: dict[str, Any] = {"num_labels": self.corpus.num_labels, "fewer_labels": self.data is not None, "labels_as_words": True}
         computed: dict[str, Any] = {} if self.dtype is None else {"compute_dtype": COMPUTE_DTYPES[self.dtype]}
