@@ -14,7 +14,15 @@ from selfspan_jax import files
 Row = dict[str, Any]
 Writer = Callable[[list[tuple[Path, Row]]], str]
 PLOT = "sparse_quality.png"
-SCORES = ("answer_accuracy", "step_accuracy", "span_accuracy", "rougeL", "span_recall", "all_facts_right")  # where a task has them
+SCORES = (
+    "answer_accuracy",
+    "step_accuracy",
+    "span_accuracy",
+    "rougeL",
+    "section_named",
+    "span_recall",
+    "all_facts_right",
+)  # where a task has them
 _GIB = 2**30
 
 
@@ -166,7 +174,7 @@ def _speed(reports: list[tuple[Path, Row]]) -> str:
     measured = [row for file in sorted(reports[0][0].parent.glob("sparse_quality_*.json")) for row in files.read_json(file)["quality"]]
 
     def cells(row: Row) -> list[str]:
-        kind = _QUALITY_NAMES.get(row["prefill"], row["prefill"])
+        kind = str(_QUALITY_NAMES.get(row["prefill"], row["prefill"]))
         alike = (each for each in measured if each["selector"] == kind and abs(each["tiles_kept"] - row["kept"]) < 0.006)
         mass = "100.0%" if kind == "dense" else _number(next(alike, {}), "retained_mass_mean", ".1%")
         first = [f"{row['context_tokens']:,}", kind, f"{row['kept']:.0%}", mass]

@@ -106,7 +106,8 @@ def test_packed_rows_train_through_the_kernels_as_through_xla():
         return training.loss_sums(nnx.merge(graph, params), batch, implementation)
 
     both = jax.jit(jax.value_and_grad(sums, has_aux=True), static_argnums=1)
-    (found, other), (expected, same) = both(params, "mosaic"), both(params, "xla")
+    with jax.numpy_dtype_promotion("standard"):  # the gradient of JAX's own attention mixes precisions
+        (found, other), (expected, same) = both(params, "mosaic"), both(params, "xla")
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-2)
     assert found[1]["pairs"] == expected[1]["pairs"]
     for one, exact in zip(jax.tree.leaves(other), jax.tree.leaves(same), strict=True):
