@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,9 @@ class HostEngine(Engine):
         group = max(number for number in range(1, batch + 1) if batch % number == 0 and (number == 1 or number * capacity <= READ_TOKENS))
         decoder = self.graph.decoder(self.params)
         layers = [nnx.split(layer) for layer in decoder.layers]
-        pools, last = [_empty(self.config, batch * capacity) for _ in layers], []
+        # One group writes pools of its own; of several each writes its part.
+        pools: list[Any] = [None if group == batch else _empty(self.config, batch * capacity) for _ in layers]
+        last = []
         for start in range(0, batch, group):
             some, first = (token_ids[start : start + group], lengths[start : start + group]), jnp.int32(start * capacity)
             x = _embed(*nnx.split(decoder.embed_tokens), some[0], self.config)
@@ -188,9 +190,11 @@ def _read_layer(graph, params, x, pools, first, token_ids, lengths, vocab: SpanV
         some, rows = layer(some, rotary_angles(positions, model_config), attend, rows, implementation="xla")
         return jax.lax.dynamic_update_slice_in_dim(x, some, start, axis=1), rows
 
-    empty = jnp.zeros((batch * capacity, *pools[0].shape[1:]), pools[0].dtype)
+    empty = jnp.zeros((batch * capacity, model_config.num_kv_heads, model_config.head_size), x.dtype)
     x, rows = for_each_chunk(read, (x, (empty, empty)), token_ids, lengths, vocab, model_config, config, responses)
     rows = jax.device_put(rows, jax.memory.Space.Host)
+    if pools is None:
+        return x, rows
     return x, tuple(jax.lax.dynamic_update_slice_in_dim(pool, some, first, axis=0) for pool, some in zip(pools, rows))
 
 

@@ -29,11 +29,11 @@ RESPONSES = {  # what follows it, and why
 }
 ROWS = [(PROMPT, tokens) for tokens in RESPONSES.values()]
 ROWS += [(tokens[: (n := 1 + i % 9)], (tokens[n:] + TOOLS * 3)[:13]) for i, (tokens, _) in enumerate(NAMED.values())]  # any streams
-VIEWS = [
-    {"header_view": "span", "prompt_view": "causal"},
-    {"header_view": "labels", "prompt_view": "causal"},
-    {"header_view": "prompt", "prompt_view": "causal"},
-    {"header_view": "all", "prompt_view": "local"},
+VIEWS = [  # with sizes of working sets: next to nothing, some labels, everything
+    ("span", "causal", (2, 12, 64)),
+    ("labels", "causal", (2, 12)),
+    ("prompt", "causal", (12,)),
+    ("all", "local", (12,)),
 ]
 STEPS = 13
 
@@ -79,13 +79,14 @@ class WorkingSet:
         self.misses += sum(self.visible[t, s] and s not in self.rows for s in range(self.prompt_tokens))
 
 
-@pytest.mark.parametrize("views", VIEWS, ids=lambda views: "-".join(views.values()))
-def test_steps_are_those_of_rows_on_the_device(views):
+@pytest.mark.parametrize("header_view, prompt_view, sizes", VIEWS)
+def test_steps_are_those_of_rows_on_the_device(header_view, prompt_view, sizes):
+    views = {"header_view": header_view, "prompt_view": prompt_view}
     model = random_model(**views)
     prompts, config = prompts_of(ROWS), DecodeConfig(max_new_tokens=STEPS)
     forced = np.array([response for _, response in ROWS], np.int32)
     resident = Engine(model)
-    for size in (2, 12, 64):
+    for size in sizes:
         engine = HostEngine(model, working_set_tokens=size)
         simulated = [WorkingSet([*prompt, *response], len(prompt), size, views) for prompt, response in ROWS]
         state, plain = engine.prefill(*prompts, config), resident.prefill(*prompts, config)
