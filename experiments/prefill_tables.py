@@ -236,7 +236,12 @@ def _training(reports: list[tuple[Path, Row]]) -> str:
         for length in report["lengths"]:
             for name, own in length["attention"].items():
                 taken = f"{name} (taken)" if name == length["training_takes"] else name
-                first = [f"{length['sequence_tokens']:,}", str(length["batch_size"]), length["mask"], taken]
+                first = [
+                    f"{length['sequence_tokens']:,}",
+                    str(length["batch_size"]),
+                    f"{length['mask']}, remat" if length.get("remat") else length["mask"],
+                    taken,
+                ]
                 if "not_run" in own:
                     lines.append([*first, f"not run: {own['not_run']}", "-", "-", f"{own['memory_gb']:.1f}", *["-"] * len(_KINDS)])
                     continue
@@ -252,7 +257,7 @@ _FIRST = _each((*FIRST_TOKEN, "program, GiB"), _first_tokens)
 _MANY_ROWS = ("map", "shape", "rows", "XLA, us", "XLA, TFLOP/s", "kernel", "kernel, us", "kernel, TFLOP/s")
 _ERRORS = tuple(f"error, {name}" for name in IMPLEMENTATIONS[:3])
 SECTIONS: dict[str, tuple[str, Writer]] = {  # of the page: the files, and what is written of them
-    "attention": ("prompt_attention.json", _each(("mask", "prompts", "heads", *IMPLEMENTATIONS, *_ERRORS), _attention)),
+    "attention": ("prompt_attention*.json", _each(("mask", "prompts", "heads", *IMPLEMENTATIONS, *_ERRORS), _attention)),
     "llama3-8b": ("llama3-8b.json", _FIRST),
     "smollm2-135m": ("smollm2-135m.json", _FIRST),
     "arithmetic-small": ("arithmetic-small.json", _FIRST),
