@@ -183,7 +183,7 @@ class Model:
     def compile(self) -> None:
         """Compile what the parts need, several programs at once, and run those of schedulers; one that is made later finds them."""
         parts, settings = self.settings.parts, self.settings
-        programs: list[Callable[[], Any]] = []
+        programs: list[Callable[[], Callable[[], Any]]] = []
         schedulers = []
         if {"mixed", "equal", "rates"} & {*parts}:
             schedulers.append((self.scheduler(self.engine), settings.chunk_tokens))
@@ -192,14 +192,15 @@ class Model:
         for scheduler, chunks in schedulers:
             for chunk in chunks[1:]:
                 with_chunks(scheduler, chunk)
-                programs += scheduler.programs(draws=False)[:1]
+                programs += scheduler.programs(draws=False)[-1:]
             with_chunks(scheduler, chunks[0])
             programs += scheduler.programs(draws=False)
         if "mixed" in parts:
-            programs.append(lambda: self.engine.compile(settings.batch_size, self.prompt_tokens, self.config))
+            arguments = settings.batch_size, self.prompt_tokens, self.config
+            programs.append(lambda: functools.partial(self.engine.compile, *arguments))
         if "equal" in parts:
-            arguments = EQUAL_PROMPT_TOKENS, self.equal_config()
-            programs += [functools.partial(self.engine.compile, size, *arguments) for size in self.equal_sizes()]
+            of_equal = EQUAL_PROMPT_TOKENS, self.equal_config()
+            programs += [functools.partial(functools.partial, self.engine.compile, size, *of_equal) for size in self.equal_sizes()]
         compile_all(programs)
         for scheduler, chunks in schedulers:
             for chunk in chunks[::-1]:

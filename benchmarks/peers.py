@@ -30,6 +30,7 @@ PeerName = Literal["hf-compiled", "hf-eager", "hf-generate", "hf-sdpa"]
 PREFILL_PEERS: tuple[PeerName, ...] = ("hf-sdpa",)  # the others decode
 _UNCOMPILED = ("hf-eager", "hf-sdpa")
 SERVED = "hf-continuous"  # requests through continuous batching, see `_serve`
+BATCH_TOKENS = 8192  # what transformers takes where the size of its cache is not given; where it is, it would fill all memory with a mask
 WARM_UPS, REPETITIONS = 2, 5  # an eager step needs one warm-up only
 _MARK = "row: "  # in front of a result among what libraries print
 
@@ -162,8 +163,10 @@ def _serve(model, case: dict[str, Any], seed: int) -> list[list[list[float]]]:
 
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(model.config.vocab_size, (length,), generator=generator).tolist() for length in case["prompt_tokens"]]
-    page = ContinuousBatchingConfig().page_size
-    batching = ContinuousBatchingConfig(num_blocks=case["rows"] // page, max_requests_per_batch=case["slots"])
+    defaults = ContinuousBatchingConfig()
+    page = defaults.page_size if hasattr(defaults, "page_size") else defaults.block_size  # its name up to 5.17, at least
+    sizes = {"num_blocks": case["rows"] // page, "max_requests_per_batch": case["slots"], "max_batch_tokens": BATCH_TOKENS}
+    batching = ContinuousBatchingConfig(**sizes)
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(case["new_tokens"]))
     found = []
     with model.continuous_batching_context_manager(generation_config=greedy, continuous_batching_config=batching) as manager:

@@ -263,12 +263,12 @@ class Scheduler:
             self._dispatch_read([], 0, *sizes)
         jax.block_until_ready(self._state)
 
-    def programs(self, *, draws: bool = True) -> list[Callable[[], Any]]:
-        """Return what compiles each program, those of chunks first, and runs nothing: for `compile_all`."""
+    def programs(self, *, draws: bool = True) -> list[Callable[[], Callable[[], Any]]]:
+        """Return what makes each program ready to compile, those first that take long, and runs nothing: for `compile_all`."""
         levels = _LEVELS if draws else _LEVELS[:1]
-        lowering = [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in levels]
-        lowering += [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in self._read_sizes()]
-        return [functools.partial(_compile, lower) for lower in lowering]
+        lowering = [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in self._read_sizes()]
+        lowering += [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in levels]
+        return [functools.partial(_compiler, lower) for lower in lowering]
 
     def _read_sizes(self) -> list[tuple[int, int, bool]]:
         reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._all_key_sizes(queries)]
@@ -545,14 +545,18 @@ class Scheduler:
 _NONE = np.zeros(0, np.int32)
 
 
-def _compile(lower: Callable[[], jax.stages.Lowered]) -> None:
-    lower().compile()
+def _compiler(lower: Callable[[], jax.stages.Lowered]) -> Callable[[], Any]:
+    return lower().compile
 
 
-def compile_all(programs: Sequence[Callable[[], Any]]) -> None:
-    """Call what compiles programs, several at once."""
+def compile_all(programs: Sequence[Callable[[], Callable[[], Any]]]) -> None:
+    """Compile programs, each while the next ones are made ready.
+
+    A program is a function that makes it ready and returns what compiles it. The first is Python, which only one thread runs at a time;
+    the second is the compiler, which is called in several.
+    """
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        for compiled in [pool.submit(program) for program in programs]:
+        for compiled in [pool.submit(program()) for program in programs]:
             compiled.result()
 
 
