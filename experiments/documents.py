@@ -39,7 +39,7 @@ MAIN = {
 """The score that each corpus is published by, and how often a right source is named."""
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
-_NARROW = ("labels_3", "mixed", "solve", "sentences", "labels")  # variants whose headers read labels alone, the latest first
+_NARROW = ("mixed", "solve", "sentences", "labels_3", "labels")  # variants whose headers read labels alone, the one to be judged first
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
