@@ -20,7 +20,8 @@ from selfspan_jax import files
 from selfspan_jax.errors import UserError
 
 Row = dict[str, Any]
-MODEL, HTTP, HTTP_32, PEERS, EVALUATION = "arithmetic-small.json", "http.json", "http32.json", "smollm2-135m.json", "eval.json"  # the files
+MODEL, RATES, PEERS, EVALUATION = "arithmetic-small.json", "rates.json", "smollm2-135m.json", "eval.json"  # the files
+HTTP = ("http", "http32", "http_tensor2", "http_data2")  # of servers under load; sections have the names of the files
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
@@ -31,7 +32,7 @@ class Page:
     """Write the tables of a page from the JSON files in the directory beside it that has its name. One without its file stays as it is."""
 
     results: Positional[Path] = Path("docs/serving")
-    """Directory of the files: arithmetic-small.json, http.json, http32.json, smollm2-135m.json, eval.json."""
+    """Directory of the files: arithmetic-small.json, rates.json, smollm2-135m.json, eval.json, http.json and others of servers."""
 
     def run(self) -> None:
         page = self.results.with_name(f"{self.results.name}.md")
@@ -43,8 +44,8 @@ def sections(results: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, write in (
         (MODEL, of_model),
-        (HTTP, of_http),
-        (HTTP_32, functools.partial(of_http, section="http32")),
+        (RATES, of_rates),
+        *((f"{section}.json", functools.partial(of_http, section=section)) for section in HTTP),
         (PEERS, of_peers),
         (EVALUATION, of_evaluation),
     ):
@@ -61,7 +62,6 @@ def of_model(report: Row) -> dict[str, str]:
     """Write the tables of `benchmarks.batching CHECKPOINT`."""
     at_once = [row for row in report["rows"] if row["requests_per_second"] is None]
     systems = {row["system"]: row for row in at_once[::-1]}  # the first of each, which has the chunks of `throughput_scheduler`
-    rates = [row for row in report["rows"] if row["requests_per_second"] is not None]
     return {
         "targets": _targets(report, systems),
         "mixed": _mixed(at_once),
@@ -81,11 +81,15 @@ def of_model(report: Row) -> dict[str, str]:
             ("long prompts", "rounds", "p50", "p99", "most", "p99 with ramps", "host p50", "host p99", "its processor p99"),
             [_stalls(row) for row in report.get("stalls", [])],
         ),
-        **({"rates": _rates(rates)} if rates else {}),
     }
 
 
-def of_http(report: Row, section: str = "http") -> dict[str, str]:
+def of_rates(report: Row) -> dict[str, str]:
+    """Write the table of `benchmarks.batching CHECKPOINT --parts rates`."""
+    return {"rates": _rates([row for row in report["rows"] if row["requests_per_second"] is not None])}
+
+
+def of_http(report: Row, section: str) -> dict[str, str]:
     """Write the table of `benchmarks.serving`, as a section of this name."""
     return {section: _rates(report["rows"])}
 

@@ -34,8 +34,6 @@ REPORT = HEADER | {
         row("static", 240.0),
         row("sorted", 400.0),
         row("scheduler", 450.0),
-        row("static", 20.0, 100.0),
-        row("scheduler", 90.0, 100.0),
     ],
     "first": {"first_token_ms_most": 6.1},
     "stalls": [STALLS | {"long_prompts": 0}, STALLS | {"long_prompts": 36}],
@@ -49,6 +47,7 @@ def cells(text):
 
 def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
     (tmp_path / serving.MODEL).write_text(json.dumps(REPORT))
+    (tmp_path / serving.RATES).write_text(json.dumps(HEADER | {"rows": [row("static", 20.0, 100.0), row("scheduler", 90.0, 100.0)]}))
     found = serving.sections(tmp_path)
     assert [(own[2], own[3]) for own in cells(found["targets"])] == [
         ("91.0", "yes"), ("2.08", "yes"), ("1.25", "-"), ("3.10", "**no**"), ("6.1", "yes")
