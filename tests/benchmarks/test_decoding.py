@@ -16,6 +16,7 @@ from benchmarks import decoding, peers, report, shapes, sweep, workloads
 from benchmarks.decoding import Case
 from benchmarks.shapes import Shape
 from benchmarks.sweep import Bench
+from benchmarks.tiers import TieredCase
 from data import arithmetic
 from selfspan_jax import files
 from selfspan_jax.config import ModelConfig
@@ -98,12 +99,13 @@ ARITHMETIC_SHAPE = Shape(ModelConfig(**SIZES), ARITHMETIC, 1044)
 
 SPAN, DENSE = Case("span", 4, 256, 32), Case("dense", 4, 256, 32)
 SAMPLES, INT8 = Case("span", 4, 256, 32, num_samples=4), Case("span", 4, 256, 32, weights="int8")
+TIERED = TieredCase("span", 4, 256, 32)
 
 
 @pytest.fixture(scope="module")
 def measured():
     """The rows of these cases on one device: what tests have in common is compiled once."""
-    cases = [SPAN, DENSE, SAMPLES, INT8]
+    cases = [SPAN, DENSE, SAMPLES, TIERED, INT8]
     return dict(zip(cases, sweep.sweep(SHAPE, cases, segments), strict=True))
 
 
@@ -133,7 +135,23 @@ def test_rows_of_other_cases(measured):
     assert measured[SAMPLES]["attended_tokens"] == pytest.approx(counts(SHAPE, segments(SAMPLES)[0], 32).mean())
     for case, row in measured.items():
         assert row["ms_per_step"] > 0 and row["tokens_per_second"] == pytest.approx(1e3 * case.batch_size / row["ms_per_step"])
-        assert row["time_to_first_token_ms"] > 0 and row["compile_seconds"] > 0 and row["int8"] == (case is INT8)
+        assert row["time_to_first_token_ms"] > 0 and ("compile_seconds" in row or case is TIERED) and row["int8"] == (case is INT8)
+
+
+def test_what_comes_over_the_link_is_counted(measured):
+    """With room for the whole prompt each row that a header reads is copied once; until the first header, rows are read where they are."""
+    copied, missed = 0, 0
+    for row in segments(TIERED):
+        says = Reference(row, SHAPE.vocab)
+        mask, labels = np.array(says.mask())[:, :240], np.array(says.carries)[:240]
+        headers = [t for t in range(240, 272) if says.is_header[t]]
+        copied += np.any(mask[headers] & (labels > 0), axis=0).sum()
+        missed += (mask[240 : headers[0]] & (labels > 0)).sum()
+    found = measured[TIERED]
+    assert (found["copied_rows_per_step"], found["missed_rows_per_step"]) == (copied / 32, missed / 32) and missed > 0
+    row_bytes = 2 * 2 * 2 * 8 * 2  # K and V, layers, kv heads, head size, bfloat16
+    assert found["link_bytes_per_step"] == (copied + missed) / 32 * row_bytes and found["host_memory_bytes"] == 4 * 256 * row_bytes
+    assert found["attended_tokens"] == measured[SPAN]["attended_tokens"] and found["kv_memory"] == "host"
 
 
 def test_samples_share_the_memory_of_their_prompt(measured):
