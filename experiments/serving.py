@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,14 @@ class Page:
 def sections(results: Path) -> dict[str, str]:
     """Write each section of the page whose file there is, by its name."""
     found: dict[str, str] = {}
-    for name, write in (
+    writers: tuple[tuple[str, Callable[[Any], dict[str, str]]], ...] = (
         (MODEL, of_model),
         (RATES, of_rates),
         *((f"{section}.json", functools.partial(of_http, section=section)) for section in HTTP),
         (PEERS, of_peers),
         (EVALUATION, of_evaluation),
-    ):
+    )
+    for name, write in writers:
         if (file := results / name).is_file():
             report = files.read_json(file)
             told = f"[JSON]({results.name}/{name})"
