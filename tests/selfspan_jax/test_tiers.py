@@ -153,3 +153,13 @@ def test_host_memory_that_runs_out_is_named():
         catch_out_of_memory(),
     ):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory allocating 17179869184 bytes")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [16, 4096])
+def test_a_trained_model_writes_the_same_tokens_on_a_gpu(size):
+    prompts = ["((51+75)-(95*3))", "(((4+5)*(7-2))+((8-3)*(2+6)))", "((1+2)-(3+(4-(5+6))))"]
+    options: tuple[dict, ...] = ({}, {"kv_memory": "host", "working_set_tokens": size})
+    models = (SpanLM.load("checkpoints/arithmetic-tiny", {"arithmetic": ArithmeticTask}, dtype="f32", **each) for each in options)
+    plain, tiered = ([out.token_ids.tolist() for out in lm.generate(prompts, max_new_tokens=64)] for lm in models)
+    assert tiered == plain
