@@ -141,7 +141,7 @@ class Server:
         try:
             self.scheduler.run(self._wake)
         finally:
-            if self.state == "ok":  # an error, which Python reports: what waits for tokens waits in vain
+            if self.state == "ok":  # an error, which is reported: what waits for tokens waits in vain
                 self.state = "failed"
                 self._loop.call_soon_threadsafe(self._fail_all)
 

@@ -270,16 +270,14 @@ class Workers:
         return Stats.sum([worker.stats for worker in self._workers])
 
     def run(self, after_round: Callable[[], None] = lambda: None) -> None:
-        """Hand out what workers give, and call `after_round` after each message, until all have closed.
+        """Hand out what workers give, and call `after_round` after each message, until all have ended.
 
-        Where one ends before that, its requests fail, and others go on. Raises RuntimeError when none is left.
+        Where one ends that was not closed, its requests fail, and others go on.
         """
         while left := {worker.connection: worker for worker in self._workers if not worker.ended}:
             for connection in wait(list(left)):
                 self._hand_out(left[connection])  # type: ignore[index]
                 after_round()
-        if not self._closing:
-            raise RuntimeError("all workers have ended")
 
     def _hand_out(self, worker: _Worker) -> None:
         try:
@@ -293,7 +291,7 @@ class Workers:
             return
         with self._lock:
             worker.ended = True
-        if worker.open:
+        if not self._closing:
             worker.process.join()
             _LOG.error("a worker ended with status %s, and %d requests with it", worker.process.exitcode, len(worker.open))
         for number in list(worker.open):
