@@ -98,6 +98,9 @@ def test_an_example_is_written_as_the_protocol_says(corpora, name):
     closed, response = closing.renumber(example), WRITTEN[name].partition("<solve>")[2]
     ends = re.sub(r"(<seg:\d+>)(.*?)(?=<seg|<eos>)", r"\1\2\1", response)  # of each step its label once more
     assert closing.decode(closed.response_ids) == ends and closing.steps(closed.response_ids) == stored.task.steps(example.response_ids)
+    about = f"{stored.task.instruction} {example.document.about}"  # as experiments.mixture writes it
+    again = stored.task.renumber(dataclasses.replace(example, document=dataclasses.replace(example.document, about=about)))
+    assert again.token_ids.tolist() == stored.task.renumber(example).token_ids.tolist()
     naming = dataclasses.replace(stored.task, solve_names=True)
     named = naming.renumber(example)
     assert naming.decode(named.response_ids) == "<ref:5>" + response  # what `<solve>` names belongs to no step
