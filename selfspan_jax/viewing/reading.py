@@ -213,8 +213,8 @@ class Reading:
             found.append(f"References to a label that no token carries, for which nothing was read: {self.unresolved_refs}.")
         if written and not self.steps and config.mask == "span" and vocab.solve_id in self.token_ids[: self.prompt_tokens]:
             found.append("The response opens no step.")
-        elif self.steps and not self.parts[0].opened:
-            found.append(f"Tokens before the first step: {len(self.parts[0].indices)}.")
+        elif self.steps and not self.parts[0].opened and (before := len(self.parts[0].indices) - len(self.parts[0].refs)):
+            found.append(f"Tokens before the first step: {before}.")  # what `<solve>` names is no mistake
         if count := int(np.isin(self.response_ids, (vocab.pad_id, vocab.bos_id, vocab.solve_id)).sum()):
             found.append(f"Tokens in the response that only prompts have (padding, beginning of text, <solve>): {count}.")
         return found

@@ -177,7 +177,8 @@ def test_the_strip_is_the_mean_share_of_the_context():
 PROBLEMS = {
     "unresolved": (NAMED["unresolved"][0], ["stopped before", "no token carries, for which nothing was read: 1."]),
     "no step": (NAMED["no step"][0], ["stopped before", "opens no step"]),
-    "before the first step": (NAMED["ref before any step"][0] + [_S + 1, 4, 2], ["before the first step: 3."]),
+    "before the first step": (NAMED["ref before any step"][0] + [_S + 1, 4, 2], ["before the first step: 2."]),
+    "named by <solve>": ([1, _S + 1, 4, 3, _R + 1, _S + 2, _R + 1, 5, 2], []),
     "structure of a prompt": ([1, 4, 3, _S + 1, 3, 0, 1, 5, 2], ["that only prompts have (padding, beginning of text, <solve>): 3."]),
     "nothing written": ([1, 4, 3], ["tokens written: 0."]),
     "nothing wrong": (NAMED["specification"][0], []),
