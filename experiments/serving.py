@@ -22,7 +22,7 @@ from selfspan_jax.errors import UserError
 
 Row = dict[str, Any]
 MODEL, RATES, PEERS, EVALUATION = "arithmetic-small.json", "rates.json", "smollm2-135m.json", "eval.json"  # the files
-HTTP = ("http", "http32", "http_tensor2", "http_data2")  # of servers under load; sections have the names of the files
+HTTP = ("http", "http32", "http_data2")  # of servers under load; sections have the names of the files
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
