@@ -16,6 +16,7 @@ from data.arithmetic import ArithmeticTask
 from selfspan_jax import training
 from selfspan_jax.config import PRESETS, DecodeConfig, ModelConfig, Sampling
 from selfspan_jax.decoding import state as decode_state
+from selfspan_jax.decoding.cache import KVCache
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
@@ -211,7 +212,7 @@ def test_parts_of_a_batch_tell_each_other_nothing():
 
 def test_the_count_of_collectives_sees_one_more(monkeypatch):
     """Teeth: an attention that asked the other devices would be seen, in the loop and in attention."""
-    rotated = decode_state.attend_cached
+    rotated = KVCache.attend
 
     def asking(*arguments):
         attend = rotated(*arguments)
@@ -222,7 +223,7 @@ def test_the_count_of_collectives_sees_one_more(monkeypatch):
 
         return with_question
 
-    monkeypatch.setattr(decode_state, "attend_cached", asking)
+    monkeypatch.setattr(KVCache, "attend", asking)
     program = run_program("tensor=2", DecodeConfig(max_new_tokens=9))
     assert loop_collectives(program) == ["all-reduce"] * 6
 
