@@ -180,49 +180,75 @@ def measure_case(
     mesh = programs.engine.mesh
     slots = () if programs.oracle_mask is None else oracle_slots(shape, case, token_ids, np.asarray(state.cache.slot_table))
     slots = layout.device_put_global(slots, mesh, _EACH_STEP)
-    # A replay consumes its state. So each one gets a copy of everything but the pools, in which it writes the same rows again.
-    pools = state.cache.pools
-    kept = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=()))
+    kept, pools = detach_pools(state)
     del state
     until_and_forced = (jnp.int32(case.steps), layout.device_put_global(jnp.asarray(forced), mesh, _EACH))
 
-    def ready():
-        fresh = jax.tree.map(lambda x: x.copy(), kept)
-        return jax.block_until_ready(dataclasses.replace(fresh, cache=dataclasses.replace(fresh.cache, pools=pools)))
-
     seconds, oracle_seconds = [], []
     for _ in range(WARM_UPS + REPETITIONS):
-        state, elapsed = timed(programs.replay, params, ready(), *until_and_forced)
+        state, elapsed = timed(programs.replay, params, copy_state(kept, pools), *until_and_forced)
         seconds.append(elapsed)
         pools = state.cache.pools
         if programs.oracle_mask is not None:  # in turns, so that both see the device in the same state
             (pools, _), elapsed = timed(programs.oracle_mask, params, pools, kept.logits, *slots)
             oracle_seconds.append(elapsed)
+    parts = 1 if mesh is None else num_data_shards(mesh)
+    row = replay_row(programs.engine, case, state, forced, seconds, statistics.median(prefill_seconds), parts) | programs.memory(pools)
+    if oracle_seconds:
+        oracle_ms = 1e3 * statistics.median(oracle_seconds[WARM_UPS:]) / case.steps
+        row |= {"bare_ms_per_step": oracle_ms, "overhead_fraction": 1 - oracle_ms / row["ms_per_step"]}
+    if profile:
+        del state
+        traced = copy_state(kept, pools)
+        row |= device_times(lambda: jax.block_until_ready(programs.replay(params, traced, *until_and_forced)), case.steps)
+    return row
+
+
+def detach_pools(state: DecodeState) -> tuple[DecodeState, tuple]:
+    """Take a state apart into what replays get copies of, and its pools.
+
+    A replay consumes its state. So each one gets a copy of everything but the pools, in which it writes the same rows again.
+    """
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=())), state.cache.pools
+
+
+def copy_state(kept: DecodeState, pools: tuple) -> DecodeState:
+    """Copy what `detach_pools` kept and put the pools, as they are, into the copy."""
+    fresh = jax.tree.map(lambda x: x.copy(), kept)
+    return jax.block_until_ready(dataclasses.replace(fresh, cache=dataclasses.replace(fresh.cache, pools=pools)))
+
+
+def replay_row(
+    engine: Engine,
+    case: Case,
+    state: DecodeState,
+    forced: Int[np.ndarray, "B M"],
+    seconds: list[float],
+    prefill_seconds: float,
+    parts: int = 1,
+) -> dict[str, Any]:
+    """Return what every replay reports: times, tokens, and the bytes that one of `parts` devices with different sequences moves.
+
+    Args:
+      state: after the last replay.
+      seconds: of all replays, warm-ups first.
+
+    Raises: RuntimeError where the loop wrote other tokens than the forced ones.
+    """
     if not np.array_equal(np.asarray(state.new_tokens), forced):
         raise RuntimeError(f"{case}: the loop did not replay the tokens that it was given")
-
     median_ms, spread_ms = median_and_spread([1e3 * s / case.steps for s in seconds[WARM_UPS:]])
     counts, contexts = np.asarray(state.num_attended), np.arange(case.prompt_tokens + 1, case.num_tokens + 1)
-    parts = 1 if mesh is None else num_data_shards(mesh)
-    row: dict[str, Any] = {
+    return {
         "ms_per_step": median_ms,
         "spread_ms": spread_ms,
         "tokens_per_second": 1e3 * case.batch_size / median_ms,
         "mean_context_tokens": float(contexts.mean()),
         "attended_tokens": float(counts.mean()),
         "attended_fraction": float((counts / contexts).mean()),
-        "bytes_per_step": step_bytes(programs.engine.shard, float(counts.sum(axis=0).mean()) / parts, case.batch_size // parts),
-        "time_to_first_token_ms": 1e3 * statistics.median(prefill_seconds),
-        **programs.memory(pools),
+        "bytes_per_step": step_bytes(engine.shard, float(counts.sum(axis=0).mean()) / parts, case.batch_size // parts),
+        "time_to_first_token_ms": 1e3 * prefill_seconds,
     }
-    if oracle_seconds:
-        oracle_ms = 1e3 * statistics.median(oracle_seconds[WARM_UPS:]) / case.steps
-        row |= {"bare_ms_per_step": oracle_ms, "overhead_fraction": 1 - oracle_ms / row["ms_per_step"]}
-    if profile:
-        del state
-        traced = ready()
-        row |= device_times(lambda: jax.block_until_ready(programs.replay(params, traced, *until_and_forced)), case.steps)
-    return row
 
 
 def prefill_arguments(

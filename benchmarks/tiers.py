@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from benchmarks.decoding import REPETITIONS, WARM_UPS, Case, Programs
-from benchmarks.shapes import Shape, step_bytes
-from benchmarks.timing import median_and_spread, timed
+from benchmarks.decoding import REPETITIONS, WARM_UPS, Case, Programs, copy_state, detach_pools, replay_row
+from benchmarks.shapes import Shape
+from benchmarks.timing import timed
 from selfspan_jax.config import KvMemory
 from selfspan_jax.parallel.memory import bytes_of, check_fits
 from selfspan_jax.tiers import HostEngine
@@ -58,32 +58,16 @@ def measure_case(
         del state
         state, prefill_seconds = timed(prefill, prompts, lengths, config)
     forced = np.repeat(token_ids[: case.num_prompts, case.prompt_tokens :], case.num_samples, axis=0)
-    pools = state.cache.pools
-    kept = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=()))
+    kept, pools = detach_pools(state)
     del state
     run, seconds = functools.partial(engine.run, forced_tokens=forced), []
     for _ in range(WARM_UPS + REPETITIONS):
-        fresh = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), kept))
-        fresh = dataclasses.replace(fresh, cache=dataclasses.replace(fresh.cache, pools=pools))
-        state, elapsed = timed(run, fresh, config)
-        del fresh
+        state, elapsed = timed(run, copy_state(kept, pools), config)
         seconds.append(elapsed)
         pools = state.cache.pools
-    if not np.array_equal(np.asarray(state.new_tokens), forced):
-        raise RuntimeError(f"{case}: the loop did not replay the tokens that it was given")
-    median_ms, spread_ms = median_and_spread([1e3 * s / case.steps for s in seconds[WARM_UPS:]])
-    counts, contexts = np.asarray(state.num_attended), np.arange(case.prompt_tokens + 1, case.num_tokens + 1)
     copied, missed = (float(np.asarray(rows, np.int64).sum()) / case.steps for rows in (state.cache.copied, state.cache.misses))
     row_bytes = bytes_of([pool[:1] for layer in pools for pool in layer[:2]])  # of all layers
-    return {
-        "ms_per_step": median_ms,
-        "spread_ms": spread_ms,
-        "tokens_per_second": 1e3 * case.batch_size / median_ms,
-        "mean_context_tokens": float(contexts.mean()),
-        "attended_tokens": float(counts.mean()),
-        "attended_fraction": float((counts / contexts).mean()),
-        "bytes_per_step": step_bytes(engine.shard, float(counts.sum(axis=0).mean()), case.batch_size),
-        "time_to_first_token_ms": 1e3 * prefill_seconds,
+    return replay_row(engine, case, state, forced, seconds, prefill_seconds) | {
         "copied_rows_per_step": copied,
         "missed_rows_per_step": missed,
         "link_bytes_per_step": (copied + missed) * row_bytes,
