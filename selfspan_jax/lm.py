@@ -124,9 +124,11 @@ class SpanLM(Reader):
         if mesh and kv_memory == "host":
             raise UserError(f"mesh is {mesh!r}, but kv_memory is 'host', which is for one device: give one of them")
         self.model = model.for_decoding(weights=weights)
-        self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
+        self.engine: Engine
         if kv_memory == "host":
             self.engine = HostEngine(self.model, working_set_tokens=working_set_tokens)
+        else:
+            self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
         super().__init__(task, self.model.config, self.model.vocab)
 
     @classmethod

@@ -27,7 +27,6 @@ from selfspan_jax.attention.policies import Slots
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, for_each_chunk, start_state
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Attend, Decoder, rotary_angles
@@ -132,15 +131,10 @@ class HostEngine(Engine):
         if jax.default_backend() == "gpu" and (reason := unsupported_reason("triton", q, pool)):  # type: ignore[arg-type]
             raise UserError(f"kv_memory is 'host', which needs the Triton kernel: {reason}")
 
-    def prefill(self, token_ids, lengths, config, key=None, *, num_samples=1):
-        """Read prompts into host memory; arguments and errors as for `Engine.prefill`."""
-        if num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}; allowed: 1 and above")
-        prompts = self.check_prompts(token_ids, lengths, config)
-        keys = key if key is not None and key.ndim else sequence_keys(key, len(lengths) * num_samples)
-        host, last = self._read(*prompts, config, self.goes_on(token_ids, lengths))
-        width = min(self.working_set_tokens, prompts[0].shape[1])
-        return _start(self.graph, self.params, host, last, *prompts, keys, config, num_samples, width)
+    def _read_prompts(self, token_ids, lengths, keys, config, num_samples, responses):
+        host, last = self._read(token_ids, lengths, config, responses)
+        width = min(self.working_set_tokens, token_ids.shape[1])
+        return _start(self.graph, self.params, host, last, token_ids, lengths, keys, config, num_samples, width)
 
     def _read(self, token_ids, lengths, config, responses) -> tuple[tuple[tuple[Array, Array], ...], Array]:
         """Read prompts, some at a time, each group layer by layer; return the host's pools and the last hidden states."""

@@ -102,7 +102,10 @@ class Engine:
             raise UserError(f"num_samples is {num_samples}; allowed: 1 and above")
         prompts = self.check_prompts(token_ids, lengths, config)
         keys = key if key is not None and key.ndim else sequence_keys(key, len(lengths) * num_samples)
-        return _prefill(self.graph, self.params, *prompts, keys, config, num_samples, self.goes_on(token_ids, lengths))
+        return self._read_prompts(*prompts, keys, config, num_samples, self.goes_on(token_ids, lengths))
+
+    def _read_prompts(self, token_ids, lengths, keys, config, num_samples, responses) -> DecodeState:
+        return _prefill(self.graph, self.params, token_ids, lengths, keys, config, num_samples, responses)
 
     def check_prompts(self, token_ids: Int[np.ndarray, "b T"], lengths: Int[np.ndarray, "b"], config: DecodeConfig) -> tuple[Array, Array]:
         """Return prompts, padded to one of few sizes, and their lengths.
