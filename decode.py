@@ -174,7 +174,8 @@ class Eval(Model):
 
     def __post_init__(self):
         check_range(self, "num_examples", "batch_size", "passes", low=1)
-        check_range(self, *(() if self.seed is None else ("seed",)), low=0)
+        if self.seed is not None:
+            check_range(self, "seed", low=0)
         if self.data is None and self.split:
             raise UserError("--split is of a corpus directory: give one with --data")
         if self.data and (given := [name for name in _FRESH if getattr(self, name) not in (None, ())]):

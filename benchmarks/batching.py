@@ -184,6 +184,10 @@ class Model:
         """Compile what the parts need, several programs at once, and run those of schedulers; one that is made later finds them."""
         parts, settings = self.settings.parts, self.settings
         programs: list[Callable[[], Callable[[], Any]]] = []
+
+        def add(*arguments: Any) -> None:  # an engine makes its programs ready in the thread that compiles them
+            programs.append(lambda: functools.partial(self.engine.compile, *arguments))
+
         schedulers = []
         if {"mixed", "equal", "rates"} & {*parts}:
             schedulers.append((self.scheduler(self.engine), settings.chunk_tokens))
@@ -196,11 +200,10 @@ class Model:
             with_chunks(scheduler, chunks[0])
             programs += scheduler.programs(draws=False)
         if "mixed" in parts:
-            arguments = settings.batch_size, self.prompt_tokens, self.config
-            programs.append(lambda: functools.partial(self.engine.compile, *arguments))
+            add(settings.batch_size, self.prompt_tokens, self.config)
         if "equal" in parts:
-            of_equal = EQUAL_PROMPT_TOKENS, self.equal_config()
-            programs += [functools.partial(functools.partial, self.engine.compile, size, *of_equal) for size in self.equal_sizes()]
+            for size in self.equal_sizes():
+                add(size, EQUAL_PROMPT_TOKENS, self.equal_config())
         compile_all(programs)
         for scheduler, chunks in schedulers:
             for chunk in chunks[::-1]:
