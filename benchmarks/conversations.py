@@ -46,7 +46,11 @@ class Conversations:
     """Answer many conversations at once, with a catalogue of tools each and with one for all, and print what that takes."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
-    """Directory of a finished model of tools."""
+    """Directory of a finished model of tools, or of its adapter."""
+    base: Path | None = None
+    """For an adapter, the pretrained model that it was trained on."""
+    attention: Literal["span", "dense"] | None = None
+    """What responses attend to; by default as the model was trained."""
     data: Path
     """A corpus directory that `python -m data tools` wrote."""
     split: Literal["train", "validation", "test"] = "validation"
@@ -59,6 +63,8 @@ class Conversations:
     """Decode steps between two looks of the host."""
     prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
     """Most prompt tokens that are read at once; all prompts are read before a chunk begins."""
+    min_read_tokens: int = ServingConfig.min_read_tokens
+    """Fewest prompt tokens that are read of one conversation at once; more need fewer programs, and so does their compiling."""
     passes: int = 3
     """Times that each is measured; the one whose time is the median counts."""
     json: Path | None = None
@@ -98,7 +104,7 @@ def over_one_catalogue(documents: Iterable[Document], size: int, number: int) ->
 
 def measure(settings: Conversations) -> dict[str, Any]:
     """Measure all systems; return the report."""
-    lm = SpanLM.load(settings.checkpoint, TASKS)
+    lm = SpanLM.load(settings.checkpoint, TASKS, base=settings.base)
     if not isinstance(lm.task, ToolTask):
         raise UserError(f"{settings.checkpoint} is no model of tools")
     count = settings.conversations
@@ -111,9 +117,10 @@ def measure(settings: Conversations) -> dict[str, Any]:
         [Work(task.encode_prompt(document.prompt), room) for document in part] for part in (own, shared[:count], shared[count:])
     )
     context = room + max(len(work.prompt_ids) for part in (apart, *both) for work in part)
-    sizes: dict[str, Any] = {"chunk_tokens": settings.chunk_tokens, "prefill_tokens": settings.prefill_tokens, "reads_per_chunk": None}
-    config = ServingConfig(count, min(context, lm.model.config.max_context_tokens), max_queue=count, **sizes)
-    scheduler = Scheduler(lm.engine, config, stop_ids=lm.end_ids[1:])
+    sizes: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_tokens", "prefill_tokens", "min_read_tokens")}
+    config = ServingConfig(count, min(context, lm.model.config.max_context_tokens), max_queue=count, reads_per_chunk=None, **sizes)
+    attention = settings.attention or lm.model.config.mask
+    scheduler = Scheduler(lm.engine, config, stop_ids=lm.end_ids[1:], attention=attention)
     scheduler.warm_up(draws=False)
     rows = collections.defaultdict[str, list[dict[str, Any]]](list)
     for _ in range(settings.passes):
@@ -124,9 +131,9 @@ def measure(settings: Conversations) -> dict[str, Any]:
     return {
         **report_header(),
         "checkpoint": settings.checkpoint.name,
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name not in ("json", "checkpoint")},
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in ("json", "checkpoint", "base")},
         **drawn,
-        "attention": lm.model.config.mask,
+        "attention": attention,
         "num_parameters": lm.model.num_parameters,
         "rows": [sorted(own, key=lambda row: row["seconds"])[len(own) // 2] for own in rows.values()],
     }
