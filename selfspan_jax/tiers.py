@@ -230,5 +230,6 @@ def _start(graph, params, host, last, token_ids, lengths, keys, config: DecodeCo
         targets=unused.at[sequence, row].set(target, mode="drop"),
         pinned=jnp.sum(always, axis=1, dtype=jnp.int32),
     )
-    filling = dataclasses.replace(cache, num_copied=cache.pinned)
-    return dataclasses.replace(state, cache=dataclasses.replace(cache, pools=tuple(map(filling.copy, pools))))
+    pools = tuple(map(dataclasses.replace(cache, num_copied=cache.pinned).copy, pools))
+    cache = cache.placed(state.span, state.span.is_response)  # what the open step of a prompt that ends within its response reads
+    return dataclasses.replace(state, cache=dataclasses.replace(cache, pools=tuple(map(cache.copy, pools)), copied=none))

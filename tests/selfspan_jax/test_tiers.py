@@ -59,23 +59,30 @@ class WorkingSet:
         self.last_named, self.copied, self.misses = {}, 0, 0
         for t in range(prompt_tokens):
             self.note(t, tokens[t])
+        if self.says.is_response[prompt_tokens - 1]:
+            self.place(prompt_tokens - 1)
+        self.copied = 0  # since the prompt
 
     def note(self, t, token):
         """Note when a label was named."""
         if token - R in self.says.named[t]:
             self.last_named[token - R] = t
 
+    def place(self, t):
+        """Give rows to what the step of token t reads of the prompt by label."""
+        used = {0, self.labels[t], *self.says.named[t]}
+        wanted = [s for s in range(self.prompt_tokens) if self.labels[s] in used and s not in self.rows]
+        free = [i for i in range(self.pinned, len(self.rows)) if self.rows[i] is None or self.labels[self.rows[i]] not in used]
+        age = {i: -2 if self.rows[i] is None else self.last_named.get(self.labels[self.rows[i]], -1) for i in free}
+        taken = sorted(sorted(free, key=lambda i: (age[i], i))[: len(wanted)])
+        for i, s in zip(taken, wanted):
+            self.rows[i] = s
+        self.copied += len(taken)
+
     def feed(self, t, token):
         self.note(t, token)
         if self.says.is_header[t]:
-            used = {0, self.labels[t], *self.says.named[t]}
-            wanted = [s for s in range(self.prompt_tokens) if self.labels[s] in used and s not in self.rows]
-            free = [i for i in range(self.pinned, len(self.rows)) if self.rows[i] is None or self.labels[self.rows[i]] not in used]
-            age = {i: -2 if self.rows[i] is None else self.last_named.get(self.labels[self.rows[i]], -1) for i in free}
-            taken = sorted(sorted(free, key=lambda i: (age[i], i))[: len(wanted)])
-            for i, s in zip(taken, wanted):
-                self.rows[i] = s
-            self.copied += len(taken)
+            self.place(t)
         self.misses += sum(self.visible[t, s] and s not in self.rows for s in range(self.prompt_tokens))
 
 
