@@ -16,7 +16,7 @@ from selfspan_jax.config import PRESETS, ModelConfig, Weights
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
-ShapeName = Literal["llama2-7b", "llama3-8b", "smollm2-135m", "arithmetic-small", "arithmetic-base"]
+ShapeName = Literal["llama2-7b", "llama3-8b", "llama3-1b", "smollm2-135m", "arithmetic-small", "arithmetic-base"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,10 @@ _llama = functools.partial(ModelConfig, hidden_size=4096, num_layers=32, num_hea
 _SHAPES: dict[ShapeName, tuple[ModelConfig, int | None]] = {
     "llama2-7b": (_llama(intermediate_size=11008, num_kv_heads=32), 32_000),
     "llama3-8b": (_llama(intermediate_size=14336, num_kv_heads=8, rope_theta=500_000.0), 128_256),
+    "llama3-1b": (
+        ModelConfig(hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8, rope_theta=500_000.0),
+        128_256,
+    ),
     "smollm2-135m": (
         ModelConfig(hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, rope_theta=100_000.0),
         49_152,

@@ -1,6 +1,7 @@
 """Measure training steps: milliseconds, tokens per second, MFU, memory, and the device's time by kind of operation.
 
     python -m benchmarks.training --shape arithmetic-base --tokens 512,4096,8192 --json FILE
+    python -m benchmarks.training --shape llama3-8b --rank 16 --mesh fsdp=2 --tokens 4096 --step-tokens 32768 --remat --json FILE
 
 The batches are on the device beforehand, so input costs nothing (a run logs `input_wait_fraction` instead). A time is the wall
 time of many steps queued one after the other, compilation excluded. Times by kind are the profiler's, summed over streams.
@@ -26,20 +27,22 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from benchmarks.decoding import footprint
-from benchmarks.shapes import ShapeName, named_shape
+from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.timing import device_times, run_command, run_seconds, timed
-from benchmarks.workloads import arithmetic_tokens
+from benchmarks.workloads import arithmetic_tokens, segment_tokens
 from data import arithmetic, commandline
 from data.errors import check_range
 from data.packing import Batch
 from selfspan_jax import files, training
 from selfspan_jax.attention.sequences import SequenceImplementation, training_implementation
-from selfspan_jax.config import TrainConfig
+from selfspan_jax.config import LoraConfig, TrainConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import distributed
 from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory, check_fits
+from selfspan_jax.parallel.mesh import training_mesh
 from selfspan_jax.training.metrics import bf16_peak, mfu, step_flops
+from selfspan_jax.weights import lora
 
 REPETITIONS, TRACED_STEPS = 3, 3
 
@@ -91,6 +94,7 @@ class CompiledSteps:
             "bf16_peak_flops_per_second": bf16_peak(device_kind),
             "jax": jax.__version__,
             "parameters": self.model.num_parameters,
+            "trained": training.num_trained(self.model),
             "batch_size": self.config.batch_size,
             "sequence_tokens": self.config.sequence_tokens,
             "remat": self.model.config.remat,
@@ -192,6 +196,10 @@ class Lengths:
     """Lengths of the rows."""
     step_tokens: int = 65_536
     """Tokens of a step, a multiple of each length."""
+    rank: int = 0
+    """Train adapters of this rank and the rows of the span tokens, of a published shape with its own vocabulary; 0: all parameters."""
+    mesh: str | None = None
+    """Devices, as in data=2 or fsdp=2; by default one."""
     layers: int | None = None
     """Fewer layers than the shape has, for a try."""
     remat: bool = False
@@ -207,12 +215,12 @@ class Lengths:
 
     def __post_init__(self):
         check_range(self, "tokens", "step_tokens", "steps", low=1)
-        check_range(self, "seed", low=0)
+        check_range(self, "seed", "rank", low=0)
         if wrong := [tokens for tokens in self.tokens if self.step_tokens % tokens]:
             raise UserError(f"step_tokens is {self.step_tokens}; allowed: multiples of {wrong[0]}")
 
     def run(self) -> None:
-        shape = named_shape(self.shape, arithmetic_vocab=True)
+        shape, mesh = named_shape(self.shape, arithmetic_vocab=not self.rank), training_mesh(self.mesh)
         changes: dict[str, Any] = {
             "mask": self.mask,
             "num_layers": self.layers,
@@ -220,26 +228,33 @@ class Lengths:
             "max_context_tokens": max(self.tokens),
         }
         config = dataclasses.replace(shape.config, **{name: value for name, value in changes.items() if value is not None})
-        model = Decoder(config, vocab=shape.vocab, vocab_size=shape.vocab_size, rngs=nnx.Rngs(self.seed))
-        report: dict[str, Any] = {"shape": self.shape, "step_tokens": self.step_tokens, "seed": self.seed, "lengths": []}
+        shape = dataclasses.replace(shape, config=config)
+        if self.rank:  # drawn in the compute dtype: in float32 a model of 8 billion parameters would take 32 GB
+            model = lora.adapt(shape.random(self.seed), LoraConfig(rank=self.rank))
+        else:
+            model = Decoder(config, vocab=shape.vocab, vocab_size=shape.vocab_size, rngs=nnx.Rngs(self.seed))
+        report: dict[str, Any] = {"shape": self.shape, "step_tokens": self.step_tokens, "seed": self.seed, "rank": self.rank, "lengths": []}
         runs = []
         for tokens in self.tokens:
             rows = TrainConfig(steps=1_000, batch_size=self.step_tokens // tokens, sequence_tokens=tokens, seed=self.seed)
-            runs.append((model, rows, itertools.repeat(self.sequences(rows, model))))
-        for compiled in compile_steps(runs, attention=self.attention):
+            runs.append((model, rows, itertools.repeat(self.sequences(rows, shape))))
+        for compiled in compile_steps(runs, mesh, self.attention):
             figures = compiled.measure(self.steps)
             report["lengths"].append(figures)
             print(table(figures), flush=True)
             files.write_rows(self.json, report, complete=False)
         files.write_rows(self.json, report, complete=True)
 
-    def sequences(self, rows: TrainConfig, model: Decoder) -> Batch:
-        """Draw expressions with responses, a row each and of its length; each token after the prompt is a target."""
-        size = {"batch_size": rows.batch_size, "num_tokens": rows.sequence_tokens, "steps": 1, "seed": self.seed}
-        token_ids = arithmetic_tokens(arithmetic.ArithmeticTask(), **size)
+    def sequences(self, rows: TrainConfig, shape: Shape) -> Batch:
+        """Draw expressions with responses, or documents whose response reads a tenth of them; each token after the prompt is a target."""
+        size = {"batch_size": rows.batch_size, "num_tokens": rows.sequence_tokens, "seed": self.seed}
+        if self.rank:
+            token_ids = segment_tokens(shape, steps=rows.sequence_tokens // 8, attended_fraction=0.1, **size)
+        else:
+            token_ids = arithmetic_tokens(arithmetic.ArithmeticTask(), steps=1, **size)
         index = np.broadcast_to(np.arange(rows.sequence_tokens, dtype=np.int32), token_ids.shape)
-        is_response = np.cumsum(token_ids == model.vocab.solve_id, axis=1) > 0
-        return Batch(token_ids, np.ones_like(token_ids), index, is_response & (token_ids != model.vocab.solve_id), next_example=0)
+        is_response = np.cumsum(token_ids == shape.vocab.solve_id, axis=1) > 0
+        return Batch(token_ids, np.ones_like(token_ids), index, is_response & (token_ids != shape.vocab.solve_id), next_example=0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -75,12 +75,12 @@ def all_gather_params(params: Any, dtype: Any) -> Any:
     return jax.tree.map_with_path(gather, params)
 
 
-def all_gather_embeddings(params: Any, mesh: Mesh) -> Any:
-    """Gather the embedding and the output layer over `fsdp`, in float32 because their gradients sum many rows.
+def all_gather_embeddings(params: Any, mesh: Mesh | None) -> Any:
+    """Gather the embedding and the output layer over `fsdp`, in their own dtype: float32 where trained, as gradients sum many rows.
 
     Parameters of the layers stay sharded: each layer gathers its own by `all_gather_params`.
     """
-    if mesh.shape["fsdp"] == 1:
+    if mesh is None or mesh.shape["fsdp"] == 1:
         return params
 
     def gather(path, leaf):

@@ -36,6 +36,7 @@ PARAMETERS = {
     "embed_tokens": ("vocabulary", "width"),
     "lm_head": ("vocabulary", "width"),
 }
+_ADAPTERS = {"lora_a", "lora_b", "new_rows"}  # small, so replicated, and their optimizer's moments with them
 # Replicated parameters that each shard of `tensor` uses for its own outputs only: their gradients are partial sums.
 _PARTIAL_GRADIENTS = {"q_norm", "k_norm"}
 
@@ -81,7 +82,8 @@ def _names(path: Any) -> list[str]:
 
 
 def _parameter_axes(path: Any, ndim: int) -> tuple[str | None, ...]:
-    outputs, inputs = next((PARAMETERS[name] for name in _names(path) if name in PARAMETERS), (None, None))
+    names = _names(path)
+    outputs, inputs = next((PARAMETERS[name] for name in names if name in PARAMETERS and not _ADAPTERS.intersection(names)), (None, None))
     if ndim == 1:  # a bias, or the scales of int8 weights: small, so only divided with the outputs
         return (None if outputs == "width" else outputs,)
     return (outputs, inputs)[:ndim]
@@ -160,7 +162,7 @@ def _reorder(tree: Any, mesh: Mesh | None, *, saved: bool) -> Any:
 
 
 def _reordered(path: Any, leaf: Any, parts: int, *, saved: bool) -> Any:
-    if "gate_up_proj" not in _names(path) or np.ndim(leaf) == 0:
+    if parts == 1 or "gate_up_proj" not in _names(path) or np.ndim(leaf) == 0:
         return leaf
     first = (parts, 2) if saved else (2, parts)
     return leaf.reshape(*first, -1, *leaf.shape[1:]).swapaxes(0, 1).reshape(leaf.shape)

@@ -100,7 +100,7 @@ def train(
     votes: Any = 0
 
     def trained() -> Decoder:
-        return nnx.merge(graph, layout.gather_params(state.params, mesh), fixed.frozen)
+        return nnx.merge(graph, *(layout.gather_params(own, mesh) for own in (state.params, fixed.frozen)))
 
     def save(step: int, batch: Batch) -> None:
         checkpoints.save(step, layout.to_saved_order(state, mesh), collectives.process_max(batch.next_example))

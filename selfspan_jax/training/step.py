@@ -78,11 +78,7 @@ class Fixed:
     graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     frozen: nnx.State
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
-    """With a mesh, `graph` is that of one device's shard."""
-
-    def model(self, params: nnx.State) -> Decoder:
-        """Build the model with these trainable parameters."""
-        return nnx.merge(self.graph, params, self.frozen)
+    """With a mesh, `graph` is that of one device's shard, and the parameters are divided."""
 
 
 @jax.tree_util.register_dataclass
@@ -103,8 +99,8 @@ def check_mesh(model: Decoder, config: TrainConfig, mesh: Mesh | None) -> None:
         return
     check_model(model.config, mesh)
     check_batch(config.batch_size // config.accumulation_steps, mesh, "rows of an accumulation step")
-    if jax.tree.leaves(nnx.state(model, Frozen)):
-        raise UserError("mesh: adapters are trained on one device")
+    if (tensor := mesh.shape["tensor"]) > 1 and model.adapters is not None:
+        raise UserError(f"tensor={tensor} divides no adapters; allowed in training them: data and fsdp")
 
 
 def initial_state(model: Decoder, config: TrainConfig, mesh: Mesh | None = None) -> tuple[Fixed, TrainState]:
@@ -120,7 +116,7 @@ def initial_state(model: Decoder, config: TrainConfig, mesh: Mesh | None = None)
     init = make_optimizer(config).init
     if mesh is None:
         return Fixed(graph, frozen), TrainState(params, init(params), jnp.zeros((), jnp.int32))
-    params = layout.shard_params(params, mesh)
+    params, frozen = (layout.shard_params(own, mesh) for own in states)
     shapes = layout.shard_params(jax.eval_shape(init, params), mesh)
     opt_state = jax.jit(init, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))(params)  # never whole on one device
     step = layout.device_put_global(jnp.zeros((), jnp.int32), mesh, layout.REPLICATED)
@@ -221,13 +217,13 @@ def train_step(
     """
     mesh = fixed.mesh
 
-    def loss(params, part):
-        model = fixed.model(params if mesh is None else collectives.all_gather_embeddings(params, mesh))
+    def loss(params, frozen, part):
+        model = nnx.merge(fixed.graph, *(collectives.all_gather_embeddings(own, mesh) for own in (params, frozen)))
         return loss_sums(model, part, attention, weights=(config.source_weight, config.end_weight))
 
-    def sum_gradients(params, batch):
+    def sum_gradients(params, frozen, batch):
         def gradients(part):
-            return jax.grad(loss, has_aux=True)(params, part)
+            return jax.grad(loss, has_aux=True)(params, frozen, part)
 
         if config.accumulation_steps == 1:
             grads, sums = gradients(batch)
@@ -238,9 +234,9 @@ def train_step(
             (grads, sums), _ = jax.lax.scan(lambda total, part: (add(total, gradients(part)), None), zeros, parts)
         return collectives.psum_gradients(grads, mesh), collectives.psum_data(sums, mesh)
 
-    param_specs, row_spec = layout.parameter_specs(state.params), layout.spec("sequences")
-    sharded = collectives.shard_map(sum_gradients, mesh, (param_specs, row_spec), (param_specs, layout.REPLICATED))
-    grads, sums = sharded(state.params, batch)
+    param_specs, frozen_specs = (layout.parameter_specs(own) for own in (state.params, fixed.frozen))
+    in_specs, out_specs = (param_specs, frozen_specs, layout.spec("sequences")), (param_specs, layout.REPLICATED)
+    grads, sums = collectives.shard_map(sum_gradients, mesh, in_specs, out_specs)(state.params, fixed.frozen, batch)
     targets = jnp.maximum(sums["targets"], 1.0)
     grads = jax.tree.map(lambda grad: grad / targets, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes step counts and rates

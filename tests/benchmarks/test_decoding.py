@@ -214,8 +214,8 @@ def test_random_weights_are_drawn_in_the_dtype_that_decodes():
 
 
 def test_shapes_are_those_of_the_published_models():
-    vocab_sizes = {"llama2-7b": 32_000, "llama3-8b": 128_256, "smollm2-135m": 49_152}
-    parameters = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
+    vocab_sizes = {"llama2-7b": 32_000, "llama3-8b": 128_256, "llama3-1b": 128_256, "smollm2-135m": 49_152}
+    parameters = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "llama3-1b": 1_235_814_400, "smollm2-135m": 134_515_008}
     for name, size in vocab_sizes.items():
         shape = shapes.named_shape(name)
         assert shape.vocab_size == size == shape.vocab.ref_base + shape.vocab.num_labels
