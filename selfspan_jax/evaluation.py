@@ -28,7 +28,7 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.serving.requests import Request
-from selfspan_jax.serving.throughput import run_together, saves_steps, throughput_scheduler
+from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import JUDGED, Example, judgement
 from selfspan_jax.viewing.output import Output, prompt_warnings
@@ -261,7 +261,7 @@ def _is_served(lm: SpanLM, examples, ids, config: DecodeConfig, batch_size: int,
     pairs = sorted((len(prompt), len(example.response_ids)) for prompt, example in zip(ids, examples, strict=True))
     prompt_tokens, new_tokens = ([pair[i] for pair in pairs] for i in range(2))
     plain = passes == 1 and sources == MODEL and not constrained
-    return plain and saves_steps(lm.engine, config, prompt_tokens, new_tokens, batch_size)
+    return plain and is_faster(lm.engine, config, prompt_tokens, new_tokens, batch_size, shared_beginning(ids))
 
 
 def _evaluate_served(lm: SpanLM, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]], config, batch_size: int) -> Evaluation:

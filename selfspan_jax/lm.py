@@ -26,7 +26,7 @@ from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.serving.requests import Request
-from selfspan_jax.serving.throughput import run_together, saves_steps, throughput_scheduler
+from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task, end_ids, installed_tasks
 from selfspan_jax.tiers import WORKING_SET_TOKENS, HostEngine
@@ -241,7 +241,7 @@ class SpanLM(Reader):
         batches = [slice(start, start + step) for start in range(0, len(texts), step)]
         calls = [self._call(ids[batch], samples, batch.start * samples, **options) for batch in batches]
         rows = [len(own) for own in ids for _ in range(samples)]  # responses are taken to be as long as prompts
-        if not calls[0].stop and saves_steps(self.engine, calls[0].arguments[2], rows, rows, step * samples):
+        if not calls[0].stop and is_faster(self.engine, calls[0].arguments[2], rows, rows, step * samples, shared_beginning(ids)):
             flat = self._decode_together(texts, ids, samples, step, calls)
         else:
             flat = [out for batch, call in zip(batches, calls) for out in self._decode(texts[batch], ids[batch], samples, call)]

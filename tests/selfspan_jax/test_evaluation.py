@@ -131,7 +131,7 @@ def test_what_a_scheduler_decodes_is_read_in_the_order_of_the_examples(lm, monke
         assert [len(request.prompt_ids) for request in requests] == [4, 5, 3, 4, 3]
         return [Tokens(np.array([len(own.prompt_ids), 2, 7, 7]), np.array([3, 4, 5, 6]), "length") for own in requests]
 
-    monkeypatch.setattr(evaluation, "saves_steps", lambda *_: True)
+    monkeypatch.setattr(evaluation, "is_faster", lambda *_: True)
     monkeypatch.setattr(evaluation, "throughput_scheduler", lambda *_: SimpleNamespace(config=config, warm_up=lambda draws: None))
     monkeypatch.setattr(evaluation, "run_together", run_together)
     found = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2)

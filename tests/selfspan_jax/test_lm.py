@@ -110,7 +110,7 @@ def test_many_prompts_give_the_same_tokens_whether_batches_are_static_or_share_a
     apart, ran = small.generate(prompts, **options), []
     monkeypatch.setattr(throughput, "THROUGHPUT_PREFILL_TOKENS", 128)
     monkeypatch.setattr(scheduler, "ADMITTED_SHARE", 3)  # two of eight places at once
-    monkeypatch.setattr(lm_module, "saves_steps", lambda *_: True)
+    monkeypatch.setattr(lm_module, "is_faster", lambda *_: True)
     monkeypatch.setattr(lm_module, "run_together", lambda *given: ran.append(given[0]) or throughput.run_together(*given))
     together = small.generate(prompts, **options)
     assert ran[0].config.num_sequences == 8 and ran[0].num_pages * ran[0].config.page_tokens <= 4 * (64 + 40)

@@ -18,7 +18,7 @@ from selfspan_jax.serving.pages import Pages
 from selfspan_jax.serving.requests import Closed, QueueFull, Request, joined
 from selfspan_jax.serving.running import Decoded
 from selfspan_jax.serving.scheduler import Scheduler
-from selfspan_jax.serving.throughput import saves_steps
+from selfspan_jax.serving.throughput import is_faster, shared_beginning
 from selfspan_jax.spans import attention_mask
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
@@ -367,20 +367,29 @@ MIXED, ALIKE = [20, 40, 80, 600] * 64, [600] * 256
 
 
 @pytest.mark.parametrize(
-    "prompts, new, batch_size, changes, backend, saves",
+    "prompts, new, batch_size, changes, backend, shared, faster",
     [
-        (MIXED, MIXED, 16, {}, "gpu", True),
-        (sorted(MIXED), sorted(MIXED), 16, {}, "gpu", False),  # static batches of similar lengths lose little
-        (ALIKE, ALIKE, 16, {}, "gpu", False),  # as many rows hold hardly more sequences than the batch
-        (MIXED, [5, 9, 5, 12] * 64, 16, {}, "gpu", False),  # a place that ends is free a chunk later
-        (MIXED, MIXED, 100, {}, "gpu", False),  # few batches
-        (MIXED, MIXED, 16, {"prefill": "sample"}, "gpu", False),
-        (MIXED, MIXED, 16, {}, "cpu", False),  # where twice the rows take twice the time
+        (MIXED, MIXED, 16, {}, "gpu", 0.0, True),
+        (sorted(MIXED), sorted(MIXED), 16, {}, "gpu", 0.0, False),  # static batches of similar lengths lose little
+        (ALIKE, ALIKE, 16, {}, "gpu", 0.0, False),  # as many rows hold hardly more sequences than the batch
+        (MIXED, [5, 9, 5, 12] * 64, 16, {}, "gpu", 0.0, False),  # a place that ends is free a chunk later
+        (MIXED, MIXED, 100, {}, "gpu", 0.0, False),  # few batches
+        (MIXED, MIXED, 16, {"prefill": "sample"}, "gpu", 0.0, False),
+        ([600] * 8, [20] * 8, 8, {}, "gpu", 0.9, True),  # one batch, of eight questions about one document
+        (MIXED, MIXED, 16, {}, "cpu", 0.9, False),  # where twice the rows take twice the time
     ],
 )
-def test_a_scheduler_is_for_where_it_saves_steps(prompts, new, batch_size, changes, backend, saves, monkeypatch):
+def test_a_scheduler_is_for_where_it_saves_steps_or_reading(prompts, new, batch_size, changes, backend, shared, faster, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert saves_steps(ENGINE, DecodeConfig("span", 640, **changes), prompts, new, batch_size) == saves
+    assert is_faster(ENGINE, DecodeConfig("span", 640, **changes), prompts, new, batch_size, shared) == faster
+
+
+def test_what_prompts_begin_with_is_counted_in_whole_pages():
+    page, rng = ServingConfig.page_tokens, np.random.default_rng(0)
+    story = rng.integers(4, 99, 3 * page + 5)
+    asked = [np.concatenate([story, np.full(page, question)]) for question in (1, 2)]
+    assert shared_beginning(asked) == 3 * page / sum(map(len, asked))  # the fourth page has a question in it
+    assert shared_beginning([story, story[1:]]) == shared_beginning([story[: page - 1]] * 2) == shared_beginning([]) == 0.0
 
 
 @pytest.mark.gpu
