@@ -231,6 +231,8 @@ class Server:
                 raise UserError(f"tools is not supported by a model of the task {self._task_name}; leave it out")
             texts, ids = self.lm.encode(task.tool_prompt(call.messages, call.tools))
             return list(zip(texts, ids))
+        if call.declines_tools and hasattr(task, "tool_prompt"):
+            raise UserError(f"tool_choice is 'none'; a model of the task {self._task_name} writes calls and no other text: allowed: 'auto'")
         if call.messages and hasattr(task, "encode_chat"):
             return [(call.prompts[0], task.encode_chat(call.messages))]
         if len(call.messages) > 1:

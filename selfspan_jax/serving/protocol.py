@@ -62,6 +62,8 @@ class Call:
     """How many likely tokens to name beside each token, with log-probabilities; None: not even that of the token itself."""
     tools: tuple[dict[str, Any], ...] = ()
     """Of a chat, functions as they were given; none where `tool_choice` is "none"."""
+    declines_tools: bool = False
+    """Whether it gives tools, and `tool_choice` "none": wants text."""
     tokens: bool = False
     """Whether events say of each token what it is, for a page that shows them."""
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
@@ -90,7 +92,9 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
         raise UserError("stream_options is for stream: true")
     if (tokens := _only(ours, "selfspan", "tokens")) and (not stream or "stop" in fields):
         raise UserError("selfspan.tokens is for stream: true without stop, because it shows every token")
-    tools = tuple(_take(fields, "tools", list, ())) if fields.get("tool_choice") != "none" else ()
+    tools = tuple(_take(fields, "tools", list, ()))
+    if declined := bool(tools) and fields.get("tool_choice") == "none":
+        tools = ()
     if (logprobs := _logprobs(kind, fields)) is not None and stream and ("stop" in fields or tools):
         raise UserError("logprobs of a stream are without stop and tools, because tokens are told before it is sure that they stay")
     limits = [_take(fields, name, int, None) for name in ("max_completion_tokens", "max_tokens")]
@@ -109,9 +113,8 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
         raise UserError(f"n is {n} for {len(prompts)} prompts; allowed: 1 to {MAX_CHOICES} responses in all")
     sampling = Sampling(**{name: fields[name] for name in _SAMPLING if name in fields})
     usage = _only(options, "stream_options", "include_usage", also=("include_obfuscation",))
-    return Call(
-        kind, prompts, messages, sampling, _take(fields, "model", str, None), n, limit, stop, seed, stream, usage, logprobs, tools, tokens
-    )
+    model = _take(fields, "model", str, None)
+    return Call(kind, prompts, messages, sampling, model, n, limit, stop, seed, stream, usage, logprobs, tools, declined, tokens)
 
 
 def _logprobs(kind: str, fields: Mapping[str, Any]) -> int | None:
@@ -161,6 +164,8 @@ def _messages(fields: Mapping[str, Any], *, with_tools: bool) -> tuple[dict[str,
         raise UserError("messages: expected a list of at least one message")
     for number, message in enumerate(given, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not with_tools and isinstance(message, dict) and (role == "tool" or message.get("tool_calls") is not None):
+            raise UserError(f"message {number} is of a tool, or calls one; allowed beside tools whose tool_choice is 'auto'")
         if not isinstance(role, str) or role not in roles:
             raise UserError(f"message {number}: role is {str(role)[:40]!r}; allowed: {', '.join(roles)}")
         calls = {name: message[name] for name in ("tool_calls", "tool_call_id") if with_tools and message.get(name) is not None}

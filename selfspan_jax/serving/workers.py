@@ -48,6 +48,8 @@ class Loaded(NamedTuple):
     context_tokens: int
     num_pages: int
     device: str
+    keeps_programs: bool
+    """Whether what it compiles is there for others."""
 
 
 class Round(NamedTuple):
@@ -84,7 +86,7 @@ class Round(NamedTuple):
 def work(
     connection: Connection, load: Callable[..., SpanLM], mesh: str | None, devices: str | None, config: ServingConfig, attention
 ) -> None:
-    """Load a model, say so; compile, say so; then run a scheduler until the other end says to close. If that is gone, end at once."""
+    """Load a model, say so; compile when told to, say so; then run a scheduler until the other end says to close. If that is gone, end at once."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a command, and for the one that serves to answer
         signal.signal(number, signal.SIG_IGN)
     if devices is not None:
@@ -92,6 +94,7 @@ def work(
     given: list[tuple[int, Tokens]] = []
     tickets: dict[int, Ticket] = {}
     scheduler: Scheduler
+    may_compile = threading.Event()
 
     def keep(number: int) -> Callable[[Tokens], None]:
         return lambda tokens: given.append((number, tokens))
@@ -104,6 +107,8 @@ def work(
                     tickets[argument] = scheduler.submit(request, keep(argument))
                 elif name == "close":
                     scheduler.close(drain=argument)
+                elif name == "compile":
+                    may_compile.set()
                 elif argument in tickets:
                     scheduler.cancel(tickets[argument])
         os._exit(1)
@@ -122,7 +127,9 @@ def work(
             unbounded = dataclasses.replace(config, max_queue=_NO_QUEUE)
             scheduler = Scheduler(lm.engine, unbounded, attention=attention, stop_ids=lm.end_ids[1:])
             kind, reader = jax.devices()[0].device_kind, Reader(lm.task, lm.config, lm.vocab)
-            connection.send(Loaded(reader, lm.engine.vocab_size, scheduler.context_tokens, scheduler.num_pages, kind))
+            kept = bool(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
+            connection.send(Loaded(reader, lm.engine.vocab_size, scheduler.context_tokens, scheduler.num_pages, kind, kept))
+            may_compile.wait()
             scheduler.warm_up()
     except (UserError, NotImplementedError, OSError) as error:
         connection.send(error)
@@ -165,20 +172,25 @@ class _Worker:
     """Who gets the tokens of the requests that have not ended, by their numbers."""
     ended: bool = False
 
-    def send(self, name: str, argument: Any, request: Request | None = None) -> None:
+    def send(self, name: str, argument: Any = None, request: Request | None = None) -> None:
         with contextlib.suppress(OSError):  # it has ended, as `Workers.run` finds
             self.connection.send((name, argument, request))
 
-    def receive(self) -> Any:
-        """Wait for a word of its preparation; an error is raised."""
+    def receive(self, meanwhile: str) -> Any:
+        """Wait for a word of its preparation; an error is raised, and ChildProcessError where it has ended."""
         try:
             said = self.connection.recv()
         except EOFError:
-            self.process.join()
-            raise RuntimeError(f"a worker ended with status {self.process.exitcode}") from None
+            raise ChildProcessError(f"the process that decodes {self.end()} while {meanwhile}") from None
         if isinstance(said, BaseException):
             raise said
         return said
+
+    def end(self) -> str:
+        """Wait for its end, and say how it ended."""
+        self.process.join()
+        code = self.process.exitcode
+        return f"ended with status {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
 
 class Workers:
@@ -209,7 +221,7 @@ class Workers:
                 process.start()
                 theirs.close()
                 self._workers.append(_Worker(process, ours))
-            loaded: list[Loaded] = [worker.receive() for worker in self._workers]
+            loaded: list[Loaded] = [worker.receive("its model was loaded") for worker in self._workers]
             if len(kinds := dict.fromkeys(own.device for own in loaded)) > 1:
                 raise UserError(f"mesh is {mesh!r}: there are not so many devices alike; workers have {', '.join(kinds)}")
         except BaseException:
@@ -217,6 +229,7 @@ class Workers:
             raise
         self.reader, self.vocab_size, self.context_tokens = loaded[0][:3]
         self.num_pages = min(own.num_pages for own in loaded)
+        self._keeps_programs = loaded[0].keeps_programs
 
     def __enter__(self) -> Workers:
         return self
@@ -228,9 +241,13 @@ class Workers:
             worker.connection.close()
 
     def warm_up(self) -> None:
-        """Wait until all programs are compiled."""
-        for worker in self._workers:
-            worker.stats = worker.receive()
+        """Have all programs compiled: by the first worker, whose programs the others take where they are kept, else by each."""
+        alone = 1 if self._keeps_programs else len(self._workers)
+        for group in (self._workers[:alone], self._workers[alone:]):
+            for worker in group:
+                worker.send("compile")
+            for worker in group:
+                worker.stats = worker.receive("its programs were compiled")
 
     def submit(self, request: Request, deliver: Callable[[Tokens], None]) -> tuple[_Worker, int]:
         """Take a request; `deliver`, which raises nothing, gets its tokens as they come, in the thread of `run`.
@@ -292,7 +309,6 @@ class Workers:
         with self._lock:
             worker.ended = True
         if not self._closing:
-            worker.process.join()
-            _LOG.error("a worker ended with status %s, and %d requests with it", worker.process.exitcode, len(worker.open))
+            _LOG.error("a process that decodes %s, and %d requests with it", worker.end(), len(worker.open))
         for number in list(worker.open):
             worker.open.pop(number)(Tokens(_NONE, _NONE, "error", "the process that decodes has ended"))

@@ -323,6 +323,8 @@ def test_openais_client_gives_tools_and_reads_calls():
                 streamed = [
                     own.choices[0] for own in client.chat.completions.create(model="tiny", messages=ASKED, tools=TOOLS, stream=True)
                 ]
+                with pytest.raises(openai.BadRequestError, match="tool_choice is 'none'; a model of the task tools writes calls"):
+                    client.chat.completions.create(model="tiny", messages=ASKED, tools=TOOLS, tool_choice="none")
         pieces = ["Service get_time: A function. get_time(hours=", "User: The time?", 'Result: {"now": "7:30"}']
         written = task.decode(scripted.requests[0].prompt_ids)
         assert written.startswith("<bos> Call the services: Be brief.<seg:1> ")
@@ -366,7 +368,7 @@ REFUSED = {
     "an object as tools": (_CHAT | {"tools": {"type": "function"}}, 400, "tools is an object; expected a list"),
     "tools of a prompt": ({"prompt": "4", "tools": []}, 400, "'tools' is not supported"),
     "a call that must be made": (_CHAT | {"tools": TOOLS, "tool_choice": "required"}, 400, "tool_choice is not supported"),
-    "a result without tools": ({"messages": ASKED + TOLD}, 400, "message 3: content: expected text"),
+    "a result without tools": ({"messages": ASKED + TOLD}, 400, "message 3 is of a tool, or calls one"),
     "not a number": (b'{"prompt": "4", "temperature": NaN}', 400, "temperature is nan"),
     "a wrong type": ({"prompt": "4", "n": "2"}, 400, "n is text; expected a whole number"),
     "a truth as a number": ({"prompt": "4", "n": True}, 400, "n is true or false; expected a whole number"),
@@ -382,7 +384,7 @@ REFUSED = {
         400,
         "expected text, or a list of parts of type text",
     ),
-    "an unknown role": ({"messages": [{"role": "tool", "content": "4"}]}, 400, "role is 'tool'"),
+    "an unknown role": ({"messages": [{"role": "robot", "content": "4"}]}, 400, "role is 'robot'"),
     "the assistant last": ({"messages": [{"role": "assistant", "content": "4"}]}, 400, "expected one of the user"),
     "another model": ({"prompt": "4", "model": "gpt"}, 404, "there is no model 'gpt'"),
     "a large body": (b" " * (4 * 2**20 + 1), 413, "larger than 4,194,304 bytes"),

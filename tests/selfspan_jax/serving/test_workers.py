@@ -1,7 +1,11 @@
 """Schedulers in processes of their own: the server over them, what they give, and what becomes of requests whose process ends."""
 
 import asyncio
+import functools
+import multiprocessing
+import os
 import random
+import signal
 import threading
 
 import httpx2
@@ -13,7 +17,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.requests import Closed, QueueFull, Request, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
-from selfspan_jax.serving.workers import Round, Workers, shares
+from selfspan_jax.serving.workers import Round, Workers, _Worker, shares
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.serving.test_server import serving, until
 from tests.selfspan_jax.viewing.test_html import Words
@@ -97,8 +101,6 @@ class Silent:
 def test_what_waits_is_counted_where_requests_are_given(monkeypatch):
     """Requests that a worker has not told of yet wait; those that it gave places do not."""
     workers = object.__new__(Workers)
-    from selfspan_jax.serving.workers import _Worker
-
     workers.config, workers._lock, workers._closing, workers._numbers = ServingConfig(max_queue=2), threading.Lock(), False, iter(range(9))
     workers.vocab_size, workers.context_tokens, workers.num_pages = 20, 64, 8
     workers._workers = [_Worker(None, Silent()), _Worker(None, Silent())]
@@ -152,6 +154,24 @@ def test_a_round_is_taken_apart_as_it_was_put_together():
 )
 def test_a_mesh_is_divided_into_those_of_its_workers(mesh, visible, expected):
     assert shares(mesh, visible) == expected
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (functools.partial(signal.raise_signal, signal.SIGSEGV), "the process that decodes was ended by SIGSEGV while its programs were compiled"),
+        (functools.partial(os._exit, 3), "the process that decodes ended with status 3 while its programs were compiled"),
+    ],
+)
+def test_a_worker_that_ends_while_it_is_prepared_is_told_in_one_line(end, message):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=end)
+    process.start()
+    theirs.close()
+    with pytest.raises(ChildProcessError) as error:  # which a command line tells in one line
+        _Worker(process, ours).receive("its programs were compiled")
+    assert str(error.value) == message
 
 
 def test_what_cannot_be_divided_or_loaded_is_told_in_one_line():
