@@ -20,6 +20,8 @@ class Sent:
     tokens: int = 0
     right: bool | None = None
     failed: str | None = None
+    left: bool = False
+    """Whether the client went away before the end."""
 
 
 def arrivals(rate: float | None, number: int, seed: int) -> Float[np.ndarray, "R"]:
@@ -30,8 +32,11 @@ def arrivals(rate: float | None, number: int, seed: int) -> Float[np.ndarray, "R
 
 
 def summary(rate: float | None, requests: list[Sent]) -> dict[str, Any]:
-    """Sum up the requests of one rate: counts, rates over the time from the first arrival to the last event, latencies in ms."""
-    done = [sent for sent in requests if sent.failed is None and sent.events]
+    """Sum up the requests of one rate: counts, rates over the time from the first arrival to the last event, latencies in ms.
+
+    Those whose client went away are counted as that, and in nothing else.
+    """
+    done = [sent for sent in requests if sent.failed is None and sent.events and not sent.left]
     seconds = max((sent.events[-1] for sent in done), default=0.0) - min(sent.arrival for sent in requests)
     gaps = [later - earlier for sent in done for earlier, later in itertools.pairwise(sent.events)]
     each = [(sent.events[-1] - sent.events[0]) / (sent.tokens - 1) for sent in done if sent.tokens > 1]
@@ -39,6 +44,7 @@ def summary(rate: float | None, requests: list[Sent]) -> dict[str, Any]:
         "requests_per_second": rate,
         "num_requests": len(requests),
         "num_failed": sum(sent.failed is not None for sent in requests),
+        "num_left": sum(sent.left for sent in requests),
         "seconds": seconds,
         "tokens": sum(sent.tokens for sent in done),
         "tokens_per_second": sum(sent.tokens for sent in done) / seconds if done else 0.0,

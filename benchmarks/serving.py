@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from data import arithmetic, commandline
 from data.errors import UserError, check_range
 from selfspan_jax import files
 
+MOST_EVENTS = 8  # that one sees who goes away
+HELD = ("vllm:num_requests_running", "vllm:num_requests_waiting", "selfspan:pages_in_use", "selfspan:pages_cached", "selfspan:pages_free")
 MAX_BUSY = 0.8  # of a processor, that a client may take before its own speed is what is measured
 
 
@@ -57,6 +60,8 @@ class Load:
     """Of arrivals and expressions."""
     processes: int = 1
     """That send and read, each its share of the requests: one reads some ten thousand events a second."""
+    leave: float = 0.0
+    """Share of the clients that go away before the end, after up to 8 events or before any; says at the end what the server still holds."""
     api_key: str | None = None
     """What the server asks for."""
     json: Path | None = None
@@ -68,6 +73,8 @@ class Load:
             raise UserError(f"--num-requests is {self.num_requests}; allowed: one number of at least 1, or one for each of --rates")
         if not self.rates or min(self.rates) <= 0:
             raise UserError(f"--rates is {self.rates}; allowed: numbers above 0")
+        if not 0 <= self.leave <= 1:
+            raise UserError(f"--leave is {self.leave}; allowed: 0 to 1")
         if self.max_ops < self.min_ops:
             raise UserError(f"--max-ops is {self.max_ops}, less than --min-ops {self.min_ops}")
 
@@ -91,7 +98,9 @@ class Load:
 async def send_all(load: Load, model: str, prompts: Sequence[str], times: Sequence[float], begin: float) -> list[Sent]:
     """Send each prompt at its time after `begin`, and wait for all responses."""
     async with httpx2.AsyncClient(**load.connection(), timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
-        return await asyncio.gather(*(_send(client, model, text, begin, at, load) for text, at in zip(prompts, times)))
+        rng = random.Random(f"{load.seed} {times[0]}" if len(times) else None)
+        stays = [rng.randint(0, MOST_EVENTS) if rng.random() < load.leave else None for _ in times]
+        return await asyncio.gather(*(_send(client, model, *each, begin, load) for each in zip(prompts, times, stays)))
 
 
 def share(load: Load, model: str, prompts: Sequence[str], times: Sequence[float], begin: float) -> tuple[list[Sent], float]:
@@ -101,8 +110,9 @@ def share(load: Load, model: str, prompts: Sequence[str], times: Sequence[float]
     return sent, (time.process_time() - used) / (time.perf_counter() - max(started, begin))
 
 
-async def _send(client: httpx2.AsyncClient, model: str, prompt: str, begin: float, arrival: float, load: Load) -> Sent:
-    sent = Sent(arrival)
+async def _send(client: httpx2.AsyncClient, model: str, prompt: str, arrival: float, stays: int | None, begin: float, load: Load) -> Sent:
+    """Send a request at its time, and read its response; with `stays` go away after so many events."""
+    sent = Sent(arrival, left=stays == 0)
     body: dict[str, Any] = {"model": model, "prompt": prompt, "temperature": load.temperature, "stream": True}
     body |= {"stream_options": {"include_usage": True}} | ({} if load.max_tokens is None else {"max_tokens": load.max_tokens})
     await asyncio.sleep(max(0.0, begin + arrival - time.perf_counter()))
@@ -111,9 +121,11 @@ async def _send(client: httpx2.AsyncClient, model: str, prompt: str, begin: floa
             if response.status_code != 200:
                 sent.failed = f"status {response.status_code}"
                 return sent
-            async for line in response.aiter_lines():
+            lines = response.aiter_lines()
+            while not sent.left and (line := await anext(lines, None)) is not None:
                 if line.startswith("data: {"):
                     _take(sent, json.loads(line[6:]), time.perf_counter() - begin)
+                sent.left = len(sent.events) == stays
     except httpx2.HTTPError as error:
         sent.failed = type(error).__name__
     return sent
@@ -129,6 +141,18 @@ def _take(sent: Sent, event: dict[str, Any], now: float) -> None:
             sent.events.append(now)
         if verdict := (choice.get("selfspan") or {}).get("verdict"):
             sent.right = verdict["answer_right"]
+
+
+def afterwards(load: Load) -> dict[str, float]:
+    """Return what a server of this project says that it still has, once that rests, or after ten seconds."""
+    for _ in range(100):
+        with httpx2.Client(**load.connection()) as client:
+            said = [line.rpartition(" ") for line in client.get("/metrics").text.splitlines()]
+        found = {name: float(value) for label, _, value in said if (name := label.partition("{")[0]) in HELD}
+        if not any(found.get(name) for name in HELD[:2]):
+            break
+        time.sleep(0.1)
+    return found
 
 
 def measure(load: Load) -> None:
@@ -160,6 +184,9 @@ def measure(load: Load) -> None:
                 notes.append(f"this client took {busy:.0%} of a processor and may be what is slow; more --processes help")
             print("\n".join([*table(rows).splitlines()[(len(rows) > 1) * -1 :], *notes]), flush=True)
             report = {"model": card, **settings, "prompts": load.prompts and load.prompts.name, "rows": rows}
+            if load.leave and len(rows) == len(load.rates):
+                report["afterwards"] = afterwards(load)
+                print(f"afterwards: {report['afterwards']}", flush=True)
             files.write_rows(load.json, report, complete=len(rows) == len(load.rates))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.arrivals import Sent, arrivals, summary, table
+from selfspan_jax.serving.requests import Stats
 from tests.selfspan_jax.serving.test_server import RESPONSE, Scripted
 from tests.selfspan_jax.serving.test_server import serving as server_of
 
@@ -17,14 +18,18 @@ def test_latencies_count_from_the_arrival_and_failures_apart():
         Sent(1.0, [1.5, 1.6, 2.0], 9, True),
         Sent(2.0, [2.1, 3.0], 10, False),
         Sent(3.0, [], 0, None, "status 429"),
+        Sent(3.5, [9.0], 0, None, left=True),
     ]
     row = summary(4.0, requests)
-    assert (row["num_requests"], row["num_failed"], row["tokens"], row["failures"]) == (3, 1, 19, ["status 429"])
+    assert (row["num_requests"], row["num_failed"], row["num_left"]) == (4, 1, 1) and (row["tokens"], row["failures"]) == (
+        19,
+        ["status 429"],
+    )
     assert row["tokens_per_second"] == pytest.approx(19 / 2) and row["right_answers_per_second"] == pytest.approx(1 / 2)
     assert row["first_token_ms_p50"] == pytest.approx(300) and row["first_token_ms_p99"] == pytest.approx(496)
     assert row["between_events_ms_p50"] == pytest.approx(400) and row["per_token_ms_p50"] == pytest.approx((62.5 + 100) / 2)
     cells = table([row]).splitlines()[1].split()
-    assert cells[:5] == ["4", "3", "1", "9.5", "0.50"]
+    assert cells[:5] == ["4", "4", "1", "9.5", "0.50"]
 
 
 def test_a_run_against_a_server(tmp_path, monkeypatch, capsys):
@@ -43,6 +48,17 @@ def test_a_run_against_a_server(tmp_path, monkeypatch, capsys):
         assert 0 < row["first_token_ms_p50"] <= row["whole_ms_p50"] <= row["whole_ms_p99"]
     told = "failed: decoding failed: the device is on fire"
     assert [line.split()[:3] if line != told else told for line in lines[-4:]] == [["100", "9", "3"], told, ["200", "6", "2"], told]
+
+
+def test_clients_that_go_away_are_counted_and_the_server_says_what_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(Scripted, "stats", Stats(pages_cached=1, pages_free=4))
+    report = tmp_path / "load.json"
+    (tmp_path / "prompts.txt").write_text("456\n")
+    with server_of(Scripted()) as address:
+        serving.Load(url=address, rates=(200.0,), num_requests=(30,), prompts=tmp_path / "prompts.txt", leave=0.6, json=report).run()
+    written = json.loads(report.read_text())
+    assert 5 < written["rows"][0]["num_left"] < 25 and written["rows"][0]["num_failed"] == 0
+    assert written["afterwards"] == dict(zip(serving.HELD, (0, 0, 0, 1, 4)))
 
 
 def test_expressions_are_of_mixed_lengths_and_arrivals_of_a_poisson_process():

@@ -159,7 +159,10 @@ def test_a_mesh_is_divided_into_those_of_its_workers(mesh, visible, expected):
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        (functools.partial(signal.raise_signal, signal.SIGSEGV), "the process that decodes was ended by SIGSEGV while its programs were compiled"),
+        (
+            functools.partial(signal.raise_signal, signal.SIGSEGV),
+            "the process that decodes was ended by SIGSEGV while its programs were compiled",
+        ),
         (functools.partial(os._exit, 3), "the process that decodes ended with status 3 while its programs were compiled"),
     ],
 )
