@@ -86,7 +86,7 @@ class Round(NamedTuple):
 def work(
     connection: Connection, load: Callable[..., SpanLM], mesh: str | None, devices: str | None, config: ServingConfig, attention
 ) -> None:
-    """Load a model, say so; compile when told to, say so; run a scheduler until the other end says to close. If that is gone, end at once."""
+    """Load a model, say so; compile when told, say so; run a scheduler until the other end says to close. If that is gone, end at once."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a command, and for the one that serves to answer
         signal.signal(number, signal.SIG_IGN)
     if devices is not None:
