@@ -45,7 +45,7 @@ from benchmarks.timing import header_line, report_header, run_command, timed
 from data import arithmetic, commandline
 from data.errors import check_range
 from data.tasks import TASKS
-from selfspan_jax import files
+from selfspan_jax import compiling, files
 from selfspan_jax.config import DecodeConfig, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket
@@ -53,7 +53,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
 from selfspan_jax.serving.requests import Request, Tokens
-from selfspan_jax.serving.scheduler import Scheduler, compile_all
+from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.throughput import THROUGHPUT_CHUNK_TOKENS, THROUGHPUT_PREFILL_TOKENS, throughput_scheduler
 from selfspan_jax.weights.huggingface import to_hugging_face
 
@@ -194,21 +194,15 @@ class Model:
         if {"equal", "stalls", "first"} & {*parts}:
             schedulers.append((self.scheduler(self.engine, defaults=True), (ServingConfig.chunk_tokens,)))
         for scheduler, chunks in schedulers:
-            for chunk in chunks[1:]:
-                with_chunks(scheduler, chunk)
-                programs += scheduler.programs(draws=False)[-1:]
-            with_chunks(scheduler, chunks[0])
-            programs += scheduler.programs(draws=False)
+            programs += scheduler.programs.lowering(*chunks, draws=False)
         if "mixed" in parts:
             add(settings.batch_size, self.prompt_tokens, self.config)
         if "equal" in parts:
             for size in self.equal_sizes():
                 add(size, EQUAL_PROMPT_TOKENS, self.equal_config())
-        compile_all(programs)
+        compiling.compile_all(programs)
         for scheduler, chunks in schedulers:
-            for chunk in chunks[::-1]:
-                with_chunks(scheduler, chunk)
-                scheduler.warm_up(draws=False)
+            scheduler.programs.warm_up(*chunks, draws=False)
         gc.collect()
         gc.freeze()  # as the server does
 

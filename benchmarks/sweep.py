@@ -37,7 +37,7 @@ from data import arithmetic, commandline
 from data.errors import check_range
 from data.tasks import TASKS
 from data.vocab import DEFAULT_VOCAB, Vocab
-from selfspan_jax import files
+from selfspan_jax import compiling, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import KvMemory, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
@@ -260,7 +260,7 @@ class Bench:
                 cases = [{"peer": peer, "batch_size": b, "context_tokens": context} for peer, context, b in every]
                 cases = cases if self.prefill else [case | {"steps": self.steps} for case in cases]
                 process = stack.enter_context(hf.Peers(config, cases, self.seed))
-            compiled = compile_all(shape, self.cases, mesh)  # beside the peers' own compilation
+            compiled = compile_cases(shape, self.cases, mesh)  # beside the peers' own compilation
             if process:
                 yield from process.rows()
         options: dict[str, Any] = {"seed": self.seed, "stream": self.stream_check, "profile": self.profile}
@@ -296,14 +296,14 @@ def sweep(
       stream: measure streaming too, on the first case with span attention.
       profile: run each case once more, under the profiler.
       mesh: the devices to decode on, by default one.
-      compiled: the result of `compile_all` for the cases.
+      compiled: the result of `compile_cases` for the cases.
     """
     streamed = (
         next((case for case in cases if type(case) is Case and case.attention == "span" and case.weights == "bf16"), None)
         if stream
         else None
     )
-    waiting = dict(compile_all(shape, cases, mesh) if compiled is None else compiled)
+    waiting = dict(compile_cases(shape, cases, mesh) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
     params, quantized = Engine(decoder, mesh).params, False
 
@@ -324,11 +324,11 @@ def sweep(
             yield settings | {"stream": True} | measure_stream(decoder, tokens_of(case), case, mesh)
 
 
-def compile_all(shape: Shape, cases: Sequence[AnyCase], mesh: Mesh | None = None) -> dict[AnyCase, Programs | DoesNotFit]:
+def compile_cases(shape: Shape, cases: Sequence[AnyCase], mesh: Mesh | None = None) -> dict[AnyCase, Programs | DoesNotFit]:
     """Compile every case, side by side because XLA leaves most processors idle on one program."""
 
     def compile_one(case: AnyCase) -> Programs | DoesNotFit:
         return attempt(lambda: _module_of(case).compile_case(shape, case, mesh))
 
-    options: dict[str, Any] = {"max_workers": max(1, (os.cpu_count() or 1) // 2), "leave": False, "disable": None}
+    options: dict[str, Any] = {"max_workers": compiling.MAX_THREADS, "leave": False, "disable": None}
     return dict(zip(cases, thread_map(compile_one, cases, desc="compile", unit="case", **options)))

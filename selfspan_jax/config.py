@@ -25,6 +25,7 @@ LoraTarget = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 MAX_SEED = 2**63 - 1
+MAX_LOGPROBS = 20  # likely tokens whose log-probabilities a request to a server may ask for
 _MAX_INT = 2**31 - 1  # steps, positions and sizes are int32 on devices
 
 

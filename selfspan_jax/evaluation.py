@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from pallas_kernels.prompt_attention import Selector
+from selfspan_jax import compiling
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
@@ -330,8 +329,9 @@ def evaluate_all(
             return 0.0  # the scheduler compiles its programs itself
         return attempt(lambda: _compile(lm, _batch_size(lm, size, len(examples)), max(map(len, prompts)), config))
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA leaves most processors idle on one
-        compiled = dict(zip(cases, pool.map(compile_case, cases), strict=True))
+    # An engine's programs are made ready in the thread that compiles them.
+    programs = [functools.partial(functools.partial, compile_case, case) for case in cases]
+    compiled = dict(zip(cases, compiling.compile_all(programs), strict=True))
     found: dict[str, list[Evaluation | NotRun]] = {name: [] for name in sets}
     for name, size in cases:
         seconds, examples = compiled[name, size], [sets[name][i] for i in fitting[name]]

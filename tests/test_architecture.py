@@ -28,7 +28,7 @@ MAY_NOT_USE = {
 }
 # Inside the library, lowest first: a module imports modules of its own package and of the levels below, nothing beside it or above.
 LEVELS = [
-    {"errors", "interrupts"},
+    {"compiling", "errors", "interrupts"},
     {"files"},
     {"spans", "attention.selectors"},
     {"config", "task"},
@@ -39,6 +39,7 @@ LEVELS = [
     {"decoding", "parallel.distributed"},
     {"serving.pages", "serving.running", "tiers"},
     {"serving.requests"},
+    {"serving.programs"},
     {"serving.scheduler"},
     {"serving.throughput"},
     {"weights", "viewing"},

@@ -45,7 +45,6 @@ from selfspan_jax.serving.workers import Workers
 from selfspan_jax.viewing import detokenize
 
 KEEP_ALIVE_SECONDS = 15.0  # between comments in a stream that has nothing to say
-_NONE = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(eq=False)
@@ -158,7 +157,7 @@ class Server:
 
     def _fail_all(self) -> None:
         for running in self._calls:
-            running.put(None, Tokens(_NONE, _NONE, "error", "the scheduler has ended"))
+            running.put(None, Tokens.none("error", "the scheduler has ended"))
 
     # ------------------------------------------------------------------------------------------------ small answers
 
@@ -300,7 +299,7 @@ class Running:
     def refuse(self) -> None:
         """End a call of which nothing is decoded yet."""
         if not any(choice.attended for choice in self.choices):
-            self.put(None, Tokens(_NONE, _NONE, "cancelled"))
+            self.put(None, Tokens.none("cancelled"))
 
     def close(self) -> None:
         """Cancel the choices that have not ended."""

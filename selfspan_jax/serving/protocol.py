@@ -14,14 +14,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from selfspan_jax.config import MAX_SEED, Sampling
+from selfspan_jax.config import MAX_LOGPROBS, MAX_SEED, Sampling
 from selfspan_jax.errors import UserError
 from selfspan_jax.viewing.detokenize import check_stop_strings
 from selfspan_jax.viewing.output import Output
 
 MAX_CHOICES = 128  # responses that one request may ask for
 MAX_STOP_STRINGS = 16
-MAX_LOGPROBS = 20  # likely tokens whose log-probabilities a request may ask for
 _LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))

@@ -57,6 +57,11 @@ class Tokens(NamedTuple):
     logprobs: LogProbs | None = None
     """[C] and [C, L], where the request asks for them."""
 
+    @classmethod
+    def none(cls, finished: Finished | None = None, error: str | None = None) -> Tokens:
+        """Give no token, but perhaps an end."""
+        return cls(np.zeros(0, np.int32), np.zeros(0, np.int32), finished, error)
+
 
 class QueueFull(Exception):
     """As many requests wait as may."""

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import bisect
 import collections
-import concurrent.futures
 import dataclasses
-import functools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,20 +26,13 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, Implementation, SamplingFields, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
-from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.pages import Pages, page_keys
+from selfspan_jax.serving.programs import NEUTRAL, Programs, level_of, neutral_sampling
 from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, Stats, Tokens, joined
-from selfspan_jax.serving.running import Decoded, LogProbs, Prompts, decode_chunk, empty_state, read_prompts
+from selfspan_jax.serving.running import Decoded, LogProbs
 from selfspan_jax.tiers import HostEngine
 
-MAX_LOGPROBS = 20  # most likely tokens whose log-probabilities a request may ask for
-_NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
-# What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
-_LEVELS = ((0, 0), (1, 0), (len(_NEUTRAL), 0), (len(_NEUTRAL), MAX_LOGPROBS))
-_KEY_TOKENS = 64  # what numbers of keys are multiples of
-_CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
-_UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
 ADMITTED_SHARE = 16  # of the places: one in so many is free before requests are admitted where `reads_per_chunk` is None
 _LOG = logging.getLogger(__name__)
 
@@ -67,7 +57,7 @@ class Ticket:
 
     def __post_init__(self):
         self.prompt_tokens = len(self.token_ids)
-        self.level = _level(self.request)
+        self.level = level_of(self.request)
 
 
 class _Chunk(NamedTuple):
@@ -111,17 +101,8 @@ class Scheduler:
         self.engine, self.config = engine, config
         policy = get_policy(engine.config.mask if attention is None else attention)
         self.decode_config = DecodeConfig(policy, max_new_tokens=1, implementation=implementation, stop_ids=stop_ids)
-        self._pages_each = -(-self.context_tokens // config.page_tokens)
-        self._capacity = self._pages_each * config.page_tokens
-        self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
-        # Few shapes: many short prompts or one long one, always `prefill_tokens` in all. The first part of a prompt has itself as keys;
-        # those that follow have one of few numbers of them.
-        self._query_sizes = [config.prefill_tokens]
-        self._query_sizes += [size for size in (config.min_read_tokens * 2**i for i in range(24)) if size < config.prefill_tokens][::-1]
-        last = -(-(self._capacity + config.prefill_tokens) // _KEY_TOKENS) * _KEY_TOKENS
-        self._key_sizes = [last]
-        while self._key_sizes[0] > 4 * config.prefill_tokens:
-            self._key_sizes.insert(0, -(-self._key_sizes[0] // (4 * _KEY_TOKENS)) * _KEY_TOKENS)
+        self.programs = Programs(engine, config, self.decode_config, self.context_tokens)
+        self.num_pages = self.programs.num_pages
         self._lock = threading.Condition()
         self._incoming: collections.deque[Ticket] = collections.deque()
         self._cancelled: collections.deque[Ticket] = collections.deque()
@@ -130,10 +111,10 @@ class Scheduler:
         self._waiting: list[Ticket] = []  # in the order of arrival
         self._counts: collections.Counter[str] = collections.Counter()
         self._ended: collections.Counter[str] = collections.Counter()
-        self._reset()
+        self._clear()
 
-    def _reset(self) -> None:
-        """Begin with an empty state, nothing admitted."""
+    def _clear(self) -> None:
+        """Have nothing admitted."""
         size = self.config.num_sequences
         self.pages = Pages(self.num_pages)
         self._reading: list[Ticket] = []
@@ -141,15 +122,11 @@ class Scheduler:
         self._places = list(range(size - 1, -1, -1))  # free ones
         self._being_read: set[bytes] = set()
         self._in_flight: collections.deque[_Chunk] = collections.deque()
-        self._table = np.full((size, self._pages_each), -1, np.int32)
-        self._sampling = SamplingFields(*(np.full(size, value, np.array(value, f"{type(value).__name__}32").dtype) for value in _NEUTRAL))
+        self._table = np.full((size, self.programs.pages_each), -1, np.int32)
+        self._sampling = neutral_sampling(size)
         # Of each place: tokens of the prompt, those that have been sampled when all that was dispatched is done, unless it ends, and
         # how many it takes at most; tokens that its pages have room for. A round touches the places that change, and no others.
         self._prompt_tokens, self._until, self._limit, self._room = (np.zeros(size, np.int32) for _ in range(4))
-        self._state: Any = None  # the memory of one that failed is free before the next one is allocated
-        self._state = empty_state(
-            self.engine.graph, self.engine.params, self.decode_config, self.num_pages * self.config.page_tokens, size, self._capacity
-        )
 
     # ------------------------------------------------------------------------------------------------- for any thread
 
@@ -251,28 +228,8 @@ class Scheduler:
         return [joined(part) for part in parts]
 
     def warm_up(self, *, draws: bool = True) -> None:
-        """Compile every program, several at once, and run each on no request, so that none is compiled later.
-
-        Without `draws` only those of greedy decoding. Programs run in this thread, once all are compiled: a GPU records some as graphs when
-        they run, and fails where another thread loads one meanwhile.
-        """
-        compile_all(self.programs(draws=draws))
-        for level in _LEVELS if draws else _LEVELS[:1]:
-            self._dispatch_chunk(level)
-        for sizes in self._read_sizes():
-            self._dispatch_read([], 0, *sizes)
-        jax.block_until_ready(self._state)
-
-    def programs(self, *, draws: bool = True) -> list[Callable[[], Callable[[], Any]]]:
-        """Return what makes each program ready to compile, those first that take long, and runs nothing: for `compile_all`."""
-        levels = _LEVELS if draws else _LEVELS[:1]
-        lowering = [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in self._read_sizes()]
-        lowering += [functools.partial(decode_chunk.lower, *self._chunk_arguments(level)) for level in levels]
-        return [functools.partial(_compiler, lower) for lower in lowering]
-
-    def _read_sizes(self) -> list[tuple[int, int, bool]]:
-        reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._all_key_sizes(queries)]
-        return reads + [(self._query_sizes[0], keys, True) for keys in self._all_key_sizes(self._query_sizes[0])]
+        """Compile every program, several at once, so that none is compiled later. Without `draws` only those of greedy decoding."""
+        self.programs.warm_up(self.config.chunk_tokens, draws=draws)
 
     def _take(self) -> None:
         """Take what other threads have left."""
@@ -283,7 +240,7 @@ class Scheduler:
         self._waiting.extend(incoming)
         for ticket in [*cancelled, *((*self._running.values(), *self._reading, *self._waiting) if closed else ())]:
             if not ticket.finished:
-                self._finish(ticket, Tokens(_NONE, _NONE, "cancelled"))
+                self._finish(ticket, Tokens.none("cancelled"))
 
     def _admit(self) -> None:
         """Give waiting requests places and pages, in the order of arrival.
@@ -321,12 +278,11 @@ class Scheduler:
     def _read(self) -> None:
         """Have the next part of prompts read: of the first one, and of others that are as far."""
         head = self._reading[0]
-        first, queries = head.num_read, self._queries(head)
+        first, queries = head.num_read, self._part_tokens(head)
         alike = [ticket for ticket in self._reading if ticket.num_read == first and ticket.goes_on == head.goes_on]
-        alike.sort(key=lambda ticket: abs(self._queries(ticket) - queries))  # the head stays first: it is among the nearest
-        group = alike[: 1 if head.goes_on else self.config.prefill_tokens // queries]
-        keys = min(size for size in self._all_key_sizes(queries) if size >= first + queries)
-        self._dispatch_read(group, first, queries, keys, head.goes_on)
+        alike.sort(key=lambda ticket: abs(self._part_tokens(ticket) - queries))  # the head stays first: it is among the nearest
+        group = alike[: self.programs.prompts_at_once(queries, responses=head.goes_on)]
+        self.programs.read(group, first, queries, responses=head.goes_on)
         for ticket in group:
             end = min(first + queries, len(ticket.token_ids))
             self._counts["prompt_tokens"] += end - first
@@ -338,15 +294,8 @@ class Scheduler:
                 self._reading.remove(ticket)
                 self._start(ticket)
 
-    def _queries(self, ticket: Ticket) -> int:
-        """Choose how many tokens of a prompt are read at once: the size that its rest fits best."""
-        if ticket.goes_on:
-            return self._query_sizes[0]
-        left = min(len(ticket.token_ids) - ticket.num_read, self._query_sizes[0])
-        return min(size for size in self._query_sizes if size >= left)
-
-    def _all_key_sizes(self, queries: int) -> list[int]:
-        return [queries, *(size for size in self._key_sizes if size > queries)]
+    def _part_tokens(self, ticket: Ticket) -> int:
+        return self.programs.part_tokens(len(ticket.token_ids) - ticket.num_read, responses=ticket.goes_on)
 
     def _start(self, ticket: Ticket) -> None:
         """Let a sequence run whose prompt is read."""
@@ -355,7 +304,7 @@ class Scheduler:
         self._running[place] = ticket
         self._prompt_tokens[place], self._until[place], self._limit[place] = ticket.prompt_tokens, ticket.num_new, request.max_new_tokens
         self._set_pages(ticket, [])
-        for own, value, neutral in zip(self._sampling, SamplingFields.of(request.sampling), _NEUTRAL):
+        for own, value, neutral in zip(self._sampling, SamplingFields.of(request.sampling), NEUTRAL):
             own[place] = neutral if value is None else value
 
     def _set_pages(self, ticket: Ticket, new: list[int]) -> None:
@@ -364,32 +313,6 @@ class Scheduler:
         written = self._room[place] // self.config.page_tokens
         self._table[place, written : len(ticket.pages)] = ticket.pages[written:]
         self._room[place] = len(ticket.pages) * self.config.page_tokens
-
-    def _dispatch_read(self, *sizes: Any) -> None:
-        self._state = read_prompts(*self._read_arguments(*sizes))
-
-    def _read_arguments(self, group: list[Ticket], first: int, num_queries: int, num_keys: int, responses: bool) -> tuple[Any, ...]:
-        size, rows = self.config.num_sequences, 1 if responses else self.config.prefill_tokens // num_queries
-        prompts = Prompts(
-            token_ids=np.full((rows, num_keys), self.engine.vocab.pad_id, np.int32),
-            first=np.array(first, np.int32),
-            lengths=np.zeros(rows, np.int32),
-            pages=np.full((rows, self._pages_each), -1, np.int32),
-            sources=np.full(size, -1, np.int32),
-            num_new=np.zeros(rows, np.int32),
-            seeds=np.zeros((rows, 3), np.uint32),
-        )
-        for row, ticket in enumerate(group):
-            end = min(first + num_queries, len(ticket.token_ids))
-            prompts.token_ids[row, :end] = ticket.token_ids[:end]
-            prompts.lengths[row] = end
-            prompts.pages[row, : len(ticket.pages)] = ticket.pages
-            if end == len(ticket.token_ids):
-                prompts.sources[ticket.place] = row
-            prompts.num_new[row] = ticket.num_new
-            prompts.seeds[row] = (*divmod(int(ticket.request.seed), 2**32), ticket.request.sample)
-        options = (self.decode_config, self.config.page_tokens, num_queries, responses)
-        return (self.engine.graph, self.engine.params, self._state, prompts, *options)
 
     def _decode(self) -> bool:
         """Have a chunk decoded for all that run, if any does; places that are full afterwards are free from then on."""
@@ -401,7 +324,8 @@ class Scheduler:
             return False
         self._until = self._next_until()
         tickets = self._running.copy()
-        decoded = self._dispatch_chunk(max(ticket.level for ticket in tickets.values()))
+        level = max(ticket.level for ticket in tickets.values())
+        decoded = self.programs.decode(level, self.config.chunk_tokens, self._table, self._until, self._sampling)
         for array in jax.tree.leaves(decoded):
             array.copy_to_host_async()
         for place in np.flatnonzero((self._until == self._limit) & (self._limit > 0)).tolist():
@@ -412,17 +336,6 @@ class Scheduler:
     def _next_until(self) -> Int[np.ndarray, "B"]:
         """Count the tokens that each place will have sampled after the next chunk at most."""
         return np.minimum(self._until + self.config.chunk_tokens, self._limit)
-
-    def _dispatch_chunk(self, level: tuple[int, int]) -> Decoded:
-        self._state, decoded = decode_chunk(*self._chunk_arguments(level))
-        return decoded
-
-    def _chunk_arguments(self, level: tuple[int, int]) -> tuple[Any, ...]:
-        # Copies, because the device may read them after they have changed.
-        num_fields, num_logprobs = level
-        sampling = SamplingFields(*(field.copy() if i < num_fields else None for i, field in enumerate(self._sampling)))
-        options = (self.decode_config, self.config.page_tokens, self.config.chunk_tokens, min(num_logprobs, self.engine.vocab_size))
-        return (self.engine.graph, self.engine.params, self._state, self._table.copy(), self._until.copy(), sampling, *options)
 
     def _collect(self) -> None:
         """Wait for the oldest chunk in flight and hand out its tokens."""
@@ -516,8 +429,9 @@ class Scheduler:
         tickets = {*self._running.values(), *self._reading, *(ticket for chunk in self._in_flight for ticket in chunk.tickets.values())}
         for ticket in sorted(tickets, key=_number):
             if not ticket.finished:
-                self._finish(ticket, Tokens(_NONE, _NONE, "error", error))
-        self._reset()
+                self._finish(ticket, Tokens.none("error", error))
+        self._clear()
+        self.programs.reset()
 
     def _all_tokens(self, ticket: Ticket) -> Int[np.ndarray, "T"]:
         return np.concatenate([ticket.token_ids[: ticket.prompt_tokens], *ticket.written])
@@ -528,43 +442,6 @@ class Scheduler:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_tokens)
 
-    def _pages_that_fit(self) -> int:
-        """Count the pages that free memory has room for, beside the rest of the state and what programs need meanwhile."""
-        config, engine, model = self.config, self.engine, self.engine.shard.config
-        sizes = (config.page_tokens, config.num_sequences, self._capacity)
-        state = jax.eval_shape(lambda params: empty_state(engine.graph, params, self.decode_config, *sizes), engine.params)
-        rest = memory.bytes_of(dataclasses.replace(state, cache=state.cache.slot_table))
-        row_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * np.dtype(model.compute_dtype).itemsize
-        free = memory.free_memory_bytes()
-        left = _UNKNOWN_MEMORY_BYTES if free is None else int(_CACHE_SHARE * (free - rest))
-        if left < config.page_tokens * row_bytes:
-            raise memory.DoesNotFit(f"does not fit: {rest / 2**30:.1f} GiB of state leave no room for the cache")
-        return min(config.num_sequences * self._pages_each, left // (config.page_tokens * row_bytes))
-
-
-_NONE = np.zeros(0, np.int32)
-
-
-def _compiler(lower: Callable[[], jax.stages.Lowered]) -> Callable[[], Any]:
-    return lower().compile
-
-
-def compile_all(programs: Sequence[Callable[[], Callable[[], Any]]]) -> None:
-    """Compile programs, each while the next ones are made ready.
-
-    A program is a function that makes it ready and returns what compiles it. The first is Python, which only one thread runs at a time;
-    the second is the compiler, which is called in several.
-    """
-    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        for compiled in [pool.submit(program()) for program in programs]:
-            compiled.result()
-
 
 def _number(ticket: Ticket) -> int:
     return ticket.number
-
-
-def _level(request: Request) -> tuple[int, int]:
-    """Return the first of `_LEVELS` that has what a request asks for."""
-    asked = [number for number, value in enumerate(SamplingFields.of(request.sampling), 1) if value is not None]
-    return next(level for level in _LEVELS if level[0] >= max(asked, default=0) and (level[1] > 0 or not request.logprobs))

@@ -35,7 +35,6 @@ from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, 
 from selfspan_jax.serving.running import LogProbs
 from selfspan_jax.serving.scheduler import Scheduler, Ticket
 
-_NONE = np.zeros(0, np.int32)
 _NO_QUEUE = 2**31 - 1  # a worker takes what it is given: who gives it counts what waits
 _LOG = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Round(NamedTuple):
     def of(cls, given: Sequence[tuple[int, Tokens]], stats: Stats) -> Round:
         """Put together what was given to requests."""
         tokens = [own for _, own in given]
-        token_ids, num_attended = (np.concatenate([_NONE, *(own[i] for own in tokens)]) for i in range(2))
+        token_ids, num_attended = (np.concatenate([own[i] for own in (Tokens.none(), *tokens)]) for i in range(2))
         others = {at: own[2:] for at, own in enumerate(tokens) if own.finished or own.logprobs is not None}
         sizes = [len(own.token_ids) for own in tokens]
         return cls([number for number, _ in given], sizes, token_ids, num_attended, others, stats)
@@ -311,4 +310,4 @@ class Workers:
         if not self._closing:
             _LOG.error("a process that decodes %s, and %d requests with it", worker.end(), len(worker.open))
         for number in list(worker.open):
-            worker.open.pop(number)(Tokens(_NONE, _NONE, "error", "the process that decodes has ended"))
+            worker.open.pop(number)(Tokens.none("error", "the process that decodes has ended"))

@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch):
     small, large, other = Case("window", 1, 256, 32), Case("dense", 64, 256, 32), Case("dense", 1, 256, 32)
     programs = decoding.compile_case(shape, small)
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 2 * programs.needed_bytes)
-    compiled = {small: programs, other: programs} | sweep.compile_all(shape, [large])
+    compiled = {small: programs, other: programs} | sweep.compile_cases(shape, [large])
     rows = list(sweep.sweep(shape, [large, small], segments, compiled=compiled))
     assert "does not fit: needs" in rows[0]["not_run"] and "ms_per_step" not in rows[0]
     assert rows[1]["ms_per_step"] > 0

@@ -91,7 +91,7 @@ def assert_read_rows_belong_to_the_reader(scheduler):
     if not scheduler._in_flight:
         return
     (chunk,) = scheduler._in_flight
-    slots, counts = np.asarray(scheduler._state.slots.slots), np.asarray(scheduler._state.slots.counts)
+    slots, counts = np.asarray(scheduler.programs.state.slots.slots), np.asarray(scheduler.programs.state.slots.counts)
     readers = collections.defaultdict(list)
     for place, ticket in chunk.tickets.items():
         pages = ticket.pages if ticket.pages else scheduler._table[place][scheduler._table[place] >= 0].tolist()
@@ -116,8 +116,9 @@ def poisoned(pools, rows):
 def poison_what_nobody_holds(scheduler):
     """Whoever reads a row that is not his gets NaN, and other tokens than alone."""
     rows = np.repeat(np.isin(np.arange(scheduler.num_pages), scheduler.pages._free), CONFIG.page_tokens)
-    pools = poisoned(scheduler._state.cache.pools, rows)
-    scheduler._state = dataclasses.replace(scheduler._state, cache=dataclasses.replace(scheduler._state.cache, pools=pools))
+    state = scheduler.programs.state
+    cache = dataclasses.replace(state.cache, pools=poisoned(state.cache.pools, rows))
+    scheduler.programs.state = dataclasses.replace(state, cache=cache)
 
 
 def hostile(scheduler, rng, num, requests, received, samplings=(GREEDY,)):
@@ -201,8 +202,8 @@ def test_after_many_requests_no_page_is_lost(monkeypatch):
     """The host's part alone."""
     scheduler, rng, requests, received = Scheduler(ENGINE, CONFIG), np.random.default_rng(9), [], []
     device = Device(scheduler, rng)
-    monkeypatch.setattr("selfspan_jax.serving.scheduler.read_prompts", device.read_prompts)
-    monkeypatch.setattr("selfspan_jax.serving.scheduler.decode_chunk", device.decode_chunk)
+    monkeypatch.setattr("selfspan_jax.serving.programs.read_prompts", device.read_prompts)
+    monkeypatch.setattr("selfspan_jax.serving.programs.decode_chunk", device.decode_chunk)
     for _ in hostile(scheduler, rng, 1000, requests, received):
         holders = collections.Counter(page for ticket in {*scheduler._running.values(), *scheduler._reading} for page in ticket.pages)
         assert all(scheduler.pages._holders[page] >= count for page, count in holders.items())
@@ -299,7 +300,7 @@ def test_a_device_that_fails_ends_what_it_had_and_goes_on(idle, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("selfspan_jax.serving.scheduler.decode_chunk", fail)
+        patch.setattr("selfspan_jax.serving.programs.decode_chunk", fail)
         idle.run_once()
     assert [parts[-1].error for parts in received if parts] == ["RESOURCE_EXHAUSTED: out of memory"] * 4
     while idle.run_once():

@@ -1,0 +1,194 @@
+"""The running state of a scheduler, and the compiled programs that change it: their few shapes, and what the host hands them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from selfspan_jax import compiling
+from selfspan_jax.config import MAX_LOGPROBS, DecodeConfig, SamplingFields, ServingConfig
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.parallel import memory
+from selfspan_jax.serving.requests import Request
+from selfspan_jax.serving.running import Decoded, Prompts, decode_chunk, empty_state, read_prompts
+
+NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
+# What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
+LEVELS = ((0, 0), (1, 0), (len(NEUTRAL), 0), (len(NEUTRAL), MAX_LOGPROBS))
+_KEY_TOKENS = 64  # what numbers of keys are multiples of
+_CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
+_UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
+
+
+class Prompt(Protocol):
+    """What is read: the tokens of a sequence, the pages of its rows, and the place that it takes once all of them are read."""
+
+    request: Request
+    token_ids: Int[np.ndarray, "T"]
+    pages: list[int]
+    place: int | None
+    num_new: int  # of the tokens, those that were sampled
+
+
+class Programs:
+    """Read prompts into a running state, and decode chunks of it. Nothing here waits for the device.
+
+    There are few shapes, so that few are compiled. A reading has many short prompts or one long one, always `prefill_tokens` in all. The
+    first part of a prompt has itself as keys; those that follow have one of few numbers of them.
+
+    Args:
+      context_tokens: of each sequence.
+
+    Raises: DoesNotFit where no page fits into memory.
+    """
+
+    def __init__(self, engine: Engine, config: ServingConfig, decode_config: DecodeConfig, context_tokens: int):
+        self._engine, self._config, self._decode_config = engine, config, decode_config
+        self.pages_each = -(-context_tokens // config.page_tokens)
+        self._capacity = self.pages_each * config.page_tokens
+        self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
+        sizes = (config.min_read_tokens * 2**i for i in range(24))
+        self._query_sizes = [config.prefill_tokens, *[size for size in sizes if size < config.prefill_tokens][::-1]]
+        self._key_sizes = [-(-(self._capacity + config.prefill_tokens) // _KEY_TOKENS) * _KEY_TOKENS]
+        while self._key_sizes[0] > 4 * config.prefill_tokens:
+            self._key_sizes.insert(0, -(-self._key_sizes[0] // (4 * _KEY_TOKENS)) * _KEY_TOKENS)
+        self.state: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with an empty state."""
+        config, engine = self._config, self._engine
+        self.state = None  # the memory of one that failed is free before the next one is allocated
+        sizes = (self.num_pages * config.page_tokens, config.num_sequences, self._capacity)
+        self.state = empty_state(engine.graph, engine.params, self._decode_config, *sizes)
+
+    def part_tokens(self, left: int, *, responses: bool) -> int:
+        """Choose how many tokens of a prompt are read at once: the size that what is left of it fits best."""
+        return self._query_sizes[0] if responses else min(size for size in self._query_sizes if size >= min(left, self._query_sizes[0]))
+
+    def prompts_at_once(self, num_queries: int, *, responses: bool) -> int:
+        """Return how many prompts are read at once where so many tokens are read of each."""
+        return 1 if responses else self._config.prefill_tokens // num_queries
+
+    def read(self, prompts: Sequence[Prompt], first: int, num_queries: int, *, responses: bool) -> None:
+        """Read so many tokens of prompts, from `first` on; those that end there take their places.
+
+        Args:
+          responses: they go on after `<solve>`.
+        """
+        keys = min(size for size in self._all_key_sizes(num_queries) if size >= first + num_queries)
+        self.state = read_prompts(*self._read_arguments(prompts, first, num_queries, keys, responses))
+
+    def decode(
+        self,
+        level: tuple[int, int],
+        num_steps: int,
+        table: Int[np.ndarray, "B A/page"],
+        until: Int[np.ndarray, "B"],
+        sampling: SamplingFields,
+    ) -> Decoded:
+        """Decode a chunk; see `decode_chunk`. The level is one of LEVELS; arrays may change afterwards."""
+        self.state, decoded = decode_chunk(*self._chunk_arguments(level, num_steps, table, until, sampling))
+        return decoded
+
+    def warm_up(self, *num_steps: int, draws: bool = True) -> None:
+        """Compile every program, several at once, and run each on no request, so that none is compiled later.
+
+        Programs run in this thread, once all are compiled: a GPU records some as graphs when they run, and fails where another thread
+        loads one meanwhile. Arguments as for `lowering`.
+        """
+        compiling.compile_all(self.lowering(*num_steps, draws=draws))
+        for steps in num_steps:
+            for level in LEVELS if draws else LEVELS[:1]:
+                self.decode(level, steps, *self._nothing())
+        for sizes in self._read_sizes():
+            self.state = read_prompts(*self._read_arguments([], 0, *sizes))
+        jax.block_until_ready(self.state)
+
+    def lowering(self, *num_steps: int, draws: bool = True) -> list[Callable[[], Callable[[], Any]]]:
+        """Return what makes each program ready to compile, those first that take long, and runs nothing: for `compile_all`.
+
+        Args:
+          num_steps: of chunks.
+          draws: False: only those of greedy decoding.
+        """
+        found = [functools.partial(read_prompts.lower, *self._read_arguments([], 0, *sizes)) for sizes in self._read_sizes()]
+        for steps in num_steps:
+            for level in LEVELS if draws else LEVELS[:1]:
+                found.append(functools.partial(decode_chunk.lower, *self._chunk_arguments(level, steps, *self._nothing())))
+        return [functools.partial(_compiler, lower) for lower in found]
+
+    def _nothing(self) -> tuple[Int[np.ndarray, "B A/page"], Int[np.ndarray, "B"], SamplingFields]:
+        size = self._config.num_sequences
+        return np.full((size, self.pages_each), -1, np.int32), np.zeros(size, np.int32), neutral_sampling(size)
+
+    def _all_key_sizes(self, queries: int) -> list[int]:
+        return [queries, *(size for size in self._key_sizes if size > queries)]
+
+    def _read_sizes(self) -> list[tuple[int, int, bool]]:
+        reads = [(queries, keys, False) for queries in self._query_sizes for keys in self._all_key_sizes(queries)]
+        return reads + [(self._query_sizes[0], keys, True) for keys in self._all_key_sizes(self._query_sizes[0])]
+
+    def _read_arguments(self, group: Sequence[Prompt], first: int, num_queries: int, num_keys: int, responses: bool) -> tuple[Any, ...]:
+        size, rows = self._config.num_sequences, self.prompts_at_once(num_queries, responses=responses)
+        prompts = Prompts(
+            token_ids=np.full((rows, num_keys), self._engine.vocab.pad_id, np.int32),
+            first=np.array(first, np.int32),
+            lengths=np.zeros(rows, np.int32),
+            pages=np.full((rows, self.pages_each), -1, np.int32),
+            sources=np.full(size, -1, np.int32),
+            num_new=np.zeros(rows, np.int32),
+            seeds=np.zeros((rows, 3), np.uint32),
+        )
+        for row, prompt in enumerate(group):
+            end = min(first + num_queries, len(prompt.token_ids))
+            prompts.token_ids[row, :end] = prompt.token_ids[:end]
+            prompts.lengths[row] = end
+            prompts.pages[row, : len(prompt.pages)] = prompt.pages
+            if end == len(prompt.token_ids):
+                prompts.sources[prompt.place] = row
+            prompts.num_new[row] = prompt.num_new
+            prompts.seeds[row] = (*divmod(int(prompt.request.seed), 2**32), prompt.request.sample)
+        options = (self._decode_config, self._config.page_tokens, num_queries, responses)
+        return (self._engine.graph, self._engine.params, self.state, prompts, *options)
+
+    def _chunk_arguments(self, level, num_steps, table, until, sampling) -> tuple[Any, ...]:
+        # Copies, because the device may read them after they have changed.
+        num_fields, num_logprobs = level
+        fields = SamplingFields(*(field.copy() if i < num_fields else None for i, field in enumerate(sampling)))
+        options = (self._decode_config, self._config.page_tokens, num_steps, min(num_logprobs, self._engine.vocab_size))
+        return (self._engine.graph, self._engine.params, self.state, table.copy(), until.copy(), fields, *options)
+
+    def _pages_that_fit(self) -> int:
+        """Count the pages that free memory has room for, beside the rest of the state and what programs need meanwhile."""
+        config, engine, model = self._config, self._engine, self._engine.shard.config
+        sizes = (config.page_tokens, config.num_sequences, self._capacity)
+        state = jax.eval_shape(lambda params: empty_state(engine.graph, params, self._decode_config, *sizes), engine.params)
+        rest = memory.bytes_of(dataclasses.replace(state, cache=state.cache.slot_table))
+        row_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * np.dtype(model.compute_dtype).itemsize
+        free = memory.free_memory_bytes()
+        left = _UNKNOWN_MEMORY_BYTES if free is None else int(_CACHE_SHARE * (free - rest))
+        if left < config.page_tokens * row_bytes:
+            raise memory.DoesNotFit(f"does not fit: {rest / 2**30:.1f} GiB of state leave no room for the cache")
+        return min(config.num_sequences * self.pages_each, left // (config.page_tokens * row_bytes))
+
+
+def neutral_sampling(num_sequences: int) -> SamplingFields:
+    """Return what changes nothing of any sequence's logits."""
+    return SamplingFields(*(np.full(num_sequences, value, np.array(value, f"{type(value).__name__}32").dtype) for value in NEUTRAL))
+
+
+def level_of(request: Request) -> tuple[int, int]:
+    """Return the first of LEVELS that has what a request asks for."""
+    asked = [number for number, value in enumerate(SamplingFields.of(request.sampling), 1) if value is not None]
+    return next(level for level in LEVELS if level[0] >= max(asked, default=0) and (level[1] > 0 or not request.logprobs))
+
+
+def _compiler(lower: Callable[[], jax.stages.Lowered]) -> Callable[[], Any]:
+    return lower().compile
