@@ -15,7 +15,7 @@ What launches a kernel is jitted by itself, so that a program traces and lowers 
 takes 0.3 s. The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.11 deprecates it.
 """
 
-from pallas_kernels.copy_rows import copy_rows
+from pallas_kernels.copy_rows import Copies, copy_rows
 from pallas_kernels.linear import ScaledRows, SplitRows, fused_linear, rms_norm
 from pallas_kernels.norm import fork_rms_norm
 from pallas_kernels.place_rows import Wanted, place_rows
@@ -28,6 +28,7 @@ from pallas_kernels.span_decode import HostRows, rotate_and_attend, span_decode_
 from pallas_kernels.swiglu import silu_and_mul
 
 __all__ = [
+    "Copies",
     "HostRows",
     "PackedMask",
     "PromptMask",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
 Rows = Any  # [B, T, D]; in decoding, where the norm that follows is known, `pallas_kernels.ScaledRows` of it
 # queries, keys and values [B, T, K, G + 2, H], neither normalised nor rotated; the options `norms` and `norm_eps` of queries and keys
 # that are, in decoding `ahead`, the weights that are read next; the angles; the layer's cache -> outputs [B, T, N, H], its cache afterwards
+# Where it has an attribute `beside`, that applies the layer's largest map to its rows, so that other work can be done meanwhile.
 Attend = Callable[[Array, dict[str, Any], Angles, Any], tuple[Array, Any]]
 
 
@@ -127,9 +129,10 @@ class MLP(nnx.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config, rngs)  # all gates, then all ups
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config, rngs, residual=True)
 
-    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm | None, **linear: Any) -> Rows:
+    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm | None, beside: Callable = operator.call, **linear: Any) -> Rows:
         x, rows, own_norm = norm.fork(x, **linear)
-        return self.down_proj(self.gate_up_proj(rows, norm=own_norm, gated=True, **linear), residual=x, next_norm=next_norm, **linear)
+        hidden = beside(self.gate_up_proj, rows, norm=own_norm, gated=True, **linear)
+        return self.down_proj(hidden, residual=x, next_norm=next_norm, **linear)
 
 
 class Layer(nnx.Module):
@@ -147,7 +150,7 @@ class Layer(nnx.Module):
             ahead = self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, following.self_attn.qkv_proj
             next_norm = following.input_layernorm
         x, cache = self.self_attn(x, self.input_layernorm, self.post_attention_layernorm, angles, attend, cache, ahead, **linear)
-        return self.mlp(x, self.post_attention_layernorm, next_norm, **linear), cache
+        return self.mlp(x, self.post_attention_layernorm, next_norm, getattr(attend, "beside", operator.call), **linear), cache
 
 
 class Embedding(nnx.Embed):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
+from pallas_kernels import Copies, HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
 from pallas_kernels.span_decode import unsupported_reason
 from selfspan_jax.attention.policies import Slots
 from selfspan_jax.config import DecodeConfig, ModelConfig
@@ -93,21 +93,40 @@ class TieredCache(KVCache):
             copied=self.copied + found.counts,
         )
 
+    def copies(self, layer: tuple[Array, ...]) -> Copies:
+        """Say which rows that were noted a layer's pools on the device are to get."""
+        return Copies(layer[2:], layer[:2], self.sources, self.targets, self.num_copied)
+
     def copy(self, layer: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Copy into a layer's pools on the device the rows that were noted."""
-        return (*copy_rows(layer[2:], layer[:2], self.sources, self.targets, self.num_copied), *layer[2:])
+        """Copy these rows."""
+        return (*copy_rows(*self.copies(layer)), *layer[2:])
 
     def attend(self, own, slots: Slots, implementation) -> Attend:
-        """Make the attention of one new token per sequence; each layer copies its rows first."""
+        """Make the attention of one new token per sequence."""
+        return _Attend(self, own, slots, implementation)
 
-        def attend(qkv, norms, angles, layer):
-            k_pool, v_pool, *host = self.copy(layer)
-            arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, k_pool, v_pool, slots.slots, slots.counts)
-            options = {"split": True, "sparse": slots.kept is not None, "host": HostRows(*host, self.on_host)}
-            out, *pools = rotate_and_attend(*arrays, **norms, **options, implementation=implementation)
-            return out.reshape(len(own), 1, -1), (*pools, *host)
 
-        return attend
+class _Attend:
+    """The attention of one new token per sequence, traced layer by layer. Rows of a layer are copied while the layer before works."""
+
+    def __init__(self, cache: TieredCache, own: Array, slots: Slots, implementation):
+        self.cache, self.own, self.slots, self.implementation = cache, own, slots, implementation
+        self.waiting = [cache.copy(cache.pools[0]), *cache.pools[1:]]  # layers that have not attended, and their pools
+
+    def __call__(self, qkv, norms, angles, _):
+        k_pool, v_pool, *host = self.waiting.pop(0)
+        arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], self.own, k_pool, v_pool, self.slots.slots, self.slots.counts)
+        options = {"split": True, "sparse": self.slots.kept is not None, "host": HostRows(*host, self.cache.on_host)}
+        out, *pools = rotate_and_attend(*arrays, **norms, **options, implementation=self.implementation)
+        return out.reshape(len(self.own), 1, -1), (*pools, *host)
+
+    def beside(self, linear, x, **options):
+        """Apply the linear map that takes longest after a layer's attention, and meanwhile copy what the next layer reads."""
+        if not self.waiting:
+            return linear(x, **options)
+        out, pools = linear(x, copies=self.cache.copies(self.waiting[0]), **options)
+        self.waiting[0] = (*pools, *self.waiting[0][2:])
+        return out
 
 
 class HostEngine(Engine):

@@ -1,5 +1,5 @@
 """Copies of rows from pools in host memory to pools of the device, inside of a compiled program."""
 
-from pallas_kernels.copy_rows.api import copy_rows, unsupported_reason
+from pallas_kernels.copy_rows.api import Copies, copy_rows, unsupported_reason
 
-__all__ = ["copy_rows", "unsupported_reason"]
+__all__ = ["Copies", "copy_rows", "unsupported_reason"]

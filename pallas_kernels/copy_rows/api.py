@@ -1,5 +1,7 @@
 """The public function: validate, choose an implementation, launch."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,16 @@ from pallas_kernels.copy_rows.triton import triton_copy_rows
 
 IMPLEMENTATIONS = ("xla", "triton")
 Pools = tuple[jax.Array, ...]
+
+
+class Copies(NamedTuple):
+    """What `copy_rows` is to copy: its arguments."""
+
+    host_pools: Pools
+    pools: Pools
+    sources: jax.Array
+    targets: jax.Array
+    counts: jax.Array
 
 
 def copy_rows(

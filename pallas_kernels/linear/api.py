@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, require
+from pallas_kernels.copy_rows import Copies, copy_rows
 from pallas_kernels.jax_triton import launch
 from pallas_kernels.linear import triton, triton_tiled
-from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, TileConfig, is_fastest, is_tiled, linear_config, tile_config
+from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, LinearConfig, TileConfig, is_fastest, is_tiled, linear_config, tile_config
 from pallas_kernels.linear.reference import ScaledRows, SplitRows, plain_rows, reference_linear, rms_norm, xla_linear
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 
@@ -27,6 +28,7 @@ def fused_linear(
     residual: jax.Array | ScaledRows | None = None,
     gated: bool = False,
     next_norm: jax.Array | None = None,
+    copies: Copies | None = None,
     out_dtype: jnp.dtype | None = None,
     implementation: str | None = None,
     interpret: bool = False,
@@ -44,11 +46,12 @@ def fused_linear(
       residual: `[..., M]` (`[..., F]` if gated), added last, in any float dtype.
       gated: SwiGLU (2002.05202, equation 6): `weight` is `[2 F, D]`, the first F outputs being the gate and the last F up.
       next_norm: `[M]` (`[F]`), the `norm` of a later call whose `x` the result is. Where that gains, the result is `ScaledRows`.
+      copies: what `copy_rows` is to copy, no pool of which has to do with the product; "triton" copies while it multiplies large matrices.
       out_dtype: of the result, that of `x` unless given; float32 for logits.
       implementation, interpret: as `pallas_kernels` says; None for the fastest that was measured. Kernels have no gradient.
 
     Returns:
-      `[..., M]`, or `[..., F]` if gated.
+      `[..., M]`, or `[..., F]` if gated. With `copies` a pair: this and the pools that were copied to.
     """
     plain: Any = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x  # SplitRows: a shape alone
     residual = None if residual is None else plain_rows(residual)
@@ -68,6 +71,10 @@ def fused_linear(
         return jnp.zeros(out_shape, out_dtype)
     residual = None if residual is None else residual.reshape(-1, num_results)
     norm_eps = float(norm_eps)
+    if copies is not None and (chosen != "triton" or isinstance(_settings(batch, weight, plain.dtype, norm, gated), TileConfig)):
+        options: dict[str, Any] = {"bias": bias, "residual": residual, "gated": gated, "next_norm": next_norm, "out_dtype": out_dtype}
+        options |= {"norm": norm, "norm_eps": norm_eps, "implementation": implementation, "interpret": interpret}
+        return fused_linear(x, weight, **options), copy_rows(*copies, interpret=interpret)
     if chosen in PLAIN:
         compute, rows = reference_linear if chosen == "reference" else xla_linear, plain_rows(x).reshape(-1, num_inputs)
         return compute(rows, weight, norm, bias, residual, norm_eps=norm_eps, gated=gated, out_dtype=out_dtype).reshape(out_shape)
@@ -76,10 +83,13 @@ def fused_linear(
     if isinstance(x, ScaledRows) and scaled:
         given = ScaledRows(given, x.scaled.reshape(-1, num_inputs), x.squares)
     scales = out_dtype == plain.dtype != jnp.float16 and batch > MAX_NORM_ROWS  # float16 times a scale may overflow
-    out = _kernel(chosen, norm_eps, gated, out_dtype, interpret, given, weight, norm, bias, residual, next_norm if scales else None)
+    arrays = given, weight, norm, bias, residual, next_norm if scales else None, copies
+    out, pools = _kernel(chosen, norm_eps, gated, out_dtype, interpret, *arrays)
     if isinstance(out, ScaledRows):
-        return ScaledRows(out.rows.reshape(out_shape), out.scaled.reshape(out_shape), out.squares)
-    return out.reshape(out_shape)
+        out = ScaledRows(out.rows.reshape(out_shape), out.scaled.reshape(out_shape), out.squares)
+    else:
+        out = out.reshape(out_shape)
+    return out if copies is None else (out, pools)
 
 
 def unsupported_reason(
@@ -122,26 +132,30 @@ def _num_results(weight: Rows, gated: bool) -> int:
     return weight.shape[0] // 2 if gated else weight.shape[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, norm, bias, residual, next_norm):
-    plain = getattr(x, "rows", x)
-    (batch, num_inputs), item_bytes = plain.shape, values_of(weight).dtype.itemsize
-    norm = None if isinstance(x, ScaledRows) else norm
-    num_results = _num_results(weight, gated)
+def _settings(batch: int, weight: Rows, dtype: jnp.dtype, norm: jax.Array | None, gated: bool) -> LinearConfig | TileConfig:
+    """Choose the kernel of the Triton lowering, by its settings."""
+    num_results, (_, num_inputs), item_bytes = _num_results(weight, gated), weight.shape, values_of(weight).dtype.itemsize
     # float16 rows times the norm's scale may overflow before they are normalised, which the tiled kernel does first.
-    tiled = is_tiled(batch, num_results, num_inputs, gated) or (norm is not None and plain.dtype == jnp.float16)
-    config = (tile_config if tiled else linear_config)(batch, num_results, num_inputs, item_bytes, gated)
+    tiled = is_tiled(batch, num_results, num_inputs, gated) or (norm is not None and dtype == jnp.float16)
+    return (tile_config if tiled else linear_config)(batch, num_results, num_inputs, item_bytes, gated)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, norm, bias, residual, next_norm, copies):
+    plain = getattr(x, "rows", x)
+    norm = None if isinstance(x, ScaledRows) else norm
+    config = _settings(plain.shape[0], weight, plain.dtype, norm, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "interpret": interpret}
     if isinstance(x, SplitRows) and (norm is not None or not isinstance(config, TileConfig) or config.on_matrix_unit):
         x = plain_rows(x)
     if isinstance(config, TileConfig):
         linear = functools.partial(triton_tiled.triton_tiled_linear, config=config, **options)
-        return launch(implementation, linear, x, weight, norm, bias, residual, next_norm)
-    if norm is not None and batch > MAX_NORM_ROWS:
+        return launch(implementation, linear, x, weight, norm, bias, residual, next_norm), None
+    if norm is not None and plain.shape[0] > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, norm_eps), None
-    return launch(
-        implementation, functools.partial(triton.triton_linear, config=config, **options), x, weight, norm, bias, residual, next_norm
-    )
+    linear = functools.partial(triton.triton_linear, config=config, **options)
+    out = launch(implementation, linear, x, weight, norm, bias, residual, next_norm, copies)
+    return (out, None) if copies is None else out
 
 
 @_dispatch.defjvp

@@ -16,6 +16,7 @@ How: a program owns a tile of outputs and walks over the inputs in chunks, sever
 The weights stand on the long side of the matrix unit's product and the rows of `x` on its short one (8 rows are enough).
 The factor rsqrt(...) of a row does not depend on d, so it is applied after the sum: the squares are summed up
 along the same walk, and no program waits for a norm. Of `ScaledRows` they are known, and no program scales its rows anew.
+Programs that come first and compute nothing copy rows from host memory meanwhile, if that is asked for: the link waits for no matrix.
 The last tile is moved back to end with the matrix; what it shares with the one before it is computed and stored twice, to the same bits.
 
 Numerics: x * norm is rounded once to the dtype of `x` (Llama rounds the normalised row and then the product with the scale);
@@ -24,6 +25,7 @@ widened to the dtype of `x`, which is exact; their scales multiply the float32 s
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +33,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import dot
-from pallas_kernels.linear.heuristics import LinearConfig
+from pallas_kernels.copy_rows import Copies
+from pallas_kernels.copy_rows.triton import copy_share, flat_operands
+from pallas_kernels.linear.heuristics import COPY_PROGRAMS, COPY_TILE_BYTES, LinearConfig
 from pallas_kernels.linear.reference import ScaledRows, SplitRows
 from pallas_kernels.quantized import Quantized, Rows, values_of
 
 MIN_ROWS = 8  # of the short side of the matrix unit's product
+RESULTS = ("out", "scaled", "out_squares")
 
 
 def triton_linear(
@@ -45,13 +50,14 @@ def triton_linear(
     bias,
     residual,
     next_norm=None,
+    copies: Copies | None = None,
     *,
     norm_eps: float,
     gated: bool,
     out_dtype: jnp.dtype,
     config: LinearConfig,
     interpret: bool = False,
-) -> jax.Array | ScaledRows:
+) -> Any:
     """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]` or `ScaledRows` of it, already checked."""
     values = values_of(weight)
     num_results = values.shape[0] // 2 if gated else values.shape[0]
@@ -64,15 +70,25 @@ def triton_linear(
     if "norm" in optional:
         optional["norm"] = split(optional["norm"])
     results = result_shapes(x.shape[0], num_results, out_dtype, tiles if next_norm is not None else 0)
+    given: list[jax.Array] = [split(x), split(values), *optional.values()]
+    pools = () if copies is None else copies.pools
+    first = len(given) + len(pools)  # the first of the pools that are written
+    if copies is not None:
+        given += flat_operands(*copies, interpret)
+    copied = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in given[first : first + len(pools)])
+    kernel = functools.partial(_kernel, names=(*optional, *results), num_copied=len(pools), norm_eps=norm_eps, gated=gated, config=config)
+    programs = pl.cdiv(tiles, pl.cdiv(tiles, config.programs))  # the fewest that take no longer than `config.programs`
     outs = pl.pallas_call(
-        functools.partial(_kernel, names=(*optional, *results), norm_eps=norm_eps, gated=gated, config=config),
-        grid=(pl.cdiv(tiles, pl.cdiv(tiles, config.programs)),),  # the fewest that take no longer than `config.programs`
-        out_shape=tuple(results.values()),
+        kernel,
+        grid=(programs + (COPY_PROGRAMS if pools else 0),),
+        out_shape=(*results.values(), *copied),
+        input_output_aliases={first + i: len(results) + i for i in range(len(pools))},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="fused_linear",
-    )(split(x), split(values), *optional.values())
-    return outs[0] if next_norm is None else ScaledRows(*outs)
+    )(*given)
+    out = outs[0] if next_norm is None else ScaledRows(*outs[: len(results)])
+    return out if copies is None else (out, tuple(flat.reshape(pool.shape) for flat, pool in zip(outs[len(results) :], pools)))
 
 
 def operands(x, weight: Rows, norm, bias, residual, next_norm) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -135,7 +151,26 @@ def padded_rows(batch: int, segments: int) -> int:
     return max(pl.next_power_of_2(batch), MIN_ROWS // segments, 1)
 
 
-def _kernel(
+def _kernel(*refs, names: tuple[str, ...], num_copied: int, **options):  # as those of `_multiply`, with those of `copy_share` amid
+    program, num_programs = pl.program_id(0), pl.num_programs(0)
+    if not num_copied:
+        return _multiply(program, num_programs, *refs, names=names, **options)
+    first = 2 + sum(name not in RESULTS for name in names)  # ref of the copies
+    lists, outs = refs[first : first + 2 * num_copied + 3], refs[first + 2 * num_copied + 3 :]
+
+    @pl.when(program < COPY_PROGRAMS)
+    def copy():
+        copy_share(lists, outs[-num_copied:], program, COPY_PROGRAMS, COPY_TILE_BYTES)
+
+    @pl.when(program >= COPY_PROGRAMS)
+    def multiply():
+        given = *refs[:first], *outs[:-num_copied]
+        _multiply(program - COPY_PROGRAMS, num_programs - COPY_PROGRAMS, *given, names=names, **options)
+
+
+def _multiply(
+    program,
+    num_programs,
     x_ref,  # [B, D / C, C], C the inputs of a segment
     weight_ref,  # [M, D / C, C], M = 2 F if gated
     *refs,  # those that `names` says of scales [M], norm [D / C, C], squares [T, B], bias [M], residual [B, M or F], next_norm [M or F],
@@ -149,7 +184,7 @@ def _kernel(
     tile, segments = config.tile_outputs, config.segments
     batch, num_segments, segment_inputs = x_ref.shape
     num_results = ref_of["out"].shape[1]
-    program, num_programs, num_tiles = pl.program_id(0), pl.num_programs(0), pl.cdiv(num_results, tile)
+    num_tiles = pl.cdiv(num_results, tile)
     steps, halves = num_segments // segments, 2 if gated else 1  # of a tile: its reads; its gate and its up outputs
 
     # The rows of the two operands: (half, output, segment) and (row of x, segment). Beyond the batch the last row is read

@@ -1,4 +1,4 @@
-"""Copies of rows bit by bit, against a loop in numpy; and that the host's pools stay where they are."""
+"""Copies of rows bit by bit, alone and beside a product, against a loop in numpy."""
 
 import functools
 
@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import copy_rows
+from pallas_kernels import Copies, copy_rows, fused_linear
 from pallas_kernels.copy_rows.triton import triton_copy_rows
+from pallas_kernels.linear import triton
+from pallas_kernels.linear.heuristics import LinearConfig, linear_config
+from tests.pallas_kernels.budget import INTERPRET
 from tests.pallas_kernels.lowering import cuda_lowering
 
 SOURCES = np.array([[3, 0, 7, 7, 49, 50, -1], [1, 2, 3, 4, 5, 6, 8], [9, 9, 9, 9, 9, 9, 9]], np.int32)  # of 50 rows
@@ -17,9 +20,8 @@ COUNTS = np.array([7, 0, 4], np.int32)
 RUNS = [("xla", False), ("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu)]
 
 
-@pytest.mark.parametrize("implementation, interpret", RUNS)
-@pytest.mark.parametrize("num_heads, head_size", [(8, 128), (3, 64)], ids=["whole rows", "heads that are no power of two"])
-def test_rows_are_copied(num_heads, head_size, implementation, interpret):
+def make_pools(num_heads, head_size):
+    """Host pools in host memory, pools, and these as they are to be afterwards."""
     rng = np.random.default_rng(0)
     host, pools = ([rng.normal(size=(rows, num_heads, head_size)).astype(np.float32) for _ in range(2)] for rows in (50, 30))
     expected = [pool.copy() for pool in pools]
@@ -28,11 +30,43 @@ def test_rows_are_copied(num_heads, head_size, implementation, interpret):
             if 0 <= source < 50 and 0 <= target < 30:
                 for pool, rows in zip(expected, host):
                     pool[target] = rows[source]
+    assert not np.array_equal(expected[0], pools[0])
     pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    return tuple(jax.device_put(host, pinned)), tuple(map(jnp.asarray, pools)), expected
+
+
+@pytest.mark.parametrize("implementation, interpret", RUNS)
+@pytest.mark.parametrize("num_heads, head_size", [(8, 128), (3, 64)], ids=["whole rows", "heads that are no power of two"])
+def test_rows_are_copied(num_heads, head_size, implementation, interpret):
+    host, pools, expected = make_pools(num_heads, head_size)
     copy = jax.jit(functools.partial(copy_rows, implementation=implementation, interpret=interpret))
-    found = copy(tuple(jax.device_put(host, pinned)), tuple(map(jnp.asarray, pools)), SOURCES, TARGETS, COUNTS)
-    assert all(map(np.array_equal, found, expected)) and not np.array_equal(expected[0], pools[0])
+    found = copy(host, pools, SOURCES, TARGETS, COUNTS)
+    assert all(map(np.array_equal, found, expected))
     assert {pool.sharding.memory_kind for pool in found} == {"device"}
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated, scaled rows", "plain"])
+@pytest.mark.parametrize("interpret", INTERPRET)
+def test_rows_are_copied_beside_a_product(interpret, gated, monkeypatch):
+    """The product is what it is without copies, to the bit, and the rows are there."""
+    monkeypatch.setattr(triton, "COPY_PROGRAMS", 3)
+    rng = np.random.default_rng(1)
+    x, weight, norm = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((5, 64), (96, 64), (48,)))
+    options = {"norm_eps": 1e-5, "gated": gated, "out_dtype": x.dtype, "interpret": interpret, "config": LinearConfig(8, 1, 32, 1, 2, 4)}
+    linear = jax.jit(functools.partial(triton.triton_linear, **options))
+    host, pools, expected = make_pools(3, 64)
+    arrays = x, weight, None, None, None, norm if gated else None
+    out, found = linear(*arrays, Copies(host, pools, *map(jnp.asarray, (SOURCES, TARGETS, COUNTS))))
+    assert all(map(np.array_equal, found, expected))
+    jax.tree.map(np.testing.assert_array_equal, out, linear(*arrays))
+
+
+def test_copies_beside_any_product():
+    """Where no kernel of ours multiplies, they are made before it."""
+    host, pools, expected = make_pools(3, 64)
+    x, weight = jnp.ones((2, 64)), jnp.ones((32, 64))
+    out, found = fused_linear(x, weight, copies=Copies(host, pools, *map(jnp.asarray, (SOURCES, TARGETS, COUNTS))))
+    assert np.all(out == 64) and all(map(np.array_equal, found, expected))
 
 
 def test_what_does_not_fit_together_is_refused():
@@ -45,3 +79,7 @@ def test_what_does_not_fit_together_is_refused():
 def test_the_kernel_lowers_for_cuda():
     host, pools = ([jnp.zeros((rows, 8, 128), jnp.bfloat16)] * 2 for rows in (50, 30))
     assert "copy_rows" in cuda_lowering(triton_copy_rows, host, pools, SOURCES, TARGETS, COUNTS)
+    copies = Copies(tuple(host), tuple(pools), *map(jnp.asarray, (SOURCES, TARGETS, COUNTS)))
+    x, weight = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((32, 4096), (28672, 4096)))
+    options = {"norm_eps": 1e-5, "gated": True, "out_dtype": x.dtype, "config": linear_config(32, 14336, 4096, 2, True)}
+    assert "fused_linear" in cuda_lowering(functools.partial(triton.triton_linear, **options), x, weight, *[None] * 4, copies)
