@@ -31,6 +31,11 @@ class SplitRows(NamedTuple):
         """Describe the rows [..., D] that they are parts of."""
         return jax.ShapeDtypeStruct(self.parts.shape[1:], self.parts.dtype)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Return the dtype of the rows."""
+        return self.parts.dtype
+
     def reshape(self, *shape: int) -> "SplitRows":
         """Give rows another shape; the last axis is heads times head size."""
         parts = self.parts.reshape(len(self.parts), *shape)

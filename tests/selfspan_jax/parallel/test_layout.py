@@ -8,18 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from data.arithmetic import ArithmeticTask
+from pallas_kernels import SplitRows
 from selfspan_jax import training
 from selfspan_jax.config import PRESETS, DecodeConfig, LoraConfig, ModelConfig, Sampling
 from selfspan_jax.decoding import state as decode_state
 from selfspan_jax.decoding.cache import KVCache
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.model import Decoder, Frozen
+from selfspan_jax.model import Decoder, Frozen, Linear
 from selfspan_jax.parallel import layout
 from selfspan_jax.parallel.mesh import make_mesh, process_parts
 from selfspan_jax.spans import SpanVocab
@@ -227,6 +229,18 @@ def test_the_count_of_collectives_sees_one_more(monkeypatch):
     monkeypatch.setattr(KVCache, "attend", asking)
     program = run_program("tensor=2", DecodeConfig(max_new_tokens=9))
     assert loop_collectives(program) == ["all-reduce"] * 6
+
+
+def test_a_map_divided_by_its_inputs_takes_attention_in_parts():
+    """As attention leaves one sequence on a GPU. Parts of equal weight are their mean; the bias is added once."""
+    linear = Linear(96, 32, TINY, nnx.Rngs(0), bias=True)
+    linear.tensor_parallel, linear.bias[...] = "row", jnp.arange(32.0)
+    parts, residual = np.random.default_rng(0).normal(size=(2, 1, 1, 96)), np.ones((1, 1, 32))
+    rows = SplitRows(jnp.asarray(parts, jnp.float32), jnp.zeros((2, 1, 1, 3)))
+    apply = jax.vmap(lambda x, residual: linear(x, residual=residual), axis_name="tensor")  # one device
+    out = apply(jax.tree.map(lambda x: x[None], rows), jnp.asarray(residual, jnp.float32)[None])[0]
+    expected = parts.mean(axis=0) @ np.asarray(linear.weight[...], np.float64).T + residual + np.arange(32.0)
+    assert np.allclose(out, expected, atol=1e-5)
 
 
 def test_each_device_keeps_its_share():
