@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Copies, HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
 from pallas_kernels.span_decode import unsupported_reason
-from selfspan_jax.attention.policies import Slots
+from selfspan_jax.attention.policies import Slots, get_policy
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
 from selfspan_jax.decoding.engine import Engine
@@ -33,6 +33,7 @@ from selfspan_jax.model import Attend, Decoder, rotary_angles
 from selfspan_jax.spans import SpanState, SpanVocab
 
 WORKING_SET_TOKENS = 4096
+NEW_TOKENS = 1024  # of a sequence that are on the device; when there are as many, they are written to the host
 READ_TOKENS = 1 << 17  # of prompts that are read together: their hidden states and one layer's rows are on the GPU
 
 
@@ -42,26 +43,23 @@ class TieredCache(KVCache):
     """A cache whose pools are of two places: of each layer keys and values on the device, then keys and values in host memory.
 
     `slot_table[b, t]` is a row of the device's pools, or -1 - r for row r of the host's. Row w of the working set of sequence b is row
-    b * W + w; token t of its prompt is row `host_start[b] + t`. Samples of a prompt share its rows in host memory.
+    b * W + w; behind all working sets each sequence has `new_rows` rows for its latest new tokens. Samples of a prompt share its rows in
+    host memory.
     """
 
     owner: Int[Array, "B W"]  # the token in each row of the working set, -1 for none
     pinned: Int[Array, "B"]  # so many first rows of it are kept for good
-    host_start: Int[Array, "B"]
+    host_rows: Int[Array, "B A"]  # the row of each token in the host's pools, of a new one when it is written there
+    first_new: Int[Array, ""]  # how many new tokens of each sequence were written there
     sources: Int[Array, "B W"]  # the first num_copied rows are copied to targets in the step at hand
     targets: Int[Array, "B W"]
     num_copied: Int[Array, "B"]
     on_host: Int[Array, "B"]  # slots in use that are rows in host memory
     copied: Int[Array, "B"]  # rows copied since the prompt, of each layer
     misses: Int[Array, "B"]  # rows read from host memory since then, of each layer
+    new_rows: int = dataclasses.field(metadata={"static": True})
 
     is_resident: ClassVar[bool] = False
-
-    def extended(self, num_tokens, new_capacity):
-        """Allocate rows on the device, as `KVCache.extended`."""
-        resident = KVCache(tuple(layer[:2] for layer in self.pools), self.slot_table).extended(num_tokens, new_capacity)
-        pools = tuple((*layer, *old[2:]) for layer, old in zip(resident.pools, self.pools))
-        return dataclasses.replace(self, pools=pools, slot_table=resident.slot_table)
 
     def choose_slots(self, step_slots, slots, **now):
         """Give rows on the device to what headers open and name, then compute the slots."""
@@ -82,7 +80,7 @@ class TieredCache(KVCache):
     def placed(self, span: SpanState, wanted: Array) -> TieredCache:
         """Choose rows for what wanted sequences read by label, and note what is to be copied."""
         in_use = Wanted(wanted.astype(jnp.int32), span.num_tokens, span.label, span.step_index)
-        found = place_rows(self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_start)
+        found = place_rows(self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_rows)
         return dataclasses.replace(
             self,
             slot_table=found.slot_table,
@@ -150,19 +148,62 @@ class HostEngine(Engine):
         if jax.default_backend() == "gpu" and (reason := unsupported_reason("triton", q, pool)):  # type: ignore[arg-type]
             raise UserError(f"kv_memory is 'host', which needs the Triton kernel: {reason}")
 
-    def _read_prompts(self, token_ids, lengths, keys, config, num_samples, responses):
-        host, last = self._read(token_ids, lengths, config, responses)
-        width = min(self.working_set_tokens, token_ids.shape[1])
-        return _start(self.graph, self.params, host, last, token_ids, lengths, keys, config, num_samples, width)
+    def generate(self, token_ids, lengths, config, key=None, *, limit_tokens=None, **samples):
+        return super().generate(token_ids, lengths, self._sized(config, lengths, limit_tokens), key, limit_tokens=limit_tokens, **samples)
 
-    def _read(self, token_ids, lengths, config, responses) -> tuple[tuple[tuple[Array, Array], ...], Array]:
-        """Read prompts, some at a time, each group layer by layer; return the host's pools and the last hidden states."""
+    def stream(self, token_ids, lengths, config, key=None, *, limit_tokens=None, **options):
+        return super().stream(token_ids, lengths, self._sized(config, lengths, limit_tokens), key, limit_tokens=limit_tokens, **options)
+
+    def _sized(self, config: DecodeConfig, lengths, limit_tokens: int | None) -> DecodeConfig:
+        """Make room for all new tokens at once, which takes no rows on the device; for few sizes, so that few programs are compiled."""
+        most = self.config.max_context_tokens - int(lengths.max(initial=0))
+        limit = max(limit_tokens or 0, min(most, -(-(limit_tokens or 0) // 64) * 64))
+        return dataclasses.replace(config, max_new_tokens=max(config.max_new_tokens, limit))
+
+    def room(self, num_steps, state):
+        return min(super().room(num_steps, state), (num_steps // state.cache.new_rows + 1) * state.cache.new_rows)
+
+    def extend(self, state, config, limit_tokens):
+        """Write the rows of new tokens to host memory, so that their place on the device is free."""
+        return _write_out(state, config)
+
+    def run(self, state, config, *, until=None, forced_tokens=None):
+        most = super().room(0, state)
+        until = most if until is None else min(until, most)
+        while True:
+            state, room = self._with_room(state, config, until)
+            state = super().run(state, config, until=min(until, room), forced_tokens=forced_tokens)
+            if room >= until or not jnp.any(state.is_active(jnp.int32(until))):
+                return state
+
+    def step(self, state, tokens, config):
+        return super().step(self._with_room(state, config, super().room(0, state))[0], tokens, config)
+
+    def _with_room(self, state: DecodeState, config: DecodeConfig, until: int) -> tuple[DecodeState, int]:
+        """Return a state with rows for another token, and how many tokens there may then be."""
+        if until <= state.cache.new_rows:  # type: ignore[attr-defined]
+            return state, until
+        num_steps = int(state.num_steps)
+        if num_steps < until and num_steps == self.room(int(state.cache.first_new), state):  # type: ignore[attr-defined]
+            state = self.extend(state, config, until)
+        return state, self.room(num_steps, state)
+
+    def _read_prompts(self, token_ids, lengths, keys, config, num_samples, responses):
+        new_rows = min(config.max_new_tokens, NEW_TOKENS)
+        chunks = -(-config.max_new_tokens // new_rows) if config.max_new_tokens > new_rows else 0  # of new tokens that may come to the host
+        host, last = self._read(token_ids, lengths, config, responses, chunks * new_rows * num_samples * len(lengths))
+        width = min(self.working_set_tokens, token_ids.shape[1])
+        return _start(self.graph, self.params, host, last, token_ids, lengths, keys, config, num_samples, width, new_rows)
+
+    def _read(self, token_ids, lengths, config, responses, free_rows: int) -> tuple[tuple[tuple[Array, Array], ...], Array]:
+        """Read prompts, some at a time, each group layer by layer; return the host's pools, with so many free rows, and the last states."""
         batch, capacity = token_ids.shape
         group = max(number for number in range(1, batch + 1) if batch % number == 0 and (number == 1 or number * capacity <= READ_TOKENS))
         decoder = self.graph.decoder(self.params)
         layers = [nnx.split(layer) for layer in decoder.layers]
-        # One group writes pools of its own; of several each writes its part.
-        pools: list[Any] = [None if group == batch else _empty(self.config, batch * capacity) for _ in layers]
+        # One group that fills pools makes them; otherwise each writes its part.
+        fills = group == batch and not free_rows
+        pools: list[Any] = [None if fills else _empty(self.config, batch * capacity + free_rows) for _ in layers]
         last = []
         for start in range(0, batch, group):
             some, first = (token_ids[start : start + group], lengths[start : start + group]), jnp.int32(start * capacity)
@@ -216,28 +257,33 @@ def _last(graph, params, x: Float[Array, "b T D"], lengths: Int[Array, "b"]) -> 
     return nnx.merge(graph, params)(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0])
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples", "width"), donate_argnames=("host",))
-def _start(graph, params, host, last, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, width: int) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples", "width", "new_rows"), donate_argnames=("host",))
+def _start(
+    graph, params, host, last, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, width: int, new_rows: int
+) -> DecodeState:
     """Make the state after prompts that are in the host's pools, with a working set of what every step reads."""
     model, (batch, capacity) = graph.decoder(params), token_ids.shape
-    sequences, num_prompt_rows = batch * num_samples, batch * capacity
-    resident = KVCache.empty(model.config, lengths, capacity, num_samples, config.max_new_tokens).slot_table
-    table = jnp.where(resident < num_prompt_rows, -1 - resident, resident - num_prompt_rows + sequences * width)
-    rows = -(-sequences * (width + config.max_new_tokens) // ROW_MULTIPLE) * ROW_MULTIPLE
+    sequences = batch * num_samples
+    sequence = jnp.arange(sequences, dtype=jnp.int32)[:, None]
+    token = jnp.broadcast_to(jnp.arange(capacity + config.max_new_tokens, dtype=jnp.int32), (sequences, capacity + config.max_new_tokens))
+    new_token = token - jnp.repeat(lengths, num_samples)[:, None]
+    of_chunk = sequence * new_rows + new_token % new_rows
+    prompt_rows, new_first = sequence // num_samples * capacity + token, batch * capacity + new_token // new_rows * sequences * new_rows
+    host_rows = jnp.where(new_token < 0, prompt_rows, new_first + of_chunk)
+    table = jnp.where(new_token < 0, -1 - host_rows, sequences * width + of_chunk)
+    rows = -(-sequences * (width + new_rows) // ROW_MULTIPLE) * ROW_MULTIPLE
     empty, none = jnp.zeros((rows, *host[0][0].shape[1:]), host[0][0].dtype), jnp.zeros(sequences, jnp.int32)
-    starts = jnp.arange(sequences, dtype=jnp.int32) // num_samples * capacity
     unused = jnp.full((sequences, width), -1, jnp.int32)
     pools = tuple((empty, empty, *layer) for layer in host)
-    cache = TieredCache(pools, table, unused, none, starts, unused, unused, none, none, none, none)
+    cache = TieredCache(pools, table, unused, none, host_rows, jnp.int32(0), unused, unused, none, none, none, none, new_rows)
     state = start_state(model, cache, last, token_ids, lengths, keys, config, num_samples)
     if state.slots.kept is None:
         return state
-    labels, token = state.span.token_labels, jax.lax.broadcasted_iota(jnp.int32, table.shape, 1)
+    labels = state.span.token_labels
     always = labels == 0
     if state.span.toc is not None:
         opened = jnp.pad(token_ids, ((0, 0), (0, config.max_new_tokens)), constant_values=model.vocab.pad_id)
         always |= (labels >= 0) & jnp.repeat(model.vocab.label_of(opened, model.vocab.seg_base) >= 0, num_samples, axis=0)
-    sequence = jnp.arange(sequences, dtype=jnp.int32)[:, None]
     row = jnp.cumsum(always, axis=1, dtype=jnp.int32) - 1
     always &= row < width // 2
     row, target = jnp.where(always, row, width), sequence * width + row
@@ -245,10 +291,35 @@ def _start(graph, params, host, last, token_ids, lengths, keys, config: DecodeCo
         cache,
         slot_table=jnp.where(always, target, table),
         owner=unused.at[sequence, row].set(token, mode="drop"),
-        sources=unused.at[sequence, row].set(starts[:, None] + token, mode="drop"),
+        sources=unused.at[sequence, row].set(host_rows, mode="drop"),
         targets=unused.at[sequence, row].set(target, mode="drop"),
         pinned=jnp.sum(always, axis=1, dtype=jnp.int32),
     )
     pools = tuple(map(dataclasses.replace(cache, num_copied=cache.pinned).copy, pools))
     cache = cache.placed(state.span, state.span.is_response)  # what the open step of a prompt that ends within its response reads
     return dataclasses.replace(state, cache=dataclasses.replace(cache, pools=tuple(map(cache.copy, pools)), copied=none))
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _write_out(state: DecodeState, config: DecodeConfig) -> DecodeState:
+    """Write the rows of new tokens to the host's pools; what the open step reads of them comes back to the working set."""
+    cache, span = state.cache, state.span
+    (sequences, capacity), number = cache.slot_table.shape, cache.new_rows
+    num_prompt = (span.num_tokens - state.num_new)[:, None]
+    new_token = jax.lax.broadcasted_iota(jnp.int32, (sequences, capacity), 1) - num_prompt
+    written = (new_token >= cache.first_new) & (new_token < cache.first_new + number)
+    first = cache.host_rows[0, num_prompt[0, 0] + cache.first_new]
+
+    def write(layer):
+        rows = tuple(jax.lax.slice_in_dim(pool, cache.owner.size, cache.owner.size + sequences * number) for pool in layer[:2])
+        rows = jax.device_put(rows, jax.memory.Space.Host)
+        return (*layer[:2], *(jax.lax.dynamic_update_slice_in_dim(pool, some, first, axis=0) for pool, some in zip(layer[2:], rows)))
+
+    pools = tuple(map(write, cache.pools))
+    table = jnp.where(written, -1 - cache.host_rows, cache.slot_table)
+    cache = dataclasses.replace(cache, pools=(), slot_table=table, first_new=cache.first_new + number)
+    slots = get_policy(config.attention).initial_slots(table)
+    if slots.kept is not None:
+        cache = cache.placed(span, span.is_response & ~state.done)
+        pools = tuple(map(cache.copy, pools))
+    return dataclasses.replace(state, cache=dataclasses.replace(cache, pools=pools), slots=slots)

@@ -41,14 +41,14 @@ def place_rows(
     marks: jax.Array,
     wanted: Wanted,
     pinned: jax.Array,
-    host_start: jax.Array,
+    host_rows: jax.Array,
     *,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Placement:
     """Give rows of a working set to tokens that are in use and have none.
 
-    Sequence b has the rows `b * W ... (b + 1) * W - 1` of the device's pool, and its token t lies in row `host_start[b] + t` of the host's.
+    Sequence b has the rows `b * W ... (b + 1) * W - 1` of the device's pool, and its token t lies in row `host_rows[b, t]` of the host's.
     Rows are taken from tokens that are not in use: first rows that nobody has, then those of the lowest `marks` (the least recently named
     label), of equal ones the first. Where there are too few, the last tokens in use get none.
 
@@ -59,18 +59,18 @@ def place_rows(
       marks: int32 `[B, L]`, of each key, from -1 to A - 1: when it was last in use.
       wanted: which tokens are in use.
       pinned: int32 `[B]`: so many first rows are never taken.
-      host_start: int32 `[B]`.
+      host_rows: int32 `[B, A]`; what stands there for tokens that are not in host memory is arbitrary.
       implementation, interpret: as `pallas_kernels` says.
     """
     batch, capacity = slot_table.shape
     shapes: dict[str, tuple[jax.Array, tuple[int, ...]]]
     shapes = {"slot_table": (slot_table, (batch, capacity)), "owner": (owner, (batch, owner.shape[-1])), "keys": (keys, (batch, capacity))}
-    shapes |= {"marks": (marks, (batch, marks.shape[-1])), "pinned": (pinned, (batch,)), "host_start": (host_start, (batch,))}
+    shapes |= {"marks": (marks, (batch, marks.shape[-1])), "pinned": (pinned, (batch,)), "host_rows": (host_rows, (batch, capacity))}
     for name, (array, shape) in (shapes | {name: (field, (batch,)) for name, field in wanted._asdict().items()}).items():
         fits = array.shape == shape and array.dtype == jnp.int32
         require(fits, f"{name} must be int32{list(shape)} beside a slot_table {list(slot_table.shape)}", array)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))
-    arrays = slot_table, owner, keys, marks, *wanted, pinned, host_start
+    arrays = slot_table, owner, keys, marks, *wanted, pinned, host_rows
     return Placement(*(xla_place_rows(*arrays) if chosen == "xla" else triton_place_rows(*arrays, interpret=interpret)))
 
 

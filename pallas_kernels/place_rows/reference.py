@@ -6,7 +6,7 @@ import jax.numpy as jnp
 FREE, NEVER = -2, jnp.iinfo(jnp.int32).max  # ages of rows that nobody has, and of those that may not be taken
 
 
-def xla_place_rows(slot_table, owner, keys, marks, place, end, key, since, pinned, host_start):
+def xla_place_rows(slot_table, owner, keys, marks, place, end, key, since, pinned, host_rows):
     """Sort the rows of each working set by age."""
     (batch, capacity), width = slot_table.shape, owner.shape[1]
     batch_index = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -32,8 +32,9 @@ def xla_place_rows(slot_table, owner, keys, marks, place, end, key, since, pinne
     chosen = row < counts[:, None]
     left = jnp.take_along_axis(owner, rows, axis=1)
     left = jnp.where(chosen & (left >= 0), left, capacity)
-    sources, targets = host_start[:, None] + tokens, width * batch_index + rows
-    slot_table = slot_table.at[batch_index, left].set(-1 - host_start[:, None] - left, mode="drop")
+    sources, targets = jnp.take_along_axis(host_rows, tokens, axis=1), width * batch_index + rows
+    given_up = jnp.take_along_axis(host_rows, jnp.minimum(left, capacity - 1), axis=1)
+    slot_table = slot_table.at[batch_index, left].set(-1 - given_up, mode="drop")
     slot_table = slot_table.at[batch_index, jnp.where(chosen, tokens, capacity)].set(targets, mode="drop")
     owner = owner.at[batch_index, jnp.where(chosen, rows, width)].set(tokens, mode="drop")
     return slot_table, owner, sources, targets, counts

@@ -19,7 +19,7 @@ from pallas_kernels.place_rows.reference import FREE, NEVER
 TILE = 2048  # tokens, or rows, that a program reads at once
 
 
-def triton_place_rows(slot_table, owner, keys, marks, place, end, key, since, pinned, host_start, *, interpret: bool = False):
+def triton_place_rows(slot_table, owner, keys, marks, place, end, key, since, pinned, host_rows, *, interpret: bool = False):
     """Run the kernel; arguments as in `place_rows`, already checked."""
     (batch, capacity), width = slot_table.shape, owner.shape[1]
     sizes = [
@@ -36,7 +36,7 @@ def triton_place_rows(slot_table, owner, keys, marks, place, end, key, since, pi
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="place_rows",
-    )(slot_table, owner, keys, marks, place, end, key, since, pinned, host_start)
+    )(slot_table, owner, keys, marks, place, end, key, since, pinned, host_rows)
     return results[:5]
 
 
@@ -50,7 +50,7 @@ def _kernel(
     key_ref,
     since_ref,
     pinned_ref,
-    host_start_ref,
+    host_rows_ref,  # int32 [B, A]
     table_ref,  # int32 [B, A]
     owner_ref,  # int32 [B, W]
     sources_ref,  # int32 [B, W]
@@ -64,7 +64,7 @@ def _kernel(
 ):
     b = pl.program_id(0)
     capacity, width = table_ref.shape[1], owner_ref.shape[1]
-    end, key, since, host_start = end_ref[b], key_ref[b], since_ref[b], host_start_ref[b]
+    end, key, since = end_ref[b], key_ref[b], since_ref[b]
 
     def tiles(size, compute, carry):  # of indices below `size`, and which of them are
         tile = min(TILE, pl.next_power_of_2(max(capacity, width, 32)))
@@ -145,10 +145,11 @@ def _kernel(
                 token, row = tokens_ref[b, place], rows_ref[b, place]
                 left, target = owner_ref[b, row], b * width + row
                 had = left >= 0
-                store(table_ref, jnp.where(had, left, token), jnp.where(had, -1 - host_start - left, target), inside)
+                given_up = -1 - host_rows_ref[b, jnp.maximum(left, 0)]
+                store(table_ref, jnp.where(had, left, token), jnp.where(had, given_up, target), inside)
                 store(table_ref, token, target, inside)
                 store(owner_ref, row, token, inside)
-                store(sources_ref, place, host_start + token, inside)
+                store(sources_ref, place, host_rows_ref[b, token], inside)
                 store(targets_ref, place, target, inside)
 
             tiles(count, change, None)

@@ -151,6 +151,10 @@ class Engine:
         until = room if until is None else min(until, room)
         return _run(self.graph, self.params, state, jnp.int32(until), forced, config, self._steps_per_sync(room))
 
+    def room(self, num_steps: int, state: DecodeState) -> int:
+        """Tell how many new tokens there is room for when there are `num_steps` of them; `extend` makes more."""
+        return state.new_tokens.shape[1]
+
     def extend(self, state: DecodeState, config: DecodeConfig, limit_tokens: int) -> DecodeState:
         """Double the room for new tokens, up to `limit_tokens` rounded up to a multiple of 64 (few sizes, so that few are compiled)."""
         room = state.new_tokens.shape[1]
@@ -181,9 +185,10 @@ class Engine:
         def decode() -> Iterator[tuple[int, Any]]:
             state, start = self.prefill(token_ids, lengths, config, key, **samples), 0
             while start < limit:
-                if start == state.new_tokens.shape[1]:
+                if start == (room := self.room(max(start - 1, 0), state)):
                     state = self.extend(state, config, limit)
-                size = min(chunk_tokens, state.new_tokens.shape[1] - start, limit - start)
+                    room = self.room(start, state)
+                size = min(chunk_tokens, room - start, limit - start)
                 state, chunk = _run_chunk(self.graph, self.params, state, jnp.int32(start), config, size)
                 yield start, chunk
                 start += size
