@@ -235,7 +235,7 @@ def commas(*kinds: Any) -> Any:
         if number:
             return tuple(read_number(number, value) for value in values)
         if wrong := sorted(set(values) - set(kinds)):
-            raise UserError(f"{wrong[0]!r} is none of {', '.join(kinds)}")
+            raise ValueError(f"{wrong[0]!r} is none of {', '.join(kinds)}")
         return tuple(values)
 
     return tyro.constructors.PrimitiveConstructorSpec(
