@@ -39,6 +39,7 @@ from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import bf16_peak
 
 IMPLEMENTATIONS = ("mosaic", "triton", "cudnn", "reference")
+DTYPES = ("bfloat16", "float16")
 ROUNDS = 2  # calls in a chain, each of which takes milliseconds
 _CHUNKS, _CHUNK_QUERIES = 4, 16  # of each prompt, whose errors are measured
 Attend = Callable[..., jax.Array]
@@ -55,9 +56,9 @@ class Workload:
     num_pairs: int
 
     @classmethod
-    def make(cls, shape: PromptShape, seed: int) -> Workload:
+    def make(cls, shape: PromptShape, seed: int, dtype: str = DTYPES[0]) -> Workload:
         keys = jax.random.split(jax.random.key(seed), 3)
-        draw = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+        draw = functools.partial(jax.random.normal, dtype=dtype)
         pool_shape = (shape.batch_size * shape.num_keys, shape.num_kv_heads, shape.head_size)
         q = draw(keys[0], (shape.batch_size, shape.num_queries, shape.num_heads, shape.head_size))
         mask = jax.block_until_ready(make_mask(shape, seed))
@@ -145,9 +146,9 @@ def prepare(name: str, workload: Workload) -> tuple[Attend, Any, Any]:
     return functools.partial(prompt_attention, implementation=name), workload.pools, workload.mask
 
 
-def run_shape(shape: PromptShape, implementations: list[str], report: KernelReport, seed: int) -> None:
+def run_shape(shape: PromptShape, implementations: list[str], report: KernelReport, seed: int, dtype: str) -> None:
     """Time the implementations on a shape; one that cannot compute it, or does not fit, gets a row that says so."""
-    workload, peak = Workload.make(shape, seed), bf16_peak(jax.devices()[0].device_kind)
+    workload, peak = Workload.make(shape, seed, dtype), bf16_peak(jax.devices()[0].device_kind)
     for name in implementations:
         row: dict[str, Any] = {"shape": shape.name, "implementation": name, "allowed_pairs": workload.num_pairs, "flops": workload.flops}
         label = f"{shape.name:18} {name:10}"
@@ -173,11 +174,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = timing.KernelCommand("benchmarks.prompt_attention", __doc__)
     parser.add_names("--shapes", by_name, "", "shape")
     parser.add_names("--implementations", IMPLEMENTATIONS, "", "implementation")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of queries, keys and values; both have the same peak")
     args = parser.parse_args(arguments)
     shapes = [by_name[name] for name in args.shapes]
-    with parser.report(args, shapes=list(map(dataclasses.asdict, shapes))) as report:
+    with parser.report(args, dtype=args.dtype, shapes=list(map(dataclasses.asdict, shapes))) as report:
         for shape in shapes:
-            run_shape(shape, args.implementations, report, args.seed)
+            run_shape(shape, args.implementations, report, args.seed, args.dtype)
             report.save()
     return 0
 

@@ -123,6 +123,7 @@ def _attention(report: Row) -> list[list[str]]:
     for shape in report["shapes"]:
         own = {case["implementation"]: case for case in report["cases"] if case["shape"] == shape["name"]}
         heads = f"N {shape['num_heads']}, K {shape['num_kv_heads']}, H {shape['head_size']}"
+        heads += ", float16" if report.get("dtype") == "float16" else ""
         prompts = f"{shape['batch_size']} of {shape['num_queries']:,}" + (f" at {shape['first_query']:,}" if shape["first_query"] else "")
         speeds = [_number(own.get(name, {}), "flops_per_second", ".3g", 1e-12) for name in IMPLEMENTATIONS]
         errors = [_number(own.get(name, {}), "relative_error", ".1e") for name in IMPLEMENTATIONS[:3]]

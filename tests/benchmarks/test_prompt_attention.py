@@ -51,14 +51,14 @@ def test_every_implementation_gets_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "attend_cudnn", lambda q, k, v, pairs: q)
     with timing.KernelReport(tmp_path / "found.json") as report:
         for name in ("causal", "offset"):
-            bench.run_shape(SHAPES[name], list(bench.IMPLEMENTATIONS), report, 0)
+            bench.run_shape(SHAPES[name], list(bench.IMPLEMENTATIONS), report, 0, "float16")
     rows = {(row["shape"], row["implementation"]): row for row in report.content["cases"]}
     assert len(rows) == 8
     assert rows["causal", "mosaic"]["not_run"] == "mosaic is not here"
     assert rows["offset", "cudnn"]["not_run"] == "its causal mask has no offset"
     reference, wrong = rows["causal", "reference"], rows["causal", "cudnn"]
     assert reference["flops_per_second"] == make("causal").flops / 50e-6
-    assert reference["percent_of_peak"] == pytest.approx(reference["flops_per_second"] / 1e10) and reference["relative_error"] < 5e-3
+    assert reference["percent_of_peak"] == pytest.approx(reference["flops_per_second"] / 1e10) and 0 < reference["relative_error"] < 1e-3  # of half precision that has 11 bits
     assert wrong["relative_error"] > 0.5  # of what returns its queries
     assert "TFLOP/s" in capsys.readouterr().out
 
