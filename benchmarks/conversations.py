@@ -21,7 +21,7 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from benchmarks.arrivals import summary, table
-from benchmarks.batching import Work, run_scheduler
+from benchmarks.systems import Work, run_scheduler
 from benchmarks.timing import header_line, report_header, run_command
 from data import examples
 from data.documents import Document

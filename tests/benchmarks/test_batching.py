@@ -5,8 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks import batching
-from benchmarks.batching import Work
+from benchmarks import batching, systems
+from benchmarks.systems import Work
 from selfspan_jax.serving.requests import Tokens
 
 
@@ -36,7 +36,7 @@ def work(*new_tokens):
 
 @pytest.mark.parametrize("times", [np.zeros(5), np.array([0, 0, 0.01, 0.02, 0.02])])
 def test_each_request_gets_its_tokens_and_its_time_counts_from_its_arrival(times):
-    sent = batching.run_scheduler(Scripted(), work(1, 2, 5, 4, 3), times)
+    sent = systems.run_scheduler(Scripted(), work(1, 2, 5, 4, 3), times)
     assert [(own.tokens, len(own.events), own.right, own.failed) for own in sent] == [
         (1, 1, True, None), (2, 1, True, None), (5, 3, True, None), (4, 2, True, None), (3, 2, True, None)
     ]  # fmt: skip
@@ -59,9 +59,9 @@ def test_a_static_batch_runs_as_long_as_its_longest_response_and_each_counts_its
 
     engine = types.SimpleNamespace(generate=generate, stream=stream)
     settings = types.SimpleNamespace(batch_size=2)
-    monkeypatch.setattr(batching.ServingConfig, "chunk_tokens", 4)
+    monkeypatch.setattr(systems.ServingConfig, "chunk_tokens", 4)
     model = types.SimpleNamespace(engine=engine, settings=settings, prompt_tokens=7, config=None)
-    sent = batching.run_static(model, work(1, 2, 5, 4, 3), times)
+    sent = systems.run_static(model, work(1, 2, 5, 4, 3), times)
     assert limits == [4, 8, 4] and len(limits) == batches
     assert [(own.tokens, own.right) for own in sent] == [(n, True) for n in (1, 2, 5, 4, 3)]
     assert len(sent[2].events) == (1 if not times[-1] else 2)
