@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class TieredCache(KVCache):
     owner: Int[Array, "B W"]  # the token in each row of the working set, -1 for none
     pinned: Int[Array, "B"]  # so many first rows of it are kept for good
     host_rows: Int[Array, "B A"]  # the row of each token in the host's pools, of a new one when it is written there
+    prompt_tokens: Int[Array, "B"]
     first_new: Int[Array, ""]  # how many new tokens of each sequence were written there
     sources: Int[Array, "B W"]  # the first num_copied rows are copied to targets in the step at hand
     targets: Int[Array, "B W"]
@@ -161,7 +162,8 @@ class HostEngine(Engine):
         return dataclasses.replace(config, max_new_tokens=max(config.max_new_tokens, limit))
 
     def room(self, num_steps, state):
-        return min(super().room(num_steps, state), (num_steps // state.cache.new_rows + 1) * state.cache.new_rows)
+        new_rows = cast(TieredCache, state.cache).new_rows
+        return min(super().room(num_steps, state), (num_steps // new_rows + 1) * new_rows)
 
     def extend(self, state, config, limit_tokens):
         """Write the rows of new tokens to host memory, so that their place on the device is free."""
@@ -181,10 +183,11 @@ class HostEngine(Engine):
 
     def _with_room(self, state: DecodeState, config: DecodeConfig, until: int) -> tuple[DecodeState, int]:
         """Return a state with rows for another token, and how many tokens there may then be."""
-        if until <= state.cache.new_rows:  # type: ignore[attr-defined]
+        cache = cast(TieredCache, state.cache)
+        if until <= cache.new_rows:
             return state, until
-        num_steps = int(state.num_steps)
-        if num_steps < until and num_steps == self.room(int(state.cache.first_new), state):  # type: ignore[attr-defined]
+        num_steps = int(jnp.max(state.span.num_tokens - cache.prompt_tokens))
+        if num_steps < until and num_steps == self.room(int(cache.first_new), state):
             state = self.extend(state, config, until)
         return state, self.room(num_steps, state)
 
@@ -263,10 +266,10 @@ def _start(
 ) -> DecodeState:
     """Make the state after prompts that are in the host's pools, with a working set of what every step reads."""
     model, (batch, capacity) = graph.decoder(params), token_ids.shape
-    sequences = batch * num_samples
+    sequences, prompt_tokens = batch * num_samples, jnp.repeat(lengths, num_samples)
     sequence = jnp.arange(sequences, dtype=jnp.int32)[:, None]
     token = jnp.broadcast_to(jnp.arange(capacity + config.max_new_tokens, dtype=jnp.int32), (sequences, capacity + config.max_new_tokens))
-    new_token = token - jnp.repeat(lengths, num_samples)[:, None]
+    new_token = token - prompt_tokens[:, None]
     of_chunk = sequence * new_rows + new_token % new_rows
     prompt_rows, new_first = sequence // num_samples * capacity + token, batch * capacity + new_token // new_rows * sequences * new_rows
     host_rows = jnp.where(new_token < 0, prompt_rows, new_first + of_chunk)
@@ -275,7 +278,8 @@ def _start(
     empty, none = jnp.zeros((rows, *host[0][0].shape[1:]), host[0][0].dtype), jnp.zeros(sequences, jnp.int32)
     unused = jnp.full((sequences, width), -1, jnp.int32)
     pools = tuple((empty, empty, *layer) for layer in host)
-    cache = TieredCache(pools, table, unused, none, host_rows, jnp.int32(0), unused, unused, none, none, none, none, new_rows)
+    lists = {"sources": unused, "targets": unused, "num_copied": none, "on_host": none, "copied": none, "misses": none}
+    cache = TieredCache(pools, table, unused, none, host_rows, prompt_tokens, jnp.int32(0), **lists, new_rows=new_rows)
     state = start_state(model, cache, last, token_ids, lengths, keys, config, num_samples)
     if state.slots.kept is None:
         return state
@@ -303,12 +307,11 @@ def _start(
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def _write_out(state: DecodeState, config: DecodeConfig) -> DecodeState:
     """Write the rows of new tokens to the host's pools; what the open step reads of them comes back to the working set."""
-    cache, span = state.cache, state.span
+    cache, span = cast(TieredCache, state.cache), state.span
     (sequences, capacity), number = cache.slot_table.shape, cache.new_rows
-    num_prompt = (span.num_tokens - state.num_new)[:, None]
-    new_token = jax.lax.broadcasted_iota(jnp.int32, (sequences, capacity), 1) - num_prompt
+    new_token = jax.lax.broadcasted_iota(jnp.int32, (sequences, capacity), 1) - cache.prompt_tokens[:, None]
     written = (new_token >= cache.first_new) & (new_token < cache.first_new + number)
-    first = cache.host_rows[0, num_prompt[0, 0] + cache.first_new]
+    first = cache.host_rows[0, cache.prompt_tokens[0] + cache.first_new]
 
     def write(layer):
         rows = tuple(jax.lax.slice_in_dim(pool, cache.owner.size, cache.owner.size + sequences * number) for pool in layer[:2])

@@ -135,6 +135,11 @@ def test_drawn_tokens_are_those_of_rows_on_the_device(attention, monkeypatch):
         streamed = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
         np.testing.assert_array_equal(streamed, np.asarray(plain.new_tokens)[:, : streamed.shape[1]])
         assert streamed.shape[1] == 18
+    else:
+        state = engine.prefill(*arguments[:2], config, num_samples=2)
+        for tokens in np.asarray(plain.new_tokens).T:
+            state = engine.step(state, tokens, config)
+        np.testing.assert_allclose(state.logits, plain.logits, atol=1e-4)
 
 
 def test_prompts_are_read_in_groups(monkeypatch):
