@@ -74,22 +74,22 @@ def encode_steps(
     uniform: float | None,
     *,
     closed: bool = False,
-    solve_names: bool = False,
+    named: int | None = None,
 ) -> tuple[npt.NDArray[np.int32], int]:
     """Write the response of (text, sources) steps after a prompt of `kept` pieces: (ids of both, int32 [n], the first label).
 
     Args:
       uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
       closed: end each step with its `<seg:k>` once more, which has read it: so later span tokens know what was named and written.
-      solve_names: name the first step's first source before the step as well: `<solve>`, which has read all of the prompt, chooses it.
+      named: a piece that is named before the first step: `<solve>`, which has read all of the prompt, chooses it.
     """
     token_ids, first_label = [*prompt], 1
     if uniform is not None:
         first_label = vocab.first_label(kept + len(steps), uniform)
         tags = range(vocab.seg_base, vocab.seg_base + vocab.num_labels)
         token_ids = [i + first_label - 1 if i in tags else i for i in token_ids]
-    if solve_names:
-        token_ids.append(vocab.ref_base + first_label + steps[0][1][0])
+    if named is not None:
+        token_ids.append(vocab.ref_base + first_label + named)
     for number, (text, sources) in enumerate(steps):
         token_ids.append(vocab.seg_base + first_label + kept + number)
         token_ids += [vocab.ref_base + first_label + i for i in sources]

@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int
 from tyro.conf import Positional
 
 from data import commandline, examples, spans
+from data.documents.corpus import QUESTION
 from data.documents.task import DocumentTask
 from data.errors import UserError
-from data.stories.source import QUESTION
 from data.tasks import TASKS
 from selfspan_jax import files
 from selfspan_jax.attention.sequences import attend_in_training

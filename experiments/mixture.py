@@ -19,7 +19,7 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ from tyro.conf import Positional
 
 from data import commandline, dataset
 from data.alignment import split_sentences
-from data.documents.corpus import Document, sink
+from data.documents.corpus import QUESTION, Document, Step, sink
 from data.documents.task import DocumentTask
 from data.errors import UserError, check_range
-from data.stories.source import QUESTION
 from data.tasks import TASKS
 from selfspan_jax import files
 
@@ -62,12 +61,14 @@ class Mixture:
     """Most rows of self-made questions about a text, as far as the corpora have it so often."""
     windows: int = 0
     """Beside each example, so many parts of it: pieces in a row, and the steps, and their questions, that rest on these alone."""
+    asked: int = 0
+    """Most questions that a row of an example, or of a part of it, asks, drawn from its own; 0: all."""
     seed: int = 0
     """Seed of what is asked."""
 
     def __post_init__(self) -> None:
         check_range(self, "questions", "rows", low=1)
-        check_range(self, "seed", "windows", "words", low=0)
+        check_range(self, "seed", "windows", "words", "asked", low=0)
         for name in ("texts", "kept"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise UserError(f"{name} is {value}; allowed: 0 to 1")
@@ -128,7 +129,20 @@ def window(document: Document, draw: random.Random) -> Document:
     start = draw.randint(max(0, 1 + max(sources) - size), min(*sources, len(sections) - size))
     kept = sections[start : start + size]
     answers = [step for step in document.steps if all(i in kept or i >= len(sections) for i in step.sources)]
-    kept += [i for step in answers for i in step.sources if i >= len(sections)]
+    return _only(document, [*kept, *(i for step in answers for i in step.sources if i >= len(sections))], answers)
+
+
+def asking(document: Document, draw: random.Random, most: int) -> Document:
+    """Keep at most so many of the steps, and the questions that these answer; all where most is 0, or the pieces have no question."""
+    questions = {i for i, piece in enumerate(document.pieces) if piece.startswith(QUESTION)}
+    if not (questions and most) or len(document.steps) <= most:
+        return document
+    answers = [document.steps[i] for i in sorted(draw.sample(range(len(document.steps)), most))]
+    kept = [i for i in range(len(document.pieces)) if i not in questions or any(i in step.sources for step in answers)]
+    return _only(document, kept, answers)
+
+
+def _only(document: Document, kept: Sequence[int], answers: Iterable[Step]) -> Document:
     places = {i: place for place, i in enumerate(kept)}
     steps = tuple(step._replace(sources=tuple(places[i] for i in step.sources)) for step in answers)
     return dataclasses.replace(document, pieces=tuple(document.pieces[i] for i in kept), steps=steps)
@@ -145,10 +159,10 @@ def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
             raise UserError(f"{path} is a corpus of {stored.task.name}; allowed: corpora of documents")
         for example in stored:
             document = example.document
-            yield stored.task.name, row(stored.task, document)
-            for number in range(mixture.windows):
-                own = window(document, random.Random(f"window/{mixture.seed}/{number}/{document.prompt}"))
-                yield f"windows of {stored.task.name}", row(stored.task, own)
+            for number in range(-1, mixture.windows):
+                draw = random.Random(f"window/{mixture.seed}/{number}/{document.prompt}")
+                own = document if number < 0 else window(document, draw)
+                yield "windows of " * (number >= 0) + stored.task.name, row(stored.task, asking(own, draw, mixture.asked))
             pieces = tuple(piece for piece in document.pieces if not piece.startswith(QUESTION))
             draw = random.Random(f"cloze/{mixture.seed}/{seen[pieces] or ''}{' '.join(pieces)}")
             if seen[pieces] >= mixture.rows or draw.random() >= mixture.texts:

@@ -19,6 +19,8 @@ from data.sources import Unusable
 from data.streams import GeneratedCorpus
 from data.vocab import MAX_TOKENIZER_TOKENS, MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab
 
+QUESTION = "Question:"
+"""What a piece begins with that is asked, not read: no `<solve>` names it."""
 MARK = "\x1e"  # ASCII's record separator: text has none
 BREAK = f"\n\n{MARK}"
 
@@ -185,7 +187,8 @@ def encode(
     if not document.steps:
         raise Unusable("no step rests on a piece", "without a step that rests on a piece")
     steps = [(step.text, step.sources) for step in document.steps]
-    token_ids, first_label = encode_steps(prompt, kept, steps, vocab, uniform, closed=closed_steps, solve_names=solve_names)
+    named = next((i for i in steps[0][1] if not document.pieces[i].startswith(QUESTION)), steps[0][1][0]) if solve_names else None
+    token_ids, first_label = encode_steps(prompt, kept, steps, vocab, uniform, closed=closed_steps, named=named)
     if len(token_ids) > max_example_tokens:
         raise Unusable(f"{len(token_ids)} tokens, more than {max_example_tokens}", "longer than max_example_tokens")
     if labelling == "plain":

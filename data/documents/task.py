@@ -30,7 +30,7 @@ class DocumentTask(PiecesTask):
       piece_sentences: Sentences to a piece, within a paragraph; 0: whole paragraphs.
       closed_sentences: Each sentence of a piece ends with the piece's `<seg:k>`.
       closed_steps: Each step of a response ends with its `<seg:k>` once more.
-      solve_names: The first step's first source is named before the step as well.
+      solve_names: The first step's first source that is no question is named before the step as well.
       labelling: "plain": text without span tokens, its steps told apart by `<solve>`.
       source: the file or directory that the corpus was read from.
     """

@@ -6,9 +6,8 @@ from typing import Any
 
 from data import card
 from data.documents import card as documents
-from data.documents.corpus import Example
+from data.documents.corpus import QUESTION, Example
 from data.retrieval import BM25
-from data.stories.source import QUESTION
 
 
 class Statistics(documents.Statistics):

@@ -13,12 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 from data import rows
 from data.alignment import readable
 from data.documents import corpus, own
-from data.documents.corpus import Document, Step
+from data.documents.corpus import QUESTION, Document, Step
 from data.documents.own import Draft
 from data.errors import UserError, check_range
 from data.sources import Made
 
-QUESTION = "Question:"
 _FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 _STORY_COLUMNS = ("section", "text")
 _QUESTION_COLUMNS = ("question", "cor_section", "ex-or-im1", "answer1", "answer4")  # the two answers that the published metric takes

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from data import scoring
 from data.documents import Document, DocumentTask, Example
+from data.documents.corpus import QUESTION
 from data.stories import card, source
-from data.stories.source import QUESTION
 
 KINDS = ("explicit", "implicit")
 

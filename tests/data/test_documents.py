@@ -18,12 +18,11 @@ from data import dataset
 from data.__main__ import main as data_main
 from data.alignment import Alignment
 from data.documents import DocumentTask
-from data.documents.corpus import overlapping, places, split_pieces, squeezed
+from data.documents.corpus import QUESTION, overlapping, places, split_pieces, squeezed
 from data.errors import UserError
 from data.papers.reports import parse
 from data.retrieval import BM25
 from data.scoring import numbers
-from data.stories.source import QUESTION
 from data.tasks import TASKS
 from data.vocab import train_vocab
 from tests.data import layouts
@@ -125,6 +124,10 @@ def test_each_answer_names_its_question_first_and_then_its_sections(corpora):
             assert (step.kind, (step.text, *step.answers)) == (kind, tuple(filter(None, answers)))
         orders[name].add(document.pieces[3:])
     assert all(len(found) > 1 for found in orders.values())  # four shuffles of four questions each
+    naming = dataclasses.replace(stored.task, solve_names=True)
+    example = naming.renumber(next(iter(stored)))
+    section = example.document.steps[0].sources[1]  # `<solve>` names what the first answer is read in, not what it is asked
+    assert naming.decode(example.response_ids).startswith(f"<ref:{section + 1}><seg:8><ref:4><ref:{section + 1}>")
 
 
 def test_each_sentence_of_a_section_has_its_label(corpora):

@@ -90,6 +90,11 @@ def test_a_window_has_sections_in_a_row_and_the_questions_that_these_alone_answe
             assert question == f"Question: {step.text}?" and step.text == f"of {'and'.join(text[5] for text in sources)}"
         inside = [step.text for step in steps if all(texts[i] in sections for i in step.sources[1:])]
         assert [step.text for step in own.steps] == inside != []
+    few = [mixture.asking(document, random.Random(seed), 1) for seed in range(20)]
+    assert {own.steps[0].text for own in few} == {step.text for step in steps}  # each of them is drawn at some time
+    for own in few:
+        assert own.pieces == (*texts, f"Question: {own.steps[0].text}?") and own.steps[0].sources[0] == 8 and len(own.steps) == 1
+    assert mixture.asking(document, random.Random(0), 0) is mixture.asking(document, random.Random(0), 4) is document
 
 
 def test_what_is_no_corpus_of_documents_is_refused(tmp_path, capsys):
