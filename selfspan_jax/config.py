@@ -83,8 +83,13 @@ class AttentionViews:
     """What prompt tokens see: their label, the sink and a window (local), or everything before (causal)."""
     prompt_window_tokens: int = 16
     """Width of the local prompt window, in tokens."""
+    name_share: float = 1.0
+    """Decoding: once a step has named a label, it also names the first one that is so many times as likely as the likeliest token."""
+
+    later: ClassVar[tuple[str, ...]] = ("name_share",)
 
     def __post_init__(self):
+        _require_number(self, "name_share", lambda value: 0 < value <= 1, "numbers above 0, up to 1")
         _require(self.mask in ("span", "dense"), self, "mask", "span, dense")
         spans.check_views(self.header_view, self.prompt_view, self.prompt_window_tokens)
         _require_within(self, 1, _MAX_INT, "prompt_window_tokens")
@@ -402,7 +407,7 @@ class ServerConfig:
 
 
 def from_json(config_type: type[T], values: dict) -> T:
-    """Build a config from the JSON of its `dataclasses.asdict`.
+    """Build a config from the JSON of its `dataclasses.asdict`; `later` has the fields that older files lack, which get their defaults.
 
     Raises: UserError for unknown or missing keys, or values that the config does not allow.
     """
@@ -412,7 +417,7 @@ def from_json(config_type: type[T], values: dict) -> T:
     fields = {field.name for field in dataclasses.fields(cast(Any, config_type))}
     if unknown := sorted(values.keys() - fields):
         raise UserError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
-    if missing := sorted(fields - values.keys()):
+    if missing := sorted(fields - values.keys() - {*getattr(config_type, "later", ())}):
         raise UserError(f"{name}: {', '.join(missing)} missing")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if isinstance(values.get("rope_scaling"), dict):

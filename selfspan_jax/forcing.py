@@ -102,7 +102,8 @@ def generate_under(
         if orders is not None:
             logits = _gathered(logits, np.array([count < own.num_steps for count, own in zip(begun, orders, strict=True)]), vocab)
         free, other = (np.asarray(found) for found in _most_likely(logits, vocab))
-        chosen = np.where(is_given, other, free)
+        name = state.next_name(engine.config.name_share, vocab)
+        chosen = np.where(is_given, other, free if name is None else np.where(name >= 0, name, free))
         for row in np.flatnonzero(~done).tolist():
             if pending[row]:
                 chosen[row] = vocab.ref_base + pending[row].popleft()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,30 @@ def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], i
     return occurred.at[row, jnp.where(inside & ~segs & ~refs, token_ids, occurred.shape[1])].set(True, mode="drop")
 
 
-def sample(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling | SamplingFields, occurred=None) -> Int[Array, "B"]:
-    """Sample the next tokens: the most likely at temperature 0, else draws from what filters leave; `occurred` for a repetition penalty."""
+def next_name(logits: Float[Array, "B V"], has_named: Bool[Array, "B"], share: float, vocab: SpanVocab) -> Int[Array, "B"]:
+    """Return, after a `<ref>`, the first `<ref>` that is `share` times as likely as the likeliest token, -1 for none.
+
+    Names ascend, so one that is passed over does not come back; and a source too many costs less than one too few.
+    """
+    refs = logits[:, vocab.ref_base : vocab.ref_base + vocab.num_labels]
+    near = has_named[:, None] & (refs >= jnp.max(logits, axis=-1, keepdims=True) + math.log(share))
+    return jnp.where(jnp.any(near, axis=1), vocab.ref_base + jnp.argmax(near, axis=1).astype(jnp.int32), -1)
+
+
+def sample(
+    logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling | SamplingFields, occurred=None, name=None
+) -> Int[Array, "B"]:
+    """Sample the next tokens: the most likely at temperature 0, else draws from what filters leave.
+
+    Args:
+      occurred: for a repetition penalty, see `mark_occurring`.
+      name: tokens in place of the most likely ones, -1 for none: see `next_name`.
+    """
     fields = SamplingFields.of(sampling).columns()
     if fields.repetition_penalty is not None and occurred is not None:
         logits = penalized(logits, occurred, fields.repetition_penalty)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    likeliest = likeliest if name is None else jnp.where(name >= 0, name, likeliest)
     if fields.temperature is None:
         return likeliest
     drawn = jax.vmap(jax.random.categorical)(keys, filtered_scores(logits, fields)).astype(jnp.int32)

@@ -21,7 +21,7 @@ from selfspan_jax.attention.policies import Slots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
-from selfspan_jax.decoding.sampling import mark_occurring, sample
+from selfspan_jax.decoding.sampling import mark_occurring, next_name, sample
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
 from selfspan_jax.spans import SpanState, SpanVocab
@@ -49,6 +49,11 @@ class DecodeState:
     def is_active(self, until: Int[Array, ""]) -> Bool[Array, "B"]:
         """Tell which sequences take tokens until they have so many."""
         return ~self.done & (self.num_new < until)
+
+    def next_name(self, share: float, vocab: SpanVocab) -> Int[Array, "B"] | None:
+        """Return what a step that has named a label names in place of the likeliest token, see `sampling.next_name`; None for nothing."""
+        has_named = jnp.max(self.span.last_named, axis=1) == self.span.num_tokens - 1
+        return next_name(self.logits, has_named, share, vocab) if share < 1 else None
 
     @property
     def num_steps(self) -> Int[Array, ""]:
@@ -229,7 +234,8 @@ def sample_step(
         column = jnp.where(active, num_new - 1 - (0 if first is None else first), -1)
         return (num_new, *write_elements(written, (column, column), (tokens, num_attended))), None
 
-    sampled = sample(state.logits, jax.vmap(jax.random.fold_in)(state.keys, state.num_new), sampling or config.sampling, state.occurred)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_new)
+    sampled = sample(state.logits, keys, sampling or config.sampling, state.occurred, state.next_name(model.config.name_share, model.vocab))
     arrays = None, sampled, state.done, state.num_new, until, forced_tokens
     _, (tokens, active) = per_sequence(choose, *arrays, implementation=config.bookkeeping)
     fed = decode_step(model, state, tokens, active, config)

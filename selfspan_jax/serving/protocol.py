@@ -83,7 +83,7 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
         if name not in known:
             raise UserError(f"{name[:80]!r} is not supported; there are {', '.join((*_OWN[kind], *_READ))}")
         if name in _NEUTRAL and (type(value), value) not in [(type(neutral), neutral) for neutral in _NEUTRAL[name]]:
-            raise UserError(f"{name} is not supported; leave it out")
+            raise UserError(f"{name} is not supported but as {' or '.join(map(json.dumps, _NEUTRAL[name]))}; leave it out")
     stream = _take(fields, "stream", bool, False)
     options = _take(fields, "stream_options", dict, {})
     ours = _take(fields, "selfspan", dict, {})

@@ -8,6 +8,7 @@ from selfspan_jax.config import DecodeConfig, Sampling, normal_float32
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import filtered_scores, mark_occurring, penalized, sample, sequence_keys
 from selfspan_jax.errors import UserError
+from selfspan_jax.forcing import generate_under
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 
@@ -139,6 +140,26 @@ def test_a_penalty_counts_prompt_and_response(length=12):
         for known, token in zip(told, tokens):
             known.add(int(token))
         state = engine.step(state, tokens, config)
+
+
+def test_a_step_that_has_named_goes_on_with_the_first_label_that_is_likely_enough(length=10, share=0.02):
+    """Against a loop that feeds token by token and chooses in numpy, where half the prompts end with a name; the host chooses so too."""
+    engine, config = Engine(random_model(max_context_tokens=64, name_share=share)), DecodeConfig(max_new_tokens=length)
+    labels = np.arange(VOCAB.ref_base, VOCAB.ref_base + VOCAB.num_labels)
+    prompts = np.array([[1, first, VOCAB.solve_id, labels[0]] for first in range(4, 10)], np.int32)
+    lengths = np.array([4, 3] * 3, np.int32)
+    state, last, chosen, others = engine.prefill(prompts, lengths, config), prompts[np.arange(6), lengths - 1], [], 0
+    for _ in range(length):
+        logits, done = np.asarray(state.logits, np.float64), np.asarray(state.done)
+        tokens = logits.argmax(axis=-1)
+        near = logits[:, labels] >= logits.max(axis=-1, keepdims=True) + np.log(share)
+        last = np.where(np.isin(last, labels) & near.any(axis=1), labels[near.argmax(axis=1)], tokens)
+        others += np.sum(~done & (last != tokens))
+        chosen.append(np.where(done, VOCAB.pad_id, last))
+        state = engine.step(state, last, config)
+    assert others > 2
+    for found in (engine.generate(prompts, lengths, config), generate_under(engine, prompts, lengths, config, [[]] * 6)):
+        np.testing.assert_array_equal(found.new_tokens, np.stack(chosen, axis=1))
 
 
 def test_what_is_not_used_costs_nothing():

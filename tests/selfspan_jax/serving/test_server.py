@@ -367,7 +367,11 @@ REFUSED = {
     "tools": (_CHAT | {"tools": [{"type": "function"}]}, 400, "tools is not supported by a model of the task words; leave it out"),
     "an object as tools": (_CHAT | {"tools": {"type": "function"}}, 400, "tools is an object; expected a list"),
     "tools of a prompt": ({"prompt": "4", "tools": []}, 400, "'tools' is not supported"),
-    "a call that must be made": (_CHAT | {"tools": TOOLS, "tool_choice": "required"}, 400, "tool_choice is not supported"),
+    "a call that must be made": (
+        _CHAT | {"tools": TOOLS, "tool_choice": "required"},
+        400,
+        'tool_choice is not supported but as "none" or "auto"',
+    ),
     "a result without tools": ({"messages": ASKED + TOLD}, 400, "message 3 is of a tool, or calls one"),
     "not a number": (b'{"prompt": "4", "temperature": NaN}', 400, "temperature is nan"),
     "a wrong type": ({"prompt": "4", "n": "2"}, 400, "n is text; expected a whole number"),
