@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.jax_triton import missing_reason
 
@@ -82,6 +83,22 @@ def require(fits: bool, wanted: str, *found: object) -> None:
     if not fits:
         got = ", ".join(f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") and hasattr(x, "shape") else str(x) for x in found)
         raise ValueError(f"{wanted}, got {got}" if found else wanted)
+
+
+def launch_next(program: jax.Array) -> jax.Array:
+    """Return a program's index, having let the kernel that follows in a recorded graph be launched while this one runs.
+
+    Programmatic dependent launch, on Hopper. XLA joins the kernels of a graph for it, and each that it compiles, from Triton or by itself,
+    waits at its entry until those before it are done (`xla_gpu_enable_pdl`, on by default). But none says that the next may come, so that
+    it comes when the last program has ended. What reads the results must be a kernel of this package: XLA's own may read inputs before
+    they wait, by instructions for memory that does not change.
+    """
+    asm = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
+    lanes = jax.ShapeDtypeStruct((32,), jnp.int32)  # a warp's: the result is used, without which the compiler would drop it
+    told = plt.elementwise_inline_asm(
+        asm, args=[jnp.broadcast_to(program, lanes.shape)], constraints="=r,r", pack=1, result_shape_dtypes=[lanes]
+    )
+    return jnp.max(told[0])
 
 
 def dot(a: jax.Array, b: jax.Array, contracting: tuple[tuple[int], tuple[int]]) -> jax.Array:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import QuantizedWeight, fork_rms_norm, fused_linear, quantize_weight, rms_norm
+from pallas_kernels import QuantizedWeight, fork_rms_norm, fused_linear, may_launch_early, quantize_weight, rms_norm
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_to_tensor_parallel, reduce_from_tensor_parallel
@@ -110,16 +110,18 @@ class Attention(nnx.Module):
         self.q_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
         self.k_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
 
-    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm, angles: Angles, attend: Attend, cache: Any, ahead=(), **linear: Any):
+    def __call__(
+        self, x: Rows, norm: RMSNorm, next_norm: RMSNorm, angles: Angles, attend: Attend, cache, ahead=(), early=False, **linear: Any
+    ):
         x, rows, own_norm = norm.fork(x, **linear)
         qkv = self.qkv_proj(rows, norm=own_norm, **linear)
         batch, num_tokens, _ = qkv.shape
         qkv = qkv.reshape(batch, num_tokens, -1, self.projections, self.head_size)
-        options: dict[str, Any] = {"ahead": [linear_map.weight[...] for linear_map in ahead]} if ahead else {}
+        options: dict[str, Any] = {"ahead": ahead, "early": early} if ahead else {}
         if self.q_norm is not None and self.k_norm is not None:
             options |= {"norms": (self.q_norm.scale[...], self.k_norm.scale[...]), "norm_eps": self.q_norm.eps}
         out, cache = attend(qkv, options, angles, cache)
-        return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, next_norm=next_norm, **linear), cache
+        return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, next_norm=next_norm, early=early, **linear), cache
 
 
 class MLP(nnx.Module):
@@ -129,10 +131,10 @@ class MLP(nnx.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config, rngs)  # all gates, then all ups
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config, rngs, residual=True)
 
-    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm | None, beside: Callable = operator.call, **linear: Any) -> Rows:
+    def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm | None, beside: Callable, early: bool, **linear: Any) -> Rows:
         x, rows, own_norm = norm.fork(x, **linear)
-        hidden = beside(self.gate_up_proj, rows, norm=own_norm, gated=True, **linear)
-        return self.down_proj(hidden, residual=x, next_norm=next_norm, **linear)
+        hidden = beside(self.gate_up_proj, rows, norm=own_norm, gated=True, early=early, **linear)
+        return self.down_proj(hidden, residual=x, next_norm=next_norm, early=early, **linear)
 
 
 class Layer(nnx.Module):
@@ -145,12 +147,13 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x: Rows, angles: Angles, attend: Attend, cache: Any, following: Layer | None = None, **linear: Any):
-        next_norm, ahead = None, tuple[Linear, ...]()
+        next_norm, ahead, early, beside = None, list[Array](), False, getattr(attend, "beside", operator.call)
         if following is not None:  # in decoding: what is read after the attention
-            ahead = self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, following.self_attn.qkv_proj
-            next_norm = following.input_layernorm
-        x, cache = self.self_attn(x, self.input_layernorm, self.post_attention_layernorm, angles, attend, cache, ahead, **linear)
-        return self.mlp(x, self.post_attention_layernorm, next_norm, getattr(attend, "beside", operator.call), **linear), cache
+            maps = self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, following.self_attn.qkv_proj
+            next_norm, ahead = following.input_layernorm, [linear_map.weight[...] for linear_map in maps]
+            early = self.mlp.down_proj.tensor_parallel is None and may_launch_early(x, ahead, **linear)
+        x, cache = self.self_attn(x, self.input_layernorm, self.post_attention_layernorm, angles, attend, cache, ahead, early, **linear)
+        return self.mlp(x, self.post_attention_layernorm, next_norm, beside, early, **linear), cache
 
 
 class Embedding(nnx.Embed):

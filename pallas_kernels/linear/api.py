@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,16 @@ from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, de
 from pallas_kernels.copy_rows import Copies, copy_rows
 from pallas_kernels.jax_triton import launch
 from pallas_kernels.linear import triton, triton_tiled
-from pallas_kernels.linear.heuristics import MAX_NORM_ROWS, LinearConfig, TileConfig, is_fastest, is_tiled, linear_config, tile_config
+from pallas_kernels.linear.heuristics import (
+    MAX_FEW_ROWS,
+    MAX_NORM_ROWS,
+    LinearConfig,
+    TileConfig,
+    is_fastest,
+    is_tiled,
+    linear_config,
+    tile_config,
+)
 from pallas_kernels.linear.reference import ScaledRows, SplitRows, plain_rows, reference_linear, rms_norm, xla_linear
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 
@@ -30,6 +40,7 @@ def fused_linear(
     next_norm: jax.Array | None = None,
     copies: Copies | None = None,
     out_dtype: jnp.dtype | None = None,
+    early: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Any:
@@ -48,6 +59,7 @@ def fused_linear(
       next_norm: `[M]` (`[F]`), the `norm` of a later call whose `x` the result is. Where that gains, the result is `ScaledRows`.
       copies: what `copy_rows` is to copy, no pool of which has to do with the product; "triton" copies while it multiplies large matrices.
       out_dtype: of the result, that of `x` unless given; float32 for logits.
+      early: what reads the result may be launched while this is computed, see `may_launch_early`.
       implementation, interpret: as `pallas_kernels` says; None for the fastest that was measured. Kernels have no gradient.
 
     Returns:
@@ -84,7 +96,8 @@ def fused_linear(
         given = ScaledRows(given, x.scaled.reshape(-1, num_inputs), x.squares)
     scales = out_dtype == plain.dtype != jnp.float16 and batch > MAX_NORM_ROWS  # float16 times a scale may overflow
     arrays = given, weight, norm, bias, residual, next_norm if scales else None, copies
-    out, pools = _kernel(chosen, norm_eps, gated, out_dtype, interpret, *arrays)
+    early &= chosen == "triton" and not interpret
+    out, pools = _kernel(chosen, norm_eps, gated, out_dtype, interpret, early, *arrays)
     if isinstance(out, ScaledRows):
         out = ScaledRows(out.rows.reshape(out_shape), out.scaled.reshape(out_shape), out.squares)
     else:
@@ -106,6 +119,24 @@ def unsupported_reason(
     if values.dtype not in (x.dtype, jnp.int8):
         return f"{values.dtype} weights for {x.dtype} rows would be read at twice the bytes: cast them once"
     return int8_reason(values)
+
+
+def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], implementation: str | None = None) -> bool:
+    """Tell whether a layer's maps of these rows, and its attention, should be `early`: up to 8 rows of bfloat16, small matrices, Hopper.
+
+    What reads the result of one is then another kernel of this package, as `launch_next` wants it.
+
+    Args:
+      weights: of the maps that read what is computed early.
+      implementation: of the maps.
+    """
+    x = x.rows if isinstance(x, ScaledRows) else x
+    few = 0 < _num_rows(x) <= MAX_FEW_ROWS and x.dtype == jnp.bfloat16 and implementation in (None, "triton")
+    if not few or device_reason("triton", IMPLEMENTATIONS, False, 90) is not None:
+        return False
+    tiled = all(isinstance(_settings(_num_rows(x), weight, x.dtype, None, False), TileConfig) for weight in weights)
+    fastest = all(is_fastest(_num_rows(x), *weight.shape, weight.dtype.itemsize, False) for weight in weights)
+    return tiled and fastest and not any(unsupported_reason("triton", x, weight, gated=True) for weight in weights)
 
 
 def expected_bytes(
@@ -140,8 +171,8 @@ def _settings(batch: int, weight: Rows, dtype: jnp.dtype, norm: jax.Array | None
     return (tile_config if tiled else linear_config)(batch, num_results, num_inputs, item_bytes, gated)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, norm, bias, residual, next_norm, copies):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
+def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, early, x, weight, norm, bias, residual, next_norm, copies):
     plain = getattr(x, "rows", x)
     norm = None if isinstance(x, ScaledRows) else norm
     config = _settings(plain.shape[0], weight, plain.dtype, norm, gated)
@@ -149,7 +180,7 @@ def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, x, weight, 
     if isinstance(x, SplitRows) and (norm is not None or not isinstance(config, TileConfig) or config.on_matrix_unit):
         x = plain_rows(x)
     if isinstance(config, TileConfig):
-        linear = functools.partial(triton_tiled.triton_tiled_linear, config=config, **options)
+        linear = functools.partial(triton_tiled.triton_tiled_linear, config=config, early=early, **options)
         return launch(implementation, linear, x, weight, norm, bias, residual, next_norm), None
     if norm is not None and plain.shape[0] > MAX_NORM_ROWS:
         x, norm = rms_norm(x, norm, norm_eps), None
@@ -163,7 +194,7 @@ def _no_gradient(*_):
     raise NotImplementedError("the kernels of fused_linear have no gradient: train with implementation='xla'")
 
 
-_kernel = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3, 4))  # so that a model's layers trace it once
+_kernel = jax.jit(_dispatch, static_argnums=(0, 1, 2, 3, 4, 5))  # so that a model's layers trace it once
 
 
 def _validate(x, weight, norm, bias, residual, next_norm, gated, out_dtype) -> None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.common import dot
+from pallas_kernels.common import dot, launch_next
 from pallas_kernels.linear.heuristics import TileConfig
 from pallas_kernels.linear.reference import ScaledRows, combine
 from pallas_kernels.linear.triton import factor_of, operands, read_squares, result_shapes, write_tile
@@ -43,6 +43,7 @@ def triton_tiled_linear(
     gated: bool,
     out_dtype: jnp.dtype,
     config: TileConfig,
+    early: bool = False,
     interpret: bool = False,
 ) -> jax.Array | ScaledRows:
     """Run the kernel; arrays as in `fused_linear`, `x` `[B, D]`, `ScaledRows` of it, or `SplitRows` of one row, already checked."""
@@ -53,7 +54,7 @@ def triton_tiled_linear(
     batch = x.shape[-2]
     results = result_shapes(batch, num_results, out_dtype, tiles if next_norm is not None else 0)
     outs = pl.pallas_call(
-        functools.partial(_kernel, names=(*optional, *results), norm_eps=norm_eps, gated=gated, config=config),
+        functools.partial(_kernel, names=(*optional, *results), norm_eps=norm_eps, gated=gated, config=config, early=early),
         grid=(tiles, pl.cdiv(batch, config.tile_rows)),
         out_shape=tuple(results.values()),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
@@ -88,10 +89,12 @@ def _kernel(
     norm_eps: float,
     gated: bool,
     config: TileConfig,
+    early: bool,
 ):
     ref_of = dict(zip(names, refs, strict=True))
     (batch, num_inputs), num_results = x_ref.shape[-2:], ref_of["out"].shape[1]
-    first = jnp.minimum(pl.program_id(0) * config.tile_outputs, num_results - config.tile_outputs)
+    column = launch_next(pl.program_id(0)) if early else pl.program_id(0)
+    first = jnp.minimum(column * config.tile_outputs, num_results - config.tile_outputs)
     outputs = pl.ds(first, config.tile_outputs)
     matrix_rows = (outputs, pl.ds(num_results + first, config.tile_outputs)) if gated else (outputs,)
     steps = num_inputs // config.tile_inputs if config.tile_inputs < num_inputs else 0
@@ -194,4 +197,4 @@ def _kernel(
         out = totals[0] / (1.0 + jnp.exp(-totals[0])) * totals[1] if gated else totals[0]
         if residual is not None:
             out += residual.astype(jnp.float32)
-        write_tile(ref_of, out, rows, pl.program_id(0), config.tile_outputs, after.get("next_norm"))
+        write_tile(ref_of, out, rows, column, config.tile_outputs, after.get("next_norm"))

@@ -80,6 +80,7 @@ def rotate_and_attend(
     sparse: bool = False,
     ahead: Sequence[jax.Array] = (),
     host: HostRows | None = None,
+    early: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[Any, jax.Array, jax.Array]:
@@ -98,6 +99,7 @@ def rotate_and_attend(
       ahead: arrays that are read next; where that gains, multiprocessors that have nothing else to do fetch them into the L2 cache.
       host: where slots below 0 are rows in host memory, which are read over the link as they are met; "mosaic" and "jax_triton" have no way
         to, and "reference" and "xla" move the whole host pools to the device first.
+      early: what reads the output may be launched while this is computed, see `may_launch_early`.
       implementation, interpret: as `pallas_kernels` says, of `span_decode_attention`.
 
     Returns:
@@ -124,7 +126,8 @@ def rotate_and_attend(
         whole = [fits and jnp.issubdtype(x.dtype, jnp.floating) and size % triton.SECTOR_BYTES == 0 for x, size in zip(ahead, sizes)]
         fetched = tuple(x for x, is_whole in zip(ahead, whole) if is_whole)
         arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched, host)
-        return _rotate_and_attend(chosen, float(norm_eps), split, sparse, interpret, *arrays)
+        early &= chosen == "triton" and not interpret
+        return _rotate_and_attend(chosen, float(norm_eps), split, sparse, interpret, early, *arrays)
     qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
     q, k_pool, v_pool = rotate_and_write(qkv, cos, sin, own, k_pool, v_pool)
     pools = k_pool, v_pool
@@ -186,14 +189,14 @@ def _no_gradient(*_):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _rotate_and_attend(
-    implementation, norm_eps, split, sparse, interpret, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host
+    implementation, norm_eps, split, sparse, interpret, early, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host
 ):
     (batch, num_kv_heads, fused, head_size), capacity = qkv.shape, slots.shape[1]
     config = parts_config(batch, num_kv_heads * (fused - 2), num_kv_heads, head_size, capacity) if split else None
     config = config or triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity, sparse)
-    options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config, "interpret": interpret}
+    options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config, "interpret": interpret, "early": early}
     attend = functools.partial(triton.triton_rotate_and_attend, **options)
     return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host)
 

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.common import LOG2_E, MULTIPROCESSORS, dot
+from pallas_kernels.common import LOG2_E, MULTIPROCESSORS, dot, launch_next
 from pallas_kernels.linear.reference import SplitRows
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
@@ -72,6 +72,7 @@ def triton_rotate_and_attend(
     norm_eps: float,
     scale: float,
     config: TritonConfig,
+    early: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Run the kernels; arrays as in `rotate_and_attend`, already checked."""
@@ -88,11 +89,13 @@ def triton_rotate_and_attend(
     if config.ahead:
         sectors = [array.reshape(-1, SECTOR_BYTES // array.dtype.itemsize) for array in ahead]
         arrays |= {f"ahead_{i}": array for i, array in enumerate(sectors)}
-    out, k_after, v_after = _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret)
+    out, k_after, v_after = _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret, early)
     return out, k_after.reshape(k_pool.shape), v_after.reshape(v_pool.shape)
 
 
-def _attend(q, arrays: dict, written: tuple[str, ...], scale: float, norm_eps: float, config: TritonConfig, interpret: bool) -> tuple:
+def _attend(
+    q, arrays: dict, written: tuple[str, ...], scale: float, norm_eps: float, config: TritonConfig, interpret: bool, early: bool = False
+) -> tuple:
     """Launch the kernels on named arrays; returns the output, of the shape of `q`, and the arrays that are `written` in place."""
     batch, num_kv_heads = q.shape[0], arrays["k_pool"].shape[1] // q.shape[2]
     num_splits = batch * config.parts or max_splits(batch, config.splits)
@@ -106,7 +109,7 @@ def _attend(q, arrays: dict, written: tuple[str, ...], scale: float, norm_eps: f
     results |= {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in written}
     names = (*arrays, *results)
     outs = pl.pallas_call(
-        functools.partial(_attend_kernel, names=names, scale=scale, norm_eps=norm_eps, config=config, interpret=interpret),
+        functools.partial(_attend_kernel, names=names, scale=scale, norm_eps=norm_eps, config=config, early=early, interpret=interpret),
         grid=(num_kv_heads // config.kv_heads, num_splits + (config.ahead if "ahead_0" in arrays else 0)),
         out_shape=tuple(results.values()),
         input_output_aliases={names.index(name): list(results).index(name) for name in written},
@@ -201,6 +204,7 @@ def _attend_kernel(
     scale: float,
     norm_eps: float,
     config: TritonConfig,
+    early: bool,
     interpret: bool,
 ):
     ref_of = dict(zip(names, refs, strict=True))  # a pool that is written to is the output
@@ -210,7 +214,7 @@ def _attend_kernel(
     num_rows, width = k_ref.shape
     group, capacity = num_heads // (width // head_size), slots_ref.shape[1]
     divided, has_host = "split_out" in ref_of, "k_host" in ref_of
-    head_program, split = pl.program_id(0), pl.program_id(1)
+    head_program, split = launch_next(pl.program_id(0)) if early else pl.program_id(0), pl.program_id(1)
 
     # The heads fill up the matrix unit's rows with copies of the last one. They compute and store what
     # that head does, which saves masks where their number is no power of two.

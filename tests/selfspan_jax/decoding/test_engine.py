@@ -463,23 +463,46 @@ def test_prompts_are_read_without_an_array_of_pairs(monkeypatch):
 FREE = {"reshape", "squeeze", "broadcast_in_dim", "slice"}
 
 
-def launches_of_a_layer(batch_size, linear=None, weights="bf16", **sizes) -> collections.Counter:
-    """What a decode step with one more layer runs more, on a GPU, traced on any machine."""
+def traced_step(batch_size, num_layers, linear=None, weights="bf16", **sizes):
+    """A decode step as a GPU would choose its kernels, traced on any machine."""
+    sizes = dict(hidden_size=64, intermediate_size=96, head_size=32, num_layers=num_layers) | sizes
+    model = random_model(**sizes).for_decoding(weights=weights)
+    tokens, active = (jax.ShapeDtypeStruct((batch_size,), dtype) for dtype in (jnp.int32, jnp.bool_))
+    prompts, keys = jax.ShapeDtypeStruct((batch_size, 64), jnp.int32), sequence_keys(None, batch_size)
+    prefill = functools.partial(prefill_state, model, config=GREEDY, num_samples=1, responses=False)
+    state = jax.eval_shape(prefill, prompts, tokens, keys)
+    config = dataclasses.replace(GREEDY, linear=linear)
+    return jax.make_jaxpr(lambda *arrays: decode_step(model, *arrays, config))(state, tokens, active).jaxpr
 
-    def step(num_layers):
-        model = random_model(hidden_size=64, intermediate_size=96, head_size=32, num_layers=num_layers, **sizes).for_decoding(
-            weights=weights
-        )
-        tokens, active = (jax.ShapeDtypeStruct((batch_size,), dtype) for dtype in (jnp.int32, jnp.bool_))
-        prompts, keys = jax.ShapeDtypeStruct((batch_size, 64), jnp.int32), sequence_keys(None, batch_size)
-        prefill = functools.partial(prefill_state, model, config=GREEDY, num_samples=1, responses=False)
-        state = jax.eval_shape(prefill, prompts, tokens, keys)
-        config = dataclasses.replace(GREEDY, linear=linear)
-        program = jax.make_jaxpr(lambda *arrays: decode_step(model, *arrays, config))(state, tokens, active)
-        return collections.Counter(each.params.get("name", each.primitive.name) for each in equations(program.jaxpr))
 
-    more = step(3) - step(2)
-    return collections.Counter({name: count for name, count in more.items() if name not in FREE})
+def launches_of_a_layer(*options, **sizes) -> collections.Counter:
+    """What a decode step with one more layer runs more."""
+    steps = [equations(traced_step(options[0], layers, *options[1:], **sizes)) for layers in (2, 3)]
+    two, three = (collections.Counter(each.params.get("name", each.primitive.name) for each in step) for step in steps)
+    return collections.Counter({name: count for name, count in (three - two).items() if name not in FREE})
+
+
+def readers_of_early_results(jaxpr, are_early, readers) -> list[bool]:
+    """Tell which results of a program a kernel has that lets the next be launched; count the kernels, and name what else reads theirs."""
+    early = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*[False] * len(jaxpr.constvars), *are_early), strict=True))
+
+    def is_early(atom):
+        return not hasattr(atom, "val") and early.get(atom, False)  # a literal has one
+
+    for each in jaxpr.eqns:
+        given, inner = list(map(is_early, each.invars)), [x for x in each.params.values() if _is_program(x)]
+        name, outs = each.primitive.name, [False] * len(each.outvars)
+        if name == "pallas_call":
+            outs = ["griddepcontrol" in str(each.params["jaxpr"])] * len(outs)
+            readers["kernels"] += outs[0]
+        elif len(inner) == 1 and name in ("jit", "pjit", "custom_jvp_call"):
+            outs = readers_of_early_results(getattr(inner[0], "jaxpr", inner[0]), given, readers)
+        elif name in FREE:
+            outs = [any(given)]
+        elif any(given):
+            readers[name] += 1
+        early |= dict(zip(each.outvars, outs, strict=True))
+    return list(map(is_early, jaxpr.outvars))
 
 
 @pytest.mark.parametrize(
@@ -500,6 +523,27 @@ def test_a_layer_of_a_decode_step_is_five_launches(batch_size, options, monkeypa
         monkeypatch.setattr(f"pallas_kernels.{op}.api.device_reason", lambda *_, **__: None)
     found = launches_of_a_layer(batch_size, **{"compute_dtype": "bfloat16"} | options)
     assert found == {"fused_linear": 4, "span_decode_attend": 1}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "options", "early"),
+    [
+        (1, {}, 8),  # four kernels of each layer but the last, whose results XLA reads
+        (8, {"qkv_bias": True, "output_bias": True, "qk_norm": True}, 8),
+        (9, {}, 0),  # was measured to lose
+        (2, {"intermediate_size": 2064}, 0),  # XLA computes the down map of so many inputs
+        (1, {"compute_dtype": "float16"}, 0),
+    ],
+    ids=str,
+)
+def test_kernels_alone_read_what_may_be_read_early(batch_size, options, early, monkeypatch):
+    """A kernel is launched before the one whose results it reads has ended, and waits; what XLA compiles may read before it waits."""
+    for op in ("linear", "span_decode", "rotary", "slots"):
+        monkeypatch.setattr(f"pallas_kernels.{op}.api.device_reason", lambda *_, **__: None)
+    program = traced_step(batch_size, 3, **{"compute_dtype": "bfloat16"} | options)
+    readers = collections.Counter()
+    readers_of_early_results(program, [False] * len(program.invars), readers)
+    assert +readers == ({"kernels": early} if early else {})
 
 
 LOOP = DecodeConfig(max_new_tokens=64)
