@@ -17,7 +17,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.requests import Closed, QueueFull, Request, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
-from selfspan_jax.serving.workers import Round, Workers, _Worker, shares
+from selfspan_jax.serving.workers import Round, Workers, _Worker, shares, work
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.serving.test_server import serving, until
 from tests.selfspan_jax.viewing.test_html import Words
@@ -177,10 +177,21 @@ def test_a_worker_that_ends_while_it_is_prepared_is_told_in_one_line(end, messag
     assert str(error.value) == f"the process that decodes {message} while its programs were compiled"
 
 
-def test_what_cannot_be_divided_or_loaded_is_told_in_one_line():
+def test_what_cannot_be_divided_is_told_in_one_line():
     with pytest.raises(UserError, match="takes 4 devices, CUDA_VISIBLE_DEVICES has 2"):
         shares("data=2,tensor=2", "0,1")
     with pytest.raises(UserError, match="no axis 'dat'"):
         shares("dat=2", None)
+
+
+def test_a_worker_tells_why_there_is_no_model_and_ends_with_the_process_that_serves(monkeypatch):
+    ours, theirs = multiprocessing.Pipe()
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    work(theirs, refuse, "tensor=2", None, CONFIG, None)
     with pytest.raises(UserError, match="there is no such model, tensor=2"):
-        Workers(refuse, CONFIG, mesh="tensor=2")
+        _Worker(None, ours).receive("its model was loaded")
+    ours.close()
+    next(thread for thread in threading.enumerate() if thread.name == "listener").join(20)
+    assert exits == [1]
