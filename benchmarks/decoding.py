@@ -28,7 +28,6 @@ from benchmarks.shapes import Shape, step_bytes
 from benchmarks.timing import device_times, median_and_spread, timed
 from selfspan_jax.attention.policies import POLICIES, Slots
 from selfspan_jax.config import DecodeConfig, Weights
-from selfspan_jax.decoding.cache import attend_cached
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket
@@ -153,7 +152,7 @@ def _oracle_mask_loop(engine: Engine, config: DecodeConfig, first_position: int,
         def step(index, carry):
             pools, logits = carry
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            attend = attend_cached(own[index], Slots(slots[index], counts[index], kept=counts[index]), config.implementation)
+            attend = Slots(slots[index], counts[index], kept=counts[index]).attend(own[index], config.implementation)
             positions = jnp.full((logits.shape[0], 1), first_position + index, jnp.int32)
             hidden, pools = model(tokens[:, None], positions, attend, pools, linear=config.linear)
             return pools, model.logits(hidden[:, 0], linear=config.linear)

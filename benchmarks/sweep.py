@@ -51,6 +51,7 @@ from selfspan_jax.training.metrics import bf16_peak
 from selfspan_jax.weights.huggingface import to_hugging_face
 
 DEFAULT_CONTEXT = 2048
+_USUAL = ("span", "dense", "window")  # of the policies
 AnyCase = Case | PrefillCase
 TokensOf = Callable[[AnyCase], Any]  # whole sequences [B, T], or prompts with their lengths
 
@@ -75,7 +76,7 @@ class Bench:
     context: Annotated[tuple[int, ...], commandline.commas(int)] = ()
     """Tokens of context, the mean over the timed steps, or of the prompts; several with commas.
     Default: 2048, or the room of the checkpoint."""
-    attention: Annotated[tuple[str, ...], commandline.commas(*POLICIES), arg(help=f"{policy_help()}; several with commas.")] = (*POLICIES,)
+    attention: Annotated[tuple[str, ...], commandline.commas(*POLICIES), arg(help=f"{policy_help()}; several with commas.")] = _USUAL
     sparse: Annotated[tuple[str, ...], commandline.commas(*SELECTORS)] = ()
     """With --prefill: selectors of sparse prefill, a row of each beside those of --attention."""
     kept: Annotated[tuple[float, ...], commandline.commas(float)] = ()

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 from tyro.conf import Positional
 
 from data import commandline, examples
@@ -130,7 +130,7 @@ class Quality(Thresholds):
             kept.append(retained)
             found = []
             for tokens in rest.T:
-                found.append(_losses(state.logits, jnp.asarray(tokens)))
+                found.append(losses_of(state.logits, jnp.asarray(tokens)))
                 state = lm.engine.step(state, tokens, config)
             losses.append(np.stack(jax.device_get(found), axis=1))
         return np.concatenate(losses), _summed(kept)
@@ -225,7 +225,8 @@ class Tasks(Thresholds):
 
 
 @jax.jit
-def _losses(logits, tokens):
+def losses_of(logits: Array, tokens: Array) -> Array:
+    """Compute the losses [B] of tokens [B] under logits [B, V]."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
 
 

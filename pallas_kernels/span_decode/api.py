@@ -47,21 +47,37 @@ def span_decode_attention(
       k_pool, v_pool: `[P, K, H]` rows in the dtype of `q`, or two `QuantizedPool`s.
       slots: int32 `[B, A]`, the pool rows that each sequence attends to, in any order. What stands
         beyond `counts[b]` is never used. A row listed twice counts twice. Slots outside `[0, P)` are
-        clamped to it, so that none can read foreign memory.
+        clamped to it, so that none can read foreign memory. Or `[B, K, A]`, those that the queries
+        of each kv head attend to.
       counts: int32 `[B]`, how many slots of each sequence are in use; clamped to `[0, A]`.
-        Zero gives an output of zeros.
+        Zero gives an output of zeros. `[B, K]` where each kv head has its own slots.
       scale: factor on the scores, `1 / sqrt(H)` unless given; a static number.
       implementation, interpret: as `pallas_kernels` says.
 
     Returns:
       `[B, N, H]` in the dtype of `q`.
     """
+    if slots.ndim == 3:
+        arrays = _one_kv_head(q, k_pool, v_pool, slots, counts)
+        return span_decode_attention(*arrays, scale=scale, implementation=implementation, interpret=interpret).reshape(q.shape)
     _validate(q, k_pool, v_pool, slots, counts)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, q, k_pool, interpret=interpret))
     if q.size == 0 or slots.shape[1] == 0:
         return jnp.zeros(q.shape, q.dtype)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return _attend(chosen, scale, interpret, q, k_pool, v_pool, slots, counts)
+
+
+def _one_kv_head(q, k_pool: Rows, v_pool: Rows, slots, counts) -> tuple[Any, ...]:
+    """Return the same attention as one of B * K sequences with one kv head each: pools, read row by row, are [P * K, 1, H]."""
+    _validate(q, k_pool, v_pool, slots[:, 0], counts[:, 0])
+    (batch, _, head_size), (num_rows, num_kv_heads, _) = q.shape, values_of(k_pool).shape
+    fits = slots.shape[1] == num_kv_heads and counts.shape == slots.shape[:2]
+    require(fits, f"slots and counts of each kv head must be [B, K, A] and [B, K] with K = {num_kv_heads}", slots, counts)
+    require(num_rows * num_kv_heads < 2**31, f"{num_rows} rows of {num_kv_heads} kv heads are more than slots of each head can number")
+    k_pool, v_pool = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), (k_pool, v_pool))
+    slots = jnp.clip(slots, 0, num_rows - 1) * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
+    return q.reshape(batch * num_kv_heads, -1, head_size), k_pool, v_pool, slots.reshape(batch * num_kv_heads, -1), counts.reshape(-1)
 
 
 def rotate_and_attend(

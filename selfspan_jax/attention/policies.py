@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels import PromptMask, TileMask, update_slots
+from pallas_kernels import PromptMask, TileMask, rotate_and_attend, update_slots
 from pallas_kernels.sequence_attention import unsupported_reason
 from selfspan_jax import spans
-from selfspan_jax.config import AttentionViews, ModelConfig
+from selfspan_jax.config import AttentionViews, Implementation, ModelConfig
 from selfspan_jax.errors import UserError
+from selfspan_jax.model import Attend
+from selfspan_jax.query_driven import Oracle, Quest
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +32,20 @@ class Slots:
     slots: Int[Array, "B A"]
     counts: Int[Array, "B"]
     kept: Int[Array, "B"] | None = None  # so many first ones are the next body token's too; None: a step needs those of none before
+
+    def prepared(self, cache: Any) -> Any:
+        """Return the cache with what rows are chosen by in each layer: nothing, unless by their contents."""
+        return cache
+
+    def attend(self, own: Int[Array, "B"], implementation: Implementation | None) -> Attend:
+        """Make the attention of one new token per sequence: write it to slot `own`, unless that is outside the pool; read these slots."""
+
+        def attend(qkv, norms, angles, pools):
+            arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, *pools, self.slots, self.counts)
+            out, *pools = rotate_and_attend(*arrays, **norms, split=True, sparse=self.kept is not None, implementation=implementation)
+            return out.reshape(len(own), 1, -1), tuple(pools)
+
+        return attend
 
 
 @runtime_checkable
@@ -212,7 +228,7 @@ class Window:
         return Slots(chosen, jnp.where(active, jnp.minimum(span.num_tokens, self.sink_tokens + self.window_tokens), 0))
 
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(), Window())}
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(), Window(), Quest(), Oracle())}
 
 
 def masks_of_prompts(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import PromptMask, norm_heads, prompt_attention, rotate_and_attend, rotate_and_write
+from pallas_kernels import PromptMask, norm_heads, prompt_attention, rotate_and_write
 from pallas_kernels.prompt_attention import prompt_rows
 from pallas_kernels.prompt_attention import unsupported_reason as prompt_kernel_reason
 from pallas_kernels.rotary import RUN_TOKENS
@@ -60,7 +60,7 @@ class KVCache:
     def extended(self, num_tokens: Int[Array, "B"], new_capacity: int) -> KVCache:
         """Allocate B * new_capacity more rows, for the tokens of each sequence from number `num_tokens[b]` on."""
         batch, capacity = self.slot_table.shape
-        pools = tuple(tuple(jnp.pad(pool, ((0, batch * new_capacity), (0, 0), (0, 0))) for pool in layer) for layer in self.pools)
+        pools = tuple(tuple(jnp.pad(pool, ((0, batch * new_capacity), (0, 0), (0, 0))) for pool in layer[:2]) for layer in self.pools)
         first = self.pools[0][0].shape[0] + new_capacity * jnp.arange(batch, dtype=jnp.int32)[:, None]
         new_token = jnp.arange(capacity + new_capacity, dtype=jnp.int32)[None, :] - num_tokens[:, None]
         own_slot = first + jnp.clip(new_token, 0, new_capacity - 1)
@@ -72,8 +72,8 @@ class KVCache:
         return self, step_slots(slots, self.slot_table, **now)
 
     def attend(self, own: Int[Array, "B"], slots: Slots, implementation: Implementation | None) -> Attend:
-        """Make the attention of one new token per sequence, as `attend_cached`."""
-        return attend_cached(own, slots, implementation)
+        """Make the attention of one new token per sequence, as `Slots.attend`."""
+        return slots.attend(own, implementation)
 
 
 def attend_prompts(slots: Int[Array, "B Q"], mask_of: Callable[[Array, Array, Array], Mask]) -> Attend:
@@ -96,19 +96,5 @@ def attend_prompts(slots: Int[Array, "B Q"], mask_of: Callable[[Array, Array, Ar
             return prompt_attention(q, *pools, mask), after
         k, v = (prompt_rows(pool, batch, mask.shape[-1] if isinstance(mask, Array) else mask.num_keys) for pool in pools)
         return dot_product_attention(q, k, v, mask.pairs(num_tokens) if isinstance(mask, PromptMask) else mask), after
-
-    return attend
-
-
-def attend_cached(own: Int[Array, "B"], slots: Slots, implementation: Implementation | None) -> Attend:
-    """Make the attention of one new token per sequence: write it to slot `own`, then attend to `slots`.
-
-    A slot outside the pool writes nothing.
-    """
-
-    def attend(qkv, norms, angles, pools):
-        arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, *pools, slots.slots, slots.counts)
-        out, *pools = rotate_and_attend(*arrays, **norms, split=True, sparse=slots.kept is not None, implementation=implementation)
-        return out.reshape(len(own), 1, -1), tuple(pools)
 
     return attend

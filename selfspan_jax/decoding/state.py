@@ -149,11 +149,11 @@ def start_state(model: Decoder, cache: KVCache, last: Float[Array, "b D"], token
     if config.sampling.repetition_penalty != 1:
         inside = jnp.arange(prompt_capacity, dtype=jnp.int32)[None, :] < lengths[:, None]
         occurred = for_each_sample(mark_occurring(jnp.zeros((batch, model.vocab_size), bool), token_ids, inside, model.vocab))
-    new_shape = (batch * num_samples, config.max_new_tokens)
+    new_shape, slots = (batch * num_samples, config.max_new_tokens), get_policy(config.attention).initial_slots(cache.slot_table)
     return DecodeState(
-        cache=cache,
+        cache=slots.prepared(cache),
         span=jax.tree.map(for_each_sample, span),
-        slots=get_policy(config.attention).initial_slots(cache.slot_table),
+        slots=slots,
         hidden=for_each_sample(last),
         logits=for_each_sample(model.logits(last)),
         done=jnp.zeros(new_shape[:1], bool),
@@ -172,14 +172,14 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
         return jnp.pad(x, ((0, 0), (0, num_tokens)), constant_values=fill)
 
     cache, toc = state.cache.extended(state.span.num_tokens, num_tokens), state.span.toc
-    unused = get_policy(config.attention).initial_slots(cache.slot_table).slots
-    kept = jnp.pad(state.slots.slots, ((0, 0), (0, unused.shape[1] - state.slots.slots.shape[1])))
-    used = jnp.arange(unused.shape[1], dtype=jnp.int32)[None, :] < state.span.num_tokens[:, None]
+    unused = get_policy(config.attention).initial_slots(cache.slot_table)
+    kept = jnp.pad(state.slots.slots, ((0, 0), (0, unused.slots.shape[1] - state.slots.slots.shape[1])))
+    used = jnp.arange(unused.slots.shape[1], dtype=jnp.int32)[None, :] < state.span.num_tokens[:, None]
     return dataclasses.replace(
         state,
-        cache=cache,
+        cache=unused.prepared(cache),
         span=dataclasses.replace(state.span, token_labels=padded(state.span.token_labels, -1), toc=None if toc is None else padded(toc, 0)),
-        slots=dataclasses.replace(state.slots, slots=jnp.where(used, kept, unused)),
+        slots=dataclasses.replace(state.slots, slots=jnp.where(used, kept, unused.slots)),
         new_tokens=padded(state.new_tokens, model.vocab.pad_id),
         num_attended=padded(state.num_attended, 0),
     )

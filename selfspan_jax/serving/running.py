@@ -169,7 +169,7 @@ def decode_chunk(
 
         begun = dataclasses.replace(
             state,
-            cache=KVCache(cache.pools, table),
+            cache=slots.prepared(KVCache(cache.pools, table)),
             slots=slots,
             occurred=None if sampling.repetition_penalty is None else state.occurred,
             new_tokens=jnp.full((len(until), num_steps), model.vocab.pad_id, jnp.int32),
@@ -183,6 +183,7 @@ def decode_chunk(
         ended, logprobs = jax.lax.scan(step, begun, jnp.arange(num_steps, dtype=jnp.int32))
         decoded = Decoded(ended.new_tokens, ended.num_attended, ended.done, logprobs)
         occurred = state.occurred if ended.occurred is None else ended.occurred
+        ended = with_pools(ended, tuple(layer[:2] for layer in ended.cache.pools))
         return dataclasses.replace(ended, occurred=occurred, new_tokens=state.new_tokens, num_attended=state.num_attended), decoded
 
     arrays = (layout.REPLICATED,) * 3

@@ -334,6 +334,22 @@ def test_hostile_slots_and_counts(implementation, interpret):
     assert not attend(hostile, jnp.float32, implementation, interpret).any()
 
 
+@pytest.mark.parametrize("implementation, interpret", [("xla", False), *KERNELS])
+def test_kv_heads_read_slots_of_their_own(implementation, interpret):
+    """Each is a problem of one kv head; slots outside the pool read no other head's rows."""
+    cases = [Case("a head", "", counts, 3, 1, 32, capacity=40, num_rows=64) for counts in ((40, 0), (7, 33))]
+    heads = [make_problem(case, seed) for seed, case in enumerate(cases)]
+    for head in heads:
+        head.k_pool[np.isnan(head.k_pool)] = head.v_pool[np.isnan(head.v_pool)] = 1.5
+    heads[1].slots[0, 0] = 2**31 - 1
+    arrays = {name: np.concatenate([getattr(head, name) for head in heads], axis=1) for name in ("q", "k_pool", "v_pool")}
+    arrays |= {name: np.stack([getattr(head, name) for head in heads], axis=1) for name in ("slots", "counts")}
+    problem = Problem(**arrays, scale=None)
+    heads[1].slots[0, 0] = 63
+    expected = np.concatenate([oracle(round_to(head, np.float32)) for head in heads], axis=1)
+    np.testing.assert_allclose(attend(problem, np.float32, implementation, interpret), expected, atol=2e-6, rtol=2e-5)
+
+
 def arguments(batch=2, heads=4, kv_heads=2, head_size=64, rows=16, capacity=8, dtype=jnp.float32):
     """Arrays that fit together, by name."""
     pool = jnp.ones((rows, kv_heads, head_size), dtype)
@@ -352,6 +368,7 @@ def arguments(batch=2, heads=4, kv_heads=2, head_size=64, rows=16, capacity=8, d
         ({"v_pool": jnp.ones((9, 2, 64))}, "k_pool and v_pool must agree"),
         ({"slots": jnp.ones((2, 8))}, "slots and counts must be int32"),
         ({"slots": jnp.zeros((3, 8), jnp.int32)}, "share the batch size, got 2, 3 and 2"),
+        ({"slots": jnp.zeros((2, 3, 8), jnp.int32), "counts": jnp.ones((2, 3), jnp.int32)}, r"\[B, K, A\] and \[B, K\] with K = 2"),
         ({"k_pool": QuantizedPool(jnp.ones((16, 2, 64), jnp.int8), jnp.ones((16, 2)))}, "both be quantized"),
         ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
     ],

@@ -60,7 +60,7 @@ def test_policies_have_names_and_words_for_the_command_line():
 
 @pytest.mark.parametrize("policy", ["full", 3, None])
 def test_what_is_no_policy_is_refused(policy):
-    with pytest.raises(UserError, match=f"attention is {policy!r}; allowed: span, dense, window"):
+    with pytest.raises(UserError, match=f"attention is {policy!r}; allowed: span, dense, window, quest, oracle"):
         get_policy(policy)
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfspan_jax.attention.policies import POLICIES, Window, get_policy
+from selfspan_jax.attention.policies import Window, get_policy
 from selfspan_jax.config import DecodeConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sample, sequence_keys
@@ -101,7 +101,7 @@ def test_a_stream_alone_decodes_like_one_forward(case):
         assert_decodes_like_one_forward(ENGINES[case], NAMED_ROWS[one], [MAX_PROMPT - 8], masks[one], expected[one])
 
 
-@pytest.mark.parametrize("policy", [*(name for name in POLICIES if name not in ("span", "window")), Window(2, 5)], ids=str)
+@pytest.mark.parametrize("policy", ["dense", Window(2, 5)], ids=str)
 def test_policies_decode_like_one_forward(policy):
     """Under their own masks, which test_policies.py compares with formulas."""
     config = dataclasses.replace(GREEDY, attention=policy)
@@ -553,7 +553,7 @@ def loop_engine():
     return Engine(random_model(max_context_tokens=1024, head_size=32, header_view="labels"), steps_per_sync=8)
 
 
-@pytest.mark.parametrize("attention", POLICIES)
+@pytest.mark.parametrize("attention", ["span", "window", "quest"])  # "dense" and "oracle" carry nothing that these do not
 def test_the_loop_copies_no_pool_and_asks_the_host_for_nothing(attention):
     """Pools are written in place; temporary memory is that of one token per sequence and, without the kernels, one layer's rows."""
     engine, config = loop_engine(), dataclasses.replace(LOOP, attention=attention)

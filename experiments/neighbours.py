@@ -1,0 +1,394 @@
+"""What becomes of a dense model whose decoding is cut to few rows, by spans' neighbours; and the tables of docs/neighbours.md.
+
+    python -m experiments.neighbours arithmetic DENSE SPAN --ops 20,50 --json FILE
+    python -m experiments.neighbours text MODEL TEXTS... --tokens 8192 --json FILE
+    python -m experiments.neighbours page docs/neighbours
+
+All prompts are read densely, whatever cuts the decoding after them; every layer is cut. Arithmetic: the dense model's right answers at
+shares of the context, and at the count of rows that the span model reads of the same expressions. Text: the loss of a continuation.
+The counts of one neighbour are decoded together, as samples of each prompt, so that they share its rows of the cache.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+from tyro.conf import Positional
+
+from data import commandline, examples
+from data.errors import check_range
+from data.tasks import TASKS
+from experiments import pages
+from experiments.pages import markdown_table
+from experiments.prefill import concatenated, losses_of, summary
+from selfspan_jax import files
+from selfspan_jax.attention.policies import Policy, Window, get_policy
+from selfspan_jax.config import DecodeConfig, Dtype
+from selfspan_jax.decoding.state import DecodeState
+from selfspan_jax.errors import UserError
+from selfspan_jax.evaluation import MARGIN_TOKENS, wilson
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.parallel.memory import catch_out_of_memory
+from selfspan_jax.query_driven import Oracle, QueryDriven, Quest
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------------------------- policies
+
+
+@dataclasses.dataclass(frozen=True)
+class Recent(QueryDriven):
+    """Read the first tokens and the most recent ones, as `Window` does, after a prompt that was read densely."""
+
+    name: ClassVar[str] = "window"
+    description: ClassVar[str] = "first and recent tokens"
+
+    def choose(self, q, k_pool, summaries, slots):
+        """Choose the first tokens, then the others from the newest on."""
+        place = jnp.arange(min(self.tokens, slots.slots.shape[1]), dtype=jnp.int32)[None, None]
+        newest = jnp.maximum(slots.num_tokens - 1, 0)[:, None, None]
+        token = jnp.where(place < Window.sink_tokens, place, newest - (place - Window.sink_tokens))
+        return jnp.broadcast_to(jnp.maximum(token, 0), (*q.shape[:2], place.shape[2]))
+
+
+@dataclasses.dataclass(frozen=True)
+class InTurn(QueryDriven):
+    """Let sequences read as several policies of one kind do, in turn: sequence b as number b % len(policies)."""
+
+    policies: tuple[QueryDriven, ...] = ()
+
+    name: ClassVar[str] = "in turn"
+    description: ClassVar[str] = "several counts, in turn"
+
+    @property
+    def widest(self) -> QueryDriven:
+        """The policy whose choices begin with those of all others."""
+        return max(self.policies, key=lambda policy: policy.tokens)
+
+    def count(self, num_tokens):
+        """Return each sequence's own count."""
+        counts, sequence = jnp.stack([policy.count(num_tokens) for policy in self.policies]), jnp.arange(len(num_tokens))
+        return counts[sequence % len(self.policies), sequence]
+
+    def summarize(self, *arguments):
+        """Compute those of the widest policy."""
+        return self.widest.summarize(*arguments)
+
+    def update(self, *arguments):
+        """Compute those of the widest policy."""
+        return self.widest.update(*arguments)
+
+    def choose(self, *arguments):
+        """Choose as the widest policy does; others read fewer of these."""
+        return self.widest.choose(*arguments)
+
+
+KINDS: dict[str, QueryDriven] = {"window": Recent(), "quest": Quest(), "quest-4": Quest(page_tokens=4), "oracle": Oracle()}
+
+
+def policy_of(kind: str, counts: Sequence[int]) -> Policy:
+    """Return the policy under which sequences read so many rows, in turn; fewer than a page, or than a window has, become that many."""
+    if kind == "dense":
+        return get_policy(kind)
+    least = Window.sink_tokens + 1 if kind == "window" else getattr(KINDS[kind], "page_tokens", 1)
+    return InTurn(policies=tuple(dataclasses.replace(KINDS[kind], tokens=max(least, count)) for count in counts))
+
+
+def under_each(kinds: Sequence[str], counts: Sequence[int], state: DecodeState, go_on: Callable[[DecodeState, Policy], T]) -> dict[str, T]:
+    """Go on from a state after prompts, of `len(counts)` samples each, under the policy of each kind; side by side, as all must compile."""
+
+    def one(kind: str) -> T:
+        policy, own = policy_of(kind, counts), jax.tree.map(jnp.copy, state)  # states are donated
+        slots = jax.tree.map(jnp.copy, policy.initial_slots(own.cache.slot_table))
+        return go_on(dataclasses.replace(own, slots=slots, cache=slots.prepared(own.cache)), policy)
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        return dict(zip(kinds, pool.map(one, kinds)))
+
+
+def by_count(kind: str, counts: Sequence[int], values: Sequence[T]) -> Iterator[tuple[int | None, T]]:
+    """Yield what was found at each count of rows, of counts that became the same once; None is all of them."""
+    policy = policy_of(kind, counts)
+    own = [each.tokens for each in policy.policies] if isinstance(policy, InTurn) else [None]
+    yield from ((count, value) for number, (count, value) in enumerate(zip(own, values)) if count not in own[:number])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """At which counts of rows."""
+
+    shares: Annotated[tuple[float, ...], commandline.commas(float)] = (1, 2, 5, 10, 20, 50)
+    """Of the context, in percent."""
+    neighbours: Annotated[tuple[str, ...], commandline.commas(*KINDS)] = (*KINDS,)
+    """Which of them."""
+    json: Path | None = None
+    """Write the rows into this file, each as soon as it is there."""
+
+    def counts(self, context_tokens: float) -> list[int]:
+        """Return the rows of each share of a context."""
+        return [max(1, round(share / 100 * context_tokens)) for share in self.shares]
+
+
+# -------------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arithmetic(Sweep):
+    """Count a dense model's right answers when each decoded token reads few rows, beside a span model on the same expressions."""
+
+    dense: Positional[Path]
+    """A finished model that was trained under the dense mask, on the text of spans."""
+    span: Positional[Path]
+    """A finished span model."""
+    ops: Annotated[tuple[int, ...], commandline.commas(int)] = (20, 50, 100, 200)
+    """Operators of the expressions."""
+    num_examples: int = 64
+    """Fresh expressions of each number of operators, decoded in one batch."""
+    seed: int = 1
+    """Of the expressions."""
+
+    def __post_init__(self):
+        check_range(self, "num_examples", low=1)
+
+    def run(self) -> None:
+        models = {name: SpanLM.load(getattr(self, name), TASKS) for name in ("dense", "span")}
+        for name, lm in models.items():
+            if lm.model.config.mask != name:
+                raise UserError(f"{getattr(self, name)} was trained under the mask {lm.model.config.mask!r}; expected {name!r}")
+        names = {name: _name(getattr(self, name)) for name in models}
+        report: dict[str, Any] = {**_device(), **names, "seed": self.seed, "arithmetic": []}
+        for ops in self.ops:
+            (some,) = examples.held_out(models["span"].task, self.num_examples, seed=self.seed, ops=(ops,))[0].values()
+            prompt_tokens = [len(models["dense"].task.encode_prompt(example.prompt)) for example in some]
+            context = float(np.mean([own + len(example.response_ids) for own, example in zip(prompt_tokens, some)]))
+            settings = {"ops": ops, "context_tokens": context}
+            spans = decoded(models["span"], some, ("span",), [0])["span"][0]
+            as_spans = round(spans["attended_tokens"])
+            counts = sorted([as_spans, *self.counts(context)])
+            rows = [settings | {"neighbour": "span", "tokens": None} | spans]
+            for kind, scores in decoded(models["dense"], some, ("dense", *self.neighbours), counts).items():
+                for count, own in by_count(kind, counts, scores):
+                    rows.append(settings | {"neighbour": kind, "tokens": count, "as_spans": count == as_spans} | own)
+            for row in rows:
+                print("  ".join(arithmetic_cells(row)), flush=True)
+            report["arithmetic"] += rows
+            files.write_rows(self.json, report, complete=False)
+        files.write_rows(self.json, report, complete=True)
+
+
+def decoded(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Decode examples under each kind at each count; return the scores of each."""
+    ids, own = [lm.task.encode_prompt(example.prompt) for example in some], get_policy(lm.model.config.mask)
+    token_ids, lengths = lm.pad(ids)
+    longest, left = max(len(example.response_ids) for example in some), lm.model.config.max_context_tokens - int(lengths.max())
+    config = DecodeConfig(own, min(longest + MARGIN_TOKENS, left))
+    state = lm.engine.prefill(token_ids, lengths, config, num_samples=len(counts))
+    pairs = [pair for pair in zip([example.prompt for example in some], ids) for _ in counts]
+
+    def go_on(state: DecodeState, policy: Policy) -> list[dict[str, Any]]:
+        state = lm.engine.run(state, dataclasses.replace(config, attention=policy))
+        outputs = lm.outputs(*zip(*pairs), state, own)
+        return [_scores(outputs[first :: len(counts)]) for first in range(len(counts))]
+
+    if kinds == ("span",):
+        return {"span": go_on(state, own)}
+    return under_each(kinds, counts, state, go_on)
+
+
+def _scores(outputs: Sequence[Any]) -> dict[str, Any]:
+    right = [out.verdict.answer_right for out in outputs]
+    context = np.concatenate([np.arange(len(out.token_ids) - len(out.num_attended), len(out.token_ids)) + 1 for out in outputs])
+    attended = np.concatenate([out.num_attended for out in outputs])
+    return {
+        "num_examples": len(outputs),
+        "right": sum(right),
+        "answer_accuracy": float(np.mean(right)),
+        "answer_accuracy_interval": wilson(float(np.mean(right)), len(outputs)),
+        "attended_tokens": float(attended.mean()),
+        "attended_fraction": float((attended / context).mean()),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------------- text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text(Sweep):
+    """Score the continuation of real text when each of its tokens reads few rows."""
+
+    model: Positional[Path]
+    """As `decode.py` takes it: its prompts must be read causally."""
+    texts: Positional[tuple[Path, ...]]
+    """Text files, or directories of them (*.txt)."""
+    tokens: int = 8192
+    """Of each text, continuation included."""
+    continuation: int = 256
+    """Last tokens, which are scored."""
+    num_texts: int = 8
+    """Texts, no document in two of them, all read in one batch."""
+    dtype: Dtype | None = None
+    """What activations and products are computed in; by default as the model is stored."""
+
+    def __post_init__(self):
+        check_range(self, "continuation", "num_texts", low=1)
+        if self.tokens <= self.continuation:
+            raise UserError(f"tokens is {self.tokens}; allowed: above the {self.continuation} of the continuation")
+
+    def run(self) -> None:
+        lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)
+        texts = concatenated(lm, self.texts, self.tokens, self.num_texts)
+        settings = {"tokens": self.tokens, "continuation_tokens": self.continuation, "num_texts": self.num_texts}
+        report: dict[str, Any] = {**_device(), "model": _name(self.model), "dtype": lm.model.config.compute_dtype, **settings, "text": []}
+        counts, rows = self.counts(self.tokens), report["text"]
+        found = losses(lm, texts, self.continuation, ("dense", *self.neighbours), counts)
+        for kind, own in found.items():
+            for count, (each, read) in by_count(kind, counts, own):
+                row = {"neighbour": kind, "tokens": count, "attended_tokens": read} | summary(each, found["dense"][0][0])
+                rows.append(row)
+                print("  ".join(text_cells(row, report)), flush=True)
+        files.write_rows(self.json, report, complete=True)
+
+
+def losses(
+    lm: SpanLM, texts: Int[np.ndarray, "b T"], continuation: int, kinds: Sequence[str], counts: Sequence[int]
+) -> dict[str, list[tuple[np.ndarray, float]]]:
+    """Return the losses [b, C] of continuations and the mean of the rows that were read, under each kind at each count."""
+    prompts, config = texts[:, :-continuation], DecodeConfig("dense", continuation)
+    state = lm.engine.prefill(prompts, np.full(len(texts), prompts.shape[1], np.int32), config, num_samples=len(counts))
+
+    def go_on(state: DecodeState, policy: Policy) -> list[tuple[np.ndarray, float]]:
+        found, read = [], []
+        for tokens in np.repeat(texts[:, -continuation:], len(counts), axis=0).T:
+            found.append(losses_of(state.logits, jnp.asarray(tokens)))
+            state = lm.engine.step(state, tokens, dataclasses.replace(config, attention=policy))
+            read.append(state.slots.counts + 0)  # a copy: the state is donated
+        each, rows = (np.stack(jax.device_get(x), axis=1) for x in (found, read))
+        return [(each[first :: len(counts)], float(rows[first :: len(counts)].mean())) for first in range(len(counts))]
+
+    return under_each(kinds, counts, state, go_on)
+
+
+def _device() -> dict[str, Any]:
+    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def _name(model: Path) -> str:
+    return model.name if model.name != "model" else model.absolute().parent.name  # RUN_DIR/model
+
+
+# -------------------------------------------------------------------------------------------------------------------- page
+
+ARITHMETIC = (
+    "operators",
+    "read by",
+    "rows at most",
+    "rows read",
+    "of the context, %",
+    "expressions",
+    "right",
+    "right, %",
+    "from, %",
+    "to, %",
+)
+TEXT = ("read by", "rows at most", "rows read", "of the context, %", "perplexity", "loss above dense", "± (one error)")
+PLOTS = {"arithmetic": "arithmetic.png", "text": "text.png"}
+
+
+def arithmetic_cells(row: dict[str, Any]) -> list[str]:
+    """Write the cells of a row of the table of right answers."""
+    low, high = row["answer_accuracy_interval"]
+    at_most = "-" if row["tokens"] is None else f"{row['tokens']:,}{' (as spans)' if row['as_spans'] else ''}"
+    read = [f"{row['attended_tokens']:,.1f}", f"{100 * row['attended_fraction']:.1f}"]
+    shares = [f"{100 * share:.1f}" for share in (row["answer_accuracy"], low, high)]
+    return [str(row["ops"]), f"`{row['neighbour']}`", at_most, *read, str(row["num_examples"]), str(row["right"]), *shares]
+
+
+def text_cells(row: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    """Write the cells of a row of the table of losses."""
+    share, _ = _point("text", row, report)
+    read = ["-" if row["tokens"] is None else f"{row['tokens']:,}", f"{row['attended_tokens']:,.1f}", f"{share:.1f}"]
+    return [f"`{row['neighbour']}`", *read, f"{row['perplexity']:.2f}", f"{row['loss_more']:+.4f}", f"{row['loss_more_error']:.4f}"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    """Write the tables and plots of a page, docs/neighbours.md by default, from the JSON files in the directory that has its name."""
+
+    results: Positional[Path] = Path("docs/neighbours")
+    """Directory of the files: arithmetic*.json, text*.json. A table without files stays as it is."""
+
+    def run(self) -> None:
+        page = self.results.with_name(f"{self.results.name}.md")
+        files.write_text(page, pages.fill(files.read_text(page), sections(self.results)))
+
+
+def sections(results: Path) -> dict[str, str]:
+    """Write each section of the page whose file is there, by its name, and its plot."""
+    found = {}
+    for name, plot in PLOTS.items():
+        own = [(file, files.read_json(file)) for file in results.glob(f"{name}*.json")]
+        if not own:
+            continue
+        own.sort(key=lambda each: each[1][name][0].get("ops", 0))
+        report, rows = own[0][1], [row for _, each in own for row in each[name]]
+        if name == "arithmetic":
+            models, table = f"`{report['dense']}` cut, `{report['span']}`", markdown_table(ARITHMETIC, [*map(arithmetic_cells, rows)])
+        else:
+            lengths = f"{report['num_texts']} texts of {report['tokens']:,} tokens, the last {report['continuation_tokens']} scored"
+            models, table = f"`{report['model']}`, {lengths}", markdown_table(TEXT, [text_cells(row, report) for row in rows])
+        files.write_picture(results / plot, draw(name, rows, report))
+        told = f"{models}; {report['device']}, JAX {report['jax']} ({', '.join(f'[JSON]({results.name}/{file.name})' for file, _ in own)})"
+        found[name] = f"{told}:\n\n{table}\n\n![{name}: quality against the share of the context read]({results.name}/{plot})"
+    return found
+
+
+def draw(name: str, rows: Sequence[dict[str, Any]], report: dict[str, Any]) -> Any:
+    """Draw quality against the share of the context read: a panel for each number of operators, or one for text."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(row.get("ops") for row in rows))
+    figure = Figure(figsize=(3.6 * len(panels) + 1, 3.2), layout="constrained")
+    for axes, panel in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False, sharey=True)), panels):
+        own = [row for row in rows if row.get("ops") == panel]
+        for kind in KINDS:
+            points = sorted(_point(name, row, report) for row in own if row["neighbour"] == kind)
+            axes.plot(*zip(*points), marker="o", markersize=3, label=kind) if points else None
+        for row in (row for row in own if row["neighbour"] in ("span", "dense")):
+            share, quality = _point(name, row, report)
+            if row["neighbour"] == "span":
+                axes.plot([share], [quality], "k*", markersize=10, label="span model")
+            else:
+                axes.axhline(quality, color="grey", linestyle="--", linewidth=1, label="dense")
+        axes.set(xscale="log", xlabel="of the context read, %", title="" if panel is None else f"{panel} operators")
+    axes.legend(fontsize=8)
+    np.ravel(figure.axes)[0].set_ylabel("right answers, %" if name == "arithmetic" else "loss above dense")
+    return figure
+
+
+def _point(name: str, row: dict[str, Any], report: dict[str, Any]) -> tuple[float, float]:
+    if name == "arithmetic":
+        return 100 * row["attended_fraction"], 100 * row["answer_accuracy"]
+    return 100 * row["attended_tokens"] / (report["tokens"] - (report["continuation_tokens"] - 1) / 2), row["loss_more"]
+
+
+COMMANDS: dict[str, Any] = {"arithmetic": Arithmetic, "text": Text, "page": Page}
+
+
+def main(argv: list[str] | None = None) -> None:
+    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
+        _, command = commandline.parse_one_of(COMMANDS, __doc__, argv, user_error=UserError)
+        with files.outputs(json=getattr(command, "json", None)):
+            command.run()
+
+
+if __name__ == "__main__":
+    main()

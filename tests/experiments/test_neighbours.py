@@ -1,0 +1,130 @@
+"""The experiment of what becomes of cut decoding, at toy size: several counts at once, the commands, the page."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from data import arithmetic
+from data.vocab import Vocab
+from experiments import neighbours
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.model import Decoder
+from selfspan_jax.query_driven import Oracle, Quest
+from selfspan_jax.spans import SpanVocab
+from tests.experiments.reports import call
+from tests.selfspan_jax.models import random_model
+
+COUNTS = [3, 9, 40]
+
+
+@pytest.mark.parametrize("kind", neighbours.KINDS)
+def test_sequences_read_as_each_count_alone_would(kind):
+    """Of a list for the largest count, each sequence reads the first ones: those that a policy of its own count chooses."""
+    rng = np.random.default_rng(0)
+    q, pool = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((6, 2, 2, 8), (6 * 48, 2, 8)))
+    table = jnp.asarray(rng.permutation(6 * 48).reshape(6, 48), jnp.int32)
+    num_tokens = jnp.asarray([31, 31, 31, 2, 40, 48], jnp.int32)
+    policy = neighbours.policy_of(kind, COUNTS)
+
+    def chosen(policy):
+        slots = dataclasses.replace(policy.initial_slots(table), counts=policy.count(num_tokens), num_tokens=num_tokens)
+        summaries = policy.update(policy.summarize(pool, table), pool, slots)
+        return np.asarray(policy.choose(q, pool, summaries, slots)), np.asarray(slots.counts)
+
+    found, counts = chosen(policy)
+    for number, own in enumerate(policy.policies):
+        expected, own_counts = chosen(own)
+        for b in range(number, 6, 3):
+            assert counts[b] == own_counts[b] <= max(own.tokens, COUNTS[number])
+            for head in range(2):
+                assert set(found[b, head, : counts[b]]) == set(expected[b, head, : counts[b]])
+                if kind == "window":
+                    n = int(num_tokens[b])
+                    assert set(found[b, head, : counts[b]]) == {*range(min(n, 4)), *range(max(0, n - own.tokens + 4), n)}
+    at_least = {"window": [5, 9, 40], "quest": [16, 16, 40], "quest-4": [4, 9, 40], "oracle": COUNTS}
+    assert [own.tokens for own in policy.policies] == at_least[kind]
+    assert [count for count, _ in neighbours.by_count(kind, COUNTS, COUNTS)] == sorted({own.tokens for own in policy.policies})
+
+
+@pytest.fixture
+def models(monkeypatch):
+    task = arithmetic.ArithmeticTask(vocab=Vocab(64))
+    vocab = SpanVocab(**task.vocab.span_ids())
+    found = {}
+    for mask in ("dense", "span"):
+        config = dataclasses.replace(random_model().config, max_context_tokens=256, mask=mask)
+        found[mask] = SpanLM(Decoder(config, vocab=vocab, vocab_size=vocab.min_vocab_size, rngs=nnx.Rngs(0)), task)
+    monkeypatch.setattr(neighbours.SpanLM, "load", lambda path, *_, **__: found[path.name])
+    return found
+
+
+def test_right_answers_and_rows_are_counted(models, monkeypatch, tmp_path, capsys):
+    """All rows kept are dense decoding; what is counted is what the policies say."""
+    monkeypatch.setattr(neighbours, "KINDS", {"oracle": Oracle(), "quest": Quest()})
+    judged = []
+    monkeypatch.setattr(neighbours, "_scores", lambda outs, own=neighbours._scores: judged.append([*outs]) or own(outs))
+    options = ["--ops", 2, "--num-examples", 2, "--shares", "10,300", "--neighbours", "oracle"]
+    status, out, err = call(neighbours, capsys, "arithmetic", "dense", "span", *options, "--json", tmp_path / "arithmetic.json")
+    assert (status or 0) == 0, err
+    rows = json.loads((tmp_path / "arithmetic.json").read_text())["arithmetic"]
+    assert [row["neighbour"] for row in rows] == ["span", "dense", "oracle", "oracle", "oracle"] and len(out.splitlines()) == len(rows)
+    by_mask = {outs[0].policy.name: outs for outs in judged[:2]}
+    assert rows[0]["attended_tokens"] == pytest.approx(np.mean(np.concatenate([out.num_attended for out in judged[0]])))
+    assert rows[0]["attended_fraction"] < rows[1]["attended_fraction"] == 1 and {*by_mask} == {"span", "dense"}
+    few, *_, every = rows[2:]
+    assert few["tokens"] == few["attended_tokens"] == max(1, round(few["context_tokens"] / 10))
+    assert sum(row["as_spans"] for row in rows[2:]) == 1
+    assert every["attended_fraction"] == 1 and every["right"] == rows[1]["right"]
+    for one, other in zip(judged[1], judged[-1]):  # the dense model's responses, and those of all rows
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+
+    status, _, err = call(neighbours, capsys, "arithmetic", "span", "dense", *options)
+    assert status == 2 and err == "error: span was trained under the mask 'span'; expected 'dense'\n"
+
+
+def test_losses_of_all_rows_are_dense_ones(models, tmp_path, capsys):
+    """And those of dense rows are of one forward; fewer rows are other losses."""
+    (tmp_path / "texts").mkdir()
+    for number in range(2):
+        (tmp_path / "texts" / f"{number}.txt").write_text("+".join(f"({number + 1}*{n})" for n in range(1, 12)))
+    sizes = ["--tokens", 40, "--continuation", 6, "--num-texts", 2, "--shares", "20,100", "--neighbours", "window,quest,oracle"]
+    status, _, err = call(neighbours, capsys, "text", "dense", tmp_path / "texts", *sizes, "--json", tmp_path / "text.json")
+    assert (status or 0) == 0, err
+    rows = json.loads((tmp_path / "text.json").read_text())["text"]
+    lm = models["dense"]
+    ids = neighbours.concatenated(lm, [tmp_path / "texts"], 40, 2)
+    logits = np.stack([lm.logits(row, "dense") for row in ids])[:, -7:-1]
+    expected = np.log(np.exp(logits).sum(axis=2)) - np.take_along_axis(logits, ids[:, -6:, None], axis=2)[..., 0]
+    assert rows[0]["neighbour"] == "dense" and rows[0]["perplexity"] == pytest.approx(np.exp(expected.mean()), rel=1e-4)
+    assert rows[0]["attended_tokens"] == np.mean(np.arange(35, 41))
+    for row in rows[1:]:
+        assert abs(row["loss_more"]) < 1e-5 if row["tokens"] == 40 else 0 < abs(row["loss_more"])
+    assert [row["tokens"] for row in rows[1:]] == [8, 40, 16, 40, 8, 40]
+    status, _, err = call(neighbours, capsys, "text", "dense", tmp_path / "texts", "--tokens", 6, "--continuation", 6)
+    assert status == 2 and err == "error: --tokens is 6; allowed: above the 6 of the continuation\n"
+
+
+def test_a_page_is_made_of_the_files(tmp_path, capsys):
+    device, summary = {"device": "H100", "jax": "0.11.2"}, {"perplexity": 12.345, "loss_more": 0.25, "loss_more_error": 0.01}
+    scores = {"num_examples": 4, "right": 3, "answer_accuracy": 0.75, "answer_accuracy_interval": [0.3, 0.95], "attended_tokens": 33.25}
+    row = scores | {"context_tokens": 300.0, "attended_fraction": 0.11}
+    (tmp_path / "neighbours").mkdir()
+    for ops in (100, 20):
+        rows = [row | {"ops": ops, "neighbour": kind, "tokens": 33, "as_spans": True} for kind in neighbours.KINDS]
+        rows += [row | {"ops": ops, "neighbour": kind, "tokens": None} for kind in ("span", "dense")]
+        report = device | {"dense": "long", "span": "small", "arithmetic": rows}
+        (tmp_path / "neighbours" / f"arithmetic_{ops}.json").write_text(json.dumps(report))
+    texts = [summary | {"neighbour": kind, "tokens": 82, "attended_tokens": 80.6} for kind in ("dense", "quest")]
+    report = device | {"model": "SmolLM2", "num_texts": 8, "tokens": 8192, "continuation_tokens": 257, "text": texts}
+    (tmp_path / "neighbours" / "text.json").write_text(json.dumps(report))
+    (tmp_path / "neighbours.md").write_text("<!-- arithmetic -->\n<!-- end -->\n<!-- text -->\n<!-- end -->\n")
+    assert call(neighbours, capsys, "page", tmp_path / "neighbours")[0] in (None, 0)
+    page = (tmp_path / "neighbours.md").read_text()
+    assert "| 20 | `quest` | 33 (as spans) | 33.2 | 11.0 | 4 | 3 | 75.0 | 30.0 | 95.0 |" in page
+    assert page.index("| 20 | `span` | - |") < page.index("| 100 | `window` |")
+    assert "| `quest` | 82 | 80.6 | 1.0 | 12.35 | +0.2500 | 0.0100 |" in page
+    assert {file.name for file in (tmp_path / "neighbours").glob("*.png")} == {"arithmetic.png", "text.png"}
