@@ -192,11 +192,12 @@ def decoded(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Seque
     longest, left = max(len(example.response_ids) for example in some), lm.model.config.max_context_tokens - int(lengths.max())
     config = DecodeConfig(own, min(longest + MARGIN_TOKENS, left))
     state = lm.engine.prefill(token_ids, lengths, config, num_samples=len(counts))
-    pairs = [pair for pair in zip([example.prompt for example in some], ids) for _ in counts]
+    prompts = [example.prompt for example in some for _ in counts]
+    prompt_ids = [each for each in ids for _ in counts]
 
     def go_on(state: DecodeState, policy: Policy) -> list[dict[str, Any]]:
         state = lm.engine.run(state, dataclasses.replace(config, attention=policy))
-        outputs = lm.outputs(*zip(*pairs), state, own)
+        outputs = lm.outputs(prompts, prompt_ids, state, own)
         return [_scores(outputs[first :: len(counts)]) for first in range(len(counts))]
 
     if kinds == ("span",):
@@ -370,7 +371,7 @@ def draw(name: str, rows: Sequence[dict[str, Any]], report: dict[str, Any]) -> A
                 axes.axhline(quality, color="grey", linestyle="--", linewidth=1, label="dense")
         axes.set(xscale="log", xlabel="of the context read, %", title="" if panel is None else f"{panel} operators")
     axes.legend(fontsize=8)
-    np.ravel(figure.axes)[0].set_ylabel("right answers, %" if name == "arithmetic" else "loss above dense")
+    figure.axes[0].set_ylabel("right answers, %" if name == "arithmetic" else "loss above dense")
     return figure
 
 

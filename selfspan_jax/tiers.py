@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Copies, HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
 from pallas_kernels.span_decode import unsupported_reason
-from selfspan_jax.attention.policies import Slots, get_policy
+from selfspan_jax.attention.policies import AnySlots, get_policy
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
 from selfspan_jax.decoding.engine import Engine
@@ -100,7 +100,7 @@ class TieredCache(KVCache):
         """Copy these rows."""
         return (*copy_rows(*self.copies(layer)), *layer[2:])
 
-    def attend(self, own, slots: Slots, implementation) -> Attend:
+    def attend(self, own, slots: AnySlots, implementation) -> Attend:
         """Make the attention of one new token per sequence."""
         return _Attend(self, own, slots, implementation)
 
@@ -108,7 +108,7 @@ class TieredCache(KVCache):
 class _Attend:
     """The attention of one new token per sequence, traced layer by layer. Rows of a layer are copied while the layer before works."""
 
-    def __init__(self, cache: TieredCache, own: Array, slots: Slots, implementation):
+    def __init__(self, cache: TieredCache, own: Array, slots: AnySlots, implementation):
         self.cache, self.own, self.slots, self.implementation = cache, own, slots, implementation
         self.waiting = [cache.copy(cache.pools[0]), *cache.pools[1:]]  # layers that have not attended, and their pools
 

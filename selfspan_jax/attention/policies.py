@@ -21,7 +21,7 @@ from selfspan_jax import spans
 from selfspan_jax.config import AttentionViews, Implementation, ModelConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Attend
-from selfspan_jax.query_driven import Oracle, Quest
+from selfspan_jax.query_driven import CandidateSlots, Oracle, Quest
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +46,9 @@ class Slots:
             return out.reshape(len(own), 1, -1), tuple(pools)
 
         return attend
+
+
+AnySlots = Slots | CandidateSlots
 
 
 @runtime_checkable
@@ -90,19 +93,19 @@ class Policy(Hashable, Protocol):
           responses: some row goes on after `<solve>`. Otherwise all tokens are of prompts.
         """
 
-    def initial_slots(self, slot_table: Int[Array, "B A"]) -> Slots:
+    def initial_slots(self, slot_table: Int[Array, "B A"]) -> AnySlots:
         """Allocate slots of the shape that the policy needs, none in use."""
 
     def step_slots(
         self,
-        slots: Slots,
+        slots: Any,
         slot_table: Int[Array, "B A"],
         *,
         own: Int[Array, "B"],
         span: spans.SpanState,
         active: Bool[Array, "B"],
         views: AttentionViews,
-    ) -> Slots:
+    ) -> AnySlots:
         """Compute the slots that each sequence's newest token attends to. Traced in the decode loop; where slots are `kept`, in its kernel.
 
         Args:

@@ -14,7 +14,7 @@ from pallas_kernels import PromptMask, norm_heads, prompt_attention, rotate_and_
 from pallas_kernels.prompt_attention import prompt_rows
 from pallas_kernels.prompt_attention import unsupported_reason as prompt_kernel_reason
 from pallas_kernels.rotary import RUN_TOKENS
-from selfspan_jax.attention.policies import Slots
+from selfspan_jax.attention.policies import AnySlots
 from selfspan_jax.attention.selectors import Mask
 from selfspan_jax.attention.sequences import dot_product_attention
 from selfspan_jax.config import Implementation, ModelConfig
@@ -67,11 +67,11 @@ class KVCache:
         old_slot = jnp.pad(self.slot_table, ((0, 0), (0, new_capacity)))
         return KVCache(pools, jnp.where(new_token < 0, old_slot, own_slot))
 
-    def choose_slots(self, step_slots: Callable[..., Slots], slots: Slots, **now: Any) -> tuple[KVCache, Slots]:
+    def choose_slots(self, step_slots: Callable[..., AnySlots], slots: AnySlots, **now: Any) -> tuple[KVCache, AnySlots]:
         """Compute what the newest tokens attend to, by a policy's `step_slots`; return the cache from which they can."""
         return self, step_slots(slots, self.slot_table, **now)
 
-    def attend(self, own: Int[Array, "B"], slots: Slots, implementation: Implementation | None) -> Attend:
+    def attend(self, own: Int[Array, "B"], slots: AnySlots, implementation: Implementation | None) -> Attend:
         """Make the attention of one new token per sequence, as `Slots.attend`."""
         return slots.attend(own, implementation)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pallas_kernels import per_sequence, read_elements, write_elements
 from pallas_kernels.prompt_attention import Retained
-from selfspan_jax.attention.policies import Slots, get_policy, masks_of_prompts
+from selfspan_jax.attention.policies import AnySlots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
@@ -36,7 +36,7 @@ class DecodeState:
 
     cache: KVCache
     span: SpanState  # the automaton after the tokens fed so far; span.num_tokens is the next rotary position
-    slots: Slots  # what the latest token attended to
+    slots: AnySlots  # what the latest token attended to
     hidden: Float[Array, "B D"]  # of the latest token, after the last norm
     logits: Float[Array, "B V"]  # of the next token
     done: Bool[Array, "B"]  # <eos> or a stop id was fed: the sequence no longer changes
