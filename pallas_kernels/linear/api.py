@@ -135,7 +135,8 @@ def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], im
     if not few or device_reason("triton", IMPLEMENTATIONS, False, 90) is not None:
         return False
     tiled = all(isinstance(_settings(_num_rows(x), weight, x.dtype, None, False), TileConfig) for weight in weights)
-    fastest = all(is_fastest(_num_rows(x), *weight.shape, weight.dtype.itemsize, False) for weight in weights)
+    sizes = [(*weight.shape, weight.dtype.itemsize) for weight in weights]
+    fastest = all(is_fastest(_num_rows(x), outputs, inputs, item_bytes, False) for outputs, inputs, item_bytes in sizes)
     return tiled and fastest and not any(unsupported_reason("triton", x, weight, gated=True) for weight in weights)
 
 

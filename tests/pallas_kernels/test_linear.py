@@ -7,6 +7,7 @@ On a machine without a GPU the Pallas kernel runs in the interpreter and is lowe
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks.linear import MATRICES
-from pallas_kernels import QuantizedWeight, ScaledRows, SplitRows, fused_linear, quantize_weight, silu_and_mul
+from pallas_kernels import QuantizedWeight, ScaledRows, SplitRows, fused_linear, may_launch_early, quantize_weight, silu_and_mul
 from pallas_kernels.linear import expected_bytes, many_rows, mosaic, unsupported_reason
 from pallas_kernels.linear.heuristics import (
     MAX_SHARED_BYTES,
@@ -433,6 +434,25 @@ def test_a_product_combines_the_parts_of_attention(batch, implementation, interp
     for given, right in ((lse, True), (lse[::-1], False)):
         out = product(SplitRows(rows, jnp.asarray(given, jnp.float32)).reshape(batch, 1, 96), matrix)
         assert out.shape == (batch, 1, 32) and np.allclose(out[:, 0], exact, atol=1e-4) == right
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "outputs", "inputs", "options", "capability", "early"),
+    [
+        (8, jnp.bfloat16, 1536, 576, {}, "9.0", True),
+        (9, jnp.bfloat16, 1536, 576, {}, "9.0", False),  # more were measured to lose
+        (1, jnp.float16, 1536, 576, {}, "9.0", False),
+        (1, jnp.bfloat16, 576, 2064, {}, "9.0", False),  # XLA computes so many inputs, and reads before it waits
+        (1, jnp.bfloat16, 4096, 4096, {}, "9.0", False),  # so does what adds up the parts of attention for the streaming kernel
+        (1, jnp.bfloat16, 1536, 576, {"implementation": "jax_triton"}, "9.0", False),
+        (1, jnp.bfloat16, 1536, 576, {}, "8.0", False),  # the instruction is Hopper's
+    ],
+)
+def test_kernels_of_few_rows_may_let_the_next_be_launched(rows, dtype, outputs, inputs, options, capability, early, monkeypatch):
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA", compute_capability=capability)
+    monkeypatch.setattr("pallas_kernels.common.jax.devices", lambda: [device])
+    x, weight = jax.ShapeDtypeStruct((rows, 1, 576), dtype), jax.ShapeDtypeStruct((outputs, inputs), dtype)
+    assert may_launch_early(x, [weight], **options) == early
 
 
 @pytest.mark.parametrize("batch, dtype, scaled", [(2, jnp.bfloat16, False), (3, jnp.bfloat16, True), (3, jnp.float16, False)], ids=str)

@@ -475,10 +475,9 @@ def traced_step(batch_size, num_layers, linear=None, weights="bf16", **sizes):
     return jax.make_jaxpr(lambda *arrays: decode_step(model, *arrays, config))(state, tokens, active).jaxpr
 
 
-def launches_of_a_layer(*options, **sizes) -> collections.Counter:
-    """What a decode step with one more layer runs more."""
-    steps = [equations(traced_step(options[0], layers, *options[1:], **sizes)) for layers in (2, 3)]
-    two, three = (collections.Counter(each.params.get("name", each.primitive.name) for each in step) for step in steps)
+def launches_of_a_layer(two, three) -> collections.Counter:
+    """What a step of three layers runs more than one of two."""
+    two, three = (collections.Counter(each.params.get("name", each.primitive.name) for each in equations(step)) for step in (two, three))
     return collections.Counter({name: count for name, count in (three - two).items() if name not in FREE})
 
 
@@ -506,43 +505,26 @@ def readers_of_early_results(jaxpr, are_early, readers) -> list[bool]:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "options"),
+    ("batch_size", "options", "early"),
     [
-        (1, {}),
-        (8, {"qkv_bias": True, "output_bias": True, "qk_norm": True}),
-        (1024, {"compute_dtype": "float16", "weights": "int8", "linear": "triton"}),
+        (1, {}, 8),
+        (8, {"qkv_bias": True, "output_bias": True, "qk_norm": True}, 8),
+        (1024, {"compute_dtype": "float16", "weights": "int8", "linear": "triton"}, 0),
     ],
     ids=str,
 )
-def test_a_layer_of_a_decode_step_is_five_launches(batch_size, options, monkeypatch):
+def test_a_layer_of_a_decode_step_is_five_launches(batch_size, options, early, monkeypatch):
     """Norm and q, k, v; attention with rotation and writes; output map; norm, gate and up; down.
 
-    Of one sequence, which is divided, the output map combines. With `linear=None` as a GPU would choose.
+    Of one sequence, which is divided, the output map combines. With `linear=None` as a GPU would choose. Of few rows all but the first
+    let the next be launched early, in each layer but the last. Nothing else reads their results: XLA's code may do so before it waits.
     """
     for op in ("linear", "span_decode", "rotary", "slots"):
         monkeypatch.setattr(f"pallas_kernels.{op}.api.device_reason", lambda *_, **__: None)
-    found = launches_of_a_layer(batch_size, **{"compute_dtype": "bfloat16"} | options)
-    assert found == {"fused_linear": 4, "span_decode_attend": 1}
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "options", "early"),
-    [
-        (1, {}, 8),  # four kernels of each layer but the last, whose results XLA reads
-        (8, {"qkv_bias": True, "output_bias": True, "qk_norm": True}, 8),
-        (9, {}, 0),  # was measured to lose
-        (2, {"intermediate_size": 2064}, 0),  # XLA computes the down map of so many inputs
-        (1, {"compute_dtype": "float16"}, 0),
-    ],
-    ids=str,
-)
-def test_kernels_alone_read_what_may_be_read_early(batch_size, options, early, monkeypatch):
-    """A kernel is launched before the one whose results it reads has ended, and waits; what XLA compiles may read before it waits."""
-    for op in ("linear", "span_decode", "rotary", "slots"):
-        monkeypatch.setattr(f"pallas_kernels.{op}.api.device_reason", lambda *_, **__: None)
-    program = traced_step(batch_size, 3, **{"compute_dtype": "bfloat16"} | options)
+    steps = [traced_step(batch_size, num_layers, **{"compute_dtype": "bfloat16"} | options) for num_layers in (2, 3)]
+    assert launches_of_a_layer(*steps) == {"fused_linear": 4, "span_decode_attend": 1}
     readers = collections.Counter()
-    readers_of_early_results(program, [False] * len(program.invars), readers)
+    readers_of_early_results(steps[1], [False] * len(steps[1].invars), readers)
     assert +readers == ({"kernels": early} if early else {})
 
 
