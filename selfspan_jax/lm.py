@@ -29,7 +29,7 @@ from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task, end_ids, installed_tasks
-from selfspan_jax.tiers import WORKING_SET_TOKENS, HostEngine
+from selfspan_jax.tiers import WORKING_SET_TOKENS, HostEngine, TieredCache
 from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
 from selfspan_jax.viewing.output import Output, prompt_warnings
@@ -387,7 +387,10 @@ class SpanLM(Reader):
     ) -> list[Output]:
         """Read back what was decoded for each prompt; sequences of the batch beyond the prompts are left out."""
         decoded = zip(prompts, prompt_ids, np.asarray(state.new_tokens)[:, : int(state.num_steps)], np.asarray(state.num_attended))
-        return [self.read_tokens(prompt, ids, tokens, attended, policy) for prompt, ids, tokens, attended in decoded]
+        outputs = [self.read_tokens(prompt, ids, tokens, attended, policy) for prompt, ids, tokens, attended in decoded]
+        if isinstance(state.cache, TieredCache):
+            return [dataclasses.replace(out, misses=int(rows)) for out, rows in zip(outputs, np.asarray(state.cache.misses))]
+        return outputs
 
     def _response(self, call: _Call) -> Response:
         return Response(self.task.decode, call.stop, self.end_ids)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MANY_MISSES = 0.1  # of the rows that a response reads: some are always read while a working set fills
+
+
 def prompt_warnings(task: Task, prompt: str) -> list[str]:
     """Return what a task says of a prompt that is beyond its models. Raises what `task.encode_prompt` raises."""
     return task.warnings(prompt) if hasattr(task, "warnings") else []
@@ -28,6 +31,8 @@ class Output(Reading):
     """The stop string before which the response ends."""
     surplus: int = 0
     """Characters of the last token that belong to the stop string."""
+    misses: int = 0
+    """Rows that its tokens read in host memory, with `kv_memory="host"`; those of a stream are not counted."""
 
     def __repr__(self) -> str:
         shown = f"prompt={self.prompt!r}, text={self.text!r}, answer={self.answer!r}"
@@ -51,6 +56,11 @@ class Output(Reading):
         found = [*prompt_warnings(self.task, self.prompt), *super().warnings]
         if self._is_cut_short and self.stopped_by is not None:
             found.append(f'The response was stopped before its answer, by the stop text "{self.stopped_by}".')
+        if self.misses > _MANY_MISSES * (read := int(self.num_attended.sum())):
+            found.append(
+                f"{self.misses} of {read} rows that the response read were in host memory and not in its working set, which is slow: "
+                "give working_set_tokens a larger number, or headers that read less."
+            )
         return found
 
     @functools.cached_property

@@ -1,5 +1,6 @@
 """SpanLM with the shipped checkpoint: the public contract, and that the model does what it is shipped for."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,9 @@ def test_answers_that_cannot_be_trusted_say_so(lm, out):
     """An operand that the model was not trained on, another attention than it was trained with, and what is as it should be."""
     far, dense = lm.generate("123456*7", max_new_tokens=64), lm.generate(EXPRESSION, attention="dense", max_new_tokens=64)
     assert out.warnings == [] and out.verdict.answer_right and "warnings" not in repr(out) and "verdict" not in repr(out)
+    read = int(out.num_attended.sum())
+    slow = [dataclasses.replace(out, misses=rows).warnings for rows in (read // 10, read // 10 + 1)]
+    assert slow[0] == [] and f"{read // 10 + 1} of {read} rows" in slow[1][0] and "working_set_tokens" in slow[1][0]
     assert [line.split(",")[0] for line in far.warnings[:2]] == [
         "123456 is beyond what the model was trained on", "The value of a step is 864192"
     ]  # fmt: skip

@@ -176,7 +176,11 @@ def test_host_memory_that_runs_out_is_named():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [16, 4096])
-def test_a_trained_model_writes_the_same_tokens_on_a_gpu(size):
+def test_a_trained_model_writes_the_same_tokens_on_a_gpu(size, monkeypatch):
+    """With a small working set also: prompts that are read in groups, and new rows that go to host memory."""
+    if size == 16:
+        monkeypatch.setattr(tiers, "READ_TOKENS", 64)
+        monkeypatch.setattr(tiers, "NEW_TOKENS", 16)
     prompts = ["((51+75)-(95*3))", "(((4+5)*(7-2))+((8-3)*(2+6)))", "((1+2)-(3+(4-(5+6))))"]
     options: tuple[dict, ...] = ({}, {"kv_memory": "host", "working_set_tokens": size})
     models = (SpanLM.load("checkpoints/arithmetic-tiny", {"arithmetic": ArithmeticTask}, dtype="f32", **each) for each in options)
