@@ -42,7 +42,7 @@ class CandidateSlots:
         """Make the attention of one new token per sequence: write it to slot `own`, unless that is outside the pool; choose and read."""
 
         def attend(qkv, options, angles, layer):
-            norms = {name: value for name, value in options.items() if name != "ahead"}
+            norms = {name: options[name] for name in ("norms", "norm_eps") if name in options}  # others are hints for the fused kernel
             arrays = norm_heads(qkv[:, 0], **norms), angles[0][:, 0], angles[1][:, 0]
             q, k_pool, v_pool = rotate_and_write(*arrays, own, *layer[:2])
             summaries = self.policy.update(layer[2:], k_pool, self)
