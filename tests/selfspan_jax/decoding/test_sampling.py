@@ -1,5 +1,7 @@
 """Sampling against `transformers`: which tokens are left, with which probabilities, at the edges too."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -165,10 +167,12 @@ def test_a_step_that_has_named_goes_on_with_the_first_label_that_is_likely_enoug
 def test_what_is_not_used_costs_nothing():
     """At temperature 0 filters are no operation of the program, nor is a penalty of 1."""
     engine = Engine(random_model(max_context_tokens=64))
+    state = functools.cache(lambda config: engine.lower_prefill(1, 4, config).out_info)  # of settings, a penalty alone changes it
 
-    def program(**settings):
-        config = DecodeConfig(max_new_tokens=8, sampling=Sampling(**settings))
-        return engine.lower_run(engine.lower_prefill(1, 4, config).out_info, config).as_text()
+    def program(repetition_penalty=1.0, **settings):
+        own = Sampling(repetition_penalty=repetition_penalty), Sampling(repetition_penalty=repetition_penalty, **settings)
+        read, config = (DecodeConfig(max_new_tokens=8, sampling=sampling) for sampling in own)
+        return engine.lower_run(state(read), config).as_text()
 
     assert program() == program(top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1) != program(repetition_penalty=1.1)
     assert "stablehlo.sort" not in program(temperature=1.0) and "stablehlo.sort" in program(temperature=1.0, top_p=0.5)
