@@ -63,8 +63,10 @@ class PrefillCase:
     def __post_init__(self):
         chunk = prefill_chunk_tokens(self.batch_size, bucket(self.context_tokens), self.config)
         if self.prefill != "dense" and chunk % BLOCK:
-            wrong = f"{self.batch_size} prompts of {self.context_tokens} tokens go through the model {chunk} tokens of each at a time"
-            raise UserError(f"prefill is {self.prefill!r}: {wrong}; allowed: multiples of {BLOCK}")
+            wrong = (
+                f"prompts of {self.context_tokens} tokens, {self.batch_size} at once, go through the model {chunk} tokens of each at a time"
+            )
+            raise UserError(f"sparse is {self.prefill!r}: {wrong}; allowed: multiples of {BLOCK}")
 
     @property
     def num_tokens(self) -> int:

@@ -133,7 +133,9 @@ def test_a_sparse_row_stands_beside_the_dense_one():
     rows = list(sweep.sweep(SHAPE, [dense, sparse], prompts_of))
     assert [report.label(row) for row in rows] == ["dense", "sample 50%"]
     assert rows[0]["allowed_pairs"] == 512 * 513 // 2 and rows[1]["allowed_pairs"] == prefill.kept_pairs([512], 0.5)
-    with pytest.raises(ValueError, match=r"prefill is 'sample': 1 prompts of 300 tokens go .* 320 tokens .*; allowed: multiples of 128"):
+    with pytest.raises(
+        ValueError, match=r"sparse is 'sample': prompts of 300 tokens, 1 at once, go .* 320 tokens .*; allowed: multiples of 128"
+    ):
         dataclasses.replace(sparse, context_tokens=300)
 
 
