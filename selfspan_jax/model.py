@@ -151,7 +151,8 @@ class Layer(nnx.Module):
         if following is not None:  # in decoding: what is read after the attention
             maps = self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, following.self_attn.qkv_proj
             next_norm, ahead = following.input_layernorm, [linear_map.weight[...] for linear_map in maps]
-            early = self.mlp.down_proj.tensor_parallel is None and may_launch_early(x, ahead, **linear)
+            whole = all(isinstance(linear_map, Linear) and linear_map.tensor_parallel is None for linear_map in maps)
+            early = whole and may_launch_early(x, ahead, **linear)
         x, cache = self.self_attn(x, self.input_layernorm, self.post_attention_layernorm, angles, attend, cache, ahead, early, **linear)
         return self.mlp(x, self.post_attention_layernorm, next_norm, beside, early, **linear), cache
 

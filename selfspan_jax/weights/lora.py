@@ -20,7 +20,7 @@ import dataclasses
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ class AdaptedLinear(nnx.Module):
         next_norm: RMSNorm | None = None,  # of no use here
         residual: Float[Array, "B T M"] | None = None,
         gated: bool = False,
+        early: Literal[False] = False,  # what reads the result may be a kernel of XLA
         implementation: LinearImplementation | None = "xla",
     ) -> Float[Array, "B T M"]:
         rows = x if norm is None else norm(x)
