@@ -103,7 +103,9 @@ def policy_of(kind: str, counts: Sequence[int]) -> Policy:
     return InTurn(policies=tuple(dataclasses.replace(KINDS[kind], tokens=max(least, count)) for count in counts))
 
 
-def under_each(kinds: Sequence[str], counts: Sequence[int], state: DecodeState, go_on: Callable[[DecodeState, Policy], T]) -> dict[str, T]:
+def under_each(
+    kinds: Sequence[str], counts: Sequence[int], state: DecodeState, go_on: Callable[[DecodeState, Policy], T]
+) -> Iterator[tuple[str, T]]:
     """Go on from a state after prompts, of `len(counts)` samples each, under the policy of each kind; side by side, as all must compile."""
 
     def one(kind: str) -> T:
@@ -112,7 +114,7 @@ def under_each(kinds: Sequence[str], counts: Sequence[int], state: DecodeState, 
         return go_on(dataclasses.replace(own, slots=slots, cache=slots.prepared(own.cache)), policy)
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        return dict(zip(kinds, pool.map(one, kinds)))
+        yield from zip(kinds, pool.map(one, kinds))
 
 
 def by_count(kind: str, counts: Sequence[int], values: Sequence[T]) -> Iterator[tuple[int | None, T]]:
@@ -171,22 +173,24 @@ class Arithmetic(Sweep):
             prompt_tokens = [len(models["dense"].task.encode_prompt(example.prompt)) for example in some]
             context = float(np.mean([own + len(example.response_ids) for own, example in zip(prompt_tokens, some)]))
             settings = {"ops": ops, "context_tokens": context}
-            spans = decoded(models["span"], some, ("span",), [0])["span"][0]
+            ((_, (spans,)),) = decoded(models["span"], some, ("span",), [0])
             as_spans = round(spans["attended_tokens"])
             counts = sorted([as_spans, *self.counts(context)])
-            rows = [settings | {"neighbour": "span", "tokens": None} | spans]
-            for kind, scores in decoded(models["dense"], some, ("dense", *self.neighbours), counts).items():
+            self.add(report, settings | {"neighbour": "span", "tokens": None} | spans)
+            for kind, scores in decoded(models["dense"], some, ("dense", *self.neighbours), counts):
                 for count, own in by_count(kind, counts, scores):
-                    rows.append(settings | {"neighbour": kind, "tokens": count, "as_spans": count == as_spans} | own)
-            for row in rows:
-                print("  ".join(arithmetic_cells(row)), flush=True)
-            report["arithmetic"] += rows
-            files.write_rows(self.json, report, complete=False)
+                    self.add(report, settings | {"neighbour": kind, "tokens": count, "as_spans": count == as_spans} | own)
         files.write_rows(self.json, report, complete=True)
 
+    def add(self, report: dict[str, Any], row: dict[str, Any]) -> None:
+        """Add a row to the report, write and print it."""
+        report["arithmetic"].append(row)
+        files.write_rows(self.json, report, complete=False)
+        print("  ".join(arithmetic_cells(row)), flush=True)
 
-def decoded(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """Decode examples under each kind at each count; return the scores of each."""
+
+def decoded(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Decode examples under each kind, and yield the scores at each count."""
     ids, own = [lm.task.encode_prompt(example.prompt) for example in some], get_policy(lm.model.config.mask)
     token_ids, lengths = lm.pad(ids)
     longest, left = max(len(example.response_ids) for example in some), lm.model.config.max_context_tokens - int(lengths.max())
@@ -200,9 +204,7 @@ def decoded(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Seque
         outputs = lm.outputs(prompts, prompt_ids, state, own)
         return [_scores(outputs[first :: len(counts)]) for first in range(len(counts))]
 
-    if kinds == ("span",):
-        return {"span": go_on(state, own)}
-    return under_each(kinds, counts, state, go_on)
+    yield from [("span", go_on(state, own))] if kinds == ("span",) else under_each(kinds, counts, state, go_on)
 
 
 def _scores(outputs: Sequence[Any]) -> dict[str, Any]:
@@ -249,20 +251,21 @@ class Text(Sweep):
         texts = concatenated(lm, self.texts, self.tokens, self.num_texts)
         settings = {"tokens": self.tokens, "continuation_tokens": self.continuation, "num_texts": self.num_texts}
         report: dict[str, Any] = {**_device(), "model": _name(self.model), "dtype": lm.model.config.compute_dtype, **settings, "text": []}
-        counts, rows = self.counts(self.tokens), report["text"]
-        found = losses(lm, texts, self.continuation, ("dense", *self.neighbours), counts)
-        for kind, own in found.items():
+        counts, dense = self.counts(self.tokens), None
+        for kind, own in losses(lm, texts, self.continuation, ("dense", *self.neighbours), counts):
             for count, (each, read) in by_count(kind, counts, own):
-                row = {"neighbour": kind, "tokens": count, "attended_tokens": read} | summary(each, found["dense"][0][0])
-                rows.append(row)
+                dense = each if dense is None else dense
+                row = {"neighbour": kind, "tokens": count, "attended_tokens": read} | summary(each, dense)
+                report["text"].append(row)
+                files.write_rows(self.json, report, complete=False)
                 print("  ".join(text_cells(row, report)), flush=True)
         files.write_rows(self.json, report, complete=True)
 
 
 def losses(
     lm: SpanLM, texts: Int[np.ndarray, "b T"], continuation: int, kinds: Sequence[str], counts: Sequence[int]
-) -> dict[str, list[tuple[np.ndarray, float]]]:
-    """Return the losses [b, C] of continuations and the mean of the rows that were read, under each kind at each count."""
+) -> Iterator[tuple[str, list[tuple[np.ndarray, float]]]]:
+    """Yield for each kind, at each count, the losses [b, C] of continuations and the mean of the rows that were read."""
     prompts, config = texts[:, :-continuation], DecodeConfig("dense", continuation)
     state = lm.engine.prefill(prompts, np.full(len(texts), prompts.shape[1], np.int32), config, num_samples=len(counts))
 
@@ -307,7 +310,7 @@ PLOTS = {"arithmetic": "arithmetic.png", "text": "text.png"}
 def arithmetic_cells(row: dict[str, Any]) -> list[str]:
     """Write the cells of a row of the table of right answers."""
     low, high = row["answer_accuracy_interval"]
-    at_most = "-" if row["tokens"] is None else f"{row['tokens']:,}{' (as spans)' if row['as_spans'] else ''}"
+    at_most = "-" if row["tokens"] is None else f"{row['tokens']:,}{' (as spans)' if row.get('as_spans') else ''}"
     read = [f"{row['attended_tokens']:,.1f}", f"{100 * row['attended_fraction']:.1f}"]
     shares = [f"{100 * share:.1f}" for share in (row["answer_accuracy"], low, high)]
     return [str(row["ops"]), f"`{row['neighbour']}`", at_most, *read, str(row["num_examples"]), str(row["right"]), *shares]
