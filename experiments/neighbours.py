@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -41,6 +40,7 @@ from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.query_driven import Oracle, QueryDriven, Quest
 
 T = TypeVar("T")
+SIDE_BY_SIDE = 3  # kinds that are compiled and decoded at the same time; each has a state of its own
 
 # ---------------------------------------------------------------------------------------------------------------- policies
 
@@ -106,14 +106,14 @@ def policy_of(kind: str, counts: Sequence[int]) -> Policy:
 def under_each(
     kinds: Sequence[str], counts: Sequence[int], state: DecodeState, go_on: Callable[[DecodeState, Policy], T]
 ) -> Iterator[tuple[str, T]]:
-    """Go on from a state after prompts, of `len(counts)` samples each, under the policy of each kind; side by side, as all must compile."""
+    """Go on from a state after prompts, of `len(counts)` samples each, under each kind, some side by side: all must compile."""
 
     def one(kind: str) -> T:
         policy, own = policy_of(kind, counts), jax.tree.map(jnp.copy, state)  # states are donated
         slots = jax.tree.map(jnp.copy, policy.initial_slots(own.cache.slot_table))
         return go_on(dataclasses.replace(own, slots=slots, cache=slots.prepared(own.cache)), policy)
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         yield from zip(kinds, pool.map(one, kinds))
 
 

@@ -25,11 +25,11 @@ NEW = 26
 TOLERANCE = 1e-4  # as in test_engine.py
 
 
-def fed(policy, engine=ENGINE, new_tokens=NEW):
+def fed(policy, engine=ENGINE, **options):
     """Feed rows after their prompts; return the logits of every step, and the last state."""
-    config = DecodeConfig(policy, max_new_tokens=new_tokens)
+    config = DecodeConfig(policy, max_new_tokens=NEW, **options)
     state, logits = engine.prefill(ROWS[:, : LENGTHS.max()], LENGTHS, config), []
-    for step in range(new_tokens):
+    for step in range(NEW):
         logits.append(np.asarray(state.logits))
         state = engine.step(state, ROWS[np.arange(4), LENGTHS + step], config)
     return np.stack(logits, axis=1), state
@@ -48,10 +48,18 @@ def test_all_rows_are_dense_attention(policy, dense):
     np.testing.assert_array_equal(state.slots.counts, LENGTHS + NEW)
 
 
-@pytest.mark.parametrize("policy", [Quest(30, page_tokens=5), Oracle(8)], ids=str)
-def test_fewer_rows_are_not(policy, dense):
+def test_fewer_rows_are_not(dense):
     """The teeth of the test above."""
-    assert np.abs(fed(policy)[0] - dense).max() > 10 * TOLERANCE
+    assert np.abs(fed(Oracle(8))[0] - dense).max() > 10 * TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [Quest(16), Quest(30, page_tokens=5), Oracle(8)], ids=str)
+def test_the_kernel_reads_what_each_head_chooses(policy):
+    """Heads of 64 and groups of 4, which it takes; in float32, so that both choose the same rows."""
+    engine = Engine(random_model(max_context_tokens=256, hidden_size=64, intermediate_size=96, head_size=64, num_heads=8, num_kv_heads=2))
+    found, expected = (fed(policy, engine, implementation=name, linear="xla")[0] for name in ("triton", "xla"))
+    np.testing.assert_allclose(found, expected, atol=10 * TOLERANCE, rtol=10 * TOLERANCE)
 
 
 # ----------------------------------------------------------------------------------------------------------- against NumPy
