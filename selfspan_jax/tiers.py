@@ -27,7 +27,7 @@ from selfspan_jax.attention.policies import AnySlots, get_policy
 from selfspan_jax.config import DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.state import DecodeState, for_each_chunk, start_state
+from selfspan_jax.decoding.state import DecodeState, bucket, for_each_chunk, start_state
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Attend, Decoder, rotary_angles
 from selfspan_jax.spans import SpanState, SpanVocab
@@ -59,8 +59,31 @@ class TieredCache(KVCache):
     copied: Int[Array, "B"]  # rows copied since the prompt, of each layer
     misses: Int[Array, "B"]  # rows read from host memory since then, of each layer
     new_rows: int = dataclasses.field(metadata={"static": True})
+    prompt_rows: int = dataclasses.field(metadata={"static": True})  # of the host's pools; those of new tokens follow
+    new_capacity: int = dataclasses.field(metadata={"static": True})  # new tokens of a sequence that the tables have columns for
 
     is_resident: ClassVar[bool] = False
+
+    @classmethod
+    def tables(cls, prompt_tokens: Int[Array, "B"], capacity: int, width: int, new_rows: int, prompt_rows: int) -> tuple[Array, Array]:
+        """Compute [B, capacity] of the tokens of a sequence: of new ones their rows on the device, and in host memory."""
+        sequence = jnp.arange(len(prompt_tokens), dtype=jnp.int32)[:, None]
+        new_token = jnp.arange(capacity, dtype=jnp.int32)[None, :] - prompt_tokens[:, None]
+        of_chunk = sequence * new_rows + new_token % new_rows
+        return len(prompt_tokens) * width + of_chunk, prompt_rows + new_token // new_rows * len(prompt_tokens) * new_rows + of_chunk
+
+    @property
+    def free_rows(self) -> int:
+        """Rows of the host's pools for new tokens, which are written there as soon as there are more than the device has room for."""
+        return host_rows_of(self.new_capacity, self.new_rows, len(self.prompt_tokens))
+
+    def extended(self, num_tokens, new_capacity):
+        """Make room in the tables, as `KVCache.extended`."""
+        (_, capacity), added = self.slot_table.shape, ((0, 0), (0, new_capacity))
+        tables = self.tables(self.prompt_tokens, capacity + new_capacity, self.owner.shape[1], self.new_rows, self.prompt_rows)
+        old = jnp.arange(capacity + new_capacity)[None, :] < capacity
+        table, rows = (jnp.where(old, jnp.pad(x, added), new) for x, new in zip((self.slot_table, self.host_rows), tables))
+        return dataclasses.replace(self, slot_table=table, host_rows=rows, new_capacity=self.new_capacity + new_capacity)
 
     def choose_slots(self, step_slots, slots, **now):
         """Give rows on the device to what headers open and name, then compute the slots."""
@@ -103,6 +126,11 @@ class TieredCache(KVCache):
     def attend(self, own, slots: AnySlots, implementation) -> Attend:
         """Make the attention of one new token per sequence."""
         return _Attend(self, own, slots, implementation)
+
+
+def host_rows_of(new_capacity: int, new_rows: int, sequences: int) -> int:
+    """Count the rows in host memory for new tokens: whole chunks, or none where the device has room for all."""
+    return 0 if new_capacity <= new_rows else -(-new_capacity // new_rows) * new_rows * sequences
 
 
 class _Attend:
@@ -150,24 +178,33 @@ class HostEngine(Engine):
             raise UserError(f"kv_memory is 'host', which needs the Triton kernel: {reason}")
 
     def generate(self, token_ids, lengths, config, key=None, *, limit_tokens=None, **samples):
-        return super().generate(token_ids, lengths, self._sized(config, lengths, limit_tokens), key, limit_tokens=limit_tokens, **samples)
+        return super().generate(token_ids, lengths, self._sized(token_ids, config, limit_tokens), key, limit_tokens=limit_tokens, **samples)
 
     def stream(self, token_ids, lengths, config, key=None, *, limit_tokens=None, **options):
-        return super().stream(token_ids, lengths, self._sized(config, lengths, limit_tokens), key, limit_tokens=limit_tokens, **options)
+        return super().stream(token_ids, lengths, self._sized(token_ids, config, limit_tokens), key, limit_tokens=limit_tokens, **options)
 
-    def _sized(self, config: DecodeConfig, lengths, limit_tokens: int | None) -> DecodeConfig:
-        """Make room for all new tokens at once, which takes no rows on the device; for few sizes, so that few programs are compiled."""
-        most = self.config.max_context_tokens - int(lengths.max(initial=0))
-        limit = max(limit_tokens or 0, min(most, -(-(limit_tokens or 0) // 64) * 64))
-        return dataclasses.replace(config, max_new_tokens=max(config.max_new_tokens, limit))
+    def _sized(self, token_ids, config: DecodeConfig, limit_tokens: int | None) -> DecodeConfig:
+        """Take responses to be as long as prompts: room for so many takes host memory at once, and no rows on the device."""
+        likely = max(bucket(token_ids.shape[1]), NEW_TOKENS)
+        return dataclasses.replace(config, max_new_tokens=max(config.max_new_tokens, min(limit_tokens or 0, likely)))
 
     def room(self, num_steps, state):
         new_rows = cast(TieredCache, state.cache).new_rows
         return min(super().room(num_steps, state), (num_steps // new_rows + 1) * new_rows)
 
     def extend(self, state, config, limit_tokens):
-        """Write the rows of new tokens to host memory, so that their place on the device is free."""
-        return _write_out(state, config)
+        """Write the rows of new tokens to host memory, so that their place on the device is free; where there is none, take more of it."""
+        if (num_steps := self._num_new(state)) == super().room(num_steps, state):
+            kept, pools = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=())), state.cache.pools
+            state = super().extend(kept, config, limit_tokens)
+            cache = cast(TieredCache, state.cache)
+            pools = tuple((*layer[:2], *(_grown(pool, cache.prompt_rows + cache.free_rows) for pool in layer[2:])) for layer in pools)
+            state = dataclasses.replace(state, cache=dataclasses.replace(cache, pools=pools))
+        cache = cast(TieredCache, state.cache)
+        return _write_out(state, config) if num_steps == int(cache.first_new) + cache.new_rows else state
+
+    def _num_new(self, state: DecodeState) -> int:
+        return int(jnp.max(state.span.num_tokens - cast(TieredCache, state.cache).prompt_tokens))
 
     def run(self, state, config, *, until=None, forced_tokens=None):
         most = super().room(0, state)
@@ -186,15 +223,15 @@ class HostEngine(Engine):
         cache = cast(TieredCache, state.cache)
         if until <= cache.new_rows:
             return state, until
-        num_steps = int(jnp.max(state.span.num_tokens - cache.prompt_tokens))
+        num_steps = self._num_new(state)
         if num_steps < until and num_steps == self.room(int(cache.first_new), state):
             state = self.extend(state, config, until)
         return state, self.room(num_steps, state)
 
     def _read_prompts(self, token_ids, lengths, keys, config, num_samples, responses):
         new_rows = min(config.max_new_tokens, NEW_TOKENS)
-        chunks = -(-config.max_new_tokens // new_rows) if config.max_new_tokens > new_rows else 0  # of new tokens that may come to the host
-        host, last = self._read(token_ids, lengths, config, responses, chunks * new_rows * num_samples * len(lengths))
+        free_rows = host_rows_of(config.max_new_tokens, new_rows, num_samples * len(lengths))
+        host, last = self._read(token_ids, lengths, config, responses, free_rows)
         width = min(self.working_set_tokens, token_ids.shape[1])
         return _start(self.graph, self.params, host, last, token_ids, lengths, keys, config, num_samples, width, new_rows)
 
@@ -227,6 +264,13 @@ class HostEngine(Engine):
 def _empty(config: ModelConfig, rows: int) -> tuple[Array, Array]:
     pool = jnp.zeros((rows, config.num_kv_heads, config.head_size), jnp.dtype(config.compute_dtype))
     return jax.device_put((pool, pool), jax.memory.Space.Host)
+
+
+@functools.partial(jax.jit, static_argnames=("rows",))
+def _grown(pool: Array, rows: int) -> Array:
+    """Copy a host pool into a larger one, by way of the device."""
+    pool = jax.device_put(pool, jax.memory.Space.Device)
+    return jax.device_put(jnp.pad(pool, ((0, rows - len(pool)), (0, 0), (0, 0))), jax.memory.Space.Host)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config"))
@@ -269,17 +313,17 @@ def _start(
     sequences, prompt_tokens = batch * num_samples, jnp.repeat(lengths, num_samples)
     sequence = jnp.arange(sequences, dtype=jnp.int32)[:, None]
     token = jnp.broadcast_to(jnp.arange(capacity + config.max_new_tokens, dtype=jnp.int32), (sequences, capacity + config.max_new_tokens))
-    new_token = token - prompt_tokens[:, None]
-    of_chunk = sequence * new_rows + new_token % new_rows
-    prompt_rows, new_first = sequence // num_samples * capacity + token, batch * capacity + new_token // new_rows * sequences * new_rows
-    host_rows = jnp.where(new_token < 0, prompt_rows, new_first + of_chunk)
-    table = jnp.where(new_token < 0, -1 - host_rows, sequences * width + of_chunk)
+    is_prompt, prompt_rows = token < prompt_tokens[:, None], sequence // num_samples * capacity + token
+    new_table, new_host = TieredCache.tables(prompt_tokens, token.shape[1], width, new_rows, batch * capacity)
+    host_rows = jnp.where(is_prompt, prompt_rows, new_host)
+    table = jnp.where(is_prompt, -1 - prompt_rows, new_table)
     rows = -(-sequences * (width + new_rows) // ROW_MULTIPLE) * ROW_MULTIPLE
     empty, none = jnp.zeros((rows, *host[0][0].shape[1:]), host[0][0].dtype), jnp.zeros(sequences, jnp.int32)
     unused = jnp.full((sequences, width), -1, jnp.int32)
     pools = tuple((empty, empty, *layer) for layer in host)
-    lists = {"sources": unused, "targets": unused, "num_copied": none, "on_host": none, "copied": none, "misses": none}
-    cache = TieredCache(pools, table, unused, none, host_rows, prompt_tokens, jnp.int32(0), **lists, new_rows=new_rows)
+    lists: dict[str, Any] = {"sources": unused, "targets": unused, "num_copied": none, "on_host": none, "copied": none, "misses": none}
+    lists |= {"new_rows": new_rows, "prompt_rows": batch * capacity, "new_capacity": config.max_new_tokens}
+    cache = TieredCache(pools, table, unused, none, host_rows, prompt_tokens, jnp.int32(0), **lists)
     state = start_state(model, cache, last, token_ids, lengths, keys, config, num_samples)
     if state.slots.kept is None:
         return state

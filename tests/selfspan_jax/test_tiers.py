@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.arithmetic import ArithmeticTask
-from selfspan_jax import tiers
+from selfspan_jax import lm, tiers
 from selfspan_jax.config import DecodeConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
@@ -117,8 +117,10 @@ def test_steps_are_those_of_rows_on_the_device(header_view, prompt_view, sizes):
 
 @pytest.mark.parametrize("attention", ["span", "dense"])
 def test_drawn_tokens_are_those_of_rows_on_the_device(attention, monkeypatch):
-    """Samples share a prompt's rows in host memory; new rows go there as their place is needed; a stream gives the same tokens."""
+    """Samples share a prompt's rows in host memory; new rows go there, more than was taken for them; a stream gives the same tokens."""
     monkeypatch.setattr(tiers, "NEW_TOKENS", 5)
+    if attention == "span":
+        monkeypatch.setattr(tiers, "bucket", lambda num_tokens: 9)  # so long are responses taken to be: more memory is taken at 9 tokens
     model = random_model(max_context_tokens=1024, header_view="labels")
     config = DecodeConfig(attention, max_new_tokens=18, sampling=Sampling(temperature=1.0))
     arguments: tuple = (*prompts_of(ROWS[:3]), dataclasses.replace(config, max_new_tokens=8), jax.random.key(1))
@@ -128,6 +130,7 @@ def test_drawn_tokens_are_those_of_rows_on_the_device(attention, monkeypatch):
     np.testing.assert_array_equal(tiered.new_tokens[:, :18], plain.new_tokens)
     np.testing.assert_array_equal(tiered.num_attended[:, :18], plain.num_attended)
     assert int(tiered.cache.first_new) == 15 and int(tiered.cache.misses.sum()) > 0
+    assert tiered.cache.pools[0][2].shape[0] == 3 * 64 + 6 * 20
     assert tiered.cache.pools[0][0].shape[0] == -(-6 * (8 + 5) // 8) * 8  # rows of six sequences
     assert {pool.sharding.memory_kind for layer in tiered.cache.pools for pool in layer[2:]} == {"pinned_host"}
     if attention == "span":
@@ -177,12 +180,14 @@ def test_host_memory_that_runs_out_is_named():
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [16, 4096])
 def test_a_trained_model_writes_the_same_tokens_on_a_gpu(size, monkeypatch):
-    """With a small working set also: prompts that are read in groups, and new rows that go to host memory."""
+    """With a small working set also: prompts that are read in groups, and new rows that go to host memory, more than was taken."""
     if size == 16:
         monkeypatch.setattr(tiers, "READ_TOKENS", 64)
         monkeypatch.setattr(tiers, "NEW_TOKENS", 16)
+        monkeypatch.setattr(tiers, "bucket", lambda num_tokens: 32)
+        monkeypatch.setattr(lm, "_FIRST_ROOM", 32)
     prompts = ["((51+75)-(95*3))", "(((4+5)*(7-2))+((8-3)*(2+6)))", "((1+2)-(3+(4-(5+6))))"]
     options: tuple[dict, ...] = ({}, {"kv_memory": "host", "working_set_tokens": size})
     models = (SpanLM.load("checkpoints/arithmetic-tiny", {"arithmetic": ArithmeticTask}, dtype="f32", **each) for each in options)
-    plain, tiered = ([out.token_ids.tolist() for out in lm.generate(prompts, max_new_tokens=64)] for lm in models)
-    assert tiered == plain
+    plain, tiered = ([out.token_ids.tolist() for out in model.generate(prompts)] for model in models)
+    assert tiered == plain and max(map(len, plain)) > 70
