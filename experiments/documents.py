@@ -6,8 +6,8 @@
 
 `--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
 papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
-.random.json and .recent.json of one with `--sources`; of tools .few.json and .many.json of one on other
-catalogues, .constrained.json of one with `--constrained`.
+.random.json and .recent.json of one with `--sources`; .single.json of stories with one question a prompt; of tools .few.json and
+.many.json of one on other catalogues, .constrained.json of one with `--constrained`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,29 @@ MAIN = {
 """The score that each corpus is published by, and how often a right source is named."""
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
-_NARROW = ("mixed", "solve", "sentences", "labels_3", "labels")  # variants whose headers read labels alone, the one to be judged first
+_NARROW = (
+    "mixed",
+    "solve",
+    "mended",
+    "sentences",
+    "labels_3",
+    "labels",
+)  # variants whose headers read labels alone, the one to be judged first
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
 _BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # by the card's data sheet
 _KV_BYTES = 23_040  # a token of SmolLM2-135M: keys and values of 3 heads of 64 in bfloat16, in 30 layers
-CATALOGUES = {
-    "few": "`corpora/turns-5`",
-    "eval": "`corpora/turns-26`",
-    "many": "`corpora/turns-100`",
-    "constrained": "`corpora/turns-26`, `--constrained`",
+SETS = {
+    "tools": {
+        "few": "`corpora/turns-5`",
+        "eval": "`corpora/turns-26`",
+        "many": "`corpora/turns-100`",
+        "constrained": "`corpora/turns-26`, `--constrained`",
+    },
+    "stories": {"eval": "`corpora/stories`, up to 16 questions a prompt", "single": "`corpora/stories-1`, one question a prompt"},
 }
-"""Of tools, evaluations by kind: corpora by their number of services, and decoding that is constrained to the catalogue's methods."""
+"""Evaluations of other examples, by kind: of tools corpora by their number of services, and decoding constrained to their methods."""
 _KEPT = (
     "data",
     "split",
@@ -71,7 +81,7 @@ EXPERIMENTS = {
             "eval": "scores, reading and speed",
             "speed": "the same, alone on the GPU",
             **{kind: f"steps name the sources of `--sources {kind}`" for kind in get_args(Sources)},
-            **{kind: f"on {own}" for kind, own in CATALOGUES.items() if page == "tools" and kind != "eval"},
+            **{kind: f"on {own}" for kind, own in SETS.get(page, {}).items() if kind != "eval"},
         },
         evaluation_fields={
             **dict.fromkeys((*_KEPT, "finished_fraction?", "sources?", "constrained?")),
@@ -123,7 +133,7 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    same = ("_full", "_closed", "_sentences", "_3", "_solve", "_mixed")
+    same = ("_full", "_closed", "_sentences", "_3", "_solve", "_mixed", "_mended")
     kinds = {"_open": "_closed", "_closed_long": "_closed"} | {end: end for end in same}
     return f"{corpus}_dense{next((own for end, own in kinds.items() if variant.endswith(end)), '')}"
 
@@ -201,17 +211,23 @@ def lengths_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> 
     return markdown_table(("variant", "tokens of the prompt", "examples", _words(name), *_DIFFERENCE), rows)
 
 
-def catalogues_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
-    """Write the main scores by the number of services."""
-    rows = []
+def sets_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
+    """Write the main scores on each set of examples, such as catalogues by their size, of variants that have several, and their speeds."""
+    rows, unit = [], TASKS[corpus].unit
     for variant in variants:
-        for kind, words in CATALOGUES.items():
+        several = sum(len(scored(runs, variant, kind)) > 0 for kind in SETS[corpus]) > 1
+        for kind, words in SETS[corpus].items() if several else ():
             ours, theirs = (scored(runs, own, kind) for own in (variant, control(corpus, variant)))
+            parts = [
+                run.part(kind) or {} for run in runs if run.variant == variant and kind != "constrained"
+            ]  # whose tokens the host gives
+            rates = [speed[f"{unit}_per_second"] for own in parts for speed in own.get("by_batch_size", ())]
+            fastest = f"{max(rates):.1f}" if rates else "-"
             for name in MAIN[corpus] if len(ours) else ():
                 found = compare(ours, theirs, name) if variant != control(corpus, variant) else None
                 score = _percent(bootstrap.score(_counts(ours, name)))
-                rows.append((f"`{variant}`", words, _words(name), *score, *_interval(found[2] if found else None)))
-    return markdown_table(("variant", "corpus", "score", "found", *_DIFFERENCE), rows)
+                rows.append((f"`{variant}`", words, _words(name), *score, *_interval(found[2] if found else None), fastest))
+    return markdown_table(("variant", "corpus", "score", "found", *_DIFFERENCE, f"{unit}/s"), rows)
 
 
 def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
@@ -287,8 +303,8 @@ def sections(page: str, runs: Sequence[Run], plots: dict[str, str]) -> dict[str,
         found |= {f"{corpus} {name}": write(runs, variants, corpus) for name, write in tables.items()}
         found |= {f"{corpus} reading": pages.reading_table(own), f"{corpus} speed": pages.speed_table(alone, TASKS[corpus].unit, controls)}
         found[f"{corpus} times"] = times_table(alone, TASKS[corpus].unit)
-    if page == "tools":
-        found["tools catalogues"] = catalogues_table(runs, list(EXPERIMENTS[page].panels[page]), page)
+    if page in SETS:
+        found[f"{page} sets"] = sets_table(runs, list(EXPERIMENTS[page].panels[page]), page)
     return found
 
 

@@ -28,7 +28,7 @@ class PaperTask(ReportTask):
     name: ClassVar[str] = "papers"
     unit: ClassVar[str] = "abstracts"
     score_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "ROUGE": ("rouge1", "rouge2", "rougeL"),
+        "ROUGE": ("rouge1", "rouge2", "rougeL", "rougeL_once"),
         "numbers": ("numbers_in_body", "numbers_in_sources", "numbers_in_abstract", "abstract_numbers_stated"),
         "sources": ("aligned_precision", "aligned_recall", "gold_precision", "gold_recall", "evidence_named"),
     }
@@ -36,9 +36,10 @@ class PaperTask(ReportTask):
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
 
     def counts(self, example: Example, response: Iterable[int]) -> scoring.Counts:
-        """Score an abstract: ROUGE; the share of the numbers stated that stand in the body, in the sources named and in the gold abstract,
-        and of the gold abstract's that are stated; the sources of each sentence against those that alignment finds for it as it is
-        written; all of them together against the gold ones; and the share of the doctors' evidence that is among them.
+        """Score an abstract: ROUGE, and ROUGE-L without sentences that repeat an earlier one; the share of the numbers stated that stand
+        in the body, in the sources named and in the gold abstract, and of the gold abstract's that are stated; the sources of each
+        sentence against those that alignment finds for it as it is written; all of them together against the gold ones; and the share
+        of the doctors' evidence that is among them.
         """
         written, gold = self.steps(response), example.document
         tally = scoring.Shares(*self.score_kinds["numbers"], *self.score_kinds["sources"])
@@ -58,4 +59,6 @@ class PaperTask(ReportTask):
         tally.add("gold_precision", named & wanted, named)
         tally.add("gold_recall", named & wanted, wanted)
         tally.add("evidence_named", [e for e in gold.evidence if named & {*e.pieces}], gold.evidence)
-        return {**scoring.rouge_counts([step.text for step in gold.steps], [step.text for step in written]), **tally.counts()}
+        texts, sentences = [step.text for step in gold.steps], [step.text for step in written]
+        once = scoring.rouge_counts(texts, [*dict.fromkeys(sentences)])["rougeL"]
+        return {**scoring.rouge_counts(texts, sentences), "rougeL_once": once, **tally.counts()}

@@ -347,6 +347,9 @@ def test_scores_of_an_abstract_by_hand(corpora):
     assert scores["gold_precision"] == 1 / 3 and scores["gold_recall"] == 1 / 2  # 3, 5 and 2 are named, 5 and 6 are gold
     assert scores["evidence_named"] == 1 / 2
     aligned = Alignment().align(example.document.pieces, ["With Wakor, 58 waiters woke, 99 slept.", "Of 1,240 waiters most drink tea."])
+    said = [((1,), step.text) for step in example.document.steps]
+    repeated = stored.task.scores([example], [respond(stored.task, [*said, *said[1:]])])
+    assert repeated["rougeL_once"] == pytest.approx(1) and repeated["rougeL"] < 0.9
     hits = len({2, 4} & {*aligned[0]}) + len({1} & {*aligned[1]})
     assert scores["aligned_precision"] == hits / 3 and scores["aligned_recall"] == hits / sum(map(len, aligned))
 

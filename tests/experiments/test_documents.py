@@ -192,22 +192,25 @@ def test_tables_of_tools_by_hand():
     def run(variant, **right):
         def part(kind):
             counts = {name: [[own, 2] for own in right[kind]] for name in ("calls_right", "service_named")} if kind in right else None
-            return counts and {"by_example": {"digests": ["a", "b"][: len(right[kind])], "prompt_tokens": [9, 9], "counts": counts}}
+            fast = [{"batch_size": size, "responses_per_second": 7.0 + size} for size in (1, 2)]
+            own = {"digests": ["a", "b"][: len(right.get(kind, ()))], "prompt_tokens": [9, 9], "counts": counts}
+            return counts and {"by_example": own, "by_batch_size": fast}
 
         return SimpleNamespace(variant=variant, part=part)
 
     runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1), constrained=(2, 1))]
-    runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]
+    runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]  # of one catalogue alone: no rows
     names = [run.variant for run in runs]
-    rows = [line.strip("| ").split(" | ") for line in documents.catalogues_table(runs, names, "tools").splitlines()]
+    rows = [line.strip("| ").split(" | ") for line in documents.sets_table(runs, names, "tools").splitlines()]
+    assert {row[1]: row[-1] for row in rows[2:]} == dict.fromkeys(documents.SETS["tools"].values(), "9.0") | {
+        documents.SETS["tools"]["constrained"]: "-"
+    }
     assert [row[:5] for row in rows if "calls right" in row] == [
         ["`tools_labels`", "`corpora/turns-5`", "calls right", "100.0", "-"],
         ["`tools_labels`", "`corpora/turns-26`", "calls right", "75.0", "50.0"],
         ["`tools_dense`", "`corpora/turns-26`", "calls right", "25.0", "-"],
         ["`tools_dense`", "`corpora/turns-100`", "calls right", "50.0", "-"],
         ["`tools_dense`", "`corpora/turns-26`, `--constrained`", "calls right", "75.0", "-"],
-        ["`tools_labels_full`", "`corpora/turns-26`", "calls right", "100.0", "0.0"],
-        ["`tools_dense_full`", "`corpora/turns-26`", "calls right", "100.0", "-"],
     ]
     rows = [line.strip("| ").split(" | ") for line in documents.differences_table(runs, names, "tools").splitlines()]
     assert [row[:6] for row in rows if "calls right" in row] == [
