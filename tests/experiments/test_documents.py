@@ -25,7 +25,7 @@ from tests.selfspan_jax.models import TINY
 
 PAGES = {page: SimpleNamespace(main=lambda arguments, page=page: documents.main([page, *arguments])) for page in documents.CORPORA}
 STORIES = PAGES["stories"]
-TABLES = ("scores", "differences", "sources", "lengths", "reading", "speed", "times")
+TABLES = ("scores", "differences", "sources", "lengths", "reading", "speed", "times", "sets")
 SECTIONS = ("variants", "targets", *(f"stories {name}" for name in TABLES))
 PAGE = "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in (*SECTIONS, "training", "not run", "commands"))
 FILES = {
