@@ -13,7 +13,7 @@ from pallas_kernels.copy_rows import Copies, copy_rows
 from pallas_kernels.jax_triton import launch
 from pallas_kernels.linear import triton, triton_tiled
 from pallas_kernels.linear.heuristics import (
-    MAX_FEW_ROWS,
+    MAX_EARLY_ROWS,
     MAX_NORM_ROWS,
     LinearConfig,
     TileConfig,
@@ -122,7 +122,7 @@ def unsupported_reason(
 
 
 def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], implementation: str | None = None) -> bool:
-    """Tell whether a layer's maps of these rows, and its attention, should be `early`: up to 8 rows of bfloat16, small matrices, Hopper.
+    """Tell whether a layer's maps of these rows, and its attention, should be `early`: up to 16 rows of bfloat16, small matrices, Hopper.
 
     What reads the result of one is then another kernel of this package, as `launch_next` wants it.
 
@@ -131,7 +131,7 @@ def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], im
       implementation: of the maps.
     """
     x = x.rows if isinstance(x, ScaledRows) else x
-    few = 0 < _num_rows(x) <= MAX_FEW_ROWS and x.dtype == jnp.bfloat16 and implementation in (None, "triton")
+    few = 0 < _num_rows(x) <= MAX_EARLY_ROWS and x.dtype == jnp.bfloat16 and implementation in (None, "triton")
     if not few or device_reason("triton", IMPLEMENTATIONS, False, 90) is not None:
         return False
     tiled = all(isinstance(_settings(_num_rows(x), weight, x.dtype, None, False), TileConfig) for weight in weights)
