@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfspan_jax.attention.policies import Window, get_policy
-from selfspan_jax.config import DecodeConfig, Sampling
+from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sample, sequence_keys
 from selfspan_jax.decoding.state import bucket, decode_step, prefill_chunk_tokens, prefill_state, sample_step
 from selfspan_jax.errors import UserError
+from selfspan_jax.weights import lora
 from tests.pallas_kernels.budget import rms
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.reference import Reference
@@ -463,10 +464,11 @@ def test_prompts_are_read_without_an_array_of_pairs(monkeypatch):
 FREE = {"reshape", "squeeze", "broadcast_in_dim", "slice"}
 
 
-def traced_step(batch_size, num_layers, linear=None, weights="bf16", **sizes):
+def traced_step(batch_size, num_layers, linear=None, weights="bf16", adapters=(), **sizes):
     """A decode step as a GPU would choose its kernels, traced on any machine."""
     sizes = dict(hidden_size=64, intermediate_size=96, head_size=32, num_layers=num_layers) | sizes
     model = random_model(**sizes).for_decoding(weights=weights)
+    model = lora.adapt(model, LoraConfig(rank=2, targets=adapters)) if adapters else model
     tokens, active = (jax.ShapeDtypeStruct((batch_size,), dtype) for dtype in (jnp.int32, jnp.bool_))
     prompts, keys = jax.ShapeDtypeStruct((batch_size, 64), jnp.int32), sequence_keys(None, batch_size)
     prefill = functools.partial(prefill_state, model, config=GREEDY, num_samples=1, responses=False)
@@ -526,6 +528,14 @@ def test_a_layer_of_a_decode_step_is_five_launches(batch_size, options, early, m
     readers = collections.Counter()
     readers_of_early_results(steps[1], [False] * len(steps[1].invars), readers)
     assert +readers == ({"kernels": early} if early else {})
+
+
+def test_maps_with_adapters_are_never_early(monkeypatch):
+    """XLA adds what an adapter says. Which maps of a layer have one decides for all."""
+    for op in ("linear", "span_decode", "rotary", "slots"):
+        monkeypatch.setattr(f"pallas_kernels.{op}.api.device_reason", lambda *_, **__: None)
+    step, readers = traced_step(1, 2, adapters=("down_proj",), compute_dtype="bfloat16"), collections.Counter()
+    assert readers_of_early_results(step, [False] * len(step.invars), readers) and not +readers
 
 
 LOOP = DecodeConfig(max_new_tokens=64)
