@@ -31,8 +31,8 @@ RESPONSES = {  # what follows it, and why
 }
 ROWS = [(PROMPT, tokens) for tokens in RESPONSES.values()]
 ROWS += [(tokens[: (n := 1 + i % 9)], (tokens[n:] + TOOLS * 3)[:13]) for i, (tokens, _) in enumerate(NAMED.values())]  # any streams
-VIEWS = [  # with sizes of working sets: next to nothing, some labels, everything
-    ("span", "causal", (2, 12, 64)),
+VIEWS = [  # with sizes of working sets: next to nothing, some labels
+    ("span", "causal", (2, 12)),
     ("labels", "causal", (2, 12)),
     ("prompt", "causal", (12,)),
     ("all", "local", (12,)),
@@ -147,7 +147,7 @@ def test_drawn_tokens_are_those_of_rows_on_the_device(attention, monkeypatch):
 
 def test_prompts_are_read_in_groups(monkeypatch):
     """Some prompts at a time, whose rows then lie behind each other."""
-    model, arguments = random_model(), (*prompts_of(ROWS[:4]), DecodeConfig(max_new_tokens=8))
+    model, arguments = random_model(num_layers=1), (*prompts_of(ROWS[:4]), DecodeConfig(max_new_tokens=8))
     whole = HostEngine(model).prefill(*arguments)
     monkeypatch.setattr(tiers, "READ_TOKENS", 2 * 64)
     grouped = HostEngine(model).prefill(*arguments)
