@@ -84,7 +84,7 @@ class AttentionViews:
     prompt_window_tokens: int = 16
     """Width of the local prompt window, in tokens."""
     name_share: float = 1.0
-    """Decoding: once a step has named a label, it also names the first one that is so many times as likely as the likeliest token."""
+    """Decoding: a step that has named a label names the first of those above it that is so many times as likely as the likeliest token."""
 
     later: ClassVar[tuple[str, ...]] = ("name_share",)
 

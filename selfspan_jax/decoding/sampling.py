@@ -27,13 +27,13 @@ def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], i
     return occurred.at[row, jnp.where(inside & ~segs & ~refs, token_ids, occurred.shape[1])].set(True, mode="drop")
 
 
-def next_name(logits: Float[Array, "B V"], has_named: Bool[Array, "B"], share: float, vocab: SpanVocab) -> Int[Array, "B"]:
-    """Return, after a `<ref>`, the first `<ref>` that is `share` times as likely as the likeliest token, -1 for none.
+def next_name(logits: Float[Array, "B V"], latest: Int[Array, "B"], share: float, vocab: SpanVocab) -> Int[Array, "B"]:
+    """Return the first `<ref:k>` that is `share` times as likely as the likeliest token, -1 for none; k is above `latest`.
 
     Names ascend, so one that is passed over does not come back; and a source too many costs less than one too few.
     """
-    refs = logits[:, vocab.ref_base : vocab.ref_base + vocab.num_labels]
-    near = has_named[:, None] & (refs >= jnp.max(logits, axis=-1, keepdims=True) + math.log(share))
+    refs, labels = logits[:, vocab.ref_base : vocab.ref_base + vocab.num_labels], jnp.arange(vocab.num_labels)[None, :]
+    near = (labels > latest[:, None]) & (refs >= jnp.max(logits, axis=-1, keepdims=True) + math.log(share))
     return jnp.where(jnp.any(near, axis=1), vocab.ref_base + jnp.argmax(near, axis=1).astype(jnp.int32), -1)
 
 

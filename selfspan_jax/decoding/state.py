@@ -52,8 +52,9 @@ class DecodeState:
 
     def next_name(self, share: float, vocab: SpanVocab) -> Int[Array, "B"] | None:
         """Return what a step that has named a label names in place of the likeliest token, see `sampling.next_name`; None for nothing."""
-        has_named = jnp.max(self.span.last_named, axis=1) == self.span.num_tokens - 1
-        return next_name(self.logits, has_named, share, vocab) if share < 1 else None
+        named = self.span.last_named == self.span.num_tokens[:, None] - 1  # by the latest token
+        latest = jnp.where(jnp.any(named, axis=1), jnp.argmax(named, axis=1), vocab.num_labels)
+        return next_name(self.logits, latest, share, vocab) if share < 1 else None
 
     @property
     def num_steps(self) -> Int[Array, ""]:

@@ -154,7 +154,7 @@ def test_a_step_that_has_named_goes_on_with_the_first_label_that_is_likely_enoug
     for _ in range(length):
         logits, done = np.asarray(state.logits, np.float64), np.asarray(state.done)
         tokens = logits.argmax(axis=-1)
-        near = logits[:, labels] >= logits.max(axis=-1, keepdims=True) + np.log(share)
+        near = (logits[:, labels] >= logits.max(axis=-1, keepdims=True) + np.log(share)) & (labels > last[:, None])
         last = np.where(np.isin(last, labels) & near.any(axis=1), labels[near.argmax(axis=1)], tokens)
         others += np.sum(~done & (last != tokens))
         chosen.append(np.where(done, VOCAB.pad_id, last))
