@@ -29,7 +29,7 @@ from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState, bucket, for_each_chunk, start_state
 from selfspan_jax.errors import UserError
-from selfspan_jax.model import Attend, Decoder, rotary_angles
+from selfspan_jax.model import Attend, Decoder, Linear, rotary_angles
 from selfspan_jax.spans import SpanState, SpanVocab
 
 WORKING_SET_TOKENS = 4096
@@ -150,6 +150,9 @@ class _Attend:
     def beside(self, linear, x, **options):
         """Apply the linear map that takes longest after a layer's attention, and meanwhile copy what the next layer reads."""
         if not self.waiting:
+            return linear(x, **options)
+        if not isinstance(linear, Linear):  # one with an adapter
+            self.waiting[0] = self.cache.copy(self.waiting[0])
             return linear(x, **options)
         out, pools = linear(x, copies=self.cache.copies(self.waiting[0]), **options)
         self.waiting[0] = (*pools, *self.waiting[0][2:])

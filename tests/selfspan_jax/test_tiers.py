@@ -8,13 +8,14 @@ import pytest
 
 from data.arithmetic import ArithmeticTask
 from selfspan_jax import lm, tiers
-from selfspan_jax.config import DecodeConfig, Sampling
+from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.tiers import HostEngine
+from selfspan_jax.weights import lora
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED, VOCAB, VOCAB_SIZE
@@ -122,6 +123,7 @@ def test_drawn_tokens_are_those_of_rows_on_the_device(attention, monkeypatch):
     if attention == "span":
         monkeypatch.setattr(tiers, "bucket", lambda num_tokens: 9)  # so long are responses taken to be: more memory is taken at 9 tokens
     model = random_model(max_context_tokens=1024, header_view="labels")
+    model = model if attention == "span" else lora.adapt(model, LoraConfig(rank=2))  # whose maps copy nothing beside their product
     config = DecodeConfig(attention, max_new_tokens=18, sampling=Sampling(temperature=1.0))
     arguments: tuple = (*prompts_of(ROWS[:3]), dataclasses.replace(config, max_new_tokens=8), jax.random.key(1))
     engine = HostEngine(model, working_set_tokens=8)
