@@ -304,6 +304,7 @@ ARITHMETIC = (
     "to, %",
 )
 TEXT = ("read by", "rows at most", "rows read", "of the context, %", "perplexity", "loss above dense", "± (one error)")
+_TICKS = (1, 2, 5, 10, 20, 50, 100)
 PLOTS = {"arithmetic": "arithmetic.png", "text": "text.png"}
 
 
@@ -373,7 +374,9 @@ def draw(name: str, rows: Sequence[dict[str, Any]], report: dict[str, Any]) -> A
             else:
                 axes.axhline(quality, color="grey", linestyle="--", linewidth=1, label="dense")
         axes.set(xscale="log", xlabel="of the context read, %", title="" if panel is None else f"{panel} operators")
-    axes.legend(fontsize=8)
+        axes.set_xticks(_TICKS, [*map(str, _TICKS)])
+        axes.set_xticks([], minor=True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.axes[0].set_ylabel("right answers, %" if name == "arithmetic" else "loss above dense")
     return figure
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.query_driven import Oracle, Quest
 from selfspan_jax.spans import SpanVocab
-from tests.experiments.reports import call
+from tests.experiments.reports import DOCS, call
 from tests.selfspan_jax.models import random_model
 
 COUNTS = [3, 9, 40]
@@ -128,3 +129,14 @@ def test_a_page_is_made_of_the_files(tmp_path, capsys):
     assert page.index("| 20 | `span` | - |") < page.index("| 100 | `window` |")
     assert "| `quest` | 82 | 80.6 | 1.0 | 12.35 | +0.2500 | 0.0100 |" in page
     assert {file.name for file in (tmp_path / "neighbours").glob("*.png")} == {"arithmetic.png", "text.png"}
+
+
+def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
+    results = DOCS / "neighbours"
+    (tmp_path / "neighbours").mkdir()
+    for file in results.glob("*.json"):
+        shutil.copy(file, tmp_path / "neighbours")
+    shutil.copy(DOCS / "neighbours.md", tmp_path)
+    assert call(neighbours, capsys, "page", tmp_path / "neighbours")[0] in (None, 0)
+    assert (tmp_path / "neighbours.md").read_text() == (DOCS / "neighbours.md").read_text()
+    assert {file.name for file in (tmp_path / "neighbours").iterdir()} == {file.name for file in results.glob("*")}
