@@ -52,8 +52,9 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     """Bind a TCP socket. Raises UserError where the address is in use, or none of this machine."""
     with contextlib.ExitStack() as stack:
         try:
-            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            bound = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            # By its protocol asyncio knows it as TCP and sends what is written at once; else an event waits 40 ms for the client.
+            bound = stack.enter_context(socket.socket(family, kind, protocol))
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
         except OSError as error:

@@ -3,11 +3,13 @@
 They have a scheduler that deals out a script, so that they decide when tokens come; the real one is in test_workers.
 """
 
+import asyncio
 import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -415,6 +417,26 @@ def test_other_paths_methods_and_kinds_of_bodies_are_refused(address):
 
     headers = {"Content-Type": "application/json"}
     assert httpx2.post(f"{address}/v1/completions", content=chunks(), headers=headers, trust_env=False).status_code == 413
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_events_are_sent_when_they_are_written(host):
+    """Without Nagle's algorithm, by which the second of two small writes waits for the client's acknowledgement of the first."""
+    from selfspan_jax.serving.server import listening
+
+    async def no_delay(bound):
+        found = asyncio.get_running_loop().create_future()
+
+        def connected(_, client):
+            found.set_result(client.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            client.close()
+
+        async with await asyncio.start_server(connected, sock=bound):
+            with socket.create_connection(bound.getsockname()[:2]):
+                return await asyncio.wait_for(found, 20)
+
+    with listening(host, 0) as bound:
+        assert asyncio.run(no_delay(bound))
 
 
 def test_a_key_is_asked_for_and_a_full_queue_says_when_to_come_again():
