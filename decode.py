@@ -24,7 +24,7 @@ from data.tasks import TASKS
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.attention.selectors import SELECTORS
-from selfspan_jax.config import Dtype, KvMemory, Sampling, ServerConfig, Weights
+from selfspan_jax.config import WORKING_SET_TOKENS, Dtype, KvMemory, Sampling, ServerConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.memory import catch_out_of_memory
@@ -47,6 +47,8 @@ class Model:
     """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
     kv_memory: KvMemory = "device"
     """Where keys and values of prompts lie: host is for contexts that the GPU cannot hold; not for serve."""
+    working_set_tokens: int = WORKING_SET_TOKENS
+    """With --kv-memory host: tokens of each prompt whose keys and values are on the GPU."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     compile_cache: bool = True
     """Keep compiled programs for the next call, in ~/.cache/selfspan/compiled or JAX_COMPILATION_CACHE_DIR."""
@@ -106,9 +108,8 @@ class Generate(Model):
     def run(self) -> None:
         prompts = files.read_prompts(self.prompts) if self.prompts else files.read_text(self.article) if self.article else str(self.prompt)
         lm = self.load(weights=self.weights)
-        names = ("attention", "prefill", "max_new_tokens", "chat", "seed", "stop")
-        options = {**{name: getattr(self, name) for name in names}, **vars(self.sampling)}
-        told: list[str] = []
+        options = {k: getattr(self, k) for k in ("attention", "prefill", "max_new_tokens", "chat", "seed", "stop")} | vars(self.sampling)
+        several, told, kept = self.prompts or self.num_samples, list[str](), dict[str, Any]()
         if self.stream and isinstance(prompts, str):
             stream = lm.stream(prompts, **options)
             told = prompt_warnings(lm.task, files.well_formed(prompts))
@@ -123,7 +124,6 @@ class Generate(Model):
             with commandline.status("compiling and decoding ..."):
                 found = lm.generate(prompts, num_samples=self.num_samples, batch_size=self.batch_size, **options)
             outs = [found] if isinstance(found, Output) else [out for own in found for out in ([own] if isinstance(own, Output) else own)]
-        several, kept = self.prompts or self.num_samples, dict[str, Any]()
         if self.prefill != "dense":
             some = prompts if isinstance(prompts, str) else prompts[: self.batch_size]
             kept = {"selector": self.prefill, **lm.measure_prefill(some, self.prefill, attention=self.attention, chat=self.chat)}
@@ -226,7 +226,7 @@ class Serve(Model):
         server.serve(functools.partial(self.load, weights=self.weights), self.checkpoint.name, self.server, self.mesh, self.attention)
 
 
-_LOADED = ("base", "dtype", "mesh", "kv_memory")
+_LOADED = ("base", "dtype", "mesh", "kv_memory", "working_set_tokens")
 _USUAL = (None, "device", "dense", "model", False)
 _FRESH = ("ops", "min_ops", "max_ops", "seed")
 

@@ -19,6 +19,7 @@ ComputeDtype = Literal["bfloat16", "float32", "float16"]
 Dtype = Literal["bf16", "f32", "f16"]
 COMPUTE_DTYPES: dict[Dtype, ComputeDtype] = {"bf16": "bfloat16", "f32": "float32", "f16": "float16"}  # what options call them
 KvMemory = Literal["device", "host"]  # where keys and values of prompts lie
+WORKING_SET_TOKENS = 4096  # of each prompt, whose keys and values are on the device while all of them are in host memory
 Weights = Literal["bf16", "int8"]  # precision of a decoding model: its own compute dtype, or int8 with a scale for each output
 LinearImplementation = Literal["reference", "xla", "triton", "jax_triton"]  # of the linear maps
 LoraTarget = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

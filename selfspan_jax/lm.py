@@ -17,7 +17,18 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pallas_kernels.prompt_attention import Selector
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.attention.sequences import attend_under
-from selfspan_jax.config import COMPUTE_DTYPES, MAX_SEED, DecodeConfig, Dtype, Implementation, KvMemory, ModelConfig, Sampling, Weights
+from selfspan_jax.config import (
+    COMPUTE_DTYPES,
+    MAX_SEED,
+    WORKING_SET_TOKENS,
+    DecodeConfig,
+    Dtype,
+    Implementation,
+    KvMemory,
+    ModelConfig,
+    Sampling,
+    Weights,
+)
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState
@@ -29,7 +40,7 @@ from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task, end_ids, installed_tasks
-from selfspan_jax.tiers import WORKING_SET_TOKENS, HostEngine, TieredCache
+from selfspan_jax.tiers import HostEngine, TieredCache
 from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
 from selfspan_jax.viewing.output import Output, prompt_warnings

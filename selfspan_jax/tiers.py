@@ -1,10 +1,11 @@
 """Prompts in host memory: an engine whose sequences have a working set of rows on the GPU, filled as the model names labels.
 
 The rows of a prompt are written to pinned host memory, layer by layer as it is read, and stay there. On the GPU each sequence has W rows
-for tokens of its prompt, and the rows of its new tokens. What every step reads is put there first: label 0, and where headers read it
-the table of contents. A header that opens or names a label says, before any token that uses it and for all layers at once, what is to be
-read: tokens of that label without a row get one, taken from the least recently named labels that are not in use, and the rows are copied
-within the step, in each layer before its attention. Body tokens read the GPU alone.
+for tokens that it reads, and the rows of its latest new tokens; those before are written to host memory too. What every step reads is put
+there first: label 0, and where headers read it the table of contents. A header that opens or names a label says, before any token that
+uses it and for all layers at once, what is to be read: tokens of that label without a row get one, taken from the least recently named
+labels that are not in use, and the rows are copied within the step: those of a layer while the layer before multiplies. Body tokens read
+the GPU alone.
 
 What finds no place (a working set too small for what is named) and what is read only once (headers that see the whole prompt, other
 policies) is read from host memory by the attention kernel itself. So what is computed never depends on what is where.
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import Copies, HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
 from pallas_kernels.span_decode import unsupported_reason
 from selfspan_jax.attention.policies import AnySlots, get_policy
-from selfspan_jax.config import DecodeConfig, ModelConfig
+from selfspan_jax.config import WORKING_SET_TOKENS, DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState, bucket, for_each_chunk, start_state
@@ -32,7 +33,6 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.model import Attend, Decoder, Linear, rotary_angles
 from selfspan_jax.spans import SpanState, SpanVocab
 
-WORKING_SET_TOKENS = 4096
 NEW_TOKENS = 1024  # of a sequence that are on the device; when there are as many, they are written to the host
 READ_TOKENS = 1 << 17  # of prompts that are read together: their hidden states and one layer's rows are on the GPU
 
