@@ -10,6 +10,7 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import secrets
 import time
 import uuid
@@ -74,6 +75,11 @@ class Service:
         """Tokens of a sequence at most."""
         return min(self.scheduler.context_tokens, self.scheduler.num_pages * self.scheduler.config.page_tokens)
 
+    @functools.cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a response."""
+        return frozenset(self.lm.end_ids)
+
     @property
     def task_name(self) -> str:
         return getattr(self.lm.task, "name", type(self.lm.task).__name__)
@@ -114,7 +120,7 @@ class Service:
                 if call.max_tokens is not None and call.max_tokens > left:
                     raise UserError(f"max_tokens is {call.max_tokens}; the prompt's {len(ids)} tokens leave {left}")
                 for _ in range(call.n):
-                    response = detokenize.Response(self._decode, call.stop, frozenset(self.lm.end_ids))
+                    response = detokenize.Response(self._decode, call.stop, self.end_ids)
                     choice = Choice(len(running.choices), text, ids, response)
                     limit = left if call.max_tokens is None else call.max_tokens
                     wanted = Request(ids, limit, call.sampling, seed, sample=choice.index, logprobs=call.logprobs is not None)
@@ -128,7 +134,7 @@ class Service:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         """Write tokens as clients want them, without what ends a response."""
-        return self.lm.task.decode([token for token in token_ids if token not in self.lm.end_ids])
+        return self.lm.task.decode([token for token in token_ids if token not in self.end_ids])
 
 
 class Running:
@@ -241,7 +247,7 @@ class Running:
         scored, decode = [], self.service.lm.task.decode
         start, choice.told = choice.told, len(choice.response.token_ids)
         for token_id, (own, ids, values) in zip(choice.response.token_ids[start:], choice.logprobs[start:]):
-            if token_id not in self.service.lm.end_ids:
+            if token_id not in self.service.end_ids:
                 likeliest = [(decode([other]), value) for other, value in zip(ids, values)]
                 scored.append((decode([token_id]), own, likeliest[: self.call.logprobs]))
         offset = choice.told_characters
