@@ -39,7 +39,7 @@ from data.tasks import TASKS
 from data.vocab import DEFAULT_VOCAB, Vocab
 from selfspan_jax import compiling, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
-from selfspan_jax.config import KvMemory, ModelConfig, Weights
+from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
@@ -85,6 +85,8 @@ class Bench:
     """Precision of the weights; both with a comma."""
     kv_memory: Annotated[tuple[KvMemory, ...], commandline.commas(*get_args(KvMemory))] = ("device",)
     """Where keys and values of prompts lie, as for generate; both with a comma."""
+    working_set_tokens: int = WORKING_SET_TOKENS
+    """With --kv-memory host: tokens of each prompt whose keys and values are on the GPU."""
     steps: int = 64
     """Timed steps of every sequence, an even number."""
     peers: Annotated[tuple[hf.PeerName, ...], commandline.commas(*get_args(hf.PeerName))] = ()
@@ -149,7 +151,8 @@ class Bench:
             sparse = itertools.product(self.weights, self.context, self.batch_size, zip(self.sparse, shares))
             cases += [PrefillCase("dense", batch, context, weights, *chosen) for weights, context, batch, chosen in sparse]
         else:
-            kinds = [{"device": Case, "host": TieredCase}[memory] for memory in dict.fromkeys(self.kv_memory)]
+            host = functools.partial(TieredCase, working_set_tokens=self.working_set_tokens)
+            kinds: list[Callable[..., Case]] = [host if memory == "host" else Case for memory in dict.fromkeys(self.kv_memory)]
             cases = [kind(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every for kind in kinds]
         if self.num_samples > 1:
             apart = Case("span", self.num_samples, max(self.context), self.steps)
@@ -269,7 +272,7 @@ class Bench:
 
 
 # The options that say something of decode steps only.
-_STEPS_ONLY = ("steps", "num_samples", "stream_check", "kv_memory")
+_STEPS_ONLY = ("steps", "num_samples", "stream_check", "kv_memory", "working_set_tokens")
 
 
 def _module_of(case: AnyCase) -> Any:

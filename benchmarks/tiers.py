@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from benchmarks.decoding import REPETITIONS, WARM_UPS, Case, Programs, copy_state, detach_pools, replay_row
 from benchmarks.shapes import Shape
 from benchmarks.timing import timed
-from selfspan_jax.config import KvMemory
+from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory
 from selfspan_jax.parallel.memory import bytes_of, check_fits
 from selfspan_jax.tiers import HostEngine
 
@@ -30,11 +30,12 @@ class TieredCase(Case):
     """A case whose prompts lie in host memory."""
 
     kv_memory: KvMemory = "host"
+    working_set_tokens: int = WORKING_SET_TOKENS
 
 
 def compile_case(shape: Shape, case: TieredCase, mesh: Mesh | None = None) -> Programs:
     """Make the engine; it compiles as it runs. Raises: DoesNotFit where the parameters alone exceed the device's memory."""
-    engine = HostEngine(shape.abstract(case.weights))
+    engine = HostEngine(shape.abstract(case.weights), working_set_tokens=case.working_set_tokens)
     check_fits(needed := bytes_of(engine.params))
     return Programs(engine, None, needed, 0.0)
 
