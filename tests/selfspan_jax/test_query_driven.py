@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,15 +104,19 @@ def test_choices_are_those_of_numpy(policy, num_tokens):
     q, pool = rng.normal(size=(3, 2, 3, 8)), rng.normal(size=(180, 2, 8))
     table = rng.permutation(180)[: 3 * 50].reshape(3, 50)
     lengths = np.array([num_tokens, (num_tokens + 1) // 2, 0], np.int32)
-    arrays = {"slots": jnp.asarray(table, jnp.int32), "num_tokens": jnp.asarray(lengths)}
-    slots = dataclasses.replace(policy.initial_slots(arrays["slots"]), counts=policy.count(arrays["num_tokens"]), **arrays)
-    before = policy.summarize(jnp.asarray(pool, jnp.float32), slots.slots)
-    summaries = policy.update(before, jnp.asarray(pool, jnp.float32), slots)
-    found = np.asarray(policy.choose(jnp.asarray(q, jnp.float32), jnp.asarray(pool, jnp.float32), summaries, slots))
+
+    @jax.jit
+    def choose(q, pool, table, num_tokens):
+        slots = dataclasses.replace(policy.initial_slots(table), counts=policy.count(num_tokens), num_tokens=num_tokens)
+        before = policy.summarize(pool, table)
+        after = policy.update(before, pool, slots)
+        return before, after, policy.choose(q, pool, after, slots), slots.counts
+
+    before, summaries, found, counts = choose(q.astype(np.float32), pool.astype(np.float32), table.astype(np.int32), lengths)
     for b, length in enumerate(lengths):
         for head in range(2):
             expected = numpy_choice(policy, q[b, head], pool[table[b, :length], head]) if length else set()
-            chosen = found[b, head, : slots.counts[b]].tolist()
+            chosen = np.asarray(found)[b, head, : counts[b]].tolist()
             assert len(chosen) == len(expected) and set(chosen) == expected, (b, head)
     for old, new in zip(before, summaries):
         np.testing.assert_array_equal(old[2], new[2])
