@@ -40,6 +40,7 @@ MAIN = {
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
 _NARROW = (
+    "near_mixed",
     "mixed",
     "solve",
     "mended",
