@@ -26,9 +26,6 @@ from selfspan_jax.spans import SpanState
 
 HostArray = Array | np.ndarray  # NumPy's from the host, JAX's in a program
 _STATE = DecodeState.partition_specs()
-# What XLA simplifies before it divides a program ended with SIGSEGV on some of these for two GPUs (JAX 0.11.2). It has nothing to do there:
-# `shard_map` has divided them already, and they are simplified afterwards like any other.
-_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "spmd-simplify"}
 
 
 class Prompts(NamedTuple):
@@ -87,12 +84,7 @@ def empty_state(graph, params, config: DecodeConfig, num_rows: int, num_sequence
     return graph.shard_map(empty, layout.REPLICATED, out_specs=_STATE)(params, nothing)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("graph", "config", "page_tokens", "num_queries", "responses"),
-    donate_argnames=("state",),
-    compiler_options=_COMPILER_OPTIONS,
-)
+@functools.partial(jax.jit, static_argnames=("graph", "config", "page_tokens", "num_queries", "responses"), donate_argnames=("state",))
 def read_prompts(
     graph, params, state: DecodeState, prompts: Prompts, config: DecodeConfig, page_tokens: int, num_queries: int, responses: bool
 ) -> DecodeState:
@@ -148,12 +140,7 @@ def read_prompts(
     return graph.shard_map(read, _STATE, layout.REPLICATED, out_specs=_STATE)(params, state, prompts)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("graph", "config", "page_tokens", "num_steps", "num_logprobs"),
-    donate_argnames=("state",),
-    compiler_options=_COMPILER_OPTIONS,
-)
+@functools.partial(jax.jit, static_argnames=("graph", "config", "page_tokens", "num_steps", "num_logprobs"), donate_argnames=("state",))
 def decode_chunk(
     graph,
     params,
