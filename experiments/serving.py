@@ -22,8 +22,7 @@ from selfspan_jax.errors import UserError
 
 Row = dict[str, Any]
 MODEL, RATES, PEERS, EVALUATION = "arithmetic-small.json", "rates.json", "smollm2-135m.json", "eval.json"  # the files
-HTTP = ("http", "http32", "http_first", "http_data2", "http_tensor2")  # of servers under load; sections have the names of the files
-LEAVE = "leave.json"
+HTTP = ("http32", "http_data2")  # of servers under load; sections have the names of the files
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
@@ -34,7 +33,7 @@ class Page:
     """Write the tables of a page from the JSON files in the directory beside it that has its name. One without its file stays as it is."""
 
     results: Positional[Path] = Path("docs/serving")
-    """Directory of the files: arithmetic-small.json, rates.json, smollm2-135m.json, eval.json, http.json and others of servers."""
+    """Directory of the files: arithmetic-small.json, rates.json, smollm2-135m.json, eval.json, http32.json, http_data2.json."""
 
     def run(self) -> None:
         page = self.results.with_name(f"{self.results.name}.md")
@@ -48,7 +47,6 @@ def sections(results: Path) -> dict[str, str]:
         (MODEL, of_model),
         (RATES, of_rates),
         *((f"{section}.json", functools.partial(of_http, section=section)) for section in HTTP),
-        (LEAVE, of_leave),
         (PEERS, of_peers),
         (EVALUATION, of_evaluation),
     )
@@ -96,16 +94,6 @@ def of_rates(report: Row) -> dict[str, str]:
 def of_http(report: Row, section: str) -> dict[str, str]:
     """Write the table of `benchmarks.serving`, as a section of this name."""
     return {section: _rates(report["rows"])}
-
-
-def of_leave(report: Row) -> dict[str, str]:
-    """Write the table of `benchmarks.serving --leave`: what became of the requests, and what the server holds afterwards."""
-    (row,), after = report["rows"], report["afterwards"]
-    head = ("requests/s", "requests", "clients that went away", "failed", "running", "waiting", "pages in use", "kept", "free")
-    names = ("num_requests_running", "num_requests_waiting", "pages_in_use", "pages_cached", "pages_free")
-    held = {name.partition(":")[2]: value for name, value in after.items()}
-    counts = [f"{row[name]:,}" for name in ("num_requests", "num_left", "num_failed")]
-    return {"leave": markdown_table(head, [[f"{row['requests_per_second']:g}", *counts, *(f"{held[name]:,.0f}" for name in names)]])}
 
 
 def of_peers(report: Row) -> dict[str, str]:

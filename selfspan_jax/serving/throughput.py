@@ -13,7 +13,6 @@ from jaxtyping import Int
 from selfspan_jax.config import DecodeConfig, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket
-from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.pages import page_keys
 from selfspan_jax.serving.requests import Request, Tokens
 from selfspan_jax.serving.scheduler import Scheduler
@@ -44,8 +43,9 @@ def is_faster(
     `new_tokens` may be guesses; only their ratios to each other and to the prompts count. `shared` is what `shared_beginning` says.
     """
     prompts, new = np.array(prompt_tokens), np.array(new_tokens)
-    one_cache = not isinstance(engine, HostEngine) and (engine.mesh is None or num_data_shards(engine.mesh) == 1)
-    if not one_cache or config.prefill != "dense" or jax.default_backend() == "cpu":
+    # XLA (JAX 0.11.2) ends with a segmentation fault on a scheduler's programs for two GPUs.
+    one_device = not isinstance(engine, HostEngine) and (engine.mesh is None or engine.mesh.size == 1)
+    if not one_device or config.prefill != "dense" or jax.default_backend() == "cpu":
         return False
     if shared >= MIN_SHARED:
         return True

@@ -48,11 +48,7 @@ def cells(text):
 def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
     (tmp_path / serving.MODEL).write_text(json.dumps(REPORT))
     (tmp_path / serving.RATES).write_text(json.dumps(HEADER | {"rows": [row("static", 20.0, 100.0), row("scheduler", 90.0, 100.0)]}))
-    left = row("", 9.0, 500.0) | {"num_left": 700, "num_failed": 1}
-    held = {"vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "selfspan:pages_in_use": 0, "selfspan:pages_cached": 5}
-    (tmp_path / serving.LEAVE).write_text(json.dumps({"rows": [left], "afterwards": held | {"selfspan:pages_free": 1000}}))
     found = serving.sections(tmp_path)
-    assert cells(found["leave"]) == [["500", "1,024", "700", "1", "0", "0", "0", "5", "1,000"]]
     assert [(own[2], own[3]) for own in cells(found["targets"])] == [
         ("91.0", "yes"), ("2.08", "yes"), ("1.25", "-"), ("3.10", "**no**"), ("6.1", "yes")
     ]  # fmt: skip
@@ -60,7 +56,7 @@ def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
     assert [own[5] for own in cells(found["mixed"])] == ["500", "240", "400", "450"]
     assert [own[:4] for own in cells(found["rates"])] == [["100", "static", "400,000", "20.0"], ["100", "scheduler", "400,000", "90.0"]]
     assert [own[0] for own in cells(found["stalls"])] == ["0", "36"] and cells(found["equal"])[0][-2:] == ["91.0", "25.0"]
-    assert set(found) == {"targets", "mixed", "equal", "stalls", "rates", "leave"}  # of the other files nothing is known
+    assert set(found) == {"targets", "mixed", "equal", "stalls", "rates"}  # of the other files nothing is known
 
 
 def test_the_tables_of_the_page_are_those_of_its_files():

@@ -382,7 +382,9 @@ MIXED, ALIKE = [20, 40, 80, 600] * 64, [600] * 256
 )
 def test_a_scheduler_is_for_where_it_saves_steps_or_reading(prompts, new, batch_size, changes, backend, shared, faster, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert is_faster(ENGINE, DecodeConfig("span", 640, **changes), prompts, new, batch_size, shared) == faster
+    config = DecodeConfig("span", 640, **changes)
+    assert is_faster(ENGINE, config, prompts, new, batch_size, shared) == faster
+    assert not is_faster(Engine(MODEL, make_mesh("tensor=2")), config, prompts, new, batch_size, shared)
 
 
 def test_what_prompts_begin_with_is_counted_in_whole_pages():
