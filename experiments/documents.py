@@ -213,10 +213,10 @@ def lengths_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> 
 
 
 def sets_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
-    """Write the main scores on each set of examples, such as catalogues by their size, of variants that have several, and their speeds."""
+    """Write the main scores on each set of examples, such as catalogues by their size, of variants that have others, and their speeds."""
     rows, unit = [], TASKS[corpus].unit
     for variant in variants:
-        several = sum(len(scored(runs, variant, kind)) > 0 for kind in SETS[corpus]) > 1
+        several = any(len(scored(runs, variant, kind)) for kind in SETS[corpus] if kind != "eval")
         for kind, words in SETS[corpus].items() if several else ():
             ours, theirs = (scored(runs, own, kind) for own in (variant, control(corpus, variant)))
             parts = [

@@ -196,9 +196,11 @@ def _not_run(experiment: Experiment, runs: Sequence[Run]) -> str:
     trained = _seeds(runs)
     lines = [f"- `{name}` ({own.description}): not trained" for name, own in experiment.variants.items() if name not in trained]
     for kind, description in experiment.evaluations.items():
-        missing = _seeds(run for run in runs if kind not in run.evaluations)
-        names = [f"`{name}` with seed {', '.join(seeds)}" for name, seeds in missing.items()]
-        lines += [f"- {description}: {'; '.join(names)}"] if names else []
+        missing, made = (_seeds(run for run in runs if (kind in run.evaluations) == there) for there in (False, True))
+        few = made if len(made) < len(missing) else missing
+        names = [f"`{name}` with seed {', '.join(seeds)}" for name, seeds in few.items()]
+        words = "; ".join(names) if few is missing else f"all but {'; '.join(names)}" if names else "all"
+        lines += [f"- {description}: {words}"] if missing else []
     return "\n".join(lines) or "Nothing: all variants were trained and evaluated."
 
 

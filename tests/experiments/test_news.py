@@ -168,7 +168,7 @@ def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, tra
     assert own.keys() == {"variant", "---", "`span`", "`dense`"} and "`dense`" not in rows_of(page, "scores")
     cells = dict(zip(own["variant"], own["`dense`"], strict=True))
     assert (cells["summaries"], cells["ROUGE-L"], cells["attended, of the context"]) == ("8", "70.4", "100.0%")
-    assert cells["all facts right"] == "4" and "- scores, reading and speed: `prompt` with seed 0; `dense` with seed 0" in page
+    assert cells["all facts right"] == "4" and "- scores, reading and speed: all but `span` with seed 0\n" in page
 
 
 def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
