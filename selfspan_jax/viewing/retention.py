@@ -33,7 +33,7 @@ def measured_prefill(
     """
     if engine.goes_on(token_ids, lengths):
         raise UserError("what prefill keeps is measured of prompts: here a response has begun")
-    every = max(1, token_ids.shape[1] // EXACT_TOKENS)  # from one that is measured to the next
+    every = max(1, int(np.max(lengths)) // EXACT_TOKENS)  # from one that is measured to the next
     prompts = *engine.check_prompts(token_ids, lengths, config), sequence_keys(None, len(lengths))
     state, retained = _prefill(engine.graph, engine.params, *prompts, config, every)
     return state, jax.device_get(retained)
@@ -55,8 +55,13 @@ def _prefill(graph: Graph, params, token_ids, lengths, keys, config: DecodeConfi
 
 
 def to_json(retained: Retained) -> dict[str, Any]:
-    """Sum up what was measured, leaves [L, b, N]: the least and the mean retained mass and the tiles kept, in all and by layer and head."""
-    mean, kept = np.mean(retained.total / retained.queries, axis=1), np.mean(retained.kept / retained.tiles, axis=1)
+    """Sum up what was measured, leaves [L, b, N]: the least and the mean retained mass and the tiles kept, in all and by layer and head.
+
+    Prompts that are shorter than `every`, of which no query was measured, count in the tiles only.
+    """
+    queries = np.maximum(retained.queries, 1)
+    mean = np.mean(retained.total / queries, axis=1, where=np.asarray(retained.queries) > 0)
+    kept = np.mean(retained.kept / retained.tiles, axis=1)
     found = {"retained_mass_min": np.min(retained.least, axis=1), "retained_mass_mean": mean, "tiles_kept": kept}
     whole = {"retained_mass_min": np.min(retained.least), "retained_mass_mean": np.mean(mean), "tiles_kept": np.mean(kept)}
     by_head = {name: np.round(values, 4).tolist() for name, values in found.items()}

@@ -64,6 +64,18 @@ def test_what_is_kept_is_measured_by_layer_and_head():
     assert dense["tiles_kept"] == 1 and dense["retained_mass_min"] == pytest.approx(1, abs=1e-5)
 
 
+def test_a_prompt_too_short_to_be_measured_does_not_count(monkeypatch):
+    """One query in 32 is measured: none of the prompt of one token, whose tiles count all the same."""
+    monkeypatch.setattr(retention, "EXACT_TOKENS", 16)
+    _, measured = retention.measured_prefill(ENGINE, ROWS, LENGTHS, SPARSE)
+    assert measured.every == 32 and measured.queries[0, :, 0].tolist() == [16, 9, 4, 0]
+    found, mean = retention.to_json(measured), measured.total[:, :3] / measured.queries[:, :3]
+    assert found["retained_mass_mean"] == pytest.approx(mean.mean(), abs=1e-6) and 0.5 < mean.mean() < 0.999
+    assert found["tiles_kept"] == pytest.approx((0.9 + 1 + 1 + 1) / 4)
+    _, wider = retention.measured_prefill(ENGINE, np.pad(ROWS, ((0, 0), (0, 128))), LENGTHS, SPARSE)
+    assert wider.every == 32  # padding asks for no wider steps
+
+
 @pytest.mark.parametrize(
     "why, config, tokens",
     [
