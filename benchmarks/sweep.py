@@ -119,6 +119,8 @@ class Bench:
         check_range(self, "batch_size", "context", "num_samples", low=1)
         if self.steps < 2 or self.steps % 2:
             raise UserError(f"steps is {self.steps}; allowed: even numbers, 2 and above")
+        if self.kept and not self.sparse:
+            raise UserError("--kept is the share that --sparse reads: give --sparse")
         if len(self.kept) not in ({1, len(self.sparse)} if self.sparse else {0}) or not all(0 <= share <= 1 for share in self.kept):
             raise UserError(f"kept is {self.kept}; allowed: numbers from 0 to 1, one, or one for each of --sparse {','.join(self.sparse)}")
         if self.prefill:

@@ -201,7 +201,7 @@ def test_on_a_mesh_operations_are_all_and_bytes_those_of_one_device():
         (dict(context=(0,)), "context is"),
         (dict(sparse=("sample",)), r"kept is \(\); allowed: numbers from 0 to 1, one, or one for each of --sparse sample"),
         (dict(sparse=("sample", "blocks"), kept=(0.5, 2.0)), "kept is"),
-        (dict(kept=(0.5,)), "kept is"),
+        (dict(kept=(0.5,)), "--kept is the share that --sparse reads: give --sparse"),
         (dict(prefill=False, sparse=("sample",), kept=(0.5,)), "--sparse is for prompts: give --prefill"),
         (dict(attended_fraction=0.0), "attended_fraction is"),
     ],
