@@ -358,7 +358,7 @@ class SpanLM(Reader):
         """Read prompts once more, and say how much of their dense attention a sparse prefill keeps.
 
         Returns: the least and the mean retained mass, the softmax probability that the tiles read hold of a query, and the share of
-          the tiles that are read; in all, and by layer and head. Every query is measured up to 2,048 tokens, above that one of each
+          the tiles that are read; in all, and by layer and head. Every query is measured up to 4,095 tokens, above that one of each
           `measured_every`.
         """
         token_ids, lengths = self.pad(self.encode(prompts, chat)[1])

@@ -27,7 +27,7 @@ def measured_prefill(
 ) -> tuple[DecodeState, Retained]:
     """Read causal prompts as `Engine.prefill` does, and measure what their tiles keep of the attention: leaves [L, b, N].
 
-    Every query is measured up to 2,048 tokens, above that so many that about 2,048 are.
+    Every query is measured up to 4,095 tokens, above that so many that 2,048 to 4,095 are.
 
     Raises: UserError as `Engine.prefill`, and where a prompt goes on in a response; ValueError for prompts that are not read causally.
     """
@@ -59,8 +59,7 @@ def to_json(retained: Retained) -> dict[str, Any]:
 
     Prompts that are shorter than `every`, of which no query was measured, count in the tiles only.
     """
-    queries = np.maximum(retained.queries, 1)
-    mean = np.mean(retained.total / queries, axis=1, where=np.asarray(retained.queries) > 0)
+    mean = np.mean(retained.total / np.maximum(retained.queries, 1), axis=1, where=np.asarray(retained.queries) > 0)
     kept = np.mean(retained.kept / retained.tiles, axis=1)
     found = {"retained_mass_min": np.min(retained.least, axis=1), "retained_mass_mean": mean, "tiles_kept": kept}
     whole = {"retained_mass_min": np.min(retained.least), "retained_mass_mean": np.mean(mean), "tiles_kept": np.mean(kept)}

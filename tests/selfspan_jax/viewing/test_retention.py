@@ -64,6 +64,19 @@ def test_what_is_kept_is_measured_by_layer_and_head():
     assert dense["tiles_kept"] == 1 and dense["retained_mass_min"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["dense", "span"])
+def test_a_prefix_within_a_response_is_sparse_where_everything_is_read(attention):
+    """Under "span" its tokens read what they name, and selectors choose nothing."""
+    rows, config = ROWS.copy(), dataclasses.replace(DENSE, attention=attention)
+    rows[:, 60] = VOCAB.solve_id
+    logits = np.asarray(ENGINE.prefill(rows, LENGTHS, dataclasses.replace(config, prefill=TILES)).logits)
+    if attention == "span":
+        np.testing.assert_array_equal(logits, ENGINE.prefill(rows, LENGTHS, config).logits)
+    else:
+        expected = reference_logits(MODEL, rows, [WINDOW] * 4)[np.arange(4), LENGTHS - 1]
+        np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_a_prompt_too_short_to_be_measured_does_not_count(monkeypatch):
     """One query in 32 is measured: none of the prompt of one token, whose tiles count all the same."""
     monkeypatch.setattr(retention, "EXACT_TOKENS", 16)
