@@ -85,7 +85,7 @@ class AttentionViews:
     prompt_window_tokens: int = 16
     """Width of the local prompt window, in tokens."""
     name_share: float = 1.0
-    """Decoding: a step that has named a label names the first of those above it that is so many times as likely as the likeliest token."""
+    """Decoding: a step that has named a label names the first higher one with at least this share of the likeliest token's probability."""
 
     later: ClassVar[tuple[str, ...]] = ("name_share",)
 

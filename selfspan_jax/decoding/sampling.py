@@ -28,7 +28,7 @@ def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], i
 
 
 def next_name(logits: Float[Array, "B V"], latest: Int[Array, "B"], share: float, vocab: SpanVocab) -> Int[Array, "B"]:
-    """Return the first `<ref:k>` that is `share` times as likely as the likeliest token, -1 for none; k is above `latest`.
+    """Return the first `<ref:k>`, k above `latest`, with at least `share` of the likeliest token's probability; -1 for none.
 
     Names ascend, so one that is passed over does not come back; and a source too many costs less than one too few.
     """
