@@ -29,7 +29,8 @@ from selfspan_jax.spans import SpanVocab
 Angles = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
 Rows = Any  # [B, T, D]; in decoding, where the norm that follows is known, `pallas_kernels.ScaledRows` of it
 # queries, keys and values [B, T, K, G + 2, H], neither normalised nor rotated; the options `norms` and `norm_eps` of queries and keys
-# that are, in decoding `ahead`, the weights that are read next; the angles; the layer's cache -> outputs [B, T, N, H], its cache afterwards
+# that are, in decoding `ahead`, the weights that are read next, and `early`; the angles; the layer's cache
+# -> outputs [B, T, N, H], its cache afterwards
 # Where it has an attribute `beside`, that applies the layer's largest map to its rows, so that other work can be done meanwhile.
 Attend = Callable[[Array, dict[str, Any], Angles, Any], tuple[Array, Any]]
 

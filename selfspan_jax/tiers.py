@@ -140,11 +140,11 @@ class _Attend:
         self.cache, self.own, self.slots, self.implementation = cache, own, slots, implementation
         self.waiting = [cache.copy(cache.pools[0]), *cache.pools[1:]]  # layers that have not attended, and their pools
 
-    def __call__(self, qkv, norms, angles, _):
+    def __call__(self, qkv, options, angles, _):
         k_pool, v_pool, *host = self.waiting.pop(0)
         arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], self.own, k_pool, v_pool, self.slots.slots, self.slots.counts)
-        options = {"split": True, "sparse": self.slots.kept is not None, "host": HostRows(*host, self.cache.on_host)}
-        out, *pools = rotate_and_attend(*arrays, **norms, **options, implementation=self.implementation)
+        options = options | {"split": True, "sparse": self.slots.kept is not None, "host": HostRows(*host, self.cache.on_host)}
+        out, *pools = rotate_and_attend(*arrays, **options, implementation=self.implementation)
         return out.reshape(len(self.own), 1, -1), (*pools, *host)
 
     def beside(self, linear, x, **options):
@@ -316,17 +316,17 @@ def _start(
     sequences, prompt_tokens = batch * num_samples, jnp.repeat(lengths, num_samples)
     sequence = jnp.arange(sequences, dtype=jnp.int32)[:, None]
     token = jnp.broadcast_to(jnp.arange(capacity + config.max_new_tokens, dtype=jnp.int32), (sequences, capacity + config.max_new_tokens))
-    is_prompt, prompt_rows = token < prompt_tokens[:, None], sequence // num_samples * capacity + token
+    is_prompt, of_prompt = token < prompt_tokens[:, None], sequence // num_samples * capacity + token
     new_table, new_host = TieredCache.tables(prompt_tokens, token.shape[1], width, new_rows, batch * capacity)
-    host_rows = jnp.where(is_prompt, prompt_rows, new_host)
-    table = jnp.where(is_prompt, -1 - prompt_rows, new_table)
+    host_rows = jnp.where(is_prompt, of_prompt, new_host)
+    table = jnp.where(is_prompt, -1 - of_prompt, new_table)
     rows = -(-sequences * (width + new_rows) // ROW_MULTIPLE) * ROW_MULTIPLE
     empty, none = jnp.zeros((rows, *host[0][0].shape[1:]), host[0][0].dtype), jnp.zeros(sequences, jnp.int32)
     unused = jnp.full((sequences, width), -1, jnp.int32)
     pools = tuple((empty, empty, *layer) for layer in host)
-    lists: dict[str, Any] = {"sources": unused, "targets": unused, "num_copied": none, "on_host": none, "copied": none, "misses": none}
-    lists |= {"new_rows": new_rows, "prompt_rows": batch * capacity, "new_capacity": config.max_new_tokens}
-    cache = TieredCache(pools, table, unused, none, host_rows, prompt_tokens, jnp.int32(0), **lists)
+    fields: dict[str, Any] = {"sources": unused, "targets": unused, "num_copied": none, "on_host": none, "copied": none, "misses": none}
+    fields |= {"new_rows": new_rows, "prompt_rows": batch * capacity, "new_capacity": config.max_new_tokens}
+    cache = TieredCache(pools, table, unused, none, host_rows, prompt_tokens, jnp.int32(0), **fields)
     state = start_state(model, cache, last, token_ids, lengths, keys, config, num_samples)
     if state.slots.kept is None:
         return state

@@ -40,9 +40,9 @@ class Slots:
     def attend(self, own: Int[Array, "B"], implementation: Implementation | None) -> Attend:
         """Make the attention of one new token per sequence: write it to slot `own`, unless that is outside the pool; read these slots."""
 
-        def attend(qkv, norms, angles, pools):
+        def attend(qkv, options, angles, pools):
             arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, *pools, self.slots, self.counts)
-            out, *pools = rotate_and_attend(*arrays, **norms, split=True, sparse=self.kept is not None, implementation=implementation)
+            out, *pools = rotate_and_attend(*arrays, **options, split=True, sparse=self.kept is not None, implementation=implementation)
             return out.reshape(len(own), 1, -1), tuple(pools)
 
         return attend
