@@ -46,7 +46,7 @@ from benchmarks.systems import (
     Work,
     run_scheduler,
     run_static,
-    with_chunks,
+    set_chunk_tokens,
 )
 from benchmarks.timing import header_line, report_header, run_command, timed
 from data import commandline
@@ -125,7 +125,7 @@ def mixed(model: Model) -> Iterator[dict[str, Any]]:
     scheduler = model.scheduler(model.engine)
     orders = {"scheduler": work, "scheduler, longest first": similar[::-1]}
     for chunk, system in itertools.product(model.settings.chunk_tokens, orders):
-        with_chunks(scheduler, chunk)
+        set_chunk_tokens(scheduler, chunk)
         scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
         before = scheduler.stats
         row = {"system": system, "chunk_tokens": chunk, **summary(None, run_scheduler(scheduler, orders[system], times))}
@@ -174,7 +174,7 @@ def equal(model: Model) -> Iterator[dict[str, Any]]:
         seconds = min(timed(static)[1] for _ in range(3))
         scheduler = model.scheduler(model.endless, defaults=defaults)
         for chunk in (ServingConfig.chunk_tokens,) if defaults else model.settings.chunk_tokens:
-            with_chunks(scheduler, chunk)
+            set_chunk_tokens(scheduler, chunk)
             scheduler.pages, start = Pages(scheduler.num_pages), scheduler.stats
             for row in ids:
                 scheduler.submit(Request(row, new), lambda tokens: None)

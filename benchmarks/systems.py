@@ -131,8 +131,8 @@ class Model:
         return DecodeConfig(self.attention, EQUAL_NEW_TOKENS, stop_ids=self.stop_ids)
 
 
-def with_chunks(scheduler: Scheduler, chunk_tokens: int) -> None:
-    """Let chunks of a scheduler that does nothing have so many tokens from now on."""
+def set_chunk_tokens(scheduler: Scheduler, chunk_tokens: int) -> None:
+    """Set how many tokens the next chunks of an idle scheduler have."""
     scheduler.config = dataclasses.replace(scheduler.config, chunk_tokens=chunk_tokens)
 
 

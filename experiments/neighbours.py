@@ -126,12 +126,12 @@ def by_count(kind: str, counts: Sequence[int], values: Sequence[T]) -> Iterator[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """At which counts of rows."""
+    """What both comparisons have: counts of cache rows, policies, and the file of results."""
 
     shares: Annotated[tuple[float, ...], commandline.commas(float)] = (1, 2, 5, 10, 20, 50)
     """Of the context, in percent."""
     neighbours: Annotated[tuple[str, ...], commandline.commas(*KINDS)] = (*KINDS,)
-    """Which of them."""
+    """Policies that choose the rows."""
     json: Path | None = None
     """Write the rows into this file, each as soon as it is there."""
 

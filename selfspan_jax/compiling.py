@@ -12,10 +12,11 @@ MAX_THREADS = max(1, (os.cpu_count() or 1) // 2)
 
 
 def compile_all(programs: Sequence[Callable[[], Callable[[], T]]]) -> list[T]:
-    """Compile programs, each while the next ones are made ready; return what each gave.
+    """Compile programs, each while the next ones are traced; return what their compiling gave, in order.
 
-    A program is a function that makes it ready and returns what compiles it. The first is Python, which only one thread runs at a time;
-    the second is the compiler, which is called in several.
+    Args:
+      programs: functions that trace a program and return the function that compiles it. They are called here, one after
+        the other, because tracing is Python, which one thread runs at a time; what they return is called in several threads.
     """
     with concurrent.futures.ThreadPoolExecutor(MAX_THREADS) as pool:
         compiling = [pool.submit(program()) for program in programs]

@@ -101,7 +101,7 @@ class QueryDriven:
     def choose(
         self, q: Float[Array, "B K G H"], k_pool: Float[Array, "P K H"], summaries: Summaries, slots: CandidateSlots
     ) -> Int[Array, "B K C"]:
-        """Choose the tokens that each kv head reads, the first `slots.counts` of C, those of a smaller `tokens` first."""
+        """List C tokens for each kv head, which reads the first `slots.counts` of them; a smaller `tokens` lists the beginning of these."""
         raise NotImplementedError
 
 
@@ -148,7 +148,7 @@ class Quest(QueryDriven):
 
     def __post_init__(self):
         if not 1 <= self.page_tokens <= self.tokens:
-            raise UserError(f"Quest: page_tokens is {self.page_tokens}, tokens is {self.tokens}; allowed: from 1, from page_tokens")
+            raise UserError(f"Quest: tokens is {self.tokens}, page_tokens is {self.page_tokens}; allowed: from 1 to tokens")
 
     def count(self, num_tokens):
         """Return the tokens of the newest page, and of as many whole pages before it as may be read too."""

@@ -63,11 +63,11 @@ class Service:
     scheduler: Scheduler | Workers
     model_name: str
     policy: Policy
-    """That the scheduler decodes with."""
+    """What the scheduler decodes with."""
     metrics: Metrics
     calls: set[Running] = dataclasses.field(default_factory=set)
     arrived: collections.deque[tuple[Running, Choice, Tokens]] = dataclasses.field(default_factory=collections.deque)
-    """Left by the scheduler's thread for the loop."""
+    """Tokens that the scheduler's thread has left for the loop."""
     reader: concurrent.futures.Executor = dataclasses.field(default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1, "reader"))
 
     @property
@@ -82,6 +82,7 @@ class Service:
 
     @property
     def task_name(self) -> str:
+        """Name the task in errors."""
         return getattr(self.lm.task, "name", type(self.lm.task).__name__)
 
     def give_out(self) -> None:
@@ -151,6 +152,7 @@ class Running:
         return lambda tokens: self.service.arrived.append((self, choice, tokens))
 
     def put(self, choice: Choice | None, tokens: Tokens) -> None:
+        """Queue tokens of a choice for `pieces`; None for all choices."""
         self._queue.put_nowait((choice, tokens))
 
     def refuse(self) -> None:

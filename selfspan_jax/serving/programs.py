@@ -27,7 +27,7 @@ _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not s
 
 
 class Prompt(Protocol):
-    """What is read: the tokens of a sequence, the pages of its rows, and the place that it takes once all of them are read."""
+    """A prompt to read: its tokens, the pages of its rows, and the place that its sequence takes once all of them are read."""
 
     request: Request
     token_ids: Int[np.ndarray, "T"]
@@ -112,7 +112,7 @@ class Programs:
         jax.block_until_ready(self.state)
 
     def lowering(self, *num_steps: int, draws: bool = True) -> list[Callable[[], Callable[[], Any]]]:
-        """Return what makes each program ready to compile, those first that take long, and runs nothing: for `compile_all`.
+        """Return the programs for `compile_all`, those first that take long; nothing is run.
 
         Args:
           num_steps: of chunks.

@@ -180,12 +180,12 @@ class _Worker:
         try:
             said = self.connection.recv()
         except EOFError:
-            raise ChildProcessError(f"the process that decodes {self.end()} while {meanwhile}") from None
+            raise ChildProcessError(f"the process that decodes {self.how_it_ended()} while {meanwhile}") from None
         if isinstance(said, BaseException):
             raise said
         return said
 
-    def end(self) -> str:
+    def how_it_ended(self) -> str:
         """Wait for its end, and say how it ended."""
         self.process.join()
         code = self.process.exitcode
@@ -308,6 +308,6 @@ class Workers:
         with self._lock:
             worker.ended = True
         if not self._closing:
-            _LOG.error("a process that decodes %s, and %d requests with it", worker.end(), len(worker.open))
+            _LOG.error("a process that decodes %s, and %d requests with it", worker.how_it_ended(), len(worker.open))
         for number in list(worker.open):
             worker.open.pop(number)(Tokens.none("error", "the process that decodes has ended"))
