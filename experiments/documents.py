@@ -39,15 +39,8 @@ MAIN = {
 """The score that each corpus is published by, and how often a right source is named."""
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
-_NARROW = (
-    "near_mixed",
-    "mixed",
-    "solve",
-    "mended",
-    "sentences",
-    "labels_3",
-    "labels",
-)  # variants whose headers read labels alone, the one to be judged first
+# Variants whose headers read labels alone, the one to be judged first.
+_NARROW = ("near_mixed", "mixed", "solve", "mended", "sentences", "labels_3", "labels")
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
@@ -219,9 +212,8 @@ def sets_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str
         several = any(len(scored(runs, variant, kind)) for kind in SETS[corpus] if kind != "eval")
         for kind, words in SETS[corpus].items() if several else ():
             ours, theirs = (scored(runs, own, kind) for own in (variant, control(corpus, variant)))
-            parts = [
-                run.part(kind) or {} for run in runs if run.variant == variant and kind != "constrained"
-            ]  # whose tokens the host gives
+            # Constrained tokens come from the host, which says nothing of the model's speed.
+            parts = [run.part(kind) or {} for run in runs if run.variant == variant and kind != "constrained"]
             rates = [speed[f"{unit}_per_second"] for own in parts for speed in own.get("by_batch_size", ())]
             fastest = f"{max(rates):.1f}" if rates else "-"
             for name in MAIN[corpus] if len(ours) else ():

@@ -28,7 +28,7 @@ from data.errors import check_range
 from data.tasks import TASKS
 from experiments import pages
 from experiments.pages import markdown_table
-from experiments.prefill import concatenated, losses_of, summary
+from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, Window, get_policy
 from selfspan_jax.config import DecodeConfig, Dtype
@@ -166,8 +166,8 @@ class Arithmetic(Sweep):
         for name, lm in models.items():
             if lm.model.config.mask != name:
                 raise UserError(f"{getattr(self, name)} was trained under the mask {lm.model.config.mask!r}; expected {name!r}")
-        names = {name: _name(getattr(self, name)) for name in models}
-        report: dict[str, Any] = {**_device(), **names, "seed": self.seed, "arithmetic": []}
+        names = {name: name_of(getattr(self, name)) for name in models}
+        report: dict[str, Any] = {**device_header(), **names, "seed": self.seed, "arithmetic": []}
         for ops in self.ops:
             (some,) = examples.held_out(models["span"].task, self.num_examples, seed=self.seed, ops=(ops,))[0].values()
             prompt_tokens = [len(models["dense"].task.encode_prompt(example.prompt)) for example in some]
@@ -250,7 +250,13 @@ class Text(Sweep):
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)
         texts = concatenated(lm, self.texts, self.tokens, self.num_texts)
         settings = {"tokens": self.tokens, "continuation_tokens": self.continuation, "num_texts": self.num_texts}
-        report: dict[str, Any] = {**_device(), "model": _name(self.model), "dtype": lm.model.config.compute_dtype, **settings, "text": []}
+        report: dict[str, Any] = {
+            **device_header(),
+            "model": name_of(self.model),
+            "dtype": lm.model.config.compute_dtype,
+            **settings,
+            "text": [],
+        }
         counts, dense = self.counts(self.tokens), None
         for kind, own in losses(lm, texts, self.continuation, ("dense", *self.neighbours), counts):
             for count, (each, read) in by_count(kind, counts, own):
@@ -279,14 +285,6 @@ def losses(
         return [(each[first :: len(counts)], float(rows[first :: len(counts)].mean())) for first in range(len(counts))]
 
     return under_each(kinds, counts, state, go_on)
-
-
-def _device() -> dict[str, Any]:
-    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-
-
-def _name(model: Path) -> str:
-    return model.name if model.name != "model" else model.absolute().parent.name  # RUN_DIR/model
 
 
 # -------------------------------------------------------------------------------------------------------------------- page

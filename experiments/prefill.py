@@ -136,9 +136,18 @@ class Quality(Thresholds):
         return np.concatenate(losses), _summed(kept)
 
 
+def device_header() -> dict[str, Any]:
+    """Name the device and the version of JAX that a report is of."""
+    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def name_of(model: Path) -> str:
+    """Return what a report calls a model: its directory, or that of its run."""
+    return model.name if model.name != "model" else model.absolute().parent.name  # RUN_DIR/model
+
+
 def _header(model: Path) -> dict[str, Any]:
-    name = model.name if model.name != "model" else model.absolute().parent.name  # RUN_DIR/model
-    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "model": name}
+    return device_header() | {"model": name_of(model)}
 
 
 def _summed(kept: list[Any]) -> dict[str, Any]:
