@@ -31,7 +31,7 @@ from data import arithmetic, commandline
 from data.errors import UserError, check_range
 from selfspan_jax import files
 
-MOST_EVENTS = 8  # that one sees who goes away
+MAX_EVENTS = 8  # that a client has read when it goes away
 HELD = ("vllm:num_requests_running", "vllm:num_requests_waiting", "selfspan:pages_in_use", "selfspan:pages_cached", "selfspan:pages_free")
 MAX_BUSY = 0.8  # of a processor, that a client may take before its own speed is what is measured
 
@@ -99,7 +99,7 @@ async def send_all(load: Load, model: str, prompts: Sequence[str], times: Sequen
     """Send each prompt at its time after `begin`, and wait for all responses."""
     async with httpx2.AsyncClient(**load.connection(), timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
         rng = random.Random(f"{load.seed} {times[0]}" if len(times) else None)
-        stays = [rng.randint(0, MOST_EVENTS) if rng.random() < load.leave else None for _ in times]
+        stays = [rng.randint(0, MAX_EVENTS) if rng.random() < load.leave else None for _ in times]
         return await asyncio.gather(*(_send(client, model, *each, begin, load) for each in zip(prompts, times, stays)))
 
 

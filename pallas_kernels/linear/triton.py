@@ -151,7 +151,7 @@ def padded_rows(batch: int, segments: int) -> int:
     return max(pl.next_power_of_2(batch), MIN_ROWS // segments, 1)
 
 
-def _kernel(*refs, names: tuple[str, ...], num_copied: int, **options):  # as those of `_multiply`, with those of `copy_share` amid
+def _kernel(*refs, names: tuple[str, ...], num_copied: int, **options):  # `copy_share`'s refs stand before `_multiply`'s results
     program, num_programs = pl.program_id(0), pl.num_programs(0)
     if not num_copied:
         return _multiply(program, num_programs, *refs, names=names, **options)
