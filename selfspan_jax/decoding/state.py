@@ -52,9 +52,11 @@ class DecodeState:
 
     def next_name(self, share: float, vocab: SpanVocab) -> Int[Array, "B"] | None:
         """Return what a step that has named a label names in place of the likeliest token, see `sampling.next_name`; None for nothing."""
+        if share >= 1:
+            return None
         named = self.span.last_named == self.span.num_tokens[:, None] - 1  # by the latest token
         latest = jnp.where(jnp.any(named, axis=1), jnp.argmax(named, axis=1), vocab.num_labels)
-        return next_name(self.logits, latest, share, vocab) if share < 1 else None
+        return next_name(self.logits, latest, share, vocab)
 
     @property
     def num_steps(self) -> Int[Array, ""]:
