@@ -80,6 +80,10 @@ class Fixed:
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
     """With a mesh, `graph` is that of one device's shard, and the parameters are divided."""
 
+    def model(self, params: nnx.State) -> Decoder:
+        """Build the model of a run on one device with these trainable parameters."""
+        return nnx.merge(self.graph, params, self.frozen)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
