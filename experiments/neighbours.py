@@ -36,7 +36,6 @@ from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS, wilson
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.query_driven import Oracle, QueryDriven, Quest
 
 T = TypeVar("T")
@@ -330,8 +329,7 @@ class Page:
     """Directory of the files: arithmetic*.json, text*.json. A table without files stays as it is."""
 
     def run(self) -> None:
-        page = self.results.with_name(f"{self.results.name}.md")
-        files.write_text(page, pages.fill(files.read_text(page), sections(self.results)))
+        pages.fill_page(self.results, sections(self.results))
 
 
 def sections(results: Path) -> dict[str, str]:
@@ -389,10 +387,7 @@ COMMANDS: dict[str, Any] = {"arithmetic": Arithmetic, "text": Text, "page": Page
 
 
 def main(argv: list[str] | None = None) -> None:
-    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        _, command = commandline.parse_one_of(COMMANDS, __doc__, argv, user_error=UserError)
-        with files.outputs(json=getattr(command, "json", None)):
-            command.run()
+    pages.run_command(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from experiments.variants import Experiment
 from selfspan_jax import files
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import wilson
+from selfspan_jax.parallel.memory import catch_out_of_memory
 
 # ----------------------------------------------------------------------------------------------------------------- tables
 
@@ -316,6 +317,20 @@ def fill(page: str, sections: Mapping[str, str]) -> str:
             raise UserError(f"the page has not just one `<!-- {name} -->` line with an `<!-- end -->` line after it")
         page = f"{before}{begin}\n{text}\n\n{end}{after}"
     return page
+
+
+def fill_page(results: Path, sections: Mapping[str, str]) -> None:
+    """Replace sections of the page that has the name of a directory of results and lies beside it. Raises as `fill` does."""
+    page = results.with_name(f"{results.name}.md")
+    files.write_text(page, fill(files.read_text(page), sections))
+
+
+def run_command(commands: Mapping[str, Any], description: str | None, argv: list[str] | None) -> None:
+    """Run the sub-command that a command line names; whether its `json` can be written is checked before. Errors become one line."""
+    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
+        _, command = commandline.parse_one_of(commands, description, argv, user_error=UserError)
+        with files.outputs(json=getattr(command, "json", None)):
+            command.run()
 
 
 def main(

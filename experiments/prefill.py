@@ -35,7 +35,6 @@ from selfspan_jax.attention.selectors import BLOCK, BlockMeans, SampleAttention,
 from selfspan_jax.config import DecodeConfig, Dtype
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.viewing import retention
 
 KINDS = ("sample 1", "sample 2", "blocks")
@@ -276,18 +275,14 @@ class Page:
     """Directory of the files: those whose names `experiments.prefill_tables` has. A table without files stays as it is."""
 
     def run(self) -> None:
-        page = self.results.with_name(f"{self.results.name}.md")
-        files.write_text(page, pages.fill(files.read_text(page), prefill_tables.sections(self.results)))
+        pages.fill_page(self.results, prefill_tables.sections(self.results))
 
 
 COMMANDS: dict[str, Any] = {"quality": Quality, "tasks": Tasks, "page": Page}
 
 
 def main(argv: list[str] | None = None) -> None:
-    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        _, command = commandline.parse_one_of(COMMANDS, __doc__, argv, user_error=UserError)
-        with files.outputs(json=getattr(command, "json", None)):
-            command.run()
+    pages.run_command(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ class Page:
     """Directory of the files: arithmetic-small.json, rates.json, smollm2-135m.json, eval.json, http32.json, http_data2.json."""
 
     def run(self) -> None:
-        page = self.results.with_name(f"{self.results.name}.md")
-        files.write_text(page, pages.fill(files.read_text(page), sections(self.results)))
+        pages.fill_page(self.results, sections(self.results))
 
 
 def sections(results: Path) -> dict[str, str]:
