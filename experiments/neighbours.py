@@ -36,7 +36,7 @@ from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS, wilson
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.query_driven import Oracle, QueryDriven, Quest
+from selfspan_jax.neighbours.query_driven import Oracle, QueryDriven, Quest
 
 T = TypeVar("T")
 SIDE_BY_SIDE = 3  # kinds that are compiled and decoded at the same time; each has a state of its own

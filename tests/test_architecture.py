@@ -30,7 +30,7 @@ MAY_NOT_USE = {
 LEVELS = [
     {"compiling", "errors", "interrupts"},
     {"files"},
-    {"spans", "attention.selectors", "query_driven"},
+    {"spans", "attention.selectors", "neighbours"},
     {"config", "task"},
     {"parallel.layout"},
     {"parallel.collectives", "parallel.mesh", "parallel.memory"},

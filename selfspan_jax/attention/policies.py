@@ -21,7 +21,7 @@ from selfspan_jax import spans
 from selfspan_jax.config import AttentionViews, Implementation, ModelConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Attend
-from selfspan_jax.query_driven import CandidateSlots, Oracle, Quest
+from selfspan_jax.neighbours.query_driven import CandidateSlots, Oracle, Quest
 
 
 @jax.tree_util.register_dataclass

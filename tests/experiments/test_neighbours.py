@@ -16,7 +16,7 @@ from data.vocab import Vocab
 from experiments import neighbours
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
-from selfspan_jax.query_driven import Oracle, Quest
+from selfspan_jax.neighbours.query_driven import Oracle, Quest
 from selfspan_jax.spans import SpanVocab
 from tests.experiments.reports import DOCS, call
 from tests.selfspan_jax.models import random_model

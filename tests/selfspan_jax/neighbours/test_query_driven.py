@@ -11,7 +11,7 @@ from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import DecodeConfig, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
-from selfspan_jax.query_driven import Oracle, Quest
+from selfspan_jax.neighbours.query_driven import Oracle, Quest
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.tiers import HostEngine
