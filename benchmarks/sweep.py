@@ -25,6 +25,7 @@ from benchmarks.shapes import Shape, ShapeName, named_shape
 from benchmarks.tiers import TieredCase
 from benchmarks.timing import header_line, report_header
 from benchmarks.workloads import (
+    REFS_PER_STEP,
     WorkloadName,
     arithmetic_prompts,
     arithmetic_tokens,
@@ -96,6 +97,8 @@ class Bench:
     """arithmetic: expressions and oracle responses; segments: steps that name pieces of a long prompt. Default: by the vocabulary."""
     attended_fraction: float = 0.1
     """Share of its context that a response token of "segments" attends to, on average."""
+    named_again: int = 0
+    """Of the four pieces that each step of "segments" names, so many are of those that the step before named."""
     num_samples: int = 1
     """Above 1, add two rows: so many sequences that share their prompt, and as many that do not."""
     stream_check: bool = False
@@ -134,6 +137,7 @@ class Bench:
         if not 0 < self.attended_fraction < 1:
             raise UserError(f"attended_fraction is {self.attended_fraction}; allowed: above 0, below 1")
         check_range(self, "seed", low=0)
+        check_range(self, "named_again", low=0, high=REFS_PER_STEP)
         allowed = [name for name in get_args(hf.PeerName) if (name in hf.PREFILL_PEERS) == self.prefill]
         if wrong := [peer for peer in self.peers if peer not in allowed]:
             raise UserError(f"peers has {wrong[0]}; allowed {'with' if self.prefill else 'without'} --prefill: {', '.join(allowed)}")
@@ -249,6 +253,7 @@ class Bench:
             size: dict[str, Any] = {"batch_size": batch_size, "num_tokens": num_tokens, "seed": self.seed}
             if not self.prefill:
                 size["steps"] = self.steps
+                size |= {} if workload == "arithmetic" else {"named_again": self.named_again}
             if workload == "arithmetic":
                 return (arithmetic_prompts if self.prefill else arithmetic_tokens)(task, **size)
             return (segment_prompts if self.prefill else segment_tokens)(shape, attended_fraction=self.attended_fraction, **size)
@@ -274,7 +279,7 @@ class Bench:
 
 
 # The options that say something of decode steps only.
-_STEPS_ONLY = ("steps", "num_samples", "stream_check", "kv_memory", "working_set_tokens")
+_STEPS_ONLY = ("steps", "named_again", "num_samples", "stream_check", "kv_memory", "working_set_tokens")
 
 
 def _module_of(case: AnyCase) -> Any:

@@ -100,13 +100,14 @@ def segment_prompts(
 
 
 def segment_tokens(
-    shape: Shape, *, batch_size: int, num_tokens: int, steps: int, attended_fraction: float, seed: int
+    shape: Shape, *, batch_size: int, num_tokens: int, steps: int, attended_fraction: float, named_again: int = 0, seed: int
 ) -> Int[np.ndarray, "B T"]:
     """Draw sequences whose last `steps` tokens attend to a given share of their context on average, span tokens included.
 
     The prompt is labelled segments of random text; the response consists of steps of 32 tokens: `<seg>`, four `<ref>` that name
     segments of the prompt, random text. Segments are as long as the share requires, give or take a quarter. The named
-    segments are drawn so that the mean stays on course. Sequences are at different places of their steps at the same time.
+    segments are drawn so that the mean stays on course; `named_again` of the four are of those that the step before named.
+    Sequences are at different places of their steps at the same time.
 
     Raises: UserError for a share that segments cannot give.
     """
@@ -121,7 +122,8 @@ def segment_tokens(
             f"attended_fraction is {attended_fraction}: in a context of {num_tokens} tokens that takes {max(num_segments, 0)} segments "
             f"of {segment:.1f} tokens; allowed: {2 * REFS_PER_STEP} segments and more, 2 tokens and more, {vocab.num_labels} labels in all"
         )
-    return np.stack([_segment_row(rng, vocab, text_ids, num_tokens, steps, segment, num_segments) for _ in range(batch_size)])
+    sizes = (num_tokens, steps, segment, num_segments, named_again)
+    return np.stack([_segment_row(rng, vocab, text_ids, *sizes) for _ in range(batch_size)])
 
 
 # A token at place i of its step sees <bos> and <solve>, i + 1 tokens of its own, and the min(i, refs) segments named so far.
@@ -150,18 +152,27 @@ def _write_segments(
 
 
 def _segment_row(
-    rng: np.random.Generator, vocab: SpanVocab, text_ids: np.ndarray, num_tokens: int, steps: int, segment: float, num_segments: int
+    rng: np.random.Generator,
+    vocab: SpanVocab,
+    text_ids: np.ndarray,
+    num_tokens: int,
+    steps: int,
+    segment: float,
+    num_segments: int,
+    named_again: int,
 ) -> Int[np.ndarray, "T"]:
     before = STEP_TOKENS + int(rng.integers(STEP_TOKENS))  # response tokens before the timed ones
     prompt_tokens = num_tokens - steps - before
     row = rng.choice(text_ids, num_tokens).astype(np.int32)
     starts, ends, usable = _write_segments(rng, vocab, row[:prompt_tokens], segment, num_segments)
-    ahead = 0.0  # tokens named so far beyond what was wanted
+    ahead, named = 0.0, usable[:0]  # tokens named so far beyond what was wanted; what the step before named
     for number, start in enumerate(range(prompt_tokens, num_tokens, STEP_TOKENS)):
-        choices = [rng.choice(usable, REFS_PER_STEP, replace=False) for _ in range(32)]
+        again = rng.permutation(named)[:named_again]
+        others = np.setdiff1d(usable, named if named_again else again)
+        choices = [np.concatenate([again, rng.choice(others, REFS_PER_STEP - len(again), replace=False)]) for _ in range(32)]
         sizes = [(ends[names] - starts[names]).sum() - REFS_PER_STEP * segment for names in choices]
         best = int(np.argmin(np.abs(ahead + np.array(sizes))))
-        ahead += sizes[best]
+        ahead, named = ahead + sizes[best], choices[best]
         header = [vocab.seg_base + num_segments + 2 + number, *(vocab.ref_base + 1 + choices[best])]
         row[start : start + len(header)] = header[: num_tokens - start]
     return row

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import runpy
 import sys
@@ -72,6 +73,18 @@ def test_segments_have_span_tokens_at_different_places_in_each_sequence():
     assert (token_ids == vocab.solve_id).sum() == 8 and (token_ids == vocab.bos_id).sum() == 8
     assert not np.isin(token_ids, [vocab.eos_id, vocab.pad_id]).any()
     assert not np.array_equal(token_ids, segments(case, seed=1)) and np.array_equal(token_ids, segments(case))
+
+
+@pytest.mark.parametrize("again", [0, 3])
+def test_segments_name_so_many_of_the_step_before(again):
+    case, vocab = Case("span", 4, 1024, 128), SHAPE.vocab
+    size = dict(batch_size=4, num_tokens=case.num_tokens, steps=case.steps, attended_fraction=0.1, named_again=again, seed=0)
+    for row in workloads.segment_tokens(SHAPE, **size):
+        response = row[np.flatnonzero(row == vocab.solve_id)[0] :]
+        opens = np.flatnonzero((response >= vocab.seg_base) & (response < vocab.seg_base + vocab.num_labels))
+        names = [set(response[at + 1 : at + 5].tolist()) for at in opens[:-1]]
+        shared = [len(one & other) for one, other in itertools.pairwise(names)]
+        assert all(len(each) == 4 for each in names) and all(number == again if again else number < 4 for number in shared)
 
 
 @pytest.mark.parametrize(
