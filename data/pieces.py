@@ -66,17 +66,23 @@ def _text_ids(vocab: TokenizerVocab, text: str) -> tuple[int, ...]:
     return tuple(vocab.plain_text_ids(" " + text))
 
 
+Part = tuple[Sequence[int], str]
+"""Pieces that a step names, and the text that follows."""
+
+
 def encode_steps(
     prompt: Sequence[int],
     kept: int,
-    steps: Sequence[tuple[str, Sequence[int]]],
+    steps: Sequence[Sequence[Part]],
     vocab: TokenizerVocab,
     uniform: float | None,
     *,
     closed: bool = False,
     named: int | None = None,
 ) -> tuple[npt.NDArray[np.int32], int]:
-    """Write the response of (text, sources) steps after a prompt of `kept` pieces: (ids of both, int32 [n], the first label).
+    """Write the response after a prompt of `kept` pieces, each step in parts: (ids of both, int32 [n], the first label).
+
+    Parts after a step's first begin with its own label's `<ref:k>`, which names nothing new: it is a header, and chooses what follows.
 
     Args:
       uniform: in [0, 1), where the labels begin among the places that there are; None for label 1.
@@ -90,10 +96,13 @@ def encode_steps(
         token_ids = [i + first_label - 1 if i in tags else i for i in token_ids]
     if named is not None:
         token_ids.append(vocab.ref_base + first_label + named)
-    for number, (text, sources) in enumerate(steps):
-        token_ids.append(vocab.seg_base + first_label + kept + number)
-        token_ids += [vocab.ref_base + first_label + i for i in sources]
-        token_ids += [*vocab.plain_text_ids(" " + text), *([vocab.seg_base + first_label + kept + number] if closed else [])]
+    for number, parts in enumerate(steps):
+        own = first_label + kept + number
+        for place, (sources, text) in enumerate(parts):
+            token_ids.append(vocab.ref_base + own if place else vocab.seg_base + own)
+            token_ids += [vocab.ref_base + first_label + i for i in sources]
+            token_ids += vocab.plain_text_ids(" " + text)
+        token_ids += [vocab.seg_base + own] if closed else []
     return np.array([*token_ids, vocab.eos_id], np.int32), first_label
 
 
@@ -147,7 +156,7 @@ class PiecesTask(task.Task):
         _, found, _ = spans.read_steps(response_ids, self.vocab)
         steps = [own for own, before in zip(found, (None, *found)) if not own.closes(before)]
         text = [self.vocab.decode(i for i in step.body if i not in self.vocab.structural).strip() for step in steps]
-        return [Written(step.label, frozenset(label - 1 for label in step.named), own) for step, own in zip(steps, text)]
+        return [Written(step.label, frozenset(label - 1 for label in step.named - {step.label}), own) for step, own in zip(steps, text)]
 
     def answer(self, response_ids: Iterable[int]) -> str | None:
         """Read the text without span tokens; None where no step was opened."""

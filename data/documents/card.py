@@ -16,7 +16,7 @@ class Statistics(card.SourcesStatistics):
     def add(self, example: Example) -> None:
         document = example.document
         self.count(pieces=len(document.pieces), steps=len(document.steps))
-        self.add_sources(example, [step.sources for step in document.steps])
+        self.add_sources(example, [tuple(dict.fromkeys(step.sources)) for step in document.steps])
 
     def to_json(self) -> dict[str, Any]:
         return self.sources_json()

@@ -5,7 +5,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from data import spans, streams
 from data.alignment import Alignment, readable, split_sentences
 from data.errors import UserError, check_choice, check_range
-from data.pieces import MIN_PROMPT_TOKENS, encode_prompt, encode_steps, without_span_tokens
+from data.pieces import MIN_PROMPT_TOKENS, Part, encode_prompt, encode_steps, without_span_tokens
 from data.sources import Unusable
 from data.streams import GeneratedCorpus
 from data.vocab import MAX_TOKENIZER_TOKENS, MIN_TOKENIZER_TOKENS, TokenizerVocab, Vocab
@@ -123,6 +123,10 @@ class Corpus(GeneratedCorpus[Example]):
         check_range(self, "piece_sentences", low=0)
         check_closing(self)
 
+    def parts(self, step: Step, uniform: float | None) -> list[Part]:
+        """Return what a step names and writes, in turn."""
+        return [(tuple(dict.fromkeys(step.sources)), step.text)]
+
     @property
     def vocab(self) -> TokenizerVocab:
         raise _not_generated()
@@ -163,6 +167,7 @@ def encode(
     labelling: Labelling,
     closed_steps: bool,
     solve_names: bool,
+    parts: Callable[[Step, float | None], Sequence[Part]],
     too_long: TooLong = "drop",
     uniform: float | None = None,
     **style: Any,
@@ -171,6 +176,7 @@ def encode(
 
     Args:
       alignment: finds the sources of steps that have none yet.
+      parts: returns what a step names and writes, in turn, with sources that may be drawn by `uniform`.
       style: `max_prompt_tokens`, `closed_pieces` and `closed_sentences`.
 
     Raises:
@@ -186,8 +192,9 @@ def encode(
     document = without_unfounded(document)
     if not document.steps:
         raise Unusable("no step rests on a piece", "without a step that rests on a piece")
-    steps = [(step.text, step.sources) for step in document.steps]
-    named = next((i for i in steps[0][1] if not document.pieces[i].startswith(QUESTION)), steps[0][1][0]) if solve_names else None
+    first = document.steps[0].sources
+    named = next((i for i in first if not document.pieces[i].startswith(QUESTION)), first[0]) if solve_names else None
+    steps = [parts(step, uniform) for step in document.steps]
     token_ids, first_label = encode_steps(prompt, kept, steps, vocab, uniform, closed=closed_steps, named=named)
     if len(token_ids) > max_example_tokens:
         raise Unusable(f"{len(token_ids)} tokens, more than {max_example_tokens}", "longer than max_example_tokens")

@@ -61,7 +61,7 @@ class Maker:
 
     def _made(self, draft: Draft) -> Made:
         uniform = random.Random(f"{self.name}/{self.seed}/labels/{draft.number}").random()
-        options: dict[str, Any] = {"alignment": self.alignment, "uniform": uniform}
+        options: dict[str, Any] = {"alignment": self.alignment, "uniform": uniform, "parts": self.corpus.parts}
         options |= style(self.corpus, "too_long", "max_example_tokens", *STYLE)
         before = draft.document
         try:
@@ -130,8 +130,8 @@ def _document(where: str, text: Any, steps: Any, instruction: Any, piece_sentenc
             return Step(" ".join(readable(fields["text"]).split()), UNKNOWN)
         if not isinstance(told, list):
             raise UserError(f"{here}: sources is no list")
-        named = dict.fromkeys(i for source in told for i in _pieces(here, source, is_list, whole, ranges))
-        return Step(" ".join(readable(fields["text"]).split()), tuple(named))
+        named = tuple(i for source in told for i in _pieces(here, source, is_list, whole, ranges))
+        return Step(" ".join(readable(fields["text"]).split()), named)
 
     return Document(" ".join(readable(instruction or "").split()), tuple(pieces), tuple(step(i, fields) for i, fields in enumerate(steps)))
 

@@ -14,7 +14,7 @@ from data import scoring, spans, task
 from data.documents import card, corpus, own
 from data.documents.corpus import MARK, Document, Evidence, Example, Step, split_pieces
 from data.errors import UserError, check_choice
-from data.pieces import PiecesTask, Written, encode_prompt, style, without_span_tokens
+from data.pieces import Part, PiecesTask, Written, encode_prompt, style, without_span_tokens
 from data.retrieval import BM25
 
 Sources = Literal["order", "gold", "bm25", "random", "recent"]
@@ -46,6 +46,8 @@ class DocumentTask(PiecesTask):
     labelling: corpus.Labelling = "pieces"
 
     name: ClassVar[str] = "documents"
+    later: ClassVar[tuple[str, ...]] = corpus.STYLE
+    """Settings that older models do not name."""
     version: ClassVar[int] = 1
     unit: ClassVar[str] = "responses"
     about: ClassVar[str] = "INSTRUCTION"
@@ -77,7 +79,7 @@ class DocumentTask(PiecesTask):
     @classmethod
     def from_json(cls, fields: Any) -> "DocumentTask":
         """Read what `to_json` wrote, also without the settings that older models do not name."""
-        absent = {field.name: field.default for field in dataclasses.fields(cls) if field.name in corpus.STYLE}
+        absent = {field.name: field.default for field in dataclasses.fields(cls) if field.name in cls.later}
         return super().from_json({**absent, **fields} if isinstance(fields, Mapping) else fields)
 
     @property
@@ -149,10 +151,10 @@ class DocumentTask(PiecesTask):
         drawn, rankings = random.Random(document.prompt), dict[Sequence[int], BM25]()
         found = []
         for number, step in enumerate(document.steps):
-            pools = self.pools(document, number)
-            named = [piece for piece in step.sources if not any(piece in pool for pool in pools)]
+            pools, first = self.pools(document, number), self.parts(step, None)[0][0]
+            named = [piece for piece in first if not any(piece in pool for pool in pools)]
             for pool in pools:
-                gold = [piece for piece in dict.fromkeys(step.sources) if piece in pool]
+                gold = [piece for piece in first if piece in pool]
                 own: Sequence[int] = gold
                 if sources == "order":
                     own = []
@@ -194,9 +196,13 @@ class DocumentTask(PiecesTask):
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""
         try:
             options = style(self, "max_example_tokens", *corpus.STYLE)
-            return corpus.encode(example.document, self.instruction, self.vocab, uniform=uniform, **options)
+            return corpus.encode(example.document, self.instruction, self.vocab, uniform=uniform, parts=self.parts, **options)
         except UserError:
             return None
+
+    def parts(self, step: Step, uniform: float | None) -> list[Part]:
+        """Return what a step names and writes, in turn; see `corpus.Corpus.parts`."""
+        return [(tuple(dict.fromkeys(step.sources)), step.text)]
 
     def on(self, other: task.Task) -> task.Task:
         """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""

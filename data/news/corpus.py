@@ -123,5 +123,5 @@ def encode(story: Story, vocab: TokenizerVocab, *, uniform: float | None = None,
         facts = tuple(fact._replace(sentence=numbers.index(fact.sentence)) for fact in story.facts if fact.sentence in numbers)
         kept_sources = tuple(tuple(steps[n][1]) for n in numbers)
         story = Story(story.article[:kept], tuple(steps[n][0] for n in numbers), kept_sources, facts)
-    token_ids, first_label = encode_steps(prompt, kept, list(zip(story.summary, story.sources, strict=True)), vocab, uniform)
+    token_ids, first_label = encode_steps(prompt, kept, [[part] for part in zip(story.sources, story.summary, strict=True)], vocab, uniform)
     return Example(token_ids, len(prompt), story, first_label, cut_sentences)

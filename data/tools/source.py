@@ -15,6 +15,7 @@ from data.documents import corpus, own
 from data.documents.corpus import Document, Step
 from data.documents.own import Draft
 from data.errors import UserError, check_choice, check_range
+from data.pieces import Part
 from data.sources import Made
 from data.streams import SPLITS
 from data.tools import catalogue
@@ -35,6 +36,31 @@ class Call(NamedTuple):
 
     def write(self) -> str:
         return json.dumps(self._asdict(), ensure_ascii=False)
+
+    def parts(self) -> list[str]:
+        """Cut what `write` returns before each value: spaces join the parts."""
+        found = [Call(self.service, self.method, {}).write().removesuffix("}}")]
+        for number, (name, value) in enumerate(self.parameters.items()):
+            found[-1] += f"{', ' if number else ''}{json.dumps(name, ensure_ascii=False)}:"
+            found.append(json.dumps(value, ensure_ascii=False))
+        return [*found[:-1], f"{found[-1]}}}}}"]
+
+
+def parts(step: Step, *, value_sources: bool, late_sources: float = 0, uniform: float | None = None) -> list[Part]:
+    """Return what a call names and writes, in turn.
+
+    Args:
+      value_sources: each value is a part, which names what it stands in, of calls whose sources are the service, the turn that it
+        answers to, and one for each value.
+      late_sources: share of the other turns that are named with their values alone, drawn by `uniform`.
+    """
+    service, *others = step.sources
+    call = read_call(step.text) if value_sources else None
+    texts = call.parts() if call and 1 + len(call.parameters) == len(others) else [step.text]
+    draw = random.Random(f"tools/{uniform}").random
+    late = {turn for turn in sorted({*others[1:]} - {others[0]}) if draw() < late_sources} if len(texts) > 1 else set()
+    first = (service, *sorted({*others} - {service} - late))
+    return [(first, texts[0]), *(((source,), text) for source, text in zip(others[1:], texts[1:]))]
 
 
 def read_call(text: str) -> Call | None:
@@ -118,6 +144,11 @@ class Corpus(corpus.Corpus):
       original: Share of services in their original wording; the others are in one of SGD-X's five.
       described: Services have descriptions, defaults and allowed values; otherwise the names of methods and parameters alone.
       example: all calls of a dialogue, or those of one turn after what was said before it.
+      value_sources: Name before each value of a call what it stands in, whether it was named before or not.
+      late_sources: With value_sources, share of the turns that calls name with their values alone, to train on; the one that a call answers
+        to is named first.
+      bare: Share of the catalogues, to train on, of names alone, as if described were False, with up to bare_services.
+      bare_services: Most services in these: log-uniform from services on.
     """
 
     num_labels: int = 256
@@ -127,15 +158,23 @@ class Corpus(corpus.Corpus):
     original: float = 0.25
     described: bool = True
     example: Literal["dialogue", "turn"] = "dialogue"
+    value_sources: bool = False
+    late_sources: float = 0.0
+    bare: float = 0.0
+    bare_services: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "services", low=1)
         check_range(self, "min_services", low=0, high=self.services)
-        check_range(self, "original", low=0, high=1)
+        check_range(self, "original", "late_sources", "bare", low=0, high=1)
+        check_range(self, "bare_services", low=1)
         check_choice("example", self.example, Literal["dialogue", "turn"])
         if self.too_long != "drop":
             raise UserError(f"too_long is {self.too_long!r}; allowed: drop: what a dialogue ends with is what its calls rest on")
+
+    def parts(self, step: Step, uniform: float | None) -> list[Part]:
+        return parts(step, value_sources=self.value_sources, late_sources=self.late_sources, uniform=uniform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +205,14 @@ class Drafts:
         number = dialogue.name if only is None else f"{dialogue.name}/{only}"
         uniform, most = random.Random(f"tools/{self.seed}/{dialogue.split}/{number}"), self.corpus.services
         least = self.corpus.min_services or most
+        described = self.corpus.described and not (self.corpus.bare and uniform.random() < self.corpus.bare)
+        if self.corpus.described and not described:
+            least, most = self.corpus.services, self.corpus.bare_services
         size = int(least * ((most + 1) / least) ** uniform.random()) if least < most else most
         known = self.known[dialogue.split]
         services = Drawing(size, self.corpus.original, dialogue.split == "train").draw(known, dialogue.services, uniform)
         places = {own.origin: place for place, own in enumerate(services)}  # other wordings are of distractors alone
-        transcript = Transcript([own.write(described=self.corpus.described) for own in services])
+        transcript = Transcript([own.write(described=described) for own in services])
         steps = []
         for i, turn in enumerate(dialogue.turns[: None if only is None else only + 1]):
             for call, rows in turn.calls:
@@ -179,7 +221,7 @@ class Drafts:
                 place = places[call.service]
                 service, original = services[place], known[call.service][0]
                 if only in (None, i):
-                    origins = transcript.origins(call, original, described=self.corpus.described)
+                    origins = transcript.origins(call, original, place, described=described)
                     if origins is None:
                         return Made(dialogue.split, None, ("with a value that stands nowhere",))
                     steps.append(Step(reworded(call, original, service).write(), (place, *origins), (), self._kind(service)))
@@ -216,28 +258,33 @@ class Transcript:
                 self._found += [(len(self.pieces), value) for value in own.values()]
                 self.pieces.append(f"{RESULT} {json.dumps(own, ensure_ascii=False)}")
 
-    def origins(self, call: Call, original: Service, *, described: bool) -> tuple[int, ...] | None:
-        """Return the pieces that a call rests on beside its service: what was said last, and where its values stand.
+    def origins(self, call: Call, original: Service, place: int, *, described: bool) -> tuple[int, ...] | None:
+        """Return the pieces that a call rests on beside its service, the one at `place`.
 
-        A value stands in the latest turn whose annotation has it for the same slot of the same service; else, if it is the method's
-        default, in the piece of the service, where that says it; else in the latest turn that has it for any slot of any; else in the
-        latest row. None where one stands nowhere, or nothing was said.
+        First what was said last, then, in the order of the method's parameters, where each value stands: in the latest turn whose
+        annotation has it for the same slot of the same service; else, if it is the method's default, in the piece of the service, where
+        that says it; else in the latest turn that has it for any slot of any; else in the latest row. None where one stands nowhere, or
+        nothing was said.
         """
         if self._last is None:
             return None
-        defaults = {pair for own in original.methods if own.name == call.method for pair in own.optional} if described else set()
-        pieces = {self._last}
-        for slot, value in call.parameters.items():
-            same = [piece for piece, own in self._said if own == (call.service, slot, value)]
-            if not same and (slot, value) in defaults:
+        own = next((own for own in original.methods if own.name == call.method), None)
+        defaults = {*own.optional} if own and described else set()
+        pieces = [self._last]
+        for slot in own.parameters if own else ():
+            if (value := call.parameters.get(slot)) is None:
                 continue
+            same = [piece for piece, own in self._said if own == (call.service, slot, value)]
             stands = (
-                same or [piece for piece, own in self._said if own[2] == value] or [piece for piece, own in self._found if own == value]
+                same
+                or [place] * ((slot, value) in defaults)
+                or [piece for piece, own in self._said if own[2] == value]
+                or [piece for piece, own in self._found if own == value]
             )
             if not stands:
                 return None
-            pieces.add(stands[-1])
-        return tuple(sorted(pieces))
+            pieces.append(stands[-1])
+        return tuple(pieces)
 
 
 def reworded(call: Call, original: Service, service: Service) -> Call:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from data import scoring
 from data.documents import Document, DocumentTask, Example
+from data.documents.corpus import Step
+from data.pieces import Part
 from data.tools import card, chat, source
 from data.tools.catalogue import PARAMETERS, SERVICE
 from data.tools.source import REWORDED, SEEN, UNSEEN, Call, read_call
@@ -33,10 +35,14 @@ def services_of(pieces: Sequence[str]) -> range:
 class ToolTask(DocumentTask):
     """Turn catalogues with dialogues into ids and responses into service calls; see `DocumentTask`.
 
+    Attributes:
+      value_sources: Before each value of a call stands the source that it has been found in.
+
     A prompt's paragraphs are its pieces: first those that begin with "Service NAME:", then "User: ...", "System: ..." and "Result: ...".
     """
 
     name: ClassVar[str] = "tools"
+    later: ClassVar[tuple[str, ...]] = (*DocumentTask.later, "value_sources")
     unit: ClassVar[str] = "responses"
     group_by: ClassVar[str] = "services"
     group_title: ClassVar[str] = "services"
@@ -49,6 +55,7 @@ class ToolTask(DocumentTask):
     WriteCommand: ClassVar[type[source.WriteCommand]] = source.WriteCommand
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
     piece_sentences: int = 0
+    value_sources: bool = False
 
     def group(self, prompt: str) -> str:
         """Return how many services a prompt has: "5" for up to 5, "26", "100"."""
@@ -59,6 +66,9 @@ class ToolTask(DocumentTask):
         """Return the services, and what was said and found before a call, up to what it answers to."""
         services = services_of(document.pieces)
         return [services, range(len(services), max(document.steps[number].sources) + 1)]
+
+    def parts(self, step: Step, uniform: float | None) -> list[Part]:
+        return source.parts(step, value_sources=self.value_sources)
 
     def query(self, document: Document, number: int) -> str:
         """Return what was said last before a call."""

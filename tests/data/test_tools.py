@@ -60,10 +60,10 @@ SAID = [
     'Result: {"line": "K8", "leaves": "8:30"}', "System: One leaves at 7:30.", "User: Book it.", 'Result: {"to_town": "Oakton", "leaves": "7:30"}',
     "System: Booked.", "User: An inn there?", "System: There is none.", "User: Thanks.",
 ]  # fmt: skip
-CALLS = [  # what is written, the service, the pieces of SAID that it rests on
-    ('{"service": "Buses_1", "method": "FindBus", "parameters": {"to_town": "Oakton", "seats": "2"}}', "Buses_1", (0, 2)),
-    ('{"service": "Buses_1", "method": "BookBus", "parameters": {"line": "K7", "seats": "2", "class": "any"}}', "Buses_1", (2, 3, 6)),
-    ('{"service": "Inns_1", "method": "FindInn", "parameters": {"place": "Oakton"}}', "Inns_1", (0, 9)),
+CALLS = [  # what is written, the service, the pieces of SAID that it rests on: what it answers to, and of each value; None is the service
+    ('{"service": "Buses_1", "method": "FindBus", "parameters": {"to_town": "Oakton", "seats": "2"}}', "Buses_1", (2, 0, 2)),
+    ('{"service": "Buses_1", "method": "BookBus", "parameters": {"line": "K7", "seats": "2", "class": "any"}}', "Buses_1", (6, 3, 2, None)),
+    ('{"service": "Inns_1", "method": "FindInn", "parameters": {"place": "Oakton"}}', "Inns_1", (9, 0)),
 ]
 
 
@@ -75,10 +75,10 @@ def test_an_example_is_the_dialogue_and_its_calls_with_where_their_values_stand(
     catalogue, said = example.document.pieces[:3], example.document.pieces[3:]
     assert sorted(catalogue) == [BUSES, INNS, WEATHER] and [*said] == SAID  # Buses_2 could be meant as well
     places = {piece.split()[1].rstrip(":"): place for place, piece in enumerate(catalogue)}
-    expected = [(text, (places[name], *(3 + i for i in sources))) for text, name, sources in CALLS]
+    expected = [(text, (places[name], *(places[name] if i is None else 3 + i for i in sources))) for text, name, sources in CALLS]
     assert [(step.text, step.sources) for step in example.document.steps] == expected
     assert stored.task.encode_prompt(example.prompt).tolist() == example.prompt_ids.tolist()
-    names = "".join(f"<ref:{1 + piece}>" for piece in expected[0][1])
+    names = "".join(f"<ref:{1 + piece}>" for piece in (expected[0][1][0], 3, 5))
     decoded = stored.task.decode(example.token_ids)
     assert decoded.startswith("<bos> Call the services:<seg:1> Service ") and f"<solve><seg:16>{names} {CALLS[0][0]}<seg:17>" in decoded
 
@@ -100,7 +100,7 @@ def test_where_values_stand(clone, tmp_path, case):
     (tmp_path / "sgd_x").symlink_to(clone / "sgd_x")
     turns(lambda own: own[number]["frames"].append(layouts.frame(service, (slot, value))))(tmp_path)
     step = drafts(tmp_path, services=3)[1].document.steps[1]
-    assert [piece - 3 for piece in step.sources[1:]] == [*expected]
+    assert sorted({*step.sources[1:]} - {step.sources[0]}) == [3 + piece for piece in expected]
 
 
 def test_one_turn_an_example_has_what_was_said_before_its_call(clone):
@@ -108,10 +108,34 @@ def test_one_turn_an_example_has_what_was_said_before_its_call(clone):
     assert len(found) == 9
     for (text, _, sources), draft in zip(CALLS, found, strict=False):
         pieces, (step,) = draft.document.pieces, draft.document.steps
-        assert [*pieces[3:]] == SAID[: sources[-1] + 1] and step.text == text
-        assert step.sources[1:] == tuple(3 + i for i in sources) and pieces[step.sources[0]].startswith(
-            f"Service {read_call(text).service}:"
-        )
+        assert [*pieces[3:]] == SAID[: sources[0] + 1] and step.text == text
+        assert step.sources[1:] == tuple(step.sources[0] if i is None else 3 + i for i in sources)
+        assert pieces[step.sources[0]].startswith(f"Service {read_call(text).service}:")
+
+
+def test_values_name_what_they_stand_in_and_some_of_it_late(clone, corpus):
+    """Before each value its call names itself, as a header, then the value's source; the text stays as it is."""
+    stored = dataset.load(corpus, TASKS, "train")
+    task = dataclasses.replace(stored.task, value_sources=True)
+    example = task.renumber(to_oakton(stored))
+    document, first = example.document, 1 + len(example.document.pieces)
+    tokens = task.decode(example.token_ids).split(f"<seg:{first + 1}>", 1)[1].split(f"<seg:{first + 2}>")[0]
+    service, answered, line, seats, _ = document.steps[1].sources
+    names = [f"<ref:{1 + piece}>" for piece in (service, line, seats, answered)]
+    values = [f"<ref:{first + 1}>{name}" for name in (names[1], names[2], names[0])]
+    text = CALLS[1][0].replace('"line":', f'"line":{values[0]}').replace('"seats":', f'"seats":{values[1]}')
+    assert tokens == f"{names[0]}{names[2]}{names[1]}{names[3]} " + text.replace('"class":', f'"class":{values[2]}')
+    (step,) = task.steps(example.token_ids[example.prompt_tokens :])[1:2]
+    assert (step.text, step.named) == (CALLS[1][0], {*document.steps[1].sources})
+    found = [Corpus(value_sources=True, late_sources=share).parts(document.steps[1], 0.5) for share in (0, 1)]
+    assert [own[0][0] for own in found] == [(service, seats, line, answered), (service, answered)] and found[0][1:] == found[1][1:]
+
+
+def test_some_catalogues_to_train_on_are_names_alone(clone):
+    found = drafts(clone, services=3, bare=1, bare_services=6, example="turn")
+    sizes = {sum(piece.startswith("Service") for piece in own.document.pieces) for own in found if not isinstance(own, Made)}
+    assert sizes <= {*range(3, 7)} and len(sizes) > 1
+    assert not any("Parameters:" in piece for own in found if not isinstance(own, Made) for piece in own.document.pieces)
 
 
 def test_without_descriptions_services_are_names_alone(clone):
@@ -278,12 +302,12 @@ def test_sources_that_are_given_are_a_service_and_as_many_turns_before_the_call(
         pieces = example.document.pieces
         found = {kind: stored.task.headers(example, kind) for kind in ("gold", "bm25", "random", "recent")}
         for number, step in enumerate(example.document.steps):
-            service, *turns = step.sources
+            service, turns = step.sources[0], sorted({*step.sources[1:]} - {step.sources[0]})
             gold, bm25, drawn, recent = (found[kind][number] for kind in found)
             assert gold == [1 + service, *(1 + turn for turn in turns)]
             said = pieces[3 : turns[-1] + 1]
             assert bm25 == [1 + BM25(pieces[:3]).rank(said[-1])[0], *(4 + i for i in sorted(BM25(said).rank(said[-1])[: len(turns)]))]
-            assert drawn[0] <= 3 and {*drawn[1:]} <= {*range(4, turns[-1] + 2)} and len({*drawn}) == len(step.sources)
+            assert drawn[0] <= 3 and {*drawn[1:]} <= {*range(4, turns[-1] + 2)} and len({*drawn}) == len({*step.sources})
             assert recent == [3, *range(turns[-1] + 2 - len(turns), turns[-1] + 2)]
         assert found["random"] == stored.task.headers(example, "random")
 
