@@ -18,6 +18,7 @@ Implementation = Literal["reference", "xla", "triton", "mosaic", "jax_triton"]  
 ComputeDtype = Literal["bfloat16", "float32", "float16"]
 Dtype = Literal["bf16", "f32", "f16"]
 COMPUTE_DTYPES: dict[Dtype, ComputeDtype] = {"bf16": "bfloat16", "f32": "float32", "f16": "float16"}  # what options call them
+Mask = Literal["span", "dense", "window", "memory"]
 KvMemory = Literal["device", "host"]  # where keys and values of prompts lie
 WORKING_SET_TOKENS = 4096  # of each prompt, whose keys and values are on the device while all of them are in host memory
 Weights = Literal["bf16", "int8"]  # precision of a decoding model: its own compute dtype, or int8 with a scale for each output
@@ -76,8 +77,9 @@ class RopeScaling:
 class AttentionViews:
     """What tokens attend to in training, and in decoding by their own spans."""
 
-    mask: Literal["span", "dense"] = "span"
-    """Mask of training: what the model's own span tokens name, or everything before (the dense control)."""
+    mask: Mask = "span"
+    """Mask of training: what the model's own span tokens name, everything before (dense), first and recent tokens (window), or a
+    segment's tokens and a memory of the segments before (memory: Infini-attention)."""
     header_view: spans.HeaderView = "span"
     """What span tokens of the response see: no more than other tokens (span), also every `<seg>` (labels), also the prompt, or all."""
     prompt_view: spans.PromptView = "local"
@@ -91,7 +93,7 @@ class AttentionViews:
 
     def __post_init__(self):
         _require_number(self, "name_share", lambda value: 0 < value <= 1, "numbers above 0, up to 1")
-        _require(self.mask in ("span", "dense"), self, "mask", "span, dense")
+        _require(self.mask in get_args(Mask), self, "mask", ", ".join(get_args(Mask)))
         spans.check_views(self.header_view, self.prompt_view, self.prompt_window_tokens)
         _require_within(self, 1, _MAX_INT, "prompt_window_tokens")
 
@@ -132,8 +134,16 @@ class ModelConfig(AttentionViews):
     """Type of activations and matrix products; parameters are float32."""
     remat: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about 30% more time."""
+    attention_memory: Literal["delta", "linear"] = "delta"
+    """With --mask memory: a segment adds what its keys do not recall yet (delta), or its values as they are (linear)."""
+    memory_segment_tokens: int = 128
+    """With --mask memory: tokens of a segment, which attend to each other and recall the segments before."""
+
+    later: ClassVar[tuple[str, ...]] = (*AttentionViews.later, "attention_memory", "memory_segment_tokens")
 
     def __post_init__(self):
+        _require_positive(self, "memory_segment_tokens")
+        _require(self.attention_memory in ("delta", "linear"), self, "attention_memory", "delta, linear")
         _require_positive(self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size")
         _require_positive(self, "max_context_tokens", "rope_theta", "rms_norm_eps")
         _require(self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads", f"divisors of num_heads={self.num_heads}")
@@ -226,6 +236,10 @@ class TunedAttention(AttentionViews):
     """What prompt tokens see: everything before, as in pretraining (causal), or their label, the sink and a window (local)."""
     remat: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about 30% more time."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.mask != "memory", self, "mask", "span, dense, window: a pretrained model's layers have no memory")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,8 @@ from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
 from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
+from selfspan_jax.neighbours.memory import check_policy, with_memory
+from selfspan_jax.neighbours.memory_engine import MemoryEngine
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
@@ -136,7 +138,11 @@ class SpanLM(Reader):
             raise UserError(f"mesh is {mesh!r}, but kv_memory is 'host', which is for one device: give one of them")
         self.model = model.for_decoding(weights=weights)
         self.engine: Engine
-        if kv_memory == "host":
+        if self.model.config.mask == "memory":
+            if mesh or kv_memory == "host":
+                raise UserError("the model's layers have a memory: it decodes on one device, without mesh and kv_memory='host'")
+            self.engine = MemoryEngine(self.model)
+        elif kv_memory == "host":
             self.engine = HostEngine(self.model, working_set_tokens=working_set_tokens)
         else:
             self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
@@ -415,7 +421,9 @@ class SpanLM(Reader):
         return token_ids
 
     def _policy(self, attention: str | Policy | None) -> Policy:
-        return get_policy(self.model.config.mask if attention is None else attention)
+        policy = get_policy(self.model.config.mask if attention is None else attention)
+        check_policy(policy.name, self.model.config)
+        return policy
 
 
 class Stream:
@@ -482,5 +490,5 @@ def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"
     model = nnx.merge(graph, params)
     mask = policy.mask(token_ids, model.vocab, model.config)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
-    hidden, _ = model(token_ids, positions, attend_under(mask))
+    hidden, _ = model(token_ids, positions, with_memory(attend_under(mask), model.config))
     return model.logits(hidden)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import QuantizedWeight, fork_rms_norm, fused_linear, may_launch_early, quantize_weight, rms_norm
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, Weights
 from selfspan_jax.errors import UserError
+from selfspan_jax.neighbours.memory import CompressiveMemory
 from selfspan_jax.parallel.collectives import GATHERED, all_gather_params, copy_to_tensor_parallel, reduce_from_tensor_parallel
 from selfspan_jax.spans import SpanVocab
 
@@ -108,8 +109,8 @@ class Attention(nnx.Module):
         # Outputs in the order [K, G + 2, H].
         self.qkv_proj = Linear(config.hidden_size, query_size + 2 * kv_size, config, rngs, bias=config.qkv_bias)
         self.o_proj = Linear(query_size, config.hidden_size, config, rngs, residual=True, bias=config.output_bias)
-        self.q_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
-        self.k_norm = nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None)
+        self.q_norm, self.k_norm = (nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None) for _ in "qk")
+        self.memory = nnx.data(CompressiveMemory(config) if config.mask == "memory" else None)
 
     def __call__(
         self, x: Rows, norm: RMSNorm, next_norm: RMSNorm, angles: Angles, attend: Attend, cache, ahead=(), early=False, **linear: Any
@@ -119,6 +120,7 @@ class Attention(nnx.Module):
         batch, num_tokens, _ = qkv.shape
         qkv = qkv.reshape(batch, num_tokens, -1, self.projections, self.head_size)
         options: dict[str, Any] = {"ahead": ahead, "early": early} if ahead else {}
+        options |= {"memory": self.memory} if self.memory is not None else {}
         if self.q_norm is not None and self.k_norm is not None:
             options |= {"norms": (self.q_norm.scale[...], self.k_norm.scale[...]), "norm_eps": self.q_norm.eps}
         out, cache = attend(qkv, options, angles, cache)

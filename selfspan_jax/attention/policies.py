@@ -21,6 +21,7 @@ from selfspan_jax import spans
 from selfspan_jax.config import AttentionViews, Implementation, ModelConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Attend
+from selfspan_jax.neighbours.memory import SegmentMemory, SegmentSlots
 from selfspan_jax.neighbours.query_driven import CandidateSlots, Oracle, Quest
 
 
@@ -48,7 +49,7 @@ class Slots:
         return attend
 
 
-AnySlots = Slots | CandidateSlots
+AnySlots = Slots | CandidateSlots | SegmentSlots
 
 
 @runtime_checkable
@@ -231,7 +232,7 @@ class Window:
         return Slots(chosen, jnp.where(active, jnp.minimum(span.num_tokens, self.sink_tokens + self.window_tokens), 0))
 
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(), Window(), Quest(), Oracle())}
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(), Window(), Quest(), Oracle(), SegmentMemory())}
 
 
 def masks_of_prompts(

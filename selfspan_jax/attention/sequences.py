@@ -14,6 +14,7 @@ from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Angles, Attend
+from selfspan_jax.neighbours.memory import with_memory
 from selfspan_jax.spans import SpanVocab
 
 SequenceImplementation = Literal["xla", "cudnn", "triton", "mosaic"]
@@ -102,13 +103,13 @@ def attend_in_training(
     if implementation in ("triton", "mosaic") and (reason := unsupported_reason(implementation, config.head_size) or wrong):
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
 
-    def rows(first_query, num_queries):
-        some = {} if num_queries == num_tokens else {"first_query": first_query, "num_queries": num_queries}
-        return get_policy(config.mask).mask(token_ids, vocab, config, segment_ids=segment_ids, **some)
+    def rows(first, number):
+        return get_policy(config.mask).mask(token_ids, vocab, config, segment_ids=segment_ids, first_query=first, num_queries=number)
 
     if implementation == "mosaic":
         mask: Any = PackedMask.of(jnp.zeros_like(token_ids) if segment_ids is None else segment_ids)
     else:
         mask = TileMask.of_rows(rows, batch, num_tokens, num_tokens) if implementation == "triton" else rows(0, num_tokens)
     keys = jnp.sum(mask, axis=2, dtype=jnp.int32) if isinstance(mask, Array) else mask.keys_of_queries()
-    return attend_under(mask, implementation), jnp.sum(keys, where=None if segment_ids is None else segment_ids > 0, dtype=jnp.float32)
+    pairs = jnp.sum(keys, where=None if segment_ids is None else segment_ids > 0, dtype=jnp.float32)
+    return with_memory(attend_under(mask, implementation), config, segment_ids), pairs

@@ -132,10 +132,8 @@ def prefill_state(
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, positions.shape[1] - 1)[:, :, None], axis=1)[:, 0]
         return pools, jnp.where((at >= 0) & (at < positions.shape[1]), here, last)
 
-    carry = (
-        tuple((*layer, *measured) for layer in cache.pools),
-        jnp.zeros((len(lengths), model.config.hidden_size), model.config.compute_dtype),
-    )
+    last = jnp.zeros((len(lengths), model.config.hidden_size), model.config.compute_dtype)
+    carry = tuple((*layer, *measured) for layer in cache.pools), last
     pools, last = for_each_chunk(read, carry, token_ids, lengths, model.vocab, model.config, config, responses)
     return start_state(model, dataclasses.replace(cache, pools=pools), last, token_ids, lengths, keys, config, num_samples)
 
@@ -197,7 +195,7 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
         span, slots, done = before
         span = span.advance(tokens, model.vocab, active)
         position = jnp.maximum(span.num_tokens - 1, 0)
-        own = read_elements(table, position)
+        own = read_elements(table, jax.lax.rem(position, cache.slot_table.shape[1]))
         slots = None if slots is None else step_slots(slots, table, own=own, span=span, active=active)
         ends = functools.reduce(jnp.logical_or, (tokens == end for end in (model.vocab.eos_id, *config.stop_ids)))
         return (span, slots, done | (active & ends)), (position, own, jnp.where(active, own, num_rows))

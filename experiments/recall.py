@@ -1,0 +1,259 @@
+"""Key retrieval: models of one size trained from scratch to name the value of a key that stood far back, under spans and its neighbours.
+
+    python -m experiments.recall train --system delta --json FILE
+    python -m experiments.recall speed --json FILE
+
+A context is pieces of 16 tokens of noise, some of which hold a pair of a key and its value; pairs change from example to example. Then
+keys are asked for, one after another. The text of spans has a label at the beginning and end of each piece, and a step names the piece
+that it reads; other systems have noise in the place of these tokens, so that all texts are as long. A query counts as right where the
+value is the likeliest token, with spans the named piece too, each after the right tokens before: as in greedy decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data import commandline
+from data.errors import check_range
+from data.packing import Batch
+from experiments import pages
+from experiments.prefill import device_header
+from selfspan_jax import files, training
+from selfspan_jax.attention.sequences import attend_in_training
+from selfspan_jax.config import COMPUTE_DTYPES, ModelConfig, TrainConfig
+from selfspan_jax.model import Decoder
+from selfspan_jax.spans import SpanVocab
+
+System = Literal["spans", "dense", "window", "delta", "linear"]
+PIECE, STEP, SEGMENT = 16, 5, 128  # tokens
+PIECES = SEGMENT // PIECE
+KEYS = VALUES = 128
+NOISE = 64
+_KEY, _VALUE, _NOISE = 4, 4 + KEYS, 4 + KEYS + VALUES
+_SEG = _NOISE + NOISE
+LABELS = 1024
+VOCAB = SpanVocab(pad_id=0, bos_id=1, eos_id=2, solve_id=3, seg_base=_SEG, ref_base=_SEG + LABELS, num_labels=LABELS)
+KINDS = ((1, 5), (3, 2), (8, 1))  # of a row of training: segments of an example's context, examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """How much an example holds."""
+
+    pairs: int = 32
+    """Pairs of an example, where it has so many pieces; at most one a piece."""
+    queries: int = 16
+    """Keys that are asked for."""
+
+    def __post_init__(self):
+        check_range(self, "pairs", low=1, high=KEYS)
+        check_range(self, "queries", low=1)
+
+    def make(self, rng: np.random.Generator, number: int, segments: int, *, spans: bool, scales: tuple[int, ...] = (0,)) -> dict[str, Any]:
+        """Make examples of one length: ids and positions [E, L], targets [E, L], and of queries their value's place and distance [E, Q].
+
+        Distances are in whole segments, from a pair to the question. Positions jump between pieces, by up to twice a scale.
+        """
+        pieces = segments * PIECES
+        pairs = min(self.pairs, pieces)
+        queries = min(self.queries, pairs)
+        each = np.arange(number)[:, None]
+
+        def some(count, of):  # different ones, for each example
+            return (
+                np.argpartition(rng.random((number, of)), count - 1, axis=1)[:, :count]
+                if count < of
+                else rng.permuted(np.tile(np.arange(of), (number, 1)), axis=1)
+            )
+
+        keys, piece = some(pairs, KEYS), some(pairs, pieces)
+        values = rng.integers(VALUES, size=(number, pairs))
+        offset = rng.integers(1, PIECE - 2, size=(number, pairs))
+        context = rng.integers(_NOISE, _NOISE + NOISE, size=(number, pieces, PIECE))
+        context[each, piece, offset], context[each, piece, offset + 1] = _KEY + keys, _VALUE + values
+        asked = some(queries, pairs)
+        steps = rng.integers(_NOISE, _NOISE + NOISE, size=(number, queries, STEP))
+        first = rng.integers(1, LABELS - pieces - queries, size=(number, 1))
+        key, value = (_KEY + np.take_along_axis(keys, asked, 1), _VALUE + np.take_along_axis(values, asked, 1))
+        named = np.take_along_axis(piece, asked, 1)
+        if spans:
+            context[:, :, 0] = context[:, :, -1] = VOCAB.seg_base + first + np.arange(pieces)
+            own = VOCAB.seg_base + first + pieces + np.arange(queries)
+            steps = np.stack([own, key, own, VOCAB.ref_base + first + named, value], axis=2)
+        else:
+            steps[:, :, 3], steps[:, :, 4] = key, value
+        one = np.ones((number, 1), int)
+        parts = [one * VOCAB.bos_id, context.reshape(number, -1), one * VOCAB.solve_id, steps.reshape(number, -1), one * VOCAB.eos_id]
+        ids = np.concatenate(parts, axis=1).astype(np.int32)
+        places = 2 + pieces * PIECE + np.arange(queries) * STEP + STEP - 1
+        targets = np.zeros(ids.shape[1], bool)
+        targets[places] = True
+        targets[places - 1] |= spans
+        jumps = np.zeros(ids.shape, np.int64)
+        scale = rng.choice(np.array(scales), size=(number, 1))
+        jumps[:, 1 : 1 + pieces * PIECE : PIECE] = rng.integers(0, 2 * scale + 1, size=(number, pieces))
+        distance = (places - (1 + named * PIECE + np.take_along_axis(offset, asked, 1))) // SEGMENT
+        return {
+            "token_ids": ids,
+            "positions": (np.arange(ids.shape[1]) + np.cumsum(jumps, axis=1)).astype(np.int32),
+            "target_mask": np.broadcast_to(targets, ids.shape),
+            "places": places,
+            "distance": distance,
+        }
+
+    def batches(self, start: int, *, rows: int, seed: int, spans: bool, scales: tuple[int, ...]) -> Iterator[Batch]:
+        """Yield batches from number `start` on: all rows of one hold examples of one length, next to each other."""
+        tokens = self.row_tokens
+        for number in range(start, 2**31):
+            rng = np.random.default_rng((seed, number))
+            segments, each = KINDS[rng.integers(len(KINDS))]
+            made = self.make(rng, rows * each, segments, spans=spans, scales=scales)
+            length = made["token_ids"].shape[1]
+            arrays = [np.zeros((rows, tokens), dtype) for dtype in (np.int32, np.int32, np.int32, bool)]
+            made["segment_ids"] = np.broadcast_to(np.tile(np.arange(1, each + 1), rows)[:, None], (rows * each, length))
+            for array, name in zip(arrays, ("token_ids", "segment_ids", "positions", "target_mask")):
+                array[:, : each * length] = made[name].reshape(rows, each * length)
+            yield Batch(*arrays, number + 1)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of training: the longest of its kinds, in whole tiles."""
+        longest = max(each * (3 + segments * SEGMENT + STEP * min(self.queries, self.pairs, segments * PIECES)) for segments, each in KINDS)
+        return -(-longest // SEGMENT) * SEGMENT
+
+
+def model_config(system: System, **sizes: Any) -> ModelConfig:
+    """Return the config of a system's model; all have as many parameters, but for a gate for each head of a memory."""
+    mask = {"spans": "span", "delta": "memory", "linear": "memory"}.get(system, system)
+    options: dict[str, Any] = {"mask": mask, "prompt_view": "local", "header_view": "labels", "memory_segment_tokens": SEGMENT}
+    if mask == "memory":
+        options["attention_memory"] = system
+    return ModelConfig(**options, **sizes)
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one system's model and score it at many lengths of the context."""
+
+    system: System
+    """spans; the window of 4 first and 128 recent tokens; everything (dense); a memory of segments of 128 by one of two rules."""
+    json: Path
+    """File of the result."""
+    corpus: Corpus = Corpus()
+    steps: int = 2_000
+    """Optimizer steps."""
+    rows: int = 64
+    """Rows of a step, each of 1,152 tokens with the default corpus."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    gap_scales: Annotated[tuple[int, ...], commandline.commas(int)] = (0, 1, 4, 16, 64)
+    """Rotary positions jump between pieces by up to twice one of these, so that those of long contexts are trained."""
+    seed: int = 0
+    """Of parameters and data."""
+    segments: Annotated[tuple[int, ...], commandline.commas(int)] = (1, 2, 4, 8, 16, 32, 64)
+    """Segments of the contexts that are scored; training has 1, 3 and 8."""
+    num_examples: int = 64
+    """Examples of each length."""
+    hidden_size: int = 256
+    """Width of the model."""
+    num_layers: int = 4
+    """Layers of the model."""
+    num_heads: int = 4
+    """Query heads, and as many kv heads."""
+    head_size: int = 64
+    """Features of a head."""
+    dtype: Literal["bf16", "f32"] = "bf16"
+    """What activations and products are computed in."""
+
+    def __post_init__(self):
+        check_range(self, "steps", "rows", "num_examples", low=1)
+        check_range(self, "seed", low=0)
+
+    def run(self) -> None:
+        spans = self.system == "spans"
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "num_layers", "num_heads", "head_size")}
+        sizes |= {"num_kv_heads": self.num_heads, "intermediate_size": 3 * self.hidden_size, "max_context_tokens": 2**17}
+        config = model_config(self.system, compute_dtype=COMPUTE_DTYPES[self.dtype], **sizes)
+        model = Decoder(config, vocab=VOCAB, vocab_size=VOCAB.min_vocab_size, rngs=nnx.Rngs(self.seed))
+        tokens = self.corpus.row_tokens
+        options: dict[str, Any] = {"eval_examples": 0, "checkpoint_every_steps": self.steps, "gap_scales": self.gap_scales}
+        settings = TrainConfig(self.steps, self.seed, self.rows, tokens, learning_rate=self.learning_rate, **options)
+        batches = functools.partial(self.corpus.batches, rows=self.rows, seed=self.seed, spans=spans, scales=self.gap_scales)
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as directory:
+            model = training.train(model, settings, batches_from=batches, run_dir=Path(directory), progress=True)
+            lines = [json.loads(line) for line in files.read_text(Path(directory) / "metrics.jsonl").splitlines()]
+            losses = [{name: line[name] for name in ("step", "loss", "token_accuracy")} for line in lines if "loss" in line]
+        report: dict[str, Any] = {**device_header(), "system": self.system, "parameters": model.num_parameters}
+        report |= {"settings": _plain(self), "seconds": time.perf_counter() - began, "gates": gates(model), "losses": losses, "recall": []}
+        for segments in self.segments:
+            for row in self.score(model, segments, spans):
+                report["recall"].append(row)
+                files.write_rows(self.json, report, complete=False)
+            found = {row["distance"]: round(row["right"], 3) for row in report["recall"] if row["segments"] == segments}
+            print(f"{self.system}, {segments} segments: {found}", flush=True)
+        files.write_rows(self.json, report, complete=True)
+
+    def score(self, model: Decoder, segments: int, spans: bool) -> Iterator[dict[str, Any]]:
+        """Yield the share of right values of contexts of one length, by distance."""
+        made = self.corpus.make(np.random.default_rng((self.seed, 2**31)), self.num_examples, segments, spans=spans)
+        ids, places = made["token_ids"], made["places"]
+        length = -(-ids.shape[1] // SEGMENT) * SEGMENT
+        ids = np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
+        part = max(1, min(self.num_examples, 2**16 // length))
+        graph, params = nnx.split(model)
+        found = np.concatenate([np.asarray(predicted(graph, params, ids[i : i + part], places)) for i in range(0, len(ids), part)])
+        right = found[:, :, 1] == ids[:, places]
+        if spans:
+            right &= found[:, :, 0] == ids[:, places - 1]
+        for distance in np.unique(made["distance"]):
+            own = right[made["distance"] == distance]
+            yield {"segments": segments, "distance": int(distance), "queries": own.size, "right": float(own.mean())}
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "json"}
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def predicted(graph, params, token_ids, places):
+    """Return the likeliest tokens before a value's place and at it: [B, Q, 2]."""
+    model = nnx.merge(graph, params)
+    token_ids, places = jnp.asarray(token_ids, jnp.int32), jnp.asarray(places, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
+    hidden, _ = model(token_ids, positions, attend_in_training(token_ids, model.vocab, model.config)[0])
+    before = (places[:, None] + jnp.array([-2, -1], jnp.int32)[None]).reshape(-1)
+    return jnp.argmax(model.logits(hidden[:, before]), axis=2).reshape(len(token_ids), -1, 2)
+
+
+def gates(model: Decoder) -> list[list[float]] | None:
+    """Return how much of each head's output comes from the memory, layer by layer; None without one."""
+    if model.config.mask != "memory":
+        return None
+    return [np.asarray(jax.nn.sigmoid(layer.self_attn.memory.gate[...])).round(4).tolist() for layer in model.layers]
+
+
+COMMANDS: dict[str, Any] = {"train": Train}
+
+
+def main(argv: list[str] | None = None) -> None:
+    pages.run_command(COMMANDS, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()
