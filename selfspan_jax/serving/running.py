@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from selfspan_jax.spans import SpanState
 
 HostArray = Array | np.ndarray  # NumPy's from the host, JAX's in a program
 _STATE = DecodeState.partition_specs()
+# The host keeps the tokens. Not arrays of no elements: XLA (of JAX 0.11.2) makes them constants, which its partitioner takes for inputs of a
+# `shard_map` without shardings, and ends with a segmentation fault where another input is not used.
+_NO_TOKENS: Any = None
 
 
 class Prompts(NamedTuple):
@@ -61,7 +64,7 @@ class Decoded(NamedTuple):
 def empty_state(graph, params, config: DecodeConfig, num_rows: int, num_sequences: int, capacity: int) -> DecodeState:
     """Allocate the state of B sequences with room for A tokens each, none of them running, and pools of `num_rows` rows."""
 
-    def empty(model, nothing):
+    def empty(model):
         none = jnp.zeros(num_sequences, jnp.int32)
         table = jnp.full((num_sequences, capacity), num_rows, jnp.int32)
         pools = KVCache.empty(model.config, jnp.zeros(1, jnp.int32), num_rows, num_samples=1, new_capacity=0).pools
@@ -74,14 +77,13 @@ def empty_state(graph, params, config: DecodeConfig, num_rows: int, num_sequence
             logits=jnp.zeros((num_sequences, model.vocab_size), jnp.float32),
             done=jnp.ones(num_sequences, bool),
             num_new=none,
-            new_tokens=nothing,
-            num_attended=nothing,
+            new_tokens=_NO_TOKENS,
+            num_attended=_NO_TOKENS,
             keys=sequence_keys_of(jnp.zeros((num_sequences, 3), jnp.uint32)),
             occurred=jnp.zeros((num_sequences, model.vocab_size), bool),
         )
 
-    nothing = jnp.zeros((num_sequences, 0), jnp.int32)  # the host keeps the tokens
-    return graph.shard_map(empty, layout.REPLICATED, out_specs=_STATE)(params, nothing)
+    return graph.shard_map(empty, out_specs=_STATE)(params)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "page_tokens", "num_queries", "responses"), donate_argnames=("state",))
@@ -115,7 +117,6 @@ def read_prompts(
         last = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
         token_ids = prompts.token_ids[:, :capacity]
         inside = jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None, :] < prompts.lengths[:, None]
-        nothing = jnp.zeros((batch, 0), jnp.int32)
         newcomers = DecodeState(
             cache=KVCache((), table),
             span=SpanState.of_prefix(token_ids, prompts.lengths, model.vocab, capacity, model.config.header_view),
@@ -124,8 +125,8 @@ def read_prompts(
             logits=model.logits(last),
             done=jnp.zeros(batch, bool),
             num_new=prompts.num_new,
-            new_tokens=nothing,
-            num_attended=nothing,
+            new_tokens=_NO_TOKENS,
+            num_attended=_NO_TOKENS,
             keys=sequence_keys_of(prompts.seeds),
             occurred=mark_occurring(jnp.zeros((batch, model.vocab_size), bool), token_ids, inside, model.vocab),
         )
