@@ -5,7 +5,7 @@
 
 A checkpoint of arithmetic decodes expressions of 2 to 200 operators, and its answers are judged. A shape has random weights, prompts of
 random tokens, and responses of given lengths: log-uniform, prompts of 32 to 2,000 tokens, or what its context leaves, responses of 32 to
-512. Requests arrive in random order, all at once or as a Poisson process (open loop), and their times count from the arrival. The systems:
+512, if nothing else is said. Requests arrive in random order, all at once or as a Poisson process (open loop), and their times count from the arrival. The systems:
 
 - scheduler: `selfspan_jax.serving.scheduler`, no HTTP; its pages are as many rows as the static batch has. Where all requests are there at
   once, all prompts that have places are read before the next chunk; at a rate, one part between two chunks.
@@ -42,6 +42,7 @@ from benchmarks.systems import (
     EQUAL_NEW_TOKENS,
     EQUAL_PROMPT_TOKENS,
     LONG_PROMPT_TOKENS,
+    MIN_PROMPT_TOKENS,
     Model,
     Work,
     run_scheduler,
@@ -80,6 +81,10 @@ class Batching:
     """How long requests arrive at a rate."""
     max_ops: int = 200
     """Most operators of an expression; their number is uniform from 2."""
+    max_prompt_tokens: int = LONG_PROMPT_TOKENS
+    """Most tokens of a shape's prompts; the fewest are 32."""
+    response_tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (32, 512)
+    """Fewest and most tokens of a shape's responses."""
     batch_size: int = 128
     """Sequences of a static batch."""
     slots: int = 256
@@ -107,6 +112,9 @@ class Batching:
         if (self.checkpoint is None) == (self.shape is None):
             raise UserError("give either a checkpoint or --shape")
         check_range(self, "num_requests", "max_ops", "batch_size", "slots", "streams", "peer_requests", low=1)
+        check_range(self, "max_prompt_tokens", low=MIN_PROMPT_TOKENS)
+        if len(self.response_tokens) != 2 or not 1 <= self.response_tokens[0] <= self.response_tokens[1]:
+            raise UserError(f"--response-tokens is {self.response_tokens}; allowed: two numbers from 1 on, the fewest and the most")
         if self.rates and min(self.rates) <= 0:
             raise UserError(f"--rates is {self.rates}; allowed: numbers above 0")
 

@@ -29,7 +29,7 @@ from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.throughput import throughput_scheduler
 
 EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS = 256, 512
-LONG_PROMPT_TOKENS = 2000
+MIN_PROMPT_TOKENS, LONG_PROMPT_TOKENS = 32, 2000
 DEFAULT_CONTEXT, MAX_QUEUE = 4096, 10**6
 
 
@@ -59,8 +59,9 @@ class Model:
             assert settings.shape is not None
             self.engine, self.attention, self.stop_ids = Engine(endless(named_shape(settings.shape), settings.seed)), "dense", ()
             self.endless = self.engine
-            longest = min(LONG_PROMPT_TOKENS, self.engine.config.max_context_tokens - 512)
-            sizes = [np.exp(self.rng.uniform(np.log(32), np.log(most), settings.num_requests)).astype(int) for most in (longest, 512)]
+            longest = min(settings.max_prompt_tokens, self.engine.config.max_context_tokens - settings.response_tokens[1])
+            bounds = (MIN_PROMPT_TOKENS, longest), settings.response_tokens
+            sizes = [np.exp(self.rng.uniform(*np.log(own), settings.num_requests)).astype(int) for own in bounds]
             self.work = [Work(self.tokens(int(prompt)), int(new)) for prompt, new in zip(*sizes)]
         self.prompt_tokens, self.new_tokens = (max(sizes) for sizes in zip(*((len(w.prompt_ids), w.new_tokens) for w in self.work)))
         room = -(-self.new_tokens // ServingConfig.chunk_tokens) * ServingConfig.chunk_tokens

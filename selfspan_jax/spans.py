@@ -261,7 +261,6 @@ class SpanState:
         is_seg = inside & roles.is_seg
         place = jnp.where(is_seg, jnp.cumsum(is_seg, axis=1, dtype=jnp.int32) - 1, capacity)
         toc = jnp.zeros((batch, capacity), jnp.int32).at[row, place].set(index, mode="drop") if header_view == "labels" else None
-        token_labels = jnp.full((batch, capacity), -1, jnp.int32)
         return cls(
             label=latest(roles.labels, 0),
             last_named=_last_naming(jnp.where(inside, roles.names, -1), vocab),
@@ -269,7 +268,7 @@ class SpanState:
             in_response=latest(roles.in_response, False),
             ended=latest(roles.ended, False),
             solve_index=latest(roles.solve_index, -1),
-            token_labels=token_labels.at[:, :num_tokens].set(jnp.where(inside, roles.labels, -1)),
+            token_labels=jnp.pad(jnp.where(inside, roles.labels, -1), ((0, 0), (0, capacity - num_tokens)), constant_values=-1),
             num_tokens=lengths,
             num_segs=jnp.sum(is_seg, axis=1, dtype=jnp.int32),
             toc=toc,

@@ -26,8 +26,8 @@ from selfspan_jax.spans import SpanState
 
 HostArray = Array | np.ndarray  # NumPy's from the host, JAX's in a program
 _STATE = DecodeState.partition_specs()
-# The host keeps the tokens. Not arrays of no elements: XLA (of JAX 0.11.2) makes them constants, which its partitioner takes for inputs of a
-# `shard_map` without shardings, and ends with a segmentation fault where another input is not used.
+# The host keeps the tokens. Not arrays of no elements: XLA (of JAX 0.11.2) makes those constants, and its partitioner for several GPUs then
+# finds no shardings of a `shard_map`'s inputs, and ends with a segmentation fault where some input is not used.
 _NO_TOKENS: Any = None
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 import threading
 
 import jax
@@ -16,7 +17,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.serving.pages import Pages
 from selfspan_jax.serving.requests import Closed, QueueFull, Request, joined
-from selfspan_jax.serving.running import Decoded
+from selfspan_jax.serving.running import Decoded, read_prompts
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.throughput import is_faster, shared_beginning
 from selfspan_jax.spans import attention_mask
@@ -356,6 +357,8 @@ def test_dense_reads_everything_on_two_devices_as_well():
     scheduler, rng = Scheduler(Engine(MODEL, make_mesh("tensor=2")), CONFIG, attention="dense"), np.random.default_rng(8)
     requests = [Request(prompt(rng, length), 20) for length in (3, 30, 64, 17, 44)]
     assert all(leaf.size for leaf in jax.tree.leaves(scheduler.programs.state))  # XLA's compiler for GPUs dies of arrays without elements
+    reading = read_prompts.lower(*scheduler.programs._read_arguments([], 0, 128, 128, False))
+    assert not re.search(r"tensor<(\d+x)*0x", reading.as_text())
     for request, found in zip(requests, scheduler.generate(requests)):
         start, count = len(request.prompt_ids), len(found.token_ids)
         np.testing.assert_array_equal(found.num_attended, np.arange(start + 1, start + count + 1))
