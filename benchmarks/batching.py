@@ -4,8 +4,8 @@
     python -m benchmarks.batching --shape smollm2-135m --peers --json FILE
 
 A checkpoint of arithmetic decodes expressions of 2 to 200 operators, and its answers are judged. A shape has random weights, prompts of
-random tokens, and responses of given lengths: log-uniform, prompts of 32 to 2,000 tokens, or what its context leaves, responses of 32 to
-512, if nothing else is said. Requests arrive in random order, all at once or as a Poisson process (open loop), and their times count from the arrival. The systems:
+random tokens, and responses of given lengths, both log-uniform. Requests arrive in random order, all at once or as a Poisson process (open
+loop), and their times count from the arrival. The systems:
 
 - scheduler: `selfspan_jax.serving.scheduler`, no HTTP; its pages are as many rows as the static batch has. Where all requests are there at
   once, all prompts that have places are read before the next chunk; at a rate, one part between two chunks.
