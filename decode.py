@@ -27,6 +27,7 @@ from selfspan_jax.attention.selectors import SELECTORS
 from selfspan_jax.config import WORKING_SET_TOKENS, Dtype, KvMemory, Sampling, ServerConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.neighbours.rebalanced import rebalanced
 from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.viewing import text
 from selfspan_jax.viewing.output import Output, prompt_warnings
@@ -50,6 +51,8 @@ class Model:
     working_set_tokens: int = WORKING_SET_TOKENS
     """With --kv-memory host: tokens of each prompt whose keys and values are on the GPU."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
+    rebalance: float | None = None
+    """With dense attention, not for serve: weigh what the first layer attends to so much more in later ones (2403.14932 has 0.2)."""
     compile_cache: bool = True
     """Keep compiled programs for the next call, in ~/.cache/selfspan/compiled or JAX_COMPILATION_CACHE_DIR."""
 
@@ -108,7 +111,8 @@ class Generate(Model):
     def run(self) -> None:
         prompts = files.read_prompts(self.prompts) if self.prompts else files.read_text(self.article) if self.article else str(self.prompt)
         lm = self.load(weights=self.weights)
-        options = {k: getattr(self, k) for k in ("attention", "prefill", "max_new_tokens", "chat", "seed", "stop")} | vars(self.sampling)
+        options = {k: getattr(self, k) for k in ("prefill", "max_new_tokens", "chat", "seed", "stop")} | vars(self.sampling)
+        options["attention"] = rebalanced(self.attention, self.rebalance)
         several, told, kept = self.prompts or self.num_samples, list[str](), dict[str, Any]()
         if self.stream and isinstance(prompts, str):
             stream = lm.stream(prompts, **options)
@@ -137,8 +141,7 @@ class Generate(Model):
             if self.json:
                 results.callback(files.write_json, self.json, written)
             table = text.response_tables(outs) if several else text.response_table(outs[0], told=told)
-            table += f"\n{text.prefill_line(kept)}" if kept else ""
-            print(text.for_terminal(table), flush=True)
+            print(text.for_terminal(f"{table}\n{text.prefill_line(kept)}" if kept else table), flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,8 +177,7 @@ class Eval(Model):
 
     def __post_init__(self):
         check_range(self, "num_examples", "batch_size", "passes", low=1)
-        if self.seed is not None:
-            check_range(self, "seed", low=0)
+        check_range(self, *([] if self.seed is None else ["seed"]), low=0)
         if self.data is None and self.split:
             raise UserError("--split is of a corpus directory: give one with --data")
         if self.data and (given := [name for name in _FRESH if getattr(self, name) not in (None, ())]):
@@ -186,10 +188,11 @@ class Eval(Model):
     def run(self) -> None:
         lm = self.load()
         lm.task, sets, drawn = self.examples(lm.task)
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("attention", "prefill", "passes", "sources", "constrained")}
-        found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, **options)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("prefill", "passes", "sources", "constrained")}
+        attention = rebalanced(self.attention, self.rebalance)
+        found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, attention=attention, **options)
         settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
-        settings |= {k: v for k in ("dtype", "kv_memory", "prefill", "sources", "constrained") if (v := getattr(self, k)) not in _USUAL}
+        settings |= {k: v for k in ("dtype", "kv_memory", "rebalance", *options) if (v := getattr(self, k)) not in _USUAL}
         results = evaluation.report(lm, found, settings)
         try:
             print(text.evaluation_table(results, lm.task), flush=True)
@@ -198,10 +201,7 @@ class Eval(Model):
                 files.write_json(self.json, results)
 
     def examples(self, task: Any) -> tuple[Any, dict[str, list[Any]], dict[str, Any]]:
-        """Draw fresh examples of the task, or take those of a corpus directory.
-
-        Returns: the task that scores them, the examples as sets by name, and how they were drawn.
-        """
+        """Return the task that scores examples, fresh ones or a corpus directory's, these as sets by name, and how they were drawn."""
         if not hasattr(task, "held_out"):
             raise UserError(f"{self.checkpoint}: its task has no examples, so there is nothing to score")
         if self.data:

@@ -29,6 +29,7 @@ from data.tasks import TASKS
 from experiments import pages
 from experiments.pages import markdown_table
 from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
+from experiments.rebalancing import Rebalancing
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, Window, get_policy
 from selfspan_jax.config import DecodeConfig, Dtype
@@ -152,13 +153,15 @@ class Arithmetic(Sweep):
     """A finished span model."""
     ops: Annotated[tuple[int, ...], commandline.commas(int)] = (20, 50, 100, 200)
     """Operators of the expressions."""
-    num_examples: int = 64
-    """Fresh expressions of each number of operators, decoded in one batch."""
+    num_examples: int = 300
+    """Fresh expressions of each number of operators."""
+    batch_size: int = 100
+    """Expressions that are decoded together, under several counts each."""
     seed: int = 1
     """Of the expressions."""
 
     def __post_init__(self):
-        check_range(self, "num_examples", low=1)
+        check_range(self, "num_examples", "batch_size", low=1)
 
     def run(self) -> None:
         models = {name: SpanLM.load(getattr(self, name), TASKS) for name in ("dense", "span")}
@@ -172,14 +175,27 @@ class Arithmetic(Sweep):
             prompt_tokens = [len(models["dense"].task.encode_prompt(example.prompt)) for example in some]
             context = float(np.mean([own + len(example.response_ids) for own, example in zip(prompt_tokens, some)]))
             settings = {"ops": ops, "context_tokens": context}
-            ((_, (spans,)),) = decoded(models["span"], some, ("span",), [0])
+            ((_, (spans,)),) = self.decoded(models["span"], some, ("span",), [0])
             as_spans = round(spans["attended_tokens"])
             counts = sorted([as_spans, *self.counts(context)])
             self.add(report, settings | {"neighbour": "span", "tokens": None} | spans)
-            for kind, scores in decoded(models["dense"], some, ("dense", *self.neighbours), counts):
+            for kind, scores in self.decoded(models["dense"], some, ("dense", *self.neighbours), counts):
                 for count, own in by_count(kind, counts, scores):
                     self.add(report, settings | {"neighbour": kind, "tokens": count, "as_spans": count == as_spans} | own)
         files.write_rows(self.json, report, complete=True)
+
+    def decoded(
+        self, lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int]
+    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Decode examples under each kind, and yield the scores at each count."""
+        found: dict[str, list[list[Any]]] = {}
+        sizes = max(len(lm.task.encode_prompt(example.prompt)) for example in some), max(len(example.response_ids) for example in some)
+        for start in range(0, len(some), self.batch_size):
+            for kind, outputs in decoded(lm, some[start : start + self.batch_size], kinds, counts, *sizes):
+                found.setdefault(kind, [[] for _ in outputs])
+                for own, more in zip(found[kind], outputs):
+                    own += more
+        yield from ((kind, [*map(_scores, outputs)]) for kind, outputs in found.items())
 
     def add(self, report: dict[str, Any], row: dict[str, Any]) -> None:
         """Add a row to the report, write and print it."""
@@ -188,22 +204,26 @@ class Arithmetic(Sweep):
         print("  ".join(arithmetic_cells(row)), flush=True)
 
 
-def decoded(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Decode examples under each kind, and yield the scores at each count."""
+def decoded(
+    lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int], prompt_tokens: int, response_tokens: int
+) -> Iterator[tuple[str, list[list[Any]]]]:
+    """Decode a batch of examples of at most so many tokens, and yield each kind's outputs at each count; at one where there is no count."""
     ids, own = [lm.task.encode_prompt(example.prompt) for example in some], get_policy(lm.model.config.mask)
     token_ids, lengths = lm.pad(ids)
-    longest, left = max(len(example.response_ids) for example in some), lm.model.config.max_context_tokens - int(lengths.max())
-    config = DecodeConfig(own, min(longest + MARGIN_TOKENS, left))
-    state = lm.engine.prefill(token_ids, lengths, config, num_samples=len(counts))
-    prompts = [example.prompt for example in some for _ in counts]
-    prompt_ids = [each for each in ids for _ in counts]
+    token_ids = np.pad(token_ids, ((0, 0), (0, prompt_tokens - token_ids.shape[1])))
+    config = DecodeConfig(own, min(response_tokens + MARGIN_TOKENS, lm.model.config.max_context_tokens - prompt_tokens))
 
-    def go_on(state: DecodeState, policy: Policy) -> list[dict[str, Any]]:
-        state = lm.engine.run(state, dataclasses.replace(config, attention=policy))
-        outputs = lm.outputs(prompts, prompt_ids, state, own)
-        return [_scores(outputs[first :: len(counts)]) for first in range(len(counts))]
+    def go_on(state: DecodeState, policy: Policy) -> list[list[Any]]:
+        each = len(state.done) // len(some)
+        prompts, prompt_ids = ([one for one in every for _ in range(each)] for every in ([example.prompt for example in some], ids))
+        outputs = lm.outputs(prompts, prompt_ids, lm.engine.run(state, dataclasses.replace(config, attention=policy)), own)
+        return [outputs[first::each] for first in range(each)]
 
-    yield from [("span", go_on(state, own))] if kinds == ("span",) else under_each(kinds, counts, state, go_on)
+    several = [kind for kind in kinds if kind in KINDS]
+    yield from ((kind, go_on(lm.engine.prefill(token_ids, lengths, config), own)) for kind in kinds if kind not in KINDS)
+    if several:
+        state = lm.engine.prefill(token_ids, lengths, config, num_samples=len(counts))
+        yield from under_each(several, counts, state, go_on)
 
 
 def _scores(outputs: Sequence[Any]) -> dict[str, Any]:
@@ -383,7 +403,7 @@ def _point(name: str, row: dict[str, Any], report: dict[str, Any]) -> tuple[floa
     return 100 * row["attended_tokens"] / (report["tokens"] - (report["continuation_tokens"] - 1) / 2), row["loss_more"]
 
 
-COMMANDS: dict[str, Any] = {"arithmetic": Arithmetic, "text": Text, "page": Page}
+COMMANDS: dict[str, Any] = {"arithmetic": Arithmetic, "text": Text, "rebalance": Rebalancing, "page": Page}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,6 +37,7 @@ from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory import check_policy, with_memory
 from selfspan_jax.neighbours.memory_engine import MemoryEngine
+from selfspan_jax.neighbours.rebalanced import Rebalanced
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
@@ -488,7 +489,8 @@ def _key(seed: int) -> PRNGKeyArray:
 @functools.partial(jax.jit, static_argnames=("graph", "policy"))
 def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"], policy: Policy) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, params)
-    mask = policy.mask(token_ids, model.vocab, model.config)
+    whole = (token_ids.shape[1], model.config)
+    mask = policy.sequences(*whole) if isinstance(policy, Rebalanced) else policy.mask(token_ids, model.vocab, model.config)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     hidden, _ = model(token_ids, positions, with_memory(attend_under(mask), model.config))
     return model.logits(hidden)

@@ -31,11 +31,11 @@ def dot_product_attention(
     """Compute softmax(q k^T / sqrt(H)) v over the pairs that the mask keeps; query head n reads kv head n // G.
 
     Args:
-      mask: a `TileMask` or `PackedMask` for the project's own kernels; a boolean one for `implementation`, by default cuDNN's fused
-        kernel where it takes one (a GPU, half precision, even lengths), else XLA.
+      mask: a `TileMask` or `PackedMask` for the project's own kernels, or with an `attend` of its own; a boolean one for
+        `implementation`, by default cuDNN's fused kernel where it takes one (a GPU, half precision, even lengths), else XLA.
     """
     if not isinstance(mask, Array):
-        return masked_attention(q, k, v, mask)
+        return mask.attend(q, k, v) if hasattr(mask, "attend") else masked_attention(q, k, v, mask)
     if implementation is None:
         fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0
         implementation = "cudnn" if fused else "xla"
