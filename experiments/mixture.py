@@ -9,6 +9,7 @@ Each example of the corpora becomes a row of `train.jsonl` or `validation.jsonl`
 row for finding passages: sentences are taken out of the sections of the same text (of some they stay), their first words are the
 questions, their last words the answers, which name the question and the section. So a text gives tens of choices of a source, which
 nobody had to mark (the inverse cloze task: Lee et al., *Latent Retrieval for Weakly Supervised Open Domain Question Answering*, ACL 2019).
+Steps that rest on nothing but what earlier steps of the response rest on are left out: a model would learn to repeat itself.
 With `--kept 1 --words 10` the sentences stay, and a question is some of their words: what has to be found is where these stand together.
 """
 
@@ -75,8 +76,12 @@ class Mixture:
 
 
 def row(task: DocumentTask, document: Document) -> dict[str, Any]:
-    """Write a document with the instruction of its task."""
-    steps = [{"text": step.text, "sources": list(step.sources)} for step in document.steps]
+    """Write a document with the instruction of its task: of each step first the sources that no step has named, without which none is."""
+    steps, named = [], set[int]()
+    for step in document.steps:
+        if not named.issuperset(step.sources):
+            steps.append({"text": step.text, "sources": sorted(step.sources, key=named.__contains__)})
+        named.update(step.sources)
     return {"instruction": sink(task.instruction, document.about), "document": list(document.pieces), "steps": steps}
 
 

@@ -89,7 +89,10 @@ class AttentionViews:
     name_share: float = 1.0
     """Decoding: a step that has named a label names the first higher one with at least this share of the likeliest token's probability."""
 
-    later: ClassVar[tuple[str, ...]] = ("name_share",)
+    names_new: bool = False
+    """Decoding: the first label that a step names is one that no step before it has named, so that what was read is not written again."""
+
+    later: ClassVar[tuple[str, ...]] = ("name_share", "names_new")
 
     def __post_init__(self):
         _require_number(self, "name_share", lambda value: 0 < value <= 1, "numbers above 0, up to 1")

@@ -96,13 +96,12 @@ def generate_under(
     texts = [_Text(vocab, own) for own in beginnings or [()] * batch]
     is_open = np.zeros(batch, bool)  # a step that is to be closed
     for column in range(room):
-        logits = state.logits
+        logits, name = state.choices(engine.config, vocab)
         if (allowed := _allowed(texts, ~done, logits.shape)) is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
         if orders is not None:
             logits = _gathered(logits, np.array([count < own.num_steps for count, own in zip(begun, orders, strict=True)]), vocab)
         free, other = (np.asarray(found) for found in _most_likely(logits, vocab))
-        name = state.next_name(engine.config.name_share, vocab)
         chosen = np.where(is_given, other, free if name is None else np.where(name >= 0, name, free))
         for row in np.flatnonzero(~done).tolist():
             if pending[row]:

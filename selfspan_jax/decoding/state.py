@@ -19,7 +19,7 @@ from pallas_kernels import per_sequence, read_elements, write_elements
 from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import AnySlots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
-from selfspan_jax.config import DecodeConfig, ModelConfig
+from selfspan_jax.config import AttentionViews, DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, next_name, sample
 from selfspan_jax.model import Decoder
@@ -50,13 +50,14 @@ class DecodeState:
         """Tell which sequences take tokens until they have so many."""
         return ~self.done & (self.num_new < until)
 
-    def next_name(self, share: float, vocab: SpanVocab) -> Int[Array, "B"] | None:
-        """Return what a step that has named a label names in place of the likeliest token, see `sampling.next_name`; None for nothing."""
-        if share >= 1:
-            return None
-        named = self.span.last_named == self.span.num_tokens[:, None] - 1  # by the latest token
-        latest = jnp.where(jnp.any(named, axis=1), jnp.argmax(named, axis=1), vocab.num_labels)
-        return next_name(self.logits, latest, share, vocab)
+    def choices(self, views: AttentionViews, vocab: SpanVocab) -> tuple[Float[Array, "B V"], Int[Array, "B"] | None]:
+        """Return the logits, without what `names_new` rules out, and what is named in place of the likeliest tokens: see `next_name`."""
+        span, latest, logits = self.span, self.span.num_tokens[:, None] - 1, self.logits
+        if views.names_new:  # what <solve> named is still the first step's to name
+            named = (span.step_index[:, None] == latest) & (span.last_named > span.solve_index[:, None] + 1)
+            refs = vocab.ref_base, logits.shape[1] - vocab.ref_base - vocab.num_labels
+            logits = jnp.where(jnp.pad(named, ((0, 0), refs)), -jnp.inf, logits)
+        return logits, next_name(logits, span.last_named == latest, views.name_share, vocab)
 
     @property
     def num_steps(self) -> Int[Array, ""]:
@@ -236,7 +237,8 @@ def sample_step(
         return (num_new, *write_elements(written, (column, column), (tokens, num_attended))), None
 
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_new)
-    sampled = sample(state.logits, keys, sampling or config.sampling, state.occurred, state.next_name(model.config.name_share, model.vocab))
+    logits, name = state.choices(model.config, model.vocab)
+    sampled = sample(logits, keys, sampling or config.sampling, state.occurred, name)
     arrays = None, sampled, state.done, state.num_new, until, forced_tokens
     _, (tokens, active) = per_sequence(choose, *arrays, implementation=config.bookkeeping)
     fed = decode_step(model, state, tokens, active, config)

@@ -25,7 +25,6 @@ from selfspan_jax.parallel import collectives, distributed
 from selfspan_jax.weights import lora, models
 from selfspan_jax.weights.checkpoints import latest_step
 
-_REMOVED = {"export_every_steps": 0}  # settings of older versions, with the value that this version still computes
 _HISTORY = ("schedules", "finished_steps")
 _WORDS = {  # for settings that have no option of their name
     ("base", "name"): "--init",
@@ -122,9 +121,7 @@ def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     except UserError:
         there = {}
     history = {name: there.pop(name) for name in _HISTORY if name in there}
-    if "data_fingerprint" in here and "data_fingerprint" not in there:  # of an older version, which knows a corpus by its path
-        there["data_fingerprint"] = here["data_fingerprint"]
-    elif there.get("data_fingerprint") is not None and there["data_fingerprint"] == here["data_fingerprint"]:
+    if there.get("data_fingerprint") is not None and there["data_fingerprint"] == here.get("data_fingerprint"):
         there["data"] = here["data"]
     if there.keys() != here.keys() or any(isinstance(here[name], dict) and not isinstance(there[name], dict) for name in here):
         raise UserError(f"{file} was not written by this version of train.py: choose another --run-dir")
@@ -150,8 +147,7 @@ def _short(value: Any) -> str:
 
 
 def _settings(identity: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """Return the settings by section and name that decide the result, without those that are removed."""
+    """Return the settings by section and name that decide the result."""
     sections = {name: value if isinstance(value, dict) else {name: value} for name, value in identity.items()}
-    settings = {(section, name): value for section, values in sections.items() for name, value in values.items()}
-    free = {("training", name) for name in TrainConfig.CHANGEABLE}
-    return {name: value for name, value in settings.items() if name not in free and (name[1], value) not in _REMOVED.items()}
+    every = ((section, *item) for section, values in sections.items() for item in values.items())
+    return {(section, name): value for section, name, value in every if section != "training" or name not in TrainConfig.CHANGEABLE}
