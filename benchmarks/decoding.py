@@ -7,7 +7,7 @@ replayed tokens is `context_tokens`. Milliseconds per step are the wall time of 
 several repetitions of the same steps, launches and the loop's own questions to the host included, compilation excluded.
 
 The roofline of a step is its bytes (`step_bytes`) at the read ceiling of the memory, which is measured in the same process. On
-a mesh bytes, memory and roofline are those of one device: its heads and features of the weights, the rows of its sequences.
+a mesh bytes, memory and roofline are those of one device: its heads and features of the weights, its rows of its sequences.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from benchmarks.shapes import Shape, step_bytes
 from benchmarks.timing import device_times, median_and_spread, timed
 from selfspan_jax.attention.policies import POLICIES, Slots
 from selfspan_jax.config import DecodeConfig, Weights
+from selfspan_jax.decoding.cache import KVCache
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
-from selfspan_jax.decoding.state import DecodeState, bucket
+from selfspan_jax.decoding.state import DecodeState, bucket, start_state
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
+from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.memory import bytes_of, check_fits
 from selfspan_jax.parallel.mesh import num_data_shards
 
@@ -52,6 +54,8 @@ class Case:
     weights: Weights = "bf16"
     num_samples: int = 1
     """Sequences that share a prompt."""
+    random_rows: bool = False
+    """Fill the cache with random rows instead of reading prompts."""
 
     @property
     def num_tokens(self) -> int:
@@ -104,7 +108,9 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     Raises: DoesNotFit where its arguments, results and temporaries exceed the device's memory.
     """
     began = time.perf_counter()
-    engine, config = Engine(shape.abstract(case.weights), mesh), case.config
+    engine, config = make_engine(shape.abstract(case.weights), mesh), case.config
+    if case.random_rows:
+        engine.graph = dataclasses.replace(engine.graph, prefill=fill_with_random_rows)
 
     def ints(*sizes: int):
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
@@ -113,7 +119,7 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     forced_tokens = layout.device_put_global(ints(case.batch_size, case.steps), mesh, _EACH)
     replay = engine.lower_run(state, config, forced_tokens=forced_tokens).compile()
     oracle_mask = None
-    if case.attention == "span" and case.num_samples == 1:
+    if case.attention == "span" and case.num_samples == 1 and (mesh is None or mesh.shape["context"] == 1):
         shapes = (ints(case.steps, case.batch_size, state.cache.slot_table.shape[1]), ints(case.steps, case.batch_size))
         slots = layout.device_put_global(shapes, mesh, _EACH_STEP)
         loop = jax.jit(functools.partial(_oracle_mask_loop, engine, config, case.prompt_tokens), donate_argnums=1)
@@ -121,6 +127,15 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     needed = max(footprint(prefill), footprint(replay))
     check_fits(needed)
     return Programs(engine, prefill, needed, time.perf_counter() - began, replay, oracle_mask)
+
+
+def fill_with_random_rows(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
+    """Make the state after prompts, as `prefill_state`, with random rows in place of theirs."""
+    cache = KVCache.empty(model.config, lengths, token_ids.shape[1], num_samples, config.max_new_tokens)
+    draws = iter(jax.random.split(jax.random.key(0), 2 * len(cache.pools) + 1))
+    pools = tuple(tuple(jax.random.normal(next(draws), pool.shape, pool.dtype) for pool in layer) for layer in cache.pools)
+    last = jax.random.normal(next(draws), (len(lengths), model.config.hidden_size), jnp.dtype(model.config.compute_dtype))
+    return start_state(model, KVCache(pools, cache.slot_table), last, token_ids, lengths, keys, config, num_samples)
 
 
 def compile_prefill(engine: Engine, *sizes: Any, **options: Any) -> tuple[jax.stages.Compiled, DecodeState]:
@@ -191,8 +206,8 @@ def measure_case(
         if programs.oracle_mask is not None:  # in turns, so that both see the device in the same state
             (pools, _), elapsed = timed(programs.oracle_mask, params, pools, kept.logits, *slots)
             oracle_seconds.append(elapsed)
-    parts = 1 if mesh is None else num_data_shards(mesh)
-    row = replay_row(programs.engine, case, state, forced, seconds, statistics.median(prefill_seconds), parts) | programs.memory(pools)
+    first = None if case.random_rows else statistics.median(prefill_seconds)
+    row = replay_row(programs.engine, case, state, forced, seconds, first) | programs.memory(pools)
     if oracle_seconds:
         oracle_ms = 1e3 * statistics.median(oracle_seconds[WARM_UPS:]) / case.steps
         row |= {"bare_ms_per_step": oracle_ms, "overhead_fraction": 1 - oracle_ms / row["ms_per_step"]}
@@ -223,10 +238,9 @@ def replay_row(
     state: DecodeState,
     forced: Int[np.ndarray, "B M"],
     seconds: list[float],
-    prefill_seconds: float,
-    parts: int = 1,
+    prefill_seconds: float | None,
 ) -> dict[str, Any]:
-    """Return what every replay reports: times, tokens, and the bytes that one of `parts` devices with different sequences moves.
+    """Return what every replay reports: times, tokens, and the bytes that a device moves.
 
     Args:
       state: after the last replay.
@@ -238,6 +252,8 @@ def replay_row(
         raise RuntimeError(f"{case}: the loop did not replay the tokens that it was given")
     median_ms, spread_ms = median_and_spread([1e3 * s / case.steps for s in seconds[WARM_UPS:]])
     counts, contexts = np.asarray(state.num_attended), np.arange(case.prompt_tokens + 1, case.num_tokens + 1)
+    parts = 1 if engine.mesh is None else num_data_shards(engine.mesh)
+    devices = parts if engine.mesh is None else parts * engine.mesh.shape["context"]  # that share the rows
     return {
         "ms_per_step": median_ms,
         "spread_ms": spread_ms,
@@ -245,8 +261,8 @@ def replay_row(
         "mean_context_tokens": float(contexts.mean()),
         "attended_tokens": float(counts.mean()),
         "attended_fraction": float((counts / contexts).mean()),
-        "bytes_per_step": step_bytes(engine.shard, float(counts.sum(axis=0).mean()) / parts, case.batch_size // parts),
-        "time_to_first_token_ms": 1e3 * prefill_seconds,
+        "bytes_per_step": step_bytes(engine.shard, float(counts.sum(axis=0).mean()) / devices, case.batch_size // parts),
+        "time_to_first_token_ms": None if prefill_seconds is None else 1e3 * prefill_seconds,
     }
 
 
@@ -304,7 +320,7 @@ def measure_stream(model: Decoder, token_ids: Int[np.ndarray, "B T"], case: Case
 
     Prefill and the first chunk are not counted.
     """
-    engine = Engine(model, mesh)
+    engine = make_engine(model, mesh)
     room = model.config.max_context_tokens - case.prompt_tokens
     new_tokens = min(STREAMED_TOKENS, room // CHUNK_TOKENS * CHUNK_TOKENS)
     if new_tokens < 2 * CHUNK_TOKENS:

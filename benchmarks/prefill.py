@@ -32,10 +32,10 @@ from pallas_kernels.tiles import list_tiles
 from selfspan_jax.attention import selectors
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, ModelConfig, Weights
-from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket, prefill_chunk_tokens
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
+from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.memory import check_fits
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import mfu, step_flops
@@ -111,7 +111,7 @@ def compile_case(shape: Shape, case: PrefillCase, mesh: Mesh | None = None) -> P
     Raises: DoesNotFit where its arguments, results and temporaries exceed the device's memory.
     """
     began = time.perf_counter()
-    engine = Engine(shape.abstract(case.weights), mesh)
+    engine = make_engine(shape.abstract(case.weights), mesh)
     prefill, _ = compile_prefill(engine, case.batch_size, case.context_tokens, case.config)
     check_fits(needed := footprint(prefill))
     return Programs(engine, prefill, needed, time.perf_counter() - began)

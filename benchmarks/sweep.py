@@ -99,6 +99,8 @@ class Bench:
     """Share of its context that a response token of "segments" attends to, on average."""
     named_again: int = 0
     """Of the four pieces that each step of "segments" names, so many are of those that the step before named."""
+    random_rows: bool = False
+    """Fill the cache with random rows instead of reading prompts, which takes minutes where they are many and long."""
     num_samples: int = 1
     """Above 1, add two rows: so many sequences that share their prompt, and as many that do not."""
     stream_check: bool = False
@@ -106,7 +108,7 @@ class Bench:
     profile: bool = False
     """Run every configuration once more under the profiler: the device's time by kind of operation, in --json."""
     mesh: str | None = None
-    """Devices, as in data=2,tensor=4; by default one. Bytes and roofline are then those of one device."""
+    """Devices, as in data=2,tensor=4 or context=2; by default one. Bytes and roofline are then those of one device."""
     seed: int = 0
     """Seed of weights and tokens."""
     json: Path | None = None
@@ -158,7 +160,8 @@ class Bench:
             cases += [PrefillCase("dense", batch, context, weights, *chosen) for weights, context, batch, chosen in sparse]
         else:
             host = functools.partial(TieredCase, working_set_tokens=self.working_set_tokens)
-            kinds: list[Callable[..., Case]] = [host if memory == "host" else Case for memory in dict.fromkeys(self.kv_memory)]
+            device = functools.partial(Case, random_rows=self.random_rows)
+            kinds: list[Callable[..., Case]] = [host if memory == "host" else device for memory in dict.fromkeys(self.kv_memory)]
             cases = [kind(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every for kind in kinds]
         if self.num_samples > 1:
             apart = Case("span", self.num_samples, max(self.context), self.steps)
@@ -279,7 +282,7 @@ class Bench:
 
 
 # The options that say something of decode steps only.
-_STEPS_ONLY = ("steps", "named_again", "num_samples", "stream_check", "kv_memory", "working_set_tokens")
+_STEPS_ONLY = ("steps", "named_again", "random_rows", "num_samples", "stream_check", "kv_memory", "working_set_tokens")
 
 
 def _module_of(case: AnyCase) -> Any:

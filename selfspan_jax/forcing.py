@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState
+from selfspan_jax.parallel.mesh import sum_over_context
 from selfspan_jax.spans import SpanVocab
 
 Headers = Sequence[Sequence[int]]
@@ -118,7 +119,7 @@ def generate_under(
             texts[row].write(int(chosen[row]))
         tokens[:, column] = np.where(done, vocab.pad_id, chosen)
         state = engine.step(state, tokens[:, column], config)
-        attended[:, column] = np.where(done, 0, np.asarray(state.slots.counts))
+        attended[:, column] = np.where(done, 0, sum_over_context(np.asarray(state.slots.counts), engine.mesh))
         done = np.asarray(state.done)
         if done.all():
             break

@@ -38,6 +38,7 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory import check_policy, with_memory
 from selfspan_jax.neighbours.memory_engine import MemoryEngine
 from selfspan_jax.neighbours.rebalanced import Rebalanced
+from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
@@ -146,7 +147,7 @@ class SpanLM(Reader):
         elif kv_memory == "host":
             self.engine = HostEngine(self.model, working_set_tokens=working_set_tokens)
         else:
-            self.engine = Engine(self.model, make_mesh(mesh) if mesh else None)
+            self.engine = make_engine(self.model, make_mesh(mesh) if mesh else None)
         super().__init__(task, self.model.config, self.model.vocab)
 
     @classmethod

@@ -263,6 +263,20 @@ class HostEngine(Engine):
         jax.block_until_ready(self.run(state, config, until=0))
 
 
+def read_layer(layer, x: Float[Array, "b T D"], token_ids, lengths, vocab: SpanVocab, model_config: ModelConfig, config, responses: bool):
+    """Compute a layer of whole prompts, a chunk at a time; return what comes out of it, and its keys and values [b * T, K, H]."""
+
+    def read(positions, attend, carry):
+        x, rows = carry
+        start = positions[0, 0]
+        some = jax.lax.dynamic_slice_in_dim(x, start, positions.shape[1], axis=1)
+        some, rows = layer(some, rotary_angles(positions, model_config), attend, rows, implementation="xla")
+        return jax.lax.dynamic_update_slice_in_dim(x, some, start, axis=1), rows
+
+    empty = jnp.zeros((token_ids.size, model_config.num_kv_heads, model_config.head_size), x.dtype)
+    return for_each_chunk(read, (x, (empty, empty)), token_ids, lengths, vocab, model_config, config, responses)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "rows"))
 def _empty(config: ModelConfig, rows: int) -> tuple[Array, Array]:
     pool = jnp.zeros((rows, config.num_kv_heads, config.head_size), jnp.dtype(config.compute_dtype))
@@ -283,19 +297,8 @@ def _embed(graph, params, token_ids, config):
 
 @functools.partial(jax.jit, static_argnames=("graph", "vocab", "model_config", "config", "responses"), donate_argnames=("x", "pools"))
 def _read_layer(graph, params, x, pools, first, token_ids, lengths, vocab: SpanVocab, model_config: ModelConfig, config, responses):
-    """Compute a layer of whole prompts, a chunk at a time, and write its rows to the host's pools from row `first` on."""
-    layer = nnx.merge(graph, params)
-    batch, capacity, _ = x.shape
-
-    def read(positions, attend, carry):
-        x, rows = carry
-        start = positions[0, 0]
-        some = jax.lax.dynamic_slice_in_dim(x, start, positions.shape[1], axis=1)
-        some, rows = layer(some, rotary_angles(positions, model_config), attend, rows, implementation="xla")
-        return jax.lax.dynamic_update_slice_in_dim(x, some, start, axis=1), rows
-
-    empty = jnp.zeros((batch * capacity, model_config.num_kv_heads, model_config.head_size), x.dtype)
-    x, rows = for_each_chunk(read, (x, (empty, empty)), token_ids, lengths, vocab, model_config, config, responses)
+    """Compute a layer of whole prompts and write its rows to the host's pools from row `first` on."""
+    x, rows = read_layer(nnx.merge(graph, params), x, token_ids, lengths, vocab, model_config, config, responses)
     rows = jax.device_put(rows, jax.memory.Space.Host)
     if pools is None:
         return x, rows

@@ -28,7 +28,7 @@ MAY_NOT_USE = {
 }
 # Inside the library, lowest first: a module imports modules of its own package and of the levels below, nothing beside it or above.
 LEVELS = [
-    {"compiling", "errors", "interrupts"},
+    {"compiling", "errors", "interrupts", "parallel.context"},
     {"files"},
     {"spans", "attention.selectors", "neighbours.query_driven"},
     {"config", "task"},
@@ -38,6 +38,7 @@ LEVELS = [
     {"attention"},
     {"decoding", "parallel.distributed"},
     {"neighbours", "serving.pages", "serving.running", "tiers"},
+    {"parallel.engine"},
     {"serving.requests"},
     {"serving.programs"},
     {"serving.scheduler"},

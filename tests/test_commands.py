@@ -444,7 +444,7 @@ def test_a_run_on_a_mesh_goes_on_without_one(call, tmp_path):
 @pytest.mark.parametrize(
     "mesh, message",
     [
-        ("model=2", "no axis 'model'; allowed: data, fsdp, tensor"),
+        ("model=2", "no axis 'model'; allowed: data, fsdp, context, tensor"),
         ("data=64", "takes 64 devices, here are 8 (cpu)"),
         ("tensor=2", "tensor=2 does not divide num_kv_heads=1"),
         ("fsdp=3", "fsdp=3 does not divide hidden_size=32"),

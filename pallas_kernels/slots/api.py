@@ -94,7 +94,7 @@ def update_slots(
     Args:
       slots: int32 `[B, A + 1]`; `slots[b, :kept[b]]` stay. What stands beyond is arbitrary, and the last column is never in use.
       kept: int32 `[B]`; 0 to make slots anew.
-      slot_table: int32 `[B, A]`, the pool row of each token.
+      slot_table: int32 `[B, A]`, the pool row of each token; a token where it is `ELSEWHERE` is never listed.
       keys: int32 `[B, A]`, of each token, below L.
       marks: int32 `[B, L]`, of each key.
       entries: int32 `[B, C]`, indices of tokens, or None: after those that the rule selects come the first `rule.num_entries[b]` of these

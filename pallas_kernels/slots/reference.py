@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+ELSEWHERE = -(2**31)  # in a slot table: the token's row is in no pool of this device
+
 
 def xla_read(array, columns):
     """Read by a gather of one element per row; columns outside read the nearest one."""
@@ -32,10 +34,12 @@ def xla_update(slots, kept, slot_table, keys, marks, entries, rule):
     row, newest = jnp.arange(batch, dtype=jnp.int32)[:, None], rule.end[:, None] - 1
     active = rule.first < rule.end
     own = jnp.take_along_axis(slot_table, jnp.maximum(newest, 0), axis=1)
-    slots = slots.at[row, jnp.where(active, kept, capacity)[:, None]].set(own)
-    total = kept + active.astype(jnp.int32)
+    appended = active & (own[:, 0] != ELSEWHERE)
+    slots = slots.at[row, jnp.where(appended, kept, capacity)[:, None]].set(own)
+    total = kept + appended.astype(jnp.int32)
 
     def extend(slots, counts, chosen, rows):
+        chosen &= rows != ELSEWHERE
         end = counts[:, None] + jnp.cumsum(chosen, axis=1, dtype=jnp.int32)
         return slots.at[row, jnp.where(chosen, end - 1, capacity)].set(rows), end[:, -1]
 

@@ -6,6 +6,7 @@
              slots[b, n] = slot_table[b, end[b] - 1];  n += 1;  kept[b] = n * keep[b]
              for t in entries[b, :num_entries[b]], not selected:  slots[b, n] = slot_table[b, t];  n += 1
              counts[b] = n
+             where slot_table[b, t] is ELSEWHERE, t is passed over
 
 Why it exists: a step updates some twenty numbers of each sequence and one element of several of its rows. XLA makes up to twenty launches
 of that. And which sequences list more than their newest token is known on the device only: a conditional of XLA asks the host, once
@@ -25,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.slots.reference import ELSEWHERE
 
 TILE = 2048  # tokens whose keys a program reads at once
 
@@ -121,9 +124,10 @@ def update_row(slots: Row, kept, slot_table: Row, keys: Row, marks: Row, entries
         return (own == 0) | (own == rule.key) | marked | (token < rule.below) | (token >= rule.start)
 
     def extend(count, token, chosen):  # what is not chosen goes to the last column, so that no store needs a mask
-        chosen = chosen.astype(jnp.int32)
+        rows = slot_table.ref[b, token]
+        chosen = (chosen & (rows != ELSEWHERE)).astype(jnp.int32)
         place = count + jnp.cumsum(chosen) - 1
-        slots.ref[b, jnp.where(chosen != 0, place, capacity)] = slot_table.ref[b, token]
+        slots.ref[b, jnp.where(chosen != 0, place, capacity)] = rows
         return count + jnp.sum(chosen)
 
     def listed_by_rule(index, count):
@@ -139,8 +143,9 @@ def update_row(slots: Row, kept, slot_table: Row, keys: Row, marks: Row, entries
     active = rule.first < rule.end
     count = jax.lax.fori_loop(0, jnp.maximum(pl.cdiv(rule.end - 1 - rule.first, tile), 0), listed_by_rule, kept)
     newest = slot_table.ref[b, jnp.maximum(rule.end - 1, 0)]
-    slots.ref[b, jnp.where(active, jnp.minimum(count, capacity), capacity)] = newest
-    span = count + active.astype(jnp.int32)
+    appended = active & (newest != ELSEWHERE)
+    slots.ref[b, jnp.where(appended, jnp.minimum(count, capacity), capacity)] = newest
+    span = count + appended.astype(jnp.int32)
     count = span
     if entries is not None:
         tiles = jnp.where(active, pl.cdiv(rule.num_entries, tile), 0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, head_size_reason, require
 from pallas_kernels.jax_triton import launch
+from pallas_kernels.linear.reference import SplitRows
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
 from pallas_kernels.rotary import norm_heads, rotate_and_write
 from pallas_kernels.rotary.api import validate_heads, validate_pools
@@ -93,6 +94,7 @@ def rotate_and_attend(
     norms: tuple[jax.Array, jax.Array] | None = None,
     norm_eps: float = 1e-5,
     split: bool = False,
+    partial: bool = False,
     sparse: bool = False,
     ahead: Sequence[jax.Array] = (),
     host: HostRows | None = None,
@@ -111,15 +113,16 @@ def rotate_and_attend(
       norms: scales `[H]` of RMSNorms of each query and each key before they are rotated (Qwen 3), in any float dtype.
       norm_eps: added to their mean squares, a static number.
       split: the output may come as `SplitRows`, where that gains, for `fused_linear` to combine.
+      partial: it comes as `SplitRows` in any case, as where other devices attend to other rows; "mosaic" has no way to.
       sparse: few of the slots are expected to be in use, as where a model names what it reads; for the choice of settings alone.
       ahead: arrays that are read next; where that gains, multiprocessors that have nothing else to do fetch them into the L2 cache.
       host: where slots below 0 are rows in host memory, which are read over the link as they are met; "mosaic" and "jax_triton" have no way
         to, and "reference" and "xla" move the whole host pools to the device first.
-      early: what reads the output may be launched while this is computed, see `may_launch_early`.
+      early: what reads the output may be launched while this is computed, see `may_launch_early`; not where it is `partial`.
       implementation, interpret: as `pallas_kernels` says, of `span_decode_attention`.
 
     Returns:
-      The attention's output `[B, K * G, H]`, k_pool, v_pool.
+      The attention's output `[B, K * G, H]` (of `SplitRows` the parts `[S, B, K * G * H]`), k_pool, v_pool.
     """
     batch, num_kv_heads, fused, head_size = qkv.shape
     q: Any = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
@@ -133,6 +136,8 @@ def rotate_and_attend(
         require(fits, "expected host pools [P', K, H] like the device's, and their counts int32 [B]", *host)
         if implementation in ("mosaic", "jax_triton"):
             raise NotImplementedError(f"implementation={implementation!r}: it reads no rows in host memory")
+    if partial and implementation == "mosaic":
+        raise NotImplementedError("implementation='mosaic': it has no partial results")
     for norm in norms or ():
         require(norm.shape == (head_size,) and norm.dtype in FLOAT_DTYPES, f"norms must be float [H] = {[head_size]}", norm)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, q, k_pool, interpret=interpret))
@@ -142,8 +147,8 @@ def rotate_and_attend(
         whole = [fits and jnp.issubdtype(x.dtype, jnp.floating) and size % triton.SECTOR_BYTES == 0 for x, size in zip(ahead, sizes)]
         fetched = tuple(x for x, is_whole in zip(ahead, whole) if is_whole)
         arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched, host)
-        early &= chosen == "triton" and not interpret
-        return _rotate_and_attend(chosen, float(norm_eps), split, sparse, interpret, early, *arrays)
+        early &= chosen == "triton" and not interpret and not partial
+        return _rotate_and_attend(chosen, float(norm_eps), split, partial, sparse, interpret, early, *arrays)
     qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
     q, k_pool, v_pool = rotate_and_write(qkv, cos, sin, own, k_pool, v_pool)
     pools = k_pool, v_pool
@@ -151,6 +156,10 @@ def rotate_and_attend(
         slots = jnp.where(slots < 0, k_pool.shape[0] - 1 - slots, slots)
         k_host, v_host = jax.device_put(host[:2], jax.memory.Space.Device)
         pools = jnp.concatenate([k_pool, k_host]), jnp.concatenate([v_pool, v_host])
+    if partial:
+        attention = reference_attention if chosen == "reference" else xla_attention
+        out, lse = attention(q, *pools, slots, counts, scale=1.0 / math.sqrt(head_size))
+        return SplitRows(out.reshape(1, batch, -1), lse[None]), k_pool, v_pool
     return span_decode_attention(q, *pools, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool
 
 
@@ -185,7 +194,7 @@ def _dispatch(implementation, scale, interpret, q, k_pool, v_pool, slots, counts
     arrays = (q, k_pool, v_pool, slots, counts)
     if implementation in PLAIN:
         attention = reference_attention if implementation == "reference" else xla_attention
-        return attention(*arrays, scale=scale)
+        return attention(*arrays, scale=scale)[0]
     batch, _, head_size = q.shape
     pool, capacity = values_of(k_pool), slots.shape[1]
     num_kv_heads = pool.shape[1]
@@ -205,14 +214,32 @@ def _no_gradient(*_):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def _rotate_and_attend(
-    implementation, norm_eps, split, sparse, interpret, early, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host
+    implementation,
+    norm_eps,
+    split,
+    partial,
+    sparse,
+    interpret,
+    early,
+    qkv,
+    cos,
+    sin,
+    own,
+    k_pool,
+    v_pool,
+    slots,
+    counts,
+    norms,
+    ahead,
+    host,
 ):
     (batch, num_kv_heads, fused, head_size), capacity = qkv.shape, slots.shape[1]
     config = parts_config(batch, num_kv_heads * (fused - 2), num_kv_heads, head_size, capacity) if split else None
     config = config or triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity, sparse)
-    options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config, "interpret": interpret, "early": early}
+    options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config}
+    options |= {"partial": partial, "interpret": interpret, "early": early}
     attend = functools.partial(triton.triton_rotate_and_attend, **options)
     return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host)
 

@@ -92,7 +92,7 @@ def mosaic_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: 
         interpret=plgpu.InterpretGPUParams() if interpret else False,  # type: ignore[attr-defined]  # JAX 0.11
     )
     out, *partial = kernel(q, k_pool, v_pool, slots, split_table)
-    return triton.combine(out, partial, counts, slots.shape[1], config, interpret)
+    return triton.combine(out, None, partial, counts, slots.shape[1], config, interpret)[0]
 
 
 def _split_table(counts: jax.Array, capacity: int, config: MosaicConfig) -> jax.Array:

@@ -3,6 +3,7 @@
 For query head `n` of sequence `b`, with kv head `k = n // G` and named rows `r_i = slots[b, i]`:
 
     out[b, n] = sum_i softmax_i(scale * q[b, n] . K[r_i, k]) V[r_i, k],   i < counts[b]
+    lse[b, n] = log2 sum_i e^(scale * q[b, n] . K[r_i, k])
 """
 
 import functools
@@ -10,11 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import LOG2_E
 from pallas_kernels.quantized import Quantized, Rows, values_of
 
 
-def reference_attention(q, k_pool: Rows, v_pool: Rows, slots, counts, *, scale: float) -> jax.Array:
-    """Compute the formula in float32, one sequence after the other: slow, small, independent of the kernels."""
+def reference_attention(q, k_pool: Rows, v_pool: Rows, slots, counts, *, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Compute both in float32, one sequence after the other: slow, small, independent of the kernels."""
     num_kv_heads = k_pool.shape[1]
 
     def gather(pool: Rows, rows: jax.Array, named: jax.Array) -> jax.Array:  # -> [A, K, H]
@@ -36,12 +38,13 @@ def reference_attention(q, k_pool: Rows, v_pool: Rows, slots, counts, *, scale: 
             weights = jnp.exp(scores - jnp.where(count > 0, peak, 0.0))
             total = jnp.where(count > 0, weights.sum(axis=-1, keepdims=True), 1.0)
             out = jnp.einsum("kga,akh->kgh", weights / total, values)
-        return out.reshape(query.shape).astype(query.dtype)
+        lse = jnp.where(count > 0, (peak + jnp.log(total))[..., 0] * LOG2_E, -jnp.inf)
+        return out.reshape(query.shape).astype(query.dtype), lse.reshape(-1)
 
     return jax.lax.map(one_sequence, (q, slots, counts))
 
 
-def xla_attention(q, k_pool: Rows, v_pool: Rows, slots, counts, *, scale: float) -> jax.Array:
+def xla_attention(q, k_pool: Rows, v_pool: Rows, slots, counts, *, scale: float) -> tuple[jax.Array, jax.Array]:
     """Gather the rows and compute two einsums for the whole batch, in the dtype of `q` with float32 sums.
 
     It reads all A slots of every sequence and writes the gathered rows to memory, so its cost follows the capacity A
@@ -79,4 +82,5 @@ def xla_attention(q, k_pool: Rows, v_pool: Rows, slots, counts, *, scale: float)
     weights = (weights * value_scales).astype(q.dtype)
     out = einsum("bkga,bakh->bkgh", weights, values)
     out = jnp.where(counts[:, None, None, None] > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
-    return out.reshape(batch, num_heads, head_size).astype(q.dtype)
+    lse = peak * LOG2_E + jnp.where(total > 0, jnp.log2(total), 0.0)
+    return out.reshape(batch, num_heads, head_size).astype(q.dtype), lse.reshape(batch, num_heads)

@@ -31,6 +31,7 @@ the weights in float32.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +73,10 @@ def triton_rotate_and_attend(
     norm_eps: float,
     scale: float,
     config: TritonConfig,
+    partial: bool = False,
     early: bool = False,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array, jax.Array]:
     """Run the kernels; arrays as in `rotate_and_attend`, already checked."""
     batch, num_kv_heads, fused, head_size = qkv.shape
     out = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
@@ -89,22 +91,34 @@ def triton_rotate_and_attend(
     if config.ahead:
         sectors = [array.reshape(-1, SECTOR_BYTES // array.dtype.itemsize) for array in ahead]
         arrays |= {f"ahead_{i}": array for i, array in enumerate(sectors)}
-    out, k_after, v_after = _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret, early)
+    out, k_after, v_after = _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret, early, partial)
     return out, k_after.reshape(k_pool.shape), v_after.reshape(v_pool.shape)
 
 
 def _attend(
-    q, arrays: dict, written: tuple[str, ...], scale: float, norm_eps: float, config: TritonConfig, interpret: bool, early: bool = False
+    q,
+    arrays: dict,
+    written: tuple[str, ...],
+    scale: float,
+    norm_eps: float,
+    config: TritonConfig,
+    interpret: bool,
+    early: bool = False,
+    partial: bool = False,
 ) -> tuple:
-    """Launch the kernels on named arrays; returns the output, of the shape of `q`, and the arrays that are `written` in place."""
+    """Launch the kernels on named arrays; returns the output, of the shape of `q`, and the arrays that are `written` in place.
+
+    Where it is divided into parts, or `partial`, the output is `SplitRows`.
+    """
     batch, num_kv_heads = q.shape[0], arrays["k_pool"].shape[1] // q.shape[2]
     num_splits = batch * config.parts or max_splits(batch, config.splits)
     results = dict(zip(("out", "split_out", "split_max", "split_sum"), split_results(q, num_splits), strict=True))
     if config.parts:
         shapes = ((*q.shape, q.dtype), (*q.shape[:2], jnp.float32))
         results = {name: jax.ShapeDtypeStruct((config.parts, *shape), dtype) for name, (*shape, dtype) in zip(("parts", "lse"), shapes)}
-    elif num_splits == batch:
-        results = {"out": results["out"]}
+    else:
+        results = {"out": results["out"]} if num_splits == batch else results
+        results |= {"lse": jax.ShapeDtypeStruct((1, *q.shape[:2]), jnp.float32)} if partial else {}
     num_partial = len(results) - 1
     results |= {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in written}
     names = (*arrays, *results)
@@ -117,10 +131,13 @@ def _attend(
         interpret=interpret,
         name="span_decode_attend",
     )(*arrays.values())
-    out, partial, rest = outs[0], list(outs[1 : 1 + num_partial]), outs[1 + num_partial :]
-    if config.parts:
-        return SplitRows(out.reshape(*out.shape[:2], -1), *partial), *rest
-    return combine(out, partial, arrays["counts"], arrays["slots"].shape[1], config, interpret), *rest
+    out, of_splits, rest = outs[0], list(outs[1 : 1 + num_partial]), outs[1 + num_partial :]
+    lse = of_splits.pop() if config.parts or partial else None
+    if not config.parts:
+        out, lse = combine(out, lse, of_splits, arrays["counts"], arrays["slots"].shape[1], config, interpret)
+    if lse is None:
+        return out, *rest
+    return SplitRows(out.reshape(*lse.shape[:2], -1), lse), *rest
 
 
 def split_results(q: jax.Array, num_splits: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -130,22 +147,30 @@ def split_results(q: jax.Array, num_splits: int) -> tuple[jax.ShapeDtypeStruct, 
 
 
 def combine(
-    out: jax.Array, partial: list[jax.Array], counts: jax.Array, capacity: int, config: TritonConfig | MosaicConfig, interpret: bool
-) -> jax.Array:
-    """Fill in `out` the sequences that were split, from the partial results of their splits."""
+    out: jax.Array,
+    lse: jax.Array | None,
+    of_splits: list[jax.Array],
+    counts: jax.Array,
+    capacity: int,
+    config: TritonConfig | MosaicConfig,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Fill in `out`, and `lse` [1, B, N] where it is wanted, the sequences that were split, from the results of their splits."""
     batch, num_heads, head_size = out.shape
     if max_splits(batch, config.splits) == batch:  # one split each: nothing to combine
-        return out
+        return out, lse
     columns, read_splits = combine_tile(batch, num_heads, head_size)
-    return pl.pallas_call(
+    filled = [out] if lse is None else [out, lse]
+    out, *logs = pl.pallas_call(
         functools.partial(_combine_kernel, config=config, capacity=capacity, columns=columns, read_splits=read_splits),
         grid=(num_heads, batch, head_size // columns),
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        input_output_aliases={0: 0},
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in filled),
+        input_output_aliases={i: i for i in range(len(filled))},
         compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
         interpret=interpret,
         name="span_decode_combine",
-    )(out, *partial, counts)
+    )(*filled, *of_splits, counts)
+    return out, logs[0] if logs else None
 
 
 def max_splits(batch: int, splits: int) -> int:
@@ -199,7 +224,7 @@ def _attend_kernel(
     # k_pool, v_pool [P, K H], slots int32 [B, A], counts int32 [B] and, for int8 pools, k_scales, v_scales [P, K];
     # for rows in host memory k_host, v_host [P', K H] and host_counts int32 [B];
     # then the outputs: out [B, N, H]; where sequences are divided split_out [splits, N, H], split_max, split_sum [splits, N]; the pools.
-    # Or, in place of out, parts [S, B, N, H] and lse float32 [S, B, N].
+    # Or, in place of out, parts [S, B, N, H] and lse float32 [S, B, N]. Beside out lse is [1, B, N], where it is wanted.
     names: tuple[str, ...],
     scale: float,
     norm_eps: float,
@@ -339,6 +364,8 @@ def _attend_kernel(
 
         def finish():
             ref_of["out"][b, heads, :] = (acc / total[:, None]).astype(queries.dtype)
+            if "lse" in ref_of:
+                ref_of["lse"][0, b, heads] = running_max + jnp.log2(total)
 
         def hand_over():
             ref_of["split_out"][split, heads, :] = acc
@@ -401,19 +428,15 @@ def _rotate_and_write(ref_of: dict, b, first_kv_head, kv_head, member, columns, 
 
 
 def _combine_kernel(
-    _,  # the output of _attend_kernel, which out_ref is
-    split_out_ref,  # [splits, N, H]
-    split_max_ref,  # [splits, N]
-    split_sum_ref,  # [splits, N]
-    counts_ref,  # int32 [B]
-    out_ref,  # [B, N, H]
-    *,
+    *refs,  # out [B, N, H] and maybe lse [1, B, N] of _attend_kernel, split_out [splits, N, H], split_max and split_sum [splits, N],
+    # counts int32 [B]; then the outputs, which are out and lse
     config: TritonConfig | MosaicConfig,
     capacity: int,
     columns: int,
     read_splits: int,
 ):
     """Compute out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the splits i of a sequence."""
+    split_out_ref, split_max_ref, split_sum_ref, counts_ref, out_ref, *lse_refs = refs[(len(refs) - 4) // 2 :]
     head, b = pl.program_id(0), pl.program_id(1)
     own = pl.ds(pl.program_id(2) * columns, columns)
     batch = out_ref.shape[0]
@@ -436,5 +459,7 @@ def _combine_kernel(
             return new_max, running_sum, acc
 
         init = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((columns,), jnp.float32))
-        _, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_splits, read_splits), step, init)
+        peak, total, acc = jax.lax.fori_loop(0, pl.cdiv(num_splits, read_splits), step, init)
         out_ref[b, head, own] = (acc / total).astype(out_ref.dtype)
+        for lse_ref in lse_refs:  # the programs of other columns write the same
+            lse_ref[0, b, head] = peak + jnp.log2(total)

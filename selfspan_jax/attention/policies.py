@@ -23,6 +23,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.model import Attend
 from selfspan_jax.neighbours.memory import SegmentMemory, SegmentSlots
 from selfspan_jax.neighbours.query_driven import CandidateSlots, Oracle, Quest
+from selfspan_jax.parallel import collectives, context
 
 
 @jax.tree_util.register_dataclass
@@ -43,8 +44,9 @@ class Slots:
 
         def attend(qkv, options, angles, pools):
             arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], own, *pools, self.slots, self.counts)
-            out, *pools = rotate_and_attend(*arrays, **options, split=True, sparse=self.kept is not None, implementation=implementation)
-            return out.reshape(len(own), 1, -1), tuple(pools)
+            options = options | {"split": True, "partial": context.context_size() > 1, "sparse": self.kept is not None}
+            out, *pools = rotate_and_attend(*arrays, **options, implementation=implementation)
+            return collectives.gather_attention(out).reshape(len(own), 1, -1), tuple(pools)
 
         return attend
 
@@ -189,10 +191,10 @@ class Dense:
         return lambda first, _: PromptMask.causal(first, lengths, num_keys=token_ids.shape[1])
 
     def initial_slots(self, slot_table):
-        return Slots(slot_table, jnp.zeros(slot_table.shape[0], jnp.int32))  # for good: only the counts grow
+        return Slots(context.take_own(slot_table), jnp.zeros(slot_table.shape[0], jnp.int32))  # for good: only the counts grow
 
     def step_slots(self, slots, slot_table, *, span, active, **_):
-        return Slots(slots.slots, jnp.where(active, span.num_tokens, 0))
+        return Slots(slots.slots, jnp.where(active, context.num_own(span.num_tokens), 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,7 @@ class Window:
         first_recent = jnp.maximum(span.num_tokens - self.window_tokens, self.sink_tokens)[:, None]
         token = jnp.where(place < self.sink_tokens, place, place - self.sink_tokens + first_recent)
         chosen = jnp.take_along_axis(slot_table, jnp.minimum(token, slot_table.shape[1] - 1), axis=1)
-        return Slots(chosen, jnp.where(active, jnp.minimum(span.num_tokens, self.sink_tokens + self.window_tokens), 0))
+        return Slots(*context.list_own(chosen, jnp.where(active, jnp.minimum(span.num_tokens, self.sink_tokens + self.window_tokens), 0)))
 
 
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(), Window(), Quest(), Oracle(), SegmentMemory())}

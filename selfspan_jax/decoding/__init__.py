@@ -1,5 +1,1 @@
 """Decoding: one state, one pure step, and the engine that drives it."""
-
-from selfspan_jax.decoding.engine import Engine
-
-__all__ = ["Engine"]

@@ -19,6 +19,7 @@ from selfspan_jax.attention.selectors import Mask
 from selfspan_jax.attention.sequences import dot_product_attention
 from selfspan_jax.config import Implementation, ModelConfig
 from selfspan_jax.model import Attend
+from selfspan_jax.parallel.context import num_own, share, spread, take_own
 
 ROW_MULTIPLE = 8  # of a pool: what the copy engine moves is cut into so many rows
 LayerPools = tuple[Float[Array, "P K H"], ...]  # keys and values
@@ -29,8 +30,8 @@ LayerPools = tuple[Float[Array, "P K H"], ...]  # keys and values
 class KVCache:
     """Keys and values of B sequences with room for A tokens each.
 
-    `slot_table[b, t]` is the pool row of token t of sequence b; nothing else says whose row a row is. Samples of one prompt
-    share the prompt's rows and own the rows that they write.
+    `slot_table[b, t]` is the pool row of token t of sequence b, or `ELSEWHERE`; nothing else says whose row a row is. Samples of one
+    prompt share the prompt's rows and own the rows that they write.
     """
 
     pools: tuple[LayerPools, ...]
@@ -45,27 +46,28 @@ class KVCache:
 
         Sequence b * num_samples + i is sample i of prompt b.
         """
-        batch = prompt_lengths.shape[0]
+        batch, capacity = prompt_lengths.shape[0], prompt_capacity + new_capacity
+        prompt_lengths, prompt_capacity, new_capacity = num_own(prompt_lengths), share(prompt_capacity), share(new_capacity)
         rows = batch * (prompt_capacity + num_samples * new_capacity)
         shape = (-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE, config.num_kv_heads, config.head_size)
-        dtype = jnp.dtype(config.compute_dtype)
-        pools = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        pool = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
         sequence = jnp.arange(batch * num_samples, dtype=jnp.int32)[:, None]
         token = jnp.arange(prompt_capacity + new_capacity, dtype=jnp.int32)[None, :]
         new_token = token - jnp.repeat(prompt_lengths, num_samples)[:, None]
         prompt_slot = sequence // num_samples * prompt_capacity + token
         own_slot = batch * prompt_capacity + sequence * new_capacity + jnp.minimum(new_token, new_capacity - 1)
-        return cls(pools, jnp.where(new_token < 0, prompt_slot, own_slot))
+        return cls(((pool, pool),) * config.num_layers, spread(jnp.where(new_token < 0, prompt_slot, own_slot), capacity))
 
     def extended(self, num_tokens: Int[Array, "B"], new_capacity: int) -> KVCache:
         """Allocate B * new_capacity more rows, for the tokens of each sequence from number `num_tokens[b]` on."""
-        batch, capacity = self.slot_table.shape
+        table, num_tokens, added = take_own(self.slot_table), num_own(num_tokens), new_capacity
+        (batch, capacity), new_capacity = table.shape, share(new_capacity)
         pools = tuple(tuple(jnp.pad(pool, ((0, batch * new_capacity), (0, 0), (0, 0))) for pool in layer[:2]) for layer in self.pools)
         first = self.pools[0][0].shape[0] + new_capacity * jnp.arange(batch, dtype=jnp.int32)[:, None]
         new_token = jnp.arange(capacity + new_capacity, dtype=jnp.int32)[None, :] - num_tokens[:, None]
         own_slot = first + jnp.clip(new_token, 0, new_capacity - 1)
-        old_slot = jnp.pad(self.slot_table, ((0, 0), (0, new_capacity)))
-        return KVCache(pools, jnp.where(new_token < 0, old_slot, own_slot))
+        table = jnp.where(new_token < 0, jnp.pad(table, ((0, 0), (0, new_capacity))), own_slot)
+        return KVCache(pools, spread(table, self.slot_table.shape[1] + added))
 
     def choose_slots(self, step_slots: Callable[..., AnySlots], slots: AnySlots, **now: Any) -> tuple[KVCache, AnySlots]:
         """Compute what the newest tokens attend to, by a policy's `step_slots`; return the cache from which they can."""

@@ -50,7 +50,7 @@ class Engine:
     differ in nothing but their parameters share compiled programs.
 
     Args:
-      mesh: the devices to decode on: sequences are divided over `data`, heads and features over `tensor`.
+      mesh: the devices to decode on: sequences are divided over `data`, heads and features over `tensor`; for `context` `parallel.engine`.
       steps_per_sync: decode steps between two questions to the device whether all sequences have ended. By default 1, on a
         GPU up to 8.
 
@@ -251,6 +251,7 @@ class Graph:
     tree: jax.tree_util.PyTreeDef
     mesh: Mesh | None
     specs: tuple  # PartitionSpecs of the parameters
+    prefill: Callable[..., DecodeState] = prefill_state
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -278,7 +279,7 @@ _STATE = DecodeState.partition_specs()
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples", "responses"))
 def _prefill(graph, params, token_ids, lengths, keys, config, num_samples, responses):
-    prefill = functools.partial(prefill_state, config=config, num_samples=num_samples, responses=responses)
+    prefill = functools.partial(graph.prefill, config=config, num_samples=num_samples, responses=responses)
     return graph.shard_map(prefill, _EACH, _EACH, _EACH, out_specs=_STATE)(params, token_ids, lengths, keys)
 
 

@@ -23,7 +23,7 @@ from selfspan_jax.config import AttentionViews, DecodeConfig, ModelConfig
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, next_name, sample
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel import layout
+from selfspan_jax.parallel import collectives, context, layout
 from selfspan_jax.spans import SpanState, SpanVocab
 
 MIN_CAPACITY_TOKENS = 64  # of each prompt
@@ -67,10 +67,10 @@ class DecodeState:
     @classmethod
     def partition_specs(cls) -> DecodeState:
         """Return the PartitionSpec of every field."""
-        each = layout.spec("sequences")
-        fields = dict.fromkeys((field.name for field in dataclasses.fields(cls)), each)
-        cache = KVCache(pools=layout.spec("sequences", "heads"), slot_table=each)  # type: ignore[arg-type]
-        return cls(**fields | {"cache": cache})  # type: ignore[arg-type]
+        rows = layout.spec("rows")  # of each device its own
+        fields = dict.fromkeys((field.name for field in dataclasses.fields(cls)), layout.spec("sequences"))
+        cache = KVCache(pools=layout.spec("rows", "heads"), slot_table=rows)  # type: ignore[arg-type]
+        return cls(**fields | {"cache": cache, "slots": rows})  # type: ignore[arg-type]
 
 
 def bucket(num_tokens: int) -> int:
@@ -90,8 +90,7 @@ def for_each_chunk(
     read: Callable, carry: Any, token_ids, lengths, vocab: SpanVocab, model_config: ModelConfig, config: DecodeConfig, responses: bool
 ) -> Any:
     """Compute `carry = read(positions [b, C], attend, carry)` for C tokens of each prompt at a time; arguments as for `prefill_state`."""
-    batch, prompt_capacity = token_ids.shape
-    policy = get_policy(config.attention)
+    (batch, prompt_capacity), policy = token_ids.shape, get_policy(config.attention)
     chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
     first_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
     arguments = token_ids, lengths, vocab, model_config
@@ -176,7 +175,7 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
     cache, toc = state.cache.extended(state.span.num_tokens, num_tokens), state.span.toc
     unused = get_policy(config.attention).initial_slots(cache.slot_table)
     kept = jnp.pad(state.slots.slots, ((0, 0), (0, unused.slots.shape[1] - state.slots.slots.shape[1])))
-    used = jnp.arange(unused.slots.shape[1], dtype=jnp.int32)[None, :] < state.span.num_tokens[:, None]
+    used = jnp.arange(unused.slots.shape[1], dtype=jnp.int32)[None, :] < context.num_own(state.span.num_tokens)[:, None]
     return dataclasses.replace(
         state,
         cache=unused.prepared(cache),
@@ -243,6 +242,6 @@ def sample_step(
     _, (tokens, active) = per_sequence(choose, *arrays, implementation=config.bookkeeping)
     fed = decode_step(model, state, tokens, active, config)
     occurred = None if state.occurred is None else mark_occurring(state.occurred, tokens[:, None], active[:, None], model.vocab)
-    logged = (state.num_new, state.new_tokens, state.num_attended), tokens, active, fed.slots.counts, first
+    logged = (state.num_new, state.new_tokens, state.num_attended), tokens, active, collectives.psum_context(fed.slots.counts), first
     logs, _ = per_sequence(log, *logged, implementation=config.bookkeeping)
     return dataclasses.replace(fed, num_new=logs[0], new_tokens=logs[1], num_attended=logs[2], occurred=occurred)

@@ -2,7 +2,8 @@
 
 What runs on a device is written for one shard and run by `shard_map`, so that kernels see ordinary arrays. The forward pass
 takes one all-reduce after the attention output and one after the feed-forward layer, over `tensor` (Megatron-LM, 1909.08053),
-and the gathering of parameters over `fsdp` (ZeRO, 1910.02054, stage 3).
+and the gathering of parameters over `fsdp` (ZeRO, 1910.02054, stage 3); a decode step takes one all-gather of a layer's partial
+attention over `context`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import keystr
 from jaxtyping import Array
 
+from pallas_kernels import SplitRows
+from selfspan_jax.parallel.context import context_size
 from selfspan_jax.parallel.layout import REPLICATED, TABLE, fsdp_axis, gradient_axes, one_each
 
 GATHERED = "gathered"  # name of gathered parameters, for the policy of `jax.checkpoint`
@@ -110,6 +113,26 @@ def psum_data(tree: Any, mesh: Mesh | None) -> Any:
 
 def _data_axes(mesh: Mesh | None) -> tuple[str, ...]:
     return () if mesh is None else tuple(axis for axis in TABLE["sequences"] if mesh.shape[axis] > 1)
+
+
+def gather_attention(out: Any) -> Any:
+    """Gather the attention of all devices of `context`, each to its own rows, as parts that the product after it combines.
+
+    One collective for both fields: bits of the outputs and of their log-sum-exps side by side. One device's is returned as it is.
+    """
+    if context_size() == 1:
+        return out
+    bits = jnp.uint32 if out.dtype.itemsize == 4 else jnp.uint16
+    (_, batch, width), lse = out.parts.shape, jax.lax.bitcast_convert_type(out.lse, bits)  # [S, B, N] or [S, B, N, 2]
+    packed = jnp.concatenate([jax.lax.bitcast_convert_type(out.parts, bits), lse.reshape(len(lse), batch, -1)], axis=-1)
+    packed = jax.lax.all_gather(packed, "context", tiled=True)
+    lse = packed[..., width:].reshape(-1, batch, *lse.shape[2:])
+    return SplitRows(*(jax.lax.bitcast_convert_type(x, dtype) for x, dtype in ((packed[..., :width], out.dtype), (lse, jnp.float32))))
+
+
+def psum_context(x: Array) -> Array:
+    """Sum x over the devices that share the rows of sequences."""
+    return x if context_size() == 1 else jax.lax.psum(x, "context")
 
 
 def process_max(values: int | Sequence[int]) -> Any:

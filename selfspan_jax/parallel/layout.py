@@ -1,8 +1,9 @@
 """The layout of arrays on a mesh: one table of which axis is divided over which mesh axes, and the placement of arrays by it.
 
-A mesh has three axes. `data` and `fsdp` divide the sequences of a batch; `fsdp` also divides the stored parameters, which are
-gathered layer by layer when they are used (ZeRO, 1910.02054, stage 3). `tensor` divides heads and feed-forward features
-(Megatron-LM, 1909.08053): a kv head stays with its queries, a gate with its up.
+A mesh has four axes. `data` and `fsdp` divide the sequences of a batch; `fsdp` also divides the stored parameters, which are
+gathered layer by layer when they are used (ZeRO, 1910.02054, stage 3). `context` divides the rows of each sequence's cache when
+decoding (Helix, 2507.07120), see `parallel.context`. `tensor` divides heads and feed-forward features (Megatron-LM, 1909.08053): a kv
+head stays with its queries, a gate with its up.
 
 No other module of the project names a PartitionSpec.
 """
@@ -21,7 +22,8 @@ from jaxtyping import Array
 
 # The mesh axes that an axis of a parameter or an activation is divided over.
 TABLE: dict[str, tuple[str, ...]] = {
-    "sequences": ("data", "fsdp"),  # of a batch, and their rows of the cache
+    "sequences": ("data", "fsdp"),  # of a batch
+    "rows": ("data", "fsdp", "context"),  # of their cache, and each device's own tables of them
     "heads": ("tensor",),  # kv heads, each with its queries
     "features": ("tensor",),  # F, of the feed-forward layer
     "width": ("fsdp",),  # D of a stored parameter

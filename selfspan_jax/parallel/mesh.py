@@ -13,7 +13,7 @@ from selfspan_jax.config import ModelConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.layout import TABLE
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -55,7 +55,10 @@ def training_mesh(text: str | None) -> Mesh | None:
     """Make the mesh of a training run: by default none, or with several processes one that divides rows over all devices."""
     if text is None and jax.process_count() == 1:
         return None
-    return make_mesh(text or f"data={jax.device_count()}")
+    mesh = make_mesh(text or f"data={jax.device_count()}")
+    if mesh.shape["context"] > 1:
+        raise UserError(f"mesh is {text!r}: context is for decoding, it divides the rows of a cache; training takes data, fsdp and tensor")
+    return mesh
 
 
 def describe(mesh: Mesh | None) -> str:
@@ -80,13 +83,20 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
 def check_decoding(config: ModelConfig, mesh: Mesh) -> None:
     """Raise UserError for a mesh that does not divide the model, or divides parameters over `fsdp`."""
     if mesh.shape["fsdp"] > 1:
-        raise UserError("mesh: fsdp is for training, which can wait for parameters; decoding takes data and tensor")
+        raise UserError("mesh: fsdp is for training, which can wait for parameters; decoding takes data, context and tensor")
     check_model(config, mesh)
 
 
 def num_data_shards(mesh: Mesh) -> int:
     """Return how many parts the sequences of a batch are divided into."""
     return math.prod(mesh.shape[name] for name in TABLE["sequences"])
+
+
+def sum_over_context(counts: np.ndarray, mesh: Mesh | None) -> np.ndarray:
+    """Add up what each device counts of its own rows, `state.slots.counts`: [B]."""
+    if mesh is None:
+        return counts
+    return counts.reshape(num_data_shards(mesh), mesh.shape["context"], -1).sum(axis=1).reshape(-1)
 
 
 def check_batch(size: int, mesh: Mesh, name: str = "batch_size") -> None:
@@ -103,7 +113,7 @@ def process_parts(num_parts: int, mesh: Mesh | None) -> range:
     """
     if mesh is None or jax.process_count() == 1:
         return range(num_parts)
-    shards = np.arange(mesh.shape["data"] * mesh.shape["fsdp"]).reshape(mesh.shape["data"], mesh.shape["fsdp"], 1)
+    shards = np.arange(mesh.shape["data"] * mesh.shape["fsdp"]).reshape(mesh.shape["data"], mesh.shape["fsdp"], 1, 1)
     here = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
     own = np.unique(np.broadcast_to(shards, here.shape)[here])
     if num_parts * len(own) % shards.size:

@@ -99,8 +99,8 @@ class Scheduler:
             raise UserError("kv_memory is 'host'; a server's pages lie on the device, allowed: 'device'")
         if isinstance(engine, MemoryEngine):
             raise UserError("the model's layers have a memory, of which a server keeps no pages")
-        if engine.mesh is not None and num_data_shards(engine.mesh) > 1:
-            raise UserError("a mesh for serving has data=1: all sequences share one cache")
+        if engine.mesh is not None and num_data_shards(engine.mesh) * engine.mesh.shape["context"] > 1:
+            raise UserError("a mesh for serving has data=1 and context=1: all sequences share one cache")
         self.engine, self.config = engine, config
         policy = get_policy(engine.config.mask if attention is None else attention)
         self.decode_config = DecodeConfig(policy, max_new_tokens=1, implementation=implementation, stop_ids=stop_ids)

@@ -31,6 +31,8 @@ def measured_prefill(
 
     Raises: UserError as `Engine.prefill`, and where a prompt goes on in a response; ValueError for prompts that are not read causally.
     """
+    if engine.mesh is not None and engine.mesh.shape["context"] > 1:
+        raise UserError("what prefill keeps is measured where a device has all rows of a prompt: the mesh has context=1")
     if engine.goes_on(token_ids, lengths):
         raise UserError("what prefill keeps is measured of prompts: here a response has begun")
     every = max(1, int(np.max(lengths)) // EXACT_TOKENS)  # from one that is measured to the next

@@ -50,7 +50,7 @@ def test_one_module_names_partition_specs():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("model=2", "no axis 'model'; allowed: data, fsdp, tensor"),
+        ("model=2", "no axis 'model'; allowed: data, fsdp, context, tensor"),
         ("data=2,data=2", "each axis takes one size"),
         ("data", "each axis takes one size"),
         ("tensor=0", "each axis takes one size, 1 and above"),

@@ -1,0 +1,51 @@
+"""Decoding with the rows of each sequence divided over several devices, the mesh axis `context`.
+
+Each device runs the whole loop: automaton, products, sampling. Its pools have the rows of its own tokens (`parallel.context`), its slots
+list those alone, and one all-gather a layer joins what each attended to. Prompts are read layer by layer, so that beside its share of the
+rows a device has the rows of one layer for all tokens, and the hidden states of the prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from selfspan_jax.decoding.cache import KVCache
+from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.state import DecodeState, start_state
+from selfspan_jax.model import Decoder
+from selfspan_jax.parallel.context import take_own
+from selfspan_jax.tiers import read_layer
+
+
+def make_engine(model: Decoder, mesh: Mesh | None = None) -> Engine:
+    """Make the engine of a mesh. Raises UserError for a mesh that does not divide the decoder."""
+    return Engine(model, mesh) if mesh is None or mesh.shape["context"] == 1 else ContextEngine(model, mesh)
+
+
+class ContextEngine(Engine):
+    """An engine on a mesh that divides the rows of each sequence; methods and arguments as for `Engine`."""
+
+    def __init__(self, model: Decoder, mesh: Mesh, **options: Any):
+        super().__init__(model, mesh, **options)
+        self.graph = dataclasses.replace(self.graph, prefill=prefill_own)
+
+
+def prefill_own(model: Decoder, token_ids, lengths, keys, config, num_samples: int, responses: bool) -> DecodeState:
+    """Read prompts layer by layer and keep this device's rows; arguments as for `prefill_state`."""
+    batch, capacity = token_ids.shape
+    cache = KVCache.empty(model.config, lengths, capacity, num_samples, config.max_new_tokens)
+    x = model.embed_tokens(token_ids).astype(model.config.compute_dtype)
+    pools = []
+    for layer, pools_of_layer in zip(model.layers, cache.pools, strict=True):
+        x, rows = read_layer(layer, x, token_ids, lengths, model.vocab, model.config, config, responses)
+        own = [take_own(some.reshape(batch, capacity, *some.shape[1:])) for some in rows]
+        own = [some.reshape(-1, *some.shape[2:]) for some in own]
+        pools.append(tuple(jax.lax.dynamic_update_slice_in_dim(pool, some, 0, axis=0) for pool, some in zip(pools_of_layer, own)))
+    last = model.norm(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0])
+    cache = KVCache(tuple(pools), cache.slot_table)
+    return start_state(model, cache, last, token_ids, lengths, keys, config, num_samples)
