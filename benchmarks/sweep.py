@@ -145,6 +145,8 @@ class Bench:
             raise UserError(f"peers has {wrong[0]}; allowed {'with' if self.prefill else 'without'} --prefill: {', '.join(allowed)}")
         if self.mesh and "host" in self.kv_memory:
             raise UserError(f"mesh is {self.mesh!r}, but --kv-memory host is for one device: leave one of them out")
+        if self.random_rows and "host" in self.kv_memory:
+            raise UserError("--random-rows fills the device's memory: leave out --kv-memory host")
         if self.peers and self.mesh:
             raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
 

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import PromptMask, norm_heads, rotate_and_write, span_decode_attention
 from selfspan_jax.errors import UserError
-from selfspan_jax.parallel.context import context_size
 
 Summaries = tuple[Array, ...]  # what is kept of a layer's keys beside its pools, to choose by
 
@@ -33,9 +32,7 @@ class CandidateSlots:
     kept: ClassVar[None] = None
 
     def prepared(self, cache: Any) -> Any:
-        """Return the cache with the policy's summaries in each layer. Raises UserError for rows in other places."""
-        if context_size() > 1:
-            raise UserError(f"attention is {self.policy.name!r}, which looks at all keys: a mesh that divides context is not for it")
+        """Return the cache with the policy's summaries in each layer. Raises UserError for prompts in host memory."""
         if not cache.is_resident:
             raise UserError(f"attention is {self.policy.name!r}, which looks at all keys: kv_memory='host' is not for it")
         pools = tuple((*layer, *self.policy.summarize(layer[0], self.slots)) for layer in cache.pools)

@@ -14,29 +14,40 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from selfspan_jax.attention.policies import Slots, get_policy
+from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState, start_state
+from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
-from selfspan_jax.parallel.context import take_own
+from selfspan_jax.parallel.context import context_size, take_own
 from selfspan_jax.tiers import read_layer
 
 
-def make_engine(model: Decoder, mesh: Mesh | None = None) -> Engine:
-    """Make the engine of a mesh. Raises UserError for a mesh that does not divide the decoder."""
-    return Engine(model, mesh) if mesh is None or mesh.shape["context"] == 1 else ContextEngine(model, mesh)
+def make_engine(model: Decoder, mesh: Mesh | None = None, **options: Any) -> Engine:
+    """Make the engine of a mesh; options as for `Engine`. Raises UserError for a mesh that does not divide the decoder."""
+    return (Engine if mesh is None or mesh.shape["context"] == 1 else ContextEngine)(model, mesh, **options)
 
 
 class ContextEngine(Engine):
     """An engine on a mesh that divides the rows of each sequence; methods and arguments as for `Engine`."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, **options: Any):
-        super().__init__(model, mesh, **options)
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
         self.graph = dataclasses.replace(self.graph, prefill=prefill_own)
 
 
-def prefill_own(model: Decoder, token_ids, lengths, keys, config, num_samples: int, responses: bool) -> DecodeState:
+def check_policy(attention: Any) -> None:
+    """Raise UserError for a policy that looks at all keys, where a device has some of them only."""
+    policy = get_policy(attention)
+    if context_size() > 1 and type(policy.initial_slots(jnp.zeros((1, 1), jnp.int32))) is not Slots:
+        raise UserError(f"attention is {policy.name!r}, which looks at all keys: a mesh that divides context is not for it")
+
+
+def prefill_own(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
     """Read prompts layer by layer and keep this device's rows; arguments as for `prefill_state`."""
+    check_policy(config.attention)
     batch, capacity = token_ids.shape
     cache = KVCache.empty(model.config, lengths, capacity, num_samples, config.max_new_tokens)
     x = model.embed_tokens(token_ids).astype(model.config.compute_dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import per_sequence, read_elements, update_slots, write_elements
+from pallas_kernels import ELSEWHERE, per_sequence, read_elements, update_slots, write_elements
 from pallas_kernels.slots import Rule
 from pallas_kernels.slots.triton import TILE
 from tests.pallas_kernels.budget import program
@@ -38,8 +38,8 @@ def slots_wanted(row, before, entries, keys, marks, rule):
         for t in range(newest)
         if keys[t] in (0, rule["key"]) or marks[keys[t]] >= rule["since"] or t < rule["below"] or t >= rule["start"]
     }
-    listed = [row[t] for t in sorted(chosen) if t >= rule["first"]] + [row[newest]]
-    beyond = [row[t] for t in entries[: rule["num_entries"]] if t not in chosen | {newest}]
+    listed = [row[t] for t in (*sorted(chosen), newest) if t >= rule["first"] and row[t] != ELSEWHERE]
+    beyond = [row[t] for t in entries[: rule["num_entries"]] if t not in chosen | {newest} and row[t] != ELSEWHERE]
     return before + listed + beyond, len(before) + len(listed)
 
 
@@ -51,10 +51,14 @@ def updated(state, *arguments):
 @pytest.mark.parametrize("has_entries", [False, True], ids=["alone", "entries"])
 @pytest.mark.parametrize(("name", "implementation", "interpret"), RUNS)
 def test_slots_over_many_steps(name, implementation, interpret, has_entries):
-    """Sequences begin anew, go on, append and rest independently of each other; each has the slots that its rule says, none twice."""
+    """Sequences begin anew, go on, append and rest independently of each other; each has the slots that its rule says, none twice.
+
+    With entries a third of the tokens have no row here.
+    """
     shape = batch, capacity = SHAPES[name]
     rng = np.random.default_rng(capacity)
     table = rng.permutation(batch * capacity).reshape(shape).astype(np.int32)
+    table = np.where(has_entries & (rng.random(shape) < 0.3), np.int32(ELSEWHERE), table)
     keys = rng.integers(0, NUM_KEYS, shape).astype(np.int32)
     slots, kept = jnp.full((batch, capacity + 1), -7, jnp.int32), jnp.zeros(batch, jnp.int32)
     before, length = [[] for _ in range(batch)], np.ones(batch, int)

@@ -219,25 +219,36 @@ def after_new_tokens(problem: Problem, qkv, cos, sin, own, norms=None) -> Proble
 
 
 @functools.cache
-def compiled_step(config: TritonConfig | None, implementation, interpret):
+def compiled_step(config: TritonConfig | None, implementation, interpret, partial=False):
     if config is None:
-        return program(functools.partial(rotate_and_attend, implementation=implementation, interpret=interpret), interpret)
+        return program(functools.partial(rotate_and_attend, implementation=implementation, interpret=interpret, partial=partial), interpret)
 
     def step(qkv, cos, sin, own, *pools_and_slots, norms=None, host=None):
-        options = {"norm_eps": 1e-5, "scale": qkv.shape[3] ** -0.5, "config": config, "interpret": interpret}
+        options = {"norm_eps": 1e-5, "scale": qkv.shape[3] ** -0.5, "config": config, "interpret": interpret, "partial": partial}
         return triton.triton_rotate_and_attend(qkv, cos, sin, own, *pools_and_slots, norms, AHEAD, host, **options)
 
     return program(step, interpret)
 
 
-def take_step(problem: Problem, config, implementation="triton", interpret=False, **new) -> list[np.ndarray]:
-    """Output and pools."""
+def log_sums(problem: Problem) -> np.ndarray:
+    """The log-sum-exps of the scores of `oracle`, in units of log 2."""
+    group, scale = problem.q.shape[1] // problem.k_pool.shape[1], problem.q.shape[2] ** -0.5
+    keys = [problem.k_pool[rows[:count]].repeat(group, axis=1) for rows, count in zip(problem.slots, problem.counts)]
+    scores = (np.einsum("nh,anh->an", q, own) * scale for q, own in zip(problem.q, keys))
+    return np.array([np.logaddexp2.reduce(own / np.log(2), axis=0, initial=-np.inf) for own in scores])
+
+
+def take_step(problem: Problem, config, implementation="triton", interpret=False, partial=False, **new) -> list[np.ndarray]:
+    """Output and pools; of a partial step the log-sum-exps of its one part too."""
     pools = (jnp.asarray(pool, jnp.float32) for pool in (problem.k_pool, problem.v_pool))
-    step = compiled_step(config, implementation, interpret)
+    step = compiled_step(config, implementation, interpret, partial)
     arrays = (new[name] for name in ("qkv", "cos", "sin", "own"))
     others = {name: new[name] for name in ("norms", "host") if name in new}
     out, *pools = step(*map(jnp.asarray, arrays), *pools, jnp.asarray(problem.slots), jnp.asarray(problem.counts), **others)
-    if isinstance(out, SplitRows):
+    if partial:
+        (out,), (lse,) = out
+        pools.append(lse)
+    elif isinstance(out, SplitRows):
         parts, lse = (np.asarray(x, np.float64) for x in out)
         weights = np.exp2(lse - lse.max(axis=0)) / np.exp2(lse - lse.max(axis=0)).sum(axis=0)
         out = np.sum(weights[..., None] * parts.reshape(*lse.shape, -1), axis=0)
@@ -246,23 +257,25 @@ def take_step(problem: Problem, config, implementation="triton", interpret=False
 
 AHEAD = [jnp.ones((40, 24)), jnp.ones((7, 16), jnp.bfloat16)]  # read and of no effect
 
-STEPS = [  # case, with norms or not, settings
-    ("ragged", True, TritonConfig(16, 1, 2, 2, kv_heads=2)),
-    ("gqa_3", True, TritonConfig(16, 1, 2, 0, parts=4, ahead=2)),  # 33 rows: the last part is empty
-    ("kv_8", False, TritonConfig(16, 2, 2, 0, kv_heads=4, ahead=1)),
-    ("mqa_16_head_32", False, None),
+STEPS = [  # case, with norms or not, settings, partial or not
+    ("ragged", True, TritonConfig(16, 1, 2, 2, kv_heads=2), True),
+    ("gqa_3", True, TritonConfig(16, 1, 2, 0, parts=4, ahead=2), False),  # 33 rows: the last part is empty
+    ("kv_8", False, TritonConfig(16, 2, 2, 0, kv_heads=4, ahead=1), True),
+    ("mqa_16_head_32", False, None, False),
 ]
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
-@pytest.mark.parametrize("name, with_norms, config", STEPS, ids=str)
-def test_new_tokens_are_rotated_written_and_read(name, with_norms, config, interpret):
+@pytest.mark.parametrize("name, with_norms, config, partial", STEPS, ids=str)
+def test_new_tokens_are_rotated_written_and_read(name, with_norms, config, partial, interpret):
     """Rows of new tokens hold NaN before: one that is read too early shows, in any split of its sequence."""
     problem = round_to(make_problem(CASE[name]), np.float32)
     new = new_tokens(problem, with_norms)
     wanted = after_new_tokens(problem, **new)
-    out, *pools = take_step(problem, config, interpret=interpret, **new)
-    np.testing.assert_allclose(out, oracle(wanted), atol=1e-5, rtol=2e-5)
+    out, *pools = take_step(problem, config, interpret=interpret, partial=partial, **new)
+    if partial:
+        np.testing.assert_allclose(pools.pop(), log_sums(wanted), atol=1e-5, rtol=2e-5)
+    np.testing.assert_allclose(out.reshape(wanted.q.shape), oracle(wanted), atol=1e-5, rtol=2e-5)
     for pool, before, after in zip(pools, (problem.k_pool, problem.v_pool), (wanted.k_pool, wanted.v_pool), strict=True):
         np.testing.assert_allclose(pool, after, atol=2e-6, rtol=1e-5)
         np.testing.assert_array_equal(

@@ -53,8 +53,11 @@ NAMED_PROMPT_LENGTHS = [1 + i % MAX_PROMPT for i in range(len(NAMED_ROWS))]
 # ------------------------------------------------------------------------- invariant 2: cached decode is one forward
 
 
-def assert_decodes_like_one_forward(engine, rows, prompt_lengths, masks, expected, config=GREEDY):
-    """Feed each row after its own prompt, token by token: every step's logits and slots are those of one masked forward."""
+def assert_decodes_like_one_forward(engine, rows, prompt_lengths, masks, expected, config=GREEDY, num_devices=1):
+    """Feed each row after its own prompt, token by token: every step's logits and slots are those of one masked forward.
+
+    Of several devices each lists the tokens that it has, every one of so many.
+    """
     prompts = padded([row[:n] for row, n in zip(rows, prompt_lengths)], MAX_PROMPT, VOCAB_SIZE - 1)  # garbage after the prompts
     state = engine.prefill(prompts, np.array(prompt_lengths, np.int32), config)
     ended = np.zeros(len(rows), bool)
@@ -66,9 +69,11 @@ def assert_decodes_like_one_forward(engine, rows, prompt_lengths, masks, expecte
         )
         tokens = np.array([row[i] for row, i in zip(rows, at)])
         state = engine.step(state, tokens, config)
-        slots, counts, table = map(np.asarray, (state.slots.slots, state.slots.counts, state.cache.slot_table))
-        for b in alive:
-            np.testing.assert_array_equal(np.sort(slots[b, : counts[b]]), table[b][np.flatnonzero(masks[b][at[b]])])
+        arrays = state.slots.slots, state.slots.counts, state.cache.slot_table
+        slots, counts, table = (np.asarray(x).reshape(num_devices, len(rows), *x.shape[1:]) for x in arrays)
+        for device, b in itertools.product(range(num_devices), alive):
+            own = np.flatnonzero(masks[b][at[b]] & (np.arange(LENGTH) % num_devices == device))
+            np.testing.assert_array_equal(np.sort(slots[device, b, : counts[device, b]]), table[device, b][own])
         ended |= tokens == VOCAB.eos_id  # a sequence that is done is no longer computed
 
 

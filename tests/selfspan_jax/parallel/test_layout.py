@@ -23,6 +23,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder, Frozen, Linear
 from selfspan_jax.parallel import layout
+from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.mesh import make_mesh, process_parts
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.weights import lora
@@ -130,9 +131,9 @@ MODELS = {
 @pytest.mark.parametrize(
     "model, text, attention, temperature",
     [
-        ("labels", "data=2,tensor=4", "span", 1.0),
-        ("plain", "data=2,tensor=2", "window", 0.0),
-        ("queries share heads, biases, norms of heads", "tensor=2", "dense", 0.0),
+        ("labels", "data=2,context=2,tensor=2", "span", 1.0),
+        ("plain", "data=2,context=2", "window", 0.0),
+        ("queries share heads, biases, norms of heads", "context=2,tensor=2", "dense", 0.0),
         ("int8", "tensor=2", "span", 0.0),
     ],
 )
@@ -140,7 +141,7 @@ def test_several_devices_write_the_tokens_of_one(model, text, attention, tempera
     changes, precision = MODELS[model]
     model = random_model(**changes).for_decoding(**precision)
     config = DecodeConfig(max_new_tokens=16, attention=attention, sampling=Sampling(temperature))
-    engines = Engine(model), Engine(model, make_mesh(text))
+    engines = Engine(model), make_engine(model, make_mesh(text))
     one, several = (engine.generate(*prompts(4), config, num_samples=2) for engine in engines)
     assert len({tuple(row) for row in np.asarray(one.new_tokens).tolist()}) > 1
     np.testing.assert_array_equal(one.new_tokens, several.new_tokens)
@@ -149,9 +150,11 @@ def test_several_devices_write_the_tokens_of_one(model, text, attention, tempera
 
 
 def test_a_stream_on_several_devices_is_that_of_one():
+    """One that takes more room than there was."""
     model, config = random_model(**HEADS), GREEDY
-    engines = Engine(model), Engine(model, make_mesh("data=2,tensor=2"))
-    one, several = ([chunk.tokens for chunk in engine.stream(*prompts(), config, chunk_tokens=4)] for engine in engines)
+    engines = Engine(model), make_engine(model, make_mesh("data=2,context=2"))
+    one, several = ([chunk.tokens for chunk in engine.stream(*prompts(), config, chunk_tokens=4, limit_tokens=20)] for engine in engines)
+    assert sum(tokens.shape[1] for tokens in one) == 20
     np.testing.assert_array_equal(np.concatenate(one, axis=1), np.concatenate(several, axis=1))
 
 
@@ -176,7 +179,7 @@ def test_prompts_that_do_not_divide_are_refused():
 
 def run_program(text, config=GREEDY):
     """The compiled loop of a decoder of two layers on a mesh, as text; prompts are not read for it."""
-    engine = Engine(random_model(**HEADS), make_mesh(text), steps_per_sync=1)
+    engine = make_engine(random_model(**HEADS), make_mesh(text), steps_per_sync=1)
     state = engine.lower_prefill(8, 20, config).out_info
     return (
         engine.lower_run(layout.device_put_global(state, engine.mesh, decode_state.DecodeState.partition_specs()), config)
@@ -201,12 +204,12 @@ def loop_collectives(program):
     return [found for name in sorted(inside) for found in COLLECTIVE.findall(computations[name])]
 
 
-@pytest.mark.parametrize("text", ["tensor=4", "data=2,tensor=2"])
-def test_a_step_adds_up_twice_a_layer_and_nothing_else(text):
-    """After the attention output and after the feed-forward, of two layers."""
+@pytest.mark.parametrize("text, gathers", [("tensor=4", 0), ("context=2,tensor=2", 2)])
+def test_a_step_adds_up_twice_a_layer_and_nothing_else(text, gathers):
+    """After the attention output and after the feed-forward, of two layers; with divided rows attention and counts are joined too."""
     program = run_program(text)
-    assert loop_collectives(program) == ["all-reduce"] * 4
-    assert len(COLLECTIVE.findall(program)) == 4
+    assert sorted(loop_collectives(program)) == ["all-gather"] * gathers + ["all-reduce"] * (4 + (gathers > 0))
+    assert len(COLLECTIVE.findall(program)) == 4 + gathers + (gathers > 0)
 
 
 def test_parts_of_a_batch_tell_each_other_nothing():
@@ -263,7 +266,7 @@ def test_a_model_on_several_devices_says_what_it_says_on_one():
     vocab = SpanVocab(**task.vocab.span_ids())
     model = Decoder(ModelConfig(**TINY | {"max_context_tokens": 128}), vocab=vocab, vocab_size=task.vocab.size, rngs=nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda x: x * 10, nnx.state(model, nnx.Param)))
-    one, several = (SpanLM(model, task, mesh=mesh) for mesh in (None, "data=2,tensor=2"))
+    one, several = (SpanLM(model, task, mesh=mesh) for mesh in (None, "data=2,context=2"))
     expected = [out.text for out in one.generate(texts, max_new_tokens=16)]
     assert len(set(expected)) == 3
     assert [out.text for out in several.generate(texts, max_new_tokens=16)] == expected

@@ -1,0 +1,90 @@
+"""Rows of a sequence on several devices: every step is that of one forward, and each device has, lists and reads its own rows alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from pallas_kernels import ELSEWHERE
+from selfspan_jax.config import DecodeConfig
+from selfspan_jax.decoding.state import DecodeState
+from selfspan_jax.errors import UserError
+from selfspan_jax.parallel import context, layout
+from selfspan_jax.parallel.collectives import shard_map
+from selfspan_jax.parallel.engine import make_engine
+from selfspan_jax.parallel.mesh import make_mesh, sum_over_context, training_mesh
+from selfspan_jax.serving.scheduler import Scheduler
+from tests.selfspan_jax.decoding.test_engine import (
+    CASES,
+    GREEDY,
+    MAX_PROMPT,
+    NAMED_PROMPT_LENGTHS,
+    NAMED_ROWS,
+    assert_decodes_like_one_forward,
+    reference_masks,
+)
+from tests.selfspan_jax.models import random_model, reference_logits
+
+
+@pytest.mark.parametrize(
+    "text, case",
+    [("context=2", 3), ("context=3,tensor=2", 2)],
+    ids=["labels-causal, two devices", "all-local, three, and tensor"],
+)
+def test_streams_decode_like_one_forward(text, case):
+    """Malformed streams after prompts from one token on: devices without rows, labels that one device has alone."""
+    model, mesh = random_model(max_context_tokens=1024, num_layers=1, **CASES[case]), make_mesh(text)
+    masks = reference_masks(NAMED_ROWS, CASES[case])
+    expected = reference_logits(model, NAMED_ROWS, masks)
+    size = mesh.shape["context"]
+    assert_decodes_like_one_forward(make_engine(model, mesh), NAMED_ROWS, NAMED_PROMPT_LENGTHS, masks, expected, num_devices=size)
+
+
+def test_tokens_are_shared_out_in_turns():
+    """Helpers of one device against NumPy: 7 tokens on 3 devices."""
+    x = np.arange(14, dtype=np.int32).reshape(2, 7)
+    rows = np.where(np.isin(x, (2, 3, 11)), ELSEWHERE, x)
+
+    def of_one(x, rows):
+        own = context.take_own(x)
+        listed, number = context.list_own(rows, np.full(2, 6, np.int32))
+        return own, context.spread(own, 7), context.num_own(np.arange(8, dtype=np.int32)), listed, number, np.full(1, context.share(7))
+
+    mesh = make_mesh("context=3")
+    run = jax.jit(shard_map(of_one, mesh, PartitionSpec(), layout.spec("rows")))
+    own, spread, numbers, listed, number, most = (np.asarray(found).reshape(3, -1, *found.shape[1:]) for found in run(x, rows))
+    for c in range(3):
+        np.testing.assert_array_equal(own[c][:, : len(range(c, 7, 3))], x[:, c::3])
+        np.testing.assert_array_equal(spread[c], np.where(np.arange(7) % 3 == c, x, ELSEWHERE))
+        np.testing.assert_array_equal(numbers[c], [len(range(c, n, 3)) for n in range(8)])
+        assert most[c] == 3 == own.shape[-1]
+        np.testing.assert_array_equal(number[c], [4, 5])
+        np.testing.assert_array_equal(listed[c][0, :4], [0, 1, 4, 5])
+        np.testing.assert_array_equal(listed[c][1, :5], [7, 8, 9, 10, 12])
+    counts = np.arange(12)  # of two parts of a batch, each of two sequences on three devices
+    np.testing.assert_array_equal(sum_over_context(counts, make_mesh("data=2,context=3")), [0 + 2 + 4, 1 + 3 + 5, 6 + 8 + 10, 7 + 9 + 11])
+
+
+def test_two_devices_hold_twice_the_context():
+    """Of the same pools, counted from shapes alone."""
+    model, sizes = random_model(num_layers=1), []
+    for text, tokens in ((None, 4096), ("context=2", 8192)):
+        engine = make_engine(model, text and make_mesh(text))
+        state = engine.lower_prefill(2, tokens, dataclasses.replace(GREEDY, max_new_tokens=tokens // 64)).out_info
+        placed = layout.device_put_global(state, engine.mesh, DecodeState.partition_specs())
+        sizes.append({layout.shard_shape(pool) for layer in placed.cache.pools for pool in layer})
+    assert sizes[0] == sizes[1] == {(2 * (4096 + 64), 2, 8)}
+
+
+def test_what_cannot_be_divided_is_refused():
+    engine = make_engine(random_model(num_layers=1), make_mesh("context=2"))
+    prompt = np.full((1, MAX_PROMPT), 5), np.array([MAX_PROMPT])
+    for attention in ("quest", "oracle"):
+        with pytest.raises(UserError, match=f"attention is '{attention}', which looks at all keys: a mesh that divides context"):
+            engine.prefill(*prompt, DecodeConfig(attention=attention, max_new_tokens=4))
+    with pytest.raises(UserError, match="data=1 and context=1: all sequences share one cache"):
+        Scheduler(engine)
+    with pytest.raises(UserError, match="mesh is 'context=2': context is for decoding"):
+        training_mesh("context=2")
