@@ -97,6 +97,8 @@ def borrow_labels(vocab_size: int, num_labels: int = 512) -> SpanVocab:
 def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
     """Count the bytes that a decode step must move: weights, embeddings of the tokens, KV rows attended to, KV rows written.
 
+    Layers with a memory also read it and what waits to be added to it, and write both.
+
     Args:
       model: as `for_decoding` returns it, or its shapes; on a mesh the share of one device.
       num_attended: tokens attended to, summed over the batch; on a mesh over the device's sequences.
@@ -109,7 +111,8 @@ def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
         weights -= embedding.size * embedding.dtype.itemsize
     lookups = batch_size * config.hidden_size * embedding.dtype.itemsize
     row = 2 * config.num_layers * config.num_kv_heads * config.head_size * jnp.dtype(config.compute_dtype).itemsize
-    return round(weights + lookups + (num_attended + batch_size) * row)
+    memory = 4 * 4 * config.num_layers * config.num_kv_heads * config.head_size * (config.head_size + 1) if config.mask == "memory" else 0
+    return round(weights + lookups + (num_attended + batch_size) * row + batch_size * memory)
 
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
