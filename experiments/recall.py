@@ -248,6 +248,110 @@ def gates(model: Decoder) -> list[list[float]] | None:
     return [np.asarray(jax.nn.sigmoid(layer.self_attn.memory.gate[...])).round(4).tolist() for layer in model.layers]
 
 
+# ------------------------------------------------------------------------------------------------------------------- page
+
+SYSTEMS: tuple[System, ...] = ("spans", "dense", "window", "delta", "linear")
+TRAINED = 8  # segments of the longest context of training
+_FROM = 2  # segments, from which on a pair is out of sight of a window and of the segment at hand
+
+
+def sections(results: Path) -> dict[str, str]:
+    """Write the sections of docs/neighbours.md on models with a memory whose files are in a directory, and their plot."""
+    recalls = [files.read_json(file) for file in sorted(results.glob("recall_*.json"))]
+    expressions = {file.stem.split("_")[1]: [] for file in sorted(results.glob("expressions_*.json"))}
+    for file in sorted(results.glob("expressions_*.json")):
+        expressions[file.stem.split("_")[1]].append(files.read_json(file))
+    benches = [files.read_json(file) for file in sorted(results.glob("bench_*.json"))]
+    found = {}
+    if recalls:
+        recalls.sort(key=lambda report: (SYSTEMS.index(report["system"]), report["settings"]["seed"]))
+        files.write_picture(results / "recall.png", draw(recalls))
+        found["recall"] = _recall(recalls, results)
+    if expressions:
+        found["memory expressions"] = _expressions(expressions)
+    if benches:
+        found["memory steps"] = _steps(benches)
+    return found
+
+
+def right(report: dict[str, Any], segments: int, first: int, last: int = 2**31) -> float | None:
+    """Return the share of right values of contexts of one length, of pairs from `first` to `last` segments back; None without any."""
+    rows = [row for row in report["recall"] if row["segments"] == segments and first <= row["distance"] <= last]
+    queries = sum(row["queries"] for row in rows)
+    return sum(row["right"] * row["queries"] for row in rows) / queries if queries else None
+
+
+def _recall(reports: list[dict[str, Any]], results: Path) -> str:
+    lengths = sorted({row["segments"] for report in reports for row in report["recall"]})
+    near = [(0, 0), (1, 1), (2, 3), (4, 6), (7, 8)]
+    head = ["system", "seed", *(f"{a}" if a == b else f"{a} to {b}" for a, b in near), *(f"in {n}" for n in lengths if n > _FROM)]
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.1f}"
+
+    rows = []
+    for report in reports:
+        shares = [right(report, TRAINED, *bounds) for bounds in near] + [right(report, n, _FROM) for n in lengths if n > _FROM]
+        rows.append([f"`{report['system']}`", str(report["settings"]["seed"]), *map(percent, shares)])
+    first, steps, each = reports[0], reports[0]["settings"]["steps"], reports[0]["settings"]["rows"]
+    told = (
+        f"{first['parameters']:,} parameters, {steps:,} steps of {each} rows; {first['device']}, JAX {first['jax']}. "
+        f"Right values, %: in contexts of {TRAINED} segments by the segments between pair and question, then in longer ones, of pairs at "
+        f"least {_FROM} segments back"
+    )
+    plot = f"![right values by distance and by length](neighbours/{results.name}/recall.png)"
+    return f"{told}:\n\n{pages.markdown_table(head, rows)}\n\n{plot}"
+
+
+def draw(reports: list[dict[str, Any]]) -> Any:
+    """Draw right values against the distance in the longest contexts of training, and against the length of the context."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.2, 3.2), layout="constrained")
+    left, other = figure.subplots(1, 2, sharey=True)
+    for report in reports:
+        color, label = f"C{SYSTEMS.index(report['system'])}", None if report["settings"]["seed"] else report["system"]
+        rows = sorted((row["distance"], 100 * row["right"]) for row in report["recall"] if row["segments"] == TRAINED)
+        lengths = sorted({row["segments"] for row in report["recall"] if row["segments"] >= _FROM})
+        options: dict[str, Any] = {"marker": "o", "markersize": 3, "color": color, "label": label}
+        left.plot(*zip(*rows), **options) if rows else None
+        other.plot(lengths, [100 * (right(report, n, _FROM) or 0) for n in lengths], **options) if lengths else None
+    other.axvline(TRAINED, color="grey", linestyle="--", linewidth=1)
+    left.set(xlabel=f"segments between pair and question, contexts of {TRAINED}", ylabel="right values, %", ylim=(-3, 103))
+    other.set(xlabel="segments of the context (dashed: longest trained)", xscale="log")
+    ticks = sorted({row["segments"] for report in reports for row in report["recall"] if row["segments"] >= _FROM})
+    other.set_xticks(ticks, [*map(str, ticks)])
+    other.set_xticks([], minor=True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _expressions(reports: dict[str, list[dict[str, Any]]]) -> str:
+    rows = []
+    for system in (name for name in SYSTEMS if name in reports):
+        for ops, row in sorted((int(ops), row) for report in reports[system] for ops, row in report["sets"].items()):
+            shares = row["answer_accuracy"], *row["answer_accuracy_interval"], row["step_accuracy"]
+            shown = [*(f"{100 * share:.1f}" for share in shares), f"{row['attended_tokens']:,.1f}"]
+            rows.append([f"`{system}`", str(ops), str(row["num_examples"]), *shown])
+    head = ("system", "operators", "expressions", "right, %", "from, %", "to, %", "all steps right, %", "rows read")
+    return pages.markdown_table(head, rows)
+
+
+def _steps(reports: list[dict[str, Any]]) -> str:
+    rows = [row for report in reports for row in report["rows"] if "ms_per_step" in row and not row.get("stream")]
+    order = ("dense", "window", "span", "memory")
+    rows.sort(key=lambda row: (row["batch_size"], row["context_tokens"], order.index(row["attention"])))
+    cells = [
+        [
+            f"`{row['attention']}`", str(row["batch_size"]), f"{row['context_tokens']:,}", f"{row['attended_tokens']:,.0f}",
+            f"{row['ms_per_step']:.3f}", f"{row['tokens_per_second']:,.0f}", f"{row['kv_memory_bytes'] / 2**20:,.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ("attention", "sequences", "context", "rows read", "ms a step", "tokens/s", "kept of the context, MiB")
+    return pages.markdown_table(head, cells)
+
+
 COMMANDS: dict[str, Any] = {"train": Train}
 
 

@@ -1,0 +1,78 @@
+"""The corpus of key retrieval against a reading of its text, what its masks can and cannot reach, and the tables of its results."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from experiments import recall
+from experiments.recall import PIECE, SEGMENT, VOCAB, Corpus
+from selfspan_jax.config import AttentionViews
+from selfspan_jax.spans import attention_mask
+from tests.selfspan_jax.reference import Reference
+
+KEY, VALUE = range(4, 132), range(132, 260)
+
+
+def made(segments, spans, **options):
+    return Corpus(**options).make(np.random.default_rng(3), 5, segments, spans=spans, scales=(0, 4))
+
+
+@pytest.mark.parametrize("spans", [False, True])
+@pytest.mark.parametrize("segments, pairs", [(1, 8), (3, 24), (9, 32)])
+def test_every_question_has_its_answer_in_the_context(segments, pairs, spans):
+    """A reading of the text alone finds the value of each key, how far back it stands, and the label of its piece."""
+    found = made(segments, spans)
+    assert found["distance"].max() >= segments - 1
+    for ids, targets, distances in zip(found["token_ids"], found["target_mask"], found["distance"]):
+        (solve,) = np.flatnonzero(ids == VOCAB.solve_id)
+        assert ids[0] == VOCAB.bos_id and ids[-1] == VOCAB.eos_id and solve == 1 + segments * SEGMENT
+        told = {int(ids[t]): t for t in range(solve) if ids[t] in KEY}
+        assert len(told) == pairs and all(ids[t + 1] in VALUE for t in told.values())
+        assert len({(t - 1) // PIECE for t in told.values()}) == pairs
+        places = found["places"]
+        assert len(places) == min(16, pairs) and len({int(ids[t - (3 if spans else 1)]) for t in places}) == len(places)
+        for place, distance in zip(places, distances):
+            at = told[int(ids[place - (3 if spans else 1)])]
+            assert ids[place] == ids[at + 1] and distance == (place - at) // SEGMENT
+            if spans:  # the piece begins and ends with its label, which the step names
+                first = 1 + (at - 1) // PIECE * PIECE
+                label = ids[first] - VOCAB.seg_base
+                assert ids[first + PIECE - 1] == ids[first] and ids[place - 1] == VOCAB.ref_base + label
+        expected = {*places.tolist(), *(places - 1).tolist()} if spans else {*places.tolist()}
+        assert {*np.flatnonzero(targets).tolist()} == expected
+    assert (np.diff(found["positions"]) > 1).any() and (np.diff(found["positions"]) >= 1).all()
+
+
+def test_a_step_of_spans_reads_the_named_piece_and_no_other():
+    found = made(2, True)
+    ids, place = found["token_ids"][0], int(found["places"][2])
+    views = {"header_view": "labels", "prompt_view": "local", "prompt_window_tokens": AttentionViews.prompt_window_tokens}
+    mask = np.asarray(attention_mask(ids[None], VOCAB, **views))[0]
+    np.testing.assert_array_equal(mask[place - 1], Reference(ids, VOCAB, **views).mask()[place - 1])
+    (asked,) = np.flatnonzero(ids[: 2 * SEGMENT] == ids[place - 3])
+    seen = [t for t in np.flatnonzero(mask[place - 1]) if ids[t] in VALUE]  # by the token that predicts the value
+    assert seen == [asked + 1]
+
+
+def test_rows_hold_examples_of_one_length():
+    corpus = Corpus(pairs=8, queries=4)
+    batches = list(itertools.islice(corpus.batches(7, rows=2, seed=0, spans=True, scales=(0,)), 9))
+    kinds = set()
+    for number, batch in zip(range(8, 17), batches, strict=True):
+        assert batch.next_example == number and batch.token_ids.shape == (2, corpus.row_tokens)
+        examples = int(batch.segment_ids.max())
+        kinds.add(examples)
+        for row, ids in zip(batch.token_ids, batch.segment_ids):
+            starts = np.flatnonzero(row == VOCAB.bos_id)
+            assert len(starts) == examples and [*ids[starts]] == [*range(1, examples + 1)] and not (row[ids == 0]).any()
+    assert kinds == {5, 2, 1}
+    again = next(corpus.batches(12, rows=2, seed=0, spans=True, scales=(0,)))  # from any number on
+    np.testing.assert_array_equal(again.token_ids, batches[5].token_ids)
+
+
+def test_shares_are_of_the_queries_of_a_distance():
+    rows = [(8, 0, 10, 1.0), (8, 2, 30, 0.5), (8, 3, 10, 0.1), (16, 2, 10, 0.0)]
+    report = {"recall": [dict(zip(("segments", "distance", "queries", "right"), row)) for row in rows]}
+    assert recall.right(report, 8, 2) == pytest.approx(0.4) and recall.right(report, 8, 0, 0) == 1
+    assert recall.right(report, 8, 4) is None
