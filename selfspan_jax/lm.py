@@ -36,7 +36,6 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory import check_policy, with_memory
-from selfspan_jax.neighbours.memory_engine import MemoryEngine
 from selfspan_jax.neighbours.rebalanced import Rebalanced
 from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
@@ -140,11 +139,7 @@ class SpanLM(Reader):
             raise UserError(f"mesh is {mesh!r}, but kv_memory is 'host', which is for one device: give one of them")
         self.model = model.for_decoding(weights=weights)
         self.engine: Engine
-        if self.model.config.mask == "memory":
-            if mesh or kv_memory == "host":
-                raise UserError("the model's layers have a memory: it decodes on one device, without mesh and kv_memory='host'")
-            self.engine = MemoryEngine(self.model)
-        elif kv_memory == "host":
+        if kv_memory == "host":
             self.engine = HostEngine(self.model, working_set_tokens=working_set_tokens)
         else:
             self.engine = make_engine(self.model, make_mesh(mesh) if mesh else None)

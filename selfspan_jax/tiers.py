@@ -174,6 +174,8 @@ class HostEngine(Engine):
             raise UserError(f"working_set_tokens is {working_set_tokens}; allowed: 2 and above")
         self.working_set_tokens = working_set_tokens
         config = model.config
+        if config.mask == "memory":
+            raise UserError("kv_memory is 'host', but the model's layers have a memory, which lies on the device; allowed: 'device'")
         q, pool = (
             jax.ShapeDtypeStruct((1, heads, config.head_size), config.compute_dtype) for heads in (config.num_heads, config.num_kv_heads)
         )

@@ -220,9 +220,9 @@ class SegmentMemory:
         return mask & (jax.lax.dynamic_slice_in_dim(segment_ids, first_query, len(queries), axis=1)[:, :, None] == segment_ids[:, None])
 
     def prompt_masks(self, token_ids, lengths, vocab, views, *, responses):
-        """Raise UserError: a model with a memory reads prompts by `MemoryEngine`, others not at all."""
+        """Raise UserError: of prompts too the mask alone does not say what is read."""
         check_policy(self.name, views)
-        raise UserError("attention is 'memory': take a MemoryEngine")
+        raise UserError("attention is 'memory': an engine of such a model is made by make_engine")
 
     def initial_slots(self, slot_table):
         """Return the rows of a segment, none of them in use."""

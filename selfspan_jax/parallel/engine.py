@@ -21,13 +21,19 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState, start_state
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
+from selfspan_jax.neighbours.memory_cache import prefill_memory
 from selfspan_jax.parallel.context import context_size, take_own
 from selfspan_jax.tiers import read_layer
 
 
 def make_engine(model: Decoder, mesh: Mesh | None = None, **options: Any) -> Engine:
-    """Make the engine of a mesh; options as for `Engine`. Raises UserError for a mesh that does not divide the decoder."""
-    return (Engine if mesh is None or mesh.shape["context"] == 1 else ContextEngine)(model, mesh, **options)
+    """Make the engine of a model on a mesh; options as for `Engine`. Raises UserError for a mesh that does not divide the decoder."""
+    if mesh is not None and mesh.shape["context"] > 1:
+        return ContextEngine(model, mesh, **options)
+    engine = Engine(model, mesh, **options)
+    if model.config.mask == "memory":
+        engine.graph = dataclasses.replace(engine.graph, prefill=prefill_memory)
+    return engine
 
 
 class ContextEngine(Engine):

@@ -72,8 +72,8 @@ def describe(mesh: Mesh | None) -> str:
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:
     """Raise UserError naming a size of the model that the mesh does not divide."""
-    if config.mask == "memory" and mesh.shape["tensor"] > 1:
-        raise UserError(f"mesh: tensor={mesh.shape['tensor']} does not divide the memory of the model's layers; allowed: data and fsdp")
+    if config.mask == "memory" and mesh.size > num_data_shards(mesh):
+        raise UserError("mesh: the memory of the model's layers is not divided; allowed: data, and fsdp in training")
     for axis, sizes in {"tensor": ("num_kv_heads", "intermediate_size"), "fsdp": ("hidden_size",)}.items():
         for size in sizes:
             if getattr(config, size) % mesh.shape[axis]:

@@ -26,7 +26,6 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, Implementation, SamplingFields, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
-from selfspan_jax.neighbours.memory_engine import MemoryEngine
 from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.pages import Pages, page_keys
 from selfspan_jax.serving.programs import NEUTRAL, Programs, level_of, neutral_sampling
@@ -97,7 +96,7 @@ class Scheduler:
             raise UserError(f"context_tokens is {self.context_tokens}; the model's context has {context}")
         if isinstance(engine, HostEngine):
             raise UserError("kv_memory is 'host'; a server's pages lie on the device, allowed: 'device'")
-        if isinstance(engine, MemoryEngine):
+        if engine.config.mask == "memory":
             raise UserError("the model's layers have a memory, of which a server keeps no pages")
         if engine.mesh is not None and num_data_shards(engine.mesh) * engine.mesh.shape["context"] > 1:
             raise UserError("a mesh for serving has data=1 and context=1: all sequences share one cache")

@@ -13,7 +13,6 @@ from jaxtyping import Int
 from selfspan_jax.config import DecodeConfig, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket
-from selfspan_jax.neighbours.memory_engine import MemoryEngine
 from selfspan_jax.serving.pages import page_keys
 from selfspan_jax.serving.requests import Request, Tokens
 from selfspan_jax.serving.scheduler import Scheduler
@@ -45,7 +44,7 @@ def is_faster(
     """
     prompts, new = np.array(prompt_tokens), np.array(new_tokens)
     # XLA (JAX 0.11.2) ends with a segmentation fault on a scheduler's programs for two GPUs.
-    one_device = not isinstance(engine, HostEngine | MemoryEngine) and (engine.mesh is None or engine.mesh.size == 1)
+    one_device = not isinstance(engine, HostEngine) and engine.config.mask != "memory" and (engine.mesh is None or engine.mesh.size == 1)
     if not one_device or config.prefill != "dense" or jax.default_backend() == "cpu":
         return False
     if shared >= MIN_SHARED:

@@ -347,6 +347,8 @@ def to_hugging_face(config: ModelConfig, vocab: SpanVocab, vocab_size: int) -> d
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.output_bias else "llama"
     if config.qk_norm and config.qkv_bias != config.output_bias:
         raise UserError("no known architecture has q and k norms and a bias on one of the attention's projections only")
+    if config.mask == "memory":
+        raise UserError("no known architecture has a memory in its layers")
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if (scaling := config.rope_scaling) is not None:

@@ -13,7 +13,7 @@ from selfspan_jax.config import DecodeConfig, ServingConfig, TunedAttention
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
-from selfspan_jax.neighbours.memory_engine import MemoryEngine
+from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.weights.models import load_model, save_model
 from tests.selfspan_jax.models import random_model
@@ -61,7 +61,7 @@ def test_decoding_is_one_forward_pass(rule):
     """Prompts are read in two parts of two segments."""
     every = whole(MODELS[rule])
     expected = np.stack([every[b, n - 1 : n - 1 + NEW] for b, n in enumerate(LENGTHS)])
-    found, state = fed(MemoryEngine(MODELS[rule]), DecodeConfig("memory", max_new_tokens=NEW, prefill_tokens=64))
+    found, state = fed(make_engine(MODELS[rule]), DecodeConfig("memory", max_new_tokens=NEW, prefill_tokens=64))
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
     np.testing.assert_array_equal(state.slots.counts, (LENGTHS + NEW - 1) % S + 1)
     other = whole(MODELS["linear" if rule == "delta" else "delta"])  # teeth: the other rule differs as soon as there are two segments
@@ -81,7 +81,7 @@ def test_a_packed_row_is_its_sequences():
 
 
 def test_the_state_does_not_grow():
-    engine = MemoryEngine(MODELS["delta"])
+    engine = make_engine(MODELS["delta"])
 
     def kept(prompt_tokens, config):
         return jax.tree.map(jnp.shape, engine.lower_prefill(2, prompt_tokens, config).out_info.cache)
@@ -98,7 +98,7 @@ def test_a_model_with_a_memory_is_stored_whole(tmp_path):
 
 
 def test_what_cannot_be_is_refused():
-    engine, plain = MemoryEngine(MODELS["delta"]), Engine(random_model())
+    engine, plain = make_engine(MODELS["delta"]), Engine(random_model())
     prompts = ROWS[:1, :8], np.array([8], np.int32)
     with pytest.raises(UserError, match="attention is 'dense', the model was trained under the mask 'memory'; allowed: memory"):
         engine.prefill(*prompts, DecodeConfig("dense", max_new_tokens=4))
@@ -108,7 +108,7 @@ def test_what_cannot_be_is_refused():
         engine.prefill(*prompts, DecodeConfig("memory", max_new_tokens=4, prefill="sample"))
     with pytest.raises(UserError, match="the model's layers have a memory"):
         Scheduler(engine, ServingConfig(2, context_tokens=64))
-    with pytest.raises(UserError, match="it decodes on one device"):
+    with pytest.raises(UserError, match="kv_memory is 'host', but the model's layers have a memory"):
         SpanLM(MODELS["delta"], None, kv_memory="host")
     with pytest.raises(UserError, match="mask is 'memory'"):
         TunedAttention(mask="memory")

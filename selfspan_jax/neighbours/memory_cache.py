@@ -6,7 +6,6 @@ Of each sequence the cache has the rows of one segment, token t in row t % S, an
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -17,9 +16,7 @@ from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.attention.sequences import dot_product_attention, split_and_rotate
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
-from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.sampling import sequence_keys
-from selfspan_jax.decoding.state import DecodeState, bucket, start_state
+from selfspan_jax.decoding.state import DecodeState, start_state
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Attend, Decoder
 from selfspan_jax.neighbours.memory import Kept, Memory, check_policy, split_heads
@@ -35,25 +32,11 @@ class MemoryCache(KVCache):
         return self
 
 
-class MemoryEngine(Engine):
-    """An engine of models trained under the mask "memory", on one device; arguments as for `Engine`."""
-
-    def _read_prompts(self, token_ids, lengths, keys, config, num_samples, responses):
-        check_policy(get_policy(config.attention).name, self.config)
-        if config.prefill != "dense":
-            raise UserError(f"prefill is {config.prefill!r}, but segments are read whole; allowed: dense")
-        return _read(self.graph, self.params, token_ids, lengths, keys, config, num_samples)
-
-    def lower_prefill(self, batch_size, prompt_tokens, config, *, num_samples=1, responses=False):
-        """Lower what `prefill` runs, as `Engine.lower_prefill`."""
-        prompts = jax.ShapeDtypeStruct((batch_size, bucket(prompt_tokens)), jnp.int32), jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-        return _read.lower(self.graph, self.params, *prompts, sequence_keys(None, batch_size * num_samples), config, num_samples)
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "config", "num_samples"))
-def _read(graph, params, token_ids, lengths, keys, config: DecodeConfig, num_samples: int) -> DecodeState:
-    """Read prompts, whole segments of each at a time, and return the state of `num_samples` sequences of each."""
-    model: Decoder = graph.decoder(params)
+def prefill_memory(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
+    """Read prompts, whole segments of each at a time; arguments as for `prefill_state`."""
+    check_policy(get_policy(config.attention).name, model.config)
+    if config.prefill != "dense":
+        raise UserError(f"prefill is {config.prefill!r}, but segments are read whole; allowed: dense")
     (batch, capacity), sizes = token_ids.shape, model.config
     segment = sizes.memory_segment_tokens
     chunk = min(max(1, config.prefill_tokens // (batch * segment)), -(-capacity // segment)) * segment
