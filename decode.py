@@ -47,7 +47,7 @@ class Model:
     mesh: str | None = None
     """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
     kv_memory: KvMemory = "device"
-    """Where keys and values of prompts lie: host is for contexts that the GPU cannot hold; not for serve."""
+    """Where keys and values of prompts lie: host is for contexts that the GPU cannot hold."""
     working_set_tokens: int = WORKING_SET_TOKENS
     """With --kv-memory host: tokens of each prompt whose keys and values are on the GPU."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None

@@ -15,23 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Copies, HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
 from pallas_kernels.span_decode import unsupported_reason
-from selfspan_jax.attention.policies import AnySlots, get_policy
+from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import WORKING_SET_TOKENS, DecodeConfig, ModelConfig
-from selfspan_jax.decoding.cache import ROW_MULTIPLE, KVCache
+from selfspan_jax.decoding.cache import ROW_MULTIPLE
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState, bucket, for_each_chunk, start_state
 from selfspan_jax.errors import UserError
-from selfspan_jax.model import Attend, Decoder, Linear, rotary_angles
-from selfspan_jax.spans import SpanState, SpanVocab
+from selfspan_jax.model import Decoder, rotary_angles
+from selfspan_jax.spans import SpanVocab
+from selfspan_jax.working_sets import WorkingSets, always_read
 
 NEW_TOKENS = 1024  # of a sequence that are on the device; when there are as many, they are written to the host
 READ_TOKENS = 1 << 17  # of prompts that are read together: their hidden states and one layer's rows are on the GPU
@@ -39,30 +39,17 @@ READ_TOKENS = 1 << 17  # of prompts that are read together: their hidden states 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TieredCache(KVCache):
-    """A cache whose pools are of two places: of each layer keys and values on the device, then keys and values in host memory.
+class TieredCache(WorkingSets):
+    """The working sets of an engine's sequences. Behind them each sequence has `new_rows` rows on the device for its latest new tokens.
 
-    `slot_table[b, t]` is a row of the device's pools, or -1 - r for row r of the host's. Row w of the working set of sequence b is row
-    b * W + w; behind all working sets each sequence has `new_rows` rows for its latest new tokens. Samples of a prompt share its rows in
-    host memory.
+    Samples of a prompt share its rows in host memory.
     """
 
-    owner: Int[Array, "B W"]  # the token in each row of the working set, -1 for none
-    pinned: Int[Array, "B"]  # so many first rows of it are kept for good
-    host_rows: Int[Array, "B A"]  # the row of each token in the host's pools, of a new one when it is written there
     prompt_tokens: Int[Array, "B"]
     first_new: Int[Array, ""]  # how many new tokens of each sequence were written there
-    sources: Int[Array, "B W"]  # the first num_copied rows are copied to targets in the step at hand
-    targets: Int[Array, "B W"]
-    num_copied: Int[Array, "B"]
-    on_host: Int[Array, "B"]  # slots in use that are rows in host memory
-    copied: Int[Array, "B"]  # rows copied since the prompt, of each layer
-    misses: Int[Array, "B"]  # rows read from host memory since then, of each layer
     new_rows: int = dataclasses.field(metadata={"static": True})
     prompt_rows: int = dataclasses.field(metadata={"static": True})  # of the host's pools; those of new tokens follow
     new_capacity: int = dataclasses.field(metadata={"static": True})  # new tokens of a sequence that the tables have columns for
-
-    is_resident: ClassVar[bool] = False
 
     @classmethod
     def tables(cls, prompt_tokens: Int[Array, "B"], capacity: int, width: int, new_rows: int, prompt_rows: int) -> tuple[Array, Array]:
@@ -85,78 +72,10 @@ class TieredCache(KVCache):
         table, rows = (jnp.where(old, jnp.pad(x, added), new) for x, new in zip((self.slot_table, self.host_rows), tables))
         return dataclasses.replace(self, slot_table=table, host_rows=rows, new_capacity=self.new_capacity + new_capacity)
 
-    def choose_slots(self, step_slots, slots, **now):
-        """Give rows on the device to what headers open and name, then compute the slots."""
-        cache, span, active = self, now["span"], now["active"]
-        if slots.kept is not None:  # a policy that reads what is named
-            cache = self.placed(span, active & span.is_response & span.is_header)
-
-            def choose(slots, table, now):
-                return step_slots(slots, table, **now), None
-
-            slots, _ = per_sequence(choose, slots, cache.slot_table, now)
-        else:
-            slots = step_slots(slots, self.slot_table, **now)
-        used = jax.lax.broadcasted_iota(jnp.int32, slots.slots.shape, 1) < slots.counts[:, None]
-        on_host = jnp.sum(used & (slots.slots < 0), axis=1, dtype=jnp.int32)
-        return dataclasses.replace(cache, on_host=on_host, misses=cache.misses + jnp.where(active, on_host, 0)), slots
-
-    def placed(self, span: SpanState, wanted: Array) -> TieredCache:
-        """Choose rows for what wanted sequences read by label, and note what is to be copied."""
-        in_use = Wanted(wanted.astype(jnp.int32), span.num_tokens, span.label, span.step_index)
-        found = place_rows(self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_rows)
-        return dataclasses.replace(
-            self,
-            slot_table=found.slot_table,
-            owner=found.owner,
-            sources=found.sources,
-            targets=found.targets,
-            num_copied=found.counts,
-            copied=self.copied + found.counts,
-        )
-
-    def copies(self, layer: tuple[Array, ...]) -> Copies:
-        """Say which rows that were noted a layer's pools on the device are to get."""
-        return Copies(layer[2:], layer[:2], self.sources, self.targets, self.num_copied)
-
-    def copy(self, layer: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Copy these rows."""
-        return (*copy_rows(*self.copies(layer)), *layer[2:])
-
-    def attend(self, own, slots: AnySlots, implementation) -> Attend:
-        """Make the attention of one new token per sequence."""
-        return _Attend(self, own, slots, implementation)
-
 
 def host_rows_of(new_capacity: int, new_rows: int, sequences: int) -> int:
     """Count the rows in host memory for new tokens: whole chunks, or none where the device has room for all."""
     return 0 if new_capacity <= new_rows else -(-new_capacity // new_rows) * new_rows * sequences
-
-
-class _Attend:
-    """The attention of one new token per sequence, traced layer by layer. Rows of a layer are copied while the layer before works."""
-
-    def __init__(self, cache: TieredCache, own: Array, slots: AnySlots, implementation):
-        self.cache, self.own, self.slots, self.implementation = cache, own, slots, implementation
-        self.waiting = [cache.copy(cache.pools[0]), *cache.pools[1:]]  # layers that have not attended, and their pools
-
-    def __call__(self, qkv, options, angles, _):
-        k_pool, v_pool, *host = self.waiting.pop(0)
-        arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], self.own, k_pool, v_pool, self.slots.slots, self.slots.counts)
-        options = options | {"split": True, "sparse": self.slots.kept is not None, "host": HostRows(*host, self.cache.on_host)}
-        out, *pools = rotate_and_attend(*arrays, **options, implementation=self.implementation)
-        return out.reshape(len(self.own), 1, -1), (*pools, *host)
-
-    def beside(self, linear, x, **options):
-        """Apply the linear map that takes longest after a layer's attention, and meanwhile copy what the next layer reads."""
-        if not self.waiting:
-            return linear(x, **options)
-        if not isinstance(linear, Linear):  # one with an adapter
-            self.waiting[0] = self.cache.copy(self.waiting[0])
-            return linear(x, **options)
-        out, pools = linear(x, copies=self.cache.copies(self.waiting[0]), **options)
-        self.waiting[0] = (*pools, *self.waiting[0][2:])
-        return out
 
 
 class HostEngine(Engine):
@@ -248,7 +167,7 @@ class HostEngine(Engine):
         layers = [nnx.split(layer) for layer in decoder.layers]
         # One group that fills pools makes them; otherwise each writes its part.
         fills = group == batch and not free_rows
-        pools: list[Any] = [None if fills else _empty(self.config, batch * capacity + free_rows) for _ in layers]
+        pools: list[Any] = [None if fills else empty_host_pools(self.config, batch * capacity + free_rows) for _ in layers]
         last = []
         for start in range(0, batch, group):
             some, first = (token_ids[start : start + group], lengths[start : start + group]), jnp.int32(start * capacity)
@@ -280,7 +199,8 @@ def read_layer(layer, x: Float[Array, "b T D"], token_ids, lengths, vocab: SpanV
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows"))
-def _empty(config: ModelConfig, rows: int) -> tuple[Array, Array]:
+def empty_host_pools(config: ModelConfig, rows: int) -> tuple[Array, Array]:
+    """Allocate keys and values of a layer in host memory."""
     pool = jnp.zeros((rows, config.num_kv_heads, config.head_size), jnp.dtype(config.compute_dtype))
     return jax.device_put((pool, pool), jax.memory.Space.Host)
 
@@ -326,34 +246,19 @@ def _start(
     host_rows = jnp.where(is_prompt, of_prompt, new_host)
     table = jnp.where(is_prompt, -1 - of_prompt, new_table)
     rows = -(-sequences * (width + new_rows) // ROW_MULTIPLE) * ROW_MULTIPLE
-    empty, none = jnp.zeros((rows, *host[0][0].shape[1:]), host[0][0].dtype), jnp.zeros(sequences, jnp.int32)
-    unused = jnp.full((sequences, width), -1, jnp.int32)
-    pools = tuple((empty, empty, *layer) for layer in host)
-    fields: dict[str, Any] = {"sources": unused, "targets": unused, "num_copied": none, "on_host": none, "copied": none, "misses": none}
-    fields |= {"new_rows": new_rows, "prompt_rows": batch * capacity, "new_capacity": config.max_new_tokens}
-    cache = TieredCache(pools, table, unused, none, host_rows, prompt_tokens, jnp.int32(0), **fields)
+    empty = jnp.zeros((rows, *host[0][0].shape[1:]), host[0][0].dtype)
+    sizes = {"new_rows": new_rows, "prompt_rows": batch * capacity, "new_capacity": config.max_new_tokens}
+    sets = {"host_rows": host_rows, "prompt_tokens": prompt_tokens, "first_new": jnp.int32(0), **TieredCache.nothing(sequences, width)}
+    cache = TieredCache(tuple((empty, empty, *layer) for layer in host), table, **sets, **sizes)
     state = start_state(model, cache, last, token_ids, lengths, keys, config, num_samples)
     if state.slots.kept is None:
         return state
-    labels = state.span.token_labels
-    always = labels == 0
-    if state.span.toc is not None:
-        opened = jnp.pad(token_ids, ((0, 0), (0, config.max_new_tokens)), constant_values=model.vocab.pad_id)
-        always |= (labels >= 0) & jnp.repeat(model.vocab.label_of(opened, model.vocab.seg_base) >= 0, num_samples, axis=0)
-    row = jnp.cumsum(always, axis=1, dtype=jnp.int32) - 1
-    always &= row < width // 2
-    row, target = jnp.where(always, row, width), sequence * width + row
-    cache = dataclasses.replace(
-        cache,
-        slot_table=jnp.where(always, target, table),
-        owner=unused.at[sequence, row].set(token, mode="drop"),
-        sources=unused.at[sequence, row].set(host_rows, mode="drop"),
-        targets=unused.at[sequence, row].set(target, mode="drop"),
-        pinned=jnp.sum(always, axis=1, dtype=jnp.int32),
-    )
-    pools = tuple(map(dataclasses.replace(cache, num_copied=cache.pinned).copy, pools))
+    repeated = jnp.repeat(token_ids, num_samples, axis=0)
+    cache = cache.pin(always_read(state.span, repeated, model.vocab), jnp.ones(sequences, bool))
+    pools = tuple(map(cache.copy, cache.pools))
     cache = cache.placed(state.span, state.span.is_response)  # what the open step of a prompt that ends within its response reads
-    return dataclasses.replace(state, cache=dataclasses.replace(cache, pools=tuple(map(cache.copy, pools)), copied=none))
+    cache = dataclasses.replace(cache, pools=tuple(map(cache.copy, pools)), copied=jnp.zeros(sequences, jnp.int32))
+    return dataclasses.replace(state, cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))

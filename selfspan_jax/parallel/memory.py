@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import layout
 
 T = TypeVar("T")
+PINNED_LIMIT_GIB = 64  # of host memory, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says something else
 
 
 class DoesNotFit(UserError):
@@ -60,6 +62,15 @@ def free_memory_bytes() -> int | None:
     """Return what of `device_memory_bytes` is not in use; None where the device does not say."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
+
+
+def free_host_memory_bytes() -> int:
+    """Return how much host memory may be taken that a device reads: what is free, and at most what JAX allows where that is a GPU."""
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    if jax.default_backend() != "gpu":
+        return free
+    return min(free, int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", PINNED_LIMIT_GIB)) * 2**30)
 
 
 def bytes_of(tree: Any) -> int:

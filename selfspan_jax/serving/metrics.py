@@ -38,6 +38,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
     "vllm:num_preemptions": ("Sequences that lost their pages, and were read again.", lambda stats: stats.preemptions),
     "selfspan:attended_tokens": ("Cache rows that written tokens attended to.", lambda stats: stats.attended_tokens),
     "selfspan:context_tokens": ("Cache rows that dense attention would have read.", lambda stats: stats.context_tokens),
+    "selfspan:copied_rows": ("Cache rows copied from host memory, because steps named them.", lambda stats: stats.copied_rows),
+    "selfspan:missed_rows": ("Cache rows read in host memory, over the link.", lambda stats: stats.missed_rows),
 }
 
 

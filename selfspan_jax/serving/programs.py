@@ -14,9 +14,12 @@ from jaxtyping import Int
 from selfspan_jax import compiling
 from selfspan_jax.config import MAX_LOGPROBS, DecodeConfig, SamplingFields, ServingConfig
 from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
+from selfspan_jax.serving.host_pages import WRITTEN_AT_ONCE, PagedWorkingSets, write_pages
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.running import Decoded, Prompts, decode_chunk, empty_state, read_prompts
+from selfspan_jax.tiers import HostEngine
 
 NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
 # What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
@@ -52,6 +55,13 @@ class Programs:
         self._engine, self._config, self._decode_config = engine, config, decode_config
         self.pages_each = -(-context_tokens // config.page_tokens)
         self._capacity = self.pages_each * config.page_tokens
+        self._working_set = self._ring = 0  # rows of each sequence on the device, where pages lie in host memory
+        if isinstance(engine, HostEngine):
+            if config.prefill_tokens % config.page_tokens:
+                raise UserError(f"prefill_tokens is {config.prefill_tokens}; allowed: multiples of the page's {config.page_tokens} tokens")
+            page, least = config.page_tokens, config.page_tokens + config.chunk_tokens
+            self._working_set = min(engine.working_set_tokens, self._capacity)
+            self._ring = -(-max(least, self._working_set // 4) // page) * page
         self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
         sizes = (config.min_read_tokens * 2**i for i in range(24))
         self._query_sizes = [config.prefill_tokens, *[size for size in sizes if size < config.prefill_tokens][::-1]]
@@ -66,7 +76,13 @@ class Programs:
         config, engine = self._config, self._engine
         self.state = None  # the memory of one that failed is free before the next one is allocated
         sizes = (self.num_pages * config.page_tokens, config.num_sequences, self._capacity)
-        self.state = empty_state(engine.graph, engine.params, self._decode_config, *sizes)
+        if not self._ring:
+            self.state = empty_state(engine.graph, engine.params, self._decode_config, *sizes)
+            return
+        state = empty_state(engine.graph, engine.params, self._decode_config, config.page_tokens, *sizes[1:])
+        table, widths = state.cache.slot_table, (self._working_set, self._ring)
+        cache = PagedWorkingSets.allocated(engine.config, self.num_pages, config.page_tokens, table, *widths)
+        self.state = dataclasses.replace(state, cache=cache)
 
     def part_tokens(self, left: int, *, responses: bool) -> int:
         """Choose how many tokens of a prompt are read at once: the size that what is left of it fits best."""
@@ -97,6 +113,27 @@ class Programs:
         self.state, decoded = decode_chunk(*self._chunk_arguments(level, num_steps, table, until, sampling))
         return decoded
 
+    def write_pages(self, before: Int[np.ndarray, "B"], after: Int[np.ndarray, "B"], table: Int[np.ndarray, "B A/page"]) -> None:
+        """Write pages to host memory that tokens of a chunk have filled; nothing where pages lie on the device.
+
+        Args:
+          before, after: tokens of each place before and after the chunk.
+        """
+        if not self._ring:
+            return
+        full = [before // self._config.page_tokens, after // self._config.page_tokens]
+        places = np.flatnonzero(full[1] > full[0]).tolist()
+        filled = [(place, number, table[place, number]) for place in places for number in range(full[0][place], full[1][place])]
+        for start in range(0, len(filled), WRITTEN_AT_ONCE):
+            self._write_pages(filled[start : start + WRITTEN_AT_ONCE])
+
+    def _write_pages(self, filled: Sequence[tuple[int, int, int]]) -> None:
+        self.state = dataclasses.replace(self.state, cache=write_pages(*self._write_arguments(filled)))
+
+    def _write_arguments(self, filled: Sequence[tuple[int, int, int]]) -> tuple[Any, ...]:
+        nothing = [(0, 0, self.num_pages)] * (WRITTEN_AT_ONCE - len(filled))  # the spare page
+        return self.state.cache, *np.array([*filled, *nothing], np.int32).T.copy()
+
     def warm_up(self, *num_steps: int, draws: bool = True) -> None:
         """Compile every program, several at once, and run each on no request, so that none is compiled later.
 
@@ -109,6 +146,8 @@ class Programs:
                 self.decode(level, steps, *self._nothing())
         for sizes in self._read_sizes():
             self.state = read_prompts(*self._read_arguments([], 0, *sizes))
+        if self._ring:
+            self._write_pages([])
         jax.block_until_ready(self.state)
 
     def lowering(self, *num_steps: int, draws: bool = True) -> list[Callable[[], Callable[[], Any]]]:
@@ -122,6 +161,7 @@ class Programs:
         for steps in num_steps:
             for level in LEVELS if draws else LEVELS[:1]:
                 found.append(functools.partial(decode_chunk.lower, *self._chunk_arguments(level, steps, *self._nothing())))
+        found += [functools.partial(write_pages.lower, *self._write_arguments([]))] if self._ring else []
         return [functools.partial(_compiler, lower) for lower in found]
 
     def _nothing(self) -> tuple[Int[np.ndarray, "B A/page"], Int[np.ndarray, "B"], SamplingFields]:
@@ -172,11 +212,19 @@ class Programs:
         state = jax.eval_shape(lambda params: empty_state(engine.graph, params, self._decode_config, *sizes), engine.params)
         rest = memory.bytes_of(dataclasses.replace(state, cache=state.cache.slot_table))
         row_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * np.dtype(model.compute_dtype).itemsize
-        free = memory.free_memory_bytes()
+        free, most = memory.free_memory_bytes(), config.num_sequences * self.pages_each
         left = _UNKNOWN_MEMORY_BYTES if free is None else int(_CACHE_SHARE * (free - rest))
+        if self._ring:
+            wanted = config.num_sequences * (self._working_set + self._ring) * row_bytes
+            if wanted > left:
+                raise memory.DoesNotFit(
+                    f"does not fit: working sets of {config.num_sequences} sequences take {wanted / 2**30:.1f} GiB, the device has "
+                    f"{left / 2**30:.1f} for them: give fewer slots or a smaller working_set_tokens"
+                )
+            left = int(_CACHE_SHARE * memory.free_host_memory_bytes())
         if left < config.page_tokens * row_bytes:
             raise memory.DoesNotFit(f"does not fit: {rest / 2**30:.1f} GiB of state leave no room for the cache")
-        return min(config.num_sequences * self.pages_each, left // (config.page_tokens * row_bytes))
+        return min(most, left // (config.page_tokens * row_bytes))
 
 
 def neutral_sampling(num_sequences: int) -> SamplingFields:

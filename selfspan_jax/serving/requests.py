@@ -91,6 +91,10 @@ class Stats:
     """Read by the generated tokens, each of them itself included."""
     context_tokens: int = 0
     """That a dense model would have read for the same tokens."""
+    copied_rows: int = 0
+    """Copied from pages in host memory to working sets, because steps named them; each once for all layers."""
+    missed_rows: int = 0
+    """Read in host memory by the attention itself, over the link."""
     preemptions: int = 0
     waited_seconds: float = 0.0
     """That the host had nothing to do but to wait for a chunk's tokens; where it does not rise, the device waits for the host."""

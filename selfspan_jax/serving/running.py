@@ -22,7 +22,9 @@ from selfspan_jax.decoding.sampling import mark_occurring
 from selfspan_jax.decoding.state import DecodeState, sample_step
 from selfspan_jax.model import Attend
 from selfspan_jax.parallel import layout
+from selfspan_jax.serving.host_pages import PagedWorkingSets
 from selfspan_jax.spans import SpanState
+from selfspan_jax.working_sets import always_read
 
 HostArray = Array | np.ndarray  # NumPy's from the host, JAX's in a program
 _STATE = DecodeState.partition_specs()
@@ -58,6 +60,8 @@ class Decoded(NamedTuple):
     num_attended: Int[Array, "B C"]  # 0 where a sequence took no token
     done: Bool[Array, "B"]
     logprobs: LogProbs | None = None
+    host_rows: Int[Array, "2"] | None = None
+    """Rows that were copied from host memory, and rows that were read there; None where all are on the device."""
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "num_rows", "num_sequences", "capacity"))
@@ -100,7 +104,7 @@ def read_prompts(
 
     def read(model, state, prompts):
         batch, num_keys = prompts.token_ids.shape
-        capacity, num_rows = state.cache.slot_table.shape[1], state.cache.pools[0][0].shape[0]
+        cache, capacity, num_rows = state.cache, state.cache.slot_table.shape[1], state.cache.pools[0][-1].shape[0]
         policy, first = get_policy(config.attention), prompts.first
         table = slot_table_of(prompts.pages, page_tokens, num_rows)
         slots = jnp.pad(table, ((0, 0), (0, num_keys)), constant_values=num_rows)[:, :num_keys]
@@ -111,7 +115,11 @@ def read_prompts(
         masks = masks_of_prompts(policy, prompts.token_ids, prompts.lengths, model.vocab, model.config, responses=responses)
         mask = masks(first, num_queries)
         buffer_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_keys + positions
-        attend = attend_paged(earlier, own, first, attend_prompts(buffer_slots, lambda *_: mask))
+        attend = attend_prompts(buffer_slots, lambda *_: mask)
+        if isinstance(cache, PagedWorkingSets):
+            attend = cache.attend_prompts(earlier, own, positions, prompts, attend)
+        else:
+            attend = attend_paged(earlier, own, first, attend)
         hidden, pools = model(tokens, positions, attend, state.cache.pools)
         at = jnp.clip(prompts.lengths - 1 - first, 0, num_queries - 1)
         last = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
@@ -135,8 +143,12 @@ def read_prompts(
             taken = (prompts.sources >= 0).reshape(-1, *(1,) * (running.ndim - 1))
             return jnp.where(taken, jnp.take(new, jnp.maximum(prompts.sources, 0), axis=0), running)
 
-        running = dataclasses.replace(state, cache=KVCache((), state.cache.slot_table))
-        return with_pools(jax.tree.map(put, running, newcomers), pools)
+        running = dataclasses.replace(state, cache=KVCache((), cache.slot_table))
+        joined = jax.tree.map(put, running, newcomers)
+        if isinstance(cache, PagedWorkingSets):
+            always = always_read(newcomers.span, token_ids, model.vocab)
+            return dataclasses.replace(joined, cache=cache.joined(pools, table, always, prompts))
+        return with_pools(joined, pools)
 
     return graph.shard_map(read, _STATE, layout.REPLICATED, out_specs=_STATE)(params, state, prompts)
 
@@ -164,13 +176,17 @@ def decode_chunk(
 
     def decode(model, state, pages, until, sampling):
         cache, slots = state.cache, state.slots
-        table = slot_table_of(pages, page_tokens, cache.pools[0][0].shape[0])
-        if slots.kept is None:  # they may be a copy of the table, which has grown
-            slots = get_policy(config.attention).initial_slots(table)
+        table = slot_table_of(pages, page_tokens, cache.pools[0][-1].shape[0])
+        if isinstance(cache, PagedWorkingSets):
+            cache = cache.begun(table, state.span, state.is_active(until), num_steps)
+        else:
+            cache = KVCache(cache.pools, table)
+        if slots.kept is None or not cache.is_resident:  # a copy of the table, which has grown; or rows that are used again
+            slots = get_policy(config.attention).initial_slots(cache.slot_table)
 
         begun = dataclasses.replace(
             state,
-            cache=slots.prepared(KVCache(cache.pools, table)),
+            cache=slots.prepared(cache),
             slots=slots,
             occurred=None if sampling.repetition_penalty is None else state.occurred,
             new_tokens=jnp.full((len(until), num_steps), model.vocab.pad_id, jnp.int32),
@@ -182,9 +198,12 @@ def decode_chunk(
             return state, logprobs_of(before.logits, state.new_tokens[:, number], num_logprobs) if num_logprobs else None
 
         ended, logprobs = jax.lax.scan(step, begun, jnp.arange(num_steps, dtype=jnp.int32))
-        decoded = Decoded(ended.new_tokens, ended.num_attended, ended.done, logprobs)
+        host_rows = None
+        if isinstance(cache, PagedWorkingSets):
+            host_rows = jnp.stack([jnp.sum(now - was) for now, was in zip(_host_rows(ended.cache), _host_rows(state.cache))])
+        decoded = Decoded(ended.new_tokens, ended.num_attended, ended.done, logprobs, host_rows)
         occurred = state.occurred if ended.occurred is None else ended.occurred
-        ended = with_pools(ended, tuple(layer[:2] for layer in ended.cache.pools))
+        ended = with_pools(ended, tuple(layer[: len(own)] for layer, own in zip(ended.cache.pools, state.cache.pools)))
         return dataclasses.replace(ended, occurred=occurred, new_tokens=state.new_tokens, num_attended=state.num_attended), decoded
 
     arrays = (layout.REPLICATED,) * 3
@@ -237,4 +256,8 @@ def logprobs_of(logits: Float[Array, "B V"], token_ids: Int[Array, "B"], number:
 
 def with_pools(state: DecodeState, pools) -> DecodeState:
     """Return a state with other pools."""
-    return dataclasses.replace(state, cache=KVCache(pools, state.cache.slot_table))
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=pools))
+
+
+def _host_rows(cache):
+    return cache.copied, cache.misses

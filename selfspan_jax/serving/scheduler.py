@@ -31,7 +31,6 @@ from selfspan_jax.serving.pages import Pages, page_keys
 from selfspan_jax.serving.programs import NEUTRAL, Programs, level_of, neutral_sampling
 from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, Stats, Tokens, joined
 from selfspan_jax.serving.running import Decoded, LogProbs
-from selfspan_jax.tiers import HostEngine
 
 ADMITTED_SHARE = 16  # of the places: one in so many is free before requests are admitted where `reads_per_chunk` is None
 _LOG = logging.getLogger(__name__)
@@ -94,8 +93,6 @@ class Scheduler:
         self.context_tokens = context if config.context_tokens is None else config.context_tokens
         if self.context_tokens > context:
             raise UserError(f"context_tokens is {self.context_tokens}; the model's context has {context}")
-        if isinstance(engine, HostEngine):
-            raise UserError("kv_memory is 'host'; a server's pages lie on the device, allowed: 'device'")
         if engine.config.mask == "memory":
             raise UserError("the model's layers have a memory, of which a server keeps no pages")
         if engine.mesh is not None and num_data_shards(engine.mesh) * engine.mesh.shape["context"] > 1:
@@ -324,10 +321,11 @@ class Scheduler:
                 self._grow(ticket, int(ends[ticket.place]))
         if not self._running:
             return False
-        self._until = self._next_until()
+        before, self._until = self._until, self._next_until()
         tickets = self._running.copy()
         level = max(ticket.level for ticket in tickets.values())
         decoded = self.programs.decode(level, self.config.chunk_tokens, self._table, self._until, self._sampling)
+        self.programs.write_pages(self._prompt_tokens + before, self._prompt_tokens + self._until, self._table)
         for array in jax.tree.leaves(decoded):
             array.copy_to_host_async()
         for place in np.flatnonzero((self._until == self._limit) & (self._limit > 0)).tolist():
@@ -343,13 +341,15 @@ class Scheduler:
         """Wait for the oldest chunk in flight and hand out its tokens."""
         chunk = self._in_flight[0]
         began = time.perf_counter()
-        token_ids, num_attended, done, logprobs = jax.tree.map(np.asarray, chunk.decoded)
+        token_ids, num_attended, done, logprobs, host_rows = jax.tree.map(np.asarray, chunk.decoded)
         self._counts["waited_seconds"] += time.perf_counter() - began  # type: ignore[assignment]
         self._in_flight.popleft()
         counts, sums, done = np.count_nonzero(num_attended, axis=1).tolist(), num_attended.sum(axis=1).tolist(), done.tolist()
         chosen = [(place, ticket) for place, ticket in chunk.tickets.items() if not ticket.finished]
         self._counts["generated_tokens"] += sum(counts[place] for place, _ in chosen)
         self._counts["attended_tokens"] += sum(sums[place] for place, _ in chosen)
+        if host_rows is not None:
+            self._counts.update(copied_rows=int(host_rows[0]), missed_rows=int(host_rows[1]))
         for place, ticket in chosen:
             count, length = counts[place], ticket.prompt_tokens + ticket.num_written
             tokens, attended = token_ids[place, :count], num_attended[place, :count]

@@ -8,7 +8,7 @@ import pytest
 
 from data.arithmetic import ArithmeticTask
 from selfspan_jax import lm, tiers
-from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling
+from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
@@ -164,8 +164,8 @@ def test_what_is_not_there_is_refused():
         HostEngine(model, working_set_tokens=1)
     with pytest.raises(UserError, match="num_samples is 0"):
         HostEngine(model).prefill(*prompts_of(ROWS[:1]), DecodeConfig(), num_samples=0)
-    with pytest.raises(UserError, match="a server's pages lie on the device"):
-        Scheduler(HostEngine(model))
+    with pytest.raises(UserError, match="prefill_tokens is 64; allowed: multiples of the page's 128 tokens"):
+        Scheduler(HostEngine(model), ServingConfig(prefill_tokens=64, page_tokens=128))
     for options, message in (({"kv_memory": "disk"}, "allowed: device, host"), ({"kv_memory": "host", "mesh": "data=1"}, "for one device")):
         with pytest.raises(UserError, match=message):
             SpanLM(model, ArithmeticTask(), **options)

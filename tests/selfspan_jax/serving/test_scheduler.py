@@ -21,6 +21,7 @@ from selfspan_jax.serving.running import Decoded, read_prompts
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.throughput import is_faster, shared_beginning
 from selfspan_jax.spans import attention_mask
+from selfspan_jax.tiers import HostEngine
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 
@@ -111,14 +112,21 @@ def assert_read_rows_belong_to_the_reader(scheduler):
 
 @jax.jit
 def poisoned(pools, rows):
-    return jax.tree.map(lambda pool: jnp.where(rows[:, None, None], jnp.nan, pool), pools)
+    def poison(pool):
+        whole = jnp.where(rows[:, None, None], jnp.nan, jax.device_put(pool, jax.memory.Space.Device))
+        return jax.device_put(whole, pool.aval.memory_space)
+
+    return jax.tree.map(poison, pools)
 
 
 def poison_what_nobody_holds(scheduler):
     """Whoever reads a row that is not his gets NaN, and other tokens than alone."""
     rows = np.repeat(np.isin(np.arange(scheduler.num_pages), scheduler.pages._free), CONFIG.page_tokens)
     state = scheduler.programs.state
-    cache = dataclasses.replace(state.cache, pools=poisoned(state.cache.pools, rows))
+    pages = [layer[-2:] for layer in state.cache.pools]  # before them, for prompts in host memory, what lies on the device
+    rows = np.pad(rows, (0, len(pages[0][0]) - len(rows)), constant_values=True)
+    pools = tuple((*layer[:-2], *own) for layer, own in zip(state.cache.pools, poisoned(pages, rows)))
+    cache = dataclasses.replace(state.cache, pools=pools)
     scheduler.programs.state = dataclasses.replace(state, cache=cache)
 
 
@@ -161,6 +169,24 @@ def test_whatever_comes_and_goes_each_request_is_as_alone(idle):
         np.testing.assert_array_equal(tokens.num_attended, attended[:count], err_msg=str(request))
         if tokens.finished != "cancelled":
             assert count == len(ids) and tokens.finished == ("stop" if ids[-1] == VOCAB.eos_id else "length")
+
+
+def test_pages_in_host_memory_give_what_each_request_writes_alone():
+    """Shared beginnings, cancellations, fewer pages than wanted; a working set that is too small, and rings that are used again."""
+    config = dataclasses.replace(CONFIG, context_tokens=88, prefill_tokens=64, num_pages=12)
+    scheduler = Scheduler(HostEngine(MODEL, working_set_tokens=24), config)
+    requests: list[Request] = []
+    received: list[list] = []
+    for _ in hostile(scheduler, np.random.default_rng(19), 40, requests, received):
+        poison_what_nobody_holds(scheduler)
+    stats = scheduler.stats
+    assert stats.finished["cancelled"] > 5 and stats.preemptions > 0 and stats.prefix_hit_tokens > 100
+    assert stats.copied_rows > 100 and stats.missed_rows > 100 and stats.pages_used == 0
+    for request, tokens, (ids, attended) in zip(requests, map(joined, received), alone(requests), strict=True):
+        count = len(tokens.token_ids)
+        np.testing.assert_array_equal(tokens.token_ids, ids[:count], err_msg=str(request))
+        np.testing.assert_array_equal(tokens.num_attended, attended[:count], err_msg=str(request))
+        assert count == len(ids) or tokens.finished == "cancelled"
 
 
 class Device:

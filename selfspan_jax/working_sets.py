@@ -1,0 +1,149 @@
+"""Working sets: which rows of a cache in host memory the device has too, and the attention of a step that reads both.
+
+Headers say which labels a step reads before any body token reads them. So tokens of these labels that have no row on the device get one,
+taken from the least recently named labels that are not in use, and the rows are copied within the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels import Copies, HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
+from selfspan_jax.attention.policies import AnySlots
+from selfspan_jax.decoding.cache import KVCache
+from selfspan_jax.model import Attend, Linear
+from selfspan_jax.spans import SpanState, SpanVocab
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WorkingSets(KVCache):
+    """A cache whose pools are of two places: of each layer keys and values on the device, then keys and values in host memory.
+
+    `slot_table[b, t]` is a row of the device's pools, or -1 - r for row r of the host's. Row w of the working set of sequence b is row
+    b * W + w of the device's.
+    """
+
+    owner: Int[Array, "B W"]  # the token in each row of the working set, -1 for none
+    pinned: Int[Array, "B"]  # so many first rows of it are kept for good
+    host_rows: Int[Array, "B A"]  # the row of each token in the host's pools, of a new one when it is written there
+    sources: Int[Array, "B W"]  # the first num_copied rows are copied to targets in the step at hand
+    targets: Int[Array, "B W"]
+    num_copied: Int[Array, "B"]
+    on_host: Int[Array, "B"]  # slots in use that are rows in host memory
+    copied: Int[Array, "B"]  # rows copied since the prompt, of each layer
+    misses: Int[Array, "B"]  # rows read from host memory since then, of each layer
+
+    is_resident: ClassVar[bool] = False
+
+    @staticmethod
+    def nothing(sequences: int, width: int) -> dict[str, Array]:
+        """Return the fields of working sets with nothing in them, except for `host_rows`."""
+        rows, none = jnp.full((sequences, width), -1, jnp.int32), jnp.zeros(sequences, jnp.int32)
+        numbers = dict.fromkeys(("pinned", "num_copied", "on_host", "copied", "misses"), none)
+        return {"owner": rows, "sources": rows, "targets": rows, **numbers}
+
+    def pin(self, tokens: Bool[Array, "B A"], anew: Bool[Array, "B"]) -> Self:
+        """Keep these tokens on the device for good, as many as half of a working set has room for, and note what is to be copied.
+
+        Args:
+          anew: sequences with nothing in their working sets; the others have no such tokens, and stay as they are.
+        """
+        sequences, width = self.owner.shape
+        sequence = jnp.arange(sequences, dtype=jnp.int32)[:, None]
+        row = jnp.cumsum(tokens, axis=1, dtype=jnp.int32) - 1
+        tokens &= row < width // 2
+        number = jnp.sum(tokens, axis=1, dtype=jnp.int32)
+        row, target = jnp.where(tokens, row, width), sequence * width + row
+        return dataclasses.replace(
+            self,
+            slot_table=jnp.where(tokens, target, self.slot_table),
+            owner=self.owner.at[sequence, row].set(jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1), mode="drop"),
+            sources=self.sources.at[sequence, row].set(self.host_rows, mode="drop"),
+            targets=self.targets.at[sequence, row].set(target, mode="drop"),
+            num_copied=number,
+            pinned=jnp.where(anew, number, self.pinned),
+        )
+
+    def choose_slots(self, step_slots, slots, **now):
+        """Give rows on the device to what headers open and name, then compute the slots."""
+        cache, span, active = self, now["span"], now["active"]
+        if slots.kept is not None:  # a policy that reads what is named
+            cache = self.placed(span, active & span.is_response & span.is_header)
+
+            def choose(slots, table, now):
+                return step_slots(slots, table, **now), None
+
+            slots, _ = per_sequence(choose, slots, cache.slot_table, now)
+        else:
+            slots = step_slots(slots, self.slot_table, **now)
+        used = jax.lax.broadcasted_iota(jnp.int32, slots.slots.shape, 1) < slots.counts[:, None]
+        on_host = jnp.sum(used & (slots.slots < 0), axis=1, dtype=jnp.int32)
+        return dataclasses.replace(cache, on_host=on_host, misses=cache.misses + jnp.where(active, on_host, 0)), slots
+
+    def placed(self, span: SpanState, wanted: Array) -> Self:
+        """Choose rows for what wanted sequences read by label, and note what is to be copied."""
+        in_use = Wanted(wanted.astype(jnp.int32), span.num_tokens, span.label, span.step_index)
+        found = place_rows(self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_rows)
+        return dataclasses.replace(
+            self,
+            slot_table=found.slot_table,
+            owner=found.owner,
+            sources=found.sources,
+            targets=found.targets,
+            num_copied=found.counts,
+            copied=self.copied + found.counts,
+        )
+
+    def copies(self, layer: tuple[Array, ...]) -> Copies:
+        """Say which rows that were noted a layer's pools on the device are to get."""
+        return Copies(layer[2:], layer[:2], self.sources, self.targets, self.num_copied)
+
+    def copy(self, layer: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Copy these rows."""
+        return (*copy_rows(*self.copies(layer)), *layer[2:])
+
+    def attend(self, own, slots: AnySlots, implementation) -> Attend:
+        """Make the attention of one new token per sequence."""
+        return _Attend(self, own, slots, implementation)
+
+
+def always_read(span: SpanState, token_ids: Int[Array, "B T"], vocab: SpanVocab) -> Bool[Array, "B A"]:
+    """Tell which tokens of prompts every step reads: those of label 0, and where headers read it the table of contents."""
+    labels = span.token_labels
+    always = labels == 0
+    if span.toc is None:
+        return always
+    opens = jnp.pad(vocab.label_of(token_ids, vocab.seg_base) >= 0, ((0, 0), (0, labels.shape[1] - token_ids.shape[1])))
+    return always | ((labels >= 0) & opens)
+
+
+class _Attend:
+    """The attention of one new token per sequence, traced layer by layer. Rows of a layer are copied while the layer before works."""
+
+    def __init__(self, cache: WorkingSets, own: Array, slots: AnySlots, implementation):
+        self.cache, self.own, self.slots, self.implementation = cache, own, slots, implementation
+        self.waiting = [cache.copy(cache.pools[0]), *cache.pools[1:]]  # layers that have not attended, and their pools
+
+    def __call__(self, qkv, options, angles, _):
+        k_pool, v_pool, *host = self.waiting.pop(0)
+        arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], self.own, k_pool, v_pool, self.slots.slots, self.slots.counts)
+        options = options | {"split": True, "sparse": self.slots.kept is not None, "host": HostRows(*host, self.cache.on_host)}
+        out, *pools = rotate_and_attend(*arrays, **options, implementation=self.implementation)
+        return out.reshape(len(self.own), 1, -1), (*pools, *host)
+
+    def beside(self, linear, x, **options):
+        """Apply the linear map that takes longest after a layer's attention, and meanwhile copy what the next layer reads."""
+        if not self.waiting:
+            return linear(x, **options)
+        if not isinstance(linear, Linear):  # one with an adapter
+            self.waiting[0] = self.cache.copy(self.waiting[0])
+            return linear(x, **options)
+        out, pools = linear(x, copies=self.cache.copies(self.waiting[0]), **options)
+        self.waiting[0] = (*pools, *self.waiting[0][2:])
+        return out
