@@ -66,7 +66,7 @@ def free_memory_bytes() -> int | None:
 
 def free_host_memory_bytes() -> int:
     """Return how much host memory may be taken that a device reads: what is free, and at most what JAX allows where that is a GPU."""
-    with open("/proc/meminfo") as lines:
+    with open("/proc/meminfo", encoding="ascii") as lines:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     if jax.default_backend() != "gpu":
         return free
