@@ -15,8 +15,8 @@ What launches a kernel is jitted by itself, so that a program traces and lowers 
 takes 0.3 s. The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.11.2; JAX 0.11 deprecates it.
 """
 
-from pallas_kernels.copy_rows import Copies, copy_rows
-from pallas_kernels.linear import ScaledRows, SplitRows, fused_linear, may_launch_early, rms_norm
+from pallas_kernels.copy_rows import SHARES, Copies, copy_rows
+from pallas_kernels.linear import ScaledRows, SplitRows, copies_beside, fused_linear, may_launch_early, rms_norm
 from pallas_kernels.norm import fork_rms_norm
 from pallas_kernels.place_rows import Wanted, place_rows
 from pallas_kernels.prompt_attention import PromptMask, prompt_attention
@@ -29,6 +29,7 @@ from pallas_kernels.swiglu import silu_and_mul
 
 __all__ = [
     "ELSEWHERE",
+    "SHARES",
     "Copies",
     "HostRows",
     "PackedMask",
@@ -39,6 +40,7 @@ __all__ = [
     "SplitRows",
     "TileMask",
     "Wanted",
+    "copies_beside",
     "copy_rows",
     "fork_rms_norm",
     "fused_linear",

@@ -32,7 +32,7 @@ Rows = Any  # [B, T, D]; in decoding, where the norm that follows is known, `pal
 # queries, keys and values [B, T, K, G + 2, H], neither normalised nor rotated; the options `norms` and `norm_eps` of queries and keys
 # that are, in decoding `ahead`, the weights that are read next, and `early`; the angles; the layer's cache
 # -> outputs [B, T, N, H], its cache afterwards
-# Where it has an attribute `beside`, that applies the layer's largest map to its rows, so that other work can be done meanwhile.
+# Where it has an attribute `beside`, that applies each map of a layer to its rows, so that other work can be done meanwhile.
 Attend = Callable[[Array, dict[str, Any], Angles, Any], tuple[Array, Any]]
 
 
@@ -112,11 +112,9 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = (nnx.data(RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None) for _ in "qk")
         self.memory = nnx.data(CompressiveMemory(config) if config.mask == "memory" else None)
 
-    def __call__(
-        self, x: Rows, norm: RMSNorm, next_norm: RMSNorm, angles: Angles, attend: Attend, cache, ahead=(), early=False, **linear: Any
-    ):
-        x, rows, own_norm = norm.fork(x, **linear)
-        qkv = self.qkv_proj(rows, norm=own_norm, **linear)
+    def __call__(self, x: Rows, norms: tuple[RMSNorm, RMSNorm], angles: Angles, attend: Attend, cache, ahead, early, beside, **linear: Any):
+        x, rows, own_norm = norms[0].fork(x, **linear)
+        qkv = beside(self.qkv_proj, rows, norm=own_norm, **linear)
         batch, num_tokens, _ = qkv.shape
         qkv = qkv.reshape(batch, num_tokens, -1, self.projections, self.head_size)
         options: dict[str, Any] = {"ahead": ahead, "early": early} if ahead else {}
@@ -124,7 +122,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             options |= {"norms": (self.q_norm.scale[...], self.k_norm.scale[...]), "norm_eps": self.q_norm.eps}
         out, cache = attend(qkv, options, angles, cache)
-        return self.o_proj(out.reshape(batch, num_tokens, -1), residual=x, next_norm=next_norm, early=early, **linear), cache
+        return beside(self.o_proj, out.reshape(batch, num_tokens, -1), residual=x, next_norm=norms[1], early=early, **linear), cache
 
 
 class MLP(nnx.Module):
@@ -137,7 +135,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Rows, norm: RMSNorm, next_norm: RMSNorm | None, beside: Callable, early: bool, **linear: Any) -> Rows:
         x, rows, own_norm = norm.fork(x, **linear)
         hidden = beside(self.gate_up_proj, rows, norm=own_norm, gated=True, early=early, **linear)
-        return self.down_proj(hidden, residual=x, next_norm=next_norm, early=early, **linear)
+        return beside(self.down_proj, hidden, residual=x, next_norm=next_norm, early=early, **linear)
 
 
 class Layer(nnx.Module):
@@ -156,7 +154,8 @@ class Layer(nnx.Module):
             next_norm, ahead = following.input_layernorm, [linear_map.weight[...] for linear_map in maps]
             whole = all(isinstance(linear_map, Linear) and linear_map.tensor_parallel is None for linear_map in maps)
             early = whole and may_launch_early(x, ahead, **linear)
-        x, cache = self.self_attn(x, self.input_layernorm, self.post_attention_layernorm, angles, attend, cache, ahead, early, **linear)
+        norms = self.input_layernorm, self.post_attention_layernorm
+        x, cache = self.self_attn(x, norms, angles, attend, cache, ahead, early, beside, **linear)
         return self.mlp(x, self.post_attention_layernorm, next_norm, beside, early, **linear), cache
 
 

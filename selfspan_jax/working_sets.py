@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels import Copies, HostRows, Wanted, copy_rows, per_sequence, place_rows, rotate_and_attend
+from pallas_kernels import SHARES, Copies, HostRows, Wanted, copies_beside, copy_rows, per_sequence, place_rows, rotate_and_attend
 from selfspan_jax.attention.policies import AnySlots
 from selfspan_jax.decoding.cache import KVCache
 from selfspan_jax.model import Attend, Linear
 from selfspan_jax.spans import SpanState, SpanVocab
+
+_GATE_UP, _QKV = 2, 4  # of those that copy for a layer's attention: the attention before it, o, gate and up, down, its own QKV
 
 
 @jax.tree_util.register_dataclass
@@ -100,9 +102,9 @@ class WorkingSets(KVCache):
             copied=self.copied + found.counts,
         )
 
-    def copies(self, layer: tuple[Array, ...]) -> Copies:
-        """Say which rows that were noted a layer's pools on the device are to get."""
-        return Copies(layer[2:], layer[:2], self.sources, self.targets, self.num_copied)
+    def copies(self, layer: tuple[Array, ...], share: Int[Array, "2"] | None = None) -> Copies:
+        """Say which rows that were noted a layer's pools on the device are to get, or a share of them."""
+        return Copies(layer[2:], layer[:2], self.sources, self.targets, self.num_copied, share)
 
     def copy(self, layer: tuple[Array, ...]) -> tuple[Array, ...]:
         """Copy these rows."""
@@ -124,26 +126,70 @@ def always_read(span: SpanState, token_ids: Int[Array, "B T"], vocab: SpanVocab)
 
 
 class _Attend:
-    """The attention of one new token per sequence, traced layer by layer. Rows of a layer are copied while the layer before works."""
+    """The attention of one new token per sequence, traced layer by layer. Rows of a layer are copied while the layer before works.
+
+    Of what copies meanwhile, that layer's attention and the maps between the two, each has a share as large as its share of the bytes that
+    they read.
+    """
 
     def __init__(self, cache: WorkingSets, own: Array, slots: AnySlots, implementation):
         self.cache, self.own, self.slots, self.implementation = cache, own, slots, implementation
-        self.waiting = [cache.copy(cache.pools[0]), *cache.pools[1:]]  # layers that have not attended, and their pools
+        self.waiting = list(cache.pools)  # of layers that have not attended
+        self.cuts: list[Array] = []  # where the share of each begins, and where the last one's ends
+        self.next, self.begins = _QKV, 0  # whose turn it is, and with whose share begins what nobody has copied
+        self.last = _QKV  # that copies
 
     def __call__(self, qkv, options, angles, _):
-        k_pool, v_pool, *host = self.waiting.pop(0)
+        layer, ahead = self.waiting.pop(0), options.get("ahead", ())
+        if self.begins <= self.last:
+            layer = (*copy_rows(*self.cache.copies(layer, self._share(self.last))), *layer[2:])
+        if ahead and not self.cuts:
+            self._divide(qkv, layer[0], ahead)
+        k_pool, v_pool, *host = layer
         arrays = (qkv[:, 0], angles[0][:, 0], angles[1][:, 0], self.own, k_pool, v_pool, self.slots.slots, self.slots.counts)
         options = options | {"split": True, "sparse": self.slots.kept is not None, "host": HostRows(*host, self.cache.on_host)}
-        out, *pools = rotate_and_attend(*arrays, **options, implementation=self.implementation)
-        return out.reshape(len(self.own), 1, -1), (*pools, *host)
+        self.next = self.begins = 0
+        copies = self._copies(bool(self.cuts))
+        out, k_pool, v_pool, *copied = rotate_and_attend(*arrays, **options, copies=copies, implementation=self.implementation)
+        self._put(*copied)
+        return out.reshape(len(self.own), 1, -1), (k_pool, v_pool, *host)
 
     def beside(self, linear, x, **options):
-        """Apply the linear map that takes longest after a layer's attention, and meanwhile copy what the next layer reads."""
-        if not self.waiting:
+        """Apply a linear map, and meanwhile copy a share of what the next layer reads."""
+        able = isinstance(linear, Linear) and linear.tensor_parallel is None  # and not one with an adapter
+        norm, implementation = options.get("norm"), options["implementation"]
+        if able:
+            asked = {"norm": None if norm is None else norm.scale[...], "implementation": implementation}
+            able = copies_beside(x, linear.weight[...], gated=options.get("gated", False), **asked)
+        if (copies := self._copies(able)) is None:
             return linear(x, **options)
-        if not isinstance(linear, Linear):  # one with an adapter
-            self.waiting[0] = self.cache.copy(self.waiting[0])
-            return linear(x, **options)
-        out, pools = linear(x, copies=self.cache.copies(self.waiting[0]), **options)
-        self.waiting[0] = (*pools, *self.waiting[0][2:])
+        out, pools = linear(x, copies=copies, **options)
+        self._put(pools)
         return out
+
+    def _divide(self, qkv: Array, pool: Array, ahead: list[Array]) -> None:
+        """Choose shares, once for all layers; none where no map copies."""
+        rows = [jax.ShapeDtypeStruct((qkv.shape[0], weight.shape[1]), qkv.dtype) for weight in ahead]
+        able = [copies_beside(x, weight, gated=number == _GATE_UP) for number, (x, weight) in enumerate(zip(rows, ahead), 1)]
+        if not any(able):
+            return
+        self.last = max(number for number, copies in enumerate(able, 1) if copies)
+        attended = jnp.sum(self.slots.counts).astype(jnp.float32) * (2 * pool.shape[1] * pool.shape[2] * pool.dtype.itemsize)
+        sizes = [jnp.float32(copies * weight.size * weight.dtype.itemsize) for copies, weight in zip(able, ahead)]
+        ends = jnp.cumsum(jnp.stack([attended, *sizes]))
+        self.cuts = [jnp.int32(0), *(ends / ends[-1] * SHARES).astype(jnp.int32)[: self.last], jnp.int32(SHARES)]
+
+    def _copies(self, able: bool) -> Copies | None:
+        """Return the share of whose turn it is, with what nobody has copied before it; None where it does not copy."""
+        number, self.next = self.next, self.next + 1
+        if not (able and self.waiting and number <= self.last):
+            return None
+        share, self.begins = self._share(number), number + 1
+        return self.cache.copies(self.waiting[0], share)
+
+    def _share(self, number: int) -> Array | None:
+        return jnp.stack([self.cuts[self.begins], self.cuts[number + 1]]) if self.cuts else None
+
+    def _put(self, *pools) -> None:
+        for own in pools:
+            self.waiting[0] = (*own, *self.waiting[0][2:])

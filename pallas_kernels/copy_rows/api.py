@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import PLAIN, choose_implementation, device_reason, require
-from pallas_kernels.copy_rows.reference import xla_copy_rows
+from pallas_kernels.copy_rows.reference import everything, xla_copy_rows
 from pallas_kernels.copy_rows.triton import triton_copy_rows
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -21,6 +21,7 @@ class Copies(NamedTuple):
     sources: jax.Array
     targets: jax.Array
     counts: jax.Array
+    share: jax.Array | None = None
 
 
 def copy_rows(
@@ -29,6 +30,7 @@ def copy_rows(
     sources: jax.Array,
     targets: jax.Array,
     counts: jax.Array,
+    share: jax.Array | None = None,
     *,
     implementation: str | None = None,
     interpret: bool = False,
@@ -40,6 +42,8 @@ def copy_rows(
       pools: `[P, K, H]` each, in the same dtypes; "triton" writes them in place.
       sources, targets: int32 `[B, F]`. No target is named twice.
       counts: int32 `[B]`: the first `counts[b]` of each row are copied; what stands beyond is arbitrary. Rows outside a pool are left out.
+      share: int32 `[2]`, from where to where of all these copies, in parts of SHARES; by default all. Calls whose shares join copy
+        all: "triton" in each its own, "xla" in the last one all of them.
       implementation, interpret: as `pallas_kernels` says. "xla" moves the whole host pools to the device first.
 
     Returns: the pools afterwards.
@@ -50,13 +54,15 @@ def copy_rows(
         require(fits and host.dtype == pool.dtype, "expected pools [P, K, H] and host pools [P', K, H] of one dtype", host, pool)
     fits = sources.ndim == 2 and sources.shape == targets.shape and counts.shape == sources.shape[:1]
     fits &= sources.dtype == targets.dtype == counts.dtype == jnp.int32
+    share = everything() if share is None else share
+    require(share.shape == (2,) and share.dtype == jnp.int32, "expected a share int32 [2]", share)
     require(fits, "expected sources and targets int32 [B, F] and counts int32 [B]", sources, targets, counts)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, pools[0], interpret=interpret))
     if not sources.size:
         return pools
     if chosen == "xla":
-        return xla_copy_rows(host_pools, pools, sources, targets, counts)
-    return triton_copy_rows(host_pools, pools, sources, targets, counts, interpret=interpret)
+        return xla_copy_rows(host_pools, pools, sources, targets, counts, share)
+    return triton_copy_rows(host_pools, pools, sources, targets, counts, share, interpret=interpret)
 
 
 def unsupported_reason(implementation: str, pool: jax.Array, *, interpret: bool = False) -> str | None:

@@ -8,7 +8,7 @@ wanted, and nothing where none is.
 
 How: a program takes tiles in turns, of all sequences one after the other. A tile is some rows of some heads; all pools' loads are
 issued before the first store, so that many are on their way at once: the link's latency is that of microseconds. The programs stand
-alone, or beside those of a matrix product (`fused_linear`), which wait for another memory.
+alone, or beside those of a matrix product (`fused_linear`) or of attention (`rotate_and_attend`), which wait for another memory.
 """
 
 import jax
@@ -16,17 +16,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-TILE_BYTES = 1 << 14  # of each pool, that a program has on its way at once
+from pallas_kernels.copy_rows.reference import SHARES, everything
+
+TILE_BYTES = 1 << 13  # of each pool, that a program has on its way at once; the same in all kernels that copy shares of the same rows
 NUM_WARPS = 4
 MAX_PROGRAMS = 512
+BESIDE_PROGRAMS = 32  # of another kernel, that copy a share meanwhile
 
 
-def triton_copy_rows(host_pools, pools, sources, targets, counts, *, interpret: bool = False):
+def triton_copy_rows(host_pools, pools, sources, targets, counts, share, *, interpret: bool = False):
     """Run the kernel; arguments as in `copy_rows`, already checked."""
-    operands = flat_operands(host_pools, pools, sources, targets, counts, interpret)
+    operands = flat_operands(host_pools, pools, sources, targets, counts, share, interpret)
     number = len(pools)
     outs = pl.pallas_call(
-        lambda *refs: copy_share(refs[: 2 * number + 3], refs[2 * number + 3 :], pl.program_id(0), pl.num_programs(0), TILE_BYTES),
+        lambda *refs: copy_share(refs[: 2 * number + 4], refs[2 * number + 4 :], pl.program_id(0), pl.num_programs(0)),
         grid=(min(MAX_PROGRAMS, sources.size),),
         out_shape=tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in operands[number : 2 * number]),
         input_output_aliases={number + i: i for i in range(number)},
@@ -37,34 +40,37 @@ def triton_copy_rows(host_pools, pools, sources, targets, counts, *, interpret: 
     return tuple(out.reshape(pool.shape) for out, pool in zip(outs, pools, strict=True))
 
 
-def flat_operands(host_pools, pools, sources, targets, counts, interpret: bool) -> tuple[jax.Array, ...]:
+def flat_operands(host_pools, pools, sources, targets, counts, share, interpret: bool) -> tuple[jax.Array, ...]:
     """Return what `copy_share` takes the refs of: pools whose rows are flat, host pools first, then the lists."""
     if interpret:  # which knows no memory but the device's
         host_pools = jax.device_put(host_pools, jax.memory.Space.Device)
     # The heads that a tile has are the largest power of two that divides them: its sizes are powers of two.
     _, num_heads, head_size = pools[0].shape
     width = (num_heads & -num_heads) * head_size
-    return *(pool.reshape(pool.shape[0], -1, width) for pool in (*host_pools, *pools)), sources, targets, counts
+    flat = (pool.reshape(pool.shape[0], -1, width) for pool in (*host_pools, *pools))
+    return *flat, sources, targets, counts, everything() if share is None else share
 
 
-def copy_share(refs, out_refs, program, num_programs, tile_bytes: int):
-    """Copy the share of one of the programs.
+def copy_share(refs, out_refs, program, num_programs):
+    """Copy what is one program's of a share.
 
-    `refs`: host pools [P', S, C], pools [P, S, C], sources, targets int32 [B, F], counts int32 [B]; `out_refs`: the pools as outputs.
+    `refs`: host pools [P', S, C], pools [P, S, C], sources, targets int32 [B, F], counts int32 [B], share int32 [2]; `out_refs`: the pools
+    as outputs.
     """
     number = len(out_refs)
-    host_refs, (sources_ref, targets_ref, counts_ref) = refs[:number], refs[2 * number :]
+    host_refs, (sources_ref, targets_ref, counts_ref, share_ref) = refs[:number], refs[2 * number :]
     batch, capacity = sources_ref.shape
     num_rows, parts, width = out_refs[0].shape
-    tile_rows = max(1, min(tile_bytes // (width * out_refs[0].dtype.itemsize), pl.next_power_of_2(capacity)))
+    tile_rows = max(1, min(TILE_BYTES // (width * out_refs[0].dtype.itemsize), pl.next_power_of_2(capacity)))
     columns = jnp.arange(width, dtype=jnp.int32)[None, :]
     sequence = jnp.arange(pl.next_power_of_2(batch), dtype=jnp.int32)
     counts = jnp.clip(counts_ref[jnp.minimum(sequence, batch - 1)], 0, capacity)
     tiles = jnp.where(sequence < batch, pl.cdiv(counts, tile_rows) * parts, 0)
-    ends = jnp.cumsum(tiles)
+    ends, total = jnp.cumsum(tiles), jnp.sum(tiles)
+    first, last = (total * share_ref[i] // SHARES for i in range(2))
 
     def copy_tile(turn, _):
-        tile = turn * num_programs + program
+        tile = first + turn * num_programs + program
         b = jnp.minimum(jnp.sum((ends <= tile).astype(jnp.int32)), batch - 1)
         index = tile - jnp.max(jnp.where(ends <= tile, ends, 0))
         part = jax.lax.rem(index, parts)
@@ -78,4 +84,4 @@ def copy_share(refs, out_refs, program, num_programs, tile_bytes: int):
         for ref, rows in zip(out_refs, loaded, strict=True):
             plt.store(ref.at[target[:, None], part, columns], rows, mask=mask)
 
-    jax.lax.fori_loop(0, jnp.maximum(pl.cdiv(jnp.sum(tiles) - program, num_programs), 0), copy_tile, None)
+    jax.lax.fori_loop(0, jnp.maximum(pl.cdiv(last - first - program, num_programs), 0), copy_tile, None)

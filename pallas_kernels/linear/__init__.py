@@ -1,6 +1,15 @@
 """Skinny GEMMs: few rows times a large matrix, fused with what stands before and after them in a Llama layer."""
 
-from pallas_kernels.linear.api import expected_bytes, fused_linear, may_launch_early, unsupported_reason
+from pallas_kernels.linear.api import copies_beside, expected_bytes, fused_linear, may_launch_early, unsupported_reason
 from pallas_kernels.linear.reference import ScaledRows, SplitRows, rms_norm
 
-__all__ = ["ScaledRows", "SplitRows", "expected_bytes", "fused_linear", "may_launch_early", "rms_norm", "unsupported_reason"]
+__all__ = [
+    "ScaledRows",
+    "SplitRows",
+    "copies_beside",
+    "expected_bytes",
+    "fused_linear",
+    "may_launch_early",
+    "rms_norm",
+    "unsupported_reason",
+]

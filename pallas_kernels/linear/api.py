@@ -68,14 +68,13 @@ def fused_linear(
     plain: Any = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x  # SplitRows: a shape alone
     residual = None if residual is None else plain_rows(residual)
     _validate(plain, weight, norm, bias, residual, next_norm, gated, out_dtype)
-    num_outputs, num_inputs = weight.shape
-    batch, scaled = _num_rows(plain), isinstance(x, ScaledRows) and norm is not None
-    fastest = is_fastest(batch, num_outputs, num_inputs, values_of(weight).dtype.itemsize, gated, scaled)
-    chosen = choose_implementation(
-        implementation,
-        ("triton", "xla") if fastest else ("xla",),
-        lambda name: unsupported_reason(name, plain, weight, norm=norm, gated=gated, interpret=interpret),
-    )
+    num_inputs = weight.shape[1]
+    scaled = isinstance(x, ScaledRows) and norm is not None
+    chosen = _choose(x, weight, norm, gated, implementation, interpret)
+    if copies is not None and not _copies_beside(chosen, plain, weight, norm, gated):
+        options: dict[str, Any] = {"bias": bias, "residual": residual, "gated": gated, "next_norm": next_norm, "out_dtype": out_dtype}
+        options |= {"norm": norm, "norm_eps": norm_eps, "implementation": implementation, "interpret": interpret}
+        return fused_linear(x, weight, **options), copy_rows(*copies, interpret=interpret)
     out_dtype = plain.dtype if out_dtype is None else jnp.dtype(out_dtype)
     num_results = _num_results(weight, gated)
     out_shape = (*plain.shape[:-1], num_results)
@@ -83,10 +82,6 @@ def fused_linear(
         return jnp.zeros(out_shape, out_dtype)
     residual = None if residual is None else residual.reshape(-1, num_results)
     norm_eps = float(norm_eps)
-    if copies is not None and (chosen != "triton" or isinstance(_settings(batch, weight, plain.dtype, norm, gated), TileConfig)):
-        options: dict[str, Any] = {"bias": bias, "residual": residual, "gated": gated, "next_norm": next_norm, "out_dtype": out_dtype}
-        options |= {"norm": norm, "norm_eps": norm_eps, "implementation": implementation, "interpret": interpret}
-        return fused_linear(x, weight, **options), copy_rows(*copies, interpret=interpret)
     if chosen in PLAIN:
         compute, rows = reference_linear if chosen == "reference" else xla_linear, plain_rows(x).reshape(-1, num_inputs)
         return compute(rows, weight, norm, bias, residual, norm_eps=norm_eps, gated=gated, out_dtype=out_dtype).reshape(out_shape)
@@ -94,7 +89,7 @@ def fused_linear(
     given = given.reshape(-1, num_inputs)
     if isinstance(x, ScaledRows) and scaled:
         given = ScaledRows(given, x.scaled.reshape(-1, num_inputs), x.squares)
-    scales = out_dtype == plain.dtype != jnp.float16 and batch > MAX_NORM_ROWS  # float16 times a scale may overflow
+    scales = out_dtype == plain.dtype != jnp.float16 and _num_rows(plain) > MAX_NORM_ROWS  # float16 times a scale may overflow
     arrays = given, weight, norm, bias, residual, next_norm if scales else None, copies
     early &= chosen == "triton" and not interpret
     out, pools = _kernel(chosen, norm_eps, gated, out_dtype, interpret, early, *arrays)
@@ -119,6 +114,14 @@ def unsupported_reason(
     if values.dtype not in (x.dtype, jnp.int8):
         return f"{values.dtype} weights for {x.dtype} rows would be read at twice the bytes: cast them once"
     return int8_reason(values)
+
+
+def copies_beside(
+    x: Any, weight: Rows, *, norm: jax.Array | None = None, gated: bool = False, implementation: str | None = None, interpret: bool = False
+) -> bool:
+    """Tell whether `fused_linear` copies while it multiplies, and not before or after; arguments as there."""
+    chosen = _choose(x, weight, norm, gated, implementation, interpret)
+    return _copies_beside(chosen, x.rows if isinstance(x, (ScaledRows, SplitRows)) else x, weight, norm, gated)
 
 
 def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], implementation: str | None = None) -> bool:
@@ -154,6 +157,20 @@ def expected_bytes(
     num_results = _num_rows(x) * _num_results(weight, gated)
     read = [x, *jax.tree.leaves((weight, norm, bias, residual))]
     return sum(a.size * a.dtype.itemsize for a in read) + num_results * jnp.dtype(out_dtype or x.dtype).itemsize
+
+
+def _choose(x: Any, weight: Rows, norm: jax.Array | None, gated: bool, implementation: str | None, interpret: bool) -> str:
+    plain, scaled = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x, isinstance(x, ScaledRows) and norm is not None
+    fastest = is_fastest(_num_rows(plain), *weight.shape, values_of(weight).dtype.itemsize, gated, scaled)
+    return choose_implementation(
+        implementation,
+        ("triton", "xla") if fastest else ("xla",),
+        lambda name: unsupported_reason(name, plain, weight, norm=norm, gated=gated, interpret=interpret),
+    )
+
+
+def _copies_beside(chosen: str, x: jax.Array, weight: Rows, norm: jax.Array | None, gated: bool) -> bool:
+    return chosen == "triton" and not isinstance(_settings(_num_rows(x), weight, x.dtype, norm, gated), TileConfig)
 
 
 def _num_rows(x: jax.Array) -> int:

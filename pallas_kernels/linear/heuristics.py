@@ -27,8 +27,6 @@ MAX_FEW_ROWS = 8  # the matrix unit's short side
 MAX_EARLY_ROWS = 16
 MAX_GATED_ROWS = 128  # where rows are to be normalised: at 64 rows as fast as XLA or faster, at 256 slower
 
-COPY_PROGRAMS, COPY_TILE_BYTES = 32, 1 << 13  # that copy rows from host memory beside a product; the bytes that each has on its way at once
-
 MIN_MOSAIC_ROWS = 16_384  # fewer were not measured
 # At 512, 576 and 768 inputs the kernel was faster than XLA with a gate, up to 3,072 with a residual; at 4,096 and more slower or no faster.
 MAX_MOSAIC_INPUTS = 768

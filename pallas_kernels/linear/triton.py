@@ -34,8 +34,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import dot
 from pallas_kernels.copy_rows import Copies
-from pallas_kernels.copy_rows.triton import copy_share, flat_operands
-from pallas_kernels.linear.heuristics import COPY_PROGRAMS, COPY_TILE_BYTES, LinearConfig
+from pallas_kernels.copy_rows.triton import BESIDE_PROGRAMS, copy_share, flat_operands
+from pallas_kernels.linear.heuristics import LinearConfig
 from pallas_kernels.linear.reference import ScaledRows, SplitRows
 from pallas_kernels.quantized import Quantized, Rows, values_of
 
@@ -80,7 +80,7 @@ def triton_linear(
     programs = pl.cdiv(tiles, pl.cdiv(tiles, config.programs))  # the fewest that take no longer than `config.programs`
     outs = pl.pallas_call(
         kernel,
-        grid=(programs + (COPY_PROGRAMS if pools else 0),),
+        grid=(programs + (BESIDE_PROGRAMS if pools else 0),),
         out_shape=(*results.values(), *copied),
         input_output_aliases={first + i: len(results) + i for i in range(len(pools))},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
@@ -156,16 +156,16 @@ def _kernel(*refs, names: tuple[str, ...], num_copied: int, **options):  # `copy
     if not num_copied:
         return _multiply(program, num_programs, *refs, names=names, **options)
     first = 2 + sum(name not in RESULTS for name in names)  # ref of the copies
-    lists, outs = refs[first : first + 2 * num_copied + 3], refs[first + 2 * num_copied + 3 :]
+    lists, outs = refs[first : first + 2 * num_copied + 4], refs[first + 2 * num_copied + 4 :]
 
-    @pl.when(program < COPY_PROGRAMS)
+    @pl.when(program < BESIDE_PROGRAMS)
     def copy():
-        copy_share(lists, outs[-num_copied:], program, COPY_PROGRAMS, COPY_TILE_BYTES)
+        copy_share(lists, outs[-num_copied:], program, BESIDE_PROGRAMS)
 
-    @pl.when(program >= COPY_PROGRAMS)
+    @pl.when(program >= BESIDE_PROGRAMS)
     def multiply():
         given = *refs[:first], *outs[:-num_copied]
-        _multiply(program - COPY_PROGRAMS, num_programs - COPY_PROGRAMS, *given, names=names, **options)
+        _multiply(program - BESIDE_PROGRAMS, num_programs - BESIDE_PROGRAMS, *given, names=names, **options)
 
 
 def _multiply(

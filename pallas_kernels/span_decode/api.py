@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, PLAIN, choose_implementation, device_reason, head_size_reason, require
+from pallas_kernels.copy_rows import Copies, copy_rows
 from pallas_kernels.jax_triton import launch
 from pallas_kernels.linear.reference import SplitRows
 from pallas_kernels.quantized import Quantized, Rows, check_quantized, int8_reason, values_of
@@ -98,10 +99,11 @@ def rotate_and_attend(
     sparse: bool = False,
     ahead: Sequence[jax.Array] = (),
     host: HostRows | None = None,
+    copies: Copies | None = None,
     early: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
-) -> tuple[Any, jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """Compute a decode step's attention: rotate the heads of one new token per sequence, write its key and value, attend to its slots.
 
     `rotate_and_write` and `span_decode_attention`, as one kernel with "triton" and "jax_triton", one after the other with the others.
@@ -118,11 +120,13 @@ def rotate_and_attend(
       ahead: arrays that are read next; where that gains, multiprocessors that have nothing else to do fetch them into the L2 cache.
       host: where slots below 0 are rows in host memory, which are read over the link as they are met; "mosaic" and "jax_triton" have no way
         to, and "reference" and "xla" move the whole host pools to the device first.
+      copies: what `copy_rows` is to copy, no pool of which has to do with this attention; "triton" copies meanwhile.
       early: what reads the output may be launched while this is computed, see `may_launch_early`; not where it is `partial`.
       implementation, interpret: as `pallas_kernels` says, of `span_decode_attention`.
 
     Returns:
-      The attention's output `[B, K * G, H]` (of `SplitRows` the parts `[S, B, K * G * H]`), k_pool, v_pool.
+      The attention's output `[B, K * G, H]` (of `SplitRows` the parts `[S, B, K * G * H]`), k_pool, v_pool; with `copies` also the
+      pools that were copied to.
     """
     batch, num_kv_heads, fused, head_size = qkv.shape
     q: Any = jax.ShapeDtypeStruct((batch, num_kv_heads * (fused - 2), head_size), qkv.dtype)
@@ -146,7 +150,7 @@ def rotate_and_attend(
         fits = sum(sizes) <= MAX_AHEAD_BYTES
         whole = [fits and jnp.issubdtype(x.dtype, jnp.floating) and size % triton.SECTOR_BYTES == 0 for x, size in zip(ahead, sizes)]
         fetched = tuple(x for x, is_whole in zip(ahead, whole) if is_whole)
-        arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched, host)
+        arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched, host, copies)
         early &= chosen == "triton" and not interpret and not partial
         return _rotate_and_attend(chosen, float(norm_eps), split, partial, sparse, interpret, early, *arrays)
     qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
@@ -156,11 +160,12 @@ def rotate_and_attend(
         slots = jnp.where(slots < 0, k_pool.shape[0] - 1 - slots, slots)
         k_host, v_host = jax.device_put(host[:2], jax.memory.Space.Device)
         pools = jnp.concatenate([k_pool, k_host]), jnp.concatenate([v_pool, v_host])
+    copied = () if copies is None else (copy_rows(*copies, interpret=interpret),)
     if partial:
         attention = reference_attention if chosen == "reference" else xla_attention
         out, lse = attention(q, *pools, slots, counts, scale=1.0 / math.sqrt(head_size))
-        return SplitRows(out.reshape(1, batch, -1), lse[None]), k_pool, v_pool
-    return span_decode_attention(q, *pools, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool
+        return SplitRows(out.reshape(1, batch, -1), lse[None]), k_pool, v_pool, *copied
+    return span_decode_attention(q, *pools, slots, counts, implementation=chosen, interpret=interpret), k_pool, v_pool, *copied
 
 
 def unsupported_reason(implementation: str, q: jax.Array, k_pool: Rows, *, interpret: bool = False) -> str | None:
@@ -234,6 +239,7 @@ def _rotate_and_attend(
     norms,
     ahead,
     host,
+    copies,
 ):
     (batch, num_kv_heads, fused, head_size), capacity = qkv.shape, slots.shape[1]
     config = parts_config(batch, num_kv_heads * (fused - 2), num_kv_heads, head_size, capacity) if split else None
@@ -241,7 +247,7 @@ def _rotate_and_attend(
     options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config}
     options |= {"partial": partial, "interpret": interpret, "early": early}
     attend = functools.partial(triton.triton_rotate_and_attend, **options)
-    return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host)
+    return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host, copies)
 
 
 _attend = jax.jit(_dispatch, static_argnums=(0, 1, 2))  # so that a model's layers trace it once

@@ -39,11 +39,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import LOG2_E, MULTIPROCESSORS, dot, launch_next
+from pallas_kernels.copy_rows.triton import BESIDE_PROGRAMS, copy_share, flat_operands
 from pallas_kernels.linear.reference import SplitRows
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
 
 SECTOR_BYTES = 32  # that the L2 cache fetches at once
+COPIES = ("copy_k_host", "copy_v_host", "copy_k", "copy_v", "copy_sources", "copy_targets", "copy_counts", "copy_share")
 
 
 def triton_attention(q, k_pool, v_pool, slots, counts, *, scale: float, config: TritonConfig, interpret: bool = False) -> jax.Array:
@@ -69,6 +71,7 @@ def triton_rotate_and_attend(
     norms,
     ahead=(),
     host=None,
+    copies=None,
     *,
     norm_eps: float,
     scale: float,
@@ -91,8 +94,13 @@ def triton_rotate_and_attend(
     if config.ahead:
         sectors = [array.reshape(-1, SECTOR_BYTES // array.dtype.itemsize) for array in ahead]
         arrays |= {f"ahead_{i}": array for i, array in enumerate(sectors)}
-    out, k_after, v_after = _attend(out, arrays, tuple(pools), scale, norm_eps, config, interpret, early, partial)
-    return out, k_after.reshape(k_pool.shape), v_after.reshape(v_pool.shape)
+    written = tuple(pools)
+    if copies is not None:
+        arrays |= dict(zip(COPIES, flat_operands(*copies, interpret), strict=True))
+        written += COPIES[2:4]
+    out, k_after, v_after, *copied = _attend(out, arrays, written, scale, norm_eps, config, interpret, early, partial)
+    pools_after = k_after.reshape(k_pool.shape), v_after.reshape(v_pool.shape)
+    return out, *pools_after, *(() if copies is None else (tuple(x.reshape(pool.shape) for x, pool in zip(copied, copies.pools)),))
 
 
 def _attend(
@@ -121,10 +129,11 @@ def _attend(
         results |= {"lse": jax.ShapeDtypeStruct((1, *q.shape[:2]), jnp.float32)} if partial else {}
     num_partial = len(results) - 1
     results |= {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in written}
-    names = (*arrays, *results)
+    names, heads = (*arrays, *results), num_kv_heads // config.kv_heads
+    others = (config.ahead if "ahead_0" in arrays else 0) + (pl.cdiv(BESIDE_PROGRAMS, heads) if COPIES[0] in arrays else 0)
     outs = pl.pallas_call(
         functools.partial(_attend_kernel, names=names, scale=scale, norm_eps=norm_eps, config=config, early=early, interpret=interpret),
-        grid=(num_kv_heads // config.kv_heads, num_splits + (config.ahead if "ahead_0" in arrays else 0)),
+        grid=(heads, num_splits + others),
         out_shape=tuple(results.values()),
         input_output_aliases={names.index(name): list(results).index(name) for name in written},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
@@ -222,7 +231,7 @@ def _attend_kernel(
     *refs,  # of the arrays that `names` says:
     # q [B, N, H], or qkv [B, K, G + 2, 2, H / 2] with cos, sin float32 [B, H / 2], own int32 [B] and maybe q_norm, k_norm [2, H / 2];
     # k_pool, v_pool [P, K H], slots int32 [B, A], counts int32 [B] and, for int8 pools, k_scales, v_scales [P, K];
-    # for rows in host memory k_host, v_host [P', K H] and host_counts int32 [B];
+    # for rows in host memory k_host, v_host [P', K H] and host_counts int32 [B]; for copies those of `COPIES`;
     # then the outputs: out [B, N, H]; where sequences are divided split_out [splits, N, H], split_max, split_sum [splits, N]; the pools.
     # Or, in place of out, parts [S, B, N, H] and lse float32 [S, B, N]. Beside out lse is [1, B, N], where it is wanted.
     names: tuple[str, ...],
@@ -232,7 +241,7 @@ def _attend_kernel(
     early: bool,
     interpret: bool,
 ):
-    ref_of = dict(zip(names, refs, strict=True))  # a pool that is written to is the output
+    given, ref_of = dict(zip(names[::-1], refs[::-1], strict=True)), dict(zip(names, refs, strict=True))  # what is written to: the output
     k_ref, slots_ref, counts_ref = (ref_of[name] for name in ("k_pool", "slots", "counts"))
     out_ref = ref_of["lse" if config.parts else "out"]
     batch, num_heads, head_size = ref_of["parts" if config.parts else "out"].shape[-3:]
@@ -240,6 +249,15 @@ def _attend_kernel(
     group, capacity = num_heads // (width // head_size), slots_ref.shape[1]
     divided, has_host = "split_out" in ref_of, "k_host" in ref_of
     head_program, split = launch_next(pl.program_id(0)) if early else pl.program_id(0), pl.program_id(1)
+    if COPIES[0] in ref_of:  # before all others, so that they begin first
+        first = pl.cdiv(BESIDE_PROGRAMS, num_heads // group // config.kv_heads)
+
+        @pl.when(split < first)
+        def copy():
+            own = split * pl.num_programs(0) + head_program
+            copy_share([given[name] for name in COPIES], [ref_of[name] for name in COPIES[2:4]], own, first * pl.num_programs(0))
+
+        split -= first
 
     # The heads fill up the matrix unit's rows with copies of the last one. They compute and store what
     # that head does, which saves masks where their number is no power of two.
@@ -263,7 +281,7 @@ def _attend_kernel(
         b = jnp.sum((ends <= split).astype(jnp.int32))
 
     if "ahead_0" in ref_of:
-        num_splits = pl.num_programs(1) - config.ahead
+        num_splits = pl.num_programs(1) - config.ahead - (first if COPIES[0] in ref_of else 0)
 
         @pl.when(split >= num_splits)
         def fetch():
@@ -280,7 +298,7 @@ def _attend_kernel(
             def keep():
                 out_ref[0, 0, 0] = total.astype(out_ref.dtype)
 
-    @pl.when(b < batch)
+    @pl.when((split >= 0) & (b < batch) if COPIES[0] in ref_of else b < batch)
     def attend():
         count = jnp.clip(counts_ref[b], 0, capacity)
         start, stop, stride = jnp.int32(0), count, config.tile_rows

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Copies, copy_rows, fused_linear
+from pallas_kernels import SHARES, Copies, HostRows, copy_rows, fused_linear, rotate_and_attend
 from pallas_kernels.copy_rows.triton import triton_copy_rows
 from pallas_kernels.linear import triton
 from pallas_kernels.linear.heuristics import LinearConfig, linear_config
+from pallas_kernels.span_decode import triton as span_decode
+from pallas_kernels.span_decode.heuristics import triton_config
 from tests.pallas_kernels.budget import INTERPRET
 from tests.pallas_kernels.lowering import cuda_lowering
 
@@ -45,11 +47,21 @@ def test_rows_are_copied(num_heads, head_size, implementation, interpret):
     assert {pool.sharding.memory_kind for pool in found} == {"device"}
 
 
+@pytest.mark.parametrize("implementation, interpret", RUNS)
+def test_shares_that_join_are_all_copies(implementation, interpret):
+    host, pools, expected = make_pools(3, 64)
+    copy = jax.jit(functools.partial(copy_rows, implementation=implementation, interpret=interpret))
+    for begin, end in ((0, 1), (1, 500), (500, 500), (500, 900), (900, SHARES)):
+        assert not all(map(np.array_equal, pools, expected))
+        pools = copy(host, pools, SOURCES, TARGETS, COUNTS, np.array([begin, end], np.int32))
+    assert all(map(np.array_equal, pools, expected))
+
+
 @pytest.mark.parametrize("gated", [True, False], ids=["gated, scaled rows", "plain"])
 @pytest.mark.parametrize("interpret", INTERPRET)
 def test_rows_are_copied_beside_a_product(interpret, gated, monkeypatch):
     """The product is what it is without copies, to the bit, and the rows are there."""
-    monkeypatch.setattr(triton, "COPY_PROGRAMS", 3)
+    monkeypatch.setattr(triton, "BESIDE_PROGRAMS", 3)
     rng = np.random.default_rng(1)
     x, weight, norm = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((5, 64), (96, 64), (48,)))
     options = {"norm_eps": 1e-5, "gated": gated, "out_dtype": x.dtype, "interpret": interpret, "config": LinearConfig(8, 1, 32, 1, 2, 4)}
@@ -59,6 +71,26 @@ def test_rows_are_copied_beside_a_product(interpret, gated, monkeypatch):
     out, found = linear(*arrays, Copies(host, pools, *map(jnp.asarray, (SOURCES, TARGETS, COUNTS))))
     assert all(map(np.array_equal, found, expected))
     jax.tree.map(np.testing.assert_array_equal, out, linear(*arrays))
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+def test_rows_are_copied_beside_attention(interpret, monkeypatch):
+    """Attention and its pools are what they are without copies, to the bit, and a share of the rows is there, then the rest."""
+    monkeypatch.setattr(span_decode, "BESIDE_PROGRAMS", 3)
+    rng, batch, num_kv_heads = np.random.default_rng(2), 1, 2
+    qkv, cos, sin, *own_pools = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((batch, num_kv_heads, 4, 32), (batch, 16), (batch, 16), *[(64, num_kv_heads, 32)] * 2)
+    )
+    slots, counts = jnp.asarray(rng.permutation(60)[None, :40].repeat(batch, axis=0), jnp.int32), jnp.full(batch, 40, jnp.int32)
+    arrays = qkv, cos, sin, jnp.arange(60, 60 + batch, dtype=jnp.int32), *own_pools, slots, counts
+    attend = functools.partial(rotate_and_attend, implementation="triton", interpret=interpret)
+    (host, pools, expected), alone = make_pools(3, 64), list(attend(*arrays))
+    for begin, end in ((0, 600), (600, SHARES)):
+        lists = map(jnp.asarray, (SOURCES, TARGETS, COUNTS, np.array([begin, end], np.int32)))
+        *found, pools = attend(*arrays, copies=Copies(host, pools, *lists))
+        jax.tree.map(np.testing.assert_array_equal, found, alone)
+    assert all(map(np.array_equal, pools, expected))
 
 
 def test_copies_beside_any_product():
@@ -78,8 +110,13 @@ def test_what_does_not_fit_together_is_refused():
 
 def test_the_kernel_lowers_for_cuda():
     host, pools = ([jnp.zeros((rows, 8, 128), jnp.bfloat16)] * 2 for rows in (50, 30))
-    assert "copy_rows" in cuda_lowering(triton_copy_rows, host, pools, SOURCES, TARGETS, COUNTS)
+    assert "copy_rows" in cuda_lowering(triton_copy_rows, host, pools, SOURCES, TARGETS, COUNTS, None)
     copies = Copies(tuple(host), tuple(pools), *map(jnp.asarray, (SOURCES, TARGETS, COUNTS)))
     x, weight = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((32, 4096), (28672, 4096)))
     options = {"norm_eps": 1e-5, "gated": True, "out_dtype": x.dtype, "config": linear_config(32, 14336, 4096, 2, True)}
     assert "fused_linear" in cuda_lowering(functools.partial(triton.triton_linear, **options), x, weight, *[None] * 4, copies)
+    qkv, angles = jax.ShapeDtypeStruct((8, 8, 6, 128), jnp.bfloat16), jax.ShapeDtypeStruct((8, 64), jnp.float32)
+    lists, config = [jax.ShapeDtypeStruct(size, jnp.int32) for size in ((8,), (8, 64), (8,))], triton_config(8, 8, 128, 2, 64, True)
+    attend = functools.partial(span_decode.triton_rotate_and_attend, norm_eps=1e-5, scale=0.1, config=config)
+    arrays = qkv, angles, angles, lists[0], *pools, *lists[1:], None, (), HostRows(*host, jnp.zeros(8, jnp.int32)), copies
+    assert "span_decode_attend" in cuda_lowering(attend, *arrays)

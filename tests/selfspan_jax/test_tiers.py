@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.arithmetic import ArithmeticTask
-from selfspan_jax import lm, tiers
+from selfspan_jax import lm, tiers, working_sets
 from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
@@ -121,6 +121,7 @@ def test_drawn_tokens_are_those_of_rows_on_the_device(attention, monkeypatch):
     """Samples share a prompt's rows in host memory; new rows go there, more than was taken for them; a stream gives the same tokens."""
     monkeypatch.setattr(tiers, "NEW_TOKENS", 5)
     if attention == "span":
+        monkeypatch.setattr(working_sets, "copies_beside", lambda *_, **__: True)  # every map and attention copies its share
         monkeypatch.setattr(tiers, "bucket", lambda num_tokens: 9)  # so long are responses taken to be: more memory is taken at 9 tokens
     model = random_model(max_context_tokens=1024, header_view="labels")
     model = model if attention == "span" else lora.adapt(model, LoraConfig(rank=2))  # whose maps copy nothing beside their product
