@@ -39,7 +39,7 @@ from selfspan_jax.spans import SpanVocab
 System = Literal["spans", "dense", "window", "delta", "linear"]
 PIECE, STEP, SEGMENT = 16, 5, 128  # tokens
 PIECES = SEGMENT // PIECE
-KEYS = VALUES = 128
+KEYS = VALUES = 64
 NOISE = 64
 _KEY, _VALUE, _NOISE = 4, 4 + KEYS, 4 + KEYS + VALUES
 _SEG = _NOISE + NOISE
@@ -53,12 +53,12 @@ class Corpus:
     """How much an example holds."""
 
     pairs: int = 32
-    """Pairs of an example, where it has so many pieces; at most one a piece."""
+    """Pairs of an example, where it has so many pieces; at most one a piece. Those of training have any power of two up to that."""
     queries: int = 16
-    """Keys that are asked for."""
+    """Questions. Where there are fewer pairs, they are asked for again, in another order; what is scored is the first time."""
 
     def __post_init__(self):
-        check_range(self, "pairs", low=1, high=KEYS)
+        check_range(self, "pairs", low=2, high=KEYS)
         check_range(self, "queries", low=1)
 
     def make(self, rng: np.random.Generator, number: int, segments: int, *, spans: bool, scales: tuple[int, ...] = (0,)) -> dict[str, Any]:
@@ -68,22 +68,18 @@ class Corpus:
         """
         pieces = segments * PIECES
         pairs = min(self.pairs, pieces)
-        queries = min(self.queries, pairs)
+        queries, fresh = self.queries, min(self.queries, pairs)
         each = np.arange(number)[:, None]
 
         def some(count, of):  # different ones, for each example
-            return (
-                np.argpartition(rng.random((number, of)), count - 1, axis=1)[:, :count]
-                if count < of
-                else rng.permuted(np.tile(np.arange(of), (number, 1)), axis=1)
-            )
+            return np.argsort(rng.random((number, of)), axis=1)[:, :count]
 
         keys, piece = some(pairs, KEYS), some(pairs, pieces)
         values = rng.integers(VALUES, size=(number, pairs))
         offset = rng.integers(1, PIECE - 2, size=(number, pairs))
         context = rng.integers(_NOISE, _NOISE + NOISE, size=(number, pieces, PIECE))
         context[each, piece, offset], context[each, piece, offset + 1] = _KEY + keys, _VALUE + values
-        asked = some(queries, pairs)
+        asked = np.concatenate([some(pairs, pairs) for _ in range(-(-queries // pairs))], axis=1)[:, :queries]
         steps = rng.integers(_NOISE, _NOISE + NOISE, size=(number, queries, STEP))
         first = rng.integers(1, LABELS - pieces - queries, size=(number, 1))
         key, value = (_KEY + np.take_along_axis(keys, asked, 1), _VALUE + np.take_along_axis(values, asked, 1))
@@ -109,8 +105,8 @@ class Corpus:
             "token_ids": ids,
             "positions": (np.arange(ids.shape[1]) + np.cumsum(jumps, axis=1)).astype(np.int32),
             "target_mask": np.broadcast_to(targets, ids.shape),
-            "places": places,
-            "distance": distance,
+            "places": places[:fresh],
+            "distance": distance[:, :fresh],
         }
 
     def batches(self, start: int, *, rows: int, seed: int, spans: bool, scales: tuple[int, ...]) -> Iterator[Batch]:
@@ -119,7 +115,8 @@ class Corpus:
         for number in range(start, 2**31):
             rng = np.random.default_rng((seed, number))
             segments, each = KINDS[rng.integers(len(KINDS))]
-            made = self.make(rng, rows * each, segments, spans=spans, scales=scales)
+            pairs = 2 ** rng.integers(1, min(self.pairs, segments * PIECES).bit_length())
+            made = dataclasses.replace(self, pairs=int(pairs)).make(rng, rows * each, segments, spans=spans, scales=scales)
             length = made["token_ids"].shape[1]
             arrays = [np.zeros((rows, tokens), dtype) for dtype in (np.int32, np.int32, np.int32, bool)]
             made["segment_ids"] = np.broadcast_to(np.tile(np.arange(1, each + 1), rows)[:, None], (rows * each, length))
@@ -130,7 +127,7 @@ class Corpus:
     @property
     def row_tokens(self) -> int:
         """Tokens of a row of training: the longest of its kinds, in whole tiles."""
-        longest = max(each * (3 + segments * SEGMENT + STEP * min(self.queries, self.pairs, segments * PIECES)) for segments, each in KINDS)
+        longest = max(each * (3 + segments * SEGMENT + STEP * self.queries) for segments, each in KINDS)
         return -(-longest // SEGMENT) * SEGMENT
 
 
@@ -155,19 +152,19 @@ class Train:
     json: Path
     """File of the result."""
     corpus: Corpus = Corpus()
-    steps: int = 2_000
+    steps: int = 2_500
     """Optimizer steps."""
-    rows: int = 64
+    rows: int = 32
     """Rows of a step, each of 1,152 tokens with the default corpus."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate."""
     gap_scales: Annotated[tuple[int, ...], commandline.commas(int)] = (0, 1, 4, 16, 64)
     """Rotary positions jump between pieces by up to twice one of these, so that those of long contexts are trained."""
     seed: int = 0
     """Of parameters and data."""
-    segments: Annotated[tuple[int, ...], commandline.commas(int)] = (1, 2, 4, 8, 16, 32, 64)
+    segments: Annotated[tuple[int, ...], commandline.commas(int)] = (1, 8, 16, 32, 64)
     """Segments of the contexts that are scored; training has 1, 3 and 8."""
-    num_examples: int = 64
+    num_examples: int = 128
     """Examples of each length."""
     hidden_size: int = 256
     """Width of the model."""

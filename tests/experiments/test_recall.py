@@ -11,7 +11,7 @@ from selfspan_jax.config import AttentionViews
 from selfspan_jax.spans import attention_mask
 from tests.selfspan_jax.reference import Reference
 
-KEY, VALUE = range(4, 132), range(132, 260)
+KEY, VALUE = range(4, 68), range(68, 132)
 
 
 def made(segments, spans, **options):
@@ -39,8 +39,9 @@ def test_every_question_has_its_answer_in_the_context(segments, pairs, spans):
                 first = 1 + (at - 1) // PIECE * PIECE
                 label = ids[first] - VOCAB.seg_base
                 assert ids[first + PIECE - 1] == ids[first] and ids[place - 1] == VOCAB.ref_base + label
-        expected = {*places.tolist(), *(places - 1).tolist()} if spans else {*places.tolist()}
-        assert {*np.flatnonzero(targets).tolist()} == expected
+        asked = solve + 5 * np.arange(1, 17)  # every value, the first time or again
+        assert [*places] == [*asked[: len(places)]] and {*ids[asked]} == {*ids[places]}
+        assert {*np.flatnonzero(targets)} == ({*asked, *(asked - 1)} if spans else {*asked})
     assert (np.diff(found["positions"]) > 1).any() and (np.diff(found["positions"]) >= 1).all()
 
 
