@@ -45,7 +45,7 @@ class Model:
     dtype: Dtype | None = None
     """What activations and products are computed in. Default: as the model was trained; a pretrained one that is stored so, in f32."""
     mesh: str | None = None
-    """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads. Default: one device."""
+    """Devices, as in data=2,tensor=4: data divides sequences, tensor kv heads, context the rows of each sequence. Default: one device."""
     kv_memory: KvMemory = "device"
     """Where keys and values of prompts lie: host is for contexts that the GPU cannot hold."""
     working_set_tokens: int = WORKING_SET_TOKENS

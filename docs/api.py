@@ -20,7 +20,7 @@ PAGE = {
         "selfspan_jax.attention.policies.Dense",
         "selfspan_jax.attention.policies.Window",
         "selfspan_jax.attention.policies.Span",
-        "selfspan_jax.decoding.Engine",
+        "selfspan_jax.decoding.engine.Engine",
     ],
     "Serving": [
         "selfspan_jax.serving.scheduler.Scheduler",

@@ -167,7 +167,8 @@ class SpanLM(Reader):
           dtype: "bf16", "f32" or "f16", what activations and products are computed in; by default as the model was trained, or,
             pretrained, float32 where its config or its file says so and bfloat16 elsewhere.
           weights: "bf16", the model's own compute dtype, or "int8", half the bytes of bfloat16.
-          mesh: decode on several devices, for example `data=2,tensor=2`: `data` divides sequences, `tensor` kv heads.
+          mesh: decode on several devices, for example `data=2,tensor=2`: `data` divides sequences, `tensor` kv heads,
+            `context` the rows of each sequence's cache.
           kv_memory: where keys and values of prompts lie: "device", or "host" for contexts that the device cannot hold, with those of at
             most `working_set_tokens` of each prompt on the device (`selfspan_jax.tiers`); on one device.
 
