@@ -301,7 +301,7 @@ def in_host_memory(problem: Problem, own, seed=0) -> tuple[Problem, HostRows]:
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
-@pytest.mark.parametrize("name, config", [(name, config) for name, _, config in STEPS[:3]], ids=str)
+@pytest.mark.parametrize("name, config", [(name, config) for name, _, config, _ in STEPS[:3]], ids=str)
 def test_rows_in_host_memory_are_read(name, config, interpret):
     """A row that is looked for on the wrong side is NaN; one that is not looked for is missed."""
     problem = round_to(make_problem(CASE[name]), np.float32)
