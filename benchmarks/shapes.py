@@ -110,7 +110,7 @@ def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
     if model.lm_head is not None:  # otherwise the embedding is the output layer too, and is read as a whole
         weights -= embedding.size * embedding.dtype.itemsize
     lookups = batch_size * config.hidden_size * embedding.dtype.itemsize
-    row = 2 * config.num_layers * config.num_kv_heads * config.head_size * jnp.dtype(config.compute_dtype).itemsize
+    row = config.row_bytes
     memory = 4 * 4 * config.num_layers * config.num_kv_heads * config.head_size * (config.head_size + 1) if config.mask == "memory" else 0
     return round(weights + lookups + (num_attended + batch_size) * row + batch_size * memory)
 

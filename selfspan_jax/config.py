@@ -154,6 +154,11 @@ class ModelConfig(AttentionViews):
         _require(self.compute_dtype in get_args(ComputeDtype), self, "compute_dtype", ", ".join(get_args(ComputeDtype)))
         super().__post_init__()
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that keys and values of a token take in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * jnp.dtype(self.compute_dtype).itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:

@@ -30,6 +30,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState, bucket, for_each_chunk, start_state
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder, rotary_angles
+from selfspan_jax.parallel import memory
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.working_sets import WorkingSets, always_read
 
@@ -78,6 +79,15 @@ def host_rows_of(new_capacity: int, new_rows: int, sequences: int) -> int:
     return 0 if new_capacity <= new_rows else -(-new_capacity // new_rows) * new_rows * sequences
 
 
+def check_working_sets(sequences: int, rows: int, row_bytes: int, most_bytes: int) -> None:
+    """Raise DoesNotFit where so many rows of each sequence exceed what the device has for them."""
+    if (needed := sequences * rows * row_bytes) > most_bytes:
+        raise memory.DoesNotFit(
+            f"does not fit: {rows} rows on the device for each of {sequences} sequences take {needed / 2**30:.1f} GiB, it has "
+            f"{max(0, most_bytes) / 2**30:.1f} for them: give a smaller working_set_tokens, or fewer sequences"
+        )
+
+
 class HostEngine(Engine):
     """An engine that keeps prompts in host memory; other methods and arguments as for `Engine`.
 
@@ -122,7 +132,9 @@ class HostEngine(Engine):
             kept, pools = dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=())), state.cache.pools
             state = super().extend(kept, config, limit_tokens)
             cache = cast(TieredCache, state.cache)
-            pools = tuple((*layer[:2], *(_grown(pool, cache.prompt_rows + cache.free_rows) for pool in layer[2:])) for layer in pools)
+            rows = cache.prompt_rows + cache.free_rows
+            memory.take_host_memory(rows * self.config.row_bytes, f"rows of {len(cache.prompt_tokens)} sequences")
+            pools = tuple((*layer[:2], *(_grown(pool, rows) for pool in layer[2:])) for layer in pools)
             state = dataclasses.replace(state, cache=dataclasses.replace(cache, pools=pools))
         cache = cast(TieredCache, state.cache)
         return _write_out(state, config) if num_steps == int(cache.first_new) + cache.new_rows else state
@@ -153,10 +165,12 @@ class HostEngine(Engine):
         return state, self.room(num_steps, state)
 
     def _read_prompts(self, token_ids, lengths, keys, config, num_samples, responses):
-        new_rows = min(config.max_new_tokens, NEW_TOKENS)
-        free_rows = host_rows_of(config.max_new_tokens, new_rows, num_samples * len(lengths))
+        (batch, capacity), new_rows, row_bytes = token_ids.shape, min(config.max_new_tokens, NEW_TOKENS), self.config.row_bytes
+        free_rows, width = host_rows_of(config.max_new_tokens, new_rows, num_samples * batch), min(self.working_set_tokens, capacity)
+        if (most := memory.device_memory_bytes()) is not None:
+            check_working_sets(num_samples * batch, width + new_rows, row_bytes, most - memory.bytes_of(self.params))
+        memory.take_host_memory((batch * capacity + free_rows) * row_bytes, f"rows of {batch} prompts of up to {capacity} tokens")
         host, last = self._read(token_ids, lengths, config, responses, free_rows)
-        width = min(self.working_set_tokens, token_ids.shape[1])
         return _start(self.graph, self.params, host, last, token_ids, lengths, keys, config, num_samples, width, new_rows)
 
     def _read(self, token_ids, lengths, config, responses, free_rows: int) -> tuple[tuple[tuple[Array, Array], ...], Array]:

@@ -16,6 +16,7 @@ from selfspan_jax.parallel import layout
 
 T = TypeVar("T")
 PINNED_LIMIT_GIB = 64  # of host memory, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says something else
+_taken = {"bytes": 0}  # of host memory by this process, at most at once
 
 
 class DoesNotFit(UserError):
@@ -65,12 +66,29 @@ def free_memory_bytes() -> int | None:
 
 
 def free_host_memory_bytes() -> int:
-    """Return how much host memory may be taken that a device reads: what is free, and at most what JAX allows where that is a GPU."""
+    """Return how much host memory may be taken that a device reads: what is free or was taken before, and at most JAX's limit for GPUs."""
     with open("/proc/meminfo", encoding="ascii") as lines:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min(free + _taken["bytes"], host_memory_limit_bytes())
+
+
+def host_memory_limit_bytes() -> int:
+    """Return how much host memory JAX lets a GPU read; what the machine has does not count."""
     if jax.default_backend() != "gpu":
-        return free
-    return min(free, int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", PINNED_LIMIT_GIB)) * 2**30)
+        return 2**63
+    return int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", PINNED_LIMIT_GIB)) * 2**30
+
+
+def take_host_memory(needed_bytes: int, what: str) -> None:
+    """Raise DoesNotFit where so much host memory cannot be taken that a device reads; otherwise it is about to be.
+
+    JAX keeps what it has taken, for this process to take again.
+    """
+    free, limit = free_host_memory_bytes(), host_memory_limit_bytes()
+    if needed_bytes > free:
+        why = f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows {limit / 2**30:.1f}" if free == limit else f"{free / 2**30:.1f} are free"
+        raise DoesNotFit(f"does not fit: {what} take {needed_bytes / 2**30:.1f} GiB of host memory, {why}")
+    _taken["bytes"] = max(_taken["bytes"], needed_bytes)
 
 
 def bytes_of(tree: Any) -> int:

@@ -19,7 +19,7 @@ from selfspan_jax.parallel import memory
 from selfspan_jax.serving.host_pages import WRITTEN_AT_ONCE, PagedWorkingSets, write_pages
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.running import Decoded, Prompts, decode_chunk, empty_state, read_prompts
-from selfspan_jax.tiers import HostEngine
+from selfspan_jax.tiers import HostEngine, check_working_sets
 
 NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
 # What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
@@ -207,24 +207,18 @@ class Programs:
 
     def _pages_that_fit(self) -> int:
         """Count the pages that free memory has room for, beside the rest of the state and what programs need meanwhile."""
-        config, engine, model = self._config, self._engine, self._engine.shard.config
+        config, engine, row_bytes = self._config, self._engine, self._engine.shard.config.row_bytes
         sizes = (config.page_tokens, config.num_sequences, self._capacity)
         state = jax.eval_shape(lambda params: empty_state(engine.graph, params, self._decode_config, *sizes), engine.params)
         rest = memory.bytes_of(dataclasses.replace(state, cache=state.cache.slot_table))
-        row_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * np.dtype(model.compute_dtype).itemsize
-        free, most = memory.free_memory_bytes(), config.num_sequences * self.pages_each
+        free, beside = memory.free_memory_bytes(), f"{rest / 2**30:.1f} GiB of state leave"
         left = _UNKNOWN_MEMORY_BYTES if free is None else int(_CACHE_SHARE * (free - rest))
         if self._ring:
-            wanted = config.num_sequences * (self._working_set + self._ring) * row_bytes
-            if wanted > left:
-                raise memory.DoesNotFit(
-                    f"does not fit: working sets of {config.num_sequences} sequences take {wanted / 2**30:.1f} GiB, the device has "
-                    f"{left / 2**30:.1f} for them: give fewer slots or a smaller working_set_tokens"
-                )
-            left = int(_CACHE_SHARE * memory.free_host_memory_bytes())
+            check_working_sets(config.num_sequences, self._working_set + self._ring, row_bytes, left)
+            left, beside = int(_CACHE_SHARE * memory.free_host_memory_bytes()), "host memory leaves"
         if left < config.page_tokens * row_bytes:
-            raise memory.DoesNotFit(f"does not fit: {rest / 2**30:.1f} GiB of state leave no room for the cache")
-        return min(most, left // (config.page_tokens * row_bytes))
+            raise memory.DoesNotFit(f"does not fit: {beside} no room for the cache")
+        return min(config.num_sequences * self.pages_each, left // (config.page_tokens * row_bytes))
 
 
 def neutral_sampling(num_sequences: int) -> SamplingFields:

@@ -12,6 +12,7 @@ from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling, ServingConfi
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.tiers import HostEngine
@@ -170,6 +171,24 @@ def test_what_is_not_there_is_refused():
     for options, message in (({"kv_memory": "disk"}, "allowed: device, host"), ({"kv_memory": "host", "mesh": "data=1"}, "for one device")):
         with pytest.raises(UserError, match=message):
             SpanLM(model, ArithmeticTask(), **options)
+
+
+def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
+    """Of the host for the engine and for a server, by which limit; of the device for working sets."""
+    engine, prompts = HostEngine(random_model(num_layers=1)), prompts_of(ROWS[:2])
+    monkeypatch.setattr(engine, "_read", None)  # nothing is read
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "free_host_memory_bytes", lambda: 2**10)
+        with pytest.raises(DoesNotFit, match=r"rows of 2 prompts of up to 64 tokens take 0\.0 GiB of host memory, 0\.0 are free"):
+            engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
+        patch.setattr(memory, "host_memory_limit_bytes", lambda: 2**10)
+        with pytest.raises(DoesNotFit, match="of host memory, XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows"):
+            engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
+        with pytest.raises(DoesNotFit, match="host memory leaves no room for the cache"):
+            Scheduler(engine, ServingConfig(2, 64))
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: 2**14)
+    with pytest.raises(DoesNotFit, match="74 rows on the device for each of 2 sequences take .*: give a smaller"):
+        engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
 
 
 def test_host_memory_that_runs_out_is_named():
