@@ -119,7 +119,8 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     forced_tokens = layout.device_put_global(ints(case.batch_size, case.steps), mesh, _EACH)
     replay = engine.lower_run(state, config, forced_tokens=forced_tokens).compile()
     oracle_mask = None
-    if case.attention == "span" and case.num_samples == 1 and (mesh is None or mesh.shape["context"] == 1):
+    on_one = mesh is None or mesh.shape["context"] == 1  # of which slots are read off one table
+    if case.attention == "span" and case.num_samples == 1 and on_one and not case.random_rows:
         shapes = (ints(case.steps, case.batch_size, state.cache.slot_table.shape[1]), ints(case.steps, case.batch_size))
         slots = layout.device_put_global(shapes, mesh, _EACH_STEP)
         loop = jax.jit(functools.partial(_oracle_mask_loop, engine, config, case.prompt_tokens), donate_argnums=1)

@@ -118,16 +118,11 @@ def _data_axes(mesh: Mesh | None) -> tuple[str, ...]:
 def gather_attention(out: Any) -> Any:
     """Gather the attention of all devices of `context`, each to its own rows, as parts that the product after it combines.
 
-    One collective for both fields: bits of the outputs and of their log-sum-exps side by side. One device's is returned as it is.
+    One device's is returned as it is. Both fields were faster than their bits side by side: 23 and 29 us (two H200).
     """
     if context_size() == 1:
         return out
-    bits = jnp.uint32 if out.dtype.itemsize == 4 else jnp.uint16
-    (_, batch, width), lse = out.parts.shape, jax.lax.bitcast_convert_type(out.lse, bits)  # [S, B, N] or [S, B, N, 2]
-    packed = jnp.concatenate([jax.lax.bitcast_convert_type(out.parts, bits), lse.reshape(len(lse), batch, -1)], axis=-1)
-    packed = jax.lax.all_gather(packed, "context", tiled=True)
-    lse = packed[..., width:].reshape(-1, batch, *lse.shape[2:])
-    return SplitRows(*(jax.lax.bitcast_convert_type(x, dtype) for x, dtype in ((packed[..., :width], out.dtype), (lse, jnp.float32))))
+    return SplitRows(*jax.lax.all_gather(tuple(out), "context", tiled=True))
 
 
 def psum_context(x: Array) -> Array:

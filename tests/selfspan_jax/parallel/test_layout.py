@@ -204,9 +204,9 @@ def loop_collectives(program):
     return [found for name in sorted(inside) for found in COLLECTIVE.findall(computations[name])]
 
 
-@pytest.mark.parametrize("text, gathers", [("tensor=4", 0), ("context=2,tensor=2", 2)])
+@pytest.mark.parametrize("text, gathers", [("tensor=4", 0), ("context=2,tensor=2", 4)])
 def test_a_step_adds_up_twice_a_layer_and_nothing_else(text, gathers):
-    """After the attention output and after the feed-forward, of two layers; with divided rows attention and counts are joined too."""
+    """After the attention output and after the feed-forward, of two layers; with divided rows attention, of two fields, and counts too."""
     program = run_program(text)
     assert sorted(loop_collectives(program)) == ["all-gather"] * gathers + ["all-reduce"] * (4 + (gathers > 0))
     assert len(COLLECTIVE.findall(program)) == 4 + gathers + (gathers > 0)
