@@ -187,7 +187,7 @@ def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
         with pytest.raises(DoesNotFit, match="host memory leaves no room for the cache"):
             Scheduler(engine, ServingConfig(2, 64))
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 2**14)
-    with pytest.raises(DoesNotFit, match="74 rows on the device for each of 2 sequences take .*: give a smaller"):
+    with pytest.raises(DoesNotFit, match=r"74 rows on the device for each of 2 sequences take .*: give a smaller"):
         engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
 
 
