@@ -26,7 +26,7 @@ from tyro.conf import Positional
 from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
-from experiments import pages
+from experiments import pages, recall
 from experiments.pages import markdown_table
 from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
 from experiments.rebalancing import Rebalancing
@@ -349,7 +349,7 @@ class Page:
     """Directory of the files: arithmetic*.json, text*.json. A table without files stays as it is."""
 
     def run(self) -> None:
-        pages.fill_page(self.results, sections(self.results))
+        pages.fill_page(self.results, sections(self.results) | recall.sections(self.results / "memory"))
 
 
 def sections(results: Path) -> dict[str, str]:
