@@ -1,10 +1,11 @@
-"""Launch kernels of Pallas through Triton's own compiler: the way on if Pallas drops its Triton lowering (deprecated since JAX 0.11).
+"""Launch kernels of Pallas as texts of Triton's language: the way on if Pallas drops its Triton lowering (deprecated since JAX 0.11).
 
 A function that calls Pallas kernels is traced, and run with each `pallas_call` replaced: its kernel is written down in Triton's language,
-statement by statement, and given to the package jax-triton. So there is one text of each kernel. Needs jax-triton 0.3.1, which needs
-the CUDA plugin of JAX.
+statement by statement, and the package triton makes Triton IR of that text. XLA compiles the IR with the program, as it does what Pallas
+makes, and records the launches into graphs. So there is one text of each kernel. Nothing of Pallas' lowering takes part.
 
 What is written down is what the kernels of a decode step need; anything else raises NotImplementedError and names the operation.
+Seen with Triton 3.6 on JAX 0.11.2.
 """
 
 import functools
@@ -16,11 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
+TARGET = "__gpu$xla.gpu.triton"  # XLA's name of a kernel that is given as Triton IR
 _TYPES = {"int32": "int32", "bool": "int1", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "int8": "int8"}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "rem": "%", "and": "&", "or": "|", "xor": "^"}
-_INFIX |= {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_INFIX |= {"shift_right_arithmetic": ">>", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _CALLS = {"max": "maximum", "min": "minimum", "debug_barrier": "debug_barrier"}
 _CALLS |= {name: name for name in ("exp", "exp2", "log", "log2", "rsqrt")}
 
@@ -29,7 +32,7 @@ def missing_reason(interpret: bool) -> str | None:
     """Say why kernels cannot be launched this way; None when they can."""
     if interpret:
         return "it has no interpreter"
-    return None if importlib.util.find_spec("jax_triton") else "needs the package jax-triton"
+    return None if importlib.util.find_spec("triton") else "needs the package triton"
 
 
 def launch(implementation: str, function: Callable, *arrays: Any) -> Any:
@@ -63,19 +66,36 @@ def _run(program, arrays) -> list[Any]:
 
 def _call(equation, arrays) -> list[Any]:
     """Launch one kernel."""
-    import jax_triton  # an extra
-
     params, settings = equation.params, equation.params["compiler_params"]
     grid = (*params["grid_mapping"].grid, 1, 1)[:3]
-    return jax_triton.triton_call(
-        *arrays,
-        kernel=compile_text(triton_source(params["jaxpr"], grid)),
-        out_shape=[jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in equation.outvars],
-        grid=grid,
-        input_output_aliases=dict(params["input_output_aliases"]),
-        num_warps=settings.num_warps,
-        num_stages=settings.num_stages,
-    )
+    dtypes = tuple(str(atom.aval.dtype) for atom in (*equation.invars, *equation.outvars))
+    out_shape = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in equation.outvars]
+    aliases = dict(params["input_output_aliases"])
+    kernel = jax.ffi.ffi_call(TARGET, out_shape, input_output_aliases=aliases, custom_call_api_version=4)
+    numbers = {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **dict(zip(("grid_x", "grid_y", "grid_z"), grid))}
+    text = triton_ir(triton_source(params["jaxpr"], grid), dtypes, settings.num_warps, settings.num_stages)
+    return kernel(*arrays, name="kernel", ir=text, debug=False, **{name: np.int32(number) for name, number in numbers.items()})
+
+
+@functools.cache
+def triton_ir(source: str, dtypes: tuple[str, ...], num_warps: int, num_stages: int) -> str:
+    """Make Triton IR of a kernel's text, whose parameters are pointers to numbers of these dtypes."""
+    from triton._C.libtriton import ir  # an extra
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    short = {"int32": "i32", "bool": "i1", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8"}
+    signature = {f"p{i}": f"*{short[dtype]}" for i, dtype in enumerate(dtypes)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(dtypes))}  # as XLA allocates arrays
+    target = GPUTarget("cuda", 80, 32)  # what is made here is the same for later ones
+    backend = make_backend(target)
+    options = backend.parse_options({"num_warps": num_warps, "num_stages": num_stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    kernel = ASTSource(compile_text(source), signature, attrs=aligned)
+    module = kernel.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    return module.str_nodebug()
 
 
 @functools.cache
@@ -175,6 +195,9 @@ class _Writer:
                 if out.aval.dtype == jnp.bool_
                 else f"{self.typed(equation.invars[0])}.to(tl.{_TYPES[str(out.aval.dtype)]})"
             )
+        if name == "elementwise_inline_asm":
+            told = f"[{', '.join(given)}], tl.{_TYPES[str(out.aval.dtype)]}, is_pure=True, pack={params['pack']}"
+            return f"tl.inline_asm_elementwise({params['asm']!r}, {params['constraints']!r}, {told})"
         if name == "program_id":
             return f"tl.program_id({params['axis']})"
         if name == "num_programs":
@@ -207,6 +230,9 @@ class _Writer:
 
     def pointer(self, ref, indices, tree) -> str:
         (indexer,) = jax.tree.unflatten(tree, indices)
+        return self.pointer_at(ref, indexer)
+
+    def pointer_at(self, ref, indexer) -> str:
         shape, rank = ref.aval.shape, len(indexer.get_indexer_shape())
         wide = ".to(tl.int64)" if math.prod(shape) >= 2**31 else ""
         num_integer_axes, terms = len(indexer.int_indexer_shape), []
@@ -236,6 +262,17 @@ class _Writer:
     def _swap(self, equation) -> None:
         ref, stored, *indices = equation.invars
         self.line(f"tl.store({self.pointer(ref, indices, equation.params['tree'])}, {self.typed(stored)})")
+
+    def _masked_load(self, equation) -> None:
+        ref, (indexer,), mask, other = jax.tree.unflatten(equation.params["args_tree"], equation.invars)
+        masked = "" if mask is None else f", mask={self.expression(mask)}" + ("" if other is None else f", other={self.expression(other)}")
+        self.names[equation.outvars[0]] = self.name()
+        self.line(f"{self.names[equation.outvars[0]]} = tl.load({self.pointer_at(ref, indexer)}{masked})")
+
+    def _masked_swap(self, equation) -> None:
+        ref, (indexer,), stored, mask = jax.tree.unflatten(equation.params["args_tree"], equation.invars)
+        masked = "" if mask is None else f", mask={self.expression(mask)}"
+        self.line(f"tl.store({self.pointer_at(ref, indexer)}, {self.typed(stored)}{masked})")
 
     # Control flow.
 

@@ -1,5 +1,6 @@
 """The public function: validate, choose an implementation, launch."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 from pallas_kernels.common import PLAIN, choose_implementation, device_reason, require
 from pallas_kernels.copy_rows.reference import everything, xla_copy_rows
 from pallas_kernels.copy_rows.triton import triton_copy_rows
+from pallas_kernels.jax_triton import launch
 
-IMPLEMENTATIONS = ("xla", "triton")
+IMPLEMENTATIONS = ("xla", "triton", "jax_triton")
 Pools = tuple[jax.Array, ...]
 
 
@@ -39,7 +41,7 @@ def copy_rows(
 
     Args:
       host_pools: `[P', K, H]` each, put with `memory_kind="pinned_host"` on a GPU.
-      pools: `[P, K, H]` each, in the same dtypes; "triton" writes them in place.
+      pools: `[P, K, H]` each, in the same dtypes; the kernel writes them in place.
       sources, targets: int32 `[B, F]`. No target is named twice.
       counts: int32 `[B]`: the first `counts[b]` of each row are copied; what stands beyond is arbitrary. Rows outside a pool are left out.
       share: int32 `[2]`, from where to where of all these copies, in parts of SHARES; by default all. Calls whose shares join copy
@@ -62,7 +64,7 @@ def copy_rows(
         return pools
     if chosen == "xla":
         return xla_copy_rows(host_pools, pools, sources, targets, counts, share)
-    return triton_copy_rows(host_pools, pools, sources, targets, counts, share, interpret=interpret)
+    return launch(chosen, functools.partial(triton_copy_rows, interpret=interpret), host_pools, pools, sources, targets, counts, share)
 
 
 def unsupported_reason(implementation: str, pool: jax.Array, *, interpret: bool = False) -> str | None:

@@ -57,7 +57,7 @@ def fused_linear(
       residual: `[..., M]` (`[..., F]` if gated), added last, in any float dtype.
       gated: SwiGLU (2002.05202, equation 6): `weight` is `[2 F, D]`, the first F outputs being the gate and the last F up.
       next_norm: `[M]` (`[F]`), the `norm` of a later call whose `x` the result is. Where that gains, the result is `ScaledRows`.
-      copies: what `copy_rows` is to copy, no pool of which has to do with the product; "triton" copies while it multiplies large matrices.
+      copies: what `copy_rows` is to copy, no pool of which has to do with the product; the kernels copy while it multiplies large matrices.
       out_dtype: of the result, that of `x` unless given; float32 for logits.
       early: what reads the result may be launched while this is computed, see `may_launch_early`.
       implementation, interpret: as `pallas_kernels` says; None for the fastest that was measured. Kernels have no gradient.
@@ -74,7 +74,8 @@ def fused_linear(
     if copies is not None and not _copies_beside(chosen, plain, weight, norm, gated):
         options: dict[str, Any] = {"bias": bias, "residual": residual, "gated": gated, "next_norm": next_norm, "out_dtype": out_dtype}
         options |= {"norm": norm, "norm_eps": norm_eps, "implementation": implementation, "interpret": interpret}
-        return fused_linear(x, weight, **options), copy_rows(*copies, interpret=interpret)
+        of_copies = "jax_triton" if implementation == "jax_triton" else None
+        return fused_linear(x, weight, **options), copy_rows(*copies, implementation=of_copies, interpret=interpret)
     out_dtype = plain.dtype if out_dtype is None else jnp.dtype(out_dtype)
     num_results = _num_results(weight, gated)
     out_shape = (*plain.shape[:-1], num_results)
@@ -91,7 +92,7 @@ def fused_linear(
         given = ScaledRows(given, x.scaled.reshape(-1, num_inputs), x.squares)
     scales = out_dtype == plain.dtype != jnp.float16 and _num_rows(plain) > MAX_NORM_ROWS  # float16 times a scale may overflow
     arrays = given, weight, norm, bias, residual, next_norm if scales else None, copies
-    early &= chosen == "triton" and not interpret
+    early &= not interpret
     out, pools = _kernel(chosen, norm_eps, gated, out_dtype, interpret, early, *arrays)
     if isinstance(out, ScaledRows):
         out = ScaledRows(out.rows.reshape(out_shape), out.scaled.reshape(out_shape), out.squares)
@@ -134,7 +135,7 @@ def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], im
       implementation: of the maps.
     """
     x = x.rows if isinstance(x, ScaledRows) else x
-    few = 0 < _num_rows(x) <= MAX_EARLY_ROWS and x.dtype == jnp.bfloat16 and implementation in (None, "triton")
+    few = 0 < _num_rows(x) <= MAX_EARLY_ROWS and x.dtype == jnp.bfloat16 and implementation in (None, "triton", "jax_triton")
     if not few or device_reason("triton", IMPLEMENTATIONS, False, 90) is not None:
         return False
     tiled = all(isinstance(_settings(_num_rows(x), weight, x.dtype, None, False), TileConfig) for weight in weights)
@@ -170,7 +171,7 @@ def _choose(x: Any, weight: Rows, norm: jax.Array | None, gated: bool, implement
 
 
 def _copies_beside(chosen: str, x: jax.Array, weight: Rows, norm: jax.Array | None, gated: bool) -> bool:
-    return chosen == "triton" and not isinstance(_settings(_num_rows(x), weight, x.dtype, norm, gated), TileConfig)
+    return chosen not in PLAIN and not isinstance(_settings(_num_rows(x), weight, x.dtype, norm, gated), TileConfig)
 
 
 def _num_rows(x: jax.Array) -> int:

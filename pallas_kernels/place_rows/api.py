@@ -1,15 +1,17 @@
 """The public function: validate, choose an implementation, launch."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import PLAIN, choose_implementation, device_reason, require
+from pallas_kernels.jax_triton import launch
 from pallas_kernels.place_rows.reference import xla_place_rows
 from pallas_kernels.place_rows.triton import triton_place_rows
 
-IMPLEMENTATIONS = ("xla", "triton")
+IMPLEMENTATIONS = ("xla", "triton", "jax_triton")
 
 
 class Wanted(NamedTuple):
@@ -71,7 +73,8 @@ def place_rows(
         require(fits, f"{name} must be int32{list(shape)} beside a slot_table {list(slot_table.shape)}", array)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))
     arrays = slot_table, owner, keys, marks, *wanted, pinned, host_rows
-    return Placement(*(xla_place_rows(*arrays) if chosen == "xla" else triton_place_rows(*arrays, interpret=interpret)))
+    kernel = functools.partial(triton_place_rows, interpret=interpret)
+    return Placement(*(xla_place_rows(*arrays) if chosen == "xla" else launch(chosen, kernel, *arrays)))
 
 
 def unsupported_reason(implementation: str, *, interpret: bool = False) -> str | None:

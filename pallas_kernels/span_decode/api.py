@@ -118,9 +118,9 @@ def rotate_and_attend(
       partial: it comes as `SplitRows` in any case, as where other devices attend to other rows; "mosaic" has no way to.
       sparse: few of the slots are expected to be in use, as where a model names what it reads; for the choice of settings alone.
       ahead: arrays that are read next; where that gains, multiprocessors that have nothing else to do fetch them into the L2 cache.
-      host: where slots below 0 are rows in host memory, which are read over the link as they are met; "mosaic" and "jax_triton" have no way
-        to, and "reference" and "xla" move the whole host pools to the device first.
-      copies: what `copy_rows` is to copy, no pool of which has to do with this attention; "triton" copies meanwhile.
+      host: where slots below 0 are rows in host memory, which are read over the link as they are met; "mosaic" has no way to, and
+        "reference" and "xla" move the whole host pools to the device first.
+      copies: what `copy_rows` is to copy, no pool of which has to do with this attention; the kernels copy meanwhile.
       early: what reads the output may be launched while this is computed, see `may_launch_early`; not where it is `partial`.
       implementation, interpret: as `pallas_kernels` says, of `span_decode_attention`.
 
@@ -138,7 +138,7 @@ def rotate_and_attend(
         fits = host.k_pool.shape == host.v_pool.shape and host.k_pool.shape[1:] == k_pool.shape[1:] and host.counts.shape == (batch,)
         fits &= host.k_pool.dtype == host.v_pool.dtype == k_pool.dtype and host.counts.dtype == jnp.int32
         require(fits, "expected host pools [P', K, H] like the device's, and their counts int32 [B]", *host)
-        if implementation in ("mosaic", "jax_triton"):
+        if implementation == "mosaic":
             raise NotImplementedError(f"implementation={implementation!r}: it reads no rows in host memory")
     if partial and implementation == "mosaic":
         raise NotImplementedError("implementation='mosaic': it has no partial results")
@@ -151,7 +151,7 @@ def rotate_and_attend(
         whole = [fits and jnp.issubdtype(x.dtype, jnp.floating) and size % triton.SECTOR_BYTES == 0 for x, size in zip(ahead, sizes)]
         fetched = tuple(x for x, is_whole in zip(ahead, whole) if is_whole)
         arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched, host, copies)
-        early &= chosen == "triton" and not interpret and not partial
+        early &= not interpret and not partial
         return _rotate_and_attend(chosen, float(norm_eps), split, partial, sparse, interpret, early, *arrays)
     qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
     q, k_pool, v_pool = rotate_and_write(qkv, cos, sin, own, k_pool, v_pool)

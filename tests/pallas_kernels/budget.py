@@ -1,11 +1,13 @@
 """Shared by the kernels' tests: which implementations run where, and how wrong one may be."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import numpy as np
 import pytest
 
+JAX_TRITON = [pytest.mark.gpu, pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="an extra")]
 KERNELS = [("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu, id="triton-gpu")]
 INTERPRET = [pytest.param(True, id="interpret"), pytest.param(False, marks=pytest.mark.gpu, id="gpu")]
 

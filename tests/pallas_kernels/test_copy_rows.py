@@ -13,13 +13,14 @@ from pallas_kernels.linear import triton
 from pallas_kernels.linear.heuristics import LinearConfig, linear_config
 from pallas_kernels.span_decode import triton as span_decode
 from pallas_kernels.span_decode.heuristics import triton_config
-from tests.pallas_kernels.budget import INTERPRET
+from tests.pallas_kernels.budget import INTERPRET, JAX_TRITON
 from tests.pallas_kernels.lowering import cuda_lowering
 
 SOURCES = np.array([[3, 0, 7, 7, 49, 50, -1], [1, 2, 3, 4, 5, 6, 8], [9, 9, 9, 9, 9, 9, 9]], np.int32)  # of 50 rows
 TARGETS = np.array([[4, 29, 0, 11, 30, 5, 6], [1, 2, 3, 7, 8, 9, 10], [12, 13, -1, 14, 15, 16, 17]], np.int32)  # of 30
 COUNTS = np.array([7, 0, 4], np.int32)
 RUNS = [("xla", False), ("triton", True), pytest.param("triton", False, marks=pytest.mark.gpu)]
+RUNS += [pytest.param("jax_triton", False, marks=JAX_TRITON)]
 
 
 def make_pools(num_heads, head_size):

@@ -1,7 +1,6 @@
 """Kernels written down in Triton's language: run by NumPy without a GPU, against the oracles of their ops; by Triton on one."""
 
 import functools
-import importlib.util
 import itertools
 import types
 
@@ -12,15 +11,19 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import fused_linear, jax_triton
+from pallas_kernels.copy_rows.reference import everything
+from pallas_kernels.copy_rows.triton import triton_copy_rows
 from pallas_kernels.jax_triton import launch, triton_source
 from pallas_kernels.linear.heuristics import LinearConfig, TileConfig
 from pallas_kernels.linear.triton import triton_linear
 from pallas_kernels.linear.triton_tiled import triton_tiled_linear
+from pallas_kernels.place_rows import Placement
+from pallas_kernels.place_rows.triton import triton_place_rows
 from pallas_kernels.slots.triton import triton_per_sequence
 from pallas_kernels.span_decode.heuristics import TritonConfig
 from pallas_kernels.span_decode.triton import triton_rotate_and_attend
-from tests.pallas_kernels import test_linear, test_slots, test_span_decode
-from tests.pallas_kernels.budget import round_to
+from tests.pallas_kernels import test_copy_rows, test_linear, test_place_rows, test_slots, test_span_decode
+from tests.pallas_kernels.budget import JAX_TRITON, round_to
 from tests.pallas_kernels.cases import linear, span_decode
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -36,14 +39,23 @@ class Pointer:
         return Pointer(self.flat, self.offset + offset)
 
 
-def store(pointer, value):
-    pointer.flat[pointer.offset] = value
+def load(pointer, mask=True, other=0):
+    if mask is True:
+        return pointer.flat[pointer.offset]
+    return np.where(mask, pointer.flat[np.where(mask, pointer.offset, 0)], np.asarray(other, pointer.flat.dtype))
+
+
+def store(pointer, value, mask=True):
+    if mask is True:
+        pointer.flat[pointer.offset] = value
+    else:
+        pointer.flat[pointer.offset[mask]] = np.broadcast_to(value, mask.shape)[mask]
 
 
 def numpy_language(program) -> types.SimpleNamespace:
     """What kernels use of `triton.language`, for one program of a grid, in NumPy."""
     return types.SimpleNamespace(
-        load=lambda pointer: pointer.flat[pointer.offset],
+        load=load,
         store=store,
         program_id=lambda axis: np.int32(program[axis]),
         arange=lambda start, stop: np.arange(start, stop, dtype=np.int32),
@@ -123,6 +135,24 @@ def test_bookkeeping(by_numpy, monkeypatch):
     test_slots.test_a_function_of_each_sequence(3, "triton", False)
 
 
+def test_copies_of_rows(by_numpy):
+    host, pools, expected = test_copy_rows.make_pools(3, 64)
+    lists = test_copy_rows.SOURCES, test_copy_rows.TARGETS, test_copy_rows.COUNTS
+    found = launch("jax_triton", triton_copy_rows, tuple(map(np.asarray, host)), pools, *lists, everything())
+    assert all(map(np.array_equal, found, expected))
+
+
+def test_places_of_rows(by_numpy, monkeypatch):
+    """The test of `place_rows`, its kernel through this way."""
+
+    def run(table, owner, keys, marks, wanted, pinned, host_rows, **_):
+        return Placement(*launch("jax_triton", triton_place_rows, table, owner, keys, marks, *wanted, pinned, host_rows))
+
+    monkeypatch.setattr(test_place_rows, "place_rows", run)
+    monkeypatch.setattr(test_place_rows.jax, "jit", lambda function: function)
+    test_place_rows.test_the_least_recently_named_give_their_rows(6, "jax_triton", False, 4)
+
+
 def test_what_has_no_text_is_named():
     def kernel(x_ref, out_ref):
         out_ref[0] = jnp.sin(x_ref[0])
@@ -135,10 +165,8 @@ def test_what_has_no_text_is_named():
 
 # On a GPU: the public functions.
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="an extra")]
 
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=GPU) for name in ("batch_1", "batch_100", "all_of_it", "inputs_576")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=JAX_TRITON) for name in ("batch_1", "batch_100", "all_of_it", "inputs_576")])
 def test_linear_maps_by_triton(name):
     problem = round_to(linear.make_problem(linear.CASE[name]), jnp.bfloat16)
     x, weight, norm, bias, residual = test_linear.arrays_of(problem, jnp.bfloat16)
@@ -147,7 +175,7 @@ def test_linear_maps_by_triton(name):
     assert test_linear.within_budget(np.asarray(out, np.float64), problem, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=GPU) for name in ("ragged", "gqa_3", "kv_16")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=JAX_TRITON) for name in ("ragged", "gqa_3", "kv_16")])
 def test_a_step_of_attention_by_triton(name):
     problem = round_to(span_decode.make_problem(span_decode.CASE[name]), np.float32)
     new = test_span_decode.new_tokens(problem, True)
@@ -156,7 +184,16 @@ def test_a_step_of_attention_by_triton(name):
     np.testing.assert_allclose(out, test_span_decode.oracle(wanted), atol=1e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=GPU) for name in test_slots.SHAPES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=JAX_TRITON) for name in test_slots.SHAPES])
 def test_bookkeeping_by_triton(name):
     test_slots.test_slots_over_many_steps(name, "jax_triton", False, True)
     test_slots.test_a_function_of_each_sequence(5, "jax_triton", False)
+
+
+@pytest.mark.parametrize("name", [pytest.param("gqa_3", marks=JAX_TRITON)])
+def test_rows_in_host_memory_by_triton(name):
+    problem = round_to(span_decode.make_problem(span_decode.CASE[name]), np.float32)
+    new = test_span_decode.new_tokens(problem, False)
+    tiered, host = test_span_decode.in_host_memory(problem, new["own"])
+    out, *_ = test_span_decode.take_step(tiered, None, "jax_triton", **new, host=host)
+    np.testing.assert_allclose(out, test_span_decode.oracle(test_span_decode.after_new_tokens(problem, **new)), atol=1e-5, rtol=2e-5)

@@ -9,10 +9,12 @@ import pytest
 
 from pallas_kernels import Wanted, place_rows
 from pallas_kernels.place_rows.triton import triton_place_rows
+from tests.pallas_kernels.budget import JAX_TRITON
 from tests.pallas_kernels.lowering import cuda_lowering
 
 BATCH, CAPACITY, LABELS = 5, 70, 9
 RUNS = [("xla", False, 25), ("triton", True, 5), pytest.param("triton", False, 25, marks=pytest.mark.gpu)]
+RUNS += [pytest.param("jax_triton", False, 25, marks=JAX_TRITON)]
 
 
 def simulate(table, owner, keys, marks, wanted, pinned, host_rows):

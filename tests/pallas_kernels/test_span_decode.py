@@ -31,7 +31,7 @@ PLAIN = [CASE[name] for name in ("tile_edges", "all_empty", "gqa_3", "odd_capaci
 FLOAT32 = [run(case, np.float32, name) for case in PLAIN for name in ("reference", "xla")]
 FLOAT32 += [run(case, np.float32, "triton", True) for case in CASES if case.name not in {*HALF, "kv_8", "kv_16"}]
 FLOAT32 += [gpu_run(case, np.float32, name) for case in CASES for name in ("xla", "triton")]
-if importlib.util.find_spec("jax_triton"):  # an extra
+if importlib.util.find_spec("triton"):  # an extra
     FLOAT32 += [gpu_run(case, np.float32, "jax_triton") for case in CASES]
 HALF_PRECISION = [run(CASE[name], dtype, "triton", True) for name, dtype in HALF.items()]
 HALF_PRECISION += [run(CASE[name], HALF[name], "xla") for name in ("gqa_3", "gqa_8_head_128")]
