@@ -74,13 +74,13 @@ def _call(equation, arrays) -> list[Any]:
     kernel = jax.ffi.ffi_call(TARGET, out_shape, input_output_aliases=aliases, custom_call_api_version=4)
     numbers = {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **dict(zip(("grid_x", "grid_y", "grid_z"), grid))}
     text = triton_ir(triton_source(params["jaxpr"], grid), dtypes, settings.num_warps, settings.num_stages)
-    return kernel(*arrays, name="kernel", ir=text, debug=False, **{name: np.int32(number) for name, number in numbers.items()})
+    return list(kernel(*arrays, name="kernel", ir=text, debug=False, **{name: np.int32(number) for name, number in numbers.items()}))
 
 
 @functools.cache
 def triton_ir(source: str, dtypes: tuple[str, ...], num_warps: int, num_stages: int) -> str:
     """Make Triton IR of a kernel's text, whose parameters are pointers to numbers of these dtypes."""
-    from triton._C.libtriton import ir  # an extra
+    from triton._C.libtriton import ir, passes  # an extra
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
 
@@ -95,6 +95,10 @@ def triton_ir(source: str, dtypes: tuple[str, ...], num_warps: int, num_stages: 
     backend.load_dialects(context)
     kernel = ASTSource(compile_text(source), signature, attrs=aligned)
     module = kernel.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    inline = ir.pass_manager(context)  # XLA makes each function wait for the launch before, those too that a sum calls: leave one
+    passes.common.add_inliner(inline)
+    passes.common.add_symbol_dce(inline)
+    inline.run(module, "inline")
     return module.str_nodebug()
 
 
