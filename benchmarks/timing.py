@@ -29,7 +29,7 @@ from selfspan_jax.parallel.memory import catch_out_of_memory
 
 TOP_OPERATIONS = 20
 CACHE_BYTES = 64 * 2**20  # more than the L2 of any device meant here: chains read three times as much before they repeat
-_PACKAGES = ("jax", "jaxlib", "flax", "jax-triton", "torch", "triton")
+_PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton")
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

@@ -43,11 +43,10 @@ def imported_at_once(path: Path) -> set[str]:
     return names
 
 
-def test_mosaic_and_jax_triton_are_imported_where_they_are_launched():
-    """Mosaic GPU takes more time to import than everything else here; jax-triton is an extra."""
+def test_mosaic_and_triton_are_imported_where_they_are_launched():
+    """Mosaic GPU takes more time to import than everything else here; triton is an extra."""
     slow = (
         "jax.experimental.pallas.mosaic_gpu",
-        "jax_triton",
         "triton",
         "pallas_kernels.span_decode.mosaic",
         "pallas_kernels.prompt_attention.mosaic",
