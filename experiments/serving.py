@@ -1,4 +1,4 @@
-"""Tables of docs/serving.md, from JSON files of `benchmarks.batching`, `benchmarks.serving` and `decode.py eval`.
+"""Tables of docs/serving.md and docs/serving-figures.md, from JSON files of `benchmarks.batching`, `benchmarks.serving` and `decode.py eval`.
 
 python -m experiments.serving
 """
@@ -30,13 +30,16 @@ _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """Write the tables of a page from the JSON files in the directory beside it that has its name. One without its file stays as it is."""
+    """Write the targets of a page, and the tables of the page of figures beside it, from JSON files. One without its file stays as it is."""
 
     results: Positional[Path] = Path("docs/serving")
     """Directory of the files: arithmetic-small.json, rates.json, smollm2-135m.json, eval.json, http32.json, http_data2.json."""
 
     def run(self) -> None:
-        pages.fill_page(self.results, sections(self.results))
+        found = sections(self.results)
+        targets = {name: text for name in ("targets",) if (text := found.pop(name, None))}
+        pages.fill_page(self.results, targets)
+        pages.fill_page(self.results.with_name(f"{self.results.name}-figures"), found)
 
 
 def sections(results: Path) -> dict[str, str]:

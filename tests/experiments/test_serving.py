@@ -1,10 +1,10 @@
 """The tables of docs/serving.md: each cell is of its file, and what was not run stays as it is."""
 
 import json
+import shutil
 from pathlib import Path
 
 from experiments import serving
-from experiments.pages import fill
 
 ROOT = Path(__file__).parents[2]
 HEADER = {"device": "H100", "versions": {"jax": "0.11.2"}}
@@ -59,6 +59,11 @@ def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
     assert set(found) == {"targets", "mixed", "equal", "stalls", "rates"}  # of the other files nothing is known
 
 
-def test_the_tables_of_the_page_are_those_of_its_files():
-    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-    assert fill(page, serving.sections(ROOT / "docs/serving")) == page
+def test_the_tables_of_the_pages_are_those_of_their_files(tmp_path):
+    pages = ["serving.md", "serving-figures.md"]
+    for page in pages:
+        shutil.copy(ROOT / "docs" / page, tmp_path)
+    shutil.copytree(ROOT / "docs/serving", tmp_path / "serving")
+    serving.Page(tmp_path / "serving").run()
+    for page in pages:
+        assert (tmp_path / page).read_text(encoding="utf-8") == (ROOT / "docs" / page).read_text(encoding="utf-8")
