@@ -1,4 +1,4 @@
-"""Tables of docs/serving.md and docs/serving-figures.md, from JSON files of `benchmarks.batching`, `benchmarks.serving` and `decode.py eval`.
+"""Tables of docs/serving.md and docs/serving-figures.md, of files of `benchmarks.batching`, `benchmarks.serving` and `decode.py eval`.
 
 python -m experiments.serving
 """
@@ -30,7 +30,7 @@ _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """Write the targets of a page, and the tables of the page of figures beside it, from JSON files. One without its file stays as it is."""
+    """Write the targets of a page, and the tables of the page of figures beside it. One without its JSON file stays as it is."""
 
     results: Positional[Path] = Path("docs/serving")
     """Directory of the files: arithmetic-small.json, rates.json, smollm2-135m.json, eval.json, http32.json, http_data2.json."""
@@ -115,24 +115,25 @@ def of_evaluation(report: Row) -> dict[str, str]:
 def _targets(report: Row, systems: Row) -> str:
     rows = []
     for row in {row["defaults"]: row for row in sorted(report.get("equal", [])[::-1], key=lambda row: row["defaults"])}.values():
-        what = "with a server's defaults" if row["defaults"] else "many places"
-        target = f"tokens/s while requests of equal lengths wait, of one static batch of {row['batch_size']}, {what}, %"
+        what = "a server's defaults" if row["defaults"] else "many places"
+        target = f"tokens/s at saturation, % of one static batch of {row['batch_size']} ({what})"
         rows.append(judge(target, "90", f"{100 * row['of_static']:.1f}", reached=row["of_static"] >= 0.9))
     for name, others in (("scheduler", "static"), ("scheduler, longest first", "static"), ("scheduler", "sorted")):
         if name in systems and others in systems:
             ratio = systems[name]["right_answers_per_second"] / systems[others]["right_answers_per_second"]
-            target = f"right answers/s on 2 to 200 operators, {_SYSTEMS[name]}, of {_SYSTEMS[others]}"
+            longest = ", longest prompts first" if "longest" in name else ""
+            target = f"right answers/s on 2 to 200 operators{longest}, times those of {_SYSTEMS[others]}"
             wanted, reached = ("2", ratio >= 2) if others == "static" else ("-", None)
             rows.append(
                 (target, wanted, f"{ratio:.2f}", "-") if reached is None else judge(target, wanted, f"{ratio:.2f}", reached=reached)
             )
     for row in report.get("stalls", []):
         if row["long_prompts"]:
-            target = "ms between deliveries while expressions of some 1,970 tokens arrive, p99 of p50"
+            target = "time between deliveries while prompts of some 1,970 tokens arrive, p99 over p50"
             rows.append(judge(target, "3", f"{row['p99_of_p50']:.2f}", reached=row["p99_of_p50"] <= 3))
     if found := report.get("first"):
         most = found["first_token_ms_most"]
-        rows.append(judge("first tokens of a short expression, warm, most of 20, ms", "50", f"{most:.1f}", reached=most <= 50))
+        rows.append(judge("first tokens of a short expression, ms, most of 20", "50", f"{most:.1f}", reached=most <= 50))
     return markdown_table(("target", "wanted", "found", "reached"), rows)
 
 
