@@ -17,6 +17,7 @@ from selfspan_jax.parallel import layout
 T = TypeVar("T")
 PINNED_LIMIT_GIB = 64  # of host memory, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says something else
 _taken = {"bytes": 0}  # of host memory by this process, at most at once
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
 
 class DoesNotFit(UserError):
@@ -25,11 +26,17 @@ class DoesNotFit(UserError):
 
 @contextlib.contextmanager
 def catch_out_of_memory(advice: str = "") -> Iterator[None]:
-    """Raise DoesNotFit, with advice at its end, in place of JAX's error where the device runs out of memory."""
+    """Raise DoesNotFit, with advice at its end, in place of JAX's error where the device runs out of memory.
+
+    Raises: UserError too, where no device can be used.
+    """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+    except RuntimeError as error:
+        if "Unable to initialize backend" in str(error):
+            said = str(error).partition(" (you may")[0]
+            raise UserError(f"no device can be used: {said}; other programs may have all of its memory") from None
+        if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
         if "host memory" in str(error):
             wrong = "host memory ran out that a GPU may read: XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows 64 GiB of it unless set otherwise"

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from selfspan_jax.serving import protocol
 
 MAX_BODY_BYTES = 4 * 2**20
+MAX_DISCARDED_BYTES, DISCARD_SECONDS = 16 * MAX_BODY_BYTES, 5.0
 RETRY_AFTER_SECONDS = 1
 
 
@@ -78,6 +79,19 @@ async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def discard_body(request: HttpRequest) -> None:
+    """Read what a refused client still sends, up to a limit: one that writes while its connection is closed sees no answer."""
+    if "expect" in request.headers:  # it asks before it sends
+        return
+    left = MAX_DISCARDED_BYTES
+    with contextlib.suppress(ClientDisconnect, TimeoutError, RuntimeError):  # the last where all of it was read
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for chunk in request.stream():
+                left -= len(chunk)
+                if left < 0:
+                    break
+
+
 async def read_body(request: HttpRequest) -> bytes:
     """Read a body. Raises Refused for one that is too large, as soon as that shows."""
     too_large = Refused(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
@@ -103,7 +117,8 @@ def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(dumps(value), status, headers, "application/json")
 
 
-def answer_refused(request: HttpRequest, error: Refused) -> Response:
+async def answer_refused(request: HttpRequest, error: Refused) -> Response:
+    await discard_body(request)
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status in (429, 503) else {}
     headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     return as_json(protocol.error(error.status, str(error), error.code), error.status, headers)

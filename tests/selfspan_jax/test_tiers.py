@@ -191,12 +191,17 @@ def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
         engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
 
 
-def test_host_memory_that_runs_out_is_named():
+def test_host_memory_that_runs_out_is_named_and_a_device_that_cannot_be_used():
     with (
         pytest.raises(DoesNotFit, match="host memory ran out that a GPU may read: XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"),
         catch_out_of_memory(),
     ):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory allocating 17179869184 bytes")
+    full = "Unable to initialize backend 'cuda': INTERNAL: no supported devices found for platform CUDA (you may need to uninstall"
+    with pytest.raises(UserError, match=r"no device can be used: .*CUDA; other programs may have all of its memory"), catch_out_of_memory():
+        raise RuntimeError(full)
+    with pytest.raises(RuntimeError, match="of another kind"), catch_out_of_memory():
+        raise RuntimeError("of another kind")
 
 
 @pytest.mark.gpu

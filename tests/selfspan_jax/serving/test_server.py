@@ -12,6 +12,8 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from types import SimpleNamespace
 
 import httpx2
@@ -417,6 +419,10 @@ def test_other_paths_methods_and_kinds_of_bodies_are_refused(address):
 
     headers = {"Content-Type": "application/json"}
     assert httpx2.post(f"{address}/v1/completions", content=chunks(), headers=headers, trust_env=False).status_code == 413
+    for kind, status in (("application/json", 413), ("text/plain", 415)):  # a client that writes all before it reads is answered too
+        request = urllib.request.Request(f"{address}/v1/completions", b" " * 2**23, {"Content-Type": kind})
+        with pytest.raises(urllib.error.HTTPError, match=str(status)):
+            urllib.request.urlopen(request, timeout=20)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
