@@ -112,7 +112,7 @@ class Scripted:
 
     @property
     def stats(self):
-        return Stats(2, 1, len(self._active), 3, 1, 4, len(self.requests), 100, 20, 50, 250, 1000, 6)
+        return Stats(2, 1, len(self._active), 3, 1, 4, len(self.requests), 100, 20, 50, 250, 1000, preemptions=6)
 
 
 @contextlib.contextmanager
