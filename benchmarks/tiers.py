@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -18,10 +20,12 @@ from jaxtyping import Array, Int
 from benchmarks.decoding import REPETITIONS, WARM_UPS, Case, Programs, copy_state, detach_pools, replay_row
 from benchmarks.shapes import Shape
 from benchmarks.timing import timed
+from pallas_kernels import copy_rows
 from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory
 from selfspan_jax.parallel.memory import bytes_of, check_fits
 from selfspan_jax.tiers import HostEngine
 
+LINK_ROWS = 1 << 14  # of 4 KiB, by which the link is measured
 MAX_REPEATED_SECONDS = 20.0  # of a prefill; what takes longer hardly feels its compilation
 
 
@@ -38,6 +42,17 @@ def compile_case(shape: Shape, case: TieredCase, mesh: Mesh | None = None) -> Pr
     engine = HostEngine(shape.abstract(case.weights), working_set_tokens=case.working_set_tokens)
     check_fits(needed := bytes_of(engine.params))
     return Programs(engine, None, needed, 0.0)
+
+
+@functools.cache
+def link_bytes_per_second() -> float:
+    """Measure how fast a kernel of its own copies rows from host memory: what a slow link shows by."""
+    rows = jnp.arange(LINK_ROWS, dtype=jnp.int32)[None]
+    pool = jnp.zeros((LINK_ROWS, 8, 128), jnp.bfloat16)
+    host = jax.jit(lambda: jax.device_put((pool, pool), jax.memory.Space.Host))()
+    copy = jax.jit(lambda host, pools: copy_rows(host, pools, rows, rows, jnp.array([LINK_ROWS], jnp.int32)))
+    seconds = [timed(copy, host, (pool, pool))[1] for _ in range(WARM_UPS + REPETITIONS)]
+    return 2 * pool.nbytes / statistics.median(seconds[WARM_UPS:])
 
 
 def measure_case(
@@ -72,6 +87,7 @@ def measure_case(
         "copied_rows_per_step": copied,
         "missed_rows_per_step": missed,
         "link_bytes_per_step": (copied + missed) * row_bytes,
+        "link_bytes_per_second": link_bytes_per_second(),
         "kv_memory_bytes": bytes_of([layer[:2] for layer in pools]),
         "host_memory_bytes": bytes_of([layer[2:] for layer in pools]),
         "process_peak_memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),

@@ -162,6 +162,7 @@ def test_what_comes_over_the_link_is_counted(measured):
     found = measured[TIERED]
     assert (found["copied_rows_per_step"], found["missed_rows_per_step"]) == (copied / 32, 0) and copied > 0
     row_bytes = 2 * 2 * 2 * 8 * 2  # K and V, layers, kv heads, head size, bfloat16
+    assert found["link_bytes_per_second"] > 0
     assert found["link_bytes_per_step"] == copied / 32 * row_bytes and found["host_memory_bytes"] == 4 * 256 * row_bytes
     assert found["attended_tokens"] == measured[SPAN]["attended_tokens"] and found["kv_memory"] == "host"
 
