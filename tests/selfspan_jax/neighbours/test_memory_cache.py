@@ -47,7 +47,7 @@ def whole(model, rows=ROWS):
     return np.asarray(forward(model, jnp.asarray(rows), jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)))
 
 
-def fed(engine, config, **samples):
+def fed(engine, config):
     """Feed rows after their prompts; return the logits of every step, and the last state."""
     state, logits = engine.prefill(ROWS[:, : LENGTHS.max()], LENGTHS, config), []
     for step in range(NEW):
@@ -66,6 +66,15 @@ def test_decoding_is_one_forward_pass(rule):
     np.testing.assert_array_equal(state.slots.counts, (LENGTHS + NEW - 1) % S + 1)
     other = whole(MODELS["linear" if rule == "delta" else "delta"])  # teeth: the other rule differs as soon as there are two segments
     assert np.abs(every - other)[:, : 2 * S].max() < TOLERANCE and np.abs(every - other)[:, 2 * S :].max() > 100 * TOLERANCE
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_a_gpu_decode_the_same():
+    """Heads of 64 in float32; the rows of a segment are used again, so slots and bookkeeping go round."""
+    engine = make_engine(memory_model(hidden_size=64, intermediate_size=96, head_size=64, num_heads=8, num_kv_heads=2))
+    options = {"max_new_tokens": NEW, "linear": "xla"}
+    found, expected = (fed(engine, DecodeConfig("memory", implementation=name, **options))[0] for name in ("triton", "xla"))
+    np.testing.assert_allclose(found, expected, atol=10 * TOLERANCE, rtol=10 * TOLERANCE)
 
 
 def test_a_packed_row_is_its_sequences():
@@ -88,6 +97,16 @@ def test_the_state_does_not_grow():
 
     config = DecodeConfig("memory", max_new_tokens=4)
     assert kept(64, config) == kept(224, dataclasses.replace(config, max_new_tokens=32))
+    state = engine.generate(
+        ROWS[:2, :30], np.array([30, 11], np.int32), config, limit_tokens=8, num_samples=2
+    )  # takes more room
+    assert state.cache.slot_table.shape == (4, S) and state.new_tokens.shape[1] >= 8
+    rows = np.repeat(ROWS[:2], 2, axis=0)
+    for row, new, first in zip(rows, np.asarray(state.new_tokens), (30, 30, 11, 11)):
+        row[first : first + 8] = new[:8]
+    likeliest = whole(MODELS["delta"], rows).argmax(axis=2)
+    for row, found, first, number in zip(rows, likeliest, (30, 30, 11, 11), np.asarray(state.num_new)):
+        np.testing.assert_array_equal(row[first : first + min(8, number)], found[first - 1 : first - 1 + min(8, number)])
 
 
 def test_a_model_with_a_memory_is_stored_whole(tmp_path):
