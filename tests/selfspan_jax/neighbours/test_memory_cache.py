@@ -97,9 +97,7 @@ def test_the_state_does_not_grow():
 
     config = DecodeConfig("memory", max_new_tokens=4)
     assert kept(64, config) == kept(224, dataclasses.replace(config, max_new_tokens=32))
-    state = engine.generate(
-        ROWS[:2, :30], np.array([30, 11], np.int32), config, limit_tokens=8, num_samples=2
-    )  # takes more room
+    state = engine.generate(ROWS[:2, :30], np.array([30, 11], np.int32), config, limit_tokens=8, num_samples=2)  # takes more room
     assert state.cache.slot_table.shape == (4, S) and state.new_tokens.shape[1] >= 8
     rows = np.repeat(ROWS[:2], 2, axis=0)
     for row, new, first in zip(rows, np.asarray(state.new_tokens), (30, 30, 11, 11)):
