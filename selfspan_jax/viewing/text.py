@@ -84,7 +84,7 @@ def _sources_lines(out: Output) -> list[str]:
     written: dict[int, str] = {}
     for step in out.steps:
         lines.append(f"<{step.label}> {step.text.strip()}")
-        for ref in dict.fromkeys(step.refs):
+        for ref in dict.fromkeys(ref for ref in step.refs if ref != step.label):  # that names nothing new
             piece = ids[(labels == ref) & ~opens]
             source = out.task.decode(piece).strip() if len(piece) else written.get(ref, "(nothing so far carries that label)")
             lines.append(f"    from <{ref}> {source}")
