@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.pieces import Written
 from data.tools.catalogue import Method, Service, Slot, field, line
 from data.tools.source import RESULT, SPEAKERS, Call, read_call
+from data.vocab import Vocab
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ANY = "dontcare"  # what the corpus has where a parameter may be anything
@@ -109,8 +110,31 @@ def _names(function: str) -> tuple[str, str]:
     return (service, method) if service and method else (function, function)
 
 
-def calls(steps: Iterable[Written], pieces: Sequence[str], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the calls of functions that there are: each with `name`, `arguments` (JSON), and the `pieces` of the prompt that it names."""
+def value_labels(response_ids: Iterable[int], vocab: Vocab) -> dict[int, list[int]]:
+    """Read what is named right before each value, by the label of the call: labels, each after the `<ref:k>` of the call's own."""
+    found: dict[int, list[int]] = {}
+    before = own = -1
+    for token in response_ids:
+        label = token - vocab.ref_base if vocab.ref_base <= token < vocab.ref_base + vocab.num_labels else -1
+        if vocab.seg_base <= token < vocab.seg_base + vocab.num_labels:
+            own = token - vocab.seg_base
+        elif label >= 0 and before == own:
+            found.setdefault(own, []).append(label)
+        before = label
+    return found
+
+
+def calls(
+    steps: Iterable[Written], pieces: Sequence[str], tools: Sequence[Mapping[str, Any]], values: Mapping[int, Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Return the calls of functions that there are.
+
+    Each has `name`, `arguments` (JSON), the `pieces` of the prompt that it names, and, where its text says it, in `values` the label of
+    the piece in which each argument stands.
+
+    Args:
+      values: what `value_labels` returned.
+    """
     functions = {_names(tool["function"]["name"]): tool["function"] for tool in tools}
     found = []
     for step in steps:
@@ -118,7 +142,16 @@ def calls(steps: Iterable[Written], pieces: Sequence[str], tools: Sequence[Mappi
         function = functions.get((call.service, call.method)) if call else None
         if call and function:
             named = [{"label": 1 + piece, "text": pieces[piece]} for piece in sorted(step.named) if piece < len(pieces)]
-            found.append({"name": function["name"], "arguments": json.dumps(_typed(call, function), ensure_ascii=False), "pieces": named})
+            arguments, labels = _typed(call, function), values.get(step.label, ())
+            stand = zip(call.parameters, labels) if len(labels) == len(call.parameters) else ()
+            found.append(
+                {
+                    "name": function["name"],
+                    "arguments": json.dumps(arguments, ensure_ascii=False),
+                    "pieces": named,
+                    "values": {name: label for name, label in stand if name in arguments},
+                }
+            )
     return found
 
 

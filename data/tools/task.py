@@ -80,7 +80,8 @@ class ToolTask(DocumentTask):
 
     def tool_calls(self, prompt: str, response_ids: Iterable[int], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Read the calls of functions in a response to such a prompt; see `chat.calls`."""
-        return chat.calls(self.steps(response_ids), self.split_prompt(prompt)[1], tools)
+        ids = [*response_ids]
+        return chat.calls(self.steps(ids), self.split_prompt(prompt)[1], tools, chat.value_labels(ids, self.vocab))
 
     def beginnings(self, prompt: str) -> list[list[int]]:
         """Return what the text of a step may begin with, as ids: a service of the prompt and one of its methods, up to its parameters."""

@@ -15,10 +15,11 @@ from data import dataset
 from data.__main__ import main as data_main
 from data.errors import UserError
 from data.examples import TrainingExamples
+from data.pieces import encode_steps
 from data.retrieval import BM25
 from data.sources import Made
 from data.tasks import TASKS
-from data.tools.source import KINDS, Corpus, WriteCommand, read_call
+from data.tools.source import KINDS, Call, Corpus, WriteCommand, read_call
 from tests.data import layouts
 from tests.data.test_documents import respond, run
 
@@ -535,7 +536,28 @@ def test_calls_of_functions_have_the_types_of_their_schema_and_the_pieces_that_t
     assert (first["name"], json.loads(first["arguments"])) == ("Buses-FindBus", expected)
     pieces = task.split_prompt(prompt)[1]
     assert first["pieces"] == [{"label": label, "text": pieces[label - 1]} for label in (1, 3)]
-    assert second == {"name": "get_time", "arguments": "{}", "pieces": [{"label": 2, "text": pieces[1]}]}
+    assert second == {"name": "get_time", "arguments": "{}", "pieces": [{"label": 2, "text": pieces[1]}], "values": {}}
+
+
+def test_calls_say_in_which_piece_each_argument_stands(corpus):
+    task = dataset.load(corpus, TASKS).task
+    prompt, vocab = task.tool_prompt(MESSAGES, TOOLS), task.vocab
+    parts = Call("Buses", "FindBus", {"to": "Oakton", "fast": "dontcare", "seats": "2"}).parts()
+    ids, _ = encode_steps(
+        task.encode_prompt(prompt).tolist(),
+        7,
+        [[((0, 2), parts[0]), *(((i,), text) for i, text in zip((2, 0, 6), parts[1:]))]],
+        vocab,
+        None,
+        closed=True,
+    )
+    response = ids[len(task.encode_prompt(prompt)) :].tolist()
+    (whole,) = task.tool_calls(prompt, response, TOOLS)
+    assert json.loads(whole["arguments"]) == {"to": "Oakton", "seats": 2} and whole["values"] == {"to": 3, "seats": 7}
+    assert [piece["label"] for piece in whole["pieces"]] == [1, 3, 7]
+    first = response.index(vocab.ref_base + 8)
+    (less,) = task.tool_calls(prompt, response[:first] + response[first + 2 :], TOOLS)  # one value's is missing
+    assert less["values"] == {} and less["arguments"] == whole["arguments"]
 
 
 def function(**changes):
