@@ -14,6 +14,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
+from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.tiers import HostEngine
 from selfspan_jax.weights import lora
@@ -218,3 +219,19 @@ def test_a_trained_model_writes_the_same_tokens_on_a_gpu(size, monkeypatch):
     models = (SpanLM.load("checkpoints/arithmetic-tiny", {"arithmetic": ArithmeticTask}, dtype="f32", **each) for each in options)
     plain, tiered = ([out.token_ids.tolist() for out in model.generate(prompts)] for model in models)
     assert tiered == plain and max(map(len, plain)) > 70
+
+
+@pytest.mark.gpu
+def test_a_server_writes_the_same_tokens_on_a_gpu():
+    """Pages in host memory, fewer than wanted, working sets that are too small, prompts that begin alike."""
+    prompts = ["((51+75)-(95*3))", "(((4+5)*(7-2))+((8-3)*(2+6)))", "((1+2)-(3+(4-(5+6))))"]
+    options: tuple[dict, ...] = ({}, {"kv_memory": "host", "working_set_tokens": 24})
+    config, found = ServingConfig(2, 192, page_tokens=8, prefill_tokens=64, num_pages=30, chunk_tokens=4), []
+    for each in options:
+        model = SpanLM.load("checkpoints/arithmetic-tiny", {"arithmetic": ArithmeticTask}, dtype="f32", **each)
+        _, ids = model.encode(prompts, False)
+        requests = [Request(np.asarray(own), 80) for own in (*ids, *ids, ids[1][:-1])]
+        scheduler = Scheduler(model.engine, config, stop_ids=model.end_ids[1:])
+        found.append([tokens.token_ids.tolist() for tokens in scheduler.generate(requests)])
+    assert found[1] == found[0] and max(map(len, found[0])) > 50
+    assert scheduler.stats.copied_rows > 0 and scheduler.stats.prefix_hit_tokens > 0
