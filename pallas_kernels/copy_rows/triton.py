@@ -11,6 +11,9 @@ issued before the first store, so that many are on their way at once: the link's
 alone, or beside those of a matrix product (`fused_linear`) or of attention (`rotate_and_attend`), which wait for another memory.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -26,7 +29,7 @@ BESIDE_PROGRAMS = 32  # of another kernel, that copy a share meanwhile
 
 def triton_copy_rows(host_pools, pools, sources, targets, counts, share, *, interpret: bool = False):
     """Run the kernel; arguments as in `copy_rows`, already checked."""
-    operands = flat_operands(host_pools, pools, sources, targets, counts, share, interpret)
+    operands = flat_operands((host_pools, pools, sources, targets, counts, share), interpret)
     number = len(pools)
     outs = pl.pallas_call(
         lambda *refs: copy_share(refs[: 2 * number + 4], refs[2 * number + 4 :], pl.program_id(0), pl.num_programs(0)),
@@ -40,15 +43,16 @@ def triton_copy_rows(host_pools, pools, sources, targets, counts, share, *, inte
     return tuple(out.reshape(pool.shape) for out, pool in zip(outs, pools, strict=True))
 
 
-def flat_operands(host_pools, pools, sources, targets, counts, share, interpret: bool) -> tuple[jax.Array, ...]:
-    """Return what `copy_share` takes the refs of: pools whose rows are flat, host pools first, then the lists."""
+def flat_operands(copies: Sequence[Any], interpret: bool) -> tuple[jax.Array, ...]:
+    """Return what `copy_share` takes the refs of, of `Copies`: pools whose rows are flat, host pools first, then the lists."""
+    host_pools, pools, *lists, share = copies
     if interpret:  # which knows no memory but the device's
         host_pools = jax.device_put(host_pools, jax.memory.Space.Device)
     # The heads that a tile has are the largest power of two that divides them: its sizes are powers of two.
     _, num_heads, head_size = pools[0].shape
     width = (num_heads & -num_heads) * head_size
     flat = (pool.reshape(pool.shape[0], -1, width) for pool in (*host_pools, *pools))
-    return *flat, sources, targets, counts, everything() if share is None else share
+    return *flat, *lists, everything() if share is None else share
 
 
 def copy_share(refs, out_refs, program, num_programs):

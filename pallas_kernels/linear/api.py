@@ -121,8 +121,8 @@ def copies_beside(
     x: Any, weight: Rows, *, norm: jax.Array | None = None, gated: bool = False, implementation: str | None = None, interpret: bool = False
 ) -> bool:
     """Tell whether `fused_linear` copies while it multiplies, and not before or after; arguments as there."""
-    chosen = _choose(x, weight, norm, gated, implementation, interpret)
-    return _copies_beside(chosen, x.rows if isinstance(x, (ScaledRows, SplitRows)) else x, weight, norm, gated)
+    plain: Any = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x
+    return _copies_beside(_choose(x, weight, norm, gated, implementation, interpret), plain, weight, norm, gated)
 
 
 def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], implementation: str | None = None) -> bool:
@@ -161,8 +161,9 @@ def expected_bytes(
 
 
 def _choose(x: Any, weight: Rows, norm: jax.Array | None, gated: bool, implementation: str | None, interpret: bool) -> str:
-    plain, scaled = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x, isinstance(x, ScaledRows) and norm is not None
-    fastest = is_fastest(_num_rows(plain), *weight.shape, values_of(weight).dtype.itemsize, gated, scaled)
+    plain: Any = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x
+    scaled, (num_outputs, num_inputs) = isinstance(x, ScaledRows) and norm is not None, weight.shape
+    fastest = is_fastest(_num_rows(plain), num_outputs, num_inputs, values_of(weight).dtype.itemsize, gated, scaled)
     return choose_implementation(
         implementation,
         ("triton", "xla") if fastest else ("xla",),

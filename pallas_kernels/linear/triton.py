@@ -74,7 +74,7 @@ def triton_linear(
     pools = () if copies is None else copies.pools
     first = len(given) + len(pools)  # the first of the pools that are written
     if copies is not None:
-        given += flat_operands(*copies, interpret)
+        given += flat_operands(copies, interpret)
     copied = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in given[first : first + len(pools)])
     kernel = functools.partial(_kernel, names=(*optional, *results), num_copied=len(pools), norm_eps=norm_eps, gated=gated, config=config)
     programs = pl.cdiv(tiles, pl.cdiv(tiles, config.programs))  # the fewest that take no longer than `config.programs`

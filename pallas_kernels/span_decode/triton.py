@@ -96,7 +96,7 @@ def triton_rotate_and_attend(
         arrays |= {f"ahead_{i}": array for i, array in enumerate(sectors)}
     written = tuple(pools)
     if copies is not None:
-        arrays |= dict(zip(COPIES, flat_operands(*copies, interpret), strict=True))
+        arrays |= dict(zip(COPIES, flat_operands(copies, interpret), strict=True))
         written += COPIES[2:4]
     out, k_after, v_after, *copied = _attend(out, arrays, written, scale, norm_eps, config, interpret, early, partial)
     pools_after = k_after.reshape(k_pool.shape), v_after.reshape(v_pool.shape)
