@@ -118,11 +118,12 @@ class Corpus:
             pairs = 2 ** rng.integers(1, min(self.pairs, segments * PIECES).bit_length())
             made = dataclasses.replace(self, pairs=int(pairs)).make(rng, rows * each, segments, spans=spans, scales=scales)
             length = made["token_ids"].shape[1]
-            arrays = [np.zeros((rows, tokens), dtype) for dtype in (np.int32, np.int32, np.int32, bool)]
+            ids, segment_ids, positions = (np.zeros((rows, tokens), np.int32) for _ in range(3))
+            targets = np.zeros((rows, tokens), np.bool_)
             made["segment_ids"] = np.broadcast_to(np.tile(np.arange(1, each + 1), rows)[:, None], (rows * each, length))
-            for array, name in zip(arrays, ("token_ids", "segment_ids", "positions", "target_mask")):
+            for array, name in zip((ids, segment_ids, positions, targets), ("token_ids", "segment_ids", "positions", "target_mask")):
                 array[:, : each * length] = made[name].reshape(rows, each * length)
-            yield Batch(*arrays, number + 1)
+            yield Batch(ids, segment_ids, positions, targets, number + 1)
 
     @property
     def row_tokens(self) -> int:
@@ -240,9 +241,8 @@ def predicted(graph, params, token_ids, places):
 
 def gates(model: Decoder) -> list[list[float]] | None:
     """Return how much of each head's output comes from the memory, layer by layer; None without one."""
-    if model.config.mask != "memory":
-        return None
-    return [np.asarray(jax.nn.sigmoid(layer.self_attn.memory.gate[...])).round(4).tolist() for layer in model.layers]
+    memories = [layer.self_attn.memory for layer in model.layers]
+    return [np.asarray(jax.nn.sigmoid(memory.gate[...])).round(4).tolist() for memory in memories if memory is not None] or None
 
 
 # ------------------------------------------------------------------------------------------------------------------- page
@@ -255,9 +255,7 @@ _FROM = 2  # segments, from which on a pair is out of sight of a window and of t
 def sections(results: Path) -> dict[str, str]:
     """Write the sections of docs/neighbours.md on models with a memory whose files are in a directory, and their plot."""
     recalls = [files.read_json(file) for file in sorted(results.glob("recall_*.json"))]
-    expressions = {file.stem.split("_")[1]: [] for file in sorted(results.glob("expressions_*.json"))}
-    for file in sorted(results.glob("expressions_*.json")):
-        expressions[file.stem.split("_")[1]].append(files.read_json(file))
+    expressions = {file.stem.split("_")[1]: files.read_json(file) for file in sorted(results.glob("expressions_*.json"))}
     benches = [files.read_json(file) for file in sorted(results.glob("bench_*.json"))]
     found = {}
     if recalls:
@@ -323,10 +321,10 @@ def draw(reports: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _expressions(reports: dict[str, list[dict[str, Any]]]) -> str:
+def _expressions(reports: dict[str, dict[str, Any]]) -> str:
     rows = []
     for system in (name for name in SYSTEMS if name in reports):
-        for ops, row in sorted((int(ops), row) for report in reports[system] for ops, row in report["sets"].items()):
+        for ops, row in sorted((int(ops), row) for ops, row in reports[system]["sets"].items()):
             shares = row["answer_accuracy"], *row["answer_accuracy_interval"], row["step_accuracy"]
             shown = [*(f"{100 * share:.1f}" for share in shares), f"{row['attended_tokens']:,.1f}"]
             rows.append([f"`{system}`", str(ops), str(row["num_examples"]), *shown])

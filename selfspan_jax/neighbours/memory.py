@@ -111,26 +111,25 @@ def scan_segments(
         x = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(batch, -1, segment_tokens, *x.shape[2:]).swapaxes(0, 1)
 
-    if kept is None:
-        empty = Memory.empty(batch, num_kv_heads, head_size, _kept_dtype(q))
-        kept = Kept(empty, empty)
+    empty = Memory.empty(batch, num_kv_heads, head_size, _kept_dtype(q))
+    before = Kept(empty, empty) if kept is None else kept
     lengths = jnp.full(batch, num_tokens, jnp.int32) if lengths is None else lengths
     is_there = jnp.arange(num_tokens, dtype=jnp.int32)[None] < lengths[:, None]
     ids = segments(jnp.ones((batch, num_tokens), jnp.int32) if segment_ids is None else segment_ids)
     last = jnp.concatenate([ids[:1, :, 0], ids[:, :, -1]])
 
     def step(kept: Kept, now):
-        q, k, v, ids, is_there, before, own = now
+        q, k, v, ids, is_there, earlier, own = now
         recalled = kept.memory.recall(q)
         adds = is_there
         if segment_ids is not None:
-            recalled = jnp.where((ids == before[:, None])[:, :, None, None, None], recalled, 0)
-            kept, adds = Kept(kept.memory.only(own == before), kept.pending), adds & (ids == own[:, None])
+            recalled = jnp.where((ids == earlier[:, None])[:, :, None, None, None], recalled, 0)
+            kept, adds = Kept(kept.memory.only(own == earlier), kept.pending), adds & (ids == own[:, None])
         ends = jnp.all(is_there, axis=1)
         return kept.after(kept.memory.news(k, v, rule, adds), jnp.any(adds, axis=1), ends), recalled
 
-    kept, recalled = jax.lax.scan(step, kept, (*map(segments, (q, k, v)), ids, segments(is_there), last[:-1], last[1:]))
-    return recalled.swapaxes(0, 1).reshape(batch, -1, *q.shape[2:])[:, :num_tokens], kept
+    after, recalled = jax.lax.scan(step, before, (*map(segments, (q, k, v)), ids, segments(is_there), last[:-1], last[1:]))
+    return recalled.swapaxes(0, 1).reshape(batch, -1, *q.shape[2:])[:, :num_tokens], after
 
 
 class CompressiveMemory(nnx.Module):
@@ -152,7 +151,7 @@ class CompressiveMemory(nnx.Module):
 
 def split_heads(qkv: Float[Array, "B T K G+2 H"], options: dict[str, Any]) -> tuple[Array, dict[str, Any], tuple[Array, Array, Array]]:
     """Normalise the heads where the layer does. Returns: them, the options of attention, and queries, keys and values, not rotated."""
-    norms = {name: options[name] for name in ("norms", "norm_eps") if name in options}  # others are hints for the fused kernel
+    norms: dict[str, Any] = {name: options[name] for name in ("norms", "norm_eps") if name in options}  # others are hints for kernels
     heads = norm_heads(qkv, **norms)
     return heads, norms, (heads[:, :, :, :-2], heads[:, :, :, -2], heads[:, :, :, -1])
 
