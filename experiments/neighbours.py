@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -29,6 +30,7 @@ from data.tasks import TASKS
 from experiments import pages, recall
 from experiments.pages import markdown_table
 from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
+from experiments.presses import Presses, chosen
 from experiments.rebalancing import Rebalancing
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, Window, get_policy
@@ -126,7 +128,7 @@ def by_count(kind: str, counts: Sequence[int], values: Sequence[T]) -> Iterator[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What both comparisons have: counts of cache rows, policies, and the file of results."""
+    """What comparisons have: counts of cache rows, policies, and the file of results."""
 
     shares: Annotated[tuple[float, ...], commandline.commas(float)] = (1, 2, 5, 10, 20, 50)
     """Of the context, in percent."""
@@ -140,11 +142,32 @@ class Sweep:
         return [max(1, round(share / 100 * context_tokens)) for share in self.shares]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding(Sweep):
+    """What comparisons of decoded responses have: how many of them are decoded together."""
+
+    batch_size: int = 100
+    """Examples that are decoded together, under several counts each."""
+
+    def decoded(
+        self, lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int], score: Callable[[list[Any]], dict[str, Any]]
+    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Decode examples under each kind, and yield the scores at each count."""
+        found: dict[str, list[list[Any]]] = {}
+        sizes = max(len(lm.task.encode_prompt(example.prompt)) for example in some), max(len(example.response_ids) for example in some)
+        for start in range(0, len(some), self.batch_size):
+            for kind, outputs in decoded(lm, some[start : start + self.batch_size], kinds, counts, *sizes):
+                found.setdefault(kind, [[] for _ in outputs])
+                for own, more in zip(found[kind], outputs):
+                    own += more
+        yield from ((kind, [*map(score, outputs)]) for kind, outputs in found.items())
+
+
 # -------------------------------------------------------------------------------------------------------------- arithmetic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arithmetic(Sweep):
+class Arithmetic(Decoding):
     """Count a dense model's right answers when each decoded token reads few rows, beside a span model on the same expressions."""
 
     dense: Positional[Path]
@@ -155,8 +178,6 @@ class Arithmetic(Sweep):
     """Operators of the expressions."""
     num_examples: int = 300
     """Fresh expressions of each number of operators."""
-    batch_size: int = 100
-    """Expressions that are decoded together, under several counts each."""
     seed: int = 1
     """Of the expressions."""
 
@@ -175,27 +196,14 @@ class Arithmetic(Sweep):
             prompt_tokens = [len(models["dense"].task.encode_prompt(example.prompt)) for example in some]
             context = float(np.mean([own + len(example.response_ids) for own, example in zip(prompt_tokens, some)]))
             settings = {"ops": ops, "context_tokens": context}
-            ((_, (spans,)),) = self.decoded(models["span"], some, ("span",), [0])
+            ((_, (spans,)),) = self.decoded(models["span"], some, ("span",), [0], _scores)
             as_spans = round(spans["attended_tokens"])
             counts = sorted([as_spans, *self.counts(context)])
             self.add(report, settings | {"neighbour": "span", "tokens": None} | spans)
-            for kind, scores in self.decoded(models["dense"], some, ("dense", *self.neighbours), counts):
+            for kind, scores in self.decoded(models["dense"], some, ("dense", *self.neighbours), counts, _scores):
                 for count, own in by_count(kind, counts, scores):
                     self.add(report, settings | {"neighbour": kind, "tokens": count, "as_spans": count == as_spans} | own)
         files.write_rows(self.json, report, complete=True)
-
-    def decoded(
-        self, lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int]
-    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """Decode examples under each kind, and yield the scores at each count."""
-        found: dict[str, list[list[Any]]] = {}
-        sizes = max(len(lm.task.encode_prompt(example.prompt)) for example in some), max(len(example.response_ids) for example in some)
-        for start in range(0, len(some), self.batch_size):
-            for kind, outputs in decoded(lm, some[start : start + self.batch_size], kinds, counts, *sizes):
-                found.setdefault(kind, [[] for _ in outputs])
-                for own, more in zip(found[kind], outputs):
-                    own += more
-        yield from ((kind, [*map(_scores, outputs)]) for kind, outputs in found.items())
 
     def add(self, report: dict[str, Any], row: dict[str, Any]) -> None:
         """Add a row to the report, write and print it."""
@@ -228,16 +236,88 @@ def decoded(
 
 def _scores(outputs: Sequence[Any]) -> dict[str, Any]:
     right = [out.verdict.answer_right for out in outputs]
+    accuracy = {"answer_accuracy": float(np.mean(right)), "answer_accuracy_interval": wilson(float(np.mean(right)), len(outputs))}
+    return {"num_examples": len(outputs), "right": sum(right), **accuracy, **_read(outputs)}
+
+
+def _read(outputs: Sequence[Any]) -> dict[str, float]:
     context = np.concatenate([np.arange(len(out.token_ids) - len(out.num_attended), len(out.token_ids)) + 1 for out in outputs])
     attended = np.concatenate([out.num_attended for out in outputs])
-    return {
-        "num_examples": len(outputs),
-        "right": sum(right),
-        "answer_accuracy": float(np.mean(right)),
-        "answer_accuracy_interval": wilson(float(np.mean(right)), len(outputs)),
-        "attended_tokens": float(attended.mean()),
-        "attended_fraction": float((attended / context).mean()),
-    }
+    return {"attended_tokens": float(attended.mean()), "attended_fraction": float((attended / context).mean())}
+
+
+# --------------------------------------------------------------------------------------------------------------- documents
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents(Decoding):
+    """Score a dense model's responses to documents when each decoded token reads few rows; or a span model's, which reads its spans."""
+
+    model: Positional[Path]
+    """As `decode.py` takes it."""
+    data: Path
+    """A corpus directory."""
+    base: Path | None = None
+    """For an adapter: the model that it was trained on."""
+    split: str = "validation"
+    """Of the corpus."""
+    num_examples: int = 24
+    """The first ones of at most `max-prompt-tokens`."""
+    max_prompt_tokens: int = 8192
+    """Longer prompts are left out."""
+    timed_tokens: int = 0
+    """Time so many decode steps of one batch under each kind in place of scoring, at the middle one of the shares; 0 for none."""
+
+    def __post_init__(self):
+        check_range(self, "num_examples", "batch_size", low=1)
+
+    def run(self) -> None:
+        lm = SpanLM.load(self.model, TASKS, base=self.base)
+        lm.task, some = chosen(lm, self.data, self.split, self.num_examples, self.max_prompt_tokens)
+        context = float(np.mean([len(lm.task.encode_prompt(example.prompt)) + len(example.response_ids) for example in some]))
+        sizes = {"num_examples": len(some), "context_tokens": context}
+        report: dict[str, Any] = {**device_header(), "model": name_of(self.model), "data": self.data.name, **sizes, "documents": []}
+        kinds = ("span",) if lm.model.config.mask == "span" else ("dense", *self.neighbours)
+        counts = [0] if kinds == ("span",) else self.counts(context)
+        if self.timed_tokens:
+            for row in timed(lm, some[: self.batch_size], kinds, counts[len(counts) // 2], self.timed_tokens):
+                self.add(report, row)
+            return files.write_rows(self.json, report, complete=True)
+
+        def score(outputs: Sequence[Any]) -> dict[str, Any]:
+            scores = lm.task.scores(some, [out.response_ids for out in outputs])  # type: ignore[attr-defined]
+            return {"num_examples": len(outputs), **_read(outputs), **scores}
+
+        for kind, scores in self.decoded(lm, some, kinds, counts, score):
+            for count, own in by_count(kind, counts, scores):
+                self.add(report, {"neighbour": kind, "tokens": count} | own)
+        files.write_rows(self.json, report, complete=True)
+
+    def add(self, report: dict[str, Any], row: dict[str, Any]) -> None:
+        """Add a row to the report, write and print it."""
+        report["documents"].append(row)
+        files.write_rows(self.json, report, complete=False)
+        print("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+
+
+def timed(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], count: int, num_tokens: int) -> Iterator[dict[str, Any]]:
+    """Time decode steps of a batch, the sequences' gold responses fed again and again; three times, the median."""
+    token_ids, lengths = lm.pad([lm.task.encode_prompt(example.prompt) for example in some])
+    forced = np.stack([np.resize(example.response_ids[:-1], num_tokens) for example in some]).astype(np.int32)
+    for kind in kinds:
+        policy = get_policy(kind) if kind not in KINDS else dataclasses.replace(KINDS[kind], tokens=count)
+        config = DecodeConfig(policy, num_tokens)
+        seconds, state = [], None
+        for _ in range(4):
+            state = None  # the next one needs its memory
+            state = jax.block_until_ready(lm.engine.prefill(token_ids, lengths, config))
+            began = time.perf_counter()
+            state = jax.block_until_ready(lm.engine.run(state, config, forced_tokens=forced))
+            seconds.append(time.perf_counter() - began)
+        step = float(np.median(seconds[1:])) / num_tokens
+        read = float(np.asarray(state.num_attended).mean())  # type: ignore[union-attr]
+        found = {"attended_tokens": read, "ms_per_step": 1e3 * step, "tokens_per_second": len(some) / step, "batch_size": len(some)}
+        yield {"neighbour": kind, "tokens": None if kind not in KINDS else count, **found}
 
 
 # -------------------------------------------------------------------------------------------------------------------- text
@@ -403,7 +483,14 @@ def _point(name: str, row: dict[str, Any], report: dict[str, Any]) -> tuple[floa
     return 100 * row["attended_tokens"] / (report["tokens"] - (report["continuation_tokens"] - 1) / 2), row["loss_more"]
 
 
-COMMANDS: dict[str, Any] = {"arithmetic": Arithmetic, "text": Text, "rebalance": Rebalancing, "page": Page}
+COMMANDS: dict[str, Any] = {
+    "arithmetic": Arithmetic,
+    "documents": Documents,
+    "text": Text,
+    "presses": Presses,
+    "rebalance": Rebalancing,
+    "page": Page,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
