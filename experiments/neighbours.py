@@ -14,7 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -27,8 +27,7 @@ from tyro.conf import Positional
 from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
-from experiments import pages, recall
-from experiments.pages import markdown_table
+from experiments import neighbours_tables, pages, recall
 from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
 from experiments.presses import Presses, chosen
 from experiments.rebalancing import Rebalancing
@@ -43,6 +42,12 @@ from selfspan_jax.neighbours.query_driven import Oracle, QueryDriven, Quest
 
 T = TypeVar("T")
 SIDE_BY_SIDE = 3  # kinds that are compiled and decoded at the same time; each has a state of its own
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """Write a row of a report in a line."""
+    return "  ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items())
+
 
 # ---------------------------------------------------------------------------------------------------------------- policies
 
@@ -209,7 +214,7 @@ class Arithmetic(Decoding):
         """Add a row to the report, write and print it."""
         report["arithmetic"].append(row)
         files.write_rows(self.json, report, complete=False)
-        print("  ".join(arithmetic_cells(row)), flush=True)
+        print(shown(row), flush=True)
 
 
 def decoded(
@@ -297,7 +302,7 @@ class Documents(Decoding):
         """Add a row to the report, write and print it."""
         report["documents"].append(row)
         files.write_rows(self.json, report, complete=False)
-        print("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+        print(shown(row), flush=True)
 
 
 def timed(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], count: int, num_tokens: int) -> Iterator[dict[str, Any]]:
@@ -363,7 +368,7 @@ class Text(Sweep):
                 row = {"neighbour": kind, "tokens": count, "attended_tokens": read} | summary(each, dense)
                 report["text"].append(row)
                 files.write_rows(self.json, report, complete=False)
-                print("  ".join(text_cells(row, report)), flush=True)
+                print(shown(row), flush=True)
         files.write_rows(self.json, report, complete=True)
 
 
@@ -388,99 +393,17 @@ def losses(
 
 # -------------------------------------------------------------------------------------------------------------------- page
 
-ARITHMETIC = (
-    "operators",
-    "read by",
-    "rows at most",
-    "rows read",
-    "of the context, %",
-    "expressions",
-    "right",
-    "right, %",
-    "from, %",
-    "to, %",
-)
-TEXT = ("read by", "rows at most", "rows read", "of the context, %", "perplexity", "loss above dense", "± (one error)")
-_TICKS = (1, 2, 5, 10, 20, 50, 100)
-PLOTS = {"arithmetic": "arithmetic.png", "text": "text.png"}
-
-
-def arithmetic_cells(row: dict[str, Any]) -> list[str]:
-    """Write the cells of a row of the table of right answers."""
-    low, high = row["answer_accuracy_interval"]
-    at_most = "-" if row["tokens"] is None else f"{row['tokens']:,}{' (as spans)' if row.get('as_spans') else ''}"
-    read = [f"{row['attended_tokens']:,.1f}", f"{100 * row['attended_fraction']:.1f}"]
-    shares = [f"{100 * share:.1f}" for share in (row["answer_accuracy"], low, high)]
-    return [str(row["ops"]), f"`{row['neighbour']}`", at_most, *read, str(row["num_examples"]), str(row["right"]), *shares]
-
-
-def text_cells(row: dict[str, Any], report: dict[str, Any]) -> list[str]:
-    """Write the cells of a row of the table of losses."""
-    share, _ = _point("text", row, report)
-    read = ["-" if row["tokens"] is None else f"{row['tokens']:,}", f"{row['attended_tokens']:,.1f}", f"{share:.1f}"]
-    return [f"`{row['neighbour']}`", *read, f"{row['perplexity']:.2f}", f"{row['loss_more']:+.4f}", f"{row['loss_more_error']:.4f}"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Page:
-    """Write the tables and plots of a page, docs/neighbours.md by default, from the JSON files in the directory that has its name."""
+    """Write the tables and the picture of a page, docs/neighbours.md by default, from the JSON files in the directory that has its name."""
 
     results: Positional[Path] = Path("docs/neighbours")
-    """Directory of the files: arithmetic*.json, text*.json. A table without files stays as it is."""
+    """Directory of the files. A section without files stays as it is."""
 
     def run(self) -> None:
-        pages.fill_page(self.results, sections(self.results) | recall.sections(self.results / "memory"))
-
-
-def sections(results: Path) -> dict[str, str]:
-    """Write each section of the page whose file is there, by its name, and its plot."""
-    found = {}
-    for name, plot in PLOTS.items():
-        own = [(file, files.read_json(file)) for file in results.glob(f"{name}*.json")]
-        if not own:
-            continue
-        own.sort(key=lambda each: each[1][name][0].get("ops", 0))
-        report, rows = own[0][1], [row for _, each in own for row in each[name]]
-        if name == "arithmetic":
-            models, table = f"`{report['dense']}` cut, `{report['span']}`", markdown_table(ARITHMETIC, [*map(arithmetic_cells, rows)])
-        else:
-            lengths = f"{report['num_texts']} texts of {report['tokens']:,} tokens, the last {report['continuation_tokens']} scored"
-            models, table = f"`{report['model']}`, {lengths}", markdown_table(TEXT, [text_cells(row, report) for row in rows])
-        files.write_picture(results / plot, draw(name, rows, report))
-        told = f"{models}; {report['device']}, JAX {report['jax']} ({', '.join(f'[JSON]({results.name}/{file.name})' for file, _ in own)})"
-        found[name] = f"{told}:\n\n{table}\n\n![{name}: quality against the share of the context read]({results.name}/{plot})"
-    return found
-
-
-def draw(name: str, rows: Sequence[dict[str, Any]], report: dict[str, Any]) -> Any:
-    """Draw quality against the share of the context read: a panel for each number of operators, or one for text."""
-    from matplotlib.figure import Figure
-
-    panels = list(dict.fromkeys(row.get("ops") for row in rows))
-    figure = Figure(figsize=(3.6 * len(panels) + 1, 3.2), layout="constrained")
-    for axes, panel in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False, sharey=True)), panels):
-        own = [row for row in rows if row.get("ops") == panel]
-        for kind in KINDS:
-            points = sorted(_point(name, row, report) for row in own if row["neighbour"] == kind)
-            axes.plot(*zip(*points), marker="o", markersize=3, label=kind) if points else None
-        for row in (row for row in own if row["neighbour"] in ("span", "dense")):
-            share, quality = _point(name, row, report)
-            if row["neighbour"] == "span":
-                axes.plot([share], [quality], "k*", markersize=10, label="span model")
-            else:
-                axes.axhline(quality, color="grey", linestyle="--", linewidth=1, label="dense")
-        axes.set(xscale="log", xlabel="of the context read, %", title="" if panel is None else f"{panel} operators")
-        axes.set_xticks(_TICKS, [*map(str, _TICKS)])
-        axes.set_xticks([], minor=True)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.axes[0].set_ylabel("right answers, %" if name == "arithmetic" else "loss above dense")
-    return figure
-
-
-def _point(name: str, row: dict[str, Any], report: dict[str, Any]) -> tuple[float, float]:
-    if name == "arithmetic":
-        return 100 * row["attended_fraction"], 100 * row["answer_accuracy"]
-    return 100 * row["attended_tokens"] / (report["tokens"] - (report["continuation_tokens"] - 1) / 2), row["loss_more"]
+        sections = neighbours_tables.sections(self.results) | recall.sections(self.results / "memory")
+        pages.fill_page(self.results, sections)
 
 
 COMMANDS: dict[str, Any] = {

@@ -13,7 +13,7 @@ from flax import nnx
 
 from data import arithmetic
 from data.vocab import Vocab
-from experiments import neighbours
+from experiments import neighbours, neighbours_tables
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.query_driven import Oracle, Quest
@@ -119,25 +119,57 @@ def test_losses_of_all_rows_are_dense_ones(models, tmp_path, capsys):
 
 
 def test_a_page_is_made_of_the_files(tmp_path, capsys):
-    device, summary = {"device": "H100", "jax": "0.11.2"}, {"perplexity": 12.345, "loss_more": 0.25, "loss_more_error": 0.01}
+    """Shares of the context stand in the column that is nearest, counts as spans have their own; the picture has a panel a task."""
+    device, loss = {"device": "H100", "jax": "0.11.2"}, {"perplexity": 12.345, "loss_more": 0.25, "loss_more_error": 0.01}
     scores = {"num_examples": 4, "right": 3, "answer_accuracy": 0.75, "answer_accuracy_interval": [0.3, 0.95], "attended_tokens": 33.25}
     row = scores | {"context_tokens": 300.0, "attended_fraction": 0.11}
-    (tmp_path / "neighbours").mkdir()
+    results = tmp_path / "neighbours"
+    results.mkdir()
     for ops in (100, 20):
-        rows = [row | {"ops": ops, "neighbour": kind, "tokens": 33, "as_spans": True} for kind in neighbours.KINDS]
-        rows += [row | {"ops": ops, "neighbour": kind, "tokens": None} for kind in ("span", "dense")]
-        report = device | {"dense": "long", "span": "small", "arithmetic": rows}
-        (tmp_path / "neighbours" / f"arithmetic_{ops}.json").write_text(json.dumps(report))
-    texts = [summary | {"neighbour": kind, "tokens": 82, "attended_tokens": 80.6} for kind in ("dense", "quest")]
-    report = device | {"model": "SmolLM2", "num_texts": 8, "tokens": 8192, "continuation_tokens": 257, "text": texts}
-    (tmp_path / "neighbours" / "text.json").write_text(json.dumps(report))
-    (tmp_path / "neighbours.md").write_text("<!-- arithmetic -->\n<!-- end -->\n<!-- text -->\n<!-- end -->\n")
-    assert call(neighbours, capsys, "page", tmp_path / "neighbours")[0] in (None, 0)
+        rows = [row | {"ops": ops, "neighbour": kind, "tokens": None} for kind in ("span", "dense")]
+        rows += [row | {"ops": ops, "neighbour": "oracle", "tokens": 33, "as_spans": True}]
+        rows += [row | {"ops": ops, "neighbour": "oracle", "tokens": 58, "as_spans": False, "answer_accuracy": 0.5}]
+        (results / f"arithmetic_{ops}.json").write_text(json.dumps(device | {"dense": "long", "span": "small", "arithmetic": rows}))
+    read = {
+        "attended_tokens": 80.6,
+        "attended_fraction": 0.01,
+        "rougeL": 0.421,
+        "batch_size": 24,
+        "ms_per_step": 2.5,
+        "tokens_per_second": 9600.0,
+    }
+    reports = {
+        "text": {
+            "model": "SmolLM2",
+            "num_texts": 8,
+            "tokens": 8192,
+            "continuation_tokens": 257,
+            "text": [loss | read | {"neighbour": "quest", "tokens": 82}],
+        },
+        "documents_papers": {"documents": [read | {"neighbour": "dense", "tokens": None}]},
+        "presses_papers": {"transformers": "5", "presses": [read | {"neighbour": "snapkv", "share": 5}]},
+        "speed_presses": {"presses": [read | {"neighbour": "snapkv", "share": 5, "cache_bytes": 2**20, "peak_bytes": 2**31}]},
+        "rebalancing_stories": {
+            "model": "SmolLM2",
+            "rebalancing": [{"kind": "stories", "alpha": 0.2, "number": 9, "score": 5.0, "more": -1.5, "error": 0.5}],
+        },
+    }
+    for name, report in reports.items():
+        (results / f"{name}.json").write_text(json.dumps(device | report))
+    sections = ("picture", "arithmetic", "documents", "text", "speed", "rebalancing")
+    (tmp_path / "neighbours.md").write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in sections))
+    assert call(neighbours, capsys, "page", results)[0] in (None, 0)
     page = (tmp_path / "neighbours.md").read_text()
-    assert "| 20 | `quest` | 33 (as spans) | 33.2 | 11.0 | 4 | 3 | 75.0 | 30.0 | 95.0 |" in page
-    assert page.index("| 20 | `span` | - |") < page.index("| 100 | `window` |")
+    assert "| operators | read by | expressions | uncut: right, % | as spans | 20% |" in page
+    assert page.index("| 20 | `oracle` | 4 | - | 75.0 | 50.0 |") < page.index("| 100 | `span` | 4 | 75.0 | - | - |")
     assert "| `quest` | 82 | 80.6 | 1.0 | 12.35 | +0.2500 | 0.0100 |" in page
-    assert {file.name for file in (tmp_path / "neighbours").glob("*.png")} == {"arithmetic.png", "text.png"}
+    assert "| papers | `kvpress snapkv` | 81 | 1.0 | ROUGE-L | 42.1 |" in page
+    assert "| `kvpress snapkv` | 24 | 81 | 2.50 | 9,600 | 1 | 2,048 |" in page
+    assert "| stories | 0.2 | 9 | 5.00 | -1.50 | 0.50 |" in page
+    panels = list(neighbours_tables.panels_of(results))
+    assert [panel.title for panel in panels] == ["20 operators", "100 operators", "papers", "text, 8,192 tokens"]
+    assert panels[2].curves == {"dense": [(1.0, 42.1)], "kvpress snapkv": [(1.0, 42.1)]}
+    assert {file.name for file in results.glob("*.png")} == {"quality.png"}
 
 
 def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):

@@ -1,0 +1,240 @@
+"""Tables and the picture of docs/neighbours.md, of the JSON files of the commands of `experiments.neighbours`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import rebalancing
+from experiments.pages import markdown_table
+from selfspan_jax import files
+
+Row = dict[str, Any]
+Reports = list[tuple[Path, Row]]
+PICTURE = "quality.png"
+SCORES = {"papers": ("rougeL", "ROUGE-L"), "verdicts": ("verdict_accuracy", "right verdicts, %"), "stories": ("rougeL", "ROUGE-L")}
+"""What each corpus of documents is judged by, in hundredths, and what a table calls it."""
+_TICKS = (1, 2, 5, 10, 20, 50, 100)
+_WHOLE = ("span", "dense")
+_MIB = 2**20
+
+
+def sections(results: Path) -> dict[str, str]:
+    """Write each section of the page whose files there are, by its name; and the picture."""
+    found = {}
+    for name, (patterns, write) in SECTIONS.items():
+        if reports := [(file, files.read_json(file)) for pattern in patterns for file in sorted(results.glob(f"{pattern}*.json"))]:
+            found[name] = f"{write(reports)}\n\nFiles: {', '.join(f'[{file.stem}]({results.name}/{file.name})' for file, _ in reports)}."
+    if panels := list(panels_of(results)):
+        files.write_picture(results / PICTURE, draw(panels))
+        found["picture"] = f"![quality against the share of the context read, a panel a task]({results.name}/{PICTURE})"
+    return found
+
+
+def _told(report: Row, *more: str) -> str:
+    """Say what a table is of: what, the device, versions."""
+    versions = [f"{name} {report[key]}" for name, key in (("JAX", "jax"), ("transformers", "transformers")) if key in report]
+    return "; ".join([*more, ", ".join([report["device"], *versions])]) + ":"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+# -------------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def arithmetic(reports: Reports) -> str:
+    """Write the table of right answers: a row for each number of operators and system, a column for each count of rows."""
+    reports = sorted(reports, key=lambda own: own[1]["arithmetic"][0]["ops"])
+    shares, table = {}, []
+    for _, report in reports:
+        rows = report["arithmetic"]
+        for row in rows:
+            if row["tokens"] is not None:
+                row["column"] = -1 if row["as_spans"] else _nearest(100 * row["tokens"] / row["context_tokens"])
+                shares[row["column"]] = "as spans" if row["column"] == -1 else f"{row['column']}%"
+        columns = sorted(shares)
+        for kind in dict.fromkeys(row["neighbour"] for row in rows):
+            own = {row.get("column"): row for row in rows if row["neighbour"] == kind}
+            cells = [_percent(own[column]["answer_accuracy"]) if column in own else "-" for column in columns]
+            whole = _percent(own[None]["answer_accuracy"]) if kind in _WHOLE else "-"
+            table.append((rows[0]["ops"], kind, rows[0]["num_examples"], whole, cells, _as_spans(rows)))
+    columns = sorted(shares)
+    head = ("operators", "read by", "expressions", "uncut: right, %", *(shares[column] for column in columns))
+    written = [
+        [str(ops), f"`{kind}`", str(number), whole, *(f"{c}" for c in [*cells, *["-"] * (len(columns) - len(cells))])]
+        for ops, kind, number, whole, cells, _ in table
+    ]
+    report = reports[0][1]
+    as_spans = ", ".join(f"{rows[0]['ops']} operators: {_as_spans(rows)}" for rows in (own["arithmetic"] for _, own in reports))
+    told = _told(
+        report, f"Right answers in percent, by the most rows that a token may read, in shares of the whole; `{report['dense']}` cut"
+    )
+    return f"{told}\n\n{markdown_table(head, written)}\n\nRows that count as spans: {as_spans}."
+
+
+def _as_spans(rows: Sequence[Row]) -> str:
+    return next((str(row["tokens"]) for row in rows if row.get("as_spans")), "-")
+
+
+def _nearest(share: float) -> int:
+    return min(_TICKS, key=lambda tick: abs(np.log(tick / share)))
+
+
+# --------------------------------------------------------------------------------------------------------------- documents
+
+
+def documents(reports: Reports) -> str:
+    """Write the table of scores of documents: a row for each task, system and count."""
+    table = []
+    for file, report in sorted(reports, key=lambda own: [*SCORES].index(_task(own[0]))):
+        task = _task(file)
+        score, name = SCORES[task]
+        for row in report.get("documents") or report["presses"]:
+            system = f"`{_system(row, report)}`"
+            read = [f"{row['attended_tokens']:,.0f}", _percent(row["attended_fraction"])]
+            table.append([task, system, *read, name.removesuffix(", %"), f"{100 * row[score]:.1f}"])
+    devices = dict.fromkeys(_told(report).removesuffix(":") for _, report in reports)
+    told = "; ".join(devices)
+    return f"{told}:\n\n{markdown_table(('task', 'read by', 'rows read', 'of the context, %', 'score', 'found'), table)}"
+
+
+def _task(file: Path) -> str:
+    return file.stem.rpartition("_")[2]
+
+
+def _system(row: Row, report: Row) -> str:
+    if "presses" not in report:
+        return row["neighbour"]
+    return "transformers" if row["neighbour"] == "dense" else f"kvpress {row['neighbour']}"
+
+
+# -------------------------------------------------------------------------------------------------------------------- text
+
+TEXT = ("read by", "rows at most", "rows read", "of the context, %", "perplexity", "loss above dense", "± (one error)")
+
+
+def text(reports: Reports) -> str:
+    """Write the table of losses."""
+    written = []
+    for _, report in reports:
+        table = []
+        for row in report["text"]:
+            read = ["-" if row["tokens"] is None else f"{row['tokens']:,}", f"{row['attended_tokens']:,.1f}", f"{_share(row, report):.1f}"]
+            loss = [f"{row['perplexity']:.2f}", f"{row['loss_more']:+.4f}", f"{row['loss_more_error']:.4f}"]
+            table.append([f"`{row['neighbour']}`", *read, *loss])
+        lengths = f"{report['num_texts']} texts of {report['tokens']:,} tokens, the last {report['continuation_tokens']} scored"
+        written.append(f"{_told(report, '`' + report['model'] + '`', lengths)}\n\n{markdown_table(TEXT, table)}")
+    return "\n\n".join(written)
+
+
+def _share(row: Row, report: Row) -> float:
+    return 100 * row["attended_tokens"] / (report["tokens"] - (report["continuation_tokens"] - 1) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------------------- speed
+
+
+def speed(reports: Reports) -> str:
+    """Write the table of decode steps."""
+    table = []
+    for _, report in reports:
+        for row in report.get("documents") or report["presses"]:
+            memory = [f"{row[name] / _MIB:,.0f}" if row.get(name) else "-" for name in ("cache_bytes", "peak_bytes")]
+            speed = [f"{row['attended_tokens']:,.0f}", f"{row['ms_per_step']:.2f}", f"{row['tokens_per_second']:,.0f}"]
+            table.append([f"`{_system(row, report)}`", str(row["batch_size"]), *speed, *memory])
+    head = ("read by", "sequences", "rows read", "ms a step", "tokens/s", "cache kept, MiB", "peak, MiB")
+    return f"{'; '.join(dict.fromkeys(_told(report).removesuffix(':') for _, report in reports))}:\n\n{markdown_table(head, table)}"
+
+
+# -------------------------------------------------------------------------------------------------------------- rebalancing
+
+
+def rebalanced(reports: Reports) -> str:
+    """Write the table of rebalanced attention."""
+    rows = [cells for _, report in reports for cells in map(rebalancing.cells, report["rebalancing"])]
+    report = reports[0][1]
+    return f"{_told(report, '`' + report['model'] + '`')}\n\n{markdown_table(rebalancing.HEADER, rows)}"
+
+
+SECTIONS: Mapping[str, tuple[Sequence[str], Callable[[Reports], str]]] = {
+    "arithmetic": (("arithmetic_",), arithmetic),
+    "documents": (("spans_", "documents_", "presses_"), documents),
+    "text": (("text",), text),
+    "speed": (("speed_",), speed),
+    "rebalancing": (("rebalancing_",), rebalanced),
+}
+"""Sections by name: what the names of their files begin with, and what writes them."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- picture
+
+
+class Panel(NamedTuple):
+    """What is drawn of one task: points (share of the context in percent, quality) of each system; those of one point are marked."""
+
+    title: str
+    quality: str
+    curves: dict[str, list[tuple[float, float]]]
+
+
+def panels_of(results: Path) -> Iterator[Panel]:
+    """Yield a panel for each task that has results."""
+    reports = {file.stem: files.read_json(file) for file in results.glob("*.json")}
+    for _, report in sorted((report["arithmetic"][0]["ops"], name) for name, report in reports.items() if "arithmetic" in report):
+        rows = reports[report]["arithmetic"]
+        yield Panel(f"{rows[0]['ops']} operators", "right answers, %", _curves(rows, lambda row: 100 * row["answer_accuracy"]))
+    for task, (score, quality) in SCORES.items():
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for kind in ("spans", "documents", "presses"):
+            report = reports.get(f"{kind}_{task}", {})
+            rows = report.get("documents") or [
+                row for row in report.get("presses", []) if row["neighbour"] != "dense"
+            ]  # which is the same model's, decoded by transformers
+            named = [{**row, "neighbour": _system(row, report)} for row in rows]
+            curves |= _curves(named, lambda row, score=score: 100 * row[score])
+        if curves:
+            yield Panel(task, quality, curves)
+    for name in sorted(name for name, report in reports.items() if "text" in report):
+        report = reports[name]
+        rows = [{**row, "attended_fraction": _share(row, report) / 100} for row in report["text"]]
+        yield Panel(f"text, {report['tokens']:,} tokens", "loss above dense", _curves(rows, lambda row: row["loss_more"]))
+
+
+def _curves(rows: Sequence[Row], quality: Callable[[Row], float]) -> dict[str, list[tuple[float, float]]]:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        curves.setdefault(row["neighbour"], []).append((100 * row["attended_fraction"], quality(row)))
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def draw(panels: Sequence[Panel]) -> Any:
+    """Draw quality against the share of the context read, a panel a task, all systems in the same colours."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves if name not in _WHOLE))
+    columns = min(4, len(panels))
+    figure = Figure(figsize=(3.4 * columns, 2.9 * -(-len(panels) // columns) + 0.5), layout="constrained")
+    every = np.ravel(figure.subplots(-(-len(panels) // columns), columns, squeeze=False))
+    shown: dict[str, Any] = {}
+    for axes, panel in zip(every, panels):
+        for name, points in panel.curves.items():
+            if name == "dense":
+                shown[name] = axes.axhline(points[0][1], color="grey", linestyle="--", linewidth=1)
+            elif name == "span":
+                (shown["span model"],) = axes.plot(*zip(*points), "k*", markersize=10)
+            else:
+                style = {"color": f"C{names.index(name)}", "linestyle": "--" if name.startswith("kvpress") else "-"}
+                (shown[name],) = axes.plot(*zip(*points), marker="o", markersize=3, **style)
+        axes.set(xscale="log", title=panel.title, ylabel=panel.quality)
+        axes.set_xticks(_TICKS, [*map(str, _TICKS)])
+        axes.set_xticks([], minor=True)
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("of the context read, %", fontsize=10)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", fontsize=8, ncols=6)
+    return figure
