@@ -27,10 +27,12 @@ from selfspan_jax.config import DecodeConfig, Implementation, SamplingFields, Se
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.mesh import num_data_shards
+from selfspan_jax.serving.host_pages import WRITTEN_AT_ONCE
 from selfspan_jax.serving.pages import Pages, page_keys
 from selfspan_jax.serving.programs import NEUTRAL, Programs, level_of, neutral_sampling
 from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, Stats, Tokens, joined
 from selfspan_jax.serving.running import Decoded, LogProbs
+from selfspan_jax.tiers import HostEngine
 
 ADMITTED_SHARE = 16  # of the places: one in so many is free before requests are admitted where `reads_per_chunk` is None
 _LOG = logging.getLogger(__name__)
@@ -97,6 +99,8 @@ class Scheduler:
             raise UserError("the model's layers have a memory, of which a server keeps no pages")
         if engine.mesh is not None and num_data_shards(engine.mesh) * engine.mesh.shape["context"] > 1:
             raise UserError("a mesh for serving has data=1 and context=1: all sequences share one cache")
+        if isinstance(engine, HostEngine):  # a program writes each page by itself
+            config = dataclasses.replace(config, page_tokens=max(config.page_tokens, config.prefill_tokens // WRITTEN_AT_ONCE))
         self.engine, self.config = engine, config
         policy = get_policy(engine.config.mask if attention is None else attention)
         self.decode_config = DecodeConfig(policy, max_new_tokens=1, implementation=implementation, stop_ids=stop_ids)

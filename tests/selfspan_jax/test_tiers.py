@@ -167,6 +167,8 @@ def test_what_is_not_there_is_refused():
         HostEngine(model, working_set_tokens=1)
     with pytest.raises(UserError, match="num_samples is 0"):
         HostEngine(model).prefill(*prompts_of(ROWS[:1]), DecodeConfig(), num_samples=0)
+    config = ServingConfig(2, 64, num_pages=2, prefill_tokens=1024)
+    assert Scheduler(HostEngine(model), config).config.page_tokens == 128  # a program that reads so many writes eight pages
     with pytest.raises(UserError, match="prefill_tokens is 64; allowed: multiples of the page's 128 tokens"):
         Scheduler(HostEngine(model), ServingConfig(prefill_tokens=64, page_tokens=128))
     for options, message in (({"kv_memory": "disk"}, "allowed: device, host"), ({"kv_memory": "host", "mesh": "data=1"}, "for one device")):
