@@ -21,8 +21,9 @@ from selfspan_jax import files
 from selfspan_jax.errors import UserError
 
 Row = dict[str, Any]
-MODEL, RATES, PEERS, EVALUATION = "arithmetic-small.json", "rates.json", "smollm2-135m.json", "eval.json"  # the files
-HTTP = ("http32", "http_data2")  # of servers under load; sections have the names of the files
+MODEL, RATES, EVALUATION = "arithmetic-small.json", "rates.json", "eval.json"  # the files
+PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
+HTTP = ("http32", "http_data2", "http_tensor2", "http_slots256")  # of servers under load; sections have the names of the files
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
@@ -33,7 +34,7 @@ class Page:
     """Write the targets of a page, and the tables of the page of figures beside it. One without its JSON file stays as it is."""
 
     results: Positional[Path] = Path("docs/serving")
-    """Directory of the files: arithmetic-small.json, rates.json, smollm2-135m.json, eval.json, http32.json, http_data2.json."""
+    """Directory of the files."""
 
     def run(self) -> None:
         found = sections(self.results)
@@ -49,7 +50,7 @@ def sections(results: Path) -> dict[str, str]:
         (MODEL, of_model),
         (RATES, of_rates),
         *((f"{section}.json", functools.partial(of_http, section=section)) for section in HTTP),
-        (PEERS, of_peers),
+        *((name, functools.partial(of_peers, section=section)) for section, name in PEERS.items()),
         (EVALUATION, of_evaluation),
     )
     for name, write in writers:
@@ -98,9 +99,9 @@ def of_http(report: Row, section: str) -> dict[str, str]:
     return {section: _rates(report["rows"])}
 
 
-def of_peers(report: Row) -> dict[str, str]:
-    """Write the table of `benchmarks.batching --shape ... --peers`."""
-    return {"peers": _mixed([row for row in report["rows"] if row["requests_per_second"] is None])}
+def of_peers(report: Row, section: str) -> dict[str, str]:
+    """Write the table of `benchmarks.batching --shape ... --peers`, as a section of this name."""
+    return {section: _mixed([row for row in report["rows"] if row["requests_per_second"] is None])}
 
 
 def of_evaluation(report: Row) -> dict[str, str]:

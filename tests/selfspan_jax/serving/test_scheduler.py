@@ -426,11 +426,15 @@ def test_what_prompts_begin_with_is_counted_in_whole_pages():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention, prompt_view", [("span", "local"), ("dense", "causal")])
-def test_the_kernels_give_each_request_what_it_would_get_alone(attention, prompt_view):
+@pytest.mark.parametrize(
+    "attention, prompt_view, mesh", [("span", "local", None), ("dense", "causal", None), ("span", "local", "tensor=2")]
+)
+def test_the_kernels_give_each_request_what_it_would_get_alone(attention, prompt_view, mesh):
     """Heads of 64, which they take; parts of prompts that begin after a shared page, at no multiple of a tile of queries."""
+    if mesh and jax.device_count() < 2:
+        pytest.skip("needs two devices")
     wide = dict(hidden_size=64, intermediate_size=96, head_size=64, num_heads=4, num_kv_heads=2, max_context_tokens=512)
-    engine, rng = Engine(random_model(prompt_view=prompt_view, **wide)), np.random.default_rng(10)
+    engine, rng = Engine(random_model(prompt_view=prompt_view, **wide), mesh and make_mesh(mesh)), np.random.default_rng(10)
     config = ServingConfig(num_sequences=4, context_tokens=384, page_tokens=64, prefill_tokens=256, num_pages=18, chunk_tokens=4)
     document = prompt(rng, 70)[:-1]
     requests = [Request(prompt(rng, length, document if length > 100 else ()), 12) for length in (150, 7, 250, 64, 130, 200)]
