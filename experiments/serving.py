@@ -23,7 +23,7 @@ from selfspan_jax.errors import UserError
 Row = dict[str, Any]
 MODEL, RATES, EVALUATION = "arithmetic-small.json", "rates.json", "eval.json"  # the files
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
-HTTP = ("http32", "http_data2", "http_tensor2", "http_slots256")  # of servers under load; sections have the names of the files
+HTTP = ("http32", "http_data2", "http_tensor2")  # of servers under load; sections have the names of the files
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
