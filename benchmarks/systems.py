@@ -61,7 +61,7 @@ class Model:
             self.endless = self.engine
             longest = min(settings.max_prompt_tokens, self.engine.config.max_context_tokens - settings.response_tokens[1])
             bounds = (MIN_PROMPT_TOKENS, longest), settings.response_tokens
-            sizes = [np.exp(self.rng.uniform(*np.log(own), settings.num_requests)).astype(int) for own in bounds]
+            sizes = [np.exp(self.rng.uniform(np.log(few), np.log(most), settings.num_requests)).astype(int) for few, most in bounds]
             self.work = [Work(self.tokens(int(prompt)), int(new)) for prompt, new in zip(*sizes)]
         self.prompt_tokens, self.new_tokens = (max(sizes) for sizes in zip(*((len(w.prompt_ids), w.new_tokens) for w in self.work)))
         room = -(-self.new_tokens // ServingConfig.chunk_tokens) * ServingConfig.chunk_tokens
