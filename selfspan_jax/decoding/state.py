@@ -91,15 +91,15 @@ def for_each_chunk(
 ) -> Any:
     """Compute `carry = read(positions [b, C], attend, carry)` for C tokens of each prompt at a time; arguments as for `prefill_state`."""
     (batch, prompt_capacity), policy = token_ids.shape, get_policy(config.attention)
-    chunk = prefill_chunk_tokens(batch, prompt_capacity, config)
-    first_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
+    first, size = context.part_of(chunk := prefill_chunk_tokens(batch, prompt_capacity, config))  # of a chunk what this device computes
+    begins = jnp.arange(batch, dtype=jnp.int32)[:, None] * prompt_capacity
     arguments = token_ids, lengths, vocab, model_config
     masks_of = functools.partial(masks_of_prompts, policy, *arguments)
 
     def read_chunk(masks, prefill, index, carry):
-        start = index * chunk
-        positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
-        return read(positions, attend_prompts(first_slots + positions, prompt_mask(masks(start, chunk), prefill, chunk)), carry)
+        start = index * chunk + first
+        positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32), (batch, size))
+        return read(positions, attend_prompts(begins + positions, prompt_mask(masks(start, size), prefill, size), size == chunk), carry)
 
     num_chunks, begun = (jnp.max(lengths) + chunk - 1) // chunk, jnp.int32(0)
     if chunk < prompt_capacity and policy.prompt_masks(*arguments, responses=responses) is None:  # chunks before any response have tiles

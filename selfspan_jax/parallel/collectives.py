@@ -125,6 +125,22 @@ def gather_attention(out: Any) -> Any:
     return SplitRows(*jax.lax.all_gather(tuple(out), "context", tiled=True))
 
 
+def gather_prompt_rows(pools: Sequence[Array], slots: Array) -> list[Array]:
+    """Gather the rows of neighbouring runs of tokens, one run on each device of `context`, into pools of whole prompts [b T, K, H].
+
+    Args:
+      slots: int32 [b, Q], the rows of this device's runs.
+    """
+    batch, size = slots.shape
+    begin = slots[0, 0]
+    prompts = [pool.reshape(batch, -1, *pool.shape[1:]) for pool in pools]
+    runs = [jax.lax.dynamic_slice_in_dim(prompt, begin, size, axis=1) for prompt in prompts]
+    first = begin - size * jax.lax.axis_index("context")
+    gathered = jax.lax.all_gather(runs, "context", axis=1, tiled=True)
+    rows = [jax.lax.dynamic_update_slice_in_dim(prompt, some, first, axis=1) for prompt, some in zip(prompts, gathered)]
+    return [prompt.reshape(pool.shape) for prompt, pool in zip(rows, pools)]
+
+
 def psum_context(x: Array) -> Array:
     """Sum x over the devices that share the rows of sequences."""
     return x if context_size() == 1 else jax.lax.psum(x, "context")

@@ -15,10 +15,20 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import ELSEWHERE
 
+MIN_PART_TOKENS = 128  # of a chunk of prompts: a tile of queries in the fastest kernels
+
 
 def context_size() -> int:
     """Return C, the number of devices that share the rows of each sequence."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+
+
+def part_of(chunk_tokens: int) -> tuple[int | Array, int]:
+    """Return where this device's part of a chunk of prompts begins, and its size: all of it, where parts were smaller than kernels take."""
+    size = context_size()
+    if size == 1 or chunk_tokens % (size * MIN_PART_TOKENS):
+        return 0, chunk_tokens
+    return jax.lax.axis_index("context") * (chunk_tokens // size), chunk_tokens // size
 
 
 def share(num_tokens: int) -> int:
@@ -30,6 +40,11 @@ def num_own(num_tokens: Any) -> Any:
     """Return how many of a sequence's first `num_tokens` tokens this device has the rows of."""
     size = context_size()
     return num_tokens if size == 1 else (num_tokens - jax.lax.axis_index("context") + size - 1) // size
+
+
+def own_sizes(num_tokens: Any, *capacities: int) -> tuple[Any, ...]:
+    """Return `num_own` of so many tokens, and the `share` of each capacity."""
+    return num_own(num_tokens), *map(share, capacities)
 
 
 def take_own(x: Array) -> Array:

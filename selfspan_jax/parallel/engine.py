@@ -2,7 +2,8 @@
 
 Each device runs the whole loop: automaton, products, sampling. Its pools have the rows of its own tokens (`parallel.context`), its slots
 list those alone, and one all-gather a layer joins what each attended to. Prompts are read layer by layer, so that beside its share of the
-rows a device has the rows of one layer for all tokens, and the hidden states of the prompts.
+rows a device has the rows of one layer for all tokens, and room for the hidden states of the prompts. Of each chunk it computes its part of
+the tokens, where parts are whole tiles, and keys and values are gathered.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from selfspan_jax.attention.policies import Slots, get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.decoding.state import DecodeState, start_state
+from selfspan_jax.decoding.state import DecodeState, prefill_chunk_tokens, start_state
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory_cache import prefill_memory
-from selfspan_jax.parallel.context import context_size, take_own
+from selfspan_jax.parallel.collectives import psum_context
+from selfspan_jax.parallel.context import context_size, part_of, take_own
 from selfspan_jax.tiers import read_layer
 
 
@@ -63,6 +65,11 @@ def prefill_own(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, 
         own = [take_own(some.reshape(batch, capacity, *some.shape[1:])) for some in rows]
         own = [some.reshape(-1, *some.shape[2:]) for some in own]
         pools.append(tuple(jax.lax.dynamic_update_slice_in_dim(pool, some, 0, axis=0) for pool, some in zip(pools_of_layer, own)))
-    last = model.norm(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0])
+    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+    first, size = part_of(chunk := prefill_chunk_tokens(batch, capacity, config))
+    if size < chunk:
+        place = (lengths - 1) % chunk - first
+        last = psum_context(jnp.where(((place >= 0) & (place < size))[:, None], last, jnp.zeros_like(last)))
+    last = model.norm(last)
     cache = KVCache(tuple(pools), cache.slot_table)
     return start_state(model, cache, last, token_ids, lengths, keys, config, num_samples)

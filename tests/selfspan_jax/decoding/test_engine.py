@@ -58,10 +58,12 @@ def assert_decodes_like_one_forward(engine, rows, prompt_lengths, masks, expecte
 
     Of several devices each lists the tokens that it has, every one of so many.
     """
-    prompts = padded([row[:n] for row, n in zip(rows, prompt_lengths)], MAX_PROMPT, VOCAB_SIZE - 1)  # garbage after the prompts
+    longest, length = max(prompt_lengths), len(rows[0])
+    prompts = [row[:n] for row, n in zip(rows, prompt_lengths)]
+    prompts = padded(prompts, max(longest, MAX_PROMPT), VOCAB_SIZE - 1)  # garbage after the prompts
     state = engine.prefill(prompts, np.array(prompt_lengths, np.int32), config)
     ended = np.zeros(len(rows), bool)
-    for step in range(LENGTH - max(prompt_lengths)):
+    for step in range(length - longest):
         at = np.array(prompt_lengths) + step
         alive = np.flatnonzero(~ended)
         np.testing.assert_allclose(
@@ -72,7 +74,7 @@ def assert_decodes_like_one_forward(engine, rows, prompt_lengths, masks, expecte
         arrays = state.slots.slots, state.slots.counts, state.cache.slot_table
         slots, counts, table = (np.asarray(x).reshape(num_devices, len(rows), *x.shape[1:]) for x in arrays)
         for device, b in itertools.product(range(num_devices), alive):
-            own = np.flatnonzero(masks[b][at[b]] & (np.arange(LENGTH) % num_devices == device))
+            own = np.flatnonzero(masks[b][at[b]] & (np.arange(length) % num_devices == device))
             np.testing.assert_array_equal(np.sort(slots[device, b, : counts[device, b]]), table[device, b][own])
         ended |= tokens == VOCAB.eos_id  # a sequence that is done is no longer computed
 

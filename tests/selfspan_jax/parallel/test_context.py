@@ -26,20 +26,29 @@ from tests.selfspan_jax.decoding.test_engine import (
     reference_masks,
 )
 from tests.selfspan_jax.models import random_model, reference_logits
+from tests.selfspan_jax.streams import VOCAB
+
+S = VOCAB.seg_base
+LONG_BEGINNING = [1, 4, *[token for k in (1, 2, 3, 4, 5, 2, 1) for token in (S + k, 5, 6, 7, 8, 9, 4, 5)]]  # 58 tokens
 
 
 @pytest.mark.parametrize(
-    "text, case",
-    [("context=2", 3), ("context=3,tensor=2", 2)],
-    ids=["labels-causal, two devices", "all-local, three, and tensor"],
+    "text, case, before",
+    [("context=2", 3, LONG_BEGINNING), ("context=3,tensor=2", 2, [])],
+    ids=["labels-causal, two devices that divide prompts", "all-local, three, and tensor"],
 )
-def test_streams_decode_like_one_forward(text, case):
-    """Malformed streams after prompts from one token on: devices without rows, labels that one device has alone."""
+def test_streams_decode_like_one_forward(text, case, before, monkeypatch):
+    """Malformed streams after prompts from one token on: devices without rows, labels that one device has alone.
+
+    With tokens before them prompts end in the first half of a chunk or in the second, which two devices read.
+    """
+    monkeypatch.setattr(context, "MIN_PART_TOKENS", 64)
+    rows = np.array([[*before, *row] for row in NAMED_ROWS])
+    lengths = [len(before) + length for length in NAMED_PROMPT_LENGTHS]
     model, mesh = random_model(max_context_tokens=1024, num_layers=1, **CASES[case]), make_mesh(text)
-    masks = reference_masks(NAMED_ROWS, CASES[case])
-    expected = reference_logits(model, NAMED_ROWS, masks)
-    size = mesh.shape["context"]
-    assert_decodes_like_one_forward(make_engine(model, mesh), NAMED_ROWS, NAMED_PROMPT_LENGTHS, masks, expected, num_devices=size)
+    masks = reference_masks(rows, CASES[case])
+    expected = reference_logits(model, rows, masks)
+    assert_decodes_like_one_forward(make_engine(model, mesh), rows, lengths, masks, expected, num_devices=mesh.shape["context"])
 
 
 def test_tokens_are_shared_out_in_turns():
