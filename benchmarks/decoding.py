@@ -108,9 +108,8 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
     Raises: DoesNotFit where its arguments, results and temporaries exceed the device's memory.
     """
     began = time.perf_counter()
-    engine, config = make_engine(shape.abstract(case.weights), mesh), case.config
-    if case.random_rows:
-        engine.graph = dataclasses.replace(engine.graph, prefill=fill_with_random_rows)
+    ways = {"prefill": fill_with_random_rows} if case.random_rows else {}
+    engine, config = make_engine(shape.abstract(case.weights), mesh, **ways), case.config
 
     def ints(*sizes: int):
         return jax.ShapeDtypeStruct(sizes, jnp.int32)

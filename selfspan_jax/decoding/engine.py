@@ -50,26 +50,26 @@ class Engine:
     differ in nothing but their parameters share compiled programs.
 
     Args:
-      mesh: the devices to decode on: sequences are divided over `data`, heads and features over `tensor`; for `context` `parallel.engine`.
-      steps_per_sync: decode steps between two questions to the device whether all sequences have ended. By default 1, on a
-        GPU up to 8.
+      mesh: the devices to decode on: sequences are divided over `data`, heads and features over `tensor`.
+      steps_per_sync: steps between two questions to the device whether all sequences have ended; by default 1, on a GPU up to 8.
+      prefill: what reads prompts; `parallel.engine.make_engine` has that of a mesh with `context`.
 
     Raises: UserError for a mesh that does not divide the decoder.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh | None = None, *, steps_per_sync: int | None = None):
+    def __init__(self, model: Decoder, mesh: Mesh | None = None, *, steps_per_sync: int | None = None, prefill: Callable = prefill_state):
         self.config, self.vocab, self.vocab_size = model.config, model.vocab, model.vocab_size
         self.mesh, self.steps_per_sync = mesh, steps_per_sync
         graph, state = nnx.split(model)
         specs: tuple = ()
         if mesh is not None:
-            check_decoding(model.config, mesh)
+            check_decoding(model.config, mesh, divides_rows=prefill is not prefill_state)
             specs = tuple(jax.tree.leaves(layout.parameter_specs(state)))
             state = layout.shard_params(state, mesh)
             graph, _ = nnx.split(model.shard(mesh))
         leaves, tree = jax.tree.flatten(state)
         self.params: tuple[Array, ...] = tuple(leaves)
-        self.graph = Graph(graph, tree, mesh, specs)
+        self.graph = Graph(graph, tree, mesh, specs, prefill)
 
     @property
     def shard(self) -> Decoder:
@@ -251,7 +251,7 @@ class Graph:
     tree: jax.tree_util.PyTreeDef
     mesh: Mesh | None
     specs: tuple  # PartitionSpecs of the parameters
-    prefill: Callable[..., DecodeState] = prefill_state
+    prefill: Callable[..., DecodeState]
 
     @functools.cached_property
     def _hash(self) -> int:

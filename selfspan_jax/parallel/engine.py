@@ -8,7 +8,6 @@ the tokens, where parts are whole tiles, and keys and values are gathered.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -31,19 +30,10 @@ from selfspan_jax.tiers import read_layer
 def make_engine(model: Decoder, mesh: Mesh | None = None, **options: Any) -> Engine:
     """Make the engine of a model on a mesh; options as for `Engine`. Raises UserError for a mesh that does not divide the decoder."""
     if mesh is not None and mesh.shape["context"] > 1:
-        return ContextEngine(model, mesh, **options)
-    engine = Engine(model, mesh, **options)
-    if model.config.mask == "memory":
-        engine.graph = dataclasses.replace(engine.graph, prefill=prefill_memory)
-    return engine
-
-
-class ContextEngine(Engine):
-    """An engine on a mesh that divides the rows of each sequence; methods and arguments as for `Engine`."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self.graph = dataclasses.replace(self.graph, prefill=prefill_own)
+        options = {"prefill": prefill_own} | options
+    elif model.config.mask == "memory":
+        options = {"prefill": prefill_memory} | options
+    return Engine(model, mesh, **options)
 
 
 def check_policy(attention: Any) -> None:

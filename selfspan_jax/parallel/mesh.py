@@ -80,8 +80,10 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
                 raise UserError(f"mesh: {axis}={mesh.shape[axis]} does not divide {size}={getattr(config, size)}")
 
 
-def check_decoding(config: ModelConfig, mesh: Mesh) -> None:
-    """Raise UserError for a mesh that does not divide the model, or divides parameters over `fsdp`."""
+def check_decoding(config: ModelConfig, mesh: Mesh, divides_rows: bool = True) -> None:
+    """Raise UserError for a mesh that does not divide the model, divides parameters over `fsdp`, or rows where they are to be whole."""
+    if mesh.shape["context"] > 1 and not divides_rows:
+        raise UserError("mesh: context takes an engine that divides rows, parallel.engine.make_engine")
     if mesh.shape["fsdp"] > 1:
         raise UserError("mesh: fsdp is for training, which can wait for parameters; decoding takes data, context and tensor")
     check_model(config, mesh)

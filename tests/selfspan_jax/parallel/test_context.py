@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels import ELSEWHERE
 from selfspan_jax.config import DecodeConfig
+from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import context, layout
@@ -88,7 +89,10 @@ def test_two_devices_hold_twice_the_context():
 
 
 def test_what_cannot_be_divided_is_refused():
-    engine = make_engine(random_model(num_layers=1), make_mesh("context=2"))
+    model = random_model(num_layers=1)
+    with pytest.raises(UserError, match="context takes an engine that divides rows"):
+        Engine(model, make_mesh("context=2"))
+    engine = make_engine(model, make_mesh("context=2"))
     prompt = np.full((1, MAX_PROMPT), 5), np.array([MAX_PROMPT])
     for attention in ("quest", "oracle"):
         with pytest.raises(UserError, match=f"attention is '{attention}', which looks at all keys: a mesh that divides context"):
