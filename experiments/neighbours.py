@@ -104,7 +104,7 @@ KINDS: dict[str, QueryDriven] = {"window": Recent(), "quest": Quest(), "quest-4"
 
 def policy_of(kind: str, counts: Sequence[int]) -> Policy:
     """Return the policy under which sequences read so many rows, in turn; fewer than a page, or than a window has, become that many."""
-    if kind == "dense":
+    if kind not in KINDS:
         return get_policy(kind)
     least = Window.sink_tokens + 1 if kind == "window" else getattr(KINDS[kind], "page_tokens", 1)
     return InTurn(policies=tuple(dataclasses.replace(KINDS[kind], tokens=max(least, count)) for count in counts))
@@ -228,7 +228,8 @@ def decoded(
 
     def go_on(state: DecodeState, policy: Policy) -> list[list[Any]]:
         each = len(state.done) // len(some)
-        prompts, prompt_ids = ([one for one in every for _ in range(each)] for every in ([example.prompt for example in some], ids))
+        prompts = [example.prompt for example in some for _ in range(each)]
+        prompt_ids = [own_ids for own_ids in ids for _ in range(each)]
         outputs = lm.outputs(prompts, prompt_ids, lm.engine.run(state, dataclasses.replace(config, attention=policy)), own)
         return [outputs[first::each] for first in range(each)]
 

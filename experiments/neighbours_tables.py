@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,8 +186,7 @@ class Panel(NamedTuple):
 def panels_of(results: Path) -> Iterator[Panel]:
     """Yield a panel for each task that has results."""
     reports = {file.stem: files.read_json(file) for file in results.glob("*.json")}
-    for _, report in sorted((report["arithmetic"][0]["ops"], name) for name, report in reports.items() if "arithmetic" in report):
-        rows = reports[report]["arithmetic"]
+    for rows in sorted((own["arithmetic"] for own in reports.values() if "arithmetic" in own), key=lambda rows: rows[0]["ops"]):
         yield Panel(f"{rows[0]['ops']} operators", "right answers, %", _curves(rows, lambda row: 100 * row["answer_accuracy"]))
     for task, (score, quality) in SCORES.items():
         curves: dict[str, list[tuple[float, float]]] = {}
@@ -196,13 +196,16 @@ def panels_of(results: Path) -> Iterator[Panel]:
                 row for row in report.get("presses", []) if row["neighbour"] != "dense"
             ]  # which is the same model's, decoded by transformers
             named = [{**row, "neighbour": _system(row, report)} for row in rows]
-            curves |= _curves(named, lambda row, score=score: 100 * row[score])
+            curves |= _curves(named, functools.partial(_hundredths, score))
         if curves:
             yield Panel(task, quality, curves)
-    for name in sorted(name for name, report in reports.items() if "text" in report):
-        report = reports[name]
+    for report in (reports[name] for name in sorted(reports) if "text" in reports[name]):
         rows = [{**row, "attended_fraction": _share(row, report) / 100} for row in report["text"]]
         yield Panel(f"text, {report['tokens']:,} tokens", "loss above dense", _curves(rows, lambda row: row["loss_more"]))
+
+
+def _hundredths(score: str, row: Row) -> float:
+    return 100 * row[score]
 
 
 def _curves(rows: Sequence[Row], quality: Callable[[Row], float]) -> dict[str, list[tuple[float, float]]]:

@@ -98,8 +98,8 @@ class Rebalancing:
 
     def verdicts(self, lm: SpanLM, source: Path, policies: Sequence[Policy]) -> Iterator[dict[str, Any]]:
         """Yield the share of right verdicts under each policy."""
-        prompts, golds = [*map(list, zip(*questions(source)))]
-        prompts, golds = prompts[: self.num_questions], np.array(golds[: self.num_questions])
+        asked = [*questions(source)][: self.num_questions]
+        prompts, golds = [prompt for prompt, _ in asked], np.array([code for _, code in asked])
         ids = lm.encode(prompts, chat=True)[1]
         words = [lm.task.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in VERDICTS.values()]  # type: ignore[attr-defined]
         width, dense = max(map(len, ids)), None

@@ -487,7 +487,7 @@ def _key(seed: int) -> PRNGKeyArray:
 def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"], policy: Policy) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, params)
     whole = (token_ids.shape[1], model.config)
-    mask = policy.sequences(*whole) if isinstance(policy, Rebalanced) else policy.mask(token_ids, model.vocab, model.config)
+    mask: Any = policy.sequences(*whole) if isinstance(policy, Rebalanced) else policy.mask(token_ids, model.vocab, model.config)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     hidden, _ = model(token_ids, positions, with_memory(attend_under(mask), model.config))
     return model.logits(hidden)

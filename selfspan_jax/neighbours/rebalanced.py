@@ -75,7 +75,8 @@ class Rebalancing:
 
     def __init__(self, policy: Rebalanced, first_query: Int[Array, ""], num_keys: int, num_layers: int):
         self.policy, self.first_query, self.num_keys = policy, first_query, num_keys
-        self._gains, self._first = iter(policy.gains(num_layers)), None
+        self._gains = iter(policy.gains(num_layers))
+        self._first: tuple[Array, Array, Array] | None = None
 
     def attend(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
         """Compute the next layer's outputs."""

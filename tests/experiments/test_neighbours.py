@@ -92,6 +92,24 @@ def test_right_answers_and_rows_are_counted(models, monkeypatch, tmp_path, capsy
     for one, other in zip(judged[1], judged[-1]):  # the dense model's responses, and those of all rows
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
 
+    # Documents are decoded the same way, whatever scores them; a span model reads its spans.
+    class Scored(arithmetic.ArithmeticTask):
+        def scores(self, examples, responses):
+            return {"written": sum(map(len, responses)) / len(examples)}
+
+    task = Scored(vocab=Vocab(64))
+    (some,) = task.held_out(2, seed=1, ops=((2, 2),)).values()
+    monkeypatch.setattr(neighbours, "chosen", lambda *_: (task, some))
+    monkeypatch.setattr(neighbours.SpanLM, "load", lambda path, *_, **__: models[path.name])
+    for name in ("dense", "span"):
+        more = ["--data", tmp_path, "--shares", "10,300", "--neighbours", "oracle", "--json", tmp_path / f"{name}.json"]
+        status, _, err = call(neighbours, capsys, "documents", name, *more)
+        assert (status or 0) == 0, err
+    found = [json.loads((tmp_path / f"{name}.json").read_text())["documents"] for name in ("dense", "span")]
+    assert [row["attended_tokens"] for row in found[0]] == [row["attended_tokens"] for row in rows[1:] if not row.get("as_spans")]
+    assert [row["attended_tokens"] for row in found[1]] == [rows[0]["attended_tokens"]]
+    assert found[0][0]["tokens"] is None and found[0][-1]["attended_fraction"] == 1
+
     status, _, err = call(neighbours, capsys, "arithmetic", "span", "dense", *options)
     assert status == 2 and err == "error: span was trained under the mask 'span'; expected 'dense'\n"
 

@@ -10,8 +10,8 @@ import transformers
 from experiments import presses
 
 ENDS = [99]
-PROMPTS = [np.random.default_rng(n).integers(0, 90, n) for n in (23, 14, 17)]
-NEW = 6
+PROMPTS = [np.random.default_rng(n).integers(0, 90, n) for n in (15, 9)]
+NEW = 4
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def whole_forwards(model, prompt, kept, size):
 
 def test_responses_are_those_of_whole_forwards(peer):
     """Of ragged prompts under several presses in one batch; all kept is dense decoding. And a press that keeps others gives others."""
-    made = {"half": Every(2), "odd": Every(2, 1), "all": Every(1)}
+    made = {"half": Every(2), "odd": Every(2, 1)}
     kept, first = peer.read(PROMPTS, made)
     found = peer.decode_all(kept, first, PROMPTS, NEW)
     for key, press in {**made, ("dense", 100.0): Every(1)}.items():
@@ -86,5 +86,5 @@ def test_compression_goes_on_while_it_decodes(peer, monkeypatch):
 
     stub = types.SimpleNamespace(KnormPress=lambda: Last(1), DecodingPress=Decoding)
     monkeypatch.setitem(__import__("sys").modules, "kvpress", stub)
-    for tokens, rows in peer.decode_compressing(PROMPTS, 9, 8, interval=3):
-        np.testing.assert_array_equal(rows, [10, 11, 12, 10, 11, 12, 10, 11][: len(tokens)])
+    for tokens, rows in peer.decode_compressing(PROMPTS, 8, 5, interval=3):
+        np.testing.assert_array_equal(rows, [9, 10, 11, 9, 10][: len(tokens)])
