@@ -11,7 +11,7 @@ from selfspan_jax.config import AttentionViews
 from selfspan_jax.spans import attention_mask
 from tests.selfspan_jax.reference import Reference
 
-KEY, VALUE = range(4, 68), range(68, 132)
+KEY, ITEM = range(4, 36), range(36, 36 + 32 * 16)
 
 
 def made(segments, spans, **options):
@@ -19,22 +19,22 @@ def made(segments, spans, **options):
 
 
 @pytest.mark.parametrize("spans", [False, True])
-@pytest.mark.parametrize("segments, pairs", [(1, 8), (3, 24), (9, 32)])
-def test_every_question_has_its_answer_in_the_context(segments, pairs, spans):
-    """A reading of the text alone finds the value of each key, how far back it stands, and the label of its piece."""
+@pytest.mark.parametrize("segments, items", [(1, 8), (3, 24), (9, 32)])
+def test_every_question_has_its_answer_in_the_context(segments, items, spans):
+    """A reading of the text alone finds the item of each key, how far back it stands, and the label of its piece."""
     found = made(segments, spans)
     assert found["distance"].max() >= segments - 1
     for ids, targets, distances in zip(found["token_ids"], found["target_mask"], found["distance"]):
         (solve,) = np.flatnonzero(ids == VOCAB.solve_id)
         assert ids[0] == VOCAB.bos_id and ids[-1] == VOCAB.eos_id and solve == 1 + segments * SEGMENT
-        told = {int(ids[t]): t for t in range(solve) if ids[t] in KEY}
-        assert len(told) == pairs and all(ids[t + 1] in VALUE for t in told.values())
-        assert len({(t - 1) // PIECE for t in told.values()}) == pairs
+        told = {4 + (int(ids[t]) - 36) // 16: t for t in range(solve) if ids[t] in ITEM}  # by their key
+        assert len(told) == sum(x in ITEM for x in ids[:solve]) == items and not any(x in KEY for x in ids[:solve])
+        assert len({(t - 1) // PIECE for t in told.values()}) == items
         places = found["places"]
-        assert len(places) == min(16, pairs) and len({int(ids[t - (3 if spans else 1)]) for t in places}) == len(places)
+        assert len(places) == min(16, items) and len({int(ids[t - (3 if spans else 1)]) for t in places}) == len(places)
         for place, distance in zip(places, distances):
             at = told[int(ids[place - (3 if spans else 1)])]
-            assert ids[place] == ids[at + 1] and distance == (place - at) // SEGMENT
+            assert ids[place] == ids[at] and distance == (place - at) // SEGMENT
             if spans:  # the piece begins and ends with its label, which the step names
                 first = 1 + (at - 1) // PIECE * PIECE
                 label = ids[first] - VOCAB.seg_base
@@ -51,13 +51,12 @@ def test_a_step_of_spans_reads_the_named_piece_and_no_other():
     views = {"header_view": "labels", "prompt_view": "local", "prompt_window_tokens": AttentionViews.prompt_window_tokens}
     mask = np.asarray(attention_mask(ids[None], VOCAB, **views))[0]
     np.testing.assert_array_equal(mask[place - 1], Reference(ids, VOCAB, **views).mask()[place - 1])
-    (asked,) = np.flatnonzero(ids[: 2 * SEGMENT] == ids[place - 3])
-    seen = [t for t in np.flatnonzero(mask[place - 1]) if ids[t] in VALUE]  # by the token that predicts the value
-    assert seen == [asked + 1]
+    (asked,) = np.flatnonzero(ids[: 2 * SEGMENT] == ids[place])
+    assert [t for t in np.flatnonzero(mask[place - 1]) if ids[t] in ITEM] == [asked]  # by the token that predicts the answer
 
 
 def test_rows_hold_examples_of_one_length():
-    corpus = Corpus(pairs=8, queries=4)
+    corpus = Corpus(items=8, queries=4)
     batches = list(itertools.islice(corpus.batches(7, rows=2, seed=0, spans=True, scales=(0,)), 9))
     kinds = set()
     for number, batch in zip(range(8, 17), batches, strict=True):
