@@ -7,7 +7,7 @@ taken from the least recently named labels that are not in use, and the rows are
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -72,26 +72,27 @@ class WorkingSets(KVCache):
             pinned=jnp.where(anew, number, self.pinned),
         )
 
-    def choose_slots(self, step_slots, slots, **now):
-        """Give rows on the device to what headers open and name, then compute the slots."""
+    def choose_slots(self, step_slots, slots, implementation=None, **now):
+        """Give rows on the device to what headers open and name, then compute the slots; `implementation` is of both."""
         cache, span, active = self, now["span"], now["active"]
         if slots.kept is not None:  # a policy that reads what is named
-            cache = self.placed(span, active & span.is_response & span.is_header)
+            cache = self.placed(span, active & span.is_response & span.is_header, implementation)
 
             def choose(slots, table, now):
                 return step_slots(slots, table, **now), None
 
-            slots, _ = per_sequence(choose, slots, cache.slot_table, now)
+            slots, _ = per_sequence(choose, slots, cache.slot_table, now, implementation=implementation)
         else:
             slots = step_slots(slots, self.slot_table, **now)
         used = jax.lax.broadcasted_iota(jnp.int32, slots.slots.shape, 1) < slots.counts[:, None]
         on_host = jnp.sum(used & (slots.slots < 0), axis=1, dtype=jnp.int32)
         return dataclasses.replace(cache, on_host=on_host, misses=cache.misses + jnp.where(active, on_host, 0)), slots
 
-    def placed(self, span: SpanState, wanted: Array) -> Self:
+    def placed(self, span: SpanState, wanted: Array, implementation: Literal["jax_triton"] | None = None) -> Self:
         """Choose rows for what wanted sequences read by label, and note what is to be copied."""
         in_use = Wanted(wanted.astype(jnp.int32), span.num_tokens, span.label, span.step_index)
-        found = place_rows(self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_rows)
+        arrays = self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_rows
+        found = place_rows(*arrays, implementation=implementation)
         return dataclasses.replace(
             self,
             slot_table=found.slot_table,
@@ -142,7 +143,8 @@ class _Attend:
     def __call__(self, qkv, options, angles, _):
         layer, ahead = self.waiting.pop(0), options.get("ahead", ())
         if self.begins <= self.last:
-            layer = (*copy_rows(*self.cache.copies(layer, self._share(self.last))), *layer[2:])
+            copying = "jax_triton" if self.implementation == "jax_triton" else None  # the attention may be one that copies have not
+            layer = (*copy_rows(*self.cache.copies(layer, self._share(self.last)), implementation=copying), *layer[2:])
         if ahead and not self.cuts:
             self._divide(qkv, layer[0], ahead)
         k_pool, v_pool, *host = layer

@@ -69,7 +69,7 @@ class KVCache:
         table = jnp.where(new_token < 0, jnp.pad(table, ((0, 0), (0, new_capacity))), own_slot)
         return KVCache(pools, context.spread(table, self.slot_table.shape[1] + added))
 
-    def choose_slots(self, step_slots: Callable[..., AnySlots], slots: AnySlots, **now: Any) -> tuple[KVCache, AnySlots]:
+    def choose_slots(self, step_slots: Callable[..., AnySlots], slots: AnySlots, _: Any = None, **now: Any) -> tuple[KVCache, AnySlots]:
         """Compute what the newest tokens attend to, by a policy's `step_slots`; return the cache from which they can."""
         return self, step_slots(slots, self.slot_table, **now)
 

@@ -204,7 +204,7 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
     arrays = (state.span, state.slots if at_once else None, state.done), cache.slot_table, tokens, active
     (span, slots, done), (position, own, written) = per_sequence(advance, *arrays, implementation=config.bookkeeping)
     if slots is None:
-        cache, slots = cache.choose_slots(step_slots, state.slots, own=own, span=span, active=active)
+        cache, slots = cache.choose_slots(step_slots, state.slots, config.bookkeeping, own=own, span=span, active=active)
     attend = cache.attend(written, slots, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
     hidden = jnp.where(active[:, None], hidden[:, 0], state.hidden)  # so that the logits, many more, need not be chosen from
