@@ -308,8 +308,13 @@ class _Writer:
         consts, carry = equation.invars[:-number], equation.invars[-number:]
         if [atom.aval.shape for atom in body.jaxpr.invars] != [atom.aval.shape for atom in equation.invars]:
             raise NotImplementedError(f"a loop over arrays: {equation}")
-        start, *carry = carry
-        self.loop(equation, body, consts, start, f"{self.expression(start)} + {equation.params['length']}", [], carry)
+        length, (first, after) = equation.params["length"], (body.jaxpr.invars[len(consts)], body.jaxpr.outvars[0])
+        adds = [each.invars for each in body.jaxpr.eqns if each.primitive.name == "add" and each.outvars[0] is after]
+        if adds and adds[0][0] is first and _is_literal(adds[0][1]) and adds[0][1].val == 1:
+            start, *carry = carry
+            self.loop(equation, body, consts, start, f"{self.expression(start)} + {length}", [], carry)
+        else:  # nothing uses the counter: it is left out
+            self.loop(equation, body, consts, None, str(length), [], carry)
 
     def _while(self, equation) -> None:
         params, skipped = equation.params, equation.params["cond_nconsts"]
@@ -321,17 +326,17 @@ class _Writer:
         self.loop(equation, params["body_jaxpr"], consts, start, self.expression(stop), [stop], carry)
 
     def loop(self, equation, body, consts, start, stop: str, fixed: list, carry: list) -> None:
-        """Write a loop of `fori_loop`: what it carries first are the counter and, where the bounds are not static, the end."""
-        carried = [self.name("c") for _ in carry]
+        """Write a loop of `fori_loop`: it carries first the counter, if that has a start, then, where bounds are not static, the end."""
+        carried, counts = [self.name("c") for _ in carry], start is not None
         for name, atom in zip(carried, carry, strict=True):
             self.line(f"{name} = {self.typed(atom)}")
-        counter = self.name("i")
-        self.line(f"for {counter} in range({self.expression(start)}, {stop}):")
+        counter, skipped = self.name("i"), counts + len(fixed)
+        self.line(f"for {counter} in range({self.expression(start) if counts else 0}, {stop}):")
         self.depth += 1
-        given = [*map(self.typed, consts), counter, *map(self.typed, fixed), *carried]
-        after = self.inline(body, given)[1 + len(fixed) :]
+        given = [*map(self.typed, consts), *[counter] * counts, *map(self.typed, fixed), *carried]
+        after = self.inline(body, given)[skipped:]
         temporary = [self.name("t") for _ in after]
         for name, text in (*zip(temporary, after, strict=True), *zip(carried, temporary, strict=True)):
             self.line(f"{name} = {text}")
         self.depth -= 1
-        self.names |= dict(zip(equation.outvars[1 + len(fixed) :], carried, strict=True))
+        self.names |= dict(zip(equation.outvars[skipped:], carried, strict=True))
