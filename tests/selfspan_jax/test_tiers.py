@@ -36,8 +36,7 @@ ROWS = [(PROMPT, tokens) for tokens in RESPONSES.values()]
 ROWS += [(tokens[: (n := 1 + i % 9)], (tokens[n:] + TOOLS * 3)[:13]) for i, (tokens, _) in enumerate(NAMED.values())]  # any streams
 VIEWS = [  # with sizes of working sets: next to nothing, some labels
     ("span", "causal", (2, 12)),
-    ("labels", "causal", (2, 12)),
-    ("prompt", "causal", (12,)),
+    ("labels", "causal", (12,)),
     ("all", "local", (12,)),
 ]
 STEPS = 13
