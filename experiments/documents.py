@@ -40,7 +40,7 @@ MAIN = {
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
 # Variants whose headers read labels alone, the one to be judged first.
-_NARROW = ("solve", "mended", "sentences", "labels_3", "labels")
+_NARROW = ("values_more", "near_mixed", "mixed", "solve", "mended", "sentences", "labels_3", "labels")
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
@@ -127,7 +127,7 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    same = ("_full", "_closed", "_sentences", "_3", "_solve", "_mended")
+    same = ("_values_full", "_values_more", "_values", "_full", "_closed", "_sentences", "_3", "_solve", "_mixed", "_mended")
     kinds = {"_open": "_closed", "_closed_long": "_closed"} | {end: end for end in same}
     return f"{corpus}_dense{next((own for end, own in kinds.items() if variant.endswith(end)), '')}"
 
