@@ -126,9 +126,9 @@ def _percent(*values: float) -> list[str]:
 
 
 def control(corpus: str, variant: str) -> str:
-    """Name the dense control of a variant: the same text, and as many parameters trained."""
-    same = ("_values_full", "_values_more", "_values", "_full", "_closed", "_sentences", "_3", "_solve", "_mixed", "_mended")
-    kinds = {"_open": "_closed", "_closed_long": "_closed"} | {end: end for end in same}
+    """Name the dense control of a variant: the same text, and as many parameters trained; of values_more the best there is so far."""
+    same = ("_values_full", "_values", "_full", "_closed", "_sentences", "_3", "_solve", "_mixed", "_mended")
+    kinds = {"_open": "_closed", "_closed_long": "_closed", "_values_more": "_mixed"} | {end: end for end in same}
     return f"{corpus}_dense{next((own for end, own in kinds.items() if variant.endswith(end)), '')}"
 
 
