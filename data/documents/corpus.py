@@ -125,7 +125,7 @@ class Corpus(GeneratedCorpus[Example]):
 
     def parts(self, step: Step, uniform: float | None) -> list[Part]:
         """Return what a step names and writes, in turn."""
-        return [(tuple(dict.fromkeys(step.sources)), step.text)]
+        return whole(step)
 
     @property
     def vocab(self) -> TokenizerVocab:
@@ -140,6 +140,11 @@ class Corpus(GeneratedCorpus[Example]):
 
     def chunk(self, vocab: Any, seed: int, split: streams.Split, number: int) -> list[Example]:
         raise _not_generated()
+
+
+def whole(step: Step) -> list[Part]:
+    """Return a step as one part, which names all of its sources."""
+    return [(tuple(dict.fromkeys(step.sources)), step.text)]
 
 
 def check_closing(settings: Any) -> None:

@@ -202,7 +202,7 @@ class DocumentTask(PiecesTask):
 
     def parts(self, step: Step, uniform: float | None) -> list[Part]:
         """Return what a step names and writes, in turn; see `corpus.Corpus.parts`."""
-        return [(tuple(dict.fromkeys(step.sources)), step.text)]
+        return corpus.whole(step)
 
     def on(self, other: task.Task) -> task.Task:
         """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""

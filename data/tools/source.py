@@ -169,6 +169,10 @@ class Corpus(corpus.Corpus):
         check_range(self, "min_services", low=0, high=self.services)
         check_range(self, "original", "late_sources", "bare", low=0, high=1)
         check_range(self, "bare_services", low=1)
+        if self.late_sources and not self.value_sources:
+            raise UserError(
+                f"late_sources is {self.late_sources} where value_sources is False; allowed: 0, as no value names its source then"
+            )
         check_choice("example", self.example, Literal["dialogue", "turn"])
         if self.too_long != "drop":
             raise UserError(f"too_long is {self.too_long!r}; allowed: drop: what a dialogue ends with is what its calls rest on")

@@ -450,6 +450,7 @@ SETTINGS = {
     "more than all": ({"original": 1.5}, "original is 1.5; allowed: 0 to 1"),
     "another example": ({"example": "word"}, "example is 'word'; allowed: dialogue, turn"),
     "a cut dialogue": ({"too_long": "cut"}, "too_long is 'cut'; allowed: drop"),
+    "late sources of none": ({"late_sources": 0.3}, "late_sources is 0.3 where value_sources is False"),
 }
 
 
