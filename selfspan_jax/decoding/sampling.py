@@ -27,13 +27,11 @@ def mark_occurring(occurred: Bool[Array, "B V"], token_ids: Int[Array, "B T"], i
     return occurred.at[row, jnp.where(inside & ~segs & ~refs, token_ids, occurred.shape[1])].set(True, mode="drop")
 
 
-def next_name(logits: Float[Array, "B V"], named: Bool[Array, "B L"], share: float, vocab: SpanVocab) -> Int[Array, "B"] | None:
+def next_name(logits: Float[Array, "B V"], named: Bool[Array, "B L"], share: float, vocab: SpanVocab) -> Int[Array, "B"]:
     """Return the first `<ref:k>`, k above the one that is `named`, with at least `share` of the likeliest token's probability; -1 for none.
 
     Names ascend, so one that is passed over does not come back; and a source too many costs less than one too few.
     """
-    if share >= 1:
-        return None
     refs, labels = logits[:, vocab.ref_base : vocab.ref_base + vocab.num_labels], jnp.arange(vocab.num_labels)[None, :]
     above = jnp.any(named, axis=1, keepdims=True) & (labels > jnp.argmax(named, axis=1)[:, None])
     near = above & (refs >= jnp.max(logits, axis=-1, keepdims=True) + math.log(share))

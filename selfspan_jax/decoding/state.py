@@ -57,7 +57,7 @@ class DecodeState:
             named = (span.step_index[:, None] == latest) & (span.last_named > span.solve_index[:, None] + 1)
             refs = vocab.ref_base, logits.shape[1] - vocab.ref_base - vocab.num_labels
             logits = jnp.where(jnp.pad(named, ((0, 0), refs)), -jnp.inf, logits)
-        return logits, next_name(logits, span.last_named == latest, views.name_share, vocab)
+        return logits, None if views.name_share >= 1 else next_name(logits, span.last_named == latest, views.name_share, vocab)
 
     @property
     def num_steps(self) -> Int[Array, ""]:
