@@ -12,7 +12,6 @@ loop), and their times count from the arrival. The systems:
 - static: as many of those that wait as a batch has, in the order of arrival, each batch until its longest response has ended.
 - sorted: the same, when all are there at once: of prompts of about the same length.
 - transformers: `generate_batch`'s manager, in a process of its own: the same lengths and rows of cache, dense attention, random weights.
-  First as it chooses to run, then told to record CUDA graphs.
 
 Beside these parts, `mixed` and `rates`: `equal`, throughput while requests of equal lengths wait, and of one static batch of them, with as
 many places as above and with a server's defaults; `stalls`, the time between two deliveries to streams while prompts of about 2,000 tokens
@@ -285,14 +284,13 @@ def first(model: Model) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- the whole
 
 
-def peer_case(model: Model, *, cuda_graphs: bool) -> dict[str, Any]:
+def peer_case(model: Model) -> dict[str, Any]:
     """Describe the same requests for transformers: lengths, arrivals, rows of cache."""
     settings = model.settings
     times: dict[float | None, Any] = {None: arrivals(None, min(settings.peer_requests, len(model.work)), settings.seed)}
     times |= {rate: arrivals(rate, min(len(model.work), max(1, round(rate * settings.seconds))), settings.seed) for rate in settings.rates}
     return {
         "peer": "hf-continuous",
-        "cuda_graphs": cuda_graphs,
         "rows": model.rows,
         "slots": settings.slots,
         "prompt_tokens": [len(item.prompt_ids) for item in model.work],
@@ -325,8 +323,7 @@ def measure(settings: Batching) -> dict[str, Any]:
         process = None
         if settings.peers:
             config = to_hugging_face(model.engine.config, model.engine.vocab, model.engine.vocab_size)
-            cases = [peer_case(model, cuda_graphs=graphs) for graphs in (False, True)]
-            process = stack.enter_context(hf.Peers(config, cases, settings.seed))  # which builds its model meanwhile
+            process = stack.enter_context(hf.Peers(config, [peer_case(model)], settings.seed))  # which builds its model meanwhile
         _measure(model, report, save, process)
     print(table(report["rows"]) if report["rows"] else "", flush=True)
     save(complete=True)
@@ -361,8 +358,7 @@ def _measure(model: Model, report: dict[str, Any], save: Callable[[], None], pro
     for found in process.rows() if process else ():
         for (rate, times), requests in zip(found["rates"], found["events"]):
             done = [Sent(arrival, events, len(events)) for arrival, events in zip(times, requests)]
-            system = "transformers, CUDA graphs" if found["cuda_graphs"] else "transformers"
-            add({"system": system, **summary(rate, done), "versions": found["versions"]})
+            add({"system": "transformers", **summary(rate, done), "versions": found["versions"]})
 
 
 def main() -> None:

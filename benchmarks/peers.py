@@ -156,8 +156,7 @@ def _serve(model, case: dict[str, Any], seed: int) -> list[list[list[float]]]:
     """Run requests through continuous batching (`generate_batch`'s manager) as they arrive; return when each token of each came.
 
     The case has `prompt_tokens` and `new_tokens` of the requests, and `rates`: pairs of a rate and the arrivals of the first requests,
-    in seconds. Its `rows` are the tokens that the cache has room for; `cuda_graphs` says whether it is told to record graphs, which
-    without the package of FlashAttention it does not by itself.
+    in seconds. Its `rows` are the tokens that the cache has room for.
     """
     import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -167,7 +166,7 @@ def _serve(model, case: dict[str, Any], seed: int) -> list[list[list[float]]]:
     defaults = ContinuousBatchingConfig()
     page = defaults.page_size if hasattr(defaults, "page_size") else defaults.block_size  # its name up to 5.17, at least
     sizes = {"num_blocks": case["rows"] // page, "max_requests_per_batch": case["slots"], "max_batch_tokens": BATCH_TOKENS}
-    batching = ContinuousBatchingConfig(**sizes, use_cuda_graph=True if case["cuda_graphs"] else None)
+    batching = ContinuousBatchingConfig(**sizes)
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(case["new_tokens"]))
     found = []
     with model.continuous_batching_context_manager(generation_config=greedy, continuous_batching_config=batching) as manager:
