@@ -6,8 +6,9 @@
 
 `--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
 papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
-.random.json and .recent.json of one with `--sources`; .single.json of stories with one question a prompt; of tools .few.json and
-.many.json of one on other catalogues, .constrained.json of one with `--constrained`.
+.random.json and .recent.json of one with `--sources`, .free.json of one without `names_new`; .single.json of stories with one
+question a prompt, .long.json of papers longer than rows of training; of tools .few.json and .many.json of one on other catalogues,
+.constrained.json of one with `--constrained`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ MAIN = {
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
 # Variants whose headers read labels alone, the one to be judged first.
-_NARROW = ("values_more", "near_mixed", "mixed", "solve", "mended", "sentences", "labels_3", "labels")
+_NARROW = ("values_more", "near_mixed", "mixed", "solve", "labels")
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
@@ -53,9 +54,18 @@ SETS = {
         "many": "`corpora/turns-100`",
         "constrained": "`corpora/turns-26`, `--constrained`",
     },
-    "stories": {"eval": "`corpora/stories`, up to 16 questions a prompt", "single": "`corpora/stories-1`, one question a prompt"},
+    "stories": {
+        "eval": "`corpora/stories`, up to 16 questions a prompt",
+        "single": "`corpora/stories-1`, one question a prompt",
+        "free": "`corpora/stories`, without `names_new`",
+    },
+    "papers": {
+        "eval": "`corpora/papers`",
+        "free": "the same, without `names_new`",
+        "long": "prompts of 7,681 to 14,336 tokens, longer than trained",
+    },
 }
-"""Evaluations of other examples, by kind: of tools corpora by their number of services, and decoding constrained to their methods."""
+"""Evaluations of other examples, or decoded otherwise, by kind: of tools corpora by their number of services."""
 _KEPT = (
     "data",
     "split",
@@ -127,8 +137,7 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained; of values_more the best there is so far."""
-    same = ("_values_full", "_values", "_full", "_closed", "_sentences", "_3", "_solve", "_mixed", "_mended")
-    kinds = {"_open": "_closed", "_closed_long": "_closed", "_values_more": "_mixed"} | {end: end for end in same}
+    kinds = {"_values_more": "_mixed"} | {end: end for end in ("_values_full", "_values", "_full", "_solve", "_mixed")}
     return f"{corpus}_dense{next((own for end, own in kinds.items() if variant.endswith(end)), '')}"
 
 

@@ -71,12 +71,15 @@ def place(tmp_path):
     """A function that writes raw results of a variant and seed: its run, and evaluations by kind."""
     (tmp_path / "raw").mkdir()
     (tmp_path / "out.md").write_text(PAGE)
-    changes = {"dense": {"mask": "dense"}, "labels": {}, "all": {"header_view": "all"}}
+    views = {"dense": {"mask": "dense"}, "labels": {}}
 
     def write(arm, seed=0, **evaluations):
         corpus = asdict(Corpus()) | asdict(Alignment())
         name = f"stories_{arm}-{seed}"
-        (tmp_path / "raw" / f"{name}.run.json").write_text(json.dumps(tuned_run("documents", corpus, seed, adapters=False, **changes[arm])))
+        run = tuned_run("documents", corpus, seed, **views[arm])
+        run["lora"] |= {"rank": 20, "alpha": 40.0}
+        run["training"] |= {"source_weight": 3.0, "end_weight": 3.0}
+        (tmp_path / "raw" / f"{name}.run.json").write_text(json.dumps(run))
         for kind, values in evaluations.items():
             (tmp_path / "raw" / f"{name}.{kind}.json").write_text(json.dumps(values))
         return tmp_path
@@ -126,8 +129,9 @@ def test_an_evaluation_is_taken_as_it_was_written(stored, place, capsys):
     ]
     line = "python decode.py eval runs/stories_labels-0/model --data corpora/stories --split validation --num-examples 1 --batch-size 16"
     assert f"{line}\n" in page and f"{line} --sources bm25\n" in page
-    train = "python train.py finetune-full --run-dir runs/stories_labels-0 --init SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert f"{train} --corpus documents --data corpora/mixture --header-view labels\n" in page
+    train = "python train.py finetune-lora --run-dir runs/stories_labels-0 --init SmolLM2-135M-Instruct.Q4_1.gguf"
+    options = "--rank 20 --alpha 40.0 --header-view labels --source-weight 3.0 --end-weight 3.0"
+    assert f"{train} --corpus documents --data corpora/mixture {options}\n" in page
 
 
 def gold_responses(examples):

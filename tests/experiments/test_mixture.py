@@ -97,6 +97,13 @@ def test_a_window_has_sections_in_a_row_and_the_questions_that_these_alone_answe
     assert mixture.asking(document, random.Random(0), 0) is mixture.asking(document, random.Random(0), 4) is document
 
 
+def test_a_step_names_first_what_is_new_and_rests_on_something_new(corpus):
+    """What a step before has named comes after what none has; a step that rests on such sources alone is left out."""
+    steps = tuple(Step(str(i), own) for i, own in enumerate([(0, 1), (1, 2), (1,), (2, 0), (0, 3, 2)]))
+    found = mixture.row(dataset.load(corpus, TASKS).task, Document("A title", ("a", "b", "c", "d"), steps))["steps"]
+    assert [(step["text"], step["sources"]) for step in found] == [("0", [0, 1]), ("1", [2, 1]), ("4", [3, 0, 2])]
+
+
 def test_what_is_no_corpus_of_documents_is_refused(tmp_path, capsys):
     data_main(["arithmetic", "--num-examples", "2", "--out", str(tmp_path / "sums")])
     with pytest.raises(SystemExit):
