@@ -314,8 +314,10 @@ def draw(reports: list[dict[str, Any]]) -> Any:
         left.plot(*zip(*rows), **options) if rows else None
         other.plot(lengths, [100 * (right(report, n, _FROM) or 0) for n in lengths], **options) if lengths else None
     other.axvline(TRAINED, color="grey", linestyle="--", linewidth=1)
-    left.set(xlabel=f"segments between item and question, contexts of {TRAINED}", ylabel="right answers, %", ylim=(-3, 103))
-    other.set(xlabel="segments of the context (dashed: longest trained)", xscale="log")
+    left.set(
+        title=f"contexts of {TRAINED} segments", xlabel="segments between item and question", ylabel="right answers, %", ylim=(-3, 103)
+    )
+    other.set(title=f"items at least {_FROM} segments back", xlabel="segments of the context (dashed: trained)", xscale="log")
     ticks = sorted({row["segments"] for report in reports for row in report["recall"] if row["segments"] >= _FROM})
     other.set_xticks(ticks, [*map(str, ticks)])
     other.set_xticks([], minor=True)

@@ -1,6 +1,7 @@
 """The corpus of key retrieval against a reading of its text, what its masks can and cannot reach, and the tables of its results."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -76,3 +77,29 @@ def test_shares_are_of_the_queries_of_a_distance():
     report = {"recall": [dict(zip(("segments", "distance", "queries", "right"), row)) for row in rows]}
     assert recall.right(report, 8, 2) == pytest.approx(0.4) and recall.right(report, 8, 0, 0) == 1
     assert recall.right(report, 8, 4) is None
+
+
+def test_the_page_has_what_was_run(tmp_path):
+    """Of each kind of file a table; and none, where there is no file."""
+    assert recall.sections(tmp_path) == {}
+    rows = [dict(zip(("segments", "distance", "queries", "right"), row)) for row in ((8, 0, 10, 1.0), (8, 2, 10, 0.5), (64, 40, 10, 0.25))]
+    settings, device = {"steps": 1200, "rows": 16}, {"device": "H100", "jax": "0.11.2", "parameters": 3_238_656}
+    for system, seed in (("delta", 1), ("spans", 0), ("delta", 0)):
+        report = device | {"system": system, "settings": settings | {"seed": seed}, "recall": rows}
+        (tmp_path / f"recall_{system}_{seed}.json").write_text(json.dumps(report))
+    scores = {
+        "num_examples": 128,
+        "answer_accuracy": 0.75,
+        "answer_accuracy_interval": [0.6, 0.8],
+        "step_accuracy": 0.5,
+        "attended_tokens": 64.0,
+    }
+    (tmp_path / "expressions_window.json").write_text(json.dumps({"sets": {"10": scores, "5": scores}}))
+    row = {"batch_size": 1, "context_tokens": 2048, "attended_tokens": 64.5, "ms_per_step": 0.2, "tokens_per_second": 5e3}
+    steps = [row | {"attention": name, "kv_memory_bytes": 2**21} for name in ("memory", "dense")]
+    (tmp_path / "bench_all.json").write_text(json.dumps({"rows": steps}))
+    found = recall.sections(tmp_path)
+    assert "| `delta` | 1 | 100.0 | - | 50.0 | - | - | 50.0 | 25.0 |" in found["recall"] and (tmp_path / "recall.png").exists()
+    assert found["recall"].index("`spans`") < found["recall"].index("| `delta` | 0 |") < found["recall"].index("| `delta` | 1 |")
+    assert "| `window` | 5 | 128 | 75.0 | 60.0 | 80.0 | 50.0 | 64.0 |\n| `window` | 10 |" in found["memory expressions"]
+    assert "| `memory` | 1 | 2,048 | 64 | 0.200 | 5,000 | 2.0 |" in found["memory steps"]
