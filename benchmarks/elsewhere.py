@@ -121,7 +121,7 @@ def rows_of(model: Decoder, *, way: str, batch: int, context: int, fraction: flo
 
 
 def run_steps(model: Decoder, pools, slots, counts, own, *, way: str, steps: int) -> tuple[Any, jax.Array]:
-    """Take steps through the layers; what comes out of one, normalised, goes into the next."""
+    """Take steps through the layers, each from the same hidden states: of random weights, many layers would make anything of a rounding."""
     batch, is_model = len(own), jax.lax.axis_index("context") == 0
     angles = rotary_angles(jnp.full((batch, 1), 7, jnp.int32), model.config)
     attend = Slots(slots, counts, kept=counts).attend(own, None)
@@ -133,8 +133,7 @@ def run_steps(model: Decoder, pools, slots, counts, own, *, way: str, steps: int
         return jax.lax.cond(is_model, function, lambda *_: jnp.zeros(nothing.shape, nothing.dtype), *arrays)
 
     def step(_, carry):
-        pools, x = carry
-        after = []
+        (pools, _), x, after = carry, first, []
         for layer, own_pools in zip(model.layers, pools, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
 
@@ -154,8 +153,9 @@ def run_steps(model: Decoder, pools, slots, counts, own, *, way: str, steps: int
             after.append(own_pools)
         return tuple(after), model.norm(x)
 
-    x = jnp.sin(jnp.arange(batch * model.config.hidden_size, dtype=jnp.float32)).reshape(batch, 1, -1)
-    return jax.lax.fori_loop(0, steps, step, (pools, x.astype(model.config.compute_dtype)))
+    first = jnp.sin(jnp.arange(batch * model.config.hidden_size, dtype=jnp.float32)).reshape(batch, 1, -1)
+    first = first.astype(model.config.compute_dtype)
+    return jax.lax.fori_loop(0, steps, step, (pools, first))
 
 
 def main(argv: list[str] | None = None) -> None:
