@@ -1,7 +1,7 @@
 """Key retrieval: models of one size trained from scratch to name the value of a key that stood far back, under spans and its neighbours.
 
     python -m experiments.recall train --system delta --json FILE
-    python -m experiments.recall speed --json FILE
+    python -m experiments.neighbours page docs/neighbours
 
 A context is pieces of 16 tokens of noise, some of which hold an item: one token that is a key and one of its 16 values. Each key has
 one item at most, and its value changes from example to example. Then keys are asked for, one after another; the answer is the item. The
