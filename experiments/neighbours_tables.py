@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +27,16 @@ def sections(results: Path) -> dict[str, str]:
     """Write each section of the page whose files there are, by its name; and the picture."""
     found = {}
     for name, (patterns, write) in SECTIONS.items():
-        if reports := [(file, files.read_json(file)) for pattern in patterns for file in sorted(results.glob(f"{pattern}*.json"))]:
+        if reports := [(file, files.read_json(file)) for pattern in patterns for file in _in_order(results.glob(f"{pattern}*.json"))]:
             found[name] = f"{write(reports)}\n\nFiles: {', '.join(f'[{file.stem}]({results.name}/{file.name})' for file, _ in reports)}."
     if panels := list(panels_of(results)):
         files.write_picture(results / PICTURE, draw(panels))
         found["picture"] = f"![quality against the share of the context read, a panel a task]({results.name}/{PICTURE})"
     return found
+
+
+def _in_order(found: Iterable[Path]) -> list[Path]:
+    return sorted(found, key=lambda file: [(int(part), "") if part.isdecimal() else (-1, part) for part in file.stem.split("_")])
 
 
 def _told(report: Row, *more: str) -> str:
@@ -98,10 +102,11 @@ def documents(reports: Reports) -> str:
         for row in report.get("documents") or report["presses"]:
             system = f"`{_system(row, report)}`"
             read = [f"{row['attended_tokens']:,.0f}", _percent(row["attended_fraction"])]
-            table.append([task, system, *read, name.removesuffix(", %"), f"{100 * row[score]:.1f}"])
+            number = f"{row.get('num_examples', report.get('num_examples', 0)):,}"
+            table.append([task, system, number, *read, name.removesuffix(", %"), f"{100 * row[score]:.1f}"])
     devices = dict.fromkeys(_told(report).removesuffix(":") for _, report in reports)
     told = "; ".join(devices)
-    return f"{told}:\n\n{markdown_table(('task', 'read by', 'rows read', 'of the context, %', 'score', 'found'), table)}"
+    return f"{told}:\n\n{markdown_table(('task', 'read by', 'examples', 'rows read', 'of the context, %', 'score', 'found'), table)}"
 
 
 def _task(file: Path) -> str:
@@ -157,9 +162,11 @@ def speed(reports: Reports) -> str:
 
 def rebalanced(reports: Reports) -> str:
     """Write the table of rebalanced attention."""
-    rows = [cells for _, report in reports for cells in map(rebalancing.cells, report["rebalancing"])]
-    report = reports[0][1]
-    return f"{_told(report, '`' + report['model'] + '`')}\n\n{markdown_table(rebalancing.HEADER, rows)}"
+    written = []
+    for _, report in reports:
+        table = markdown_table(rebalancing.HEADER, [*map(rebalancing.cells, report["rebalancing"])])
+        written.append(f"{_told(report, '`' + report['model'] + '`', report['dtype'])}\n\n{table}")
+    return "\n\n".join(written)
 
 
 SECTIONS: Mapping[str, tuple[Sequence[str], Callable[[Reports], str]]] = {
@@ -233,11 +240,10 @@ def draw(panels: Sequence[Panel]) -> Any:
             else:
                 style = {"color": f"C{names.index(name)}", "linestyle": "--" if name.startswith("kvpress") else "-"}
                 (shown[name],) = axes.plot(*zip(*points), marker="o", markersize=3, **style)
-        axes.set(xscale="log", title=panel.title, ylabel=panel.quality)
+        axes.set(xscale="log", title=panel.title, ylabel=panel.quality, xlabel="of the context read, %")
         axes.set_xticks(_TICKS, [*map(str, _TICKS)])
         axes.set_xticks([], minor=True)
     for axes in every[len(panels) :]:
         axes.set_axis_off()
-    figure.supxlabel("of the context read, %", fontsize=10)
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", fontsize=8, ncols=6)
     return figure

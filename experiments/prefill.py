@@ -142,7 +142,7 @@ def device_header() -> dict[str, Any]:
 
 def name_of(model: Path) -> str:
     """Return what a report calls a model: its directory, or that of its run."""
-    return model.name if model.name != "model" else model.absolute().parent.name  # RUN_DIR/model
+    return model.name if model.name not in ("model", "adapter") else model.absolute().parent.name  # RUN_DIR/model
 
 
 def _header(model: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from selfspan_jax.weights import huggingface
 
 NAMES = ("snapkv", "streaming", "expected", "knorm", "tova")
 """Presses of kvpress that score the tokens of a prompt: SnapKV, StreamingLLM, expected attention, key norms, TOVA."""
+MAX_SMALL = 20  # percent of a prompt that are decoded in one batch; what keeps more, and what keeps all, are in a second one
 INTERVAL_TOKENS = 16  # between two compressions while it decodes
 
 
@@ -67,6 +68,8 @@ class Presses:
     """Of each prompt, in percent."""
     presses: Annotated[tuple[str, ...], commandline.commas(*NAMES)] = NAMES
     """Of kvpress."""
+    max_new_tokens: int | None = None
+    """Stop after so many tokens; by default somewhat more than the longest gold response."""
     decoding_shares: Annotated[tuple[float, ...], commandline.commas(float)] = ()
     """Shares of the mean prompt that are kept while it decodes, too; in percent."""
     timed_tokens: int = 0
@@ -86,13 +89,14 @@ class Presses:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with tempfile.TemporaryDirectory() as directory:
             huggingface.export(Path(directory) / "model", lm.model)
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(Path(directory) / "model", dtype=torch.bfloat16)
+            dtype = torch.bfloat16 if device == "cuda" else torch.float32
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(Path(directory) / "model", dtype=dtype)
         peer = Peer(loaded.to(device).eval(), lm.end_ids)
         name = torch.cuda.get_device_name() if device == "cuda" else device
         report: dict[str, Any] = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
         report |= {"model": name_of(self.model), "data": self.data.name, "num_examples": len(some), "presses": []}
         ids = [lm.task.encode_prompt(example.prompt) for example in some]
-        limit = max(len(example.response_ids) for example in some) + MARGIN_TOKENS
+        limit = self.max_new_tokens or max(len(example.response_ids) for example in some) + MARGIN_TOKENS
         settings = [(name, share) for share in self.shares for name in self.presses]
         if self.timed_tokens:
             report["presses"] = list(peer.timed(ids[: self.batch_size], settings, self.timed_tokens))
@@ -103,32 +107,28 @@ class Presses:
             prompts = ids[start : start + self.batch_size]
             made = {(name, share): press_of(name, share / 100) for name, share in settings}
             kept, first = peer.read(prompts, made)
-            small, large = [("dense", 100.0)], [key for key in settings if key[1] > 20]
-            for group in ([key for key in settings if key[1] <= 20], large, small):
-                if group:
-                    for key, own in peer.decode_all({key: kept[key] for key in group}, first, prompts, limit).items():
-                        found.setdefault(key, []).extend(own)
-        for key, responses in found.items():
-            self.add(report, key, responses, lm, some, ids)
+            for group in ([key for key in settings if key[1] <= MAX_SMALL], [key for key in kept if key[1] > MAX_SMALL]):
+                for key, own in peer.decode_all({key: kept[key] for key in group}, first, prompts, limit).items() if group else ():
+                    found.setdefault(key, []).extend(own)
+                report["presses"] = [row_of(key, own, lm.task, some, ids) for key, own in found.items()]
+                files.write_rows(self.json, report, complete=False)
+                print(*report["presses"], f"{time.perf_counter() - started:.0f} s", sep="\n", flush=True)
         lengths = [*map(len, ids)]
         for share in self.decoding_shares:
             target = min(round(share / 100 * float(np.mean(lengths))), min(lengths) - 1)
-            self.add(report, ("knorm, decoding", share), list(peer.decode_compressing(ids, target, limit)), lm, some, ids)
+            responses = peer.decode_compressing(ids, target, limit)
+            report["presses"].append(row_of(("knorm, decoding", share), responses, lm.task, some, ids))
+            files.write_rows(self.json, report, complete=False)
         files.write_rows(self.json, report | {"seconds": time.perf_counter() - started}, complete=True)
 
-    def add(
-        self, report: dict[str, Any], key: tuple[str, float], responses: Sequence[Any], lm: SpanLM, some: Sequence[Any], ids: Any
-    ) -> None:
-        """Score the responses under a press, and add a row to the report."""
-        scores = lm.task.scores(some, [tokens for tokens, _ in responses])  # type: ignore[attr-defined]
-        reads = [rows / (len(own) + np.arange(1, len(rows) + 1)) for own, (_, rows) in zip(ids, responses)]
-        rows = float(np.concatenate([rows for _, rows in responses]).mean())
-        read = {"attended_fraction": float(np.concatenate(reads).mean()), "attended_tokens": rows}
-        report["presses"].append({"neighbour": key[0], "share": key[1], **read, **scores})
-        files.write_rows(self.json, report, complete=False)
-        print(
-            f"{key[0]} {key[1]:g}%: reads {100 * read['attended_fraction']:.1f}%", {k: round(v, 4) for k, v in scores.items()}, flush=True
-        )
+
+def row_of(key: tuple[str, float], responses: Sequence[Any], task: Any, some: Sequence[Any], ids: Sequence[Any]) -> dict[str, Any]:
+    """Score the responses to the first examples under a press."""
+    number = len(responses)
+    reads = [rows / (len(own) + np.arange(1, len(rows) + 1)) for own, (_, rows) in zip(ids, responses)]
+    rows = float(np.concatenate([rows for _, rows in responses]).mean())
+    read = {"num_examples": number, "attended_fraction": float(np.concatenate(reads).mean()), "attended_tokens": rows}
+    return {"neighbour": key[0], "share": key[1], **read, **task.scores(some[:number], [tokens for tokens, _ in responses])}
 
 
 def chosen(lm: SpanLM, data: Path, split: str, num_examples: int, max_prompt_tokens: int) -> tuple[Any, list[Any]]:

@@ -152,7 +152,8 @@ def continued(lm: SpanLM, texts: Int[np.ndarray, "b T"], continuation: int, poli
 def row_of(policy: Policy, kind: str, scores: np.ndarray, dense: np.ndarray) -> dict[str, Any]:
     """Return the mean of scores in percent, and its difference to dense with the standard error over questions."""
     more = scores - dense
-    means = {"score": float(scores.mean()), "more": float(more.mean()), "error": float(more.std(ddof=1) / np.sqrt(len(more)))}
+    error = float(more.std(ddof=1) / np.sqrt(len(more))) if len(more) > 1 else None
+    means = {"score": float(scores.mean()), "more": float(more.mean()), "error": error}
     return {"kind": kind, "alpha": getattr(policy, "alpha", None), "number": len(scores), **means}
 
 
@@ -164,7 +165,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     first = [row["kind"], "dense" if row["alpha"] is None else f"{row['alpha']:g}", f"{row['number']:,}"]
     if row["kind"] == "text":
         return [*first, f"{row['perplexity']:.3f}", f"{row['loss_more']:+.4f} (loss)", f"{row['loss_more_error']:.4f}"]
-    return [*first, f"{row['score']:.2f}", f"{row['more']:+.2f}", f"{row['error']:.2f}"]
+    return [*first, f"{row['score']:.2f}", f"{row['more']:+.2f}", "-" if row["error"] is None else f"{row['error']:.2f}"]
 
 
 def table(report: dict[str, Any]) -> str:

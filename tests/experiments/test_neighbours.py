@@ -165,10 +165,11 @@ def test_a_page_is_made_of_the_files(tmp_path, capsys):
             "text": [loss | read | {"neighbour": "quest", "tokens": 82}],
         },
         "documents_papers": {"documents": [read | {"neighbour": "dense", "tokens": None}]},
-        "presses_papers": {"transformers": "5", "presses": [read | {"neighbour": "snapkv", "share": 5}]},
+        "presses_papers": {"transformers": "5", "num_examples": 16, "presses": [read | {"neighbour": "snapkv", "share": 5}]},
         "speed_presses": {"presses": [read | {"neighbour": "snapkv", "share": 5, "cache_bytes": 2**20, "peak_bytes": 2**31}]},
         "rebalancing_stories": {
             "model": "SmolLM2",
+            "dtype": "float32",
             "rebalancing": [{"kind": "stories", "alpha": 0.2, "number": 9, "score": 5.0, "more": -1.5, "error": 0.5}],
         },
     }
@@ -181,7 +182,7 @@ def test_a_page_is_made_of_the_files(tmp_path, capsys):
     assert "| operators | read by | expressions | uncut: right, % | as spans | 20% |" in page
     assert page.index("| 20 | `oracle` | 4 | - | 75.0 | 50.0 |") < page.index("| 100 | `span` | 4 | 75.0 | - | - |")
     assert "| `quest` | 82 | 80.6 | 1.0 | 12.35 | +0.2500 | 0.0100 |" in page
-    assert "| papers | `kvpress snapkv` | 81 | 1.0 | ROUGE-L | 42.1 |" in page
+    assert "| papers | `kvpress snapkv` | 16 | 81 | 1.0 | ROUGE-L | 42.1 |" in page
     assert "| `kvpress snapkv` | 24 | 81 | 2.50 | 9,600 | 1 | 2,048 |" in page
     assert "| stories | 0.2 | 9 | 5.00 | -1.50 | 0.50 |" in page
     panels = list(neighbours_tables.panels_of(results))
