@@ -193,10 +193,8 @@ def test_a_page_is_made_of_the_files(tmp_path, capsys):
 
 def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
     results = DOCS / "neighbours"
-    (tmp_path / "neighbours").mkdir()
-    for file in results.glob("*.json"):
-        shutil.copy(file, tmp_path / "neighbours")
+    shutil.copytree(results, tmp_path / "neighbours", ignore=shutil.ignore_patterns("*.png"))
     shutil.copy(DOCS / "neighbours.md", tmp_path)
     assert call(neighbours, capsys, "page", tmp_path / "neighbours")[0] in (None, 0)
     assert (tmp_path / "neighbours.md").read_text() == (DOCS / "neighbours.md").read_text()
-    assert {file.name for file in (tmp_path / "neighbours").iterdir()} == {file.name for file in results.glob("*")}
+    assert {file.name for file in (tmp_path / "neighbours").rglob("*")} == {file.name for file in results.rglob("*")}
