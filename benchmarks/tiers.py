@@ -23,7 +23,7 @@ from benchmarks.timing import timed
 from pallas_kernels import copy_rows
 from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory
 from selfspan_jax.parallel.memory import bytes_of, check_fits
-from selfspan_jax.tiers import HostEngine
+from selfspan_jax.tiers.engine import HostEngine
 
 LINK_ROWS = 1 << 14  # of 4 KiB, by which the link is measured
 MAX_REPEATED_SECONDS = 20.0  # of a prefill; what takes longer hardly feels its compilation

@@ -43,7 +43,7 @@ from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task, end_ids, installed_tasks
-from selfspan_jax.tiers import HostEngine, TieredCache
+from selfspan_jax.tiers.engine import HostEngine, TieredCache
 from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
 from selfspan_jax.viewing.output import Output, prompt_warnings
@@ -170,7 +170,7 @@ class SpanLM(Reader):
           mesh: decode on several devices, for example `data=2,tensor=2`: `data` divides sequences, `tensor` kv heads,
             `context` the rows of each sequence's cache.
           kv_memory: where keys and values of prompts lie: "device", or "host" for contexts that the device cannot hold, with those of at
-            most `working_set_tokens` of each prompt on the device (`selfspan_jax.tiers`); on one device.
+            most `working_set_tokens` of each prompt on the device (`selfspan_jax.tiers.engine`); on one device.
 
         Raises: FileNotFoundError, UserError with one line that says what is wrong with the directory.
         """

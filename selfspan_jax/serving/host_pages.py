@@ -21,8 +21,8 @@ from selfspan_jax.config import ModelConfig
 from selfspan_jax.decoding.cache import LayerPools
 from selfspan_jax.model import Attend
 from selfspan_jax.spans import SpanState
-from selfspan_jax.tiers import empty_host_pools
-from selfspan_jax.working_sets import WorkingSets
+from selfspan_jax.tiers.engine import empty_host_pools
+from selfspan_jax.tiers.working_sets import WorkingSets
 
 WRITTEN_AT_ONCE = 8  # pages, by one program
 

@@ -19,7 +19,7 @@ from selfspan_jax.parallel import memory
 from selfspan_jax.serving.host_pages import WRITTEN_AT_ONCE, PagedWorkingSets, write_pages
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.running import Decoded, Prompts, decode_chunk, empty_state, read_prompts
-from selfspan_jax.tiers import HostEngine, check_working_sets
+from selfspan_jax.tiers.engine import HostEngine, check_working_sets
 
 NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
 # What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.

@@ -24,7 +24,7 @@ from selfspan_jax.model import Attend
 from selfspan_jax.parallel import layout
 from selfspan_jax.serving.host_pages import PagedWorkingSets
 from selfspan_jax.spans import SpanState
-from selfspan_jax.working_sets import always_read
+from selfspan_jax.tiers.working_sets import always_read
 
 HostArray = Array | np.ndarray  # NumPy's from the host, JAX's in a program
 _STATE = DecodeState.partition_specs()

@@ -32,7 +32,7 @@ from selfspan_jax.serving.pages import Pages, page_keys
 from selfspan_jax.serving.programs import NEUTRAL, Programs, level_of, neutral_sampling
 from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, Stats, Tokens, joined
 from selfspan_jax.serving.running import Decoded, LogProbs
-from selfspan_jax.tiers import HostEngine
+from selfspan_jax.tiers.engine import HostEngine
 
 ADMITTED_SHARE = 16  # of the places: one in so many is free before requests are admitted where `reads_per_chunk` is None
 _LOG = logging.getLogger(__name__)

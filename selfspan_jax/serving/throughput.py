@@ -16,7 +16,7 @@ from selfspan_jax.decoding.state import bucket
 from selfspan_jax.serving.pages import page_keys
 from selfspan_jax.serving.requests import Request, Tokens
 from selfspan_jax.serving.scheduler import Scheduler
-from selfspan_jax.tiers import HostEngine
+from selfspan_jax.tiers.engine import HostEngine
 
 # Places for each sequence of a static batch on the same rows of cache, because few are at their full length;
 # and from how many batches, and how many times fewer steps, on that is taken to be faster: 1.77 times fewer gave 1.17 times the answers

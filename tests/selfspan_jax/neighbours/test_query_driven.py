@@ -14,7 +14,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.neighbours.query_driven import Oracle, Quest
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.scheduler import Scheduler
-from selfspan_jax.tiers import HostEngine
+from selfspan_jax.tiers.engine import HostEngine
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB
 

@@ -13,7 +13,7 @@ from selfspan_jax.neighbours import rebalanced
 from selfspan_jax.neighbours.rebalanced import Rebalanced
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.scheduler import Scheduler
-from selfspan_jax.tiers import HostEngine
+from selfspan_jax.tiers.engine import HostEngine
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB
 

@@ -21,7 +21,7 @@ from selfspan_jax.serving.running import Decoded, read_prompts
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.throughput import is_faster, shared_beginning
 from selfspan_jax.spans import attention_mask
-from selfspan_jax.tiers import HostEngine
+from selfspan_jax.tiers.engine import HostEngine
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 

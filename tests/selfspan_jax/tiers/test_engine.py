@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.arithmetic import ArithmeticTask
-from selfspan_jax import lm, tiers, working_sets
+from selfspan_jax import lm
 from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
@@ -16,7 +16,9 @@ from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.scheduler import Scheduler
-from selfspan_jax.tiers import HostEngine
+from selfspan_jax.tiers import engine as tiers
+from selfspan_jax.tiers import working_sets
+from selfspan_jax.tiers.engine import HostEngine
 from selfspan_jax.weights import lora
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.reference import Reference

@@ -32,7 +32,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder, rotary_angles
 from selfspan_jax.parallel import memory
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.working_sets import WorkingSets, always_read
+from selfspan_jax.tiers.working_sets import WorkingSets, always_read
 
 NEW_TOKENS = 1024  # of a sequence that are on the device; when there are as many, they are written to the host
 READ_TOKENS = 1 << 17  # of prompts that are read together: their hidden states and one layer's rows are on the GPU
