@@ -43,7 +43,7 @@ def is_faster(
     `new_tokens` may be guesses; only their ratios to each other and to the prompts count. `shared` is what `shared_beginning` says.
     """
     prompts, new = np.array(prompt_tokens), np.array(new_tokens)
-    # XLA (JAX 0.11.2) ends with a segmentation fault on a scheduler's programs for two GPUs.
+    # Against static batches a scheduler was timed with all rows on one GPU; of layers with a memory it has no pages.
     one_device = not isinstance(engine, HostEngine) and engine.config.mask != "memory" and (engine.mesh is None or engine.mesh.size == 1)
     if not one_device or config.prefill != "dense" or jax.default_backend() == "cpu":
         return False
