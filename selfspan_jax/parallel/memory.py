@@ -16,12 +16,12 @@ from selfspan_jax.parallel import layout
 
 T = TypeVar("T")
 PINNED_LIMIT_GIB = 64  # of host memory, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says something else
-_taken = {"bytes": 0}  # of host memory by this process, at most at once
+_taken = {"bytes": 0}  # of host memory, the most that arrays of this process took at once
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
 
 class DoesNotFit(UserError):
-    """What was asked for needs more memory than the device has."""
+    """What was asked for needs more memory than the device or its host has."""
 
 
 @contextlib.contextmanager
@@ -39,8 +39,8 @@ def catch_out_of_memory(advice: str = "") -> Iterator[None]:
         if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
         if "host memory" in str(error):
-            wrong = "host memory ran out that a GPU may read: XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows 64 GiB of it unless set otherwise"
-            raise DoesNotFit(f"does not fit: {wrong}") from None
+            limit = f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows {PINNED_LIMIT_GIB} GiB of it unless set otherwise"
+            raise DoesNotFit(f"does not fit: host memory ran out that a GPU may read: {limit}") from None
         raise DoesNotFit(f"does not fit: the device ran out of memory{advice}") from None
 
 
@@ -73,23 +73,25 @@ def free_memory_bytes() -> int | None:
 
 
 def free_host_memory_bytes() -> int:
-    """Return how much host memory may be taken that a device reads: what is free or was taken before, and at most JAX's limit for GPUs."""
+    """Return how much host memory a device's arrays may take: what is free or was taken before, and at most JAX's limit for GPUs."""
     with open("/proc/meminfo", encoding="ascii") as lines:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     return min(free + _taken["bytes"], host_memory_limit_bytes())
 
 
 def host_memory_limit_bytes() -> int:
-    """Return how much host memory JAX lets a GPU read; what the machine has does not count."""
+    """Return how much host memory JAX lets a GPU read, whatever the machine has; on other devices there is no limit."""
     if jax.default_backend() != "gpu":
         return 2**63
     return int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", PINNED_LIMIT_GIB)) * 2**30
 
 
 def take_host_memory(needed_bytes: int, what: str) -> None:
-    """Raise DoesNotFit where so much host memory cannot be taken that a device reads; otherwise it is about to be.
+    """Check that host memory has room for a device's arrays, which the caller then allocates, and note that they are taken.
 
     JAX keeps what it has taken, for this process to take again.
+
+    Raises: DoesNotFit, with what is free or allowed.
     """
     free, limit = free_host_memory_bytes(), host_memory_limit_bytes()
     if needed_bytes > free:

@@ -32,8 +32,8 @@ WRITTEN_AT_ONCE = 8  # pages, by one program
 class PagedWorkingSets(WorkingSets):
     """Working sets of the places of a running state, and behind them a ring of `ring_rows` rows for each.
 
-    The host's pools have a page more than there are, for what nobody wants. Fields of working sets that are computed before each chunk are
-    arbitrary between two.
+    The host's pools have one spare page, the last: what no page is to get is written there. Fields of working sets that are computed
+    before each chunk are arbitrary between two.
     """
 
     first_new: Int[Array, "B"]  # tokens from this one on are in the ring, each in the row of its number
@@ -69,7 +69,7 @@ class PagedWorkingSets(WorkingSets):
         return dataclasses.replace(cache, pools=tuple(map(cache.copy, cache.pools)))
 
     def joined(self, pools: tuple[LayerPools, ...], host_rows: Int[Array, "R A"], always: Bool[Array, "R A"], prompts: Any) -> Self:
-        """Let prompts that are read take their places: what every step reads of the pages is copied to working sets.
+        """Give places to prompts that are read, and copy to their working sets what every step reads of the pages.
 
         Args:
           always: the tokens that every step reads.
@@ -97,7 +97,7 @@ class PagedWorkingSets(WorkingSets):
     def attend_prompts(
         self, earlier: Int[Array, "R S"], own: Int[Array, "R Q"], positions: Int[Array, "R Q"], prompts: Any, attend: Attend
     ) -> Attend:
-        """Make the attention of prompts whose rows lie in pages, as `running.attend_paged`: full pages are written, and the ring.
+        """Make the attention of prompts whose rows lie in pages, as `running.attend_paged`; write full pages, and the rest to the ring.
 
         Args:
           positions: of the Q tokens.

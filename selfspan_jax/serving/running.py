@@ -200,7 +200,8 @@ def decode_chunk(
         ended, logprobs = jax.lax.scan(step, begun, jnp.arange(num_steps, dtype=jnp.int32))
         host_rows = None
         if isinstance(cache, PagedWorkingSets):
-            host_rows = jnp.stack([jnp.sum(now - was) for now, was in zip(_host_rows(ended.cache), _host_rows(state.cache))])
+            counters = (ended.cache.copied, state.cache.copied), (ended.cache.misses, state.cache.misses)
+            host_rows = jnp.stack([jnp.sum(now - before) for now, before in counters])
         decoded = Decoded(ended.new_tokens, ended.num_attended, ended.done, logprobs, host_rows)
         occurred = state.occurred if ended.occurred is None else ended.occurred
         ended = with_pools(ended, tuple(layer[: len(own)] for layer, own in zip(ended.cache.pools, state.cache.pools)))
@@ -257,7 +258,3 @@ def logprobs_of(logits: Float[Array, "B V"], token_ids: Int[Array, "B"], number:
 def with_pools(state: DecodeState, pools) -> DecodeState:
     """Return a state with other pools."""
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=pools))
-
-
-def _host_rows(cache):
-    return cache.copied, cache.misses

@@ -99,7 +99,7 @@ class Scheduler:
             raise UserError("the model's layers have a memory, of which a server keeps no pages")
         if engine.mesh is not None and num_data_shards(engine.mesh) * engine.mesh.shape["context"] > 1:
             raise UserError("a mesh for serving has data=1 and context=1: all sequences share one cache")
-        if isinstance(engine, HostEngine):  # a program writes each page by itself
+        if isinstance(engine, HostEngine):  # each page of a prompt is one write of the program that reads it: fewer, larger ones
             config = dataclasses.replace(config, page_tokens=max(config.page_tokens, config.prefill_tokens // WRITTEN_AT_ONCE))
         self.engine, self.config = engine, config
         policy = get_policy(engine.config.mask if attention is None else attention)

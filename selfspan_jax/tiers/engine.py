@@ -4,7 +4,7 @@ The rows of a prompt are written to pinned host memory, layer by layer as it is 
 for tokens that it reads, and the rows of its latest new tokens; those before are written to host memory too. What every step reads is put
 there first: label 0, and where headers read it the table of contents. A header that opens or names a label says, before any token that
 uses it and for all layers at once, what is to be read: tokens of that label without a row get one, taken from the least recently named
-labels that are not in use, and the rows are copied within the step: those of a layer while the layer before multiplies. Body tokens read
+labels that are not in use, and the rows are copied within the step: those of a layer while the layer before computes. Body tokens read
 the GPU alone.
 
 What finds no place (a working set too small for what is named) and what is read only once (headers that see the whole prompt, other
