@@ -65,8 +65,7 @@ class PagedWorkingSets(WorkingSets):
         own = place * width + jax.lax.broadcasted_iota(jnp.int32, self.owner.shape, 1)
         table = table.at[place, jnp.where(self.owner < 0, table.shape[1], self.owner)].set(own, mode="drop")
         cache = dataclasses.replace(self, host_rows=host_rows, first_new=first_new, slot_table=table)
-        cache = cache.placed(span, active & span.is_response)
-        return dataclasses.replace(cache, pools=tuple(map(cache.copy, cache.pools)))
+        return cache.placed(span, active & span.is_response).with_copies()
 
     def joined(self, pools: tuple[LayerPools, ...], host_rows: Int[Array, "R A"], always: Bool[Array, "R A"], prompts: Any) -> Self:
         """Give places to prompts that are read, and copy to their working sets what every step reads of the pages.
@@ -91,8 +90,8 @@ class PagedWorkingSets(WorkingSets):
             owner=jnp.where(taken[:, None], -1, self.owner),
             copied=jnp.where(taken, 0, self.copied),
             misses=jnp.where(taken, 0, self.misses),
-        ).pin(of_places(always) & in_pages & taken[:, None], taken)
-        return dataclasses.replace(cache, pools=tuple(map(cache.copy, pools)))
+        )
+        return cache.pin(of_places(always) & in_pages & taken[:, None], taken).with_copies()
 
     def attend_prompts(
         self, earlier: Int[Array, "R S"], own: Int[Array, "R Q"], positions: Int[Array, "R Q"], prompts: Any, attend: Attend

@@ -268,11 +268,10 @@ def _start(
     if state.slots.kept is None:
         return state
     repeated = jnp.repeat(token_ids, num_samples, axis=0)
-    cache = cache.pin(always_read(state.span, repeated, model.vocab), jnp.ones(sequences, bool))
-    pools = tuple(map(cache.copy, cache.pools))
-    cache = cache.placed(state.span, state.span.is_response)  # what the open step of a prompt that ends within its response reads
-    cache = dataclasses.replace(cache, pools=tuple(map(cache.copy, pools)), copied=jnp.zeros(sequences, jnp.int32))
-    return dataclasses.replace(state, cache=cache)
+    cache = cache.pin(always_read(state.span, repeated, model.vocab), jnp.ones(sequences, bool)).with_copies()
+    # And what the open step of a prompt that ends within its response reads.
+    cache = cache.placed(state.span, state.span.is_response).with_copies()
+    return dataclasses.replace(state, cache=dataclasses.replace(cache, copied=jnp.zeros(sequences, jnp.int32)))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -289,11 +288,9 @@ def _write_out(state: DecodeState, config: DecodeConfig) -> DecodeState:
         rows = jax.device_put(rows, jax.memory.Space.Host)
         return (*layer[:2], *(jax.lax.dynamic_update_slice_in_dim(pool, some, first, axis=0) for pool, some in zip(layer[2:], rows)))
 
-    pools = tuple(map(write, cache.pools))
-    table = jnp.where(written, -1 - cache.host_rows, cache.slot_table)
-    cache = dataclasses.replace(cache, pools=(), slot_table=table, first_new=cache.first_new + number)
+    pools, table = tuple(map(write, cache.pools)), jnp.where(written, -1 - cache.host_rows, cache.slot_table)
+    cache = dataclasses.replace(cache, pools=pools, slot_table=table, first_new=cache.first_new + number)
     slots = get_policy(config.attention).initial_slots(table)
     if slots.kept is not None:
-        cache = cache.placed(span, span.is_response & ~state.done)
-        pools = tuple(map(cache.copy, pools))
-    return dataclasses.replace(state, cache=dataclasses.replace(cache, pools=pools), slots=slots)
+        cache = cache.placed(span, span.is_response & ~state.done).with_copies()
+    return dataclasses.replace(state, cache=cache, slots=slots)

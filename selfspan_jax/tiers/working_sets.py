@@ -111,6 +111,10 @@ class WorkingSets(KVCache):
         """Copy these rows."""
         return (*copy_rows(*self.copies(layer)), *layer[2:])
 
+    def with_copies(self) -> Self:
+        """Copy these rows in all layers, between steps; return the cache that has them."""
+        return dataclasses.replace(self, pools=tuple(map(self.copy, self.pools)))
+
     def attend(self, own, slots: AnySlots, implementation) -> Attend:
         """Make the attention of one new token per sequence."""
         return _Attend(self, own, slots, implementation)
