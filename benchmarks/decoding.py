@@ -34,7 +34,7 @@ from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket, start_state
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
-from selfspan_jax.parallel.engine import check_policy, make_engine
+from selfspan_jax.parallel.engine import check_context_policy, make_engine
 from selfspan_jax.parallel.memory import bytes_of, check_fits
 from selfspan_jax.parallel.mesh import num_data_shards
 
@@ -131,7 +131,7 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
 
 def fill_with_random_rows(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
     """Make the state after prompts, as `prefill_state`, with random rows in place of theirs."""
-    check_policy(config.attention)
+    check_context_policy(config.attention)
     cache = KVCache.empty(model.config, lengths, token_ids.shape[1], num_samples, config.max_new_tokens)
     draws = iter(jax.random.split(jax.random.key(0), 2 * len(cache.pools) + 1))
     pools = tuple(tuple(jax.random.normal(next(draws), pool.shape, pool.dtype) for pool in layer) for layer in cache.pools)

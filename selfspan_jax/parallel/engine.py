@@ -36,7 +36,7 @@ def make_engine(model: Decoder, mesh: Mesh | None = None, **options: Any) -> Eng
     return Engine(model, mesh, **options)
 
 
-def check_policy(attention: Any) -> None:
+def check_context_policy(attention: Any) -> None:
     """Raise UserError for a policy that looks at all keys, where a device has some of them only."""
     policy = get_policy(attention)
     if context_size() > 1 and type(policy.initial_slots(jnp.zeros((1, 1), jnp.int32))) is not Slots:
@@ -45,7 +45,7 @@ def check_policy(attention: Any) -> None:
 
 def prefill_own(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
     """Read prompts layer by layer and keep this device's rows; arguments as for `prefill_state`."""
-    check_policy(config.attention)
+    check_context_policy(config.attention)
     batch, capacity = token_ids.shape
     cache = KVCache.empty(model.config, lengths, capacity, num_samples, config.max_new_tokens)
     x = model.embed_tokens(token_ids).astype(model.config.compute_dtype)
