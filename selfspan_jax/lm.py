@@ -486,8 +486,10 @@ def _key(seed: int) -> PRNGKeyArray:
 @functools.partial(jax.jit, static_argnames=("graph", "policy"))
 def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"], policy: Policy) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, params)
-    whole = (token_ids.shape[1], model.config)
-    mask: Any = policy.sequences(*whole) if isinstance(policy, Rebalanced) else policy.mask(token_ids, model.vocab, model.config)
+    if isinstance(policy, Rebalanced):  # no mask, but an attention of its own
+        mask: Any = policy.sequences(token_ids.shape[1], model.config)
+    else:
+        mask = policy.mask(token_ids, model.vocab, model.config)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     hidden, _ = model(token_ids, positions, with_memory(attend_under(mask), model.config))
     return model.logits(hidden)
