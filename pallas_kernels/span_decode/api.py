@@ -152,7 +152,10 @@ def rotate_and_attend(
         fetched = tuple(x for x, is_whole in zip(ahead, whole) if is_whole)
         arrays = (qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, fetched, host, copies)
         early &= not interpret and not partial
-        return _rotate_and_attend(chosen, float(norm_eps), split, partial, sparse, interpret, early, *arrays)
+        capacity = slots.shape[1]
+        config = parts_config(batch, q.shape[1], num_kv_heads, head_size, capacity) if split else None
+        config = config or triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity, sparse)
+        return _rotate_and_attend(chosen, float(norm_eps), config, partial, interpret, early, *arrays)
     qkv = norm_heads(qkv, norms=norms, norm_eps=norm_eps)
     q, k_pool, v_pool = rotate_and_write(qkv, cos, sin, own, k_pool, v_pool)
     pools = k_pool, v_pool
@@ -219,35 +222,11 @@ def _no_gradient(*_):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _rotate_and_attend(
-    implementation,
-    norm_eps,
-    split,
-    partial,
-    sparse,
-    interpret,
-    early,
-    qkv,
-    cos,
-    sin,
-    own,
-    k_pool,
-    v_pool,
-    slots,
-    counts,
-    norms,
-    ahead,
-    host,
-    copies,
-):
-    (batch, num_kv_heads, fused, head_size), capacity = qkv.shape, slots.shape[1]
-    config = parts_config(batch, num_kv_heads * (fused - 2), num_kv_heads, head_size, capacity) if split else None
-    config = config or triton_config(batch, num_kv_heads, head_size, k_pool.dtype.itemsize, capacity, sparse)
-    options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(head_size), "config": config}
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _rotate_and_attend(implementation, norm_eps, config, partial, interpret, early, qkv, *others):
+    options = {"norm_eps": norm_eps, "scale": 1.0 / math.sqrt(qkv.shape[-1]), "config": config}
     options |= {"partial": partial, "interpret": interpret, "early": early}
-    attend = functools.partial(triton.triton_rotate_and_attend, **options)
-    return launch(implementation, attend, qkv, cos, sin, own, k_pool, v_pool, slots, counts, norms, ahead, host, copies)
+    return launch(implementation, functools.partial(triton.triton_rotate_and_attend, **options), qkv, *others)
 
 
 _attend = jax.jit(_dispatch, static_argnums=(0, 1, 2))  # so that a model's layers trace it once
