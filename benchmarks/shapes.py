@@ -110,9 +110,10 @@ def step_bytes(model: Decoder, num_attended: float, batch_size: int) -> int:
     if model.lm_head is not None:  # otherwise the embedding is the output layer too, and is read as a whole
         weights -= embedding.size * embedding.dtype.itemsize
     lookups = batch_size * config.hidden_size * embedding.dtype.itemsize
-    row = config.row_bytes
-    memory = 4 * 4 * config.num_layers * config.num_kv_heads * config.head_size * (config.head_size + 1) if config.mask == "memory" else 0
-    return round(weights + lookups + (num_attended + batch_size) * row + batch_size * memory)
+    # Float32 [K, H, H] and [K, H], of the memory and of what waits to be added to it, each read and written.
+    memory = 2 * 2 * 4 * config.num_layers * config.num_kv_heads * config.head_size * (config.head_size + 1)
+    memory = memory if config.mask == "memory" else 0
+    return round(weights + lookups + (num_attended + batch_size) * config.row_bytes + batch_size * memory)
 
 
 # ---------------------------------------------------------------------------------------------------------------- kernels

@@ -44,8 +44,8 @@ def copy_rows(
       pools: `[P, K, H]` each, in the same dtypes; the kernel writes them in place.
       sources, targets: int32 `[B, F]`. No target is named twice.
       counts: int32 `[B]`: the first `counts[b]` of each row are copied; what stands beyond is arbitrary. Rows outside a pool are left out.
-      share: int32 `[2]`, from where to where of all these copies, in parts of SHARES; by default all. Calls whose shares join copy
-        all: "triton" in each its own, "xla" in the last one all of them.
+      share: int32 `[2]`, where the part that this call copies begins and ends, in fractions of SHARES; by default it is everything.
+        Calls whose parts follow each other, from 0 to SHARES, copy everything: the kernel its part in each, "xla" all in the last one.
       implementation, interpret: as `pallas_kernels` says. "xla" moves the whole host pools to the device first.
 
     Returns: the pools afterwards.
@@ -56,9 +56,9 @@ def copy_rows(
         require(fits and host.dtype == pool.dtype, "expected pools [P, K, H] and host pools [P', K, H] of one dtype", host, pool)
     fits = sources.ndim == 2 and sources.shape == targets.shape and counts.shape == sources.shape[:1]
     fits &= sources.dtype == targets.dtype == counts.dtype == jnp.int32
+    require(fits, "expected sources and targets int32 [B, F] and counts int32 [B]", sources, targets, counts)
     share = everything() if share is None else share
     require(share.shape == (2,) and share.dtype == jnp.int32, "expected a share int32 [2]", share)
-    require(fits, "expected sources and targets int32 [B, F] and counts int32 [B]", sources, targets, counts)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, pools[0], interpret=interpret))
     if not sources.size:
         return pools

@@ -65,11 +65,10 @@ def fused_linear(
     Returns:
       `[..., M]`, or `[..., F]` if gated. With `copies` a pair: this and the pools that were copied to.
     """
-    plain: Any = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x  # SplitRows: a shape alone
+    plain = _rows(x)
     residual = None if residual is None else plain_rows(residual)
     _validate(plain, weight, norm, bias, residual, next_norm, gated, out_dtype)
     num_inputs = weight.shape[1]
-    scaled = isinstance(x, ScaledRows) and norm is not None
     chosen = _choose(x, weight, norm, gated, implementation, interpret)
     if copies is not None and not _copies_beside(chosen, plain, weight, norm, gated):
         options: dict[str, Any] = {"bias": bias, "residual": residual, "gated": gated, "next_norm": next_norm, "out_dtype": out_dtype}
@@ -88,7 +87,7 @@ def fused_linear(
         return compute(rows, weight, norm, bias, residual, norm_eps=norm_eps, gated=gated, out_dtype=out_dtype).reshape(out_shape)
     given: Any = x if isinstance(x, SplitRows) else plain
     given = given.reshape(-1, num_inputs)
-    if isinstance(x, ScaledRows) and scaled:
+    if isinstance(x, ScaledRows) and norm is not None:
         given = ScaledRows(given, x.scaled.reshape(-1, num_inputs), x.squares)
     scales = out_dtype == plain.dtype != jnp.float16 and _num_rows(plain) > MAX_NORM_ROWS  # float16 times a scale may overflow
     arrays = given, weight, norm, bias, residual, next_norm if scales else None, copies
@@ -121,8 +120,7 @@ def copies_beside(
     x: Any, weight: Rows, *, norm: jax.Array | None = None, gated: bool = False, implementation: str | None = None, interpret: bool = False
 ) -> bool:
     """Tell whether `fused_linear` copies while it multiplies, and not before or after; arguments as there."""
-    plain: Any = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x
-    return _copies_beside(_choose(x, weight, norm, gated, implementation, interpret), plain, weight, norm, gated)
+    return _copies_beside(_choose(x, weight, norm, gated, implementation, interpret), _rows(x), weight, norm, gated)
 
 
 def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], implementation: str | None = None) -> bool:
@@ -134,7 +132,7 @@ def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], im
       weights: of the maps that read what is computed early.
       implementation: of the maps.
     """
-    x = x.rows if isinstance(x, ScaledRows) else x
+    x = _rows(x)
     few = 0 < _num_rows(x) <= MAX_EARLY_ROWS and x.dtype == jnp.bfloat16 and implementation in (None, "triton", "jax_triton")
     if not few or device_reason("triton", IMPLEMENTATIONS, False, 90) is not None:
         return False
@@ -161,7 +159,7 @@ def expected_bytes(
 
 
 def _choose(x: Any, weight: Rows, norm: jax.Array | None, gated: bool, implementation: str | None, interpret: bool) -> str:
-    plain: Any = x.rows if isinstance(x, (ScaledRows, SplitRows)) else x
+    plain = _rows(x)
     scaled, (num_outputs, num_inputs) = isinstance(x, ScaledRows) and norm is not None, weight.shape
     fastest = is_fastest(_num_rows(plain), num_outputs, num_inputs, values_of(weight).dtype.itemsize, gated, scaled)
     return choose_implementation(
@@ -173,6 +171,11 @@ def _choose(x: Any, weight: Rows, norm: jax.Array | None, gated: bool, implement
 
 def _copies_beside(chosen: str, x: jax.Array, weight: Rows, norm: jax.Array | None, gated: bool) -> bool:
     return chosen not in PLAIN and not isinstance(_settings(_num_rows(x), weight, x.dtype, norm, gated), TileConfig)
+
+
+def _rows(x: Any) -> Any:
+    """Return the rows of `x`, of `SplitRows` a shape alone: they are not combined for it."""
+    return x.rows if isinstance(x, (ScaledRows, SplitRows)) else x
 
 
 def _num_rows(x: jax.Array) -> int:
@@ -193,7 +196,7 @@ def _settings(batch: int, weight: Rows, dtype: jnp.dtype, norm: jax.Array | None
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
 def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, early, x, weight, norm, bias, residual, next_norm, copies):
-    plain = getattr(x, "rows", x)
+    plain = _rows(x)
     norm = None if isinstance(x, ScaledRows) else norm
     config = _settings(plain.shape[0], weight, plain.dtype, norm, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "interpret": interpret}
