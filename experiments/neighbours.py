@@ -29,7 +29,7 @@ from data.errors import check_range
 from data.tasks import TASKS
 from experiments import neighbours_tables, pages, recall
 from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
-from experiments.presses import Presses, chosen
+from experiments.presses import ModelAndCorpus, Presses, chosen
 from experiments.rebalancing import Rebalancing
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, Window, get_policy
@@ -256,21 +256,9 @@ def _read(outputs: Sequence[Any]) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Documents(Decoding):
+class Documents(ModelAndCorpus, Decoding):
     """Score a dense model's responses to documents when each decoded token reads few rows; or a span model's, which reads its spans."""
 
-    model: Positional[Path]
-    """As `decode.py` takes it."""
-    data: Path
-    """A corpus directory."""
-    base: Path | None = None
-    """For an adapter: the model that it was trained on."""
-    split: str = "validation"
-    """Of the corpus."""
-    num_examples: int = 24
-    """The first ones of at most `max-prompt-tokens`."""
-    max_prompt_tokens: int = 8192
-    """Longer prompts are left out."""
     timed_tokens: int = 0
     """Time so many decode steps of one batch under each kind in place of scoring, at the middle one of the shares; 0 for none."""
 
@@ -279,7 +267,7 @@ class Documents(Decoding):
 
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, base=self.base)
-        lm.task, some = chosen(lm, self.data, self.split, self.num_examples, self.max_prompt_tokens)
+        lm.task, some = chosen(lm, self)
         context = float(np.mean([len(lm.task.encode_prompt(example.prompt)) + len(example.response_ids) for example in some]))
         sizes = {"num_examples": len(some), "context_tokens": context}
         report: dict[str, Any] = {**device_header(), "model": name_of(self.model), "data": self.data.name, **sizes, "documents": []}

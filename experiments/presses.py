@@ -47,11 +47,11 @@ def press_of(name: str, share: float) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Presses:
-    """Decode documents in transformers on what kvpress keeps of a dense model's cache, and score the responses."""
+class ModelAndCorpus:
+    """What comparisons on documents have: a model, and the examples of a corpus that it answers."""
 
     model: Positional[Path]
-    """A dense model, as `decode.py` takes it."""
+    """As `decode.py` takes it."""
     data: Path
     """A corpus directory."""
     base: Path | None = None
@@ -62,6 +62,12 @@ class Presses:
     """The first ones of at most `max-prompt-tokens`."""
     max_prompt_tokens: int = 8192
     """Longer prompts are left out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Presses(ModelAndCorpus):
+    """Decode documents in transformers on what kvpress keeps of a dense model's cache, and score the responses."""
+
     batch_size: int = 24
     """Prompts whose responses are decoded together, under all presses at once."""
     shares: Annotated[tuple[float, ...], commandline.commas(float)] = (5, 10, 20, 50)
@@ -85,7 +91,7 @@ class Presses:
         import transformers
 
         lm = SpanLM.load(self.model, TASKS, base=self.base)
-        lm.task, some = chosen(lm, self.data, self.split, self.num_examples, self.max_prompt_tokens)
+        lm.task, some = chosen(lm, self)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with tempfile.TemporaryDirectory() as directory:
             huggingface.export(Path(directory) / "model", lm.model)
@@ -131,11 +137,12 @@ def row_of(key: tuple[str, float], responses: Sequence[Any], task: Any, some: Se
     return {"neighbour": key[0], "share": key[1], **read, **task.scores(some[:number], [tokens for tokens, _ in responses])}
 
 
-def chosen(lm: SpanLM, data: Path, split: str, num_examples: int, max_prompt_tokens: int) -> tuple[Any, list[Any]]:
-    """Return the task that scores a corpus, and the first examples whose prompts are no longer than so many tokens."""
-    task, sets, _ = examples.stored(data, lm.task, TASKS, 4 * num_examples, split)
+def chosen(lm: SpanLM, settings: ModelAndCorpus) -> tuple[Any, list[Any]]:
+    """Return the task that scores the corpus, and its first examples whose prompts are short enough."""
+    task, sets, _ = examples.stored(settings.data, lm.task, TASKS, 4 * settings.num_examples, settings.split)
     ((_, every),) = sets.items()
-    return task, [own for own in every if len(task.encode_prompt(own.prompt)) <= max_prompt_tokens][:num_examples]
+    short = [own for own in every if len(task.encode_prompt(own.prompt)) <= settings.max_prompt_tokens]
+    return task, short[: settings.num_examples]
 
 
 class Peer:
