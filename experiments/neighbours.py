@@ -142,9 +142,18 @@ class Sweep:
     json: Path | None = None
     """Write the rows into this file, each as soon as it is there."""
 
+    kind: ClassVar[str]
+    """What the rows are called in a report."""
+
     def counts(self, context_tokens: float) -> list[int]:
         """Return the rows of each share of a context."""
         return [max(1, round(share / 100 * context_tokens)) for share in self.shares]
+
+    def add(self, report: dict[str, Any], row: dict[str, Any]) -> None:
+        """Add a row to the report, write and print it."""
+        report[self.kind].append(row)
+        files.write_rows(self.json, report, complete=False)
+        print(shown(row), flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +195,8 @@ class Arithmetic(Decoding):
     seed: int = 1
     """Of the expressions."""
 
+    kind: ClassVar[str] = "arithmetic"
+
     def __post_init__(self):
         check_range(self, "num_examples", "batch_size", low=1)
 
@@ -209,12 +220,6 @@ class Arithmetic(Decoding):
                 for count, own in by_count(kind, counts, scores):
                     self.add(report, settings | {"neighbour": kind, "tokens": count, "as_spans": count == as_spans} | own)
         files.write_rows(self.json, report, complete=True)
-
-    def add(self, report: dict[str, Any], row: dict[str, Any]) -> None:
-        """Add a row to the report, write and print it."""
-        report["arithmetic"].append(row)
-        files.write_rows(self.json, report, complete=False)
-        print(shown(row), flush=True)
 
 
 def decoded(
@@ -262,6 +267,8 @@ class Documents(ModelAndCorpus, Decoding):
     timed_tokens: int = 0
     """Time so many decode steps of one batch under each kind in place of scoring, at the middle one of the shares; 0 for none."""
 
+    kind: ClassVar[str] = "documents"
+
     def __post_init__(self):
         check_range(self, "num_examples", "batch_size", low=1)
 
@@ -286,12 +293,6 @@ class Documents(ModelAndCorpus, Decoding):
             for count, own in by_count(kind, counts, scores):
                 self.add(report, {"neighbour": kind, "tokens": count} | own)
         files.write_rows(self.json, report, complete=True)
-
-    def add(self, report: dict[str, Any], row: dict[str, Any]) -> None:
-        """Add a row to the report, write and print it."""
-        report["documents"].append(row)
-        files.write_rows(self.json, report, complete=False)
-        print(shown(row), flush=True)
 
 
 def timed(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], count: int, num_tokens: int) -> Iterator[dict[str, Any]]:
@@ -334,6 +335,8 @@ class Text(Sweep):
     dtype: Dtype | None = None
     """What activations and products are computed in; by default as the model is stored."""
 
+    kind: ClassVar[str] = "text"
+
     def __post_init__(self):
         check_range(self, "continuation", "num_texts", low=1)
         if self.tokens <= self.continuation:
@@ -343,21 +346,13 @@ class Text(Sweep):
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)
         texts = concatenated(lm, self.texts, self.tokens, self.num_texts)
         settings = {"tokens": self.tokens, "continuation_tokens": self.continuation, "num_texts": self.num_texts}
-        report: dict[str, Any] = {
-            **device_header(),
-            "model": name_of(self.model),
-            "dtype": lm.model.config.compute_dtype,
-            **settings,
-            "text": [],
-        }
+        report: dict[str, Any] = {**device_header(), "model": name_of(self.model), "dtype": lm.model.config.compute_dtype}
+        report |= {**settings, "text": []}
         counts, dense = self.counts(self.tokens), None
         for kind, own in losses(lm, texts, self.continuation, ("dense", *self.neighbours), counts):
             for count, (each, read) in by_count(kind, counts, own):
                 dense = each if dense is None else dense
-                row = {"neighbour": kind, "tokens": count, "attended_tokens": read} | summary(each, dense)
-                report["text"].append(row)
-                files.write_rows(self.json, report, complete=False)
-                print(shown(row), flush=True)
+                self.add(report, {"neighbour": kind, "tokens": count, "attended_tokens": read} | summary(each, dense))
         files.write_rows(self.json, report, complete=True)
 
 

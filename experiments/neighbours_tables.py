@@ -55,31 +55,24 @@ def _percent(share: float) -> str:
 def arithmetic(reports: Reports) -> str:
     """Write the table of right answers: a row for each number of operators and system, a column for each count of rows."""
     reports = sorted(reports, key=lambda own: own[1]["arithmetic"][0]["ops"])
-    shares, table = {}, []
-    for _, report in reports:
-        rows = report["arithmetic"]
-        for row in rows:
-            if row["tokens"] is not None:
-                row["column"] = -1 if row["as_spans"] else _nearest(100 * row["tokens"] / row["context_tokens"])
-                shares[row["column"]] = "as spans" if row["column"] == -1 else f"{row['column']}%"
-        columns = sorted(shares)
+    every = [report["arithmetic"] for _, report in reports]
+    for row in (row for rows in every for row in rows if row["tokens"] is not None):
+        row["column"] = -1 if row["as_spans"] else _nearest(100 * row["tokens"] / row["context_tokens"])
+    columns, table = sorted({row["column"] for rows in every for row in rows if "column" in row}), []
+    for rows in every:
         for kind in dict.fromkeys(row["neighbour"] for row in rows):
             own = {row.get("column"): row for row in rows if row["neighbour"] == kind}
             cells = [_percent(own[column]["answer_accuracy"]) if column in own else "-" for column in columns]
             whole = _percent(own[None]["answer_accuracy"]) if kind in _WHOLE else "-"
-            table.append((rows[0]["ops"], kind, rows[0]["num_examples"], whole, cells, _as_spans(rows)))
-    columns = sorted(shares)
-    head = ("operators", "read by", "expressions", "uncut: right, %", *(shares[column] for column in columns))
-    written = [
-        [str(ops), f"`{kind}`", str(number), whole, *(f"{c}" for c in [*cells, *["-"] * (len(columns) - len(cells))])]
-        for ops, kind, number, whole, cells, _ in table
-    ]
+            table.append([str(rows[0]["ops"]), f"`{kind}`", str(rows[0]["num_examples"]), whole, *cells])
+    shares = ["as spans" if column == -1 else f"{column}%" for column in columns]
     report = reports[0][1]
-    as_spans = ", ".join(f"{rows[0]['ops']} operators: {_as_spans(rows)}" for rows in (own["arithmetic"] for _, own in reports))
+    as_spans = ", ".join(f"{rows[0]['ops']} operators: {_as_spans(rows)}" for rows in every)
     told = _told(
         report, f"Right answers in percent, by the most rows that a token may read, in shares of the whole; `{report['dense']}` cut"
     )
-    return f"{told}\n\n{markdown_table(head, written)}\n\nRows that count as spans: {as_spans}."
+    head = ("operators", "read by", "expressions", "uncut: right, %", *shares)
+    return f"{told}\n\n{markdown_table(head, table)}\n\nRows that count as spans: {as_spans}."
 
 
 def _as_spans(rows: Sequence[Row]) -> str:
