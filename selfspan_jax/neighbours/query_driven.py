@@ -20,6 +20,12 @@ from selfspan_jax.errors import UserError
 Summaries = tuple[Array, ...]  # what is kept of a layer's keys beside its pools, to choose by
 
 
+def write_token(qkv: Float[Array, "B 1 K G+2 H"], options: dict[str, Any], angles: Any, own: Int[Array, "B"], layer: Any) -> list[Array]:
+    """Write a new token's keys and values of each sequence to slot `own` of a layer's pools. Returns: queries [B, N, H], and both pools."""
+    norms = {name: options[name] for name in ("norms", "norm_eps") if name in options}  # others are hints for the fused kernel
+    return [*rotate_and_write(norm_heads(qkv[:, 0], **norms), angles[0][:, 0], angles[1][:, 0], own, *layer[:2])]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CandidateSlots:
@@ -42,9 +48,7 @@ class CandidateSlots:
         """Make the attention of one new token per sequence: write it to slot `own`, unless that is outside the pool; choose and read."""
 
         def attend(qkv, options, angles, layer):
-            norms = {name: options[name] for name in ("norms", "norm_eps") if name in options}  # others are hints for the fused kernel
-            arrays = norm_heads(qkv[:, 0], **norms), angles[0][:, 0], angles[1][:, 0]
-            q, k_pool, v_pool = rotate_and_write(*arrays, own, *layer[:2])
+            q, k_pool, v_pool = write_token(qkv, options, angles, own, layer)
             summaries = self.policy.update(layer[2:], k_pool, self)
             tokens = self.policy.choose(q.reshape(len(own), k_pool.shape[1], -1, q.shape[2]), k_pool, summaries, self)
             slots = jnp.take_along_axis(self.slots[:, None], tokens, axis=2, mode="clip")

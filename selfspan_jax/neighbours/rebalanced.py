@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import norm_heads, rotate_and_write
 from selfspan_jax.attention.policies import Dense, Slots
 from selfspan_jax.errors import UserError
+from selfspan_jax.neighbours.query_driven import write_token
 
 TILE_TOKENS = 512  # keys that are weighed at once, for many queries
 _NEVER = float(jnp.finfo(jnp.float32).min)
@@ -110,9 +110,7 @@ class RebalancedSlots(Slots):
         distance = (self.counts[:, None] - 1 - token[None])[:, None]
 
         def attend(qkv, options, angles, layer):
-            norms = {name: options[name] for name in ("norms", "norm_eps") if name in options}  # others are hints for the fused kernel
-            arrays = norm_heads(qkv[:, 0], **norms), angles[0][:, 0], angles[1][:, 0]
-            q, *pools = rotate_and_write(*arrays, own, *layer[:2])
+            q, *pools = write_token(qkv, options, angles, own, layer)
             k, v = (pool.at[self.slots].get(mode="clip") for pool in pools)
             q, gain = q.reshape(len(own), 1, k.shape[2], -1, q.shape[2]), layer[2][:, :, None, None, None] if first else 0.0
             out, log_sum = rebalanced_attention(q, k, v, distance, gain, self.policy.threshold, *first)
