@@ -26,7 +26,6 @@ from data.papers import reports
 from data.stories import source as stories
 from data.tasks import TASKS
 from data.verdicts.source import VERDICTS, ask
-from experiments.pages import markdown_table
 from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, get_policy
@@ -166,8 +165,3 @@ def cells(row: dict[str, Any]) -> list[str]:
     if row["kind"] == "text":
         return [*first, f"{row['perplexity']:.3f}", f"{row['loss_more']:+.4f} (loss)", f"{row['loss_more_error']:.4f}"]
     return [*first, f"{row['score']:.2f}", f"{row['more']:+.2f}", "-" if row["error"] is None else f"{row['error']:.2f}"]
-
-
-def table(report: dict[str, Any]) -> str:
-    """Write the table of a report."""
-    return markdown_table(HEADER, [*map(cells, report["rebalancing"])])
