@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,21 @@ def test_a_page_is_made_of_the_files(tmp_path, capsys):
     assert [panel.title for panel in panels] == ["20 operators", "100 operators", "papers", "text, 8,192 tokens"]
     assert panels[2].curves == {"dense": [(1.0, 42.1)], "kvpress snapkv": [(1.0, 42.1)]}
     assert {file.name for file in results.glob("*.png")} == {"quality.png"}
+
+
+def test_files_may_have_different_shares():
+    """Counts stand in the columns of their shares, also where a later file has a smaller one."""
+    shared = {"neighbour": "oracle", "num_examples": 4, "context_tokens": 100.0, "as_spans": False, "answer_accuracy": 0.5}
+    reports = [
+        (
+            Path(f"arithmetic_{ops}.json"),
+            {"device": "H200", "jax": "0", "dense": "long", "arithmetic": [shared | {"ops": ops, "tokens": share}]},
+        )
+        for ops, share in ((20, 20), (100, 5))
+    ]
+    written = neighbours_tables.arithmetic(reports)
+    assert "| 5% | 20% |" in written
+    assert "| 20 | `oracle` | 4 | - | - | 50.0 |" in written and "| 100 | `oracle` | 4 | - | 50.0 | - |" in written
 
 
 def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
