@@ -380,7 +380,7 @@ class ServingConfig:
     reads_per_chunk: int | None = 1
     """Times that so many are read between two chunks; None: all of several that are admitted at once, where nobody watches a stream."""
     max_queue: int = 256
-    """Requests that wait; more are refused."""
+    """Requests that wait, beside those that have a place; more are refused."""
 
     def __post_init__(self):
         _require_positive(self, "num_sequences", "page_tokens", "chunk_tokens", "prefill_tokens", "min_read_tokens", "max_queue")
@@ -390,6 +390,11 @@ class ServingConfig:
         _require(self.page_tokens % 8 == 0, self, "page_tokens", "multiples of 8")
         for name in ("prefill_tokens", "min_read_tokens"):
             _require(getattr(self, name) % 64 == 0, self, name, "multiples of 64")
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that are there at once, those that have a place and those that wait; more are refused."""
+        return self.num_sequences + self.max_queue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,7 +420,7 @@ class ServerConfig:
     prefill_tokens: int = ServingConfig.prefill_tokens
     """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
     max_queue: int = ServingConfig.max_queue
-    """Requests that wait; more are refused with status 429."""
+    """Requests that wait, beside those that have a slot; more are refused with status 429."""
 
     def __post_init__(self):
         _require_within(self, 0, 65535, "port")

@@ -110,8 +110,8 @@ class Service:
 
     def submit(self, call: Call, prompts: Sequence[tuple[str, Int[np.ndarray, "T"]]]) -> Running:
         """Give the scheduler all that a call asks for, or nothing."""
-        if (asked := call.n * len(prompts)) > (most := self.scheduler.config.max_queue):
-            raise UserError(f"n is {call.n} for {len(prompts)} prompts, {asked} responses; this server queues {most} at most")
+        if (asked := call.n * len(prompts)) > (most := self.scheduler.config.max_requests):
+            raise UserError(f"n is {call.n} for {len(prompts)} prompts, {asked} responses; this server takes {most} at once")
         running = Running(self, call)
         seed = secrets.randbelow(MAX_SEED + 1) if call.seed is None else call.seed
         try:

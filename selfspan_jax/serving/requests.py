@@ -81,7 +81,6 @@ class Stats:
     pages_used: int = 0
     pages_cached: int = 0
     pages_free: int = 0
-    submitted: int = 0
     prompt_tokens: int = 0
     """Read, those of shared pages excluded and those of sequences that were read again included."""
     prefix_hit_tokens: int = 0

@@ -138,7 +138,7 @@ class Scheduler:
 
         Raises: UserError for a request that can never run, QueueFull, Closed.
         """
-        return self._submit(request, deliver, self.config.max_queue)
+        return self._submit(request, deliver, self.config.max_requests)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request at the next chunk; one that has ended stays as it is."""
@@ -164,20 +164,20 @@ class Scheduler:
             pages_used=pages.num_used,
             pages_cached=pages.num_cached,
             pages_free=pages.num_free,
-            submitted=self._num_submitted,
             finished=self._ended.copy(),
             **self._counts,  # type: ignore[arg-type]
         )
 
-    def _submit(self, request: Request, deliver: Callable[[Tokens], None], max_queue: int | None) -> Ticket:
+    def _submit(self, request: Request, deliver: Callable[[Tokens], None], max_requests: int | None) -> Ticket:
         request.check(self.engine.vocab_size, self.context_tokens, self.num_pages * self.config.page_tokens)
         token_ids = np.asarray(request.prompt_ids).astype(np.int32)
         keys, goes_on = page_keys(token_ids, self.config.page_tokens), self._goes_on(token_ids)
         with self._lock:
             if self._closing:
                 raise Closed("the scheduler takes no more requests")
-            if max_queue is not None and len(self._waiting) + len(self._incoming) >= max_queue:
-                raise QueueFull(f"{max_queue} requests wait already")
+            placed = self.config.num_sequences - len(self._places)
+            if max_requests is not None and placed + len(self._waiting) + len(self._incoming) >= max_requests:
+                raise QueueFull(f"{self.config.max_queue} requests wait already")
             ticket = Ticket(request, deliver, self._num_submitted, token_ids, keys, goes_on)
             self._num_submitted += 1
             self._incoming.append(ticket)

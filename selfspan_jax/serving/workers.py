@@ -166,7 +166,6 @@ class _Worker:
     process: Any
     connection: Connection
     stats: Stats = dataclasses.field(default_factory=Stats)
-    submitted: int = 0
     open: dict[int, Callable[[Tokens], None]] = dataclasses.field(default_factory=dict)
     """Who gets the tokens of the requests that have not ended, by their numbers."""
     ended: bool = False
@@ -259,10 +258,9 @@ class Workers:
             if self._closing or not left:
                 raise Closed("the workers take no more requests")
             worker = min(left, key=lambda own: len(own.open))
-            if worker.stats.waiting + worker.submitted - worker.stats.submitted >= self.config.max_queue:
+            if len(worker.open) >= self.config.max_requests:  # no matter what its last round knew of
                 raise QueueFull(f"{self.config.max_queue} requests wait already")
             number = next(self._numbers)
-            worker.submitted += 1
             worker.open[number] = deliver
             worker.send("submit", number, request)
         return worker, number

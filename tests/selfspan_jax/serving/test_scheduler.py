@@ -467,8 +467,9 @@ def test_what_can_never_run_is_refused(idle, ids, changes, message):
 
 
 def test_a_full_queue_says_so():
+    """So many wait beside those that have a place, or will have one in the next round."""
     scheduler = Scheduler(ENGINE, dataclasses.replace(CONFIG, max_queue=2))
-    for _ in range(2):
+    for _ in range(CONFIG.num_sequences + 2):
         scheduler.submit(Request(np.array([4]), 1), print)
     with pytest.raises(QueueFull, match="2 requests wait"):
         scheduler.submit(Request(np.array([4]), 1), print)

@@ -59,7 +59,7 @@ class Named(Words):
 class Scripted:
     """A scheduler that writes RESPONSE to any prompt, two tokens at a time; but "9" fails, "8" goes on without end, "7" waits."""
 
-    context_tokens, num_pages, config = 64, 8, ServingConfig(page_tokens=8, max_queue=100)
+    context_tokens, num_pages, config = 64, 8, ServingConfig(num_sequences=40, page_tokens=8, max_queue=60)
 
     def __init__(self, max_queue=64):
         self.requests, self.cancelled, self.max_queue = [], [], max_queue
@@ -112,7 +112,7 @@ class Scripted:
 
     @property
     def stats(self):
-        return Stats(2, 1, len(self._active), 3, 1, 4, len(self.requests), 100, 20, 50, 250, 1000, preemptions=6)
+        return Stats(2, 1, len(self._active), 3, 1, 4, 100, 20, 50, 250, 1000, preemptions=6)
 
 
 @contextlib.contextmanager
@@ -381,7 +381,7 @@ REFUSED = {
     "a wrong type": ({"prompt": "4", "n": "2"}, 400, "n is text; expected a whole number"),
     "a truth as a number": ({"prompt": "4", "n": True}, 400, "n is true or false; expected a whole number"),
     "too many": ({"prompt": "4", "n": 129}, 400, "allowed: 1 to 128"),
-    "more than may ever wait": ({"prompt": ["4"] * 64, "n": 2}, 400, "128 responses; this server queues 100 at most"),
+    "more than may ever wait": ({"prompt": ["4"] * 64, "n": 2}, 400, "128 responses; this server takes 100 at once"),
     "a negative seed": ({"prompt": "4", "seed": -1}, 400, "seed is -1"),
     "an empty stop string": ({"prompt": "4", "stop": ""}, 400, "stop is ''"),
     "many stop strings": ({"prompt": "4", "stop": ["a"] * 17}, 400, "stop has 17 texts"),

@@ -98,32 +98,34 @@ class Silent:
         self.sent.append(message)
 
 
-def test_what_waits_is_counted_where_requests_are_given(monkeypatch):
-    """Requests that a worker has not told of yet wait; those that it gave places do not."""
+def of_silent(config):
+    """Two workers that say nothing."""
     workers = object.__new__(Workers)
-    workers.config, workers._lock, workers._closing, workers._numbers = ServingConfig(max_queue=2), threading.Lock(), False, iter(range(9))
+    workers.config, workers._lock, workers._closing, workers._numbers = config, threading.Lock(), False, iter(range(9))
     workers.vocab_size, workers.context_tokens, workers.num_pages = 20, 64, 8
     workers._workers = [_Worker(None, Silent()), _Worker(None, Silent())]
-    first, second = workers._workers
+    return workers, workers._workers
+
+
+def test_what_is_open_is_counted_where_requests_are_given():
+    """A worker takes as many as it has places, and `max_queue` that wait, whether it has told of them yet or not."""
+    workers, (first, second) = of_silent(ServingConfig(num_sequences=1, max_queue=1))
     request = Request(np.array([4]), 1)
     for _ in range(4):
         workers.submit(request, print)
-    assert first.submitted == second.submitted == 2  # the one with the fewest takes it
-    with pytest.raises(QueueFull, match="2 requests wait already"):
+    assert len(first.open) == len(second.open) == 2  # the one with the fewest takes it
+    with pytest.raises(QueueFull, match="1 requests wait already"):
         workers.submit(request, print)
-    first.stats = Stats(running=1, waiting=1, submitted=2)
+    del first.open[0]
     workers.submit(request, print)
     first.open.clear()
-    with pytest.raises(QueueFull):
-        workers.submit(request, print)
-    second.stats, second.ended = Stats(running=2, submitted=2), True
+    first.ended = True
     with pytest.raises(QueueFull):  # the other one takes none
         workers.submit(request, print)
-    first.ended = True
+    second.ended = True
     with pytest.raises(Closed):
         workers.submit(request, print)
     assert [message[:2] for message in first.connection.sent] == [("submit", 0), ("submit", 2), ("submit", 4)]
-    assert Stats.sum([first.stats, second.stats]).running == 3
 
 
 def test_a_round_is_taken_apart_as_it_was_put_together():
