@@ -18,7 +18,7 @@ _TOKENS = (1, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_00
 
 
 def _used(stats: Stats) -> float:
-    return stats.pages_used / (stats.pages_used + stats.pages_cached + stats.pages_free)
+    return stats.pages_used / max(1, stats.pages_used + stats.pages_cached + stats.pages_free)  # there is none where all have ended
 
 
 # Read from the scheduler's stats.

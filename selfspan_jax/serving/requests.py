@@ -100,6 +100,10 @@ class Stats:
     finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Requests by how they ended."""
 
+    def ended(self) -> Stats:
+        """Return what is left of these counts when their scheduler has ended: what there has been."""
+        return dataclasses.replace(self, running=0, reading=0, waiting=0, pages_used=0, pages_cached=0, pages_free=0)
+
     @classmethod
     def sum(cls, several: Sequence[Stats]) -> Stats:
         """Add up the counts of several schedulers."""

@@ -304,7 +304,7 @@ class Workers:
                 (worker.open.pop if tokens.finished else worker.open.__getitem__)(number)(tokens)
             return
         with self._lock:
-            worker.ended = True
+            worker.ended, worker.stats = True, worker.stats.ended()
         if not self._closing:
             _LOG.error("a process that decodes %s, and %d requests with it", worker.how_it_ended(), len(worker.open))
         for number in list(worker.open):

@@ -1,6 +1,7 @@
 """Schedulers in processes of their own: the server over them, what they give, and what becomes of requests whose process ends."""
 
 import asyncio
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import pytest
 from selfspan_jax.config import ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving.metrics import Metrics
 from selfspan_jax.serving.requests import Closed, QueueFull, Request, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
 from selfspan_jax.serving.workers import Round, Workers, _Worker, shares, work
@@ -97,6 +99,9 @@ class Silent:
     def send(self, message):
         self.sent.append(message)
 
+    def recv(self):
+        raise EOFError
+
 
 def of_silent(config):
     """Two workers that say nothing."""
@@ -126,6 +131,18 @@ def test_what_is_open_is_counted_where_requests_are_given():
     with pytest.raises(Closed):
         workers.submit(request, print)
     assert [message[:2] for message in first.connection.sent] == [("submit", 0), ("submit", 2), ("submit", 4)]
+
+
+def test_of_a_worker_that_ended_only_what_there_has_been_is_counted():
+    workers, all_workers = of_silent(CONFIG)
+    workers._closing = True  # no process is asked how it ended
+    for own in all_workers:
+        own.stats = Stats(running=1, reading=2, waiting=3, pages_used=4, pages_cached=5, pages_free=6, generated_tokens=7)
+    workers._hand_out(all_workers[0])
+    assert workers.stats == dataclasses.replace(all_workers[1].stats, generated_tokens=14)
+    workers._hand_out(all_workers[1])
+    assert workers.stats == Stats(generated_tokens=14)
+    assert b'kv_cache_usage_perc{model_name="tiny"} 0.0' in Metrics("tiny", lambda: workers.stats).text()
 
 
 def test_a_round_is_taken_apart_as_it_was_put_together():
