@@ -256,11 +256,15 @@ class Running:
         choice.told_characters += sum(len(text) for text, *_ in scored)
         return protocol.logprobs_part(self.call, scored, offset) if scored else None
 
+    def _all_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Say those of a whole response: empty lists where it has no text; None where the call asks for none."""
+        return self.logprobs(choice) or protocol.logprobs_part(self.call, [])
+
     async def whole(self) -> dict[str, Any]:
         """Return the whole response."""
         async for _ in self.pieces():
             pass
-        choices = [(own.response.text, str(own.finish_reason), await self.read(own), self.logprobs(own)) for own in self.choices]
+        choices = [(own.response.text, str(own.finish_reason), await self.read(own), self._all_logprobs(own)) for own in self.choices]
         return protocol.response(self.call, self.service.model_name, choices, self.usage())
 
     async def events(self) -> AsyncGenerator[str | None, None]:

@@ -243,6 +243,14 @@ def test_log_probabilities_are_in_openais_form(address):
         assert post(address, body).json()["choices"][0]["logprobs"] is None
 
 
+def test_a_response_without_text_has_empty_lists_of_log_probabilities():
+    with serving(Answering([VOCAB.eos_id])) as address:
+        whole = post(address, {"prompt": "45", "logprobs": 1}).json()["choices"][0]
+        chat = post(address, _CHAT | {"logprobs": True}, "/v1/chat/completions").json()["choices"][0]
+    assert whole["text"] == "" and set(map(str, whole["logprobs"].values())) == {"[]"}
+    assert chat["logprobs"] == {"content": [], "refusal": None}
+
+
 class Hasty(Scripted):
     """A scheduler whose chunks are all there before the loop looks."""
 
