@@ -89,6 +89,11 @@ class Server:
             await self._loop.run_in_executor(None, self._thread.join)
             self.service.reader.shutdown()
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the scheduler runs: after `drain`, until the last request has finished."""
+        return self._thread.is_alive()
+
     async def drain(self) -> None:
         """Finish what runs, refuse the rest."""
         if self.state == "ok":

@@ -21,9 +21,15 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.application import Server
 from selfspan_jax.serving.workers import Workers
 
+LINGER_SECONDS = 30.0  # after a signal, for clients to read what is written when nothing is decoded any more
+
 
 class Uvicorn(uvicorn.Server):
-    """A signal lets running requests finish, and the program end as if asked to; a second one ends it at once."""
+    """A signal lets running requests finish, and the program end as if asked to; a second one ends it at once.
+
+    No client keeps it from ending: one that does not read its stream, or has sent half a body, is dropped `LINGER_SECONDS` after the last
+    request has finished.
+    """
 
     should_exit: bool
 
@@ -39,6 +45,18 @@ class Uvicorn(uvicorn.Server):
         host, port = (sockets or [])[0].getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"{self._server.model_name} is served at {url} (a page), {url}/v1 (OpenAI's API), {url}/metrics", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        dropping = asyncio.ensure_future(self._drop_connections())
+        await super().shutdown(sockets)
+        dropping.cancel()
+
+    async def _drop_connections(self) -> None:
+        while self._server.decodes:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(LINGER_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.should_exit:

@@ -598,3 +598,24 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
     assert found["text"] == TEXT
     assert (found["waiting"].status_code, found["waiting"].headers["Retry-After"]) == (503, "1")
     assert found.get("late", 503) == 503
+
+
+def test_a_client_that_sends_half_a_body_or_does_not_read_keeps_no_server_from_ending(monkeypatch):
+    from selfspan_jax.serving import server as module
+
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.2)
+    scripted = Scripted()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    body = json.dumps({"prompt": "8", "stream": True}).encode()
+    with contextlib.ExitStack() as stack:
+        clients = []
+        with serving(scripted) as address:  # whose end asks it to, and waits for it
+            for _ in range(2):
+                clients.append(stack.enter_context(socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))))
+            clients[0].sendall(head % 500 + b'{"prompt":')
+            clients[1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            clients[1].sendall(head % len(body) + body)
+            until(lambda: scripted.requests)
+            time.sleep(0.1)
+            scripted._active.clear()
+            scripted.close(drain=True)
