@@ -9,7 +9,6 @@ python decode.py serve checkpoints/arithmetic-tiny --port 8000
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,7 +51,7 @@ class Model:
     """With --kv-memory host: tokens of each prompt whose keys and values are on the GPU."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     rebalance: float | None = None
-    """With dense attention, not for serve: weigh what the first layer attends to so much more in later ones (2403.14932 has 0.2)."""
+    """With dense attention: weigh what the first layer attends to so much more in later ones (2403.14932 has 0.2)."""
     compile_cache: bool = True
     """Keep compiled programs for the next call, in ~/.cache/selfspan/compiled or JAX_COMPILATION_CACHE_DIR."""
 
@@ -60,7 +59,7 @@ class Model:
         if self.compile_cache:
             files.keep_programs()
         with commandline.status("loading the model ..."):
-            return SpanLM.load(self.checkpoint, TASKS, **{name: getattr(self, name) for name in _LOADED} | options)
+            return SpanLM.load(self.checkpoint, TASKS, **{name: getattr(self, name) for name in _LOADED if hasattr(self, name)} | options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ class Generate(Model):
 
     def run(self) -> None:
         prompts = files.read_prompts(self.prompts) if self.prompts else files.read_text(self.article) if self.article else str(self.prompt)
-        lm = self.load(weights=self.weights)
+        lm = self.load()
         options = {k: getattr(self, k) for k in ("prefill", "max_new_tokens", "chat", "seed", "stop")} | vars(self.sampling)
         options["attention"] = rebalanced(self.attention, self.rebalance)
         several, told, kept = self.prompts or self.num_samples, list[str](), dict[str, Any]()
@@ -223,10 +222,10 @@ class Serve(Model):
     def run(self) -> None:
         from selfspan_jax.serving import server  # the packages that speak HTTP are imported where they are needed
 
-        server.serve(functools.partial(self.load, weights=self.weights), self.checkpoint.name, self.server, self.mesh, self.attention)
+        server.serve(self.load, self.checkpoint.name, self.server, self.mesh, rebalanced(self.attention, self.rebalance))
 
 
-_LOADED = ("base", "dtype", "mesh", "kv_memory", "working_set_tokens")
+_LOADED = ("base", "dtype", "weights", "mesh", "kv_memory", "working_set_tokens")
 _USUAL = (None, "device", "dense", "model", False)
 _FRESH = ("ops", "min_ops", "max_ops", "seed")
 

@@ -1,11 +1,14 @@
 """Attention-driven reasoning: prompts, decoding and whole sequences against a plain NumPy reading of its rule, on stored weights."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import decode
 from selfspan_jax.attention.sequences import split_and_rotate
-from selfspan_jax.config import DecodeConfig, ServingConfig
+from selfspan_jax.config import DecodeConfig, ServerConfig, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
@@ -100,6 +103,13 @@ def test_the_weights_of_a_layer_are_those_of_the_rule():
 def test_settings_that_cannot_be_are_refused(options):
     with pytest.raises(UserError, match=r"alpha is .*, threshold is .*; allowed: from 0, above 0 and below 1"):
         Rebalanced(**options)
+
+
+def test_a_server_is_started_with_it(monkeypatch):
+    started = []
+    monkeypatch.setattr("selfspan_jax.serving.server.serve", lambda load, *options: started.append(options))
+    decode.Serve(checkpoint=Path("a-model"), rebalance=0.2, weights="int8").run()
+    assert started == [("a-model", ServerConfig(), None, Rebalanced(0.2))]
 
 
 def test_what_it_cannot_be_with_is_refused():
