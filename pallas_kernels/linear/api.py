@@ -132,14 +132,14 @@ def may_launch_early(x: jax.Array | ScaledRows, weights: Sequence[jax.Array], im
       weights: of the maps that read what is computed early.
       implementation: of the maps.
     """
-    x = _rows(x)
-    few = 0 < _num_rows(x) <= MAX_EARLY_ROWS and x.dtype == jnp.bfloat16 and implementation in (None, "triton", "jax_triton")
+    rows = _rows(x)
+    few = 0 < _num_rows(rows) <= MAX_EARLY_ROWS and rows.dtype == jnp.bfloat16 and implementation in (None, "triton", "jax_triton")
     if not few or device_reason("triton", IMPLEMENTATIONS, False, 90) is not None:
         return False
-    tiled = all(isinstance(_settings(_num_rows(x), weight, x.dtype, None, False), TileConfig) for weight in weights)
+    tiled = all(isinstance(_settings(_num_rows(rows), weight, rows.dtype, None, False), TileConfig) for weight in weights)
     sizes = [(*weight.shape, weight.dtype.itemsize) for weight in weights]
-    fastest = all(is_fastest(_num_rows(x), outputs, inputs, item_bytes, False) for outputs, inputs, item_bytes in sizes)
-    return tiled and fastest and not any(unsupported_reason("triton", x, weight, gated=True) for weight in weights)
+    fastest = all(is_fastest(_num_rows(rows), outputs, inputs, item_bytes, False) for outputs, inputs, item_bytes in sizes)
+    return tiled and fastest and not any(unsupported_reason("triton", rows, weight, gated=True) for weight in weights)
 
 
 def expected_bytes(
