@@ -185,8 +185,8 @@ def test_several_processes_use_all_devices_and_read_parts_of_their_own(monkeypat
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"takes 1 devices; 2 processes must use all of their 2$"):
         make_mesh("tensor=1", jax.devices()[:1] * 2)
-    devices = np.array([SimpleNamespace(process_index=number) for number in (0, 0, 1, 1)]).reshape(4, 1, 1)
-    mesh = SimpleNamespace(shape={"data": 4, "fsdp": 1, "tensor": 1}, devices=devices)
+    devices = np.array([SimpleNamespace(process_index=number) for number in (0, 0, 1, 1)]).reshape(4, 1, 1, 1)
+    mesh = SimpleNamespace(shape={"data": 4, "fsdp": 1, "tensor": 1, "context": 1}, devices=devices)
     with pytest.raises(UserError, match=r"data_parts is 1: each of 2 hosts reads a part of its own; allowed: multiples of 2$"):
         process_parts(1, mesh)
     assert process_parts(2, mesh) == range(1) and process_parts(8, mesh) == range(4)
