@@ -387,7 +387,7 @@ class Page:
 
     def run(self) -> None:
         sections = neighbours_tables.sections(self.results) | recall.sections(self.results / "memory")
-        pages.fill_page(self.results, sections)
+        pages.fill_pages(self.results, sections)
 
 
 COMMANDS: dict[str, Any] = {

@@ -310,19 +310,39 @@ def _save(figure: Figure, file: Path, description: str) -> None:
 def fill(page: str, sections: Mapping[str, str]) -> str:
     """Replace the sections of a page. Raises UserError for a page that lacks one."""
     for name, text in sections.items():
-        begin = f"<!-- {name} -->\n"
-        before, _, rest = page.partition(begin)
+        before, _, rest = page.partition(_begin(name))
         _, end, after = rest.partition("<!-- end -->")
-        if not end or begin in rest:
+        if not end or _begin(name) in rest:
             raise UserError(f"the page has not just one `<!-- {name} -->` line with an `<!-- end -->` line after it")
-        page = f"{before}{begin}\n{text}\n\n{end}{after}"
+        page = f"{before}{_begin(name)}\n{text}\n\n{end}{after}"
     return page
 
 
-def fill_page(results: Path, sections: Mapping[str, str]) -> None:
-    """Replace sections of the page that has the name of a directory of results and lies beside it. Raises as `fill` does."""
+def _begin(name: str) -> str:
+    return f"<!-- {name} -->\n"
+
+
+def pages_of(results: Path) -> list[Path]:
+    """List the pages of a directory of results, which lie beside it: NAME.md, and NAME-figures.md where there is one.
+
+    Raises: UserError where the first is missing.
+    """
     page = results.with_name(f"{results.name}.md")
-    files.write_text(page, fill(files.read_text(page), sections))
+    if not page.is_file():
+        raise UserError(f"{page}: no such page")
+    figures = results.with_name(f"{results.name}-figures.md")
+    return [page, figures] if figures.is_file() else [page]
+
+
+def fill_pages(results: Path, sections: Mapping[str, str]) -> None:
+    """Replace the sections of the pages of a directory of results, each in the page that has it. Raises as `fill` does."""
+    first, *others = pages_of(results)
+    texts = {page: files.read_text(page) for page in (first, *others)}
+    elsewhere = {name: page for page in others for name in sections if _begin(name) in texts[page]}
+    for page in texts:
+        texts[page] = fill(texts[page], {name: text for name, text in sections.items() if elsewhere.get(name, first) == page})
+    for page, text in texts.items():
+        files.write_text(page, text)
 
 
 def run_command(commands: Mapping[str, Any], description: str | None, argv: list[str] | None) -> None:
@@ -339,30 +359,28 @@ def main(
     sections: Callable[[Sequence[Run], dict[str, str]], dict[str, str]],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run the command of a report: add results if asked to, and write the page.
+    """Run the command of a report: add results if asked to, and write the pages.
 
     Args:
       plots: by the names of their files, beside "loss", which every report has.
-      sections: makes the sections of the page beside those that every report has, of the runs and the page's lines of the plots.
+      sections: makes the sections of the pages beside those that every report has, of the runs and the page's lines of the plots.
     """
     prog = f"python -m experiments.{experiment.name}"
     parser = argparse.ArgumentParser(prog=prog, description="Write the page of an experiment from its stored results.")
-    parser.add_argument("results", type=Path, help="directory of results; the page is the .md file of the same name beside it")
+    parser.add_argument("results", type=Path, help="directory of results; the pages are NAME.md and NAME-figures.md beside it")
     parser.add_argument("--take", type=Path, help="first add the results of this directory, reduced")
     parser.add_argument("--commit", help="with --take: the commit that made them")
     args = parser.parse_args(arguments)
-    page = args.results.with_name(f"{args.results.name}.md")
     with commandline.exit_on_user_error(UserError):
         if bool(args.take) != bool(args.commit):
             raise UserError("--take and --commit belong together")
-        if not page.is_file():
-            raise UserError(f"{page}: no such page")
+        pages_of(args.results)
         if args.take:
             print("added: " + ", ".join(take(experiment, args.take, args.results, args.commit)))
         runs = load(experiment, args.results)
         lines = draw_plots(experiment, {**plots, "loss": _loss_plot(experiment)}, runs, args.results)
         texts = {"variants": _variants_table(experiment, runs), **sections(runs, lines), "training": _training_table(runs) + lines["loss"]}
         texts |= {"not run": _not_run(experiment, runs), "commands": _commands(experiment, runs)}
-        files.write_text(page, fill(files.read_text(page), texts))
-    print(f"{page}: {len(runs)} runs of {len(_seeds(runs))} variants")
+        fill_pages(args.results, texts)
+    print(f"{args.results}: {len(runs)} runs of {len(_seeds(runs))} variants")
     return 0

@@ -275,7 +275,7 @@ class Page:
     """Directory of the files: those whose names `experiments.prefill_tables` has. A table without files stays as it is."""
 
     def run(self) -> None:
-        pages.fill_page(self.results, prefill_tables.sections(self.results))
+        pages.fill_pages(self.results, prefill_tables.sections(self.results))
 
 
 COMMANDS: dict[str, Any] = {"quality": Quality, "tasks": Tasks, "page": Page}

@@ -31,16 +31,13 @@ _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """Write the targets of a page, and the tables of the page of figures beside it. One without its JSON file stays as it is."""
+    """Write the tables of docs/serving.md and docs/serving-figures.md. One without its JSON file stays as it is."""
 
     results: Positional[Path] = Path("docs/serving")
     """Directory of the files."""
 
     def run(self) -> None:
-        found = sections(self.results)
-        targets = {name: text for name in ("targets",) if (text := found.pop(name, None))}
-        pages.fill_page(self.results, targets)
-        pages.fill_page(self.results.with_name(f"{self.results.name}-figures"), found)
+        pages.fill_pages(self.results, sections(self.results))
 
 
 def sections(results: Path) -> dict[str, str]:

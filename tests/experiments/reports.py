@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from experiments import pages
 from experiments.results import digest
 from selfspan_jax.config import LoraConfig, tuning_preset
 
@@ -39,17 +40,18 @@ def tuned_run(corpus_name, corpus, seed, *, adapters=True, **attention):
 
 
 def check_page(report, name, tmp_path, capsys, max_bytes):
-    """The page is what the stored results say, and its plots were drawn from them; returns the page."""
-    results, page = DOCS / name, (DOCS / f"{name}.md").read_text()
+    """The pages are what the stored results say, and their plots were drawn from them; returns their text."""
+    results, texts = DOCS / name, {page.name: page.read_text() for page in pages.pages_of(DOCS / name)}
     if results.exists():
         shutil.copytree(results, tmp_path / name)
-    # Emptied first, so that nothing can be left standing.
-    (tmp_path / f"{name}.md").write_text(re.sub(r"(<!-- (?!end)[\w ]+ -->\n).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL))
+    for page, text in texts.items():  # emptied first, so that nothing can be left standing
+        (tmp_path / page).write_text(re.sub(r"(<!-- (?!end)[\w ]+ -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.DOTALL))
     assert call(report, capsys, tmp_path / name)[0] == 0
-    assert (tmp_path / f"{name}.md").read_text() == page
-    plots = re.findall(rf"\]\({name}/(\w+\.png)\)", page)
+    assert {page: (tmp_path / page).read_text() for page in texts} == texts
+    text = "".join(texts.values())
+    plots = re.findall(rf"\]\({name}/(\w+\.png)\)", text)
     assert {file.name for file in results.glob("*.png")} == set(plots)
     for plot in plots:
         assert Image.open(results / plot).text["Description"] == digest(results), plot
     assert sum(file.stat().st_size for file in results.glob("*")) < max_bytes
-    return page
+    return text

@@ -14,7 +14,7 @@ from flax import nnx
 
 from data import arithmetic
 from data.vocab import Vocab
-from experiments import neighbours, neighbours_tables
+from experiments import neighbours, neighbours_tables, pages
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.query_driven import Oracle, Quest
@@ -210,7 +210,9 @@ def test_files_may_have_different_shares():
 def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
     results = DOCS / "neighbours"
     shutil.copytree(results, tmp_path / "neighbours", ignore=shutil.ignore_patterns("*.png"))
-    shutil.copy(DOCS / "neighbours.md", tmp_path)
+    for page in pages.pages_of(results):
+        shutil.copy(page, tmp_path)
     assert call(neighbours, capsys, "page", tmp_path / "neighbours")[0] in (None, 0)
-    assert (tmp_path / "neighbours.md").read_text() == (DOCS / "neighbours.md").read_text()
+    for page in pages.pages_of(results):
+        assert (tmp_path / page.name).read_text() == page.read_text()
     assert {file.name for file in (tmp_path / "neighbours").rglob("*")} == {file.name for file in results.rglob("*")}

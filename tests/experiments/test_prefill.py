@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -196,9 +197,12 @@ def test_the_page_has_a_table_of_every_file_and_keeps_what_has_none(tmp_path, ca
 
 
 def test_the_page_is_the_one_made_of_its_files(tmp_path):
-    text = (ROOT / "docs/prefill.md").read_text(encoding="utf-8")
-    made = pages.fill(text, prefill_tables.sections(ROOT / "docs/prefill"))
-    assert made == text, "python -m experiments.prefill page docs/prefill"
+    found = pages.pages_of(ROOT / "docs/prefill")
+    for page in found:
+        shutil.copy(page, tmp_path)
+    pages.fill_pages(tmp_path / "prefill", prefill_tables.sections(ROOT / "docs/prefill"))
+    for page in found:
+        assert (tmp_path / page.name).read_text() == page.read_text(), "python -m experiments.prefill page docs/prefill"
 
 
 @pytest.mark.parametrize("share, num_tiles, near", [(1.0, 8, 7), (0.5, 8, 2), (0.01, 8, 1), (1.0, 1, 1), (0.75, 2, 1)])

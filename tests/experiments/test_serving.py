@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from experiments import serving
+from experiments import pages, serving
 
 ROOT = Path(__file__).parents[2]
 HEADER = {"device": "H100", "versions": {"jax": "0.11.2"}}
@@ -60,10 +60,11 @@ def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
 
 
 def test_the_tables_of_the_pages_are_those_of_their_files(tmp_path):
-    pages = ["serving.md", "serving-figures.md"]
-    for page in pages:
-        shutil.copy(ROOT / "docs" / page, tmp_path)
+    found = pages.pages_of(ROOT / "docs/serving")
+    assert len(found) == 2
+    for page in found:
+        shutil.copy(page, tmp_path)
     shutil.copytree(ROOT / "docs/serving", tmp_path / "serving")
     serving.Page(tmp_path / "serving").run()
-    for page in pages:
-        assert (tmp_path / page).read_text(encoding="utf-8") == (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for page in found:
+        assert (tmp_path / page.name).read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
