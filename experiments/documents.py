@@ -2,7 +2,7 @@
 
     python -m experiments.documents papers docs/papers
     python -m experiments.documents stories docs/stories
-    python -m experiments.documents tools docs/tools
+    python -m experiments.documents tools docs/tools    (docs/tools.md and docs/tools-figures.md)
 
 `--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
 papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
@@ -38,6 +38,8 @@ MAIN = {
     "tools": ("calls_right", "service_named"),
 }
 """The score that each corpus is published by, and how often a right source is named."""
+JUDGED = MAIN | {"tools": (*MAIN["tools"], "calls_right_seen_services", "calls_right_unseen_services")}
+"""The scores that have a row of their own among the targets."""
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
 # Variants whose headers read labels alone, the one to be judged first.
@@ -241,9 +243,13 @@ def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
         pair = variant, control(corpus, variant)
         ours = evaluated[evaluated["variant"] == variant]
         examples, others = (scored(runs, own, "eval") for own in pair)
-        for name in _names(corpus):
-            found = compare(examples, others, name)
-            rows.append(_judge(f"{corpus}: {_words(name)} minus that of dense, upper bound", 0, found and 100 * found[2].high))
+        differences = {name: found[2] for name in _names(corpus) if (found := compare(examples, others, name))}
+        for name in JUDGED[corpus]:
+            own = differences.get(name)
+            rows.append(_judge(f"{corpus}: {_words(name)} minus that of dense, upper bound", 0, own and 100 * own.high))
+        target = f"{corpus}: other scores below those of dense by more than their interval", "none"
+        below = [_words(name) for name, own in differences.items() if name not in JUDGED[corpus] and own.high < 0]
+        rows.append(judge(*target, ", ".join(below) or "none", reached=not below) if differences else judge(*target))
         reading = {"text": ("attended_fraction_body", _READS[corpus]), "all tokens": ("attended_fraction", _READS_WITH_LABELS)}
         for words, (key, most) in reading.items():
             target, wanted = f"{corpus}: of the context, {words} of responses reads", f"at most {most:.0%}"

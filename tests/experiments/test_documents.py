@@ -176,7 +176,8 @@ def test_tables_by_hand(stored, place, capsys):
     assert found["stories: of the context, text of responses reads"] == ["at most 12%", "12.0%", "yes"]
     assert found["stories: of the context, all tokens of responses reads"] == ["at most 10%", "20.0%", "**no**"]
     assert found["stories: responses a second, times those of dense"] == ["at least 2", "4.00", "yes"]
-    assert found["stories: rougeL explicit minus that of dense, upper bound"][-1] == "not run"
+    assert found["stories: section named minus that of dense, upper bound"] == ["at least 0", "100.00", "yes"]
+    assert found["stories: other scores below those of dense by more than their interval"] == ["none", "none", "yes"]
 
 
 @pytest.mark.parametrize("case", FILES)
