@@ -2,7 +2,9 @@
 
     python -m experiments.documents papers docs/papers
     python -m experiments.documents stories docs/stories
-    python -m experiments.documents tools docs/tools    (docs/tools.md and docs/tools-figures.md)
+    python -m experiments.documents tools docs/tools
+
+Each is a page, docs/tools.md, and one of figures, docs/tools-figures.md.
 
 `--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
 papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
