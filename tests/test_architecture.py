@@ -38,7 +38,7 @@ LEVELS = [
     {"attention"},
     {"decoding", "parallel.distributed"},
     {"neighbours", "serving.pages", "tiers"},
-    {"serving.host_pages"},
+    {"serving.device_pages", "serving.host_pages"},
     {"serving.running"},
     {"parallel.engine"},
     {"serving.requests"},

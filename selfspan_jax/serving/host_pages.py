@@ -20,9 +20,9 @@ from pallas_kernels import copy_rows
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.decoding.cache import LayerPools
 from selfspan_jax.model import Attend
-from selfspan_jax.spans import SpanState
+from selfspan_jax.spans import SpanState, SpanVocab
 from selfspan_jax.tiers.engine import empty_host_pools
-from selfspan_jax.tiers.working_sets import WorkingSets
+from selfspan_jax.tiers.working_sets import WorkingSets, always_read
 
 WRITTEN_AT_ONCE = 8  # pages, by one program
 
@@ -67,14 +67,14 @@ class PagedWorkingSets(WorkingSets):
         cache = dataclasses.replace(self, host_rows=host_rows, first_new=first_new, slot_table=table)
         return cache.placed(span, active & span.is_response).with_copies()
 
-    def joined(self, pools: tuple[LayerPools, ...], host_rows: Int[Array, "R A"], always: Bool[Array, "R A"], prompts: Any) -> Self:
+    def joined(self, pools: tuple[LayerPools, ...], host_rows: Int[Array, "R A"], span: SpanState, prompts: Any, vocab: SpanVocab) -> Self:
         """Give places to prompts that are read, and copy to their working sets what every step reads of the pages.
 
         Args:
-          always: the tokens that every step reads.
+          span: of the prompts.
           prompts: the `running.Prompts`.
         """
-        sources = prompts.sources
+        sources, always = prompts.sources, always_read(span, prompts.token_ids[:, : host_rows.shape[1]], vocab)
         taken = sources >= 0
 
         def of_places(x):
@@ -93,16 +93,14 @@ class PagedWorkingSets(WorkingSets):
         )
         return cache.pin(of_places(always) & in_pages & taken[:, None], taken).with_copies()
 
-    def attend_prompts(
-        self, earlier: Int[Array, "R S"], own: Int[Array, "R Q"], positions: Int[Array, "R Q"], prompts: Any, attend: Attend
-    ) -> Attend:
-        """Make the attention of prompts whose rows lie in pages, as `running.attend_paged`; write full pages, and the rest to the ring.
+    def host_rows_since(self, before: Self) -> Int[Array, "2"]:
+        """Count rows copied from host memory, and rows read there, since another state of the cache."""
+        return jnp.stack([jnp.sum(self.copied - before.copied), jnp.sum(self.misses - before.misses)])
 
-        Args:
-          positions: of the Q tokens.
-          prompts: the `running.Prompts`.
-        """
+    def attend_prompts(self, earlier: Int[Array, "R S"], own: Int[Array, "R Q"], prompts: Any, attend: Attend) -> Attend:
+        """Make the attention of prompts whose rows lie in pages, as `PagedCache`'s; write full pages, and the rest to the ring."""
         (batch, num_keys), (_, num_queries) = earlier.shape, own.shape
+        positions = prompts.first + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
         token = jnp.arange(batch * num_keys, dtype=jnp.int32).reshape(earlier.shape)
         first, lengths = prompts.first, prompts.lengths[:, None]
         counts = jnp.broadcast_to(first, (batch,))

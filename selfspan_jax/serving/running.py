@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,18 @@ from selfspan_jax.config import DecodeConfig, SamplingFields
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring
 from selfspan_jax.decoding.state import DecodeState, sample_step
-from selfspan_jax.model import Attend
 from selfspan_jax.parallel import layout
+from selfspan_jax.serving.device_pages import PagedCache
 from selfspan_jax.serving.host_pages import PagedWorkingSets
 from selfspan_jax.spans import SpanState
-from selfspan_jax.tiers.working_sets import always_read
 
 HostArray = Array | np.ndarray  # NumPy's from the host, JAX's in a program
 _STATE = DecodeState.partition_specs()
-# The host keeps the tokens. Not arrays of no elements: XLA (of JAX 0.11.2) makes those constants, and its partitioner for several GPUs then
-# finds no shardings of a `shard_map`'s inputs, and ends with a segmentation fault where some input is not used.
-_NO_TOKENS: Any = None
+_STATE = dataclasses.replace(_STATE, cache=PagedCache(_STATE.cache.pools, _STATE.cache.slot_table))
+# In place of tokens, which the host keeps, and of a cache. Not arrays of no elements: XLA (of JAX 0.11.2) makes those constants, and its
+# partitioner for several GPUs then finds no shardings of a `shard_map`'s inputs, and ends with a segmentation fault where some input is
+# not used.
+_NONE: Any = None
 
 
 class Prompts(NamedTuple):
@@ -74,15 +75,15 @@ def empty_state(graph, params, config: DecodeConfig, num_rows: int, num_sequence
         pools = KVCache.empty(model.config, jnp.zeros(1, jnp.int32), num_rows, num_samples=1, new_capacity=0).pools
         span = SpanState.of_prefix(jnp.zeros((num_sequences, 1), jnp.int32), none, model.vocab, capacity, model.config.header_view)
         return DecodeState(
-            cache=KVCache(pools, table),
+            cache=PagedCache(pools, table),
             span=span,
             slots=get_policy(config.attention).initial_slots(table),
             hidden=jnp.zeros((num_sequences, model.config.hidden_size), model.config.compute_dtype),
             logits=jnp.zeros((num_sequences, model.vocab_size), jnp.float32),
             done=jnp.ones(num_sequences, bool),
             num_new=none,
-            new_tokens=_NO_TOKENS,
-            num_attended=_NO_TOKENS,
+            new_tokens=_NONE,
+            num_attended=_NONE,
             keys=sequence_keys_of(jnp.zeros((num_sequences, 3), jnp.uint32)),
             occurred=jnp.zeros((num_sequences, model.vocab_size), bool),
         )
@@ -104,7 +105,8 @@ def read_prompts(
 
     def read(model, state, prompts):
         batch, num_keys = prompts.token_ids.shape
-        cache, capacity, num_rows = state.cache, state.cache.slot_table.shape[1], state.cache.pools[0][-1].shape[0]
+        cache = _cache_of(state)
+        capacity, num_rows = state.cache.slot_table.shape[1], state.cache.pools[0][-1].shape[0]
         policy, first = get_policy(config.attention), prompts.first
         table = slot_table_of(prompts.pages, page_tokens, num_rows)
         slots = jnp.pad(table, ((0, 0), (0, num_keys)), constant_values=num_rows)[:, :num_keys]
@@ -115,26 +117,22 @@ def read_prompts(
         masks = masks_of_prompts(policy, prompts.token_ids, prompts.lengths, model.vocab, model.config, responses=responses)
         mask = masks(first, num_queries)
         buffer_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_keys + positions
-        attend = attend_prompts(buffer_slots, lambda *_: mask)
-        if isinstance(cache, PagedWorkingSets):
-            attend = cache.attend_prompts(earlier, own, positions, prompts, attend)
-        else:
-            attend = attend_paged(earlier, own, first, attend)
+        attend = cache.attend_prompts(earlier, own, prompts, attend_prompts(buffer_slots, lambda *_: mask))
         hidden, pools = model(tokens, positions, attend, state.cache.pools)
         at = jnp.clip(prompts.lengths - 1 - first, 0, num_queries - 1)
         last = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
         token_ids = prompts.token_ids[:, :capacity]
         inside = jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None, :] < prompts.lengths[:, None]
         newcomers = DecodeState(
-            cache=KVCache((), table),
+            cache=_NONE,
             span=SpanState.of_prefix(token_ids, prompts.lengths, model.vocab, capacity, model.config.header_view),
             slots=policy.initial_slots(table),
             hidden=last,
             logits=model.logits(last),
             done=jnp.zeros(batch, bool),
             num_new=prompts.num_new,
-            new_tokens=_NO_TOKENS,
-            num_attended=_NO_TOKENS,
+            new_tokens=_NONE,
+            num_attended=_NONE,
             keys=sequence_keys_of(prompts.seeds),
             occurred=mark_occurring(jnp.zeros((batch, model.vocab_size), bool), token_ids, inside, model.vocab),
         )
@@ -143,12 +141,8 @@ def read_prompts(
             taken = (prompts.sources >= 0).reshape(-1, *(1,) * (running.ndim - 1))
             return jnp.where(taken, jnp.take(new, jnp.maximum(prompts.sources, 0), axis=0), running)
 
-        running = dataclasses.replace(state, cache=KVCache((), cache.slot_table))
-        joined = jax.tree.map(put, running, newcomers)
-        if isinstance(cache, PagedWorkingSets):
-            always = always_read(newcomers.span, token_ids, model.vocab)
-            return dataclasses.replace(joined, cache=cache.joined(pools, table, always, prompts))
-        return with_pools(joined, pools)
+        joined = jax.tree.map(put, dataclasses.replace(state, cache=_NONE), newcomers)
+        return dataclasses.replace(joined, cache=cache.joined(pools, table, newcomers.span, prompts, model.vocab))
 
     return graph.shard_map(read, _STATE, layout.REPLICATED, out_specs=_STATE)(params, state, prompts)
 
@@ -175,12 +169,8 @@ def decode_chunk(
     """
 
     def decode(model, state, pages, until, sampling):
-        cache, slots = state.cache, state.slots
-        table = slot_table_of(pages, page_tokens, cache.pools[0][-1].shape[0])
-        if isinstance(cache, PagedWorkingSets):
-            cache = cache.begun(table, state.span, state.is_active(until), num_steps)
-        else:
-            cache = KVCache(cache.pools, table)
+        table = slot_table_of(pages, page_tokens, state.cache.pools[0][-1].shape[0])
+        cache, slots = _cache_of(state).begun(table, state.span, state.is_active(until), num_steps), state.slots
         if slots.kept is None or not cache.is_resident:  # a copy of the table, which has grown; or rows that are used again
             slots = get_policy(config.attention).initial_slots(cache.slot_table)
 
@@ -198,39 +188,19 @@ def decode_chunk(
             return state, logprobs_of(before.logits, state.new_tokens[:, number], num_logprobs) if num_logprobs else None
 
         ended, logprobs = jax.lax.scan(step, begun, jnp.arange(num_steps, dtype=jnp.int32))
-        host_rows = None
-        if isinstance(cache, PagedWorkingSets):
-            counters = (ended.cache.copied, state.cache.copied), (ended.cache.misses, state.cache.misses)
-            host_rows = jnp.stack([jnp.sum(now - before) for now, before in counters])
+        host_rows = _cache_of(ended).host_rows_since(state.cache)
         decoded = Decoded(ended.new_tokens, ended.num_attended, ended.done, logprobs, host_rows)
         occurred = state.occurred if ended.occurred is None else ended.occurred
-        ended = with_pools(ended, tuple(layer[: len(own)] for layer, own in zip(ended.cache.pools, state.cache.pools)))
+        pools = tuple(layer[: len(own)] for layer, own in zip(ended.cache.pools, state.cache.pools))  # without what slots had prepared
+        ended = dataclasses.replace(ended, cache=dataclasses.replace(ended.cache, pools=pools))
         return dataclasses.replace(ended, occurred=occurred, new_tokens=state.new_tokens, num_attended=state.num_attended), decoded
 
     arrays = (layout.REPLICATED,) * 3
     return graph.shard_map(decode, _STATE, *arrays, out_specs=(_STATE, layout.REPLICATED))(params, state, pages, until, sampling)
 
 
-def attend_paged(earlier: Int[Array, "R S"], own: Int[Array, "R Q"], first: Int[Array, ""], attend: Attend) -> Attend:
-    """Make the attention of prompts whose rows lie in pages from one of prompts whose rows lie next to each other.
-
-    Args:
-      earlier: the pool row of each token before `first`. One outside the pool reads as zeros: it is of no token yet.
-      own: those of the Q tokens from `first` on. One outside writes nothing.
-      attend: the attention over R * S rows, where token s of prompt r is row r * S + s.
-    """
-
-    def paged(qkv, norms, angles, pools):
-        buffers = tuple(pool.at[earlier.reshape(-1)].get(mode="fill", fill_value=0) for pool in pools)
-        out, buffers = attend(qkv, norms, angles, buffers)
-
-        def written(pool, buffer):
-            new = jax.lax.dynamic_slice_in_dim(buffer.reshape(*earlier.shape, *buffer.shape[1:]), first, own.shape[1], axis=1)
-            return pool.at[own].set(new, mode="drop")
-
-        return out, tuple(map(written, pools, buffers))
-
-    return paged
+def _cache_of(state: DecodeState) -> PagedCache | PagedWorkingSets:
+    return cast("PagedCache | PagedWorkingSets", state.cache)
 
 
 def slot_table_of(pages: Int[Array, "B A/page"], page_tokens: int, num_rows: int) -> Int[Array, "B A"]:
@@ -253,8 +223,3 @@ def logprobs_of(logits: Float[Array, "B V"], token_ids: Int[Array, "B"], number:
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     likeliest, ids = jax.lax.top_k(logprobs, number)
     return LogProbs(jnp.take_along_axis(logprobs, token_ids[:, None], axis=1)[:, 0], ids, likeliest)
-
-
-def with_pools(state: DecodeState, pools) -> DecodeState:
-    """Return a state with other pools."""
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, pools=pools))
