@@ -15,8 +15,10 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import layout
 
 T = TypeVar("T")
-PINNED_LIMIT_GIB = 64  # of host memory, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says something else
+_LIMIT, PINNED_LIMIT_GIB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64  # of host memory, unless that variable says something else
+_MEMORY_INFO = "/proc/meminfo"
 _taken = {"bytes": 0}  # of host memory, the most that arrays of this process took at once
+_sharing = {"processes": 1}  # that begin at the same time and take host memory each
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
 
@@ -39,7 +41,7 @@ def catch_out_of_memory(advice: str = "") -> Iterator[None]:
         if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
         if "host memory" in str(error):
-            limit = f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows {PINNED_LIMIT_GIB} GiB of it unless set otherwise"
+            limit = f"{_LIMIT} allows {PINNED_LIMIT_GIB} GiB of it unless set otherwise"
             raise DoesNotFit(f"does not fit: host memory ran out that a GPU may read: {limit}") from None
         raise DoesNotFit(f"does not fit: the device ran out of memory{advice}") from None
 
@@ -73,17 +75,31 @@ def free_memory_bytes() -> int | None:
 
 
 def free_host_memory_bytes() -> int:
-    """Return how much host memory a device's arrays may take: what is free or was taken before, and at most JAX's limit for GPUs."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return min(free + _taken["bytes"], host_memory_limit_bytes())
+    """Return how much host memory a device's arrays may take: what is free or was taken before, and at most JAX's limit for GPUs.
+
+    Raises: UserError where the system does not say what is free.
+    """
+    try:
+        with open(_MEMORY_INFO, encoding="ascii") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        raise UserError(f"kv_memory is 'host', which needs Linux: {_MEMORY_INFO} says what host memory is free") from None
+    return min(free // _sharing["processes"] + _taken["bytes"], host_memory_limit_bytes())
+
+
+def share_host_memory(num_processes: int) -> None:
+    """Leave room for others: so many processes like this one begin at the same time."""
+    _sharing["processes"] = num_processes
 
 
 def host_memory_limit_bytes() -> int:
     """Return how much host memory JAX lets a GPU read, whatever the machine has; on other devices there is no limit."""
     if jax.default_backend() != "gpu":
         return 2**63
-    return int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", PINNED_LIMIT_GIB)) * 2**30
+    limit = os.environ.get(_LIMIT, str(PINNED_LIMIT_GIB))
+    if not limit.isdecimal():
+        raise UserError(f"{_LIMIT} is {limit!r}; allowed: a whole number of GiB")
+    return int(limit) * 2**30
 
 
 def take_host_memory(needed_bytes: int, what: str) -> None:
@@ -95,7 +111,7 @@ def take_host_memory(needed_bytes: int, what: str) -> None:
     """
     free, limit = free_host_memory_bytes(), host_memory_limit_bytes()
     if needed_bytes > free:
-        why = f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows {limit / 2**30:.1f}" if free == limit else f"{free / 2**30:.1f} are free"
+        why = f"{_LIMIT} allows {limit / 2**30:.1f}" if free == limit else f"{free / 2**30:.1f} are free"
         raise DoesNotFit(f"does not fit: {what} take {needed_bytes / 2**30:.1f} GiB of host memory, {why}")
     _taken["bytes"] = max(_taken["bytes"], needed_bytes)
 

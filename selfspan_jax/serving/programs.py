@@ -63,6 +63,9 @@ class Programs:
             self._working_set = min(engine.working_set_tokens, self._capacity)
             self._ring = -(-max(least, self._working_set // 4) // page) * page
         self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
+        if self._ring:
+            rows = (self.num_pages + 1) * config.page_tokens
+            memory.take_host_memory(rows * engine.config.row_bytes, f"{self.num_pages} pages of {config.page_tokens} tokens")
         sizes = (config.min_read_tokens * 2**i for i in range(24))
         self._query_sizes = [config.prefill_tokens, *[size for size in sizes if size < config.prefill_tokens][::-1]]
         self._key_sizes = [-(-(self._capacity + config.prefill_tokens) // _KEY_TOKENS) * _KEY_TOKENS]
@@ -215,7 +218,8 @@ class Programs:
         left = _UNKNOWN_MEMORY_BYTES if free is None else int(_CACHE_SHARE * (free - rest))
         if self._ring:
             check_working_sets(config.num_sequences, self._working_set + self._ring, row_bytes, left)
-            left, beside = int(_CACHE_SHARE * memory.free_host_memory_bytes()), "host memory leaves"
+            spare = config.page_tokens * row_bytes  # a page that is nobody's
+            left, beside = int(_CACHE_SHARE * memory.free_host_memory_bytes()) - spare, "host memory leaves"
         if left < config.page_tokens * row_bytes:
             raise memory.DoesNotFit(f"does not fit: {beside} no room for the cache")
         return min(config.num_sequences * self.pages_each, left // (config.page_tokens * row_bytes))

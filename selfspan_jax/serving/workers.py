@@ -83,13 +83,20 @@ class Round(NamedTuple):
 
 
 def work(
-    connection: Connection, load: Callable[..., SpanLM], mesh: str | None, devices: str | None, config: ServingConfig, attention
+    connection: Connection,
+    load: Callable[..., SpanLM],
+    mesh: str | None,
+    devices: str | None,
+    num_workers: int,
+    config: ServingConfig,
+    attention: str | Policy | None,
 ) -> None:
     """Load a model, say so; compile when told, say so; run a scheduler until the other end says to close. If that is gone, end at once."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a command, and for the one that serves to answer
         signal.signal(number, signal.SIG_IGN)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    memory.share_host_memory(num_workers)
     given: list[tuple[int, Tokens]] = []
     tickets: dict[int, Ticket] = {}
     scheduler: Scheduler
@@ -213,9 +220,11 @@ class Workers:
         self._workers: list[_Worker] = []
         context = multiprocessing.get_context("spawn")
         try:
-            for own_mesh, devices in shares(mesh, os.environ.get("CUDA_VISIBLE_DEVICES")):
+            each = shares(mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            for own_mesh, devices in each:
                 ours, theirs = context.Pipe()
-                process = context.Process(target=work, args=(theirs, load, own_mesh, devices, config, attention), daemon=True)
+                arguments = (theirs, load, own_mesh, devices, len(each), config, attention)
+                process = context.Process(target=work, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 self._workers.append(_Worker(process, ours))

@@ -208,7 +208,7 @@ def test_a_worker_tells_why_there_is_no_model_and_ends_with_the_process_that_ser
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    work(theirs, refuse, "tensor=2", None, CONFIG, None)
+    work(theirs, refuse, "tensor=2", None, 1, CONFIG, None)
     with pytest.raises(UserError, match="there is no such model, tensor=2"):
         _Worker(None, ours).receive("its model was loaded")
     (listener,) = (thread for thread in threading.enumerate() if thread.name == "listener")

@@ -190,9 +190,29 @@ def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
             engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
         with pytest.raises(DoesNotFit, match="host memory leaves no room for the cache"):
             Scheduler(engine, ServingConfig(2, 64))
+        with pytest.raises(DoesNotFit, match=r"12 pages of 64 tokens take 0\.0 GiB of host memory"):
+            Scheduler(engine, ServingConfig(2, 64, num_pages=12))
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 2**14)
     with pytest.raises(DoesNotFit, match=r"74 rows on the device for each of 2 sequences take .*: give a smaller"):
         engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
+
+
+def test_free_host_memory_is_what_the_system_says_for_as_many_processes_as_begin_and_what_says_nothing_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_MEMORY_INFO", str(tmp_path / "meminfo"))
+    with pytest.raises(UserError, match=r"kv_memory is 'host', which needs Linux: .*meminfo says what host memory is free"):
+        memory.free_host_memory_bytes()
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  12 kB\n")
+    monkeypatch.setattr(memory, "_taken", {"bytes": 0})
+    monkeypatch.setattr(memory, "_sharing", {"processes": 1})
+    memory.share_host_memory(3)
+    assert memory.free_host_memory_bytes() == 4096
+    memory.take_host_memory(4096, "rows")  # and again, once it was taken
+    with pytest.raises(DoesNotFit, match="rows take"):
+        memory.take_host_memory(2 * 4096 + 1, "rows")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "2.5 GB")
+    with pytest.raises(UserError, match=r"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is '2\.5 GB'; allowed: a whole number of GiB"):
+        memory.free_host_memory_bytes()
 
 
 def test_host_memory_that_runs_out_is_named_and_a_device_that_cannot_be_used():
