@@ -146,8 +146,7 @@ def mixed(model: Model) -> Iterator[dict[str, Any]]:
 
 def rates(model: Model) -> Iterator[dict[str, Any]]:
     """Measure requests of mixed lengths at each rate."""
-    settings = model.settings
-    drawn = [(rate, arrivals(rate, min(len(model.work), max(1, round(rate * settings.seconds))), settings.seed)) for rate in settings.rates]
+    settings, drawn = model.settings, rates_of(model)
     scheduler = model.scheduler(model.engine)
     scheduler.config = dataclasses.replace(scheduler.config, reads_per_chunk=1)  # and the first of the chunks
     for rate, times in drawn:
@@ -157,6 +156,13 @@ def rates(model: Model) -> Iterator[dict[str, Any]]:
     warm_static(model, np.full(settings.batch_size, 1e-9))
     for rate, times in drawn:
         yield {"system": "static", **summary(rate, run_static(model, model.work[: len(times)], times))}
+
+
+def rates_of(model: Model) -> list[tuple[float, Float[np.ndarray, "R"]]]:
+    """Draw the arrivals of each rate, in seconds."""
+    settings = model.settings
+    numbers = [min(len(model.work), max(1, round(rate * settings.seconds))) for rate in settings.rates]
+    return [(rate, arrivals(rate, number, settings.seed)) for rate, number in zip(settings.rates, numbers)]
 
 
 def warm_static(model: Model, times: Float[np.ndarray, "R"]) -> None:
@@ -287,8 +293,11 @@ def first(model: Model) -> dict[str, Any]:
 def peer_case(model: Model) -> dict[str, Any]:
     """Describe the same requests for transformers: lengths, arrivals, rows of cache."""
     settings = model.settings
-    times: dict[float | None, Any] = {None: arrivals(None, min(settings.peer_requests, len(model.work)), settings.seed)}
-    times |= {rate: arrivals(rate, min(len(model.work), max(1, round(rate * settings.seconds))), settings.seed) for rate in settings.rates}
+    times: dict[float | None, Any] = {}
+    if "mixed" in settings.parts:
+        times[None] = arrivals(None, min(settings.peer_requests, len(model.work)), settings.seed)
+    if "rates" in settings.parts:
+        times |= dict(rates_of(model))
     return {
         "peer": "hf-continuous",
         "rows": model.rows,

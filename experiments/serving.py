@@ -23,6 +23,7 @@ from selfspan_jax.errors import UserError
 Row = dict[str, Any]
 MODEL, RATES, EVALUATION = "arithmetic-small.json", "rates.json", "eval.json"  # the files
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
+PEER_RATES = "smollm2-135m_rates.json"
 HTTP = ("http32", "http_data2", "http_tensor2")  # of servers under load; sections have the names of the files
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
@@ -45,7 +46,8 @@ def sections(results: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     writers: tuple[tuple[str, Callable[[Any], dict[str, str]]], ...] = (
         (MODEL, of_model),
-        (RATES, of_rates),
+        (RATES, functools.partial(of_rates, section="rates")),
+        (PEER_RATES, functools.partial(of_rates, section="peers_rates")),
         *((f"{section}.json", functools.partial(of_http, section=section)) for section in HTTP),
         *((name, functools.partial(of_peers, section=section)) for section, name in PEERS.items()),
         (EVALUATION, of_evaluation),
@@ -86,9 +88,9 @@ def of_model(report: Row) -> dict[str, str]:
     }
 
 
-def of_rates(report: Row) -> dict[str, str]:
-    """Write the table of `benchmarks.batching CHECKPOINT --parts rates`."""
-    return {"rates": _rates([row for row in report["rows"] if row["requests_per_second"] is not None])}
+def of_rates(report: Row, section: str) -> dict[str, str]:
+    """Write the table of `benchmarks.batching --parts rates`, as a section of this name."""
+    return {section: _rates([row for row in report["rows"] if row["requests_per_second"] is not None])}
 
 
 def of_http(report: Row, section: str) -> dict[str, str]:
