@@ -45,7 +45,7 @@ def workplace(tmp_path, monkeypatch):
 # Each policy compiles two programs of the shipped model; test_engine.py has the ones that are built in. Each place is read four times.
 FEWER = {
     "adding-an-attention-policy": ("(Span(), Dense(), Window(), Blocks(), Blocks(8))", "(Blocks(),)"),
-    "arithmetic": ("in (6, 14):", "in (14,):"),
+    "arithmetic-figures": ("in (6, 14):", "in (14,):"),
 }
 
 
