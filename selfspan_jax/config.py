@@ -91,14 +91,17 @@ class AttentionViews:
 
     names_new: bool = False
     """Decoding: the first label that a step names is one that no step before it has named, so that what was read is not written again."""
+    max_step_tokens: int = 0
+    """Decoding: after so many tokens of a step, its sources counted, only a `<seg>` or `<eos>` may follow; 0: no limit."""
 
-    later: ClassVar[tuple[str, ...]] = ("name_share", "names_new")
+    later: ClassVar[tuple[str, ...]] = ("name_share", "names_new", "max_step_tokens")
 
     def __post_init__(self):
         _require_number(self, "name_share", lambda value: 0 < value <= 1, "numbers above 0, up to 1")
         _require(self.mask in get_args(Mask), self, "mask", ", ".join(get_args(Mask)))
         spans.check_views(self.header_view, self.prompt_view, self.prompt_window_tokens)
         _require_within(self, 1, _MAX_INT, "prompt_window_tokens")
+        _require_within(self, 0, _MAX_INT, "max_step_tokens")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,12 +51,14 @@ class DecodeState:
         return ~self.done & (self.num_new < until)
 
     def choices(self, views: AttentionViews, vocab: SpanVocab) -> tuple[Float[Array, "B V"], Int[Array, "B"] | None]:
-        """Return the logits, without what `names_new` rules out, and what is named in place of the likeliest tokens: see `next_name`."""
-        span, latest, logits = self.span, self.span.num_tokens[:, None] - 1, self.logits
+        """Return the logits, without what the views rule out, and what is named in place of the likeliest tokens: see `next_name`."""
+        span, latest, logits, ids = self.span, self.span.num_tokens[:, None] - 1, self.logits, jnp.arange(self.logits.shape[1])[None]
         if views.names_new:  # what <solve> named is still the first step's to name
             named = (span.step_index[:, None] == latest) & (span.last_named > span.solve_index[:, None] + 1)
-            refs = vocab.ref_base, logits.shape[1] - vocab.ref_base - vocab.num_labels
-            logits = jnp.where(jnp.pad(named, ((0, 0), refs)), -jnp.inf, logits)
+            logits = jnp.where(jnp.pad(named, ((0, 0), (vocab.ref_base, ids.size - vocab.ref_base - vocab.num_labels))), -jnp.inf, logits)
+        if views.max_step_tokens:  # then the step closes, another opens, or the response ends
+            is_long = span.in_response[:, None] & (latest - span.step_index[:, None] >= views.max_step_tokens)
+            logits = jnp.where(is_long & (ids != vocab.eos_id) & (vocab.label_of(ids, vocab.seg_base) < 0), -jnp.inf, logits)
         return logits, None if views.name_share >= 1 else next_name(logits, span.last_named == latest, views.name_share, vocab)
 
     @property

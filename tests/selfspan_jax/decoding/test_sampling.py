@@ -164,29 +164,33 @@ def test_a_step_that_has_named_goes_on_with_the_first_label_that_is_likely_enoug
         np.testing.assert_array_equal(found.new_tokens, np.stack(chosen, axis=1))
 
 
-def test_a_step_names_first_what_no_step_has_named(length=40):
+def test_a_step_names_first_what_no_step_has_named_and_ends_when_it_is_long(length=40, most=3):
     """Against a loop that feeds token by token and keeps what steps named in sets; what `<solve>` names is still the first step's."""
-    model, config = random_model(max_context_tokens=64, names_new=True), DecodeConfig(max_new_tokens=length)
+    model, config = random_model(max_context_tokens=64, names_new=True, max_step_tokens=most), DecodeConfig(max_new_tokens=length)
     segs, refs = (range(base, base + VOCAB.num_labels) for base in (VOCAB.seg_base, VOCAB.ref_base))
     model.embed_tokens.embedding[...] *= jnp.where(jnp.arange(VOCAB_SIZE)[:, None] < VOCAB.ref_base, 1.0, 3.0)  # so that names are likely
     prompts, lengths = np.array([[1, 4, VOCAB.solve_id, refs[0]]] * 6, np.int32), np.array([4, 3] * 3, np.int32)
     given = np.random.default_rng(0).choice([*segs, *refs, 5, *[-1] * 10], (6, length)).astype(np.int32)
     engine = Engine(model)
-    state, chosen, others = engine.prefill(prompts, lengths, config), [], 0
-    named, last = [set() for _ in prompts], prompts[np.arange(6), lengths - 1].tolist()
+    state, chosen, others, ended = engine.prefill(prompts, lengths, config), [], 0, 0
+    named, last, written = [set() for _ in prompts], prompts[np.arange(6), lengths - 1].tolist(), [1, 0] * 3
+    inside = np.setdiff1d(np.arange(VOCAB_SIZE), [*segs, VOCAB.eos_id])
     for forced in given.T:
         logits, done = np.array(state.logits), np.asarray(state.done)
         best = logits.argmax(axis=-1)
         for row in range(6):
             logits[row, sorted(named[row]) if last[row] in segs else []] = -np.inf
+            ended += not done[row] and written[row] >= most and best[row] in inside
+            logits[row, inside if written[row] >= most else []] = -np.inf
         others += np.sum(~done & (forced < 0) & (logits.argmax(axis=-1) != best))
         tokens = np.where(done, VOCAB.pad_id, np.where(forced < 0, logits.argmax(axis=-1), forced)).astype(np.int32)
         for own, before, token in zip(named, last, tokens.tolist()):
             own |= {token} if token in refs and before != VOCAB.solve_id else set()
         last = tokens.tolist()
+        written = [0 if token in segs else count + 1 for token, count in zip(last, written)]  # after the token that opened it
         chosen.append(tokens)
         state = engine.step(state, tokens, config)
-    assert others > 5
+    assert others > 5 and ended > 5
     found = engine.run(engine.prefill(prompts, lengths, config), config, forced_tokens=given)
     np.testing.assert_array_equal(found.new_tokens, np.stack(chosen, axis=1))
 
