@@ -116,7 +116,7 @@ def test_a_model_of_others_continues_text(call, tmp_path):
     test_importing.tokenizer().save_pretrained(tmp_path / "model")
     status, out, err = call(decode.main, "generate", tmp_path / "model", "abc j", "--max-new-tokens", 8, "--weights", "int8")
     assert (status, err) == (0, "") and out.splitlines()[1].startswith("abc j") and "100.0% of the context" in out
-    assert out.startswith("warning: The response was stopped before it had ended; tokens written: 8. Raise --max-new-tokens for more.\n")
+    assert out.startswith("warning: The response was stopped before it had ended; tokens written: 8. A higher limit gives more.\n")
     status, _, err = call(decode.main, "eval", tmp_path / "model", "--num-examples", 2)
     assert status == 2 and re.fullmatch(r"error: .*model: its task has no examples, so there is nothing to score\n", err)
 

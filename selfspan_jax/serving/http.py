@@ -125,4 +125,9 @@ async def answer_refused(request: HttpRequest, error: Refused) -> Response:
 
 
 def answer_http_error(request: HttpRequest, error: HTTPException) -> Response:
-    return as_json(protocol.error(error.status_code, error.detail), error.status_code, dict(error.headers or {}))
+    """Answer what no route takes, and say what there is."""
+    path, headers = repr(request.url.path[:80]), dict(error.headers or {})
+    paths = ", ".join(route.path for route in request.app.routes if "{" not in route.path)
+    told = {404: f"there is no {path}; there are {paths}", 405: f"{request.method} is not for {path}; allowed: {headers.get('Allow')}"}
+    message = told.get(error.status_code, error.detail)
+    return as_json(protocol.error(error.status_code, message), error.status_code, headers)

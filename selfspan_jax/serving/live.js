@@ -55,7 +55,7 @@
       this.asked.textContent = prompt.length > LONGEST_TITLE ? `${prompt.slice(0, LONGEST_TITLE - 1)}…` : prompt;
       this.section.querySelector(".panes").hidden = true; // until there is something in them
       this.labels = []; // of each token so far
-      this.written = this.attended = this.context = this.steps = 0;
+      this.written = this.attended = this.share = this.steps = 0;
       this.step = null;
       this.control = new AbortController();
       this.stop.addEventListener("click", () => (running.has(this) ? this.control.abort() : this.remove()));
@@ -155,13 +155,13 @@
       }
       this.body.append(this.token(token));
       if (token.kind === "ref" && !this.opened.names.includes(token.names)) this.opened.names.push(token.names);
-      const context = this.labels.length;
+      const share = token.attended / this.labels.length;
       this.opened.tokens++;
       this.opened.attended += token.attended;
-      this.opened.share += token.attended / context;
+      this.opened.share += share;
       this.written++;
       this.attended += token.attended;
-      this.context += context;
+      this.share += share;
     }
 
     // Says what the step that was written to last reads: under span attention what carries a label that it may see.
@@ -183,9 +183,10 @@
       const seconds = (this.last_at - this.first_at) / 1000;
       this.rate = seconds ? (this.written - this.first_tokens) / seconds : 0;
       this.state.textContent = "decoding";
-      this.bar.style.width = percent(this.attended / this.context);
+      const share = percent(this.share / this.written);
+      this.bar.style.width = share;
       const speed = this.rate ? ` · ${this.rate.toFixed(0)} tokens/s` : "";
-      const attended = `attended: ${(this.attended / this.written).toFixed(1)} tokens, ${percent(this.attended / this.context)} of the context`;
+      const attended = `attended: ${(this.attended / this.written).toFixed(1)} tokens, ${share} of the context`;
       this.counts.textContent = `${attended} · steps: ${this.steps} · tokens: ${this.written}${speed} · first after ${(this.first_at - this.asked_at).toFixed(0)} ms`;
       total();
     }

@@ -176,11 +176,11 @@ class Reading:
         if not self.finished and len(self.token_ids) >= self.config.max_context_tokens:
             found.append(f"The response was stopped before it had ended: with its {written} tokens the context of the model is full.")
         elif not self.finished:
-            hint = "" if loop else " Raise --max-new-tokens for more."
+            hint = "" if loop else " A higher limit gives more."
             found.append(f"The response was stopped before it had ended; tokens written: {written}.{hint}")
         if loop:
             told = f'"{clipped(" ".join(loop[0].split()), 60)}" is written {loop[1]} times at its end'
-            found.append(f"The response is a loop: {told}. More tokens would go on like that; --repetition-penalty may help.")
+            found.append(f"The response is a loop: {told}. More tokens would go on like that; a repetition penalty may help.")
         elif getattr(self.task, "view", "steps") == "sources":  # in other tasks two steps may well write the same
             begins = collections.Counter(" ".join(step.text.split()[:6]) for step in self.steps if step.text.strip())
             found += [f'The response repeats itself: {n} of its sentences begin with "{text}".' for text, n in begins.items() if n > 1]

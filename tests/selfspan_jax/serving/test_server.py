@@ -38,7 +38,7 @@ from tests.selfspan_jax.viewing.test_html import HOSTILE_TASK, Words
 
 _S, _R = VOCAB.seg_base, VOCAB.ref_base
 RESPONSE = [_S + 1, 4, 5, _S + 2, _R + 1, 6, VOCAB.eos_id]
-ATTENDED = [3, 4, 5, 2, 6, 7, 8]
+ATTENDED = [1, 4, 5, 2, 6, 7, 8]
 TEXT = "<11>45<12><16>6"  # as the task writes it, without <eos>
 NONE = np.zeros(0, np.int32)
 SCORES = LogProbs(-np.arange(7.0), np.stack([RESPONSE, [4] * 7, [5] * 7], axis=1), -np.arange(7.0)[:, None] - np.array([0, 1, np.inf]))
@@ -418,7 +418,10 @@ def test_what_is_wrong_is_refused_by_name(address, body, status, message):
 def test_other_paths_methods_and_kinds_of_bodies_are_refused(address):
     for path in ("/v1/embeddings", "/../../etc/passwd", "/live.py", "/v1/models/%2e%2e%2fetc%2fpasswd"):
         assert httpx2.get(address + path, trust_env=False).json()["error"]["type"] == "not_found_error"
-    assert httpx2.get(f"{address}/v1/completions", trust_env=False).status_code == 405
+    told = httpx2.get(f"{address}/v1/responses", trust_env=False).json()["error"]["message"]
+    assert told.startswith("there is no '/v1/responses'; there are /, /health,") and told.endswith("/v1/completions, /v1/chat/completions")
+    refused = httpx2.get(f"{address}/v1/completions", trust_env=False)
+    assert refused.status_code == 405 and refused.json()["error"]["message"] == "GET is not for '/v1/completions'; allowed: POST"
     assert httpx2.post(f"{address}/v1/completions", data={"prompt": "4"}, trust_env=False).status_code == 415  # as a form of another site
 
     def chunks():  # a body that does not say how long it is
@@ -535,6 +538,8 @@ def test_the_live_page_shows_steps_and_what_they_read_and_asks_nobody_else(tmp_p
         texts = page.run("[...document.querySelectorAll('.run:first-child .t:not(.seg, .ref)')].map(e => e.textContent)")
         shown = out.to_html()
         assert len(reads) == 2 and all(f'data-reads="{read}"' in shown for read in reads)
+        counts = page.run("document.querySelector('.run:first-child .counts').textContent")
+        assert counts.startswith(f"attended: {out.attended_tokens:.1f} tokens, {out.attended_fraction:.1%} of the context")
         assert HOSTILE_TASK.words[0] in texts and HOSTILE_TASK.words[2] in texts
         assert page.run("document.documentElement.scrollWidth") == 390 and page.run("window.broken") is None
         page.run("document.querySelector('textarea').value = '8'; document.querySelector('form').requestSubmit()")

@@ -187,7 +187,7 @@ def test_a_response_with_steps_has_a_row_for_each():
     stopped, lost, *lines = text.response_table(out).splitlines()
     size = len(mask)
     assert stopped.startswith(f"warning: The response was stopped before it had ended; tokens written: {size - out.prompt_tokens}. ")
-    assert "--max-new-tokens" in stopped and lost.endswith("for which nothing was read: 1.")
+    assert stopped.endswith("A higher limit gives more.") and lost.endswith("for which nothing was read: 1.")
     assert lines[0].split() == ["step", "reads", "writes", "attended", "tokens"]
     assert [line.split()[:3] for line in lines[1:4]] == [["<2>", "<4>", "5"], ["<4>", "-", "6"], ["<2>", "<4>", "7"]]
     attended = mask.sum(axis=1)[out.prompt_tokens :]
