@@ -172,13 +172,20 @@ def scores_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> s
     return markdown_table(("variant", "examples", *map(_words, names)), rows)
 
 
+def latest(runs: Sequence[Run], corpus: str) -> str:
+    """Name the variant with narrow headers that is judged: the latest one that was evaluated."""
+    names = [f"{corpus}_{kind}" for kind in _NARROW]
+    return next((name for name in names if len(scored(runs, name, "eval"))), names[-1])
+
+
 def differences_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
-    """Write how much higher than the control each variant scores, on the examples that both have."""
-    rows = []
+    """Write how much higher than the control each variant scores, on the examples that both have: all scores of the latest one."""
+    rows, judged = [], latest(runs, corpus)
     for variant in variants:
         own = control(corpus, variant)
         ours, theirs = (scored(runs, name, "eval") for name in (variant, own))
-        for name in _names(corpus) if variant != own else ():
+        names = () if variant == own else _names(corpus) if variant == judged else JUDGED[corpus]
+        for name in names:
             if found := compare(ours, theirs, name):
                 rows.append((f"`{variant}`", _words(name), f"{found[0]:,}", f"`{own}`", *_percent(found[1]), *_interval(found[2])))
     return markdown_table(("variant", "score", "examples", "control", "the control's", *_DIFFERENCE), rows)
@@ -241,7 +248,7 @@ def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
     rows, evaluated, speeds = [], pages.evaluations(runs, "eval"), timed(runs)
     for corpus in corpora:
         unit, (_, named) = TASKS[corpus].unit, MAIN[corpus]
-        variant = next((own for kind in _NARROW if len(scored(runs, own := f"{corpus}_{kind}", "eval"))), f"{corpus}_{_NARROW[-1]}")
+        variant = latest(runs, corpus)
         pair = variant, control(corpus, variant)
         ours = evaluated[evaluated["variant"] == variant]
         examples, others = (scored(runs, own, "eval") for own in pair)
@@ -249,9 +256,10 @@ def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
         for name in JUDGED[corpus]:
             own = differences.get(name)
             rows.append(_judge(f"{corpus}: {_words(name)} minus that of dense, upper bound", 0, own and 100 * own.high))
-        target = f"{corpus}: other scores below those of dense by more than their interval", "none"
+        target = f"{corpus}: other scores below those of dense by more than their interval"
         below = [_words(name) for name, own in differences.items() if name not in JUDGED[corpus] and own.high < 0]
-        rows.append(judge(*target, ", ".join(below) or "none", reached=not below) if differences else judge(*target))
+        reached = not below if differences else None
+        rows.append(judge(target, "none", ", ".join(below) or "none" if differences else "-", reached=reached))
         reading = {"text": ("attended_fraction_body", _READS[corpus]), "all tokens": ("attended_fraction", _READS_WITH_LABELS)}
         for words, (key, most) in reading.items():
             target, wanted = f"{corpus}: of the context, {words} of responses reads", f"at most {most:.0%}"
