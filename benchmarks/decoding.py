@@ -130,12 +130,22 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
 
 
 def fill_with_random_rows(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
-    """Make the state after prompts, as `prefill_state`, with random rows in place of theirs."""
+    """Make the state after prompts, as `prefill_state`, with random rows in place of theirs.
+
+    Each pool is drawn after the one before: of all at once XLA makes one kernel, which for 32 layers took minutes to compile.
+    """
     check_context_policy(config.attention)
     cache = KVCache.empty(model.config, lengths, token_ids.shape[1], num_samples, config.max_new_tokens)
-    draws = iter(jax.random.split(jax.random.key(0), 2 * len(cache.pools) + 1))
-    pools = tuple(tuple(jax.random.normal(next(draws), pool.shape, pool.dtype) for pool in layer) for layer in cache.pools)
-    last = jax.random.normal(next(draws), (len(lengths), model.config.hidden_size), jnp.dtype(model.config.compute_dtype))
+    key = jax.random.key_data(jax.random.key(0))
+
+    def draw(shape: tuple[int, ...], dtype: Any) -> Array:
+        nonlocal key
+        rows = jax.random.normal(jax.random.wrap_key_data(key), shape, dtype)
+        key, rows = jax.lax.optimization_barrier((key + jnp.uint32(1), rows))
+        return rows
+
+    pools = tuple(tuple(draw(pool.shape, pool.dtype) for pool in layer) for layer in cache.pools)
+    last = draw((len(lengths), model.config.hidden_size), jnp.dtype(model.config.compute_dtype))
     return start_state(model, KVCache(pools, cache.slot_table), last, token_ids, lengths, keys, config, num_samples)
 
 
