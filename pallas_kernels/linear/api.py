@@ -70,15 +70,16 @@ def fused_linear(
     _validate(plain, weight, norm, bias, residual, next_norm, gated, out_dtype)
     num_inputs = weight.shape[1]
     chosen = _choose(x, weight, norm, gated, implementation, interpret)
-    if copies is not None and not _copies_beside(chosen, plain, weight, norm, gated):
+    num_results = _num_results(weight, gated)
+    out_shape = (*plain.shape[:-1], num_results)
+    is_empty = math.prod(out_shape) == 0
+    if copies is not None and (is_empty or not _copies_beside(chosen, plain, weight, norm, gated)):
         options: dict[str, Any] = {"bias": bias, "residual": residual, "gated": gated, "next_norm": next_norm, "out_dtype": out_dtype}
         options |= {"norm": norm, "norm_eps": norm_eps, "implementation": implementation, "interpret": interpret}
         of_copies = "jax_triton" if implementation == "jax_triton" else None
         return fused_linear(x, weight, **options), copy_rows(*copies, implementation=of_copies, interpret=interpret)
     out_dtype = plain.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    num_results = _num_results(weight, gated)
-    out_shape = (*plain.shape[:-1], num_results)
-    if math.prod(out_shape) == 0:
+    if is_empty:
         return jnp.zeros(out_shape, out_dtype)
     residual = None if residual is None else residual.reshape(-1, num_results)
     norm_eps = float(norm_eps)

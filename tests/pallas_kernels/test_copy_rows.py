@@ -102,6 +102,15 @@ def test_copies_beside_any_product():
     assert np.all(out == 64) and all(map(np.array_equal, found, expected))
 
 
+def test_copies_beside_a_product_of_no_rows():
+    """They are made all the same, beside a matrix too whose kernel copies while it multiplies."""
+    host, pools, expected = make_pools(3, 64)
+    x, weight = jnp.ones((0, 4096), jnp.bfloat16), jnp.zeros((4096, 4096), jnp.bfloat16)
+    copies = Copies(host, pools, *map(jnp.asarray, (SOURCES, TARGETS, COUNTS)))
+    out, found = fused_linear(x, weight, copies=copies, implementation="triton", interpret=True)
+    assert out.shape == (0, 4096) and all(map(np.array_equal, found, expected))
+
+
 def test_what_does_not_fit_together_is_refused():
     pool = jnp.zeros((4, 2, 8))
     for host, lists in (((pool, pool), SOURCES), ((pool.astype(jnp.bfloat16),), SOURCES), ((pool,), SOURCES[:, :3])):
