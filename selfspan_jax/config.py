@@ -358,8 +358,7 @@ class DecodeConfig:
 
     def __post_init__(self):
         _require_positive(self, "max_new_tokens", "prefill_tokens")
-        if get_selector(self.prefill) and not getattr(self.attention, "takes_sparse_prefill", True):
-            raise UserError(f"prefill is {self.prefill!r}; allowed with attention {self.attention}: dense")
+        get_selector(self.prefill)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,6 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.files import FilePrompts, well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory import check_policy, with_memory
-from selfspan_jax.neighbours.rebalanced import Rebalanced
 from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.serving.requests import Request
@@ -486,10 +485,7 @@ def _key(seed: int) -> PRNGKeyArray:
 @functools.partial(jax.jit, static_argnames=("graph", "policy"))
 def _forward(graph: nnx.GraphDef, params: nnx.State, token_ids: Int[Array, "B T"], policy: Policy) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, params)
-    if isinstance(policy, Rebalanced):  # no mask, but an attention of its own
-        mask: Any = policy.sequences(token_ids.shape[1], model.config)
-    else:
-        mask = policy.mask(token_ids, model.vocab, model.config)
+    mask = policy.mask(token_ids, model.vocab, model.config)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     hidden, _ = model(token_ids, positions, with_memory(attend_under(mask), model.config))
     return model.logits(hidden)

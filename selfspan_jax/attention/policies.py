@@ -72,7 +72,7 @@ class Policy(Hashable, Protocol):
         first_query: int | Int[Array, ""] = 0,
         num_queries: int | None = None,
     ) -> Bool[Array, "B Q T"]:
-        """Compute the mask of whole sequences, True = may attend.
+        """Compute the mask of whole sequences, True = may attend; or what has an `attend(q, k, v)` of its own, in its place.
 
         Args:
           views: `header_view`, `prompt_view` and `prompt_window_tokens` of the model.

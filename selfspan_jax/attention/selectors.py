@@ -28,10 +28,12 @@ def get_selector(prefill: str | Hashable) -> Selector | None:
 def prompt_mask(mask: Mask, prefill: str | Hashable, num_queries: int) -> Callable[[Array, Array, Array], Mask]:
     """Return the function from queries [B, Q, N, H] and pools [P, K, H] to the mask that the queries are read under.
 
-    Read densely are masks that are no `PromptMask` (a policy's own, or of prompts that go on in a response), chunks of no multiple
-    of 128 queries, and rooms for fewer tokens than the selector's `dense_below_tokens`. Raises UserError where the mask is local.
+    Read densely are masks that are no `PromptMask` (a policy's own, or of prompts that go on in a response), chunks of no multiple of 128
+    queries, and rooms for fewer tokens than the selector's `dense_below_tokens`. Raises UserError for local masks, and such as `attend`.
     """
     selector = get_selector(prefill)
+    if selector and hasattr(mask, "attend"):
+        raise UserError(f"prefill is {prefill!r}; allowed with an attention that weighs all keys itself: dense")
     if selector is None or not isinstance(mask, PromptMask):
         return lambda *_: mask
     if mask.query_labels is not None:

@@ -39,7 +39,6 @@ class Rebalanced(Dense):
 
     name: ClassVar[str] = "rebalanced"
     description: ClassVar[str] = "everything before, more of what the first layer attends to"
-    takes_sparse_prefill: ClassVar[bool] = False
 
     def __post_init__(self):
         if not (0 <= self.alpha < math.inf and 0 < self.threshold < 1):
@@ -49,12 +48,12 @@ class Rebalanced(Dense):
         """Return what each layer adds to the weights; nothing in the first and in the last."""
         return [self.alpha * (1 - layer / (num_layers - 1)) if layer else 0.0 for layer in range(num_layers)]
 
-    def sequences(self, num_tokens: int, config: Any) -> Rebalancing:
-        """Make the attention of whole sequences of one length, in a model of this config."""
-        return Rebalancing(self, jnp.int32(0), num_tokens, config.num_layers)
+    def mask(self, token_ids, vocab, views, *, first_query=0, **_):
+        """Return the attention itself, in place of a mask, for whole sequences in a model of this config."""
+        return Rebalancing(self, jnp.int32(first_query), token_ids.shape[1], views.num_layers)
 
     def prompt_masks(self, token_ids, lengths, vocab, views, *, responses):
-        return lambda first, _: Rebalancing(self, first, token_ids.shape[1], views.num_layers)
+        return lambda first, _: self.mask(token_ids, vocab, views, first_query=first)
 
     def initial_slots(self, slot_table):
         return RebalancedSlots(slot_table, jnp.zeros(slot_table.shape[0], jnp.int32), policy=self)
