@@ -311,7 +311,10 @@ def timed(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], count: int, num
             seconds.append(time.perf_counter() - began)
         step = float(np.median(seconds[1:])) / num_tokens
         read = float(np.asarray(state.num_attended).mean())  # type: ignore[union-attr]
+        pools = [pool for layer in state.cache.pools for pool in layer]  # type: ignore[union-attr]
+        kept = sum(pool.nbytes for pool in pools) / len(pools[0]) * (int(lengths.sum()) + num_tokens * len(some))
         found = {"attended_tokens": read, "ms_per_step": 1e3 * step, "tokens_per_second": len(some) / step, "batch_size": len(some)}
+        found |= {"cache_bytes": kept}
         yield {"neighbour": kind, "tokens": None if kind not in KINDS else count, **found}
 
 

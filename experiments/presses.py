@@ -28,12 +28,14 @@ from data.errors import check_range
 from data.tasks import TASKS
 from experiments.prefill import name_of
 from selfspan_jax import files
+from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.weights import huggingface
 
-NAMES = ("snapkv", "streaming", "expected", "knorm", "tova")
-"""Presses of kvpress that score the tokens of a prompt: SnapKV, StreamingLLM, expected attention, key norms, TOVA."""
+NAMES = ("snapkv", "streaming", "expected", "knorm", "tova", "chunks")
+"""Presses of kvpress: SnapKV, StreamingLLM, expected attention, key norms, TOVA; and ChunkKV, which keeps whole pieces of 20 tokens by
+SnapKV's scores, as Quest reads whole pages."""
 MAX_SMALL = 20  # percent of a prompt that are decoded in one batch; what keeps more, and what keeps all, are in a second one
 INTERVAL_TOKENS = 16  # between two compressions while it decodes
 
@@ -42,6 +44,8 @@ def press_of(name: str, share: float) -> Any:
     """Make a press that keeps this share of a prompt."""
     import kvpress
 
+    if name == "chunks":
+        return kvpress.ChunkKVPress(press_of("snapkv", share))
     classes = {"snapkv": "SnapKV", "streaming": "StreamingLLM", "expected": "ExpectedAttention", "knorm": "Knorm", "tova": "TOVA"}
     return getattr(kvpress, f"{classes[name]}Press")(compression_ratio=1 - share)
 
@@ -113,8 +117,10 @@ class Presses(ModelAndCorpus):
             prompts = ids[start : start + self.batch_size]
             made = {(name, share): press_of(name, share / 100) for name, share in settings}
             kept, first = peer.read(prompts, made)
+            print(f"{len(prompts)} prompts read after {time.perf_counter() - started:.0f} s", flush=True)
             for group in ([key for key in settings if key[1] <= MAX_SMALL], [key for key in kept if key[1] > MAX_SMALL]):
-                for key, own in peer.decode_all({key: kept[key] for key in group}, first, prompts, limit).items() if group else ():
+                own_caches = {key: kept.pop(key) for key in group}
+                for key, own in peer.decode_all(own_caches, first, prompts, limit).items() if group else ():
                     found.setdefault(key, []).extend(own)
                 report["presses"] = [row_of(key, own, lm.task, some, ids) for key, own in found.items()]
                 files.write_rows(self.json, report, complete=False)
@@ -142,6 +148,8 @@ def chosen(lm: SpanLM, settings: ModelAndCorpus) -> tuple[Any, list[Any]]:
     task, sets, _ = examples.stored(settings.data, lm.task, TASKS, 4 * settings.num_examples, settings.split)
     ((_, every),) = sets.items()
     short = [own for own in every if len(task.encode_prompt(own.prompt)) <= settings.max_prompt_tokens]
+    if not short:
+        raise UserError(f"{settings.data}: no prompt of the first {len(every)} has at most {settings.max_prompt_tokens} tokens")
     return task, short[: settings.num_examples]
 
 
@@ -171,8 +179,9 @@ class Peer:
             ids = self.torch.tensor(np.asarray(prompt)[None], device=self.device, dtype=self.torch.long)
             with self.torch.no_grad(), self.hooked(compress, presses.values()):
                 first.append(int(self.model(ids, logits_to_keep=1, use_cache=True).logits[0, -1].argmax()))
-            for key, own in layers.items():
-                kept[key].append(own)
+            for key, own in layers.items():  # ChunkKV may keep a short prompt's last piece, which is not whole, in some layers alone
+                size = min(k.shape[2] for k, _ in own)
+                kept[key].append([(k[:, :, -size:], v[:, :, -size:]) for k, v in own])
         return kept, first
 
     @contextlib.contextmanager

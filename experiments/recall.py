@@ -111,12 +111,12 @@ class Corpus:
             "distance": distance[:, :fresh],
         }
 
-    def batches(self, start: int, *, rows: int, seed: int, spans: bool, scales: tuple[int, ...]) -> Iterator[Batch]:
-        """Yield batches from number `start` on: all rows of one hold examples of one length, next to each other."""
+    def batches(self, start: int, *, rows: int, seed: int, spans: bool, scales: tuple[int, ...], short: int = 0) -> Iterator[Batch]:
+        """Yield batches from number `start` on, whose rows are examples of one length; the first `short` batches have the shortest."""
         tokens = self.row_tokens
         for number in range(start, 2**31):
             rng = np.random.default_rng((seed, number))
-            segments, each = KINDS[rng.integers(len(KINDS))]
+            segments, each = KINDS[rng.integers(len(KINDS))] if number >= short else KINDS[0]
             items = 2 ** rng.integers(1, min(self.items, segments * PIECES).bit_length())
             made = dataclasses.replace(self, items=int(items)).make(rng, rows * each, segments, spans=spans, scales=scales)
             length = made["token_ids"].shape[1]
@@ -134,10 +134,10 @@ class Corpus:
         return -(-longest // SEGMENT) * SEGMENT
 
 
-def model_config(system: System, **sizes: Any) -> ModelConfig:
+def model_config(system: System, header_view: str = "labels", **sizes: Any) -> ModelConfig:
     """Return the config of a system's model; all have as many parameters, but for a gate for each head of a memory."""
     mask = {"spans": "span", "delta": "memory", "linear": "memory"}.get(system, system)
-    options: dict[str, Any] = {"mask": mask, "prompt_view": "local", "header_view": "labels", "memory_segment_tokens": SEGMENT}
+    options: dict[str, Any] = {"mask": mask, "prompt_view": "local", "header_view": header_view, "memory_segment_tokens": SEGMENT}
     if mask == "memory":
         options["attention_memory"] = system
     return ModelConfig(**options, **sizes)
@@ -161,6 +161,12 @@ class Train:
     """Rows of a step, each of 1,152 tokens with the default corpus."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
+    short_steps: int = 0
+    """So many first steps have contexts of one segment alone."""
+    source_weight: float = 1.0
+    """How often the choice of a piece counts in the loss of spans, where its value counts once."""
+    header_view: Literal["labels", "all"] = "labels"
+    """What span tokens see: the labels, or everything."""
     gap_scales: Annotated[tuple[int, ...], commandline.commas(int)] = (0, 1, 4, 16, 64)
     """Rotary positions jump between pieces by up to twice one of these, so that those of long contexts are trained."""
     seed: int = 0
@@ -188,12 +194,14 @@ class Train:
         spans = self.system == "spans"
         sizes = {name: getattr(self, name) for name in ("hidden_size", "num_layers", "num_heads", "head_size")}
         sizes |= {"num_kv_heads": self.num_heads, "intermediate_size": 3 * self.hidden_size, "max_context_tokens": 2**17}
-        config = model_config(self.system, compute_dtype=COMPUTE_DTYPES[self.dtype], **sizes)
+        config = model_config(self.system, self.header_view, compute_dtype=COMPUTE_DTYPES[self.dtype], **sizes)
         model = Decoder(config, vocab=VOCAB, vocab_size=VOCAB.min_vocab_size, rngs=nnx.Rngs(self.seed))
         tokens = self.corpus.row_tokens
         options: dict[str, Any] = {"eval_examples": 0, "checkpoint_every_steps": self.steps, "gap_scales": self.gap_scales}
-        settings = TrainConfig(self.steps, self.seed, self.rows, tokens, learning_rate=self.learning_rate, **options)
-        batches = functools.partial(self.corpus.batches, rows=self.rows, seed=self.seed, spans=spans, scales=self.gap_scales)
+        options |= {"learning_rate": self.learning_rate, "source_weight": self.source_weight}
+        settings = TrainConfig(self.steps, self.seed, self.rows, tokens, **options)
+        rows = {"rows": self.rows, "seed": self.seed, "scales": self.gap_scales, "short": self.short_steps}
+        batches = functools.partial(self.corpus.batches, spans=spans, **rows)
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
             model = training.train(model, settings, batches_from=batches, run_dir=Path(directory), progress=True)
