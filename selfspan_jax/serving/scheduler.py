@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -230,9 +230,9 @@ class Scheduler:
                 self.cancel(ticket)
         return [joined(part) for part in parts]
 
-    def warm_up(self, *, draws: bool = True) -> None:
-        """Compile every program, several at once, so that none is compiled later. Without `draws` only those of greedy decoding."""
-        self.programs.warm_up(self.config.chunk_tokens, draws=draws)
+    def warm_up(self, **options: Any) -> None:
+        """Compile every program, several at once, so that none is compiled later. Options are those of `Programs.warm_up`."""
+        self.programs.warm_up(self.config.chunk_tokens, **options)
 
     def _take(self) -> None:
         """Take what other threads have left."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import uvicorn
+from tqdm import tqdm
 
 from selfspan_jax.attention.policies import Policy
 from selfspan_jax.config import ServerConfig
@@ -65,6 +66,21 @@ class Uvicorn(uvicorn.Server):
         self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._server.drain()))
 
 
+class _Compiling(tqdm):
+    """A bar of programs that are compiled, on a terminal; elsewhere a line for each quarter of them."""
+
+    def __init__(self):
+        super().__init__(desc="compiling", unit="program", leave=False, disable=None)
+
+    def tell(self, done: int, of: int) -> None:
+        """Say how many programs are compiled, and of how many."""
+        if self.disable and (of != self.total or 4 * done // of > 4 * self.n // of):
+            print(f"compiling: {done} of {of} programs", flush=True)
+            self.n = done
+        self.total = of
+        self.update(done - self.n)
+
+
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """Bind a TCP socket. Raises UserError where the address is in use, or none of this machine."""
@@ -94,8 +110,8 @@ def serve(
     jax.config.update("jax_platforms", "cpu")  # devices are the workers'
     with listening(config.host, config.port) as bound, Workers(load, config.serving, mesh=mesh, attention=attention) as workers:
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone away
-        print("compiling ...", flush=True)
-        workers.warm_up()
+        with _Compiling() as bar:
+            workers.warm_up(bar.tell)
         gc.collect()
         gc.freeze()  # what stays is not looked at again
         key = os.environ.get("SELFSPAN_API_KEY") or None if config.api_key is None else config.api_key

@@ -557,7 +557,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
     from selfspan_jax.serving import server as module
 
     scripted = Scripted()
-    scripted.warm_up, scripted.reader = lambda: None, SpanLM(random_model(), Named())
+    scripted.warm_up, scripted.reader = lambda told: [told(done, 9) for done in range(10)], SpanLM(random_model(), Named())
     monkeypatch.setattr(module, "Workers", lambda *arguments, **options: contextlib.nullcontext(scripted))
     release, found = threading.Event(), {}
     advance = scripted._advance
@@ -601,6 +601,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
     thread.join()
     signal.signal(signal.SIGTERM, before)
     assert found["text"] == TEXT
+    assert re.findall(r"compiling: (\d+) of 9", found["said"]) == ["0", "3", "5", "7", "9"]  # where a quarter is through
     assert (found["waiting"].status_code, found["waiting"].headers["Retry-After"]) == (503, "1")
     assert found.get("late", 503) == 503
 

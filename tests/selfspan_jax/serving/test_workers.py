@@ -67,7 +67,9 @@ def test_a_worker_behind_a_server_gives_each_what_it_would_get_alone_and_where_i
             return await asyncio.gather(*(ask(client, rng.choice(prompts), rng.choice((-1, -1, 0, 0, 1, 2))) for _ in range(CALLS)))
 
     with Workers(load, CONFIG) as workers:
-        workers.warm_up()
+        told: list[tuple[int, int]] = []
+        workers.warm_up(lambda *numbers: told.append(numbers))
+        assert told[-1] == (told[0][1], told[0][1]) and told == sorted(told)
         with serving(workers, lm=workers.reader) as address:
             found = [each for each in asyncio.run(ask_all(address)) if each]
             until(lambda: (workers.stats.running, workers.stats.reading, workers.stats.waiting) == (0, 0, 0))
