@@ -66,19 +66,21 @@ class Uvicorn(uvicorn.Server):
         self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._server.drain()))
 
 
-class _Compiling(tqdm):
-    """A bar of programs that are compiled, on a terminal; elsewhere a line for each quarter of them."""
+@contextlib.contextmanager
+def _compiling() -> Iterator[Callable[[int, int], None]]:
+    """Show how many programs are compiled, and of how many: a bar on a terminal, elsewhere a line for each quarter of them."""
+    quarters = -1
+    with tqdm(desc="compiling", unit=" programs", leave=False, disable=None) as bar:
 
-    def __init__(self):
-        super().__init__(desc="compiling", unit="program", leave=False, disable=None)
+        def told(done: int, of: int) -> None:
+            nonlocal quarters
+            if bar.disable and 4 * done // of > quarters:
+                quarters = 4 * done // of
+                print(f"compiling: {done} of {of} programs", flush=True)
+            bar.total = of
+            bar.update(done - bar.n)
 
-    def tell(self, done: int, of: int) -> None:
-        """Say how many programs are compiled, and of how many."""
-        if self.disable and (of != self.total or 4 * done // of > 4 * self.n // of):
-            print(f"compiling: {done} of {of} programs", flush=True)
-            self.n = done
-        self.total = of
-        self.update(done - self.n)
+        yield told
 
 
 @contextlib.contextmanager
@@ -110,8 +112,8 @@ def serve(
     jax.config.update("jax_platforms", "cpu")  # devices are the workers'
     with listening(config.host, config.port) as bound, Workers(load, config.serving, mesh=mesh, attention=attention) as workers:
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone away
-        with _Compiling() as bar:
-            workers.warm_up(bar.tell)
+        with _compiling() as told:
+            workers.warm_up(told)
         gc.collect()
         gc.freeze()  # what stays is not looked at again
         key = os.environ.get("SELFSPAN_API_KEY") or None if config.api_key is None else config.api_key
