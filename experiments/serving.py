@@ -21,7 +21,7 @@ from selfspan_jax import files
 from selfspan_jax.errors import UserError
 
 Row = dict[str, Any]
-MODEL, RATES, EVALUATION = "arithmetic-small.json", "rates.json", "eval.json"  # the files
+MODEL, EVALUATION = "arithmetic-small.json", "eval.json"  # the files
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
 PEER_RATES = "smollm2-135m_rates.json"
 HTTP = ("http32", "http_data2", "http_tensor2")  # of servers under load; sections have the names of the files
@@ -46,8 +46,7 @@ def sections(results: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     writers: tuple[tuple[str, Callable[[Any], dict[str, str]]], ...] = (
         (MODEL, of_model),
-        (RATES, functools.partial(of_rates, section="rates")),
-        (PEER_RATES, functools.partial(of_rates, section="peers_rates")),
+        (PEER_RATES, of_peer_rates),
         *((f"{section}.json", functools.partial(of_http, section=section)) for section in HTTP),
         *((name, functools.partial(of_peers, section=section)) for section, name in PEERS.items()),
         (EVALUATION, of_evaluation),
@@ -85,12 +84,13 @@ def of_model(report: Row) -> dict[str, str]:
             ("long prompts", "rounds", "p50", "p99", "most", "p99 with ramps", "host p50", "host p99", "its processor p99"),
             [_stalls(row) for row in report.get("stalls", [])],
         ),
+        "rates": _at_rates(report),
     }
 
 
-def of_rates(report: Row, section: str) -> dict[str, str]:
-    """Write the table of `benchmarks.batching --parts rates`, as a section of this name."""
-    return {section: _rates([row for row in report["rows"] if row["requests_per_second"] is not None])}
+def of_peer_rates(report: Row) -> dict[str, str]:
+    """Write the table of `benchmarks.batching --shape ... --peers --parts rates`."""
+    return {"peers_rates": _at_rates(report)}
 
 
 def of_http(report: Row, section: str) -> dict[str, str]:
@@ -171,6 +171,10 @@ def _equal(row: Row) -> list[str]:
 def _stalls(row: Row) -> list[str]:
     names = ("ms_p50", "ms_p99", "ms_most", "with_ramp_ms_p99", "host_ms_p50", "host_ms_p99", "host_cpu_ms_p99")
     return [str(row["long_prompts"]), str(row["rounds"]), *(_number(row[name], 1) for name in names)]
+
+
+def _at_rates(report: Row) -> str:
+    return _rates([row for row in report["rows"] if row["requests_per_second"] is not None])
 
 
 def _rates(rows: list[Row]) -> str:
