@@ -42,7 +42,8 @@ from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task, end_ids, installed_tasks
-from selfspan_jax.tiers.engine import HostEngine, TieredCache
+from selfspan_jax.tiers.cache import TieredCache
+from selfspan_jax.tiers.engine import HostEngine
 from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
 from selfspan_jax.viewing.output import Output, prompt_warnings

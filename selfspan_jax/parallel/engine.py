@@ -24,7 +24,7 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory_cache import prefill_memory
 from selfspan_jax.parallel.collectives import psum_context
 from selfspan_jax.parallel.context import context_size, part_of, take_own
-from selfspan_jax.tiers.engine import read_layer
+from selfspan_jax.tiers.prefill import read_layer
 
 
 def make_engine(model: Decoder, mesh: Mesh | None = None, **options: Any) -> Engine:

@@ -21,7 +21,7 @@ from selfspan_jax.config import ModelConfig
 from selfspan_jax.decoding.cache import LayerPools
 from selfspan_jax.model import Attend
 from selfspan_jax.spans import SpanState, SpanVocab
-from selfspan_jax.tiers.engine import empty_host_pools
+from selfspan_jax.tiers.prefill import empty_host_pools
 from selfspan_jax.tiers.working_sets import WorkingSets, always_read
 
 WRITTEN_AT_ONCE = 8  # pages, by one program

@@ -17,7 +17,7 @@ from selfspan_jax.parallel.memory import DoesNotFit, catch_out_of_memory
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.tiers import engine as tiers
-from selfspan_jax.tiers import working_sets
+from selfspan_jax.tiers import prefill, working_sets
 from selfspan_jax.tiers.engine import HostEngine
 from selfspan_jax.weights import lora
 from tests.selfspan_jax.models import random_model
@@ -130,13 +130,15 @@ def test_drawn_tokens_are_those_of_rows_on_the_device(attention, monkeypatch):
     model = model if attention == "span" else lora.adapt(model, LoraConfig(rank=2))  # whose maps copy nothing beside their product
     config = DecodeConfig(attention, max_new_tokens=18, sampling=Sampling(temperature=1.0))
     arguments: tuple = (*prompts_of(ROWS[:3]), dataclasses.replace(config, max_new_tokens=8), jax.random.key(1))
-    engine = HostEngine(model, working_set_tokens=8)
+    engine, taken = HostEngine(model, working_set_tokens=8), []
+    monkeypatch.setattr(memory, "take_host_memory", lambda needed_bytes, _: taken.append(needed_bytes // model.config.row_bytes))
     plain = Engine(model).generate(*arguments[:2], config, arguments[3], num_samples=2)
     tiered = engine.generate(*arguments, num_samples=2, limit_tokens=18)
     np.testing.assert_array_equal(tiered.new_tokens[:, :18], plain.new_tokens)
     np.testing.assert_array_equal(tiered.num_attended[:, :18], plain.num_attended)
     assert int(tiered.cache.first_new) == 15 and int(tiered.cache.misses.sum()) > 0
     assert tiered.cache.pools[0][2].shape[0] == 3 * 64 + 6 * 20
+    assert taken == ([3 * 64 + 6 * 10, 2 * 3 * 64 + 6 * (10 + 20)] if attention == "span" else [3 * 64 + 6 * 20])  # while both are there
     assert tiered.cache.pools[0][0].shape[0] == -(-6 * (8 + 5) // 8) * 8  # rows of six sequences
     assert {pool.sharding.memory_kind for layer in tiered.cache.pools for pool in layer[2:]} == {"pinned_host"}
     if attention == "span":
@@ -155,7 +157,7 @@ def test_prompts_are_read_in_groups(monkeypatch):
     """Some prompts at a time, whose rows then lie behind each other."""
     model, arguments = random_model(num_layers=1), (*prompts_of(ROWS[:4]), DecodeConfig(max_new_tokens=8))
     whole = HostEngine(model).prefill(*arguments)
-    monkeypatch.setattr(tiers, "READ_TOKENS", 2 * 64)
+    monkeypatch.setattr(prefill, "READ_TOKENS", 2 * 64)
     grouped = HostEngine(model).prefill(*arguments)
     np.testing.assert_allclose(grouped.logits, whole.logits, atol=1e-5)
     for pool, expected in zip(jax.tree.leaves(grouped.cache.pools), jax.tree.leaves(whole.cache.pools), strict=True):
@@ -180,7 +182,7 @@ def test_what_is_not_there_is_refused():
 def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
     """Of the host for the engine and for a server, by which limit; of the device for working sets."""
     engine, prompts = HostEngine(random_model(num_layers=1)), prompts_of(ROWS[:2])
-    monkeypatch.setattr(engine, "_read", None)  # nothing is read
+    monkeypatch.setattr(tiers, "read_to_host", None)  # nothing is read
     with monkeypatch.context() as patch:
         patch.setattr(memory, "free_host_memory_bytes", lambda: 2**10)
         with pytest.raises(DoesNotFit, match=r"rows of 2 prompts of up to 64 tokens take 0\.0 GiB of host memory, 0\.0 are free"):
@@ -233,7 +235,7 @@ def test_host_memory_that_runs_out_is_named_and_a_device_that_cannot_be_used():
 def test_a_trained_model_writes_the_same_tokens_on_a_gpu(size, monkeypatch):
     """With a small working set also: prompts that are read in groups, and new rows that go to host memory, more than was taken."""
     if size == 16:
-        monkeypatch.setattr(tiers, "READ_TOKENS", 64)
+        monkeypatch.setattr(prefill, "READ_TOKENS", 64)
         monkeypatch.setattr(tiers, "NEW_TOKENS", 16)
         monkeypatch.setattr(tiers, "bucket", lambda num_tokens: 32)
         monkeypatch.setattr(lm, "_FIRST_ROOM", 32)
