@@ -27,8 +27,6 @@ _RUN = {"training": dict.fromkeys(("*", "seed", *_SIZES)), "base": dict.fromkeys
 _STEP = dict.fromkeys(("step", "loss", "steps_per_second", "tokens_per_second", "input_wait_fraction", "mfu?"))
 _CURVE = dict.fromkeys(("step", "loss", "seconds", "tokens_per_second", "input_wait_fraction", "mfu", "evaluation?"))
 _CURVE_POINTS = 100
-_RENAMED = {"bf16_peak_fraction": "mfu"}  # metrics of old runs
-_UNNAMED = {"label_jumps": 0, "jumps_at": "any"}  # settings of a corpus that old runs did not name yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,21 +167,8 @@ def _reduced(experiment: Experiment, file: Path) -> tuple[str, int, str, dict[st
     if kind == "run":
         if kept["training"]["seed"] != int(seed):
             raise UserError(f"{where}: is of seed {kept['training']['seed']}")
-        kept["corpus"] = _migrated_corpus(kept["corpus"], variant.defaults["corpus"])
         variant.check(kept, where)
     return name, int(seed), kind, kept
-
-
-def _migrated_corpus(corpus: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's corpus settings with those that it is too old to name; `known` has all settings of such a corpus.
-
-    This is all that run.json files differ in from today's: other settings that they do not name, or that no longer exist, are in
-    no command.
-    """
-    settings = {**{key: value for key, value in _UNNAMED.items() if key in known}, **corpus}
-    if not settings.get("label_jumps", True):
-        del settings["jumps_at"]  # means nothing without jumps
-    return settings
 
 
 def _reduced_metrics(rows: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
@@ -192,7 +177,6 @@ def _reduced_metrics(rows: Sequence[Mapping[str, Any]], where: str) -> dict[str,
     Returns: the loss as means over neighbouring rows, the seconds of all steps with compilation, medians of the rates, and the
     run's own evaluation after its last step where there is one.
     """
-    rows = [{_RENAMED.get(key, key): value for key, value in row.items()} for row in rows]
     logged = pd.DataFrame([pick(row, _STEP, where) for row in rows if "loss" in row])
     if logged.empty:
         raise UserError(f"{where}: has no step")

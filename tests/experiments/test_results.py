@@ -117,21 +117,9 @@ def kept(tmp_path):
     return write
 
 
-def test_runs_that_name_no_label_jumps_had_none(kept):
-    path = kept("arithmetic", "span", 0, without=["label_jumps"])
-    kept("arithmetic", "span", 1)
-    runs = results.load(arithmetic.EXPERIMENT, path)
-    assert [run.settings["corpus"]["label_jumps"] for run in runs] == [0, 0]
-    assert all(
-        "--jumps-at" not in arithmetic.EXPERIMENT.variants["span"].command(run.settings, "runs/span-0") for run in runs
-    )  # there is nothing to jump
-    kept("arithmetic", "jumps", 0, without=["label_jumps"])
-    with pytest.raises(ValueError, match="label_jumps is 0, but 3 in this variant"):
-        results.load(arithmetic.EXPERIMENT, path)
-
-
 REFUSED = {
     "no jumps": (("arithmetic", "span", 0, "jumps"), {}, "label_jumps is 0, but 3 in this variant"),
+    "none of them": (("arithmetic", "jumps", 0), {"without": ["label_jumps"]}, "label_jumps is missing, but 3 in this variant"),
     "one jump": (("arithmetic", "jumps", 0), {"label_jumps": 1}, "label_jumps is 1, but 3 in this variant"),
     "another base": (("news", "smollm2", 0), {"init": "Other.gguf"}, "init is Other.gguf, but SmolLM2"),
     "another mask": (("arithmetic", "smollm2", 0, "smollm2_dense"), {}, "mask is span, but dense in this variant"),
