@@ -14,16 +14,16 @@ import functools
 import itertools
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from benchmarks.shapes import ShapeName, matrix_sizes, named_shape
-from benchmarks.timing import CACHE_BYTES, KernelCommand, KernelReport, median_and_spread, relative_error, run_seconds
+from benchmarks.timing import CACHE_BYTES, KernelCommand, KernelReport, median_and_spread, relative_error, run_command, run_seconds
+from data import commandline
 from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
 from pallas_kernels.common import MULTIPROCESSORS
 from pallas_kernels.linear import expected_bytes
@@ -217,7 +217,7 @@ LAYER_VARIANTS = {  # name: (linear and how its weights are stored, rotation)
 }
 
 
-def run_layers(name: ShapeName, batches: list[int], seed: int, report: KernelReport, rounds: int = 10) -> None:
+def run_layers(name: ShapeName, batches: Sequence[int], seed: int, report: KernelReport, rounds: int = 10) -> None:
     """Time whole layers of a model without their attention: what stands between two attentions of a decode step."""
     config = named_shape(name).config
     sizes = [size for matrix, size in matrix_sizes(name).items() if matrix != "head"]
@@ -305,7 +305,7 @@ def configured_linear(config: LinearConfig | TileConfig, x, weight, *, norm, res
     return triton_linear(x, weight, norm, None, residual, config=config, **options)
 
 
-def variants_of(matrix: Matrix, batches: list[int], implementations: list[str], tune: bool) -> dict:
+def variants_of(matrix: Matrix, batches: Sequence[int], implementations: Sequence[str], tune: bool) -> dict:
     """List what to time of a matrix: implementations or, to tune, settings; batch and name: function and how weights are stored."""
     variants: dict[tuple[int, str], tuple[Callable, str]] = {}
     for batch, kind in itertools.product(batches, implementations):
@@ -317,24 +317,36 @@ def variants_of(matrix: Matrix, batches: list[int], implementations: list[str], 
     return variants
 
 
-def main(arguments: list[str] | None = None) -> int:
-    matrices = {matrix.name: matrix for matrix in MATRICES}
-    parser = KernelCommand("benchmarks.linear", __doc__)
-    parser.add_names("--matrices", matrices, ", may be empty", "matrix")
-    parser.add_names("--layers", LAYERS, ", may be empty", "layer")
-    parser.add_names("--batch-size", BATCHES, ", rows")
-    parser.add_names("--implementations", IMPLEMENTATIONS, ", of the matrices")
-    parser.add_argument("--tune", action="store_true", help="time every sensible setting of the Triton kernel on the matrices instead")
-    args = parser.parse_args(arguments)
-    batches = list(map(int, args.batch_size))
-    with parser.report(args) as report:
-        for layer in () if args.tune else args.layers:
-            run_layers(layer, batches, args.seed, report)
-        for matrix in map(matrices.__getitem__, args.matrices):
-            variants = variants_of(matrix, batches, args.implementations, args.tune)
-            run_matrix(matrix, variants, args.seed, report, runs=3 if args.tune else 5)
-    return 0
+BY_NAME = {matrix.name: matrix for matrix in MATRICES}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(KernelCommand):
+    """Time skinny GEMMs (few rows) against the read ceiling of the memory, and against XLA."""
+
+    matrices: Annotated[tuple[str, ...], commandline.commas(*BY_NAME, "")] = (*BY_NAME,)
+    """May be empty."""
+    layers: Annotated[tuple[ShapeName, ...], commandline.commas(*LAYERS, "")] = LAYERS
+    """Models whose layers are timed whole, without their attention; may be empty."""
+    batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = BATCHES
+    """Rows."""
+    implementations: Annotated[tuple[str, ...], commandline.commas(*IMPLEMENTATIONS)] = IMPLEMENTATIONS
+    """Of the matrices."""
+    tune: bool = False
+    """Time every sensible setting of the Triton kernel on the matrices instead."""
+
+    def run(self) -> None:
+        with self.report() as report:
+            for layer in () if self.tune else self.layers:
+                run_layers(layer, self.batch_size, self.seed, report)
+            for matrix in map(BY_NAME.__getitem__, self.matrices):
+                variants = variants_of(matrix, self.batch_size, self.implementations, self.tune)
+                run_matrix(matrix, variants, self.seed, report, runs=3 if self.tune else 5)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_command(Linear, "benchmarks.linear", arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from benchmarks.shapes import PROMPT_SHAPES, PromptShape
 from benchmarks.span_decode import chain_us
 from benchmarks.timing import KernelReport
 from benchmarks.workloads import arithmetic_prompts, prompt_operators
-from data import arithmetic
+from data import arithmetic, commandline
 from data.vocab import Vocab
 from pallas_kernels import PromptMask, prompt_attention
 from pallas_kernels.prompt_attention import unsupported_reason
@@ -39,7 +38,7 @@ from selfspan_jax.spans import SpanVocab
 from selfspan_jax.training.metrics import bf16_peak
 
 IMPLEMENTATIONS = ("mosaic", "triton", "cudnn", "reference")
-DTYPES = ("bfloat16", "float16")
+Dtype = Literal["bfloat16", "float16"]
 ROUNDS = 2  # calls in a chain, each of which takes milliseconds
 _CHUNKS, _CHUNK_QUERIES = 4, 16  # of each prompt, whose errors are measured
 Attend = Callable[..., jax.Array]
@@ -56,7 +55,7 @@ class Workload:
     num_pairs: int
 
     @classmethod
-    def make(cls, shape: PromptShape, seed: int, dtype: str = DTYPES[0]) -> Workload:
+    def make(cls, shape: PromptShape, seed: int, dtype: Dtype = "bfloat16") -> Workload:
         keys = jax.random.split(jax.random.key(seed), 3)
         draw = functools.partial(jax.random.normal, dtype=dtype)
         pool_shape = (shape.batch_size * shape.num_keys, shape.num_kv_heads, shape.head_size)
@@ -146,7 +145,7 @@ def prepare(name: str, workload: Workload) -> tuple[Attend, Any, Any]:
     return functools.partial(prompt_attention, implementation=name), workload.pools, workload.mask
 
 
-def run_shape(shape: PromptShape, implementations: list[str], report: KernelReport, seed: int, dtype: str) -> None:
+def run_shape(shape: PromptShape, implementations: Sequence[str], report: KernelReport, seed: int, dtype: Dtype) -> None:
     """Time the implementations on a shape; one that cannot compute it, or does not fit, gets a row that says so."""
     workload, peak = Workload.make(shape, seed, dtype), bf16_peak(jax.devices()[0].device_kind)
     for name in implementations:
@@ -169,20 +168,31 @@ def run_shape(shape: PromptShape, implementations: list[str], report: KernelRepo
         print(f"{label} {microseconds:10.1f} us {per_second / 1e12:7.1f} TFLOP/s{of_peak}, error {row['relative_error']:.1e}", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    by_name = {shape.name: shape for shape in PROMPT_SHAPES}
-    parser = timing.KernelCommand("benchmarks.prompt_attention", __doc__)
-    parser.add_names("--shapes", by_name, "", "shape")
-    parser.add_names("--implementations", IMPLEMENTATIONS, "", "implementation")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of queries, keys and values; both have the same peak")
-    args = parser.parse_args(arguments)
-    shapes = [by_name[name] for name in args.shapes]
-    with parser.report(args, dtype=args.dtype, shapes=list(map(dataclasses.asdict, shapes))) as report:
-        for shape in shapes:
-            run_shape(shape, args.implementations, report, args.seed, args.dtype)
-            report.save()
-    return 0
+BY_NAME = {shape.name: shape for shape in PROMPT_SHAPES}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptAttention(timing.KernelCommand):
+    """Time the attention of prompts against the peak of the matrix units, and against cuDNN."""
+
+    shapes: Annotated[tuple[str, ...], commandline.commas(*BY_NAME)] = (*BY_NAME,)
+    """Problems."""
+    implementations: Annotated[tuple[str, ...], commandline.commas(*IMPLEMENTATIONS)] = IMPLEMENTATIONS
+    """Of ours, and cuDNN."""
+    dtype: Dtype = "bfloat16"
+    """Of queries, keys and values; both have the same peak."""
+
+    def run(self) -> None:
+        shapes = [BY_NAME[name] for name in self.shapes]
+        with self.report(dtype=self.dtype, shapes=list(map(dataclasses.asdict, shapes))) as report:
+            for shape in shapes:
+                run_shape(shape, self.implementations, report, self.seed, self.dtype)
+                report.save()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    timing.run_command(PromptAttention, "benchmarks.prompt_attention", arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

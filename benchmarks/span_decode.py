@@ -18,9 +18,9 @@ import functools
 import importlib.util
 import math
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,9 @@ DENSITIES = (1.0, 0.1, 0.02)
 PATTERNS = ("tokens", "spans", "blocks")
 CASES = tuple((density, pattern) for density in DENSITIES for pattern in (PATTERNS if density < 1.0 else ("all",)))
 IMPLEMENTATIONS = ("triton", "triton+int8", "mosaic", "jax_triton")
+KNOWN = tuple(name + pools for name in ("triton", "mosaic", "jax_triton", "xla", "reference") for pools in ("", "+int8"))
+PEERS = ("jax", "torch")
+BY_NAME = {shape.name: shape for shape in ATTENTION_SHAPES}
 ROUNDS = 8  # through all slot lists of a chain
 
 
@@ -220,7 +223,7 @@ def add_row(
     report.add(label, microseconds, expected_bytes(workload.q, k_pool, num_slots), columns, **more)
 
 
-def run_implementations(workload: Workload, implementations: list[str], report: KernelReport, seed: int) -> None:
+def run_implementations(workload: Workload, implementations: Sequence[str], report: KernelReport, seed: int) -> None:
     """Time ours in all cases; a name with `+int8` runs the implementation on int8 pools."""
     shape, q = workload.shape, workload.q
     inputs = {case: workload.draw(seed, *case) for case in CASES}
@@ -246,7 +249,7 @@ def run_implementations(workload: Workload, implementations: list[str], report: 
             add_row(report, workload, name, case, microseconds, int(arrays[0][1].sum()), **more)
 
 
-def run_peers(workload: Workload, peers: list[str], report: KernelReport, seed: int) -> None:
+def run_peers(workload: Workload, peers: Sequence[str], report: KernelReport, seed: int) -> None:
     """Time other implementations on the same shape."""
     shape = workload.shape
     cache_shape = (workload.num_copies, len(shape.lengths), shape.capacity, shape.num_kv_heads, shape.head_size)
@@ -317,34 +320,45 @@ def plot(report: dict) -> Figure:
     return figure
 
 
-def main(arguments: list[str] | None = None) -> int:
-    by_name = {shape.name: shape for shape in ATTENTION_SHAPES}
-    parser = timing.KernelCommand("benchmarks.span_decode", __doc__, json="write the results here (with --plot: read them)")
-    parser.add_names("--shapes", by_name, "", "shape")
-    parser.add_names("--implementations", IMPLEMENTATIONS, ", +int8 for int8 pools, may be empty")
-    parser.add_names("--peers", ("jax", "torch"), ", other implementations: of jax (XLA, cuDNN) and of torch, may be empty")
-    parser.add_argument("--tune", action="store_true", help="time every setting of the Triton kernel instead")
-    parser.add_argument("--plot", type=Path, help="only draw the results in --json to this file")
-    args = parser.parse_args(arguments)
-    if args.plot:
-        if not args.json or not args.json.exists():
-            parser.exit(2, "error: --plot needs --json FILE with the results of an earlier run\n")
-        with commandline.exit_on_user_error(UserError), files.outputs(plot=args.plot):
-            files.write_picture(args.plot, plot(files.read_json(args.json)))
-        return 0
-    shapes = [by_name[name] for name in args.shapes]
-    with parser.report(args, shapes=list(map(dataclasses.asdict, shapes))) as report:
-        for shape in shapes:
-            if args.tune:
-                tune_shape(shape, args.seed, report)
-            else:
-                workload = Workload.make(shape, args.seed)
-                run_implementations(workload, args.implementations, report, args.seed)
-                if args.peers and len(set(shape.lengths)) == 1:
-                    run_peers(workload, args.peers, report, args.seed)
-            report.save()
-    return 0
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpanDecode(timing.KernelCommand):
+    """Time sparse decode attention against the read ceiling of the memory, and against other implementations."""
+
+    shapes: Annotated[tuple[str, ...], commandline.commas(*BY_NAME)] = (*BY_NAME,)
+    """Problems."""
+    implementations: Annotated[tuple[str, ...], commandline.commas(*KNOWN, "")] = IMPLEMENTATIONS
+    """Of ours, +int8 for int8 pools; may be empty."""
+    peers: Annotated[tuple[str, ...], commandline.commas(*PEERS, "")] = PEERS
+    """Other implementations: of jax (XLA, cuDNN) and of torch; may be empty."""
+    tune: bool = False
+    """Time every setting of the Triton kernel instead."""
+    plot: Path | None = None
+    """Only draw the results in --json, of an earlier run, to this file."""
+
+    def __post_init__(self):
+        if self.plot and not (self.json and self.json.exists()):
+            raise UserError("--plot needs --json FILE with the results of an earlier run")
+
+    def run(self) -> None:
+        if self.plot and self.json:
+            with files.outputs(plot=self.plot):
+                return files.write_picture(self.plot, plot(files.read_json(self.json)))
+        shapes = [BY_NAME[name] for name in self.shapes]
+        with self.report(shapes=list(map(dataclasses.asdict, shapes))) as report:
+            for shape in shapes:
+                if self.tune:
+                    tune_shape(shape, self.seed, report)
+                else:
+                    workload = Workload.make(shape, self.seed)
+                    run_implementations(workload, self.implementations, report, self.seed)
+                    if self.peers and len(set(shape.lengths)) == 1:
+                        run_peers(workload, self.peers, report, self.seed)
+                report.save()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    timing.run_command(SpanDecode, "benchmarks.span_decode", arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

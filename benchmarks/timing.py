@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
-import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -15,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -284,34 +283,17 @@ def run_command(command_type: type, module: str, arguments: list[str] | None = N
             command.run()
 
 
-class KernelCommand(argparse.ArgumentParser):
-    """The command line of a kernel's benchmark: `--seed`, `--json` and lists of names; a wrong name ends in one line and status 2."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelCommand:
+    """What the benchmarks of kernels have: a seed, the file of results, and their report, on a GPU."""
 
-    def __init__(self, module: str, description: str, *, json: str = "write the results here"):
-        """Take the name of the module, its docstring, and the help of `--json`."""
-        super().__init__(prog=f"python -m {module}", description=description.split("\n")[0])
-        self.add_argument("--seed", type=int, default=0, help="of the data (default: %(default)s)")
-        self.add_argument("--json", type=Path, help=json)
+    seed: int = 0
+    """Of the data."""
+    json: Path | None = None
+    """Write the figures into this file, as soon as they are there; - is standard output."""
 
-    def add_names(self, option: str, default: Iterable[Any], text: str, what: str = "") -> None:
-        """Add an option that is split at its commas, but for those in brackets; with `what`, no names but the default's are known."""
-        known = list(map(str, default))
-
-        def split(words: str) -> list[str]:
-            found = [name.strip() for name in re.split(r",(?![^\[]*\])", words) if name.strip()]
-            if what and (unknown := [name for name in found if name not in known]):
-                self.exit(2, f"error: unknown {what} {unknown[0]!r}, choose from {', '.join(known)}\n")
-            return found
-
-        self.add_argument(
-            option, type=split, default=",".join(known), help=f"comma-separated{text} (default: {'all: ' * bool(what)}%(default)s)"
-        )
-
-    @contextlib.contextmanager
-    def report(self, args: argparse.Namespace, **settings: Any) -> Iterator[KernelReport]:
-        """Open the report of a run, with its seed and settings, on a GPU; errors that users can mend end in one line and status 2."""
+    def report(self, **settings: Any) -> KernelReport:
+        """Open the report of a run, with its seed and settings. Raises UserError without a GPU."""
         if (platform := jax.devices()[0].platform) != "gpu":
-            self.exit(2, f"error: needs a GPU, the default device is a {platform}\n")
-        errors, outputs = commandline.exit_on_user_error(UserError), files.outputs(json=args.json)
-        with errors, outputs, KernelReport(args.json, seed=args.seed, **settings) as report:
-            yield report
+            raise UserError(f"needs a GPU, the default device is a {platform}")
+        return KernelReport(self.json, seed=self.seed, **settings)

@@ -28,7 +28,7 @@ def test_benchmark_tries_settings_that_can_run(matrix, int8):
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [(["--matrices", "7b-q"], "unknown matrix '7b-q', choose from 7b-qkv"), (["--layers", "x"], "unknown layer")]
+    "arguments, message", [(["--matrices", "7b-q"], "'7b-q' is none of 7b-qkv"), (["--layers", "x"], "'x' is none of llama2-7b")]
 )
 def test_benchmark_names_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -37,7 +37,7 @@ def test_sequences_have_slots_of_their_own():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--shapes", "b1-1k,b2"], "unknown shape 'b2', choose from b1-1k"),
+        (["--shapes", "b1-1k,b2"], "'b2' is none of b1-1k"),
         (["--plot", "out.png"], "--plot needs --json FILE"),
     ],
 )
