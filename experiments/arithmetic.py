@@ -254,7 +254,9 @@ def sections(runs: Sequence[Run], plots: dict[str, str]) -> dict[str, str]:
     }
 
 
-main = functools.partial(pages.main, EXPERIMENT, PLOTS, sections)
+def main(argv: Sequence[str] | None = None) -> None:
+    pages.run_command(pages.report(EXPERIMENT, PLOTS, sections), "experiments.arithmetic", argv)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +22,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from tyro.conf import Positional
 
-from data import commandline, examples, spans
+from data import examples, spans
 from data.documents.corpus import QUESTION
 from data.documents.task import DocumentTask
-from data.errors import UserError
 from data.tasks import TASKS
+from experiments import pages
 from selfspan_jax import files
 from selfspan_jax.attention.sequences import attend_in_training
 from selfspan_jax.lm import SpanLM
@@ -140,10 +139,7 @@ def _predict(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with commandline.exit_on_user_error(UserError):
-        options = commandline.parse(Choices, "choices", sys.argv[1:] if arguments is None else list(arguments), user_error=UserError)
-        with files.outputs(json=options.json):
-            options.run()
+    pages.run_command(Choices, "experiments.choices", arguments)
 
 
 if __name__ == "__main__":

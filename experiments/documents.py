@@ -22,7 +22,6 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from data import commandline
 from data.documents.task import Sources
 from data.tasks import TASKS
 from experiments import bootstrap, pages
@@ -326,11 +325,10 @@ def sections(page: str, runs: Sequence[Run], plots: dict[str, str]) -> dict[str,
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    pages_of = {page: f"Write the page of {' and '.join(corpora)}." for page, corpora in CORPORA.items()}
-    page, words = commandline.choose(pages_of, __doc__ or "", None if arguments is None else list(arguments))
-    return pages.main(EXPERIMENTS[page], {}, functools.partial(sections, page), words)
+def main(argv: Sequence[str] | None = None) -> None:
+    commands = {page: pages.report(EXPERIMENTS[page], {}, functools.partial(sections, page)) for page in CORPORA}
+    pages.run_command(commands, __doc__ or "", argv)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -19,19 +19,19 @@ import collections
 import dataclasses
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
-from data import commandline, dataset
+from data import dataset
 from data.alignment import split_sentences
 from data.documents.corpus import QUESTION, Document, Step, sink
 from data.documents.task import DocumentTask
 from data.errors import UserError, check_range
 from data.tasks import TASKS
+from experiments import pages
 from selfspan_jax import files
 
 INSTRUCTION = "Complete the sentences:"
@@ -73,6 +73,13 @@ class Mixture:
         for name in ("texts", "kept"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise UserError(f"{name} is {value}; allowed: 0 to 1")
+
+    def run(self) -> None:
+        for split in _SPLITS:
+            if found := list(rows(self, split)):
+                files.write_text(self.out / f"{split}.jsonl", "".join(f"{json.dumps(fields)}\n" for _, fields in found))
+                counts = collections.Counter(name for name, _ in found)
+                print(f"{split}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
 
 
 def row(task: DocumentTask, document: Document) -> dict[str, Any]:
@@ -178,13 +185,7 @@ def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with commandline.exit_on_user_error(UserError):
-        mixture = commandline.parse(Mixture, "mixture", sys.argv[1:] if arguments is None else list(arguments), user_error=UserError)
-        for split in _SPLITS:
-            if found := list(rows(mixture, split)):
-                files.write_text(mixture.out / f"{split}.jsonl", "".join(f"{json.dumps(fields)}\n" for _, fields in found))
-                counts = collections.Counter(name for name, _ in found)
-                print(f"{split}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+    pages.run_command(Mixture, "experiments.mixture", arguments)
 
 
 if __name__ == "__main__":

@@ -404,7 +404,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    pages.run_command(COMMANDS, __doc__, argv)
+    pages.run_command(COMMANDS, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +100,9 @@ def sections(runs: Sequence[Run], plots: dict[str, str]) -> dict[str, str]:
     }
 
 
-main = functools.partial(pages.main, EXPERIMENT, PLOTS, sections)
+def main(argv: Sequence[str] | None = None) -> None:
+    pages.run_command(pages.report(EXPERIMENT, PLOTS, sections), "experiments.news", argv)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

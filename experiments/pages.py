@@ -5,10 +5,10 @@ The text between `<!-- NAME -->` and `<!-- end -->` is replaced. A page says wha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
+from tyro.conf import Positional
 
 from data import card, commandline
 from experiments.results import Run, digest, load, take
@@ -345,42 +346,57 @@ def fill_pages(results: Path, sections: Mapping[str, str]) -> None:
         files.write_text(page, text)
 
 
-def run_command(commands: Mapping[str, Any], description: str | None, argv: list[str] | None) -> None:
-    """Run the sub-command that a command line names; whether its `json` can be written is checked before. Errors become one line."""
+def run_command(commands: Mapping[str, type] | type, description: str, argv: Sequence[str] | None) -> None:
+    """Run a command, or the sub-command that a command line names; whether its `json` can be written is checked before.
+
+    What a user gets wrong becomes one line.
+
+    Args:
+      commands: a dataclass with `run`, or several by the names of sub-commands.
+      description: what `--help` says above sub-commands; the name of a single command.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        _, command = commandline.parse_one_of(commands, description, argv, user_error=UserError)
+        if isinstance(commands, type):
+            command = commandline.parse(commands, description, words, user_error=UserError)
+        else:
+            _, command = commandline.parse_one_of(commands, description, words, user_error=UserError)
         with files.outputs(json=getattr(command, "json", None)):
             command.run()
 
 
-def main(
-    experiment: Experiment,
-    plots: Mapping[str, Plot],
-    sections: Callable[[Sequence[Run], dict[str, str]], dict[str, str]],
-    arguments: Sequence[str] | None = None,
-) -> int:
-    """Run the command of a report: add results if asked to, and write the pages.
+def report(experiment: Experiment, plots: Mapping[str, Plot], sections: Callable[[Sequence[Run], dict[str, str]], dict[str, str]]) -> type:
+    """Make the command of a report, which adds results if asked to, and writes the pages.
 
     Args:
       plots: by the names of their files, beside "loss", which every report has.
       sections: makes the sections of the pages beside those that every report has, of the runs and the page's lines of the plots.
     """
-    prog = f"python -m experiments.{experiment.name}"
-    parser = argparse.ArgumentParser(prog=prog, description="Write the page of an experiment from its stored results.")
-    parser.add_argument("results", type=Path, help="directory of results; the pages are NAME.md and NAME-figures.md beside it")
-    parser.add_argument("--take", type=Path, help="first add the results of this directory, reduced")
-    parser.add_argument("--commit", help="with --take: the commit that made them")
-    args = parser.parse_args(arguments)
-    with commandline.exit_on_user_error(UserError):
-        if bool(args.take) != bool(args.commit):
-            raise UserError("--take and --commit belong together")
-        pages_of(args.results)
-        if args.take:
-            print("added: " + ", ".join(take(experiment, args.take, args.results, args.commit)))
-        runs = load(experiment, args.results)
-        lines = draw_plots(experiment, {**plots, "loss": _loss_plot(experiment)}, runs, args.results)
-        texts = {"variants": _variants_table(experiment, runs), **sections(runs, lines), "training": _training_table(runs) + lines["loss"]}
-        texts |= {"not run": _not_run(experiment, runs), "commands": _commands(experiment, runs)}
-        fill_pages(args.results, texts)
-    print(f"{args.results}: {len(runs)} runs of {len(_seeds(runs))} variants")
-    return 0
+
+    @dataclasses.dataclass(frozen=True)
+    class Report:
+        """Write the pages of an experiment from its stored results."""
+
+        results: Positional[Path]
+        """Directory of results; the pages are NAME.md and NAME-figures.md beside it."""
+        take: Path | None = None
+        """First add the results of this directory, reduced."""
+        commit: str | None = None
+        """With --take: the commit that made them."""
+
+        def __post_init__(self) -> None:
+            if bool(self.take) != bool(self.commit):
+                raise UserError("--take and --commit belong together")
+
+        def run(self) -> None:
+            pages_of(self.results)
+            if self.take and self.commit:
+                print("added: " + ", ".join(take(experiment, self.take, self.results, self.commit)))
+            runs = load(experiment, self.results)
+            lines = draw_plots(experiment, {**plots, "loss": _loss_plot(experiment)}, runs, self.results)
+            texts = {"variants": _variants_table(experiment, runs), **sections(runs, lines)}
+            texts |= {"training": _training_table(runs) + lines["loss"], "not run": _not_run(experiment, runs)}
+            fill_pages(self.results, texts | {"commands": _commands(experiment, runs)})
+            print(f"{self.results}: {len(runs)} runs of {len(_seeds(runs))} variants")
+
+    return Report

@@ -282,7 +282,7 @@ COMMANDS: dict[str, Any] = {"quality": Quality, "tasks": Tasks, "page": Page}
 
 
 def main(argv: list[str] | None = None) -> None:
-    pages.run_command(COMMANDS, __doc__, argv)
+    pages.run_command(COMMANDS, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

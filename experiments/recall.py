@@ -363,7 +363,7 @@ COMMANDS: dict[str, Any] = {"train": Train}
 
 
 def main(argv: list[str] | None = None) -> None:
-    pages.run_command(COMMANDS, __doc__, argv)
+    pages.run_command(COMMANDS, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

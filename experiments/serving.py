@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
-from data import commandline
 from experiments import pages
 from experiments.pages import judge, markdown_table
 from selfspan_jax import files
-from selfspan_jax.errors import UserError
 
 Row = dict[str, Any]
 MODEL, EVALUATION = "arithmetic-small.json", "eval.json"  # the files
@@ -208,8 +205,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with commandline.exit_on_user_error(UserError):
-        commandline.parse(Page, "experiments.serving", sys.argv[1:] if argv is None else argv, description=__doc__).run()
+    pages.run_command(Page, "experiments.serving", argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def call(report, capsys, *arguments):
     """(exit status, stdout, stderr) of a report's command."""
     try:
-        status = report.main([str(argument) for argument in arguments])
+        status = report.main([str(argument) for argument in arguments]) or 0
     except SystemExit as end:
         status = end.code
     return status, *capsys.readouterr()
