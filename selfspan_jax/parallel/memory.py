@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -16,7 +17,10 @@ from selfspan_jax.parallel import layout
 
 T = TypeVar("T")
 _LIMIT, PINNED_LIMIT_GIB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64  # of host memory, unless that variable says something else
-_MEMORY_INFO = "/proc/meminfo"
+_MEMORY_INFO, _CONTROL_GROUP = "/proc/meminfo", "/sys/fs/cgroup"
+# What a container may take and has taken, and how much of that are files that may be dropped: in control groups of version 2, and of 1.
+_CONTAINER_FILES = (("memory.max", "memory.current", "memory.stat", "inactive_file"),)
+_CONTAINER_FILES += (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),)
 _taken = {"bytes": 0}  # of host memory, the most that arrays of this process took at once
 _sharing = {"processes": 1}  # that begin at the same time and take host memory each
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
@@ -84,7 +88,17 @@ def free_host_memory_bytes() -> int:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         raise UserError(f"kv_memory is 'host', which needs Linux: {_MEMORY_INFO} says what host memory is free") from None
-    return min(free // _sharing["processes"] + _taken["bytes"], host_memory_limit_bytes())
+    return min(min(free, _container_free_bytes()) // _sharing["processes"] + _taken["bytes"], host_memory_limit_bytes())
+
+
+def _container_free_bytes() -> int:
+    """Return what a container leaves this process, which the system would end without a word if it took more."""
+    for limit, used, stat, droppable in _CONTAINER_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no control groups of this version, or "max": no limit
+            given, taken, stats = (pathlib.Path(_CONTROL_GROUP, name).read_text("ascii") for name in (limit, used, stat))
+            dropped = sum(int(line.split()[1]) for line in stats.splitlines() if line.startswith(f"{droppable} "))
+            return int(given) - int(taken) + dropped
+    return 2**63
 
 
 def share_host_memory(num_processes: int) -> None:

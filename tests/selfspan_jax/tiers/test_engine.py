@@ -201,12 +201,19 @@ def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
 
 def test_free_host_memory_is_what_the_system_says_for_as_many_processes_as_begin_and_what_says_nothing_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_MEMORY_INFO", str(tmp_path / "meminfo"))
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", str(tmp_path))
     with pytest.raises(UserError, match=r"kv_memory is 'host', which needs Linux: .*meminfo says what host memory is free"):
         memory.free_host_memory_bytes()
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  12 kB\n")
     monkeypatch.setattr(memory, "_taken", {"bytes": 0})
     monkeypatch.setattr(memory, "_sharing", {"processes": 1})
     memory.share_host_memory(3)
+    for version, files in (("1", memory._CONTAINER_FILES[1]), ("2", memory._CONTAINER_FILES[0])):  # the newer one is asked first
+        for name, text in zip(files, ("9000\n", "5000\n", f"anon 7\n{files[3]} 500\n")):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        assert memory.free_host_memory_bytes() == 4500 // 3, version
+        (tmp_path / files[0]).write_text("max" if version == "2" else str(2**63 - 4096))
     assert memory.free_host_memory_bytes() == 4096
     memory.take_host_memory(4096, "rows")  # and again, once it was taken
     with pytest.raises(DoesNotFit, match="rows take"):
