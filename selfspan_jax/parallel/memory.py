@@ -19,8 +19,10 @@ T = TypeVar("T")
 _LIMIT, PINNED_LIMIT_GIB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64  # of host memory, unless that variable says something else
 _MEMORY_INFO, _CONTROL_GROUP = "/proc/meminfo", "/sys/fs/cgroup"
 # What a container may take and has taken, and how much of that are files that may be dropped: in control groups of version 2, and of 1.
-_CONTAINER_FILES = (("memory.max", "memory.current", "memory.stat", "inactive_file"),)
-_CONTAINER_FILES += (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),)
+_CONTAINER_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 _taken = {"bytes": 0}  # of host memory, the most that arrays of this process took at once
 _sharing = {"processes": 1}  # that begin at the same time and take host memory each
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
