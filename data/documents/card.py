@@ -1,5 +1,6 @@
 """Statistics of a corpus of documents, for its card."""
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,15 @@ class Statistics(card.SourcesStatistics):
 
     step = "a step"
     """What a step is, for the card."""
+
+    def __init__(self, vocab: Any, **options: Any) -> None:
+        super().__init__(vocab, **options)
+        self._kinds: collections.Counter[str] = collections.Counter()  # of steps
+        self._found: collections.Counter[str] = collections.Counter()  # by words alone, of how often they were "asked"
+
+    def share_found(self, name: str) -> float:
+        """Return how often words alone find what they are asked for."""
+        return round(self._found[name] / max(self._found["asked"], 1), 4)
 
     def add(self, example: Example) -> None:
         document = example.document

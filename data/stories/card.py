@@ -1,6 +1,5 @@
 """Statistics of a corpus of stories, for its card: kinds of questions, and how often words alone find the section."""
 
-import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +14,6 @@ class Statistics(documents.Statistics):
 
     step = "an answer"
 
-    def __init__(self, vocab: Any, **options: Any) -> None:
-        super().__init__(vocab, **options)
-        self._kinds: collections.Counter[str] = collections.Counter()
-        self._found: collections.Counter[str] = collections.Counter()
-
     def add(self, example: Example) -> None:
         document = example.document
         sections = [piece for piece in document.pieces if not piece.startswith(QUESTION)]
@@ -32,8 +26,7 @@ class Statistics(documents.Statistics):
             self._found.update(asked=1, best=ranking.rank(" ".join(asked))[0] in (step.sources))
 
     def to_json(self) -> dict[str, Any]:
-        bm25 = round(self._found["best"] / max(self._found["asked"], 1), 4)
-        return {**super().to_json(), "kinds": dict(sorted(self._kinds.items())), "bm25": bm25}
+        return {**super().to_json(), "kinds": dict(sorted(self._kinds.items())), "bm25": self.share_found("best")}
 
     def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
         return [

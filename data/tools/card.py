@@ -1,6 +1,5 @@
 """Statistics of a corpus of tools, for its card: services, turns, rows and calls, and how often words alone find the service."""
 
-import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +15,6 @@ class Statistics(documents.Statistics):
     """Count also the parts of prompts, parameters, calls by what of their service training sees, and how often BM25 finds the service."""
 
     step = "a call"
-
-    def __init__(self, vocab: Any, **options: Any) -> None:
-        super().__init__(vocab, **options)
-        self._kinds: collections.Counter[str] = collections.Counter()
-        self._found: collections.Counter[str] = collections.Counter()
 
     def add(self, example: Example) -> None:
         super().add(example)
@@ -38,7 +32,7 @@ class Statistics(documents.Statistics):
 
     def to_json(self) -> dict[str, Any]:
         kinds = {kind: self._kinds[kind] for kind in (*KINDS, "") if self._kinds[kind]}
-        return {**super().to_json(), "kinds": kinds, "bm25": round(self._found["best"] / max(self._found["asked"], 1), 4)}
+        return {**super().to_json(), "kinds": kinds, "bm25": self.share_found("best")}
 
     def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
         return [

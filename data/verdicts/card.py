@@ -1,6 +1,5 @@
 """Statistics of a corpus of verdicts, for its card: how often each is given, and how often words alone find the evidence."""
 
-import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,23 +14,18 @@ class Statistics(documents.Statistics):
 
     step = "a verdict"
 
-    def __init__(self, vocab: Any, **options: Any) -> None:
-        super().__init__(vocab, **options)
-        self._verdicts: collections.Counter[str] = collections.Counter()
-        self._found: collections.Counter[str] = collections.Counter()
-
     def add(self, example: Example) -> None:
         super().add(example)
         document = example.document
-        self._verdicts.update(step.kind for step in document.steps)
+        self._kinds.update(step.kind for step in document.steps)
         marked = {piece for own in document.evidence for piece in own.pieces}
         self.count(evidence=len(document.evidence), pieces_of_evidence=len(marked))
         best = BM25(document.pieces).rank(document.about)
         self._found.update(asked=1, best=best[0] in marked, best_3=not marked.isdisjoint(best[:3]))
 
     def to_json(self) -> dict[str, Any]:
-        bm25 = {name: round(self._found[name] / self._found["asked"], 4) for name in ("best", "best_3")}
-        return {**super().to_json(), "verdicts": dict(sorted(self._verdicts.items())), "bm25": bm25}
+        bm25 = {name: self.share_found(name) for name in ("best", "best_3")}
+        return {**super().to_json(), "verdicts": dict(sorted(self._kinds.items())), "bm25": bm25}
 
     def sections(self, fields: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str]:
         bm25 = statistics["bm25"]
