@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import rebalancing
-from experiments.pages import markdown_table
+from experiments.pages import conditions, markdown_table
 from selfspan_jax import files
 
 Row = dict[str, Any]
@@ -41,8 +41,7 @@ def _in_order(found: Iterable[Path]) -> list[Path]:
 
 def _told(report: Row, *more: str) -> str:
     """Say what a table is of: what, the device, versions."""
-    versions = [f"{name} {report[key]}" for name, key in (("JAX", "jax"), ("transformers", "transformers")) if key in report]
-    return "; ".join([*more, ", ".join([report["device"], *versions])]) + ":"
+    return "; ".join([*more, conditions(report)]) + ":"
 
 
 def _percent(share: float) -> str:

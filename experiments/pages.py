@@ -89,6 +89,19 @@ def judge(target: str, wanted: str = "-", found: str = "-", *, reached: bool | N
     return target, wanted, found, "not run" if reached is None else "yes" if reached else "**no**"
 
 
+def conditions(report: Mapping[str, Any], *more: str) -> str:
+    """Say under which conditions figures were measured: what, the device, versions, the memory's speed."""
+    words = [*more, report["device"], *(f"JAX {found['jax']}" for found in [report.get("versions", report)] if "jax" in found)]
+    words += [f"transformers {report['transformers']}"] if "transformers" in report else []
+    ceiling = report.get("read_ceiling_terabytes_per_second")
+    return ", ".join(words + ([f"read ceiling {ceiling:.2f} TB/s"] if ceiling else []))
+
+
+def link(file: Path) -> str:
+    """Link a file of results from the page beside its directory."""
+    return f"[JSON]({file.parent.name}/{file.name})"
+
+
 READING = {
     "attended_fraction_body": "body: of the context",
     "attended_tokens_body": "tokens",

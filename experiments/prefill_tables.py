@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pages import markdown_table
+from experiments.pages import conditions, link, markdown_table
 from selfspan_jax import files
 
 Row = dict[str, Any]
@@ -35,18 +35,6 @@ def sections(results: Path) -> dict[str, str]:
     return found
 
 
-def _conditions(report: Row, *more: str) -> str:
-    """Say under which conditions figures were measured: what, the device, JAX, the memory's speed."""
-    versions, ceiling = report.get("versions", {}), report.get("read_ceiling_terabytes_per_second")
-    words = [*more, report["device"], f"JAX {versions.get('jax') or report['jax']}"]
-    return ", ".join(words + ([f"read ceiling {ceiling:.2f} TB/s"] if ceiling else []))
-
-
-def _told(file: Path, report: Row, *more: str) -> str:
-    """Say where figures come from: their conditions, the file."""
-    return f"{_conditions(report, *more)} ([JSON]({file.parent.name}/{file.name}))"
-
-
 def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
     return "-" if row.get(key) is None else format(row[key] * scale, form)
 
@@ -55,7 +43,7 @@ def _each(head: tuple[str, ...], rows: Callable[[Row], list[list[str]]]) -> Writ
     """Write one table for each report, below where it comes from."""
 
     def write(reports: list[tuple[Path, Row]]) -> str:
-        told = [_told(file, report, *filter(None, [report.get("shape")])) for file, report in reports]
+        told = [f"{conditions(report, *filter(None, [report.get('shape')]))} ({link(file)})" for file, report in reports]
         return "\n\n".join(f"{words}:\n\n{markdown_table(head, rows(report))}" for words, (_, report) in zip(told, reports))
 
     return write
@@ -71,7 +59,7 @@ def _joined(head: tuple[str, ...], key: str, cells: Callable[[Row], list[str]], 
                 unique.setdefault(tuple(row.get(part) for part in ("tokens", "context_tokens", *_SETTINGS)), row)
         links: dict[str, list[str]] = {}
         for file, report in reports:
-            links.setdefault(_conditions(report, str(report.get(name))), []).append(f"[JSON]({file.parent.name}/{file.name})")
+            links.setdefault(conditions(report, str(report.get(name))), []).append(link(file))
         told = "\n\n".join(f"{words} ({', '.join(files)})" for words, files in links.items())
         return f"{told}:\n\n{markdown_table(head, [cells(row) for row in unique.values()])}"
 
@@ -249,8 +237,8 @@ def _training(reports: list[tuple[Path, Row]]) -> str:
                 speed = f"{own['ms_per_step']:.1f}", f"{own['tokens_per_second']:,.0f}", _number(own, "mfu", ".1%")
                 kinds = [_number(own["device_ms_by_kind"], kind, ".1f") for kind in _KINDS]
                 lines.append([*first, *speed, f"{own['memory_gb']:.1f}", *kinds])
-        told = _told(file, report["lengths"][0], report["shape"], f"{report['step_tokens']:,} tokens a step")
-        texts.append(f"{told}:\n\n{markdown_table(TRAINING, lines)}")
+        told = conditions(report["lengths"][0], report["shape"], f"{report['step_tokens']:,} tokens a step")
+        texts.append(f"{told} ({link(file)}):\n\n{markdown_table(TRAINING, lines)}")
     return "\n\n".join(texts)
 
 

@@ -51,9 +51,7 @@ def sections(results: Path) -> dict[str, str]:
     for name, write in writers:
         if (file := results / name).is_file():
             report = files.read_json(file)
-            told = f"[JSON]({results.name}/{name})"
-            if "device" in report:
-                told = f"{report['device']}, JAX {report.get('versions', report)['jax']} ({told})"
+            told = f"{pages.conditions(report)} ({pages.link(file)})" if "device" in report else pages.link(file)
             found |= {section: f"{told}:\n\n{text}" for section, text in write(report).items()}
     return found
 
