@@ -1,6 +1,7 @@
 """Decoding in transformers on caches that presses compressed: against whole forwards under a mask of what each press keeps."""
 
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers
 
 from experiments import presses
+from selfspan_jax.errors import UserError
 
 ENDS = [99]
 PROMPTS = [np.random.default_rng(n).integers(0, 90, n) for n in (15, 9)]
@@ -61,6 +63,29 @@ def test_responses_are_those_of_whole_forwards(peer):
             np.testing.assert_array_equal(rows, is_kept.sum() + np.arange(1, len(tokens) + 1))
     differ = [tuple(one) != tuple(other) for (one, _), (other, _) in zip(found["half"], found["odd"])]
     assert any(differ)
+
+
+def test_layers_that_keep_different_numbers_are_made_alike(peer):
+    """Of the longer one the newest rows are kept: there is one mask for all layers."""
+
+    class Uneven(Every):
+        def compress(self, module, hidden_states, keys, values, attentions, named):
+            first = (4, 7)[module.layer_idx]
+            return keys[:, :, first:], values[:, :, first:]
+
+    kept, _ = peer.read(PROMPTS, {"uneven": Uneven(1)})
+    for prompt, own, every in zip(PROMPTS, kept["uneven"], kept["dense", 100.0]):
+        for layer, whole in zip(own, every):
+            assert layer[0].shape[2] == len(prompt) - 7 and torch.equal(layer[1], whole[1][:, :, 7:])
+
+
+def test_a_corpus_of_longer_prompts_is_refused(monkeypatch):
+    example = types.SimpleNamespace(prompt="a long one")
+    task = types.SimpleNamespace(encode_prompt=list)
+    monkeypatch.setattr(presses.examples, "stored", lambda *_: (task, {"validation": [example]}, None))
+    settings = presses.ModelAndCorpus(model=Path("m"), data=Path("corpus"), max_prompt_tokens=9)
+    with pytest.raises(UserError, match="corpus: no prompt of the first 1 has at most 9 tokens"):
+        presses.chosen(types.SimpleNamespace(task=None), settings)
 
 
 def test_compression_goes_on_while_it_decodes(peer, monkeypatch):

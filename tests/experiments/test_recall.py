@@ -70,6 +70,9 @@ def test_rows_hold_examples_of_one_length():
     assert kinds == {5, 2, 1}
     again = next(corpus.batches(12, rows=2, seed=0, spans=True, scales=(0,)))  # from any number on
     np.testing.assert_array_equal(again.token_ids, batches[5].token_ids)
+    short = itertools.islice(corpus.batches(7, rows=2, seed=0, spans=True, scales=(0,), short=14), 9)
+    examples = [int(batch.segment_ids.max()) for batch in short]
+    assert examples[:7] == [5] * 7 and examples[7:] == [int(batch.segment_ids.max()) for batch in batches[7:]]
 
 
 def test_shares_are_of_the_queries_of_a_distance():
