@@ -269,7 +269,7 @@ def sections(results: Path) -> dict[str, str]:
     benches = [files.read_json(file) for file in sorted(results.glob("bench_*.json"))]
     found = {}
     if recalls:
-        recalls.sort(key=lambda report: (SYSTEMS.index(report["system"]), report["settings"]["seed"]))
+        recalls.sort(key=lambda report: (SYSTEMS.index(report["system"]), len(_recipe(report)), report["settings"]["seed"]))
         files.write_picture(results / "recall.png", draw(recalls))
         found["recall"] = _recall(recalls, results)
     if expressions:
@@ -286,10 +286,17 @@ def right(report: dict[str, Any], segments: int, first: int, last: int = 2**31) 
     return sum(row["right"] * row["queries"] for row in rows) / queries if queries else None
 
 
+def _recipe(report: dict[str, Any]) -> str:
+    """Say how a model was trained: steps, how many of them on short contexts, and what its span tokens see, unless it is the labels."""
+    settings = report["settings"]
+    short = f", {settings['short_steps']:,} of them short" if settings.get("short_steps") else ""
+    return f"{settings['steps']:,}{short}" + (", headers see all" if settings.get("header_view") == "all" else "")
+
+
 def _recall(reports: list[dict[str, Any]], results: Path) -> str:
     lengths = sorted({row["segments"] for report in reports for row in report["recall"]})
     near = [(0, 0), (1, 1), (2, 3), (4, 6), (7, 8)]
-    head = ["system", "seed", *(f"{a}" if a == b else f"{a} to {b}" for a, b in near), *(f"in {n}" for n in lengths if n > _FROM)]
+    head = ["system", "steps", "seed", *(f"{a}" if a == b else f"{a} to {b}" for a, b in near), *(f"in {n}" for n in lengths if n > _FROM)]
 
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{100 * share:.1f}"
@@ -297,10 +304,10 @@ def _recall(reports: list[dict[str, Any]], results: Path) -> str:
     rows = []
     for report in reports:
         shares = [right(report, TRAINED, *bounds) for bounds in near] + [right(report, n, _FROM) for n in lengths if n > _FROM]
-        rows.append([f"`{report['system']}`", str(report["settings"]["seed"]), *map(percent, shares)])
-    first, steps, each = reports[0], reports[0]["settings"]["steps"], reports[0]["settings"]["rows"]
+        rows.append([f"`{report['system']}`", _recipe(report), str(report["settings"]["seed"]), *map(percent, shares)])
+    devices = ", ".join(dict.fromkeys(report["device"] for report in reports))
     told = (
-        f"{first['parameters']:,} parameters, {steps:,} steps of {each} rows; {first['device']}, JAX {first['jax']}. "
+        f"{reports[0]['parameters']:,} parameters, steps of {reports[0]['settings']['rows']} rows; {devices}, JAX {reports[0]['jax']}. "
         f"Right answers, %: in contexts of {TRAINED} segments by the segments between item and question, then in longer ones, of items at "
         f"least {_FROM} segments back"
     )
@@ -314,8 +321,11 @@ def draw(reports: list[dict[str, Any]]) -> Any:
 
     figure = Figure(figsize=(8.2, 3.2), layout="constrained")
     left, other = figure.subplots(1, 2, sharey=True)
+    recipes = list(dict.fromkeys((report["system"], _recipe(report)) for report in reports))
     for report in reports:
-        color, label = f"C{SYSTEMS.index(report['system'])}", None if report["settings"]["seed"] else report["system"]
+        own = report["system"], _recipe(report)
+        several = sum(system == own[0] for system, _ in recipes) > 1
+        color, label = f"C{recipes.index(own)}", None if report["settings"]["seed"] else ", ".join(own) if several else own[0]
         rows = sorted((row["distance"], 100 * row["right"]) for row in report["recall"] if row["segments"] == TRAINED)
         lengths = sorted({row["segments"] for row in report["recall"] if row["segments"] >= _FROM})
         options: dict[str, Any] = {"marker": "o", "markersize": 3, "color": color, "label": label}

@@ -87,8 +87,13 @@ def test_the_page_has_what_was_run(tmp_path):
     assert recall.sections(tmp_path) == {}
     rows = [dict(zip(("segments", "distance", "queries", "right"), row)) for row in ((8, 0, 10, 1.0), (8, 2, 10, 0.5), (64, 40, 10, 0.25))]
     settings, device = {"steps": 1200, "rows": 16}, {"device": "H100", "jax": "0.11.2", "parameters": 3_238_656}
-    for system, seed in (("delta", 1), ("spans", 0), ("delta", 0)):
-        report = device | {"system": system, "settings": settings | {"seed": seed}, "recall": rows}
+    for system, seed, more in (
+        ("delta", 1, {}),
+        ("spans", 0, {}),
+        ("delta", 0, {}),
+        ("spans", 1, {"short_steps": 400, "header_view": "all"}),
+    ):
+        report = device | {"system": system, "settings": settings | {"seed": seed} | more, "recall": rows}
         (tmp_path / f"recall_{system}_{seed}.json").write_text(json.dumps(report))
     scores = {
         "num_examples": 128,
@@ -102,7 +107,8 @@ def test_the_page_has_what_was_run(tmp_path):
     steps = [row | {"attention": name, "kv_memory_bytes": 2**21} for name in ("memory", "dense")]
     (tmp_path / "bench_all.json").write_text(json.dumps({"rows": steps}))
     found = recall.sections(tmp_path)
-    assert "| `delta` | 1 | 100.0 | - | 50.0 | - | - | 50.0 | 25.0 |" in found["recall"] and (tmp_path / "recall.png").exists()
-    assert found["recall"].index("`spans`") < found["recall"].index("| `delta` | 0 |") < found["recall"].index("| `delta` | 1 |")
+    assert "| `delta` | 1,200 | 1 | 100.0 | - | 50.0 | - | - | 50.0 | 25.0 |" in found["recall"] and (tmp_path / "recall.png").exists()
+    told = ("`spans` | 1,200 |", "`spans` | 1,200, 400 of them short, headers see all |", "`delta` | 1,200 | 0 |", "`delta` | 1,200 | 1 |")
+    assert (places := [found["recall"].find(row) for row in told]) == sorted(places) and places[0] > 0
     assert "| `window` | 5 | 128 | 75.0 | 60.0 | 80.0 | 50.0 | 64.0 |\n| `window` | 10 |" in found["memory expressions"]
     assert "| `memory` | 1 | 2,048 | 64 | 0.200 | 5,000 | 2.0 |" in found["memory steps"]
