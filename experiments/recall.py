@@ -200,7 +200,7 @@ class Train:
         options: dict[str, Any] = {"eval_examples": 0, "checkpoint_every_steps": self.steps, "gap_scales": self.gap_scales}
         options |= {"learning_rate": self.learning_rate, "source_weight": self.source_weight}
         settings = TrainConfig(self.steps, self.seed, self.rows, tokens, **options)
-        rows = {"rows": self.rows, "seed": self.seed, "scales": self.gap_scales, "short": self.short_steps}
+        rows: dict[str, Any] = {"rows": self.rows, "seed": self.seed, "scales": self.gap_scales, "short": self.short_steps}
         batches = functools.partial(self.corpus.batches, spans=spans, **rows)
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
