@@ -378,19 +378,9 @@ def losses(
     return under_each(kinds, counts, state, go_on)
 
 
-# -------------------------------------------------------------------------------------------------------------------- page
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Page:
-    """Write the tables and the picture of a page, docs/neighbours.md by default, from the JSON files in the directory that has its name."""
-
-    results: Positional[Path] = Path("docs/neighbours")
-    """Directory of the files. A section without files stays as it is."""
-
-    def run(self) -> None:
-        sections = neighbours_tables.sections(self.results) | recall.sections(self.results / "memory")
-        pages.fill_pages(self.results, sections)
+def sections(results: Path) -> dict[str, str]:
+    """Write each section of the pages whose files there are, by its name; and the pictures."""
+    return neighbours_tables.sections(results) | recall.sections(results / "memory")
 
 
 COMMANDS: dict[str, Any] = {
@@ -399,7 +389,7 @@ COMMANDS: dict[str, Any] = {
     "text": Text,
     "presses": Presses,
     "rebalance": Rebalancing,
-    "page": Page,
+    "page": pages.tables_page("docs/neighbours", sections),
 }
 
 

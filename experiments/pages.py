@@ -71,6 +71,10 @@ class Tally:
         return (shares[0], shares[1]) if len(self.by_seed) > 1 else ("-", "-")
 
 
+Row = dict[str, Any]
+Reports = Sequence[tuple[Path, Row]]
+"""Files of results, and the JSON in them."""
+
 BOUNDS = ("95% from, %", "95% to, %")
 """Head of `Tally.bounds`."""
 EXTREMES = ("lowest seed, %", "highest seed, %")
@@ -89,7 +93,7 @@ def judge(target: str, wanted: str = "-", found: str = "-", *, reached: bool | N
     return target, wanted, found, "not run" if reached is None else "yes" if reached else "**no**"
 
 
-def conditions(report: Mapping[str, Any], *more: str) -> str:
+def conditions(report: Row, *more: str) -> str:
     """Say under which conditions figures were measured: what, the device, versions, the memory's speed."""
     words = [*more, report["device"], *(f"JAX {found['jax']}" for found in [report.get("versions", report)] if "jax" in found)]
     words += [f"transformers {report['transformers']}"] if "transformers" in report else []
@@ -100,6 +104,45 @@ def conditions(report: Mapping[str, Any], *more: str) -> str:
 def link(file: Path) -> str:
     """Link a file of results from the page beside its directory."""
     return f"[JSON]({file.parent.name}/{file.name})"
+
+
+def each(write: Callable[[Row], str]) -> Callable[[Reports], str]:
+    """Write what `write` makes of each report, below its conditions, where they are known, and its file."""
+
+    def tables(reports: Reports) -> str:
+        shapes = [[report["shape"]] if report.get("shape") else [] for _, report in reports]
+        told = [
+            f"{conditions(report, *shape)} ({link(file)})" if "device" in report else link(file)
+            for (file, report), shape in zip(reports, shapes)
+        ]
+        return "\n\n".join(f"{words}:\n\n{write(report)}" for words, (_, report) in zip(told, reports))
+
+    return tables
+
+
+def sections_of(results: Path, writers: Mapping[str, tuple[str, Callable[[Reports], str]]]) -> dict[str, str]:
+    """Write the sections of a directory's pages whose files are there: by its name a pattern of their names, and what writes it of them."""
+    found = {}
+    for name, (pattern, write) in writers.items():
+        if reports := [(file, files.read_json(file)) for file in sorted(results.glob(pattern))]:
+            found[name] = write(reports)
+    return found
+
+
+def tables_page(default: str, sections: Callable[[Path], dict[str, str]]) -> type:
+    """Make the command that writes the tables of a directory's pages."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Page:
+        """Write the tables of pages from their JSON files."""
+
+        results: Positional[Path] = Path(default)
+        """Directory of the files; the pages are NAME.md and NAME-figures.md beside it. A section without files stays as it is."""
+
+        def run(self) -> None:
+            fill_pages(self.results, sections(self.results))
+
+    return Page
 
 
 READING = {

@@ -267,18 +267,7 @@ def window_of(share: float, num_tiles: int) -> int:
     return next(near for near in range(1, num_tiles + 1) if np.minimum(own, near + 1).sum() >= share * own.sum() - 1e-6)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Page:
-    """Write the tables of a page, docs/prefill.md by default, from the JSON files in the directory beside it that has its name."""
-
-    results: Positional[Path] = Path("docs/prefill")
-    """Directory of the files: those whose names `experiments.prefill_tables` has. A table without files stays as it is."""
-
-    def run(self) -> None:
-        pages.fill_pages(self.results, prefill_tables.sections(self.results))
-
-
-COMMANDS: dict[str, Any] = {"quality": Quality, "tasks": Tasks, "page": Page}
+COMMANDS: dict[str, Any] = {"quality": Quality, "tasks": Tasks, "page": pages.tables_page("docs/prefill", prefill_tables.sections)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Tables of docs/prefill.md, each of the JSON files of one command: their names, what they have, and the cells made of it."""
+"""Tables of docs/prefill-figures.md, each of the JSON files of one command: their names, what they have, and the cells made of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pages import conditions, link, markdown_table
+from experiments.pages import Reports, Row, conditions, each, link, markdown_table, sections_of
 from selfspan_jax import files
 
-Row = dict[str, Any]
-Writer = Callable[[list[tuple[Path, Row]]], str]
+Writer = Callable[[Reports], str]
 PLOT = "sparse_quality.png"
 SCORES = (
     "answer_accuracy",
@@ -27,12 +26,8 @@ _GIB = 2**30
 
 
 def sections(results: Path) -> dict[str, str]:
-    """Write each section of the page whose files there are, by its name."""
-    found = {}
-    for name, (pattern, write) in SECTIONS.items():
-        if reports := [(file, files.read_json(file)) for file in sorted(results.glob(pattern))]:
-            found[name] = write(reports)
-    return found
+    """Write each section of the pages whose files there are, by its name."""
+    return sections_of(results, SECTIONS)
 
 
 def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
@@ -40,19 +35,14 @@ def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
 
 
 def _each(head: tuple[str, ...], rows: Callable[[Row], list[list[str]]]) -> Writer:
-    """Write one table for each report, below where it comes from."""
-
-    def write(reports: list[tuple[Path, Row]]) -> str:
-        told = [f"{conditions(report, *filter(None, [report.get('shape')]))} ({link(file)})" for file, report in reports]
-        return "\n\n".join(f"{words}:\n\n{markdown_table(head, rows(report))}" for words, (_, report) in zip(told, reports))
-
-    return write
+    """Write one table for each report."""
+    return each(lambda report: markdown_table(head, rows(report)))
 
 
 def _joined(head: tuple[str, ...], key: str, cells: Callable[[Row], list[str]], *, name: str) -> Writer:
     """Write one table of the rows of all reports; of those of the same settings, as dense prefill has in each, the first."""
 
-    def write(reports: list[tuple[Path, Row]]) -> str:
+    def write(reports: Reports) -> str:
         unique: dict[tuple[Any, ...], Row] = {}
         for _, report in reports:
             for row in report[key]:
@@ -158,7 +148,7 @@ def task_cells(row: Row) -> list[str]:
     return [*_kept_cells(row), *(f"{row[score]:.1%}" for score in SCORES if score in row)]
 
 
-def _speed(reports: list[tuple[Path, Row]]) -> str:
+def _speed(reports: Reports) -> str:
     """Write the speeds, and beside each share of the tiles the mass that the selector retained where it chose as many on real text."""
     measured = [row for file in sorted(reports[0][0].parent.glob("sparse_quality_*.json")) for row in files.read_json(file)["quality"]]
 
@@ -176,7 +166,7 @@ def _speed(reports: list[tuple[Path, Row]]) -> str:
     return _joined(SPEED, "rows", cells, name="shape")(reports)
 
 
-def _quality(reports: list[tuple[Path, Row]]) -> str:
+def _quality(reports: Reports) -> str:
     rows = [row for _, report in reports for row in report["quality"]]
     directory = reports[0][0].parent
     files.write_picture(directory / PLOT, draw(rows))
@@ -184,7 +174,7 @@ def _quality(reports: list[tuple[Path, Row]]) -> str:
     return f"{_joined(QUALITY, 'quality', quality_cells, name='model')(reports)}\n\n{plot}"
 
 
-def _tasks(reports: list[tuple[Path, Row]]) -> str:
+def _tasks(reports: Reports) -> str:
     """Write one table for each model: their tasks have different scores."""
     models = dict.fromkeys(report["model"] for _, report in reports)
     texts = []
@@ -218,7 +208,7 @@ def draw(rows: list[Row]) -> Any:
 TRAINING = ("row, tokens", "rows", "mask", "attention", "ms a step", "tokens/s", "MFU", "memory, GB", *_KINDS_MS)
 
 
-def _training(reports: list[tuple[Path, Row]]) -> str:
+def _training(reports: Reports) -> str:
     texts = []
     for file, report in reports:
         lines = []

@@ -5,19 +5,12 @@ python -m experiments.serving
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from tyro.conf import Positional
 
 from experiments import pages
-from experiments.pages import judge, markdown_table
-from selfspan_jax import files
+from experiments.pages import Row, each, judge, markdown_table
 
-Row = dict[str, Any]
 MODEL, EVALUATION = "arithmetic-small.json", "eval.json"  # the files
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
 PEER_RATES = "smollm2-135m_rates.json"
@@ -27,88 +20,24 @@ _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "sta
 _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
 
 
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """Write the tables of docs/serving.md and docs/serving-figures.md. One without its JSON file stays as it is."""
-
-    results: Positional[Path] = Path("docs/serving")
-    """Directory of the files."""
-
-    def run(self) -> None:
-        pages.fill_pages(self.results, sections(self.results))
+def at_once(report: Row) -> list[Row]:
+    """Return the rows of requests that are all there at once."""
+    return [row for row in report["rows"] if row["requests_per_second"] is None]
 
 
-def sections(results: Path) -> dict[str, str]:
-    """Write each section of the page whose file there is, by its name."""
-    found: dict[str, str] = {}
-    writers: tuple[tuple[str, Callable[[Any], dict[str, str]]], ...] = (
-        (MODEL, of_model),
-        (PEER_RATES, of_peer_rates),
-        *((f"{section}.json", functools.partial(of_http, section=section)) for section in HTTP),
-        *((name, functools.partial(of_peers, section=section)) for section, name in PEERS.items()),
-        (EVALUATION, of_evaluation),
-    )
-    for name, write in writers:
-        if (file := results / name).is_file():
-            report = files.read_json(file)
-            told = f"{pages.conditions(report)} ({pages.link(file)})" if "device" in report else pages.link(file)
-            found |= {section: f"{told}:\n\n{text}" for section, text in write(report).items()}
-    return found
-
-
-def of_model(report: Row) -> dict[str, str]:
-    """Write the tables of `benchmarks.batching CHECKPOINT`."""
-    at_once = [row for row in report["rows"] if row["requests_per_second"] is None]
-    systems = {row["system"]: row for row in at_once[::-1]}  # the first of each, which has the chunks of `throughput_scheduler`
-    return {
-        "targets": _targets(report, systems),
-        "mixed": _mixed(at_once),
-        "equal": markdown_table(
-            (
-                "sequences",
-                "chunk",
-                "prompt tokens at once",
-                "static batch, tokens/s",
-                "scheduler, tokens/s",
-                "of static, %",
-                "host waits, %",
-            ),
-            [_equal(row) for row in report.get("equal", [])],
-        ),
-        "stalls": markdown_table(
-            ("long prompts", "rounds", "p50", "p99", "most", "p99 with ramps", "host p50", "host p99", "its processor p99"),
-            [_stalls(row) for row in report.get("stalls", [])],
-        ),
-        "rates": _at_rates(report),
-    }
-
-
-def of_peer_rates(report: Row) -> dict[str, str]:
-    """Write the table of `benchmarks.batching --shape ... --peers --parts rates`."""
-    return {"peers_rates": _at_rates(report)}
-
-
-def of_http(report: Row, section: str) -> dict[str, str]:
-    """Write the table of `benchmarks.serving`, as a section of this name."""
-    return {section: _rates(report["rows"])}
-
-
-def of_peers(report: Row, section: str) -> dict[str, str]:
-    """Write the table of `benchmarks.batching --shape ... --peers`, as a section of this name."""
-    return {section: _mixed([row for row in report["rows"] if row["requests_per_second"] is None])}
-
-
-def of_evaluation(report: Row) -> dict[str, str]:
-    """Write the table of `decode.py eval`."""
+def _evaluation(report: Row) -> str:
     (speed,) = report["by_batch_size"]
     cells = [f"{report['num_examples']:,}", str(speed["batch_size"]), str(speed.get("num_places", "-"))]
     cells += [f"{report['answer_accuracy']:.1%}", f"{speed['problems_per_second']:.0f}", f"{speed['response_tokens_per_second']:,.0f}"]
     head = ("expressions", "batch of the same cache", "places of the scheduler", "right", "right answers/s", "tokens/s")
-    return {"eval": markdown_table(head, [cells])}
+    return markdown_table(head, [cells])
 
 
-def _targets(report: Row, systems: Row) -> str:
-    rows = []
+def _targets(report: Row) -> str:
+    systems, rows = (
+        {row["system"]: row for row in at_once(report)[::-1]},
+        [],
+    )  # the first of each: its first chunk size
     for row in {row["defaults"]: row for row in sorted(report.get("equal", [])[::-1], key=lambda row: row["defaults"])}.values():
         what = "a server's defaults" if row["defaults"] else "many places"
         target = f"tokens/s at saturation, % of one static batch of {row['batch_size']} ({what})"
@@ -129,10 +58,10 @@ def _targets(report: Row, systems: Row) -> str:
     if found := report.get("first"):
         most = found["first_token_ms_most"]
         rows.append(judge("first tokens of a short expression, ms, most of 20", "50", f"{most:.1f}", reached=most <= 50))
-    return markdown_table(("target", "wanted", "found", "reached"), rows)
+    return markdown_table(pages.TARGETS, rows)
 
 
-def _mixed(rows: list[Row]) -> str:
+def _mixed(report: Row) -> str:
     head = ("all at once", "chunk", "requests", "seconds", "tokens/s", "right answers/s", "first tokens, ms, p50", "the whole, ms, p50")
     return markdown_table(
         head,
@@ -147,12 +76,17 @@ def _mixed(rows: list[Row]) -> str:
                 _number(row["first_token_ms_p50"], 0),
                 _number(row["whole_ms_p50"], 0),
             ]
-            for row in rows
+            for row in at_once(report)
         ],
     )
 
 
-def _equal(row: Row) -> list[str]:
+def _equal(report: Row) -> str:
+    head = ("sequences", "chunk", "prompt tokens at once", "static batch, tokens/s", "scheduler, tokens/s", "of static, %", "host waits, %")
+    return markdown_table(head, [_equal_cells(row) for row in report.get("equal", [])])
+
+
+def _equal_cells(row: Row) -> list[str]:
     rates = [f"{row[name]:,.0f}" for name in ("static_tokens_per_second", "tokens_per_second")]
     return [
         str(row["batch_size"]),
@@ -163,7 +97,12 @@ def _equal(row: Row) -> list[str]:
     ]
 
 
-def _stalls(row: Row) -> list[str]:
+def _stalls(report: Row) -> str:
+    head = ("long prompts", "rounds", "p50", "p99", "most", "p99 with ramps", "host p50", "host p99", "its processor p99")
+    return markdown_table(head, [_stalls_cells(row) for row in report.get("stalls", [])])
+
+
+def _stalls_cells(row: Row) -> list[str]:
     names = ("ms_p50", "ms_p99", "ms_most", "with_ramp_ms_p99", "host_ms_p50", "host_ms_p99", "host_cpu_ms_p99")
     return [str(row["long_prompts"]), str(row["rounds"]), *(_number(row[name], 1) for name in names)]
 
@@ -200,6 +139,26 @@ def _rates(rows: list[Row]) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+SECTIONS: dict[str, tuple[str, Callable[[pages.Reports], str]]] = {  # of the pages: the file, and what is written of it
+    **{
+        name: (MODEL, each(write))
+        for name, write in {"targets": _targets, "mixed": _mixed, "equal": _equal, "stalls": _stalls, "rates": _at_rates}.items()
+    },
+    "peers_rates": (PEER_RATES, each(_at_rates)),
+    **{name: (f"{name}.json", each(lambda report: _rates(report["rows"]))) for name in HTTP},
+    **{name: (file, each(_mixed)) for name, file in PEERS.items()},
+    "eval": (EVALUATION, each(_evaluation)),
+}
+
+
+def sections(results: Path) -> dict[str, str]:
+    """Write each section of the pages whose file there is, by its name."""
+    return pages.sections_of(results, SECTIONS)
+
+
+Page = pages.tables_page("docs/serving", sections)
 
 
 def main(argv: list[str] | None = None) -> None:
