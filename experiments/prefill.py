@@ -33,6 +33,7 @@ from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.attention.selectors import BLOCK, BlockMeans, SampleAttention, Selector, WindowTiles
 from selfspan_jax.config import DecodeConfig, Dtype
+from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.viewing import retention
@@ -127,11 +128,7 @@ class Quality(Thresholds):
             prompts, rest = some[:, : -self.continuation], some[:, -self.continuation :]
             state, retained = retention.measured_prefill(lm.engine, prompts, np.full(len(some), prompts.shape[1], np.int32), reading)
             kept.append(retained)
-            found = []
-            for tokens in rest.T:
-                found.append(losses_of(state.logits, jnp.asarray(tokens)))
-                state = lm.engine.step(state, tokens, config)
-            losses.append(np.stack(jax.device_get(found), axis=1))
+            losses.append(continued(lm, state, rest, config))
         return np.concatenate(losses), _summed(kept)
 
 
@@ -236,6 +233,15 @@ class Tasks(Thresholds):
 def losses_of(logits: Array, tokens: Array) -> Array:
     """Compute the losses [B] of tokens [B] under logits [B, V]."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
+
+
+def continued(lm: SpanLM, state: DecodeState, rest: Int[np.ndarray, "b C"], config: DecodeConfig) -> np.ndarray:
+    """Return the losses [b, C] of tokens that are fed one after the other."""
+    found = []
+    for tokens in rest.T:
+        found.append(losses_of(state.logits, jnp.asarray(tokens)))
+        state = lm.engine.step(state, tokens, config)
+    return np.stack(jax.device_get(found), axis=1)
 
 
 def concatenated(lm: SpanLM, sources: Iterable[Path], num_tokens: int, num_texts: int) -> Int[np.ndarray, "b T"]:

@@ -14,10 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 from tyro.conf import Positional
 
 from data import commandline, scoring
@@ -26,7 +23,7 @@ from data.papers import reports
 from data.stories import source as stories
 from data.tasks import TASKS
 from data.verdicts.source import VERDICTS, ask
-from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
+from experiments.prefill import concatenated, continued, device_header, name_of, summary
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, Dtype
@@ -121,7 +118,9 @@ class Rebalancing:
         paths = [source / "annotations" / "txt_files" / f"PMC{number}.txt" for number in numbers]
         texts, dense = concatenated(lm, paths, self.tokens, self.num_texts), None
         for policy in policies:
-            own = continued(lm, texts, self.continuation, policy)
+            prompts, config = texts[:, : -self.continuation], DecodeConfig(policy, self.continuation)
+            state = lm.engine.prefill(prompts, np.full(len(texts), prompts.shape[1], np.int32), config)
+            own = continued(lm, state, texts[:, -self.continuation :], config)
             dense = own if dense is None else dense
             yield {"kind": "text", "alpha": getattr(policy, "alpha", None), "number": own.size, **summary(own, dense)}
 
@@ -136,16 +135,6 @@ def questions(source: Path) -> Iterator[tuple[str, int]]:
                 code = max(codes, key=codes.count)
                 if own := next((each for each in quotes if each.code == code), None):
                     yield VERDICT.format(" ".join(paper.text[own.start : own.end].split()), ask(question)), code
-
-
-def continued(lm: SpanLM, texts: Int[np.ndarray, "b T"], continuation: int, policy: Policy) -> np.ndarray:
-    """Return the loss of each token of the continuations, [b, C], all of it under a policy."""
-    prompts, config, found = texts[:, :-continuation], DecodeConfig(policy, continuation), []
-    state = lm.engine.prefill(prompts, np.full(len(texts), prompts.shape[1], np.int32), config)
-    for tokens in texts[:, -continuation:].T:
-        found.append(losses_of(state.logits, jnp.asarray(tokens)))
-        state = lm.engine.step(state, tokens, config)
-    return np.stack(jax.device_get(found), axis=1)
 
 
 def row_of(policy: Policy, kind: str, scores: np.ndarray, dense: np.ndarray) -> dict[str, Any]:

@@ -34,10 +34,8 @@ def _evaluation(report: Row) -> str:
 
 
 def _targets(report: Row) -> str:
-    systems, rows = (
-        {row["system"]: row for row in at_once(report)[::-1]},
-        [],
-    )  # the first of each: its first chunk size
+    rows = []
+    systems = {row["system"]: row for row in at_once(report)[::-1]}  # the first of each, which has the chunks of `throughput_scheduler`
     for row in {row["defaults"]: row for row in sorted(report.get("equal", [])[::-1], key=lambda row: row["defaults"])}.values():
         what = "a server's defaults" if row["defaults"] else "many places"
         target = f"tokens/s at saturation, % of one static batch of {row['batch_size']} ({what})"
