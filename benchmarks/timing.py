@@ -92,10 +92,10 @@ def read_ceiling_tbps() -> float:
     return array.size * 4 / min(seconds) / 1e12
 
 
-# By the name of a device's program: NCCL's; ours and cuDNN's attention; matrix products of ours, of cuBLAS and of the compiler.
+# By the name of a device's program: collectives of NCCL and the compiler; our and cuDNN's attention; our, cuBLAS' and its products.
 # A collective's time has in it the waiting for the other devices.
 _KINDS = {
-    "communication": r"nccl|(?i:all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective.?permute)",
+    "communication": r"nccl|psum|(?i:all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective.?permute)",
     "attention": r"masked_attention|span_decode|prompt_attention|^(?!.*fused_linear).*mosaic_gpu|sdpa|fmha|flash",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|dot|fused_linear",
 }

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -104,7 +105,7 @@ def test_the_launch_lines_of_one_machine_run(workplace, monkeypatch, capsys):
     """
     sizes = [*TOY, "--batch-size", "8", "--num-heads", "2", "--num-kv-heads", "2", "--steps", "4"]
     seen = []
-    for main, arguments, line in commands("multi-gpu", "bash"):
+    for main, arguments, line in itertools.chain(*(commands(page, "bash") for page in ("multi-gpu", "multi-gpu-figures"))):
         capsys.readouterr()
         if "--hosts" in arguments:
             seen.append("several")
@@ -122,7 +123,7 @@ def test_the_launch_lines_of_one_machine_run(workplace, monkeypatch, capsys):
             run_command(monkeypatch, main, [*arguments, *sizes], line)
             assert "steps on 8 x cpu (data=2,fsdp=2,tensor=2)" in capsys.readouterr().out
             seen.append("rehearsal")
-    assert sorted(seen) == ["bench"] * 2 + ["rehearsal"] + ["several"] * 3 + ["timed"] * 2
+    assert sorted(seen) == ["bench"] * 3 + ["rehearsal"] + ["several"] * 3 + ["timed"] * 2
 
 
 def headings(file):

@@ -24,6 +24,7 @@ from selfspan_jax.parallel.mesh import check_batch, check_model
 from selfspan_jax.training.optimizer import learning_rate, make_optimizer
 
 MAX_LOGITS_BYTES = 2**29  # in float32, of the rows whose logits are computed at a time
+_REPEATABLE = {"xla_gpu_exclude_nondeterministic_ops": True}  # else gradients of an embedding's rows are added up in any order
 
 
 class Batch(Protocol):
@@ -185,14 +186,14 @@ def _sums_of_parts(*args):
 def _sums_and_gradients(graph, params, rest, hidden, targets, is_target, plan):
     chunk, *_ = plan
     order = jnp.argsort(~is_target, stable=True)  # targets first: parts without any are left out
-    order = jnp.pad(order, (0, -order.size % chunk), constant_values=order.size)
+    order = jnp.concatenate([order, order.size + jnp.arange(-order.size % chunk, dtype=order.dtype)])  # beyond the end: dropped
 
     def add(part, total):
         rows = jax.lax.dynamic_slice_in_dim(order, part * chunk, chunk)
         own = (x.at[rows].get(mode="fill", fill_value=0) for x in (hidden, targets, is_target))
         sums, (of_params, of_hidden) = jax.value_and_grad(_sums, argnums=(1, 3), has_aux=True)(graph, params, rest, *own, plan)
         *before, gradient = total
-        return *jax.tree.map(jnp.add, tuple(before), (sums, of_params)), gradient.at[rows].set(of_hidden, mode="drop")
+        return *jax.tree.map(jnp.add, tuple(before), (sums, of_params)), gradient.at[rows].set(of_hidden, mode="drop", unique_indices=True)
 
     nothing = (jnp.zeros(()), (jnp.zeros(()), jnp.zeros(()))), jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden)
     num_parts = (jnp.sum(is_target, dtype=jnp.int32) + (chunk - 1)) // chunk
@@ -208,7 +209,7 @@ def _scale_gradients(graph, plan, gradients, grad):
 _sums_of_parts.defvjp(_sums_and_gradients, _scale_gradients)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames=("state",), compiler_options=_REPEATABLE)
 def train_step(
     fixed: Fixed, state: TrainState, batch: DeviceBatch, config: TrainConfig, attention: SequenceImplementation | None = None
 ) -> tuple[TrainState, dict[str, Array]]:

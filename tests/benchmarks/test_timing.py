@@ -82,6 +82,7 @@ def test_rows_of_kernels_stand_beside_their_bytes(tmp_path, monkeypatch, capsys)
     [
         ("all-reduce.3 ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
         ("all-gather-start.1 ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("psum.7.2_fusion psum_7_2_fusion_1", "communication"),  # a sum that XLA compiles
         ("custom-call.7 span_decode_attend", "attention"),
         (" masked_attention_forward", "attention"),
         ("custom-call.8 prompt_attention", "attention"),
