@@ -24,7 +24,6 @@ from selfspan_jax.parallel.mesh import check_batch, check_model
 from selfspan_jax.training.optimizer import learning_rate, make_optimizer
 
 MAX_LOGITS_BYTES = 2**29  # in float32, of the rows whose logits are computed at a time
-_REPEATABLE = {"xla_gpu_exclude_nondeterministic_ops": True}  # else gradients of an embedding's rows are added up in any order
 
 
 class Batch(Protocol):
@@ -178,11 +177,6 @@ def _sums(graph, params, rest, hidden, targets, is_target, plan):
     return plain + jnp.sum(more), (plain, right)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
-def _sums_of_parts(*args):
-    return _sums_and_gradients(*args)[0]
-
-
 def _sums_and_gradients(graph, params, rest, hidden, targets, is_target, plan):
     chunk, *_ = plan
     order = jnp.argsort(~is_target, stable=True)  # targets first: parts without any are left out
@@ -206,10 +200,12 @@ def _scale_gradients(graph, plan, gradients, grad):
     return of_params, None, of_hidden, None, None
 
 
+_sums_of_parts = jax.custom_vjp(lambda *args: _sums_and_gradients(*args)[0], nondiff_argnums=(0, 6))
 _sums_of_parts.defvjp(_sums_and_gradients, _scale_gradients)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames=("state",), compiler_options=_REPEATABLE)
+# Without nondeterministic operations: they add up the gradients of an embedding's rows in any order.
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=1, compiler_options={"xla_gpu_exclude_nondeterministic_ops": True})
 def train_step(
     fixed: Fixed, state: TrainState, batch: DeviceBatch, config: TrainConfig, attention: SequenceImplementation | None = None
 ) -> tuple[TrainState, dict[str, Array]]:
