@@ -204,8 +204,8 @@ _sums_of_parts = jax.custom_vjp(lambda *args: _sums_and_gradients(*args)[0], non
 _sums_of_parts.defvjp(_sums_and_gradients, _scale_gradients)
 
 
-# Without nondeterministic operations: they add up the gradients of an embedding's rows in any order.
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=1, compiler_options={"xla_gpu_exclude_nondeterministic_ops": True})
+# A scatter adds up the gradients of an embedding's rows in one order, not in whichever they come.
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=1, compiler_options={"xla_gpu_enable_scatter_determinism_expander": True})
 def train_step(
     fixed: Fixed, state: TrainState, batch: DeviceBatch, config: TrainConfig, attention: SequenceImplementation | None = None
 ) -> tuple[TrainState, dict[str, Array]]:
