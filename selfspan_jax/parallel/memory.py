@@ -97,7 +97,7 @@ def _container_free_bytes() -> int:
     """Return what a container leaves this process, which the system would end without a word if it took more."""
     for limit, used, stat, droppable in _CONTAINER_FILES:
         with contextlib.suppress(OSError, ValueError):  # no control groups of this version, or "max": no limit
-            given, taken, stats = (pathlib.Path(_CONTROL_GROUP, name).read_text("ascii") for name in (limit, used, stat))
+            given, taken, stats = (pathlib.Path(_CONTROL_GROUP, name).read_text(encoding="ascii") for name in (limit, used, stat))
             dropped = sum(int(line.split()[1]) for line in stats.splitlines() if line.startswith(f"{droppable} "))
             return int(given) - int(taken) + dropped
     return 2**63
