@@ -167,6 +167,8 @@ class Train:
     """How often the choice of a piece counts in the loss of spans, where its value counts once."""
     header_view: Literal["labels", "all"] = "labels"
     """What span tokens see: the labels, or everything."""
+    names_begin_as_labels: bool = False
+    """What names a label begins with the embedding of the label, and a vector that all names share, in place of a random one."""
     gap_scales: Annotated[tuple[int, ...], commandline.commas(int)] = (0, 1, 4, 16, 64)
     """Rotary positions jump between pieces by up to twice one of these, so that those of long contexts are trained."""
     seed: int = 0
@@ -196,6 +198,8 @@ class Train:
         sizes |= {"num_kv_heads": self.num_heads, "intermediate_size": 3 * self.hidden_size, "max_context_tokens": 2**17}
         config = model_config(self.system, self.header_view, compute_dtype=COMPUTE_DTYPES[self.dtype], **sizes)
         model = Decoder(config, vocab=VOCAB, vocab_size=VOCAB.min_vocab_size, rngs=nnx.Rngs(self.seed))
+        if self.names_begin_as_labels:
+            begin_as_labels(model, self.seed)
         tokens = self.corpus.row_tokens
         options: dict[str, Any] = {"eval_examples": 0, "checkpoint_every_steps": self.steps, "gap_scales": self.gap_scales}
         options |= {"learning_rate": self.learning_rate, "source_weight": self.source_weight}
@@ -232,6 +236,14 @@ class Train:
         for distance in np.unique(made["distance"]):
             own = right[made["distance"] == distance]
             yield {"segments": segments, "distance": int(distance), "queries": own.size, "right": float(own.mean())}
+
+
+def begin_as_labels(model: Decoder, seed: int) -> None:
+    """Let the embedding of each name begin as that of its label, and a random vector that all names share: copying a label names it."""
+    table = model.embed_tokens.embedding[...]
+    shared = jax.random.normal(jax.random.key(seed), table.shape[1:], table.dtype) * jnp.std(table)
+    labels = table[VOCAB.seg_base : VOCAB.seg_base + LABELS]
+    model.embed_tokens.embedding[...] = table.at[VOCAB.ref_base : VOCAB.ref_base + LABELS].set(labels + shared)
 
 
 def _plain(settings: Any) -> dict[str, Any]:
@@ -287,10 +299,11 @@ def right(report: dict[str, Any], segments: int, first: int, last: int = 2**31) 
 
 
 def _recipe(report: dict[str, Any]) -> str:
-    """Say how a model was trained: steps, how many of them on short contexts, and what its span tokens see, unless it is the labels."""
+    """Say how a model was trained: steps, how many of them on short contexts, how its names begin, and what span tokens see."""
     settings = report["settings"]
     short = f", {settings['short_steps']:,} of them short" if settings.get("short_steps") else ""
-    return f"{settings['steps']:,}{short}" + (", headers see all" if settings.get("header_view") == "all" else "")
+    names = ", names begin as labels" if settings.get("names_begin_as_labels") else ""
+    return f"{settings['steps']:,}{short}{names}" + (", headers see all" if settings.get("header_view") == "all" else "")
 
 
 def _recall(reports: list[dict[str, Any]], results: Path) -> str:
