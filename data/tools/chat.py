@@ -4,6 +4,7 @@ https://platform.openai.com/docs/guides/function-calling. A function `SERVICE-ME
 is a service of its own. Values are text in the corpus: those of numbers and truth values are read by their JSON schema.
 """
 
+import collections
 import json
 import math
 import re
@@ -136,10 +137,10 @@ def calls(
       values: what `value_labels` returned.
     """
     functions = {_names(tool["function"]["name"]): tool["function"] for tool in tools}
-    found = []
+    found, folded = [], _folded(functions)
     for step in steps:
         call = read_call(step.text)
-        function = functions.get((call.service, call.method)) if call else None
+        function = functions.get(call[:2], folded.get(_fold(call[:2]))) if call else None
         if call and function:
             named = [{"label": 1 + piece, "text": pieces[piece]} for piece in sorted(step.named) if piece < len(pieces)]
             arguments, labels = _typed(call, function), values.get(step.label, ())
@@ -153,6 +154,16 @@ def calls(
                 }
             )
     return found
+
+
+def _folded(functions: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Name functions without regard to case, which models write as they have learnt; those that then have the name of another left out."""
+    counts = collections.Counter(map(_fold, functions))
+    return {_fold(names): function for names, function in functions.items() if counts[_fold(names)] == 1}
+
+
+def _fold(names: tuple[str, str]) -> tuple[str, str]:
+    return names[0].casefold(), names[1].casefold()
 
 
 def _typed(call: Call, function: Mapping[str, Any]) -> dict[str, Any]:

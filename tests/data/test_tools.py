@@ -15,10 +15,11 @@ from data import dataset
 from data.__main__ import main as data_main
 from data.errors import UserError
 from data.examples import TrainingExamples
-from data.pieces import encode_steps
+from data.pieces import Written, encode_steps
 from data.retrieval import BM25
 from data.sources import Made
 from data.tasks import TASKS
+from data.tools import chat
 from data.tools.source import KINDS, Call, Corpus, WriteCommand, read_call
 from tests.data import layouts
 from tests.data.test_documents import respond, run
@@ -530,7 +531,7 @@ def test_calls_of_functions_have_the_types_of_their_schema_and_the_pieces_that_t
     text = json.dumps({"service": "Buses", "method": "FindBus", "parameters": said})
     others = [
         ((), text.replace("FindBus", "Fly")),
-        ((2,), '{"service": "get_time", "method": "get_time", "parameters": {}}'),
+        ((2,), '{"service": "Get_Time", "method": "get_time", "parameters": {}}'),  # as models write that have learnt such names
         ((), "Hello"),
     ]
     first, second = task.tool_calls(prompt, respond(task, [((3, 1, 30), text), *others]), TOOLS)
@@ -538,6 +539,13 @@ def test_calls_of_functions_have_the_types_of_their_schema_and_the_pieces_that_t
     pieces = task.split_prompt(prompt)[1]
     assert first["pieces"] == [{"label": label, "text": pieces[label - 1]} for label in (1, 3)]
     assert second == {"name": "get_time", "arguments": "{}", "pieces": [{"label": 2, "text": pieces[1]}], "values": {}}
+
+
+def test_names_of_functions_that_differ_in_case_alone_are_told_apart_by_it():
+    tools = [{"type": "function", "function": {"name": name}} for name in ("Clock-get", "clock-Get", "Clock-set")]
+    texts = [Call(service, method, {}).write() for service, method in (("clock", "Get"), ("clock", "get"), ("CLOCK", "SET"))]
+    found = chat.calls([Written(label, frozenset(), text) for label, text in enumerate(texts)], (), tools, {})
+    assert [own["name"] for own in found] == ["clock-Get", "Clock-set"]
 
 
 def test_calls_say_in_which_piece_each_argument_stands(corpus):
