@@ -152,8 +152,8 @@ def _make_prefill(model, case: dict[str, Any], device: str, seed: int) -> Callab
     return lambda: torch_ms(read, device)
 
 
-def _serve(model, case: dict[str, Any], seed: int) -> list[list[list[float]]]:
-    """Run requests through continuous batching (`generate_batch`'s manager) as they arrive; return when each token of each came.
+def _serve(model, case: dict[str, Any], seed: int) -> Iterator[list[list[float]]]:
+    """Run requests through continuous batching (`generate_batch`'s manager) as they arrive; yield for each rate when its tokens came.
 
     The case has `prompt_tokens` and `new_tokens` of the requests, and `rates`: pairs of a rate and the arrivals of the first requests,
     in seconds. Its `rows` are the tokens that the cache has room for.
@@ -168,7 +168,6 @@ def _serve(model, case: dict[str, Any], seed: int) -> list[list[list[float]]]:
     sizes = {"num_blocks": case["rows"] // page, "max_requests_per_batch": case["slots"], "max_batch_tokens": BATCH_TOKENS}
     batching = ContinuousBatchingConfig(**sizes)
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(case["new_tokens"]))
-    found = []
     with model.continuous_batching_context_manager(generation_config=greedy, continuous_batching_config=batching) as manager:
 
         def run(name: str, arrivals: Sequence[float], prompts: list[list[int]] = prompts) -> list[list[float]]:
@@ -189,8 +188,7 @@ def _serve(model, case: dict[str, Any], seed: int) -> list[list[list[float]]]:
 
         run("warm-up", [0.0] * min(16, len(prompts)), [prompt[::-1] for prompt in prompts])  # others, since pages of prompts are kept
         for number, (_, arrivals) in enumerate(case["rates"]):
-            found.append(run(str(number), arrivals))
-    return found
+            yield run(str(number), arrivals)
 
 
 def _main(job: dict[str, Any]) -> None:
@@ -242,12 +240,14 @@ def _main(job: dict[str, Any]) -> None:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             if case["peer"] == SERVED:
-                row: dict[str, Any] = {"events": _serve(model, case, job["seed"])}
+                each = zip(case["rates"], _serve(model, case, job["seed"]))
+                rows: Iterator[dict[str, Any]] = ({"rates": [rate], "events": [events]} for rate, events in each)
                 run = None
             else:
                 run = runs[index] or make(case)
-                row = {"not_run": run} if isinstance(run, str) else measure(case, *run)
-            print(_MARK + json.dumps({**case, **row, "versions": versions}), flush=True)
+                rows = iter([{"not_run": run} if isinstance(run, str) else measure(case, *run)])
+            for row in rows:
+                print(_MARK + json.dumps({**case, **row, "versions": versions}), flush=True)
             del run
             runs[index] = None
             gc.collect()
