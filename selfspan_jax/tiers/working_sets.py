@@ -107,13 +107,9 @@ class WorkingSets(KVCache):
         """Say which rows that were noted a layer's pools on the device are to get, or a share of them."""
         return Copies(layer[2:], layer[:2], self.sources, self.targets, self.num_copied, share)
 
-    def copy(self, layer: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Copy these rows."""
-        return (*copy_rows(*self.copies(layer)), *layer[2:])
-
     def with_copies(self) -> Self:
         """Copy these rows in all layers, between steps; return the cache that has them."""
-        return dataclasses.replace(self, pools=tuple(map(self.copy, self.pools)))
+        return dataclasses.replace(self, pools=tuple((*copy_rows(*self.copies(layer)), *layer[2:]) for layer in self.pools))
 
     def attend(self, own, slots: AnySlots, implementation) -> Attend:
         """Make the attention of one new token per sequence."""
