@@ -8,12 +8,10 @@ the weights come from memory and not from the cache: single matrices (the result
 whole layers without their attention. Microseconds are wall time per call (per layer), launches included, nothing subtracted.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +20,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from benchmarks.shapes import ShapeName, matrix_sizes, named_shape
-from benchmarks.timing import CACHE_BYTES, KernelCommand, KernelReport, median_and_spread, relative_error, run_command, run_seconds
+from benchmarks.timing import (
+    CACHE_BYTES,
+    KernelCommand,
+    KernelReport,
+    compile_all,
+    median_and_spread,
+    relative_error,
+    run_command,
+    run_seconds,
+)
 from data import commandline
 from pallas_kernels import fused_linear, quantize_weight, rotate_and_write
 from pallas_kernels.common import MULTIPROCESSORS
@@ -121,12 +128,6 @@ class Program(NamedTuple):
     calls: int
     moved_bytes: int
 
-    def compile(self) -> Any:
-        try:
-            return jax.jit(self.function).lower(*self.arguments).compile()
-        except Exception as error:  # reported as not run
-            return error
-
 
 def time_programs(name: str, programs: dict[tuple[int, str], Program], compare: Callable, report: KernelReport, runs: int = 5) -> None:
     """Compile programs by batch and variant on all processors, and add a row for each.
@@ -134,8 +135,7 @@ def time_programs(name: str, programs: dict[tuple[int, str], Program], compare: 
     Args:
       compare: batch, variant and the result of a program -> what the row says of its correctness.
     """
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = list(pool.map(Program.compile, programs.values()))
+    compiled = compile_all((program.function, program.arguments) for program in programs.values())
     for ((batch, variant), program), run in zip(programs.items(), compiled, strict=True):
         label = f"{name:12} B{batch:<3} {variant:32}"
         if isinstance(run, Exception):

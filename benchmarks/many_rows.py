@@ -7,7 +7,6 @@ Each program runs alone, ten calls queued; bfloat16. Kernels are those of `palla
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.shapes import ShapeName, matrix_sizes
-from benchmarks.timing import median_and_spread, relative_error, report_header, run_command, run_seconds
+from benchmarks.timing import compile_all, median_and_spread, relative_error, report_header, run_command, run_seconds
 from data import commandline
 from data.errors import check_range
 from pallas_kernels.linear.heuristics import MosaicConfig, mosaic_config
@@ -92,12 +91,11 @@ class ManyRows:
 
     def run(self) -> None:
         programs = list(self.programs())
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            compiled = list(pool.map(lambda one: _compile(one[1], one[2]), programs))
+        compiled = compile_all((function, arguments) for _, function, arguments, _ in programs)
         report: dict[str, Any] = {**report_header(), "seed": self.seed, "cases": []}
         plain = None
         for (settings, _, arguments, flops), program in zip(programs, compiled):
-            if isinstance(program, NotImplementedError | ValueError):
+            if isinstance(program, Exception):
                 print(f"{_words(settings)} not run: {program}", flush=True)
                 continue
             out = jax.tree.leaves(program(*arguments))
@@ -130,13 +128,6 @@ class ManyRows:
                     for band in self.bands:
                         taken = {"variant": f"mosaic, bands of {band}", "taken": band == each.config(weight).band_tiles}
                         yield settings | taken, functools.partial(each.kernel, band), arguments, flops
-
-
-def _compile(function: Callable, arguments: tuple[jax.Array, ...]) -> Any:
-    try:
-        return jax.jit(function).lower(*arguments).compile()
-    except (NotImplementedError, ValueError) as error:  # this device has no such kernel
-        return error
 
 
 def _words(settings: dict[str, Any]) -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import itertools
 import math
+import os
 import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +50,20 @@ def run_seconds(function: Callable[[], Any], *, queued: int = 1, warm_ups: int =
 
     seconds = [timed(repetition)[1] / queued for _ in range(warm_ups + repetitions)]
     return seconds[warm_ups:]
+
+
+def compile_all(programs: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Compile functions for their arguments, on all processors; an error takes the place of what this device cannot compile."""
+
+    def one(program: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+        function, arguments = program
+        try:
+            return jax.jit(function).lower(*arguments).compile()
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, programs))
 
 
 def median_and_spread(values: list[float]) -> tuple[float, float]:
