@@ -14,7 +14,7 @@ from experiments.pages import Row, each, judge, markdown_table
 MODEL, EVALUATION = "arithmetic-small.json", "eval.json"  # the files
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
 PEER_RATES = "smollm2-135m_rates.json"
-HTTP = ("http32", "http_data2", "http_tensor2")  # of servers under load; sections have the names of the files
+HTTP = ("http32", "http_slots256", "http_data2", "http_tensor2")  # of servers under load; sections have the names of the files
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
