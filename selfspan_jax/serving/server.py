@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,9 @@ from selfspan_jax.serving.application import Server
 from selfspan_jax.serving.workers import Workers
 
 LINGER_SECONDS = 30.0  # after a signal, for clients to read what is written when nothing is decoded any more
+# After so long a thread takes the interpreter from another. With Python's 5 ms, what a worker sends waits for tens of them to be received
+# while the loop and the reader are busy, and the worker and its device wait with it.
+SWITCH_SECONDS = 0.001
 
 
 class Uvicorn(uvicorn.Server):
@@ -64,6 +68,16 @@ class Uvicorn(uvicorn.Server):
             self.force_exit = True
         self.should_exit = True
         self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._server.drain()))
+
+
+@contextlib.contextmanager
+def _switching() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextlib.contextmanager
@@ -118,7 +132,8 @@ def serve(
         gc.freeze()  # what stays is not looked at again
         key = os.environ.get("SELFSPAN_API_KEY") or None if config.api_key is None else config.api_key
         options: dict[str, Any] = {"attention": attention, "api_key": key, "examples": _examples(workers.reader.task)}
-        Uvicorn(Server(workers.reader, workers, config.model_name or name, **options)).run([bound])
+        with _switching():
+            Uvicorn(Server(workers.reader, workers, config.model_name or name, **options)).run([bound])
 
 
 def _examples(task: Any) -> list[str]:
