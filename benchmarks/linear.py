@@ -80,13 +80,12 @@ MATRICES = (
 LAYERS: tuple[ShapeName, ...] = ("llama2-7b", "llama3-8b")
 NUM_LAYERS = 4  # distinct ones in the chain
 BATCHES = (1, 8, 32, 64)
-IMPLEMENTATIONS = ("triton", "triton+int8", "xla", "xla+int8", "xla [D, M]")
+IMPLEMENTATIONS = ("triton", "triton+int8", "xla", "xla+int8")
+LAYER_IMPLEMENTATIONS = ("triton", "triton+int8", "xla")
 
 
 def linear_function(kind: str) -> Callable:
-    """Look up what to time by its name; `+int8` takes int8 weights, `[D, M]` transposed ones."""
-    if kind == "xla [D, M]":
-        return lambda x, weight, **options: fused_linear(x, weight.T, implementation="xla", **options)
+    """Look up what to time by its name; `+int8` takes int8 weights."""
     return functools.partial(fused_linear, implementation=kind.partition("+")[0])
 
 
@@ -103,8 +102,7 @@ def draw_weights(matrix: Matrix, seed: int) -> list[jax.Array]:
 
 def stored_as(kind: str, weights: Iterable[jax.Array]) -> list:
     """Store weights as an implementation takes them."""
-    store: dict[str, Callable] = {"triton+int8": quantize_weight, "xla+int8": quantize_weight, "xla [D, M]": jnp.transpose}
-    return list(map(jax.jit(store[kind]), weights)) if kind in store else list(weights)
+    return list(map(jax.jit(quantize_weight), weights) if kind.endswith("+int8") else weights)
 
 
 def chain(linear, options, rounds, x, norm, residual, weights):
@@ -207,23 +205,13 @@ def layer_chain(linear, rotary, rounds, x, norm, angles, slots, layers, pools):
     return jax.lax.fori_loop(0, rounds, body, (x, pools))
 
 
-LAYER_VARIANTS = {  # name: (linear and how its weights are stored, rotation)
-    "triton": ("triton", "triton"),
-    "triton, rotary by xla": ("triton", "xla"),
-    "triton+int8": ("triton+int8", "triton"),
-    "xla": ("xla", "xla"),
-    "xla, rotary by triton": ("xla", "triton"),
-    "xla [D, M]": ("xla [D, M]", "xla"),
-}
-
-
 def run_layers(name: ShapeName, batches: Sequence[int], seed: int, report: KernelReport, rounds: int = 10) -> None:
     """Time whole layers of a model without their attention: what stands between two attentions of a decode step."""
     config = named_shape(name).config
     sizes = [size for matrix, size in matrix_sizes(name).items() if matrix != "head"]
     make = jax.jit(lambda seed, size: 0.5 * draw(seed, *size) * size[1] ** -0.5, static_argnums=1)
     layers = [[make(seed + len(sizes) * layer + i, size) for i, size in enumerate(sizes)] for layer in range(NUM_LAYERS)]
-    stored = {kind: [stored_as(kind, layer) for layer in layers] for kind in dict.fromkeys(kind for kind, _ in LAYER_VARIANTS.values())}
+    stored = {kind: [stored_as(kind, layer) for layer in layers] for kind in LAYER_IMPLEMENTATIONS}
     norm = 1.0 + 0.1 * draw(seed + 1, config.hidden_size)
     weight_bytes = 2 * sum(m * d for m, d in sizes)
     programs: dict[tuple[int, str], Program] = {}
@@ -231,10 +219,10 @@ def run_layers(name: ShapeName, batches: Sequence[int], seed: int, report: Kerne
         pool = jnp.zeros((batch, config.num_kv_heads, config.head_size), jnp.bfloat16)
         angles = tuple(draw(seed + i, batch, config.head_size // 2).astype(jnp.float32) for i in (5, 6))
         rest = (draw(seed + 4, batch, config.hidden_size), norm, angles, jnp.arange(batch, dtype=jnp.int32))
-        for variant, (kind, rotary) in LAYER_VARIANTS.items():
-            function = functools.partial(layer_chain, linear_function(kind), rotary, rounds)
+        for kind in LAYER_IMPLEMENTATIONS:
+            function = functools.partial(layer_chain, linear_function(kind), kind.partition("+")[0], rounds)
             arguments = (*rest, stored[kind], [(pool, pool)] * NUM_LAYERS)
-            programs[batch, variant] = Program(function, arguments, rounds * NUM_LAYERS, weight_bytes // (2 if "int8" in kind else 1))
+            programs[batch, kind] = Program(function, arguments, rounds * NUM_LAYERS, weight_bytes // (2 if "int8" in kind else 1))
     first: dict[int, jax.Array] = {}
 
     def compare(batch: int, variant: str, out: tuple) -> dict:

@@ -228,13 +228,13 @@ def status(message: str) -> Iterator[None]:
 def commas(*kinds: Any) -> Any:
     """Read values in one word, with commas between them: `Annotated[tuple[...], commas(int)]`, or float, or `commas("this", "that")`.
 
-    Commas in brackets are part of a value. An empty word is no value, where "" is among the kinds.
+    An empty word is no value, where "" is among the kinds.
     """
     number = kinds[0] if kinds in ((int,), (float,)) else None
     metavar = "N,N,..." if number else ",".join(filter(None, kinds))
 
     def read(words: list[str]) -> tuple[Any, ...]:
-        values = re.split(r",(?![^\[]*\])", words[0])
+        values = words[0].split(",")
         if number:
             return tuple(read_number(number, value) for value in values)
         if wrong := sorted(set(values) - set(kinds)):
