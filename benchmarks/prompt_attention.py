@@ -1,6 +1,6 @@
 """Time the attention of prompts against the peak of the matrix units, and against cuDNN.
 
-    python -m benchmarks.prompt_attention --json FILE     the table of docs/prefill.md
+    python -m benchmarks.prompt_attention --json FILE     a table of docs/prefill-figures.md
 
 What is timed: chains of dependent calls inside one compiled program, the output of a call being the query of the next. Microseconds
 are wall time per call, launches included, nothing subtracted; lists of tiles are made beforehand, as once for all layers of a model.

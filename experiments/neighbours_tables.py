@@ -1,4 +1,4 @@
-"""Tables and the picture of docs/neighbours.md, of the JSON files of the commands of `experiments.neighbours`."""
+"""Tables of docs/neighbours-figures.md and the picture of docs/neighbours.md, of files of `experiments.neighbours`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse prefill on real text and on trained tasks, and the tables of docs/prefill.md.
+"""Sparse prefill on real text and on trained tasks, and the tables of docs/prefill-figures.md.
 
     python -m experiments.prefill quality MODEL TEXTS... --tokens 2048,8192 --json FILE
     python -m experiments.prefill tasks MODEL --ops 200 --json FILE

@@ -275,7 +275,7 @@ _FROM = 2  # segments, from which on an item is out of sight of a window and of 
 
 
 def sections(results: Path) -> dict[str, str]:
-    """Write the sections of docs/neighbours.md on models with a memory whose files are in a directory, and their plot."""
+    """Write the sections of docs/neighbours-figures.md on models with a memory whose files are in a directory, and their plot."""
     recalls = [files.read_json(file) for file in sorted(results.glob("recall_*.json"))]
     expressions = {file.stem.split("_")[1]: files.read_json(file) for file in sorted(results.glob("expressions_*.json"))}
     benches = [files.read_json(file) for file in sorted(results.glob("bench_*.json"))]
