@@ -145,8 +145,6 @@ class Bench:
             raise UserError(f"peers has {wrong[0]}; allowed {'with' if self.prefill else 'without'} --prefill: {', '.join(allowed)}")
         if self.mesh and "host" in self.kv_memory:
             raise UserError(f"mesh is {self.mesh!r}, but --kv-memory host is for one device: leave one of them out")
-        if self.random_rows and "host" in self.kv_memory:
-            raise UserError("--random-rows fills the device's memory: leave out --kv-memory host")
         if self.peers and self.mesh:
             raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
 
@@ -161,7 +159,7 @@ class Bench:
             sparse = itertools.product(self.weights, self.context, self.batch_size, zip(self.sparse, shares))
             cases += [PrefillCase("dense", batch, context, weights, *chosen) for weights, context, batch, chosen in sparse]
         else:
-            host = functools.partial(TieredCase, working_set_tokens=self.working_set_tokens)
+            host = functools.partial(TieredCase, random_rows=self.random_rows, working_set_tokens=self.working_set_tokens)
             device = functools.partial(Case, random_rows=self.random_rows)
             kinds: list[Callable[..., Case]] = [host if memory == "host" else device for memory in dict.fromkeys(self.kv_memory)]
             cases = [kind(policy, batch, context, self.steps, weights) for weights, context, batch, policy in every for kind in kinds]

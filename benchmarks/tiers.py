@@ -21,9 +21,12 @@ from benchmarks.decoding import REPETITIONS, WARM_UPS, Case, Programs, copy_stat
 from benchmarks.shapes import Shape
 from benchmarks.timing import timed
 from pallas_kernels import copy_rows
-from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory
+from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig
+from selfspan_jax.decoding.cache import LayerPools
+from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.memory import bytes_of, check_fits
 from selfspan_jax.tiers.engine import HostEngine
+from selfspan_jax.tiers.prefill import read_to_host
 
 LINK_ROWS = 1 << 14  # of 4 KiB, by which the link is measured
 MAX_REPEATED_SECONDS = 20.0  # of a prefill; what takes longer hardly feels its compilation
@@ -39,9 +42,23 @@ class TieredCase(Case):
 
 def compile_case(shape: Shape, case: TieredCase, mesh: Mesh | None = None) -> Programs:
     """Make the engine; it compiles as it runs. Raises: DoesNotFit where the parameters alone exceed the device's memory."""
-    engine = HostEngine(shape.abstract(case.weights), working_set_tokens=case.working_set_tokens)
+    read = fill_with_random_rows if case.random_rows else read_to_host
+    engine = HostEngine(shape.abstract(case.weights), working_set_tokens=case.working_set_tokens, read=read)
     check_fits(needed := bytes_of(engine.params))
     return Programs(engine, None, needed, 0.0)
+
+
+def fill_with_random_rows(decoder: Decoder, token_ids: Array, lengths, config, responses, free_rows: int) -> tuple[tuple, Array]:
+    """Draw what `read_to_host` returns, layer by layer, so that the device holds one layer's rows."""
+    first, *keys = jax.random.split(jax.random.key(0), 1 + decoder.config.num_layers)
+    pools = tuple(jax.block_until_ready(_draw(key, decoder.config, token_ids.size + free_rows)) for key in keys)
+    return pools, jax.random.normal(first, (len(token_ids), decoder.config.hidden_size), jnp.dtype(decoder.config.compute_dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows"))
+def _draw(key: Array, config: ModelConfig, rows: int) -> LayerPools:
+    shape, dtype = (rows, config.num_kv_heads, config.head_size), jnp.dtype(config.compute_dtype)
+    return jax.device_put(tuple(jax.random.normal(each, shape, dtype) for each in jax.random.split(key)), jax.memory.Space.Host)
 
 
 @functools.cache
@@ -70,7 +87,7 @@ def measure_case(
     prompts, lengths = token_ids[: case.num_prompts, : case.prompt_tokens], np.full(case.num_prompts, case.prompt_tokens)
     prefill = functools.partial(engine.prefill, num_samples=case.num_samples)
     state, prefill_seconds = timed(prefill, prompts, lengths, config)
-    if prefill_seconds < MAX_REPEATED_SECONDS:
+    if prefill_seconds < MAX_REPEATED_SECONDS and not case.random_rows:
         del state
         state, prefill_seconds = timed(prefill, prompts, lengths, config)
     forced = np.repeat(token_ids[: case.num_prompts, case.prompt_tokens :], case.num_samples, axis=0)
@@ -83,7 +100,7 @@ def measure_case(
         pools = state.cache.pools
     copied, missed = (float(np.asarray(rows, np.int64).sum()) / case.steps for rows in (state.cache.copied, state.cache.misses))
     row_bytes = bytes_of([pool[:1] for layer in pools for pool in layer[:2]])  # of all layers
-    return replay_row(engine, case, state, forced, seconds, prefill_seconds) | {
+    return replay_row(engine, case, state, forced, seconds, None if case.random_rows else prefill_seconds) | {
         "copied_rows_per_step": copied,
         "missed_rows_per_step": missed,
         "link_bytes_per_step": (copied + missed) * row_bytes,

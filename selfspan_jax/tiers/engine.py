@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -50,15 +51,23 @@ class HostEngine(Engine):
 
     Args:
       working_set_tokens: rows on the GPU for the prompt of each sequence. Half of them at most hold what every step reads.
+      read: what reads prompts.
 
     Raises: UserError for a working set of fewer than 2 rows, and for a decoder that the attention kernel cannot take.
     """
 
-    def __init__(self, model: Decoder, *, working_set_tokens: int = WORKING_SET_TOKENS, steps_per_sync: int | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        working_set_tokens: int = WORKING_SET_TOKENS,
+        steps_per_sync: int | None = None,
+        read: Callable = read_to_host,
+    ):
         super().__init__(model, steps_per_sync=steps_per_sync)
         if working_set_tokens < 2:
             raise UserError(f"working_set_tokens is {working_set_tokens}; allowed: 2 and above")
-        self.working_set_tokens = working_set_tokens
+        self.working_set_tokens, self._read = working_set_tokens, read
         config = model.config
         if config.mask == "memory":
             raise UserError("kv_memory is 'host', but the model's layers have a memory, which lies on the device; allowed: 'device'")
@@ -129,7 +138,7 @@ class HostEngine(Engine):
         if (most := memory.device_memory_bytes()) is not None:
             check_working_sets(sequences, width + new_rows, row_bytes, most - memory.bytes_of(self.params))
         memory.take_host_memory((batch * capacity + free_rows) * row_bytes, f"rows of {batch} prompts of up to {capacity} tokens")
-        host, last = read_to_host(self.graph.decoder(self.params), token_ids, lengths, config, responses, free_rows)
+        host, last = self._read(self.graph.decoder(self.params), token_ids, lengths, config, responses, free_rows)
         return _start(self.graph, self.params, host, last, token_ids, lengths, keys, config, num_samples, width, new_rows)
 
     def compile(self, batch_size, prompt_tokens, config):

@@ -181,8 +181,7 @@ def test_what_is_not_there_is_refused():
 
 def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
     """Of the host for the engine and for a server, by which limit; of the device for working sets."""
-    engine, prompts = HostEngine(random_model(num_layers=1)), prompts_of(ROWS[:2])
-    monkeypatch.setattr(tiers, "read_to_host", None)  # nothing is read
+    engine, prompts = HostEngine(random_model(num_layers=1), read=lambda *_: pytest.fail("prompts are read")), prompts_of(ROWS[:2])
     with monkeypatch.context() as patch:
         patch.setattr(memory, "free_host_memory_bytes", lambda: 2**10)
         with pytest.raises(DoesNotFit, match=r"rows of 2 prompts of up to 64 tokens take 0\.0 GiB of host memory, 0\.0 are free"):
