@@ -100,7 +100,7 @@ class Bench:
     named_again: int = 0
     """Of the four pieces that each step of "segments" names, so many are of those that the step before named."""
     random_rows: bool = False
-    """Fill the cache with random rows instead of reading prompts, which takes minutes where they are many and long."""
+    """Fill the cache, on the device or the host, with random rows instead of reading prompts, which takes minutes where they are long."""
     num_samples: int = 1
     """Above 1, add two rows: so many sequences that share their prompt, and as many that do not."""
     stream_check: bool = False
