@@ -205,7 +205,7 @@ def test_tables_of_tools_by_hand():
 
     runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1), constrained=(2, 1))]
     runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]  # of one catalogue alone: no rows
-    runs += [run("tools_near_values_more", eval=(2, 2)), run("tools_dense_values_more", eval=(1, 2))]
+    runs += [run("tools_values_more", eval=(2, 2)), run("tools_dense_values_more", eval=(1, 2))]
     names = [run.variant for run in runs]
     rows = [line.strip("| ").split(" | ") for line in documents.sets_table(runs, names, "tools").splitlines()]
     assert {row[1]: row[-1] for row in rows[2:]} == dict.fromkeys(documents.SETS["tools"].values(), "9.0") | {
@@ -222,5 +222,5 @@ def test_tables_of_tools_by_hand():
     assert [row[:6] for row in rows if "calls right" in row] == [
         ["`tools_labels`", "calls right", "2", "`tools_dense`", "25.0", "50.0"],
         ["`tools_labels_full`", "calls right", "2", "`tools_dense_full`", "100.0", "0.0"],
-        ["`tools_near_values_more`", "calls right", "2", "`tools_dense_values_more`", "75.0", "25.0"],
+        ["`tools_values_more`", "calls right", "2", "`tools_dense_values_more`", "75.0", "25.0"],
     ]
