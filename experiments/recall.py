@@ -243,7 +243,7 @@ def begin_as_labels(model: Decoder, seed: int) -> None:
     table = model.embed_tokens.embedding[...]
     shared = jax.random.normal(jax.random.key(seed), table.shape[1:], table.dtype) * jnp.std(table)
     labels = table[VOCAB.seg_base : VOCAB.seg_base + LABELS]
-    model.embed_tokens.embedding[...] = table.at[VOCAB.ref_base : VOCAB.ref_base + LABELS].set(labels + shared)
+    model.embed_tokens.embedding[...] = table.at[VOCAB.ref_base : VOCAB.ref_base + LABELS].set(labels + shared[None])
 
 
 def _plain(settings: Any) -> dict[str, Any]:

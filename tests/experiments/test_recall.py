@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import recall
 from experiments.recall import PIECE, SEGMENT, VOCAB, Corpus
 from selfspan_jax.config import AttentionViews
+from selfspan_jax.model import Decoder
 from selfspan_jax.spans import attention_mask
 from tests.selfspan_jax.reference import Reference
 
@@ -73,6 +75,21 @@ def test_rows_hold_examples_of_one_length():
     short = itertools.islice(corpus.batches(7, rows=2, seed=0, spans=True, scales=(0,), short=14), 9)
     examples = [int(batch.segment_ids.max()) for batch in short]
     assert examples[:7] == [5] * 7 and examples[7:] == [int(batch.segment_ids.max()) for batch in batches[7:]]
+
+
+def test_names_begin_as_their_labels():
+    """The embedding of each name is its label's, and a vector that is the same for all; nothing else changes."""
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_size": 8, "intermediate_size": 8}
+    config = recall.model_config("spans", max_context_tokens=128, **sizes)
+    model = Decoder(config, vocab=VOCAB, vocab_size=VOCAB.min_vocab_size, rngs=nnx.Rngs(0))
+    before = np.asarray(model.embed_tokens.embedding[...])
+    recall.begin_as_labels(model, 0)
+    after = np.asarray(model.embed_tokens.embedding[...])
+    names = slice(VOCAB.ref_base, VOCAB.ref_base + VOCAB.num_labels)
+    more = after[names] - before[VOCAB.seg_base : VOCAB.seg_base + VOCAB.num_labels]
+    np.testing.assert_allclose(more, np.broadcast_to(more[0], more.shape), atol=1e-6)
+    assert np.abs(more[0]).max() > 1e-3
+    np.testing.assert_array_equal(np.delete(after, names, axis=0), np.delete(before, names, axis=0))
 
 
 def test_shares_are_of_the_queries_of_a_distance():
