@@ -130,7 +130,7 @@ def test_generate_takes_a_file_of_prompts(call, tmp_path):
     first, second, third = re.split(r"\n\n\[[23]/3\] .*\n", out)
     assert first.startswith("[1/3] ((51+75)-(95*3))\nstep ") and "warning" not in first and "(all 3 steps and spans are right)" in first
     assert second.startswith("warning: 123456 is beyond what the model was trained on") and "\nWRONG: 123456*7 = " in second
-    assert re.match("warning: The response was stopped .* tokens written: 64. .*--max-new-tokens", third)
+    assert re.match("warning: The response was stopped .* tokens written: 64. A higher limit", third)
     assert "STOPPED: ((51+75)-(95*3))+(8*(4+16)) = (no answer)   (step 6" in third and "are right" not in third
     right, wrong, _ = json.loads(written.read_text())["responses"]
     assert right["verdict"]["answer_right"] and not right["warnings"] and len(wrong["warnings"]) == 2
