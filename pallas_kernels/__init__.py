@@ -16,7 +16,7 @@ takes 0.3 s. The Triton lowering of Pallas was seen to work on JAX 0.10.2 and 0.
 """
 
 from pallas_kernels.copy_rows import SHARES, Copies, copy_rows
-from pallas_kernels.linear import ScaledRows, SplitRows, copies_beside, fused_linear, may_launch_early, rms_norm
+from pallas_kernels.linear import ScaledRows, SplitRows, copies_beside, fused_linear, look_up, may_launch_early, rms_norm
 from pallas_kernels.norm import fork_rms_norm
 from pallas_kernels.place_rows import Wanted, place_rows
 from pallas_kernels.prompt_attention import PromptMask, prompt_attention
@@ -44,6 +44,7 @@ __all__ = [
     "copy_rows",
     "fork_rms_norm",
     "fused_linear",
+    "look_up",
     "masked_attention",
     "may_launch_early",
     "norm_heads",

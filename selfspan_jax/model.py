@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import QuantizedWeight, fork_rms_norm, fused_linear, may_launch_early, quantize_weight, rms_norm
+from pallas_kernels import QuantizedWeight, fork_rms_norm, fused_linear, look_up, may_launch_early, quantize_weight, rms_norm
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.neighbours.memory import CompressiveMemory
@@ -162,6 +162,9 @@ class Layer(nnx.Module):
 class Embedding(nnx.Embed):
     """The embedding [V, D], which is also the output layer of a model with tied embeddings."""
 
+    def look_up(self, token_ids: Int[Array, "*batch"], dtype: Any) -> Float[Array, "*batch D"]:
+        return look_up(self.embedding[...], token_ids, jnp.dtype(dtype))
+
     def scores(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None) -> Float[Array, "*batch V"]:
         """Compute logits, float32."""
         return fused_linear(hidden, self.embedding[...], out_dtype=jnp.float32, implementation=linear)
@@ -201,8 +204,7 @@ class Decoder(nnx.Module):
           linear: implementation of linear maps: "xla", which has gradients, or None for the fastest on few rows.
         """
         angles = rotary_angles(positions, self.config)
-        # Rounded after the lookup: its gradient is a scatter with many hits per row, which GPUs add up in float32 only.
-        x = self.embed_tokens(token_ids).astype(self.config.compute_dtype)
+        x = self.embed_tokens.look_up(token_ids, self.config.compute_dtype)
 
         def run(layer: Layer, x, angles, cache, following):
             return layer(x, angles, attend, cache, following, implementation=linear)

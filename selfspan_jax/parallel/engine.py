@@ -48,7 +48,7 @@ def prefill_own(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, 
     check_context_policy(config.attention)
     batch, capacity = token_ids.shape
     cache = KVCache.empty(model.config, lengths, capacity, num_samples, config.max_new_tokens)
-    x = model.embed_tokens(token_ids).astype(model.config.compute_dtype)
+    x = model.embed_tokens.look_up(token_ids, model.config.compute_dtype)
     pools = []
     for layer, pools_of_layer in zip(model.layers, cache.pools, strict=True):
         x, rows = read_layer(layer, x, token_ids, lengths, model.vocab, model.config, config, responses)

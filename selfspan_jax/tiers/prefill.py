@@ -66,7 +66,7 @@ def empty_host_pools(config: ModelConfig, rows: int) -> LayerPools:
 
 @functools.partial(jax.jit, static_argnames=("graph", "config"))
 def _embed(graph, params, token_ids, config):
-    return nnx.merge(graph, params)(token_ids).astype(config.compute_dtype)
+    return nnx.merge(graph, params).look_up(token_ids, config.compute_dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "vocab", "model_config", "config", "responses"), donate_argnames=("x", "pools"))

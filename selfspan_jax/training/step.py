@@ -115,12 +115,11 @@ def initial_state(model: Decoder, config: TrainConfig, mesh: Mesh | None = None)
     if model.weights == "int8":
         model.check_plain()
     check_mesh(model, config, mesh)
-    graph, *states = nnx.split(model, nnx.Param, Frozen)
-    params, frozen = states
+    graph, params, frozen = nnx.split(model, nnx.Param, Frozen)
     init = make_optimizer(config).init
     if mesh is None:
         return Fixed(graph, frozen), TrainState(params, init(params), jnp.zeros((), jnp.int32))
-    params, frozen = (layout.shard_params(own, mesh) for own in states)
+    params, frozen = (layout.shard_params(own, mesh) for own in (params, frozen))
     shapes = layout.shard_params(jax.eval_shape(init, params), mesh)
     opt_state = jax.jit(init, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))(params)  # never whole on one device
     step = layout.device_put_global(jnp.zeros((), jnp.int32), mesh, layout.REPLICATED)
@@ -180,14 +179,14 @@ def _sums(graph, params, rest, hidden, targets, is_target, plan):
 def _sums_and_gradients(graph, params, rest, hidden, targets, is_target, plan):
     chunk, *_ = plan
     order = jnp.argsort(~is_target, stable=True)  # targets first: parts without any are left out
-    order = jnp.concatenate([order, order.size + jnp.arange(-order.size % chunk, dtype=order.dtype)])  # beyond the end: dropped
+    order = jnp.pad(order, (0, -order.size % chunk), constant_values=order.size)
 
     def add(part, total):
         rows = jax.lax.dynamic_slice_in_dim(order, part * chunk, chunk)
         own = (x.at[rows].get(mode="fill", fill_value=0) for x in (hidden, targets, is_target))
         sums, (of_params, of_hidden) = jax.value_and_grad(_sums, argnums=(1, 3), has_aux=True)(graph, params, rest, *own, plan)
         *before, gradient = total
-        return *jax.tree.map(jnp.add, tuple(before), (sums, of_params)), gradient.at[rows].set(of_hidden, mode="drop", unique_indices=True)
+        return *jax.tree.map(jnp.add, tuple(before), (sums, of_params)), gradient.at[rows].set(of_hidden, mode="drop")
 
     nothing = (jnp.zeros(()), (jnp.zeros(()), jnp.zeros(()))), jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden)
     num_parts = (jnp.sum(is_target, dtype=jnp.int32) + (chunk - 1)) // chunk
@@ -204,8 +203,7 @@ _sums_of_parts = jax.custom_vjp(lambda *args: _sums_and_gradients(*args)[0], non
 _sums_of_parts.defvjp(_sums_and_gradients, _scale_gradients)
 
 
-# A scatter adds up the gradients of an embedding's rows in one order, not in whichever they come.
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=1, compiler_options={"xla_gpu_enable_scatter_determinism_expander": True})
+@functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames=("state",))
 def train_step(
     fixed: Fixed, state: TrainState, batch: DeviceBatch, config: TrainConfig, attention: SequenceImplementation | None = None
 ) -> tuple[TrainState, dict[str, Array]]:

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import fused_linear, silu_and_mul
+from pallas_kernels import fused_linear, look_up, silu_and_mul
 from selfspan_jax.config import LinearImplementation, LoraConfig, ModelConfig, TunedAttention, from_json
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder, Frozen, Linear, RMSNorm
@@ -86,10 +86,10 @@ class ExtendedRows(nnx.Module):
         self.new_rows = nnx.Param(rows[first:].astype(jnp.float32))
         self.first = first
 
-    def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Look tokens up, in float32."""
-        old = self.rows[...][jnp.minimum(token_ids, self.first - 1)].astype(jnp.float32)
-        new = self.new_rows[...][jnp.maximum(token_ids - self.first, 0)]
+    def look_up(self, token_ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        """Look tokens up, rounded to `dtype`."""
+        old = self.rows[...][jnp.minimum(token_ids, self.first - 1)].astype(dtype)
+        new = look_up(self.new_rows[...], jnp.maximum(token_ids - self.first, 0), jnp.dtype(dtype))
         return jnp.where((token_ids >= self.first)[:, :, None], new, old)
 
     def scores(self, hidden: Float[Array, "*batch D"], linear: LinearImplementation | None) -> Float[Array, "*batch V"]:

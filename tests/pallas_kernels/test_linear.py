@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from benchmarks.linear import MATRICES
-from pallas_kernels import QuantizedWeight, ScaledRows, SplitRows, fused_linear, may_launch_early, quantize_weight, silu_and_mul
-from pallas_kernels.linear import expected_bytes, many_rows, mosaic, unsupported_reason
+from pallas_kernels import QuantizedWeight, ScaledRows, SplitRows, fused_linear, look_up, may_launch_early, quantize_weight, silu_and_mul
+from pallas_kernels.linear import expected_bytes, lookup, many_rows, mosaic, unsupported_reason
 from pallas_kernels.linear.heuristics import (
     MAX_SHARED_BYTES,
     LinearConfig,
@@ -696,3 +696,18 @@ def test_gradients_of_float32_logits_are_products_of_halves():
     assert found[1].dtype == jnp.float32
     products = [eqn for eqn in jax.make_jaxpr(gradients)(rows, matrix, jnp.asarray(grad, jnp.float32)).eqns if "dot_general" in str(eqn)]
     assert len(products) >= 2 and not any("f32[24,96] bf16" in str(eqn) for eqn in products)
+
+
+@pytest.mark.parametrize(("dtype", "table_rows"), [("float32", 7), ("bfloat16", 7), ("bfloat16", lookup.MAX_ROWS + 1)])
+def test_the_gradient_of_a_lookup_sums_what_came_back_for_each_id(dtype, table_rows):
+    """Ids that come often, once and never; as a product with one-hot rows, and as a scatter where rows are many."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((table_rows, 3)), jnp.float32)
+    ids = np.array([[0, 5, 5], [6, 5, 0]])
+    back = jnp.asarray(rng.standard_normal((2, 3, 3)), dtype)
+    rows, gradient = jax.vjp(lambda table: look_up(table, jnp.asarray(ids), jnp.dtype(dtype)), table)
+    np.testing.assert_array_equal(rows, table[ids].astype(dtype))
+    expected = np.zeros(table.shape)
+    np.add.at(expected, ids, np.asarray(back, np.float64))
+    np.testing.assert_allclose(gradient(back)[0], expected, rtol=1e-6, atol=1e-6)
+    assert ("scatter" in str(jax.make_jaxpr(gradient)(back))) == (table_rows > lookup.MAX_ROWS)

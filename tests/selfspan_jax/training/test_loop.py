@@ -215,7 +215,7 @@ def test_frozen_parameters_have_no_gradients_and_no_moments(accumulation_steps):
         fixed, state = training.initial_state(model, config)
         matrices = {layer.mlp.down_proj.weight[...].shape for layer in model.layers} | {(64, 32), (32, 32), (96, 32)}
         batch = DeviceBatch.of(batch_of(0, tokens=29))  # so that no array of tokens has the shape of a matrix
-        program = jax.make_jaxpr(training.train_step.__wrapped__, static_argnums=(3,))(fixed, state, batch, config)
+        program = jax.make_jaxpr(training.train_step, static_argnums=(3,))(fixed, state, batch, config)
         found = {primitive for shape, primitive in arrays_made(program.jaxpr) if shape in matrices | {s[::-1] for s in matrices}}
         made[name] = found - {"pjit", "jit", "convert_element_type", "transpose"}
         moments = optax.tree_utils.tree_get(state.opt_state, "mu")

@@ -128,7 +128,7 @@ def test_gradients_are_of_adapters_and_new_rows_alone(tie):
     fixed, state = training.initial_state(model, CONFIG)
     frozen = {leaf.shape for leaf in jax.tree.leaves(fixed.frozen) if leaf.ndim == 2}
     assert (20, 32) in frozen and len(frozen) == 5
-    program = jax.make_jaxpr(training.train_step.__wrapped__, static_argnums=(3,))(fixed, state, batch, CONFIG)
+    program = jax.make_jaxpr(training.train_step, static_argnums=(3,))(fixed, state, batch, CONFIG)
     made = {primitive for shape, primitive in arrays_made(program.jaxpr) if shape in frozen | {s[::-1] for s in frozen}}
     assert made <= {"pjit", "jit", "convert_element_type", "transpose"}
     moments = jax.tree.leaves(optax.tree_utils.tree_get(state.opt_state, "mu"))
@@ -436,7 +436,7 @@ def test_the_operations_of_a_step_are_those_of_its_program(tie):
         assert model.num_parameters == total + adapters
         fixed, state = training.initial_state(model, CONFIG)
         batch = DeviceBatch.of(batch_of(0))
-        program = jax.make_jaxpr(training.train_step.__wrapped__, static_argnums=(3,))(fixed, state, batch, CONFIG)
+        program = jax.make_jaxpr(training.train_step, static_argnums=(3,))(fixed, state, batch, CONFIG)
         done.append(dot_operations(program.jaxpr))
         counted.append(step_flops(model, 4 * 31, 0.0))  # the last token of a row has no logits
     assert counted[0] - counted[1] == pytest.approx(done[0] - done[1], rel=0.05) and done[1] < done[0]
