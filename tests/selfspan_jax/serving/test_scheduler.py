@@ -263,6 +263,43 @@ def test_prompts_that_begin_alike_are_read_once_and_write_what_they_would_withou
             np.testing.assert_array_equal(one, other)
 
 
+def test_a_prompt_of_whole_pages_asked_again_has_its_last_page_read_again(idle):
+    """All of its pages are known then, but the first new token needs the last one's logits."""
+    page = CONFIG.page_tokens
+    for length in (page, 3 * page):
+        request = Request(prompt(np.random.default_rng(12 + length), length), 6)
+        (first,), before = idle.generate([request]), idle.stats
+        (again,) = idle.generate([request])
+        assert idle.stats.prefix_hit_tokens - before.prefix_hit_tokens == length - page
+        assert idle.stats.prompt_tokens - before.prompt_tokens == page
+        np.testing.assert_array_equal(again.token_ids, first.token_ids)
+        np.testing.assert_array_equal(again.num_attended, first.num_attended)
+
+
+@pytest.mark.parametrize("waits_already", [True, False])
+def test_what_is_cancelled_while_it_is_read_is_read_for_who_asks_it_too(idle, waits_already):
+    """Who begins alike waits for the pages of the one that reads, which never come once that is cancelled."""
+    rng = np.random.default_rng(13)
+    other, document = np.append(prompt(rng, 20), 5).astype(np.int32), prompt(rng, 40)  # one goes on after <solve>: they are read apart
+    idle.pages, received, others = Pages(idle.num_pages), [], []
+    idle.submit(Request(other, 6), others.append)
+    cancelled = idle.submit(Request(document, 6), others.append)
+    again = idle.submit(Request(document, 6), received.append) if waits_already else None
+    idle.run_once()
+    assert idle._reading == [cancelled] and idle._waiting == ([again] if waits_already else [])
+    idle.cancel(cancelled)
+    again = again or idle.submit(Request(document, 6), received.append)
+    for _ in range(20):
+        idle.run_once()
+    if waits := not again.finished:  # so that it fails here alone
+        idle.cancel(again)
+        idle.run_once()
+    assert cancelled.finished == "cancelled" and not waits and not idle._being_read
+    ((ids, attended),) = alone([Request(document, 6)])
+    np.testing.assert_array_equal(joined(received).token_ids, ids)
+    np.testing.assert_array_equal(joined(received).num_attended, attended)
+
+
 def test_what_is_drawn_is_each_request_s_own(idle):
     """A seed's sequences differ; the same one is the same again, alone or beside a request that makes others go another way."""
     ids = prompt(np.random.default_rng(3), 20)
