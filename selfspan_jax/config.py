@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -38,7 +39,8 @@ def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
 
 def _require_number(config: Any, field: str, allows: Callable[[float], bool], allowed: str) -> None:
     value = getattr(config, field)
-    _require(isinstance(value, int | float) and not isinstance(value, bool) and allows(value), config, field, allowed)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    _require(is_number and value <= sys.float_info.max and allows(value), config, field, allowed)  # a longer integer is no float
 
 
 def _require_positive(config: Any, *fields: str) -> None:

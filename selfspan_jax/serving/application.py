@@ -124,6 +124,7 @@ class Server:
 
     async def _root(self, request: HttpRequest) -> Response:
         headers = {"X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+        headers["Content-Security-Policy"] = live.content_policy()
         return HTMLResponse(self._page, headers=headers)
 
     async def _health(self, request: HttpRequest) -> Response:

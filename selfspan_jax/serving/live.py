@@ -21,16 +21,22 @@ from selfspan_jax.spans import SpanVocab
 from selfspan_jax.task import Task
 from selfspan_jax.viewing import detokenize, html
 
+_CONNECT = "'self'"  # where the page may send requests
+
 
 def page(model_name: str, task: str, attention: str, examples: Sequence[str]) -> str:
     """Write the page. It needs nothing but the server that it came from, and shows what a model writes as text."""
-    scripts = [html.asset("page.js"), _asset("live.js")]
     fields = {"model": model_name, "task": task, "attention": attention, "examples": json.dumps(list(examples))}
     body = string.Template(_asset("live.html")).substitute(
         {name: html.escaped(value) for name, value in fields.items()}, panes=html.panes("prompt", "", "")
     )
-    body += "".join(f"<script>{script}</script>" for script in scripts)
-    return html.page(f"{model_name}: selfspan", html.asset("page.css") + _asset("live.css"), body, *scripts, connect="'self'")
+    body += "".join(f"<script>{script}</script>" for script in _scripts())
+    return html.page(f"{model_name}: selfspan", html.asset("page.css") + _asset("live.css"), body, *_scripts(), connect=_CONNECT)
+
+
+def content_policy() -> str:
+    """Write the page's Content-Security-Policy as a header, which can also keep it out of frames."""
+    return f"{html.content_policy(*_scripts(), connect=_CONNECT)}; frame-ancestors 'none'"
 
 
 class Watch:
@@ -78,6 +84,10 @@ class Watch:
                 token["attended"] = self._attended[index - self._prompt_tokens]
             described.append(token)
         return described
+
+
+def _scripts() -> list[str]:
+    return [html.asset("page.js"), _asset("live.js")]
 
 
 @functools.cache

@@ -12,21 +12,38 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import jax
 import uvicorn
 from tqdm import tqdm
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from selfspan_jax.attention.policies import Policy
 from selfspan_jax.config import ServerConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving import protocol
 from selfspan_jax.serving.application import Server
+from selfspan_jax.serving.http import dumps
 from selfspan_jax.serving.workers import Workers
 
 LINGER_SECONDS = 30.0  # after a signal, for clients to read what is written when nothing is decoded any more
 # After so long a thread takes the interpreter from another. With Python's 5 ms, what a worker sends waits for tens of them to be received
 # while the loop and the reader are busy, and the worker and its device wait with it.
 SWITCH_SECONDS = 0.001
+
+
+class Http(H11Protocol):
+    """Answers what is no HTTP, such as a Content-Length that is no number, with an error as clients read it."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = dumps(
+            protocol.error(400, "the request is no HTTP that can be read: see its first line, its headers, its Content-Length")
+        ).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+        for event in (h11.Response(status_code=400, headers=list(headers.items())), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class Uvicorn(uvicorn.Server):
@@ -41,7 +58,7 @@ class Uvicorn(uvicorn.Server):
     def __init__(self, server: Server):
         # Clients' prompts are in no log; what uvicorn says below a warning is not shown.
         quiet: Any = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
-        super().__init__(uvicorn.Config(server.app, http="h11", ws="none", loop="asyncio", lifespan="on", **quiet))
+        super().__init__(uvicorn.Config(server.app, http=Http, ws="none", loop="asyncio", lifespan="on", **quiet))
         self._server = server
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -82,17 +99,21 @@ def _switching() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[Callable[[int, int], None]]:
-    """Show how many programs are compiled, and of how many: a bar on a terminal, elsewhere a line for each quarter of them."""
-    quarters = -1
+    """Show how many programs are compiled, and of how many: a bar on a terminal, else a line for each quarter; then what follows."""
+    quarters, loading = -1, False
     with tqdm(desc="compiling", unit=" programs", leave=False, disable=None) as bar:
 
         def told(done: int, of: int) -> None:
-            nonlocal quarters
+            nonlocal quarters, loading
             if bar.disable and 4 * done // of > quarters:
                 quarters = 4 * done // of
                 print(f"compiling: {done} of {of} programs", flush=True)
             bar.total = of
             bar.update(done - bar.n)
+            if done == of and not loading:
+                loading = True
+                bar.write("loading: each program is run once before the server listens", file=sys.stdout)
+                sys.stdout.flush()
 
         yield told
 

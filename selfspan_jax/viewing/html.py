@@ -42,11 +42,16 @@ def document(reading: Reading, prompt: str, answer: str | None, verdict: Verdict
     return page(clipped(prompt, 60), style, fragment(reading, prompt, answer, verdict), asset("page.js"))
 
 
-def page(title: str, style: str, body: str, *scripts: str, connect: str = "'none'") -> str:
-    """Put a page together, which allows no script but those that its body has, and no request but to `connect`."""
+def content_policy(*scripts: str, connect: str = "'none'") -> str:
+    """Write the Content-Security-Policy of a page: no script but these, no request but to `connect`."""
     digests = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {digests}; base-uri 'none'; form-action 'none'"
-    policy += "" if connect == "'none'" else f"; connect-src {connect}"
+    return policy + ("" if connect == "'none'" else f"; connect-src {connect}")
+
+
+def page(title: str, style: str, body: str, *scripts: str, connect: str = "'none'") -> str:
+    """Put a page together, which allows no script but those that its body has, and no request but to `connect`."""
+    policy = content_policy(*scripts, connect=connect)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

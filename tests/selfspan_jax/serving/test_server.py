@@ -386,6 +386,7 @@ REFUSED = {
     ),
     "a result without tools": ({"messages": ASKED + TOLD}, 400, "message 3 is of a tool, or calls one"),
     "not a number": (b'{"prompt": "4", "temperature": NaN}', 400, "temperature is nan"),
+    "a number that is no float": (b'{"prompt": "4", "temperature": 1' + b"0" * 400 + b"}", 400, "temperature is 1000"),
     "a wrong type": ({"prompt": "4", "n": "2"}, 400, "n is text; expected a whole number"),
     "a truth as a number": ({"prompt": "4", "n": True}, 400, "n is true or false; expected a whole number"),
     "too many": ({"prompt": "4", "n": 129}, 400, "allowed: 1 to 128"),
@@ -422,6 +423,11 @@ def test_other_paths_methods_and_kinds_of_bodies_are_refused(address):
     assert told.startswith("there is no '/v1/responses'; there are /, /health,") and told.endswith("/v1/completions, /v1/chat/completions")
     refused = httpx2.get(f"{address}/v1/completions", trust_env=False)
     assert refused.status_code == 405 and refused.json()["error"]["message"] == "GET is not for '/v1/completions'; allowed: POST"
+    for length in ("many", "-1", "4, 5"):
+        with socket.create_connection(address.removeprefix("http://").rsplit(":", 1), timeout=20) as client:
+            client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n{{}}".encode())
+            head, _, body = b"".join(iter(lambda: client.recv(4096), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ") and json.loads(body)["error"]["message"].startswith("the request is no HTTP")
     assert httpx2.post(f"{address}/v1/completions", data={"prompt": "4"}, trust_env=False).status_code == 415  # as a form of another site
 
     def chunks():  # a body that does not say how long it is
@@ -546,7 +552,12 @@ def test_the_live_page_shows_steps_and_what_they_read_and_asks_nobody_else(tmp_p
         until(lambda: page.run("document.querySelectorAll('.run:first-child .t').length") > 8)
         page.point(".run:first-child .stop", click=True)
         until(lambda: page.run("document.querySelector('.run:first-child .state').textContent") == "stopped")
+        assert "default-src 'none'" in (policy := httpx2.get(address, trust_env=False).headers["Content-Security-Policy"])
+        assert "frame-ancestors 'none'" in policy and "unsafe-eval" not in policy
         assert page.errors == [] and {url.removeprefix(address) for url in page.requests} == {"/", "/v1/completions"}
+        page.run("new Image().src = 'http://127.0.0.1:1/'")
+        until(lambda: page.run("1") and page.errors)  # what the policy refuses would have shown
+        assert "Content Security Policy" in page.errors[0]
 
 
 # --------------------------------------------------------------------------------------------------------- the end
@@ -602,6 +613,9 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
     signal.signal(signal.SIGTERM, before)
     assert found["text"] == TEXT
     assert re.findall(r"compiling: (\d+) of 9", found["said"]) == ["0", "3", "5", "7", "9"]  # where a quarter is through
+    assert found["said"].count("loading: ") == 1 and found["said"].index("9 of 9") < found["said"].index("loading") < found["said"].index(
+        "served"
+    )
     assert (found["waiting"].status_code, found["waiting"].headers["Retry-After"]) == (503, "1")
     assert found.get("late", 503) == 503
 
