@@ -41,7 +41,11 @@ class Http(H11Protocol):
             protocol.error(400, "the request is no HTTP that can be read: see its first line, its headers, its Content-Length")
         ).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
-        for event in (h11.Response(status_code=400, headers=list(headers.items())), h11.Data(data=body), h11.EndOfMessage()):
+        for event in (
+            h11.Response(status_code=400, reason=b"Bad Request", headers=list(headers.items())),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
