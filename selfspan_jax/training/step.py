@@ -115,11 +115,11 @@ def initial_state(model: Decoder, config: TrainConfig, mesh: Mesh | None = None)
     if model.weights == "int8":
         model.check_plain()
     check_mesh(model, config, mesh)
-    graph, params, frozen = nnx.split(model, nnx.Param, Frozen)
-    init = make_optimizer(config).init
+    graph, *states = nnx.split(model, nnx.Param, Frozen)
+    (params, frozen), init = states, make_optimizer(config).init
     if mesh is None:
         return Fixed(graph, frozen), TrainState(params, init(params), jnp.zeros((), jnp.int32))
-    params, frozen = (layout.shard_params(own, mesh) for own in (params, frozen))
+    params, frozen = (layout.shard_params(own, mesh) for own in states)
     shapes = layout.shard_params(jax.eval_shape(init, params), mesh)
     opt_state = jax.jit(init, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))(params)  # never whole on one device
     step = layout.device_put_global(jnp.zeros((), jnp.int32), mesh, layout.REPLICATED)
