@@ -137,13 +137,13 @@ class Programs:
         nothing = [(0, 0, self.num_pages)] * (WRITTEN_AT_ONCE - len(filled))  # the spare page
         return self.state.cache, *np.array([*filled, *nothing], np.int32).T.copy()
 
-    def warm_up(self, *num_steps: int, draws: bool = True, told: Callable[[int, int], None] = lambda done, of: None) -> None:
+    def warm_up(self, *num_steps: int, draws: bool = True, on_progress: Callable[[int, int], None] = lambda done, of: None) -> None:
         """Compile every program, several at once, and run each on no request, so that none is compiled later.
 
         Programs run in this thread, once all are compiled: a GPU records some as graphs when they run, and fails where another thread
         loads one meanwhile. Arguments as for `lowering` and `compile_all`.
         """
-        compiling.compile_all(self.lowering(*num_steps, draws=draws), told)
+        compiling.compile_all(self.lowering(*num_steps, draws=draws), on_progress)
         for steps in num_steps:
             for level in LEVELS if draws else LEVELS[:1]:
                 self.decode(level, steps, *self._nothing())

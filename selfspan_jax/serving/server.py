@@ -107,7 +107,7 @@ def _compiling() -> Iterator[Callable[[int, int], None]]:
     quarters, loading = -1, False
     with tqdm(desc="compiling", unit=" programs", leave=False, disable=None) as bar:
 
-        def told(done: int, of: int) -> None:
+        def on_progress(done: int, of: int) -> None:
             nonlocal quarters, loading
             if bar.disable and 4 * done // of > quarters:
                 quarters = 4 * done // of
@@ -119,7 +119,7 @@ def _compiling() -> Iterator[Callable[[int, int], None]]:
                 bar.write("loading: each program is run once before the server listens", file=sys.stdout)
                 sys.stdout.flush()
 
-        yield told
+        yield on_progress
 
 
 @contextlib.contextmanager
@@ -151,8 +151,8 @@ def serve(
     jax.config.update("jax_platforms", "cpu")  # devices are the workers'
     with listening(config.host, config.port) as bound, Workers(load, config.serving, mesh=mesh, attention=attention) as workers:
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone away
-        with _compiling() as told:
-            workers.warm_up(told)
+        with _compiling() as on_progress:
+            workers.warm_up(on_progress)
         gc.collect()
         gc.freeze()  # what stays is not looked at again
         key = os.environ.get("SELFSPAN_API_KEY") or None if config.api_key is None else config.api_key

@@ -143,7 +143,7 @@ def work(
             kept = bool(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
             connection.send(Loaded(reader, lm.engine.vocab_size, scheduler.context_tokens, scheduler.num_pages, kind, kept))
             may_compile.wait()
-            scheduler.warm_up(told=lambda *numbers: connection.send(Compiled(*numbers)))
+            scheduler.warm_up(on_progress=lambda *numbers: connection.send(Compiled(*numbers)))
     except (UserError, NotImplementedError, OSError) as error:
         connection.send(error)
         return
@@ -188,11 +188,11 @@ class _Worker:
         with contextlib.suppress(OSError):  # it has ended, as `Workers.run` finds
             self.connection.send((name, argument, request))
 
-    def receive(self, meanwhile: str, told: Callable[[int, int], None] = lambda done, of: None) -> Any:
-        """Wait for a word of its preparation; an error is raised, and ChildProcessError where it has ended. `told` as `compile_all`'s."""
+    def receive(self, meanwhile: str, on_progress: Callable[[int, int], None] = lambda done, of: None) -> Any:
+        """Wait for a word of its preparation; raise what it raised, and ChildProcessError where it has ended."""
         try:
             while isinstance(said := self.connection.recv(), Compiled):
-                told(*said)
+                on_progress(*said)
         except EOFError:
             raise ChildProcessError(f"the process that decodes {self.how_it_ended()} while {meanwhile}") from None
         if isinstance(said, BaseException):
@@ -255,18 +255,18 @@ class Workers:
             worker.process.join()
             worker.connection.close()
 
-    def warm_up(self, told: Callable[[int, int], None] = lambda done, of: None) -> None:
+    def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, of: None) -> None:
         """Have all programs compiled: by the first worker, whose programs the others take where they are kept, else by each.
 
         Args:
-          told: called now and then, with how many programs the first one has compiled, and of how many.
+          on_progress: called now and then, with how many programs the first one has compiled, and of how many.
         """
         alone = 1 if self._keeps_programs else len(self._workers)
         for group in (self._workers[:alone], self._workers[alone:]):
             for worker in group:
                 worker.send("compile")
             for worker in group:
-                worker.stats = worker.receive("its programs were compiled", *([told] if worker is self._workers[0] else []))
+                worker.stats = worker.receive("its programs were compiled", *([on_progress] if worker is self._workers[0] else []))
 
     def submit(self, request: Request, deliver: Callable[[Tokens], None]) -> tuple[_Worker, int]:
         """Take a request; `deliver`, which raises nothing, gets its tokens as they come, in the thread of `run`.

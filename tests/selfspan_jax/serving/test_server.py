@@ -568,7 +568,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
     from selfspan_jax.serving import server as module
 
     scripted = Scripted()
-    scripted.warm_up, scripted.reader = lambda told: [told(done, 9) for done in range(10)], SpanLM(random_model(), Named())
+    scripted.warm_up, scripted.reader = lambda on_progress: [on_progress(done, 9) for done in range(10)], SpanLM(random_model(), Named())
     monkeypatch.setattr(module, "Workers", lambda *arguments, **options: contextlib.nullcontext(scripted))
     release, found = threading.Event(), {}
     advance = scripted._advance
