@@ -244,12 +244,7 @@ def copy_state(kept: DecodeState, pools: tuple) -> DecodeState:
 
 
 def replay_row(
-    engine: Engine,
-    case: Case,
-    state: DecodeState,
-    forced: Int[np.ndarray, "B M"],
-    seconds: list[float],
-    prefill_seconds: float | None,
+    engine: Engine, case: Case, state: DecodeState, forced: Int[np.ndarray, "B M"], seconds: list[float], prefill_seconds: float | None
 ) -> dict[str, Any]:
     """Return what every replay reports: times, tokens, and the bytes that a device moves.
 

@@ -59,10 +59,7 @@ def label(row: dict[str, Any]) -> str:
 _TOKENS = ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}")
 _VERSUS = ("vs dense", lambda r: f"{r['speedup_over_dense']:.2f}x"), ("vs hf", lambda r: f"{r['speedup_over_hf']:.2f}x")
 _KV = ("KV", lambda r: f"{r['kv_memory_bytes'] / 2**30:.2f} GiB")
-_PROGRAM = (
-    ("memory", lambda r: f"{r['program_memory_bytes'] / 2**30:.1f} GiB"),
-    ("compile", lambda r: f"{r['compile_seconds']:.0f} s"),
-)
+_PROGRAM = (("memory", lambda r: f"{r['program_memory_bytes'] / 2**30:.1f} GiB"), ("compile", lambda r: f"{r['compile_seconds']:.0f} s"))
 _STEP_COLUMNS = (
     ("ms/step", lambda r: f"{r['ms_per_step']:.3f}"),
     _TOKENS,

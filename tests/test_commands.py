@@ -458,9 +458,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line_before_anything_is_writ
 
 
 @pytest.mark.parametrize(
-    "options",
-    [["--mask", "dense", "--labelling", "plain"], ["--labelling", "none", "--header-view", "all"]],
-    ids=["plain", "untagged"],
+    "options", [["--mask", "dense", "--labelling", "plain"], ["--labelling", "none", "--header-view", "all"]], ids=["plain", "untagged"]
 )
 def test_a_control_trains_and_is_evaluated(call, tmp_path, options):
     """One command line a variant, from the data to the scores."""
@@ -525,10 +523,7 @@ def test_what_the_user_of_train_got_wrong_is_said_in_one_line(call, tmp_path):
         "no run directory": (["arithmetic-tiny"], "--run-dir"),
         "another config": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--seed", 5], "another config: --seed is 0 there, 5 here"),
         "another packing": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--data-parts", 2], "--data-parts is None there, 2 here"),
-        "parts that do not divide": (
-            ["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--data-parts", 3],
-            "divisors of --batch",
-        ),
+        "parts that do not divide": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--data-parts", 3], "divisors of --batch"),
         "no such hosts": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--hosts", "node1"], "allowed: auto, or HOST:PORT,N,I"),
         "another mask": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--mask", "dense"], "mask is 'span' there, 'dense' here"),
         "a directory of something else": (["arithmetic-tiny", "--run-dir", tmp_path / "papers", *TOY], "not a run directory"),

@@ -39,8 +39,4 @@ def fact_scores(golds: Sequence[Sequence[Fact]], found: Sequence[Sequence[str]])
         num_told, num_wanted = sum(map(len, claims)), sum(map(len, by_sentence))
         right, told, recalled, wanted = right + correct, told + num_told, recalled + covered, wanted + num_wanted
         whole += correct == num_told and covered == num_wanted
-    return {
-        "fact_accuracy": right / max(told, 1),
-        "fact_recall": recalled / max(wanted, 1),
-        "all_facts_right": whole / max(len(golds), 1),
-    }
+    return {"fact_accuracy": right / max(told, 1), "fact_recall": recalled / max(wanted, 1), "all_facts_right": whole / max(len(golds), 1)}

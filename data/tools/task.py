@@ -15,12 +15,7 @@ from data.tools.catalogue import PARAMETERS, SERVICE
 from data.tools.source import REWORDED, SEEN, UNSEEN, Call, read_call
 
 SIZES = (5, 26, 100)  # of catalogues, that groups tell apart
-_BY_KIND = {
-    "seen_services": (SEEN, REWORDED),
-    "unseen_services": (UNSEEN,),
-    "seen_wording": (SEEN,),
-    "unseen_wording": (REWORDED,),
-}
+_BY_KIND = {"seen_services": (SEEN, REWORDED), "unseen_services": (UNSEEN,), "seen_wording": (SEEN,), "unseen_wording": (REWORDED,)}
 
 
 _METHOD = re.compile(r"(?<=[.:)] )(\w+)\(")  # after the service's description, or after another method

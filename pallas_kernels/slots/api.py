@@ -81,13 +81,7 @@ def write_elements(arrays: Sequence[jax.Array], columns: Sequence[jax.Array], va
 
 
 def update_slots(
-    slots: jax.Array,
-    kept: jax.Array,
-    slot_table: jax.Array,
-    keys: jax.Array,
-    marks: jax.Array,
-    entries: jax.Array | None,
-    rule: Rule,
+    slots: jax.Array, kept: jax.Array, slot_table: jax.Array, keys: jax.Array, marks: jax.Array, entries: jax.Array | None, rule: Rule
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """List the pool rows that the newest token of every sequence attends to, going on from those that are kept.
 

@@ -161,9 +161,7 @@ def _kernel(
             for pool_ref, smem, ready in ((k_ref, k_smem, k_ready), (v_ref, v_smem, v_ready)):
                 for i, row in enumerate(rows):
                     plgpu.copy_gmem_to_smem(
-                        pool_ref.at[row, pl.ds(first_kv_head, KV_HEADS)],
-                        smem.at[stage, pl.ds(i * KV_HEADS, KV_HEADS)],
-                        ready.at[stage],
+                        pool_ref.at[row, pl.ds(first_kv_head, KV_HEADS)], smem.at[stage, pl.ds(i * KV_HEADS, KV_HEADS)], ready.at[stage]
                     )
             return next_rows
 

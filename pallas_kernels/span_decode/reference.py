@@ -69,9 +69,7 @@ def xla_attention(q, k_pool: Rows, v_pool: Rows, slots, counts, *, scale: float)
         value_scales = gather(v_pool.scales).swapaxes(1, 2)[:, :, None, :]
 
     einsum = functools.partial(
-        jnp.einsum,
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
+        jnp.einsum, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     )
     grouped = q.reshape(batch, keys.shape[2], -1, head_size)
     scores = einsum("bkgh,bakh->bkga", grouped, keys)

@@ -81,13 +81,7 @@ class Policy(Hashable, Protocol):
         """
 
     def prompt_masks(
-        self,
-        token_ids: Int[Array, "B T"],
-        lengths: Int[Array, "B"],
-        vocab: spans.SpanVocab,
-        views: AttentionViews,
-        *,
-        responses: bool,
+        self, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], vocab: spans.SpanVocab, views: AttentionViews, *, responses: bool
     ) -> Callable[[Int[Array, ""], int], PromptMask] | None:
         """Return the function from first query and number of queries (static) to their mask, for prefill; None where only `mask` says it.
 
@@ -238,13 +232,7 @@ POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Span(), Dense(
 
 
 def masks_of_prompts(
-    policy: Policy,
-    token_ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    vocab: spans.SpanVocab,
-    config: ModelConfig,
-    *,
-    responses: bool,
+    policy: Policy, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"], vocab: spans.SpanVocab, config: ModelConfig, *, responses: bool
 ) -> Callable[[Int[Array, ""], int], PromptMask | TileMask | Bool[Array, "B Q T"]]:
     """Return the function from first query and number of queries (static) to their mask; bits or booleans where only `mask` says it."""
     if (masks := policy.prompt_masks(token_ids, lengths, vocab, config, responses=responses)) is not None:

@@ -133,12 +133,7 @@ class Engine:
         return _step(self.graph, self.params, state, jnp.asarray(tokens, jnp.int32), config)
 
     def run(
-        self,
-        state: DecodeState,
-        config: DecodeConfig,
-        *,
-        until: int | None = None,
-        forced_tokens: Int[np.ndarray, "B M"] | None = None,
+        self, state: DecodeState, config: DecodeConfig, *, until: int | None = None, forced_tokens: Int[np.ndarray, "B M"] | None = None
     ) -> DecodeState:
         """Decode, in one compiled loop, until every sequence has ended or `until` tokens are written. Donates the state.
 

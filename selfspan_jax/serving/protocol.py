@@ -198,11 +198,7 @@ def reading_part(out: Output) -> dict[str, Any]:
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """Count tokens."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
 
 
 Scored = tuple[str, float, Sequence[tuple[str, float]]]

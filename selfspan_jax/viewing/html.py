@@ -69,11 +69,7 @@ def fragment(reading: Reading, prompt: str, answer: str | None, verdict: Verdict
     shown = "" if said is None else f' <strong class="{_SIGNS[word][1]}" dir="auto">→ {escaped(clipped(said, 300))}</strong>'
     long = " long" if len(prompt) + len(said or "") > 80 else ""
     judged = f'<p class="verdict {_SIGNS[word][1]}"><strong>{_SIGNS[word][0]}</strong> {escaped(verdict.message)}</p>' if verdict else ""
-    facts = [
-        f"steps: {len(reading.steps)}",
-        f"tokens written: {len(reading.response_ids)}",
-        f"attention: {reading.attention}",
-    ]
+    facts = [f"steps: {len(reading.steps)}", f"tokens written: {len(reading.response_ids)}", f"attention: {reading.attention}"]
     if len(reading.response_ids):
         facts.append(attended_line(reading))
     return (

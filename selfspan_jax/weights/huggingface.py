@@ -76,11 +76,7 @@ class Source:
 
     @classmethod
     def of(
-        cls,
-        fields: Mapping[str, Any],
-        tensors: Tensors,
-        load_tokenizer: Callable[[], PreTrainedTokenizerBase],
-        eos_ids: Iterable[int] = (),
+        cls, fields: Mapping[str, Any], tensors: Tensors, load_tokenizer: Callable[[], PreTrainedTokenizerBase], eos_ids: Iterable[int] = ()
     ) -> Source:
         """Make a source from the fields of a Hugging Face config.
 

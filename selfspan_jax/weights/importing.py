@@ -29,11 +29,7 @@ from selfspan_jax.weights.models import abstract_decoder, from_llama, is_model, 
 from selfspan_jax.weights.tokenizers import NUM_LABELS, TextTask
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-_PRECISE: dict[str, Dtype] = {
-    "F32": "f32",
-    "F64": "f32",
-    "F16": "f16",
-}  # what bfloat16 rounds, and the option that does not
+_PRECISE: dict[str, Dtype] = {"F32": "f32", "F64": "f32", "F16": "f16"}  # what bfloat16 rounds, and the option that does not
 
 
 def is_pretrained(path: Path) -> bool:

@@ -35,11 +35,7 @@ def test_sequences_have_slots_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--shapes", "b1-1k,b2"], "'b2' is none of b1-1k"),
-        (["--plot", "out.png"], "--plot needs --json FILE"),
-    ],
+    "arguments, message", [(["--shapes", "b1-1k,b2"], "'b2' is none of b1-1k"), (["--plot", "out.png"], "--plot needs --json FILE")]
 )
 def test_wrong_arguments_end_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -11,18 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.arithmetic import (
-    ArithmeticTask,
-    Corpus,
-    Expression,
-    ExpressionError,
-    answer,
-    encode,
-    encode_prompt,
-    parse,
-    stream,
-    verify,
-)
+from data.arithmetic import ArithmeticTask, Corpus, Expression, ExpressionError, answer, encode, encode_prompt, parse, stream, verify
 from data.vocab import Vocab
 
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=200)
@@ -384,14 +373,7 @@ def test_verdict_of_the_gold_response():
 )
 def test_verdicts(response, expected):
     verdict = verify(EXAMPLE, response)
-    found = (
-        verdict.answer,
-        verdict.answer_right,
-        verdict.steps_right,
-        verdict.spans_right,
-        verdict.first_wrong_step,
-        verdict.num_steps,
-    )
+    found = (verdict.answer, verdict.answer_right, verdict.steps_right, verdict.spans_right, verdict.first_wrong_step, verdict.num_steps)
     assert found == expected
     assert "\n" not in verdict.message and len(verdict.message) < 160
     if verdict.first_wrong_step is not None:

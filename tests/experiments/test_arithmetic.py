@@ -18,10 +18,7 @@ from tests.experiments import reports
 
 call = functools.partial(reports.call, report)
 SMALL = PRESETS["arithmetic-small"]
-CORPORA = {
-    "small": asdict(arithmetic.Corpus(**SMALL.corpus)),
-    "tuned": asdict(arithmetic.Corpus(**TUNING_PRESETS["arithmetic"].corpus)),
-}
+CORPORA = {"small": asdict(arithmetic.Corpus(**SMALL.corpus)), "tuned": asdict(arithmetic.Corpus(**TUNING_PRESETS["arithmetic"].corpus))}
 RUN = json.loads(json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": CORPORA["small"]}))
 PAGE = "".join(
     f"<!-- {name} -->\n<!-- end -->\n"

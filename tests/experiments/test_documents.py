@@ -149,12 +149,7 @@ def test_tables_by_hand(stored, place, capsys):
     place("labels", 1, eval=scored(plain, ours[1], tokens, **fast))
     theirs = scored(plain, [(0.4, (0, 2)), (0.6, (0, 2)), (0.5, (0, 2))], tokens[:3])
     timed = theirs["by_batch_size"][0] | {"response_tokens_per_second": 100.0, "decode_seconds": 2.0, "prefill_seconds": 0.5}
-    alone = {
-        "num_examples": 10,
-        "attended_tokens": 1000.0,
-        "device": "NVIDIA H200",
-        "by_batch_size": [timed],
-    }
+    alone = {"num_examples": 10, "attended_tokens": 1000.0, "device": "NVIDIA H200", "by_batch_size": [timed]}
     page = take(STORIES, place("dense", eval=theirs | {"by_batch_size": []}, speed=theirs | alone), capsys)
     bound = 20 * (2 * theirs["num_parameters"] / 16 + 1000 * 2 * 30 * 3 * 64 * 2) / 4.8e9  # 20 tokens a response, in ms
     assert rows_of(page, "stories times") == [["`stories_dense`", "16", "20.0", "50.00", "150.00", f"{bound:.2f}"]]

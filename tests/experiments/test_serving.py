@@ -29,12 +29,7 @@ EQUAL = {
 }
 EQUAL |= {"of_static": 0.91, "host_waits": 0.25}
 REPORT = HEADER | {
-    "rows": [
-        row("scheduler", 500.0),
-        row("static", 240.0),
-        row("sorted", 400.0),
-        row("scheduler", 450.0),
-    ],
+    "rows": [row("scheduler", 500.0), row("static", 240.0), row("sorted", 400.0), row("scheduler", 450.0)],
     "first": {"first_token_ms_most": 6.1},
     "stalls": [STALLS | {"long_prompts": 0}, STALLS | {"long_prompts": 36}],
     "equal": [EQUAL],

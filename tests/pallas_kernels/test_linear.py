@@ -273,10 +273,7 @@ def test_wrong_arguments_are_named(change, message):
 
 @pytest.mark.parametrize(
     "x, weight, options, message",
-    [
-        ((2, 72), (32, 72), {}, "multiple of 16, got 72"),
-        ((2, 64), (30, 64), {"gated": True}, "at least 16 outputs, got 15"),
-    ],
+    [((2, 72), (32, 72), {}, "multiple of 16, got 72"), ((2, 64), (30, 64), {"gated": True}, "at least 16 outputs, got 15")],
 )
 def test_kernel_says_what_it_cannot_do(x, weight, options, message):
     x, weight = jnp.ones(x), jnp.ones(weight)

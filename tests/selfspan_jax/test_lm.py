@@ -215,11 +215,7 @@ WRONG_CALLS = {  # what is wrong -> (prompts, options, what is said)
     "no prompt in a list": (["45", "4x5"], {}, "prompt 2, '4x5': invalid literal"),
     "a long one that is none": (["45", "x" * 100], {}, f"prompt 2, '{'x' * 40}...': invalid"),
     "too long in a list": (["45", "4" * 300], {}, "prompt 2, '4+...': the prompt is 302 tokens long, but the model's context is 256"),
-    "no such option": (
-        "45",
-        dict(nonsense=1),
-        "no option 'nonsense'; there are attention, .*top_k.*num_samples and batch_size",
-    ),
+    "no such option": ("45", dict(nonsense=1), "no option 'nonsense'; there are attention, .*top_k.*num_samples and batch_size"),
     "a negative seed": ("45", dict(seed=-1), "seed is -1; allowed: whole numbers from 0 to"),
     "a seed of 64 bits": ("45", dict(seed=2**63), r"seed is 9223372036854775808; allowed: whole numbers from 0 to 2\*\*63 - 1"),
     "a seed that is no number": ("45", dict(seed=0.5), "seed is 0.5"),

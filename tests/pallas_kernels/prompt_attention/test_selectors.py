@@ -10,17 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import PromptMask, prompt_attention
-from pallas_kernels.prompt_attention import (
-    BLOCK,
-    BlockMeans,
-    Retained,
-    SampleAttention,
-    WindowTiles,
-    mass,
-    means,
-    retained_mass,
-    tile_mass,
-)
+from pallas_kernels.prompt_attention import BLOCK, BlockMeans, Retained, SampleAttention, WindowTiles, mass, means, retained_mass, tile_mass
 from pallas_kernels.prompt_attention.selectors import fewest_reaching
 from tests.pallas_kernels.budget import INTERPRET
 from tests.pallas_kernels.lowering import cuda_lowering
@@ -113,10 +103,7 @@ FEW = dict(first_tiles=0, near_tiles=1, last_rows=0)
 CASES = {
     "columns": (SampleAttention(version=1, share=0.5, window_fraction=0.0, last_tokens=0), expect_sample_1),
     "columns, window, last": (SampleAttention(version=1, share=0.3, window_fraction=0.3, last_tokens=40), expect_sample_1),
-    "columns and diagonals": (
-        SampleAttention(share=0.3, diagonal_share=0.5, segment_tokens=160, sampled_fraction=0.1),
-        expect_sample_2,
-    ),
+    "columns and diagonals": (SampleAttention(share=0.3, diagonal_share=0.5, segment_tokens=160, sampled_fraction=0.1), expect_sample_2),
     "diagonals only": (SampleAttention(share=0.0, diagonal_share=0.8, segment_tokens=384), expect_sample_2),
     "means": (BlockMeans(alpha=0.6, **FEW), expect_blocks),
     "means, first, near, last": (BlockMeans(alpha=0.9, first_tiles=1, near_tiles=2, last_rows=1), expect_blocks),

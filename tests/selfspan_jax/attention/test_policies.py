@@ -16,11 +16,7 @@ CONFIG = random_model(header_view="prompt", prompt_view="local", prompt_window_t
 TOKENS = np.array([NAMED["specification"][0][:20], NAMED["specification"][0][6:]], np.int32)
 SEGMENTS = np.repeat([[1, 2, 3], [1, 1, 1]], [8, 7, 5], axis=1)
 T, S = np.indices((20, 20))
-FORMULAS = {
-    "dense": S <= T,
-    Window(2, 5): (S <= T) & ((T - S < 5) | (S < 2)),
-    Window(0, 1): S == T,
-}
+FORMULAS = {"dense": S <= T, Window(2, 5): (S <= T) & ((T - S < 5) | (S < 2)), Window(0, 1): S == T}
 
 
 @pytest.mark.parametrize("policy", FORMULAS, ids=str)

@@ -180,10 +180,7 @@ def test_a_mesh_is_divided_into_those_of_its_workers(mesh, visible, expected):
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        (
-            functools.partial(signal.raise_signal, signal.SIGSEGV),
-            "was ended by SIGSEGV",
-        ),
+        (functools.partial(signal.raise_signal, signal.SIGSEGV), "was ended by SIGSEGV"),
         (functools.partial(os._exit, 3), "ended with status 3"),
     ],
 )

@@ -57,10 +57,7 @@ def test_what_is_a_path_is_never_asked_for(asked, tmp_path):
 
 
 FAILURES = {
-    "offline": (
-        errors.LocalEntryNotFoundError("Cannot find\nthe snapshot"),
-        "the Hugging Face Hub cannot be reached",
-    ),
+    "offline": (errors.LocalEntryNotFoundError("Cannot find\nthe snapshot"), "the Hugging Face Hub cannot be reached"),
     "unknown": (errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError, "404"), "no such model on the Hugging Face Hub"),
     "a bad id": (errors.HFValidationError("Repo id must"), "not to be fetched from the Hugging Face Hub .HFValidationError"),
     "no connection": (errors.HfHubHTTPError.__mro__[1]("broken"), "not to be fetched"),
