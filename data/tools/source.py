@@ -46,20 +46,26 @@ class Call(NamedTuple):
         return [*found[:-1], f"{found[-1]}}}}}"]
 
 
-def parts(step: Step, *, value_sources: bool, late_sources: float = 0, uniform: float | None = None) -> list[Part]:
+def parts(
+    step: Step, *, value_sources: bool, late_sources: float = 0, extra_sources: float = 0, uniform: float | None = None
+) -> list[Part]:
     """Return what a call names and writes, in turn.
 
     Args:
       value_sources: each value is a part, which names what it stands in, of calls whose sources are the service, the turn that it
         answers to, and one for each value.
       late_sources: share of the other turns that are named with their values alone, drawn by `uniform`.
+      extra_sources: share of the calls that also name one of the turns and rows between those, which no value stands in.
     """
     service, *others = step.sources
     call = read_call(step.text) if value_sources else None
     texts = call.parts() if call and 1 + len(call.parameters) == len(others) else [step.text]
     draw = random.Random(f"tools/{uniform}").random
     late = {turn for turn in sorted({*others[1:]} - {others[0]}) if draw() < late_sources} if len(texts) > 1 else set()
-    first = (service, *sorted({*others} - {service} - late))
+    told = {*others} - {service}
+    between = [piece for piece in range(min(told, default=0), max(told, default=0)) if piece not in told]
+    extra = {random.Random(f"tools/extra/{uniform}").choice(between)} if between and extra_sources and draw() < extra_sources else set()
+    first = (service, *sorted(told - late | extra))
     return [(first, texts[0]), *(((source,), text) for source, text in zip(others[1:], texts[1:]))]
 
 
@@ -160,6 +166,7 @@ class Corpus(corpus.Corpus):
     example: Literal["dialogue", "turn"] = "dialogue"
     value_sources: bool = False
     late_sources: float = 0.0
+    extra_sources: float = 0.0
     bare: float = 0.0
     bare_services: int = 100
 
@@ -167,18 +174,20 @@ class Corpus(corpus.Corpus):
         super().__post_init__()
         check_range(self, "services", low=1)
         check_range(self, "min_services", low=0, high=self.services)
-        check_range(self, "original", "late_sources", "bare", low=0, high=1)
+        check_range(self, "original", "late_sources", "extra_sources", "bare", low=0, high=1)
         check_range(self, "bare_services", low=1)
-        if self.late_sources and not self.value_sources:
-            raise UserError(
-                f"late_sources is {self.late_sources} where value_sources is False; allowed: 0, as no value names its source then"
-            )
+        for name in ("late_sources", "extra_sources"):
+            if getattr(self, name) and not self.value_sources:
+                raise UserError(
+                    f"{name} is {getattr(self, name)} where value_sources is False; allowed: 0, as no value names its source then"
+                )
         check_choice("example", self.example, Literal["dialogue", "turn"])
         if self.too_long != "drop":
             raise UserError(f"too_long is {self.too_long!r}; allowed: drop: what a dialogue ends with is what its calls rest on")
 
     def parts(self, step: Step, uniform: float | None) -> list[Part]:
-        return parts(step, value_sources=self.value_sources, late_sources=self.late_sources, uniform=uniform)
+        shares = {"late_sources": self.late_sources, "extra_sources": self.extra_sources}
+        return parts(step, value_sources=self.value_sources, **shares, uniform=uniform)
 
 
 @dataclasses.dataclass(frozen=True)

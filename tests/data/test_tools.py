@@ -131,6 +131,11 @@ def test_values_name_what_they_stand_in_and_some_of_it_late(clone, corpus):
     assert (step.text, step.named) == (CALLS[1][0], {*document.steps[1].sources})
     found = [Corpus(value_sources=True, late_sources=share).parts(document.steps[1], 0.5) for share in (0, 1)]
     assert [own[0][0] for own in found] == [(service, seats, line, answered), (service, answered)] and found[0][1:] == found[1][1:]
+    more = [Corpus(value_sources=True, extra_sources=1, late_sources=1).parts(document.steps[1], i / 64) for i in range(64)]
+    others = {*range(seats, answered)} - {seats, line}
+    assert {own[0][0] for own in more} == {(service, piece, answered) for piece in others} and all(own[1:] == found[0][1:] for own in more)
+    few = [len(Corpus(value_sources=True, extra_sources=0.25).parts(document.steps[1], i / 64)[0][0]) - 4 for i in range(64)]
+    assert {*few} == {0, 1} and 8 <= sum(few) <= 24
 
 
 def test_some_catalogues_to_train_on_are_names_alone(clone):
@@ -451,6 +456,7 @@ SETTINGS = {
     "more than all": ({"original": 1.5}, "original is 1.5; allowed: 0 to 1"),
     "another example": ({"example": "word"}, "example is 'word'; allowed: dialogue, turn"),
     "a cut dialogue": ({"too_long": "cut"}, "too_long is 'cut'; allowed: drop"),
+    "extra sources of none": ({"extra_sources": 0.3}, "extra_sources is 0.3 where value_sources is False"),
     "late sources of none": ({"late_sources": 0.3}, "late_sources is 0.3 where value_sources is False"),
 }
 
