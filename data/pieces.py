@@ -30,24 +30,27 @@ def encode_prompt(
     max_prompt_tokens: int,
     closed_pieces: bool,
     closed_sentences: bool = False,
+    late_instruction: bool = False,
     num_steps: int = 1,
 ) -> tuple[list[int], int]:
     """Write a prompt, labels from 1 on, cut at the end of a piece: (ids, pieces that were kept).
 
     Args:
       closed_sentences: open a piece's label again between its sentences, so that each of them has a row of the table of contents.
+      late_instruction: the instruction stands once more at the end, in label 0: there it has read all pieces, and all steps see it.
 
     Raises:
       Unusable: a first piece that does not fit, or more pieces than labels.
     """
-    token_ids = [vocab.bos_id, *(vocab.plain_text_ids(" " + instruction) if instruction else [])]
+    told = vocab.plain_text_ids(" " + instruction) if instruction else []
+    token_ids, end = [vocab.bos_id, *told], [*([vocab.seg_base, *told] if late_instruction else []), vocab.solve_id]
     kept = 0
     for number, text in enumerate(pieces):
         label = min(1 + number, vocab.num_labels - 1)
         sentences = (split_sentences(text) if closed_sentences else []) or [text]
         own = [i for sentence in sentences for i in (vocab.seg_base + label, *_text_ids(vocab, sentence))]
         ids = spans.piece(label, own[1:], vocab, closed=closed_pieces)
-        if len(token_ids) + len(ids) + 1 > max_prompt_tokens:  # `<solve>` follows
+        if len(token_ids) + len(ids) + len(end) > max_prompt_tokens:
             break
         token_ids += ids
         kept += 1
@@ -57,7 +60,7 @@ def encode_prompt(
     if (last := kept + num_steps) >= vocab.num_labels:
         message = f"{kept} pieces and {num_steps} steps need labels up to {last}, but the last one is {vocab.num_labels - 1}"
         raise Unusable(f"{message}: more num_labels, or fewer max_prompt_tokens", "with more pieces than num_labels")
-    return [*token_ids, vocab.solve_id], kept
+    return [*token_ids, *end], kept
 
 
 @functools.lru_cache(maxsize=1024)
@@ -92,7 +95,7 @@ def encode_steps(
     token_ids, first_label = [*prompt], 1
     if uniform is not None:
         first_label = vocab.first_label(kept + len(steps), uniform)
-        tags = range(vocab.seg_base, vocab.seg_base + vocab.num_labels)
+        tags = range(vocab.seg_base + 1, vocab.seg_base + vocab.num_labels)
         token_ids = [i + first_label - 1 if i in tags else i for i in token_ids]
     if named is not None:
         token_ids.append(vocab.ref_base + first_label + named)
@@ -172,7 +175,7 @@ class PiecesTask(task.Task):
         moved = table[ids]
         for base, own in ((vocab.seg_base, self.vocab.seg_base), (vocab.ref_base, self.vocab.ref_base)):
             tags = spans.is_label(ids, base, vocab)
-            moved[tags] = ids[tags] + (own - base + first - example.first_label)
+            moved[tags] = ids[tags] + (own - base) + (ids[tags] > base) * (first - example.first_label)
         is_whole = moved.min() >= 0  # no text of it is structural here
         return dataclasses.replace(example, token_ids=moved, first_label=first) if is_whole else self.renumber(example, uniform)
 

@@ -28,7 +28,7 @@ UNKNOWN = (-1,)  # the sources that alignment is to find
 
 TooLong = Literal["drop", "cut"]
 Labelling = Literal["pieces", "plain"]
-STYLE = ("closed_sentences", "labelling", "closed_steps", "solve_names")
+STYLE = ("closed_sentences", "labelling", "closed_steps", "solve_names", "late_instruction")
 """What corpora of documents and their tasks set of how prompts and responses are written, beside what all on pieces set."""
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _MIN_OVERLAP = 8  # characters: marked text begins and ends a little beyond its sentences
@@ -97,6 +97,7 @@ class Corpus(GeneratedCorpus[Example]):
       closed_sentences: End each sentence of a piece with the piece's `<seg:k>`, not the last one alone.
       closed_steps: End each step with its `<seg:k>` once more, so that later span tokens know what was written.
       solve_names: Name the first step's first source before the step as well: then `<solve>`, which has read all of the prompt, chooses it.
+      late_instruction: Write the instruction once more before `<solve>`, for all steps to see: there it has read all pieces.
       labelling: "pieces" have labels, which steps name; "plain" is the same text without span tokens, steps told apart by `<solve>`.
     """
 
@@ -110,6 +111,7 @@ class Corpus(GeneratedCorpus[Example]):
     closed_sentences: bool = False
     closed_steps: bool = False
     solve_names: bool = False
+    late_instruction: bool = False
     labelling: Labelling = "pieces"
 
     chunk_examples: ClassVar[int] = 1
@@ -182,7 +184,7 @@ def encode(
     Args:
       alignment: finds the sources of steps that have none yet.
       parts: returns what a step names and writes, in turn, with sources that may be drawn by `uniform`.
-      style: `max_prompt_tokens`, `closed_pieces` and `closed_sentences`.
+      style: `max_prompt_tokens`, `closed_pieces`, `closed_sentences` and `late_instruction`.
 
     Raises:
       Unusable: it is too long, or no step rests on anything.
@@ -210,7 +212,7 @@ def encode(
 
 def predictable(token_ids: npt.NDArray[np.int32], prompt_tokens: int, vocab: Vocab) -> npt.NDArray[np.int64]:
     """Find the `<seg:k>` tokens of a prompt before which the piece before is closed: which label follows on which is learnt there."""
-    tags = spans.is_label(token_ids[:prompt_tokens], vocab.seg_base, vocab)
+    tags = spans.is_label(token_ids[:prompt_tokens], vocab.seg_base, vocab) & (token_ids[:prompt_tokens] > vocab.seg_base)
     return np.flatnonzero(tags[1:] & tags[:-1]) + 1
 
 

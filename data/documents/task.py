@@ -31,6 +31,7 @@ class DocumentTask(PiecesTask):
       closed_sentences: Each sentence of a piece ends with the piece's `<seg:k>`.
       closed_steps: Each step of a response ends with its `<seg:k>` once more.
       solve_names: The first step's first source that is no question is named before the step as well.
+      late_instruction: The instruction stands once more before `<solve>`, in label 0, which all steps see.
       labelling: "plain": text without span tokens, its steps told apart by `<solve>`.
       source: the file or directory that the corpus was read from.
     """
@@ -43,6 +44,7 @@ class DocumentTask(PiecesTask):
     closed_sentences: bool = False
     closed_steps: bool = False
     solve_names: bool = False
+    late_instruction: bool = False
     labelling: corpus.Labelling = "pieces"
 
     name: ClassVar[str] = "documents"
@@ -112,7 +114,9 @@ class DocumentTask(PiecesTask):
         about, pieces = self.split_prompt(text)
         if not pieces:
             raise UserError("the text has no sentence" if self.piece_sentences else "the text has no paragraph")
-        return *encode_prompt(corpus.sink(self.instruction, about), pieces, self.vocab, **style(self, "closed_sentences")), pieces
+        return *encode_prompt(
+            corpus.sink(self.instruction, about), pieces, self.vocab, **style(self, "closed_sentences", "late_instruction")
+        ), pieces
 
     def warnings(self, text: str) -> list[str]:
         """Say how much of a text is cut. UserError: see `encode_prompt`."""

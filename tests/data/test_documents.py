@@ -108,6 +108,26 @@ def test_an_example_is_written_as_the_protocol_says(corpora, name):
     assert plain.token_ids.tolist() == unnamed.token_ids.tolist() and plain.prompt_tokens == unnamed.prompt_tokens
 
 
+def test_a_late_instruction_is_seen_by_all_steps(corpora):
+    """It ends the prompt in label 0, wherever the other labels begin; plain text has it without the span token."""
+    stored = load(corpora, "papers", "validation")
+    task, example = dataclasses.replace(stored.task, late_instruction=True), next(iter(stored))
+    for uniform in (None, 0.5):
+        before, late = (own.renumber(example, uniform) for own in (stored.task, task))
+        prompt, _, response = task.decode(before.token_ids).partition("<solve>")
+        told = prompt.partition("<bos>")[2].partition("<seg:")[0]
+        assert told.startswith(f" {task.instruction}") and task.decode(late.token_ids) == f"{prompt}<seg:0>{told}<solve>{response}"
+        assert late.token_ids[late.predictable].tolist() == before.token_ids[before.predictable].tolist()
+        moved = task.rewrite(task.renumber(example), uniform, task.vocab) if uniform else late
+        assert moved.token_ids.tolist() == late.token_ids.tolist()
+    whole = task.renumber(example)
+    assert task.encode_prompt(example.prompt).tolist() == whole.token_ids[: whole.prompt_tokens].tolist()
+    plain = dataclasses.replace(task, labelling="plain").renumber(example)
+    assert task.decode(plain.token_ids[: plain.prompt_tokens]) == re.sub(
+        "<seg:[0-9]+>", "", task.decode(whole.token_ids[: whole.prompt_tokens])
+    )
+
+
 def test_each_answer_names_its_question_first_and_then_its_sections(corpora):
     """People's sections, answers and kinds come back from the file, whatever the order of the questions."""
     stored = load(corpora, "stories")
