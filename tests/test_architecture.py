@@ -28,7 +28,7 @@ MAY_NOT_USE = {
 }
 # Inside the library, lowest first: a module imports modules of its own package and of the levels below, nothing beside it or above.
 LEVELS = [
-    {"compiling", "errors", "interrupts", "parallel.context"},
+    {"compiling", "errors", "interrupts", "neighbours.attending", "parallel.context"},
     {"files"},
     {"spans", "attention.selectors", "neighbours.query_driven"},
     {"config", "task"},

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import norm_heads, rotate_and_attend
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.errors import UserError
+from selfspan_jax.neighbours.attending import norms_of
 
 
 class Memory(NamedTuple):
@@ -151,7 +152,7 @@ class CompressiveMemory(nnx.Module):
 
 def split_heads(qkv: Float[Array, "B T K G+2 H"], options: dict[str, Any]) -> tuple[Array, dict[str, Any], tuple[Array, Array, Array]]:
     """Normalise the heads where the layer does. Returns: them, the options of attention, and queries, keys and values, not rotated."""
-    norms: dict[str, Any] = {name: options[name] for name in ("norms", "norm_eps") if name in options}  # others are hints for kernels
+    norms = norms_of(options)
     heads = norm_heads(qkv, **norms)
     return heads, norms, (heads[:, :, :, :-2], heads[:, :, :, -2], heads[:, :, :, -1])
 

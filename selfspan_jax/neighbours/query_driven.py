@@ -14,16 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import PromptMask, norm_heads, rotate_and_write, span_decode_attention
+from pallas_kernels import PromptMask, span_decode_attention
 from selfspan_jax.errors import UserError
+from selfspan_jax.neighbours.attending import product, write_token
 
 Summaries = tuple[Array, ...]  # what is kept of a layer's keys beside its pools, to choose by
-
-
-def write_token(qkv: Float[Array, "B 1 K G+2 H"], options: dict[str, Any], angles: Any, own: Int[Array, "B"], layer: Any) -> list[Array]:
-    """Write a new token's keys and values of each sequence to slot `own` of a layer's pools. Returns: queries [B, N, H], and both pools."""
-    norms = {name: options[name] for name in ("norms", "norm_eps") if name in options}  # others are hints for the fused kernel
-    return [*rotate_and_write(norm_heads(qkv[:, 0], **norms), angles[0][:, 0], angles[1][:, 0], own, *layer[:2])]
 
 
 @jax.tree_util.register_dataclass
@@ -198,6 +193,4 @@ def _least_and_largest(keys: Float[Array, "B J S K H"]) -> Float[Array, "B J K 2
 
 
 def _products(q: Float[Array, "B K G H"], keys: Float[Array, "B K S H"]) -> Float[Array, "B K G S"]:
-    wide = jnp.float32 if jax.default_backend() == "cpu" else q.dtype  # a CPU has no product of float16 that adds up in float32
-    options: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    return jnp.einsum("bkgh,bksh->bkgs", q.astype(wide), keys.astype(wide), **options)
+    return product("bkgh,bksh->bkgs", q, keys, precision=jax.lax.Precision.HIGHEST)

@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from selfspan_jax.attention.policies import Dense, Slots
 from selfspan_jax.errors import UserError
-from selfspan_jax.neighbours.query_driven import write_token
+from selfspan_jax.neighbours.attending import product, write_token
 
 TILE_TOKENS = 512  # keys that are weighed at once, for many queries
 _NEVER = float(jnp.finfo(jnp.float32).min)
@@ -156,7 +156,7 @@ def rebalanced_attention(
             attended = (jnp.exp(_scores(first[0], firsts_tile[0]) - first[2][..., None]) > threshold) & (apart > 0)
             weights *= 1.0 + gain * attended.astype(jnp.float32)
         weights = weights.astype(v.dtype)
-        return larger, total, out * scale[..., None] + _product("bkgts,bskh->bkgth", weights, v_tile)
+        return larger, total, out * scale[..., None] + product("bkgts,bskh->bkgth", weights, v_tile)
 
     shape = (q.shape[0], *q.shape[2:4], q.shape[1])
     carry = jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, q.shape[4]))
@@ -167,17 +167,5 @@ def rebalanced_attention(
     return jnp.moveaxis(out / total[..., None], 3, 1).astype(v.dtype), largest + jnp.log(total)
 
 
-def explicit_weights(
-    weights: Float[Array, "... T S"], first: Float[Array, "... T S"], gain: float, threshold: float, is_own: Bool[Array, "T S"]
-) -> Float[Array, "... T S"]:
-    """Compute the weights of a later layer from its probabilities and the first layer's, all of them stored: the reference."""
-    return weights * jnp.where((first > threshold) & ~is_own, 1.0 + gain, 1.0)
-
-
 def _scores(q: Float[Array, "B T K G H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
-    return _product("btkgh,bskh->bkgts", q, k) / math.sqrt(q.shape[4])
-
-
-def _product(how: str, a: Array, b: Array) -> Array:
-    wide = jnp.float32 if jax.default_backend() == "cpu" else a.dtype  # a CPU has no product of float16 that adds up in float32
-    return jnp.einsum(how, a.astype(wide), b.astype(wide), preferred_element_type=jnp.float32)
+    return product("btkgh,bskh->bkgts", q, k) / math.sqrt(q.shape[4])

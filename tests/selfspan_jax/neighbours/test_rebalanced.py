@@ -13,7 +13,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.neighbours import rebalanced
-from selfspan_jax.neighbours.rebalanced import Rebalanced
+from selfspan_jax.neighbours.rebalanced import Rebalanced, rebalanced_attention
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.tiers.engine import HostEngine
@@ -93,9 +93,14 @@ def test_a_scheduler_gives_the_tokens_of_an_engine():
 
 def test_the_weights_of_a_layer_are_those_of_the_rule():
     """One query over four keys, by hand: alpha 1 in the second of three layers is half as much more."""
-    first, later = jnp.array([[0.5, 0.005, 0.4, 0.095]]), jnp.array([[0.25, 0.25, 0.25, 0.25]])
-    found = rebalanced.explicit_weights(later, first, Rebalanced(1.0).gains(3)[1], 0.01, jnp.array([[False, False, False, True]]))
-    np.testing.assert_allclose(found, [[0.375, 0.25, 0.375, 0.25]])
+    keys = jnp.eye(4)[None, :, None]  # so that outputs are weights
+    query = 2 * jnp.log(jnp.array([0.5, 0.005, 0.4, 0.095]))[None, None, None, None]
+    distance = jnp.array([[[3, 2, 1, 0]]])
+    gains = Rebalanced(1.0).gains(3)
+    first, log_sum = rebalanced_attention(query, keys, keys, distance, gains[0], 0.01)
+    np.testing.assert_allclose(first.ravel(), [0.5, 0.005, 0.4, 0.095], rtol=1e-6)
+    found, _ = rebalanced_attention(jnp.zeros_like(query), keys, keys, distance, gains[1], 0.01, (query, keys, log_sum))
+    np.testing.assert_allclose(found.ravel(), [0.375, 0.25, 0.375, 0.25], rtol=1e-6)
     assert Rebalanced(1.0).gains(3) == [0, 0.5, 0] and Rebalanced().gains(1) == [0]
 
 
