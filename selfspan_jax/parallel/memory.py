@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
@@ -23,9 +24,18 @@ _CONTAINER_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-_taken = {"bytes": 0}  # of host memory, the most that arrays of this process took at once
-_sharing = {"processes": 1}  # that begin at the same time and take host memory each
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
+
+
+@dataclasses.dataclass
+class _Host:
+    """What this process knows of host memory."""
+
+    taken_bytes: int = 0  # the most that its arrays took at once
+    num_processes: int = 1  # that begin at the same time and take host memory each, this one among them
+
+
+_HOST = _Host()
 
 
 class DoesNotFit(UserError):
@@ -90,7 +100,7 @@ def free_host_memory_bytes() -> int:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         raise UserError(f"kv_memory is 'host', which needs Linux: {_MEMORY_INFO} says what host memory is free") from None
-    return min(min(free, _container_free_bytes()) // _sharing["processes"] + _taken["bytes"], host_memory_limit_bytes())
+    return min(min(free, _container_free_bytes()) // _HOST.num_processes + _HOST.taken_bytes, host_memory_limit_bytes())
 
 
 def _container_free_bytes() -> int:
@@ -105,7 +115,7 @@ def _container_free_bytes() -> int:
 
 def share_host_memory(num_processes: int) -> None:
     """Leave room for others: so many processes like this one begin at the same time."""
-    _sharing["processes"] = num_processes
+    _HOST.num_processes = num_processes
 
 
 def host_memory_limit_bytes() -> int:
@@ -129,7 +139,7 @@ def take_host_memory(needed_bytes: int, what: str) -> None:
     if needed_bytes > free:
         why = f"{_LIMIT} allows {limit / 2**30:.1f}" if free == limit else f"{free / 2**30:.1f} are free"
         raise DoesNotFit(f"does not fit: {what} take {needed_bytes / 2**30:.1f} GiB of host memory, {why}")
-    _taken["bytes"] = max(_taken["bytes"], needed_bytes)
+    _HOST.taken_bytes = max(_HOST.taken_bytes, needed_bytes)
 
 
 def bytes_of(tree: Any) -> int:

@@ -204,8 +204,7 @@ def test_free_host_memory_is_what_the_system_says_for_as_many_processes_as_begin
     with pytest.raises(UserError, match=r"kv_memory is 'host', which needs Linux: .*meminfo says what host memory is free"):
         memory.free_host_memory_bytes()
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  12 kB\n")
-    monkeypatch.setattr(memory, "_taken", {"bytes": 0})
-    monkeypatch.setattr(memory, "_sharing", {"processes": 1})
+    monkeypatch.setattr(memory, "_HOST", memory._Host())
     memory.share_host_memory(3)
     for version, files in (("1", memory._CONTAINER_FILES[1]), ("2", memory._CONTAINER_FILES[0])):  # the newer one is asked first
         for name, text in zip(files, ("9000\n", "5000\n", f"anon 7\n{files[3]} 500\n")):
