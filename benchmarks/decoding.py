@@ -28,7 +28,7 @@ from benchmarks.shapes import Shape, step_bytes
 from benchmarks.timing import device_times, median_and_spread, timed
 from selfspan_jax.attention.policies import POLICIES, Slots
 from selfspan_jax.config import DecodeConfig, Weights
-from selfspan_jax.decoding.cache import KVCache
+from selfspan_jax.decoding.cache import KVCache, LayerPools
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket, start_state
@@ -130,23 +130,30 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
 
 
 def fill_with_random_rows(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
-    """Make the state after prompts, as `prefill_state`, with random rows in place of theirs.
-
-    Each pool is drawn after the one before: of all at once XLA makes one kernel, which for 32 layers took minutes to compile.
-    """
+    """Make the state after prompts, as `prefill_state`, with random rows in place of theirs."""
     check_context_policy(config.attention)
     cache = KVCache.empty(model.config, lengths, token_ids.shape[1], num_samples, config.max_new_tokens)
-    key = jax.random.key_data(jax.random.key(0))
+    last, key = draw_rows(jnp.zeros(2, jnp.uint32), (len(lengths), model.config.hidden_size), jnp.dtype(model.config.compute_dtype))
+    pools = []
+    for layer in cache.pools:
+        own, key = draw_layer(key, layer[0].shape, layer[0].dtype)
+        pools.append(own)
+    return start_state(model, KVCache(tuple(pools), cache.slot_table), last, token_ids, lengths, keys, config, num_samples)
 
-    def draw(shape: tuple[int, ...], dtype: Any) -> Array:
-        nonlocal key
-        rows = jax.random.normal(jax.random.wrap_key_data(key), shape, dtype)
-        key, rows = jax.lax.optimization_barrier((key + jnp.uint32(1), rows))
-        return rows
 
-    pools = tuple(tuple(draw(pool.shape, pool.dtype) for pool in layer) for layer in cache.pools)
-    last = draw((len(lengths), model.config.hidden_size), jnp.dtype(model.config.compute_dtype))
-    return start_state(model, KVCache(pools, cache.slot_table), last, token_ids, lengths, keys, config, num_samples)
+def draw_rows(key: Array, shape: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+    """Draw random rows; return them, and the key of the next ones, which waits for them.
+
+    Of all pools at once XLA makes one kernel, which for 32 layers took minutes to compile.
+    """
+    return jax.lax.optimization_barrier((jax.random.normal(jax.random.wrap_key_data(key), shape, dtype), key + jnp.uint32(1)))
+
+
+def draw_layer(key: Array, shape: tuple[int, ...], dtype: Any) -> tuple[LayerPools, Array]:
+    """Draw keys and values of a layer, as `draw_rows` does."""
+    k, key = draw_rows(key, shape, dtype)
+    v, key = draw_rows(key, shape, dtype)
+    return (k, v), key
 
 
 def compile_prefill(engine: Engine, *sizes: Any, **options: Any) -> tuple[jax.stages.Compiled, DecodeState]:

@@ -24,7 +24,7 @@ from benchmarks.timing import (
     CACHE_BYTES,
     KernelCommand,
     KernelReport,
-    compile_all,
+    compile_those_that_can,
     median_and_spread,
     relative_error,
     run_command,
@@ -133,7 +133,7 @@ def time_programs(name: str, programs: dict[tuple[int, str], Program], compare: 
     Args:
       compare: batch, variant and the result of a program -> what the row says of its correctness.
     """
-    compiled = compile_all((program.function, program.arguments) for program in programs.values())
+    compiled = compile_those_that_can((program.function, program.arguments) for program in programs.values())
     for ((batch, variant), program), run in zip(programs.items(), compiled, strict=True):
         label = f"{name:12} B{batch:<3} {variant:32}"
         if isinstance(run, Exception):

@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from benchmarks.decoding import REPETITIONS, WARM_UPS, Case, Programs, copy_state, detach_pools, replay_row
+from benchmarks.decoding import REPETITIONS, WARM_UPS, Case, Programs, copy_state, detach_pools, draw_layer, draw_rows, replay_row
 from benchmarks.shapes import Shape
 from benchmarks.timing import timed
 from pallas_kernels import copy_rows
-from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig
+from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory
 from selfspan_jax.decoding.cache import LayerPools
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.memory import bytes_of, check_fits
@@ -50,15 +50,18 @@ def compile_case(shape: Shape, case: TieredCase, mesh: Mesh | None = None) -> Pr
 
 def fill_with_random_rows(decoder: Decoder, token_ids: Array, lengths, config, responses, free_rows: int) -> tuple[tuple, Array]:
     """Draw what `read_to_host` returns, layer by layer, so that the device holds one layer's rows."""
-    first, *keys = jax.random.split(jax.random.key(0), 1 + decoder.config.num_layers)
-    pools = tuple(jax.block_until_ready(_draw(key, decoder.config, token_ids.size + free_rows)) for key in keys)
-    return pools, jax.random.normal(first, (len(token_ids), decoder.config.hidden_size), jnp.dtype(decoder.config.compute_dtype))
+    config, dtype, pools = decoder.config, jnp.dtype(decoder.config.compute_dtype), []
+    last, key = draw_rows(jnp.zeros(2, jnp.uint32), (len(token_ids), config.hidden_size), dtype)
+    for _ in range(config.num_layers):
+        layer, key = jax.block_until_ready(_draw_layer(key, (token_ids.size + free_rows, config.num_kv_heads, config.head_size), dtype))
+        pools.append(layer)
+    return tuple(pools), last
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows"))
-def _draw(key: Array, config: ModelConfig, rows: int) -> LayerPools:
-    shape, dtype = (rows, config.num_kv_heads, config.head_size), jnp.dtype(config.compute_dtype)
-    return jax.device_put(tuple(jax.random.normal(each, shape, dtype) for each in jax.random.split(key)), jax.memory.Space.Host)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw_layer(key: Array, shape: tuple[int, ...], dtype: Any) -> tuple[LayerPools, Array]:
+    pools, key = draw_layer(key, shape, dtype)
+    return jax.device_put(pools, jax.memory.Space.Host), key
 
 
 @functools.cache

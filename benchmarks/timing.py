@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import itertools
 import math
-import os
 import re
 import statistics
 import sys
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 
 from data import commandline
 from selfspan_jax import files
+from selfspan_jax.compiling import compile_all
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.memory import catch_out_of_memory
 
@@ -52,18 +51,16 @@ def run_seconds(function: Callable[[], Any], *, queued: int = 1, warm_ups: int =
     return seconds[warm_ups:]
 
 
-def compile_all(programs: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
-    """Compile functions for their arguments, on all processors; an error takes the place of what this device cannot compile."""
+def compile_those_that_can(programs: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Compile functions for their arguments, several at once; an error takes the place of what this device cannot compile."""
 
-    def one(program: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
-        function, arguments = program
+    def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         try:
             return jax.jit(function).lower(*arguments).compile()
         except (NotImplementedError, ValueError, RuntimeError) as error:
             return error
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, programs))
+    return compile_all([functools.partial(functools.partial, compiled, *program) for program in programs])
 
 
 def median_and_spread(values: list[float]) -> tuple[float, float]:
