@@ -14,7 +14,6 @@ from typing import Annotated, Any, get_args
 import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 from tyro.conf import Positional, arg
 
 from benchmarks import decoding, prefill, report, tiers
@@ -38,13 +37,14 @@ from data import arithmetic, commandline
 from data.errors import check_range
 from data.tasks import TASKS
 from data.vocab import DEFAULT_VOCAB, Vocab
-from selfspan_jax import compiling, files
+from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig, Weights
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
+from selfspan_jax.parallel.compiling import compile_all
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
 from selfspan_jax.spans import SpanVocab
@@ -339,10 +339,11 @@ def sweep(
 
 
 def compile_cases(shape: Shape, cases: Sequence[AnyCase], mesh: Mesh | None = None) -> dict[AnyCase, Programs | DoesNotFit]:
-    """Compile every case, side by side because XLA leaves most processors idle on one program."""
+    """Compile every case, several at once."""
 
     def compile_one(case: AnyCase) -> Programs | DoesNotFit:
         return attempt(lambda: _module_of(case).compile_case(shape, case, mesh))
 
-    options: dict[str, Any] = {"max_workers": compiling.MAX_THREADS, "leave": False, "disable": None}
-    return dict(zip(cases, thread_map(compile_one, cases, desc="compile", unit="case", **options)))
+    programs = [functools.partial(functools.partial, compile_one, case) for case in cases]
+    with tqdm(total=len(cases), desc="compile", unit="case", leave=False, disable=None) as bar:
+        return dict(zip(cases, compile_all(programs, lambda done, of: bar.update(done - bar.n))))

@@ -18,12 +18,12 @@ from benchmarks.arrivals import Sent
 from benchmarks.shapes import Shape, named_shape
 from data import arithmetic
 from data.tasks import TASKS
-from selfspan_jax import compiling
 from selfspan_jax.config import DecodeConfig, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
+from selfspan_jax.parallel.compiling import compile_all
 from selfspan_jax.serving.requests import Request, Tokens
 from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.throughput import throughput_scheduler
@@ -117,7 +117,7 @@ class Model:
         if "equal" in parts:
             for size in self.equal_sizes():
                 add(size, EQUAL_PROMPT_TOKENS, self.equal_config())
-        compiling.compile_all(programs)
+        compile_all(programs)
         for scheduler, chunks in schedulers:
             scheduler.programs.warm_up(*chunks, draws=False)
         gc.collect()

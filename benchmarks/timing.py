@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from data import commandline
 from selfspan_jax import files
-from selfspan_jax.compiling import compile_all
 from selfspan_jax.errors import UserError
+from selfspan_jax.parallel.compiling import compile_all
 from selfspan_jax.parallel.memory import catch_out_of_memory
 
 TOP_OPERATIONS = 20

@@ -28,7 +28,7 @@ MAY_NOT_USE = {
 }
 # Inside the library, lowest first: a module imports modules of its own package and of the levels below, nothing beside it or above.
 LEVELS = [
-    {"compiling", "errors", "interrupts", "neighbours.attending", "parallel.context"},
+    {"errors", "neighbours.attending", "parallel.compiling", "parallel.context", "parallel.interrupts"},
     {"files"},
     {"spans", "attention.selectors", "neighbours.query_driven"},
     {"config", "task"},
@@ -46,7 +46,7 @@ LEVELS = [
     {"serving.scheduler"},
     {"serving.throughput"},
     {"weights", "viewing"},
-    {"training", "forcing"},
+    {"training"},
     {"lm"},
     {"evaluation", "serving"},
     {""},  # the package itself: the names for users

@@ -174,7 +174,7 @@ class DocumentTask(PiecesTask):
         return found if any(found) else []
 
     def opens(self, example: Example, sources: Sources) -> tuple[range, bool, int]:
-        """Return what of the steps' labels follows from the prompt, as `selfspan_jax.forcing.Order` has it.
+        """Return what of the steps' labels follows from the prompt, as `selfspan_jax.evaluation.forcing.Order` has it.
 
         Steps open the labels after the pieces'. With "order" those that answer questions are as many as these are.
         """

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from selfspan_jax import compiling
 from selfspan_jax.config import MAX_LOGPROBS, DecodeConfig, SamplingFields, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
+from selfspan_jax.parallel.compiling import compile_all
 from selfspan_jax.serving.host_pages import WRITTEN_AT_ONCE, PagedWorkingSets, write_pages
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.running import Decoded, Prompts, decode_chunk, empty_state, read_prompts
@@ -143,7 +143,7 @@ class Programs:
         Programs run in this thread, once all are compiled: a GPU records some as graphs when they run, and fails where another thread
         loads one meanwhile. Arguments as for `lowering` and `compile_all`.
         """
-        compiling.compile_all(self.lowering(*num_steps, draws=draws), on_progress)
+        compile_all(self.lowering(*num_steps, draws=draws), on_progress)
         for steps in num_steps:
             for level in LEVELS if draws else LEVELS[:1]:
                 self.decode(level, steps, *self._nothing())

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from selfspan_jax.config import TrainConfig
 from selfspan_jax.errors import UserError
-from selfspan_jax.interrupts import Interrupts
 from selfspan_jax.model import Decoder, Frozen
 from selfspan_jax.parallel import collectives, distributed, layout
+from selfspan_jax.parallel.interrupts import Interrupts
 from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.training.metrics import EVALUATION, MetricsLog, StepTimer
 from selfspan_jax.training.step import Batch, DeviceBatch, count_tokens, initial_state, train_step

@@ -10,7 +10,7 @@ from selfspan_jax.config import DecodeConfig, Sampling, normal_float32
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import filtered_scores, mark_occurring, penalized, sample, sequence_keys
 from selfspan_jax.errors import UserError
-from selfspan_jax.forcing import generate_under
+from selfspan_jax.evaluation.forcing import generate_under
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB, VOCAB_SIZE
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from selfspan_jax import interrupts
-from selfspan_jax.interrupts import Interrupts
+from selfspan_jax.parallel import interrupts
+from selfspan_jax.parallel.interrupts import Interrupts
 
 
 @pytest.mark.parametrize(

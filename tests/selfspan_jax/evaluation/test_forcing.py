@@ -5,7 +5,7 @@ import numpy as np
 from selfspan_jax import spans
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
-from selfspan_jax.forcing import Order, generate_under
+from selfspan_jax.evaluation.forcing import Order, generate_under
 from tests.selfspan_jax.models import random_model, reference_logits
 from tests.selfspan_jax.streams import VOCAB
 

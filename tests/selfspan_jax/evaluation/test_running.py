@@ -98,7 +98,7 @@ def test_scores_order_and_seconds(lm, monkeypatch):
     passes, later = [(0, 1, 5), (0, 0.25, 1), (0, 0.5, 2)], [(0, 2, 7), (0, 1, 3), (0, 1, 3)]  # prefill, and decoding after it
     lasted = [(0, 100), *passes, (0, 0.5), *later, (0, 0.25)]  # compilation; three passes of each batch, then what they wrote is read
     readings = iter(reading for own in lasted for reading in own)
-    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    monkeypatch.setattr(evaluation.running, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
     found = evaluation.evaluate(lm, [Example(prompt) for prompt in prompts], max_new_tokens=6, batch_size=2, passes=3)
     assert (found.decode_seconds, found.read_seconds, found.compile_seconds, next(readings, "read")) == (2 + 3, 0.75, 100, "read")
     speed = found.speed()
@@ -131,9 +131,9 @@ def test_what_a_scheduler_decodes_is_read_in_the_order_of_the_examples(lm, monke
         assert [len(request.prompt_ids) for request in requests] == [4, 5, 3, 4, 3]
         return [Tokens(np.array([len(own.prompt_ids), 2, 7, 7]), np.array([3, 4, 5, 6]), "length") for own in requests]
 
-    monkeypatch.setattr(evaluation, "is_faster", lambda *_: True)
-    monkeypatch.setattr(evaluation, "throughput_scheduler", lambda *_: SimpleNamespace(config=config, warm_up=lambda draws: None))
-    monkeypatch.setattr(evaluation, "run_together", run_together)
+    monkeypatch.setattr(evaluation.running, "is_faster", lambda *_: True)
+    monkeypatch.setattr(evaluation.running, "throughput_scheduler", lambda *_: SimpleNamespace(config=config, warm_up=lambda draws: None))
+    monkeypatch.setattr(evaluation.running, "run_together", run_together)
     found = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2)
     assert [out.response_ids.tolist() for out in found.outputs] == [[4, 2], [5, 2], [3, 2], [4, 2], [3, 2]]
     assert found.scores["answer_accuracy"] == 4 / 5 and found.scores["attended_tokens"] == 3.5
