@@ -4,8 +4,9 @@
 
 "together" is the mesh `context=N`: every device computes the linear maps and attends to its share of the rows; a gather a layer.
 "elsewhere": the first device computes the maps, the others have the rows. A conditional skips the maps there; queries, keys and values
-of new tokens are sent by a sum with zeros, and attention comes back by the same gather. Shards of an array are of one size, so each device
-takes memory for all weights and for a share of the rows in both: what is saved is work, not memory.
+of new tokens are sent by a gather of which the first part is taken, and attention comes back by the same gather as above. Shards of an
+array are of one size, so each device takes memory for all weights and for a share of the rows in both: what is saved is work, not memory.
+"tensor" is the mesh `tensor=N`: heads and features are divided, two sums a layer; it is left out where N does not divide the heads.
 
 Layers alone, no automaton, embedding or logits; rows are made by a formula, named ones are evenly spaced.
 """
@@ -29,11 +30,11 @@ from selfspan_jax import files
 from selfspan_jax.attention.policies import Slots
 from selfspan_jax.model import Decoder, rotary_angles
 from selfspan_jax.parallel import layout
-from selfspan_jax.parallel.collectives import psum_context
+from selfspan_jax.parallel.collectives import broadcast_from_first
 from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.mesh import describe, make_mesh
 
-WAYS = ("together", "elsewhere")
+WAYS = ("together", "elsewhere", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,17 +64,20 @@ class Elsewhere:
 
     def run(self) -> None:
         """Measure and print each row."""
-        mesh = make_mesh(f"context={self.devices}")
         shape = named_shape(self.shape)
         shape = dataclasses.replace(shape, config=dataclasses.replace(shape.config, num_layers=self.layers))
-        engine = make_engine(shape.random(0), mesh)
+        meshes = {axis: make_mesh(f"{axis}={self.devices}") for axis in ("context", "tensor")}
+        divided = shape.config.num_kv_heads % self.devices == 0
+        ways = WAYS if divided else WAYS[:2]
+        engines = {axis: make_engine(shape.random(0), mesh) for axis, mesh in meshes.items() if divided or axis != "tensor"}
         settings = {"shape": self.shape, "layers": self.layers, "devices": self.devices, "steps": self.steps}
         results: dict[str, Any] = {**report_header(), **settings, "rows": []}
-        print(describe(mesh), flush=True)
+        print(describe(meshes["context"]), flush=True)
         for batch in self.batch_size:
             for fraction in self.attended_fraction:
                 hidden = {}
-                for way in WAYS:
+                for way in ways:
+                    engine = engines["tensor" if way == "tensor" else "context"]
                     sizes = {"batch": batch, "context": self.context, "fraction": fraction}
                     row, hidden[way] = measure(engine, way, self.steps, **sizes)
                     difference = float(np.abs(hidden[way] - hidden["together"]).max() / np.abs(hidden["together"]).max())
@@ -85,11 +89,11 @@ class Elsewhere:
 
 def measure(engine: Any, way: str, steps: int, **sizes: Any) -> tuple[dict[str, float], np.ndarray]:
     """Time a loop of steps; return the row, and the hidden states of the device with the model."""
-    specs = layout.spec("rows")
-    fill = engine.graph.shard_map(functools.partial(rows_of, way=way, **sizes), out_specs=specs)
+    of_pools, specs = layout.spec("rows", "heads"), layout.spec("rows")
+    fill = engine.graph.shard_map(functools.partial(rows_of, way=way, **sizes), out_specs=(of_pools, specs, specs, specs))
     pools, slots, counts, own = jax.jit(fill)(engine.params)
     loop = functools.partial(run_steps, way=way, steps=steps)
-    run = jax.jit(engine.graph.shard_map(loop, specs, specs, specs, specs, out_specs=(specs, specs)), donate_argnums=1)
+    run = jax.jit(engine.graph.shard_map(loop, of_pools, specs, specs, specs, out_specs=(of_pools, specs)), donate_argnums=1)
     kept = [pools]
 
     def once():
@@ -103,17 +107,21 @@ def measure(engine: Any, way: str, steps: int, **sizes: Any) -> tuple[dict[str, 
 def rows_of(model: Decoder, *, way: str, batch: int, context: int, fraction: float) -> tuple[Any, ...]:
     """Make a device's pools, the slots that it reads [B, A], how many [B], and the rows of new tokens, which the last device has."""
     config, index, size = model.config, jax.lax.axis_index("context"), jax.lax.axis_size("context")
-    holders, first = (size, 0) if way == "together" else (size - 1, 1)
-    share, named = -(-context // holders), max(1, round(fraction * context / (size * (size - 1)))) * size * (size - 1) // holders
+    holders, first = (size - 1, 1) if way == "elsewhere" else (size, 0)
+    devices = size * jax.lax.axis_size("tensor")
+    whole = devices * (devices - 1)  # so that any way names the same rows
+    share, named = -(-context // holders), max(1, round(fraction * context / whole)) * whole // holders
     shape = (batch * (share + 1), config.num_kv_heads, config.head_size)
     row, head, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
+    head += jax.lax.axis_index("tensor") * config.num_kv_heads
     token = (index - first) * share + row % share
     pools = []
     for layer in range(config.num_layers):
         angles = (token * 31 + row // share * 17 + head * 7 + column * 3 + layer).astype(jnp.float32)
         pools.append(tuple(jnp.sin(angles * rate).astype(config.compute_dtype) for rate in (0.7, 1.3)))
     sequence, has_new = jnp.arange(batch, dtype=jnp.int32), index == size - 1
-    slots = sequence[:, None] * share + (jnp.arange(named, dtype=jnp.int32) * share // named)[None, :]
+    evenly = np.arange(named) * share // named  # which int32 would not hold
+    slots = sequence[:, None] * share + jnp.asarray(evenly, jnp.int32)[None, :]
     new = batch * share + sequence
     slots = jnp.concatenate([slots, new[:, None]], axis=1)
     counts = jnp.where(index >= first, named + has_new.astype(jnp.int32), 0)
@@ -127,7 +135,7 @@ def run_steps(model: Decoder, pools, slots, counts, own, *, way: str, steps: int
     attend = Slots(slots, counts, kept=counts).attend(own, None)
 
     def at_model(function, *arrays):
-        if way == "together":
+        if way != "elsewhere":
             return function(*arrays)
         nothing = jax.eval_shape(function, *arrays)
         return jax.lax.cond(is_model, function, lambda *_: jnp.zeros(nothing.shape, nothing.dtype), *arrays)
@@ -146,7 +154,7 @@ def run_steps(model: Decoder, pools, slots, counts, own, *, way: str, steps: int
                 return mlp.down_proj(hidden, residual=x, implementation=None)
 
             qkv = at_model(project, x)
-            qkv = qkv if way == "together" else psum_context(qkv)
+            qkv = broadcast_from_first(qkv) if way == "elsewhere" else qkv
             qkv = qkv.reshape(batch, 1, -1, attention.projections, attention.head_size)
             out, own_pools = attend(qkv, {}, angles, own_pools)
             x = at_model(rest, out, x)

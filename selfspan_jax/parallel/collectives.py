@@ -146,6 +146,11 @@ def psum_context(x: Array) -> Array:
     return x if context_size() == 1 else jax.lax.psum(x, "context")
 
 
+def broadcast_from_first(x: Array) -> Array:
+    """Return the x of the first device that has rows of sequences on all that have some."""
+    return jax.lax.all_gather(x, "context")[0]
+
+
 def process_max(values: int | Sequence[int]) -> Any:
     """Return the maximum over all processes of a number, or of each number of a sequence."""
     if jax.process_count() == 1:
