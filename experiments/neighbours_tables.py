@@ -201,6 +201,13 @@ def panels_of(results: Path) -> Iterator[Panel]:
     for report in (reports[name] for name in sorted(reports) if "text" in reports[name]):
         rows = [{**row, "attended_fraction": _share(row, report) / 100} for row in report["text"]]
         yield Panel(f"text, {report['tokens']:,} tokens", "loss above dense", _curves(rows, lambda row: row["loss_more"]))
+    curves = {}
+    for report in map(files.read_json, sorted((results.parent / "prefill").glob("sparse_quality_*.json"))):
+        for row in report["quality"]:
+            name = "dense" if row["selector"] == "dense" else f"prompt: {row['selector']}"
+            curves.setdefault(name, []).append((100 * row["tiles_kept"], row["loss_more"]))
+    if curves:
+        yield Panel("text, prompts read sparsely", "loss above dense", {name: sorted(points) for name, points in curves.items()})
 
 
 def _hundredths(score: str, row: Row) -> float:

@@ -37,6 +37,7 @@ NAMES = ("snapkv", "streaming", "expected", "knorm", "tova", "chunks")
 """Presses of kvpress: SnapKV, StreamingLLM, expected attention, key norms, TOVA; and ChunkKV, which keeps whole pieces of 20 tokens by
 SnapKV's scores, as Quest reads whole pages."""
 MAX_SMALL = 20  # percent of a prompt that are decoded in one batch; what keeps more, and what keeps all, are in a second one
+DECODING = "knorm, decoding"
 INTERVAL_TOKENS = 16  # between two compressions while it decodes
 
 
@@ -109,7 +110,7 @@ class Presses(ModelAndCorpus):
         limit = self.max_new_tokens or max(len(example.response_ids) for example in some) + MARGIN_TOKENS
         settings = [(name, share) for share in self.shares for name in self.presses]
         if self.timed_tokens:
-            report["presses"] = list(peer.timed(ids[: self.batch_size], settings, self.timed_tokens))
+            report["presses"] = list(peer.timed(ids[: self.batch_size], settings, self.decoding_shares, self.timed_tokens))
             return files.write_rows(self.json, report, complete=True)
         found: dict[tuple[str, float], list[Any]] = {}
         started = time.perf_counter()
@@ -125,11 +126,9 @@ class Presses(ModelAndCorpus):
                 report["presses"] = [row_of(key, own, lm.task, some, ids) for key, own in found.items()]
                 files.write_rows(self.json, report, complete=False)
                 print(*report["presses"], f"{time.perf_counter() - started:.0f} s", sep="\n", flush=True)
-        lengths = [*map(len, ids)]
         for share in self.decoding_shares:
-            target = min(round(share / 100 * float(np.mean(lengths))), min(lengths) - 1)
-            responses = peer.decode_compressing(ids, target, limit)
-            report["presses"].append(row_of(("knorm, decoding", share), responses, lm.task, some, ids))
+            kept, first = peer.read_to(ids, share)
+            report["presses"].append(row_of((DECODING, share), peer.decode_compressing(kept, first, ids, limit), lm.task, some, ids))
             files.write_rows(self.json, report, complete=False)
         files.write_rows(self.json, report | {"seconds": time.perf_counter() - started}, complete=True)
 
@@ -251,27 +250,29 @@ class Peer:
             options = {"position_ids": positions[:, None], "attention_mask": mask, name: cache, "use_cache": True}
             return self.model(tokens[:, None], **options).logits[:, -1].argmax(dim=1)
 
-    def timed(self, prompts: Sequence[Any], settings: Sequence[tuple[str, float]], num_tokens: int) -> Iterator[dict[str, Any]]:
+    def timed(
+        self, prompts: Sequence[Any], settings: Sequence[tuple[str, float]], decoding_shares: Sequence[float], num_tokens: int
+    ) -> Iterator[dict[str, Any]]:
         """Time decode steps of a batch on what each press keeps, three times, the median; and the most memory that they took, in bytes."""
         kept, first = self.read(prompts, {(name, share): press_of(name, share / 100) for name, share in settings})
+        kept |= {(DECODING, share): self.read_to(prompts, share)[0] for share in decoding_shares}
+        lengths, cuda = [len(prompt) for prompt in prompts], self.torch.cuda if self.device.type == "cuda" else None
         for key in [*kept]:
-            caches, lengths, seconds = kept.pop(key), [len(prompt) for prompt in prompts], []
+            caches, seconds = kept.pop(key), []
             for _ in range(4):
-                if self.device.type == "cuda":
-                    self.torch.cuda.synchronize()
-                    self.torch.cuda.reset_peak_memory_stats()
+                if cuda:
+                    cuda.synchronize()
+                    cuda.reset_peak_memory_stats()
                 began = time.perf_counter()
-                self.decode(caches, first, lengths, num_tokens, stops=False)
+                if key[0] == DECODING:
+                    found = self.decode_compressing(caches, first, prompts, num_tokens, stops=False)
+                else:
+                    found = self.decode(caches, first, lengths, num_tokens, stops=False)
                 seconds.append(time.perf_counter() - began)
-            peak = self.torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-            step, sizes = float(np.median(seconds[1:])) / (num_tokens - 1), [own[0][0].shape[2] for own in caches]
-            row = {
-                "neighbour": key[0],
-                "share": key[1],
-                "attended_tokens": float(np.mean(sizes)) + num_tokens / 2,
-                "batch_size": len(prompts),
-            }
-            row |= {"ms_per_step": 1e3 * step, "tokens_per_second": len(prompts) / step, "peak_bytes": peak}
+            step, read = float(np.median(seconds[1:])) / (num_tokens - 1), float(np.mean([rows.mean() for _, rows in found]))
+            row = {"neighbour": key[0], "share": key[1], "attended_tokens": read, "batch_size": len(prompts)}
+            row |= {"ms_per_step": 1e3 * step, "tokens_per_second": len(prompts) / step}
+            row["peak_bytes"] = cuda.max_memory_allocated() if cuda else None
             row["cache_bytes"] = sum(x.numel() * x.element_size() for own in caches for layer in own for x in layer)
             print(row, flush=True)
             yield row
@@ -285,26 +286,34 @@ class Peer:
             found.append((own[:size], rows(number)[:size]))
         return found
 
-    def decode_compressing(self, prompts: Sequence[Any], target: int, limit: int, interval: int = INTERVAL_TOKENS) -> list[Any]:
-        """Decode greedily from caches of `target` rows, which are compressed to as many again after every `interval` tokens."""
+    def read_to(self, prompts: Sequence[Any], share: float) -> tuple[list[Any], list[int]]:
+        """Read prompts densely, each by itself; keep as many rows of each, a share of the mean prompt, by the norms of keys."""
         import kvpress
 
-        torch, knorm = self.torch, kvpress.KnormPress()
-        kept: list[Any] = []
-        first: list[int] = []
+        knorm, kept, first = kvpress.KnormPress(), list[Any](), list[int]()
+        size = max(1, min(round(share / 100 * float(np.mean([*map(len, prompts)]))), *(len(prompt) - 1 for prompt in prompts)))
         for prompt in prompts:
-            knorm.compression_ratio = 1 - (target + 0.5) / len(prompt)
+            knorm.compression_ratio = 1 - (size + 0.5) / len(prompt)
             own, token = self.read([prompt], {"own": knorm})
             kept, first = [*kept, *own["own"]], [*first, *token]
-        press = kvpress.DecodingPress(kvpress.KnormPress(), compression_interval=interval, target_size=target)
+        return kept, first
+
+    def decode_compressing(
+        self, kept: Sequence[Any], first: Sequence[int], prompts: Sequence[Any], limit: int, interval: int = INTERVAL_TOKENS, *, stops=True
+    ) -> list[Any]:
+        """Decode greedily from caches of one size, which are compressed to as many rows again after every `interval` tokens."""
+        import kvpress
+
+        torch = self.torch
+        press = kvpress.DecodingPress(kvpress.KnormPress(), compression_interval=interval, target_size=kept[0][0][0].shape[2])
         cache, _ = self.cache_of(kept)
-        tokens, positions = [torch.tensor(first, device=self.device)], torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        tokens, positions = [torch.tensor(first, device=self.device)], torch.tensor([*map(len, prompts)], device=self.device)
         rows, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         with self.hooked(lambda module, hidden, cache, output, named: press.forward_hook(module, [], named, output)):
             for step in range(limit - 1):
                 rows.append(cache.layers[0].keys.shape[2] + 1)
                 tokens.append(self.step(tokens[-1], cache, positions + step, None))
                 done |= torch.isin(tokens[-1], torch.tensor(list(self.end_ids), device=self.device))
-                if step % 8 == 0 and bool(done.all()):
+                if stops and step % 8 == 0 and bool(done.all()):
                     break
         return self.responses(torch.stack(tokens, dim=1), lambda _: np.array([*rows, rows[-1] + 1]))

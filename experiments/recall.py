@@ -58,10 +58,13 @@ class Corpus:
     """Items of an example, where it has so many pieces; at most one a piece. Those of training have any power of two up to that."""
     queries: int = 16
     """Questions. Where there are fewer items, they are asked for again, in another order; what is scored is the first time."""
+    crowd: int = 1
+    """Items of a piece that holds any. Those of training have any power of two up to that, what is scored has one."""
 
     def __post_init__(self):
         check_range(self, "items", low=2, high=KEYS)
         check_range(self, "queries", low=1)
+        check_range(self, "crowd", low=1, high=PIECE - 2)
 
     def make(self, rng: np.random.Generator, number: int, segments: int, *, spans: bool, scales: tuple[int, ...] = (0,)) -> dict[str, Any]:
         """Make examples of one length: ids and positions [E, L], targets [E, L], and of queries their answer's place and distance [E, Q].
@@ -76,9 +79,11 @@ class Corpus:
         def some(count, of):  # different ones, for each example
             return np.argsort(rng.random((number, of)), axis=1)[:, :count]
 
-        keys, piece = some(items, KEYS), some(items, pieces)
+        keys, held = some(items, KEYS), -(-items // self.crowd)
+        piece = np.repeat(some(held, pieces), self.crowd, axis=1)[:, :items]
         answers = _ITEM + keys * VALUES + rng.integers(VALUES, size=(number, items))
-        offset = rng.integers(1, PIECE - 1, size=(number, items))
+        inside = np.argsort(rng.random((number, held, PIECE - 2)), axis=2)[:, :, : self.crowd]
+        offset = 1 + inside.reshape(number, -1)[:, :items]
         context = rng.integers(_NOISE, _NOISE + NOISE, size=(number, pieces, PIECE))
         context[each, piece, offset] = answers
         asked = np.concatenate([some(items, items) for _ in range(-(-queries // items))], axis=1)[:, :queries]
@@ -118,7 +123,9 @@ class Corpus:
             rng = np.random.default_rng((seed, number))
             segments, each = KINDS[rng.integers(len(KINDS))] if number >= short else KINDS[0]
             items = 2 ** rng.integers(1, min(self.items, segments * PIECES).bit_length())
-            made = dataclasses.replace(self, items=int(items)).make(rng, rows * each, segments, spans=spans, scales=scales)
+            crowd = 2 ** rng.integers(self.crowd.bit_length())
+            corpus = dataclasses.replace(self, items=int(items), crowd=int(crowd))
+            made = corpus.make(rng, rows * each, segments, spans=spans, scales=scales)
             length = made["token_ids"].shape[1]
             ids, segment_ids, positions = (np.zeros((rows, tokens), np.int32) for _ in range(3))
             targets = np.zeros((rows, tokens), np.bool_)
@@ -134,13 +141,13 @@ class Corpus:
         return -(-longest // SEGMENT) * SEGMENT
 
 
-def model_config(system: System, header_view: str = "labels", **sizes: Any) -> ModelConfig:
+def model_config(system: System, **sizes: Any) -> ModelConfig:
     """Return the config of a system's model; all have as many parameters, but for a gate for each head of a memory."""
     mask = {"spans": "span", "delta": "memory", "linear": "memory"}.get(system, system)
-    options: dict[str, Any] = {"mask": mask, "prompt_view": "local", "header_view": header_view, "memory_segment_tokens": SEGMENT}
+    options: dict[str, Any] = {"mask": mask, "prompt_view": "local", "header_view": "labels", "memory_segment_tokens": SEGMENT}
     if mask == "memory":
         options["attention_memory"] = system
-    return ModelConfig(**options, **sizes)
+    return ModelConfig(**{**options, **sizes})
 
 
 # --------------------------------------------------------------------------------------------------------------- training
@@ -165,8 +172,12 @@ class Train:
     """So many first steps have contexts of one segment alone."""
     source_weight: float = 1.0
     """How often the choice of a piece counts in the loss of spans, where its value counts once."""
+    dense_steps: int = 0
+    """So many first steps of spans are under the dense mask, with an optimizer of their own: an answer teaches which item is a key's."""
     header_view: Literal["labels", "all"] = "labels"
     """What span tokens see: the labels, or everything."""
+    prompt_window_tokens: int = 16
+    """Most recent tokens that a token of the context sees beside its own piece; 1 is the piece alone."""
     names_begin_as_labels: bool = False
     """What names a label begins with the embedding of the label, and a vector that all names share, in place of a random one."""
     gap_scales: Annotated[tuple[int, ...], commandline.commas(int)] = (0, 1, 4, 16, 64)
@@ -189,41 +200,53 @@ class Train:
     """What activations and products are computed in."""
 
     def __post_init__(self):
-        check_range(self, "steps", "rows", "num_examples", low=1)
-        check_range(self, "seed", low=0)
+        check_range(self, "steps", "rows", "num_examples", "prompt_window_tokens", low=1)
+        check_range(self, "seed", "dense_steps", low=0)
 
     def run(self) -> None:
-        spans = self.system == "spans"
         sizes = {name: getattr(self, name) for name in ("hidden_size", "num_layers", "num_heads", "head_size")}
         sizes |= {"num_kv_heads": self.num_heads, "intermediate_size": 3 * self.hidden_size, "max_context_tokens": 2**17}
-        config = model_config(self.system, self.header_view, compute_dtype=COMPUTE_DTYPES[self.dtype], **sizes)
+        views = {"header_view": self.header_view, "prompt_window_tokens": self.prompt_window_tokens}
+        config = model_config(self.system, compute_dtype=COMPUTE_DTYPES[self.dtype], **sizes, **views)
         model = Decoder(config, vocab=VOCAB, vocab_size=VOCAB.min_vocab_size, rngs=nnx.Rngs(self.seed))
         if self.names_begin_as_labels:
             begin_as_labels(model, self.seed)
-        tokens = self.corpus.row_tokens
-        options: dict[str, Any] = {"eval_examples": 0, "checkpoint_every_steps": self.steps, "gap_scales": self.gap_scales}
-        options |= {"learning_rate": self.learning_rate, "source_weight": self.source_weight}
-        settings = TrainConfig(self.steps, self.seed, self.rows, tokens, **options)
-        rows: dict[str, Any] = {"rows": self.rows, "seed": self.seed, "scales": self.gap_scales, "short": self.short_steps}
-        batches = functools.partial(self.corpus.batches, spans=spans, **rows)
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as directory:
-            model = training.train(model, settings, batches_from=batches, run_dir=Path(directory), progress=True)
-            lines = [json.loads(line) for line in files.read_text(Path(directory) / "metrics.jsonl").splitlines()]
-            losses = [{name: line[name] for name in ("step", "loss", "token_accuracy")} for line in lines if "loss" in line]
+        began, losses = time.perf_counter(), []
+        for mask, first, steps in (("dense", 0, self.dense_steps), (config.mask, self.dense_steps, self.steps - self.dense_steps)):
+            if steps:
+                model.config = dataclasses.replace(config, mask=mask)
+                model, own = self.trained(model, first, steps)
+                losses += own
         report: dict[str, Any] = {**device_header(), "system": self.system, "parameters": model.num_parameters}
         report |= {"settings": _plain(self), "seconds": time.perf_counter() - began, "gates": gates(model), "losses": losses, "recall": []}
         for segments in self.segments:
-            for row in self.score(model, segments, spans):
+            for row in self.score(model, segments):
                 report["recall"].append(row)
                 files.write_rows(self.json, report, complete=False)
             found = {row["distance"]: round(row["right"], 3) for row in report["recall"] if row["segments"] == segments}
             print(f"{self.system}, {segments} segments: {found}", flush=True)
         files.write_rows(self.json, report, complete=True)
 
-    def score(self, model: Decoder, segments: int, spans: bool) -> Iterator[dict[str, Any]]:
-        """Yield the share of right answers of contexts of one length, by distance."""
-        made = self.corpus.make(np.random.default_rng((self.seed, 2**31)), self.num_examples, segments, spans=spans)
+    def trained(self, model: Decoder, first: int, steps: int) -> tuple[Decoder, list[dict[str, float]]]:
+        """Train a model for some steps on batches from number `first` on; return it and its losses."""
+        options: dict[str, Any] = {"eval_examples": 0, "checkpoint_every_steps": steps, "gap_scales": self.gap_scales}
+        options |= {"learning_rate": self.learning_rate, "source_weight": self.source_weight}
+        settings = TrainConfig(steps, self.seed, self.rows, self.corpus.row_tokens, **options)
+        rows: dict[str, Any] = {"rows": self.rows, "seed": self.seed, "scales": self.gap_scales, "short": self.short_steps}
+        with tempfile.TemporaryDirectory() as directory:
+            batches = functools.partial(self.corpus.batches, spans=self.system == "spans", **rows)
+            model = training.train(
+                model, settings, batches_from=lambda start: batches(max(start, first)), run_dir=Path(directory), progress=True
+            )
+            lines = [json.loads(line) for line in files.read_text(Path(directory) / "metrics.jsonl").splitlines()]
+        return model, [
+            {"step": first + line["step"], **{name: line[name] for name in ("loss", "token_accuracy")}} for line in lines if "loss" in line
+        ]
+
+    def score(self, model: Decoder, segments: int) -> Iterator[dict[str, Any]]:
+        """Yield the share of right answers of contexts of one length, by distance; each item is in a piece of its own."""
+        spans, corpus = self.system == "spans", dataclasses.replace(self.corpus, crowd=1)
+        made = corpus.make(np.random.default_rng((self.seed, 2**31)), self.num_examples, segments, spans=spans)
         ids, places = made["token_ids"], made["places"]
         length = -(-ids.shape[1] // SEGMENT) * SEGMENT
         ids = np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
@@ -299,11 +322,17 @@ def right(report: dict[str, Any], segments: int, first: int, last: int = 2**31) 
 
 
 def _recipe(report: dict[str, Any]) -> str:
-    """Say how a model was trained: steps, how many of them on short contexts, how its names begin, and what span tokens see."""
+    """Say how a model was trained: steps, and in which way."""
     settings = report["settings"]
-    short = f", {settings['short_steps']:,} of them short" if settings.get("short_steps") else ""
-    names = ", names begin as labels" if settings.get("names_begin_as_labels") else ""
-    return f"{settings['steps']:,}{short}{names}" + (", headers see all" if settings.get("header_view") == "all" else "")
+    more = {
+        f"{settings.get('dense_steps', 0):,} of them dense": settings.get("dense_steps"),
+        f"{settings.get('short_steps', 0):,} of them short": settings.get("short_steps"),
+        f"up to {settings.get('corpus', {}).get('crowd', 1)} items a piece": settings.get("corpus", {}).get("crowd", 1) > 1,
+        "names begin as labels": settings.get("names_begin_as_labels"),
+        "pieces see themselves alone": settings.get("prompt_window_tokens") == 1,
+        "headers see all": settings.get("header_view") == "all",
+    }
+    return ", ".join([f"{settings['steps']:,}", *(text for text, is_so in more.items() if is_so)])
 
 
 def _recall(reports: list[dict[str, Any]], results: Path) -> str:

@@ -176,6 +176,11 @@ def test_a_page_is_made_of_the_files(tmp_path, capsys):
     }
     for name, report in reports.items():
         (results / f"{name}.json").write_text(json.dumps(device | report))
+    (tmp_path / "prefill").mkdir()
+    sparse = [
+        {"selector": kind, "tiles_kept": kept, "loss_more": 0.01} for kind, kept in (("dense", 1.0), ("sample 2", 0.5), ("sample 2", 0.2))
+    ]
+    (tmp_path / "prefill/sparse_quality_2.json").write_text(json.dumps({"quality": sparse}))
     sections = ("picture", "arithmetic", "documents", "text", "speed", "rebalancing")
     (tmp_path / "neighbours.md").write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in sections))
     assert call(neighbours, capsys, "page", results)[0] in (None, 0)
@@ -187,7 +192,14 @@ def test_a_page_is_made_of_the_files(tmp_path, capsys):
     assert "| `kvpress snapkv` | 24 | 81 | 2.50 | 9,600 | 1 | 2,048 |" in page
     assert "| stories | 0.2 | 9 | 5.00 | -1.50 | 0.50 |" in page
     panels = list(neighbours_tables.panels_of(results))
-    assert [panel.title for panel in panels] == ["20 operators", "100 operators", "papers", "text, 8,192 tokens"]
+    assert [panel.title for panel in panels] == [
+        "20 operators",
+        "100 operators",
+        "papers",
+        "text, 8,192 tokens",
+        "text, prompts read sparsely",
+    ]
+    assert panels[4].curves == {"dense": [(100.0, 0.01)], "prompt: sample 2": [(20.0, 0.01), (50.0, 0.01)]}
     assert panels[2].curves == {"dense": [(1.0, 42.1)], "kvpress snapkv": [(1.0, 42.1)]}
     assert {file.name for file in results.glob("*.png")} == {"quality.png"}
 
