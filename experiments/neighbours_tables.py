@@ -188,26 +188,25 @@ def panels_of(results: Path) -> Iterator[Panel]:
     for rows in sorted((own["arithmetic"] for own in reports.values() if "arithmetic" in own), key=lambda rows: rows[0]["ops"]):
         yield Panel(f"{rows[0]['ops']} operators", "right answers, %", _curves(rows, lambda row: 100 * row["answer_accuracy"]))
     for task, (score, quality) in SCORES.items():
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for kind in ("spans", "documents", "presses"):
-            report = reports.get(f"{kind}_{task}", {})
-            rows = report.get("documents") or [
-                row for row in report.get("presses", []) if row["neighbour"] != "dense"
-            ]  # which is the same model's, decoded by transformers
-            named = [{**row, "neighbour": _system(row, report)} for row in rows]
-            curves |= _curves(named, functools.partial(_hundredths, score))
+        named: list[Row] = []
+        for kind, name in ((kind, name) for kind in ("spans", "documents", "presses") for name in sorted(reports)):
+            if name.startswith(f"{kind}_") and name.endswith(f"_{task}"):
+                rows = reports[name].get("documents") or reports[name]["presses"]
+                named += [{**row, "neighbour": _system(row, reports[name])} for row in rows]
+        curves = _curves(named, functools.partial(_hundredths, score))
+        curves.pop("transformers", None)  # the same model as `dense`
         if curves:
             yield Panel(task, quality, curves)
     for report in (reports[name] for name in sorted(reports) if "text" in reports[name]):
         rows = [{**row, "attended_fraction": _share(row, report) / 100} for row in report["text"]]
         yield Panel(f"text, {report['tokens']:,} tokens", "loss above dense", _curves(rows, lambda row: row["loss_more"]))
-    curves = {}
+    sparse: dict[str, list[tuple[float, float]]] = {}
     for report in map(files.read_json, sorted((results.parent / "prefill").glob("sparse_quality_*.json"))):
         for row in report["quality"]:
             name = "dense" if row["selector"] == "dense" else f"prompt: {row['selector']}"
-            curves.setdefault(name, []).append((100 * row["tiles_kept"], row["loss_more"]))
-    if curves:
-        yield Panel("text, prompts read sparsely", "loss above dense", {name: sorted(points) for name, points in curves.items()})
+            sparse.setdefault(name, []).append((100 * row["tiles_kept"], row["loss_more"]))
+    if sparse:
+        yield Panel("text, prompts read sparsely", "loss above dense", {name: sorted(points) for name, points in sparse.items()})
 
 
 def _hundredths(score: str, row: Row) -> float:
@@ -237,7 +236,8 @@ def draw(panels: Sequence[Panel]) -> Any:
             elif name == "span":
                 (shown["span model"],) = axes.plot(*zip(*points), "k*", markersize=10)
             else:
-                style = {"color": f"C{names.index(name)}", "linestyle": "--" if name.startswith("kvpress") else "-"}
+                line = {"kvpress": "--", "prompt:": ":"}.get(name.split()[0], "-")
+                style = {"color": f"C{names.index(name)}", "linestyle": line}
                 (shown[name],) = axes.plot(*zip(*points), marker="o", markersize=3, **style)
         axes.set(xscale="log", title=panel.title, ylabel=panel.quality, xlabel="of the context read, %")
         axes.set_xticks(_TICKS, [*map(str, _TICKS)])
