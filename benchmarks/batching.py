@@ -8,7 +8,8 @@ random tokens, and responses of given lengths, both log-uniform. Requests arrive
 loop), and their times count from the arrival. The systems:
 
 - scheduler: `selfspan_jax.serving.scheduler`, no HTTP; its pages are as many rows as the static batch has. Where all requests are there at
-  once, all prompts that have places are read before the next chunk; at a rate, one part between two chunks.
+  once, all prompts that have places are read before the next chunk; at a rate, one part between two chunks. With the longest prompts first
+  it is told how long responses become, as `decode.py eval` tells it from the task's own responses.
 - static: as many of those that wait as a batch has, in the order of arrival, each batch until its longest response has ended.
 - sorted: the same, when all are there at once: of prompts of about the same length.
 - transformers: `generate_batch`'s manager, in a process of its own: the same lengths and rows of cache, dense attention, random weights.
@@ -136,7 +137,8 @@ def mixed(model: Model) -> Iterator[dict[str, Any]]:
         set_chunk_tokens(scheduler, chunk)
         scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
         before = scheduler.stats
-        row = {"system": system, "chunk_tokens": chunk, **summary(None, run_scheduler(scheduler, orders[system], times))}
+        sent = run_scheduler(scheduler, orders[system], times, expected=system != "scheduler")
+        row = {"system": system, "chunk_tokens": chunk, **summary(None, sent)}
         yield row | {name: getattr(scheduler.stats, name) - getattr(before, name) for name in ("preemptions", "waited_seconds")}
     del scheduler
     warm_static(model, np.zeros(model.settings.batch_size))

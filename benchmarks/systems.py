@@ -145,8 +145,8 @@ def endless(shape: Shape, seed: int) -> Any:
     return model
 
 
-def run_scheduler(scheduler: Scheduler, work: Sequence[Work], times: Float[np.ndarray, "R"]) -> list[Sent]:
-    """Give each request to the scheduler when it arrives, and run until all have ended."""
+def run_scheduler(scheduler: Scheduler, work: Sequence[Work], times: Float[np.ndarray, "R"], *, expected: bool = False) -> list[Sent]:
+    """Give each request to the scheduler when it arrives, and run until all have ended; `expected`: it is told how long they become."""
     sent = [Sent(float(at)) for at in times]
     parts: list[list[Tokens]] = [[] for _ in work]
     begin, given = time.perf_counter(), 0
@@ -163,7 +163,8 @@ def run_scheduler(scheduler: Scheduler, work: Sequence[Work], times: Float[np.nd
     while True:
         now = time.perf_counter() - begin
         while given < len(work) and times[given] <= now:
-            scheduler.submit(Request(work[given].prompt_ids, work[given].new_tokens), deliver(given))
+            new = work[given].new_tokens
+            scheduler.submit(Request(work[given].prompt_ids, new, expected_tokens=new if expected else None), deliver(given))
             given += 1
         if not scheduler.run_once():
             if given == len(work):

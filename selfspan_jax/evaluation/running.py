@@ -120,7 +120,8 @@ def _evaluate_served(lm: SpanLM, examples: Sequence[Example], ids: Sequence[Int[
     scheduler = throughput_scheduler(lm.engine, config, batch_size, longest, longest + config.max_new_tokens)
     scheduler.warm_up(draws=False)
     stamps.append(time.perf_counter())
-    found = run_together(scheduler, [Request(prompt, config.max_new_tokens) for prompt in ids])
+    requests = [Request(prompt, config.max_new_tokens, expected_tokens=len(example.response_ids)) for prompt, example in zip(ids, examples)]
+    found = run_together(scheduler, requests)
     stamps.append(time.perf_counter())
     decoded = zip(examples, ids, found, strict=True)
     outputs = tuple(lm.read_tokens(own.prompt, prompt, tokens[0], tokens[1], policy) for own, prompt, tokens in decoded)

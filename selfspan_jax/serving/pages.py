@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -100,3 +101,36 @@ class Pages:
                 self._kept[page] = None
             else:
                 self._free.append(page)
+
+
+class Forecast:
+    """Pages that sequences will hold in each of the chunks to come, if their responses are as long as they are taken to be.
+
+    A sequence holds its pages for one chunk more than it needs, because its end is seen when the next one runs.
+
+    Args:
+      sequences: of each: tokens that it has, and those that it is still to write.
+      max_tokens: of a sequence.
+    """
+
+    def __init__(self, sequences: Int[np.ndarray, "N 2"], num_pages: int, page_tokens: int, chunk_tokens: int, max_tokens: int):
+        self._num_pages, self._page_tokens, self._chunk_tokens = num_pages, page_tokens, chunk_tokens
+        self._written = chunk_tokens * np.arange(1, -(-max_tokens // chunk_tokens) + 2)  # by the end of each chunk
+        num_tokens, num_left = sequences[:, :1], sequences[:, 1:]
+        held = self._pages(num_tokens + np.minimum(self._written, num_left))
+        self._held = np.sum(held * (self._written < num_left + 2 * chunk_tokens), axis=0)
+
+    def admit(self, num_tokens: int, num_left: int) -> bool:
+        """Count in one more sequence, if it finds room until its end, or is alone; tell whether it does."""
+        chunks = min(-(-num_left // self._chunk_tokens) + 1, len(self._held))
+        alone = not self._held[0]
+        if not alone and self._held[chunks - 1] + self._pages(num_tokens + num_left) > self._num_pages:
+            return False  # most are told so by this one number
+        held = self._held[:chunks] + self._pages(num_tokens + np.minimum(self._written[:chunks], num_left))
+        if not alone and held.max() > self._num_pages:
+            return False
+        self._held[:chunks] = held
+        return True
+
+    def _pages(self, num_tokens: Any) -> Any:
+        return -(-num_tokens // self._page_tokens)

@@ -24,7 +24,7 @@ from selfspan_jax.tiers.engine import HostEngine, check_working_sets
 NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
 # What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
 LEVELS = ((0, 0), (1, 0), (len(NEUTRAL), 0), (len(NEUTRAL), MAX_LOGPROBS))
-_KEY_TOKENS = 64  # what numbers of keys are multiples of
+_KEY_TOKENS = 64  # what numbers of queries and of keys are multiples of
 _CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
 _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
 
@@ -42,8 +42,9 @@ class Prompt(Protocol):
 class Programs:
     """Read prompts into a running state, and decode chunks of it. Nothing here waits for the device.
 
-    There are few shapes, so that few are compiled. A reading has many short prompts or one long one, always `prefill_tokens` in all. The
-    first part of a prompt has itself as keys; those that follow have one of few numbers of them.
+    There are few shapes, so that few are compiled. A reading has `prefill_tokens` in all: one long prompt, or several short ones of a half
+    of these each, a third, a quarter, a sixth and so on. The first part of a prompt has itself as keys; those that follow have one of few
+    numbers of them.
 
     Args:
       context_tokens: of each sequence.
@@ -66,8 +67,8 @@ class Programs:
         if self._ring:
             rows = (self.num_pages + 1) * config.page_tokens
             memory.take_host_memory(rows * engine.config.row_bytes, f"{self.num_pages} pages of {config.page_tokens} tokens")
-        sizes = (config.min_read_tokens * 2**i for i in range(24))
-        self._query_sizes = [config.prefill_tokens, *[size for size in sizes if size < config.prefill_tokens][::-1]]
+        shares = {config.prefill_tokens // (n << i) // _KEY_TOKENS * _KEY_TOKENS for i in range(24) for n in (2, 3)}
+        self._query_sizes = [config.prefill_tokens, *sorted((size for size in shares if size >= config.min_read_tokens), reverse=True)]
         self._key_sizes = [-(-(self._capacity + config.prefill_tokens) // _KEY_TOKENS) * _KEY_TOKENS]
         while self._key_sizes[0] > 4 * config.prefill_tokens:
             self._key_sizes.insert(0, -(-self._key_sizes[0] // (4 * _KEY_TOKENS)) * _KEY_TOKENS)

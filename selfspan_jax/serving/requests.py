@@ -30,6 +30,8 @@ class Request:
     """Which of the seed's sequences this is: sample i of `Engine.generate` with `num_samples`."""
     logprobs: bool = False
     """Whether `Tokens` have log-probabilities."""
+    expected_tokens: int | None = None
+    """Of the response, where somebody has an idea: it begins when its pages and those of all others have room until their ends."""
 
     def check(self, vocab_size: int, context_tokens: int, room: int) -> None:
         """Raise UserError for what can never run: `context_tokens` are those of a sequence, and there is cache for `room` tokens."""

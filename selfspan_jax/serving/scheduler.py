@@ -28,7 +28,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.host_pages import WRITTEN_AT_ONCE
-from selfspan_jax.serving.pages import Pages, page_keys
+from selfspan_jax.serving.pages import Forecast, Pages, page_keys
 from selfspan_jax.serving.programs import NEUTRAL, Programs, level_of, neutral_sampling
 from selfspan_jax.serving.requests import Closed, Finished, QueueFull, Request, Stats, Tokens, joined
 from selfspan_jax.serving.running import Decoded, LogProbs
@@ -50,6 +50,7 @@ class Ticket:
     goes_on: bool  # after `<solve>`
     pages: list[int] = dataclasses.field(default_factory=list)
     num_read: int = 0
+    num_shared: int = 0  # of those, in pages that others had read
     place: int | None = None
     num_new: int = 0  # tokens that it had sampled when it was admitted
     written: list[Int[np.ndarray, "C"]] = dataclasses.field(default_factory=list)
@@ -59,6 +60,10 @@ class Ticket:
     def __post_init__(self):
         self.prompt_tokens = len(self.token_ids)
         self.level = level_of(self.request)
+
+    def outlook(self, num_new: int, num_shared: int) -> tuple[int, int]:
+        """Return how many tokens have pages of its own once it has sampled `num_new`, and how many are expected to follow."""
+        return self.prompt_tokens + num_new - num_shared, max((self.request.expected_tokens or 0) - num_new, 0)
 
 
 class _Chunk(NamedTuple):
@@ -249,13 +254,14 @@ class Scheduler:
         """Give waiting requests places and pages, in the order of arrival.
 
         One waits on, and does not hold up those behind it, while another prompt that begins alike is read: it shares the pages then.
-        One that is admitted leaves a page for each sequence that is there, so that few lose theirs. Where all that wait are read before a
-        chunk begins, several are admitted at once: a reading takes about as long for one prompt as for those that fill it.
+        One that is admitted leaves a page for each sequence that is there, so that few lose theirs; one of an expected length leaves what
+        all are expected to need, or waits on and does not hold up those behind it. Where all that wait are read before a chunk begins,
+        several are admitted at once: a reading takes about as long for one prompt as for those that fill it.
         """
         several = min(len(self._waiting), self.config.num_sequences // ADMITTED_SHARE)
         if self.config.reads_per_chunk is None and self._running and len(self._places) < several:
             return
-        at = 0
+        at, forecast = 0, None
         while self._places and at < min(len(self._waiting), 2 * self.config.num_sequences):
             ticket = self._waiting[at]
             shareable = ticket.keys[: (len(ticket.token_ids) - 1) // self.config.page_tokens]  # the last token is read in any case
@@ -264,6 +270,12 @@ class Scheduler:
                 self.pages.release(pages)
                 at += 1
                 continue
+            if ticket.request.expected_tokens is not None:
+                forecast = forecast or self._forecast()
+                if not forecast.admit(*ticket.outlook(ticket.num_new, len(pages) * self.config.page_tokens)):
+                    self.pages.release(pages)
+                    at += 1
+                    continue
             first_chunk = min(self.config.chunk_tokens, ticket.request.max_new_tokens - ticket.num_new)
             missing = self._num_pages(len(ticket.token_ids) + first_chunk) - len(pages)
             reserve = len(self._running) + len(self._reading)
@@ -273,10 +285,17 @@ class Scheduler:
                 return
             del self._waiting[at]
             ticket.pages, ticket.place = pages + new, self._places.pop()
-            ticket.num_read = len(pages) * self.config.page_tokens
+            ticket.num_read = ticket.num_shared = len(pages) * self.config.page_tokens
             self._being_read.update(ticket.keys[len(pages) :])
             self._counts["prefix_hit_tokens"] += ticket.num_read
             self._reading.append(ticket)
+
+    def _forecast(self) -> Forecast:
+        """Forecast the pages of what runs and is read."""
+        until, sizes = self._until.tolist(), (self.num_pages, self.config.page_tokens, self.config.chunk_tokens, self.context_tokens)
+        there = [ticket.outlook(until[place], ticket.num_shared) for place, ticket in self._running.items()]
+        there += [ticket.outlook(ticket.num_new, ticket.num_shared) for ticket in self._reading]
+        return Forecast(np.array(there, np.int64).reshape(-1, 2), *sizes)
 
     def _read(self) -> None:
         """Have the next part of prompts read: of the first one, and of others that are as far."""

@@ -141,7 +141,8 @@ def hostile(scheduler, rng, num, requests, received, samplings=(GREEDY,)):
             if rng.random() < 0.1:
                 ids[len(ids) // 2] = VOCAB.solve_id
             new, seed = int(rng.integers(1, 6) if short else NEW), int(rng.integers(0, 2**63)) if rng.random() < 0.5 else len(requests)
-            requests.append(Request(ids, new, samplings[rng.integers(len(samplings))], seed, int(rng.integers(3))))
+            drawn = samplings[rng.integers(len(samplings))], seed, int(rng.integers(3))
+            requests.append(Request(ids, new, *drawn, expected_tokens=(None, None, 2, 0, NEW)[len(requests) % 5]))
             received.append([])
             tickets.append(scheduler._submit(requests[-1], received[-1].append, None))
         if tickets and rng.random() < 0.3:
@@ -192,8 +193,10 @@ def test_pages_in_host_memory_give_what_each_request_writes_alone():
 class Device:
     """What the host sees of a device, in NumPy: tokens at random, and what it may write where."""
 
-    def __init__(self, scheduler, rng):
-        self.scheduler, self.rng = scheduler, rng
+    def __init__(self, scheduler, rng, monkeypatch, stops=0.05):
+        self.scheduler, self.rng, self.stops = scheduler, rng, stops
+        monkeypatch.setattr("selfspan_jax.serving.programs.read_prompts", self.read_prompts)
+        monkeypatch.setattr("selfspan_jax.serving.programs.decode_chunk", self.decode_chunk)
         self.ends, self.num_new, self.done = (np.zeros(CONFIG.num_sequences, kind) for kind in (np.int32, np.int32, bool))
 
     def read_prompts(self, graph, params, state, prompts, config, page_tokens, num_queries, responses):
@@ -210,7 +213,7 @@ class Device:
             for step in range(CONFIG.chunk_tokens):
                 if self.num_new[place] < until[place] and not self.done[place]:
                     self.may_write(pages[place], [self.ends[place]])
-                    counts[place, step], self.done[place] = 1, self.rng.random() < 0.05
+                    counts[place, step], self.done[place] = 1, self.rng.random() < self.stops
                     self.ends[place], self.num_new[place] = self.ends[place] + 1, self.num_new[place] + 1
         return None, Decoded(*(np.array(x).view(Fetched) for x in (token_ids, counts, self.done)))
 
@@ -228,9 +231,7 @@ class Fetched(np.ndarray):
 def test_after_many_requests_no_page_is_lost(monkeypatch):
     """The host's part alone."""
     scheduler, rng, requests, received = Scheduler(ENGINE, CONFIG), np.random.default_rng(9), [], []
-    device = Device(scheduler, rng)
-    monkeypatch.setattr("selfspan_jax.serving.programs.read_prompts", device.read_prompts)
-    monkeypatch.setattr("selfspan_jax.serving.programs.decode_chunk", device.decode_chunk)
+    Device(scheduler, rng, monkeypatch)
     for _ in hostile(scheduler, rng, 1000, requests, received):
         holders = collections.Counter(page for ticket in {*scheduler._running.values(), *scheduler._reading} for page in ticket.pages)
         assert all(scheduler.pages._holders[page] >= count for page, count in holders.items())
@@ -240,6 +241,22 @@ def test_after_many_requests_no_page_is_lost(monkeypatch):
     for request, parts in zip(requests, received):
         tokens = joined(parts)
         assert len(tokens.token_ids) == request.max_new_tokens or tokens.finished != "length"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_where_lengths_are_known_no_sequence_loses_its_pages_and_the_longest_do_not_hold_up_the_others(known, monkeypatch):
+    rng = np.random.default_rng(4)
+    scheduler = Scheduler(ENGINE, dataclasses.replace(CONFIG, reads_per_chunk=None))
+    Device(scheduler, rng, monkeypatch, stops=0.0)
+    ends, sizes = [], [(44, 24)] * 4 + [(3, 2)] * 8
+    requests = [Request(prompt(rng, size), new, expected_tokens=new if known else None) for size, new in sizes]
+    for number, request in enumerate(requests):
+        scheduler.submit(request, lambda tokens, number=number: tokens.finished and ends.append(number))
+    while scheduler.run_once():
+        pass
+    assert (scheduler.stats.preemptions == 0) == known and len(ends) == len(sizes)
+    if known:  # one long one at a time has room, beside it short ones
+        assert set(ends[:8]) == {*range(4, 12)} and ends[8:] == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ one thing at a time
