@@ -88,6 +88,21 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return card.table(head, rows) if rows else "Not run."
 
 
+Cell = Callable[[Row], str]
+Columns = Sequence[tuple[str, Cell]]
+"""The head of each column, and what writes its cells."""
+
+
+def value(key: str, form: str = "", scale: float = 1) -> Cell:
+    """Write a value of a row in a format, times a scale; "-" where it has none."""
+    return lambda row: "-" if row.get(key) is None else format(row[key] if scale == 1 else scale * row[key], form)
+
+
+def rows_table(rows: Iterable[Row], columns: Columns) -> str:
+    """Write a table of rows; see `markdown_table`."""
+    return markdown_table([head for head, _ in columns], [[write(row) for _, write in columns] for row in rows])
+
+
 def judge(target: str, wanted: str = "-", found: str = "-", *, reached: bool | None = None) -> tuple[str, str, str, str]:
     """Write the row of a target; None where it was not run."""
     return target, wanted, found, "not run" if reached is None else "yes" if reached else "**no**"

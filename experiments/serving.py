@@ -6,11 +6,11 @@ python -m experiments.serving
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from experiments import pages
-from experiments.pages import Row, each, judge, markdown_table
+from experiments.pages import Columns, Row, each, judge, markdown_table, rows_table, value
 
 MODEL, EVALUATION = "arithmetic-small.json", "eval.json"  # the files
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
@@ -19,7 +19,6 @@ HTTP = ("http32", "http_slots256", "http_data2", "http_tensor2")  # of servers u
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _MADE_BY = {"sorted": ", as `decode.py eval` has them"}
-_LATENCIES = ("first_token_ms", "between_events_ms", "whole_ms")
 
 
 def at_once(report: Row) -> list[Row]:
@@ -27,12 +26,55 @@ def at_once(report: Row) -> list[Row]:
     return [row for row in report["rows"] if row["requests_per_second"] is None]
 
 
-def _evaluation(report: Row) -> str:
-    (speed,) = report["by_batch_size"]
-    cells = [f"{report['num_examples']:,}", str(speed["batch_size"]), str(speed.get("num_places", "-"))]
-    cells += [f"{report['answer_accuracy']:.1%}", f"{speed['problems_per_second']:.0f}", f"{speed['response_tokens_per_second']:,.0f}"]
-    head = ("expressions", "batch of the same cache", "places of the scheduler", "right", "right answers/s", "tokens/s")
-    return markdown_table(head, [cells])
+_EVALUATION = (
+    ("expressions", value("num_examples", ",")),
+    ("batch of the same cache", value("batch_size")),
+    ("places of the scheduler", value("num_places")),
+    ("right", value("answer_accuracy", ".1%")),
+    ("right answers/s", value("problems_per_second", ".0f")),
+    ("tokens/s", value("response_tokens_per_second", ",.0f")),
+)
+_MIXED = (
+    ("all at once", lambda row: _SYSTEMS.get(row["system"]) or row["system"]),
+    ("chunk", value("chunk_tokens")),
+    ("requests", value("num_requests", ",")),
+    ("seconds", value("seconds", ".2f")),
+    ("tokens/s", value("tokens_per_second", ",.0f")),
+    ("right answers/s", value("right_answers_per_second", ",.0f")),
+    ("first tokens, ms, p50", value("first_token_ms_p50", ",.0f")),
+    ("the whole, ms, p50", value("whole_ms_p50", ",.0f")),
+)
+_EQUAL = (
+    ("sequences", value("batch_size")),
+    ("chunk", value("chunk_tokens")),
+    ("prompt tokens at once", value("prefill_tokens", ",")),
+    ("static batch, tokens/s", value("static_tokens_per_second", ",.0f")),
+    ("scheduler, tokens/s", value("tokens_per_second", ",.0f")),
+    ("of static, %", value("of_static", ".1f", 100)),
+    ("host waits, %", value("host_waits", ".1f", 100)),
+)
+_STALLS = (
+    ("long prompts", value("long_prompts")),
+    ("rounds", value("rounds")),
+    *((head, value(key, ",.1f")) for head, key in (("p50", "ms_p50"), ("p99", "ms_p99"), ("most", "ms_most"))),
+    ("p99 with ramps", value("with_ramp_ms_p99", ",.1f")),
+    ("host p50", value("host_ms_p50", ",.1f")),
+    ("host p99", value("host_ms_p99", ",.1f")),
+    ("its processor p99", value("host_cpu_ms_p99", ",.1f")),
+)
+_RATES = (
+    ("requests/s", value("requests_per_second", "g")),
+    ("", lambda row: row.get("system", "HTTP")),
+    ("tokens/s", value("tokens_per_second", ",.0f")),
+    ("right answers/s", value("right_answers_per_second", ",.1f")),
+    ("first tokens, ms, p50", value("first_token_ms_p50", ",.1f")),
+    ("p99", value("first_token_ms_p99", ",.1f")),
+    ("between events, p50", value("between_events_ms_p50", ",.1f")),
+    ("p99", value("between_events_ms_p99", ",.1f")),
+    ("p99/p50", lambda row: f"{row['between_events_ms_p99'] / p50:.2f}" if (p50 := row["between_events_ms_p50"]) else "-"),
+    ("the whole, p50", value("whole_ms_p50", ",.1f")),
+    ("p99", value("whole_ms_p99", ",.1f")),
+)
 
 
 def _targets(report: Row) -> str:
@@ -58,101 +100,28 @@ def _targets(report: Row) -> str:
     return markdown_table(pages.TARGETS, rows)
 
 
-def _mixed(report: Row) -> str:
-    head = ("all at once", "chunk", "requests", "seconds", "tokens/s", "right answers/s", "first tokens, ms, p50", "the whole, ms, p50")
-    return markdown_table(
-        head,
-        [
-            [
-                _SYSTEMS.get(row["system"]) or row["system"],
-                str(row.get("chunk_tokens", "-")),
-                f"{row['num_requests']:,}",
-                f"{row['seconds']:.2f}",
-                f"{row['tokens_per_second']:,.0f}",
-                _number(row["right_answers_per_second"], 0),
-                _number(row["first_token_ms_p50"], 0),
-                _number(row["whole_ms_p50"], 0),
-            ]
-            for row in at_once(report)
-        ],
-    )
-
-
-def _equal(report: Row) -> str:
-    head = ("sequences", "chunk", "prompt tokens at once", "static batch, tokens/s", "scheduler, tokens/s", "of static, %", "host waits, %")
-    return markdown_table(head, [_equal_cells(row) for row in report.get("equal", [])])
-
-
-def _equal_cells(row: Row) -> list[str]:
-    rates = [f"{row[name]:,.0f}" for name in ("static_tokens_per_second", "tokens_per_second")]
-    return [
-        str(row["batch_size"]),
-        str(row["chunk_tokens"]),
-        f"{row['prefill_tokens']:,}",
-        *rates,
-        *(f"{100 * row[name]:.1f}" for name in ("of_static", "host_waits")),
-    ]
-
-
-def _stalls(report: Row) -> str:
-    head = ("long prompts", "rounds", "p50", "p99", "most", "p99 with ramps", "host p50", "host p99", "its processor p99")
-    return markdown_table(head, [_stalls_cells(row) for row in report.get("stalls", [])])
-
-
-def _stalls_cells(row: Row) -> list[str]:
-    names = ("ms_p50", "ms_p99", "ms_most", "with_ramp_ms_p99", "host_ms_p50", "host_ms_p99", "host_cpu_ms_p99")
-    return [str(row["long_prompts"]), str(row["rounds"]), *(_number(row[name], 1) for name in names)]
+def _rates(rows: Iterable[Row]) -> str:
+    return rows_table(sorted(rows, key=lambda row: row["requests_per_second"]), _RATES)
 
 
 def _at_rates(report: Row) -> str:
-    return _rates([row for row in report["rows"] if row["requests_per_second"] is not None])
+    return _rates(row for row in report["rows"] if row["requests_per_second"] is not None)
 
 
-def _rates(rows: list[Row]) -> str:
-    head = [
-        "requests/s",
-        "",
-        "tokens/s",
-        "right answers/s",
-        "first tokens, ms, p50",
-        "p99",
-        "between events, p50",
-        "p99",
-        "p99/p50",
-        "the whole, p50",
-        "p99",
-    ]
-    cells = [
-        [
-            f"{row['requests_per_second']:g}",
-            row.get("system", "HTTP"),
-            f"{row['tokens_per_second']:,.0f}",
-            _number(row["right_answers_per_second"], 1),
-            *(cell for name in _LATENCIES for cell in _quantiles(row, name)),
-        ]
-        for row in sorted(rows, key=lambda row: row["requests_per_second"])
-    ]
-    return markdown_table(head, cells)
-
-
-def _quantiles(row: Row, name: str) -> list[str]:
-    p50, p99 = (row[f"{name}_{quantile}"] for quantile in ("p50", "p99"))
-    return [_number(p50, 1), _number(p99, 1), *([_number(p99 / p50 if p50 else None, 2)] if name == "between_events_ms" else [])]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+def _table(columns: Columns, rows: Callable[[Row], Iterable[Row]]) -> Callable[[pages.Reports], str]:
+    return each(lambda report: rows_table(rows(report), columns))
 
 
 SECTIONS: dict[str, tuple[str, Callable[[pages.Reports], str]]] = {  # of the pages: the file, and what is written of it
-    **{
-        name: (MODEL, each(write))
-        for name, write in {"targets": _targets, "mixed": _mixed, "equal": _equal, "stalls": _stalls, "rates": _at_rates}.items()
-    },
+    "targets": (MODEL, each(_targets)),
+    "mixed": (MODEL, _table(_MIXED, at_once)),
+    "equal": (MODEL, _table(_EQUAL, lambda report: report.get("equal", []))),
+    "stalls": (MODEL, _table(_STALLS, lambda report: report.get("stalls", []))),
+    "rates": (MODEL, each(_at_rates)),
     "peers_rates": (PEER_RATES, each(_at_rates)),
     **{name: (f"{name}.json", each(lambda report: _rates(report["rows"]))) for name in HTTP},
-    **{name: (file, each(_mixed)) for name, file in PEERS.items()},
-    "eval": (EVALUATION, each(_evaluation)),
+    **{name: (file, _table(_MIXED, at_once)) for name, file in PEERS.items()},
+    "eval": (EVALUATION, _table(_EVALUATION, lambda report: [report | report["by_batch_size"][0]])),
 }
 
 
