@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -293,24 +295,25 @@ def read_vocab(path: Path, num_labels: int) -> TokenizerVocab:
     """Read a tokenizer, and add the structural tokens after its own, so that no text can contain one.
 
     Args:
-      path: a tokenizer.json, a directory that has one, or a model or an adapter of this project, which keeps its in vocab.json.
+      path: a tokenizer.json, a directory that has one, or a model or an adapter of this project, which keeps its in vocab.json.gz.
 
     Raises:
       UserError: there is none, or it is not a tokenizer.
     """
-    files = [path / "tokenizer.json", path / "vocab.json"] if path.is_dir() else [path]
+    files = [path / name for name in ("tokenizer.json", "vocab.json.gz", "vocab.json")] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise UserError(f"{path}: expected a tokenizer.json, or a directory with one or with a vocab.json of this project")
+        raise UserError(f"{path}: expected a tokenizer.json, or a directory with one or with a vocab.json.gz of this project")
     try:
-        fields = json.loads(file.read_bytes())
-        if file.name == "vocab.json":
+        content = file.read_bytes()
+        fields = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
+        if file.name.startswith("vocab.json"):
             fields = json.loads(fields["vocab"]["tokenizer_json"])
             # What it was given for another number of labels.
             fields["added_tokens"] = [token for token in fields["added_tokens"] if not _STRUCTURAL.fullmatch(token["content"])]
         tokenizer_json = json.dumps(fields)
         first = 1 + max(tokenizer_from(tokenizer_json).get_vocab(with_added_tokens=True).values())
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file} is not a tokenizer of the kind of tokenizer.json: {' '.join(str(error).split())}") from None
     return _with_structural(tokenizer_json, first, num_labels)
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import glob
+import gzip
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import stat
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +31,22 @@ if TYPE_CHECKING:
 _STDIN, _STDOUT = 0, 1
 _PICTURES = (".png", ".svg", ".pdf")
 MAX_PROGRAM_BYTES = 2 * 2**30  # of compiled programs that are kept
+MAX_JSON_BYTES = 2**28
 _CANNOT_REPLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object, compressed where the file's name ends in .gz.
 
-    Raises: UserError if the file is not JSON, or not an object; FileNotFoundError.
+    Raises: UserError if the file is not JSON, or not an object, or has more than 256 MiB; FileNotFoundError.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            content = stream.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise UserError(f"{file}: more than {MAX_JSON_BYTES:,} bytes")
+        value = json.loads(content.decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected an object, found {type(value).__name__}")
@@ -146,6 +153,11 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Write a value as indented JSON, as `write_bytes` does."""
     write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_packed_json(file: Path, value: Any) -> None:
+    """Write a value as compressed JSON, the same bytes each time, as `write_bytes` does."""
+    write_bytes(file, gzip.compress(json.dumps(value).encode(), mtime=0))
 
 
 def write_rows(file: Path | None, report: Any, *, complete: bool) -> None:

@@ -28,6 +28,7 @@ from selfspan_jax.config import ModelConfig
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import memory
 from selfspan_jax.spans import SpanVocab
+from selfspan_jax.weights import models
 from selfspan_jax.weights.models import save_model
 from tests.selfspan_jax.weights import test_importing
 
@@ -642,4 +643,4 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
 
 
 def written_task(run):
-    return json.loads((run / "model" / "vocab.json").read_text())
+    return files.read_json(models.vocab_file(run / "model"))

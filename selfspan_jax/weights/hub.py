@@ -16,7 +16,7 @@ from selfspan_jax.errors import UserError
 FILES = [  # of a pretrained model, of a model or adapter of this project; from the top of a repository
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "adapter.json", "adapter.safetensors"),
+    *("tokenizer.model", "vocab.json", "vocab.json.gz", "merges.txt", "adapter.json", "adapter.safetensors"),
 ]
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 

@@ -25,7 +25,7 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.weights import gguf, hub, huggingface, tokenizers
 from selfspan_jax.weights.huggingface import Source
-from selfspan_jax.weights.models import abstract_decoder, from_llama, is_model, llama_shapes, open_model
+from selfspan_jax.weights.models import abstract_decoder, from_llama, is_model, llama_shapes, open_model, vocab_file
 from selfspan_jax.weights.tokenizers import NUM_LABELS, TextTask
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -49,7 +49,7 @@ def open_source(path: str | Path) -> Source:
         return huggingface.open_source(path)
     decoder, tensors, task = open_model(path)
     vocabulary = task["vocab"] if isinstance(task.get("vocab"), dict) else {}
-    make_tokenizer = functools.partial(tokenizers.from_vocabulary, path / "vocab.json", vocabulary, decoder.vocab)
+    make_tokenizer = functools.partial(tokenizers.from_vocabulary, vocab_file(path), vocabulary, decoder.vocab)
     return Source(decoder.config, decoder.vocab_size, tensors, make_tokenizer, vocab=decoder.vocab)
 
 

@@ -10,7 +10,7 @@ An adapter is a directory:
     adapter.json           architecture and attention, rank, scale and targets, ids of the structural tokens, and the base: its
                            name and the SHA-256 of its weights
     adapter.safetensors    A, B and the new rows, in the compute dtype
-    vocab.json             the task: how text becomes ids
+    vocab.json.gz          the task: how text becomes ids
     README.md              the card: how it was trained and what it scores
 """
 

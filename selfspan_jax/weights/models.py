@@ -4,7 +4,7 @@ A finished model is a directory:
 
     config.json         architecture, attention views, ids of the structural tokens
     model.safetensors   parameters under Llama's names and layout ([out, in]), bfloat16 if the model computes in it
-    vocab.json          the task: how text becomes ids
+    vocab.json          the task: how text becomes ids; vocab.json.gz where it has a tokenizer
     README.md           the card: how it was trained and what it scores
 """
 
@@ -31,7 +31,7 @@ from safetensors.flax import save_file
 
 from selfspan_jax.config import ModelConfig, from_json
 from selfspan_jax.errors import UserError
-from selfspan_jax.files import new_directory, read_json, shown_path, write_json
+from selfspan_jax.files import new_directory, read_json, shown_path, write_json, write_packed_json
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
@@ -149,7 +149,10 @@ class Format:
         with new_directory(directory, replace=replace) as partial:
             save_safetensors(partial / self.tensors, arrays, self.metadata)
             write_json(partial / self.description, fields | {"span_vocab": dataclasses.asdict(model.vocab)} | more)
-            write_json(partial / "vocab.json", task)
+            if "tokenizer_json" in (task.get("vocab") or ()):
+                write_packed_json(partial / f"{_VOCAB}.gz", task)
+            else:
+                write_json(partial / _VOCAB, task)
             (partial / "README.md").write_text(card, encoding="utf-8")
 
     def open(self, directory: Path, *more: str) -> tuple[Decoder, Tensors, dict[str, Any], dict[str, Any]]:
@@ -165,7 +168,8 @@ class Format:
             raise UserError(f"{directory}: neither a directory nor a GGUF file")
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory}: no such checkpoint directory")
-        for name in (self.description, "vocab.json", self.tensors):
+        vocab = vocab_file(directory)
+        for name in (self.description, vocab.name, self.tensors):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory}: not a checkpoint, {name} is missing")
         fields = read_json(file := directory / self.description)
@@ -180,7 +184,16 @@ class Format:
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
         tensors = open_safetensors(directory / self.tensors, [directory / self.tensors])
-        return decoder, tensors, read_json(directory / "vocab.json"), fields
+        return decoder, tensors, read_json(vocab), fields
+
+
+_VOCAB = "vocab.json"
+
+
+def vocab_file(directory: Path) -> Path:
+    """Return where a directory keeps its task: compressed, as with a tokenizer's vocabulary, or as text."""
+    packed = directory / f"{_VOCAB}.gz"
+    return packed if packed.is_file() else directory / _VOCAB
 
 
 METADATA = {"format": "pt"}  # `transformers` refuses safetensors files without it
@@ -225,7 +238,7 @@ def card(
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}.{changes}\n\n"
         f"{scored if scores else 'Not scored.'}\n\n"
         f"## Limits\n\n{limits}\n\n"
-        "`config.json` has the architecture, `vocab.json` the task.\n\n"
+        f"`config.json` has the architecture, `{_VOCAB}{'.gz' if 'base' in identity else ''}` the task.\n\n"
         f"```json\n{json.dumps(shown, indent=2)}\n```\n"
     )
 

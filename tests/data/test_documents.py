@@ -4,6 +4,7 @@
 
 import collections
 import dataclasses
+import gzip
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ from data.papers.reports import parse
 from data.retrieval import BM25
 from data.scoring import numbers
 from data.tasks import TASKS
-from data.vocab import train_vocab
+from data.vocab import read_vocab, train_vocab
 from tests.data import layouts
 
 WRITE = {"papers": layouts.write_reports, "verdicts": layouts.write_reports, "stories": layouts.write_stories}
@@ -553,6 +554,8 @@ def test_damaged_repositories_are_one_line(case, sources, tmp_path, capsys):
 def test_a_tokenizer_may_be_given(corpora, sources, tmp_path, capsys):
     stored = load(corpora, "stories")
     (tmp_path / "tokenizer.json").write_text(stored.task.vocab.tokenizer_json, encoding="utf-8")
+    (tmp_path / "vocab.json.gz").write_bytes(gzip.compress(json.dumps(stored.task.to_json()).encode()))  # as a model keeps it
+    assert read_vocab(tmp_path / "vocab.json.gz", 32) == read_vocab(tmp_path, 32)
     options = ["--tokenizer", tmp_path, "--num-labels", 32, "--split", "test"]
     assert run(capsys, "stories", "--source", sources["stories"], *options, "--out", tmp_path / "out")[0] == 0
     again = load(tmp_path, "out")

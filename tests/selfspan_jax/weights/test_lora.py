@@ -20,7 +20,7 @@ import train
 from data import arithmetic
 from data.__main__ import main as data_main
 from data.vocab import CHARACTERS, TokenizerVocab, Vocab
-from selfspan_jax import SpanLM, training
+from selfspan_jax import SpanLM, files, training
 from selfspan_jax.config import LoraConfig, ModelConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
@@ -311,7 +311,7 @@ def test_a_directory_is_tuned_on_and_the_model_of_that_tuned_again(call, base, t
     options += ["--init", tmp_path / "first" / "model", "--run-dir", tmp_path / "second", "--eval-examples", 1]
     status, _, err = call(train.main, "finetune-full", *options)
     assert status == 0, err
-    first, second = (json.loads((tmp_path / name / "model" / "vocab.json").read_text()) for name in ("first", "second"))
+    first, second = (files.read_json(tmp_path / name / "model" / "vocab.json.gz") for name in ("first", "second"))
     assert first == second and first["vocab"]["structural_ids"] == list(tokenizer_vocab().structural_ids)
     readme = (tmp_path / "second" / "model" / "README.md").read_text()
     assert "fine-tuned from `first/model` by `train.py` of selfspan on the 20 examples of corpus" in readme
@@ -406,7 +406,11 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(call, base, tmp_pat
         with pytest.raises(ValueError, match=message) as error:
             SpanLM.load(adapter, base=base)
         assert "\n" not in str(error.value)
-    (adapter / "vocab.json").unlink()
+    packed = (adapter / "vocab.json.gz").read_bytes()
+    (adapter / "vocab.json.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=r"vocab.json.gz: not JSON \(Compressed file ended before"):
+        SpanLM.load(adapter, base=base)
+    (adapter / "vocab.json.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"vocab.json is missing"):
         SpanLM.load(adapter, base=base)
 
