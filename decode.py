@@ -1,7 +1,6 @@
 """Decode with a trained span model: one prompt step by step, many to see how often it is right, or to see how fast.
 
 python decode.py generate checkpoints/arithmetic-tiny "((51+75)-(95*3))"
-python decode.py generate checkpoints/arithmetic-tiny --prompts expressions.txt --json responses.json
 python decode.py eval checkpoints/arithmetic-tiny --num-examples 1000
 python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 python decode.py serve checkpoints/arithmetic-tiny --port 8000
@@ -41,6 +40,8 @@ class Model:
     """Directory of a finished model or an adapter, a Hugging Face directory or an id of its Hub (owner/name), or a GGUF file."""
     base: Path | None = None
     """For an adapter: the model that it was trained on, named in the same ways."""
+    task: str | None = None
+    """Read prompts as this task does, where a model knows several: papers, verdicts, stories, documents. Default: the model's own."""
     dtype: Dtype | None = None
     """What activations and products are computed in. Default: as the model was trained; a pretrained one that is stored so, in f32."""
     mesh: str | None = None
@@ -225,7 +226,7 @@ class Serve(Model):
         server.serve(self.load, self.checkpoint.name, self.server, self.mesh, rebalanced(self.attention, self.rebalance))
 
 
-_LOADED = ("base", "dtype", "weights", "mesh", "kv_memory", "working_set_tokens")
+_LOADED = ("base", "task", "dtype", "weights", "mesh", "kv_memory", "working_set_tokens")
 _USUAL = (None, "device", "dense", "model", False)
 _FRESH = ("ops", "min_ops", "max_ops", "seed")
 

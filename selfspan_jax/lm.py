@@ -41,7 +41,7 @@ from selfspan_jax.parallel.mesh import make_mesh, num_data_shards
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
 from selfspan_jax.spans import SpanVocab
-from selfspan_jax.task import Task, end_ids, installed_tasks
+from selfspan_jax.task import Task, end_ids, installed_tasks, read_by
 from selfspan_jax.tiers.cache import TieredCache
 from selfspan_jax.tiers.engine import HostEngine
 from selfspan_jax.viewing import retention
@@ -152,6 +152,7 @@ class SpanLM(Reader):
         tasks: Mapping[str, type[Task]] | None = None,
         *,
         base: str | Path | None = None,
+        task: str | None = None,
         dtype: Dtype | None = None,
         weights: Weights = "bf16",
         mesh: str | None = None,
@@ -164,6 +165,7 @@ class SpanLM(Reader):
           directory: as `train.py` writes it, adapters included; a Hugging Face directory, or an id of the Hub; or a GGUF file.
           tasks: task classes by the name that a checkpoint has for them; by default the installed ones.
           base: for an adapter, the pretrained model that it was trained on.
+          task: the name of a task that prompts are read by, of a model of several corpora of documents; by default its own.
           dtype: "bf16", "f32" or "f16", what activations and products are computed in; by default as the model was trained, or,
             pretrained, float32 where its config or its file says so and bfloat16 elsewhere.
           weights: "bf16", the model's own compute dtype, or "int8", half the bytes of bfloat16.
@@ -186,6 +188,8 @@ class SpanLM(Reader):
         if base is not None and not is_adapter and path.exists():
             raise UserError(f"{directory} is no adapter, so it takes no base")
         if importing.is_pretrained(path):
+            if task is not None:
+                raise UserError(f"task is {task!r}: {directory} is a pretrained model, which has no tasks")
             return cls(*importing.load(path, **computed), weights=weights, **placed)
         model, fields = lora.load_adapter(path, base) if is_adapter else models.load_model(path)
         model.config = dataclasses.replace(model.config, **computed)
@@ -197,7 +201,8 @@ class SpanLM(Reader):
                 else "no installed one can be loaded: pip install -e . installs this project's"
             )
             raise UserError(f"{directory}: of task {name!r}; {known}")
-        return cls(model, tasks[name].from_json(fields), weights=weights, **placed)
+        own = tasks[name].from_json(fields)
+        return cls(model, own if task is None else read_by(own, task, tasks), weights=weights, **placed)
 
     def __repr__(self) -> str:
         config, task = self.model.config, getattr(self.task, "name", type(self.task).__name__)

@@ -27,6 +27,7 @@ class Task(Protocol):
       warnings(prompt) -> list[str], what of a prompt is beyond what its models were trained on, and what of it they do not read;
       verify(prompt, response_ids) -> Verdict, which judges one response: then right answers per second are counted;
       scores(examples, responses) -> dict[str, float], the scores of a task that has no verifier;
+      on(other) -> Task, another task as a model of this one reads it, or a ValueError: see `read_by`;
       counts(example, response_ids) -> {score: (sum, weight)}, what one example adds to the scores, each the ratio of the two over all;
       headers(example, sources) -> the labels that each step is to name in place of what the model names, by a name of where from;
       opens(example, sources) -> which labels the steps then open, as `forcing.Order`, where that follows from the prompt;
@@ -103,6 +104,17 @@ def installed_tasks() -> dict[str, type[Task]]:
             continue
         tasks |= loaded if isinstance(loaded, Mapping) else {entry.name: loaded}
     return tasks
+
+
+def read_by(own: Any, name: str, tasks: Mapping[str, Any]) -> Task:
+    """Return the task of this name as a model of another one reads its prompts. UserError: there is none, or none for such a model."""
+    if name not in tasks or not hasattr(own, "on"):
+        raise UserError(f"task is {name!r}; allowed: {', '.join(sorted(tasks))}")
+    try:
+        found: Task = own.on(tasks[name](vocab=own.vocab))
+    except ValueError:
+        raise UserError(f"task is {name!r}, but the model is of {own.name}") from None
+    return found
 
 
 def _check_name(package: str) -> None:

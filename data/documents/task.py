@@ -209,8 +209,8 @@ class DocumentTask(PiecesTask):
         return corpus.whole(step)
 
     def on(self, other: task.Task) -> task.Task:
-        """Return the task of papers, verdicts or stories as a model of any documents reads it: by their instructions."""
-        if self.name != DocumentTask.name or not isinstance(other, DocumentTask):
+        """Return the task of other documents as a model of this task reads it: by their instruction, in its own words and style."""
+        if other.name == self.name or not isinstance(other, DocumentTask):
             return super().on(other)
         return dataclasses.replace(other, **{name: getattr(self, name) for name in ("vocab", "closed_pieces", *corpus.STYLE)})
 

@@ -26,6 +26,7 @@ from data.retrieval import BM25
 from data.scoring import numbers
 from data.tasks import TASKS
 from data.vocab import read_vocab, train_vocab
+from selfspan_jax.task import read_by
 from tests.data import layouts
 
 WRITE = {"papers": layouts.write_reports, "verdicts": layouts.write_reports, "stories": layouts.write_stories}
@@ -580,7 +581,7 @@ def test_documents_are_not_drawn(corpora):
 
 @pytest.mark.parametrize("name", WRITE)
 def test_an_evaluation_takes_the_test_part(corpora, name):
-    """Also for a model of any documents, which has the other tasks' examples scored by them."""
+    """Also for a model of any documents, or of others of them, which has the other tasks' examples scored by them."""
     stored = load(corpora, name)
     evaluation = decode.Eval(checkpoint=Path("model"), data=corpora / name, split="test")
     task, sets, drawn = evaluation.examples(stored.task)
@@ -589,6 +590,12 @@ def test_an_evaluation_takes_the_test_part(corpora, name):
     general = DocumentTask.of(load(corpora, "documents").corpus, stored.task.vocab)
     task, again, _ = evaluation.examples(general)
     assert task == stored.task and [own.token_ids.tolist() for own in again[name]] == [own.token_ids.tolist() for own in examples]
+    other = next(own for own in WRITE if own != name)
+    model = dataclasses.replace(load(corpora, other).task, closed_steps=True)
+    task, again, _ = evaluation.examples(model)
+    assert (task.name, task.vocab, task.closed_steps) == (name, model.vocab, True) and len(again[name]) == len(examples)
+    prompt = examples[0].prompt
+    assert np.array_equal(read_by(model, name, TASKS).encode_prompt(prompt), task.encode_prompt(prompt))
     assert drawn["split"] == "test"
     assert [example.document for example in examples] == [example.document for example in load(corpora, name, "test")]
     assert {example.first_label for example in examples} == {1}

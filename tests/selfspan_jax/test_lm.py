@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import arithmetic
+from data import arithmetic, tasks
 from selfspan_jax import SpanLM
 from selfspan_jax import lm as lm_module
 from selfspan_jax.attention.policies import Window
@@ -315,6 +315,12 @@ def test_logits_of_ids_that_are_none_are_refused(lm, token_ids):
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="of task 'arithmetic'; known are chess"):
         SpanLM.load(CHECKPOINT, {"chess": arithmetic.ArithmeticTask})
+
+
+@pytest.mark.parametrize(("name", "words"), [("papers", "but the model is of arithmetic"), ("chess", "allowed: arithmetic, d")])
+def test_prompts_of_a_task_that_is_not_for_the_model_are_refused(name, words):
+    with pytest.raises(ValueError, match=f"task is {name!r}[,;] {words}"):
+        SpanLM.load(CHECKPOINT, tasks.TASKS, task=name)
 
 
 def test_the_installed_package_offers_its_task():
