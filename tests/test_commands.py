@@ -582,7 +582,7 @@ def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(call, tmp_path)
     process.send_signal(signal.SIGKILL)
     assert process.wait(300) == -signal.SIGKILL
     assert not (parts / "model").exists() and max(steps_of(parts)) < 40
-    status, out, err = call(train.main, *arguments, parts)
+    status, _, err = call(train.main, *arguments, parts)
     assert status == 0, err
     assert steps_of(parts) == steps_of(whole) == list(range(1, 41))
     assert (parts / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
