@@ -142,6 +142,11 @@ def row_of(key: tuple[str, float], responses: Sequence[Any], task: Any, some: Se
     return {"neighbour": key[0], "share": key[1], **read, **task.scores(some[:number], [tokens for tokens, _ in responses])}
 
 
+def num_bytes(caches: Sequence[Any]) -> int:
+    """Return the bytes of caches of several prompts."""
+    return sum(x.numel() * x.element_size() for own in caches for layer in own for x in layer)
+
+
 def chosen(lm: SpanLM, settings: ModelAndCorpus) -> tuple[Any, list[Any]]:
     """Return the task that scores the corpus, and its first examples whose prompts are short enough."""
     task, sets, _ = examples.stored(settings.data, lm.task, TASKS, 4 * settings.num_examples, settings.split)
@@ -253,7 +258,8 @@ class Peer:
     def timed(
         self, prompts: Sequence[Any], settings: Sequence[tuple[str, float]], decoding_shares: Sequence[float], num_tokens: int
     ) -> Iterator[dict[str, Any]]:
-        """Time decode steps of a batch on what each press keeps, three times, the median; and the most memory that they took, in bytes."""
+        """Time decode steps of a batch on what each press keeps, three times, the median; and the most memory that they took, in bytes,
+        without what other presses keep."""
         kept, first = self.read(prompts, {(name, share): press_of(name, share / 100) for name, share in settings})
         kept |= {(DECODING, share): self.read_to(prompts, share)[0] for share in decoding_shares}
         lengths, cuda = [len(prompt) for prompt in prompts], self.torch.cuda if self.device.type == "cuda" else None
@@ -272,8 +278,8 @@ class Peer:
             step, read = float(np.median(seconds[1:])) / (num_tokens - 1), float(np.mean([rows.mean() for _, rows in found]))
             row = {"neighbour": key[0], "share": key[1], "attended_tokens": read, "batch_size": len(prompts)}
             row |= {"ms_per_step": 1e3 * step, "tokens_per_second": len(prompts) / step}
-            row["peak_bytes"] = cuda.max_memory_allocated() if cuda else None
-            row["cache_bytes"] = sum(x.numel() * x.element_size() for own in caches for layer in own for x in layer)
+            row["peak_bytes"] = cuda.max_memory_allocated() - sum(map(num_bytes, kept.values())) if cuda else None
+            row["cache_bytes"] = num_bytes(caches)
             print(row, flush=True)
             yield row
 

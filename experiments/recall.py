@@ -60,13 +60,17 @@ class Corpus:
     """Questions. Where there are fewer items, they are asked for again, in another order; what is scored is the first time."""
     crowd: int = 1
     """Items of a piece that holds any. Those of training have any power of two up to that, what is scored has one."""
+    unnamed: float = 0.0
+    """Share of the batches of spans whose steps name no piece: an answer is then of what the labels hold."""
 
     def __post_init__(self):
         check_range(self, "items", low=2, high=KEYS)
         check_range(self, "queries", low=1)
         check_range(self, "crowd", low=1, high=PIECE - 2)
 
-    def make(self, rng: np.random.Generator, number: int, segments: int, *, spans: bool, scales: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    def make(
+        self, rng: np.random.Generator, number: int, segments: int, *, spans: bool, scales: tuple[int, ...] = (0,), names: bool = True
+    ) -> dict[str, Any]:
         """Make examples of one length: ids and positions [E, L], targets [E, L], and of queries their answer's place and distance [E, Q].
 
         Distances are in whole segments, from an item to the question. Positions jump between pieces, by up to twice a scale.
@@ -94,7 +98,7 @@ class Corpus:
         if spans:
             context[:, :, 0] = context[:, :, -1] = VOCAB.seg_base + first + np.arange(pieces)
             own = VOCAB.seg_base + first + pieces + np.arange(queries)
-            steps = np.stack([own, key, own, VOCAB.ref_base + first + named, answer], axis=2)
+            steps = np.stack([own, key, own, VOCAB.ref_base + first + named if names else own, answer], axis=2)
         else:
             steps[:, :, 3], steps[:, :, 4] = key, answer
         one = np.ones((number, 1), int)
@@ -103,7 +107,7 @@ class Corpus:
         places = 2 + pieces * PIECE + np.arange(queries) * STEP + STEP - 1
         targets = np.zeros(ids.shape[1], bool)
         targets[places] = True
-        targets[places - 1] |= spans
+        targets[places - 1] |= spans and names
         jumps = np.zeros(ids.shape, np.int64)
         scale = rng.choice(np.array(scales), size=(number, 1))
         jumps[:, 1 : 1 + pieces * PIECE : PIECE] = rng.integers(0, 2 * scale + 1, size=(number, pieces))
@@ -125,7 +129,7 @@ class Corpus:
             items = 2 ** rng.integers(1, min(self.items, segments * PIECES).bit_length())
             crowd = 2 ** rng.integers(self.crowd.bit_length())
             corpus = dataclasses.replace(self, items=int(items), crowd=int(crowd))
-            made = corpus.make(rng, rows * each, segments, spans=spans, scales=scales)
+            made = corpus.make(rng, rows * each, segments, spans=spans, scales=scales, names=rng.random() >= self.unnamed)
             length = made["token_ids"].shape[1]
             ids, segment_ids, positions = (np.zeros((rows, tokens), np.int32) for _ in range(3))
             targets = np.zeros((rows, tokens), np.bool_)
@@ -328,6 +332,7 @@ def _recipe(report: dict[str, Any]) -> str:
         f"{settings.get('dense_steps', 0):,} of them dense": settings.get("dense_steps"),
         f"{settings.get('short_steps', 0):,} of them short": settings.get("short_steps"),
         f"up to {settings.get('corpus', {}).get('crowd', 1)} items a piece": settings.get("corpus", {}).get("crowd", 1) > 1,
+        f"{settings.get('corpus', {}).get('unnamed', 0):.0%} without names": settings.get("corpus", {}).get("unnamed"),
         "names begin as labels": settings.get("names_begin_as_labels"),
         "pieces see themselves alone": settings.get("prompt_window_tokens") == 1,
         "headers see all": settings.get("header_view") == "all",

@@ -94,6 +94,20 @@ def test_pieces_of_training_may_hold_several_items():
     assert crowds == {1, 2, 4}
 
 
+def test_steps_of_training_may_name_nothing():
+    """Then an answer follows the label of its step, the only target; shares of batches are as they are asked for."""
+    named = 0
+    for batch in itertools.islice(Corpus(unnamed=0.5).batches(0, rows=1, seed=0, spans=True, scales=(0,)), 16):
+        ids, targets = (x[0][batch.segment_ids[0] == 1] for x in (batch.token_ids, batch.target_mask))
+        (solve,) = np.flatnonzero(ids == VOCAB.solve_id)
+        for step, asked in zip(ids[solve + 1 : -1].reshape(-1, 5), targets[solve + 1 : -1].reshape(-1, 5), strict=True):
+            told = step[3] >= VOCAB.ref_base
+            assert step[0] == step[2] and (told or step[3] == step[0]) and (step[4] - 36) // 16 == step[1] - 4
+            assert [*asked] == [False, False, False, told, True]
+        named += told
+    assert 4 <= named <= 12
+
+
 def test_the_first_steps_may_be_dense(monkeypatch, tmp_path):
     """Then the same parameters go on under their own mask, on the batches that follow; what is scored has one item a piece."""
     seen, scored = [], []
