@@ -207,7 +207,9 @@ def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], act
     (span, slots, done), (position, own, written) = per_sequence(advance, *arrays, implementation=config.bookkeeping)
     if slots is None:
         cache, slots = cache.choose_slots(step_slots, state.slots, config.bookkeeping, own=own, span=span, active=active)
-    attend = cache.attend(written, slots, config.implementation)
+    wide = slots.kept is not None and model.config.header_view in ("prompt", "all")  # where span tokens read more than was named
+    read = dataclasses.replace(slots, kept=None) if wide else slots  # attention is not to expect few rows then
+    attend = cache.attend(written, read, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
     hidden = jnp.where(active[:, None], hidden[:, 0], state.hidden)  # so that the logits, many more, need not be chosen from
     fed = {"cache": dataclasses.replace(cache, pools=pools), "span": span, "slots": slots, "done": done}

@@ -500,6 +500,16 @@ def test_triton_lowers_for_cuda(name, pool_dtype):
     assert cuda_lowering(attend, *args).count("__gpu$xla.gpu.triton") in (1, 2)
 
 
+@pytest.mark.parametrize(
+    "batch, capacity, divided",
+    [(32, 8192, False), (8, 2112, False), (1, 2112, False), (32, 16384, True), (8, 8192, True)],  # the last two were not measured
+)
+def test_large_heads_that_name_few_rows_are_not_divided(batch, capacity, divided):
+    """Eight heads of 128, as in Llama 3 8B. Where everything is named, or rows are int8, settings are as without the hint."""
+    assert (triton_config(batch, 8, 128, 2, capacity, sparse=True).splits > 0) == divided
+    assert triton_config(batch, 8, 128, 2, capacity).splits > 0 and triton_config(batch, 8, 128, 1, capacity, sparse=True).splits > 0
+
+
 def test_settings_divide_the_heads_and_lower_for_cuda():
     """Two kv heads share a program only where there are enough of them."""
     config = triton_config(32, 32, 128, 2, 2048)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfspan_jax.attention import policies
 from selfspan_jax.attention.policies import Window, get_policy
 from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling
 from selfspan_jax.decoding.engine import Engine
@@ -535,6 +536,14 @@ def test_a_layer_of_a_decode_step_is_five_launches(batch_size, options, early, m
     readers = collections.Counter()
     readers_of_early_results(steps[1], [False] * len(steps[1].invars), readers)
     assert +readers == ({"kernels": early} if early else {})
+
+
+@pytest.mark.parametrize("header_view, few", [("labels", True), ("all", False)])
+def test_attention_expects_few_rows_unless_headers_read_everything(header_view, few, monkeypatch):
+    real, asked = policies.rotate_and_attend, []
+    monkeypatch.setattr(policies, "rotate_and_attend", lambda *arrays, **how: (asked.append(how["sparse"]), real(*arrays, **how))[1])
+    traced_step(2, 1, header_view=header_view)
+    assert asked == [few]
 
 
 def test_maps_with_adapters_are_never_early(monkeypatch):
