@@ -39,7 +39,7 @@ def test_a_shape_is_timed_at_several_lengths_with_as_many_tokens(monkeypatch, tm
     pairs = [row["attention"]["xla"]["attended_pairs"] for row in report["lengths"]]
     assert pairs == [2 * 64 * 65 // 2, 128 * 129 // 2]  # whole sequences, no padding
     assert len(capsys.readouterr().out.splitlines()) == 6
-    training.main(["--rank", "2", "--tokens", "512", "--step-tokens", "1024", "--steps", "1", "--json", str(tmp_path / "adapters.json")])
+    training.main(["--rank", "2", "--tokens", "320", "--step-tokens", "320", "--steps", "1", "--json", str(tmp_path / "adapters.json")])
     adapters = json.loads((tmp_path / "adapters.json").read_text())
     assert adapters["rank"] == 2 and 0 < adapters["lengths"][0]["trained"] < adapters["lengths"][0]["parameters"]
     with pytest.raises(SystemExit):
