@@ -1,6 +1,7 @@
 """The decode benchmark: its workloads, its bytes, what it says of what does not fit, and its report."""
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -44,6 +45,7 @@ def segments(case, fraction=0.15, shape=SHAPE, seed=0):
     return workloads.segment_tokens(shape, **size, attended_fraction=fraction, seed=seed)
 
 
+@functools.cache  # a chunk of expressions is drawn each time
 def oracle(case, seed=0):
     size = dict(batch_size=case.batch_size, num_tokens=case.num_tokens, steps=case.steps)
     return workloads.arithmetic_tokens(arithmetic.ArithmeticTask(), **size, seed=seed)
