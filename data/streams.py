@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
@@ -77,8 +77,8 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
         """Return the same corpus with the longest examples only."""
 
     @abc.abstractmethod
-    def chunk(self, vocab: Any, seed: int, split: Split, number: int) -> list[E]:
-        """Generate `chunk_examples` examples; they depend on the arguments and the settings alone."""
+    def chunk(self, vocab: Any, seed: int, split: Split, number: int) -> Iterable[E]:
+        """Generate `chunk_examples` examples, one by one or all at once; they depend on the arguments and the settings alone."""
 
     def stream(
         self, *, seed: int, split: Split = "train", start: int = 0, num_workers: int = 0, shard: Shard = WHOLE, vocab: Any = None
@@ -99,7 +99,8 @@ class GeneratedCorpus(abc.ABC, Generic[E]):
         if start < 0:
             raise UserError(f"start is {start}; allowed: 0 and above")
         first_chunk, skipped = divmod(start, self.chunk_examples)
-        chunk = functools.partial(self.chunk, self.vocab if vocab is None else vocab, seed, split)
+        chunk: Callable[[int], Iterable[E]] = functools.partial(self.chunk, self.vocab if vocab is None else vocab, seed, split)
+        chunk = functools.partial(_listed, chunk) if num_workers else chunk
         return _flatten(workers.ordered(chunk, shard[0] + shard[1] * first_chunk, num_workers, step=shard[1]), skipped)
 
     def likely_longest_tokens(self, vocab: Any = None) -> int:
@@ -123,6 +124,11 @@ def divided_split_of(text: str) -> str:
     return SPLITS[max(0, zlib.crc32(text.encode("utf-8", "surrogatepass")) % 10 - 7)]
 
 
-def _flatten(chunks: Generator[list[E], None, None], skipped: int) -> Generator[E, None, None]:
+def _listed(chunk: Callable[[int], Iterable[E]], number: int) -> list[E]:
+    """Make the whole of a chunk, as a worker sends it."""
+    return list(chunk(number))
+
+
+def _flatten(chunks: Generator[Iterable[E], None, None], skipped: int) -> Generator[E, None, None]:
     with contextlib.closing(chunks):
         yield from itertools.islice(itertools.chain.from_iterable(chunks), skipped, None)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 from data import task
@@ -94,12 +94,11 @@ class Corpus(GeneratedCorpus[Example]):
     def largest(self) -> "Corpus":
         return dataclasses.replace(self, min_ops=self.max_ops)
 
-    def chunk(self, vocab: Vocab, seed: int, split: Split, number: int) -> list[Example]:
+    def chunk(self, vocab: Vocab, seed: int, split: Split, number: int) -> Iterator[Example]:
         # random.Random: Python promises the same random() from the same text for all versions, and it is many times
         # faster than numpy for one number at a time. Nothing but random() is used.
         uniform = random.Random(f"arithmetic/{seed}/{split}/{number}").random
         jumping = random.Random(f"arithmetic/jumps/{seed}/{split}/{number}").random  # apart, so that expressions do not depend on jumps
-        examples = []
         for _ in range(self.chunk_examples):
             num_ops = self.min_ops + int(uniform() * (self.max_ops - self.min_ops + 1))
             expression = _draw(self, num_ops, uniform)
@@ -108,8 +107,7 @@ class Corpus(GeneratedCorpus[Example]):
             labels = _draw_labels(self, vocab, expression, uniform, jumping)
             names = self.names_first_step
             example = encode(expression, vocab=vocab, labelling=self.labelling, first_label=labels[0], names_first_step=names)
-            examples.append(example if labels[-1] - labels[0] == num_ops - 1 else relabel(example, labels, vocab))
-        return examples
+            yield example if labels[-1] - labels[0] == num_ops - 1 else relabel(example, labels, vocab)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

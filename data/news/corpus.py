@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import random
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from data import streams
@@ -84,16 +85,15 @@ class Corpus(GeneratedCorpus[Example]):
     def largest(self) -> "Corpus":
         return dataclasses.replace(self, min_events=self.max_events)
 
-    def chunk(self, vocab: TokenizerVocab, seed: int, split: Split, number: int) -> list[Example]:
+    def chunk(self, vocab: TokenizerVocab, seed: int, split: Split, number: int) -> Iterator[Example]:
         uniform = random.Random(f"news/{seed}/{split}/{number}").random
         sizes = {"min_events": self.min_events, "max_events": self.max_events, "max_distractors": self.max_distractors}
-        examples: list[Example] = []
-        while len(examples) < self.chunk_examples:
+        written = 0
+        while written < self.chunk_examples:
             story = synthetic.story(uniform, **sizes)
-            if split_of("\n".join(story.article)) == split:
-                example = encode(story, vocab, uniform=uniform(), **style(self))
-                examples += [] if example is None else [example]
-        return examples
+            if split_of("\n".join(story.article)) == split and (example := encode(story, vocab, uniform=uniform(), **style(self))):
+                written += 1
+                yield example
 
 
 @functools.lru_cache(maxsize=4)
