@@ -577,8 +577,8 @@ def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(call, tmp_path)
     process = subprocess.Popen(
         [sys.executable, "train.py", *arguments, str(parts)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
-    while max(steps_of(parts), default=0) < 10 and process.poll() is None:
-        time.sleep(0.002)
+    while len(there := steps_of(parts)) < 10 and process.poll() is None:
+        time.sleep(0.002 if there else 0.1)  # a process takes seconds to begin
     process.send_signal(signal.SIGKILL)
     assert process.wait(300) == -signal.SIGKILL
     assert not (parts / "model").exists() and max(steps_of(parts)) < 40
