@@ -41,7 +41,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises: UserError if the file is not JSON, or not an object, or has more than 256 MiB; FileNotFoundError.
     """
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
             content = stream.read(MAX_JSON_BYTES + 1)
         if len(content) > MAX_JSON_BYTES:
             raise UserError(f"{file}: more than {MAX_JSON_BYTES:,} bytes")
