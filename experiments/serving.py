@@ -15,7 +15,8 @@ from experiments.pages import Columns, Row, each, judge, markdown_table, rows_ta
 MODEL, EVALUATION = "arithmetic-small.json", "eval.json"  # the files
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
 PEER_RATES = "smollm2-135m_rates.json"
-HTTP = ("http32", "http_slots256", "http_defaults", "http_defaults_long", "http_data2", "http_tensor2")  # of servers under load; sections have the names of the files
+# Of servers under load; sections have the names of the files.
+HTTP = ("http32", "http_slots256", "http_defaults", "http_defaults_long", "http_data2", "http_tensor2", "http_data2_tensor2")
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _MADE_BY = {"sorted": ", as `decode.py eval` has them"}
