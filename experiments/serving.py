@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments import pages
 from experiments.pages import Columns, Row, each, judge, markdown_table, rows_table, value
 
-MODEL, EVALUATION = "arithmetic-small.json", "eval.json"  # the files
+MODEL, MODEL_RATES, EVALUATION = "arithmetic-small.json", "arithmetic-small_rates.json", "eval.json"  # the files
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
 PEER_RATES = "smollm2-135m_rates.json"
 # Of servers under load; sections have the names of the files.
@@ -118,7 +118,7 @@ SECTIONS: dict[str, tuple[str, Callable[[pages.Reports], str]]] = {  # of the pa
     "mixed": (MODEL, _table(_MIXED, at_once)),
     "equal": (MODEL, _table(_EQUAL, lambda report: report.get("equal", []))),
     "stalls": (MODEL, _table(_STALLS, lambda report: report.get("stalls", []))),
-    "rates": (MODEL, each(_at_rates)),
+    "rates": (MODEL_RATES, each(_at_rates)),
     "peers_rates": (PEER_RATES, each(_at_rates)),
     **{name: (f"{name}.json", each(lambda report: _rates(report["rows"]))) for name in HTTP},
     **{name: (file, _table(_MIXED, at_once)) for name, file in PEERS.items()},

@@ -377,7 +377,7 @@ class ServingConfig:
     """Pages of the cache; by default as many as fit into memory, at most those of all sequences at full length."""
     chunk_tokens: int = 16
     """Decode steps between two looks of the host: what a stream waits for, and how long a cancelled sequence goes on."""
-    prefill_tokens: int = 512
+    prefill_tokens: int = 1024
     """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
     min_read_tokens: int = 64
     """Fewest tokens that are read of one prompt at once. More need fewer programs, and let fewer short prompts be read together."""

@@ -42,7 +42,8 @@ def cells(text):
 
 def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
     rates = [row("static", 20.0, 100.0), row("scheduler", 90.0, 100.0)]
-    (tmp_path / serving.MODEL).write_text(json.dumps(REPORT | {"rows": [*REPORT["rows"], *rates]}))
+    (tmp_path / serving.MODEL).write_text(json.dumps(REPORT))
+    (tmp_path / serving.MODEL_RATES).write_text(json.dumps(REPORT | {"rows": [*REPORT["rows"], *rates]}))
     found = serving.sections(tmp_path)
     assert [(own[2], own[3]) for own in cells(found["targets"])] == [
         ("91.0", "yes"), ("2.08", "yes"), ("1.25", "**no**"), ("3.10", "**no**"), ("6.1", "yes")
