@@ -418,7 +418,7 @@ class ServerConfig:
     context_tokens: int | None = None
     """Of each sequence, prompt and response; by default the model's context."""
     num_pages: int | None = None
-    """Pages of the cache, of 64 tokens; by default as many as fit into memory."""
+    """Pages of the cache, of 64 tokens, with rows in host memory an eighth of --prefill-tokens; by default as many as fit into memory."""
     chunk_tokens: int = ServingConfig.chunk_tokens
     """Decode steps between two looks of the host: text comes so many tokens at a time. Fewer for a large model, whose steps are long."""
     prefill_tokens: int = ServingConfig.prefill_tokens

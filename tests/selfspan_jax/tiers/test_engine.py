@@ -170,7 +170,7 @@ def test_what_is_not_there_is_refused():
         HostEngine(model, working_set_tokens=1)
     with pytest.raises(UserError, match="num_samples is 0"):
         HostEngine(model).prefill(*prompts_of(ROWS[:1]), DecodeConfig(), num_samples=0)
-    config = ServingConfig(2, 64, num_pages=2, prefill_tokens=1024)
+    config = ServingConfig(2, 64, num_pages=2)
     assert Scheduler(HostEngine(model), config).config.page_tokens == 128  # a program that reads so many writes eight pages
     with pytest.raises(UserError, match="prefill_tokens is 64; allowed: multiples of the page's 128 tokens"):
         Scheduler(HostEngine(model), ServingConfig(prefill_tokens=64, page_tokens=128))
@@ -191,7 +191,7 @@ def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
             engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
         with pytest.raises(DoesNotFit, match="host memory leaves no room for the cache"):
             Scheduler(engine, ServingConfig(2, 64))
-        with pytest.raises(DoesNotFit, match=r"12 pages of 64 tokens take 0\.0 GiB of host memory"):
+        with pytest.raises(DoesNotFit, match=r"12 pages of 128 tokens take 0\.0 GiB of host memory"):
             Scheduler(engine, ServingConfig(2, 64, num_pages=12))
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 2**14)
     with pytest.raises(DoesNotFit, match=r"74 rows on the device for each of 2 sequences take .*: give a smaller"):
