@@ -127,8 +127,8 @@ class Presses(ModelAndCorpus):
                 files.write_rows(self.json, report, complete=False)
                 print(*report["presses"], f"{time.perf_counter() - started:.0f} s", sep="\n", flush=True)
         for share in self.decoding_shares:
-            kept, first = peer.read_to(ids, share)
-            report["presses"].append(row_of((DECODING, share), peer.decode_compressing(kept, first, ids, limit), lm.task, some, ids))
+            responses = peer.decode_compressing(*peer.read_to(ids, share), ids, limit)
+            report["presses"].append(row_of((DECODING, share), responses, lm.task, some, ids))
             files.write_rows(self.json, report, complete=False)
         files.write_rows(self.json, report | {"seconds": time.perf_counter() - started}, complete=True)
 

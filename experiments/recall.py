@@ -35,7 +35,7 @@ from experiments import pages
 from experiments.prefill import device_header
 from selfspan_jax import files, training
 from selfspan_jax.attention.sequences import attend_in_training
-from selfspan_jax.config import COMPUTE_DTYPES, ModelConfig, TrainConfig
+from selfspan_jax.config import COMPUTE_DTYPES, Mask, ModelConfig, TrainConfig
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
@@ -216,7 +216,11 @@ class Train:
         if self.names_begin_as_labels:
             begin_as_labels(model, self.seed)
         began, losses = time.perf_counter(), []
-        for mask, first, steps in (("dense", 0, self.dense_steps), (config.mask, self.dense_steps, self.steps - self.dense_steps)):
+        stages: list[tuple[Mask, int, int]] = [
+            ("dense", 0, self.dense_steps),
+            (config.mask, self.dense_steps, self.steps - self.dense_steps),
+        ]
+        for mask, first, steps in stages:
             if steps:
                 model.config = dataclasses.replace(config, mask=mask)
                 model, own = self.trained(model, first, steps)
@@ -238,10 +242,11 @@ class Train:
         settings = TrainConfig(steps, self.seed, self.rows, self.corpus.row_tokens, **options)
         rows: dict[str, Any] = {"rows": self.rows, "seed": self.seed, "scales": self.gap_scales, "short": self.short_steps}
         with tempfile.TemporaryDirectory() as directory:
-            batches = functools.partial(self.corpus.batches, spans=self.system == "spans", **rows)
-            model = training.train(
-                model, settings, batches_from=lambda start: batches(max(start, first)), run_dir=Path(directory), progress=True
-            )
+
+            def batches_from(start: int) -> Iterator[Batch]:
+                return self.corpus.batches(max(start, first), spans=self.system == "spans", **rows)
+
+            model = training.train(model, settings, batches_from=batches_from, run_dir=Path(directory), progress=True)
             lines = [json.loads(line) for line in files.read_text(Path(directory) / "metrics.jsonl").splitlines()]
         return model, [
             {"step": first + line["step"], **{name: line[name] for name in ("loss", "token_accuracy")}} for line in lines if "loss" in line
