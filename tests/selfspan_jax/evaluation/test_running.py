@@ -123,12 +123,13 @@ def test_scores_order_and_seconds(lm, monkeypatch):
 
 def test_what_a_scheduler_decodes_is_read_in_the_order_of_the_examples(lm, monkeypatch):
     """Each response up to its end; that the tokens are those of static batches is tested in test_lm.py."""
-    examples = [Example(prompt) for prompt in ("45", "456", "4", "45", "4")]
+    examples = [Example(prompt, np.full(count, 2)) for count, prompt in enumerate(("45", "456", "4", "45", "4"), 1)]
     config = SimpleNamespace(num_sequences=4)
 
     def run_together(scheduler, requests):
         assert [request.max_new_tokens for request in requests] == [6] * 5
         assert [len(request.prompt_ids) for request in requests] == [4, 5, 3, 4, 3]
+        assert [request.expected_tokens for request in requests] == [1, 2, 3, 4, 5]
         return [Tokens(np.array([len(own.prompt_ids), 2, 7, 7]), np.array([3, 4, 5, 6]), "length") for own in requests]
 
     monkeypatch.setattr(evaluation.running, "is_faster", lambda *_: True)
