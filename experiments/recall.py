@@ -61,7 +61,7 @@ class Corpus:
     crowd: int = 1
     """Items of a piece that holds any. Those of training have any power of two up to that, what is scored has one."""
     unnamed: float = 0.0
-    """Share of the batches of spans whose steps name no piece: an answer is then of what the labels hold."""
+    """Share of the batches of spans whose steps name no piece: answers then come from what label tokens have read."""
 
     def __post_init__(self):
         check_range(self, "items", low=2, high=KEYS)
@@ -177,7 +177,7 @@ class Train:
     source_weight: float = 1.0
     """How often the choice of a piece counts in the loss of spans, where its value counts once."""
     dense_steps: int = 0
-    """So many first steps of spans are under the dense mask, with an optimizer of their own: an answer teaches which item is a key's."""
+    """First steps, of spans under the dense mask and with an optimizer of their own: there answers teach to match keys."""
     header_view: Literal["labels", "all"] = "labels"
     """What span tokens see: the labels, or everything."""
     prompt_window_tokens: int = 16

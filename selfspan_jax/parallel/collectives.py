@@ -147,7 +147,7 @@ def psum_context(x: Array) -> Array:
 
 
 def broadcast_from_first(x: Array) -> Array:
-    """Return the x of the first device that has rows of sequences on all that have some."""
+    """Broadcast x from the first device along 'context'."""
     return jax.lax.all_gather(x, "context")[0]
 
 

@@ -125,7 +125,7 @@ class Forecast:
         chunks = min(-(-num_left // self._chunk_tokens) + 1, len(self._held))
         alone = not self._held[0]
         if not alone and self._held[chunks - 1] + self._pages(num_tokens + num_left) > self._num_pages:
-            return False  # most are told so by this one number
+            return False  # this one sum refuses most
         held = self._held[:chunks] + self._pages(num_tokens + np.minimum(self._written[:chunks], num_left))
         if not alone and held.max() > self._num_pages:
             return False

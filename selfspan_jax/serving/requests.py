@@ -31,7 +31,7 @@ class Request:
     logprobs: bool = False
     """Whether `Tokens` have log-probabilities."""
     expected_tokens: int | None = None
-    """Of the response, where somebody has an idea: it begins when its pages and those of all others have room until their ends."""
+    """Length of the response, where it is known: the request begins when there is room for its pages, and all others', until they end."""
 
     def check(self, vocab_size: int, context_tokens: int, room: int) -> None:
         """Raise UserError for what can never run: `context_tokens` are those of a sequence, and there is cache for `room` tokens."""
