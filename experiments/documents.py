@@ -8,8 +8,9 @@ Each is a page, docs/tools.md, and one of figures, docs/tools-figures.md.
 
 `--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
 papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
-.random.json and .recent.json of one with `--sources`, .unlimited.json of papers without `max_step_tokens`, .free.json of one without
-`names_new` either; .single.json of stories with one question a prompt, .long.json of papers longer than rows of training; of tools
+.random.json and .recent.json of one with `--sources`, .unlimited.json without `max_step_tokens`, .free.json of one without
+`names_new` either; .single.json of stories with one question a prompt, .near02.json and .near01.json of them with `name_share`,
+.long.json of papers longer than rows of training; of tools
 .few.json and .many.json of one on other catalogues, .constrained.json of one with `--constrained`.
 """
 
@@ -60,7 +61,10 @@ SETS = {
     "stories": {
         "eval": "`corpora/stories`, up to 16 questions a prompt",
         "single": "`corpora/stories-1`, one question a prompt",
-        "free": "`corpora/stories`, without `names_new`",
+        "near02": "`corpora/stories`, `name_share` 0.2",
+        "near01": "`corpora/stories`, `name_share` 0.1",
+        "unlimited": "`corpora/stories`, without `max_step_tokens`",
+        "free": "`corpora/stories`, without `max_step_tokens` and `names_new`",
     },
     "papers": {
         "eval": "`corpora/papers`",
