@@ -35,7 +35,7 @@ from experiments import pages
 from experiments.prefill import device_header
 from selfspan_jax import files, training
 from selfspan_jax.attention.sequences import attend_in_training
-from selfspan_jax.config import COMPUTE_DTYPES, Mask, ModelConfig, TrainConfig
+from selfspan_jax.config import COMPUTE_DTYPES, ModelConfig, TrainConfig
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
@@ -58,15 +58,12 @@ class Corpus:
     """Items of an example, where it has so many pieces; at most one a piece. Those of training have any power of two up to that."""
     queries: int = 16
     """Questions. Where there are fewer items, they are asked for again, in another order; what is scored is the first time."""
-    crowd: int = 1
-    """Items of a piece that holds any. Those of training have any power of two up to that, what is scored has one."""
     unnamed: float = 0.0
     """Share of the batches of spans whose steps name no piece: answers then come from what label tokens have read."""
 
     def __post_init__(self):
         check_range(self, "items", low=2, high=KEYS)
         check_range(self, "queries", low=1)
-        check_range(self, "crowd", low=1, high=PIECE - 2)
 
     def make(
         self, rng: np.random.Generator, number: int, segments: int, *, spans: bool, scales: tuple[int, ...] = (0,), names: bool = True
@@ -83,11 +80,9 @@ class Corpus:
         def some(count, of):  # different ones, for each example
             return np.argsort(rng.random((number, of)), axis=1)[:, :count]
 
-        keys, held = some(items, KEYS), -(-items // self.crowd)
-        piece = np.repeat(some(held, pieces), self.crowd, axis=1)[:, :items]
+        keys, piece = some(items, KEYS), some(items, pieces)
         answers = _ITEM + keys * VALUES + rng.integers(VALUES, size=(number, items))
-        inside = np.argsort(rng.random((number, held, PIECE - 2)), axis=2)[:, :, : self.crowd]
-        offset = 1 + inside.reshape(number, -1)[:, :items]
+        offset = rng.integers(1, PIECE - 1, size=(number, items))
         context = rng.integers(_NOISE, _NOISE + NOISE, size=(number, pieces, PIECE))
         context[each, piece, offset] = answers
         asked = np.concatenate([some(items, items) for _ in range(-(-queries // items))], axis=1)[:, :queries]
@@ -127,8 +122,7 @@ class Corpus:
             rng = np.random.default_rng((seed, number))
             segments, each = KINDS[rng.integers(len(KINDS))] if number >= short else KINDS[0]
             items = 2 ** rng.integers(1, min(self.items, segments * PIECES).bit_length())
-            crowd = 2 ** rng.integers(self.crowd.bit_length())
-            corpus = dataclasses.replace(self, items=int(items), crowd=int(crowd))
+            corpus = dataclasses.replace(self, items=int(items))
             made = corpus.make(rng, rows * each, segments, spans=spans, scales=scales, names=rng.random() >= self.unnamed)
             length = made["token_ids"].shape[1]
             ids, segment_ids, positions = (np.zeros((rows, tokens), np.int32) for _ in range(3))
@@ -176,8 +170,6 @@ class Train:
     """So many first steps have contexts of one segment alone."""
     source_weight: float = 1.0
     """How often the choice of a piece counts in the loss of spans, where its value counts once."""
-    dense_steps: int = 0
-    """First steps, of spans under the dense mask and with an optimizer of their own: there answers teach to match keys."""
     header_view: Literal["labels", "all"] = "labels"
     """What span tokens see: the labels, or everything."""
     prompt_window_tokens: int = 16
@@ -205,9 +197,10 @@ class Train:
 
     def __post_init__(self):
         check_range(self, "steps", "rows", "num_examples", "prompt_window_tokens", low=1)
-        check_range(self, "seed", "dense_steps", low=0)
+        check_range(self, "seed", low=0)
 
     def run(self) -> None:
+        spans = self.system == "spans"
         sizes = {name: getattr(self, name) for name in ("hidden_size", "num_layers", "num_heads", "head_size")}
         sizes |= {"num_kv_heads": self.num_heads, "intermediate_size": 3 * self.hidden_size, "max_context_tokens": 2**17}
         views = {"header_view": self.header_view, "prompt_window_tokens": self.prompt_window_tokens}
@@ -215,47 +208,29 @@ class Train:
         model = Decoder(config, vocab=VOCAB, vocab_size=VOCAB.min_vocab_size, rngs=nnx.Rngs(self.seed))
         if self.names_begin_as_labels:
             begin_as_labels(model, self.seed)
-        began, losses = time.perf_counter(), []
-        stages: list[tuple[Mask, int, int]] = [
-            ("dense", 0, self.dense_steps),
-            (config.mask, self.dense_steps, self.steps - self.dense_steps),
-        ]
-        for mask, first, steps in stages:
-            if steps:
-                model.config = dataclasses.replace(config, mask=mask)
-                model, own = self.trained(model, first, steps)
-                losses += own
+        options: dict[str, Any] = {"eval_examples": 0, "checkpoint_every_steps": self.steps, "gap_scales": self.gap_scales}
+        options |= {"learning_rate": self.learning_rate, "source_weight": self.source_weight}
+        settings = TrainConfig(self.steps, self.seed, self.rows, self.corpus.row_tokens, **options)
+        rows: dict[str, Any] = {"rows": self.rows, "seed": self.seed, "scales": self.gap_scales, "short": self.short_steps}
+        batches = functools.partial(self.corpus.batches, spans=spans, **rows)
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as directory:
+            model = training.train(model, settings, batches_from=batches, run_dir=Path(directory), progress=True)
+            lines = [json.loads(line) for line in files.read_text(Path(directory) / "metrics.jsonl").splitlines()]
+            losses = [{name: line[name] for name in ("step", "loss", "token_accuracy")} for line in lines if "loss" in line]
         report: dict[str, Any] = {**device_header(), "system": self.system, "parameters": model.num_parameters}
         report |= {"settings": _plain(self), "seconds": time.perf_counter() - began, "gates": gates(model), "losses": losses, "recall": []}
         for segments in self.segments:
-            for row in self.score(model, segments):
+            for row in self.score(model, segments, spans):
                 report["recall"].append(row)
                 files.write_rows(self.json, report, complete=False)
             found = {row["distance"]: round(row["right"], 3) for row in report["recall"] if row["segments"] == segments}
             print(f"{self.system}, {segments} segments: {found}", flush=True)
         files.write_rows(self.json, report, complete=True)
 
-    def trained(self, model: Decoder, first: int, steps: int) -> tuple[Decoder, list[dict[str, float]]]:
-        """Train a model for some steps on batches from number `first` on; return it and its losses."""
-        options: dict[str, Any] = {"eval_examples": 0, "checkpoint_every_steps": steps, "gap_scales": self.gap_scales}
-        options |= {"learning_rate": self.learning_rate, "source_weight": self.source_weight}
-        settings = TrainConfig(steps, self.seed, self.rows, self.corpus.row_tokens, **options)
-        rows: dict[str, Any] = {"rows": self.rows, "seed": self.seed, "scales": self.gap_scales, "short": self.short_steps}
-        with tempfile.TemporaryDirectory() as directory:
-
-            def batches_from(start: int) -> Iterator[Batch]:
-                return self.corpus.batches(max(start, first), spans=self.system == "spans", **rows)
-
-            model = training.train(model, settings, batches_from=batches_from, run_dir=Path(directory), progress=True)
-            lines = [json.loads(line) for line in files.read_text(Path(directory) / "metrics.jsonl").splitlines()]
-        return model, [
-            {"step": first + line["step"], **{name: line[name] for name in ("loss", "token_accuracy")}} for line in lines if "loss" in line
-        ]
-
-    def score(self, model: Decoder, segments: int) -> Iterator[dict[str, Any]]:
-        """Yield the share of right answers of contexts of one length, by distance; each item is in a piece of its own."""
-        spans, corpus = self.system == "spans", dataclasses.replace(self.corpus, crowd=1)
-        made = corpus.make(np.random.default_rng((self.seed, 2**31)), self.num_examples, segments, spans=spans)
+    def score(self, model: Decoder, segments: int, spans: bool) -> Iterator[dict[str, Any]]:
+        """Yield the share of right answers of contexts of one length, by distance."""
+        made = self.corpus.make(np.random.default_rng((self.seed, 2**31)), self.num_examples, segments, spans=spans)
         ids, places = made["token_ids"], made["places"]
         length = -(-ids.shape[1] // SEGMENT) * SEGMENT
         ids = np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
@@ -333,11 +308,10 @@ def right(report: dict[str, Any], segments: int, first: int, last: int = 2**31) 
 def _recipe(report: dict[str, Any]) -> str:
     """Say how a model was trained: steps, and in which way."""
     settings = report["settings"]
+    unnamed = settings["corpus"].get("unnamed", 0)
     more = {
-        f"{settings.get('dense_steps', 0):,} of them dense": settings.get("dense_steps"),
         f"{settings.get('short_steps', 0):,} of them short": settings.get("short_steps"),
-        f"up to {settings.get('corpus', {}).get('crowd', 1)} items a piece": settings.get("corpus", {}).get("crowd", 1) > 1,
-        f"{settings.get('corpus', {}).get('unnamed', 0):.0%} without names": settings.get("corpus", {}).get("unnamed"),
+        f"{unnamed:.0%} of the batches without names": unnamed,
         "names begin as labels": settings.get("names_begin_as_labels"),
         "pieces see themselves alone": settings.get("prompt_window_tokens") == 1,
         "headers see all": settings.get("header_view") == "all",
@@ -371,7 +345,7 @@ def draw(reports: list[dict[str, Any]]) -> Any:
     """Draw right answers against the distance in the longest contexts of training, and against the length of the context."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.2, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.2, 4.4), layout="constrained")
     left, other = figure.subplots(1, 2, sharey=True)
     recipes = list(dict.fromkeys((report["system"], _recipe(report)) for report in reports))
     for report in reports:
@@ -391,7 +365,7 @@ def draw(reports: list[dict[str, Any]]) -> Any:
     ticks = sorted({row["segments"] for report in reports for row in report["recall"] if row["segments"] >= _FROM})
     other.set_xticks(ticks, [*map(str, ticks)])
     other.set_xticks([], minor=True)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", fontsize=7)
     return figure
 
 

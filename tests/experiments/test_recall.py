@@ -77,23 +77,6 @@ def test_rows_hold_examples_of_one_length():
     assert examples[:7] == [5] * 7 and examples[7:] == [int(batch.segment_ids.max()) for batch in batches[7:]]
 
 
-def test_pieces_of_training_may_hold_several_items():
-    """Up to `crowd` of them, of different keys at different places; those of a question are in the piece that its step names."""
-    crowds = set()
-    for batch in itertools.islice(Corpus(crowd=4).batches(0, rows=2, seed=0, spans=True, scales=(0,)), 12):
-        for row, segment_ids in zip(batch.token_ids, batch.segment_ids):
-            ids = row[segment_ids == 1]
-            (solve,) = np.flatnonzero(ids == VOCAB.solve_id)
-            told = {(int(x) - 36) // 16: (t - 1) // PIECE for t, x in enumerate(ids[:solve]) if x in ITEM}
-            sizes = np.bincount([*told.values()])
-            assert len(told) == sum(x in ITEM for x in ids[:solve])
-            crowds.add(int(sizes.max()))
-            for step in ids[solve + 1 : -1].reshape(-1, 5):
-                key, named, answer = int(step[1]) - 4, int(step[3]) - VOCAB.ref_base, int(step[4])
-                assert ids[1 + told[key] * PIECE] == VOCAB.seg_base + named and (answer - 36) // 16 == key and answer in ids[:solve]
-    assert crowds == {1, 2, 4}
-
-
 def test_steps_of_training_may_name_nothing():
     """Then an answer follows the label of its step, the only target; shares of batches are as they are asked for."""
     named = 0
@@ -106,27 +89,6 @@ def test_steps_of_training_may_name_nothing():
             assert [*asked] == [False, False, False, told, True]
         named += told
     assert 4 <= named <= 12
-
-
-def test_the_first_steps_may_be_dense(monkeypatch, tmp_path):
-    """Then the same parameters go on under their own mask, on the batches that follow; what is scored has one item a piece."""
-    seen, scored = [], []
-
-    def train(model, settings, *, batches_from, run_dir, progress):
-        seen.append((model.config.mask, settings.steps, next(batches_from(0)).next_example, id(model)))
-        (run_dir / "metrics.jsonl").write_text(json.dumps({"step": settings.steps, "loss": 1.0, "token_accuracy": 0.5}))
-        return model
-
-    monkeypatch.setattr(recall.training, "train", train)
-    monkeypatch.setattr(
-        recall, "predicted", lambda graph, params, ids, places: scored.append(ids) or np.zeros((*ids.shape[:1], len(places), 2))
-    )
-    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "head_size": 8, "num_examples": 2, "segments": (1,)}
-    recall.Train(system="spans", json=tmp_path / "own.json", corpus=Corpus(crowd=4), steps=5, dense_steps=3, **sizes).run()
-    assert [own[:3] for own in seen] == [("dense", 3, 4 - 3), ("span", 2, 4)] and seen[0][3] == seen[1][3]
-    assert [line["step"] for line in json.loads((tmp_path / "own.json").read_text())["losses"]] == [3, 5]
-    for ids in scored[0]:
-        assert len({(t - 1) // PIECE for t, x in enumerate(ids[:SEGMENT]) if x in ITEM}) == 8
 
 
 def test_names_begin_as_their_labels():
@@ -155,7 +117,7 @@ def test_the_page_has_what_was_run(tmp_path):
     """Of each kind of file a table; and none, where there is no file."""
     assert recall.sections(tmp_path) == {}
     rows = [dict(zip(("segments", "distance", "queries", "right"), row)) for row in ((8, 0, 10, 1.0), (8, 2, 10, 0.5), (64, 40, 10, 0.25))]
-    settings, device = {"steps": 1200, "rows": 16}, {"device": "H100", "jax": "0.11.2", "parameters": 3_238_656}
+    settings, device = {"steps": 1200, "rows": 16, "corpus": {}}, {"device": "H100", "jax": "0.11.2", "parameters": 3_238_656}
     for system, seed, more in (
         ("delta", 1, {}),
         ("spans", 0, {}),
