@@ -143,6 +143,11 @@ class Bench:
         allowed = [name for name in get_args(hf.PeerName) if (name in hf.PREFILL_PEERS) == self.prefill]
         if wrong := [peer for peer in self.peers if peer not in allowed]:
             raise UserError(f"peers has {wrong[0]}; allowed {'with' if self.prefill else 'without'} --prefill: {', '.join(allowed)}")
+        check_range(self, "working_set_tokens", low=1)
+        if "host" not in self.kv_memory and self.working_set_tokens != WORKING_SET_TOKENS:
+            raise UserError(
+                f"working_set_tokens is {self.working_set_tokens}, but without --kv-memory host there are no working sets: leave it out"
+            )
         if self.mesh and "host" in self.kv_memory:
             raise UserError(f"mesh is {self.mesh!r}, but --kv-memory host is for one device: leave one of them out")
         if self.peers and self.mesh:

@@ -27,7 +27,7 @@ def arithmetic_tokens(
 
     The expressions are the shortest that are long enough, at numbers of operators a sixteenth apart.
 
-    Raises: UserError where the vocabulary has too few labels for so long an expression.
+    Raises: UserError where the vocabulary has too few labels for so long an expression, or none has so short a prompt.
     """
     vocab = task.vocab
     num_ops = max(2, num_tokens // _TOKENS_PER_OPERATOR)
@@ -35,7 +35,11 @@ def arithmetic_tokens(
     while len(rows) < batch_size:
         check_labels(num_ops, vocab, num_tokens)
         corpus = task.corpus(min_ops=num_ops, max_ops=num_ops)
-        examples = itertools.islice(arithmetic.stream(corpus, seed=seed, split="test"), corpus.chunk_examples)
+        examples = list(itertools.islice(arithmetic.stream(corpus, seed=seed, split="test"), corpus.chunk_examples))
+        if all(x.prompt_tokens > num_tokens - steps for x in examples):  # prompts of more operators are longer still
+            raise UserError(
+                f"{num_tokens} tokens, {steps} of them of a response, leave too few for a prompt: give more tokens or fewer steps"
+            )
         fitting = [x.token_ids for x in examples if len(x.token_ids) > num_tokens and x.prompt_tokens <= num_tokens - steps]
         rows += fitting[: batch_size - len(rows)]
         num_ops = num_ops + max(1, num_ops // 16)

@@ -19,8 +19,9 @@ def check_range(settings: object, *names: str, low: float, high: float = math.in
     """Raise UserError for a setting, a number or a tuple of numbers, that is infinite or not within [low, high]."""
     for name in names:
         value = getattr(settings, name)
-        if not all(low <= number <= high and number < math.inf for number in (value if isinstance(value, tuple) else (value,))):
-            raise UserError(f"{name} is {value}; allowed: {low} " + ("and above" if high == math.inf else f"to {high}"))
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (low <= number <= high and number < math.inf):
+                raise UserError(f"{name} is {number}; allowed: {low} " + ("and above" if high == math.inf else f"to {high}"))
 
 
 def check_json(fields: object, what: str, fixed: Mapping[str, Any], free: Iterable[str]) -> dict[str, Any]:

@@ -137,6 +137,10 @@ class SpanLM(Reader):
         _check_named("kv_memory", kv_memory, KvMemory)
         if mesh and kv_memory == "host":
             raise UserError(f"mesh is {mesh!r}, but kv_memory is 'host', which is for one device: give one of them")
+        if kv_memory == "device" and working_set_tokens != WORKING_SET_TOKENS:
+            raise UserError(
+                f"working_set_tokens is {working_set_tokens}, but kv_memory is 'device', which has no working sets: leave it out"
+            )
         self.model = model.for_decoding(weights=weights)
         self.engine: Engine
         if kv_memory == "host":

@@ -362,6 +362,11 @@ DECODE_ERRORS = {
     "unknown policy": (["bench", CHECKPOINT, "--attention", "dense,full"], "full"),
     "no number": (["bench", CHECKPOINT, "--batch-size", "1,x"], "batch-size"),
     "no such peer": (["bench", CHECKPOINT, "--peers", "vllm"], "vllm"),
+    "one of several numbers": (["bench", CHECKPOINT, "--batch-size", "1,0"], "--batch-size is 0; allowed: 1 and above"),
+    "working sets without host memory": (
+        ["bench", CHECKPOINT, "--working-set-tokens", "128"],
+        "--working-set-tokens is 128, but without --kv-memory host",
+    ),
     "steps of a prefill": (["bench", CHECKPOINT, "--prefill", "--steps", "8"], "--steps is for decode steps: leave it out with --prefill"),
     "a prefill of a step's peer": (
         ["bench", CHECKPOINT, "--prefill", "--peers", "hf-eager"],

@@ -59,7 +59,8 @@ class Output(Reading):
         if self.misses > _MANY_MISSES * (read := int(self.num_attended.sum())):
             found.append(
                 f"{self.misses} of {read} rows that the response read were in host memory and not in its working set, which is slow: "
-                "give working_set_tokens a larger number, or headers that read less."
+                "give working_set_tokens a larger number, or take an attention that reads less (one that reads everything, like dense, "
+                "is for kv_memory='device')."
             )
         return found
 

@@ -22,6 +22,7 @@ from benchmarks.tiers import TieredCase
 from data import arithmetic
 from selfspan_jax import files
 from selfspan_jax.config import ModelConfig
+from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.spans import SpanVocab
@@ -61,6 +62,12 @@ def test_segments_attend_to_the_share_that_was_asked_for(context, fraction):
     assert contexts.mean() == context + 0.5
     # Steps are drawn to stay on course, but the timed window cuts them anywhere: measured worst 4%.
     assert np.mean(attended / contexts) == pytest.approx(fraction, rel=0.06)
+
+
+@pytest.mark.parametrize(("num_tokens", "steps"), [(19, 32), (102, 64)])
+def test_a_context_that_leaves_no_room_for_a_prompt_is_refused(num_tokens, steps):
+    with pytest.raises(UserError, match="leave too few for a prompt"):  # the search for longer expressions had no end
+        workloads.arithmetic_tokens(arithmetic.ArithmeticTask(), batch_size=1, num_tokens=num_tokens, steps=steps, seed=0)
 
 
 def test_segments_have_span_tokens_at_different_places_in_each_sequence():

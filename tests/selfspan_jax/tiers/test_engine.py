@@ -174,7 +174,8 @@ def test_what_is_not_there_is_refused():
     assert Scheduler(HostEngine(model), config).config.page_tokens == 128  # a program that reads so many writes eight pages
     with pytest.raises(UserError, match="prefill_tokens is 64; allowed: multiples of the page's 128 tokens"):
         Scheduler(HostEngine(model), ServingConfig(prefill_tokens=64, page_tokens=128))
-    for options, message in (({"kv_memory": "disk"}, "allowed: device, host"), ({"kv_memory": "host", "mesh": "data=1"}, "for one device")):
+    wrong = [({"kv_memory": "disk"}, "allowed: device, host"), ({"kv_memory": "host", "mesh": "data=1"}, "for one device")]
+    for options, message in [*wrong, ({"working_set_tokens": 64}, "'device', which has no working sets")]:
         with pytest.raises(UserError, match=message):
             SpanLM(model, ArithmeticTask(), **options)
 
