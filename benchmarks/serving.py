@@ -91,7 +91,7 @@ class Load:
 
     def connection(self) -> dict[str, Any]:
         """Return the options of a client of the server."""
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        headers = {"Authorization": f"Bearer {self.api_key}".encode()} if self.api_key else {}
         return {"base_url": self.url, "headers": headers, "trust_env": False}
 
 
@@ -163,6 +163,8 @@ def measure(load: Load) -> None:
             found = client.get("/v1/models").raise_for_status()
         card = found.json()["data"][0]
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, LookupError) as error:
+        if isinstance(error, httpx2.HTTPStatusError) and error.response.status_code == 401:
+            raise UserError(f"{load.url} wants another API key: give it with --api-key") from None
         raise UserError(f"{load.url}: no server of OpenAI's API ({error or type(error).__name__})") from None
     rows: list[dict[str, Any]] = []
     prompts = load.texts()

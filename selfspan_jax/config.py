@@ -428,7 +428,7 @@ class ServerConfig:
 
     def __post_init__(self):
         _require_within(self, 0, 65535, "port")
-        _require(self.api_key is None or bool(self.api_key), self, "api_key", "text of at least one character")
+        _require(self.api_key is None or bool(self.api_key.strip()), self, "api_key", "text that is not blank")
         _require_positive(self, "slots")
         self.serving  # noqa: B018  # raises for what is wrong with it
 

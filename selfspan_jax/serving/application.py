@@ -59,7 +59,7 @@ class Server:
         policy = get_policy(lm.config.mask if attention is None else attention)
         self.service = Service(lm, scheduler, model_name, policy, Metrics(model_name, lambda: scheduler.stats))
         self.model_name, self.state = model_name, "starting"
-        self._key = None if api_key is None else _digest(api_key.encode("utf-8", "surrogateescape"))
+        self._key = None if api_key is None else _digest(api_key.strip().encode("utf-8", "surrogateescape"))
         self._page = live.page(model_name, self.service.task_name, policy.name, examples)
         self._thread = threading.Thread(target=self._drive, name="scheduler", daemon=True)
         self._created = int(time.time())

@@ -1,5 +1,6 @@
 """The load generator: what it counts of a known course of events, and a run against a server."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.arrivals import Sent, arrivals, summary, table
+from selfspan_jax.errors import UserError
 from selfspan_jax.serving.requests import Stats
 from tests.selfspan_jax.serving.test_server import RESPONSE, Scripted
 from tests.selfspan_jax.serving.test_server import serving as server_of
@@ -48,6 +50,15 @@ def test_a_run_against_a_server(tmp_path, monkeypatch, capsys):
         assert 0 < row["first_token_ms_p50"] <= row["whole_ms_p50"] <= row["whole_ms_p99"]
     told = "failed: decoding failed: the device is on fire"
     assert [line.split()[:3] if line != told else told for line in lines[-4:]] == [["100", "9", "3"], told, ["200", "6", "2"], told]
+
+
+def test_a_server_that_wants_a_key_gets_it_or_is_named(tmp_path):
+    (tmp_path / "prompts.txt").write_text("45\n")
+    with server_of(Scripted(), api_key="sécret") as address:
+        load = serving.Load(url=address, rates=(200.0,), num_requests=(1,), prompts=tmp_path / "prompts.txt", api_key="sécret")
+        load.run()
+        with pytest.raises(UserError, match="wants another API key: give it with --api-key"):
+            dataclasses.replace(load, api_key=None).run()
 
 
 def test_clients_that_go_away_are_counted_and_the_server_says_what_it_holds(tmp_path, monkeypatch):
