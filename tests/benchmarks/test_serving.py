@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.arrivals import Sent, arrivals, summary, table
-from selfspan_jax.errors import UserError
+from data.errors import UserError
 from selfspan_jax.serving.requests import Stats
 from tests.selfspan_jax.serving.test_server import RESPONSE, Scripted
 from tests.selfspan_jax.serving.test_server import serving as server_of
