@@ -153,6 +153,7 @@ class Corpus(corpus.Corpus):
       value_sources: Name before each value of a call what it stands in, whether it was named before or not.
       late_sources: With value_sources, share of the turns that calls name with their values alone, to train on; the one that a call answers
         to is named first.
+      extra_sources: With value_sources, share of the calls that name one turn or row too many, to train on: no value stands in it.
       bare: Share of the catalogues, to train on, of names alone, as if described were False, with up to bare_services.
       bare_services: Most services in these: log-uniform from services on.
     """
