@@ -293,7 +293,8 @@ def test_import_takes_little_more_memory_than_the_model(tmp_path):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back, whatever its size
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert 0.8 * size < int(done.stdout) < 1.2 * size
+    # Measured 1.0 to 1.2, by how many matrices are still being copied on a busy machine; a second copy of the model makes it 2.
+    assert 0.8 * size < int(done.stdout) < 1.4 * size
 
 
 # GGUF, on a real model that a package carries.
