@@ -266,16 +266,14 @@ class Scheduler:
             ticket = self._waiting[at]
             shareable = ticket.keys[: (len(ticket.token_ids) - 1) // self.config.page_tokens]  # the last token is read in any case
             pages = self.pages.share(shareable)
-            if len(pages) < len(shareable) and shareable[len(pages)] in self._being_read:
+            waits = len(pages) < len(shareable) and shareable[len(pages)] in self._being_read
+            if not waits and ticket.request.expected_tokens is not None:
+                forecast = forecast or self._forecast()
+                waits = not forecast.admit(*ticket.outlook(ticket.num_new, len(pages) * self.config.page_tokens))
+            if waits:
                 self.pages.release(pages)
                 at += 1
                 continue
-            if ticket.request.expected_tokens is not None:
-                forecast = forecast or self._forecast()
-                if not forecast.admit(*ticket.outlook(ticket.num_new, len(pages) * self.config.page_tokens)):
-                    self.pages.release(pages)
-                    at += 1
-                    continue
             first_chunk = min(self.config.chunk_tokens, ticket.request.max_new_tokens - ticket.num_new)
             missing = self._num_pages(len(ticket.token_ids) + first_chunk) - len(pages)
             reserve = len(self._running) + len(self._reading)

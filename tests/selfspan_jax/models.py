@@ -1,4 +1,4 @@
-"""Small random models for the tests."""
+"""Small random models for the tests, and a task for them."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,19 @@ TINY = dict(
     hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, max_context_tokens=64,
     compute_dtype="float32",
 )  # fmt: skip
+
+
+class Digits:
+    """A task over the small vocabulary of the tests: digits are themselves."""
+
+    def encode_prompt(self, text):
+        return np.array([1, *(int(character) for character in text), 3], np.int32)
+
+    def decode(self, token_ids):
+        return " ".join(str(int(token)) for token in token_ids)
+
+    def answer(self, response_ids):
+        return None
 
 
 def random_model(seed=0, **changes):

@@ -15,7 +15,7 @@ from selfspan_jax.evaluation import evaluate
 from selfspan_jax.lm import Step, installed_tasks
 from selfspan_jax.serving import scheduler, throughput
 from selfspan_jax.viewing import text
-from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.models import Digits, random_model
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED
 
@@ -32,19 +32,6 @@ def lm():
 @pytest.fixture(scope="module")
 def out(lm):
     return lm.generate(EXPRESSION, max_new_tokens=64)
-
-
-class Digits:
-    """A task over the small vocabulary of the tests: digits are themselves."""
-
-    def encode_prompt(self, text):
-        return np.array([1, *(int(character) for character in text), 3], np.int32)
-
-    def decode(self, token_ids):
-        return " ".join(str(int(token)) for token in token_ids)
-
-    def answer(self, response_ids):
-        return None
 
 
 @pytest.fixture(scope="module")

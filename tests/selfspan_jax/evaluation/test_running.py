@@ -19,7 +19,7 @@ from selfspan_jax.parallel import memory
 from selfspan_jax.serving.requests import Tokens
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing import text
-from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.models import Digits, random_model
 
 RIGHT = {"4": (True, True, True), "45": (True, False, True), "456": (False, False, False)}
 
@@ -29,20 +29,11 @@ class Example(NamedTuple):
     response_ids: np.ndarray = np.array([5, 2])
 
 
-class Summaries:
-    """A task over the small vocabulary of the tests, digits are themselves, with scores of its own."""
+class Summaries(Digits):
+    """A task with scores of its own."""
 
     unit = "summaries"
     score_kinds: ClassVar = {"ROUGE": ("rougeL",), "facts": ("fact_accuracy",)}
-
-    def encode_prompt(self, text):
-        return np.array([1, *(int(character) for character in text), 3], np.int32)
-
-    def decode(self, token_ids):
-        return " ".join(str(int(token)) for token in token_ids)
-
-    def answer(self, response_ids):
-        return None
 
     def to_json(self):
         return {"task": "digits", "max_digits": 2, "vocab": "large"}
