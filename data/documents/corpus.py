@@ -125,9 +125,9 @@ class Corpus(GeneratedCorpus[Example]):
         check_range(self, "piece_sentences", low=0)
         check_closing(self)
 
-    def parts(self, step: Step, uniform: float | None) -> list[Part]:
+    def parts(self, document: Document, number: int, uniform: float | None) -> list[Part]:
         """Return what a step names and writes, in turn."""
-        return whole(step)
+        return whole(document.steps[number])
 
     @property
     def vocab(self) -> TokenizerVocab:
@@ -174,7 +174,7 @@ def encode(
     labelling: Labelling,
     closed_steps: bool,
     solve_names: bool,
-    parts: Callable[[Step, float | None], Sequence[Part]],
+    parts: Callable[[Document, int, float | None], Sequence[Part]],
     too_long: TooLong = "drop",
     uniform: float | None = None,
     **style: Any,
@@ -201,7 +201,7 @@ def encode(
         raise Unusable("no step rests on a piece", "without a step that rests on a piece")
     first = document.steps[0].sources
     named = next((i for i in first if not document.pieces[i].startswith(QUESTION)), first[0]) if solve_names else None
-    steps = [parts(step, uniform) for step in document.steps]
+    steps = [parts(document, number, uniform) for number in range(len(document.steps))]
     token_ids, first_label = encode_steps(prompt, kept, steps, vocab, uniform, closed=closed_steps, named=named)
     if len(token_ids) > max_example_tokens:
         raise Unusable(f"{len(token_ids)} tokens, more than {max_example_tokens}", "longer than max_example_tokens")

@@ -154,8 +154,8 @@ class DocumentTask(PiecesTask):
         document = example.document
         drawn, rankings = random.Random(document.prompt), dict[Sequence[int], BM25]()
         found = []
-        for number, step in enumerate(document.steps):
-            pools, first = self.pools(document, number), self.parts(step, None)[0][0]
+        for number in range(len(document.steps)):
+            pools, first = self.pools(document, number), self.parts(document, number, None)[0][0]
             named = [piece for piece in first if not any(piece in pool for pool in pools)]
             for pool in pools:
                 gold = [piece for piece in first if piece in pool]
@@ -204,9 +204,9 @@ class DocumentTask(PiecesTask):
         except UserError:
             return None
 
-    def parts(self, step: Step, uniform: float | None) -> list[Part]:
+    def parts(self, document: Document, number: int, uniform: float | None) -> list[Part]:
         """Return what a step names and writes, in turn; see `corpus.Corpus.parts`."""
-        return corpus.whole(step)
+        return corpus.whole(document.steps[number])
 
     def on(self, other: task.Task) -> task.Task:
         """Return the task of other documents as a model of this task reads it: by their instruction, in its own words and style."""

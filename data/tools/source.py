@@ -47,25 +47,36 @@ class Call(NamedTuple):
 
 
 def parts(
-    step: Step, *, value_sources: bool, late_sources: float = 0, extra_sources: float = 0, uniform: float | None = None
+    document: Document,
+    number: int,
+    *,
+    value_sources: bool,
+    recent_turns: int = 0,
+    late_sources: float = 0,
+    extra_sources: float = 0,
+    uniform: float | None = None,
 ) -> list[Part]:
     """Return what a call names and writes, in turn.
 
     Args:
       value_sources: each value is a part, which names what it stands in, of calls whose sources are the service, the turn that it
         answers to, and one for each value.
+      recent_turns: so many turns, up to that one, are named in any case.
       late_sources: share of the other turns that are named with their values alone, drawn by `uniform`.
       extra_sources: share of the calls that also name one of the turns and rows between those, which no value stands in.
     """
+    step = document.steps[number]
     service, *others = step.sources
     call = read_call(step.text) if value_sources else None
     texts = call.parts() if call and 1 + len(call.parameters) == len(others) else [step.text]
     draw = random.Random(f"tools/{uniform}").random
     late = {turn for turn in sorted({*others[1:]} - {others[0]}) if draw() < late_sources} if len(texts) > 1 else set()
-    told = {*others} - {service}
+    turns = [i for i, piece in enumerate(document.pieces[: 1 + max(others[:1], default=-1)]) if piece.startswith((*SPEAKERS.values(),))]
+    recent = {*turns[max(len(turns) - recent_turns, 0) :]}
+    told = {*others} - {service} | recent
     between = [piece for piece in range(min(told, default=0), max(told, default=0)) if piece not in told]
     extra = {random.Random(f"tools/extra/{uniform}").choice(between)} if between and extra_sources and draw() < extra_sources else set()
-    first = (service, *sorted(told - late | extra))
+    first = (service, *sorted(told - late | recent | extra))
     return [(first, texts[0]), *(((source,), text) for source, text in zip(others[1:], texts[1:]))]
 
 
@@ -151,6 +162,7 @@ class Corpus(corpus.Corpus):
       described: Services have descriptions, defaults and allowed values; otherwise the names of methods and parameters alone.
       example: all calls of a dialogue, or those of one turn after what was said before it.
       value_sources: Name before each value of a call what it stands in, whether it was named before or not.
+      recent_turns: Turns, up to the one that a call answers to, which it names whether a value stands in them or not.
       late_sources: With value_sources, share of the turns that calls name with their values alone, to train on; the one that a call answers
         to is named first.
       extra_sources: With value_sources, share of the calls that name one turn or row too many, to train on: no value stands in it.
@@ -166,6 +178,7 @@ class Corpus(corpus.Corpus):
     described: bool = True
     example: Literal["dialogue", "turn"] = "dialogue"
     value_sources: bool = False
+    recent_turns: int = 0
     late_sources: float = 0.0
     extra_sources: float = 0.0
     bare: float = 0.0
@@ -177,6 +190,7 @@ class Corpus(corpus.Corpus):
         check_range(self, "min_services", low=0, high=self.services)
         check_range(self, "original", "late_sources", "extra_sources", "bare", low=0, high=1)
         check_range(self, "bare_services", low=1)
+        check_range(self, "recent_turns", low=0)
         for name in ("late_sources", "extra_sources"):
             if getattr(self, name) and not self.value_sources:
                 raise UserError(
@@ -186,9 +200,9 @@ class Corpus(corpus.Corpus):
         if self.too_long != "drop":
             raise UserError(f"too_long is {self.too_long!r}; allowed: drop: what a dialogue ends with is what its calls rest on")
 
-    def parts(self, step: Step, uniform: float | None) -> list[Part]:
+    def parts(self, document: Document, number: int, uniform: float | None) -> list[Part]:
         shares = {"late_sources": self.late_sources, "extra_sources": self.extra_sources}
-        return parts(step, value_sources=self.value_sources, **shares, uniform=uniform)
+        return parts(document, number, value_sources=self.value_sources, recent_turns=self.recent_turns, **shares, uniform=uniform)
 
 
 @dataclasses.dataclass(frozen=True)

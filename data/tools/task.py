@@ -32,12 +32,13 @@ class ToolTask(DocumentTask):
 
     Attributes:
       value_sources: Before each value of a call stands the source that it has been found in.
+      recent_turns: So many turns, up to the one that a call answers to, are named whether a value stands in them or not.
 
     A prompt's paragraphs are its pieces: first those that begin with "Service NAME:", then "User: ...", "System: ..." and "Result: ...".
     """
 
     name: ClassVar[str] = "tools"
-    later: ClassVar[tuple[str, ...]] = (*DocumentTask.later, "value_sources")
+    later: ClassVar[tuple[str, ...]] = (*DocumentTask.later, "value_sources", "recent_turns")
     unit: ClassVar[str] = "responses"
     group_by: ClassVar[str] = "services"
     group_title: ClassVar[str] = "services"
@@ -51,6 +52,7 @@ class ToolTask(DocumentTask):
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
     piece_sentences: int = 0
     value_sources: bool = False
+    recent_turns: int = 0
 
     def group(self, prompt: str) -> str:
         """Return how many services a prompt has: "5" for up to 5, "26", "100"."""
@@ -62,8 +64,8 @@ class ToolTask(DocumentTask):
         services = services_of(document.pieces)
         return [services, range(len(services), max(document.steps[number].sources) + 1)]
 
-    def parts(self, step: Step, uniform: float | None) -> list[Part]:
-        return source.parts(step, value_sources=self.value_sources)
+    def parts(self, document: Document, number: int, uniform: float | None) -> list[Part]:
+        return source.parts(document, number, value_sources=self.value_sources, recent_turns=self.recent_turns)
 
     def query(self, document: Document, number: int) -> str:
         """Return what was said last before a call."""

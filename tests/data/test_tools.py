@@ -129,13 +129,29 @@ def test_values_name_what_they_stand_in_and_some_of_it_late(clone, corpus):
     assert tokens == f"{names[0]}{names[2]}{names[1]}{names[3]} " + text.replace('"class":', f'"class":{values[2]}')
     (step,) = task.steps(example.token_ids[example.prompt_tokens :])[1:2]
     assert (step.text, step.named) == (CALLS[1][0], {*document.steps[1].sources})
-    found = [Corpus(value_sources=True, late_sources=share).parts(document.steps[1], 0.5) for share in (0, 1)]
+    found = [Corpus(value_sources=True, late_sources=share).parts(document, 1, 0.5) for share in (0, 1)]
     assert [own[0][0] for own in found] == [(service, seats, line, answered), (service, answered)] and found[0][1:] == found[1][1:]
-    more = [Corpus(value_sources=True, extra_sources=1, late_sources=1).parts(document.steps[1], i / 64) for i in range(64)]
+    more = [Corpus(value_sources=True, extra_sources=1, late_sources=1).parts(document, 1, i / 64) for i in range(64)]
     others = {*range(seats, answered)} - {seats, line}
     assert {own[0][0] for own in more} == {(service, piece, answered) for piece in others} and all(own[1:] == found[0][1:] for own in more)
-    few = [len(Corpus(value_sources=True, extra_sources=0.25).parts(document.steps[1], i / 64)[0][0]) - 4 for i in range(64)]
+    few = [len(Corpus(value_sources=True, extra_sources=0.25).parts(document, 1, i / 64)[0][0]) - 4 for i in range(64)]
     assert {*few} == {0, 1} and 8 <= sum(few) <= 24
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_calls_name_the_last_turns_in_any_case_and_values_what_they_stand_in(corpus, values):
+    stored = dataset.load(corpus, TASKS, "train")
+    document = to_oakton(stored).document
+    service, answered, *others = document.steps[1].sources
+    others = [i for i in others if i != service]
+    said = [i for i in range(answered + 1) if document.pieces[i].startswith(("User: ", "System: "))]
+    for count in (0, 2, 99):
+        own = Corpus(value_sources=values, recent_turns=count, late_sources=values).parts(document, 1, 0.5)
+        recent = said[len(said) - count :] if count < len(said) else said
+        assert own[0][0] == (service, *sorted({answered, *recent, *(() if values else others)}))
+        assert own[1:] == Corpus(value_sources=values).parts(document, 1, 0.5)[1:]
+    task = dataclasses.replace(stored.task, recent_turns=2)
+    assert {*task.headers(to_oakton(stored), "gold")[1]} == {1 + i for i in (service, answered, *others, *said[-2:])}
 
 
 def test_some_catalogues_to_train_on_are_names_alone(clone):
