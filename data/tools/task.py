@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from data import scoring
 from data.documents import Document, DocumentTask, Example
-from data.documents.corpus import Step
 from data.pieces import Part
 from data.tools import card, chat, source
 from data.tools.catalogue import PARAMETERS, SERVICE
