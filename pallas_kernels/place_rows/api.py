@@ -17,12 +17,13 @@ IMPLEMENTATIONS = ("xla", "triton", "jax_triton")
 class Wanted(NamedTuple):
     """Which tokens of each sequence are in use. Every field is int32 `[B]`.
 
-    keys[t] == 0  or  keys[t] == key  or  marks[keys[t]] >= since,   t < end
+    keys[t] == 0  or  keys[t] == key  or  keys[t] == named  or  marks[keys[t]] >= since,   t < end
     """
 
     place: jax.Array  # 0 leaves a sequence as it is
     end: jax.Array
     key: jax.Array
+    named: jax.Array  # another key, -1 for none
     since: jax.Array
 
 
@@ -34,6 +35,7 @@ class Placement(NamedTuple):
     sources: jax.Array  # int32 [B, W], rows of the host pool that are to be copied
     targets: jax.Array  # int32 [B, W], rows of the device's pool that they are to be copied to
     counts: jax.Array  # int32 [B], how many; what stands beyond is arbitrary
+    left: jax.Array  # int32 [B], how many more would have been given without `most`
 
 
 def place_rows(
@@ -44,6 +46,8 @@ def place_rows(
     wanted: Wanted,
     pinned: jax.Array,
     host_rows: jax.Array,
+    most: jax.Array | None = None,
+    turn: jax.Array | None = None,
     *,
     implementation: str | None = None,
     interpret: bool = False,
@@ -62,6 +66,8 @@ def place_rows(
       wanted: which tokens are in use.
       pinned: int32 `[B]`: so many first rows are never taken.
       host_rows: int32 `[B, A]`; what stands there for tokens that are not in host memory is arbitrary.
+      most: int32 `[]`: so many rows are given in all at most; None for no limit. With it
+      turn: int32 `[B]`: sequences of lower numbers get theirs first, of equal ones the first.
       implementation, interpret: as `pallas_kernels` says.
     """
     batch, capacity = slot_table.shape
@@ -71,8 +77,11 @@ def place_rows(
     for name, (array, shape) in (shapes | {name: (field, (batch,)) for name, field in wanted._asdict().items()}).items():
         fits = array.shape == shape and array.dtype == jnp.int32
         require(fits, f"{name} must be int32{list(shape)} beside a slot_table {list(slot_table.shape)}", array)
+    if most is not None:
+        fits = most.shape == () and turn is not None and turn.shape == (batch,) and most.dtype == turn.dtype == jnp.int32
+        require(fits, "expected most int32 [] and turn int32 [B]", most, turn)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))
-    arrays = slot_table, owner, keys, marks, *wanted, pinned, host_rows
+    arrays = slot_table, owner, keys, marks, *wanted, pinned, host_rows, most, turn
     kernel = functools.partial(triton_place_rows, interpret=interpret)
     return Placement(*(xla_place_rows(*arrays) if chosen == "xla" else launch(chosen, kernel, *arrays)))
 

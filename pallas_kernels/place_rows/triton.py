@@ -3,8 +3,9 @@
 Why it exists: which rows are missing is known on the device only. In most steps of most sequences none is, and a sequence that names
 nothing costs its program one read; XLA would sort and scan whole tables of all sequences in every step.
 
-How: each sequence has a program. It lists the tokens that miss a row; notes the age of every row; finds by bisection the age up to which
-as many rows are to be taken; lists these; and exchanges one for the other.
+How: each sequence has a program in each of two kernels. The first one lists the tokens that miss a row, and notes the age of every row.
+Then it is known who wants how many, and rows are shared out. The second one finds by bisection the age up to which as many rows are to be
+taken; lists these; and exchanges one for the other.
 """
 
 import functools
@@ -14,142 +15,169 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.place_rows.reference import FREE, NEVER
+from pallas_kernels.place_rows.reference import FREE, NEVER, share_out
 
 TILE = 2048  # tokens, or rows, that a program reads at once
 
 
-def triton_place_rows(slot_table, owner, keys, marks, place, end, key, since, pinned, host_rows, *, interpret: bool = False):
-    """Run the kernel; arguments as in `place_rows`, already checked."""
+def triton_place_rows(
+    slot_table, owner, keys, marks, place, end, key, named, since, pinned, host_rows, most, turn, *, interpret: bool = False
+):
+    """Run the kernels; arguments as in `place_rows`, already checked."""
     (batch, capacity), width = slot_table.shape, owner.shape[1]
-    sizes = [
-        (batch, capacity),
-        *[(batch, width)] * 3,
-        (batch,),
-        *[(batch, width + 1)] * 3,
-    ]  # one spare, so that what is not chosen has a place
-    results = pl.pallas_call(
-        functools.partial(_kernel, interpret=interpret),
-        grid=(batch,),
-        out_shape=tuple(jax.ShapeDtypeStruct(size, jnp.int32) for size in sizes),
-        input_output_aliases={0: 0, 1: 1},
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
-        interpret=interpret,
-        name="place_rows",
-    )(slot_table, owner, keys, marks, place, end, key, since, pinned, host_rows)
-    return results[:5]
+
+    def launch(kernel, name, sizes, *arrays, aliases):
+        return pl.pallas_call(
+            functools.partial(kernel, interpret=interpret),
+            grid=(batch,),
+            out_shape=tuple(jax.ShapeDtypeStruct((batch, *size), jnp.int32) for size in sizes),
+            input_output_aliases=aliases,
+            compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+            interpret=interpret,
+            name=name,
+        )(*arrays)
+
+    lists = [(width + 1,)] * 2  # one spare, so that what is not chosen has a place
+    wanted, *listed = launch(_list_kernel, "list_missing_rows", [(), *lists], slot_table, owner, keys, marks, place, end, key, named, since, pinned, aliases={})
+    counts = share_out(wanted, most, turn)
+    sizes = [(capacity,), *[(width,)] * 3, (width + 1,)]
+    *results, _ = launch(_take_kernel, "place_rows", sizes, slot_table, owner, host_rows, counts, *listed, aliases={0: 0, 1: 1})
+    return *results, counts, wanted - counts
 
 
-def _kernel(
-    _table,  # the output table_ref
-    _owner,  # the output owner_ref
+class _Sequence:
+    """What both kernels do with the arrays of one sequence."""
+
+    def __init__(self, capacity: int, width: int, interpret: bool):
+        self.b, self.width, self.interpret = pl.program_id(0), width, interpret
+        self.tile = min(TILE, pl.next_power_of_2(max(capacity, width, 32)))
+
+    def tiles(self, size, compute, carry):
+        """Compute `carry = compute(indices, which of them are below size, carry)` for tiles of indices."""
+
+        def step(index, carry):
+            at = index * self.tile + jnp.arange(self.tile, dtype=jnp.int32)
+            return compute(jnp.minimum(at, jnp.maximum(size - 1, 0)), at < size, carry)
+
+        return jax.lax.fori_loop(0, pl.cdiv(size, self.tile), step, carry)
+
+    def store(self, ref, at, values, chosen):
+        """Store what is chosen; the rest is the same again, or goes to the spare column: the interpreter mixes up masks."""
+        plt.store(ref.at[self.b, at], values, mask=None if self.interpret else chosen)
+
+    def extend(self, ref, count, chosen, values):
+        """Store what is chosen behind `count` others; return how many there are then."""
+        places = count + jnp.cumsum(chosen.astype(jnp.int32)) - 1
+        fits = chosen & (places < self.width)
+        self.store(ref, jnp.where(fits, places, self.width), values, fits)
+        return count + jnp.sum(chosen.astype(jnp.int32))
+
+    def wait(self):
+        """Wait for what other threads wrote; the interpreter runs one, and knows no barrier."""
+        if not self.interpret:
+            plt.debug_barrier()
+
+
+def _list_kernel(
+    table_ref,  # int32 [B, A]
+    owner_ref,  # int32 [B, W]
     keys_ref,  # int32 [B, A]
     marks_ref,  # int32 [B, L]
     place_ref,  # int32 [B], and so on
     end_ref,
     key_ref,
+    named_ref,
     since_ref,
     pinned_ref,
-    host_rows_ref,  # int32 [B, A]
-    table_ref,  # int32 [B, A]
-    owner_ref,  # int32 [B, W]
-    sources_ref,  # int32 [B, W]
-    targets_ref,  # int32 [B, W]
-    counts_ref,  # int32 [B]
+    wanted_ref,  # int32 [B], how many tokens miss a row that there is
     tokens_ref,  # int32 [B, W + 1], that miss a row
-    rows_ref,  # int32 [B, W + 1], that are taken
-    ages_ref,  # int32 [B, W + 1], of rows
+    ages_ref,  # int32 [B, W + 1], of rows, where some token misses one
     *,
     interpret: bool,
 ):
-    b = pl.program_id(0)
-    capacity, width = table_ref.shape[1], owner_ref.shape[1]
-    end, key, since = end_ref[b], key_ref[b], since_ref[b]
-
-    def tiles(size, compute, carry):  # of indices below `size`, and which of them are
-        tile = min(TILE, pl.next_power_of_2(max(capacity, width, 32)))
-
-        def step(index, carry):
-            at = index * tile + jnp.arange(tile, dtype=jnp.int32)
-            return compute(jnp.minimum(at, jnp.maximum(size - 1, 0)), at < size, carry)
-
-        return jax.lax.fori_loop(0, pl.cdiv(size, tile), step, carry)
-
-    def wait():  # for what other threads wrote; the interpreter runs one, and knows no barrier
-        if not interpret:
-            plt.debug_barrier()
-
-    def store(ref, at, values, chosen):  # what is not chosen is the same again, or goes to the spare column: the interpreter mixes up masks
-        plt.store(ref.at[b, at], values, mask=None if interpret else chosen)
+    own = _Sequence(table_ref.shape[1], owner_ref.shape[1], interpret)
+    b = own.b
+    end, key, named, since = end_ref[b], key_ref[b], named_ref[b], since_ref[b]
 
     def in_use(token):
-        own = keys_ref[b, token]
-        marked = marks_ref[b, jnp.maximum(own, 0)]
-        return (own == 0) | (own == key) | (marked >= since), marked
-
-    def extend(ref, count, chosen, values):
-        places = count + jnp.cumsum(chosen.astype(jnp.int32)) - 1
-        fits = chosen & (places < width)
-        store(ref, jnp.where(fits, places, width), values, fits)
-        return count + jnp.sum(chosen.astype(jnp.int32))
+        found = keys_ref[b, token]
+        marked = marks_ref[b, jnp.maximum(found, 0)]
+        return (found == 0) | (found == key) | (found == named) | (marked >= since), marked
 
     def list_missing(token, inside, count):
-        return extend(tokens_ref, count, inside & (table_ref[b, token] < 0) & in_use(token)[0], token)
+        return own.extend(tokens_ref, count, inside & (table_ref[b, token] < 0) & in_use(token)[0], token)
 
     def note_age(row, inside, count):
         held = owner_ref[b, row]
         used, marked = in_use(jnp.maximum(held, 0))
         age = jnp.where(held < 0, FREE, jnp.where(used, NEVER, marked))
         age = jnp.where(row < pinned_ref[b], NEVER, age)
-        store(ages_ref, row, age, inside)
+        own.store(ages_ref, row, age, inside)
         return count + jnp.sum((inside & (age < NEVER)).astype(jnp.int32))
-
-    def count_up_to(age):
-        return tiles(width, lambda row, inside, n: n + jnp.sum((inside & (ages_ref[b, row] <= age)).astype(jnp.int32)), jnp.int32(0))
 
     @pl.when(place_ref[b] == 0)
     def leave():
-        counts_ref[b] = 0
+        wanted_ref[b] = 0
 
     @pl.when(place_ref[b] != 0)
-    def exchange():
-        missing = tiles(end, list_missing, jnp.int32(0))
-        count = jnp.minimum(missing, tiles(jnp.minimum(missing, 1) * width, note_age, jnp.int32(0)))  # where none is missing, none is noted
-        counts_ref[b] = count
+    def find():
+        missing = own.tiles(end, list_missing, jnp.int32(0))
+        wanted_ref[b] = jnp.minimum(missing, own.tiles(jnp.minimum(missing, 1) * own.width, note_age, jnp.int32(0)))
 
-        @pl.when(count > 0)
-        def take():
-            wait()
 
-            def halve(_, bounds):  # the oldest of which enough rows are at most so old is in low .. high
-                low, high = bounds
-                middle = (low + high) >> 1
-                enough = count_up_to(middle) >= count
-                return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+def _take_kernel(
+    _table,  # the output table_ref
+    _owner,  # the output owner_ref
+    host_rows_ref,  # int32 [B, A]
+    counts_ref,  # int32 [B]
+    tokens_ref,  # int32 [B, W + 1]
+    ages_ref,  # int32 [B, W + 1]
+    table_ref,  # int32 [B, A]
+    owner_ref,  # int32 [B, W]
+    sources_ref,  # int32 [B, W]
+    targets_ref,  # int32 [B, W]
+    rows_ref,  # int32 [B, W + 1], that are taken
+    *,
+    interpret: bool,
+):
+    own = _Sequence(table_ref.shape[1], owner_ref.shape[1], interpret)
+    b, width = own.b, own.width
+    count, capacity = counts_ref[b], table_ref.shape[1]
 
-            _, age = jax.lax.fori_loop(0, (capacity + 2).bit_length(), halve, (jnp.int32(FREE), jnp.int32(capacity)))
-            equals = count - count_up_to(age - 1)  # so many of that age are taken
+    def count_up_to(age):
+        return own.tiles(width, lambda row, inside, n: n + jnp.sum((inside & (ages_ref[b, row] <= age)).astype(jnp.int32)), jnp.int32(0))
 
-            def list_taken(row, inside, carry):
-                taken, ties = carry
-                own = ages_ref[b, row]
-                tie = inside & (own == age)
-                rank = ties + jnp.cumsum(tie.astype(jnp.int32))
-                chosen = (inside & (own < age)) | (tie & (rank <= equals))
-                return extend(rows_ref, taken, chosen, row), ties + jnp.sum(tie.astype(jnp.int32))
+    @pl.when(count > 0)
+    def take():
+        def halve(_, bounds):  # the oldest of which enough rows are at most so old is in low .. high
+            low, high = bounds
+            middle = (low + high) >> 1
+            enough = count_up_to(middle) >= count
+            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-            tiles(width, list_taken, (jnp.int32(0), jnp.int32(0)))
-            wait()
+        _, age = jax.lax.fori_loop(0, (capacity + 2).bit_length(), halve, (jnp.int32(FREE), jnp.int32(capacity)))
+        equals = count - count_up_to(age - 1)  # so many of that age are taken
 
-            def change(place, inside, _):
-                token, row = tokens_ref[b, place], rows_ref[b, place]
-                left, target = owner_ref[b, row], b * width + row
-                had = left >= 0
-                given_up = -1 - host_rows_ref[b, jnp.maximum(left, 0)]
-                store(table_ref, jnp.where(had, left, token), jnp.where(had, given_up, target), inside)
-                store(table_ref, token, target, inside)
-                store(owner_ref, row, token, inside)
-                store(sources_ref, place, host_rows_ref[b, token], inside)
-                store(targets_ref, place, target, inside)
+        def list_taken(row, inside, carry):
+            taken, ties = carry
+            found = ages_ref[b, row]
+            tie = inside & (found == age)
+            rank = ties + jnp.cumsum(tie.astype(jnp.int32))
+            chosen = (inside & (found < age)) | (tie & (rank <= equals))
+            return own.extend(rows_ref, taken, chosen, row), ties + jnp.sum(tie.astype(jnp.int32))
 
-            tiles(count, change, None)
+        own.tiles(width, list_taken, (jnp.int32(0), jnp.int32(0)))
+        own.wait()
+
+        def change(place, inside, _):
+            token, row = tokens_ref[b, place], rows_ref[b, place]
+            left, target = owner_ref[b, row], b * width + row
+            had = left >= 0
+            given_up = -1 - host_rows_ref[b, jnp.maximum(left, 0)]
+            own.store(table_ref, jnp.where(had, left, token), jnp.where(had, given_up, target), inside)
+            own.store(table_ref, token, target, inside)
+            own.store(owner_ref, row, token, inside)
+            own.store(sources_ref, place, host_rows_ref[b, token], inside)
+            own.store(targets_ref, place, target, inside)
+
+        own.tiles(count, change, None)

@@ -34,6 +34,8 @@ from selfspan_jax.tiers.cache import TieredCache, new_host_rows
 from selfspan_jax.tiers.prefill import read_to_host
 from selfspan_jax.tiers.working_sets import always_read
 
+LINK_SHARE = 32  # a step copies rows of at most the weights' bytes by this, which the link brings in the time of a step, ...
+MIN_LINK_BYTES = 1 << 24  # ... or of so many: a step of a small model takes longer than its weights do
 NEW_TOKENS = 1024  # of a sequence that are on the device; when there are as many, they are written to the host
 
 
@@ -69,6 +71,7 @@ class HostEngine(Engine):
             raise UserError(f"working_set_tokens is {working_set_tokens}; allowed: 2 and above")
         self.working_set_tokens, self._read = working_set_tokens, read
         config = model.config
+        self.rows_per_step = max(memory.bytes_of(self.params) // LINK_SHARE, MIN_LINK_BYTES) // config.row_bytes
         if config.mask == "memory":
             raise UserError("kv_memory is 'host', but the model's layers have a memory, which lies on the device; allowed: 'device'")
         q, pool = (
@@ -92,6 +95,10 @@ class HostEngine(Engine):
         new_rows = cast(TieredCache, state.cache).new_rows
         return min(super().room(num_steps, state), (num_steps // new_rows + 1) * new_rows)
 
+    def _waiting(self, state: DecodeState) -> DecodeState:
+        """Let sequences wait for rows beyond those that the link brings within a step."""
+        return dataclasses.replace(state, cache=dataclasses.replace(state.cache, most_rows=jnp.int32(self.rows_per_step)))
+
     def extend(self, state, config, limit_tokens):
         """Write the rows of new tokens to host memory, so that their place on the device is free; where there is none, take more of it."""
         if (num_steps := self._num_new(state)) == super().room(num_steps, state):
@@ -114,12 +121,17 @@ class HostEngine(Engine):
         until = most if until is None else min(until, most)
         while True:
             state, room = self._with_room(state, config, until)
-            state = super().run(state, config, until=min(until, room), forced_tokens=forced_tokens)
+            state = super().run(self._waiting(state), config, until=min(until, room), forced_tokens=forced_tokens)
             if room >= until or not jnp.any(state.is_active(jnp.int32(until))):
                 return state
 
+    def lower_run(self, state, config, *, forced_tokens=None):
+        return super().lower_run(self._waiting(state), config, forced_tokens=forced_tokens)
+
     def step(self, state, tokens, config):
-        return super().step(self._with_room(state, config, super().room(0, state))[0], tokens, config)
+        state, _ = self._with_room(state, config, super().room(0, state))
+        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, most_rows=None))  # every sequence takes its token
+        return super().step(state, tokens, config)
 
     def _with_room(self, state: DecodeState, config: DecodeConfig, until: int) -> tuple[DecodeState, int]:
         """Return a state with rows for another token, and how many tokens there may then be."""

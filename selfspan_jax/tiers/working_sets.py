@@ -40,6 +40,7 @@ class WorkingSets(KVCache):
     on_host: Int[Array, "B"]  # slots in use that are rows in host memory
     copied: Int[Array, "B"]  # rows copied since the prompt, of each layer
     misses: Int[Array, "B"]  # rows read from host memory since then, of each layer
+    most_rows: Int[Array, ""] | None  # that a step copies, of all sequences; who misses more waits for the next step. None: no limit
 
     is_resident: ClassVar[bool] = False
 
@@ -48,7 +49,7 @@ class WorkingSets(KVCache):
         """Return the fields of working sets with nothing in them, except for `host_rows`."""
         rows, none = jnp.full((sequences, width), -1, jnp.int32), jnp.zeros(sequences, jnp.int32)
         numbers = dict.fromkeys(("pinned", "num_copied", "on_host", "copied", "misses"), none)
-        return {"owner": rows, "sources": rows, "targets": rows, **numbers}
+        return {"owner": rows, "sources": rows, "targets": rows, **numbers, "most_rows": None}
 
     def pin(self, tokens: Bool[Array, "B A"], anew: Bool[Array, "B"]) -> Self:
         """Keep these tokens on the device for good, as many as half of a working set has room for, and note what is to be copied.
@@ -72,27 +73,44 @@ class WorkingSets(KVCache):
             pinned=jnp.where(anew, number, self.pinned),
         )
 
+    def fetched(self, span, tokens, active, vocab, implementation=None):
+        """Give rows on the device to what headers open and name, before they are fed.
+
+        Where `most_rows` are not enough for all, those go first that have named something in their step, so that the others' copies
+        come while these compute; then those with the shortest responses.
+        """
+        opened, named = (vocab.label_of(tokens, base) for base in (vocab.seg_base, vocab.ref_base))
+        opens, latest = opened >= 0, span.num_tokens - 1
+        place = (active & span.in_response & (opens | (named >= 0))).astype(jnp.int32)
+        key, since = jnp.where(opens, opened, span.label), jnp.where(opens, span.num_tokens, span.step_index)
+        turn = jnp.where(span.is_header & (latest > span.step_index), -1, latest - span.solve_index)
+        cache, left = self._placed(span, Wanted(place, span.num_tokens, key, named, since), turn, implementation)
+        return cache, active & (left == 0)
+
     def choose_slots(self, step_slots, slots, implementation=None, **now):
-        """Give rows on the device to what headers open and name, then compute the slots; `implementation` is of both."""
-        cache, span, active = self, now["span"], now["active"]
+        """Compute the slots of the newest tokens, and count those that are rows in host memory; `implementation` is of both."""
+        active = now["active"]
         if slots.kept is not None:  # a policy that reads what is named
-            cache = self.placed(span, active & span.is_response & span.is_header, implementation)
 
             def choose(slots, table, now):
                 return step_slots(slots, table, **now), None
 
-            slots, _ = per_sequence(choose, slots, cache.slot_table, now, implementation=implementation)
+            slots, _ = per_sequence(choose, slots, self.slot_table, now, implementation=implementation)
         else:
             slots = step_slots(slots, self.slot_table, **now)
-        used = jax.lax.broadcasted_iota(jnp.int32, slots.slots.shape, 1) < slots.counts[:, None]
+        used = jax.lax.broadcasted_iota(jnp.int32, slots.slots.shape, 1) < jnp.where(active, slots.counts, 0)[:, None]
         on_host = jnp.sum(used & (slots.slots < 0), axis=1, dtype=jnp.int32)
-        return dataclasses.replace(cache, on_host=on_host, misses=cache.misses + jnp.where(active, on_host, 0)), slots
+        return dataclasses.replace(self, on_host=on_host, misses=self.misses + on_host), slots
 
-    def placed(self, span: SpanState, wanted: Array, implementation: Literal["jax_triton"] | None = None) -> Self:
-        """Choose rows for what wanted sequences read by label, and note what is to be copied."""
-        in_use = Wanted(wanted.astype(jnp.int32), span.num_tokens, span.label, span.step_index)
+    def placed(self, span: SpanState, chosen: Bool[Array, "B"]) -> Self:
+        """Choose rows for what the steps of chosen sequences read by label, and note what is to be copied."""
+        none = jnp.full_like(span.label, -1)
+        return self._placed(span, Wanted(chosen.astype(jnp.int32), span.num_tokens, span.label, none, span.step_index))[0]
+
+    def _placed(self, span, in_use: Wanted, turn=None, implementation: Literal["jax_triton"] | None = None) -> tuple[Self, Array]:
         arrays = self.slot_table, self.owner, span.token_labels, span.last_named, in_use, self.pinned, self.host_rows
-        found = place_rows(*arrays, implementation=implementation)
+        most = None if turn is None else self.most_rows
+        found = place_rows(*arrays, most, turn, implementation=implementation)
         return dataclasses.replace(
             self,
             slot_table=found.slot_table,
@@ -101,7 +119,7 @@ class WorkingSets(KVCache):
             targets=found.targets,
             num_copied=found.counts,
             copied=self.copied + found.counts,
-        )
+        ), found.left
 
     def copies(self, layer: tuple[Array, ...], share: Int[Array, "2"] | None = None) -> Copies:
         """Say which rows that were noted a layer's pools on the device are to get, or a share of them."""
@@ -109,11 +127,13 @@ class WorkingSets(KVCache):
 
     def with_copies(self) -> Self:
         """Copy these rows in all layers, between steps; return the cache that has them."""
-        return dataclasses.replace(self, pools=tuple((*copy_rows(*self.copies(layer)), *layer[2:]) for layer in self.pools))
+        pools = tuple((*copy_rows(*self.copies(layer)), *layer[2:]) for layer in self.pools)
+        return dataclasses.replace(self, pools=pools, num_copied=jnp.zeros_like(self.num_copied))
 
     def attend(self, own, slots: AnySlots, implementation) -> Attend:
-        """Make the attention of one new token per sequence."""
-        return _Attend(self, own, slots, implementation)
+        """Make the attention of one new token per sequence; one that takes no token reads nothing."""
+        counts = jnp.where(own < self.pools[0][0].shape[0], slots.counts, 0)
+        return _Attend(self, own, dataclasses.replace(slots, counts=counts), implementation)
 
 
 def always_read(span: SpanState, token_ids: Int[Array, "B T"], vocab: SpanVocab) -> Bool[Array, "B A"]:

@@ -145,8 +145,8 @@ def test_copies_of_rows(by_numpy):
 def test_places_of_rows(by_numpy, monkeypatch):
     """The test of `place_rows`, its kernel through this way."""
 
-    def run(table, owner, keys, marks, wanted, pinned, host_rows, **_):
-        return Placement(*launch("jax_triton", triton_place_rows, table, owner, keys, marks, *wanted, pinned, host_rows))
+    def run(table, owner, keys, marks, wanted, *others, **_):
+        return Placement(*launch("jax_triton", triton_place_rows, table, owner, keys, marks, *wanted, *others))
 
     monkeypatch.setattr(test_place_rows, "place_rows", run)
     monkeypatch.setattr(test_place_rows.jax, "jit", lambda function: function)

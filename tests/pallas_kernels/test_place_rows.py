@@ -17,25 +17,26 @@ RUNS = [("xla", False, 25), ("triton", True, 5), pytest.param("triton", False, 2
 RUNS += [pytest.param("jax_triton", False, 25, marks=JAX_TRITON)]
 
 
-def simulate(table, owner, keys, marks, wanted, pinned, host_rows):
-    """The slot table and owners afterwards, and of each sequence the pairs of rows that are copied."""
-    table, owner, copies = table.copy(), owner.copy(), []
-    width = owner.shape[1]
-    for b in range(BATCH):
+def simulate(table, owner, keys, marks, wanted, pinned, host_rows, most, turn):
+    """The slot table and owners afterwards, of each sequence the pairs of rows that are copied, and how many are left for later."""
+    table, owner = table.copy(), owner.copy()
+    copies, later, width = [[] for _ in range(BATCH)], [0] * BATCH, owner.shape[1]
+    for b in sorted(range(BATCH), key=lambda b: turn[b]):
 
         def in_use(token, b=b):
-            return keys[b, token] in (0, wanted.key[b]) or marks[b, max(keys[b, token], 0)] >= wanted.since[b]
+            return keys[b, token] in (0, wanted.key[b], wanted.named[b]) or marks[b, max(keys[b, token], 0)] >= wanted.since[b]
 
         missing = [t for t in range(wanted.end[b]) if table[b, t] < 0 and in_use(t)] if wanted.place[b] else []
         free = [row for row in range(pinned[b], width) if owner[b, row] < 0 or not in_use(owner[b, row])]
         free.sort(key=lambda row, b=b: (-2 if owner[b, row] < 0 else marks[b, max(keys[b, owner[b, row]], 0)], row))
-        copies.append([])
-        for token, row in zip(missing, sorted(free[: len(missing)])):
+        now = min(len(missing), len(free), most - sum(map(len, copies)))
+        later[b] = min(len(missing), len(free)) - now
+        for token, row in zip(missing, sorted(free[:now])):
             if (left := owner[b, row]) >= 0:
                 table[b, left] = -1 - host_rows[b, left]
             table[b, token], owner[b, row] = b * width + row, token
             copies[b].append((host_rows[b, token], b * width + row))
-    return table, owner, copies
+    return table, owner, copies, later
 
 
 @pytest.mark.parametrize("implementation, interpret, steps", RUNS)
@@ -48,27 +49,32 @@ def test_the_least_recently_named_give_their_rows(width, implementation, interpr
     keys = rng.integers(0, LABELS, (BATCH, CAPACITY)).astype(np.int32)
     pinned = rng.integers(0, min(width, 5) + 1, BATCH).astype(np.int32)
     place = jax.jit(functools.partial(place_rows, implementation=implementation, interpret=interpret))
-    moved = 0
+    moved = put_off = 0
     for step in range(steps):
         marks[np.arange(BATCH), rng.integers(0, LABELS, BATCH)] = step
         sizes = rng.integers(0, 4, BATCH), rng.integers(0, CAPACITY + 1, BATCH), rng.integers(0, LABELS, BATCH)
+        sizes = *sizes, rng.integers(-1, LABELS, BATCH)
         wanted = Wanted(*(x.astype(np.int32) for x in (*sizes, step - rng.integers(0, 3, BATCH))))
-        found = place(*map(jnp.asarray, (table, owner, keys, marks)), wanted, pinned, host_rows)
-        table, owner, copies = simulate(table, owner, keys, marks, wanted, pinned, host_rows)
+        limit = np.int32(rng.integers(0, width) if step % 2 else 2**31 - 1), rng.integers(-1, 3, BATCH).astype(np.int32)
+        found = place(*map(jnp.asarray, (table, owner, keys, marks)), wanted, pinned, host_rows, *map(jnp.asarray, limit))
+        table, owner, copies, later = simulate(table, owner, keys, marks, wanted, pinned, host_rows, *limit)
         np.testing.assert_array_equal(found.slot_table, table)
         np.testing.assert_array_equal(found.owner, owner)
         pairs = np.stack([found.sources, found.targets], axis=2)
         assert [list(map(tuple, pairs[b, :count])) for b, count in enumerate(np.asarray(found.counts))] == copies
-        moved += sum(map(len, copies))
-    assert moved
+        np.testing.assert_array_equal(found.left, later)
+        moved, put_off = moved + sum(map(len, copies)), put_off + sum(later)
+    assert moved and put_off
 
 
 def test_shapes_that_do_not_fit_are_refused():
     row, table = jnp.zeros(2, jnp.int32), jnp.zeros((2, 8), jnp.int32)
     with pytest.raises(ValueError, match=r"pinned must be int32\[2\]"):
-        place_rows(table, table, table, table, Wanted(row, row, row, row), row[:1], table)
+        place_rows(table, table, table, table, Wanted(row, row, row, row, row), row[:1], table)
+    with pytest.raises(ValueError, match=r"expected most int32 \[\] and turn int32 \[B\]"):
+        place_rows(table, table, table, table, Wanted(row, row, row, row, row), row, table, row)
 
 
 def test_the_kernel_lowers_for_cuda():
     row, table = jnp.zeros(4, jnp.int32), jnp.zeros((4, 9000), jnp.int32)
-    assert "place_rows" in cuda_lowering(triton_place_rows, table, table[:, :4096], table, table[:, :512], *[row] * 5, table)
+    assert "place_rows" in cuda_lowering(triton_place_rows, table, table[:, :4096], table, table[:, :512], *[row] * 6, table, row[0], row)

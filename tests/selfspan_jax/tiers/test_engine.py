@@ -9,7 +9,7 @@ import pytest
 from data.arithmetic import ArithmeticTask
 from selfspan_jax import lm
 from selfspan_jax.config import DecodeConfig, LoraConfig, Sampling, ServingConfig
-from selfspan_jax.decoding.engine import Engine
+from selfspan_jax.decoding.engine import Engine, _run_chunk
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel import memory
@@ -151,6 +151,31 @@ def test_drawn_tokens_are_those_of_rows_on_the_device(attention, monkeypatch):
         for tokens in np.asarray(plain.new_tokens).T:
             state = engine.step(state, tokens, config)
         np.testing.assert_allclose(state.logits, plain.logits, atol=1e-4)
+
+
+def test_sequences_that_wait_for_rows_draw_the_same_tokens():
+    """Whatever each step may copy: who misses more takes no token, and draws the same one later."""
+    model, rng = random_model(num_layers=1, name_share=0.5), np.random.default_rng(0)
+    config = DecodeConfig(max_new_tokens=STEPS, sampling=Sampling(temperature=1.0, repetition_penalty=1.2))
+    arguments: tuple = (*prompts_of(ROWS[:4] * 2), config, jax.random.key(3))
+    plain, engine = Engine(model).generate(*arguments), HostEngine(model, working_set_tokens=12)
+    engine.rows_per_step = 2
+    state, alone, waited = engine.prefill(*arguments), 0, 0
+    while not np.all(ended := np.asarray(state.done | (state.num_new == STEPS))):
+        engine.rows_per_step = int(rng.integers(0, 6))
+        before, copied = np.asarray(state.num_new), int(state.cache.copied.sum())
+        state, _ = _run_chunk(engine.graph, engine.params, engine._waiting(state), jax.numpy.int32(STEPS - 1), config, 1)
+        assert int(state.cache.copied.sum()) - copied <= engine.rows_per_step
+        taken = np.asarray(state.num_new) - before
+        assert not taken[ended].any()
+        waited, alone = waited + int((taken[~ended] == 0).sum()), alone + (0 < taken[~ended].sum() < (~ended).sum())
+    assert waited > 20 and alone > 5
+    np.testing.assert_array_equal(state.new_tokens, plain.new_tokens)
+    np.testing.assert_array_equal(state.num_attended, plain.num_attended)
+    engine.rows_per_step = 2
+    generated = engine.generate(*arguments)
+    np.testing.assert_array_equal(generated.new_tokens, plain.new_tokens)
+    assert int(generated.cache.misses.sum()) == int(state.cache.misses.sum())
 
 
 def test_prompts_are_read_in_groups(monkeypatch):
