@@ -38,7 +38,9 @@ def triton_place_rows(
         )(*arrays)
 
     lists = [(width + 1,)] * 2  # one spare, so that what is not chosen has a place
-    wanted, *listed = launch(_list_kernel, "list_missing_rows", [(), *lists], slot_table, owner, keys, marks, place, end, key, named, since, pinned, aliases={})
+    wanted, *listed = launch(
+        _list_kernel, "list_missing_rows", [(), *lists], slot_table, owner, keys, marks, place, end, key, named, since, pinned, aliases={}
+    )
     counts = share_out(wanted, most, turn)
     sizes = [(capacity,), *[(width,)] * 3, (width + 1,)]
     *results, _ = launch(_take_kernel, "place_rows", sizes, slot_table, owner, host_rows, counts, *listed, aliases={0: 0, 1: 1})

@@ -69,8 +69,8 @@ class KVCache:
         table = jnp.where(new_token < 0, jnp.pad(table, ((0, 0), (0, new_capacity))), own_slot)
         return KVCache(pools, context.spread(table, self.slot_table.shape[1] + added))
 
-    def fetched(self, span: Any, tokens: Int[Array, "B"], active: Bool[Array, "B"], *_: Any) -> tuple[KVCache, Bool[Array, "B"]]:
-        """Get the rows that tokens name, before they are fed; return the cache, and who of the active need not wait for rows."""
+    def fetched(self, state: Any, tokens: Int[Array, "B"], active: Bool[Array, "B"], *_: Any) -> tuple[KVCache, Bool[Array, "B"]]:
+        """Get the rows that the next tokens name; return the cache, and which active sequences need not wait for theirs."""
         return self, active
 
     def choose_slots(self, step_slots: Callable[..., AnySlots], slots: AnySlots, _: Any = None, **now: Any) -> tuple[KVCache, AnySlots]:

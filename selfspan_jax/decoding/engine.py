@@ -26,7 +26,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.sampling import sequence_keys
-from selfspan_jax.decoding.state import DecodeState, bucket, decode_step, extend_state, fetch, prefill_state, sample_step
+from selfspan_jax.decoding.state import DecodeState, bucket, decode_step, extend_state, prefill_state, sample_step
 from selfspan_jax.errors import UserError, check_ids
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import collectives, layout, memory
@@ -281,8 +281,8 @@ def _prefill(graph, params, token_ids, lengths, keys, config, num_samples, respo
 @functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames=("state",))
 def _step(graph, params, state, tokens, config):
     def step(model, state, tokens):
-        state, active = fetch(model, state, tokens, ~state.done, config)
-        return decode_step(model, state, tokens, active, config)
+        cache, active = state.cache.fetched(state, tokens, ~state.done, model.vocab, config.bookkeeping)
+        return decode_step(model, dataclasses.replace(state, cache=cache), tokens, active, config)
 
     return graph.shard_map(step, _STATE, _EACH, out_specs=_STATE)(params, state, tokens)
 

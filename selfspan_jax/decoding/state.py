@@ -188,16 +188,6 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
     )
 
 
-def fetch(
-    model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig
-) -> tuple[DecodeState, Bool[Array, "B"]]:
-    """Get the rows that tokens name; return the state, and which active sequences need not wait for theirs."""
-    if state.slots.kept is None:  # a policy that reads whatever is named
-        return state, active
-    cache, active = state.cache.fetched(state.span, tokens, active, model.vocab, config.bookkeeping)
-    return dataclasses.replace(state, cache=cache), active
-
-
 def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig) -> DecodeState:
     """Feed one token of every active sequence through the automaton and the model; nothing changes for the others."""
     cache, num_rows = state.cache, state.cache.pools[0][0].shape[0]
@@ -254,8 +244,8 @@ def sample_step(
     sampled = sample(logits, keys, sampling or config.sampling, state.occurred, name)
     arrays = None, sampled, state.done, state.num_new, until, forced_tokens
     _, (tokens, active) = per_sequence(choose, *arrays, implementation=config.bookkeeping)
-    state, active = fetch(model, state, tokens, active, config)
-    fed = decode_step(model, state, tokens, active, config)
+    cache, active = state.cache.fetched(state, tokens, active, model.vocab, config.bookkeeping)
+    fed = decode_step(model, dataclasses.replace(state, cache=cache), tokens, active, config)
     occurred = None if state.occurred is None else mark_occurring(state.occurred, tokens[:, None], active[:, None], model.vocab)
     logged = (state.num_new, state.new_tokens, state.num_attended), tokens, active, collectives.psum_context(fed.slots.counts), first
     logs, _ = per_sequence(log, *logged, implementation=config.bookkeeping)

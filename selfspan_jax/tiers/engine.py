@@ -97,7 +97,8 @@ class HostEngine(Engine):
 
     def _waiting(self, state: DecodeState) -> DecodeState:
         """Let sequences wait for rows beyond those that the link brings within a step."""
-        return dataclasses.replace(state, cache=dataclasses.replace(state.cache, most_rows=jnp.int32(self.rows_per_step)))
+        cache = dataclasses.replace(cast(TieredCache, state.cache), most_rows=jnp.int32(self.rows_per_step))
+        return dataclasses.replace(state, cache=cache)
 
     def extend(self, state, config, limit_tokens):
         """Write the rows of new tokens to host memory, so that their place on the device is free; where there is none, take more of it."""

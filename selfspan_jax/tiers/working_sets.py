@@ -7,7 +7,7 @@ taken from the least recently named labels that are not in use, and the rows are
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class WorkingSets(KVCache):
     is_resident: ClassVar[bool] = False
 
     @staticmethod
-    def nothing(sequences: int, width: int) -> dict[str, Array]:
+    def nothing(sequences: int, width: int) -> dict[str, Any]:
         """Return the fields of working sets with nothing in them, except for `host_rows`."""
         rows, none = jnp.full((sequences, width), -1, jnp.int32), jnp.zeros(sequences, jnp.int32)
         numbers = dict.fromkeys(("pinned", "num_copied", "on_host", "copied", "misses"), none)
@@ -73,12 +73,16 @@ class WorkingSets(KVCache):
             pinned=jnp.where(anew, number, self.pinned),
         )
 
-    def fetched(self, span, tokens, active, vocab, implementation=None):
-        """Give rows on the device to what headers open and name, before they are fed.
+    def fetched(self, state, tokens, active, vocab, implementation=None):
+        """Give rows on the device to what headers open and name, before they are fed; `implementation` is that of the choice.
 
-        Where `most_rows` are not enough for all, those go first that have named something in their step, so that the others' copies
-        come while these compute; then those with the shortest responses.
+        Where `most_rows` are not enough for all, those go first that have named something in their step: others' rows come while they
+        write the rest of it. Then those with the shortest responses. A sequence that misses rows takes no token, and draws the same one
+        in the next step.
         """
+        if state.slots.kept is None:  # a policy that reads whatever is named
+            return self, active
+        span = state.span
         opened, named = (vocab.label_of(tokens, base) for base in (vocab.seg_base, vocab.ref_base))
         opens, latest = opened >= 0, span.num_tokens - 1
         place = (active & span.in_response & (opens | (named >= 0))).astype(jnp.int32)
