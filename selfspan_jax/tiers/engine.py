@@ -5,7 +5,7 @@ for tokens that it reads, and the rows of its latest new tokens; those before ar
 there first: label 0, and where headers read it the table of contents. A header that opens or names a label says, before any token that
 uses it and for all layers at once, what is to be read: tokens of that label without a row get one, taken from the least recently named
 labels that are not in use, and the rows are copied within the step: those of a layer while the layer before computes. Body tokens read
-the GPU alone.
+the GPU alone. A sequence that names more than the link brings within a step waits for the rest of its rows, and the others go on.
 
 What finds no place (a working set too small for what is named) and what is read only once (headers that see the whole prompt, other
 policies) is read from host memory by the attention kernel itself. So what is computed never depends on what is where.
