@@ -26,7 +26,7 @@ from starlette.routing import Route
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.lm import Reader
 from selfspan_jax.serving import live, protocol
-from selfspan_jax.serving.calls import Service
+from selfspan_jax.serving.calls import KEEP_ALIVE_SECONDS, Service
 from selfspan_jax.serving.http import EventStream, Refused, answer_http_error, answer_refused, as_json, read_body, unless_gone
 from selfspan_jax.serving.metrics import Metrics
 from selfspan_jax.serving.requests import Closed, QueueFull, Tokens
@@ -82,9 +82,11 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         self.state = "ok"
+        beat = asyncio.ensure_future(self._beat())
         try:
             yield
         finally:
+            beat.cancel()
             await self.drain()
             await self._loop.run_in_executor(None, self._thread.join)
             self.service.reader.shutdown()
@@ -109,6 +111,12 @@ class Server:
             if self.state == "ok":  # an error, which is reported: what waits for tokens waits in vain
                 self.state = "failed"
                 self._loop.call_soon_threadsafe(self._fail_all)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            for running in self.service.calls:
+                running.wake()
 
     def _wake(self) -> None:
         """Have what has arrived given out by the loop: once for a round, because the loop takes the interpreter's lock with each call."""

@@ -135,7 +135,9 @@ class Service:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         """Write tokens as clients want them, without what ends a response."""
-        return self.lm.task.decode([token for token in token_ids if token not in self.end_ids])
+        if not self.end_ids.isdisjoint(token_ids):
+            token_ids = [token for token in token_ids if token not in self.end_ids]
+        return self.lm.task.decode(token_ids)
 
 
 class Running:
@@ -144,7 +146,8 @@ class Running:
     def __init__(self, service: Service, call: Call):
         self.service, self.call = service, call
         self.choices: list[Choice] = []
-        self._queue: asyncio.Queue[tuple[Choice | None, Tokens]] = asyncio.Queue()
+        self._arrived: list[tuple[Choice | None, Tokens]] = []
+        self._waiter: asyncio.Future[None] | None = None
         self._started = time.monotonic()
 
     def deliver(self, choice: Choice) -> Callable[[Tokens], None]:
@@ -152,8 +155,14 @@ class Running:
         return lambda tokens: self.service.arrived.append((self, choice, tokens))
 
     def put(self, choice: Choice | None, tokens: Tokens) -> None:
-        """Queue tokens of a choice for `pieces`; None for all choices."""
-        self._queue.put_nowait((choice, tokens))
+        """Leave tokens of a choice for `pieces`; None for all choices."""
+        self._arrived.append((choice, tokens))
+        self.wake()
+
+    def wake(self) -> None:
+        """Have `pieces` look for tokens, and say None where there are none."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def refuse(self) -> None:
         """End a call of which nothing is decoded yet."""
@@ -177,16 +186,15 @@ class Running:
         Raises: Refused where the scheduler fails a choice.
         """
         while any(choice.finish_reason is None for choice in self.choices):
+            if not self._arrived:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
             arrived: dict[Choice | None, list[Tokens]] = {}
-            try:
-                async with asyncio.timeout(KEEP_ALIVE_SECONDS):  # Python 3.11's wait_for swallows cancellations
-                    choice, tokens = await self._queue.get()
-                arrived[choice] = [tokens]
-            except TimeoutError:
-                yield None
-            while not self._queue.empty():
-                choice, tokens = self._queue.get_nowait()
+            for choice, tokens in self._arrived:
                 arrived.setdefault(choice, []).append(tokens)
+            self._arrived.clear()
+            if not arrived:
+                yield None
             for choice, parts in arrived.items():
                 tokens = parts[0] if len(parts) == 1 else joined(parts)
                 if choice is not None and choice.finish_reason is not None:  # of a chunk that ran ahead

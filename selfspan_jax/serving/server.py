@@ -16,7 +16,7 @@ import h11
 import jax
 import uvicorn
 from tqdm import tqdm
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from selfspan_jax.attention.policies import Policy
 from selfspan_jax.config import ServerConfig
@@ -24,7 +24,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving import protocol
 from selfspan_jax.serving.application import Server
-from selfspan_jax.serving.http import dumps
+from selfspan_jax.serving.http import DIRECT, dumps
 from selfspan_jax.serving.workers import Workers
 
 LINGER_SECONDS = 30.0  # after a signal, for clients to read what is written when nothing is decoded any more
@@ -50,6 +50,25 @@ class Http(H11Protocol):
         self.transport.close()
 
 
+def with_direct_writes(app: Any) -> Any:
+    """Leave an application, in the scope of a request, what writes parts of a body that has begun to the connection: HTTP's chunks."""
+
+    async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+        cycle = getattr(send, "__self__", None)
+        if isinstance(cycle, RequestResponseCycle) and scope["http_version"] == "1.1":
+
+            async def write(part: bytes) -> None:
+                if cycle.flow.write_paused and not cycle.disconnected:  # the client reads slowly
+                    await cycle.flow.drain()
+                if not cycle.disconnected:
+                    cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+            scope[DIRECT] = write
+        await app(scope, receive, send)
+
+    return wrapped
+
+
 class Uvicorn(uvicorn.Server):
     """A signal lets running requests finish, and the program end as if asked to; a second one ends it at once.
 
@@ -62,7 +81,7 @@ class Uvicorn(uvicorn.Server):
     def __init__(self, server: Server):
         # Clients' prompts are in no log; what uvicorn says below a warning is not shown.
         quiet: Any = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
-        super().__init__(uvicorn.Config(server.app, http=Http, ws="none", loop="asyncio", lifespan="on", **quiet))
+        super().__init__(uvicorn.Config(with_direct_writes(server.app), http=Http, ws="none", loop="asyncio", lifespan="on", **quiet))
         self._server = server
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -310,7 +310,7 @@ class Workers:
         Where one ends that was not closed, its requests fail, and others go on.
         """
         while left := {worker.connection: worker for worker in self._workers if not worker.ended}:
-            for connection in wait(list(left)):
+            for connection in wait(list(left)) if len(left) > 1 else list(left):
                 self._hand_out(left[connection])  # type: ignore[index]
                 after_round()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Collection, Iterable, Sequence
+
+import numpy as np
 
 from selfspan_jax.errors import UserError
 
@@ -34,9 +37,9 @@ class Detokenizer:
         whole = text.rstrip(_UNFINISHED)
         piece = self._take(whole)
         if whole == text:
-            begin = max((begin for begin in self._begins if begin <= len(self._window) - _CONTEXT_TOKENS), default=0)
+            begin = self._begins[max(0, bisect.bisect(self._begins, len(self._window) - _CONTEXT_TOKENS) - 1)]
             self._begins.append(len(self._window))
-            if len(self._window) >= 4 * _CONTEXT_TOKENS and begin:
+            if len(self._window) >= 4 * max(_CONTEXT_TOKENS, len(token_ids)) and begin:
                 self._window, self._begins = self._window[begin:], [i - begin for i in self._begins if i >= begin]
                 self._written = len(self._decode(self._window))
         return piece
@@ -94,7 +97,7 @@ class Response:
     """
 
     def __init__(self, decode: Decode, stop: Sequence[str], end_ids: Collection[int]):
-        self._detokenizer, self._stops, self._end_ids = Detokenizer(decode), StopStrings(stop), end_ids
+        self._detokenizer, self._stops, self._end_ids = Detokenizer(decode), StopStrings(stop), frozenset(end_ids)
         self._lengths = [0]  # of the text after each push, stop strings included; with these, of one token
         self.token_ids: list[int] = []
         self.text = ""
@@ -107,8 +110,9 @@ class Response:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Add tokens until the response is done; return the text that is sure by now."""
-        before, new = len(self.text), list(map(int, token_ids))
-        new = new[: next((i for i, token_id in enumerate(new, 1) if token_id in self._end_ids), len(new))]
+        before, new = len(self.text), token_ids.tolist() if isinstance(token_ids, np.ndarray) else list(map(int, token_ids))
+        if not self._end_ids.isdisjoint(new):
+            new = new[: 1 + min(new.index(token_id) for token_id in self._end_ids if token_id in new)]
         size = 1 if self._stops.strings else len(new)  # a stop string is looked for after each token
         for part in (new[start : start + size] for start in range(0, len(new), size or 1)):
             if self.done:
