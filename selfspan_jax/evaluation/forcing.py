@@ -79,6 +79,8 @@ def generate_under(
 ) -> DecodeState:
     """Decode greedily as `Engine.generate` does, but the n-th step that sequence b opens names `headers[b][n]` and nothing else.
 
+    In its text a step may name itself, and right after that one of these once more: so a value says what it stands in.
+
     What a step writes is the model's; the steps beyond `headers[b]` name what it chooses. What comes next depends on what was
     written, so the host gives each token: for quality, not for speed.
 
@@ -96,13 +98,15 @@ def generate_under(
     begun, is_given, done = [0] * batch, np.zeros(batch, bool), np.asarray(state.done)
     texts = [_Text(vocab, own) for own in beginnings or [()] * batch]
     is_open = np.zeros(batch, bool)  # a step that is to be closed
+    own, given = (np.zeros((batch, vocab.num_labels), bool) for _ in range(2))  # the label of each step, and what it is given
+    names_itself = np.zeros((batch, 1), bool)
     for column in range(room):
         logits, name = state.choices(engine.config, vocab)
         if (allowed := _allowed(texts, ~done, logits.shape)) is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
         if orders is not None:
             logits = _gathered(logits, np.array([count < own.num_steps for count, own in zip(begun, orders, strict=True)]), vocab)
-        free, other = (np.asarray(found) for found in _most_likely(logits, vocab))
+        free, other = (np.asarray(found) for found in _most_likely(logits, vocab, np.where(names_itself, given, own)))
         chosen = np.where(is_given, other, free if name is None else np.where(name >= 0, name, free))
         for row in np.flatnonzero(~done).tolist():
             if pending[row]:
@@ -114,9 +118,14 @@ def generate_under(
                     if number < begun[row]:
                         continue
                 is_given[row] = begun[row] < len(headers[row]) and not names_more
-                pending[row].extend(headers[row][begun[row]] if begun[row] < len(headers[row]) else ())
+                labels = headers[row][begun[row]] if begun[row] < len(headers[row]) else ()
+                pending[row].extend(labels)
+                own[row], given[row] = (np.isin(np.arange(vocab.num_labels), found) for found in (chosen[row] - vocab.seg_base, labels))
                 begun[row] += 1
             texts[row].write(int(chosen[row]))
+        names_itself = np.take_along_axis(own, np.clip(chosen - vocab.ref_base, 0, vocab.num_labels - 1)[:, None], axis=1) & (
+            chosen[:, None] >= vocab.ref_base
+        )
         tokens[:, column] = np.where(done, vocab.pad_id, chosen)
         state = engine.step(state, tokens[:, column], config)
         attended[:, column] = np.where(done, 0, sum_over_context(np.asarray(state.slots.counts), engine.mesh))
@@ -149,9 +158,8 @@ def _gathered(logits: Float[Array, "B V"], goes_on: Bool[Array, "B"], vocab: Spa
 
 
 @functools.partial(jax.jit, static_argnames=("vocab",))
-def _most_likely(logits: Float[Array, "B V"], vocab: SpanVocab) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """Return the most likely token of all, and of all but `<ref:k>`."""
-    ids = jnp.arange(logits.shape[-1])[None, :]
-    is_ref = (ids >= vocab.ref_base) & (ids < vocab.ref_base + vocab.num_labels)
-    first, second = (jnp.argmax(own, axis=-1) for own in (logits, jnp.where(is_ref, -jnp.inf, logits)))
+def _most_likely(logits: Float[Array, "B V"], vocab: SpanVocab, names: Bool[Array, "B L"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """Return the most likely token of all, and of all but the `<ref:k>` that are not among `names`."""
+    ruled_out = jnp.pad(~names, ((0, 0), (vocab.ref_base, logits.shape[-1] - vocab.ref_base - vocab.num_labels)))
+    first, second = (jnp.argmax(own, axis=-1) for own in (logits, jnp.where(ruled_out, -jnp.inf, logits)))
     return first.astype(jnp.int32), second.astype(jnp.int32)

@@ -51,7 +51,7 @@ def test_what_the_model_named_itself_gives_the_same_tokens():
 
 
 def test_each_token_is_what_a_forward_over_all_before_it_finds():
-    """Segs open steps; given ones name what is said and nothing more, also where that is nothing; the others what the model chooses."""
+    """Given steps name what is said, then themselves, and after that some of it once more; the others what the model chooses."""
     headers = [[(1, 2), (), (2,)], [(1,)]] * 16
     forced = chosen = 0
     found = read(generate_under(ENGINE, PROMPTS, LENGTHS, CONFIG, headers))
@@ -60,19 +60,21 @@ def test_each_token_is_what_a_forward_over_all_before_it_finds():
         mask = np.asarray(spans.attention_mask(sequence, VOCAB, **VIEWS))
         assert attended == mask.sum(axis=-1)[length:].tolist()
         logits = reference_logits(MODEL, np.pad(sequence, (0, 32 - len(sequence)))[None], [np.pad(mask, (0, 32 - len(sequence)))])[0].copy()
-        waiting, opened = [], 0
+        waiting, opened, itself, before = [], 0, None, None
         for token, scores in zip(new, logits[length - 1 :]):
             if waiting:
                 assert token == REFS[waiting.pop(0)]
-                forced += 1
+                forced, before = forced + 1, token
                 continue
             if 0 < opened <= len(given):
-                scores[REFS[0] : REFS[-1] + 1] = -np.inf
+                may = [REFS[i] for i in given[opened - 1]] if before == itself else [itself]
+                scores[[i for i in REFS if i not in may]] = -np.inf
             assert token == int(np.argmax(scores))
             chosen += token in REFS
             if token in SEGS:
-                waiting = [*given[opened]] if opened < len(given) else []
+                waiting, itself = [*given[opened]] if opened < len(given) else [], REFS[token - SEGS[0]]
                 opened += 1
+            before = token
     assert forced >= 6 and chosen >= 1
 
 
