@@ -71,7 +71,7 @@ class HostEngine(Engine):
             raise UserError(f"working_set_tokens is {working_set_tokens}; allowed: 2 and above")
         self.working_set_tokens, self._read = working_set_tokens, read
         config = model.config
-        self.rows_per_step = max(memory.bytes_of(self.params) // LINK_SHARE, MIN_LINK_BYTES) // config.row_bytes
+        self.rows_per_step = -(-max(memory.bytes_of(self.params) // LINK_SHARE, MIN_LINK_BYTES) // config.row_bytes)
         if config.mask == "memory":
             raise UserError("kv_memory is 'host', but the model's layers have a memory, which lies on the device; allowed: 'device'")
         q, pool = (

@@ -261,8 +261,10 @@ def test_host_memory_that_runs_out_is_named_and_a_device_that_cannot_be_used():
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [16, 4096])
 def test_a_trained_model_writes_the_same_tokens_on_a_gpu(size, monkeypatch):
-    """With a small working set also: prompts that are read in groups, and new rows that go to host memory, more than was taken."""
+    """With a small working set also: prompts that are read in groups, new rows that go to host memory, more than was taken, and waiting."""
     if size == 16:
+        monkeypatch.setattr(tiers, "LINK_SHARE", 2**40)
+        monkeypatch.setattr(tiers, "MIN_LINK_BYTES", 1)  # one row a step
         monkeypatch.setattr(prefill, "READ_TOKENS", 64)
         monkeypatch.setattr(tiers, "NEW_TOKENS", 16)
         monkeypatch.setattr(tiers, "bucket", lambda num_tokens: 32)
