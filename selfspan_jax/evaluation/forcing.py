@@ -98,15 +98,15 @@ def generate_under(
     begun, is_given, done = [0] * batch, np.zeros(batch, bool), np.asarray(state.done)
     texts = [_Text(vocab, own) for own in beginnings or [()] * batch]
     is_open = np.zeros(batch, bool)  # a step that is to be closed
-    own, given = (np.zeros((batch, vocab.num_labels), bool) for _ in range(2))  # the label of each step, and what it is given
-    names_itself = np.zeros((batch, 1), bool)
+    own, given = np.full((batch, 1), -1), np.zeros((batch, vocab.num_labels), bool)  # the label of each step, and what it is given
     for column in range(room):
         logits, name = state.choices(engine.config, vocab)
         if (allowed := _allowed(texts, ~done, logits.shape)) is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
         if orders is not None:
             logits = _gathered(logits, np.array([count < own.num_steps for count, own in zip(begun, orders, strict=True)]), vocab)
-        free, other = (np.asarray(found) for found in _most_likely(logits, vocab, np.where(names_itself, given, own)))
+        names = np.where(tokens[:, column - 1, None] == vocab.ref_base + own, given, own == np.arange(vocab.num_labels))
+        free, other = (np.asarray(found) for found in _most_likely(logits, vocab, names))
         chosen = np.where(is_given, other, free if name is None else np.where(name >= 0, name, free))
         for row in np.flatnonzero(~done).tolist():
             if pending[row]:
@@ -120,12 +120,9 @@ def generate_under(
                 is_given[row] = begun[row] < len(headers[row]) and not names_more
                 labels = headers[row][begun[row]] if begun[row] < len(headers[row]) else ()
                 pending[row].extend(labels)
-                own[row], given[row] = (np.isin(np.arange(vocab.num_labels), found) for found in (chosen[row] - vocab.seg_base, labels))
+                own[row], given[row] = chosen[row] - vocab.seg_base, np.isin(np.arange(vocab.num_labels), labels)
                 begun[row] += 1
             texts[row].write(int(chosen[row]))
-        names_itself = np.take_along_axis(own, np.clip(chosen - vocab.ref_base, 0, vocab.num_labels - 1)[:, None], axis=1) & (
-            chosen[:, None] >= vocab.ref_base
-        )
         tokens[:, column] = np.where(done, vocab.pad_id, chosen)
         state = engine.step(state, tokens[:, column], config)
         attended[:, column] = np.where(done, 0, sum_over_context(np.asarray(state.slots.counts), engine.mesh))
