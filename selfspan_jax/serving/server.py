@@ -85,9 +85,13 @@ class Uvicorn(uvicorn.Server):
         self._server = server
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._loop = asyncio.get_running_loop()
         host, port = (sockets or [])[0].getsockname()[:2]
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two servers took the address before either listened
+            await self.lifespan.shutdown()
+            raise _not_listened_on(host, port, error) from None
+        self._loop = asyncio.get_running_loop()
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"{self._server.model_name} is served at {url} (a page), {url}/v1 (OpenAI's API), {url}/metrics", flush=True)
 
@@ -152,8 +156,12 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
         except OSError as error:
-            raise UserError(f"--host {host} --port {port} cannot be listened on: {error.strerror}") from None
+            raise _not_listened_on(host, port, error) from None
         yield bound
+
+
+def _not_listened_on(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"--host {host} --port {port} cannot be listened on: {error.strerror}")
 
 
 def serve(

@@ -25,8 +25,10 @@ from data.tools import ToolTask
 from data.vocab import train_vocab
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ModelConfig, ServerConfig, ServingConfig
+from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
+from selfspan_jax.serving import metrics
 from selfspan_jax.serving.requests import QueueFull, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
 from selfspan_jax.spans import SpanVocab
@@ -462,6 +464,17 @@ def test_events_are_sent_when_they_are_written(host):
         assert asyncio.run(no_delay(bound))
 
 
+def test_of_two_servers_that_took_an_address_before_either_listened_one_says_so():
+    from selfspan_jax.serving import server as module
+
+    with module.listening("127.0.0.1", 0) as first, module.listening("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        running = module.Uvicorn(module.Server(SpanLM(MODEL, Named()), Scripted(), "tiny"))
+        with pytest.raises(UserError, match=r"--port \d+ cannot be listened on: .*in use"):
+            running.run([second])
+        assert not running._server.decodes
+
+
 def test_a_key_is_asked_for_and_a_full_queue_says_when_to_come_again():
     with serving(Scripted(max_queue=2), api_key=" sécret\n") as address:  # as read from a file: a header carries no such spaces
         for given in (None, "Bearer wrong", "Basic sécret", "sécret"):
@@ -521,6 +534,19 @@ def test_metrics_have_the_names_that_dashboards_know(address):
     for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"):
         assert found[f"vllm:{name}_count", None] >= 1
     assert 'model_name="tiny"' in text
+
+
+def test_histograms_are_those_of_the_library():
+    from prometheus_client import CollectorRegistry, Histogram, generate_latest
+
+    registry, ours = CollectorRegistry(), metrics.Metrics("tiny", Stats)
+    says = "Between tokens, averaged over those that come together."
+    oracle = Histogram("vllm:inter_token_latency_seconds", says, ["model_name"], buckets=metrics._SECONDS, registry=registry).labels("tiny")
+    for value in (*metrics._SECONDS, 0.0, 0.0015, 0.4, 100.0):  # bounds are of the bucket below them
+        ours.arrived(2, 2 * value, first=False)
+        oracle.observe(value)
+    expected = [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
+    assert len(expected) > 18 and set(expected) <= {*ours.text().decode().splitlines()}
 
 
 # ------------------------------------------------------------------------------------------------------- the page
