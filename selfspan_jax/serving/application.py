@@ -89,6 +89,7 @@ class Server:
             beat.cancel()
             await self.drain()
             await self._loop.run_in_executor(None, self._thread.join)
+            self.service.encoder.shutdown()
             self.service.reader.shutdown()
 
     @property
@@ -178,7 +179,7 @@ class Server:
         try:
             call = protocol.read_call(kind, body)
             self._check_model(call.model)
-            prompts = await self._loop.run_in_executor(self.service.reader, self.service.encode, call)
+            prompts = await self._loop.run_in_executor(self.service.encoder, self.service.encode, call)
             running = self.service.submit(call, prompts)
         except ValueError as error:  # UserError, and what tasks raise
             raise Refused(400, " ".join(str(error).split())) from error

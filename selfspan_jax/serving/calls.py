@@ -1,7 +1,7 @@
 """Calls on their way: their prompts are encoded and submitted, and their responses read while tokens come.
 
-A call's prompts are encoded, and its responses read back, in a thread of their own, so that a long prompt stops no stream. Whatever fails
-one call is told to it alone.
+A call's prompts are encoded in one thread, and its responses read back in another, so that a long prompt stops no stream, and waits for
+no response that is read. Whatever fails one call is told to it alone.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Service:
     calls: set[Running] = dataclasses.field(default_factory=set)
     arrived: collections.deque[tuple[Running, Choice, Tokens]] = dataclasses.field(default_factory=collections.deque)
     """Tokens that the scheduler's thread has left for the loop."""
+    encoder: concurrent.futures.Executor = dataclasses.field(default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1, "encoder"))
     reader: concurrent.futures.Executor = dataclasses.field(default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1, "reader"))
 
     @property
