@@ -58,11 +58,11 @@ from selfspan_jax.config import ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.serving.pages import Pages
 from selfspan_jax.serving.requests import Request, Tokens
-from selfspan_jax.serving.throughput import THROUGHPUT_CHUNK_TOKENS, THROUGHPUT_PREFILL_TOKENS
+from selfspan_jax.serving.throughput import THROUGHPUT_PREFILL_TOKENS
 from selfspan_jax.weights.huggingface import to_hugging_face
 
 EQUAL_ROUNDS = 5
-STREAM_TOKENS, STREAM_PASSES, LONG_PROMPT_OPERATORS, LONG_EVERY_CHUNKS = 1500, 4, 300, 6
+STREAM_TOKENS, STREAM_PASSES, LONG_PROMPT_OPERATORS, LONG_EVERY_CHUNKS = 1500, 4, 300, 3
 PARTS = ("mixed", "equal", "stalls", "first", "rates")  # in the order in which they are measured
 
 
@@ -90,7 +90,7 @@ class Batching:
     """Sequences of a static batch."""
     slots: int = 256
     """Sequences that the scheduler decodes at the same time, on as many rows of cache as the static batch has; of `equal` both's."""
-    chunk_tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (THROUGHPUT_CHUNK_TOKENS, 64, ServingConfig.chunk_tokens)
+    chunk_tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (ServingConfig.chunk_tokens, 64, 16)
     """Decode steps between two looks of the scheduler where it has no server's defaults; `mixed` and `equal` are measured with each."""
     prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
     """Most prompt tokens that the scheduler reads at once, where it has no server's defaults."""
@@ -244,7 +244,7 @@ def stalls(model: Model) -> Iterator[dict[str, Any]]:
                 host.append(time.perf_counter() - began - (waited - waited_before))
                 cpu.append(time.thread_time() - began_cpu)
                 rounds += 1
-                if with_long and rounds > 20 and rounds % LONG_EVERY_CHUNKS == 0 and rounds < 0.8 * new_tokens / chunk:
+                if with_long and rounds > 10 and rounds % LONG_EVERY_CHUNKS == 0 and rounds < 0.8 * new_tokens / chunk:
                     scheduler.submit(Request(next(longs), chunk), lambda tokens: None)
                     given += 1
             first, last = max(own[min(2, len(own) - 1)] for own in stamps), min(own[-1] for own in stamps)

@@ -375,7 +375,7 @@ class ServingConfig:
     """Rows of the cache that a sequence gets, shares and gives back at once; a multiple of 8."""
     num_pages: int | None = None
     """Pages of the cache; by default as many as fit into memory, at most those of all sequences at full length."""
-    chunk_tokens: int = 16
+    chunk_tokens: int = 32
     """Decode steps between two looks of the host: what a stream waits for, and how long a cancelled sequence goes on."""
     prefill_tokens: int = 1024
     """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""

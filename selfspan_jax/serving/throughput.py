@@ -24,8 +24,7 @@ from selfspan_jax.tiers.engine import HostEngine
 PLACES_PER_SEQUENCE, MIN_BATCHES, MIN_SAVING = 2, 4, 1.65
 # From what share of all prompts' tokens on, that an earlier prompt begins with too, a scheduler is taken to be faster: it reads these once.
 MIN_SHARED = 0.5
-# A chunk of a small model is over before the host has done its part of it for so many places, so it is longer than where streams wait.
-THROUGHPUT_PREFILL_TOKENS, THROUGHPUT_CHUNK_TOKENS = 4096, 32
+THROUGHPUT_PREFILL_TOKENS = 4096
 
 
 def shared_beginning(prompts: Sequence[Int[np.ndarray, "T"]]) -> float:
@@ -54,7 +53,7 @@ def is_faster(
     static = sum(int(new[start : start + batch_size].max()) for start in range(0, len(new), batch_size))
     rows = batch_size * (prompts.max() + new.max())
     together = min(PLACES_PER_SEQUENCE * batch_size, rows / np.mean(prompts + new / 2))
-    lost = 1.5 * THROUGHPUT_CHUNK_TOKENS  # after the end of a response, until its place is free
+    lost = 1.5 * ServingConfig.chunk_tokens  # after the end of a response, until its place is free
     return static >= MIN_SAVING * ((new + lost).sum() / together + new.max() / 2)
 
 
@@ -67,8 +66,8 @@ def throughput_scheduler(
     """
     page = ServingConfig.page_tokens
     rows = max(batch_size * (bucket(prompt_tokens) + config.max_new_tokens), context_tokens + page)
-    sizes = {"chunk_tokens": THROUGHPUT_CHUNK_TOKENS, "prefill_tokens": THROUGHPUT_PREFILL_TOKENS}
-    serving = ServingConfig(PLACES_PER_SEQUENCE * batch_size, context_tokens, num_pages=rows // page, reads_per_chunk=None, **sizes)
+    sizes = {"num_pages": rows // page, "prefill_tokens": THROUGHPUT_PREFILL_TOKENS}
+    serving = ServingConfig(PLACES_PER_SEQUENCE * batch_size, context_tokens, reads_per_chunk=None, **sizes)
     options: dict[str, Any] = {"attention": config.attention, "stop_ids": config.stop_ids, "implementation": config.implementation}
     return Scheduler(engine, dataclasses.replace(serving, **changes), **options)
 
