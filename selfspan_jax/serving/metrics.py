@@ -91,7 +91,7 @@ class Metrics:
 
 
 class _Histogram(Collector):
-    """Count values by bounds, as prometheus_client's own does in twenty times the processor time, which each event of a stream would take."""
+    """Count values by bounds, as prometheus_client's own does in twenty times the processor time; for each event of a stream."""
 
     def __init__(self, name: str, says: str, model: str, bounds: tuple[float, ...]):
         self._name, self._says, self._model, self._bounds = name, says, model, bounds
