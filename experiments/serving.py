@@ -16,8 +16,10 @@ MODEL, MODEL_RATES, EVALUATION = "arithmetic-small.json", "arithmetic-small_rate
 PEERS = {"peers": "smollm2-135m.json", "peers_short": "smollm2-135m_short.json"}
 PEER_RATES = "smollm2-135m_rates.json"
 # Of servers under load; sections have the names of the files.
-HTTP = ("http_defaults", "http_defaults_long", "http_chunk16", "http_chunk16_long", "http_slots256", "http_smollm2")
-HTTP += ("http_data2", "http_tensor2", "http_data2_tensor2")
+HTTP = (
+    *("http_defaults", "http_defaults_long", "http_chunk16", "http_chunk16_long", "http_slots256", "http_smollm2"),
+    *("http_data2", "http_tensor2", "http_data2_tensor2"),
+)
 _SYSTEMS = {"scheduler": "scheduler", "scheduler, longest first": "the same, longest prompts first"}
 _SYSTEMS |= {"static": "static batches, in the order of arrival", "sorted": "static batches of similar lengths"}
 _MADE_BY = {"sorted": ", as `decode.py eval` has them"}
