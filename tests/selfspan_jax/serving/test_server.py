@@ -536,7 +536,7 @@ def test_metrics_have_the_names_that_dashboards_know(address):
     assert 'model_name="tiny"' in text
 
 
-def test_histograms_are_those_of_the_library():
+def test_the_time_between_tokens_is_averaged_over_those_that_come_together():
     from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
     registry, ours = CollectorRegistry(), metrics.Metrics("tiny", Stats)
