@@ -40,11 +40,11 @@ from data.vocab import DEFAULT_VOCAB, Vocab
 from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig, Weights
-from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel.compiling import compile_all
+from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
 from selfspan_jax.spans import SpanVocab
@@ -324,13 +324,13 @@ def sweep(
     )
     waiting = dict(compile_cases(shape, cases, mesh) if compiled is None else compiled)
     decoder = model.for_decoding() if model is not None else shape.random(seed)
-    params, quantized = Engine(decoder, mesh).params, False
+    params, quantized = make_engine(decoder, mesh).params, False
 
     def measure(case: AnyCase, programs: Programs) -> dict[str, Any]:
         nonlocal decoder, params, quantized
         if case.weights == "int8" and not quantized:
             decoder, quantized = decoder.for_decoding(weights="int8"), True
-            params = Engine(decoder, mesh).params
+            params = make_engine(decoder, mesh).params
         return _module_of(case).measure_case(shape, params, case, programs, tokens_of(case), profile=profile)
 
     for case in tqdm(cases, desc="measure", unit="row", leave=False, disable=None):

@@ -303,9 +303,9 @@ def test_decoding_on_a_mesh_says_what_one_device_says(call, small, tmp_path):
         found.append(json.loads((tmp_path / "found.json").read_text()))
     same = [name for name in found[0] if name in ("num_examples", "attended_fraction", "attended_tokens") or "accuracy" in name]
     assert len(same) >= 6 and all(found[0][name] == found[1][name] for name in same)
-    options = [*BENCH, "--attention", "span", "--mesh", "data=2,tensor=2"]
+    options = [*BENCH, "--attention", "span", "--mesh", "context=2,tensor=2"]
     status, out, err = call(decode.main, "bench", small, *options, "--json", tmp_path / "bench.json")
-    assert (status, err) == (0, "") and out.startswith("4 x cpu (data=2,tensor=2)")
+    assert (status, err) == (0, "") and out.startswith("4 x cpu (context=2,tensor=2)")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["attention"] for row in rows] == ["span"] and rows[0]["roofline_ms"] > 0
 
