@@ -23,7 +23,7 @@ from pallas_kernels.prompt_attention import PromptMask, prompt_attention
 from pallas_kernels.quantized import QuantizedPool, QuantizedWeight, quantize_pool, quantize_weight
 from pallas_kernels.rotary import norm_heads, rotate_and_write, rotate_heads
 from pallas_kernels.sequence_attention import PackedMask, TileMask, masked_attention
-from pallas_kernels.slots import ELSEWHERE, per_sequence, read_elements, update_slots, write_elements
+from pallas_kernels.slots import ELSEWHERE, per_sequence, read_elements, read_largest, update_slots, write_elements
 from pallas_kernels.span_decode import HostRows, rotate_and_attend, span_decode_attention
 from pallas_kernels.swiglu import silu_and_mul
 
@@ -54,6 +54,7 @@ __all__ = [
     "quantize_pool",
     "quantize_weight",
     "read_elements",
+    "read_largest",
     "rms_norm",
     "rotate_and_attend",
     "rotate_and_write",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import choose_implementation, device_reason, require
 from pallas_kernels.jax_triton import launch
 from pallas_kernels.slots.reference import xla_read, xla_update, xla_write
-from pallas_kernels.slots.triton import Row, read_row, triton_per_sequence, update_row, write_rows
+from pallas_kernels.slots.triton import Row, largest_of_row, read_row, triton_per_sequence, update_row, write_rows
 
 IMPLEMENTATIONS = ("xla", "triton", "jax_triton")
 
@@ -37,14 +37,15 @@ def per_sequence(function: Callable, state: Any, *others: Any, implementation: s
 
     Args:
       function: returns the state afterwards, and results. It does what NumPy does elementwise with arrays `[B]`, and passes arrays `[B, X]`
-        to `read_elements`, `write_elements` and `update_slots` only. A kernel calls it with one sequence's numbers in place of `[B]`.
+        to `read_elements`, `read_largest`, `write_elements` and `update_slots` only. A kernel calls it with one sequence's numbers in
+        place of `[B]`.
       state: a pytree of these arrays, int32 or, if `[B]`, bool; it may be updated in place.
-      others: pytrees of what it reads only; a number for all sequences `[]` too.
+      others: pytrees of what it reads only; a number for all sequences `[]` too, and float32 `[B, X]`.
       implementation, interpret: as `pallas_kernels` says.
     """
     for leaf in jax.tree.leaves((state, others)):
-        fits = leaf.ndim <= 2 and (leaf.dtype == jnp.int32 or (leaf.dtype == jnp.bool_ and leaf.ndim < 2))
-        require(fits, "expected int32 [B, X], or int32 or bool [B]", leaf)
+        dtypes = (jnp.int32, jnp.float32) if leaf.ndim == 2 else (jnp.int32, jnp.bool_)
+        require(leaf.ndim <= 2 and leaf.dtype in dtypes, "expected int32 or float32 [B, X], or int32 or bool [B]", leaf)
     chosen = choose_implementation(implementation, ("triton", "xla"), lambda name: unsupported_reason(name, interpret=interpret))
     if chosen == "xla":
         return function(state, *others)
@@ -61,6 +62,11 @@ def read_elements(array: jax.Array, columns: jax.Array) -> jax.Array:
     if isinstance(array, Row):
         return read_row(array, columns)
     return xla_read(array, columns)
+
+
+def read_largest(array: jax.Array) -> jax.Array:
+    """Return the column of the largest element of each row, float32 `[B, X]`: int32 `[B]`, the first of several."""
+    return largest_of_row(array) if isinstance(array, Row) else jnp.argmax(array, axis=1).astype(jnp.int32)
 
 
 def write_elements(arrays: Sequence[jax.Array], columns: Sequence[jax.Array], values: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

@@ -1,6 +1,7 @@
 """Bookkeeping of a decode step as one Pallas kernel with the Triton lowering (Ampere and newer), in place; integers throughout.
 
     read:    value[b] = array[b, column[b]]
+    largest: column[b] = argmax_x array[b, x]
     write:   arrays[i][b, columns[i][b]] = values[i][b]
     update:  n = kept[b];  for t in first[b] .. end[b] - 2, selected by the rule:  slots[b, n] = slot_table[b, t];  n += 1
              slots[b, n] = slot_table[b, end[b] - 1];  n += 1;  kept[b] = n * keep[b]
@@ -30,6 +31,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.slots.reference import ELSEWHERE
 
 TILE = 2048  # tokens whose keys a program reads at once
+LARGEST_TILE = 8192  # numbers of which a program keeps the largest
 
 
 @dataclasses.dataclass
@@ -93,6 +95,22 @@ def _kernel(
 def read_row(row: Row, column):
     """Read an element of a row; a column outside reads the nearest one."""
     return jnp.int32(0) if row.ref is None else row.ref[row.b, jnp.clip(column, 0, row.width - 1)]
+
+
+def largest_of_row(row: Row):
+    """Find the largest element of a row, as `read_largest`; what is no number is passed over.
+
+    Each place of a tile keeps its largest, so that reads do not wait for sums over the program.
+    """
+    if row.ref is None:
+        return jnp.int32(0)
+    tile = min(LARGEST_TILE, 1 << (row.width.bit_length() - 1))
+    largest, at = jnp.full((tile,), -jnp.inf, jnp.float32), jnp.zeros((tile,), jnp.int32)
+    for start in range(0, row.width, tile):
+        start = min(start, row.width - tile)  # the last tile reads some of the one before again
+        found, place = row.ref[row.b, pl.ds(start, tile)], start + jnp.arange(tile, dtype=jnp.int32)
+        largest, at = jnp.where(found > largest, found, largest), jnp.where(found > largest, place, at)
+    return -jnp.max(jnp.where(largest == jnp.max(largest), -at, -row.width))
 
 
 def write_rows(rows, columns, values):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import PromptMask, norm_heads, prompt_attention, rotate_and_write
 from pallas_kernels.prompt_attention import prompt_rows
@@ -68,10 +68,6 @@ class KVCache:
         own_slot = first + jnp.clip(new_token, 0, new_capacity - 1)
         table = jnp.where(new_token < 0, jnp.pad(table, ((0, 0), (0, new_capacity))), own_slot)
         return KVCache(pools, context.spread(table, self.slot_table.shape[1] + added))
-
-    def fetched(self, state: Any, tokens: Int[Array, "B"], active: Bool[Array, "B"], *_: Any) -> tuple[KVCache, Bool[Array, "B"]]:
-        """Get the rows that the next tokens name; return the cache, and which active sequences need not wait for theirs."""
-        return self, active
 
     def choose_slots(self, step_slots: Callable[..., AnySlots], slots: AnySlots, _: Any = None, **now: Any) -> tuple[KVCache, AnySlots]:
         """Compute what the newest tokens attend to, by a policy's `step_slots`; return the cache from which they can."""

@@ -281,8 +281,7 @@ def _prefill(graph, params, token_ids, lengths, keys, config, num_samples, respo
 @functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames=("state",))
 def _step(graph, params, state, tokens, config):
     def step(model, state, tokens):
-        cache, active = state.cache.fetched(state, tokens, ~state.done, model.vocab, config.bookkeeping)
-        return decode_step(model, dataclasses.replace(state, cache=cache), tokens, active, config)
+        return decode_step(model, state, (tokens, ~state.done), config)
 
     return graph.shard_map(step, _STATE, _EACH, out_specs=_STATE)(params, state, tokens)
 

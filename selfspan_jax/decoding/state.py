@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from pallas_kernels import per_sequence, read_elements, write_elements
+from pallas_kernels import per_sequence, read_elements, read_largest, write_elements
 from pallas_kernels.prompt_attention import Retained
 from selfspan_jax.attention.policies import AnySlots, get_policy, masks_of_prompts
 from selfspan_jax.attention.selectors import prompt_mask
-from selfspan_jax.config import AttentionViews, DecodeConfig, ModelConfig
+from selfspan_jax.config import AttentionViews, DecodeConfig, ModelConfig, SamplingFields
 from selfspan_jax.decoding.cache import KVCache, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring, next_name, sample
 from selfspan_jax.model import Decoder
@@ -188,32 +188,51 @@ def extend_state(model: Decoder, state: DecodeState, num_tokens: int, config: De
     )
 
 
-def decode_step(model: Decoder, state: DecodeState, tokens: Int[Array, "B"], active: Bool[Array, "B"], config: DecodeConfig) -> DecodeState:
-    """Feed one token of every active sequence through the automaton and the model; nothing changes for the others."""
-    cache, num_rows = state.cache, state.cache.pools[0][0].shape[0]
-    step_slots = functools.partial(get_policy(config.attention).step_slots, views=model.config)
+def decode_step(
+    model: Decoder, state: DecodeState, given, config: DecodeConfig, choose: Callable = lambda done, logs, given: given, log: Any = None
+) -> DecodeState:
+    """Feed one token of every active sequence through the automaton, in one launch, and the model; nothing changes for the others.
 
-    def advance(before, table, tokens, active):
-        span, slots, done = before
+    Args:
+      given: the tokens, and which sequences are active, [B] each; or what `choose(done, logs, given)` makes both of, in that launch.
+      log: `log(logs, tokens, active, num_attended, given)` makes the logs afterwards (`num_new`, `new_tokens`, `num_attended`), too.
+    """
+    cache, num_rows, bookkeeping = state.cache, state.cache.pools[0][0].shape[0], config.bookkeeping
+    logs, chosen = (state.num_new, state.new_tokens, state.num_attended), None
+    step_slots = functools.partial(get_policy(config.attention).step_slots, views=model.config)
+    at_once = state.slots.kept is not None and cache.is_resident
+    counted = at_once and context.context_size() == 1  # else others count their rows
+    if not cache.is_resident:  # what tokens name is fetched before they are fed
+        _, chosen = per_sequence(lambda _, *now: (None, choose(*now)), None, state.done, logs, given, implementation=bookkeeping)
+        cache, chosen = cache.fetched(state, *chosen, model.vocab, bookkeeping)  # type: ignore[attr-defined]
+
+    def advance(before, table, given, chosen):
+        span, slots, done, logs = before
+        tokens, active = choose(done, logs, given) if chosen is None else chosen
         span = span.advance(tokens, model.vocab, active)
         position = jnp.maximum(span.num_tokens - 1, 0)
         own = read_elements(table, jax.lax.rem(position, cache.slot_table.shape[1]))
         slots = None if slots is None else step_slots(slots, table, own=own, span=span, active=active)
+        logs = log(logs, tokens, active, slots.counts, given) if log and counted else logs
         ends = functools.reduce(jnp.logical_or, (tokens == end for end in (model.vocab.eos_id, *config.stop_ids)))
-        return (span, slots, done | (active & ends)), (position, own, jnp.where(active, own, num_rows))
+        return (span, slots, done | (active & ends), logs), (tokens, active, position, own, jnp.where(active, own, num_rows))
 
-    at_once = state.slots.kept is not None and cache.is_resident
-    arrays = (state.span, state.slots if at_once else None, state.done), cache.slot_table, tokens, active
-    (span, slots, done), (position, own, written) = per_sequence(advance, *arrays, implementation=config.bookkeeping)
+    arrays = (state.span, state.slots if at_once else None, state.done, logs), cache.slot_table, given, chosen
+    (span, slots, done, logs), (tokens, active, position, own, written) = per_sequence(advance, *arrays, implementation=bookkeeping)
     if slots is None:
-        cache, slots = cache.choose_slots(step_slots, state.slots, config.bookkeeping, own=own, span=span, active=active)
+        cache, slots = cache.choose_slots(step_slots, state.slots, bookkeeping, own=own, span=span, active=active)
+    if log and not counted:
+        fed = tokens, active, collectives.psum_context(slots.counts), given
+        logs, _ = per_sequence(lambda *now: (log(*now), None), logs, *fed, implementation=bookkeeping)
     wide = slots.kept is not None and model.config.header_view in ("prompt", "all")  # where span tokens read more than was named
     read = dataclasses.replace(slots, kept=None) if wide else slots  # attention is not to expect few rows then
     attend = cache.attend(written, read, config.implementation)
     hidden, pools = model(tokens[:, None], position[:, None], attend, cache.pools, linear=config.linear)
     hidden = jnp.where(active[:, None], hidden[:, 0], state.hidden)  # so that the logits, many more, need not be chosen from
-    fed = {"cache": dataclasses.replace(cache, pools=pools), "span": span, "slots": slots, "done": done}
-    return dataclasses.replace(state, hidden=hidden, logits=model.logits(hidden, linear=config.linear), **fed)
+    occurred = None if state.occurred is None else mark_occurring(state.occurred, tokens[:, None], active[:, None], model.vocab)
+    after = {"span": span, "slots": slots, "done": done} | dict(zip(("num_new", "new_tokens", "num_attended"), logs, strict=True))
+    after |= {"cache": dataclasses.replace(cache, pools=pools), "occurred": occurred}
+    return dataclasses.replace(state, hidden=hidden, logits=model.logits(hidden, linear=config.linear), **after)
 
 
 def sample_step(
@@ -225,28 +244,23 @@ def sample_step(
       forced_tokens: [B, M], written in place of the sampled ones, -1 where the sample stands; or None.
       sampling: `SamplingFields` in place of the config's; `first` [B]: which new token is in the first column, by default the first.
     """
+    logits, name = state.choices(model.config, model.vocab)
+    sampling = SamplingFields.of(sampling or config.sampling)
+    likeliest = logits is state.logits and name is None and all(field is None for field in sampling)  # nothing else is asked for
 
-    def choose(_, sampled, done, num_new, until, forced):
-        active = ~done & (num_new < until)
+    def choose(done, logs, given):
+        num_new, (sampled, until, forced, _) = logs[0], given
+        active, sampled = ~done & (num_new < until), read_largest(sampled) if likeliest else sampled
         if forced is not None:
             token = read_elements(forced, num_new)
             sampled = jnp.where(token >= 0, token, sampled)
-        return None, (jnp.where(active, sampled, model.vocab.pad_id), active)
+        return jnp.where(active, sampled, model.vocab.pad_id), active
 
-    def log(logs, tokens, active, num_attended, first):
-        num_new, *written = logs
-        num_new += active.astype(jnp.int32)
+    def log(logs, tokens, active, num_attended, given):
+        num_new, first = logs[0] + active.astype(jnp.int32), given[-1]
         column = jnp.where(active, num_new - 1 - (0 if first is None else first), -1)
-        return (num_new, *write_elements(written, (column, column), (tokens, num_attended))), None
+        return (num_new, *write_elements(logs[1:], (column, column), (tokens, num_attended)))
 
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_new)
-    logits, name = state.choices(model.config, model.vocab)
-    sampled = sample(logits, keys, sampling or config.sampling, state.occurred, name)
-    arrays = None, sampled, state.done, state.num_new, until, forced_tokens
-    _, (tokens, active) = per_sequence(choose, *arrays, implementation=config.bookkeeping)
-    cache, active = state.cache.fetched(state, tokens, active, model.vocab, config.bookkeeping)
-    fed = decode_step(model, dataclasses.replace(state, cache=cache), tokens, active, config)
-    occurred = None if state.occurred is None else mark_occurring(state.occurred, tokens[:, None], active[:, None], model.vocab)
-    logged = (state.num_new, state.new_tokens, state.num_attended), tokens, active, collectives.psum_context(fed.slots.counts), first
-    logs, _ = per_sequence(log, *logged, implementation=config.bookkeeping)
-    return dataclasses.replace(fed, num_new=logs[0], new_tokens=logs[1], num_attended=logs[2], occurred=occurred)
+    drawn_by = jax.vmap(jax.random.fold_in)(state.keys, state.num_new), sampling, state.occurred, name
+    given = logits if likeliest else sample(logits, *drawn_by), until, forced_tokens, first
+    return decode_step(model, state, given, config, choose, log)

@@ -76,12 +76,14 @@ class WorkingSets(KVCache):
     def fetched(self, state, tokens, active, vocab, implementation=None):
         """Give rows on the device to what headers open and name, before they are fed; `implementation` is that of the choice.
 
+        Returns the cache, the tokens, and which active sequences need not wait for their rows.
+
         Where `most_rows` are not enough for all, those go first that have named something in their step: others' rows come while they
         write the rest of it. Then those with the shortest responses. A sequence that misses rows takes no token, and draws the same one
         in the next step.
         """
         if state.slots.kept is None:  # a policy that reads whatever is named
-            return self, active
+            return self, (tokens, active)
         span = state.span
         opened, named = (vocab.label_of(tokens, base) for base in (vocab.seg_base, vocab.ref_base))
         opens, latest = opened >= 0, span.num_tokens - 1
@@ -89,7 +91,7 @@ class WorkingSets(KVCache):
         key, since = jnp.where(opens, opened, span.label), jnp.where(opens, span.num_tokens, span.step_index)
         turn = jnp.where(span.is_header & (latest > span.step_index), -1, latest - span.solve_index)
         cache, left = self._placed(span, Wanted(place, span.num_tokens, key, named, since), turn, implementation)
-        return cache, active & (left == 0)
+        return cache, (tokens, active & (left == 0))
 
     def choose_slots(self, step_slots, slots, implementation=None, **now):
         """Compute the slots of the newest tokens, and count those that are rows in host memory; `implementation` is of both."""

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import ELSEWHERE, per_sequence, read_elements, update_slots, write_elements
+from pallas_kernels import ELSEWHERE, per_sequence, read_elements, read_largest, update_slots, write_elements
 from pallas_kernels.slots import Rule
-from pallas_kernels.slots.triton import TILE
+from pallas_kernels.slots.triton import LARGEST_TILE, TILE
 from tests.pallas_kernels.budget import program
 from tests.pallas_kernels.lowering import cuda_lowering
 
@@ -98,13 +98,14 @@ def test_slots_over_many_steps(name, implementation, interpret, has_entries):
             before[b] = wanted[: int(kept[b])]
 
 
-def counted(state, tokens, active, limit):
-    """A function of a sequence that reads and writes rows, and numbers of both dtypes."""
+def counted(state, tokens, active, limit, scores):
+    """A function of a sequence that reads and writes rows, and numbers of three dtypes."""
     number, is_odd, seen, last = state
     earlier = read_elements(seen, number - 1)
     seen, last = write_elements((seen, last), (jnp.where(active, number, -1), jnp.where(earlier > 4, earlier, -(2**31))), (tokens, number))
     number = jnp.minimum(number + active.astype(jnp.int32), limit)
-    return (number, is_odd ^ active, seen, last), {"earlier": earlier, "new": active & (tokens != earlier)}
+    results = {"earlier": earlier, "new": active & (tokens != earlier), "likeliest": read_largest(scores)}
+    return (number, is_odd ^ active, seen, last), results
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,10 @@ def counted(state, tokens, active, limit):
 )
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_function_of_each_sequence(batch, implementation, interpret):
-    """Against plain Python, over some steps; rows of several widths, columns outside of them, a number for all."""
+    """Against plain Python, over some steps; rows of several widths, columns outside of them, a number for all.
+
+    Scores of one tile to two and a bit, with the largest several times, in other tiles too; or none above minus infinity.
+    """
     rng, (width, labels) = np.random.default_rng(batch), (4, 9)
     step = program(functools.partial(per_sequence, counted, implementation=implementation, interpret=interpret), interpret)
     state = (
@@ -122,9 +126,11 @@ def test_a_function_of_each_sequence(batch, implementation, interpret):
         jnp.zeros((batch, labels), jnp.int32),
     )
     expected = [[0, False, [-1] * width, [0] * labels] for _ in range(batch)]
-    for _ in range(6):
+    for turn in range(6):
         tokens, active = rng.integers(0, labels + 3, batch).astype(np.int32), rng.random(batch) < 0.8
-        state, results = step(state, jnp.asarray(tokens), jnp.asarray(active), jnp.int32(5))
+        scores = rng.integers(-30000, 7, (batch, LARGEST_TILE * (turn % 3) + 5)).astype(np.float32)
+        scores[0] = np.where(scores[0] > 0, scores[0], -np.inf) if turn % 2 else -np.inf
+        state, results = step(state, jnp.asarray(tokens), jnp.asarray(active), jnp.int32(5), jnp.asarray(scores))
         for b, mine in enumerate(expected):
             number, _, seen, last = mine
             earlier = seen[min(max(number - 1, 0), width - 1)]
@@ -134,6 +140,7 @@ def test_a_function_of_each_sequence(batch, implementation, interpret):
                 last[earlier] = number
             mine[:2] = min(number + active[b], 5), mine[1] ^ active[b]
             assert (results["earlier"][b], results["new"][b]) == (earlier, active[b] and tokens[b] != earlier)
+            assert results["likeliest"][b] == scores[b].tolist().index(scores[b].max())
             for found, wanted in zip(state, mine, strict=True):
                 np.testing.assert_array_equal(np.asarray(found)[b], wanted)
 
@@ -148,7 +155,8 @@ def test_the_kernel_lowers_for_cuda():
             assert cuda_lowering(launch, (slots, b), ba, ba, bl, entries, Rule(*[b] * 8)).count("__gpu$xla.gpu.triton") == 1
         number = jax.ShapeDtypeStruct((), jnp.int32)
         launch = functools.partial(per_sequence, counted, implementation="triton")
-        assert cuda_lowering(launch, (b, flags, ba, bl), b, flags, number).count("__gpu$xla.gpu.triton") == 1
+        scores = jax.ShapeDtypeStruct((4, 49157), jnp.float32)
+        assert cuda_lowering(launch, (b, flags, ba, bl), b, flags, number, scores).count("__gpu$xla.gpu.triton") == 1
 
 
 def test_what_does_not_fit_is_refused():
@@ -165,7 +173,7 @@ def test_what_does_not_fit_is_refused():
             update_slots(*arguments)
     with pytest.raises(ValueError, match=r"expected int32 \[B, X\], \[B\] and \[B\]"):
         write_elements((table,), (b[:1],), (b,))
-    with pytest.raises(ValueError, match=r"expected int32 \[B, X\], or int32 or bool \[B\], got float32\[2\]"):
+    with pytest.raises(ValueError, match=r"expected int32 or float32 \[B, X\], or int32 or bool \[B\], got float32\[2\]"):
         per_sequence(updated, (slots, b), b.astype(jnp.float32))
     with pytest.raises(ValueError, match="unknown implementation"):
         per_sequence(updated, (slots, b), table, table, table, None, rule, implementation="cuda")
