@@ -45,7 +45,7 @@ JUDGED = MAIN | {"tools": (*MAIN["tools"], "calls_right_seen_services", "calls_r
 BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
 """Lengths of prompts, in tokens."""
 # Variants whose headers read labels alone, the one to be judged first.
-_NARROW = ("values_more", "late", "near_mixed", "mixed", "solve", "labels")
+_NARROW = ("recent", "values_more", "late", "solve", "labels")
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
 _READS_WITH_LABELS = 0.10  # at most, of the context, all tokens of responses
 _FASTER = {"papers": 3, "verdicts": 3, "stories": 2, "tools": 2}  # at least, times the responses of the dense control
@@ -56,6 +56,7 @@ SETS = {
         "few": "`corpora/turns-5`",
         "eval": "`corpora/turns-26`",
         "many": "`corpora/turns-100`",
+        "near01": "`corpora/turns-26`, `name_share` 0.1",
         "constrained": "`corpora/turns-26`, `--constrained`",
     },
     "stories": {
@@ -145,7 +146,7 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    same = ("_late", "_late_full", "_values_more", "_values", "_full", "_solve", "_mixed")
+    same = ("_recent", "_late", "_late_full", "_values_more", "_values", "_full", "_solve")
     return f"{corpus}_dense{next((end for end in same if variant.endswith(end)), '')}"
 
 
