@@ -146,7 +146,7 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    same = ("_recent", "_late", "_late_full", "_values_more", "_values", "_full", "_solve")
+    same = ("_recent_low", "_recent_full", "_recent", "_late", "_late_full", "_values_more", "_values", "_full", "_solve")
     return f"{corpus}_dense{next((end for end in same if variant.endswith(end)), '')}"
 
 
@@ -323,7 +323,9 @@ def sections(page: str, runs: Sequence[Run], plots: dict[str, str]) -> dict[str,
         variants = list(EXPERIMENTS[page].panels[corpus])
         own, alone = (frame[frame["variant"].isin(variants)] for frame in (evaluated, speeds))
         controls = {variant: dense for variant in variants if variant != (dense := control(corpus, variant))}
-        found |= {f"{corpus} {name}": write(runs, variants, corpus) for name, write in tables.items()}
+        # Prompts of tools are as long as their catalogues, whose sizes are sets.
+        own_tables = {name: write for name, write in tables.items() if (corpus, name) != ("tools", "lengths")}
+        found |= {f"{corpus} {name}": write(runs, variants, corpus) for name, write in own_tables.items()}
         found |= {f"{corpus} reading": pages.reading_table(own), f"{corpus} speed": pages.speed_table(alone, TASKS[corpus].unit, controls)}
         found[f"{corpus} times"] = times_table(alone, TASKS[corpus].unit)
     if page in SETS:

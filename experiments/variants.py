@@ -57,7 +57,8 @@ class Variant:
             raise UserError(f"{where}: {unknown[0]} is no setting of the variant's corpus")
         found = {key: value for section in self.defaults for key, value in run[section].items()}
         if "base" in run:  # the corpus of fine-tuning is known by its settings
-            found |= {"init": run["base"].get("name")} | {
+            name, init = run["base"].get("name"), self.settings.get("init", "")
+            found |= {"init": init if init.endswith(f"/{name}") else name} | {  # of another run, its directory is left out
                 key: self.settings[key] for key in ("corpus", "data", "adapter") if key in self.settings
             }
         for key, expected in self.settings.items():

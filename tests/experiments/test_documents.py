@@ -198,7 +198,7 @@ def test_tables_of_tools_by_hand():
 
         return SimpleNamespace(variant=variant, part=part)
 
-    runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1), constrained=(2, 1))]
+    runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1), near01=(1, 0), constrained=(2, 1))]
     runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]  # of one catalogue alone: no rows
     runs += [run("tools_values_more", eval=(2, 2)), run("tools_dense_values_more", eval=(1, 2))]
     names = [run.variant for run in runs]
@@ -211,6 +211,7 @@ def test_tables_of_tools_by_hand():
         ["`tools_labels`", "`corpora/turns-26`", "calls right", "75.0", "50.0"],
         ["`tools_dense`", "`corpora/turns-26`", "calls right", "25.0", "-"],
         ["`tools_dense`", "`corpora/turns-100`", "calls right", "50.0", "-"],
+        ["`tools_dense`", "`corpora/turns-26`, `name_share` 0.1", "calls right", "25.0", "-"],
         ["`tools_dense`", "`corpora/turns-26`, `--constrained`", "calls right", "75.0", "-"],
     ]
     rows = [line.strip("| ").split(" | ") for line in documents.differences_table(runs, names, "tools").splitlines()]
