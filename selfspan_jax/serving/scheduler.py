@@ -103,7 +103,7 @@ class Scheduler:
         if engine.config.mask == "memory":
             raise UserError("the model's layers have a memory, of which a server keeps no pages")
         if engine.mesh is not None and num_data_shards(engine.mesh) * engine.mesh.shape["context"] > 1:
-            raise UserError("a mesh for serving has data=1 and context=1: all sequences share one cache")
+            raise UserError("mesh: a scheduler takes tensor (decode.py serve: data too), no context: its sequences share one cache")
         if isinstance(engine, HostEngine):  # each page of a prompt is one write of the program that reads it: fewer, larger ones
             config = dataclasses.replace(config, page_tokens=max(config.page_tokens, config.prefill_tokens // WRITTEN_AT_ONCE))
         self.engine, self.config = engine, config
