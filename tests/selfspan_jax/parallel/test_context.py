@@ -97,7 +97,7 @@ def test_what_cannot_be_divided_is_refused():
     for attention in ("quest", "oracle"):
         with pytest.raises(UserError, match=f"attention is '{attention}', which looks at all keys: a mesh that divides context"):
             engine.prefill(*prompt, DecodeConfig(attention=attention, max_new_tokens=4))
-    with pytest.raises(UserError, match="takes tensor .*: its sequences share one cache"):
+    with pytest.raises(UserError, match=r"takes tensor .*: its sequences share one cache"):
         Scheduler(engine)
     with pytest.raises(UserError, match="mesh is 'context=2': context is for decoding"):
         training_mesh("context=2")
