@@ -145,6 +145,9 @@ class Sweep:
     kind: ClassVar[str]
     """What the rows are called in a report."""
 
+    def __post_init__(self):
+        check_range(self, "shares", low=0.01, high=1000)
+
     def counts(self, context_tokens: float) -> list[int]:
         """Return the rows of each share of a context."""
         return [max(1, round(share / 100 * context_tokens)) for share in self.shares]
@@ -162,6 +165,10 @@ class Decoding(Sweep):
 
     batch_size: int = 100
     """Examples that are decoded together, under several counts each."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "num_examples", "batch_size", low=1)
 
     def decoded(
         self, lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], counts: Sequence[int], score: Callable[[list[Any]], dict[str, Any]]
@@ -196,9 +203,6 @@ class Arithmetic(Decoding):
     """Of the expressions."""
 
     kind: ClassVar[str] = "arithmetic"
-
-    def __post_init__(self):
-        check_range(self, "num_examples", "batch_size", low=1)
 
     def run(self) -> None:
         models = {name: SpanLM.load(getattr(self, name), TASKS) for name in ("dense", "span")}
@@ -269,9 +273,6 @@ class Documents(ModelAndCorpus, Decoding):
 
     kind: ClassVar[str] = "documents"
 
-    def __post_init__(self):
-        check_range(self, "num_examples", "batch_size", low=1)
-
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, base=self.base)
         lm.task, some = chosen(lm, self)
@@ -341,6 +342,7 @@ class Text(Sweep):
     kind: ClassVar[str] = "text"
 
     def __post_init__(self):
+        super().__post_init__()
         check_range(self, "continuation", "num_texts", low=1)
         if self.tokens <= self.continuation:
             raise UserError(f"tokens is {self.tokens}; allowed: above the {self.continuation} of the continuation")

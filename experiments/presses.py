@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import tempfile
 import time
@@ -90,8 +91,12 @@ class Presses(ModelAndCorpus):
 
     def __post_init__(self):
         check_range(self, "num_examples", "batch_size", low=1)
+        check_range(self, "shares", "decoding_shares", low=0.1, high=100)
+        check_range(self, "timed_tokens", low=0)
 
     def run(self) -> None:
+        if importlib.util.find_spec("kvpress") is None:
+            raise UserError("kvpress is not installed; pip install --no-deps kvpress cachetools fire")
         import torch
         import transformers
 
@@ -271,11 +276,11 @@ class Peer:
                     cuda.reset_peak_memory_stats()
                 began = time.perf_counter()
                 if key[0] == DECODING:
-                    found = self.decode_compressing(caches, first, prompts, num_tokens, stops=False)
+                    found = self.decode_compressing(caches, first, prompts, num_tokens + 1, stops=False)
                 else:
-                    found = self.decode(caches, first, lengths, num_tokens, stops=False)
+                    found = self.decode(caches, first, lengths, num_tokens + 1, stops=False)
                 seconds.append(time.perf_counter() - began)
-            step, read = float(np.median(seconds[1:])) / (num_tokens - 1), float(np.mean([rows.mean() for _, rows in found]))
+            step, read = float(np.median(seconds[1:])) / num_tokens, float(np.mean([rows.mean() for _, rows in found]))
             row = {"neighbour": key[0], "share": key[1], "attended_tokens": read, "batch_size": len(prompts)}
             row |= {"ms_per_step": 1e3 * step, "tokens_per_second": len(prompts) / step}
             row["peak_bytes"] = cuda.max_memory_allocated() - sum(map(num_bytes, kept.values())) if cuda else None

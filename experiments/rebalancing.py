@@ -67,6 +67,8 @@ class Rebalancing:
         check_range(self, "num_questions", "batch_size", "continuation", "num_texts", low=1)
         if self.stories is None and self.reports is None:
             raise UserError("give --stories, --reports, or both")
+        if self.tokens <= self.continuation:
+            raise UserError(f"tokens is {self.tokens}; allowed: above the {self.continuation} of the continuation")
 
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)

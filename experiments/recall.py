@@ -66,7 +66,8 @@ class Corpus:
 
     def __post_init__(self):
         check_range(self, "items", low=2, high=KEYS)
-        check_range(self, "queries", low=1)
+        check_range(self, "queries", low=1, high=256)
+        check_range(self, "unnamed", low=0, high=1)
 
     def make(
         self, rng: np.random.Generator, number: int, segments: int, *, spans: bool, scales: tuple[int, ...] = (0,), names: bool = True
@@ -204,7 +205,8 @@ class Train:
 
     def __post_init__(self):
         check_range(self, "steps", "rows", "num_examples", "prompt_window_tokens", low=1)
-        check_range(self, "seed", low=0)
+        check_range(self, "seed", "gap_scales", low=0)
+        check_range(self, "segments", low=1, high=(LABELS - 2 - self.corpus.queries) // PIECES)
 
     def run(self) -> None:
         spans = self.system == "spans"

@@ -133,8 +133,12 @@ def test_losses_of_all_rows_are_dense_ones(models, tmp_path, capsys):
     for row in rows[1:]:
         assert abs(row["loss_more"]) < 1e-5 if row["tokens"] == 40 else 0 < abs(row["loss_more"])
     assert [row["tokens"] for row in rows[1:]] == [16, 40]
-    status, _, err = call(neighbours, capsys, "text", "dense", tmp_path / "texts", "--tokens", 6, "--continuation", 6)
-    assert status == 2 and err == "error: --tokens is 6; allowed: above the 6 of the continuation\n"
+    for options, told in (
+        (["--tokens", 6, "--continuation", 6], "--tokens is 6; allowed: above the 6 of the continuation"),
+        (["--shares", 0], "--shares is 0.0; allowed: 0.01 to 1000"),
+    ):
+        status, _, err = call(neighbours, capsys, "text", "dense", tmp_path / "texts", *options)
+        assert status == 2 and err == f"error: {told}\n"
 
 
 def test_a_page_is_made_of_the_files(tmp_path, capsys):
