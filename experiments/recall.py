@@ -60,9 +60,6 @@ class Corpus:
     """Questions. Where there are fewer items, they are asked for again, in another order; what is scored is the first time."""
     unnamed: float = 0.0
     """Share of the batches of spans whose steps name no piece: answers then come from what label tokens have read."""
-    keys_are_labels: bool = False
-    """Each key has labels of its own, in place of those that follow the pieces': a step of spans opens one of a name, or one of an answer
-    without a name. So the token that chooses is the question, as for all other systems."""
 
     def __post_init__(self):
         check_range(self, "items", low=2, high=KEYS)
@@ -91,16 +88,13 @@ class Corpus:
         context[each, piece, offset] = answers
         asked = np.concatenate([some(items, items) for _ in range(-(-queries // items))], axis=1)[:, :queries]
         steps = rng.integers(_NOISE, _NOISE + NOISE, size=(number, queries, STEP))
-        first = rng.integers(1 + 2 * KEYS * self.keys_are_labels, LABELS - pieces - queries, size=(number, 1))
+        first = rng.integers(1, LABELS - pieces - queries, size=(number, 1))
         key, answer = _KEY + np.take_along_axis(keys, asked, 1), np.take_along_axis(answers, asked, 1)
         named = np.take_along_axis(piece, asked, 1)
         if spans:
             context[:, :, 0] = context[:, :, -1] = VOCAB.seg_base + first + np.arange(pieces)
-            own = last = VOCAB.seg_base + first + pieces + np.arange(queries)
-            if self.keys_are_labels:
-                own = VOCAB.seg_base + 1 + np.take_along_axis(keys, asked, 1)
-                last = own + KEYS
-            steps = np.stack([own, key, own, VOCAB.ref_base + first + named if names else last, answer], axis=2)
+            own = VOCAB.seg_base + first + pieces + np.arange(queries)
+            steps = np.stack([own, key, own, VOCAB.ref_base + first + named if names else own, answer], axis=2)
         else:
             steps[:, :, 3], steps[:, :, 4] = key, answer
         one = np.ones((number, 1), int)
@@ -108,9 +102,8 @@ class Corpus:
         ids = np.concatenate(parts, axis=1).astype(np.int32)
         places = 2 + pieces * PIECE + np.arange(queries) * STEP + STEP - 1
         targets = np.zeros(ids.shape[1], bool)
-        counted = places[:fresh] if self.keys_are_labels else places  # asked again, its label holds the answer
-        targets[counted] = True
-        targets[counted - 1] |= spans and names
+        targets[places] = True
+        targets[places - 1] |= spans and names
         jumps = np.zeros(ids.shape, np.int64)
         scale = rng.choice(np.array(scales), size=(number, 1))
         jumps[:, 1 : 1 + pieces * PIECE : PIECE] = rng.integers(0, 2 * scale + 1, size=(number, pieces))
@@ -322,7 +315,6 @@ def _recipe(report: dict[str, Any]) -> str:
         f"{settings.get('short_steps', 0):,} of them short": settings.get("short_steps"),
         f"{unnamed:.0%} of the batches without names": unnamed,
         "names begin as labels": settings.get("names_begin_as_labels"),
-        "keys have labels of their own": settings["corpus"].get("keys_are_labels"),
         "pieces see themselves alone": settings.get("prompt_window_tokens") == 1,
         "headers see all": settings.get("header_view") == "all",
     }

@@ -92,26 +92,6 @@ def test_steps_of_training_may_name_nothing():
     assert 4 <= named <= 12
 
 
-def test_keys_may_have_labels_of_their_own():
-    """The same key opens the same label in all examples, another one where a step names nothing; no piece has it; an answer counts once."""
-    labels, corpus = set(), Corpus(items=4, unnamed=0.5, keys_are_labels=True)
-    for batch in itertools.islice(corpus.batches(0, rows=1, seed=0, spans=True, scales=(0,)), 12):
-        ids, targets = (x[0][batch.segment_ids[0] == 1] for x in (batch.token_ids, batch.target_mask))
-        (solve,) = np.flatnonzero(ids == VOCAB.solve_id)
-        steps, asked = (x[solve + 1 : -1].reshape(-1, 5) for x in (ids, targets))
-        named = steps[:, 3] >= VOCAB.ref_base
-        assert named.all() or not named.any()
-        np.testing.assert_array_equal(steps[:, 0], steps[:, 1] - 4 + VOCAB.seg_base + 1)
-        np.testing.assert_array_equal(steps[:, 2], steps[:, 0])
-        assert named.all() or (steps[:, 3] == steps[:, 0] + 32).all()
-        assert not {*ids[:solve]} & {*steps[:, 0], *steps[:, 3]}
-        fresh = len({*steps[:, 1]})
-        np.testing.assert_array_equal(np.flatnonzero(asked[:, 4]), np.arange(fresh))
-        np.testing.assert_array_equal(asked[:, 3], asked[:, 4] & named)
-        labels.add(bool(named.all()))
-    assert labels == {True, False}
-
-
 @pytest.mark.parametrize("option, value", [("segments", 300), ("segments", 0), ("unnamed", 2), ("gap-scales", -1)])
 def test_what_has_no_labels_is_refused_before_training(option, value, tmp_path, capsys):
     status, _, err = call(recall, capsys, "train", "--system", "spans", "--json", tmp_path / "own.json", f"--{option}", value)
