@@ -217,11 +217,18 @@ def logprobs_part(call: Call, tokens: Sequence[Scored], offset: int = 0) -> dict
 
         content = [entry(text, own) | {"top_logprobs": [entry(*other) for other in top]} for text, own, top in tokens]
         return {"content": content, "refusal": None}
+
+    def by_text(top: Sequence[tuple[str, float]]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for text, logprob in top:  # of those that are written alike the likeliest
+            found.setdefault(text, max(logprob, _LEAST_LOGPROB))
+        return found
+
     lengths = [len(text) for text, *_ in tokens]
     return {
         "tokens": [text for text, *_ in tokens],
         "token_logprobs": [max(own, _LEAST_LOGPROB) for _, own, _ in tokens],
-        "top_logprobs": [{text: max(own, _LEAST_LOGPROB) for text, own in reversed(top)} for *_, top in tokens] if call.logprobs else None,
+        "top_logprobs": [by_text(top) for *_, top in tokens] if call.logprobs else None,
         "text_offset": [offset + sum(lengths[:i]) for i in range(len(tokens))],
     }
 
