@@ -122,7 +122,7 @@ class Service:
                 if call.max_tokens is not None and call.max_tokens > left:
                     raise UserError(f"max_tokens is {call.max_tokens}; the prompt's {len(ids)} tokens leave {left}")
                 for _ in range(call.n):
-                    response = detokenize.Response(self._decode, call.stop, self.end_ids)
+                    response = detokenize.Response(self._decode, call.stop, self.end_ids, by_token=call.logprobs is not None)
                     choice = Choice(len(running.choices), text, ids, response)
                     limit = left if call.max_tokens is None else call.max_tokens
                     wanted = Request(ids, limit, call.sampling, seed, sample=choice.index, logprobs=call.logprobs is not None)
@@ -252,15 +252,15 @@ class Running:
         return protocol.usage(prompts, sum(len(choice.response.token_ids) for choice in self.choices))
 
     def logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        """Say the log-probabilities of the tokens that no event had yet, what ends a response left out; None where there are none."""
+        """Say the log-probabilities of sure tokens that no event had yet, what ends a response left out; None where there are none."""
         if self.call.logprobs is None:
             return None
-        scored, decode = [], self.service.lm.task.decode
-        start, choice.told = choice.told, len(choice.response.token_ids)
-        for token_id, (own, ids, values) in zip(choice.response.token_ids[start:], choice.logprobs[start:]):
+        scored, decode, response = [], self.service.lm.task.decode, choice.response
+        start, choice.told = choice.told, response.num_sure
+        for token_id, text, (own, ids, values) in zip(response.token_ids[start:], response.token_texts(start), choice.logprobs[start:]):
             if token_id not in self.service.end_ids:
-                likeliest = [(decode([other]), value) for other, value in zip(ids, values)]
-                scored.append((decode([token_id]), own, likeliest[: self.call.logprobs]))
+                likeliest = zip(ids[: self.call.logprobs], values)
+                scored.append((text, own, [(decode([other]), value) for other, value in likeliest]))
         offset = choice.told_characters
         choice.told_characters += sum(len(text) for text, *_ in scored)
         return protocol.logprobs_part(self.call, scored, offset) if scored else None

@@ -94,8 +94,8 @@ def read_call(kind: Literal["text_completion", "chat.completion"], body: bytes) 
     tools = tuple(_take(fields, "tools", list, ()))
     if declined := bool(tools) and fields.get("tool_choice") == "none":
         tools = ()
-    if (logprobs := _logprobs(kind, fields)) is not None and stream and ("stop" in fields or tools):
-        raise UserError("logprobs of a stream are without stop and tools, because tokens are told before it is sure that they stay")
+    if (logprobs := _logprobs(kind, fields)) is not None and stream and tools:
+        raise UserError("logprobs of a stream are without tools, because calls come whole, at the end")
     limits = [_take(fields, name, int, None) for name in ("max_completion_tokens", "max_tokens")]
     limit = next((limit for limit in limits if limit is not None), None)
     n, seed = _take(fields, "n", int, 1), _take(fields, "seed", int, None)
@@ -202,7 +202,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 Scored = tuple[str, float, Sequence[tuple[str, float]]]
-"""The text of a token and its log-probability, and those of the likeliest tokens in its place."""
+"""What a token adds to the text and its log-probability, and those of the likeliest tokens in its place, the likeliest first."""
 
 
 def logprobs_part(call: Call, tokens: Sequence[Scored], offset: int = 0) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
@@ -29,14 +30,15 @@ class Detokenizer:
         self._window: list[int] = []
         self._begins = [0]  # where in the window a character begins
         self._written = 0  # characters of the window's text
+        self.waits = False  # a character, for the rest of its bytes
 
     def push(self, *token_ids: int) -> str:
         """Return what more tokens add. Several at once take hardly longer than one."""
         self._window += map(int, token_ids)
         text = self._decode(self._window)
         whole = text.rstrip(_UNFINISHED)
-        piece = self._take(whole)
-        if whole == text:
+        piece, self.waits = self._take(whole), whole != text
+        if not self.waits:
             begin = self._begins[max(0, bisect.bisect(self._begins, len(self._window) - _CONTEXT_TOKENS) - 1)]
             self._begins.append(len(self._window))
             if len(self._window) >= 4 * max(_CONTEXT_TOKENS, len(token_ids)) and begin:
@@ -94,11 +96,15 @@ class Response:
     """Collect the tokens of one response as they are decoded, up to an end of text or a stop string, and their text.
 
     Tokens that only a stop string needs are left out. One that begins before it stays; `surplus` characters of its text do not.
+
+    Args:
+      by_token: keep the text of each token, for `token_texts`; with stop strings they are kept in any case.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str], end_ids: Collection[int]):
+    def __init__(self, decode: Decode, stop: Sequence[str], end_ids: Collection[int], *, by_token: bool = False):
         self._detokenizer, self._stops, self._end_ids = Detokenizer(decode), StopStrings(stop), frozenset(end_ids)
-        self._lengths = [0]  # of the text after each push, stop strings included; with these, of one token
+        self._by_token = by_token or bool(stop)
+        self._lengths = [0]  # of the text after each push, stop strings included
         self.token_ids: list[int] = []
         self.text = ""
         self.done = False
@@ -108,12 +114,26 @@ class Response:
     def stopped_by(self) -> str | None:
         return self._stops.found
 
+    @property
+    def num_sure(self) -> int:
+        """Count the tokens that stay whatever comes, and whose text is whole in `text`."""
+        if self.done or not self._by_token:
+            return len(self.token_ids)
+        sure = bisect.bisect_left(self._lengths, len(self.text))
+        grows = self._lengths[sure] > len(self.text) or (0 < sure == len(self.token_ids) and self._detokenizer.waits)
+        return sure - grows
+
+    def token_texts(self, start: int = 0) -> list[str]:
+        """Return what each sure token adds to the text, from token `start` on: joined, all of them are the text."""
+        ends = [min(end, len(self.text)) for end in self._lengths[start : self.num_sure + 1]]
+        return [self.text[begin:end] for begin, end in itertools.pairwise(ends)]
+
     def push(self, token_ids: Iterable[int]) -> str:
         """Add tokens until the response is done; return the text that is sure by now."""
         before, new = len(self.text), token_ids.tolist() if isinstance(token_ids, np.ndarray) else list(map(int, token_ids))
         if not self._end_ids.isdisjoint(new):
             new = new[: 1 + min(new.index(token_id) for token_id in self._end_ids if token_id in new)]
-        size = 1 if self._stops.strings else len(new)  # a stop string is looked for after each token
+        size = 1 if self._by_token else len(new)  # a stop string is looked for after each token
         for part in (new[start : start + size] for start in range(0, len(new), size or 1)):
             if self.done:
                 break
@@ -128,7 +148,10 @@ class Response:
         """End the response; return the text that waited for more."""
         before = len(self.text)
         if not self.done:
-            self._add(self._detokenizer.flush())
+            piece = self._detokenizer.flush()
+            if piece and self.token_ids[-1] in self._end_ids:
+                self._lengths[-2] += len(piece)  # of the token before the end
+            self._add(piece)
             self.text += self._stops.flush()
             self.done = True
         return self.text[before:]

@@ -243,6 +243,40 @@ def test_log_probabilities_are_in_openais_form(address):
         assert post(address, body).json()["choices"][0]["logprobs"] is None
 
 
+@pytest.mark.parametrize(
+    "stop, texts",
+    [
+        (None, ["<11>", "4", "5", "<12>", "<16>", "6"]),
+        ("<16>", ["<11>", "4", "5", "<12>"]),  # in the middle of a chunk
+        ("45<", ["<11>"]),  # over two chunks
+        ("6>6", ["<11>", "4", "5", "<12>", "<1"]),  # begins within a token, which is cut
+        ("11>45<12", ["<"]),
+        ("<", []),
+    ],
+)
+def test_tokens_with_log_probabilities_are_the_text(address, stop, texts):
+    """With stop strings too, of a chat, and in a stream, which tells no token of which it is not sure."""
+    ids = {"logprobs": 1, "prompt": "45", "stop": stop}
+    text, own, offsets = "".join(texts), [-float(i) for i in range(len(texts))], [len("".join(texts[:i])) for i in range(len(texts))]
+    whole = post(address, ids).json()["choices"][0]
+    part = whole["logprobs"]
+    assert (whole["text"], part["tokens"], part["token_logprobs"], part["text_offset"]) == (text, texts, own, offsets)
+    chat = _CHAT | {"logprobs": True, "stop": stop}
+    said = post(address, chat, "/v1/chat/completions").json()["choices"][0]
+    entries = said["logprobs"]["content"]
+    assert said["message"]["content"] == text and b"".join(bytes(entry["bytes"]) for entry in entries) == text.encode()
+    so_far = {"text": "", **{name: [] for name in part}}
+    for event in events(post(address, ids | {"stream": True})):
+        (choice,) = event["choices"]
+        so_far = {"text": so_far["text"] + choice["text"]} | {
+            name: so_far[name] + (choice["logprobs"] or {}).get(name, []) for name in part
+        }
+        assert so_far["text"].startswith("".join(so_far["tokens"]))
+    assert so_far == {"text": text} | part
+    told = [event["choices"][0]["logprobs"] for event in events(post(address, chat | {"stream": True}, "/v1/chat/completions"))]
+    assert [entry for part in told if part for entry in part["content"]] == entries
+
+
 def test_a_response_without_text_has_empty_lists_of_log_probabilities():
     with serving(Answering([VOCAB.eos_id])) as address:
         whole = post(address, {"prompt": "45", "logprobs": 1}).json()["choices"][0]
@@ -375,7 +409,7 @@ REFUSED = {
     "a penalty": ({"prompt": "4", "presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
     "many log probabilities": ({"prompt": "4", "logprobs": 21}, 400, "logprobs is 21; allowed: 0 to 20"),
     "log probabilities of a chat": (_CHAT | {"top_logprobs": 2}, 400, "top_logprobs is for logprobs: true"),
-    "log probabilities of what may be cut": ({"prompt": "4", "logprobs": 1, "stop": "5", "stream": True}, 400, "without stop"),
+    "log probabilities of calls": (_CHAT | {"logprobs": True, "tools": [{}], "stream": True}, 400, "without tools"),
     "tools": (_CHAT | {"tools": [{"type": "function"}]}, 400, "tools is not supported by a model of the task words; leave it out"),
     "an object as tools": (_CHAT | {"tools": {"type": "function"}}, 400, "tools is an object; expected a list"),
     "tools of a prompt": ({"prompt": "4", "tools": []}, 400, "'tools' is not supported"),

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data.vocab import train_vocab
 from selfspan_jax.errors import UserError
-from selfspan_jax.viewing.detokenize import Detokenizer, StopStrings, check_stop_strings, token_texts
+from selfspan_jax.viewing.detokenize import Detokenizer, Response, StopStrings, check_stop_strings, token_texts
 
 TEXTS = {  # what makes it hard -> text
     "emoji, four bytes each": "Emoji: 🌧️🌈😀🎉🚀🌍 and on",
@@ -65,6 +65,29 @@ def test_bytes_without_sense_come_out_as_the_tokenizer_writes_them():
     for seed in range(20):
         ids = [random.Random(seed * 1000 + i).randrange(256) for i in range(120)]
         assert "".join(token_texts(tokenizer.decode, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("size", [1, 3, 200])
+def test_the_tokens_of_a_response_are_its_text(size):
+    """Of bytes with and without sense, whatever stops them; what a token was said to add stays."""
+    tokenizer, end = TOKENIZERS["byte level"], 299
+    known = tokenizer.encode("a 😀今天 to x " * 4).ids
+    for seed in range(12):
+        rng = random.Random(seed)
+        ids = [rng.choice(known) if seed % 2 else rng.randrange(256) for _ in range(60)] + [end] * (seed % 3 > 0)
+        text = tokenizer.decode([token for token in ids if token != end])
+        stop = () if seed % 4 == 3 else (text[(at := rng.randrange(50)) : at + 3], "no such")
+        response = Response(lambda ids: tokenizer.decode([token for token in ids if token != end]), stop, [end], by_token=True)
+        told = []
+        for start in range(0, len(ids), size):
+            response.push(ids[start : start + size])
+            told += response.token_texts(len(told))
+            assert len(told) == response.num_sure and response.text.startswith("".join(told))
+        response.finish()
+        told += response.token_texts(len(told))
+        assert response.text == (text[: text.find(stop[0])] if stop else text) == "".join(told)
+        assert len(told) == len(response.token_ids) and response.token_ids == ids[: len(told)]
+        assert told == response.token_texts()
 
 
 def test_windows_stay_short():
