@@ -48,6 +48,8 @@ class Choice:
     attended: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[tuple[float, list[int], list[float]]] = dataclasses.field(default_factory=list)
     """Of each token: its own, and the likeliest ids with theirs."""
+    counted: int = 0
+    """Tokens that the metrics have."""
     told: int = 0
     """Tokens whose log-probabilities are in events."""
     told_characters: int = 0
@@ -217,6 +219,7 @@ class Running:
             if tokens.logprobs is not None:
                 choice.logprobs.extend(zip(*(x.tolist() for x in tokens.logprobs)))
         piece = response.push(tokens.token_ids)
+        self._count(choice, response.num_sure)
         if response.done and tokens.finished is None:
             assert choice.ticket is not None
             self.service.scheduler.cancel(choice.ticket)
@@ -225,7 +228,12 @@ class Running:
             self._end(choice, "length" if tokens.finished == "length" and response.stopped_by is None else "stop")
         return piece
 
+    def _count(self, choice: Choice, num_tokens: int) -> None:
+        self.service.metrics.written(num_tokens - choice.counted)
+        choice.counted = num_tokens
+
     def _end(self, choice: Choice, reason: str) -> None:
+        self._count(choice, len(choice.response.token_ids))
         vocab, ids = self.service.lm.vocab, np.asarray(choice.response.token_ids, np.int64)
         spans = sum(int(np.sum((base <= ids) & (ids < base + vocab.num_labels))) for base in (vocab.seg_base, vocab.ref_base))
         choice.finish_reason = reason

@@ -32,7 +32,6 @@ _GAUGES: dict[str, tuple[str, Callable[[Stats], float]]] = {
 }
 _COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
     "vllm:prompt_tokens": ("Prompt tokens.", lambda stats: stats.prompt_tokens + stats.prefix_hit_tokens),
-    "vllm:generation_tokens": ("Tokens written.", lambda stats: stats.generated_tokens),
     "vllm:prefix_cache_queries": ("Prompt tokens looked up.", lambda stats: stats.prompt_tokens + stats.prefix_hit_tokens),
     "vllm:prefix_cache_hits": ("Prompt tokens whose rows were there.", lambda stats: stats.prefix_hit_tokens),
     "vllm:num_preemptions": ("Sequences that lost their pages, and were read again.", lambda stats: stats.preemptions),
@@ -57,6 +56,7 @@ class Metrics:
             return Histogram(name, says, ["model_name"], buckets=buckets, registry=self._registry).labels(model)
 
         self._finished = counter("vllm:request_success", "Responses by how they ended.", "finished_reason")
+        self._written = counter("vllm:generation_tokens", "Tokens of responses.").labels(model)
         self._spans = counter("selfspan:span_tokens", "Written tokens that open or name a span: the overhead of spans.").labels(model)
         self._first = histogram("vllm:time_to_first_token_seconds", "From a request to its first token.", _SECONDS)
         self._between = histogram("vllm:inter_token_latency_seconds", "Between tokens, averaged over those that come together.", _SECONDS)
@@ -71,6 +71,10 @@ class Metrics:
             self._first.observe(seconds)
         else:
             self._between.observe(seconds / num_tokens)
+
+    def written(self, num_tokens: int) -> None:
+        """Count tokens that a response has for sure: when it has ended, those of `finished`."""
+        self._written.inc(num_tokens)
 
     def finished(self, reason: str, prompt_tokens: int, num_tokens: int, span_tokens: int, seconds: float) -> None:
         """Count a response: "stop", "length", "abort" of a client that went away, or "error"."""

@@ -552,12 +552,21 @@ def test_a_client_that_goes_away_frees_its_places(address, scripted, prompt, str
 def test_metrics_have_the_names_that_dashboards_know(address):
     from prometheus_client.parser import text_string_to_metric_families
 
-    post(address, {"prompt": "45"})
-    text = httpx2.get(f"{address}/metrics", trust_env=False).text
-    found = {(s.name, s.labels.get("finished_reason")): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    def read():
+        text = httpx2.get(f"{address}/metrics", trust_env=False).text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return text, {(sample.name, sample.labels.get("finished_reason")): sample.value for sample in samples}
+
+    # Tokens of responses, of clients that went away too: the last two end before their chunk does, within a token and before one.
+    tokens, (_, before) = ("vllm:generation_tokens_total", "vllm:request_generation_tokens_sum"), read()
+    for body in ({}, {"stop": "1>4"}, {"stop": "5<", "stream": True}):
+        post(address, {"prompt": "45"} | body)
+    text, found = read()
+    assert [found[name, None] - before[name, None] for name in tokens] == [len(RESPONSE) + 1 + 2] * 2
+    assert found[tokens[0], None] == found[tokens[1], None]
     expected = {
         **{"vllm:num_requests_running": 3, "vllm:num_requests_waiting": 0, "vllm:kv_cache_usage_perc": 3 / 8},
-        **{"vllm:prompt_tokens_total": 120, "vllm:generation_tokens_total": 50, "vllm:prefix_cache_hits_total": 20},
+        **{"vllm:prompt_tokens_total": 120, "vllm:prefix_cache_hits_total": 20},
         **{"vllm:num_preemptions_total": 6, "selfspan:attended_tokens_total": 250, "selfspan:context_tokens_total": 1000},
         **{"selfspan:pages_in_use": 3, "selfspan:pages_cached": 1, "selfspan:pages_free": 4},
     }
