@@ -344,7 +344,7 @@ def test_log_probabilities_are_the_model_s_before_temperature_and_filters(idle):
 
 
 def test_a_request_that_ends_early_leaves_the_others_alone(idle):
-    """Cancelled while it waits, while it runs, and once it has ended; and one whose function raises."""
+    """Cancelled while it waits, while it runs, and once it has ended; and one whose function raises. A place is free in the next round."""
     rng, received = np.random.default_rng(4), collections.defaultdict(list)
     requests = [Request(prompt(rng, 10 + i), 20) for i in range(7)]
 
@@ -356,7 +356,14 @@ def test_a_request_that_ends_early_leaves_the_others_alone(idle):
     idle.cancel(tickets[5])
     for _ in range(3):
         idle.run_once()
+    place, told = tickets[1].place, len(received[1])
     idle.cancel(tickets[1])
+    (queued,) = idle._in_flight
+    idle.run_once()
+    (chunk,) = idle._in_flight
+    assert queued.tickets[place] is tickets[1] and chunk.tickets[place] is tickets[6]
+    assert idle.stats.pages_used == sum(len(ticket.pages) for ticket in chunk.tickets.values())
+    assert len(received[1]) == told + 1 and not received[1][-1].token_ids.size  # what was queued for it is nobody's
     while idle.run_once():
         pass
     idle.cancel(tickets[0])
