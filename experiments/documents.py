@@ -184,14 +184,18 @@ def latest(runs: Sequence[Run], corpus: str) -> str:
 
 
 def differences_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
-    """Write how much higher than the control each variant scores, on the examples that both have: all scores of the latest one."""
+    """Write how much higher than the control each variant scores, on the examples that both have: all scores of the latest one.
+
+    That one is compared with text without span tokens as well, in the scores that such text can have.
+    """
     rows, judged = [], latest(runs, corpus)
-    for variant in variants:
-        own = control(corpus, variant)
+    plain = control(corpus, judged).replace("_dense", "_plain")
+    for variant, own in [*((variant, control(corpus, variant)) for variant in variants), (judged, plain)]:
         ours, theirs = (scored(runs, name, "eval") for name in (variant, own))
         names = () if variant == own else _names(corpus) if variant == judged else JUDGED[corpus]
         for name in names:
-            if found := compare(ours, theirs, name):
+            found = compare(ours, theirs, name)
+            if found and (found[1] or own != plain):  # text that names nothing has 0 of what it does not name
                 rows.append((f"`{variant}`", _words(name), f"{found[0]:,}", f"`{own}`", *_percent(found[1]), *_interval(found[2])))
     return markdown_table(("variant", "score", "examples", "control", "the control's", *_DIFFERENCE), rows)
 
