@@ -218,7 +218,8 @@ def lengths_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> 
     """Write the main score by the length of the prompt, those beyond the rows of training apart."""
     name, rows = MAIN[corpus][0], []
     for variant in variants:
-        ours, theirs = (scored(runs, own, "eval") for own in (variant, control(corpus, variant)))
+        both = (pd.concat([scored(runs, own, "eval"), scored(runs, own, "long")]) for own in (variant, control(corpus, variant)))
+        ours, theirs = (examples[~examples.index.duplicated()] for examples in both)
         if ours.empty:
             continue
         tokens = ours["prompt_tokens", 0]
