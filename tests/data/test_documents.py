@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rouge_score import rouge_scorer
 
 import decode
 from data import dataset
@@ -410,6 +409,8 @@ def test_answers_are_scored_by_the_question_that_they_name(corpora):
         ((label["a silver key"], 1), "a silver key"),  # too late
     ]
     scores = stored.task.scores([example], [respond(stored.task, steps)])
+    from rouge_score import rouge_scorer  # imports nltk and SciPy's statistics, which only the process that runs this needs
+
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
     def rouge(own, *golds):

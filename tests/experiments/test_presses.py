@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from experiments import presses
 from selfspan_jax.errors import UserError
@@ -18,6 +16,9 @@ NEW = 4
 
 @pytest.fixture(scope="module")
 def peer():
+    import torch  # five seconds, in the process only that runs this
+    import transformers
+
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(vocab_size=100, initializer_range=0.2, **sizes)
@@ -40,6 +41,8 @@ class Every:
 
 def whole_forwards(model, prompt, kept, size):
     """Decode by a forward of everything for each token: response tokens do not see the tokens of the prompt that were dropped."""
+    import torch
+
     ids = prompt.tolist()
     for _ in range(size):
         seen = np.tri(len(ids), dtype=bool)
@@ -76,7 +79,7 @@ def test_layers_that_keep_different_numbers_are_made_alike(peer):
     kept, _ = peer.read(PROMPTS, {"uneven": Uneven(1)})
     for prompt, own, every in zip(PROMPTS, kept["uneven"], kept["dense", 100.0]):
         for layer, whole in zip(own, every):
-            assert layer[0].shape[2] == len(prompt) - 7 and torch.equal(layer[1], whole[1][:, :, 7:])
+            assert layer[0].shape[2] == len(prompt) - 7 and layer[1].equal(whole[1][:, :, 7:])
 
 
 def test_a_corpus_of_longer_prompts_is_refused(monkeypatch):

@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import train
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import distributed
 from selfspan_jax.parallel.mesh import make_mesh, process_parts
+from tests.processes import Script
 from tests.test_commands import TOY
 
 ROOT = Path(__file__).parents[3]
@@ -39,12 +39,8 @@ def arguments(line, run_dir, *options):
     return [*words, *OPTIONS, *map(str, options)]
 
 
-def start(line, run_dir, *options, num_devices=1, variables=()):
-    # Processes share kept programs. JAX writes those in place: what another reads half written it compiles again, with a warning.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)} | dict(variables)
-    environment["PYTHONWARNINGS"] = "ignore::UserWarning:jax._src.compiler"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *arguments(line, run_dir, *options)], cwd=ROOT, env=environment, **pipes)
+def start(line, run_dir, *options, **more):
+    return Script(arguments(line, run_dir, *options), run_dir.parent, **more)
 
 
 def run_alone(run_dir):
@@ -68,7 +64,8 @@ def start_two(run_dir, *options, second=(), **more):
 def finish(*processes, seconds=SECONDS):
     """(status, stdout, stderr) of each; none is left running."""
     try:
-        return [(process.returncode, *outputs) for process in processes for outputs in [process.communicate(timeout=seconds)]]
+        outputs = [process.communicate(seconds) for process in processes]
+        return [(process.returncode, *printed) for process, printed in zip(processes, outputs)]
     finally:
         for process in processes:
             process.kill()
@@ -115,7 +112,7 @@ def lost(tmp_path_factory):
                         (pid, *_) = (int(c) for file in Path(f"/proc/{pid}/task").glob("*/children") for c in file.read_text().split())
                     os.kill(pid, signal.SIGKILL)
                     del waiting[name]
-                elif any(process.poll() is not None for process in processes):
+                elif any(process.returncode is not None for process in processes):
                     del waiting[name]
             time.sleep(0.002 if any(map(num_logged, run_dirs.values())) else 0.1)  # processes take seconds to begin
         return {name: (run_dirs[name], finish(*processes)) for name, processes in pairs.items()}
@@ -150,8 +147,9 @@ def test_when_the_second_process_is_killed_the_first_ends_and_the_run_goes_on(al
     line = line.replace("arithmetic-1b", "arithmetic-base")  # as the run began
     tasks = [job | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(2)]
     processes = [start(line, run_dir, "--mesh", "fsdp=2", "--data-parts", 2, variables=variables) for variables in tasks]
-    assert any("resuming from step" in line for line in processes[0].stdout)
-    processes[1].send_signal(signal.SIGTERM)
+    while "resuming from step" not in processes[0].printed()[0] and processes[0].returncode is None:
+        time.sleep(0.1)
+    os.kill(processes[1].pid, signal.SIGTERM)
     (first, second) = finish(*processes)
     assert first[0] == second[0] == 143 and re.search(r"^stopped after step \d+ of 30, a checkpoint is saved", first[1], re.MULTILINE), (
         first
