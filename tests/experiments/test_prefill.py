@@ -44,7 +44,7 @@ def texts(tmp_path):
 
 
 def test_quality_is_that_of_one_forward_after_each_prefill(texts, monkeypatch, tmp_path, capsys):
-    model = random_model(max_context_tokens=1024, prompt_view="causal", header_view="all")
+    model = random_model(num_layers=1, max_context_tokens=1024, prompt_view="causal", header_view="all")
     lm = SpanLM(model, Letters())
     monkeypatch.setattr(prefill.SpanLM, "load", lambda *_, **__: lm)
     options = ["--tokens", 392, "--continuation", 8, "--num-texts", 2, "--sample-1", "1.0", "--sample-2", "0.1", "--blocks", "1.0"]
@@ -76,7 +76,7 @@ def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, capsys):
     """Everything kept gives what dense prefill gives."""
     task = arithmetic.ArithmeticTask(vocab=Vocab(64))
     vocab = SpanVocab(**task.vocab.span_ids())
-    config = dataclasses.replace(random_model().config, max_context_tokens=1024, prompt_view="causal")
+    config = dataclasses.replace(random_model().config, num_layers=1, max_context_tokens=1024, prompt_view="causal")
     lm = SpanLM(Decoder(config, vocab=vocab, vocab_size=vocab.min_vocab_size, rngs=nnx.Rngs(0)), task)
     monkeypatch.setattr(prefill.SpanLM, "load", lambda *_, **__: lm)
     sizes = ["--ops", 40, "--num-examples", 2, "--batch-size", 2, "--prefill-tokens", 1024, "--selectors", "sample 1", "--sample-1", "1.0"]
