@@ -35,6 +35,7 @@ from selfspan_jax import files
 ROOT = Path(__file__).parents[3]
 STORIES = [synthetic.draw(f"tests/sources/{i}") for i in range(60)]
 PAIRS = [{"article": " ".join(story.article), "summary": " ".join(story.summary)} for story in STORIES]
+PAIRS = [{name: text.replace("Oakton", "Oaktön") for name, text in pair.items()} for pair in PAIRS]  # not ASCII
 MAYOR = {
     "article": "The mayor of Oakton resigned. It rained. She had served for 12 years.",
     "summary": "Oakton's mayor resigned after 12 years.",
@@ -392,28 +393,19 @@ def test_shares_are_as_stated():
 
 @pytest.mark.slow
 def test_splits_depend_on_neither_the_order_of_rows_nor_workers_nor_the_locale(divided, tmp_path):
-    rows = (divided / "rows.jsonl").read_text().splitlines(keepends=True)
+    """LC_ALL=C without Python's UTF-8 mode: what `open` and `print` would take by themselves is ASCII."""
+    rows = [json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in (divided / "rows.jsonl").read_text().splitlines()]
     random.Random(0).shuffle(rows)
-    (tmp_path / "rows é.jsonl").write_text("".join(rows))
+    (tmp_path / "rows é.jsonl").write_text("".join(rows), encoding="utf-8")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "data",
-        "news",
-        "--source",
-        "rows é.jsonl",
-        "--vocab-tokens",
-        "600",
-        "--workers",
-        "2",
-        "--out",
-        "corpus é",
-    ]
-    subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    words = ["--source", "rows é.jsonl", "--vocab-tokens", "600", "--workers", "2", "--out", "corpus é"]
+    command = [sys.executable, "-m", "data", "news", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    assert done.stderr == b"" and b"corpus " in done.stdout
     assert "--source 'rows é.jsonl'" in (tmp_path / "corpus é" / "train" / "README.md").read_text(encoding="utf-8")
     ours, theirs = articles(divided / "corpus"), articles(tmp_path / "corpus é")
     assert {split: sorted(texts) for split, texts in ours.items()} == {split: sorted(texts) for split, texts in theirs.items()}
+    assert "Oaktön" in str(theirs)
 
 
 def test_one_split_alone_is_the_one_of_the_whole_and_all_is_undivided(divided, tmp_path, capsys):
