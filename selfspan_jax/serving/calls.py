@@ -33,6 +33,7 @@ from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.workers import Workers
 from selfspan_jax.viewing import detokenize
 
+_BEFORE = 4  # tokens, with which the text of another one in a token's place is found
 KEEP_ALIVE_SECONDS = 15.0  # between comments in a stream that has nothing to say
 
 
@@ -115,23 +116,26 @@ class Service:
         """Give the scheduler all that a call asks for, or nothing."""
         if (asked := call.n * len(prompts)) > (most := self.scheduler.config.max_requests):
             raise UserError(f"n is {call.n} for {len(prompts)} prompts, {asked} responses; this server takes {most} at once")
+        limits = []
+        for _, ids in prompts:
+            if (left := self.max_tokens - len(ids)) < 1:
+                raise UserError(f"the prompt is {len(ids)} tokens long, but a sequence has {self.max_tokens}, response included")
+            if call.max_tokens is not None and call.max_tokens > left:
+                raise UserError(f"max_tokens is {call.max_tokens}; the prompt's {len(ids)} tokens leave {left}")
+            limits.append(left if call.max_tokens is None else call.max_tokens)
         running = Running(self, call)
         seed = secrets.randbelow(MAX_SEED + 1) if call.seed is None else call.seed
         try:
-            for text, ids in prompts:
-                if (left := self.max_tokens - len(ids)) < 1:
-                    raise UserError(f"the prompt is {len(ids)} tokens long, but a sequence has {self.max_tokens}, response included")
-                if call.max_tokens is not None and call.max_tokens > left:
-                    raise UserError(f"max_tokens is {call.max_tokens}; the prompt's {len(ids)} tokens leave {left}")
+            for (text, ids), limit in zip(prompts, limits):
                 for _ in range(call.n):
                     response = detokenize.Response(self._decode, call.stop, self.end_ids, by_token=call.logprobs is not None)
                     choice = Choice(len(running.choices), text, ids, response)
-                    limit = left if call.max_tokens is None else call.max_tokens
                     wanted = Request(ids, limit, call.sampling, seed, sample=choice.index, logprobs=call.logprobs is not None)
                     choice.ticket = self.scheduler.submit(wanted, running.deliver(choice))
                     running.choices.append(choice)
-        except BaseException:
-            running.close()
+        except BaseException:  # it was never taken, and is not counted
+            for choice in running.choices:
+                self.scheduler.cancel(choice.ticket)
             raise
         self.calls.add(running)
         return running
@@ -213,7 +217,7 @@ class Running:
     def _add(self, choice: Choice, tokens: Tokens) -> str:
         response, now = choice.response, time.monotonic()
         if count := len(tokens.token_ids):
-            self.service.metrics.arrived(count, now - choice.last, first=not choice.attended)
+            self.service.metrics.arrived(count, now - choice.last, None if choice.attended else len(choice.prompt_ids))
             choice.attended.extend(tokens.num_attended.tolist())
             choice.last = now
             if tokens.logprobs is not None:
@@ -237,7 +241,7 @@ class Running:
         vocab, ids = self.service.lm.vocab, np.asarray(choice.response.token_ids, np.int64)
         spans = sum(int(np.sum((base <= ids) & (ids < base + vocab.num_labels))) for base in (vocab.seg_base, vocab.ref_base))
         choice.finish_reason = reason
-        self.service.metrics.finished(reason, len(choice.prompt_ids), len(ids), spans, time.monotonic() - self._started)
+        self.service.metrics.finished(reason, len(ids), spans, time.monotonic() - self._started)
 
     def _read(self, choice: Choice) -> dict[str, Any]:
         service = self.service
@@ -265,10 +269,11 @@ class Running:
             return None
         scored, decode, response = [], self.service.lm.task.decode, choice.response
         start, choice.told = choice.told, response.num_sure
-        for token_id, text, (own, ids, values) in zip(response.token_ids[start:], response.token_texts(start), choice.logprobs[start:]):
-            if token_id not in self.service.end_ids:
-                likeliest = zip(ids[: self.call.logprobs], values)
-                scored.append((text, own, [(decode([other]), value) for other, value in likeliest]))
+        for at, (text, (own, ids, values)) in enumerate(zip(response.token_texts(start), choice.logprobs[start:]), start):
+            if (token_id := response.token_ids[at]) not in self.service.end_ids:
+                before, likeliest = response.token_ids[:at][-_BEFORE:], ids[: self.call.logprobs]
+                texts = [text if other == token_id else detokenize.text_after(decode, before, other) for other in likeliest]
+                scored.append((text, own, list(zip(texts, values))))
         offset = choice.told_characters
         choice.told_characters += sum(len(text) for text, *_ in scored)
         return protocol.logprobs_part(self.call, scored, offset) if scored else None

@@ -31,7 +31,6 @@ _GAUGES: dict[str, tuple[str, Callable[[Stats], float]]] = {
     "selfspan:pages_free": ("Pages that hold nothing.", lambda stats: stats.pages_free),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
-    "vllm:prompt_tokens": ("Prompt tokens.", lambda stats: stats.prompt_tokens + stats.prefix_hit_tokens),
     "vllm:prefix_cache_queries": ("Prompt tokens looked up.", lambda stats: stats.prompt_tokens + stats.prefix_hit_tokens),
     "vllm:prefix_cache_hits": ("Prompt tokens whose rows were there.", lambda stats: stats.prefix_hit_tokens),
     "vllm:num_preemptions": ("Sequences that lost their pages, and were read again.", lambda stats: stats.preemptions),
@@ -56,6 +55,7 @@ class Metrics:
             return Histogram(name, says, ["model_name"], buckets=buckets, registry=self._registry).labels(model)
 
         self._finished = counter("vllm:request_success", "Responses by how they ended.", "finished_reason")
+        self._prompts = counter("vllm:prompt_tokens", "Prompt tokens of responses that have begun.").labels(model)
         self._written = counter("vllm:generation_tokens", "Tokens of responses.").labels(model)
         self._spans = counter("selfspan:span_tokens", "Written tokens that open or name a span: the overhead of spans.").labels(model)
         self._first = histogram("vllm:time_to_first_token_seconds", "From a request to its first token.", _SECONDS)
@@ -65,9 +65,11 @@ class Metrics:
         self._size = histogram("vllm:request_generation_tokens", "Tokens of a response.", _TOKENS)
         self._registry.register(_Stats(model, stats))
 
-    def arrived(self, num_tokens: int, seconds: float, *, first: bool) -> None:
-        """Count tokens that came together, `seconds` after those before them, or after the request."""
-        if first:
+    def arrived(self, num_tokens: int, seconds: float, prompt_tokens: int | None = None) -> None:
+        """Count tokens that came together, `seconds` after those before them; the first, with those of the prompt, after the request."""
+        if prompt_tokens is not None:
+            self._prompts.inc(prompt_tokens)
+            self._prompt_size.observe(prompt_tokens)
             self._first.observe(seconds)
         else:
             self._between.observe(seconds / num_tokens)
@@ -76,11 +78,10 @@ class Metrics:
         """Count tokens that a response has for sure: when it has ended, those of `finished`."""
         self._written.inc(num_tokens)
 
-    def finished(self, reason: str, prompt_tokens: int, num_tokens: int, span_tokens: int, seconds: float) -> None:
+    def finished(self, reason: str, num_tokens: int, span_tokens: int, seconds: float) -> None:
         """Count a response: "stop", "length", "abort" of a client that went away, or "error"."""
         self._finished.labels(self._model, reason).inc()
         self._spans.inc(span_tokens)
-        self._prompt_size.observe(prompt_tokens)
         self._size.observe(num_tokens)
         self._whole.observe(seconds)
 

@@ -218,9 +218,9 @@ def logprobs_part(call: Call, tokens: Sequence[Scored], offset: int = 0) -> dict
         content = [entry(text, own) | {"top_logprobs": [entry(*other) for other in top]} for text, own, top in tokens]
         return {"content": content, "refusal": None}
 
-    def by_text(top: Sequence[tuple[str, float]]) -> dict[str, float]:
+    def by_text(token: Scored) -> dict[str, float]:
         found: dict[str, float] = {}
-        for text, logprob in top:  # of those that are written alike the likeliest
+        for text, logprob in (*token[2], token[:2]):  # the token itself too; of those that are written alike the likeliest
             found.setdefault(text, max(logprob, _LEAST_LOGPROB))
         return found
 
@@ -228,7 +228,7 @@ def logprobs_part(call: Call, tokens: Sequence[Scored], offset: int = 0) -> dict
     return {
         "tokens": [text for text, *_ in tokens],
         "token_logprobs": [max(own, _LEAST_LOGPROB) for _, own, _ in tokens],
-        "top_logprobs": [by_text(top) for *_, top in tokens] if call.logprobs else None,
+        "top_logprobs": [by_text(token) for token in tokens] if call.logprobs else None,
         "text_offset": [offset + sum(lengths[:i]) for i in range(len(tokens))],
     }
 

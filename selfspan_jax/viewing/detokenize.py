@@ -64,6 +64,12 @@ def token_texts(decode: Decode, token_ids: Iterable[int]) -> tuple[str, ...]:
     return tuple(pieces)
 
 
+def text_after(decode: Decode, before: Sequence[int], token_id: int) -> str:
+    """Return what a token would add to the text of those before it; of a long text its last few are enough."""
+    written = decode(list(before)).rstrip(_UNFINISHED) if before else ""
+    return decode([*before, token_id])[len(written) :]
+
+
 class StopStrings:
     """Cut text that comes in pieces before the first stop string that is complete; of several that end at once, the longest."""
 

@@ -28,7 +28,7 @@ from selfspan_jax.config import ModelConfig, ServerConfig, ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
-from selfspan_jax.serving import metrics
+from selfspan_jax.serving import metrics, protocol
 from selfspan_jax.serving.requests import QueueFull, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
 from selfspan_jax.spans import SpanVocab
@@ -239,6 +239,10 @@ def test_log_probabilities_are_in_openais_form(address):
     chat = post(address, _CHAT | {"logprobs": True, "top_logprobs": 2}, "/v1/chat/completions").json()["choices"][0]["logprobs"]
     assert [entry["token"] for entry in chat["content"]] == texts and chat["content"][1]["bytes"] == [ord("4")]
     assert [other["logprob"] for other in chat["content"][2]["top_logprobs"]] == [-2, -3]
+    drawn = protocol.logprobs_part(
+        protocol.read_call("text_completion", json.dumps(asked).encode()), [("c", -3.0, [("a", -1.0), ("b", -2.0)])]
+    )
+    assert list(drawn["top_logprobs"][0].items()) == [("a", -1.0), ("b", -2.0), ("c", -3.0)]  # the token itself, where it is not among them
     for body in ({"prompt": "45"}, {"prompt": "45", "logprobs": False}):
         assert post(address, body).json()["choices"][0]["logprobs"] is None
 
@@ -261,6 +265,7 @@ def test_tokens_with_log_probabilities_are_the_text(address, stop, texts):
     whole = post(address, ids).json()["choices"][0]
     part = whole["logprobs"]
     assert (whole["text"], part["tokens"], part["token_logprobs"], part["text_offset"]) == (text, texts, own, offsets)
+    assert part["top_logprobs"] == [{token: logprob} for token, logprob in zip(texts, own)]
     chat = _CHAT | {"logprobs": True, "stop": stop}
     said = post(address, chat, "/v1/chat/completions").json()["choices"][0]
     entries = said["logprobs"]["content"]
@@ -561,12 +566,16 @@ def test_metrics_have_the_names_that_dashboards_know(address):
     tokens, (_, before) = ("vllm:generation_tokens_total", "vllm:request_generation_tokens_sum"), read()
     for body in ({}, {"stop": "1>4"}, {"stop": "5<", "stream": True}):
         post(address, {"prompt": "45"} | body)
+    prompts, ended = ("vllm:prompt_tokens_total", "vllm:request_prompt_tokens_sum"), "vllm:e2e_request_latency_seconds_count"
+    assert post(address, {"prompt": ["45", "4" * 70]}).status_code == 400  # all or nothing: the first is not counted
     text, found = read()
+    assert [found[name, None] - before[name, None] for name in (*prompts, ended)] == [3 * 4, 3 * 4, 3]
+    assert found[prompts[0], None] == found[prompts[1], None]
     assert [found[name, None] - before[name, None] for name in tokens] == [len(RESPONSE) + 1 + 2] * 2
     assert found[tokens[0], None] == found[tokens[1], None]
     expected = {
         **{"vllm:num_requests_running": 3, "vllm:num_requests_waiting": 0, "vllm:kv_cache_usage_perc": 3 / 8},
-        **{"vllm:prompt_tokens_total": 120, "vllm:prefix_cache_hits_total": 20},
+        **{"vllm:prefix_cache_queries_total": 120, "vllm:prefix_cache_hits_total": 20},
         **{"vllm:num_preemptions_total": 6, "selfspan:attended_tokens_total": 250, "selfspan:context_tokens_total": 1000},
         **{"selfspan:pages_in_use": 3, "selfspan:pages_cached": 1, "selfspan:pages_free": 4},
     }
@@ -584,7 +593,7 @@ def test_the_time_between_tokens_is_averaged_over_those_that_come_together():
     says = "Between tokens, averaged over those that come together."
     oracle = Histogram("vllm:inter_token_latency_seconds", says, ["model_name"], buckets=metrics._SECONDS, registry=registry).labels("tiny")
     for value in (*metrics._SECONDS, 0.0, 0.0015, 0.4, 100.0):  # bounds are of the bucket below them
-        ours.arrived(2, 2 * value, first=False)
+        ours.arrived(2, 2 * value)
         oracle.observe(value)
     expected = [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
     assert len(expected) > 18 and set(expected) <= {*ours.text().decode().splitlines()}
