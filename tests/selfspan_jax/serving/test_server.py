@@ -527,6 +527,7 @@ def test_a_key_is_asked_for_and_a_full_queue_says_when_to_come_again():
         found = post(address, {"prompt": "7", "n": 3}, headers=headers)  # two have room, and are taken back
         assert (found.status_code, found.headers["Retry-After"]) == (429, "1")
         assert post(address, {"prompt": "4", "n": 2}, headers=headers).status_code == 200
+        assert 'finished_reason="abort"' not in httpx2.get(f"{address}/metrics", trust_env=False).text
 
 
 # ------------------------------------------------------------------------------------------- clients that go away
