@@ -50,7 +50,7 @@ class Elsewhere:
     batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = (32,)
     """Sequences decoded together; several with commas."""
     context: int = 32768
-    """Tokens of each sequence."""
+    """Tokens of each sequence. Where owners do not divide them, ways read rows beside each other's, and short contexts differ by it."""
     attended_fraction: Annotated[tuple[float, ...], commandline.commas(float)] = (0.1, 1.0)
     """Shares of them that are read; several with commas."""
     steps: int = 16
@@ -61,6 +61,7 @@ class Elsewhere:
     def __post_init__(self):
         check_range(self, "layers", "batch_size", "context", "steps", low=1)
         check_range(self, "devices", low=2)
+        check_range(self, "attended_fraction", low=1e-4, high=1)
 
     def run(self) -> None:
         """Measure and print each row."""

@@ -367,6 +367,10 @@ DECODE_ERRORS = {
         ["bench", CHECKPOINT, "--working-set-tokens", "128"],
         "--working-set-tokens is 128, but without --kv-memory host",
     ),
+    "keys of host memory": (
+        ["bench", CHECKPOINT, "--attention", "dense,quest", "--kv-memory", "device,host"],
+        "--attention has quest, which looks at all keys: --kv-memory host is not for it",
+    ),
     "steps of a prefill": (["bench", CHECKPOINT, "--prefill", "--steps", "8"], "--steps is for decode steps: leave it out with --prefill"),
     "a prefill of a step's peer": (
         ["bench", CHECKPOINT, "--prefill", "--peers", "hf-eager"],

@@ -41,8 +41,10 @@ class Rebalanced(Dense):
     description: ClassVar[str] = "everything before, more of what the first layer attends to"
 
     def __post_init__(self):
-        if not (0 <= self.alpha < math.inf and 0 < self.threshold < 1):
-            raise UserError(f"alpha is {self.alpha}, threshold is {self.threshold}; allowed: from 0, above 0 and below 1")
+        if not 0 <= self.alpha < math.inf:
+            raise UserError(f"rebalance is {self.alpha}; allowed: from 0")
+        if not 0 < self.threshold < 1:
+            raise UserError(f"the threshold of rebalance is {self.threshold}; allowed: above 0, below 1")
 
     def gains(self, num_layers: int) -> list[float]:
         """Return what each layer adds to the weights; nothing in the first and in the last."""

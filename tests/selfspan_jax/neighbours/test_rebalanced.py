@@ -106,7 +106,7 @@ def test_the_weights_of_a_layer_are_those_of_the_rule():
 
 @pytest.mark.parametrize("options", [{"alpha": -0.1}, {"alpha": float("nan")}, {"threshold": 0.0}, {"threshold": 1.0}])
 def test_settings_that_cannot_be_are_refused(options):
-    with pytest.raises(UserError, match=r"alpha is .*, threshold is .*; allowed: from 0, above 0 and below 1"):
+    with pytest.raises(UserError, match=r"(^|threshold of )rebalance is \S+; allowed: (from 0|above 0, below 1)$"):
         Rebalanced(**options)
 
 
