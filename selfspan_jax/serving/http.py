@@ -121,11 +121,27 @@ def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(dumps(value), status, headers, "application/json")
 
 
+class Refusal(Response):
+    """An error that is told at once; then what the client still sends is read, up to a limit, before the connection may be closed."""
+
+    media_type = "application/json"
+
+    def __init__(self, request: HttpRequest, error: Refused):
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status in (429, 503) else {}
+        headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        headers |= {"Connection": "close"} if error.status == 413 else {}  # the rest of the body may never come
+        super().__init__(dumps(protocol.error(error.status, str(error), error.code)), error.status, headers)
+        self._request = request
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await discard_body(self._request)
+        await send({"type": "http.response.body", "body": b""})
+
+
 async def answer_refused(request: HttpRequest, error: Refused) -> Response:
-    await discard_body(request)
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status in (429, 503) else {}
-    headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    return as_json(protocol.error(error.status, str(error), error.code), error.status, headers)
+    return Refusal(request, error)
 
 
 def answer_http_error(request: HttpRequest, error: HTTPException) -> Response:

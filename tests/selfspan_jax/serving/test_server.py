@@ -5,6 +5,7 @@ They have a scheduler that deals out a script, so that they decide when tokens c
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -479,6 +480,13 @@ def test_other_paths_methods_and_kinds_of_bodies_are_refused(address):
         request = urllib.request.Request(f"{address}/v1/completions", b" " * 2**23, {"Content-Type": kind})
         with pytest.raises(urllib.error.HTTPError, match=str(status)):
             urllib.request.urlopen(request, timeout=20)
+    waiting = http.client.HTTPConnection(address.removeprefix("http://"), timeout=2)  # one that says how much it has, and sends nothing
+    waiting.putrequest("POST", "/v1/completions")
+    for name, value in (headers | {"Content-Length": str(2**40)}).items():
+        waiting.putheader(name, value)
+    waiting.endheaders()
+    with contextlib.closing(waiting), waiting.getresponse() as told_at_once:
+        assert told_at_once.status == 413 and told_at_once.headers["Connection"] == "close" and b"is larger than" in told_at_once.read()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
