@@ -373,7 +373,7 @@ def _measure(model: Model, report: dict[str, Any], save: Callable[[], None], pro
 
 
 def main() -> None:
-    run_command(Batching, "benchmarks.batching", description=__doc__)
+    run_command(Batching, description=__doc__)
 
 
 if __name__ == "__main__":

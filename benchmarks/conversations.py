@@ -152,7 +152,7 @@ def run(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:
 
 
 def main() -> None:
-    run_command(Conversations, "benchmarks.conversations", description=__doc__)
+    run_command(Conversations, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def run_steps(model: Decoder, pools, slots, counts, own, *, way: str, steps: int
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_command(Elsewhere, "benchmarks.elsewhere", argv)
+    run_command(Elsewhere, argv)
 
 
 if __name__ == "__main__":

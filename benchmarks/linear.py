@@ -333,7 +333,7 @@ class Linear(KernelCommand):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run_command(Linear, "benchmarks.linear", arguments)
+    run_command(Linear, arguments)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def _words(settings: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_command(ManyRows, "benchmarks.many_rows", argv)
+    run_command(ManyRows, argv)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class PromptAttention(timing.KernelCommand):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    timing.run_command(PromptAttention, "benchmarks.prompt_attention", arguments)
+    timing.run_command(PromptAttention, arguments)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def measure(load: Load) -> None:
 
 
 def main() -> None:
-    run_command(Load, "benchmarks.serving", description=__doc__)
+    run_command(Load, description=__doc__)
 
 
 if __name__ == "__main__":

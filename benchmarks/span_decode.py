@@ -357,7 +357,7 @@ class SpanDecode(timing.KernelCommand):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    timing.run_command(SpanDecode, "benchmarks.span_decode", arguments)
+    timing.run_command(SpanDecode, arguments)
 
 
 if __name__ == "__main__":

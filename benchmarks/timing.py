@@ -284,14 +284,14 @@ class KernelReport:
         files.write_rows(self._path, self.content, complete=True)
 
 
-def run_command(command_type: type, module: str, arguments: list[str] | None = None, **options: Any) -> None:
+def run_command(command_type: type, arguments: list[str] | None = None, **options: Any) -> None:
     """Read a command, a dataclass with `json` and `run`, from a command line, by default this process's, and run it.
 
     `options` are those of `commandline.parse`.
     """
     with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
         words = sys.argv[1:] if arguments is None else arguments
-        command = commandline.parse(command_type, module, words, user_error=UserError, **options)
+        command = commandline.parse(command_type, "", words, user_error=UserError, **options)
         with files.outputs(json=command.json):
             command.run()
 

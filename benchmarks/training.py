@@ -258,7 +258,7 @@ class Lengths:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_command(Lengths, "benchmarks.training", argv)
+    run_command(Lengths, argv)
 
 
 if __name__ == "__main__":

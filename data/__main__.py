@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import sys
 
 import tqdm
 
@@ -37,5 +36,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "python -m data"
     main()

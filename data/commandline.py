@@ -38,6 +38,14 @@ def similar(word: str, known: Iterable[str]) -> str:
     return f"; perhaps {' or '.join(near)}" if near else ""
 
 
+def _program() -> str:
+    """Name the program as it was started: `decode.py`, or `python -m data` for a module, whose own path no user wrote."""
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None and sys.argv[0] == main.__file__:
+        return f"python -m {main.__spec__.name.removesuffix('.__main__')}"
+    return Path(sys.argv[0]).name
+
+
 def choose(commands: Mapping[str, str], description: str, argv: list[str] | None = None) -> tuple[str, list[str]]:
     """Return the sub-command that a command line begins with, and the words after it.
 
@@ -47,7 +55,7 @@ def choose(commands: Mapping[str, str], description: str, argv: list[str] | None
       argv: the words; by default those of the process.
     """
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
-    program = Path(sys.argv[0]).name
+    program = _program()
     if name in commands:
         return name, words
     if name in ("-h", "--help"):
@@ -85,12 +93,12 @@ def parse(command: Any, name: str, words: list[str], *, user_error: type[Excepti
 
     Args:
       command: the dataclass, or an instance of it that holds the defaults.
-      name: of the sub-command.
+      name: of the sub-command; "" where a program has none.
       words: those after the name.
       user_error: said in its own words, as UserError is, where a `__post_init__` raises it; with options in place of fields.
       options: of `tyro.cli`.
     """
-    program = f"{Path(sys.argv[0]).name} {name}"
+    program = f"{_program()} {name}".strip()
     kind, given = (command, {}) if isinstance(command, type) else (type(command), {"default": command})
     options |= {"prog": program, "config": (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands), "registry": _NUMBERS, **given}
     captured = io.StringIO()

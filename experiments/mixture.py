@@ -185,7 +185,7 @@ def rows(mixture: Mixture, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    pages.run_command(Mixture, "experiments.mixture", arguments)
+    pages.run_command(Mixture, arguments)
 
 
 if __name__ == "__main__":

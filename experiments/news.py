@@ -101,7 +101,7 @@ def sections(runs: Sequence[Run], plots: dict[str, str]) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    pages.run_command(pages.report(EXPERIMENT, PLOTS, sections), "experiments.news", argv)
+    pages.run_command(pages.report(EXPERIMENT, PLOTS, sections), argv)
 
 
 if __name__ == "__main__":

@@ -417,19 +417,20 @@ def fill_pages(results: Path, sections: Mapping[str, str]) -> None:
         files.write_text(page, text)
 
 
-def run_command(commands: Mapping[str, type] | type, description: str, argv: Sequence[str] | None) -> None:
+def run_command(commands: Mapping[str, type] | type, argv: Sequence[str] | None, description: str = "") -> None:
     """Run a command, or the sub-command that a command line names; whether its `json` can be written is checked before.
 
     What a user gets wrong becomes one line.
 
     Args:
       commands: a dataclass with `run`, or several by the names of sub-commands.
-      description: what `--help` says above sub-commands; the name of a single command.
+      argv: the words of the command line; None is this process's.
+      description: what `--help` says above sub-commands.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
         if isinstance(commands, type):
-            command = commandline.parse(commands, description, words, user_error=UserError)
+            command = commandline.parse(commands, "", words, user_error=UserError)
         else:
             _, command = commandline.parse_one_of(commands, description, words, user_error=UserError)
         with files.outputs(json=getattr(command, "json", None)):

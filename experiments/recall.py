@@ -401,7 +401,7 @@ COMMANDS: dict[str, Any] = {"train": Train}
 
 
 def main(argv: list[str] | None = None) -> None:
-    pages.run_command(COMMANDS, __doc__ or "", argv)
+    pages.run_command(COMMANDS, argv, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ Page = pages.tables_page("docs/serving", sections)
 
 
 def main(argv: list[str] | None = None) -> None:
-    pages.run_command(Page, "experiments.serving", argv)
+    pages.run_command(Page, argv)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import dataclasses
 import io
 import logging
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -84,6 +86,15 @@ def test_parse_takes_any_config(capsys):
     with pytest.raises(SystemExit, match="2"):
         commandline.parse(Settings, "x", ["--steps", "-4"])
     assert_one_line(capsys, "--steps is -4: expected at least 0")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("module", ["data", "experiments.neighbours", "benchmarks.elsewhere"])
+def test_a_module_is_named_as_it_is_started(monkeypatch, capsys, module):
+    monkeypatch.setattr(sys, "argv", ["x", "--foo"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert re.search(rf" is no (command|option) of python -m {module}; ", capsys.readouterr().err)
 
 
 def test_similar_names_are_few():
