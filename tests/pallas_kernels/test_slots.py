@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import ELSEWHERE, per_sequence, read_elements, read_largest, update_slots, write_elements
 from pallas_kernels.slots import Rule
-from pallas_kernels.slots.triton import LARGEST_TILE, TILE
+from pallas_kernels.slots.triton import AT_ONCE, LARGEST_TILE, TILE
 from tests.pallas_kernels.budget import program
 from tests.pallas_kernels.lowering import cuda_lowering
 
@@ -27,6 +27,7 @@ NUM_KEYS, NEVER = 9, 2**31 - 1
 
 # XLA has no tiles, so that few shapes are enough.
 RUNS = [(name, "xla", False) for name in ("one token", "a tile and one")] + [(name, "triton", True) for name in SHAPES]
+SHAPES["more than run at once"] = (AT_ONCE + 6, 70)  # on a GPU only, where their programs have fewer warps
 RUNS += [pytest.param(name, "triton", False, marks=pytest.mark.gpu) for name in SHAPES]
 
 
@@ -145,18 +146,18 @@ def test_a_function_of_each_sequence(batch, implementation, interpret):
                 np.testing.assert_array_equal(np.asarray(found)[b], wanted)
 
 
-def test_the_kernel_lowers_for_cuda():
-    b, ba, bl = (jax.ShapeDtypeStruct((4, *rest), jnp.int32) for rest in ((), (3000,), (512,)))
-    slots, flags = jax.ShapeDtypeStruct((4, 3001), jnp.int32), jax.ShapeDtypeStruct((4,), bool)
-    launch = functools.partial(per_sequence, updated, implementation="triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pallas_kernels.slots.api.device_reason", lambda *_, **__: None)
-        for entries in (None, ba):
-            assert cuda_lowering(launch, (slots, b), ba, ba, bl, entries, Rule(*[b] * 8)).count("__gpu$xla.gpu.triton") == 1
-        number = jax.ShapeDtypeStruct((), jnp.int32)
-        launch = functools.partial(per_sequence, counted, implementation="triton")
-        scores = jax.ShapeDtypeStruct((4, 49157), jnp.float32)
-        assert cuda_lowering(launch, (b, flags, ba, bl), b, flags, number, scores).count("__gpu$xla.gpu.triton") == 1
+def test_the_kernel_lowers_for_cuda(monkeypatch):
+    """In one launch, of four warps where more sequences than run at once have no scores or few."""
+    monkeypatch.setattr("pallas_kernels.slots.api.device_reason", lambda *_, **__: None)
+    many, number = AT_ONCE + 1, jax.ShapeDtypeStruct((), jnp.int32)
+    for batch, entries, num_scores, num_warps in [(4, None, None, 8), (many, 3000, None, 4), (many, None, 49157, 8)]:
+        b, ba, bl, slots = (jax.ShapeDtypeStruct((batch, *rest), jnp.int32) for rest in ((), (3000,), (512,), (3001,)))
+        flags, scores = jax.ShapeDtypeStruct((batch,), bool), jax.ShapeDtypeStruct((batch, num_scores or 1), jnp.float32)
+        function, arguments = updated, ((slots, b), ba, ba, bl, entries and ba, Rule(*[b] * 8))
+        if num_scores:
+            function, arguments = counted, ((b, flags, ba, bl), b, flags, number, scores)
+        text = cuda_lowering(functools.partial(per_sequence, function, implementation="triton"), *arguments)
+        assert text.count("__gpu$xla.gpu.triton") == 1 and f"num_warps = {num_warps} " in text
 
 
 def test_what_does_not_fit_is_refused():
