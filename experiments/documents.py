@@ -146,7 +146,7 @@ def _percent(*values: float) -> list[str]:
 
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text, and as many parameters trained."""
-    same = ("_recent_low", "_recent_full", "_recent", "_late", "_late_full", "_values_more", "_values", "_full", "_solve")
+    same = ("_recent_low", "_recent_full", "_base_full", "_recent", "_late", "_late_full", "_values_more", "_values", "_full", "_solve")
     return f"{corpus}_dense{next((end for end in same if variant.endswith(end)), '')}"
 
 
