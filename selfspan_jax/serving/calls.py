@@ -33,7 +33,6 @@ from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.workers import Workers
 from selfspan_jax.viewing import detokenize
 
-_BEFORE = 4  # tokens, with which the text of another one in a token's place is found
 KEEP_ALIVE_SECONDS = 15.0  # between comments in a stream that has nothing to say
 
 
@@ -271,7 +270,7 @@ class Running:
         start, choice.told = choice.told, response.num_sure
         for at, (text, (own, ids, values)) in enumerate(zip(response.token_texts(start), choice.logprobs[start:]), start):
             if (token_id := response.token_ids[at]) not in self.service.end_ids:
-                before, likeliest = response.token_ids[:at][-_BEFORE:], ids[: self.call.logprobs]
+                before, likeliest = response.token_ids[:at], ids[: self.call.logprobs]
                 texts = [text if other == token_id else detokenize.text_after(decode, before, other) for other in likeliest]
                 scored.append((text, own, list(zip(texts, values))))
         offset = choice.told_characters

@@ -65,7 +65,8 @@ def token_texts(decode: Decode, token_ids: Iterable[int]) -> tuple[str, ...]:
 
 
 def text_after(decode: Decode, before: Sequence[int], token_id: int) -> str:
-    """Return what a token would add to the text of those before it; of a long text its last few are enough."""
+    """Return what a token would add to the text of those before it, of which the last few tell it."""
+    before = before[-_CONTEXT_TOKENS:]
     written = decode(list(before)).rstrip(_UNFINISHED) if before else ""
     return decode([*before, token_id])[len(written) :]
 
