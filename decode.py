@@ -22,11 +22,11 @@ from data.tasks import TASKS
 from selfspan_jax import evaluation, files
 from selfspan_jax.attention.policies import POLICIES, policy_help
 from selfspan_jax.attention.selectors import SELECTORS
+from selfspan_jax.commands import running
 from selfspan_jax.config import WORKING_SET_TOKENS, Dtype, KvMemory, Sampling, ServerConfig, Weights
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.neighbours.rebalanced import rebalanced
-from selfspan_jax.parallel.memory import catch_out_of_memory
 from selfspan_jax.viewing import text
 from selfspan_jax.viewing.output import Output, prompt_warnings
 
@@ -239,10 +239,7 @@ COMMANDS: dict[str, Any] = {"generate": Generate, "eval": Eval, "bench": Bench, 
 
 
 def main() -> None:
-    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        _, command = commandline.parse_one_of(COMMANDS, __doc__, user_error=UserError)
-        with commandline.naming(command, UserError), files.outputs(**{k: getattr(command, k, None) for k in ("json", "html", "plot")}):
-            command.run()
+    commandline.run_command(COMMANDS, description=__doc__, user_error=UserError, within=running)
 
 
 if __name__ == "__main__":

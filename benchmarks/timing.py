@@ -11,7 +11,6 @@ import itertools
 import math
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -23,9 +22,9 @@ import jax.numpy as jnp
 
 from data import commandline
 from selfspan_jax import files
+from selfspan_jax.commands import running
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.compiling import compile_all
-from selfspan_jax.parallel.memory import catch_out_of_memory
 
 TOP_OPERATIONS = 20
 CACHE_BYTES = 64 * 2**20  # more than the L2 of any device meant here: chains read three times as much before they repeat
@@ -284,16 +283,7 @@ class KernelReport:
         files.write_rows(self._path, self.content, complete=True)
 
 
-def run_command(command_type: type, arguments: list[str] | None = None, **options: Any) -> None:
-    """Read a command, a dataclass with `json` and `run`, from a command line, by default this process's, and run it.
-
-    `options` are those of `commandline.parse`.
-    """
-    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        words = sys.argv[1:] if arguments is None else arguments
-        command = commandline.parse(command_type, "", words, user_error=UserError, **options)
-        with files.outputs(json=command.json):
-            command.run()
+run_command = functools.partial(commandline.run_command, user_error=UserError, within=running)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -295,6 +295,33 @@ def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
         fail(f"{error.object!a} is not text in the locale's encoding: set LC_ALL=C.UTF-8, or choose a name in ASCII")
     except user_errors as error:
         fail(str(error))
+
+
+def run_command(
+    commands: Mapping[str, type] | type,
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    *,
+    user_error: type[ValueError] = UserError,
+    within: Callable[[Any], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> None:
+    """Run a command, or the sub-command that a command line names; what a user gets wrong becomes one line.
+
+    Args:
+      commands: a dataclass with `run`, or several by the names of sub-commands.
+      argv: the words; by default those of the process.
+      description: what `--help` says above the options or the sub-commands; by default the docstring of the one command.
+      user_error: as for `parse`.
+      within: makes what a command runs in.
+    """
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    with exit_on_user_error(user_error, NotImplementedError):
+        if isinstance(commands, type):
+            command = parse(commands, "", words, user_error=user_error, **({"description": description} if description else {}))
+        else:
+            _, command = parse_one_of(commands, description, words, user_error=user_error)
+        with naming(command, user_error), within(command):
+            command.run()
 
 
 def _drop_broken_output() -> bool:

@@ -340,7 +340,7 @@ def sections(page: str, runs: Sequence[Run], plots: dict[str, str]) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> None:
     commands = {page: pages.report(EXPERIMENTS[page], {}, functools.partial(sections, page)) for page in CORPORA}
-    pages.run_command(commands, argv, __doc__ or "")
+    pages.run_command(commands, argv, __doc__)
 
 
 if __name__ == "__main__":

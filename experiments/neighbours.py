@@ -396,7 +396,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    pages.run_command(COMMANDS, argv, __doc__ or "")
+    pages.run_command(COMMANDS, argv, __doc__)
 
 
 if __name__ == "__main__":

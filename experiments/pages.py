@@ -6,9 +6,9 @@ The text between `<!-- NAME -->` and `<!-- end -->` is replaced. A page says wha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from data import card, commandline
 from experiments.results import Run, digest, load, take
 from experiments.variants import Experiment
 from selfspan_jax import files
+from selfspan_jax.commands import running
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import wilson
-from selfspan_jax.parallel.memory import catch_out_of_memory
 
 # ----------------------------------------------------------------------------------------------------------------- tables
 
@@ -417,24 +417,7 @@ def fill_pages(results: Path, sections: Mapping[str, str]) -> None:
         files.write_text(page, text)
 
 
-def run_command(commands: Mapping[str, type] | type, argv: Sequence[str] | None, description: str = "") -> None:
-    """Run a command, or the sub-command that a command line names; whether its `json` can be written is checked before.
-
-    What a user gets wrong becomes one line.
-
-    Args:
-      commands: a dataclass with `run`, or several by the names of sub-commands.
-      argv: the words of the command line; None is this process's.
-      description: what `--help` says above sub-commands.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    with commandline.exit_on_user_error(UserError, NotImplementedError), catch_out_of_memory():
-        if isinstance(commands, type):
-            command = commandline.parse(commands, "", words, user_error=UserError)
-        else:
-            _, command = commandline.parse_one_of(commands, description, words, user_error=UserError)
-        with files.outputs(json=getattr(command, "json", None)):
-            command.run()
+run_command = functools.partial(commandline.run_command, user_error=UserError, within=running)
 
 
 def report(experiment: Experiment, plots: Mapping[str, Plot], sections: Callable[[Sequence[Run], dict[str, str]], dict[str, str]]) -> type:

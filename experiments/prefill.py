@@ -277,7 +277,7 @@ COMMANDS: dict[str, Any] = {"quality": Quality, "tasks": Tasks, "page": pages.ta
 
 
 def main(argv: list[str] | None = None) -> None:
-    pages.run_command(COMMANDS, argv, __doc__ or "")
+    pages.run_command(COMMANDS, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ LEVELS = [
     {"neighbours.memory", "parallel.collectives", "parallel.mesh", "parallel.memory"},
     {"model"},
     {"attention"},
-    {"decoding", "parallel.distributed"},
+    {"commands", "decoding", "parallel.distributed"},
     {"neighbours", "serving.pages", "tiers"},
     {"serving.device_pages", "serving.host_pages"},
     {"serving.running"},
