@@ -28,7 +28,7 @@ from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
 from experiments import neighbours_tables, pages, recall
-from experiments.prefill import concatenated, device_header, losses_of, name_of, summary
+from experiments.prefill import check_texts, concatenated, device_header, losses_of, name_of, summary
 from experiments.presses import ModelAndCorpus, Presses, chosen
 from experiments.rebalancing import Rebalancing
 from selfspan_jax import files
@@ -343,9 +343,7 @@ class Text(Sweep):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "continuation", "num_texts", low=1)
-        if self.tokens <= self.continuation:
-            raise UserError(f"tokens is {self.tokens}; allowed: above the {self.continuation} of the continuation")
+        check_texts(self)
 
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)

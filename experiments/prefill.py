@@ -102,6 +102,10 @@ class Quality(Thresholds):
     dtype: Dtype | None = None
     """What activations and products are computed in; by default as the model is stored."""
 
+    def __post_init__(self):
+        check_texts(self)
+        check_range(self, "batch_size", low=1)
+
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)
         settings = {"dtype": lm.model.config.compute_dtype, "num_texts": self.num_texts, "continuation_tokens": self.continuation}
@@ -242,6 +246,14 @@ def continued(lm: SpanLM, state: DecodeState, rest: Int[np.ndarray, "b C"], conf
         found.append(losses_of(state.logits, jnp.asarray(tokens)))
         state = lm.engine.step(state, tokens, config)
     return np.stack(jax.device_get(found), axis=1)
+
+
+def check_texts(settings: Any) -> None:
+    """Raise UserError for no texts, and for `tokens` of which none is left before the `continuation`."""
+    check_range(settings, "continuation", "num_texts", low=1)
+    for tokens in settings.tokens if isinstance(settings.tokens, tuple) else (settings.tokens,):
+        if tokens <= settings.continuation:
+            raise UserError(f"tokens is {tokens}; allowed: above the {settings.continuation} of the continuation")
 
 
 def concatenated(lm: SpanLM, sources: Iterable[Path], num_tokens: int, num_texts: int) -> Int[np.ndarray, "b T"]:

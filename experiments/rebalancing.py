@@ -23,7 +23,7 @@ from data.papers import reports
 from data.stories import source as stories
 from data.tasks import TASKS
 from data.verdicts.source import VERDICTS, ask
-from experiments.prefill import concatenated, continued, device_header, name_of, summary
+from experiments.prefill import check_texts, concatenated, continued, device_header, name_of, summary
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, Dtype
@@ -64,11 +64,10 @@ class Rebalancing:
     """Write the rows into this file, each as soon as it is there."""
 
     def __post_init__(self):
-        check_range(self, "num_questions", "batch_size", "continuation", "num_texts", low=1)
+        check_range(self, "num_questions", "batch_size", low=1)
         if self.stories is None and self.reports is None:
             raise UserError("give --stories, --reports, or both")
-        if self.tokens <= self.continuation:
-            raise UserError(f"tokens is {self.tokens}; allowed: above the {self.continuation} of the continuation")
+        check_texts(self)
 
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)

@@ -68,8 +68,12 @@ def test_quality_is_that_of_one_forward_after_each_prefill(texts, monkeypatch, t
     windows = [row for (kind, _), row in rows.items() if kind == "window"]
     assert all(row["tiles_kept"] >= little["tiles_kept"] - 1e-6 for row in windows)
 
-    status, _, err = call(prefill, capsys, "quality", "model", texts, "--tokens", 392, "--num-texts", 9)
-    assert status == 2 and err == "error: --num-texts is 9: 4 documents give only 2 texts of 392 tokens\n"
+    for options, told in (
+        (["--tokens", 392, "--num-texts", 9], "--num-texts is 9: 4 documents give only 2 texts of 392 tokens"),
+        (["--tokens", "392,256"], "--tokens is 256; allowed: above the 256 of the continuation"),
+    ):
+        status, _, err = call(prefill, capsys, "quality", "model", texts, *options)
+        assert status == 2 and err == f"error: {told}\n"
 
 
 def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, capsys):
