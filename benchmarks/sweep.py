@@ -43,7 +43,7 @@ from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig, Weigh
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
-from selfspan_jax.neighbours.query_driven import QueryDriven
+from selfspan_jax.neighbours.query_driven import check_keys
 from selfspan_jax.parallel.compiling import compile_all
 from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
@@ -149,8 +149,8 @@ class Bench:
             raise UserError(
                 f"working_set_tokens is {self.working_set_tokens}, but without --kv-memory host there are no working sets: leave it out"
             )
-        if "host" in self.kv_memory and (wrong := [name for name in self.attention if isinstance(get_policy(name), QueryDriven)]):
-            raise UserError(f"attention has {wrong[0]}, which looks at all keys: --kv-memory host is not for it")
+        for name in self.attention:
+            check_keys(get_policy(name), "kv_memory='host'" if "host" in self.kv_memory else None)
         if self.mesh and "host" in self.kv_memory:
             raise UserError(f"mesh is {self.mesh!r}, but --kv-memory host is for one device: leave one of them out")
         if self.peers and self.mesh:

@@ -369,7 +369,7 @@ DECODE_ERRORS = {
     ),
     "keys of host memory": (
         ["bench", CHECKPOINT, "--attention", "dense,quest", "--kv-memory", "device,host"],
-        "--attention has quest, which looks at all keys: --kv-memory host is not for it",
+        "--attention is 'quest', which looks at all keys: --kv-memory='host' is not for it",
     ),
     "steps of a prefill": (["bench", CHECKPOINT, "--prefill", "--steps", "8"], "--steps is for decode steps: leave it out with --prefill"),
     "a prefill of a step's peer": (

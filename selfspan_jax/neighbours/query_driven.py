@@ -34,8 +34,7 @@ class CandidateSlots:
 
     def prepared(self, cache: Any) -> Any:
         """Return the cache with the policy's summaries in each layer. Raises UserError for prompts in host memory."""
-        if not cache.is_resident:
-            raise UserError(f"attention is {self.policy.name!r}, which looks at all keys: kv_memory='host' is not for it")
+        check_keys(self.policy, None if cache.is_resident else "kv_memory='host'")
         pools = tuple((*layer, *self.policy.summarize(layer[0], self.slots)) for layer in cache.pools)
         return dataclasses.replace(cache, pools=pools)
 
@@ -58,6 +57,12 @@ class CandidateSlots:
         return k_pool.at[jnp.take_along_axis(self.slots, tokens, axis=1, mode="clip")].get(mode="clip")
 
 
+def check_keys(policy: Any, elsewhere: str | None) -> None:
+    """Raise UserError for a policy that says `looks_at_all_keys`, where some are elsewhere: in what, or None."""
+    if elsewhere and getattr(policy, "looks_at_all_keys", False):
+        raise UserError(f"attention is {policy.name!r}, which looks at all keys: {elsewhere} is not for it")
+
+
 @dataclasses.dataclass(frozen=True)
 class QueryDriven:
     """A policy that reads at most `tokens` rows for each kv head, which it chooses by the queries of that head."""
@@ -66,6 +71,7 @@ class QueryDriven:
     """Rows that a kv head reads at most."""
 
     name: ClassVar[str]
+    looks_at_all_keys: ClassVar[bool] = True
 
     def mask(self, *_: Any, **__: Any) -> Any:
         """Raise UserError: there is none."""

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from selfspan_jax.attention.policies import Dense, Slots
 from selfspan_jax.errors import UserError
 from selfspan_jax.neighbours.attending import product, write_token
+from selfspan_jax.neighbours.query_driven import check_keys
 
 TILE_TOKENS = 512  # keys that are weighed at once, for many queries
 _NEVER = float(jnp.finfo(jnp.float32).min)
@@ -39,6 +40,7 @@ class Rebalanced(Dense):
 
     name: ClassVar[str] = "rebalanced"
     description: ClassVar[str] = "everything before, more of what the first layer attends to"
+    looks_at_all_keys: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 <= self.alpha < math.inf:
@@ -98,8 +100,7 @@ class RebalancedSlots(Slots):
 
     def prepared(self, cache: Any) -> Any:
         """Return the cache with each layer's gain. Raises UserError for prompts in host memory."""
-        if not cache.is_resident:
-            raise UserError("rebalanced attention reads all keys at every token: kv_memory='host' is not for it")
+        check_keys(self.policy, None if cache.is_resident else "kv_memory='host'")
         heads = self.slots.shape[0], cache.pools[0][0].shape[1]
         gains = ([jnp.full(heads, gain, jnp.float32)] if layer else [] for layer, gain in enumerate(self.policy.gains(len(cache.pools))))
         return dataclasses.replace(cache, pools=tuple((*layer[:2], *gain) for layer, gain in zip(cache.pools, gains)))

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from selfspan_jax.attention.policies import Slots, get_policy
+from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.cache import KVCache
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState, prefill_chunk_tokens, start_state
-from selfspan_jax.errors import UserError
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory_cache import prefill_memory
+from selfspan_jax.neighbours.query_driven import check_keys
 from selfspan_jax.parallel.collectives import psum_context
 from selfspan_jax.parallel.context import context_size, part_of, take_own
 from selfspan_jax.tiers.prefill import read_layer
@@ -38,9 +38,7 @@ def make_engine(model: Decoder, mesh: Mesh | None = None, **options: Any) -> Eng
 
 def check_context_policy(attention: Any) -> None:
     """Raise UserError for a policy that looks at all keys, where a device has some of them only."""
-    policy = get_policy(attention)
-    if context_size() > 1 and type(policy.initial_slots(jnp.zeros((1, 1), jnp.int32))) is not Slots:
-        raise UserError(f"attention is {policy.name!r}, which looks at all keys: a mesh that divides context is not for it")
+    check_keys(get_policy(attention), "a mesh that divides context" if context_size() > 1 else None)
 
 
 def prefill_own(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:

@@ -123,5 +123,5 @@ def test_what_it_cannot_be_with_is_refused():
     assert rebalanced.rebalanced("dense", 0.3) == Rebalanced(0.3) and rebalanced.rebalanced("span", None) == "span"
     with pytest.raises(UserError, match="prefill is 'sample'; allowed with an attention that weighs all keys itself: dense"):
         ENGINE.prefill(ROWS[:, :8], np.full(3, 8, np.int32), DecodeConfig(POLICY, max_new_tokens=4, prefill="sample"))
-    with pytest.raises(UserError, match="reads all keys at every token: kv_memory='host' is not for it"):
+    with pytest.raises(UserError, match="attention is 'rebalanced', which looks at all keys: kv_memory='host' is not for it"):
         HostEngine(MODEL).prefill(ROWS[:, :8], np.full(3, 8, np.int32), DecodeConfig(POLICY, max_new_tokens=4))

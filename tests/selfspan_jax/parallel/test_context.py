@@ -8,10 +8,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import ELSEWHERE
+from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
+from selfspan_jax.neighbours.rebalanced import Rebalanced
 from selfspan_jax.parallel import context, layout
 from selfspan_jax.parallel.collectives import shard_map
 from selfspan_jax.parallel.engine import make_engine
@@ -94,9 +96,9 @@ def test_what_cannot_be_divided_is_refused():
         Engine(model, make_mesh("context=2"))
     engine = make_engine(model, make_mesh("context=2"))
     prompt = np.full((1, MAX_PROMPT), 5), np.array([MAX_PROMPT])
-    for attention in ("quest", "oracle"):
-        with pytest.raises(UserError, match=f"attention is '{attention}', which looks at all keys: a mesh that divides context"):
-            engine.prefill(*prompt, DecodeConfig(attention=attention, max_new_tokens=4))
+    for policy in map(get_policy, ("quest", "oracle", Rebalanced())):
+        with pytest.raises(UserError, match=f"attention is '{policy.name}', which looks at all keys: a mesh that divides context"):
+            engine.prefill(*prompt, DecodeConfig(attention=policy, max_new_tokens=4))
     with pytest.raises(UserError, match=r"takes tensor .*: its sequences share one cache"):
         Scheduler(engine)
     with pytest.raises(UserError, match="mesh is 'context=2': context is for decoding"):
