@@ -52,7 +52,7 @@ class Model:
     """With --kv-memory host: tokens of each prompt whose keys and values are on the GPU."""
     attention: Annotated[PolicyName | None, arg(help=f"{policy_help()}. Default: as it was trained.")] = None
     rebalance: float | None = None
-    """With dense attention: weigh what the first layer attends to so much more in later ones (2403.14932 has 0.2)."""
+    """Dense attention, whatever the model was trained with; later layers weigh so much more what the first attends to (2403.14932: 0.2)."""
     compile_cache: bool = True
     """Keep compiled programs for the next call, in ~/.cache/selfspan/compiled or JAX_COMPILATION_CACHE_DIR."""
 

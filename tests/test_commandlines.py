@@ -60,6 +60,7 @@ def test_every_option_says_what_it_is(call, program, name):
     assert len(found) >= 8
     form = r"\S.{3,} \((default: .+|required|optional|repeatable)\)"
     assert [option for option, words in found.items() if not re.fullmatch(form, words)] == []
+    assert "whatever the model was trained with" in found.get("--rebalance FLOAT", "whatever the model was trained with")
 
 
 def test_the_check_of_help_finds_what_is_missing():

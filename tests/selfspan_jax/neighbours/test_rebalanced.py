@@ -120,7 +120,8 @@ def test_a_server_is_started_with_it(monkeypatch):
 def test_what_it_cannot_be_with_is_refused():
     with pytest.raises(UserError, match="rebalance is for dense attention, not for 'span'"):
         rebalanced.rebalanced("span", 0.2)
-    assert rebalanced.rebalanced("dense", 0.3) == Rebalanced(0.3) and rebalanced.rebalanced("span", None) == "span"
+    assert rebalanced.rebalanced("dense", 0.3) == rebalanced.rebalanced(None, 0.3) == Rebalanced(0.3)
+    assert rebalanced.rebalanced("span", None) == "span"
     with pytest.raises(UserError, match="prefill is 'sample'; allowed with an attention that weighs all keys itself: dense"):
         ENGINE.prefill(ROWS[:, :8], np.full(3, 8, np.int32), DecodeConfig(POLICY, max_new_tokens=4, prefill="sample"))
     with pytest.raises(UserError, match="attention is 'rebalanced', which looks at all keys: kv_memory='host' is not for it"):
