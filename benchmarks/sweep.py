@@ -39,7 +39,7 @@ from data.tasks import TASKS
 from data.vocab import DEFAULT_VOCAB, Vocab
 from selfspan_jax import files
 from selfspan_jax.attention.policies import POLICIES, get_policy, policy_help
-from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig, Weights
+from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig, Weights, check_kv_memory
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
@@ -144,15 +144,9 @@ class Bench:
         allowed = [name for name in get_args(hf.PeerName) if (name in hf.PREFILL_PEERS) == self.prefill]
         if wrong := [peer for peer in self.peers if peer not in allowed]:
             raise UserError(f"peers has {wrong[0]}; allowed {'with' if self.prefill else 'without'} --prefill: {', '.join(allowed)}")
-        check_range(self, "working_set_tokens", low=1)
-        if "host" not in self.kv_memory and self.working_set_tokens != WORKING_SET_TOKENS:
-            raise UserError(
-                f"working_set_tokens is {self.working_set_tokens}, but without --kv-memory host there are no working sets: leave it out"
-            )
+        check_kv_memory(self.kv_memory, self.working_set_tokens, self.mesh)
         for name in self.attention:
             check_keys(get_policy(name), "kv_memory='host'" if "host" in self.kv_memory else None)
-        if self.mesh and "host" in self.kv_memory:
-            raise UserError(f"mesh is {self.mesh!r}, but --kv-memory host is for one device: leave one of them out")
         if self.peers and self.mesh:
             raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax.numpy as jnp
@@ -55,6 +55,14 @@ def _require_positive(config: Any, *fields: str) -> None:
 def _require_within(config: Any, low: int, high: int, *fields: str) -> None:
     for field in fields:
         _require(low <= getattr(config, field) <= high, config, field, f"{low} to {high:,}")
+
+
+def check_kv_memory(places: Collection[KvMemory], working_set_tokens: int, mesh: str | None) -> None:
+    """Raise UserError for options of decoding that do not go with where keys and values lie; a benchmark has several places."""
+    if mesh and "host" in places:
+        raise UserError(f"mesh is {mesh!r}, but kv_memory is 'host', which is for one device: give one of them")
+    if "host" not in places and working_set_tokens != WORKING_SET_TOKENS:
+        raise UserError(f"working_set_tokens is {working_set_tokens}, but kv_memory is 'device', which has no working sets: leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

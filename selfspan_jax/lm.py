@@ -28,6 +28,7 @@ from selfspan_jax.config import (
     ModelConfig,
     Sampling,
     Weights,
+    check_kv_memory,
 )
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
@@ -135,12 +136,7 @@ class SpanLM(Reader):
         """Copy a model for decoding; options as for `load`."""
         _check_named("weights", weights, Weights)
         _check_named("kv_memory", kv_memory, KvMemory)
-        if mesh and kv_memory == "host":
-            raise UserError(f"mesh is {mesh!r}, but kv_memory is 'host', which is for one device: give one of them")
-        if kv_memory == "device" and working_set_tokens != WORKING_SET_TOKENS:
-            raise UserError(
-                f"working_set_tokens is {working_set_tokens}, but kv_memory is 'device', which has no working sets: leave it out"
-            )
+        check_kv_memory([kv_memory], working_set_tokens, mesh)
         self.model = model.for_decoding(weights=weights)
         self.engine: Engine
         if kv_memory == "host":

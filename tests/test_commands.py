@@ -365,7 +365,7 @@ DECODE_ERRORS = {
     "one of several numbers": (["bench", CHECKPOINT, "--batch-size", "1,0"], "--batch-size is 0; allowed: 1 and above"),
     "working sets without host memory": (
         ["bench", CHECKPOINT, "--working-set-tokens", "128"],
-        "--working-set-tokens is 128, but without --kv-memory host",
+        "--working-set-tokens is 128, but --kv-memory is 'device', which has no working sets",
     ),
     "keys of host memory": (
         ["bench", CHECKPOINT, "--attention", "dense,quest", "--kv-memory", "device,host"],
