@@ -74,8 +74,10 @@ def is_fastest_of_many_rows(batch: int, num_inputs: int, gated: bool) -> bool:
     return batch >= MIN_MOSAIC_ROWS and num_inputs <= (MAX_MOSAIC_INPUTS if gated else MAX_MOSAIC_RESIDUAL_INPUTS)
 
 
-def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> LinearConfig:
+def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool, copies: bool = False) -> LinearConfig:
     """Choose settings for a static shape; `item_bytes` is what an element of the weight takes up.
+
+    Where rows are copied meanwhile (`copies`) two programs fit on a multiprocessor, so that none waits for one that copies.
 
     A program must read enough at once that the work between two reads (barriers, the norm) hides behind them, and with
     its neighbours keep some 64 KB or more per multiprocessor on their way. Microseconds per layer of Llama-2-7B:
@@ -112,7 +114,7 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
     if rows < 8 or item_bytes == 1:
         budget_bytes, max_stages = 72_000 if rows < 8 else 60_000, 6
     else:
-        budget_bytes, max_stages = (100_000, 4) if each == 2 else (170_000, 7)
+        budget_bytes, max_stages = (100_000, 4) if each == 2 or copies else (170_000, 7)
     num_stages = max(2, min(max_stages, budget_bytes // read_bytes))
     return LinearConfig(tile, segments, inputs, min(4, matrix_rows // 16), num_stages, each * MULTIPROCESSORS)
 

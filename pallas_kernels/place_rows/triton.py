@@ -17,7 +17,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.place_rows.reference import FREE, NEVER, share_out
 
-TILE = 2048  # tokens, or rows, that a program reads at once
+TILE = 8192  # tokens, or rows, that a program reads at once
+MAX_HELD_ROWS = 16384  # of a working set, whose ages a program holds in registers
 
 
 def triton_place_rows(
@@ -25,6 +26,7 @@ def triton_place_rows(
 ):
     """Run the kernels; arguments as in `place_rows`, already checked."""
     (batch, capacity), width = slot_table.shape, owner.shape[1]
+    num_warps = 8 if max(capacity, width) <= 2048 else 16
 
     def launch(kernel, name, sizes, *arrays, aliases):
         return pl.pallas_call(
@@ -32,7 +34,7 @@ def triton_place_rows(
             grid=(batch,),
             out_shape=tuple(jax.ShapeDtypeStruct((batch, *size), jnp.int32) for size in sizes),
             input_output_aliases=aliases,
-            compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+            compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
             interpret=interpret,
             name=name,
         )(*arrays)
@@ -146,7 +148,12 @@ def _take_kernel(
     b, width = own.b, own.width
     count, capacity = counts_ref[b], table_ref.shape[1]
 
+    row = jnp.arange(pl.next_power_of_2(width), dtype=jnp.int32)
+    held = jnp.where(row < width, ages_ref[b, jnp.minimum(row, width - 1)], NEVER) if width <= MAX_HELD_ROWS else None
+
     def count_up_to(age):
+        if held is not None:
+            return jnp.sum((held <= age).astype(jnp.int32))
         return own.tiles(width, lambda row, inside, n: n + jnp.sum((inside & (ages_ref[b, row] <= age)).astype(jnp.int32)), jnp.int32(0))
 
     @pl.when(count > 0)
