@@ -275,7 +275,7 @@ def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
             target, wanted = f"{corpus}: of the context, {words} of responses reads", f"at most {most:.0%}"
             share = None if ours.empty else ours[key].astype(float).mean()
             rows.append(judge(target, wanted) if share is None else judge(target, wanted, f"{share:.1%}", reached=share <= most))
-        rates = [_best(speeds[speeds["variant"] == own], f"{unit}_per_second") for own in pair]
+        rates = [_best(speeds[speeds["variant"] == own], f"{unit}_per_second") for own in (variant, timed_control(speeds, corpus, variant))]
         ratio = rates[0] / rates[1] if rates[0] and rates[1] else None
         rows.append(_judge(f"{corpus}: {unit} a second, times those of dense", _FASTER[corpus], ratio))
         found = compare(examples, scored(runs, variant, "bm25"), named)
@@ -299,6 +299,14 @@ def timed(runs: Sequence[Run]) -> pd.DataFrame:
     """Collect the evaluations that say how fast a variant is: those that ran alone, where there are some."""
     alone = {run.variant for run in runs if run.part("speed")}
     return pd.concat([pages.evaluations(runs, "speed"), pages.evaluations([run for run in runs if run.variant not in alone], "eval")])
+
+
+def timed_control(speeds: pd.DataFrame, corpus: str, variant: str) -> str:
+    """Name the dense control that was timed: a variant's own, or else the last one, which has as many weights and the same prompts."""
+    own = control(corpus, variant)
+    names = [values["variant"] for values in speeds.to_dict("records") if values["by_batch_size"]]
+    others = [name for name in names if name.startswith(f"{corpus}_dense")]
+    return own if own in others or not others else others[-1]
 
 
 def times_table(frame: pd.DataFrame, unit: str) -> str:
@@ -327,7 +335,7 @@ def sections(page: str, runs: Sequence[Run], plots: dict[str, str]) -> dict[str,
     for corpus in CORPORA[page]:
         variants = list(EXPERIMENTS[page].panels[corpus])
         own, alone = (frame[frame["variant"].isin(variants)] for frame in (evaluated, speeds))
-        controls = {variant: dense for variant in variants if variant != (dense := control(corpus, variant))}
+        controls = {variant: timed_control(speeds, corpus, variant) for variant in variants if variant != control(corpus, variant)}
         # Prompts of tools are as long as their catalogues, whose sizes are sets.
         own_tables = {name: write for name, write in tables.items() if (corpus, name) != ("tools", "lengths")}
         found |= {f"{corpus} {name}": write(runs, variants, corpus) for name, write in own_tables.items()}

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from data import dataset
@@ -220,3 +221,9 @@ def test_tables_of_tools_by_hand():
         ["`tools_labels_full`", "calls right", "2", "`tools_dense_full`", "100.0", "0.0"],
         ["`tools_values_more`", "calls right", "2", "`tools_dense_values_more`", "75.0", "25.0"],
     ]
+    rates = {"tools_dense_solve": 2.0, "tools_dense": 1.0, "tools_dense_late": 4.0, "papers_dense": 9.0, "tools_late": 8.0}
+    speeds = pd.DataFrame([{"variant": own, "by_batch_size": [{"responses_per_second": rate}]} for own, rate in rates.items()])
+    speeds = pd.concat([speeds, pd.DataFrame([{"variant": "tools_dense_recent", "by_batch_size": []}])])  # decoded beside other work
+    timed = {own: documents.timed_control(speeds, "tools", f"tools_{own}") for own in ("solve", "labels", "recent")}
+    assert timed == {"solve": "tools_dense_solve", "labels": "tools_dense", "recent": "tools_dense_late"}
+    assert documents.timed_control(speeds, "stories", "stories_labels") == "stories_dense"
