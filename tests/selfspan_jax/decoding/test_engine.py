@@ -606,6 +606,17 @@ def test_the_kernels_decode_like_one_forward(views):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch_size, beside", [(1, 8), (64, 6)])
+def test_a_compiled_step_has_few_launches_beside_five_a_layer(batch_size, beside):
+    """In the loop that a GPU runs: counter, choice and bookkeeping, embedding, cosine and sine, last norm, output map."""
+    sizes = dict(hidden_size=64, intermediate_size=96, head_size=32, num_layers=3, max_context_tokens=1024, compute_dtype="bfloat16")
+    engine = Engine(random_model(**sizes, header_view="labels").for_decoding())
+    program = engine.lower_run(engine.lower_prefill(batch_size, 64, LOOP).out_info, LOOP).compile().as_text()
+    launched = [len(re.findall(r" = .*? (?:fusion|custom-call|copy|reduce|dot)\(", part)) for part in program.split("\n\n")]
+    assert 5 * 3 + 3 < max(launched) <= 5 * 3 + beside
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_the_kernels_in_half_precision_err_as_plain_arithmetic_does(weights):
     """Against the float32 model with the same weights, decoding errs at most twice as much as one forward in half precision."""
