@@ -145,8 +145,9 @@ def _percent(*values: float) -> list[str]:
 
 
 def control(corpus: str, variant: str) -> str:
-    """Name the dense control of a variant: the same text, and as many parameters trained."""
+    """Name the dense control of a variant: the same text; of tools as many parameters trained, of the other corpora adapters."""
     same = ("_recent_low", "_recent_full", "_base_full", "_recent", "_late", "_late_full", "_values_more", "_values", "_full", "_solve")
+    same = same if corpus == "tools" else ()
     return f"{corpus}_dense{next((end for end in same if variant.endswith(end)), '')}"
 
 
@@ -201,12 +202,12 @@ def differences_table(runs: Sequence[Run], variants: Sequence[str], corpus: str)
 
 
 def sources_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str:
-    """Write the scores with given sources beside those with the model's own, of the same examples."""
+    """Write the scores with given sources beside those with the model's own, of the same examples and seeds."""
     rows = []
     for variant in variants:
-        chosen = scored(runs, variant, "eval")
         for kind in get_args(Sources):
-            given = scored(runs, variant, kind)
+            both = [run for run in runs if run.part(kind)]
+            given, chosen = scored(both, variant, kind), scored(both, variant, "eval")
             for name in MAIN[corpus]:
                 if found := compare(given, chosen, name):
                     value = found[1] + found[2].value
@@ -243,9 +244,9 @@ def sets_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> str
         for kind, words in SETS[corpus].items() if several else ():
             ours, theirs = (scored(runs, own, kind) for own in (variant, control(corpus, variant)))
             # Constrained tokens come from the host, which says nothing of the model's speed.
-            parts = [run.part(kind) or {} for run in runs if run.variant == variant and kind != "constrained"]
-            rates = [speed[f"{unit}_per_second"] for own in parts for speed in own.get("by_batch_size", ())]
-            fastest = f"{max(rates):.1f}" if rates else "-"
+            speeds = timed(runs) if kind == "eval" else pages.evaluations(runs, kind)
+            rate = None if kind == "constrained" else _best(speeds[speeds["variant"] == variant], f"{unit}_per_second")
+            fastest = f"{rate:.1f}" if rate else "-"
             for name in MAIN[corpus] if len(ours) else ():
                 found = compare(ours, theirs, name) if variant != control(corpus, variant) else None
                 score = _percent(bootstrap.score(_counts(ours, name)))
@@ -296,9 +297,10 @@ def _best(frame: pd.DataFrame, unit: str) -> float | None:
 
 
 def timed(runs: Sequence[Run]) -> pd.DataFrame:
-    """Collect the evaluations that say how fast a variant is: those that ran alone, where there are some."""
+    """Collect the evaluations that say how fast a variant is: those that ran alone, where there are some. Others were not timed."""
     alone = {run.variant for run in runs if run.part("speed")}
-    return pd.concat([pages.evaluations(runs, "speed"), pages.evaluations([run for run in runs if run.variant not in alone], "eval")])
+    found = [pages.evaluations(runs, "speed"), pages.evaluations([run for run in runs if run.variant not in alone], "eval")]
+    return pd.concat([own[own["by_batch_size"].astype(bool)] if len(own) else own for own in found])
 
 
 def timed_control(speeds: pd.DataFrame, corpus: str, variant: str) -> str:

@@ -164,8 +164,8 @@ def test_tables_by_hand(stored, place, capsys):
         ["8,192 and above, longer than trained", "1", "60.0", "-"],
     ]
     sources = [row[:6] for row in rows_of(page, "stories sources")]
-    assert ["`stories_labels`", "bm25", "rougeL", "60.0", "47.5", "-12.5"] in sources
-    assert ["`stories_labels`", "bm25", "section named", "62.5", "75.0", "12.5"] in sources
+    assert ["`stories_labels`", "bm25", "rougeL", "55.0", "47.5", "-7.5"] in sources  # of the seed that they were given to
+    assert ["`stories_labels`", "bm25", "section named", "50.0", "75.0", "25.0"] in sources
     found = {row[0]: row[1:] for row in rows_of(page, "targets")}
     assert found["stories: rougeL minus that of dense, upper bound"] == ["at least 0", "10.00", "yes"]
     assert found["stories: section named minus that of BM25's sources"] == ["at least 0", "-12.50", "**no**"]
@@ -197,7 +197,7 @@ def test_tables_of_tools_by_hand():
             own = {"digests": ["a", "b"][: len(right.get(kind, ()))], "prompt_tokens": [9, 9], "counts": counts}
             return counts and {"by_example": own, "by_batch_size": fast}
 
-        return SimpleNamespace(variant=variant, part=part)
+        return SimpleNamespace(variant=variant, seed=0, part=part)
 
     runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1), near01=(1, 0), constrained=(2, 1))]
     runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]  # of one catalogue alone: no rows
