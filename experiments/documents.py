@@ -147,8 +147,7 @@ def _percent(*values: float) -> list[str]:
 def control(corpus: str, variant: str) -> str:
     """Name the dense control of a variant: the same text; of tools as many parameters trained, of the other corpora adapters."""
     same = ("_recent_low", "_recent_full", "_base_full", "_recent", "_late", "_late_full", "_values_more", "_values", "_full", "_solve")
-    same = same if corpus == "tools" else ()
-    return f"{corpus}_dense{next((end for end in same if variant.endswith(end)), '')}"
+    return f"{corpus}_dense{next((end for end in same if corpus == 'tools' and variant.endswith(end)), '')}"
 
 
 def _interval(found: Interval | None) -> list[str]:
