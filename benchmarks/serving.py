@@ -81,6 +81,19 @@ class Load:
     def run(self) -> None:
         measure(self)
 
+    def settings(self) -> dict[str, Any]:
+        """Return what is sent, and when."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("url", "api_key", "json")}
+
+    def command(self) -> str:
+        """Write the command line, without the server's address and key, and the file of results."""
+        words = ["python -m benchmarks.serving URL"]
+        for name, value in self.settings().items():
+            if value != getattr(Load, name):
+                text = ",".join(f"{each:g}" for each in value) if isinstance(value, tuple) else getattr(value, "name", value)
+                words.append(f"--{name.replace('_', '-')} {text}")
+        return " ".join(words)
+
     def texts(self) -> list[str]:
         """Return as many prompts as there are requests at a rate at most."""
         if self.prompts:
@@ -157,7 +170,6 @@ def afterwards(load: Load) -> dict[str, float]:
 
 def measure(load: Load) -> None:
     """Measure at each rate, one after the other; printed and written as it comes."""
-    settings = {field.name: getattr(load, field.name) for field in dataclasses.fields(load) if field.name not in ("json", "api_key", "url")}
     try:
         with httpx2.Client(**load.connection()) as client:
             found = client.get("/v1/models").raise_for_status()
@@ -167,6 +179,7 @@ def measure(load: Load) -> None:
             raise UserError(f"{load.url} wants another API key: give it with --api-key") from None
         raise UserError(f"{load.url}: no server of OpenAI's API ({error or type(error).__name__})") from None
     rows: list[dict[str, Any]] = []
+    device = {name: told[name] for told in [card.get("selfspan") or {}] for name in ("device", "jax") if name in told}
     prompts = load.texts()
     with contextlib.ExitStack() as stack:
         run_share: Callable[..., Iterable[tuple[list[Sent], float]]] = map
@@ -185,7 +198,8 @@ def measure(load: Load) -> None:
             if busy > MAX_BUSY:
                 notes.append(f"this client took {busy:.0%} of a processor and may be what is slow; more --processes help")
             print("\n".join([*table(rows).splitlines()[(len(rows) > 1) * -1 :], *notes]), flush=True)
-            report = {"model": card, **settings, "prompts": load.prompts and load.prompts.name, "rows": rows}
+            report = {"command": load.command(), **device, "model": card, **load.settings(), "rows": rows}
+            report["prompts"] = load.prompts and load.prompts.name
             if load.leave and len(rows) == len(load.rates):
                 report["afterwards"] = afterwards(load)
                 print(f"afterwards: {report['afterwards']}", flush=True)

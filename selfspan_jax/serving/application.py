@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import threading
@@ -17,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import jax
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -44,6 +46,7 @@ class Server:
       attention: the policy that the scheduler decodes with; by default what the model was trained with.
       examples: prompts that the live page offers.
       api_key: what requests to /v1 must bear; None: nothing.
+      device: what decodes, as /v1/models says it.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Server:
         attention: str | Policy | None = None,
         api_key: str | None = None,
         examples: Sequence[str] = (),
+        device: str | None = None,
     ):
         policy = get_policy(lm.config.mask if attention is None else attention)
         self.service = Service(lm, scheduler, model_name, policy, Metrics(model_name, lambda: scheduler.stats))
@@ -62,7 +66,7 @@ class Server:
         self._key = None if api_key is None else _digest(api_key.strip().encode("utf-8", "surrogateescape"))
         self._page = live.page(model_name, self.service.task_name, policy.name, examples)
         self._thread = threading.Thread(target=self._drive, name="scheduler", daemon=True)
-        self._created = int(time.time())
+        self._created, self._device = int(time.time()), {"device": device, "jax": jax.__version__} if device else {}
         routes = [
             Route("/", self._root),
             Route("/health", self._health),
@@ -158,7 +162,12 @@ class Server:
             "created": self._created,
             "owned_by": "selfspan",
             "max_model_len": self.service.max_tokens,
-            "selfspan": {"task": self.service.task_name, "attention": self.service.policy.name},
+            "selfspan": {
+                "task": self.service.task_name,
+                "attention": self.service.policy.name,
+                **self._device,
+                "serving": dataclasses.asdict(self.service.scheduler.config),
+            },
         }
 
     # ------------------------------------------------------------------------------------------------ completions

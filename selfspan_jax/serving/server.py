@@ -184,6 +184,7 @@ def serve(
         gc.freeze()  # what stays is not looked at again
         key = os.environ.get("SELFSPAN_API_KEY", "").strip() or None if config.api_key is None else config.api_key
         options: dict[str, Any] = {"attention": attention, "api_key": key, "examples": _examples(workers.reader.task)}
+        options["device"] = workers.device
         with _switching():
             Uvicorn(Server(workers.reader, workers, config.model_name or name, **options)).run([bound])
 

@@ -243,6 +243,7 @@ class Workers:
             self.__exit__()
             raise
         self.reader, self.vocab_size, self.context_tokens = loaded[0][:3]
+        self.device = f"{math.prod(axis_sizes(mesh).values())} x {loaded[0].device} ({mesh})" if mesh else loaded[0].device
         self.num_pages = min(own.num_pages for own in loaded)
         self._keeps_programs = loaded[0].keeps_programs
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,12 +38,15 @@ def test_latencies_count_from_the_arrival_and_failures_apart():
 def test_a_run_against_a_server(tmp_path, monkeypatch, capsys):
     prompts, report = tmp_path / "prompts.txt", tmp_path / "load.json"
     prompts.write_text("45\n9\n456\n")
-    with server_of(Scripted()) as address:
+    with server_of(Scripted(), device="NVIDIA H200") as address:
         words = [address, "--rates", "100,200", "--num-requests", "9,6", "--prompts", str(prompts), "--json", str(report)]
         monkeypatch.setattr(sys, "argv", ["benchmarks.serving", *words])
         serving.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("this client took")]  # on a busy machine
     written = json.loads(report.read_text())
+    command = "python -m benchmarks.serving URL --rates 100,200 --num-requests 9,6 --prompts prompts.txt"
+    assert (written["command"], written["device"], written["jax"]) == (command, "NVIDIA H200", jax.__version__)
+    assert written["model"]["selfspan"]["serving"] == dataclasses.asdict(Scripted.config)
     assert written["model"]["id"] == "tiny" and written["prompts"] == "prompts.txt" and "api_key" not in written
     for row, number in zip(written["rows"], (9, 6), strict=True):
         assert (row["num_requests"], row["num_failed"], row["tokens"]) == (number, number // 3, number // 3 * 2 * len(RESPONSE))

@@ -69,7 +69,7 @@ def test_a_worker_behind_a_server_gives_each_what_it_would_get_alone_and_where_i
     with Workers(load, CONFIG) as workers:
         told: list[tuple[int, int]] = []
         workers.warm_up(lambda *numbers: told.append(numbers))
-        assert told[-1] == (told[0][1], told[0][1]) and told == sorted(told)
+        assert told[-1] == (told[0][1], told[0][1]) and told == sorted(told) and workers.device == "cpu"
         with serving(workers, lm=workers.reader) as address:
             found = [each for each in asyncio.run(ask_all(address)) if each]
             until(lambda: (workers.stats.running, workers.stats.reading, workers.stats.waiting) == (0, 0, 0))
