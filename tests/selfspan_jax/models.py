@@ -29,6 +29,22 @@ class Digits:
         return None
 
 
+class Words:
+    """A task over the small vocabulary of the tests whose text tokens are written as given."""
+
+    def __init__(self, words=("4", "5", "6", "7", "8", "9"), structural="<{}>"):
+        self.words, self.structural = words, structural
+
+    def encode_prompt(self, text):
+        return np.array([1, *(int(character) for character in text), 3], np.int32)
+
+    def decode(self, token_ids):
+        return "".join(self.words[i - 4] if 4 <= i < 10 else self.structural.format(i) for i in map(int, token_ids))
+
+    def answer(self, response_ids):
+        return self.decode(response_ids)[-80:]
+
+
 def random_model(seed=0, **changes):
     """A model whose weights are large enough that attention to one token more or less shows in the logits."""
     model = Decoder(ModelConfig(**{**TINY, **changes}), vocab=VOCAB, vocab_size=VOCAB_SIZE, rngs=nnx.Rngs(seed))

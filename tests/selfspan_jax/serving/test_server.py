@@ -35,9 +35,9 @@ from selfspan_jax.serving.running import LogProbs
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing.output import Output
 from tests import browser
-from tests.selfspan_jax.models import TINY, random_model
+from tests.selfspan_jax.models import TINY, Words, random_model
 from tests.selfspan_jax.streams import VOCAB
-from tests.selfspan_jax.viewing.test_html import HOSTILE_TASK, Words
+from tests.selfspan_jax.viewing.test_html import HOSTILE_TASK
 
 _S, _R = VOCAB.seg_base, VOCAB.ref_base
 RESPONSE = [_S + 1, 4, 5, _S + 2, _R + 1, 6, VOCAB.eos_id]

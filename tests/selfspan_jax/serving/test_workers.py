@@ -15,22 +15,15 @@ import pytest
 
 from selfspan_jax.config import ServingConfig
 from selfspan_jax.errors import UserError
-from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.metrics import Metrics
 from selfspan_jax.serving.requests import Closed, QueueFull, Request, Stats, Tokens
 from selfspan_jax.serving.running import LogProbs
 from selfspan_jax.serving.workers import Round, Workers, _Worker, shares, work
-from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.serving.loaded import load
 from tests.selfspan_jax.serving.test_server import serving, until
-from tests.selfspan_jax.viewing.test_html import Words
 
 CALLS = 100
 CONFIG = ServingConfig(num_sequences=1, context_tokens=64, page_tokens=8, prefill_tokens=64, num_pages=12, chunk_tokens=2, max_queue=200)
-
-
-def load(mesh=None):
-    """The model of the tests, made in a worker."""
-    return SpanLM(random_model(max_context_tokens=64), Words(), mesh=mesh)
 
 
 def refuse(mesh=None):
@@ -79,7 +72,7 @@ def test_a_worker_behind_a_server_gives_each_what_it_would_get_alone_and_where_i
             for ids in (np.array([4, 99]), np.array([4, -1]), np.zeros(0, int), np.full(60, 4)):
                 with pytest.raises(UserError):  # before it is sent
                     workers.submit(Request(ids, 20), given.append)
-            (worker, _) = workers.submit(Request(np.array([1, 4, 3]), 50), given.append)
+            (worker, _) = workers.submit(Request(np.array([1, 7, 3]), 50), given.append)  # it writes no end
             worker.process.kill()
             until(lambda: given and given[-1].finished)
             assert (given[-1].finished, given[-1].error) == ("error", "the process that decodes has ended")

@@ -17,7 +17,7 @@ from selfspan_jax.attention.policies import Window, get_policy
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.viewing.reading import attention_mask
 from tests import browser
-from tests.selfspan_jax.models import TINY
+from tests.selfspan_jax.models import TINY, Words
 from tests.selfspan_jax.reference import Reference
 from tests.selfspan_jax.streams import NAMED, VOCAB
 
@@ -31,22 +31,6 @@ HOSTILE = [
     "&lt;b&gt; &amp; ]]> \u202eright to left\u202c \x00\x1b[31m\udc80\x85",
     "\n  two lines\t",
 ]
-
-
-class Words:
-    """A task over the small vocabulary of the tests whose text tokens are written as given."""
-
-    def __init__(self, words=("4", "5", "6", "7", "8", "9"), structural="<{}>"):
-        self.words, self.structural = words, structural
-
-    def encode_prompt(self, text):
-        return np.array([1, *(int(character) for character in text), 3], np.int32)
-
-    def decode(self, token_ids):
-        return "".join(self.words[i - 4] if 4 <= i < 10 else self.structural.format(i) for i in map(int, token_ids))
-
-    def answer(self, response_ids):
-        return self.decode(response_ids)[-80:]
 
 
 HOSTILE_TASK = Words(HOSTILE, '<{}" onmouseover="window.broken = 1">')

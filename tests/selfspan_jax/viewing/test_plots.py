@@ -5,9 +5,9 @@ import pytest
 
 from selfspan_jax import SpanLM
 from selfspan_jax.viewing import plots
-from tests.selfspan_jax.models import random_model
+from tests.selfspan_jax.models import Words, random_model
 from tests.selfspan_jax.streams import NAMED, VOCAB
-from tests.selfspan_jax.viewing.test_html import Words, output
+from tests.selfspan_jax.viewing.test_html import output
 
 TOKENS = NAMED["specification"][0]
 STEPS = [range(14, 17), range(17, 20), range(20, 26)]  # of the response to TOKENS, <eos> in the last
