@@ -119,14 +119,18 @@ def _verified_table(report: Mapping[str, Any], task: Any) -> str:
         lines.append(f"{name:>{width}}  {row['num_examples']:>8}  {accuracies}  {attended}")
     for name, own in report["sets"].items():
         for speed in own["by_batch_size"]:
-            rate, size = speed[f"{task.unit}_per_second"], speed["batch_size"]
-            read = f", {speed[f'{task.unit}_per_second_with_reading']:.1f} with the reading of responses"
-            lines.append(f"{_named(name, report, task)}: {rate:.1f} right answers per second of prefill and decoding{read}, batch {size}")
+            rate, size = _rate(speed[f"{task.unit}_per_second"]), speed["batch_size"]
+            read = f", {_rate(speed[f'{task.unit}_per_second_with_reading'])} with the reading of responses"
+            lines.append(f"{_named(name, report, task)}: {rate} right answers per second of prefill and decoding{read}, batch {size}")
     if errors := report["first_errors"]:
         lines.append("first errors: " + ", ".join(f"{_FIRST_ERRORS[kind]}: {count}" for kind, count in errors.items()))
     if wrong := report["first_wrong"]:
         lines.append(f"first wrong: {wrong}")
     return "\n".join([*lines, *_left_out(report, task)])
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.1f}" if per_second >= 1 else f"{per_second:.2g}"
 
 
 def _scores_table(report: Mapping[str, Any], task: Any) -> str:
@@ -139,7 +143,7 @@ def _scores_table(report: Mapping[str, Any], task: Any) -> str:
     for own in report["sets"].values():
         for speed in own["by_batch_size"]:
             lines.append(
-                f"{speed[f'{task.unit}_per_second']:.1f} {task.unit} and {speed['response_tokens_per_second']:.0f} tokens per second "
+                f"{_rate(speed[f'{task.unit}_per_second'])} {task.unit} and {speed['response_tokens_per_second']:.0f} tokens per second "
                 f"of prefill and decoding, batch {speed['batch_size']}"
             )
     return "\n".join([*lines, *_left_out(report, task)])
