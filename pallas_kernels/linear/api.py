@@ -171,7 +171,8 @@ def _choose(x: Any, weight: Rows, norm: jax.Array | None, gated: bool, implement
 
 
 def _copies_beside(chosen: str, x: jax.Array, weight: Rows, norm: jax.Array | None, gated: bool) -> bool:
-    return chosen not in PLAIN and not isinstance(_settings(_num_rows(x), weight, x.dtype, norm, gated), TileConfig)
+    config = _settings(_num_rows(x), weight, x.dtype, norm, gated)
+    return chosen not in PLAIN and isinstance(config, LinearConfig) and not config.alone
 
 
 def _rows(x: Any) -> Any:
@@ -187,20 +188,19 @@ def _num_results(weight: Rows, gated: bool) -> int:
     return weight.shape[0] // 2 if gated else weight.shape[0]
 
 
-def _settings(batch: int, weight: Rows, dtype, norm: jax.Array | None, gated: bool, copies: bool = False) -> LinearConfig | TileConfig:
+def _settings(batch: int, weight: Rows, dtype: jnp.dtype, norm: jax.Array | None, gated: bool) -> LinearConfig | TileConfig:
     """Choose the kernel of the Triton lowering, by its settings."""
     num_results, (_, num_inputs), item_bytes = _num_results(weight, gated), weight.shape, values_of(weight).dtype.itemsize
     # float16 rows times the norm's scale may overflow before they are normalised, which the tiled kernel does first.
     tiled = is_tiled(batch, num_results, num_inputs, gated) or (norm is not None and dtype == jnp.float16)
-    shape = batch, num_results, num_inputs, item_bytes, gated
-    return tile_config(*shape) if tiled else linear_config(*shape, copies)
+    return (tile_config if tiled else linear_config)(batch, num_results, num_inputs, item_bytes, gated)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
 def _dispatch(implementation, norm_eps, gated, out_dtype, interpret, early, x, weight, norm, bias, residual, next_norm, copies):
     plain = _rows(x)
     norm = None if isinstance(x, ScaledRows) else norm
-    config = _settings(plain.shape[0], weight, plain.dtype, norm, gated, copies is not None)
+    config = _settings(plain.shape[0], weight, plain.dtype, norm, gated)
     options = {"norm_eps": norm_eps, "gated": gated, "out_dtype": out_dtype, "interpret": interpret}
     if isinstance(x, SplitRows) and (norm is not None or not isinstance(config, TileConfig) or config.on_matrix_unit):
         x = plain_rows(x)

@@ -33,6 +33,7 @@ MAX_MOSAIC_INPUTS = 768
 MAX_MOSAIC_RESIDUAL_INPUTS = 3_072
 MAX_MOSAIC_STAGES = 12
 MAX_SHARED_BYTES = 227 * 1024  # of a program on Hopper
+SHARED_BYTES_FOR_TWO = 220_000  # of the buffers of two programs that are to be on a multiprocessor at once
 
 
 class LinearConfig(NamedTuple):
@@ -44,6 +45,7 @@ class LinearConfig(NamedTuple):
     num_warps: int
     num_stages: int  # of the software pipeline: reads in flight plus one
     programs: int  # at most; each walks over every so-many-th tile of outputs
+    alone: bool = False  # a multiprocessor has room for one: programs that copied rows would hold up others
 
 
 class TileConfig(NamedTuple):
@@ -74,10 +76,8 @@ def is_fastest_of_many_rows(batch: int, num_inputs: int, gated: bool) -> bool:
     return batch >= MIN_MOSAIC_ROWS and num_inputs <= (MAX_MOSAIC_INPUTS if gated else MAX_MOSAIC_RESIDUAL_INPUTS)
 
 
-def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool, copies: bool = False) -> LinearConfig:
+def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, gated: bool) -> LinearConfig:
     """Choose settings for a static shape; `item_bytes` is what an element of the weight takes up.
-
-    Where rows are copied meanwhile (`copies`) two programs fit on a multiprocessor, so that none waits for one that copies.
 
     A program must read enough at once that the work between two reads (barriers, the norm) hides behind them, and with
     its neighbours keep some 64 KB or more per multiprocessor on their way. Microseconds per layer of Llama-2-7B:
@@ -114,9 +114,10 @@ def linear_config(batch: int, num_results: int, num_inputs: int, item_bytes: int
     if rows < 8 or item_bytes == 1:
         budget_bytes, max_stages = 72_000 if rows < 8 else 60_000, 6
     else:
-        budget_bytes, max_stages = (100_000, 4) if each == 2 or copies else (170_000, 7)
+        budget_bytes, max_stages = (100_000, 4) if each == 2 else (170_000, 7)
     num_stages = max(2, min(max_stages, budget_bytes // read_bytes))
-    return LinearConfig(tile, segments, inputs, min(4, matrix_rows // 16), num_stages, each * MULTIPROCESSORS)
+    alone = 2 * num_stages * read_bytes > SHARED_BYTES_FOR_TWO
+    return LinearConfig(tile, segments, inputs, min(4, matrix_rows // 16), num_stages, each * MULTIPROCESSORS, alone)
 
 
 def is_tiled(batch: int, num_results: int, num_inputs: int, gated: bool) -> bool:

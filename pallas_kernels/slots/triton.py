@@ -88,10 +88,10 @@ def triton_per_sequence(function: Callable, state: Any, others: tuple, interpret
 
 
 def _num_warps(batch: int, carried: list, read: list) -> int:
-    """Return the warps of a program, by the table above; programs without rows of their own have one."""
-    if all(array.ndim < 2 for array in carried):
-        return 1
+    """Return the warps of a program, by the table above; programs that go through no rows have one."""
     num_scores = max((array.shape[1] for array in read if array.dtype == jnp.float32), default=0)
+    if not num_scores and all(array.ndim < 2 for array in carried):
+        return 1
     return 4 if batch > AT_ONCE and num_scores <= LARGEST_TILE else 8
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import SHARES, Copies, HostRows, copy_rows, fused_linear, rotate_and_attend
+from pallas_kernels import SHARES, Copies, HostRows, copies_beside, copy_rows, fused_linear, rotate_and_attend
 from pallas_kernels.copy_rows.triton import triton_copy_rows
 from pallas_kernels.linear import triton
 from pallas_kernels.linear.heuristics import LinearConfig, linear_config
@@ -100,6 +100,15 @@ def test_copies_beside_any_product():
     x, weight = jnp.ones((2, 64)), jnp.ones((32, 64))
     out, found = fused_linear(x, weight, copies=Copies(host, pools, *map(jnp.asarray, (SOURCES, TARGETS, COUNTS))))
     assert np.all(out == 64) and all(map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    "outputs, inputs, gated, beside", [(6144, 4096, False, True), (28672, 4096, True, True), (4096, 14336, False, False)]
+)
+def test_rows_are_copied_where_no_program_waits_for_it(outputs, inputs, gated, beside):
+    """Beside maps two programs of which a multiprocessor has room for."""
+    x, weight = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((32, inputs), (outputs, inputs)))
+    assert copies_beside(x, weight, gated=gated, implementation="triton", interpret=True) == beside
 
 
 def test_copies_beside_a_product_of_no_rows():

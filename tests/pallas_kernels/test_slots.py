@@ -158,6 +158,8 @@ def test_the_kernel_lowers_for_cuda(monkeypatch):
             function, arguments = counted, ((b, flags, ba, bl), b, flags, number, scores)
         text = cuda_lowering(functools.partial(per_sequence, function, implementation="triton"), *arguments)
         assert text.count("__gpu$xla.gpu.triton") == 1 and f"num_warps = {num_warps} " in text
+    choice = functools.partial(per_sequence, lambda _, scores: (None, read_largest(scores)), implementation="triton")
+    assert "num_warps = 8 " in cuda_lowering(choice, None, scores)  # which go through the scores, whether or not it writes rows
 
 
 def test_what_does_not_fit_is_refused():
