@@ -15,18 +15,24 @@ per decode step; a plain compaction (cumulative sum and scatter) reads whole tab
 sequence that appends reads one entry.
 
 How: each sequence has a program, which runs the caller's function on its own numbers, and the operations above on its own rows. An
-update reads a tile of the keys at a time, those of its tokens and no others.
+update reads a tile of the keys at a time, those of its tokens and no others, and asks for the next tile before it lists this one.
 
 Warps and tiles are those that take the least time in decode steps. One H200, microseconds of the launch by the profiler:
 
-    scores of a sequence | sequences | 1 warp | 2 | 4    | 8    | 16  | 8 warps, tiles of 4,096 scores | of 16,384
-    1,044                | 64        | 6.3    | 4.9 | 4.9  | 4.5  | -   | -                              | -
-    1,044                | 256       | 6.6    | 5.2 | 5.3  | 4.9  | -   | -                              | -
-    1,044                | 1,024     | 17.5   | 16.1 | 13.3 | 26.2 | -   | -                              | -
-    49,152               | 1         | -      | -   | 6.4  | 5.6  | 5.4 | 5.1                            | 5.4
-    49,152               | 64        | -      | -   | 13.6 | 9.0  | 9.0 | 8.1                            | 8.4
+    scores of a sequence | sequences | tokens | 1 warp | 2    | 4    | 8    | 16  | 8 warps, tiles of 4,096 scores | of 16,384
+    1,044                | 64        | 900    | 6.3    | 4.9  | 4.9  | 4.5  | -   | -                              | -
+    1,044                | 256       | 900    | 6.6    | 5.2  | 5.3  | 4.9  | -   | -                              | -
+    1,044                | 1,024     | 3,000  | 17.5   | 16.1 | 13.3 | 26.2 | -   | -                              | -
+    49,152               | 1         | 2,048  | -      | -    | 6.4  | 5.6  | 5.4 | 5.1                            | 5.4
+    49,152               | 64        | 2,048  | -      | -    | 13.6 | 9.0  | 9.0 | 8.1                            | 8.4
 
-A multiprocessor's registers hold two programs of eight warps or three of four: 1,024 of them are four rounds or three.
+with tiles of 2,048 tokens and of 8,192 scores. Tiles of fewer tokens, `warps/tokens`, each with and without the next one asked for ahead:
+
+    sequences | 8/2,048 | 8/1,024   | 8/512       | 4/2,048 | 4/1,024  | 4/512       | 4/256
+    256       | 5.0     | - (4.5)   | 6.0         | -       | 5.3      | 5.7 (5.1)   | - (6.5)
+    1,024     | -       | -         | 17.1 (15.3) | 13.5    | 12.2     | 15.0 (11.8) | 18.3 (16.5)
+
+A multiprocessor's registers hold two programs of eight warps or six of four: 1,024 of them are four rounds or two.
 """
 
 import dataclasses
@@ -41,7 +47,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.slots.reference import ELSEWHERE
 
-TILE = 2048  # tokens whose keys a program reads at once
+TOKENS_OF_A_WARP = 128  # of a tile of tokens: four of a thread
 LARGEST_TILE = 4096  # numbers of which a program keeps the largest
 AT_ONCE = 264  # programs of eight warps that run at once on 132 multiprocessors
 
@@ -53,6 +59,7 @@ class Row:
     width: int
     ref: Any = None
     b: Any = None
+    tile: int = 0  # tokens read at once
     interpret: bool = False
     written: bool = False
 
@@ -74,12 +81,14 @@ def triton_per_sequence(function: Callable, state: Any, others: tuple, interpret
     results = jax.eval_shape(results_of, [jax.ShapeDtypeStruct((), array.dtype) for array in arrays if array.ndim < 2])
     out_shape = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in carried]
     out_shape += [jax.ShapeDtypeStruct((batch,), number.dtype) for number in results]
+    num_warps = _num_warps(batch, carried, read)
+    how: dict[str, Any] = {"num_carried": len(carried), "tile": num_warps * TOKENS_OF_A_WARP, "interpret": interpret}
     outs = pl.pallas_call(
-        functools.partial(_kernel, function=function, structure=structure, num_carried=len(carried), interpret=interpret),
+        functools.partial(_kernel, function=function, structure=structure, **how),
         grid=(batch,),
         out_shape=tuple(out_shape),
         input_output_aliases={i: i for i in range(len(carried))},
-        compiler_params=plt.CompilerParams(num_warps=_num_warps(batch, carried, read), num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="per_sequence",
     )(*arrays)
@@ -100,12 +109,13 @@ def _kernel(
     function: Callable,
     structure: Any,
     num_carried: int,
+    tile: int,
     interpret: bool,
 ):
     b, number = pl.program_id(0), structure.num_leaves
     outs = refs[number:]
     given = (*outs[:num_carried], *refs[num_carried:number])
-    views = [Row(ref.shape[1], ref, b, interpret) if ref.ndim == 2 else ref[b if ref.shape[0] > 1 else 0] for ref in given]
+    views = [Row(ref.shape[1], ref, b, tile, interpret) if ref.ndim == 2 else ref[b if ref.shape[0] > 1 else 0] for ref in given]
     found = jax.tree.leaves(function(*structure.unflatten(views)))
     for ref, value in zip(outs, found, strict=True):
         if not isinstance(value, Row):
@@ -151,36 +161,41 @@ def update_row(slots: Row, kept, slot_table: Row, keys: Row, marks: Row, entries
     slots.written = True
     if slots.ref is None:
         return slots, jnp.int32(0), jnp.int32(0)
-    capacity, b = slot_table.width, slots.b
-    tile = min(TILE, pl.next_power_of_2(max(capacity, 32)))
+    capacity, b, last = slot_table.width, slots.b, jnp.maximum(rule.end - 1, 0)
+    tile = min(slots.tile, pl.next_power_of_2(max(capacity, 32)))
     if (keys.written or marks.written) and not slots.interpret:  # the interpreter runs one thread, and knows no barrier
         plt.debug_barrier()
 
-    def selected(token):
-        own = keys.ref[b, token]
+    def selected(token, own):
         marked = marks.ref[b, jnp.maximum(own, 0)] >= rule.since
         return (own == 0) | (own == rule.key) | marked | (token < rule.below) | (token >= rule.start)
 
-    def extend(count, token, chosen):  # what is not chosen goes to the last column, so that no store needs a mask
-        rows = slot_table.ref[b, token]
+    def extend(count, rows, chosen):  # what is not chosen goes to the last column, so that no store needs a mask
         chosen = (chosen & (rows != ELSEWHERE)).astype(jnp.int32)
         place = count + jnp.cumsum(chosen) - 1
         slots.ref[b, jnp.where(chosen != 0, place, capacity)] = rows
         return count + jnp.sum(chosen)
 
-    def listed_by_rule(index, count):
-        token = rule.first + index * tile + jnp.arange(tile, dtype=jnp.int32)
-        at = jnp.clip(token, 0, jnp.maximum(rule.end - 1, 0))
-        return extend(count, at, (token < rule.end - 1) & selected(at))
+    def tokens_of(index):
+        return rule.first + index * tile + jnp.arange(tile, dtype=jnp.int32)
+
+    def keys_and_rows(index):
+        token = jnp.minimum(tokens_of(index), last)
+        return keys.ref[b, token], slot_table.ref[b, token]
+
+    def listed_by_rule(index, carry):
+        (count, own, rows), ahead, token = carry, keys_and_rows(index + 1), tokens_of(index)
+        return extend(count, rows, (token < rule.end - 1) & selected(token, own)), *ahead
 
     def listed(index, count):
         place = index * tile + jnp.arange(tile, dtype=jnp.int32)
         token = entries.ref[b, jnp.clip(place, 0, jnp.maximum(rule.num_entries - 1, 0))]
-        return extend(count, token, (place < rule.num_entries) & (token < rule.end - 1) & ~selected(token))
+        chosen = (place < rule.num_entries) & (token < rule.end - 1) & ~selected(token, keys.ref[b, token])
+        return extend(count, slot_table.ref[b, token], chosen)
 
-    active = rule.first < rule.end
-    count = jax.lax.fori_loop(0, jnp.maximum(pl.cdiv(rule.end - 1 - rule.first, tile), 0), listed_by_rule, kept)
-    newest = slot_table.ref[b, jnp.maximum(rule.end - 1, 0)]
+    active, newest = rule.first < rule.end, slot_table.ref[b, last]
+    tiles = jnp.maximum(pl.cdiv(rule.end - 1 - rule.first, tile), 0)
+    count, *_ = jax.lax.fori_loop(0, tiles, listed_by_rule, (kept, *keys_and_rows(0)))
     appended = active & (newest != ELSEWHERE)
     slots.ref[b, jnp.where(appended, jnp.minimum(count, capacity), capacity)] = newest
     span = count + appended.astype(jnp.int32)

@@ -9,12 +9,13 @@ import pytest
 
 from pallas_kernels import ELSEWHERE, per_sequence, read_elements, read_largest, update_slots, write_elements
 from pallas_kernels.slots import Rule
-from pallas_kernels.slots.triton import AT_ONCE, LARGEST_TILE, TILE
+from pallas_kernels.slots.triton import AT_ONCE, LARGEST_TILE, TOKENS_OF_A_WARP
 from tests.pallas_kernels.budget import program
 from tests.pallas_kernels.lowering import cuda_lowering
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
+TILE = 8 * TOKENS_OF_A_WARP
 # name -> (B, A), why
 SHAPES = {
     "one token": (2, 1),
@@ -27,7 +28,7 @@ NUM_KEYS, NEVER = 9, 2**31 - 1
 
 # XLA has no tiles, so that few shapes are enough.
 RUNS = [(name, "xla", False) for name in ("one token", "a tile and one")] + [(name, "triton", True) for name in SHAPES]
-SHAPES["more than run at once"] = (AT_ONCE + 6, 70)  # on a GPU only, where their programs have fewer warps
+SHAPES["more than run at once"] = (AT_ONCE + 6, TILE + 70)  # on a GPU only, where their programs have four warps
 RUNS += [pytest.param(name, "triton", False, marks=pytest.mark.gpu) for name in SHAPES]
 
 
