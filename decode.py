@@ -193,6 +193,7 @@ class Eval(Model):
         found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, attention=attention, **options)
         settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
         settings |= {k: v for k in ("dtype", "kv_memory", "rebalance", *options) if (v := getattr(self, k)) not in _USUAL}
+        settings |= {"working_set_tokens": self.working_set_tokens} if self.kv_memory == "host" else {}
         results = evaluation.report(lm, found, settings)
         try:
             print(text.evaluation_table(results, lm.task), flush=True)

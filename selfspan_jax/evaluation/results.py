@@ -53,6 +53,8 @@ class Evaluation:
     """What of `decode_seconds` reading the prompts took; None where they are read while others are decoded, or the host gives tokens."""
     read_seconds: float = 0.0
     """What reading the responses back took: their texts, what each token is and read, the verdicts."""
+    missed_rows: int | None = None
+    """Rows that all tokens read in host memory; None where none lie there."""
 
     @functools.cached_property
     def scores(self) -> Scores:
@@ -103,7 +105,8 @@ class Evaluation:
         counts = {name: sum(getattr(verdict, name) for verdict in verdicts) for name in JUDGED}
         counts["all_right"] = sum(judgement(verdict) == "right" for verdict in verdicts)
         warned = sum(bool(prompt_warnings(self.task, out.prompt)) for out in self.outputs)
-        sizes = {"context_tokens": context_tokens, "num_too_long": self.num_too_long, "num_with_warnings": warned}
+        sizes: dict[str, Any] = {"context_tokens": context_tokens, "num_too_long": self.num_too_long, "num_with_warnings": warned}
+        sizes |= {} if self.missed_rows is None else {"missed_rows": self.missed_rows}
         return {**self.scores_json(), **({"verdicts": counts} if verdicts else {}), **self.speed(), **sizes}
 
     def first_errors(self) -> dict[str, int]:

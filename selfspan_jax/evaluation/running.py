@@ -26,6 +26,7 @@ from selfspan_jax.parallel.mesh import check_batch, num_data_shards
 from selfspan_jax.serving.requests import Request
 from selfspan_jax.serving.throughput import is_faster, run_together, shared_beginning, throughput_scheduler
 from selfspan_jax.task import Example
+from selfspan_jax.tiers.engine import HostEngine
 from selfspan_jax.viewing.output import Output
 
 MODEL, ORDER = "model", "order"  # the model chooses what steps name, or what the order of the steps does not say of it
@@ -104,6 +105,7 @@ def evaluate(
     in_order = tuple(outputs[i] for i in range(len(ids)))
     first, both = seconds.tolist()
     own: dict[str, Any] = {"prefill_seconds": first if given is None else None, "read_seconds": read_seconds}
+    own["missed_rows"] = sum(out.misses or 0 for out in in_order) if isinstance(lm.engine, HostEngine) else None
     return Evaluation(lm.task, tuple(examples), in_order, batch_size, both, compile_seconds, **own)
 
 
@@ -128,8 +130,9 @@ def _evaluate_served(lm: SpanLM, examples: Sequence[Example], ids: Sequence[Int[
     for out in outputs:
         _ = out.text, out.roles, out.verdict  # computed when they are first asked for
     compiling, decoding, reading = np.diff([*stamps, time.perf_counter()]).tolist()
-    places = scheduler.config.num_sequences
-    return Evaluation(lm.task, tuple(examples), outputs, batch_size, decoding, compiling, num_places=places, read_seconds=reading)
+    own: dict[str, Any] = {"num_places": scheduler.config.num_sequences, "read_seconds": reading}
+    own["missed_rows"] = scheduler.stats.missed_rows if isinstance(lm.engine, HostEngine) else None
+    return Evaluation(lm.task, tuple(examples), outputs, batch_size, decoding, compiling, **own)
 
 
 def _given(task: Any, examples: Sequence[Example], sources: str, constrained: bool) -> dict[str, list[Any]]:

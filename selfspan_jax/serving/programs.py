@@ -63,6 +63,10 @@ class Programs:
             page, least = config.page_tokens, config.page_tokens + config.chunk_tokens
             self._working_set = min(engine.working_set_tokens, self._capacity)
             self._ring = -(-max(least, self._working_set // 4) // page) * page
+        if self._ring:
+            left = self._left_bytes()
+            left = int(_CACHE_SHARE * memory.free_host_memory_bytes()) if left is None else left  # of a CPU, which has no other
+            check_working_sets(config.num_sequences, self._working_set, self._ring, engine.config.row_bytes, left)
         self.num_pages = self._pages_that_fit() if config.num_pages is None else config.num_pages
         if self._ring:
             rows = (self.num_pages + 1) * config.page_tokens
@@ -209,21 +213,24 @@ class Programs:
         options = (self._decode_config, self._config.page_tokens, num_steps, min(num_logprobs, self._engine.vocab_size))
         return (self._engine.graph, self._engine.params, self.state, table.copy(), until.copy(), fields, *options)
 
-    def _pages_that_fit(self) -> int:
-        """Count the pages that free memory has room for, beside the rest of the state and what programs need meanwhile."""
-        config, engine, row_bytes = self._config, self._engine, self._engine.shard.config.row_bytes
+    def _left_bytes(self) -> int | None:
+        """Return what the rest of the state, and what programs need meanwhile, leave of free memory; None where the device does not say."""
+        config, engine = self._config, self._engine
         sizes = (config.page_tokens, config.num_sequences, self._capacity)
         state = jax.eval_shape(lambda params: empty_state(engine.graph, params, self._decode_config, *sizes), engine.params)
-        rest = memory.bytes_of(dataclasses.replace(state, cache=state.cache.slot_table))
-        free, beside = memory.free_memory_bytes(), f"{rest / 2**30:.1f} GiB of state leave"
-        left = _UNKNOWN_MEMORY_BYTES if free is None else int(_CACHE_SHARE * (free - rest))
-        if self._ring:
-            check_working_sets(config.num_sequences, self._working_set + self._ring, row_bytes, left)
-            spare = config.page_tokens * row_bytes  # a page that is nobody's
-            left, beside = int(_CACHE_SHARE * memory.free_host_memory_bytes()) - spare, "host memory leaves"
-        if left < config.page_tokens * row_bytes:
-            raise memory.DoesNotFit(f"does not fit: {beside} no room for the cache")
-        return min(config.num_sequences * self.pages_each, left // (config.page_tokens * row_bytes))
+        rest, free = memory.bytes_of(dataclasses.replace(state, cache=state.cache.slot_table)), memory.free_memory_bytes()
+        return None if free is None else int(_CACHE_SHARE * (free - rest))
+
+    def _pages_that_fit(self) -> int:
+        """Count the pages that free memory has room for."""
+        config, page_bytes = self._config, self._config.page_tokens * self._engine.shard.config.row_bytes
+        if self._ring:  # of which one page is nobody's
+            left = int(_CACHE_SHARE * memory.free_host_memory_bytes()) - page_bytes
+        elif (left := self._left_bytes()) is None:
+            left = _UNKNOWN_MEMORY_BYTES
+        if left < page_bytes:
+            raise memory.DoesNotFit(f"does not fit: {'host memory leaves' if self._ring else 'the state leaves'} no room for the cache")
+        return min(config.num_sequences * self.pages_each, left // page_bytes)
 
 
 def neutral_sampling(num_sequences: int) -> SamplingFields:

@@ -26,6 +26,7 @@ from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, Implementation, SamplingFields, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.errors import UserError
+from selfspan_jax.neighbours.query_driven import check_keys
 from selfspan_jax.parallel.mesh import num_data_shards
 from selfspan_jax.serving.host_pages import WRITTEN_AT_ONCE
 from selfspan_jax.serving.pages import Forecast, Pages, page_keys
@@ -108,6 +109,7 @@ class Scheduler:
             config = dataclasses.replace(config, page_tokens=max(config.page_tokens, config.prefill_tokens // WRITTEN_AT_ONCE))
         self.engine, self.config = engine, config
         policy = get_policy(engine.config.mask if attention is None else attention)
+        check_keys(policy, "kv_memory='host'" if isinstance(engine, HostEngine) else None)
         self.decode_config = DecodeConfig(policy, max_new_tokens=1, implementation=implementation, stop_ids=stop_ids)
         self.programs = Programs(engine, config, self.decode_config, self.context_tokens)
         self.num_pages = self.programs.num_pages

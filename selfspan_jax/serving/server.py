@@ -178,6 +178,8 @@ def serve(
     jax.config.update("jax_platforms", "cpu")  # devices are the workers'
     with listening(config.host, config.port) as bound, Workers(load, config.serving, mesh=mesh, attention=attention) as workers:
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone away
+        if (room := workers.num_pages * workers.config.page_tokens) < workers.context_tokens:
+            print(f"--num-pages {workers.num_pages} have room for {room} of the {workers.context_tokens} tokens of a sequence", flush=True)
         with _compiling() as on_progress:
             workers.warm_up(on_progress)
         gc.collect()

@@ -49,6 +49,7 @@ class Loaded(NamedTuple):
     device: str
     keeps_programs: bool
     """Whether what it compiles is there for others."""
+    page_tokens: int
 
 
 class Compiled(NamedTuple):
@@ -141,7 +142,8 @@ def work(
             scheduler = Scheduler(lm.engine, unbounded, attention=attention, stop_ids=lm.end_ids[1:])
             kind, reader = jax.devices()[0].device_kind, Reader(lm.task, lm.config, lm.vocab)
             kept = bool(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
-            connection.send(Loaded(reader, lm.engine.vocab_size, scheduler.context_tokens, scheduler.num_pages, kind, kept))
+            sizes = lm.engine.vocab_size, scheduler.context_tokens, scheduler.num_pages
+            connection.send(Loaded(reader, *sizes, kind, kept, scheduler.config.page_tokens))
             may_compile.wait()
             scheduler.warm_up(on_progress=lambda *numbers: connection.send(Compiled(*numbers)))
     except (UserError, NotImplementedError, OSError) as error:
@@ -245,6 +247,7 @@ class Workers:
         self.reader, self.vocab_size, self.context_tokens = loaded[0][:3]
         self.device = f"{math.prod(axis_sizes(mesh).values())} x {loaded[0].device} ({mesh})" if mesh else loaded[0].device
         self.num_pages = min(own.num_pages for own in loaded)
+        self.config = dataclasses.replace(self.config, page_tokens=loaded[0].page_tokens)  # of pages in host memory it is more
         self._keeps_programs = loaded[0].keeps_programs
 
     def __enter__(self) -> Workers:

@@ -39,12 +39,13 @@ MIN_LINK_BYTES = 1 << 24  # ... or of so many: a step of a small model takes lon
 NEW_TOKENS = 1024  # of a sequence that are on the device; when there are as many, they are written to the host
 
 
-def check_working_sets(sequences: int, rows: int, row_bytes: int, most_bytes: int) -> None:
-    """Raise DoesNotFit where so many rows of each sequence exceed what the device has for them."""
-    if (needed := sequences * rows * row_bytes) > most_bytes:
+def check_working_sets(sequences: int, width: int, new_rows: int, row_bytes: int, most_bytes: int) -> None:
+    """Raise DoesNotFit where working sets and the latest new tokens of the sequences exceed what the device has for them."""
+    if (needed := sequences * (width + new_rows) * row_bytes) > most_bytes:
         raise memory.DoesNotFit(
-            f"does not fit: {rows} rows on the device for each of {sequences} sequences take {needed / 2**30:.1f} GiB, it has "
-            f"{max(0, most_bytes) / 2**30:.1f} for them: give a smaller working_set_tokens, or fewer sequences"
+            f"does not fit: on the device {width} tokens of a working set and {new_rows} of the latest for each of {sequences} sequences "
+            f"take {needed / 2**30:.1f} GiB, it has {max(0, most_bytes) / 2**30:.1f} for them: give a smaller working_set_tokens, or "
+            "fewer sequences (of a server: --slots)"
         )
 
 
@@ -149,7 +150,7 @@ class HostEngine(Engine):
         width, new_rows = min(self.working_set_tokens, capacity), min(config.max_new_tokens, NEW_TOKENS)
         free_rows = new_host_rows(config.max_new_tokens, new_rows, sequences)
         if (most := memory.device_memory_bytes()) is not None:
-            check_working_sets(sequences, width + new_rows, row_bytes, most - memory.bytes_of(self.params))
+            check_working_sets(sequences, width, new_rows, row_bytes, most - memory.bytes_of(self.params))
         memory.take_host_memory((batch * capacity + free_rows) * row_bytes, f"rows of {batch} prompts of up to {capacity} tokens")
         host, last = self._read(self.graph.decoder(self.params), token_ids, lengths, config, responses, free_rows)
         return _start(self.graph, self.params, host, last, token_ids, lengths, keys, config, num_samples, width, new_rows)

@@ -31,8 +31,9 @@ class Output(Reading):
     """The stop string before which the response ends."""
     surplus: int = 0
     """Characters of the last token that belong to the stop string."""
-    misses: int = 0
-    """Rows that its tokens read in host memory, with `kv_memory="host"`; those of a stream are not counted."""
+    misses: int | None = None
+    """Rows that its tokens read in host memory, with `kv_memory="host"`; None where none lie there, and where they are not counted for each
+    response: in a stream, with stop strings, and where a scheduler decodes many."""
 
     def __repr__(self) -> str:
         shown = f"prompt={self.prompt!r}, text={self.text!r}, answer={self.answer!r}"
@@ -56,11 +57,11 @@ class Output(Reading):
         found = [*prompt_warnings(self.task, self.prompt), *super().warnings]
         if self._is_cut_short and self.stopped_by is not None:
             found.append(f'The response was stopped before its answer, by the stop text "{self.stopped_by}".')
-        if self.misses > _MANY_MISSES * (read := int(self.num_attended.sum())):
+        if (self.misses or 0) > _MANY_MISSES * (read := int(self.num_attended.sum())):
             found.append(
                 f"{self.misses} of {read} rows that the response read were in host memory and not in its working set, which is slow: "
-                "give working_set_tokens a larger number, or take an attention that reads less (one that reads everything, like dense, "
-                "is for kv_memory='device')."
+                "give a larger working set (working_set_tokens, --working-set-tokens), or take an attention that reads less (one that "
+                "reads everything, like dense, is for keys and values on the device)."
             )
         return found
 
@@ -104,6 +105,7 @@ class Output(Reading):
             "stopped_by": self.stopped_by,
             "unresolved_refs": self.unresolved_refs,
             "attended_fraction": self.attended_fraction,
+            **({} if self.misses is None else {"misses": self.misses}),
         }
 
     def plot(self) -> Figure:

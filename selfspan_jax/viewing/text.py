@@ -157,6 +157,8 @@ def _left_out(report: Mapping[str, Any], task: Any) -> list[str]:
             lines.append(f"{_named(name, report, task)}: beyond what the model was trained on, or cut: {own['num_with_warnings']} examples")
         if own["num_too_long"]:
             lines.append(f"{_named(name, report, task)}: left out, because they exceed the model's context: {own['num_too_long']} examples")
+        if own.get("missed_rows"):
+            lines.append(f"{_named(name, report, task)}: rows read in host memory, which working sets did not hold: {own['missed_rows']}")
     return lines + [
         f"{_named(row['set'], report, task)}: not run at batch {row['batch_size']}: {row['reason']}" for row in report["not_run"]
     ]

@@ -62,7 +62,8 @@ class Named(Words):
 class Scripted:
     """A scheduler that writes RESPONSE to any prompt, two tokens at a time; but "9" fails, "8" goes on without end, "7" waits."""
 
-    context_tokens, num_pages, config = 64, 8, ServingConfig(num_sequences=40, page_tokens=8, max_queue=60)
+    context_tokens, num_pages, device = 64, 8, "scripted"
+    config = ServingConfig(num_sequences=40, page_tokens=8, max_queue=60)
 
     def __init__(self, max_queue=64):
         self.requests, self.cancelled, self.max_queue = [], [], max_queue

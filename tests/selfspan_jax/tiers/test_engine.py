@@ -212,12 +212,22 @@ def test_memory_that_cannot_be_had_is_said_before_anything_is_read(monkeypatch):
         patch.setattr(memory, "host_memory_limit_bytes", lambda: 2**10)
         with pytest.raises(DoesNotFit, match="of host memory, XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows"):
             engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
+        patch.setattr(memory, "free_memory_bytes", lambda: 2**30)
         with pytest.raises(DoesNotFit, match="host memory leaves no room for the cache"):
             Scheduler(engine, ServingConfig(2, 64))
         with pytest.raises(DoesNotFit, match=r"12 pages of 128 tokens take 0\.0 GiB of host memory"):
             Scheduler(engine, ServingConfig(2, 64, num_pages=12))
+        patch.setattr(memory, "free_memory_bytes", lambda: None)  # of a CPU, which has no other memory than the host's
+        for policy, error, message in [
+            (None, DoesNotFit, "128 tokens of a working set and 256 of the latest for each of 2"),
+            ("quest", UserError, "looks at all keys"),
+        ]:
+            with pytest.raises(error, match=message):
+                Scheduler(engine, ServingConfig(2, 64, num_pages=12), attention=policy)
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 2**14)
-    with pytest.raises(DoesNotFit, match=r"74 rows on the device for each of 2 sequences take .*: give a smaller"):
+    with pytest.raises(
+        DoesNotFit, match=r"64 tokens of a working set and 10 of the latest for each of 2 sequences take .*: give a smaller"
+    ):
         engine.prefill(*prompts, DecodeConfig(max_new_tokens=10))
 
 
