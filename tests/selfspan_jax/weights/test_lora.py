@@ -274,7 +274,9 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
         np.testing.assert_array_equal(a, b)
     small, large = ((d / f).stat().st_size for d, f in ((adapter, "adapter.safetensors"), (model, "model.safetensors")))
     assert small < large
-    assert bench(call, model, tmp_path, "--context", 96)["workload"] == "arithmetic"  # in its own words
+    measured = decode.Bench(model, batch_size=(2,), context=(96,), steps=8, attention=("span",))
+    *_, workload, tokens_of = measured._subject()
+    assert workload == "arithmetic" and tokens_of(measured.cases[0]).shape == (2, 100)  # in its own words
     status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4)
     assert status == 0 and "this run is finished" in out
     # into a Hugging Face directory and out of it again: nothing is lost but what the tokens mean
