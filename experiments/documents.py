@@ -112,7 +112,12 @@ def scored(runs: Sequence[Run], variant: str, kind: str) -> pd.DataFrame:
 
     Columns: (score, 0) and (score, 1), the sum and the weight; ("prompt_tokens", 0).
     """
-    frames = [_frame(values) for run in runs if run.variant == variant and (values := run.part(kind))]
+    return _scored(tuple(run for run in runs if run.variant == variant), kind)
+
+
+@functools.lru_cache(maxsize=256)  # each table asks for the same ones
+def _scored(runs: tuple[Run, ...], kind: str) -> pd.DataFrame:
+    frames = [_frame(values) for run in runs if (values := run.part(kind))]
     if not frames:
         return pd.DataFrame()
     examples = pd.concat(frames).groupby(level=0, sort=False)
@@ -128,13 +133,13 @@ def _frame(evaluation: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _counts(examples: pd.DataFrame, name: str) -> bootstrap.Counts:
-    return examples[[(name, 0), (name, 1)]].to_numpy() if (name, 0) in examples.columns else np.zeros((len(examples), 2))
+    return np.stack([examples[name, part] for part in (0, 1)], axis=1) if (name, 0) in examples.columns else np.zeros((len(examples), 2))
 
 
 def compare(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> tuple[int, float, Interval] | None:
     """Compare a score on the examples that both have: (how many, the other's score, the difference); None where one has none."""
     common = ours.index.intersection(theirs.index, sort=False)
-    own, other = (_counts(examples.loc[common], name) for examples in (ours, theirs))
+    own, other = (_counts(examples, name)[examples.index.get_indexer(common)] for examples in (ours, theirs))
     if not (own[:, 1].any() and other[:, 1].any()):
         return None
     return len(common), bootstrap.score(other), bootstrap.difference(own, other)

@@ -29,7 +29,7 @@ _CURVE = dict.fromkeys(("step", "loss", "seconds", "tokens_per_second", "input_w
 _CURVE_POINTS = 100
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """A variant trained with one seed. A part that was not run is missing."""
 

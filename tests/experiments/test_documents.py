@@ -15,6 +15,7 @@ from data.alignment import Alignment
 from data.documents import Corpus
 from data.tasks import TASKS
 from experiments import documents
+from experiments.results import Run
 from selfspan_jax import evaluation
 from selfspan_jax.attention.policies import get_policy
 from selfspan_jax.config import ModelConfig
@@ -191,13 +192,13 @@ def test_tables_of_tools_by_hand():
     """Each number of services is a corpus of its own; what all parameters are trained for is compared with what they are trained for."""
 
     def run(variant, **right):
-        def part(kind):
-            counts = {name: [[own, 2] for own in right[kind]] for name in ("calls_right", "service_named")} if kind in right else None
-            fast = [{"batch_size": size, "responses_per_second": 7.0 + size} for size in (1, 2)]
-            own = {"digests": ["a", "b"][: len(right.get(kind, ()))], "prompt_tokens": [9, 9], "counts": counts}
-            return counts and {"by_example": own, "by_batch_size": fast}
-
-        return SimpleNamespace(variant=variant, seed=0, part=part)
+        fast = [{"batch_size": size, "responses_per_second": 7.0 + size} for size in (1, 2)]
+        evaluations = {}
+        for kind, each in right.items():
+            counts = {name: [[own, 2] for own in each] for name in ("calls_right", "service_named")}
+            own = {"digests": ["a", "b"][: len(each)], "prompt_tokens": [9, 9], "counts": counts}
+            evaluations[kind] = {"by_example": own, "by_batch_size": fast}
+        return Run(variant, 0, {}, None, evaluations)
 
     runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1), near01=(1, 0), constrained=(2, 1))]
     runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]  # of one catalogue alone: no rows
