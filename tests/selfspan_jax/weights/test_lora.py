@@ -254,11 +254,11 @@ def fine_tune(call, run_dir, base, *more, kind="finetune-lora"):
     return call(train.main, kind, "--run-dir", run_dir, "--init", base, "--corpus", "arithmetic", *TOY, *more)
 
 
-def bench(call, model, tmp_path, *more):
-    options = ["--batch-size", 2, "--steps", 8, "--attention", "span", "--json", tmp_path / "bench.json"]
-    status, _, err = call(decode.main, "bench", model, *options, *more)
-    assert status == 0, err
-    return json.loads((tmp_path / "bench.json").read_text())
+def benched(model, **options):
+    """What `decode.py bench` replays on a model, nothing timed: the workload, its tokens, and the shape."""
+    measured = decode.Bench(model, batch_size=(2,), steps=8, attention=("span",), **options)
+    _, shape, _, workload, tokens_of = measured._subject()
+    return workload, tokens_of(measured.cases[0]), shape
 
 
 def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base, tmp_path):
@@ -274,9 +274,8 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
         np.testing.assert_array_equal(a, b)
     small, large = ((d / f).stat().st_size for d, f in ((adapter, "adapter.safetensors"), (model, "model.safetensors")))
     assert small < large
-    measured = decode.Bench(model, batch_size=(2,), context=(96,), steps=8, attention=("span",))
-    *_, workload, tokens_of = measured._subject()
-    assert workload == "arithmetic" and tokens_of(measured.cases[0]).shape == (2, 100)  # in its own words
+    workload, ids, _ = benched(model, context=(96,))
+    assert workload == "arithmetic" and ids.shape == (2, 100)  # in its own words
     status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4)
     assert status == 0 and "this run is finished" in out
     # into a Hugging Face directory and out of it again: nothing is lost but what the tokens mean
@@ -319,8 +318,11 @@ def test_a_directory_is_tuned_on_and_the_model_of_that_tuned_again(call, base, t
     assert "fine-tuned from `first/model` by `train.py` of selfspan on the 20 examples of corpus" in readme
 
 
-def test_an_imported_model_is_timed_on_segments_with_its_own_ids(call, base, tmp_path):
-    assert bench(call, base, tmp_path, "--context", 256, "--attended-fraction", 0.3)["workload"] == "segments"
+def test_an_imported_model_is_timed_on_segments_with_its_own_ids(base):
+    workload, ids, shape = benched(base, context=(256,), attended_fraction=0.3)
+    assert workload == "segments" and ids.shape == (2, 260) and 0 <= ids.min() and ids.max() < shape.vocab_size
+    labels = ids - shape.vocab.seg_base
+    assert np.all((ids == shape.vocab.solve_id).sum(axis=1) == 1) and np.all(((0 < labels) & (labels < shape.vocab.num_labels)).any(axis=1))
 
 
 def test_a_directory_is_read_without_the_package_for_gguf_files(base, tmp_path, monkeypatch):
