@@ -9,8 +9,8 @@ Each is a page, docs/tools.md, and one of figures, docs/tools-figures.md.
 `--take DIR` first adds, reduced, what train.py and decode.py eval left in DIR under the names of `experiments.results`:
 papers_labels-0.run.json and .metrics.jsonl of a run, papers_labels-0.eval.json of an evaluation, .gold.json, .bm25.json,
 .random.json and .recent.json of one with `--sources`, .unlimited.json without `max_step_tokens`, .free.json of one without
-`names_new` either; .single.json of stories with one question a prompt, .near02.json and .near01.json of them with `name_share`,
-.long.json of papers longer than rows of training; of tools
+`names_new` either; .single.json of stories with one question a prompt, .whole.json with all,
+.near02.json and .near01.json of them with `name_share`, .long.json of papers longer than rows of training; of tools
 .few.json and .many.json of one on other catalogues, .constrained.json of one with `--constrained`.
 """
 
@@ -62,6 +62,7 @@ SETS = {
     "stories": {
         "eval": "`corpora/stories`, up to 16 questions a prompt",
         "single": "`corpora/stories-1`, one question a prompt",
+        "whole": "`corpora/stories-0`, all questions of a story in one prompt",
         "near02": "`corpora/stories`, `name_share` 0.2",
         "near01": "`corpora/stories`, `name_share` 0.1",
         "unlimited": "`corpora/stories`, without `max_step_tokens`",
