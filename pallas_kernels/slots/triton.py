@@ -17,7 +17,7 @@ sequence that appends reads one entry.
 How: each sequence has a program, which runs the caller's function on its own numbers, and the operations above on its own rows. An
 update reads a tile of the keys at a time, those of its tokens and no others, and asks for the next tile before it lists this one.
 
-Warps and tiles are those that take the least time in decode steps. One H200, microseconds of the launch by the profiler:
+Warps and tiles took the least time in decode steps when they were chosen. One H200, microseconds of the launch by the profiler:
 
     scores of a sequence | sequences | tokens | 1 warp | 2    | 4    | 8    | 16  | 8 warps, tiles of 4,096 scores | of 16,384
     1,044                | 64        | 900    | 6.3    | 4.9  | 4.9  | 4.5  | -   | -                              | -
@@ -32,7 +32,8 @@ with tiles of 2,048 tokens and of 8,192 scores. Tiles of fewer tokens, `warps/to
     256       | 5.0     | - (4.5)   | 6.0         | -       | 5.3      | 5.7 (5.1)   | - (6.5)
     1,024     | -       | -         | 17.1 (15.3) | 13.5    | 12.2     | 15.0 (11.8) | 18.3 (16.5)
 
-A multiprocessor's registers hold two programs of eight warps or six of four: 1,024 of them are four rounds or two.
+A multiprocessor's registers hold two programs of eight warps or six of four: 1,024 of them are four rounds or two. Later,
+on another card, 1,024 took 12.3 with 4/512 and 10.8 with 4/1,024, both with the next tile asked for.
 """
 
 import dataclasses
