@@ -69,7 +69,7 @@ _STEP_COLUMNS = (
     ("roofline ms", lambda r: f"{r['roofline_ms']:.3f}"),
     ("of roofline", lambda r: f"{r['percent_of_roofline']:.0f}%"),
     *_VERSUS,
-    ("mask overhead", lambda r: f"{r['overhead_fraction']:.1%}"),
+    ("mask overhead", lambda r: f"{r['overhead_fraction']:.1%}" if r["overhead_fraction"] >= 0 else "-"),
     ("first token", lambda r: f"{r['time_to_first_token_ms']:.0f} ms"),
     _KV,
     *_PROGRAM,

@@ -43,6 +43,7 @@ from selfspan_jax.config import WORKING_SET_TOKENS, KvMemory, ModelConfig, Weigh
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
+from selfspan_jax.neighbours.memory import check_policy
 from selfspan_jax.neighbours.query_driven import check_keys
 from selfspan_jax.parallel.compiling import compile_all
 from selfspan_jax.parallel.engine import make_engine
@@ -127,12 +128,12 @@ class Bench:
             raise UserError(f"steps is {self.steps}; allowed: even numbers, 2 and above")
         if self.kept and not self.sparse:
             raise UserError("--kept is the share that --sparse reads: give --sparse")
+        if self.sparse and not self.kept:
+            raise UserError("--sparse needs --kept, the share of the tiles that it reads: numbers from 0 to 1")
         if len(self.kept) not in ({1, len(self.sparse)} if self.sparse else {0}) or not all(0 <= share <= 1 for share in self.kept):
             raise UserError(f"kept is {self.kept}; allowed: numbers from 0 to 1, one, or one for each of --sparse {','.join(self.sparse)}")
         if self.prefill:
-            steps_only = {field.name: field.default for field in dataclasses.fields(self) if field.name in _STEPS_ONLY}
-            if given := [name for name, default in steps_only.items() if getattr(self, name) != default]:
-                raise UserError(f"--{given[0].replace('_', '-')} is for decode steps: leave it out with --prefill")
+            self._refuse(_STEPS_ONLY, "decode steps: leave it out with --prefill")
         elif self.sparse:
             raise UserError("--sparse is for prompts: give --prefill")
         elif self.context and min(self.context) <= self.steps:
@@ -141,6 +142,7 @@ class Bench:
             raise UserError(f"attended_fraction is {self.attended_fraction}; allowed: above 0, below 1")
         check_range(self, "seed", low=0)
         check_range(self, "named_again", low=0, high=REFS_PER_STEP)
+        check_range(self, "working_set_tokens", low=2)
         allowed = [name for name in get_args(hf.PeerName) if (name in hf.PREFILL_PEERS) == self.prefill]
         if wrong := [peer for peer in self.peers if peer not in allowed]:
             raise UserError(f"peers has {wrong[0]}; allowed {'with' if self.prefill else 'without'} --prefill: {', '.join(allowed)}")
@@ -149,6 +151,13 @@ class Bench:
             check_keys(get_policy(name), "kv_memory='host'" if "host" in self.kv_memory else None)
         if self.peers and self.mesh:
             raise UserError(f"mesh is {self.mesh!r}, but peers are measured on one device: give one of --mesh and --peers")
+
+    def _refuse(self, options: Sequence[str], what_for: str) -> None:
+        """Raise UserError where one of these options was given, as it is for something else."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in options:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"--{name.replace('_', '-')} is for {what_for}")
 
     @property
     def cases(self) -> list[AnyCase]:
@@ -203,6 +212,10 @@ class Bench:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         bench, shape, model, workload, tokens_of = self._subject()
         mesh = bench.make_mesh(shape.config)
+        divided = "a mesh that divides context" if mesh is not None and mesh.shape["context"] > 1 else None
+        for name in bench.attention:
+            check_keys(get_policy(name), divided)
+            check_policy(name, shape.config)
         # An impossible workload is refused before anything is measured.
         tokens_of(min(bench.cases, key=lambda case: (case.context_tokens, case.batch_size)))
         settings = {
@@ -252,6 +265,8 @@ class Bench:
             raise UserError("workload is 'arithmetic', but the model has another vocabulary; allowed: segments")
         if self.prefill and workload == "arithmetic":
             check_labels(prompt_operators(max(bench.context)), task.vocab, max(bench.context))
+        if workload == "arithmetic":
+            self._refuse(_SEGMENTS_ONLY, "--workload segments, and this one is arithmetic: leave it out")
 
         @functools.lru_cache(maxsize=2)
         def draw(batch_size: int, num_tokens: int):
@@ -283,8 +298,9 @@ class Bench:
         yield from sweep(shape, self.cases, tokens_of, model=model, mesh=mesh, compiled=compiled, **options)
 
 
-# The options that say something of decode steps only.
+# The options that say something of decode steps only, and those of the workload "segments" only.
 _STEPS_ONLY = ("steps", "named_again", "random_rows", "num_samples", "stream_check", "kv_memory", "working_set_tokens")
+_SEGMENTS_ONLY = ("attended_fraction", "named_again")
 
 
 def _module_of(case: AnyCase) -> Any:

@@ -371,6 +371,13 @@ DECODE_ERRORS = {
         ["bench", CHECKPOINT, "--attention", "dense,quest", "--kv-memory", "device,host"],
         "--attention is 'quest', which looks at all keys: --kv-memory='host' is not for it",
     ),
+    "a working set of one token": (
+        ["bench", CHECKPOINT, "--kv-memory", "host", "--working-set-tokens", "1"],
+        "--working-set-tokens is 1; allowed: 2 and above",
+    ),
+    "a memory that no layer has": (["bench", CHECKPOINT, "--attention", "span,memory"], "--attention is 'memory', the model was trained"),
+    "a share of expressions": (["bench", CHECKPOINT, "--attended-fraction", "0.9"], "--attended-fraction is for --workload segments"),
+    "pieces of expressions": (["bench", CHECKPOINT, "--named-again", "2"], "--named-again is for --workload segments"),
     "steps of a prefill": (["bench", CHECKPOINT, "--prefill", "--steps", "8"], "--steps is for decode steps: leave it out with --prefill"),
     "a prefill of a step's peer": (
         ["bench", CHECKPOINT, "--prefill", "--peers", "hf-eager"],

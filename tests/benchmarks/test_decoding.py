@@ -304,9 +304,9 @@ def test_rows_are_compared_with_their_roofline_their_dense_row_and_the_peer():
     found = report_of(
         {"peer": "hf-compiled", "ms_per_step": 6.0},
         {**OURS, "attention": "dense", "ms_per_step": 4.0},
-        {**OURS, "attention": "span", "ms_per_step": 1.0},
+        {**OURS, "attention": "span", "ms_per_step": 1.0, "overhead_fraction": 0.25},
         {**OURS, "attention": "span", "int8": True, "ms_per_step": 0.8},
-        {**OURS, "attention": "span", "context_tokens": 512, "ms_per_step": 1.0},
+        {**OURS, "attention": "span", "context_tokens": 512, "ms_per_step": 1.0, "overhead_fraction": -1.25},
         {**OURS, "attention": "dense", "stream": True, "ms_per_step": 2.0, "cost_of_streaming": -0.5},
         {**OURS, "attention": "window", "not_run": "does not fit"},
     )
@@ -321,6 +321,7 @@ def test_rows_are_compared_with_their_roofline_their_dense_row_and_the_peer():
     assert peer["bytes_per_step"] == shapes.step_bytes(SHAPE.abstract(), 2 * 272, 2)
     text = report.table(found["rows"]).splitlines()
     assert len(text) == 8 and "6.00x" in text[3] and text[7].endswith("not run: does not fit")
+    assert "25.0%" in text[3] and "-125" not in text[5]
 
 
 @pytest.mark.parametrize("swept", ["batch_size", "context_tokens"])
