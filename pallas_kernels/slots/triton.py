@@ -28,12 +28,11 @@ Warps and tiles took the least time in decode steps when they were chosen. One H
 
 with tiles of 2,048 tokens and of 8,192 scores. Tiles of fewer tokens, `warps/tokens`, each with and without the next one asked for ahead:
 
-    sequences | 8/2,048 | 8/1,024   | 8/512       | 4/2,048 | 4/1,024  | 4/512       | 4/256
-    256       | 5.0     | - (4.5)   | 6.0         | -       | 5.3      | 5.7 (5.1)   | - (6.5)
-    1,024     | -       | -         | 17.1 (15.3) | 13.5    | 12.2     | 15.0 (11.8) | 18.3 (16.5)
+    sequences | 8/2,048 | 8/1,024   | 8/512       | 4/2,048 | 4/1,024     | 4/512       | 4/256
+    256       | 5.0     | - (4.5)   | 6.0         | -       | 5.3         | 5.7 (5.1)   | - (6.5)
+    1,024     | -       | -         | 17.1 (15.3) | 13.5    | 12.2 (10.8) | 15.0 (11.8) | 18.3 (16.5)
 
-A multiprocessor's registers hold two programs of eight warps or six of four: 1,024 of them are four rounds or two. Later,
-on another card, 1,024 took 12.3 with 4/512 and 10.8 with 4/1,024, both with the next tile asked for.
+A multiprocessor's registers hold two programs of eight warps or three of four.
 """
 
 import dataclasses
@@ -48,7 +47,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.slots.reference import ELSEWHERE
 
-TOKENS_OF_A_WARP = 128  # of a tile of tokens: four of a thread
+TILE = 1024  # tokens whose keys a program reads at once
 LARGEST_TILE = 4096  # numbers of which a program keeps the largest
 AT_ONCE = 264  # programs of eight warps that run at once on 132 multiprocessors
 
@@ -60,7 +59,6 @@ class Row:
     width: int
     ref: Any = None
     b: Any = None
-    tile: int = 0  # tokens read at once
     interpret: bool = False
     written: bool = False
 
@@ -82,14 +80,12 @@ def triton_per_sequence(function: Callable, state: Any, others: tuple, interpret
     results = jax.eval_shape(results_of, [jax.ShapeDtypeStruct((), array.dtype) for array in arrays if array.ndim < 2])
     out_shape = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in carried]
     out_shape += [jax.ShapeDtypeStruct((batch,), number.dtype) for number in results]
-    num_warps = _num_warps(batch, carried, read)
-    how: dict[str, Any] = {"num_carried": len(carried), "tile": num_warps * TOKENS_OF_A_WARP, "interpret": interpret}
     outs = pl.pallas_call(
-        functools.partial(_kernel, function=function, structure=structure, **how),
+        functools.partial(_kernel, function=function, structure=structure, num_carried=len(carried), interpret=interpret),
         grid=(batch,),
         out_shape=tuple(out_shape),
         input_output_aliases={i: i for i in range(len(carried))},
-        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=_num_warps(batch, carried, read), num_stages=1),
         interpret=interpret,
         name="per_sequence",
     )(*arrays)
@@ -110,13 +106,12 @@ def _kernel(
     function: Callable,
     structure: Any,
     num_carried: int,
-    tile: int,
     interpret: bool,
 ):
     b, number = pl.program_id(0), structure.num_leaves
     outs = refs[number:]
     given = (*outs[:num_carried], *refs[num_carried:number])
-    views = [Row(ref.shape[1], ref, b, tile, interpret) if ref.ndim == 2 else ref[b if ref.shape[0] > 1 else 0] for ref in given]
+    views = [Row(ref.shape[1], ref, b, interpret) if ref.ndim == 2 else ref[b if ref.shape[0] > 1 else 0] for ref in given]
     found = jax.tree.leaves(function(*structure.unflatten(views)))
     for ref, value in zip(outs, found, strict=True):
         if not isinstance(value, Row):
@@ -163,7 +158,7 @@ def update_row(slots: Row, kept, slot_table: Row, keys: Row, marks: Row, entries
     if slots.ref is None:
         return slots, jnp.int32(0), jnp.int32(0)
     capacity, b, last = slot_table.width, slots.b, jnp.maximum(rule.end - 1, 0)
-    tile = min(slots.tile, pl.next_power_of_2(max(capacity, 32)))
+    tile = min(TILE, pl.next_power_of_2(max(capacity, 32)))
     if (keys.written or marks.written) and not slots.interpret:  # the interpreter runs one thread, and knows no barrier
         plt.debug_barrier()
 

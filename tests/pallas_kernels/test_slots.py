@@ -9,13 +9,12 @@ import pytest
 
 from pallas_kernels import ELSEWHERE, per_sequence, read_elements, read_largest, update_slots, write_elements
 from pallas_kernels.slots import Rule
-from pallas_kernels.slots.triton import AT_ONCE, LARGEST_TILE, TOKENS_OF_A_WARP
+from pallas_kernels.slots.triton import AT_ONCE, LARGEST_TILE, TILE
 from tests.pallas_kernels.budget import program
 from tests.pallas_kernels.lowering import cuda_lowering
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
-TILE = 8 * TOKENS_OF_A_WARP
 # name -> (B, A), why
 SHAPES = {
     "one token": (2, 1),
