@@ -162,7 +162,7 @@ def stored(
     """Take examples for a model of a task from a corpus directory, of its test split by default.
 
     Returns: the task that scores them, `Task.on` the corpus's, and the examples and how they were drawn, as `held_out`.
-    Raises: UserError for a corpus of another task.
+    Raises: UserError for a corpus of another task, and for one that the model has no room for.
     """
     from data import dataset  # which imports Hugging Face's datasets
 
@@ -172,5 +172,13 @@ def stored(
     except UserError as error:
         raise UserError(f"{directory} {error}") from None
     name = directory.resolve().name
-    examples = list(itertools.islice(filter(None, map(scored_by.renumber, corpus)), num_examples))
-    return scored_by, {name: examples}, {"data": name, "split": corpus.split, "warnings": corpus.warnings}
+    written = zip(range(1, len(corpus) + 1), map(scored_by.renumber, corpus))
+    found = list(itertools.islice(((number, example) for number, example in written if example), num_examples))
+    num_read = found[-1][0] if len(found) == num_examples else len(corpus)
+    drawn: dict[str, Any] = {"data": name, "split": corpus.split, "warnings": corpus.warnings}
+    if num_without_room := num_read - len(found):
+        message = f"{num_without_room} of {num_read} examples of {directory}: as this model writes them they exceed its tokens or labels"
+        if not found:
+            raise UserError(f"no room for {message}")
+        drawn |= {"num_without_room": num_without_room, "warnings": [*corpus.warnings, f"left out, without room for them: {message}"]}
+    return scored_by, {name: [example for _, example in found]}, drawn

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data import dataset as corpus
-from data import writing
+from data import examples, writing
 from data.__main__ import main
 from data.arithmetic import ArithmeticTask, Corpus, encode, stream
 from data.tasks import TASKS
@@ -317,6 +317,16 @@ def test_examples_are_written_again_in_another_vocabulary(directory, expected):
         assert again == [x.token_ids.tolist() for x in found[start : start + 50]]
     with pytest.raises(ValueError, match="the vocabulary has room for none of its examples"):
         next(stored.stream(seed=1, task=ArithmeticTask(Vocab(2))))
+
+
+def test_examples_that_a_model_has_no_room_for_are_counted(directory, expected):
+    task = ArithmeticTask(Vocab(8), names_first_step=True)
+    _, sets, drawn = examples.stored(directory, task, TASKS, 20)
+    fits = [number for number, own in enumerate(expected) if own.expression.num_ops <= 7][:20]
+    assert [own.prompt for own in sets[directory.name]] == [expected[number].prompt for number in fits]
+    assert drawn["num_without_room"] == fits[-1] + 1 - 20 > 0 and f"{fits[-1] - 19} of {fits[-1] + 1} examples" in drawn["warnings"][-1]
+    with pytest.raises(ValueError, match=f"no room for {len(expected)} of {len(expected)} examples of"):
+        examples.stored(directory, ArithmeticTask(Vocab(2)), TASKS, 20)
 
 
 # --- where nothing can be written
