@@ -42,8 +42,8 @@ MAIN = {
 """The score that each corpus is published by, and how often a right source is named."""
 JUDGED = MAIN | {"tools": (*MAIN["tools"], "calls_right_seen_services", "calls_right_unseen_services")}
 """The scores that have a row of their own among the targets."""
-BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 and above": (4096, np.inf)}
-"""Lengths of prompts, in tokens."""
+BINS = {"below 2,048": (0, 2048), "2,048 to 4,095": (2048, 4096), "4,096 to {:,}": (4096, np.inf)}
+"""Lengths of prompts, in tokens; the last one ends where rows of training do."""
 # Variants whose headers read labels alone, the one to be judged first.
 _NARROW = ("recent", "values_more", "late", "solve", "labels")
 _READS = {"papers": 0.05, "verdicts": 0.05, "stories": 0.12, "tools": 0.06}  # at most, of the context, text of responses
@@ -230,7 +230,7 @@ def lengths_table(runs: Sequence[Run], variants: Sequence[str], corpus: str) -> 
             continue
         tokens = ours["prompt_tokens", 0]
         trained = min(run.settings["training"]["sequence_tokens"] for run in runs if run.variant == variant)
-        parts = {words: (tokens >= low) & (tokens < high) & (tokens < trained) for words, (low, high) in BINS.items()}
+        parts = {words.format(trained - 1): (tokens >= low) & (tokens < min(high, trained)) for words, (low, high) in BINS.items()}
         parts[f"{trained:,} and above, longer than trained"] = tokens >= trained
         for words, part in parts.items():
             own = ours[part]
@@ -285,14 +285,16 @@ def targets(runs: Sequence[Run], corpora: Sequence[str]) -> str:
         ratio = rates[0] / rates[1] if rates[0] and rates[1] else None
         rows.append(_judge(f"{corpus}: {unit} a second, times those of dense", _FASTER[corpus], ratio))
         found = compare(examples, scored(runs, variant, "bm25"), named)
-        rows.append(_judge(f"{corpus}: {_words(named)} minus that of BM25's sources", 0, found and 100 * found[2].value))
+        target, between = f"{corpus}: {_words(named)} minus that with BM25's sources given", found and found[2]
+        rows.append(_judge(target, 0, between and 100 * between.value, between))
     return markdown_table(pages.TARGETS, rows)
 
 
-def _judge(target: str, least: float, found: float | None) -> tuple[str, str, str, str]:
+def _judge(target: str, least: float, found: float | None, between: Interval | None = None) -> tuple[str, str, str, str]:
     if found is None:
         return judge(target, f"at least {least:g}")
-    return judge(target, f"at least {least:g}", f"{found:.2f}", reached=found >= least)
+    interval = f" ({100 * between.low:.2f} to {100 * between.high:.2f})" if between else ""
+    return judge(target, f"at least {least:g}", f"{found:.2f}{interval}", reached=found >= least)
 
 
 def _best(frame: pd.DataFrame, unit: str) -> float | None:
