@@ -150,7 +150,7 @@ def test_places_of_rows(by_numpy, monkeypatch):
 
     monkeypatch.setattr(test_place_rows, "place_rows", run)
     monkeypatch.setattr(test_place_rows.jax, "jit", lambda function: function)
-    test_place_rows.test_the_least_recently_named_give_their_rows(20, "jax_triton", False, 6)
+    test_place_rows.test_the_least_recently_named_give_their_rows(20, "jax_triton", False, 6, monkeypatch)
 
 
 def test_what_has_no_text_is_named():
