@@ -172,13 +172,19 @@ def stored(
     except UserError as error:
         raise UserError(f"{directory} {error}") from None
     name = directory.resolve().name
-    written = zip(range(1, len(corpus) + 1), map(scored_by.renumber, corpus))
-    found = list(itertools.islice(((number, example) for number, example in written if example), num_examples))
-    num_read = found[-1][0] if len(found) == num_examples else len(corpus)
+    found, num_without_room = [], 0
+    for example in map(scored_by.renumber, corpus):
+        if example is None:
+            num_without_room += 1
+            continue
+        found.append(example)
+        if len(found) == num_examples:
+            break
     drawn: dict[str, Any] = {"data": name, "split": corpus.split, "warnings": corpus.warnings}
-    if num_without_room := num_read - len(found):
+    if num_without_room:
+        num_read = num_without_room + len(found)
         message = f"{num_without_room} of {num_read} examples of {directory}: as this model writes them they exceed its tokens or labels"
         if not found:
             raise UserError(f"no room for {message}")
         drawn |= {"num_without_room": num_without_room, "warnings": [*corpus.warnings, f"left out, without room for them: {message}"]}
-    return scored_by, {name: [example for _, example in found]}, drawn
+    return scored_by, {name: found}, drawn
