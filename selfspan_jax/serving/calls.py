@@ -270,8 +270,8 @@ class Running:
         start, choice.told = choice.told, response.num_sure
         for at, (text, (own, ids, values)) in enumerate(zip(response.token_texts(start), choice.logprobs[start:]), start):
             if (token_id := response.token_ids[at]) not in self.service.end_ids:
-                before, likeliest = response.token_ids[:at], ids[: self.call.logprobs]
-                texts = [text if other == token_id else detokenize.text_after(decode, before, other) for other in likeliest]
+                likeliest, written = ids[: self.call.logprobs], response.token_ids
+                texts = [text if other == token_id else detokenize.text_at(decode, written, at, other) for other in likeliest]
                 scored.append((text, own, list(zip(texts, values))))
         offset = choice.told_characters
         choice.told_characters += sum(len(text) for text, *_ in scored)

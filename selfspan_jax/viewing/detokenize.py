@@ -64,9 +64,9 @@ def token_texts(decode: Decode, token_ids: Iterable[int]) -> tuple[str, ...]:
     return tuple(pieces)
 
 
-def text_after(decode: Decode, before: Sequence[int], token_id: int) -> str:
-    """Return what a token would add to the text of those before it, of which the last few tell it."""
-    before = before[-_CONTEXT_TOKENS:]
+def text_at(decode: Decode, token_ids: Sequence[int], at: int, token_id: int) -> str:
+    """Return what a token in the place of `token_ids[at]` would add to the text of those before, of which the last few tell it."""
+    before = token_ids[max(0, at - _CONTEXT_TOKENS) : at]
     written = decode(list(before)).rstrip(_UNFINISHED) if before else ""
     return decode([*before, token_id])[len(written) :]
 

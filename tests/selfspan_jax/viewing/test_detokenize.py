@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data.vocab import train_vocab
 from selfspan_jax.errors import UserError
-from selfspan_jax.viewing.detokenize import Detokenizer, Response, StopStrings, check_stop_strings, text_after, token_texts
+from selfspan_jax.viewing.detokenize import Detokenizer, Response, StopStrings, check_stop_strings, text_at, token_texts
 
 TEXTS = {  # what makes it hard -> text
     "emoji, four bytes each": "Emoji: 🌧️🌈😀🎉🚀🌍 and on",
@@ -50,7 +50,7 @@ def test_pieces_are_the_text(name, tokenizer):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert token_texts(tokenizer.decode, []) == ()
     if text.isascii():  # others in a token's place are written as it is
-        assert pieces == tuple(text_after(tokenizer.decode, ids[:i], token) for i, token in enumerate(ids))
+        assert pieces == tuple(text_at(tokenizer.decode, ids, i, token) for i, token in enumerate(ids))
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
