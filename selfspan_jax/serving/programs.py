@@ -224,11 +224,13 @@ class Programs:
     def _pages_that_fit(self) -> int:
         """Count the pages that free memory has room for."""
         config, page_bytes = self._config, self._config.page_tokens * self._engine.shard.config.row_bytes
-        host = int(_CACHE_SHARE * memory.free_host_memory_bytes()) - page_bytes if self._ring else None  # one page is nobody's
-        left = self._left_bytes() if host is None else host
-        left = _UNKNOWN_MEMORY_BYTES if left is None else left
+        if self._ring:
+            beside, left = "host memory leaves", int(_CACHE_SHARE * memory.free_host_memory_bytes()) - page_bytes  # one page is nobody's
+        else:
+            beside, free = "the state leaves", self._left_bytes()
+            left = _UNKNOWN_MEMORY_BYTES if free is None else free
         if left < page_bytes:
-            raise memory.DoesNotFit(f"does not fit: {'host memory leaves' if self._ring else 'the state leaves'} no room for the cache")
+            raise memory.DoesNotFit(f"does not fit: {beside} no room for the cache")
         return min(config.num_sequences * self.pages_each, left // page_bytes)
 
 
