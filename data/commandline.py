@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -78,14 +78,17 @@ def parse_one_of(commands: Mapping[str, type], description: str | None, argv: li
     return name, parse(commands[name], name, words, **options)
 
 
-def look_ahead(words: list[str], option: str, choices: Iterable[str] | None = None) -> str | None:
+def look_ahead(words: list[str], option: str, choices: Collection[str] | None = None) -> str | None:
     """Return the value of an option that decides which others there are, None without it; `parse` reads it again among them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(option, choices=None if choices is None else [*choices], dest="value")
+    parser.add_argument(option, dest="value")
     try:
-        return parser.parse_known_args(words)[0].value
+        value = parser.parse_known_args(words)[0].value
     except argparse.ArgumentError as error:
         fail(str(error))
+    if choices is not None and value is not None and value not in choices:
+        fail(f"{option} is {value!r}; allowed: {', '.join(choices)}")
+    return value
 
 
 def parse(command: Any, name: str, words: list[str], *, user_error: type[Exception] = UserError, **options: Any) -> Any:
@@ -124,7 +127,7 @@ def parse(command: Any, name: str, words: list[str], *, user_error: type[Excepti
 
 
 def _without_box(text: str) -> str:
-    """Write what tyro prints about wrong arguments, a title and sections between rules, as clauses of one line."""
+    """Write what tyro prints about wrong arguments, a title and sections between rules, as clauses of one line, without what --help says."""
     _, *lines = text.splitlines()
     sections: list[list[str]] = [[]]
     for line in lines:
@@ -132,7 +135,12 @@ def _without_box(text: str) -> str:
         sections[-1].extend(words)
         if not words:
             sections.append([])
-    return "; ".join(" ".join(section).rstrip(".") for section in sections if section)
+    clauses = [" ".join(section).rstrip(".").removeprefix("Error parsing ") for section in sections if section]
+    found = "; ".join(clause for clause in clauses if not clause.startswith(("Argument helptext:", "For full helptext,")))
+    if choice := re.fullmatch(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)", found):
+        value, option, allowed = choice[1], choice[2], choice[3].replace("'", "")
+        return f"{option} is {value}; allowed: {allowed}"
+    return found
 
 
 @_NUMBERS.primitive_rule
