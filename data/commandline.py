@@ -127,7 +127,7 @@ def parse(command: Any, name: str, words: list[str], *, user_error: type[Excepti
 
 
 def _without_box(text: str) -> str:
-    """Write what tyro prints about wrong arguments, a title and sections between rules, as clauses of one line, without what --help says."""
+    """Write what tyro prints about wrong arguments, a title and sections between rules, as clauses of one line, without help."""
     _, *lines = text.splitlines()
     sections: list[list[str]] = [[]]
     for line in lines:

@@ -180,11 +180,12 @@ def stored(
         found.append(example)
         if len(found) == num_examples:
             break
-    drawn: dict[str, Any] = {"data": name, "split": corpus.split, "warnings": corpus.warnings}
+    warnings = [*corpus.warnings, *(f"{directory}: {line}" for line in scored_by.foreign())]
+    drawn: dict[str, Any] = {"data": name, "split": corpus.split, "warnings": warnings}
     if num_without_room:
         num_read = num_without_room + len(found)
         message = f"{num_without_room} of {num_read} examples of {directory}: as this model writes them they exceed its tokens or labels"
         if not found:
             raise UserError(f"no room for {message}")
-        drawn |= {"num_without_room": num_without_room, "warnings": [*corpus.warnings, f"left out, without room for them: {message}"]}
+        drawn |= {"num_without_room": num_without_room, "warnings": [*warnings, f"left out, without room for them: {message}"]}
     return scored_by, {name: found}, drawn

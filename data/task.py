@@ -114,6 +114,10 @@ class Task(abc.ABC):
         """Say what of a prompt's text is beyond what the corpus has, and what of it is not read, a line each; none by default."""
         return []
 
+    def foreign(self) -> list[str]:
+        """Say that a model was trained on other tasks' prompts, in a line; empty where it was not, or that is not known."""
+        return []
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Write ids [n] as text, span tokens included."""
         return self.vocab.decode(token_ids)

@@ -125,8 +125,16 @@ WRONG = {
     "negative": ("data", ["arithmetic", "--out", "x", "--workers", "-1"], "workers is -1"),
     "a fraction": ("data", ["arithmetic", "--out", "x", "--seed", "1.5"], "--seed: '1.5' is no whole number"),
     "a corpus that is none": ("train.py", ["finetune-lora", "--corpus", "novels"], "--corpus is 'novels'; allowed: arithmetic, news"),
-    "a choice that is none": ("decode.py", ["serve", CHECKPOINT, "--attention", "nonsense"], "--attention is 'nonsense'; allowed: span, dense"),
-    "several of which one is none": ("decode.py", ["bench", "--attention", "span,nonsense"], "--attention: 'nonsense' is none of span, dense"),
+    "a choice that is none": (
+        "decode.py",
+        ["serve", CHECKPOINT, "--attention", "nonsense"],
+        "--attention is 'nonsense'; allowed: span, dense",
+    ),
+    "several of which one is none": (
+        "decode.py",
+        ["bench", "--attention", "span,nonsense"],
+        "--attention: 'nonsense' is none of span, dense",
+    ),
 }
 
 

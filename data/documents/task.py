@@ -34,6 +34,7 @@ class DocumentTask(PiecesTask):
       late_instruction: The instruction stands once more before `<solve>`, in label 0, which all steps see.
       labelling: "plain": text without span tokens, its steps told apart by `<solve>`.
       source: the file or directory that the corpus was read from.
+      trained_tasks: The tasks whose prompts the model was trained on, with commas; "": those of this task, or it is not known.
     """
 
     max_prompt_tokens: int = 7680
@@ -46,9 +47,10 @@ class DocumentTask(PiecesTask):
     solve_names: bool = False
     late_instruction: bool = False
     labelling: corpus.Labelling = "pieces"
+    trained_tasks: str = ""
 
     name: ClassVar[str] = "documents"
-    later: ClassVar[tuple[str, ...]] = corpus.STYLE
+    later: ClassVar[tuple[str, ...]] = (*corpus.STYLE, "trained_tasks")
     """Settings that older models do not name."""
     version: ClassVar[int] = 1
     unit: ClassVar[str] = "responses"
@@ -76,6 +78,8 @@ class DocumentTask(PiecesTask):
         if type(self.piece_sentences) is not int or self.piece_sentences < 0:
             raise UserError(f"piece_sentences is {self.piece_sentences!r}; allowed: whole numbers from 0")
         check_choice("labelling", self.labelling, corpus.Labelling)
+        if not isinstance(self.trained_tasks, str):
+            raise UserError(f"trained_tasks is {self.trained_tasks!r}; allowed: names of tasks, with commas between them")
         corpus.check_closing(self)
 
     @classmethod
@@ -119,9 +123,23 @@ class DocumentTask(PiecesTask):
         ), pieces
 
     def warnings(self, text: str) -> list[str]:
-        """Say how much of a text is cut. UserError: see `encode_prompt`."""
+        """Say that a text does not ask for anything, or for what the model was not trained on, and how much of it is cut.
+
+        UserError: see `encode_prompt`.
+        """
         _, kept, pieces = self._prompt(text)
-        return self.cut_warning(kept, pieces, piece="pieces", whole="text")
+        absent = self.lacks(self.split_prompt(text)[0], pieces)
+        found = [f'The text has no paragraph that begins with "{absent}": do not trust the answer.'] if absent else []
+        return [*self.foreign(), *found, *self.cut_warning(kept, pieces, piece="pieces", whole="text")]
+
+    def foreign(self) -> list[str]:
+        if not self.trained_tasks or self.name in self.trained_tasks.split(", "):
+            return []
+        return [f"The model was trained on {self.trained_tasks}, not on {self.name}: do not trust its answers."]
+
+    def lacks(self, about: str, pieces: Sequence[str]) -> str | None:
+        """Return what the paragraph begins with that asks for a response, where a prompt needs one and has none."""
+        return None
 
     def steps(self, response_ids: Iterable[int]) -> list[Written]:
         """Read the steps of a response, labels from 1 on; those of plain text are numbered and name nothing."""
@@ -212,7 +230,9 @@ class DocumentTask(PiecesTask):
         """Return the task of other documents as a model of this task reads it: by their instruction, in its own words and style."""
         if other.name == self.name or not isinstance(other, DocumentTask):
             return super().on(other)
-        return dataclasses.replace(other, **{name: getattr(self, name) for name in ("vocab", "closed_pieces", *corpus.STYLE)})
+        trained = self.trained_tasks or ("" if type(self) is DocumentTask else self.name)
+        own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", *corpus.STYLE)}
+        return dataclasses.replace(other, trained_tasks=trained, **own)
 
     def to_row(self, example: Example) -> dict[str, Any]:
         """Return the columns of an example in a corpus directory."""

@@ -37,6 +37,9 @@ class StoryTask(DocumentTask):
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
     piece_sentences: int = 0
 
+    def lacks(self, about: str, pieces: Sequence[str]) -> str | None:
+        return None if any(piece.startswith(QUESTION) for piece in pieces) else QUESTION
+
     def pools(self, document: Document, number: int) -> list[Sequence[int]]:
         """Return the sections; questions are no sources."""
         return [tuple(piece for piece, text in enumerate(document.pieces) if not text.startswith(QUESTION))]

@@ -11,7 +11,7 @@ from data.documents import Document, DocumentTask, Example
 from data.pieces import Part
 from data.tools import card, chat, source
 from data.tools.catalogue import PARAMETERS, SERVICE
-from data.tools.source import REWORDED, SEEN, UNSEEN, Call, read_call
+from data.tools.source import REWORDED, SEEN, SPEAKERS, UNSEEN, Call, read_call
 
 SIZES = (5, 26, 100)  # of catalogues, that groups tell apart
 _BY_KIND = {"seen_services": (SEEN, REWORDED), "unseen_services": (UNSEEN,), "seen_wording": (SEEN,), "unseen_wording": (REWORDED,)}
@@ -57,6 +57,10 @@ class ToolTask(DocumentTask):
         """Return how many services a prompt has: "5" for up to 5, "26", "100"."""
         count = len(services_of(self.split_prompt(prompt)[1]))
         return next((str(size) for size in SIZES if count <= size), f"above {SIZES[-1]}")
+
+    def lacks(self, about: str, pieces: Sequence[str]) -> str | None:
+        num_services = len(services_of(pieces))
+        return SERVICE if not num_services else SPEAKERS["USER"] if num_services == len(pieces) else None
 
     def pools(self, document: Document, number: int) -> list[Sequence[int]]:
         """Return the services, and what was said and found before a call, up to what it answers to."""

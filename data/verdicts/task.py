@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from data import scoring
@@ -28,6 +28,9 @@ class VerdictTask(ReportTask):
     WriteCommand: ClassVar[type[source.WriteCommand]] = source.WriteCommand
     Statistics: ClassVar[type[card.Statistics]] = card.Statistics
     abstract: bool = False
+
+    def lacks(self, about: str, pieces: Sequence[str]) -> str | None:
+        return None if about else f"{self.about}:"
 
     def verdict(self, response_ids: Iterable[int]) -> str | None:
         """Read the verdict of a response; None where it gives none."""

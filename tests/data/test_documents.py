@@ -276,6 +276,24 @@ def test_a_story_is_asked_by_paragraphs(corpora):
     assert text == "<bos> Answer the questions:<seg:1> A fox. It ran far.<seg:1><seg:2> Question: Who ran?<seg:2><solve>"
 
 
+ASKED = {  # a prompt, and what asks in it
+    "stories": ("A fox. It ran.\n\nQuestion: Who ran?", "Question: Who ran?"),
+    "verdicts": ("QUESTION: Sleep?\n\nBODY:\nThey slept.", "QUESTION: Sleep?"),
+    "tools": ("Service A_1: a.\n\nUser: Hello.", "User: Hello."),
+    "tools without services": ("Service A_1: a.\n\nUser: Hello.", "Service A_1: a."),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_a_prompt_that_asks_for_nothing_is_warned_of(corpora, case):
+    text, asking = ASKED[case]
+    name = case.partition(" ")[0]
+    task = TASKS[name](vocab=load(corpora, "stories").task.vocab)
+    assert task.warnings(text) == []
+    begins = re.match(r"\w+:?", asking)[0]
+    assert task.warnings(text.replace(asking, "")) == [f'The text has no paragraph that begins with "{begins}": do not trust the answer.']
+
+
 def test_long_prompts_are_cut_with_a_warning_and_long_documents_dropped_or_cut(sources, tmp_path, capsys):
     said = []
     for too_long in ("drop", "cut"):
@@ -585,18 +603,24 @@ def test_an_evaluation_takes_the_test_part(corpora, name):
     """Also for a model of any documents, or of others of them, which has the other tasks' examples scored by them."""
     stored = load(corpora, name)
     evaluation = decode.Eval(checkpoint=Path("model"), data=corpora / name, split="test")
-    task, sets, drawn = evaluation.examples(stored.task)
+    task, sets, _ = evaluation.examples(stored.task)
     (examples,) = sets.values()
     assert task == stored.task
     general = DocumentTask.of(load(corpora, "documents").corpus, stored.task.vocab)
-    task, again, _ = evaluation.examples(general)
-    assert task == stored.task and [own.token_ids.tolist() for own in again[name]] == [own.token_ids.tolist() for own in examples]
+    task, again, drawn = evaluation.examples(general)
+    assert (task, drawn["warnings"]) == (stored.task, []) and [own.token_ids.tolist() for own in again[name]] == [
+        own.token_ids.tolist() for own in examples
+    ]
     other = next(own for own in WRITE if own != name)
     model = dataclasses.replace(load(corpora, other).task, closed_steps=True)
-    task, again, _ = evaluation.examples(model)
+    task, again, drawn = evaluation.examples(model)
     assert (task.name, task.vocab, task.closed_steps) == (name, model.vocab, True) and len(again[name]) == len(examples)
     prompt = examples[0].prompt
     assert np.array_equal(read_by(model, name, TASKS).encode_prompt(prompt), task.encode_prompt(prompt))
-    assert drawn["split"] == "test"
+    strange = f"The model was trained on {other}, not on {name}: do not trust its answers."
+    assert drawn["warnings"] == [f"{corpora / name}: {strange}"] and read_by(model, name, TASKS).warnings(prompt) == [strange]
+    assert stored.task.warnings(prompt) == []
+    both = dataclasses.replace(model, trained_tasks=f"{other}, {name}")
+    assert evaluation.examples(both)[2] == {"data": name, "split": "test", "warnings": []} and both.warnings(prompt) == []
     assert [example.document for example in examples] == [example.document for example in load(corpora, name, "test")]
     assert {example.first_label for example in examples} == {1}
