@@ -164,14 +164,16 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     sizes: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "batch_size", "sequence_tokens", "gap_scales")}
     shards: dict[str, Any] = {"num_shards": config.data_parts, "shards": process_parts(config.data_parts, mesh)}
     batches_from = examples.batches_from(num_workers=run.workers, **sizes, **shards)
-    held_out = examples.held_out(config.eval_examples, seed=config.seed) if config.eval_examples else []
+    held_out, left_out = examples.held_out(config.eval_examples, seed=config.seed) if config.eval_examples else ([], None)
     identity = runs.claim(run.run_dir, json.loads(json.dumps(identity | {"training": config.to_json()} | examples.identity())))
     distributed.log_once(f"{run.name}: {training.describe(model)}, {config.steps:,} steps on {describe(mesh)}; data: {examples.trained_on}")
     if run.time_steps:
         return training_benchmark.run(model, config, batches_from(0), run.run_dir / "throughput.json", steps=run.time_steps, mesh=mesh)
     if runs.is_finished(run.run_dir, identity):
         return distributed.log_once(f"this run is finished, more --steps go on with it: {run.run_dir / 'model'}")
-    distributed.log_once(runs.schedule_note(identity), examples.warning(config.steps * config.batch_size * config.sequence_tokens))
+    distributed.log_once(
+        runs.schedule_note(identity), left_out, examples.warning(config.steps * config.batch_size * config.sequence_tokens)
+    )
 
     def evaluate(model: Decoder) -> dict[str, float]:
         lm = SpanLM(lora.plain(model), examples.task)

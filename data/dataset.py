@@ -6,7 +6,7 @@ each such a directory, which `load_from_disk` reads as one DatasetDict.
 
     stored = dataset.load(DIR, TASKS)               # what to train on; load(DIR, TASKS, split="test") the held-out part
     stored.corpus                                   # the settings that it was drawn with, an instance of the task's Corpus
-    stored.held_out(128, seed=0)                    # examples that no training on DIR sees, labels from 1 on, in sets by name
+    stored.held_out(128, seed=0)                    # examples that no training on DIR sees, labels from 1 on, and how many were too long
     stored.epochs(num_tokens)                       # how often each example is seen in so many tokens of training
     stored.stream(seed=0, task=other)               # the same examples in another vocabulary, such as a pretrained model's
     dataset.splits(DIR)                             # ("train", "validation", "test"), or the one that there is
@@ -16,9 +16,8 @@ each such a directory, which `load_from_disk` reads as one DatasetDict.
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,8 @@ class StoredCorpus:
         """Return how often each example is seen in so many tokens of training (steps x rows x tokens of a row)."""
         return num_tokens / self.num_tokens
 
-    def held_out(self, num_examples: int, *, seed: int, split: str = "validation") -> dict[str, list[Any]]:
-        """Return examples that no training on this directory sees, labels from 1 on, in sets by name.
+    def held_out(self, num_examples: int, *, seed: int, split: str = "validation") -> tuple[list[Any], int]:
+        """Return examples that no training on this directory sees, labels from 1 on, and how many the vocabulary had no room for.
 
         They are the first of that split of the directory; where examples are generated and it has no such split, they are
         drawn with its settings from the task's test split.
@@ -102,12 +101,12 @@ class StoredCorpus:
         """
         found = splits(self.path)
         if split in found:
-            examples, name = iter(load(self.path, self.tasks, split=split)), f"{self.path.absolute().name}/{split}"
+            examples = iter(load(self.path, self.tasks, split=split))
         elif self.task.is_generated:
-            examples, name = self.corpus.stream(seed=seed, split="test", vocab=self.task.vocab), self.corpus.description
+            examples = self.corpus.stream(seed=seed, split="test", vocab=self.task.vocab)
         else:
             raise UserError(f"{self.path} has no {split} split, only {', '.join(found)}: --split all leaves nothing to be held out")
-        return {name: list(itertools.islice(filter(None, map(self.task.renumber, examples)), num_examples))}
+        return with_room(examples, self.task, num_examples)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -166,6 +165,20 @@ class StoredCorpus:
         if token_ids.min() < 0 or token_ids.max() >= self.task.vocab.size:
             raise UserError(f"{self.path}: example {number} has ids outside its vocabulary of {self.task.vocab.size} tokens")
         return self.task.from_row({**row, "token_ids": token_ids})
+
+
+def with_room(examples: Iterable[Any], task: Task, num_examples: int) -> tuple[list[Any], int]:
+    """Write examples again in a task's vocabulary, until there are so many; return them, and how many it had no room for."""
+    found: list[Any] = []
+    num_without_room = 0
+    for example in map(task.renumber, examples):
+        if example is None:
+            num_without_room += 1
+            continue
+        found.append(example)
+        if len(found) == num_examples:
+            break
+    return found, num_without_room
 
 
 def splits(path: Path | str) -> tuple[str, ...]:

@@ -89,17 +89,19 @@ class TrainingExamples:
         gaps: dict[str, Any] = {"gap_ids": self.task.step_ids, "gap_seed": seed}
         return packing.batches_from(stream, self.task.vocab, shards=list(shards), **sizes, **gaps, **options)
 
-    def held_out(self, num_examples: int, *, seed: int) -> Sequence[Any]:
-        """Return examples that the training does not see. UserError: a corpus of a file that has none."""
+    def held_out(self, num_examples: int, *, seed: int) -> tuple[Sequence[Any], str | None]:
+        """Return examples that the training does not see, and a line on those that the vocabulary has no room for, None without any.
+
+        Raises: UserError where there is none.
+        """
         if self.stored is None:
-            return list(itertools.islice(self.corpus.stream(vocab=self.task.vocab, seed=seed, split="test"), num_examples))
+            return list(itertools.islice(self.corpus.stream(vocab=self.task.vocab, seed=seed, split="test"), num_examples)), None
         try:
-            (examples,) = dataclasses.replace(self.stored, task=self.task).held_out(num_examples, seed=seed).values()
+            found, num_without_room = dataclasses.replace(self.stored, task=self.task).held_out(num_examples, seed=seed)
+            left_out = _left_out(found, num_without_room, self.stored.path)
         except UserError as error:
             raise UserError(f"{error}; --eval-examples 0 trains without an evaluation") from error
-        if not examples:
-            raise UserError(f"the vocabulary has room for no validation example of {self.stored.path}: --eval-examples 0 leaves them out")
-        return examples
+        return found, left_out and f"warning: of those held out for evaluations {left_out}"
 
     @property
     def trained_on(self) -> str:
@@ -172,20 +174,20 @@ def stored(
     except UserError as error:
         raise UserError(f"{directory} {error}") from None
     name = directory.resolve().name
-    found, num_without_room = [], 0
-    for example in map(scored_by.renumber, corpus):
-        if example is None:
-            num_without_room += 1
-            continue
-        found.append(example)
-        if len(found) == num_examples:
-            break
+    found, num_without_room = dataset.with_room(corpus, scored_by, num_examples)
     warnings = [*corpus.warnings, *(f"{directory}: {line}" for line in scored_by.foreign())]
     drawn: dict[str, Any] = {"data": name, "split": corpus.split, "warnings": warnings}
-    if num_without_room:
-        num_read = num_without_room + len(found)
-        message = f"{num_without_room} of {num_read} examples of {directory}: as this model writes them they exceed its tokens or labels"
-        if not found:
-            raise UserError(f"no room for {message}")
-        drawn |= {"num_without_room": num_without_room, "warnings": [*warnings, f"left out, without room for them: {message}"]}
+    if left_out := _left_out(found, num_without_room, directory):
+        drawn |= {"num_without_room": num_without_room, "warnings": [*warnings, left_out]}
     return scored_by, {name: found}, drawn
+
+
+def _left_out(found: Sequence[Any], num_without_room: int, directory: Path) -> str | None:
+    """Say how many examples a model has no room for, None without any. UserError: all of them."""
+    if not num_without_room:
+        return None
+    of_all = f"{num_without_room} of {num_without_room + len(found)} examples of {directory}"
+    message = f"{of_all}: as this model writes them they exceed its tokens or labels"
+    if not found:
+        raise UserError(f"no room for {message}")
+    return f"left out, without room for them: {message}"

@@ -1,5 +1,6 @@
 """What a run trains on: the settings of a directory are said, its held-out part is scored, another vocabulary is written anew."""
 
+import dataclasses
 import itertools
 import json
 
@@ -24,7 +25,8 @@ def directories(tmp_path_factory):
     """Expressions that were generated, and articles of a file, divided and not."""
     root = tmp_path_factory.mktemp("corpora")
     sentences = "Town {0} built a bridge. It cost {0} million. The mayor of town {0} was glad."
-    rows = ({"article": sentences.format(i), "summary": f"Town {i} built a bridge. The mayor was glad."} for i in range(60))
+    articles = (sentences.format(i) + " Many came." * (i % 3 == 0) for i in range(60))
+    rows = ({"article": article, "summary": f"Town {i} built a bridge. The mayor was glad."} for i, article in enumerate(articles))
     (root / "towns.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data_main(["arithmetic", "--num-examples", "40", "--max-ops", "4", "--seed", "1", "--out", str(root / "expressions")])
     news = ["news", "--source", str(root / "towns.jsonl"), "--vocab-tokens", "400", "--num-labels", "48"]
@@ -66,7 +68,8 @@ def test_examples_that_are_seen_more_than_ten_times_are_warned_of(directories):
 
 def test_a_file_is_scored_on_what_was_held_out_of_it(directories):
     examples = examples_of(directories / "towns")
-    held_out = examples.held_out(100, seed=0)
+    held_out, left_out = examples.held_out(100, seed=0)
+    assert left_out is None
     prompts = {example.prompt for example in held_out}
     assert prompts == {example.prompt for example in dataset.load(directories / "towns", TASKS, "validation")}
     assert not prompts & {example.prompt for example in examples.stored}
@@ -115,9 +118,24 @@ def test_examples_are_written_again_in_the_vocabulary_of_a_model(directories, na
     assert all(example.token_ids[example.prompt_tokens - 1] == VOCAB.solve_id for example in drawn)
     firsts = {tuple(example.token_ids) for example in drawn if example.prompt == prompts[0]}
     assert len(firsts) == 2
-    held_out = examples.held_out(2, seed=0)
+    held_out, _ = examples.held_out(2, seed=0)
     assert all(example.token_ids.max() < VOCAB.size for example in held_out)
     assert all((examples.task.encode_prompt(example.prompt) == example.prompt_ids).all() for example in held_out)
+
+
+def test_held_out_examples_that_a_model_has_no_room_for_are_counted(directories):
+    """Of six labels prompt and response take one each a sentence, and one what stands before the first."""
+    whole = [example.prompt for example in dataset.load(directories / "towns", TASKS, "validation")]
+    short = [prompt for prompt in whole if "Many came." not in prompt]
+    for num_labels, expected in ((6, short), (7, whole)):
+        examples = examples_of(directories / "towns", dataclasses.replace(VOCAB, num_labels=num_labels))
+        held_out, left_out = examples.held_out(100, seed=0)
+        assert [example.prompt for example in held_out] == expected
+        without_room = len(whole) - len(expected)
+        counted = f"left out, without room for them: {without_room} of {len(whole)} examples of "
+        assert left_out is None if not without_room else counted in left_out
+    with pytest.raises(UserError, match=f"no room for {len(whole)} of {len(whole)} examples of .*towns: .*; --eval-examples 0 trains"):
+        examples_of(directories / "towns", dataclasses.replace(VOCAB, num_labels=5)).held_out(100, seed=0)
 
 
 def test_rows_that_are_too_short_are_refused_before_training(directories):
