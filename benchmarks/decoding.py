@@ -34,7 +34,7 @@ from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState, bucket, start_state
 from selfspan_jax.model import Decoder
 from selfspan_jax.parallel import layout
-from selfspan_jax.parallel.engine import check_context_policy, make_engine
+from selfspan_jax.parallel.engine import make_engine
 from selfspan_jax.parallel.memory import bytes_of, check_fits
 from selfspan_jax.parallel.mesh import num_data_shards
 
@@ -131,7 +131,6 @@ def compile_case(shape: Shape, case: Case, mesh: Mesh | None = None) -> Programs
 
 def fill_with_random_rows(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
     """Make the state after prompts, as `prefill_state`, with random rows in place of theirs."""
-    check_context_policy(config.attention)
     cache = KVCache.empty(model.config, lengths, token_ids.shape[1], num_samples, config.max_new_tokens)
     last, key = draw_rows(jnp.zeros(2, jnp.uint32), (len(lengths), model.config.hidden_size), jnp.dtype(model.config.compute_dtype))
     pools = []

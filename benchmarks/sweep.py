@@ -46,7 +46,7 @@ from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory import check_policy
 from selfspan_jax.neighbours.query_driven import check_keys
 from selfspan_jax.parallel.compiling import compile_all
-from selfspan_jax.parallel.engine import make_engine
+from selfspan_jax.parallel.engine import check_context_policy, make_engine
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, check_decoding, describe, make_mesh
 from selfspan_jax.spans import SpanVocab
@@ -198,10 +198,12 @@ class Bench:
         return 1 if self.prefill else self.steps // 2
 
     def make_mesh(self, config: ModelConfig) -> Mesh | None:
-        """Make the mesh. Raises UserError for one that does not fit the model or the batches."""
+        """Make the mesh. Raises UserError for one that does not fit the model, the policies or the batches."""
         mesh = make_mesh(self.mesh) if self.mesh else None
         if mesh is not None:
             check_decoding(config, mesh)
+            for name in self.attention:
+                check_context_policy(name, mesh.shape["context"])
             for case in self.cases:
                 check_batch(case.num_prompts, mesh, "the number of prompts")
         return mesh
@@ -212,9 +214,7 @@ class Bench:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         bench, shape, model, workload, tokens_of = self._subject()
         mesh = bench.make_mesh(shape.config)
-        divided = "a mesh that divides context" if mesh is not None and mesh.shape["context"] > 1 else None
         for name in bench.attention:
-            check_keys(get_policy(name), divided)
             check_policy(name, shape.config)
         # An impossible workload is refused before anything is measured.
         tokens_of(min(bench.cases, key=lambda case: (case.context_tokens, case.batch_size)))

@@ -36,14 +36,14 @@ def make_engine(model: Decoder, mesh: Mesh | None = None, **options: Any) -> Eng
     return Engine(model, mesh, **options)
 
 
-def check_context_policy(attention: Any) -> None:
-    """Raise UserError for a policy that looks at all keys, where a device has some of them only."""
-    check_keys(get_policy(attention), "a mesh that divides context" if context_size() > 1 else None)
+def check_context_policy(attention: Any, num_parts: int) -> None:
+    """Raise UserError for a policy that looks at all keys, where so many devices have parts of them."""
+    check_keys(get_policy(attention), "a mesh that divides context" if num_parts > 1 else None)
 
 
 def prefill_own(model: Decoder, token_ids, lengths, keys, config: DecodeConfig, num_samples: int, responses: bool) -> DecodeState:
     """Read prompts layer by layer and keep this device's rows; arguments as for `prefill_state`."""
-    check_context_policy(config.attention)
+    check_context_policy(config.attention, context_size())
     batch, capacity = token_ids.shape
     cache = KVCache.empty(model.config, lengths, capacity, num_samples, config.max_new_tokens)
     x = model.embed_tokens.look_up(token_ids, model.config.compute_dtype)

@@ -225,6 +225,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
         "data=2 does not divide the number of prompts=1": dict(mesh="data=2", batch_size=(2,), num_samples=4),
         "tensor=4 does not divide num_kv_heads=2": dict(mesh="tensor=4"),
         "fsdp is for training": dict(mesh="fsdp=2"),
+        "attention is 'quest', which looks at all keys: a mesh that divides context": dict(mesh="context=2", attention=("quest",)),
         "give one of --mesh and --peers": dict(mesh="tensor=2", peers=("hf-eager",)),
     }
     for message, change in wrong.items():
