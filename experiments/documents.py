@@ -106,6 +106,7 @@ EXPERIMENTS = {
     )
     for page, corpora in CORPORA.items()
 }
+_VARIANTS = {name: own for experiment in EXPERIMENTS.values() for name, own in experiment.variants.items()}
 
 
 def scored(runs: Sequence[Run], variant: str, kind: str) -> pd.DataFrame:
@@ -151,9 +152,9 @@ def _percent(*values: float) -> list[str]:
 
 
 def control(corpus: str, variant: str) -> str:
-    """Name the dense control of a variant: the same text; of tools as many parameters trained, of the other corpora adapters."""
-    same = ("_recent_low", "_recent_full", "_base_full", "_recent", "_late", "_late_full", "_values_more", "_values", "_full", "_solve")
-    return f"{corpus}_dense{next((end for end in same if corpus == 'tools' and variant.endswith(end)), '')}"
+    """Name the dense control of a variant, which a dense one is itself: that of the corpus where the variant names none."""
+    dense = f"{corpus}_dense"
+    return variant if variant.startswith(dense) else _VARIANTS[variant].control or dense
 
 
 def _interval(found: Interval | None) -> list[str]:

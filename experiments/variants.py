@@ -25,6 +25,8 @@ class Variant:
     """The subcommand of train.py: a preset, finetune-lora or finetune-full."""
     options: str = ""
     """Options of the command, --name or --name and value; every run of this variant has these settings."""
+    control: str | None = None
+    """The variant that it is compared with; None: the report's."""
 
     @functools.cached_property
     def settings(self) -> dict[str, str]:

@@ -201,7 +201,7 @@ def test_tables_of_tools_by_hand():
         return Run(variant, 0, {}, None, evaluations)
 
     runs = [run("tools_labels", eval=(2, 1), few=(2, 2)), run("tools_dense", eval=(1, 0), many=(1, 1), near01=(1, 0), constrained=(2, 1))]
-    runs += [run("tools_labels_full", eval=(2, 2)), run("tools_dense_full", eval=(2, 2))]  # of one catalogue alone: no rows
+    runs += [run("tools_late_full", eval=(2, 2)), run("tools_dense_late_full", eval=(2, 2))]  # of one catalogue alone: no rows
     runs += [run("tools_values_more", eval=(2, 2)), run("tools_dense_values_more", eval=(1, 2))]
     names = [run.variant for run in runs]
     rows = [line.strip("| ").split(" | ") for line in documents.sets_table(runs, names, "tools").splitlines()]
@@ -219,7 +219,7 @@ def test_tables_of_tools_by_hand():
     rows = [line.strip("| ").split(" | ") for line in documents.differences_table(runs, names, "tools").splitlines()]
     assert [row[:6] for row in rows if "calls right" in row] == [
         ["`tools_labels`", "calls right", "2", "`tools_dense`", "25.0", "50.0"],
-        ["`tools_labels_full`", "calls right", "2", "`tools_dense_full`", "100.0", "0.0"],
+        ["`tools_late_full`", "calls right", "2", "`tools_dense_late_full`", "100.0", "0.0"],
         ["`tools_values_more`", "calls right", "2", "`tools_dense_values_more`", "75.0", "25.0"],
     ]
     rates = {"tools_dense_solve": 2.0, "tools_dense": 1.0, "tools_dense_late": 4.0, "papers_dense": 9.0, "tools_late": 8.0}
@@ -228,3 +228,8 @@ def test_tables_of_tools_by_hand():
     timed = {own: documents.timed_control(speeds, "tools", f"tools_{own}") for own in ("solve", "labels", "recent")}
     assert timed == {"solve": "tools_dense_solve", "labels": "tools_dense", "recent": "tools_dense_late"}
     assert documents.timed_control(speeds, "stories", "stories_labels") == "stories_dense"
+    for page, corpora in documents.CORPORA.items():
+        for corpus in corpora:
+            variants = documents.EXPERIMENTS[page].panels[corpus]
+            masks = {variants[documents.control(corpus, name)].settings["mask"] for name in variants}
+            assert masks == {"dense"}
