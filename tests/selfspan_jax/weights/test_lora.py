@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import decode
 import train
+from benchmarks import sweep
 from data import arithmetic
 from data.__main__ import main as data_main
 from data.vocab import CHARACTERS, TokenizerVocab, Vocab
@@ -254,14 +255,23 @@ def fine_tune(call, run_dir, base, *more, kind="finetune-lora"):
     return call(train.main, kind, "--run-dir", run_dir, "--init", base, "--corpus", "arithmetic", *TOY, *more)
 
 
-def benched(model, **options):
-    """What `decode.py bench` replays on a model, nothing timed: the workload, its tokens, and the shape."""
-    measured = decode.Bench(model, batch_size=(2,), steps=8, attention=("span",), **options)
-    _, shape, _, workload, tokens_of = measured._subject()
-    return workload, tokens_of(measured.cases[0]), shape
+@pytest.fixture
+def bench(call, monkeypatch, tmp_path):
+    """Runs `decode.py bench` on a model with two sequences, and returns its JSON, the tokens and the shape; nothing is timed."""
+    replayed = []
+    monkeypatch.setattr(sweep, "compile_cases", lambda *_: {})
+    monkeypatch.setattr(sweep, "sweep", lambda shape, cases, tokens_of, **_: replayed.append((tokens_of(*cases), shape)) or ())
+
+    def run(model, *options):
+        file = tmp_path / "bench.json"
+        words = ["--batch-size", 2, "--steps", 8, "--attention", "span", "--json", file, *options]
+        assert call(decode.main, "bench", model, *words)[0] == 0
+        return files.read_json(file), *replayed.pop()
+
+    return run
 
 
-def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base, tmp_path):
+def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base, bench, tmp_path):
     status, out, err = fine_tune(call, tmp_path / "run", base, "--rank", 4)
     assert status == 0, err
     assert out.splitlines()[-1] == f"finished: {tmp_path / 'run' / 'model'}"
@@ -274,8 +284,8 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
         np.testing.assert_array_equal(a, b)
     small, large = ((d / f).stat().st_size for d, f in ((adapter, "adapter.safetensors"), (model, "model.safetensors")))
     assert small < large
-    workload, ids, _ = benched(model, context=(96,))
-    assert workload == "arithmetic" and ids.shape == (2, 100)  # in its own words
+    report, ids, _ = bench(model, "--context", 96)
+    assert report["workload"] == "arithmetic" and ids.shape == (2, 100)  # in its own words
     status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4)
     assert status == 0 and "this run is finished" in out
     # into a Hugging Face directory and out of it again: nothing is lost but what the tokens mean
@@ -318,9 +328,9 @@ def test_a_directory_is_tuned_on_and_the_model_of_that_tuned_again(call, base, t
     assert "fine-tuned from `first/model` by `train.py` of selfspan on the 20 examples of corpus" in readme
 
 
-def test_an_imported_model_is_timed_on_segments_with_its_own_ids(base):
-    workload, ids, shape = benched(base, context=(256,), attended_fraction=0.3)
-    assert workload == "segments" and ids.shape == (2, 260) and 0 <= ids.min() and ids.max() < shape.vocab_size
+def test_an_imported_model_is_timed_on_segments_with_its_own_ids(base, bench):
+    report, ids, shape = bench(base, "--context", 256, "--attended-fraction", 0.3)
+    assert report["workload"] == "segments" and ids.shape == (2, 260) and 0 <= ids.min() and ids.max() < report["vocab_size"]
     labels = ids - shape.vocab.seg_base
     assert np.all((ids == shape.vocab.solve_id).sum(axis=1) == 1) and np.all(((0 < labels) & (labels < shape.vocab.num_labels)).any(axis=1))
 
