@@ -165,7 +165,7 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     shards: dict[str, Any] = {"num_shards": config.data_parts, "shards": process_parts(config.data_parts, mesh)}
     batches_from = examples.batches_from(num_workers=run.workers, **sizes, **shards)
     held_out, left_out = examples.held_out(config.eval_examples, seed=config.seed) if config.eval_examples else ([], None)
-    identity = runs.claim(run.run_dir, json.loads(json.dumps(identity | {"training": config.to_json()} | examples.identity())))
+    identity = runs.claim(run.run_dir, json.loads(json.dumps(identity | {"training": dataclasses.asdict(config)} | examples.identity())))
     distributed.log_once(f"{run.name}: {training.describe(model)}, {config.steps:,} steps on {describe(mesh)}; data: {examples.trained_on}")
     if run.time_steps:
         return training_benchmark.run(model, config, batches_from(0), run.run_dir / "throughput.json", steps=run.time_steps, mesh=mesh)

@@ -104,8 +104,6 @@ class AttentionViews:
     max_step_tokens: int = 0
     """Decoding: after so many tokens of a step, its sources counted, only a `<seg>` or `<eos>` may follow; 0: no limit."""
 
-    later: ClassVar[tuple[str, ...]] = ("name_share", "names_new", "max_step_tokens")
-
     def __post_init__(self):
         _require_number(self, "name_share", lambda value: 0 < value <= 1, "numbers above 0, up to 1")
         _require(self.mask in get_args(Mask), self, "mask", ", ".join(get_args(Mask)))
@@ -154,8 +152,6 @@ class ModelConfig(AttentionViews):
     """With --mask memory: a segment adds what its keys do not recall yet (delta), or its values as they are (linear)."""
     memory_segment_tokens: int = 128
     """With --mask memory: tokens of a segment, which attend to each other and recall the segments before."""
-
-    later: ClassVar[tuple[str, ...]] = (*AttentionViews.later, "attention_memory", "memory_segment_tokens")
 
     def __post_init__(self):
         _require_positive(self, "memory_segment_tokens")
@@ -242,11 +238,6 @@ class TrainConfig:
     def warmup(self) -> int:
         """The steps of warm-up that a run of this length has."""
         return self.warmup_steps if 2 * self.warmup_steps <= self.steps else self.steps // 10
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all settings, for `run.json`; those that older runs lack only if they are not 1."""
-        absent = ("data_parts", "source_weight", "end_weight")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in absent or value != 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -448,7 +439,7 @@ class ServerConfig:
 
 
 def from_json(config_type: type[T], values: dict) -> T:
-    """Build a config from the JSON of its `dataclasses.asdict`; `later` has the fields that older files lack, which get their defaults.
+    """Build a config from the JSON of its `dataclasses.asdict`.
 
     Raises: UserError for unknown or missing keys, or values that the config does not allow.
     """
@@ -458,7 +449,7 @@ def from_json(config_type: type[T], values: dict) -> T:
     fields = {field.name for field in dataclasses.fields(cast(Any, config_type))}
     if unknown := sorted(values.keys() - fields):
         raise UserError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
-    if missing := sorted(fields - values.keys() - {*getattr(config_type, "later", ())}):
+    if missing := sorted(fields - values.keys()):
         raise UserError(f"{name}: {', '.join(missing)} missing")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if isinstance(values.get("rope_scaling"), dict):

@@ -16,9 +16,6 @@ from data.arithmetic.verifier import Verdict
 from data.errors import UserError, check_choice
 from data.vocab import DEFAULT_VOCAB, Vocab
 
-_LIMITS = frozenset({"max_digits", "max_value"})
-_ADDED = {1: _LIMITS | {"names_first_step"}, 2: _LIMITS}  # fields that these versions of the JSON lack; they have their defaults
-
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticTask(task.Task):
@@ -117,14 +114,6 @@ class ArithmeticTask(task.Task):
     def group(self, prompt: str) -> str:
         """Name the group that an expression is evaluated in: its number of operators."""
         return str(parse(prompt).num_ops)
-
-    @classmethod
-    def from_json(cls, fields: object) -> "ArithmeticTask":
-        """Read what `to_json` wrote, also in version 1, whose prompts do not name the first step, and in 2, which has no limits."""
-        if isinstance(fields, Mapping) and fields.get("version") in (1, 2):
-            added = {field.name: field.default for field in dataclasses.fields(cls) if field.name in _ADDED[fields["version"]]}
-            fields = {**added, **fields, "version": cls.version}
-        return super().from_json(fields)
 
     def to_row(self, example: Example) -> dict[str, Any]:
         """Return the columns of an example in a corpus directory."""

@@ -50,8 +50,6 @@ class DocumentTask(PiecesTask):
     trained_tasks: str = ""
 
     name: ClassVar[str] = "documents"
-    later: ClassVar[tuple[str, ...]] = (*corpus.STYLE, "trained_tasks")
-    """Settings that older models do not name."""
     version: ClassVar[int] = 1
     unit: ClassVar[str] = "responses"
     about: ClassVar[str] = "INSTRUCTION"
@@ -81,12 +79,6 @@ class DocumentTask(PiecesTask):
         if not isinstance(self.trained_tasks, str):
             raise UserError(f"trained_tasks is {self.trained_tasks!r}; allowed: names of tasks, with commas between them")
         corpus.check_closing(self)
-
-    @classmethod
-    def from_json(cls, fields: Any) -> "DocumentTask":
-        """Read what `to_json` wrote, also without the settings that older models do not name."""
-        absent = {field.name: field.default for field in dataclasses.fields(cls) if field.name in cls.later}
-        return super().from_json({**absent, **fields} if isinstance(fields, Mapping) else fields)
 
     @property
     def is_generated(self) -> bool:

@@ -58,15 +58,6 @@ class NewsTask(PiecesTask):
     def is_generated(self) -> bool:
         return self.source == "synthetic"
 
-    @classmethod
-    def from_json(cls, fields: object) -> "NewsTask":
-        """Read what `to_json` wrote, also in version 1, without `source`, and 2, without `closed_pieces`."""
-        if isinstance(fields, Mapping):
-            for version, name, before in ((1, "source", "synthetic"), (2, "closed_pieces", False)):
-                if fields.get("version") == version and name not in fields:
-                    fields = {**fields, "version": version + 1, name: before}
-        return super().from_json(fields)
-
     def encode(self, story: Story) -> Example | None:
         """Write the prompt and the gold response of a story, labels from 1 on; see `corpus.encode`."""
         return corpus.encode(story, self.vocab, **style(self))

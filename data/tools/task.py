@@ -37,7 +37,6 @@ class ToolTask(DocumentTask):
     """
 
     name: ClassVar[str] = "tools"
-    later: ClassVar[tuple[str, ...]] = (*DocumentTask.later, "value_sources", "recent_turns")
     unit: ClassVar[str] = "responses"
     group_by: ClassVar[str] = "services"
     group_title: ClassVar[str] = "services"

@@ -511,21 +511,6 @@ def test_a_task_writes_what_its_corpus_does(labelling, names_first_step):
     assert task.step_ids & set(example.prompt_ids.tolist()) and task.step_ids & set(example.response_ids.tolist())
 
 
-OLDER = {  # version -> keys that it did not have yet
-    1: ("names_first_step", "max_digits", "max_value"),
-    2: ("max_digits", "max_value"),
-}
-
-
-@pytest.mark.parametrize("version", OLDER)
-def test_older_json_has_the_defaults_of_its_time(version):
-    named = version > 1
-    fields = {key: value for key, value in ArithmeticTask(Vocab(64), "none", named).to_json().items() if key not in OLDER[version]}
-    assert ArithmeticTask.from_json({**fields, "version": version}) == ArithmeticTask(Vocab(64), "none", named, 2, 999)
-    with pytest.raises(ValueError, match="missing key"):
-        ArithmeticTask.from_json(fields)
-
-
 LIMITS = {  # what it is -> (expression, settings, how many warnings, what they say)
     "all that a model knows": ("((51+75)-(95*3))", {}, []),
     "the largest operand, negative": ("-99+1", {}, []),

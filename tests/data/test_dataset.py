@@ -280,19 +280,6 @@ def test_files_exchanged_under_a_card_have_another_fingerprint(directory, tmp_pa
     assert corpus.fingerprint(tmp_path / "mixed") != corpus.fingerprint(directory)
 
 
-def test_a_card_without_a_fingerprint_has_one_too(directory, tmp_path):
-    """As older versions wrote it: by what else it says."""
-    old = json.loads((directory / "card.json").read_text())
-    del old["fingerprint"]
-    for name in ("old", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "card.json").write_text(json.dumps(old | {"seed": 3 if name == "old" else 4}))
-    assert len({corpus.fingerprint(path) for path in (tmp_path / "old", tmp_path / "other", directory)}) == 3
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "card.json").write_text(json.dumps(old))
-    assert corpus.fingerprint(tmp_path / "again") == corpus.fingerprint(tmp_path / "old")
-
-
 def test_generated_examples_are_held_out_by_the_task_s_test_split(directory, expected):
     held, num_without_room = corpus.load(directory, TASKS).held_out(40, seed=3)
     fresh = itertools.islice(stream(Corpus(max_ops=9), seed=3, split="test"), 40)

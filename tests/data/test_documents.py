@@ -372,8 +372,6 @@ def test_plain_text_is_the_same_without_span_tokens(name, corpora, sources, tmp_
     scores = plain.task.scores([*plain], [example.response_ids for example in plain])
     assert {"papers": "rougeL", "verdicts": "verdict_accuracy", "stories": "questions_answered"}[name] in scores
     assert scores.get("rougeL", scores.get("quote_rougeL")) == pytest.approx(1)
-    older = {key: value for key, value in labelled.task.to_json().items() if key != "labelling"}
-    assert type(labelled.task).from_json(older) == labelled.task
 
 
 def test_scores_of_an_abstract_by_hand(corpora):

@@ -35,7 +35,7 @@ def tuned_run(corpus_name, corpus, seed, *, adapters=True, **attention):
     """The run.json of a fine-tuning, as train.py writes it (test_results.py compares with train.py itself)."""
     tuning = tuning_preset(corpus_name, adapters=adapters)
     run = {"attention": asdict(tuning.attention) | attention, "base": {"name": "SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0" * 64}}
-    run |= {"training": tuning.training.to_json() | {"seed": seed}, "corpus": corpus} | ({"lora": asdict(LoraConfig())} if adapters else {})
+    run |= {"training": asdict(tuning.training) | {"seed": seed}, "corpus": corpus} | ({"lora": asdict(LoraConfig())} if adapters else {})
     return json.loads(json.dumps(run))
 
 

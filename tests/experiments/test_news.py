@@ -33,7 +33,7 @@ def run_of(variant, seed):
     if variant.startswith("smollm2"):
         return tuned_run("news", asdict(news.Corpus()), seed, **changes)
     preset = PRESETS["news-small"]
-    run = {"model": asdict(preset.model) | changes, "data": None, "training": preset.training.to_json() | {"seed": seed}}
+    run = {"model": asdict(preset.model) | changes, "data": None, "training": asdict(preset.training) | {"seed": seed}}
     return json.loads(json.dumps(run | {"corpus": asdict(news.Corpus())}))
 
 
