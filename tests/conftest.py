@@ -63,6 +63,27 @@ def programs_are_timed_once():
         yield
 
 
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command's `main` in this process: (exit status, stdout, stderr).
+
+    With JAX's own type promotion, as for a user: the gradient of `jax.nn.dot_product_attention` in bfloat16 needs it.
+    """
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
 # The files that take longest come first: begun last, one would leave the other processors idle. Needs `--no-loadscope-reorder`,
 # without which files of few tests come last, and those are the longest.
 LONGEST = ["test_commands", "test_distributed", "test_docs", "test_importing", "test_layout", "test_engine", "test_notebooks", "test_lm"]

@@ -57,26 +57,14 @@ def load(directory, *tasks, **options):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a command's main in this process, from the repository root: (exit status, stdout, stderr).
-
-    With JAX's own type promotion, as for a user: the gradient of `jax.nn.dot_product_attention` in bfloat16 needs it.
-    """
+def call(call, monkeypatch):
+    """Run a command as tests/conftest.py's fixture does, from the repository root."""
     monkeypatch.setattr(SpanLM, "load", load)
     monkeypatch.setattr(arithmetic.Corpus, "chunk_examples", 64)  # a run of few steps takes no more
 
     def run(main, *arguments):
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            with jax.numpy_dtype_promotion("standard"):
-                main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return call(main, *arguments)
 
     return run
 

@@ -27,16 +27,7 @@ def test_benchmark_tries_settings_that_can_run(matrix, int8):
             assert programs * used < 227 * 1024
 
 
-@pytest.mark.parametrize(
-    "arguments, message", [(["--matrices", "7b-q"], "'7b-q' is none of 7b-qkv"), (["--layers", "x"], "'x' is none of llama2-7b")]
-)
-def test_benchmark_names_wrong_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(arguments)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_many_rows_stand_beside_xla(monkeypatch, tmp_path, capsys):
+def test_many_rows_stand_beside_xla(monkeypatch, tmp_path):
     """With a kernel written down in JAX: each map gets the same from it, and its operations are those of its product."""
 
     def kernel(x, weight, residual, *, gated, config, keep_products):
@@ -59,6 +50,3 @@ def test_many_rows_stand_beside_xla(monkeypatch, tmp_path, capsys):
     assert all(case["difference_from_xla"] < 0.01 for case in cases) and any(case["difference_from_xla"] > 0 for case in cases)
     operations = [round(case["flops_per_second"] * case["microseconds"] / 1e6) for case in cases[::2]]
     assert operations == [2 * 128 * outputs * inputs for outputs, inputs in (sizes[each.matrix] for each in many_rows.MAPS)]
-    with pytest.raises(SystemExit) as stop:
-        many_rows.main(["--rows", "129"])
-    assert stop.value.code == 2 and "rows is 129; allowed: multiples of 8" in capsys.readouterr().err

@@ -32,12 +32,3 @@ def test_sequences_have_slots_of_their_own():
     for b, (first, last) in enumerate([(1000, 1640), (1640, 1704), (1704, 1705)]):
         used = slots[b, : counts[b]]
         assert np.all((used >= first) & (used < last)) and np.all(slots[b, counts[b] :] == -1)
-
-
-@pytest.mark.parametrize(
-    "arguments, message", [(["--shapes", "b1-1k,b2"], "'b2' is none of b1-1k"), (["--plot", "out.png"], "--plot needs --json FILE")]
-)
-def test_wrong_arguments_end_in_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(arguments)
-    assert stop.value.code == 2 and message in capsys.readouterr().err

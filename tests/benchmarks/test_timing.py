@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import timing
+from benchmarks import linear, many_rows, prompt_attention, span_decode, timing, training
 from benchmarks.timing import DeviceEvent
 
 
@@ -95,3 +95,22 @@ def test_rows_of_kernels_stand_beside_their_bytes(tmp_path, monkeypatch, capsys)
 )
 def test_a_devices_programs_are_told_apart_by_their_names(program, kind):
     assert timing.kind_of(program) == kind
+
+
+WRONG = {  # arguments of a benchmark, and what is said of them
+    "--matrices 7b-q": (linear, "'7b-q' is none of 7b-qkv"),
+    "--layers x": (linear, "'x' is none of llama2-7b"),
+    "--rows 129": (many_rows, "--rows is 129; allowed: multiples of 8"),
+    "--shapes b1-1k,b2": (span_decode, "'b2' is none of b1-1k"),
+    "--plot out.png": (span_decode, "--plot needs --json FILE"),
+    "--shapes b1": (prompt_attention, "'b1' is none of b1-8k"),
+    "--implementations xla": (prompt_attention, "'xla' is none of mosaic"),
+    "--tokens 100 --step-tokens 128": (training, "--step-tokens is 128; allowed: multiples of 100"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_arguments_end_in_one_line(words, call):
+    module, message = WRONG[words]
+    status, _, err = call(module.main, *words.split())
+    assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1

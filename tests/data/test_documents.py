@@ -32,17 +32,6 @@ WRITE = {"papers": layouts.write_reports, "verdicts": layouts.write_reports, "st
 OPTIONS = ["--vocab-tokens", "400", "--num-labels", "64", "--max-prompt-tokens", "600"]
 
 
-def run(capsys, *arguments):
-    """(exit status, stdout, the last line of stderr)."""
-    try:
-        data_main([*map(str, arguments)])
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    out, err = capsys.readouterr()
-    return status, out, (err.splitlines() or [""])[-1]
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
@@ -205,9 +194,9 @@ def test_ids_of_the_same_tokenizer_are_translated_as_if_written_again(corpora, c
         assert (task.rewrite(example, 0.6, vocab) == "renumbered") is not bool(is_translated)
 
 
-def test_questions_of_a_story_are_divided_among_examples(sources, tmp_path, capsys):
+def test_questions_of_a_story_are_divided_among_examples(sources, tmp_path, call):
     out = tmp_path / "out"
-    run(capsys, "stories", "--source", sources["stories"], "--split", "train", *OPTIONS, "--questions", 3, "--orders", 1, "--out", out)
+    call(data_main, "stories", "--source", sources["stories"], "--split", "train", *OPTIONS, "--questions", 3, "--orders", 1, "--out", out)
     asked = [len(example.document.steps) for example in load(tmp_path, "out")]
     assert asked == [2, 2, 2, 2]
 
@@ -223,7 +212,7 @@ def test_evidence_is_found_by_its_offsets_in_body_and_abstract(corpora):
     assert kinds == ["increased", "no difference"] * 2
 
 
-def test_what_doctors_found_wrong_or_disagree_on_is_dropped_and_counted(tmp_path, capsys):
+def test_what_doctors_found_wrong_or_disagree_on_is_dropped_and_counted(tmp_path, call):
     root = layouts.write_reports(tmp_path / "reports")
     file = root / "annotations" / "v2_annotations.csv"
     head, *lines = file.read_text(encoding="utf-8").splitlines()
@@ -239,7 +228,7 @@ def test_what_doctors_found_wrong_or_disagree_on_is_dropped_and_counted(tmp_path
     dropped = {"on which doctors disagree": 1, "whose answers were all found wrong": 1, "whose evidence was found wrong": 1}
     for option, counts, pieces in (([], {"written": 1, "whose evidence is in no piece": 1}, [6]), (["--abstract"], {"written": 2}, [9, 9])):
         out = tmp_path / f"out{len(option)}"
-        assert run(capsys, "verdicts", "--source", root, "--split", "train", *OPTIONS, *option, "--out", out)[0] == 0
+        assert call(data_main, "verdicts", "--source", root, "--split", "train", *OPTIONS, *option, "--out", out)[0] == 0
         stored = load(tmp_path, out.name)
         assert stored.card["questions"] == {"read": 5, **counts, **dropped}
         assert [len(example.document.pieces) for example in stored] == pieces
@@ -294,11 +283,11 @@ def test_a_prompt_that_asks_for_nothing_is_warned_of(corpora, case):
     assert task.warnings(text.replace(asking, "")) == [f'The text has no paragraph that begins with "{begins}": do not trust the answer.']
 
 
-def test_long_prompts_are_cut_with_a_warning_and_long_documents_dropped_or_cut(sources, tmp_path, capsys):
+def test_long_prompts_are_cut_with_a_warning_and_long_documents_dropped_or_cut(sources, tmp_path, call):
     said = []
     for too_long in ("drop", "cut"):
         options = ["--source", sources["papers"], "--split", "train", *OPTIONS[:4], "--max-prompt-tokens", 130, "--too-long", too_long]
-        said.append(run(capsys, "papers", *options, "--out", tmp_path / too_long))
+        said.append(call(data_main, "papers", *options, "--out", tmp_path / too_long))
     assert said[0][0] == 2 and "3 dropped (3 longer than max_prompt_tokens)" in said[0][2]
     stored = load(tmp_path, "cut")
     assert stored.card["papers"]["written, cut to max_prompt_tokens"] == 3
@@ -351,10 +340,10 @@ def test_gold_responses_are_right_and_empty_ones_are_not(corpora, name):
 
 
 @pytest.mark.parametrize("name", WRITE)
-def test_plain_text_is_the_same_without_span_tokens(name, corpora, sources, tmp_path, capsys):
+def test_plain_text_is_the_same_without_span_tokens(name, corpora, sources, tmp_path, call):
     """The same documents and texts, steps told apart by `<solve>`; whatever labels the vocabulary has, it is written alike."""
     options = [*OPTIONS, "--labelling", "plain", "--split", "validation", "--out", tmp_path / name]
-    assert run(capsys, name, "--source", sources[name], *options)[0] == 0
+    assert call(data_main, name, "--source", sources[name], *options)[0] == 0
     plain, labelled = dataset.load(tmp_path / name, TASKS), load(corpora, name, "validation")
     assert len(plain) == len(labelled) and plain.corpus.labelling == "plain"
     for own, other in zip(plain, labelled, strict=True):
@@ -496,8 +485,8 @@ def test_own_documents_are_aligned_where_they_have_no_sources(corpora):
 
 
 @pytest.mark.parametrize("name", WRITE)
-def test_every_task_reads_own_documents(name, sources, tmp_path, capsys):
-    status, *_ = run(capsys, name, "--source", sources["documents"], "--split", "all", *OPTIONS, "--out", tmp_path / "out")
+def test_every_task_reads_own_documents(name, sources, tmp_path, call):
+    status, *_ = call(data_main, name, "--source", sources["documents"], "--split", "all", *OPTIONS, "--out", tmp_path / "out")
     assert status == 0 and len(load(tmp_path, "out")) == 2
 
 
@@ -522,10 +511,10 @@ BAD_OWN = {  # the second of two rows -> what is said
 
 
 @pytest.mark.parametrize("case", BAD_OWN)
-def test_bad_own_documents_are_one_line(tmp_path, capsys, case):
+def test_bad_own_documents_are_one_line(tmp_path, call, case):
     changed, message = BAD_OWN[case]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (layouts.OWN[0], changed)), encoding="utf-8")
-    status, _, err = run(capsys, "documents", "--source", tmp_path / "own.jsonl", *OPTIONS, "--out", tmp_path / "out")
+    status, _, err = call(data_main, "documents", "--source", tmp_path / "own.jsonl", *OPTIONS, "--out", tmp_path / "out")
     assert status == 2 and message in err and not (tmp_path / "out").exists()
 
 
@@ -533,14 +522,14 @@ def test_bad_own_documents_are_one_line(tmp_path, capsys, case):
 
 
 @pytest.mark.parametrize("name", WRITE)
-def test_parts_that_are_missing_are_said(name, tmp_path, capsys):
+def test_parts_that_are_missing_are_said(name, tmp_path, call):
     parts = ("train", "val" if name == "stories" else "validation")
     source = WRITE[name](tmp_path / "source", parts)
-    status, out, _ = run(capsys, name, "--source", source, *OPTIONS, "--out", tmp_path / "out")
+    status, out, _ = call(data_main, name, "--source", source, *OPTIONS, "--out", tmp_path / "out")
     assert status == 0 and f"no test part in {source}" in out and dataset.splits(tmp_path / "out") == ("train", "validation")
-    status, _, err = run(capsys, name, "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
+    status, _, err = call(data_main, name, "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
     assert status == 2 and "there is no such file, so no test part; there is train, validation" in err
-    status, _, err = run(capsys, name, "--source", tmp_path, *OPTIONS, "--out", tmp_path / "new")
+    status, _, err = call(data_main, name, "--source", tmp_path, *OPTIONS, "--out", tmp_path / "new")
     assert status == 2 and f"expected a clone of {TASKS[name].WriteCommand.repository}" in err and not (tmp_path / "new").exists()
 
 
@@ -558,29 +547,31 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_repositories_are_one_line(case, sources, tmp_path, capsys):
+def test_damaged_repositories_are_one_line(case, sources, tmp_path, call):
     name, file, content, message = DAMAGED[case]
     shutil.copytree(sources[name], tmp_path / "source")
     if content is None:
         (tmp_path / "source" / file).unlink()
     else:
         (tmp_path / "source" / file).write_text(content, encoding="utf-8")
-    status, _, err = run(capsys, name, "--source", tmp_path / "source", *OPTIONS, "--out", tmp_path / "out")
+    status, _, err = call(data_main, name, "--source", tmp_path / "source", *OPTIONS, "--out", tmp_path / "out")
     assert status == 2 and err.startswith("error: ") and message in err and not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_may_be_given(corpora, sources, tmp_path, capsys):
+def test_a_tokenizer_may_be_given(corpora, sources, tmp_path, call):
     stored = load(corpora, "stories")
     (tmp_path / "tokenizer.json").write_text(stored.task.vocab.tokenizer_json, encoding="utf-8")
     (tmp_path / "vocab.json.gz").write_bytes(gzip.compress(json.dumps(stored.task.to_json()).encode()))  # as a model keeps it
     assert read_vocab(tmp_path / "vocab.json.gz", 32) == read_vocab(tmp_path, 32)
     options = ["--tokenizer", tmp_path, "--num-labels", 32, "--split", "test"]
-    assert run(capsys, "stories", "--source", sources["stories"], *options, "--out", tmp_path / "out")[0] == 0
+    assert call(data_main, "stories", "--source", sources["stories"], *options, "--out", tmp_path / "out")[0] == 0
     again = load(tmp_path, "out")
     assert again.task.vocab.num_labels == 32
     for one, other in zip(again, load(corpora, "stories", "test"), strict=True):
         assert stored.task.vocab.decode(stored.task.renumber(other).token_ids) == again.task.decode(again.task.renumber(one).token_ids)
-    status, _, err = run(capsys, "stories", "--source", sources["stories"], "--tokenizer", sources["stories"], "--out", tmp_path / "new")
+    status, _, err = call(
+        data_main, "stories", "--source", sources["stories"], "--tokenizer", sources["stories"], "--out", tmp_path / "new"
+    )
     assert status == 2 and "expected a tokenizer.json" in err
 
 

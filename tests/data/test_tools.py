@@ -22,7 +22,7 @@ from data.tasks import TASKS
 from data.tools import chat
 from data.tools.source import KINDS, Call, Corpus, WriteCommand, read_call
 from tests.data import layouts
-from tests.data.test_documents import respond, run
+from tests.data.test_documents import respond
 
 OPTIONS = ["--vocab-tokens", "400", "--services", "3", "--original", "1"]
 
@@ -441,11 +441,11 @@ DAMAGED = {  # what is done to the clone -> what is said
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_repositories_are_one_line(case, clone, tmp_path, capsys):
+def test_damaged_repositories_are_one_line(case, clone, tmp_path, call):
     damage, message = DAMAGED[case]
     shutil.copytree(clone, tmp_path / "clone")
     damage(tmp_path / "clone")
-    status, _, err = run(capsys, "tools", "--source", tmp_path / "clone", "--split", "train", *OPTIONS, "--out", tmp_path / "out")
+    status, _, err = call(data_main, "tools", "--source", tmp_path / "clone", "--split", "train", *OPTIONS, "--out", tmp_path / "out")
     assert status == 2 and err.startswith("error: ") and message in err and not (tmp_path / "out").exists()
 
 
@@ -457,12 +457,12 @@ def test_dialogues_that_cannot_be_used_are_counted(clone, tmp_path):
     assert found == [("with a value that stands nowhere",), ("without a call",)]
 
 
-def test_parts_that_are_missing_are_said(tmp_path, capsys):
+def test_parts_that_are_missing_are_said(tmp_path, call):
     source = layouts.write_tools(tmp_path / "source", ("train", "test"))
-    status, out, _ = run(capsys, "tools", "--source", source, *OPTIONS, "--out", tmp_path / "out")
+    status, out, _ = call(data_main, "tools", "--source", source, *OPTIONS, "--out", tmp_path / "out")
     assert status == 0 and f"no validation part in {source}" in out and dataset.splits(tmp_path / "out") == ("train", "test")
     shutil.rmtree(source / "train")
-    status, _, err = run(capsys, "tools", "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
+    status, _, err = call(data_main, "tools", "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
     assert status == 2 and "train/schema.json: No such file or directory" in err
 
 
@@ -484,15 +484,15 @@ def test_settings_that_are_refused(case):
         Corpus(**settings)
 
 
-def test_own_documents_are_catalogues_and_calls(tmp_path, capsys):
+def test_own_documents_are_catalogues_and_calls(tmp_path, call):
     row = {
         "document": ["Service A: f(x)", "User: Do it with 3."],
         "steps": [{"text": '{"service": "A", "method": "f", "parameters": {"x": 3}}', "sources": [0, 1]}],
     }
     for steps, message in ((row["steps"], None), ([{"text": "f(3)", "sources": [0]}], "row 2, step 0: 'f(3)' is no call: expected {")):
         (tmp_path / "own.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'steps': steps})}\n")
-        status, out, err = run(
-            capsys, "tools", "--source", tmp_path / "own.jsonl", "--split", "all", *OPTIONS, "--out", tmp_path / f"out{message is None}"
+        status, out, err = call(
+            data_main, "tools", "--source", tmp_path / "own.jsonl", "--split", "all", *OPTIONS, "--out", tmp_path / f"out{message is None}"
         )
         assert (status, message or "2 written") == (2, message) and message in err if message else status == 0 and "2 written" in out
 

@@ -1,7 +1,6 @@
 """The report of the arithmetic experiments: the page says what the stored results say, and results that do not fit are refused."""
 
 import copy
-import functools
 import json
 import re
 from dataclasses import asdict
@@ -16,7 +15,6 @@ from experiments.pages import Tally
 from selfspan_jax.config import PRESETS, TUNING_PRESETS
 from tests.experiments import reports
 
-call = functools.partial(reports.call, report)
 SMALL = PRESETS["arithmetic-small"]
 CORPORA = {"small": asdict(arithmetic.Corpus(**SMALL.corpus)), "tuned": asdict(arithmetic.Corpus(**TUNING_PRESETS["arithmetic"].corpus))}
 RUN = json.loads(json.dumps({"model": asdict(SMALL.model), "training": asdict(SMALL.training), "corpus": CORPORA["small"]}))
@@ -72,19 +70,19 @@ def place(tmp_path):
     return write
 
 
-def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
+def test_the_page_is_what_the_stored_results_say(tmp_path, call):
     """If this fails, run `python -m experiments.arithmetic docs/arithmetic`."""
-    page = reports.check_page(report, "arithmetic", tmp_path, capsys, max_bytes=340_000)
+    page = reports.check_page(report, "arithmetic", tmp_path, call, max_bytes=340_000)
     for name in ("variants", "range", "long", "training", "commands"):
         assert re.search(rf"<!-- {name} -->\n\n[|`]", page)
     assert {"accuracy.png", "length.png", "loss.png"} <= {*re.findall(r"\]\(arithmetic/(\w+\.png)\)", page)}
 
 
-def test_seeds_are_pooled_and_their_spread_is_told(place, capsys):
+def test_seeds_are_pooled_and_their_spread_is_told(place, call):
     place("span", 0, range=evaluation({2: 10, 3: 10}), long=evaluation({50: 9}))
     place("span", 1, range=evaluation({2: 10, 3: 8}), long=evaluation({50: 10, 100: 10}))
     path = place("dense", 0, range=evaluation({2: 10, 3: 10}))
-    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    assert call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     page = (path / "out.md").read_text()
     # Wilson's interval of 38 of 40 and 20 of 20, as published calculators give it.
     assert re.search(r"`span` \| 2-3 \| 40 \| 38 \| 38 \| 83.5 \| 98.6 \| 90.0 \| 100.0 \| \d+ \|", page)
@@ -106,10 +104,10 @@ def test_right_examples_are_counted_from_their_share():
     assert (tally.right, tally.num_examples, tally.by_seed) == (29, 100, (0.29,))
 
 
-def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
+def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, call):
     place("span", 0, speed={**evaluation({20: 10, 200: 10}, [(8, 50.0), (16, 70.0)]), "passes": 3})
     path = place("long", 0, speed=evaluation({20: 10, 200: 8}, [(8, 20.0), (16, 10.0)]))
-    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    assert call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     page = (path / "out.md").read_text()
     # The control answers 25 a second and 20 of them right.
     assert re.search(r"`span` \| 200 \| .* \| 70.0 \| 70.0 \| 16 \| 3.50 \| 2.80 \|", page)
@@ -120,31 +118,31 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
     assert (path / "out" / "speed.png").exists()
 
 
-def test_a_curve_is_reduced_to_its_means_and_its_time(place, capsys):
+def test_a_curve_is_reduced_to_its_means_and_its_time(place, call):
     path = place("span", 0)
     row = {"tokens_per_second": 1000.0, "input_wait_fraction": 0.01, "mfu": 0.5}
     lines = [{"step": 10 * i, "loss": 1.0 + i % 2, "steps_per_second": 5.0 if i > 1 else 1.0, **row} for i in range(1, 401)]
     text = "\n".join(map(json.dumps, [*lines, {"step": 4000, "eval/step_accuracy": 1.0}]))
     (path / "raw" / "span-0.metrics.jsonl").write_text(text)
-    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    assert call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     curve = json.loads((path / "out" / "span-0.curve.json").read_text())
     assert len(curve["step"]) == 100 and curve["step"][-1] == 4000 and set(curve["loss"]) == {1.5}
     assert curve["seconds"] == pytest.approx(10 + 399 * 2)
     assert "| `span` | 0 | 4,000 | 128 | 512 | 808 | 1,000 | 50.0 | 1.0 | 1.5 |" in (path / "out.md").read_text()
     # Taken again, nothing changes.
     before = {file: file.read_bytes() for file in (path / "out").glob("*.json")}
-    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "def")[0] == 0
+    assert call(report.main, path / "out", "--take", path / "raw", "--commit", "def")[0] == 0
     assert before == {file: file.read_bytes() for file in (path / "out").glob("*.json")}
 
 
-def test_fine_tuned_models_are_reported_beside_the_others(place, capsys):
+def test_fine_tuned_models_are_reported_beside_the_others(place, call):
     path = place("span", 0, range=evaluation({2: 10, 3: 10}))
-    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    assert call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     with Image.open(path / "out" / "accuracy.png") as image:
         narrow = image.size[0]
     place("smollm2", 0, run=tuned_run_of("smollm2", 0), range=evaluation({2: 10, 3: 9}), long=evaluation({20: 10, 50: 4}))
     place("smollm2_dense", 2, run=tuned_run_of("smollm2_dense", 2), range=evaluation({2: 10, 3: 10}))
-    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    assert call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     page = (path / "out.md").read_text()
     tuned = "--init SmolLM2-135M-Instruct.Q4_1.gguf --corpus arithmetic"
     assert f"| `smollm2` | SmolLM2-135M, LoRA, span mask | `finetune-lora {tuned}` | 1 | some |" in page
@@ -158,9 +156,9 @@ def test_fine_tuned_models_are_reported_beside_the_others(place, capsys):
         assert image.size[0] > narrow  # a panel of their own
 
 
-def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys):
+def test_where_nothing_was_run_the_page_says_so(tmp_path, call):
     (tmp_path / "out.md").write_text(PAGE)
-    assert call(capsys, tmp_path / "out")[0] == 0
+    assert call(report.main, tmp_path / "out")[0] == 0
     page = (tmp_path / "out.md").read_text()
     for section in ("range", "long", "errors", "speed", "training", "commands"):
         assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
@@ -195,21 +193,21 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_what_does_not_fit_is_said_in_one_line(place, capsys, change, message):
+def test_what_does_not_fit_is_said_in_one_line(place, call, change, message):
     path = place("span", 0, range=evaluation({2: 10}))
     change(path)
-    status, _, err = call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")
+    status, _, err = call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_two_runs_of_one_variant_and_seed_that_differ_are_refused(place, capsys):
+def test_two_runs_of_one_variant_and_seed_that_differ_are_refused(place, call):
     path = place("span", 0, range=evaluation({2: 10}))
-    assert call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
+    assert call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.parent.name != "raw"}
     place("span", 0, range=evaluation({2: 9}), long=evaluation({50: 9}))
-    status, _, err = call(capsys, path / "out", "--take", path / "raw", "--commit", "abc")
+    status, _, err = call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")
     assert status == 2 and "span-0.range.json: another run of the same variant and seed is in" in err and err.count("\n") == 1
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.parent.name != "raw"}
     for arguments in ([path / "none"], [path / "out", "--take", path / "raw"], [path / "out", "--take", path / "none", "--commit", "a"]):
-        status, _, err = call(capsys, *arguments)
+        status, _, err = call(report.main, *arguments)
         assert status == 2 and err.count("\n") == 1

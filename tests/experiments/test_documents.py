@@ -1,7 +1,7 @@
 """The reports of documents: the pages say what the stored results say, also where there are none."""
 
 import json
-import re
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -22,10 +22,10 @@ from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing.output import Output
 from tests.data import layouts
-from tests.experiments.reports import call, check_page, take, tuned_run
+from tests.experiments.reports import check_page, rows_of, take, tuned_run
 from tests.selfspan_jax.models import TINY
 
-PAGES = {page: SimpleNamespace(main=lambda arguments, page=page: documents.main([page, *arguments])) for page in documents.CORPORA}
+PAGES = {page: SimpleNamespace(main=lambda page=page: documents.main([page, *sys.argv[1:]])) for page in documents.CORPORA}
 STORIES = PAGES["stories"]
 TABLES = ("scores", "differences", "sources", "lengths", "reading", "speed", "times", "sets")
 SECTIONS = ("variants", "targets", *(f"stories {name}" for name in TABLES))
@@ -38,11 +38,6 @@ FILES = {
         "header_view is all, but labels in this",
     ),
 }
-
-
-def rows_of(page, section):
-    (text,) = re.findall(rf"<!-- {section} -->\n(.*?)<!-- end -->", page, re.DOTALL)
-    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +95,14 @@ def scored(values, counts, tokens, seconds=1.0, **changes):
 
 
 @pytest.mark.parametrize("page", documents.CORPORA)
-def test_the_page_is_what_the_stored_results_say(page, tmp_path, capsys):
+def test_the_page_is_what_the_stored_results_say(page, tmp_path, call):
     """If this fails, run `python -m experiments.documents papers docs/papers`, and the same for stories."""
-    check_page(PAGES[page], page, tmp_path, capsys, max_bytes=5_000_000)
+    check_page(PAGES[page], page, tmp_path, call, max_bytes=5_000_000)
 
 
-def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys):
+def test_where_nothing_was_run_the_page_says_so(tmp_path, call):
     (tmp_path / "out.md").write_text(PAGE)
-    assert call(STORIES, capsys, tmp_path / "out")[0] == 0
+    assert call(STORIES.main, tmp_path / "out")[0] == 0
     page = (tmp_path / "out.md").read_text()
     for section in (*SECTIONS[2:], "training", "commands"):
         assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
@@ -115,13 +110,13 @@ def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys):
     assert page.count(": not trained") == len(documents.EXPERIMENTS["stories"].variants)
 
 
-def test_an_evaluation_is_taken_as_it_was_written(stored, place, capsys):
+def test_an_evaluation_is_taken_as_it_was_written(stored, place, call):
     """Gold responses are right in all of it, empty ones in nothing: the difference is everything, whatever is drawn. They have no
     precision, since they name nothing.
     """
     gold, nothing = (written(stored, responses) for responses in (gold_responses, lambda examples: [[2]] * len(examples)))
     place("labels", eval=gold, bm25=gold | {"sources": "bm25"})
-    page = take(STORIES, place("dense", eval=nothing), capsys)
+    page = take(STORIES, place("dense", eval=nothing), call)
     names = [name.replace("_", " ") for names in TASKS["stories"].score_kinds.values() for name in names]
     assert [row[1] for row in rows_of(page, "stories differences")] == [name for name in names if name != "section precision"]
     assert {tuple(row[2:]) for row in rows_of(page, "stories differences")} == {("1", "`stories_dense`", "0.0", *["100.0"] * 3)}
@@ -140,7 +135,7 @@ def gold_responses(examples):
     return [example.response_ids for example in examples]
 
 
-def test_tables_by_hand(stored, place, capsys):
+def test_tables_by_hand(stored, place, call):
     """Two seeds are one: 0.6 of four examples; its control has three of them. Sections: 5 of 8 named, where BM25's are 6 of 8."""
     plain = written(stored, gold_responses)
     fast = {"seconds": 0.25, "attended_fraction_body": 0.12, "attended_fraction": 0.2}
@@ -152,7 +147,7 @@ def test_tables_by_hand(stored, place, capsys):
     theirs = scored(plain, [(0.4, (0, 2)), (0.6, (0, 2)), (0.5, (0, 2))], tokens[:3])
     timed = theirs["by_batch_size"][0] | {"response_tokens_per_second": 100.0, "decode_seconds": 2.0, "prefill_seconds": 0.5}
     alone = {"num_examples": 10, "attended_tokens": 1000.0, "device": "NVIDIA H200", "by_batch_size": [timed]}
-    page = take(STORIES, place("dense", eval=theirs | {"by_batch_size": []}, speed=theirs | alone), capsys)
+    page = take(STORIES, place("dense", eval=theirs | {"by_batch_size": []}, speed=theirs | alone), call)
     bound = 20 * (2 * theirs["num_parameters"] / 16 + 1000 * 2 * 30 * 3 * 64 * 2) / 4.8e9  # 20 tokens a response, in ms
     assert rows_of(page, "stories times") == [["`stories_dense`", "16", "20.0", "50.00", "150.00", f"{bound:.2f}"]]
     assert [row[:3] for row in rows_of(page, "stories scores")] == [["`stories_labels`", "4", "60.0"], ["`stories_dense`", "3", "50.0"]]
@@ -178,13 +173,13 @@ def test_tables_by_hand(stored, place, capsys):
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_what_does_not_fit_is_said_in_one_line(case, stored, place, capsys):
+def test_what_does_not_fit_is_said_in_one_line(case, stored, place, call):
     path = place("labels", eval=written(stored, gold_responses))
     ending, change, message = FILES[case]
     file = path / "raw" / f"stories_labels-0{ending}"
     change(values := json.loads(file.read_text()))
     file.write_text(json.dumps(values))
-    status, _, err = call(STORIES, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
+    status, _, err = call(STORIES.main, path / "out", "--take", path / "raw", "--commit", "abc")
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -14,12 +13,12 @@ from flax import nnx
 
 from data import arithmetic
 from data.vocab import Vocab
-from experiments import neighbours, neighbours_tables, pages
+from experiments import neighbours, neighbours_tables
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.query_driven import Oracle, Quest
 from selfspan_jax.spans import SpanVocab
-from tests.experiments.reports import DOCS, call
+from tests.experiments.reports import check_tables
 from tests.selfspan_jax.models import random_model
 
 COUNTS = [3, 9, 40]
@@ -73,13 +72,13 @@ def models(monkeypatch):
     return found
 
 
-def test_right_answers_and_rows_are_counted(models, monkeypatch, tmp_path, capsys):
+def test_right_answers_and_rows_are_counted(models, monkeypatch, tmp_path, call):
     """All rows kept are dense decoding; what is counted is what the policies say."""
     monkeypatch.setattr(neighbours, "KINDS", {"oracle": Oracle(), "quest": Quest()})
     judged = []
     monkeypatch.setattr(neighbours, "_scores", lambda outs, own=neighbours._scores: judged.append([*outs]) or own(outs))
     options = ["--ops", 2, "--num-examples", 2, "--shares", "10,300", "--neighbours", "oracle"]
-    status, out, err = call(neighbours, capsys, "arithmetic", "dense", "span", *options, "--json", tmp_path / "arithmetic.json")
+    status, out, err = call(neighbours.main, "arithmetic", "dense", "span", *options, "--json", tmp_path / "arithmetic.json")
     assert (status or 0) == 0, err
     rows = json.loads((tmp_path / "arithmetic.json").read_text())["arithmetic"]
     assert [row["neighbour"] for row in rows] == ["span", "dense", "oracle", "oracle", "oracle"] and len(out.splitlines()) == len(rows)
@@ -104,24 +103,24 @@ def test_right_answers_and_rows_are_counted(models, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(neighbours.SpanLM, "load", lambda path, *_, **__: models[path.name])
     for name in ("dense", "span"):
         more = ["--data", tmp_path, "--shares", "10,300", "--neighbours", "oracle", "--json", tmp_path / f"{name}.json"]
-        status, _, err = call(neighbours, capsys, "documents", name, *more)
+        status, _, err = call(neighbours.main, "documents", name, *more)
         assert (status or 0) == 0, err
     found = [json.loads((tmp_path / f"{name}.json").read_text())["documents"] for name in ("dense", "span")]
     assert [row["attended_tokens"] for row in found[0]] == [row["attended_tokens"] for row in rows[1:] if not row.get("as_spans")]
     assert [row["attended_tokens"] for row in found[1]] == [rows[0]["attended_tokens"]]
     assert found[0][0]["tokens"] is None and found[0][-1]["attended_fraction"] == 1
 
-    status, _, err = call(neighbours, capsys, "arithmetic", "span", "dense", *options)
+    status, _, err = call(neighbours.main, "arithmetic", "span", "dense", *options)
     assert status == 2 and err == "error: span was trained under the mask 'span'; expected 'dense'\n"
 
 
-def test_losses_of_all_rows_are_dense_ones(models, tmp_path, capsys):
+def test_losses_of_all_rows_are_dense_ones(models, tmp_path, call):
     """And those of dense rows are of one forward; fewer rows are other losses."""
     (tmp_path / "texts").mkdir()
     for number in range(2):
         (tmp_path / "texts" / f"{number}.txt").write_text("+".join(f"({number + 1}*{n})" for n in range(1, 12)))
     sizes = ["--tokens", 40, "--continuation", 6, "--num-texts", 2, "--shares", "20,100", "--neighbours", "quest"]
-    status, _, err = call(neighbours, capsys, "text", "dense", tmp_path / "texts", *sizes, "--json", tmp_path / "text.json")
+    status, _, err = call(neighbours.main, "text", "dense", tmp_path / "texts", *sizes, "--json", tmp_path / "text.json")
     assert (status or 0) == 0, err
     rows = json.loads((tmp_path / "text.json").read_text())["text"]
     lm = models["dense"]
@@ -137,11 +136,11 @@ def test_losses_of_all_rows_are_dense_ones(models, tmp_path, capsys):
         (["--tokens", 6, "--continuation", 6], "--tokens is 6; allowed: above the 6 of the continuation"),
         (["--shares", 0], "--shares is 0.0; allowed: 0.01 to 1000"),
     ):
-        status, _, err = call(neighbours, capsys, "text", "dense", tmp_path / "texts", *options)
+        status, _, err = call(neighbours.main, "text", "dense", tmp_path / "texts", *options)
         assert status == 2 and err == f"error: {told}\n"
 
 
-def test_a_page_is_made_of_the_files(tmp_path, capsys):
+def test_a_page_is_made_of_the_files(tmp_path, call):
     """Shares of the context stand in the column that is nearest, counts as spans have their own; the picture has a panel a task."""
     device, loss = {"device": "H100", "jax": "0.11.2"}, {"perplexity": 12.345, "loss_more": 0.25, "loss_more_error": 0.01}
     scores = {"num_examples": 4, "right": 3, "answer_accuracy": 0.75, "answer_accuracy_interval": [0.3, 0.95], "attended_tokens": 33.25}
@@ -187,7 +186,7 @@ def test_a_page_is_made_of_the_files(tmp_path, capsys):
     (tmp_path / "prefill/sparse_quality_2.json").write_text(json.dumps({"quality": sparse}))
     sections = ("picture", "arithmetic", "documents", "text", "speed", "rebalancing")
     (tmp_path / "neighbours.md").write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in sections))
-    assert call(neighbours, capsys, "page", results)[0] in (None, 0)
+    assert call(neighbours.main, "page", results)[0] in (None, 0)
     page = (tmp_path / "neighbours.md").read_text()
     assert "| operators | read by | expressions | uncut: right, % | as spans | 20% |" in page
     assert page.index("| 20 | `oracle` | 4 | - | 75.0 | 50.0 |") < page.index("| 100 | `span` | 4 | 75.0 | - | - |")
@@ -223,12 +222,5 @@ def test_files_may_have_different_shares():
     assert "| 20 | `oracle` | 4 | - | - | 50.0 |" in written and "| 100 | `oracle` | 4 | - | 50.0 | - |" in written
 
 
-def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
-    results = DOCS / "neighbours"
-    shutil.copytree(results, tmp_path / "neighbours", ignore=shutil.ignore_patterns("*.png"))
-    for page in pages.pages_of(results):
-        shutil.copy(page, tmp_path)
-    assert call(neighbours, capsys, "page", tmp_path / "neighbours")[0] in (None, 0)
-    for page in pages.pages_of(results):
-        assert (tmp_path / page.name).read_text() == page.read_text()
-    assert {file.name for file in (tmp_path / "neighbours").rglob("*")} == {file.name for file in results.rglob("*")}
+def test_the_page_is_what_the_stored_results_say(tmp_path):
+    check_tables("neighbours", neighbours.sections, tmp_path)

@@ -18,7 +18,7 @@ from selfspan_jax.config import PRESETS, ModelConfig
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from tests.experiments.reports import call, check_page, take, tuned_run
+from tests.experiments.reports import check_page, take, tuned_run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
 PAGE = "".join(
@@ -102,17 +102,17 @@ def rows_of(page, section):
     return {cells[0]: cells[1:] for line in text.splitlines() if line.startswith("|") if (cells := line.strip("| ").split(" | "))}
 
 
-def test_the_page_is_what_the_stored_results_say(tmp_path, capsys):
+def test_the_page_is_what_the_stored_results_say(tmp_path, call):
     """If this fails, run `python -m experiments.news docs/news`."""
-    check_page(report, "news", tmp_path, capsys, max_bytes=100_000)
+    check_page(report, "news", tmp_path, call, max_bytes=100_000)
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys, there):
+def test_where_nothing_was_run_the_page_says_so(tmp_path, call, there):
     (tmp_path / "out.md").write_text(PAGE)
     if there:
         (tmp_path / "out").mkdir()
-    status, out, _ = call(report, capsys, tmp_path / "out")
+    status, out, _ = call(report.main, tmp_path / "out")
     assert status == 0 and "0 runs of 0 variants" in out
     page = (tmp_path / "out.md").read_text()
     for section in ("scores", "own", "reading", "speed", "training", "commands"):
@@ -121,7 +121,7 @@ def test_where_nothing_was_run_the_page_says_so(tmp_path, capsys, there):
     assert page.count(": not trained") == len(report.EXPERIMENT.variants) and not list(tmp_path.rglob("*.png"))
 
 
-def test_an_evaluation_of_an_untrained_model_is_taken_as_it_was_written(written, tmp_path, capsys):
+def test_an_evaluation_of_an_untrained_model_is_taken_as_it_was_written(written, tmp_path, call):
     """Whatever `evaluation.report` names, also where there is nothing to take a mean of."""
     (tmp_path / "raw").mkdir()
     (tmp_path / "out.md").write_text(PAGE)
@@ -129,40 +129,40 @@ def test_an_evaluation_of_an_untrained_model_is_taken_as_it_was_written(written,
     for seed, values in enumerate([written, written | nothing]):
         (tmp_path / "raw" / f"span-{seed}.run.json").write_text(json.dumps(run_of("span", seed)))
         (tmp_path / "raw" / f"span-{seed}.eval.json").write_text(json.dumps(values))
-    page = take(report, tmp_path, capsys)
+    page = take(report, tmp_path, call)
     assert f"{100 * written['attended_fraction_body']:.1f}%" == rows_of(page, "reading")["`span`"][0]
     assert rows_of(page, "scores")["`span`"][0] == "4"
     assert "first" not in json.loads((tmp_path / "out" / "span-0.eval.json").read_text())
 
 
 @pytest.mark.parametrize(("span", "control"), [("span", "dense"), ("smollm2", "smollm2_dense")])
-def test_targets_are_judged_against_the_control_of_the_same_kind(place, capsys, span, control):
+def test_targets_are_judged_against_the_control_of_the_same_kind(place, call, span, control):
     other = "smollm2" if span == "span" else "span"
     path = place(span, rougeL=0.7021, attended_fraction_body=0.249)
     place(other, rougeL=0.9, attended_fraction_body=0.9)
-    targets = rows_of(take(report, path, capsys), "targets")
+    targets = rows_of(take(report, path, call), "targets")
     assert targets[f"`{span}`: ROUGE-L less than 0.5 below that of `{control}`"] == ["-", "-", "not run"]
     place(control, rougeL=0.7070, attended_fraction_body=1.0)
-    targets = rows_of(take(report, path, capsys), "targets")
+    targets = rows_of(take(report, path, call), "targets")
     assert targets[f"`{span}`: ROUGE-L less than 0.5 below that of `{control}`"] == ["70.20", "70.21", "yes"]
     assert targets[f"`{span}`: {READS}"] == ["25%", "24.9%", "yes"] and targets[f"`{other}`: {READS}"] == ["25%", "90.0%", "**no**"]
 
 
-def test_targets_that_are_missed_are_said_to_be(place, capsys):
+def test_targets_that_are_missed_are_said_to_be(place, call):
     path = place("span", rougeL=0.7019, attended_fraction_body=0.25)
     place("dense", rougeL=0.7070)
-    targets = rows_of(take(report, path, capsys), "targets")
+    targets = rows_of(take(report, path, call), "targets")
     assert targets["`span`: ROUGE-L less than 0.5 below that of `dense`"] == ["70.20", "70.19", "**no**"]
     assert targets[f"`span`: {READS}"] == ["25%", "25.0%", "**no**"]
 
 
-def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, trained, capsys):
+def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, trained, call):
     """The last one of metrics.jsonl, and only if it is of the last step."""
     path = place("span", rougeL=0.7100)
     trained("span", 0.7000)
     trained("dense", 0.7040, attended_fraction=1.0)
     trained("prompt", 0.9, last=10)
-    page = take(report, path, capsys)
+    page = take(report, path, call)
     assert rows_of(page, "targets")["`span`: ROUGE-L less than 0.5 below that of `dense`"] == ["69.90", "70.00", "yes"]
     own = rows_of(page, "own")
     assert own.keys() == {"variant", "---", "`span`", "`dense`"} and "`dense`" not in rows_of(page, "scores")
@@ -171,11 +171,11 @@ def test_a_runs_own_evaluation_stands_in_where_a_control_has_no_other(place, tra
     assert cells["all facts right"] == "4" and "- scores, reading and speed: all but `span` with seed 0\n" in page
 
 
-def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
+def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, call):
     place("span", 0, rouge1=0.5, rougeL=0.625, all_facts_right=0.98, num_examples=100, attended_tokens_body=40.0)
     path = place("span", 1, rouge1=0.5, rougeL=0.5, all_facts_right=0.9, num_examples=200, attended_tokens_body=50.0)
     place("dense", fact_accuracy=0.123, finished_fraction=1.0, header_share=0.25)
-    page = take(report, path, capsys)
+    page = take(report, path, call)
     head, span, dense = (rows_of(page, "scores")[name] for name in ("variant", "`span`", "`dense`"))
     cells = dict(zip(head, span, strict=True))
     assert cells["summaries"] == "300" and cells["ROUGE-1"] == "50.0" and cells["ROUGE-L"] == "56.2"
@@ -187,12 +187,12 @@ def test_scores_are_means_over_seeds_and_summaries_are_pooled(place, capsys):
     assert "- `prompt`" in page and "- scores, reading and speed: " not in page
 
 
-def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
+def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, call):
     place("span", rates=[(64, 10.0), (256, 60.0), (1000, 50.0)])
     place("smollm2", rates=[(64, 10.0)])
     place("smollm2", 1, rates=[(64, 20.0), (128, 50.0)])
     path = place("dense", rates=[(64, 40.0), (256, 30.0)])
-    page = take(report, path, capsys)
+    page = take(report, path, call)
     lines = [line for line in page.splitlines() if re.match(r"\| `\w+` \| \d+ \| [\d.]+ \| [\d,]+ \| \S", line)]
     assert lines[:3] == [
         "| `span` | 64 | 10.0 | 500 | - |",
@@ -208,14 +208,14 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, capsys):
     assert "# span, seed 0: trained at commit abc, evaluated on one some GPU, JAX 1.0" in page
 
 
-def test_fine_tuned_models_have_a_panel_of_their_own(place, trained, capsys):
+def test_fine_tuned_models_have_a_panel_of_their_own(place, trained, call):
     path = place("span")
-    assert "scores.png" not in take(report, path, capsys) and not list(path.rglob("*.png"))
+    assert "scores.png" not in take(report, path, call) and not list(path.rglob("*.png"))
     trained("span", 0.5)
-    assert "(out/scores.png)" in take(report, path, capsys) and (path / "out" / "loss.png").exists()
+    assert "(out/scores.png)" in take(report, path, call) and (path / "out" / "loss.png").exists()
     one = width(path / "out" / "scores.png")
     trained("smollm2", 0.5)
-    take(report, path, capsys)
+    take(report, path, call)
     assert width(path / "out" / "scores.png") > one
 
 
@@ -228,10 +228,10 @@ BAD = {
 
 
 @pytest.mark.parametrize(("changes", "without", "message"), BAD.values(), ids=BAD)
-def test_what_does_not_fit_is_said_in_one_line(written, place, capsys, changes, without, message):
+def test_what_does_not_fit_is_said_in_one_line(written, place, call, changes, without, message):
     path = place("span")
     values = {key: value for key, value in (written | changes).items() if key not in without}
     (path / "raw" / "span-0.eval.json").write_text(json.dumps(values))
-    status, _, err = call(report, capsys, path / "out", "--take", path / "raw", "--commit", "abc")
+    status, _, err = call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not (path / "out").exists()

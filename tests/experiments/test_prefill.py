@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +11,13 @@ from flax import nnx
 from benchmarks.shapes import PROMPT_SHAPES
 from data import arithmetic
 from data.vocab import Vocab
-from experiments import pages, prefill, prefill_tables
+from experiments import prefill, prefill_tables
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from tests.experiments.reports import call
+from tests.experiments.reports import check_tables
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB
-
-ROOT = Path(__file__).parents[2]
 
 
 class Letters:
@@ -43,12 +39,12 @@ def texts(tmp_path):
     return tmp_path / "texts"
 
 
-def test_quality_is_that_of_one_forward_after_each_prefill(texts, monkeypatch, tmp_path, capsys):
+def test_quality_is_that_of_one_forward_after_each_prefill(texts, monkeypatch, tmp_path, call):
     model = random_model(num_layers=1, max_context_tokens=1024, prompt_view="causal", header_view="all")
     lm = SpanLM(model, Letters())
     monkeypatch.setattr(prefill.SpanLM, "load", lambda *_, **__: lm)
     options = ["--tokens", 392, "--continuation", 8, "--num-texts", 2, "--sample-1", "1.0", "--sample-2", "0.1", "--blocks", "1.0"]
-    status, out, err = call(prefill, capsys, "quality", "model", texts, *options, "--json", tmp_path / "quality.json")
+    status, out, err = call(prefill.main, "quality", "model", texts, *options, "--json", tmp_path / "quality.json")
     assert (status or 0) == 0, err
     report = json.loads((tmp_path / "quality.json").read_text())
     rows = {(row["selector"], row["threshold"]): row for row in report["quality"]}
@@ -72,11 +68,11 @@ def test_quality_is_that_of_one_forward_after_each_prefill(texts, monkeypatch, t
         (["--tokens", 392, "--num-texts", 9], "--num-texts is 9: 4 documents give only 2 texts of 392 tokens"),
         (["--tokens", "392,256"], "--tokens is 256; allowed: above the 256 of the continuation"),
     ):
-        status, _, err = call(prefill, capsys, "quality", "model", texts, *options)
+        status, _, err = call(prefill.main, "quality", "model", texts, *options)
         assert status == 2 and err == f"error: {told}\n"
 
 
-def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, capsys):
+def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, call):
     """Everything kept gives what dense prefill gives."""
     task = arithmetic.ArithmeticTask(vocab=Vocab(64))
     vocab = SpanVocab(**task.vocab.span_ids())
@@ -84,7 +80,7 @@ def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, capsys):
     lm = SpanLM(Decoder(config, vocab=vocab, vocab_size=vocab.min_vocab_size, rngs=nnx.Rngs(0)), task)
     monkeypatch.setattr(prefill.SpanLM, "load", lambda *_, **__: lm)
     sizes = ["--ops", 40, "--num-examples", 2, "--batch-size", 2, "--prefill-tokens", 1024, "--selectors", "sample 1", "--sample-1", "1.0"]
-    status, out, err = call(prefill, capsys, "tasks", "model", *sizes, "--json", tmp_path / "tasks.json")
+    status, out, err = call(prefill.main, "tasks", "model", *sizes, "--json", tmp_path / "tasks.json")
     assert (status or 0) == 0, err
     report = json.loads((tmp_path / "tasks.json").read_text())
     rows = {(row["selector"], row["threshold"]): row for row in report["tasks"]}
@@ -96,18 +92,18 @@ def test_tasks_are_scored_after_each_prefill(monkeypatch, tmp_path, capsys):
     (some,) = task.held_out(3, seed=1, ops=[(40, 40)]).values()  # of a corpus: those that fit, in whole batches
     monkeypatch.setattr(prefill.examples, "stored", lambda *_: (task, {"c": some}, {"data": "c", "split": "test", "warnings": []}))
     stored = [*sizes[2:], "--data", tmp_path, "--json", tmp_path / "stored.json"]
-    status, _, err = call(prefill, capsys, "tasks", "model", *stored)
+    status, _, err = call(prefill.main, "tasks", "model", *stored)
     assert (status or 0) == 0, err
     again = json.loads((tmp_path / "stored.json").read_text())
     assert again["tasks"] == report["tasks"] and (again["data"], again["split"]) == ("c", "test")
     lm.model.config = dataclasses.replace(lm.model.config, max_context_tokens=300)
-    status, _, err = call(prefill, capsys, "tasks", "model", *stored)
+    status, _, err = call(prefill.main, "tasks", "model", *stored)
     assert status == 2 and err == f"error: --batch-size is 2: of {tmp_path} only 0 examples fit into 300 tokens\n"
 
     lm.model.config = dataclasses.replace(lm.model.config, prompt_view="local")
-    status, _, err = call(prefill, capsys, "tasks", "model", *sizes)
+    status, _, err = call(prefill.main, "tasks", "model", *sizes)
     assert status == 2 and err == "error: model reads its prompts by labels, not causally: there is nothing to choose\n"
-    status, _, err = call(prefill, capsys, "tasks", "model", "--num-examples", 3, "--batch-size", 2)
+    status, _, err = call(prefill.main, "tasks", "model", "--num-examples", 3, "--batch-size", 2)
     assert status == 2 and err == "error: --num-examples is 3; allowed: multiples of --batch-size=2\n"
 
 
@@ -184,13 +180,13 @@ FILES = {  # what each command writes, and lines of the tables made of it
 }
 
 
-def test_the_page_has_a_table_of_every_file_and_keeps_what_has_none(tmp_path, capsys):
+def test_the_page_has_a_table_of_every_file_and_keeps_what_has_none(tmp_path, call):
     (tmp_path / "page").mkdir()
     for name, (report, _) in FILES.items():
         (tmp_path / "page" / f"{name}.json").write_text(json.dumps(DEVICE | report))
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- {name} -->\nas it was\n<!-- end -->\n" for name in prefill_tables.SECTIONS))
-    status, _, err = call(prefill, capsys, "page", tmp_path / "page")
+    status, _, err = call(prefill.main, "page", tmp_path / "page")
     assert (status or 0) == 0, err
     written = page.read_text()
     for name, (_, lines) in FILES.items():
@@ -200,13 +196,8 @@ def test_the_page_has_a_table_of_every_file_and_keeps_what_has_none(tmp_path, ca
     assert (tmp_path / "page" / prefill_tables.PLOT).stat().st_size > 1000
 
 
-def test_the_page_is_the_one_made_of_its_files(tmp_path):
-    found = pages.pages_of(ROOT / "docs/prefill")
-    for page in found:
-        shutil.copy(page, tmp_path)
-    pages.fill_pages(tmp_path / "prefill", prefill_tables.sections(ROOT / "docs/prefill"))
-    for page in found:
-        assert (tmp_path / page.name).read_text() == page.read_text(), "python -m experiments.prefill page docs/prefill"
+def test_the_page_is_what_the_stored_results_say(tmp_path):
+    check_tables("prefill", prefill_tables.sections, tmp_path)
 
 
 @pytest.mark.parametrize("share, num_tiles, near", [(1.0, 8, 7), (0.5, 8, 2), (0.01, 8, 1), (1.0, 1, 1), (0.75, 2, 1)])

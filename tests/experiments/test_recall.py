@@ -12,7 +12,6 @@ from experiments.recall import PIECE, SEGMENT, VOCAB, Corpus
 from selfspan_jax.config import AttentionViews
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import attention_mask
-from tests.experiments.reports import call
 from tests.selfspan_jax.reference import Reference
 
 KEY, ITEM = range(4, 36), range(36, 36 + 32 * 16)
@@ -93,8 +92,8 @@ def test_steps_of_training_may_name_nothing():
 
 
 @pytest.mark.parametrize("option, value", [("segments", 300), ("segments", 0), ("unnamed", 2), ("gap-scales", -1)])
-def test_what_has_no_labels_is_refused_before_training(option, value, tmp_path, capsys):
-    status, _, err = call(recall, capsys, "train", "--system", "spans", "--json", tmp_path / "own.json", f"--{option}", value)
+def test_what_has_no_labels_is_refused_before_training(option, value, tmp_path, call):
+    status, _, err = call(recall.main, "train", "--system", "spans", "--json", tmp_path / "own.json", f"--{option}", value)
     assert status == 2 and err.startswith(f"error: --{option} is {value}") and len(err.splitlines()) == 1
 
 

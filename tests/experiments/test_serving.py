@@ -1,12 +1,10 @@
 """The tables of docs/serving.md: each cell is of its file, and what was not run stays as it is."""
 
 import json
-import shutil
-from pathlib import Path
 
-from experiments import pages, serving
+from experiments import serving
+from tests.experiments.reports import check_tables
 
-ROOT = Path(__file__).parents[2]
 HEADER = {"device": "H100", "versions": {"jax": "0.11.2"}}
 LATENCIES = {f"{name}_ms_{q}": 1.25 for name in ("first_token", "between_events", "whole") for q in ("p50", "p99")}
 
@@ -56,12 +54,5 @@ def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
     assert set(found) == {"targets", "mixed", "equal", "stalls", "rates"}  # of the other files nothing is known
 
 
-def test_the_tables_of_the_pages_are_those_of_their_files(tmp_path):
-    found = pages.pages_of(ROOT / "docs/serving")
-    assert len(found) == 2
-    for page in found:
-        shutil.copy(page, tmp_path)
-    shutil.copytree(ROOT / "docs/serving", tmp_path / "serving")
-    serving.Page(tmp_path / "serving").run()
-    for page in found:
-        assert (tmp_path / page.name).read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+def test_the_page_is_what_the_stored_results_say(tmp_path):
+    check_tables("serving", serving.sections, tmp_path)

@@ -47,16 +47,6 @@ def task():
     return news.NewsTask(news.train_vocab([" ".join(pair.values()) for pair in PAIRS], vocab_tokens=600, num_labels=128))
 
 
-def run(capsys, *arguments):
-    """(exit status, stdout, stderr)."""
-    try:
-        data_main(["news", *map(str, arguments)])
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
-
-
 def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -86,9 +76,9 @@ def write_rows(path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_files_become_corpora_and_the_card_counts_what_was_dropped(tmp_path, capsys, suffix):
+def test_files_become_corpora_and_the_card_counts_what_was_dropped(tmp_path, call, suffix):
     write_rows(tmp_path / f"rows{suffix}")
-    assert run(capsys, "--source", tmp_path / f"rows{suffix}", "--split", "all", "--out", tmp_path / "out")[0] == 0
+    assert call(data_main, "news", "--source", tmp_path / f"rows{suffix}", "--split", "all", "--out", tmp_path / "out")[0] == 0
     stored = corpus.load(tmp_path / "out", TASKS)
     (row,) = stored.dataset
     assert (row["sources"], len(row["article"])) == ([[0, 2]], 3)
@@ -154,7 +144,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, call, case):
     name, content, options, message = BAD[case]
     source = (tmp_path / name).parent if "/" in name else tmp_path / name
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -162,7 +152,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
         parquet.write_table(content, source)
     else:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    status, out, err = run(capsys, "--source", source, *options, "--out", tmp_path / "new" / "out")
+    status, out, err = call(data_main, "news", "--source", source, *options, "--out", tmp_path / "new" / "out")
     (line,) = [line for line in err.splitlines() if "examples" not in line]
     assert (status, out) == (2, "") and line.startswith("error: ") and message in line
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
@@ -193,17 +183,17 @@ def test_rows_between_two_stray_quotes_are_not_lost_in_silence(tmp_path, capsys,
     assert said.count("\n") == (line is not None) and (line or "") in said
 
 
-def test_a_file_that_is_not_there(tmp_path, capsys):
-    status, _, err = run(capsys, "--source", tmp_path / "none.jsonl", "--out", tmp_path / "out")
+def test_a_file_that_is_not_there(tmp_path, call):
+    status, _, err = call(data_main, "news", "--source", tmp_path / "none.jsonl", "--out", tmp_path / "out")
     assert status == 2 and "none.jsonl: No such file or directory" in err and not list(tmp_path.iterdir())
-    status, _, err = run(capsys, "--source", "synthetic", "--split", "dev", "--out", tmp_path / "out")
+    status, _, err = call(data_main, "news", "--source", "synthetic", "--split", "dev", "--out", tmp_path / "out")
     assert status == 2 and "split is 'dev'; allowed: train, test" in err and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------- what is replaced, dropped, counted
 
 
-def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import(tmp_path, capsys):
+def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import(tmp_path, call):
     """One row of each kind among good ones; the numbers are those of the rows below."""
     rows = [
         MAYOR,
@@ -226,7 +216,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import
     ]
     (tmp_path / "rows.jsonl").write_text(json_lines(rows))
     options = ["--split", "all", "--max-prompt-tokens", 300, "--num-labels", 100, "--vocab-tokens", 300]
-    status, out, _ = run(capsys, "--source", tmp_path / "rows.jsonl", *options, "--out", tmp_path / "out")
+    status, out, _ = call(data_main, "news", "--source", tmp_path / "rows.jsonl", *options, "--out", tmp_path / "out")
     counts = {
         "read": 17,
         "written": 7,
@@ -408,14 +398,14 @@ def test_splits_depend_on_neither_the_order_of_rows_nor_workers_nor_the_locale(d
     assert "Oaktön" in str(theirs)
 
 
-def test_one_split_alone_is_the_one_of_the_whole_and_all_is_undivided(divided, tmp_path, capsys):
+def test_one_split_alone_is_the_one_of_the_whole_and_all_is_undivided(divided, tmp_path, call):
     whole = corpus.load(divided / "corpus", TASKS, split="test")
     options = ["--source", divided / "rows.jsonl", "--vocab-tokens", 600]
-    assert run(capsys, *options, "--split", "test", "--out", tmp_path / "test")[0] == 0
+    assert call(data_main, "news", *options, "--split", "test", "--out", tmp_path / "test")[0] == 0
     alone = corpus.load(tmp_path / "test", TASKS)
     assert [list(x.token_ids) for x in alone] == [list(x.token_ids) for x in whole] and alone.split == "test"  # the vocabulary too
     assert corpus.fingerprint(tmp_path / "test") != corpus.fingerprint(divided / "corpus")
-    assert run(capsys, *options, "--split", "all", "--num-examples", 5, "--out", tmp_path / "all")[0] == 0
+    assert call(data_main, "news", *options, "--split", "all", "--num-examples", 5, "--out", tmp_path / "all")[0] == 0
     everything = corpus.load(tmp_path / "all", TASKS)
     assert [x.prompt for x in everything] == ["\n\n".join(story.article) for story in STORIES[:5]]
     with pytest.raises(UserError, match="has no validation split, only all: --split all leaves nothing to be held out"):
@@ -424,12 +414,12 @@ def test_one_split_alone_is_the_one_of_the_whole_and_all_is_undivided(divided, t
         corpus.load(tmp_path / "all", TASKS, split="test")
 
 
-def test_a_file_without_an_article_of_train_is_refused(tmp_path, capsys):
+def test_a_file_without_an_article_of_train_is_refused(tmp_path, call):
     text = next(t for t in (f"Article {i} of many. It rained." for i in itertools.count()) if streams.divided_split_of(t) == "test")
     (tmp_path / "rows.jsonl").write_text(json_lines([{"article": text, "summary": text}]))
-    status, _, err = run(capsys, "--source", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    status, _, err = call(data_main, "news", "--source", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
     assert status == 2 and "no example falls to the train split, of test: too few to be divided; try --split all" in err
-    status, _, err = run(capsys, "--source", tmp_path / "rows.jsonl", "--split", "train", "--out", tmp_path / "out")
+    status, _, err = call(data_main, "news", "--source", tmp_path / "rows.jsonl", "--split", "train", "--out", tmp_path / "out")
     assert status == 2 and "none of its articles falls to the train split" in err and not (tmp_path / "out").exists()
 
 
@@ -484,10 +474,10 @@ def test_a_column_that_nobody_needs_may_be_damaged(tmp_path):
         list(sources.read_pairs(str(file), article_column="other"))
 
 
-def test_files_of_a_directory_are_the_splits_that_they_are_named_after(tmp_path, capsys):
+def test_files_of_a_directory_are_the_splits_that_they_are_named_after(tmp_path, call):
     for name, pairs in {"train-1": PAIRS[:5], "train-2": PAIRS[5:9], "test": PAIRS[9:12]}.items():
         (tmp_path / f"{name}.jsonl").write_text(json_lines(pairs))
-    assert run(capsys, "--source", tmp_path, "--out", tmp_path / "out")[0] == 0
+    assert call(data_main, "news", "--source", tmp_path, "--out", tmp_path / "out")[0] == 0
     assert articles(tmp_path / "out") == {
         "train": ["\n\n".join(story.article) for story in STORIES[:9]],
         "test": ["\n\n".join(story.article) for story in STORIES[9:12]],
@@ -538,10 +528,10 @@ def test_a_data_set_that_fails_on_the_way_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     "rows", [[{"article": "word " * 3000, "summary": "word."}], [{**MAYOR, "article": "\ud83d"}]], ids=["long", "surrogate"]
 )
-def test_workers_say_what_is_said_without(rows, tmp_path, capsys):
+def test_workers_say_what_is_said_without(rows, tmp_path, call):
     (tmp_path / "rows.jsonl").write_text(json_lines(rows * 3))
     said = [
-        run(capsys, "--source", tmp_path / "rows.jsonl", "--split", "all", "--workers", workers, "--out", tmp_path / "out")
+        call(data_main, "news", "--source", tmp_path / "rows.jsonl", "--split", "all", "--workers", workers, "--out", tmp_path / "out")
         for workers in (0, 2)
     ]
     assert said[0][0] == 2 and said[0][2].splitlines()[-1] == said[1][2].splitlines()[-1] and said[0][:2] == said[1][:2]

@@ -227,23 +227,6 @@ def test_a_vocabulary_that_cannot_write_expressions_or_is_damaged_is_refused():
 # The command lines.
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            with jax.numpy_dtype_promotion("standard"):
-                main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 TOY_OPTIONS = {
     **{"--steps": 4, "--warmup-steps": 1, "--batch-size": 2, "--sequence-tokens": 128, "--max-ops": 3, "--num-labels": 8},
     **{"--checkpoint-every-steps": 2, "--log-every-steps": 1, "--eval-examples": 0, "--workers": 0},
