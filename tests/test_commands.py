@@ -527,7 +527,7 @@ def test_what_the_user_of_train_got_wrong_is_said_in_one_line(call, tmp_path):
         "unknown preset": (["arithmetic-huge", "--run-dir", tmp_path / "a"], "arithmetic-huge"),
         "no run directory": (["arithmetic-tiny"], "--run-dir"),
         "another config": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--seed", 5], "another config: --seed is 0 there, 5 here"),
-        "another packing": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--data-parts", 2], "--data-parts is None there, 2 here"),
+        "another packing": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--data-parts", 2], "--data-parts is 1 there, 2 here"),
         "parts that do not divide": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--data-parts", 3], "divisors of --batch"),
         "no such hosts": (["arithmetic-tiny", "--run-dir", tmp_path / "a", *TOY, "--hosts", "node1"], "allowed: auto, or HOST:PORT,N,I"),
         "another mask": (["arithmetic-tiny", "--run-dir", run_dir, *TOY, "--mask", "dense"], "mask is 'span' there, 'dense' here"),

@@ -12,11 +12,11 @@ import pytest
 
 from data import dataset as corpus
 from data import news, scoring
+from data.__main__ import main as data_main
 from data.alignment import Alignment, split_sentences, words
 from data.news import synthetic
 from data.news.facts import fact_scores, stated
 from data.tasks import TASKS
-from tests.data.news.test_sources import run
 
 STORIES = [synthetic.draw(f"tests/{i}") for i in range(150)]
 
@@ -299,8 +299,8 @@ def test_span_scores_by_hand():
 # -------------------------------------------------------------------------------------------------- command
 
 
-def test_a_synthetic_corpus_is_read_back(tmp_path, capsys):
-    assert run(capsys, "--num-examples", 30, "--out", tmp_path / "out")[0] == 0
+def test_a_synthetic_corpus_is_read_back(tmp_path, call):
+    assert call(data_main, "news", "--num-examples", 30, "--out", tmp_path / "out")[0] == 0
     stored = corpus.load(tmp_path / "out", TASKS)
     expected = {x.prompt: x for x in itertools.islice(news.Corpus().stream(seed=0), 30)}
     for example in itertools.islice(stored.stream(seed=1), 30):
