@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import glob
 import gzip
@@ -28,7 +27,7 @@ from selfspan_jax.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STDIN, _STDOUT = 0, 1
+_STDIN, _STDOUT = 0, 1  # descriptors
 _PICTURES = (".png", ".svg", ".pdf")
 MAX_PROGRAM_BYTES = 2 * 2**30  # of compiled programs that are kept
 MAX_JSON_BYTES = 2**28
@@ -124,15 +123,15 @@ def write_bytes(file: Path, content: bytes) -> None:
     """Write a file in place of an older one, and the directories that it lies in.
 
     A regular file is written atomically, and keeps its mode and owner; a link stays, what it points to is written. Pipes and
-    devices are written through. `-` is standard output; /dev/stdout and /dev/fd/N are the open descriptors.
+    devices are written through. `-` and /dev/stdout are standard output.
 
     Raises: UserError that says why the file cannot be written; nothing partial is left. BrokenPipeError where a reader has gone.
     """
     try:
-        if (descriptor := _descriptor(file)) is not None:
-            if descriptor == _STDOUT and sys.__stdout__:
+        if _is_stdout(file):
+            if sys.__stdout__:
                 sys.__stdout__.flush()
-            with os.fdopen(os.dup(descriptor), "wb") as stream:
+            with os.fdopen(os.dup(_STDOUT), "wb") as stream:
                 stream.write(content)
         elif (there := _status(file)) is None or stat.S_ISREG(there.st_mode):
             _replace(Path(os.path.realpath(file)), content, there)
@@ -187,19 +186,19 @@ def outputs(**files: Path | None) -> Iterator[None]:
     Raises: UserError that names the option.
     """
     given = {name: file for name, file in files.items() if file is not None}
-    names: dict[Any, str] = {}
+    names: dict[str, str] = {}
     for name, file in given.items():
         if name == "plot":
             _picture_format(file)
         try:
-            descriptor = _check_writable(file)
+            _check_writable(file)
         except OSError as error:
             raise UserError(f"{name} is {file}, which cannot be written: {error.strerror}") from None
-        if descriptor is None and not _is_regular(file):
+        if not (_is_stdout(file) or _is_regular(file)):
             continue  # a pipe or device takes several
-        if (other := names.setdefault(os.path.realpath(file) if descriptor is None else descriptor, name)) != name:
+        if (other := names.setdefault("-" if _is_stdout(file) else os.path.realpath(file), name)) != name:
             raise UserError(f"{name} is {file}, as is {other}: give each a file of its own")
-    with contextlib.redirect_stdout(sys.stderr) if _STDOUT in names else contextlib.nullcontext():
+    with contextlib.redirect_stdout(sys.stderr) if "-" in names else contextlib.nullcontext():
         yield
 
 
@@ -207,9 +206,8 @@ def outputs(**files: Path | None) -> Iterator[None]:
 def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
     """Create a directory atomically; with `replace`, in place of an older one, which stays until the new one is whole.
 
-    On Linux the two change places in one step (renameat2), so that there is a whole one under the name at every moment. Elsewhere,
-    and on file systems without that step, the older one is renamed first: a process that is killed between the two renames leaves it
-    as `.NAME.PID.old`, and the next call puts it back. A link stays, the directory that it points to is replaced.
+    The older one is renamed first: a process that is killed between the two renames leaves it as `.NAME.PID.old`, and the next call
+    puts it back. A link stays, the directory that it points to is replaced.
 
     Yields: a directory to write to, which takes its name at the end of the block, and is removed if the block fails.
     Raises: FileExistsError if the directory exists and is not to be replaced.
@@ -227,13 +225,11 @@ def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        if not directory.exists():
-            os.rename(partial, directory)
-        elif not _exchange(partial, directory):
-            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+        old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+        if directory.exists():
             os.rename(directory, old)
-            os.rename(partial, directory)
-            shutil.rmtree(old, ignore_errors=True)
+        os.rename(partial, directory)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -283,13 +279,6 @@ def _remove_oldest(directory: Path) -> None:
             total -= status.st_size
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step; False where the system or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
 def _status(file: Path) -> os.stat_result | None:
     try:
         return file.stat()
@@ -297,23 +286,8 @@ def _status(file: Path) -> os.stat_result | None:
         return None
 
 
-def _descriptor(file: Path) -> int | None:
-    """Return the open descriptor that a path names; standard output also where it goes into that very file."""
-    if str(file) == "-":
-        return _STDOUT
-    path = os.path.abspath(file)
-    for _ in range(40):  # as many links as Linux follows
-        directory, name = os.path.split(path)
-        if name.isdecimal() and os.path.realpath(directory) == os.path.realpath("/dev/fd"):
-            return int(name)
-        if not os.path.islink(path):
-            break
-        path = os.path.join(directory, os.readlink(path))
-    with contextlib.suppress(OSError):
-        there, stdout = os.stat(path), os.fstat(_STDOUT)
-        if stat.S_ISREG(there.st_mode) and os.path.samestat(there, stdout):
-            return _STDOUT
-    return None
+def _is_stdout(file: Path) -> bool:
+    return str(file) in ("-", "/dev/stdout")
 
 
 def _replace(file: Path, content: bytes, there: os.stat_result | None) -> None:
@@ -338,11 +312,10 @@ def _replace(file: Path, content: bytes, there: os.stat_result | None) -> None:
             partial.unlink()
 
 
-def _check_writable(file: Path) -> int | None:
-    """Raise OSError for a file that cannot be written; return its descriptor where it is one."""
-    if (descriptor := _descriptor(file)) is not None:
-        os.fstat(descriptor)
-        return descriptor
+def _check_writable(file: Path) -> None:
+    """Raise OSError for a file that cannot be written."""
+    if _is_stdout(file):
+        return
     there = _status(file)
     if there is None:
         directory = Path(os.path.realpath(file)).parent
@@ -351,11 +324,8 @@ def _check_writable(file: Path) -> int | None:
         tempfile.TemporaryFile(dir=directory).close()  # permissions alone do not tell: a mount can be read-only
     elif stat.S_ISDIR(there.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    elif stat.S_ISSOCK(there.st_mode):
-        raise OSError(errno.ENXIO, "it is a socket")
     elif not os.access(file, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    return None
 
 
 def _picture_format(file: Path) -> str:
@@ -366,5 +336,5 @@ def _picture_format(file: Path) -> str:
 
 
 def _is_regular(file: Path) -> bool:
-    """Tell whether a path is, or would become, a regular file that nobody else holds open."""
-    return _descriptor(file) is None and (file.is_file() or not file.exists())
+    """Tell whether a path is, or would become, a regular file."""
+    return not _is_stdout(file) and (file.is_file() or not file.exists())
