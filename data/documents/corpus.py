@@ -28,8 +28,6 @@ UNKNOWN = (-1,)  # the sources that alignment is to find
 
 TooLong = Literal["drop", "cut"]
 Labelling = Literal["pieces", "plain"]
-STYLE = ("closed_sentences", "labelling", "closed_steps", "solve_names", "late_instruction")
-"""What corpora of documents and their tasks set of how prompts and responses are written, beside what all on pieces set."""
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _MIN_OVERLAP = 8  # characters: marked text begins and ends a little beyond its sentences
 
@@ -83,15 +81,12 @@ class Example(streams.Example):
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus(GeneratedCorpus[Example]):
-    """How documents are written.
+class Style:
+    """How prompts and responses are written: what corpora of documents and their tasks set alike.
 
     Attributes:
-      vocab_tokens: Entries of the byte-pair vocabulary, at most.
-      num_labels: Labels of the vocabulary; each piece and each step takes one.
       max_prompt_tokens: Documents with longer prompts are dropped, or cut.
       max_example_tokens: Documents that are longer with their response are dropped: what a row of training has room for.
-      too_long: drop them, or cut them at the end of a piece: then steps rest on what is left.
       piece_sentences: Sentences to a piece (label), within a paragraph; 0: whole paragraphs.
       closed_pieces: End each piece with its `<seg:k>` once more: for header_view="labels".
       closed_sentences: End each sentence of a piece with the piece's `<seg:k>`, not the last one alone.
@@ -101,11 +96,8 @@ class Corpus(GeneratedCorpus[Example]):
       labelling: "pieces" have labels, which steps name; "plain" is the same text without span tokens, steps told apart by `<solve>`.
     """
 
-    vocab_tokens: int = 8192
-    num_labels: int = 512
     max_prompt_tokens: int = 7680
     max_example_tokens: int = 8192
-    too_long: TooLong = "drop"
     piece_sentences: int = 1
     closed_pieces: bool = True
     closed_sentences: bool = False
@@ -114,16 +106,40 @@ class Corpus(GeneratedCorpus[Example]):
     late_instruction: bool = False
     labelling: Labelling = "pieces"
 
+    def check_style(self) -> None:
+        """Raise UserError for what cannot be written so."""
+        check_choice("labelling", self.labelling, Labelling)
+        check_range(self, "max_prompt_tokens", "max_example_tokens", low=MIN_PROMPT_TOKENS)
+        check_range(self, "piece_sentences", low=0)
+        if self.closed_sentences and not self.closed_pieces:
+            raise UserError("closed_sentences is True where closed_pieces is False; allowed: both, as the last sentence ends the piece")
+
+
+STYLE = ("closed_sentences", "labelling", "closed_steps", "solve_names", "late_instruction")
+"""What of a style tells how text is written, beside what all tasks on pieces set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus(Style, GeneratedCorpus[Example]):
+    """How documents are read and written.
+
+    Attributes:
+      vocab_tokens: Entries of the byte-pair vocabulary, at most.
+      num_labels: Labels of the vocabulary; each piece and each step takes one.
+      too_long: drop them, or cut them at the end of a piece: then steps rest on what is left.
+    """
+
+    vocab_tokens: int = 8192
+    num_labels: int = 512
+    too_long: TooLong = "drop"
+
     chunk_examples: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         Vocab(self.num_labels)
+        self.check_style()
         check_choice("too_long", self.too_long, TooLong)
-        check_choice("labelling", self.labelling, Labelling)
         check_range(self, "vocab_tokens", low=MIN_TOKENIZER_TOKENS, high=MAX_TOKENIZER_TOKENS)
-        check_range(self, "max_prompt_tokens", "max_example_tokens", low=MIN_PROMPT_TOKENS)
-        check_range(self, "piece_sentences", low=0)
-        check_closing(self)
 
     def parts(self, document: Document, number: int, uniform: float | None) -> list[Part]:
         """Return what a step names and writes, in turn."""
@@ -147,12 +163,6 @@ class Corpus(GeneratedCorpus[Example]):
 def whole(step: Step) -> list[Part]:
     """Return a step as one part, which names all of its sources."""
     return [(tuple(dict.fromkeys(step.sources)), step.text)]
-
-
-def check_closing(settings: Any) -> None:
-    """Raise UserError where sentences of pieces are closed, and pieces are not."""
-    if settings.closed_sentences and not settings.closed_pieces:
-        raise UserError("closed_sentences is True where closed_pieces is False; allowed: both, as the last sentence ends the piece")
 
 
 def _not_generated() -> UserError:

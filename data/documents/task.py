@@ -13,7 +13,7 @@ import numpy.typing as npt
 from data import scoring, spans, task
 from data.documents import card, corpus, own
 from data.documents.corpus import MARK, Document, Evidence, Example, Step, split_pieces
-from data.errors import UserError, check_choice
+from data.errors import UserError
 from data.pieces import Part, PiecesTask, Written, encode_prompt, style, without_span_tokens
 from data.retrieval import BM25
 
@@ -22,31 +22,15 @@ Sources = Literal["order", "gold", "bm25", "random", "recent"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DocumentTask(PiecesTask):
+class DocumentTask(corpus.Style, PiecesTask):
     """Turn documents into ids, and responses into steps; for corpora of JSONL files, and the base of tasks on real text.
 
     Attributes:
-      max_example_tokens: Most tokens of an example, its response included.
-      piece_sentences: Sentences to a piece, within a paragraph; 0: whole paragraphs.
-      closed_sentences: Each sentence of a piece ends with the piece's `<seg:k>`.
-      closed_steps: Each step of a response ends with its `<seg:k>` once more.
-      solve_names: The first step's first source that is no question is named before the step as well.
-      late_instruction: The instruction stands once more before `<solve>`, in label 0, which all steps see.
-      labelling: "plain": text without span tokens, its steps told apart by `<solve>`.
       source: the file or directory that the corpus was read from.
       trained_tasks: The tasks whose prompts the model was trained on, with commas; "": those of this task, or it is not known.
     """
 
-    max_prompt_tokens: int = 7680
-    closed_pieces: bool = True
     source: str = ""
-    max_example_tokens: int = 8192
-    piece_sentences: int = 1
-    closed_sentences: bool = False
-    closed_steps: bool = False
-    solve_names: bool = False
-    late_instruction: bool = False
-    labelling: corpus.Labelling = "pieces"
     trained_tasks: str = ""
 
     name: ClassVar[str] = "documents"
@@ -73,12 +57,12 @@ class DocumentTask(PiecesTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.piece_sentences) is not int or self.piece_sentences < 0:
-            raise UserError(f"piece_sentences is {self.piece_sentences!r}; allowed: whole numbers from 0")
-        check_choice("labelling", self.labelling, corpus.Labelling)
+        for name in ("max_example_tokens", "piece_sentences"):
+            if type(value := getattr(self, name)) is not int:
+                raise UserError(f"{name} is {value!r}; allowed: whole numbers")
         if not isinstance(self.trained_tasks, str):
             raise UserError(f"trained_tasks is {self.trained_tasks!r}; allowed: names of tasks, with commas between them")
-        corpus.check_closing(self)
+        self.check_style()
 
     @property
     def is_generated(self) -> bool:
