@@ -28,12 +28,12 @@ from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
 from experiments import neighbours_tables, pages, recall
-from experiments.prefill import check_texts, concatenated, device_header, losses_of, name_of, summary
+from experiments.prefill import ModelAndTexts, check_texts, concatenated, device_header, losses_of, name_of, summary
 from experiments.presses import ModelAndCorpus, Presses, chosen
 from experiments.rebalancing import Rebalancing
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, Window, get_policy
-from selfspan_jax.config import DecodeConfig, Dtype
+from selfspan_jax.config import DecodeConfig
 from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS, wilson
@@ -323,21 +323,11 @@ def timed(lm: SpanLM, some: Sequence[Any], kinds: Sequence[str], count: int, num
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text(Sweep):
-    """Score the continuation of real text when each of its tokens reads few rows."""
+class Text(ModelAndTexts, Sweep):
+    """Score the continuation of real text when each of its tokens reads few rows; all texts are read in one batch."""
 
-    model: Positional[Path]
-    """As `decode.py` takes it: its prompts must be read causally."""
-    texts: Positional[tuple[Path, ...]]
-    """Text files, or directories of them (*.txt)."""
     tokens: int = 8192
     """Of each text, continuation included."""
-    continuation: int = 256
-    """Last tokens, which are scored."""
-    num_texts: int = 8
-    """Texts, no document in two of them, all read in one batch."""
-    dtype: Dtype | None = None
-    """What activations and products are computed in; by default as the model is stored."""
 
     kind: ClassVar[str] = "text"
 

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import rebalancing
-from experiments.pages import conditions, markdown_table
+from experiments.pages import Reports, Row, conditions, markdown_table
 from selfspan_jax import files
 
-Row = dict[str, Any]
-Reports = list[tuple[Path, Row]]
 PICTURE = "quality.png"
 SCORES = {"papers": ("rougeL", "ROUGE-L"), "verdicts": ("verdict_accuracy", "right verdicts, %"), "stories": ("rougeL", "ROUGE-L")}
 """What each corpus of documents is judged by, in hundredths, and what a table calls it."""

@@ -93,9 +93,14 @@ Columns = Sequence[tuple[str, Cell]]
 """The head of each column, and what writes its cells."""
 
 
-def value(key: str, form: str = "", scale: float = 1) -> Cell:
+def shown(row: Row, key: str, form: str = "", scale: float = 1) -> str:
     """Write a value of a row in a format, times a scale; "-" where it has none."""
-    return lambda row: "-" if row.get(key) is None else format(row[key] if scale == 1 else scale * row[key], form)
+    return "-" if row.get(key) is None else format(row[key] if scale == 1 else scale * row[key], form)
+
+
+def value(key: str, form: str = "", scale: float = 1) -> Cell:
+    """Return what writes a value of rows, see `shown`."""
+    return lambda row: shown(row, key, form, scale)
 
 
 def rows_table(rows: Iterable[Row], columns: Columns) -> str:

@@ -82,25 +82,31 @@ class Thresholds:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quality(Thresholds):
-    """Score the continuation of real text after dense and sparse prefill, at several thresholds."""
+class ModelAndTexts:
+    """What comparisons on real text have: a model, and the continuations that it is scored on."""
 
     model: Positional[Path]
     """As `decode.py` takes it: its prompts must be read causally."""
     texts: Positional[tuple[Path, ...]]
     """Text files, or directories of them (*.txt)."""
-    tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (2048, 8192)
-    """Lengths, continuation included."""
     continuation: int = 256
     """Last tokens, which are scored."""
     num_texts: int = 8
     """Texts of each length, no document in two of them."""
+    dtype: Dtype | None = None
+    """What activations and products are computed in; by default as the model is stored."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality(ModelAndTexts, Thresholds):
+    """Score the continuation of real text after dense and sparse prefill, at several thresholds."""
+
+    tokens: Annotated[tuple[int, ...], commandline.commas(int)] = (2048, 8192)
+    """Lengths, continuation included."""
     batch_size: int = 4
     """Texts that are read together."""
     prefill_tokens: int = DecodeConfig.prefill_tokens
     """Tokens over the batch that go through the model at once."""
-    dtype: Dtype | None = None
-    """What activations and products are computed in; by default as the model is stored."""
 
     def __post_init__(self):
         check_texts(self)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pages import Reports, Row, conditions, each, link, markdown_table, sections_of
+from experiments.pages import Reports, Row, conditions, each, link, markdown_table, sections_of, shown
 from selfspan_jax import files
 
 Writer = Callable[[Reports], str]
@@ -28,10 +28,6 @@ _GIB = 2**30
 def sections(results: Path) -> dict[str, str]:
     """Write each section of the pages whose files there are, by its name."""
     return sections_of(results, SECTIONS)
-
-
-def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
-    return "-" if row.get(key) is None else format(row[key] * scale, form)
 
 
 def _each(head: tuple[str, ...], rows: Callable[[Row], list[list[str]]]) -> Writer:
@@ -67,7 +63,7 @@ PEERS = {"hf-sdpa": "transformers, SDPA"}
 
 
 def _first_tokens(report: Row) -> list[list[str]]:
-    return [[*first_token_cells(row), _number(row, "program_memory_bytes", ".1f", 1 / _GIB)] for row in report["rows"]]
+    return [[*first_token_cells(row), shown(row, "program_memory_bytes", ".1f", 1 / _GIB)] for row in report["rows"]]
 
 
 def first_token_cells(row: Row) -> list[str]:
@@ -77,7 +73,7 @@ def first_token_cells(row: Row) -> list[str]:
         return [*first, f"not run: {row['not_run']}", *["-"] * (len(FIRST_TOKEN) - len(first) - 1)]
     speed = f"{row['time_to_first_token_ms']:,.1f}", f"{row['tokens_per_second']:,.0f}", f"{row['model_flops_per_second'] / 1e12:.0f}"
     pairs = f"{row.get('allowed_fraction', 1):.1%}"
-    return [*first, *speed, _number(row, "percent_of_peak", ".0f") + "%", pairs, _number(row, "kv_memory_bytes", ".2f", 1 / _GIB)]
+    return [*first, *speed, shown(row, "percent_of_peak", ".0f") + "%", pairs, shown(row, "kv_memory_bytes", ".2f", 1 / _GIB)]
 
 
 def _steps(report: Row) -> list[list[str]]:
@@ -88,7 +84,7 @@ def _steps(report: Row) -> list[list[str]]:
             cells.append([*first, f"not run: {row['not_run']}", *["-"] * (len(DECODING) - len(first) - 1)])
             continue
         step = f"{row['attended_tokens']:,.0f}", f"{row['ms_per_step']:.3f}", f"{row['percent_of_roofline']:.0f}%"
-        memory = (_number(row, key, ".1f", 1 / _GIB) for key in ("kv_memory_bytes", "program_memory_bytes"))
+        memory = (shown(row, key, ".1f", 1 / _GIB) for key in ("kv_memory_bytes", "program_memory_bytes"))
         cells.append([*first, *step, f"{row['time_to_first_token_ms']:,.0f}", *memory])
     return cells
 
@@ -103,8 +99,8 @@ def _attention(report: Row) -> list[list[str]]:
         heads = f"N {shape['num_heads']}, K {shape['num_kv_heads']}, H {shape['head_size']}"
         heads += ", float16" if report.get("dtype") == "float16" else ""
         prompts = f"{shape['batch_size']} of {shape['num_queries']:,}" + (f" at {shape['first_query']:,}" if shape["first_query"] else "")
-        speeds = [_number(own.get(name, {}), "flops_per_second", ".3g", 1e-12) for name in IMPLEMENTATIONS]
-        errors = [_number(own.get(name, {}), "relative_error", ".1e") for name in IMPLEMENTATIONS[:3]]
+        speeds = [shown(own.get(name, {}), "flops_per_second", ".3g", 1e-12) for name in IMPLEMENTATIONS]
+        errors = [shown(own.get(name, {}), "relative_error", ".1e") for name in IMPLEMENTATIONS[:3]]
         lines.append([shape["mask"], prompts, heads, *speeds, *errors])
     return lines
 
@@ -155,13 +151,13 @@ def _speed(reports: Reports) -> str:
     def cells(row: Row) -> list[str]:
         kind = str(_QUALITY_NAMES.get(row["prefill"], row["prefill"]))
         alike = (each for each in measured if each["selector"] == kind and abs(each["tiles_kept"] - row["kept"]) < 0.006)
-        mass = "100.0%" if kind == "dense" else _number(next(alike, {}), "retained_mass_mean", ".1%")
+        mass = "100.0%" if kind == "dense" else shown(next(alike, {}), "retained_mass_mean", ".1%")
         first = [f"{row['context_tokens']:,}", kind, f"{row['kept']:.0%}", mass]
         if "not_run" in row:
             return [*first, f"not run: {row['not_run']}", *["-"] * (len(SPEED) - len(first) - 1)]
-        parts = [_number(row.get("device_ms_by_kind", {}), each, ",.0f") for each in _KINDS]
-        times = f"{row['time_to_first_token_ms']:,.0f}", _number(row, "spread_ms", ",.0f"), _number(row, "repetitions", ".0f")
-        return [*first, *times, _number(row, "speedup_over_dense", ".2f"), *parts]
+        parts = [shown(row.get("device_ms_by_kind", {}), each, ",.0f") for each in _KINDS]
+        times = f"{row['time_to_first_token_ms']:,.0f}", shown(row, "spread_ms", ",.0f"), shown(row, "repetitions", ".0f")
+        return [*first, *times, shown(row, "speedup_over_dense", ".2f"), *parts]
 
     return _joined(SPEED, "rows", cells, name="shape")(reports)
 
@@ -224,8 +220,8 @@ def _training(reports: Reports) -> str:
                 if "not_run" in own:
                     lines.append([*first, f"not run: {own['not_run']}", "-", "-", f"{own['memory_gb']:.1f}", *["-"] * len(_KINDS)])
                     continue
-                speed = f"{own['ms_per_step']:.1f}", f"{own['tokens_per_second']:,.0f}", _number(own, "mfu", ".1%")
-                kinds = [_number(own["device_ms_by_kind"], kind, ".1f") for kind in _KINDS]
+                speed = f"{own['ms_per_step']:.1f}", f"{own['tokens_per_second']:,.0f}", shown(own, "mfu", ".1%")
+                kinds = [shown(own["device_ms_by_kind"], kind, ".1f") for kind in _KINDS]
                 lines.append([*first, *speed, f"{own['memory_gb']:.1f}", *kinds])
         told = conditions(report["lengths"][0], report["shape"], f"{report['step_tokens']:,} tokens a step")
         texts.append(f"{told} ({link(file)}):\n\n{markdown_table(TRAINING, lines)}")

@@ -32,6 +32,7 @@ from data import commandline
 from data.errors import check_range
 from data.packing import Batch
 from experiments import pages
+from experiments.pages import Reports
 from experiments.prefill import device_header
 from selfspan_jax import files, training
 from selfspan_jax.attention.sequences import attend_in_training
@@ -47,6 +48,7 @@ _KEY, _ITEM, _NOISE = 4, 4 + KEYS, 4 + KEYS + KEYS * VALUES
 _SEG = _NOISE + NOISE
 LABELS = 1024
 VOCAB = SpanVocab(pad_id=0, bos_id=1, eos_id=2, solve_id=3, seg_base=_SEG, ref_base=_SEG + LABELS, num_labels=LABELS)
+SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_size": 64}
 KINDS = ((1, 5), (3, 2), (8, 1))  # of a row of training: segments of an example's context, examples
 
 
@@ -185,14 +187,6 @@ class Train:
     """Segments of the contexts that are scored; training has 1, 3 and 8."""
     num_examples: int = 128
     """Examples of each length."""
-    hidden_size: int = 256
-    """Width of the model."""
-    num_layers: int = 3
-    """Layers of the model."""
-    num_heads: int = 4
-    """Query heads, and as many kv heads."""
-    head_size: int = 64
-    """Features of a head."""
     dtype: Literal["bf16", "f32"] = "bf16"
     """What activations and products are computed in."""
 
@@ -203,10 +197,8 @@ class Train:
 
     def run(self) -> None:
         spans = self.system == "spans"
-        sizes = {name: getattr(self, name) for name in ("hidden_size", "num_layers", "num_heads", "head_size")}
-        sizes |= {"num_kv_heads": self.num_heads, "intermediate_size": 3 * self.hidden_size, "max_context_tokens": 2**17}
         views = {"header_view": self.header_view, "prompt_window_tokens": self.prompt_window_tokens}
-        config = model_config(self.system, compute_dtype=COMPUTE_DTYPES[self.dtype], **sizes, **views)
+        config = model_config(self.system, compute_dtype=COMPUTE_DTYPES[self.dtype], max_context_tokens=2**17, **SIZES, **views)
         model = Decoder(config, vocab=VOCAB, vocab_size=VOCAB.min_vocab_size, rngs=nnx.Rngs(self.seed))
         if self.names_begin_as_labels:
             begin_as_labels(model, self.seed)
@@ -285,19 +277,8 @@ _FROM = 2  # segments, from which on an item is out of sight of a window and of 
 
 def sections(results: Path) -> dict[str, str]:
     """Write the sections of docs/neighbours-figures.md on models with a memory whose files are in a directory, and their plot."""
-    recalls = [files.read_json(file) for file in sorted(results.glob("recall_*.json"))]
-    expressions = {file.stem.split("_")[1]: files.read_json(file) for file in sorted(results.glob("expressions_*.json"))}
-    benches = [files.read_json(file) for file in sorted(results.glob("bench_*.json"))]
-    found = {}
-    if recalls:
-        recalls.sort(key=lambda report: (SYSTEMS.index(report["system"]), len(_recipe(report)), report["settings"]["seed"]))
-        files.write_picture(results / "recall.png", draw(recalls))
-        found["recall"] = _recall(recalls, results)
-    if expressions:
-        found["memory expressions"] = _expressions(expressions)
-    if benches:
-        found["memory steps"] = _steps(benches)
-    return found
+    writers = {"recall": ("recall_*.json", _recall), "memory expressions": ("expressions_*.json", _expressions)}
+    return pages.sections_of(results, writers | {"memory steps": ("bench_*.json", _steps)})
 
 
 def right(report: dict[str, Any], segments: int, first: int, last: int = 2**31) -> float | None:
@@ -321,7 +302,10 @@ def _recipe(report: dict[str, Any]) -> str:
     return ", ".join([f"{settings['steps']:,}", *(text for text, is_so in more.items() if is_so)])
 
 
-def _recall(reports: list[dict[str, Any]], results: Path) -> str:
+def _recall(found: Reports) -> str:
+    results, reports = found[0][0].parent, [report for _, report in found]
+    reports.sort(key=lambda report: (SYSTEMS.index(report["system"]), len(_recipe(report)), report["settings"]["seed"]))
+    files.write_picture(results / "recall.png", draw(reports))
     lengths = sorted({row["segments"] for report in reports for row in report["recall"]})
     near = [(0, 0), (1, 1), (2, 3), (4, 6), (7, 8)]
     head = ["system", "steps", "seed", *(f"{a}" if a == b else f"{a} to {b}" for a, b in near), *(f"in {n}" for n in lengths if n > _FROM)]
@@ -371,8 +355,8 @@ def draw(reports: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _expressions(reports: dict[str, dict[str, Any]]) -> str:
-    rows = []
+def _expressions(found: Reports) -> str:
+    rows, reports = [], {file.stem.split("_")[1]: report for file, report in found}
     for system in (name for name in SYSTEMS if name in reports):
         for ops, row in sorted((int(ops), row) for ops, row in reports[system]["sets"].items()):
             shares = row["answer_accuracy"], *row["answer_accuracy_interval"], row["step_accuracy"]
@@ -382,8 +366,8 @@ def _expressions(reports: dict[str, dict[str, Any]]) -> str:
     return pages.markdown_table(head, rows)
 
 
-def _steps(reports: list[dict[str, Any]]) -> str:
-    rows = [row for report in reports for row in report["rows"] if "ms_per_step" in row and not row.get("stream")]
+def _steps(found: Reports) -> str:
+    rows = [row for _, report in found for row in report["rows"] if "ms_per_step" in row and not row.get("stream")]
     order = ("dense", "window", "span", "memory")
     rows.sort(key=lambda row: (row["batch_size"], row["context_tokens"], order.index(row["attention"])))
     cells = [

@@ -1,19 +1,16 @@
 """What holds of every command line: options say what they are, wrong ones are one line, any encoding and reader of the output will do."""
 
-import errno
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import decode
 import train
 from data import __main__ as data_command
-from data import commandline
 from data.tasks import TASKS
 from selfspan_jax.config import PRESETS
 
@@ -158,44 +155,6 @@ def test_a_reader_that_leaves_is_no_error(words, tmp_path):
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-def test_a_pipe_of_another_process_that_breaks_is_said(capsys):
-    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-    assert capsys.readouterr().err == "error: Broken pipe\n"
-
-
-REFUSED = {
-    "read only": OSError(errno.EROFS, "Read-only file system", "/mnt/out"),
-    "no space": OSError(errno.ENOSPC, "No space left on device"),
-    "a link to itself": OSError(errno.ELOOP, "Too many levels of symbolic links", "/tmp/loop"),
-    "a long name": OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300),
-    "below a file": NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/below"),
-    "renamed over a directory": OSError(errno.EISDIR, "Is a directory", "new", None, "old"),
-    "a library's own words": OSError("no file named model.safetensors\nin x"),
-}
-
-
-@pytest.mark.parametrize("error", [pytest.param(error, id=name) for name, error in REFUSED.items()])
-def test_what_the_machine_refuses_is_one_line(error, capsys):
-    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
-        raise error
-    out, err = capsys.readouterr()
-    said = [word for word in (error.filename, error.filename2, error.strerror) if word] or ["no file named model.safetensors in x"]
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in said)
-
-
-def test_a_path_that_the_locale_did_not_decode_is_one_line(capsys):
-    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
-        "/runs/r\udcc3\udcbcn".encode()
-    assert capsys.readouterr().err.startswith("error: '/runs/r\\udcc3\\udcbcn' is not text in the locale's encoding: set LC_ALL=C.UTF-8")
-
-
-def test_too_little_memory_is_one_line(capsys):
-    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
-        np.empty(2**62, np.int8)
-    assert re.fullmatch(r"error: memory does not suffice: Unable to allocate .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow

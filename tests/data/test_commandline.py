@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import logging
 import os
@@ -109,16 +110,42 @@ def test_fail_is_one_line(capsys):
     assert capsys.readouterr().err == "error: two lines\n"
 
 
-def test_file_errors_are_one_line(tmp_path, capsys):
-    for path, function in (
-        (tmp_path / "absent", lambda path: path.read_text()),
-        (tmp_path, lambda path: path.read_text()),
-        (tmp_path, lambda path: path.mkdir()),
-        (Path(__file__) / "below", lambda path: path.mkdir()),
-    ):
-        with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
-            function(path)
-        assert_one_line(capsys, str(path))
+def test_a_pipe_of_another_process_that_breaks_is_said(capsys):
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert capsys.readouterr().err == "error: Broken pipe\n"
+
+
+REFUSED = {
+    "read only": OSError(errno.EROFS, "Read-only file system", "/mnt/out"),
+    "no space": OSError(errno.ENOSPC, "No space left on device"),
+    "a link to itself": OSError(errno.ELOOP, "Too many levels of symbolic links", "/tmp/loop"),
+    "a long name": OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300),
+    "below a file": NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/below"),
+    "renamed over a directory": OSError(errno.EISDIR, "Is a directory", "new", None, "old"),
+    "a library's own words": OSError("no file named model.safetensors\nin x"),
+}
+
+
+@pytest.mark.parametrize("error", [pytest.param(error, id=name) for name, error in REFUSED.items()])
+def test_what_the_machine_refuses_is_one_line(error, capsys):
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
+        raise error
+    out, err = capsys.readouterr()
+    said = [word for word in (error.filename, error.filename2, error.strerror) if word] or ["no file named model.safetensors in x"]
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in said)
+
+
+def test_a_path_that_the_locale_did_not_decode_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
+        "/runs/r\udcc3\udcbcn".encode()
+    assert capsys.readouterr().err.startswith("error: '/runs/r\\udcc3\\udcbcn' is not text in the locale's encoding: set LC_ALL=C.UTF-8")
+
+
+def test_too_little_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"), commandline.exit_on_user_error():
+        np.empty(2**62, np.int8)
+    assert re.fullmatch(r"error: memory does not suffice: Unable to allocate .*\n", capsys.readouterr().err)
 
 
 def test_bugs_keep_their_traceback():

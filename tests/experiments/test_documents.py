@@ -22,11 +22,10 @@ from selfspan_jax.config import ModelConfig
 from selfspan_jax.spans import SpanVocab
 from selfspan_jax.viewing.output import Output
 from tests.data import layouts
-from tests.experiments.reports import check_page, rows_of, take, tuned_run
+from tests.experiments.reports import rows_of, take, tuned_run
 from tests.selfspan_jax.models import TINY
 
-PAGES = {page: SimpleNamespace(main=lambda page=page: documents.main([page, *sys.argv[1:]])) for page in documents.CORPORA}
-STORIES = PAGES["stories"]
+STORIES = SimpleNamespace(main=lambda: documents.main(["stories", *sys.argv[1:]]))
 TABLES = ("scores", "differences", "sources", "lengths", "reading", "speed", "times", "sets")
 SECTIONS = ("variants", "targets", *(f"stories {name}" for name in TABLES))
 PAGE = "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in (*SECTIONS, "training", "not run", "commands"))
@@ -92,22 +91,6 @@ def scored(values, counts, tokens, seconds=1.0, **changes):
     )
     timed = values["by_batch_size"][0] | {"responses_per_second": 1 / seconds}
     return values | {"by_example": {"digests": digests, "prompt_tokens": tokens, "counts": pairs}, "by_batch_size": [timed]} | changes
-
-
-@pytest.mark.parametrize("page", documents.CORPORA)
-def test_the_page_is_what_the_stored_results_say(page, tmp_path, call):
-    """If this fails, run `python -m experiments.documents papers docs/papers`, and the same for stories."""
-    check_page(PAGES[page], page, tmp_path, call, max_bytes=5_000_000)
-
-
-def test_where_nothing_was_run_the_page_says_so(tmp_path, call):
-    (tmp_path / "out.md").write_text(PAGE)
-    assert call(STORIES.main, tmp_path / "out")[0] == 0
-    page = (tmp_path / "out.md").read_text()
-    for section in (*SECTIONS[2:], "training", "commands"):
-        assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
-    assert {row[-1] for row in rows_of(page, "targets")} == {"not run"}
-    assert page.count(": not trained") == len(documents.EXPERIMENTS["stories"].variants)
 
 
 def test_an_evaluation_is_taken_as_it_was_written(stored, place, call):

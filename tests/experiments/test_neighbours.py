@@ -18,7 +18,6 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.query_driven import Oracle, Quest
 from selfspan_jax.spans import SpanVocab
-from tests.experiments.reports import check_tables
 from tests.selfspan_jax.models import random_model
 
 COUNTS = [3, 9, 40]
@@ -220,7 +219,3 @@ def test_files_may_have_different_shares():
     written = neighbours_tables.arithmetic(reports)
     assert "| 5% | 20% |" in written
     assert "| 20 | `oracle` | 4 | - | - | 50.0 |" in written and "| 100 | `oracle` | 4 | - | 50.0 | - |" in written
-
-
-def test_the_page_is_what_the_stored_results_say(tmp_path):
-    check_tables("neighbours", neighbours.sections, tmp_path)

@@ -18,7 +18,7 @@ from selfspan_jax.config import PRESETS, ModelConfig
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from tests.experiments.reports import check_page, take, tuned_run
+from tests.experiments.reports import take, tuned_run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
 PAGE = "".join(
@@ -100,25 +100,6 @@ def rows_of(page, section):
     """Cells of a section's table, by its first cell."""
     (text,) = re.findall(rf"<!-- {section} -->\n(.*?)<!-- end -->", page, re.DOTALL)
     return {cells[0]: cells[1:] for line in text.splitlines() if line.startswith("|") if (cells := line.strip("| ").split(" | "))}
-
-
-def test_the_page_is_what_the_stored_results_say(tmp_path, call):
-    """If this fails, run `python -m experiments.news docs/news`."""
-    check_page(report, "news", tmp_path, call, max_bytes=100_000)
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_where_nothing_was_run_the_page_says_so(tmp_path, call, there):
-    (tmp_path / "out.md").write_text(PAGE)
-    if there:
-        (tmp_path / "out").mkdir()
-    status, out, _ = call(report.main, tmp_path / "out")
-    assert status == 0 and "0 runs of 0 variants" in out
-    page = (tmp_path / "out.md").read_text()
-    for section in ("scores", "own", "reading", "speed", "training", "commands"):
-        assert f"<!-- {section} -->\n\nNot run.\n\n<!-- end -->" in page
-    assert {cells[-1] for name, cells in rows_of(page, "targets").items() if name not in ("target", "---")} == {"not run"}
-    assert page.count(": not trained") == len(report.EXPERIMENT.variants) and not list(tmp_path.rglob("*.png"))
 
 
 def test_an_evaluation_of_an_untrained_model_is_taken_as_it_was_written(written, tmp_path, call):

@@ -15,7 +15,6 @@ from experiments import prefill, prefill_tables
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
-from tests.experiments.reports import check_tables
 from tests.selfspan_jax.models import random_model
 from tests.selfspan_jax.streams import VOCAB
 
@@ -194,10 +193,6 @@ def test_the_page_has_a_table_of_every_file_and_keeps_what_has_none(tmp_path, ca
     assert written.count("as it was") == len(prefill_tables.SECTIONS) - len(FILES) == 5
     assert written.count("| 392 | window |") == 1  # of rows that are in several files, the first
     assert (tmp_path / "page" / prefill_tables.PLOT).stat().st_size > 1000
-
-
-def test_the_page_is_what_the_stored_results_say(tmp_path):
-    check_tables("prefill", prefill_tables.sections, tmp_path)
 
 
 @pytest.mark.parametrize("share, num_tiles, near", [(1.0, 8, 7), (0.5, 8, 2), (0.01, 8, 1), (1.0, 1, 1), (0.75, 2, 1)])

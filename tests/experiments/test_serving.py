@@ -3,7 +3,6 @@
 import json
 
 from experiments import serving
-from tests.experiments.reports import check_tables
 
 HEADER = {"device": "H100", "versions": {"jax": "0.11.2"}}
 LATENCIES = {f"{name}_ms_{q}": 1.25 for name in ("first_token", "between_events", "whole") for q in ("p50", "p99")}
@@ -52,7 +51,3 @@ def test_targets_are_judged_by_the_figures_of_the_same_run(tmp_path):
     assert cells(found["rates"])[0][6:9] == ["1.2", "1.2", "1.00"]  # between events: p50, p99, and the one over the other
     assert [own[0] for own in cells(found["stalls"])] == ["0", "36"] and cells(found["equal"])[0][-2:] == ["91.0", "25.0"]
     assert set(found) == {"targets", "mixed", "equal", "stalls", "rates"}  # of the other files nothing is known
-
-
-def test_the_page_is_what_the_stored_results_say(tmp_path):
-    check_tables("serving", serving.sections, tmp_path)
