@@ -263,56 +263,13 @@ WHITE_SPACE = {  # what the splitter sees of a sentence depends on the white spa
     "Vitamin C\u3000.": ["Vitamin C ."],
     "Anna J.\xa0Brown came.\u3000She left.": ["Anna J. Brown came.", "She left."],
 }
-FRAGMENTS = strategies.sampled_from(
-    [
-        "1.",
-        " 2) ",
-        "(iv)",
-        "a.",
-        "Dr.",
-        "U.S.",
-        '"',
-        "”",
-        "“",
-        "'",
-        "\n",
-        "\n\n",
-        "\r\n",
-        "\r",
-        " \n \n",
-        "\t",
-        "\u2028",
-        "\u3000",
-        ".",
-        "!",
-        "?",
-        "...",
-        "。",
-        "।",
-        "؟",
-    ]
-    + [
-        " The mayor",
-        " said",
-        "came ",
-        "Oakton",
-        " 3.5",
-        " J.",
-        "今天",
-        "हैं",
-        "كيف",
-        "é",
-        "e\u0301",
-        "-",
-        "* ",
-        "\ufeff",
-        "\ud83d",
-        "\0",
-        "<seg:1>",
-        "No.",
-        "p.m.",
-    ]
-)
+FRAGMENTS = strategies.sampled_from([
+    "1.", " 2) ", "(iv)", "a.", "Dr.", "U.S.", "No.", "p.m.", " J.", " 3.5", "-", "* ",
+    ".", "!", "?", "...", "。", "।", "؟", '"', "”", "“", "'",
+    "\n", "\n\n", "\r\n", "\r", " \n \n", "\t", "\u2028", "\u3000",
+    " The mayor", " said", "came ", "Oakton", "今天", "हैं", "كيف", "é", "e\u0301",
+    "\ufeff", "\ud83d", "\0", "<seg:1>",
+])  # fmt: skip
 
 
 def assert_stable(task, text):
