@@ -67,7 +67,7 @@ class Run:
         check_range(self, "workers", "time_steps", *([] if self.stop_after_seconds is None else ["stop_after_seconds"]), low=0)
 
     def examples(self, vocab: Any = None) -> TrainingExamples:
-        return TrainingExamples.of(TASKS[self.task], self.corpus, stored_corpus(self.data), vocab)
+        return TrainingExamples.of(TASKS[self.task], self.corpus, stored_corpus(self.data), vocab, self.workers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,8 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     training.check_mesh(model, config, mesh)
     sizes: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "batch_size", "sequence_tokens", "gap_scales")}
     shards: dict[str, Any] = {"num_shards": config.data_parts, "shards": process_parts(config.data_parts, mesh)}
-    batches_from = examples.batches_from(num_workers=run.workers, **sizes, **shards)
+    with commandline.status("reading the examples ..."):
+        batches_from = examples.batches_from(**sizes, **shards)
     held_out, left_out = examples.held_out(config.eval_examples, seed=config.seed) if config.eval_examples else ([], None)
     identity = runs.claim(run.run_dir, json.loads(json.dumps(identity | {"training": dataclasses.asdict(config)} | examples.identity())))
     distributed.log_once(f"{run.name}: {training.describe(model)}, {config.steps:,} steps on {describe(mesh)}; data: {examples.trained_on}")
@@ -171,9 +172,8 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
         return training_benchmark.run(model, config, batches_from(0), run.run_dir / "throughput.json", steps=run.time_steps, mesh=mesh)
     if runs.is_finished(run.run_dir, identity):
         return distributed.log_once(f"this run is finished, more --steps go on with it: {run.run_dir / 'model'}")
-    distributed.log_once(
-        runs.schedule_note(identity), left_out, examples.warning(config.steps * config.batch_size * config.sequence_tokens)
-    )
+    often = examples.warning(config.steps * config.batch_size * config.sequence_tokens)
+    distributed.log_once(runs.schedule_note(identity), examples.left_out, left_out, often)
 
     def evaluate(model: Decoder) -> dict[str, float]:
         lm = SpanLM(lora.plain(model), examples.task)

@@ -13,9 +13,11 @@ each such a directory, which `load_from_disk` reads as one DatasetDict.
     dataset.fingerprint(DIR)                        # what identifies the content, whatever the path
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute
 
-from data import streams
+from data import streams, workers
 from data.errors import UserError, check_json
 from data.streams import SPLITS
 from data.task import Task
@@ -81,10 +83,23 @@ class StoredCorpus:
         """Tokens of all examples together, prompts and responses."""
         return int(self._lengths.sum())
 
-    @property
-    def longest_tokens(self) -> int:
-        """Tokens of the longest example."""
-        return int(self._lengths.max())
+    def lengths(self, task: Task | None = None, num_workers: int = 0) -> npt.NDArray[np.int32]:
+        """Count the tokens of each example, int32 [n]; of a task in another vocabulary, as `stream` writes them, 0 where it has no room.
+
+        For another vocabulary all examples are written once, by `num_workers` processes where there are many.
+        """
+        if task is None:
+            return self._lengths
+        num_chunks = -(-len(self) // _READ_EXAMPLES)
+        count = functools.partial(self._rewritten_lengths, task)
+        chunks = workers.ordered(count, 0, num_workers if num_chunks > 2 else 0)
+        with contextlib.closing(chunks):
+            return np.concatenate([*itertools.islice(chunks, num_chunks)])
+
+    def _rewritten_lengths(self, task: Task, chunk: int) -> npt.NDArray[np.int32]:
+        numbers = range(chunk * _READ_EXAMPLES, min((chunk + 1) * _READ_EXAMPLES, len(self)))
+        found = (task.rewrite(self._example(number, self.dataset[number]), 0.0, self.task.vocab) for number in numbers)
+        return np.array([0 if own is None else len(own.token_ids) for own in found], np.int32)
 
     def epochs(self, num_tokens: int) -> float:
         """Return how often each example is seen in so many tokens of training (steps x rows x tokens of a row)."""

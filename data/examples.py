@@ -10,6 +10,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from data import packing
 from data.errors import UserError
 from data.streams import ANY_LIMITS, GeneratedCorpus
@@ -38,27 +41,31 @@ class TrainingExamples:
       task: in that vocabulary.
       corpus: the settings that examples are drawn and written with.
       stored: the corpus directory; None where they are generated.
+      num_workers: processes that generate examples, or write them again, beside one that packs them; 0 for none.
     """
 
     task: Task
     corpus: GeneratedCorpus[Any]
     stored: StoredCorpus | None = None
+    num_workers: int = 0
 
     @classmethod
-    def of(cls, task: type[Task], corpus: GeneratedCorpus[Any], stored: StoredCorpus | None, vocab: Any = None) -> TrainingExamples:
+    def of(
+        cls, task: type[Task], corpus: GeneratedCorpus[Any], stored: StoredCorpus | None, vocab: Any = None, num_workers: int = 0
+    ) -> TrainingExamples:
         """Generate examples, or take those of a directory, written again where `vocab` is another than theirs.
 
         Raises: UserError if the directory is of another task, or of other settings than `corpus`.
         """
         if stored is None:
-            return cls(task.of(corpus, vocab), corpus)
+            return cls(task.of(corpus, vocab), corpus, num_workers=num_workers)
         if stored.task.name != task.name:
             raise UserError(f"{stored.path} is a corpus of {stored.task.name}; allowed: {task.name}; `custom --data` trains on any")
         for name, value in vars(corpus).items():
             if value != (there := getattr(stored.corpus, name)):
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} is {value}, but {there} in {stored.path}, whose examples stay as they are: leave it out")
-        return cls(stored.task if vocab is None else dataclasses.replace(stored.task, vocab=vocab), stored.corpus, stored)
+        return cls(stored.task if vocab is None else dataclasses.replace(stored.task, vocab=vocab), stored.corpus, stored, num_workers)
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the examples, as JSON: the directory and its content, and the settings."""
@@ -70,22 +77,22 @@ class TrainingExamples:
         return {"data": str(path.absolute()), "data_fingerprint": dataset.fingerprint(path), "corpus": settings}
 
     def batches_from(
-        self, *, seed: int, sequence_tokens: int, num_workers: int, num_shards: int, shards: Collection[int], **options: Any
+        self, *, seed: int, sequence_tokens: int, num_shards: int, shards: Collection[int], **options: Any
     ) -> Callable[[Any], Iterator[packing.Batch]]:
         """Return the function from a position in the examples to the endless batches from there on; see `packing.batches_from`.
 
-        Raises: UserError where examples are longer than a row.
+        Raises: UserError where examples are longer than a row, and where the vocabulary has room for none.
         """
-        longest = self.stored.longest_tokens if self.stored else self.corpus.likely_longest_tokens(self.task.vocab)
-        if longest > sequence_tokens and not self._is_rewritten:  # packing says it of those that are rewritten
+        longest = int(self.lengths.max()) if self.stored else self.corpus.likely_longest_tokens(self.task.vocab)
+        if longest > sequence_tokens:
             raise UserError(f"{self.trained_on} take up to {longest} tokens, a row only {sequence_tokens}: raise --sequence-tokens")
         stream: Callable[..., Iterator[Any]]
         if self.stored is None:
-            workers = -(-num_workers // len(shards))
+            workers = -(-self.num_workers // len(shards))
             stream = functools.partial(self.corpus.stream, vocab=self.task.vocab, seed=seed, num_workers=workers)
         else:
             stream = functools.partial(self.stored.stream, seed=seed, task=self.task if self._is_rewritten else None)
-        sizes: dict[str, Any] = {"sequence_tokens": sequence_tokens, "num_workers": num_workers, "num_shards": num_shards}
+        sizes: dict[str, Any] = {"sequence_tokens": sequence_tokens, "num_workers": self.num_workers, "num_shards": num_shards}
         gaps: dict[str, Any] = {"gap_ids": self.task.step_ids, "gap_seed": seed}
         return packing.batches_from(stream, self.task.vocab, shards=list(shards), **sizes, **gaps, **options)
 
@@ -98,17 +105,38 @@ class TrainingExamples:
             return list(itertools.islice(self.corpus.stream(vocab=self.task.vocab, seed=seed, split="test"), num_examples)), None
         try:
             found, num_without_room = dataclasses.replace(self.stored, task=self.task).held_out(num_examples, seed=seed)
-            left_out = _left_out(found, num_without_room, self.stored.path)
+            left_out = _left_out(len(found), num_without_room, self.stored)
         except UserError as error:
             raise UserError(f"{error}; --eval-examples 0 trains without an evaluation") from error
         return found, left_out and f"warning: of those held out for evaluations {left_out}"
+
+    @functools.cached_property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """The tokens of each example of a directory, as training reads it, but of those that the vocabulary has no room for.
+
+        Raises: UserError where it has room for none.
+        """
+        assert self.stored is not None
+        found = self.stored.lengths(self.task if self._is_rewritten else None, self.num_workers)
+        fitting = found[found > 0]
+        _left_out(len(fitting), len(found) - len(fitting), self.stored)
+        return fitting
+
+    @property
+    def left_out(self) -> str | None:
+        """A line on training examples that the vocabulary has no room for, None without any."""
+        if self.stored is None:
+            return None
+        left_out = _left_out(len(self.lengths), len(self.stored) - len(self.lengths), self.stored)
+        return left_out and f"warning: of those to train on {left_out}"
 
     @property
     def trained_on(self) -> str:
         """The training examples in a few words, in the plural."""
         if self.stored is None:
             return self.corpus.description
-        return f"the {len(self.stored):,} examples of {self.stored.path.absolute().name} (split {self.stored.split})"
+        every = "" if len(self.lengths) == len(self.stored) else f"{len(self.lengths):,} of "
+        return f"{every}the {len(self.stored):,} examples of {self.stored.path.absolute().name} (split {self.stored.split})"
 
     def texts(self) -> dict[str, str]:
         """Return what the card of a model says: what it was trained and scored on, in a few words, and what it does not know."""
@@ -121,12 +149,12 @@ class TrainingExamples:
 
     def warning(self, num_tokens: int) -> str | None:
         """Say where examples will be seen too often in so many tokens of training; None where they are not."""
-        if self.stored is None or (epochs := self.stored.epochs(num_tokens)) <= _MANY_EPOCHS:
+        if self.stored is None or (epochs := num_tokens / self.lengths.sum()) <= _MANY_EPOCHS:
             return None
         more = f"generate examples (leave --data out), write more of them (python -m data {self.task.name} --num-examples N)"
         other = more if self.task.is_generated else "give more of them"
         return (
-            f"warning: each of the {len(self.stored):,} examples of {self.stored.path} will be seen about {epochs:,.0f} times: expect "
+            f"warning: each of the {len(self.lengths):,} examples of {self.stored.path} will be seen about {epochs:,.0f} times: expect "
             f"them to be learnt by heart; {other}, or train for fewer --steps"
         )
 
@@ -177,17 +205,20 @@ def stored(
     found, num_without_room = dataset.with_room(corpus, scored_by, num_examples)
     warnings = [*corpus.warnings, *(f"{directory}: {line}" for line in scored_by.foreign())]
     drawn: dict[str, Any] = {"data": name, "split": corpus.split, "warnings": warnings}
-    if left_out := _left_out(found, num_without_room, directory):
+    if left_out := _left_out(len(found), num_without_room, corpus):
         drawn |= {"num_without_room": num_without_room, "warnings": [*warnings, left_out]}
     return scored_by, {name: found}, drawn
 
 
-def _left_out(found: Sequence[Any], num_without_room: int, directory: Path) -> str | None:
-    """Say how many examples a model has no room for, None without any. UserError: all of them."""
+def _left_out(num_found: int, num_without_room: int, corpus: StoredCorpus) -> str | None:
+    """Say how many examples of a corpus a model has no room for, None without any. UserError: all of them."""
     if not num_without_room:
         return None
-    of_all = f"{num_without_room} of {num_without_room + len(found)} examples of {directory}"
+    of_all = f"{num_without_room} of {num_without_room + num_found} examples of {corpus.path}"
     message = f"{of_all}: as this model writes them they exceed its tokens or labels"
-    if not found:
+    if names := [name for name in ("max_prompt_tokens", "max_example_tokens") if hasattr(corpus.task, name)]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        message += f"; python -m data --tokenizer counts in its words, {options} and --num-labels say for how many there is room"
+    if not num_found:
         raise UserError(f"no room for {message}")
     return f"left out, without room for them: {message}"

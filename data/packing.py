@@ -146,10 +146,11 @@ def _batches(
         while total_tokens <= batch_size * sequence_tokens:
             if (example := next(examples, None)) is None:
                 break
-            if len(example.token_ids) > sequence_tokens:
-                raise UserError(f"example {start + len(ahead)} has {len(example.token_ids)} tokens, a row only {sequence_tokens}")
+            if (size := len(example.token_ids)) > sequence_tokens:
+                name = f"example {start + len(ahead)}"
+                raise UserError(f"{name} has {size} tokens, a row only {sequence_tokens}: raise --sequence-tokens")
             ahead.append(example)
-            total_tokens += len(example.token_ids)
+            total_tokens += size
         if not ahead:
             return
         lengths = [len(example.token_ids) for example in ahead]

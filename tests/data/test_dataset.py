@@ -299,6 +299,8 @@ def test_examples_are_written_again_in_another_vocabulary(directory, expected):
         assert (own.token_ids == again.token_ids).all() and own.token_ids.max() < task.vocab.size
     starts = {x.first_label for x in found if x.expression.num_ops == 2}
     assert starts == set(range(1, 7))
+    fitting = (task.encode(x.expression) if x.expression.num_ops <= 7 else None for x in expected)
+    assert stored.lengths(task).tolist() == [len(x.token_ids) if x else 0 for x in fitting]
     for start in (1, 699, 700, 1000):
         again = [x.token_ids.tolist() for x in itertools.islice(stored.stream(seed=1, start=start, task=task), 50)]
         assert again == [x.token_ids.tolist() for x in found[start : start + 50]]

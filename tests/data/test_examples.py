@@ -15,7 +15,7 @@ from data.examples import TrainingExamples, open_stored
 from data.tasks import TASKS
 from data.vocab import train_vocab
 
-ROWS = {"sequence_tokens": 512, "num_workers": 0, "num_shards": 1, "shards": range(1), "batch_size": 2, "gap_scales": (0,)}
+ROWS = {"sequence_tokens": 512, "num_shards": 1, "shards": range(1), "batch_size": 2, "gap_scales": (0,)}
 
 VOCAB = train_vocab(["Town 1 built a bridge. 0123456789+-*()= Summarize:"], vocab_tokens=320, num_labels=40)  # of a model, say
 
@@ -123,30 +123,37 @@ def test_examples_are_written_again_in_the_vocabulary_of_a_model(directories, na
     assert all((examples.task.encode_prompt(example.prompt) == example.prompt_ids).all() for example in held_out)
 
 
-def test_held_out_examples_that_a_model_has_no_room_for_are_counted(directories):
+def test_examples_that_a_model_has_no_room_for_are_counted(directories):
     """Of six labels prompt and response take one each a sentence, and one what stands before the first."""
-    whole = [example.prompt for example in dataset.load(directories / "towns", TASKS, "validation")]
-    short = [prompt for prompt in whole if "Many came." not in prompt]
-    for num_labels, expected in ((6, short), (7, whole)):
+    for num_labels in (6, 7):
         examples = examples_of(directories / "towns", dataclasses.replace(VOCAB, num_labels=num_labels))
-        held_out, left_out = examples.held_out(100, seed=0)
-        assert [example.prompt for example in held_out] == expected
-        without_room = len(whole) - len(expected)
-        counted = f"left out, without room for them: {without_room} of {len(whole)} examples of "
-        assert left_out is None if not without_room else counted in left_out
-    with pytest.raises(UserError, match=f"no room for {len(whole)} of {len(whole)} examples of .*towns: .*; --eval-examples 0 trains"):
-        examples_of(directories / "towns", dataclasses.replace(VOCAB, num_labels=5)).held_out(100, seed=0)
+        for split in ("validation", "train"):
+            whole = [example.prompt for example in dataset.load(directories / "towns", TASKS, split)]
+            expected = [prompt for prompt in whole if num_labels == 7 or "Many came." not in prompt]
+            if split == "validation":
+                held_out, left_out = examples.held_out(100, seed=0)
+                assert [example.prompt for example in held_out] == expected
+            else:
+                left_out, drawn = examples.left_out, itertools.islice(examples.stored.stream(seed=0, task=examples.task), len(whole))
+                assert {example.prompt for example in drawn} == {*expected} and len(examples.lengths) == len(expected)
+                number = "" if expected == whole else f"{len(expected)} of "
+                assert examples.trained_on == f"{number}the {len(whole)} examples of towns (split train)"
+            counted = f"left out, without room for them: {len(whole) - len(expected)} of {len(whole)} examples of "
+            assert left_out is None if expected == whole else counted in left_out and "--tokenizer" in left_out
+    examples = examples_of(directories / "towns", dataclasses.replace(VOCAB, num_labels=5))
+    with pytest.raises(UserError, match=r"no room for (\d+) of \1 examples of .*towns: .*; --eval-examples 0 trains"):
+        examples.held_out(100, seed=0)
+    with pytest.raises(UserError, match=f"no room for {len(whole)} of {len(whole)} examples of .*towns: .*--tokenizer"):
+        examples.batches_from(seed=0, **ROWS)
 
 
-def test_rows_that_are_too_short_are_refused_before_training(directories):
-    longest = max(len(row["token_ids"]) for row in examples_of(directories / "expressions").stored.dataset)
-    for tokens in (longest, longest - 1):
-        rows = ROWS | {"sequence_tokens": tokens}
-        if tokens == longest:
-            assert isinstance(next(examples_of(directories / "expressions").batches_from(seed=0, **rows)(0)).token_ids, np.ndarray)
-        else:
-            with pytest.raises(UserError, match=f"take up to {longest} tokens, a row only {tokens}: raise --sequence-tokens"):
-                examples_of(directories / "expressions").batches_from(seed=0, **rows)
+@pytest.mark.parametrize("vocab", [None, VOCAB], ids=["as they are", "written again"])
+def test_rows_that_are_too_short_are_refused_before_training(directories, vocab):
+    examples = examples_of(directories / "towns", vocab)
+    longest = max(len(examples.task.renumber(example).token_ids) for example in examples.stored)
+    assert isinstance(next(examples.batches_from(seed=0, **ROWS | {"sequence_tokens": longest})(0)).token_ids, np.ndarray)
+    with pytest.raises(UserError, match=f"take up to {longest} tokens, a row only {longest - 1}: raise --sequence-tokens"):
+        examples.batches_from(seed=0, **ROWS | {"sequence_tokens": longest - 1})
 
 
 def test_a_verdict_quotes_text_as_the_tokenizer_writes_it():

@@ -224,7 +224,7 @@ def test_gaps_open_where_a_text_without_tags_has_its_pieces(labelling):
 
 def test_an_example_longer_than_a_row_is_named():
     packed = pack(made([5, 6, 21]), VOCAB, batch_size=2, sequence_tokens=20, start=40)
-    with pytest.raises(ValueError, match=r"^example 42 has 21 tokens, a row only 20$"):
+    with pytest.raises(ValueError, match=r"^example 42 has 21 tokens, a row only 20: raise --sequence-tokens$"):
         next(packed)
 
 
