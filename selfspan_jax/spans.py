@@ -64,8 +64,7 @@ class SpanVocab:
     @property
     def min_vocab_size(self) -> int:
         """The smallest vocabulary that holds all structural ids: the highest of them plus one."""
-        last_labels = (base + self.num_labels - 1 for base in (self.seg_base, self.ref_base))
-        return 1 + max(self.pad_id, self.bos_id, self.eos_id, self.solve_id, *last_labels)
+        return 1 + max(self.pad_id, self.bos_id, self.eos_id, self.solve_id, max(self.seg_base, self.ref_base) + self.num_labels - 1)
 
     def seg_id(self, label: int) -> int:
         """Return the id of `<seg:label>`."""
@@ -88,10 +87,9 @@ class SpanVocab:
 
 def check_views(header_view: str, prompt_view: str, prompt_window_tokens: int) -> None:
     """Raise UserError for a view that does not exist."""
-    if header_view not in get_args(HeaderView):
-        raise UserError(f"header_view is {header_view!r}; allowed: {', '.join(get_args(HeaderView))}")
-    if prompt_view not in get_args(PromptView):
-        raise UserError(f"prompt_view is {prompt_view!r}; allowed: {', '.join(get_args(PromptView))}")
+    for name, view, views in (("header_view", header_view, HeaderView), ("prompt_view", prompt_view, PromptView)):
+        if view not in get_args(views):
+            raise UserError(f"{name} is {view!r}; allowed: {', '.join(get_args(views))}")
     if prompt_window_tokens < 1:
         raise UserError(f"prompt_window_tokens is {prompt_window_tokens}; at least 1 is needed, the token itself")
 

@@ -34,13 +34,11 @@ class TrainingDiverged(UserError):
 
 
 class Stopped(Exception):
-    """A run was stopped by a signal or its time limit; its state is saved."""
+    """A run was stopped by a signal, whose number it has, or by its time limit (0); its state is saved."""
 
     def __init__(self, step: int, signal: int = 0):
         super().__init__(f"stopped after step {step}")
-        self.step = step
-        self.signal = signal
-        """Number of the signal; 0 for the time limit."""
+        self.step, self.signal = step, signal
 
 
 _TIME_IS_UP = 1  # stands for the time limit beside numbers of signals
@@ -75,7 +73,7 @@ def train(
 
     Returns: the trained model, on one device.
     Raises: UserError for a mesh that does not divide the model or batch; DoesNotFit where memory does not suffice; TrainingDiverged
-      naming the step with a loss or gradient that is not finite; Stopped at the time limit or a signal.
+      naming the step with a loss or gradient that is not finite; Stopped at the time limit or a signal. A ValueError of the data.
     """
     deadline = math.inf if stop_after_seconds is None else time.perf_counter() + stop_after_seconds
     interrupts = interrupts or Interrupts()
@@ -83,9 +81,8 @@ def train(
     fixed, state = initial_state(model, config, mesh)
     checkpoints = TrainingCheckpoints(run_dir, config.keep_checkpoints)
     next_example: int | Sequence[int] = 0
-    if (restored := checkpoints.restore(state)) is not None:
-        state, next_example = restored
-        state = layout.from_saved_order(state, mesh)
+    if restored := checkpoints.restore(state):
+        state, next_example = layout.from_saved_order(restored[0], mesh), restored[1]
     first_step = int(state.step)
     batches = prefetch(batches_from(next_example), functools.partial(DeviceBatch.of, num_rows=config.batch_size, mesh=mesh))
     log = MetricsLog(run_dir, first_step)
@@ -128,7 +125,14 @@ def train(
             raise Stopped(first_step, stop)
         for step in range(first_step + 1, config.steps + 1):
             waiting = time.perf_counter()
-            batch, on_device = next(batches)
+            try:
+                batch, on_device = next(batches)
+            except ValueError:  # of the data, at which this run would end each time
+                if step > first_step + 1 and jax.process_count() == 1:
+                    _check_finite(step - 1, metrics)
+                    save(step - 1, batch)
+                    print(f"the data ends the run: step {step - 1} is saved, --steps {step - 1} makes a model of it", flush=True)
+                raise
             timer.add(count_tokens(batch, config), time.perf_counter() - waiting)
             previous, (state, metrics) = metrics, train_step(fixed, state, on_device, config)
             if step == first_step + 1:

@@ -116,10 +116,9 @@ def schedule_note(identity: Mapping[str, Any]) -> str | None:
 
 def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     """Check what a run goes on with against its `run.json`, and return the new one."""
-    try:
+    there: dict[str, Any] = {}
+    with contextlib.suppress(UserError):
         there = read_json(file)
-    except UserError:
-        there = {}
     history = {name: there.pop(name) for name in _HISTORY if name in there}
     if there.get("data_fingerprint") is not None and there["data_fingerprint"] == here.get("data_fingerprint"):
         there["data"] = here["data"]

@@ -273,17 +273,25 @@ def whole(tmp_path_factory):
     return run(run_dir), lines(run_dir), run_dir
 
 
-@pytest.mark.parametrize("stop_after", [3, 5, 9], ids=["before any checkpoint", "between checkpoints", "after two checkpoints"])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, stop_after):
+@pytest.mark.parametrize(
+    ("stop_after", "error", "saved"),
+    [(3, Stopped, []), (5, ValueError, [4, 5]), (9, Stopped, [4, 8]), (0, ValueError, [])],
+    ids=["before any checkpoint", "between checkpoints, by its data", "after two checkpoints", "before a step, by its data"],
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, capfd, stop_after, error, saved):
+    """What ends it otherwise than by the data leaves what was saved before."""
+
     def stopping(number):
         for batch in batches_from(number):
             if batch.next_example > stop_after:
-                raise Stopped
+                raise error("row 17 is damaged")
             yield batch
 
     model, log, _ = whole
-    with pytest.raises(Stopped):
+    with pytest.raises(error, match="row 17 is damaged"):
         run(tmp_path, source=stopping)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == saved
+    assert (f"step {stop_after} is saved, --steps {stop_after}" in capfd.readouterr().out) == (stop_after in saved)
     assert_same_parameters((model, run(tmp_path)))
     for expected, found in zip(log, lines(tmp_path), strict=True):
         assert (expected["step"], expected["loss"], expected["gradient_norm"]) == (found["step"], found["loss"], found["gradient_norm"])
