@@ -6,15 +6,23 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.errors import UserError
 from data.streams import SPLITS
 
+T = TypeVar("T")
+
 _BATCH_ROWS = 64
 _UNDECODED = re.compile("[\ud800-\udfff]")
+
+_SPELLINGS = {
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev", "devel", "development", "valset", "devset"), "validation"),
+    **dict.fromkeys(("test", "testing", "testset"), "test"),
+}
 
 Choose = Callable[[Collection[str]], tuple[str, ...]]
 """Choose columns among those that there are."""
@@ -22,47 +30,88 @@ Values = tuple[Any, ...]
 Reader = Callable[[Path, Choose], Iterator[Values]]
 
 
-def read(
-    source: str, choose: Choose, *, split: str | None = None, readers: Mapping[str, Reader] | None = None
-) -> Iterator[tuple[str | None, Values]]:
+def read(source: str, choose: Choose, *, split: str | None = None) -> Iterator[tuple[str | None, Values]]:
     """Yield the rows of a source, each with the split that it belongs to by the source; None where that does not say.
-
-    Files of a directory that are all named after splits, train-1.csv and test.csv say, are these; so are the splits of a Hugging
-    Face data set. Where there is one of them only, it is as a file.
 
     Args:
       source: a .jsonl, .csv or .parquet file, a directory of some, or the name of a Hugging Face data set, its configuration
         after a colon.
       choose: the columns to read; None for a value that a row does not have.
       split: of a Hugging Face data set the one to read, also one of its own name; None and "all" read all.
-      readers: the kinds of files, by their suffix, and no data set; by default all.
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: a file that is not what its name says, or without rows; names the line.
+      UserError: a file that is not what its name says, or without rows; names the line. Files of which some are splits.
     """
     path = Path(source)
-    suffixes = READERS if readers is None else readers
-    is_local = readers is not None or path.exists() or path.suffix.lower() in suffixes
+    if _is_local(source):
+        found = ((own, READERS[file.suffix.lower()](file, choose)) for own, file in _files(path, READERS, split))
+    else:
+        found = ((own, _hub_rows(source, name, choose)) for own, name in _hub_splits(source, split))
+    return _some(source, found)
+
+
+def read_objects(source: str, *, split: str | None = None) -> Iterator[tuple[str | None, tuple[str, dict[str, Any]]]]:
+    """Yield the objects of a .jsonl file, or of a directory of some, with their splits as `read` does, each after words on where it stands.
+
+    Raises: as `read`.
+    """
+    files = _files(Path(source), (".jsonl",), split)
+    return _some(source, ((own, ((f"{file}: line {number}", row) for number, row in _json_objects(file))) for own, file in files))
+
+
+def own_splits(source: str, suffixes: Collection[str] | None = None) -> tuple[str, ...]:
+    """Name the splits that a source says that it has, see `split_named`; none where its rows are to be divided.
+
+    What says "train" alone is to be divided: there is nothing that it would have to be kept apart from.
+
+    Args:
+      suffixes: the kinds of files; by default all that there are readers of, and data sets.
+    """
+    is_local = suffixes is not None or _is_local(source)
+    found = _files(Path(source), suffixes or READERS, None) if is_local else _hub_splits(source, None)
+    return tuple(dict.fromkeys(own for own, _ in found if own))
+
+
+def split_named(name: str) -> str | None:
+    """Return the split that a name says: train, validation or test, in one of the usual spellings, is one of its words; None if not one."""
+    found = {_SPELLINGS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPELLINGS}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_local(source: str) -> bool:
+    path = Path(source)
+    return path.exists() or path.suffix.lower() in READERS
+
+
+def _some(source: str, parts: Iterable[tuple[str | None, Iterable[T]]]) -> Iterator[tuple[str | None, T]]:
+    """Yield what is in the parts, each with its part's split. UserError: nothing is."""
     is_empty = True
-    for own, rows in _files(path, choose, suffixes) if is_local else _hub_splits(source, split, choose):
-        for values in rows:
+    for own, rows in parts:
+        for row in rows:
             is_empty = False
-            yield own, values
+            yield own, row
     if is_empty:
         raise UserError(f"{source}: no rows")
 
 
-def _files(path: Path, choose: Choose, readers: Mapping[str, Reader]) -> Iterator[tuple[str | None, Iterator[Values]]]:
-    """Yield the rows of a file, or of those in a directory, with their splits where all are named after one of several."""
+def _files(path: Path, suffixes: Collection[str], split: str | None) -> list[tuple[str | None, Path]]:
+    """Return a file, or those of a directory, with the splits that they say, in the order of these. UserError: only some say one."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix.lower() in readers]
+    files = [file for file in files if file.suffix.lower() in suffixes]
     if not files:
-        raise UserError(f"{path}: expected a file that ends in {', '.join(readers)}, or a directory of some")
-    named = [next((split for split in SPLITS if file.name.startswith(split)), None) for file in files]
-    is_divided = None not in named and len({*named}) > 1
-    for file, split in zip(files, named):
-        yield split if is_divided else None, readers[file.suffix.lower()](file, choose)
+        raise UserError(f"{path}: expected a file that ends in {', '.join(suffixes)}, or a directory of some")
+    named = {file: split_named(file.stem) for file in files}
+    others = [file for file, own in named.items() if own is None]
+    if split == "all" or len(others) == len(files) or {*named.values()} == {"train"}:
+        return [(None, file) for file in files]
+    if others:
+        (one, own), *_ = ((file, own) for file, own in named.items() if own)
+        raise UserError(
+            f"{others[0]}: its name says no split, but {one.name} is of {own}: name all files after their splits (train, validation, test) "
+            "or none; --split all writes them undivided"
+        )
+    return [(own, file) for own in SPLITS for file in files if named[file] == own]
 
 
 def named(path: Path, *names: str) -> Choose:
@@ -76,9 +125,16 @@ def named(path: Path, *names: str) -> Choose:
     return choose
 
 
-def json_lines(path: Path, choose: Choose) -> Iterator[Values]:
-    """Read JSONL, an object a line; the columns are those of the first one."""
+def _json_lines(path: Path, choose: Choose) -> Iterator[Values]:
+    """Read JSONL; the columns are those of the first object."""
     columns = None
+    for _, row in _json_objects(path):
+        columns = columns or choose(row)
+        yield tuple(row.get(name) for name in columns)
+
+
+def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read JSONL, an object a line, with the numbers of the lines."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -90,8 +146,7 @@ def json_lines(path: Path, choose: Choose) -> Iterator[Values]:
                 raise UserError(f"{path}: line {number} is not JSON: {why}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number}: expected a JSON object")
-            columns = columns or choose(row)
-            yield tuple(row.get(name) for name in columns)
+            yield number, row
 
 
 def csv_rows(path: Path, choose: Choose) -> Iterator[Values]:
@@ -173,30 +228,37 @@ def _parquet_rows(path: Path, choose: Choose) -> Iterator[Values]:
             raise UserError(f"{path} is not Parquet, or damaged: {str(error).splitlines()[0]}") from None
 
 
-READERS: dict[str, Reader] = {".jsonl": json_lines, ".csv": csv_rows, ".parquet": _parquet_rows}
+READERS: dict[str, Reader] = {".jsonl": _json_lines, ".csv": csv_rows, ".parquet": _parquet_rows}
 
 
-def _hub_splits(source: str, split: str | None, choose: Choose) -> Iterator[tuple[str | None, Iterator[Values]]]:
-    """Yield the rows of a data set's own splits by name; those of its only one without a name."""
+def _hub_splits(source: str, split: str | None) -> list[tuple[str | None, str]]:
+    """Return the own splits of a data set that are to be read, each after what it says; see `own_splits`."""
     import datasets
 
-    path = [part or None for part in source.split(":", 1)]
     with _hub_errors(source):
-        names = datasets.get_dataset_split_names(*path)
-    own = [name for name in names if name in SPLITS] or names
-    is_named = split not in (None, "all", *SPLITS) or len({*own} & {*SPLITS}) > 1
-    wanted = [split] if is_named and split not in (None, "all") else own
-    if wanted[0] not in names:
+        names = datasets.get_dataset_split_names(*_hub_path(source))
+    if split not in (None, "all", *SPLITS):
+        if split not in names:
+            raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
+        return [(split, split)]
+    own = [(found, name) for found in SPLITS for name in names if split_named(name) == found]
+    if {found for found, _ in own} <= {"train"}:
+        return [(None, name) for _, name in own] or [(None, name) for name in names]
+    wanted = [(found, name) for found, name in own if split in (None, "all", found)]
+    if not wanted:
         raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
-    for name in wanted:
-        yield name if is_named else None, _hub_rows(source, path, name, choose)
+    return wanted
 
 
-def _hub_rows(source: str, path: list[str | None], split: str, choose: Choose) -> Iterator[Values]:
+def _hub_path(source: str) -> list[str | None]:
+    return [part or None for part in source.split(":", 1)]
+
+
+def _hub_rows(source: str, split: str, choose: Choose) -> Iterator[Values]:
     import datasets
 
     with _hub_errors(source):
-        rows = datasets.load_dataset(*path, split=split, streaming=True)
+        rows = datasets.load_dataset(*_hub_path(source), split=split, streaming=True)
         columns = choose(rows.column_names or list(next(iter(rows), {})))
         for row in rows.select_columns(list(columns)):
             yield tuple(row[name] for name in columns)

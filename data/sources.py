@@ -7,13 +7,13 @@ import functools
 import itertools
 import multiprocessing
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from data import card, task
+from data import card, rows, task
 from data.errors import UserError
 from data.streams import SPLITS
 from data.vocab import TokenizerVocab, read_vocab, train_vocab
@@ -124,8 +124,12 @@ class WriteCommand(task.WriteCommand, abc.ABC):
         return dataclasses.replace(made, source=path.absolute().name if path.exists() else self.source)
 
     def make(self) -> tuple[TokenizerVocab, Generator[Any, None, None], dict[str, Any]]:
+        found = self.found()
+        there = [split for split in SPLITS if split not in found.get("absent_splits", ())]
+        if self.split is None and there and SPLITS[0] not in there:
+            raise UserError(f"{self.source} has no train part, only {', '.join(there)}: give --split {there[0]}, or all")
         vocab, counts = self.vocabulary(), collections.Counter(read=0, written=0)
-        return vocab, self._counted(self.made(vocab), counts), {self.unit: counts, **self.found()}
+        return vocab, self._counted(self.made(vocab), counts), {self.unit: counts, **found}
 
     def made(self, vocab: TokenizerVocab) -> Iterator[Made]:
         """Make the examples."""
@@ -134,6 +138,14 @@ class WriteCommand(task.WriteCommand, abc.ABC):
     def found(self) -> dict[str, Any]:
         """Return what else a card says of the source."""
         return {}
+
+    def division(self, record: str, suffixes: Collection[str] | None = None) -> dict[str, Any]:
+        """Return what a card says of how `rows` divides the source, for `found`."""
+        if self.split not in (None, *SPLITS):
+            return {}
+        if own := rows.own_splits(self.source, suffixes):
+            return {"absent_splits": [split for split in SPLITS if split not in own]}
+        return {"splits": f"by a hash of each {record} (80%, 10%, 10%), as the names in the source say none"}
 
     def vocabulary(self) -> TokenizerVocab:
         """Return the vocabulary that the corpus is written in."""

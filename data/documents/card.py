@@ -43,6 +43,7 @@ class Statistics(card.SourcesStatistics):
             f"## {what.capitalize()} read",
             "Of all splits together."
             + (f" The source has no {' and no '.join(absent)} part." if absent else "")
+            + (f" The splits are {fields['splits']}." if "splits" in fields else "")
             + (f" Licence of {fields['licence']}." if "licence" in fields else ""),
             card.table(("", what), counts.items()),
             "## What was written",

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -83,27 +83,19 @@ def read(source: str, split: str | None, piece_sentences: int) -> Iterator[Draft
     `text` and may have `sources`: the indices of pieces of a list, from 0 on, or quotes, each of which stands in the document.
     `instruction` is what all steps see.
 
-    Raises: UserError for rows that are something else, with their number.
+    Raises: UserError for rows that are something else, with their line.
     """
-    for number, (own, values) in enumerate(rows.read(source, _choose(source), readers={".jsonl": rows.json_lines})):
-        where = f"{source}: row {number + 1}"
-        text, steps, instruction = values
-        document = _document(where, text, steps, instruction, piece_sentences)
+    for number, (own, (where, row)) in enumerate(rows.read_objects(source, split=split)):
+        document = _document(where, row, piece_sentences)
         found = own or divided_split_of(squeezed("".join(document.pieces)))
         if split in (None, "all", found):
             yield Draft(number, found, document)
 
 
-def _choose(source: str) -> Callable[[Collection[str]], tuple[str, ...]]:
-    def choose(names: Collection[str]) -> tuple[str, ...]:
-        if absent := [name for name in COLUMNS if name not in names]:
-            raise UserError(f"{source}: no {absent[0]} in its first row, only {', '.join(names)}; a row has {', '.join(COLUMNS)}")
-        return COLUMNS + _OPTIONAL
-
-    return choose
-
-
-def _document(where: str, text: Any, steps: Any, instruction: Any, piece_sentences: int) -> Document:
+def _document(where: str, row: dict[str, Any], piece_sentences: int) -> Document:
+    if absent := [name for name in COLUMNS if name not in row]:
+        raise UserError(f"{where}: no {absent[0]}, only {', '.join(row) or 'an empty object'}; a row has {', '.join(COLUMNS)}")
+    text, steps, instruction = (row.get(name) for name in COLUMNS + _OPTIONAL)
     is_list = isinstance(text, list) and all(isinstance(piece, str) for piece in text)
     if not isinstance(text, str) and not is_list:
         raise UserError(f"{where}: document is neither a text nor a list of texts")
@@ -155,8 +147,8 @@ class WriteCommand(sources.WriteCommand):
 
     Attributes:
       source: A .jsonl file, or a directory of some: a "document" a line, and "steps" with a "text" each and, where known, "sources".
-      split: train, validation or test: that part alone, by a hash of the document (80%, 10%, 10%) where files are not named so; all:
-        everything, undivided. Default: the three beside each other.
+      split: train, validation or test: that part alone, by a hash of the document (80%, 10%, 10%) where names of files do not say the
+        splits (train, validation, val, dev, test, ...); all: everything, undivided. Default: the three beside each other.
       alignment: Which pieces a step without sources was written from.
     """
 
@@ -192,7 +184,7 @@ class WriteCommand(sources.WriteCommand):
 
     def found(self) -> dict[str, Any]:
         if self.is_own:
-            return {}
+            return self.division("document", (".jsonl",))
         absent = [split for split in SPLITS if not self.part(split).exists()]
         return {"absent_splits": absent, "licence": f"{self.repository}: {self.licence}"}
 

@@ -112,8 +112,9 @@ class WriteCommand(sources.WriteCommand):
       source: "synthetic", a file (.jsonl, .csv, .parquet), a directory of some, or a Hugging Face data set (NAME or
         NAME:CONFIGURATION).
       num_examples: How many examples, at most. Default: 1000 of synthetic news, otherwise all.
-      split: train, validation or test: that part alone, by a hash of the article (80%, 10%, 10%); all: everything, undivided.
-        Default: of synthetic news train, otherwise the three beside each other. What has splits of its own keeps them.
+      split: train, validation or test: that part alone, by a hash of the article (80%, 10%, 10%) where names do not say the splits
+        (train, validation, val, dev, test, ...); all: everything, undivided. Default: of synthetic news train, otherwise the three beside
+        each other.
       article_column: Column of the articles; by default article, document, text, content or body.
       summary_column: Column of the summaries; by default summary, highlights, abstract or headline.
       alignment: Of files and data sets: which sentences a summary sentence was written from.
@@ -154,6 +155,9 @@ class WriteCommand(sources.WriteCommand):
     @property
     def is_divided_here(self) -> bool:
         return not self.is_synthetic and Path(self.source).exists()
+
+    def found(self) -> dict[str, Any]:
+        return {} if self.is_synthetic else self.division("article")
 
     def read(self, split: str | None) -> Iterator[Pair]:
         return read_pairs(self.source, split, self.article_column, self.summary_column)

@@ -490,23 +490,47 @@ def test_every_task_reads_own_documents(name, sources, tmp_path, call):
     assert status == 0 and len(load(tmp_path, "out")) == 2
 
 
+def test_a_test_file_of_ones_own_is_never_trained_on(tmp_path, call):
+    """Of 8 rows a hash would give train some; what is absent, and that a hash divides, is said."""
+    source = tmp_path / "rows"
+    source.mkdir()
+    for name in ("train", "val", "test"):
+        rows = ({"document": f"Snow fell in {name} on town {i}.", "steps": [{"text": "Snow fell."}]} for i in range(8))
+        (source / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    status, out, _ = call(data_main, "documents", "--source", source, *OPTIONS, "--out", tmp_path / "out")
+    assert status == 0 and out.startswith(f"{tmp_path / 'out'}: 8 train, 8 validation, 8 test\n") and "hash" not in out
+    for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
+        assert all(f" in {name} on" in example.document.pieces[0] for example in load(tmp_path, "out", split))
+    file = source / "test.jsonl"
+    status, _, err = call(data_main, "documents", "--source", file, *OPTIONS, "--out", tmp_path / "new")
+    assert status == 2 and f"{file} has no train part, only test: give --split test, or all" in err and not (tmp_path / "new").exists()
+    status, out, _ = call(data_main, "documents", "--source", file, "--split", "test", *OPTIONS, "--out", tmp_path / "test")
+    assert status == 0 and f": 8 test\ndocuments: 8 read, 8 written\nno train and no validation part in {file}" in out
+    file.rename(source / "rows.jsonl")
+    status, out, _ = call(data_main, "documents", "--source", source / "rows.jsonl", *OPTIONS, "--out", tmp_path / "divided")
+    said = "by a hash of each document (80%, 10%, 10%), as the names in the source say none"
+    card = load(tmp_path, "divided").card
+    assert status == 0 and out.endswith(f"splits: {said}\n") and card["splits"] == said
+    assert f"The splits are {said}." in (tmp_path / "divided" / "train" / "README.md").read_text()
+
+
 def row(**changes):
     return layouts.OWN[0] | changes
 
 
 BAD_OWN = {  # the second of two rows -> what is said
-    "no document": ({"steps": []}, "row 2: document is neither a text nor a list of texts"),
-    "a number in a list": (row(document=["a", 1]), "row 2: document is neither a text nor a list of texts"),
-    "an empty document": (row(document=" \n"), "row 2: the document is empty"),
-    "no pieces": (row(document=[]), "row 2: the document is empty"),
-    "an empty piece": (row(document=["a b", " "]), "row 2: piece 1 of the document is empty"),
-    "steps that are a text": (row(steps="x"), "row 2: steps is no list"),
-    "a step without text": (row(steps=[{"sources": []}]), 'row 2, step 0: expected {"text": "...", "sources": [...]}'),
-    "an unknown key": (row(steps=[{"text": "x", "source": []}]), "row 2, step 0: unknown source; a step has text and sources"),
+    "no document": ({"steps": []}, "line 2: no document, only steps; a row has document, steps"),
+    "a number in a list": (row(document=["a", 1]), "line 2: document is neither a text nor a list of texts"),
+    "an empty document": (row(document=" \n"), "line 2: the document is empty"),
+    "no pieces": (row(document=[]), "line 2: the document is empty"),
+    "an empty piece": (row(document=["a b", " "]), "line 2: piece 1 of the document is empty"),
+    "steps that are a text": (row(steps="x"), "line 2: steps is no list"),
+    "a step without text": (row(steps=[{"sources": []}]), 'line 2, step 0: expected {"text": "...", "sources": [...]}'),
+    "an unknown key": (row(steps=[{"text": "x", "source": []}]), "line 2, step 0: unknown source; a step has text and sources"),
     "an index of a text": (row(steps=[{"text": "x", "sources": [0]}]), "the source 0; allowed: a quote: indices are of a document that is a list"),
     "an index beyond": (row(document=["a b"], steps=[{"text": "x", "sources": [1]}]), "the source 1; allowed: a quote, or an index from 0 to 0"),
     "a quote of nothing": (row(steps=[{"text": "x", "sources": ["It snowed."]}]), "the source 'It snowed.' does not stand in the document"),
-    "an instruction of numbers": (row(instruction=3), "row 2: instruction is no text"),
+    "an instruction of numbers": (row(instruction=3), "line 2: instruction is no text"),
 }  # fmt: skip
 
 

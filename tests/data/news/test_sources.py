@@ -439,10 +439,37 @@ def test_files_of_a_directory_are_the_splits_that_they_are_named_after(tmp_path,
         "train": ["\n\n".join(story.article) for story in STORIES[:9]],
         "test": ["\n\n".join(story.article) for story in STORIES[9:12]],
     }
-    (tmp_path / "more.jsonl").write_text(json_lines(PAIRS[12:20]))  # named after none: all are divided as one file is
-    assert {pair.split for pair in sources.read_pairs(str(tmp_path))} == {
-        streams.divided_split_of(" ".join(pair["article"].split())) for pair in PAIRS[:20]
-    }
+
+
+BY_HASH = None
+NAMED = {  # files of a directory -> the splits of their rows
+    "other spellings": {"train.jsonl": "train", "val.jsonl": "validation", "test.jsonl": "test"},
+    "numbers, and other kinds": {"train-00000-of-2.csv": "train", "Train-1.jsonl": "train", "dev.jsonl": "validation"},
+    "one word of several": {"reports_train_v2.jsonl": "train", "reports.valid.jsonl": "validation", "testset of reports.csv": "test"},
+    "test alone": {"test.jsonl": "test", "test-2.jsonl": "test"},
+    "train alone": {"train-1.jsonl": BY_HASH, "train-2.jsonl": BY_HASH},
+    "words that begin so": {"testimonies.jsonl": BY_HASH, "validity.jsonl": BY_HASH, "devices.jsonl": BY_HASH},
+    "two words of different splits": {"train+test.jsonl": BY_HASH, "dev_test.jsonl": BY_HASH},
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_names_of_files_say_their_splits(tmp_path, case):
+    expected = set()
+    for name, split in NAMED[case].items():
+        texts = [f"Article {i} of {name}." for i in range(9)]
+        head, lines = ("article,summary\n", [f"{text},b\n" for text in texts]) if name.endswith(".csv") else ("", [])
+        (tmp_path / name).write_text(head + ("".join(lines) or json_lines({"article": text, "summary": "b"} for text in texts)))
+        expected |= {(split or streams.divided_split_of(text), text) for text in texts}
+    pairs = list(sources.read_pairs(str(tmp_path)))
+    assert {(pair.split, pair.article) for pair in pairs} == expected
+    order = [pair.split for pair in pairs]
+    assert BY_HASH in NAMED[case].values() or order == sorted(order, key=streams.SPLITS.index)  # so --num-examples takes train first
+    (tmp_path / "more.jsonl").write_text(json_lines(PAIRS[:1]))
+    assert len(list(sources.read_pairs(str(tmp_path), "all"))) == len(pairs) + 1
+    if BY_HASH not in NAMED[case].values() or case == "train alone":
+        with pytest.raises(UserError, match=r"more\.jsonl: its name says no split, but .* is of "):
+            list(sources.read_pairs(str(tmp_path)))
 
 
 HUB = {
@@ -452,6 +479,8 @@ HUB = {
     "and one of its parts": (("train",), "test", ["test"]),
     "another of its own": (("train", "dev"), "dev", ["dev"]),
     "more than these": (("train", "test", "unlabelled"), None, ["train", "test"]),
+    "in other spellings": (("train_sft", "dev_matched", "test_sft"), None, ["train", "validation", "test"]),
+    "test alone": (("test",), None, ["test"]),
     "other names alone": (("all",), None, ["train", "test"]),
 }
 
