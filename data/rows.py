@@ -140,13 +140,23 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_with_each_key_once)
+            except UserError as error:
+                raise UserError(f"{path}: line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
                 why = "expected an object a line, not an array" if line.lstrip().startswith(b"[") else error
                 raise UserError(f"{path}: line {number} is not JSON: {why}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number}: expected a JSON object")
             yield number, row
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for name in fields if sum(name == own for own, _ in pairs) > 1)
+        raise UserError(f"the key {twice} stands twice in an object")
+    return fields
 
 
 def csv_rows(path: Path, choose: Choose) -> Iterator[Values]:
@@ -241,11 +251,10 @@ def _hub_splits(source: str, split: str | None) -> list[tuple[str | None, str]]:
         if split not in names:
             raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
         return [(split, split)]
-    own = [(found, name) for found in SPLITS for name in names if split_named(name) == found]
+    own: list[tuple[str | None, str]] = [(found, name) for found in SPLITS for name in names if split_named(name) == found]
     if {found for found, _ in own} <= {"train"}:
         return [(None, name) for _, name in own] or [(None, name) for name in names]
-    wanted = [(found, name) for found, name in own if split in (None, "all", found)]
-    if not wanted:
+    if not (wanted := [(found, name) for found, name in own if split in (None, "all", found)]):
         raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
     return wanted
 

@@ -17,7 +17,7 @@ from data.streams import SPLITS, divided_split_of
 from data.vocab import TokenizerVocab
 
 COLUMNS = ("document", "steps")
-_OPTIONAL = ("instruction",)
+OPTIONAL = ("instruction",)
 _STEP = {"text", "sources"}
 
 
@@ -95,7 +95,9 @@ def read(source: str, split: str | None, piece_sentences: int) -> Iterator[Draft
 def _document(where: str, row: dict[str, Any], piece_sentences: int) -> Document:
     if absent := [name for name in COLUMNS if name not in row]:
         raise UserError(f"{where}: no {absent[0]}, only {', '.join(row) or 'an empty object'}; a row has {', '.join(COLUMNS)}")
-    text, steps, instruction = (row.get(name) for name in COLUMNS + _OPTIONAL)
+    if unknown := [name for name in row if name not in COLUMNS + OPTIONAL]:
+        raise UserError(f"{where}: unknown {unknown[0]}; a row has {', '.join(COLUMNS)}, and may have {', '.join(OPTIONAL)}")
+    text, steps, instruction = row["document"], row["steps"], row.get("instruction")
     is_list = isinstance(text, list) and all(isinstance(piece, str) for piece in text)
     if not isinstance(text, str) and not is_list:
         raise UserError(f"{where}: document is neither a text nor a list of texts")

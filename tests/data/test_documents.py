@@ -524,6 +524,9 @@ BAD_OWN = {  # the second of two rows -> what is said
     "an empty document": (row(document=" \n"), "line 2: the document is empty"),
     "no pieces": (row(document=[]), "line 2: the document is empty"),
     "an empty piece": (row(document=["a b", " "]), "line 2: piece 1 of the document is empty"),
+    "another unknown key": (row(instructions="Say it."), "own.jsonl: line 2: unknown instructions; a row has document, steps, and may have instruction"),
+    "a key twice": ('{"document": "Snow fell.", "steps": [], "steps": []}', "own.jsonl: line 2: the key steps stands twice in an object"),
+    "a key twice in a step": ('{"document": "a", "steps": [{"text": "x", "text": "y"}]}', "line 2: the key text stands twice in an object"),
     "steps that are a text": (row(steps="x"), "line 2: steps is no list"),
     "a step without text": (row(steps=[{"sources": []}]), 'line 2, step 0: expected {"text": "...", "sources": [...]}'),
     "an unknown key": (row(steps=[{"text": "x", "source": []}]), "line 2, step 0: unknown source; a step has text and sources"),
@@ -537,7 +540,8 @@ BAD_OWN = {  # the second of two rows -> what is said
 @pytest.mark.parametrize("case", BAD_OWN)
 def test_bad_own_documents_are_one_line(tmp_path, call, case):
     changed, message = BAD_OWN[case]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (layouts.OWN[0], changed)), encoding="utf-8")
+    rows = (text if isinstance(text, str) else json.dumps(text) for text in (layouts.OWN[0], changed))
+    (tmp_path / "own.jsonl").write_text("".join(f"{text}\n" for text in rows), encoding="utf-8")
     status, _, err = call(data_main, "documents", "--source", tmp_path / "own.jsonl", *OPTIONS, "--out", tmp_path / "out")
     assert status == 2 and message in err and not (tmp_path / "out").exists()
 
