@@ -135,8 +135,8 @@ def _json_lines(path: Path, choose: Choose) -> Iterator[Values]:
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read JSONL, an object a line, with the numbers of the lines."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for number, line in enumerate(_text_lines(path, file), 1):
             if not line.strip():
                 continue
             try:
@@ -144,7 +144,7 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except UserError as error:
                 raise UserError(f"{path}: line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
-                why = "expected an object a line, not an array" if line.lstrip().startswith(b"[") else error
+                why = "expected an object a line, not an array" if line.lstrip().startswith("[") else error
                 raise UserError(f"{path}: line {number} is not JSON: {why}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number}: expected a JSON object")
