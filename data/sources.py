@@ -171,6 +171,7 @@ class WriteCommand(task.WriteCommand, abc.ABC):
             if example is not None:
                 yield example if self.split else (split, example)
         if not counts["read"]:
-            raise UserError(f"{self.source}: none of its {self.unit} falls to the {self.split} split")
+            where = "" if self.split in (None, "all") else f" in the {self.split} split"
+            raise UserError(f"{self.source}: there are no {self.unit}{where}")
         if not counts["written"]:
             raise UserError(f"{self.source}: none of its {self.unit} can be used: {card.listed(counts)}")

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from data import card
 from data.errors import UserError
 from data.streams import SPLITS
 from data.task import Task
@@ -50,7 +51,9 @@ def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[
 
 def _save_splits(directory: Path, parts: Mapping[str, "_Part"], task: Task, description: Mapping[str, Any]) -> None:
     if SPLITS[0] not in parts:
-        raise UserError(f"no example falls to the train split, of {', '.join(parts) or 'none'}: too few to be divided; try --split all")
+        there = " and ".join(f"{len(part):,} in {split}" for split, part in parts.items())
+        counted = next((f" ({card.listed(own)})" for own in description.values() if isinstance(own, Mapping) and "read" in own), "")
+        raise UserError(f"no example is in the train split, only {there}{counted}: give more, or write them undivided with --split all")
     found = [split for split in SPLITS if split in parts]
     for split in found:
         parts[split].save(directory / split, {**description, "split": split})

@@ -232,6 +232,10 @@ def test_what_doctors_found_wrong_or_disagree_on_is_dropped_and_counted(tmp_path
         stored = load(tmp_path, out.name)
         assert stored.card["questions"] == {"read": 5, **counts, **dropped}
         assert [len(example.document.pieces) for example in stored] == pieces
+    file.write_text(f"{head}\n", encoding="utf-8")
+    for option, where in (([], ""), (["--split", "all"], ""), (["--split", "test"], " in the test split")):
+        status, _, err = call(data_main, "verdicts", "--source", root, *OPTIONS, *option, "--out", tmp_path / "none")
+        assert status == 2 and err.endswith(f"error: {root}: there are no questions{where}\n")
 
 
 # ----------------------------------------------------------------------------------------------- what is read of a prompt
