@@ -71,7 +71,7 @@ class Maker:
         after = example.document
         also = {
             "cut to max_prompt_tokens": len(after.pieces) < len(before.pieces),
-            "without steps that rest on no piece": len(after.steps) < len(before.steps),
+            "with steps left out that have no source": len(after.steps) < len(before.steps),
         }
         return written(draft.split, example, **also)
 

@@ -98,7 +98,7 @@ def example(vocab: TokenizerVocab, style: Mapping[str, Any], alignment: Alignmen
         return [Made(split, None, ("with all sources beyond the cut",))]
     also = {
         "cut to max_prompt_tokens": made.cut_sentences > 0,
-        "without summary sentences that have no source": len(made.story.summary) < len(summary),
+        "with summary sentences left out that have no source": len(made.story.summary) < len(summary),
         "with unreadable characters replaced": readable(text + lines) != text + lines,
     }
     return [written(split, made, **also)]

@@ -294,7 +294,8 @@ def test_long_prompts_are_cut_with_a_warning_and_long_documents_dropped_or_cut(s
         said.append(call(data_main, "papers", *options, "--out", tmp_path / too_long))
     assert said[0][0] == 2 and "3 dropped (3 longer than max_prompt_tokens)" in said[0][2]
     stored = load(tmp_path, "cut")
-    assert stored.card["papers"]["written, cut to max_prompt_tokens"] == 3
+    counts = stored.card["papers"]
+    assert counts["written, cut to max_prompt_tokens"] == 3 and counts["written, with steps left out that have no source"] == 3
     for example in stored:
         kept = len(example.document.pieces)
         assert example.prompt_tokens <= 130 and kept < 6

@@ -223,7 +223,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import
         "written": 7,
         "written, with unreadable characters replaced": 3,
         "written, cut to max_prompt_tokens": 2,
-        "written, without summary sentences that have no source": 1,
+        "written, with summary sentences left out that have no source": 1,
         "without a sentence": 3,
         "without a summary": 2,
         "with something other than text": 2,
@@ -233,7 +233,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import
     }
     stored = corpus.load(tmp_path / "out", TASKS)
     assert status == 0 and stored.card["articles"] == counts
-    told = "articles: 17 read, 7 written (2 cut to max_prompt_tokens, 3 with unreadable characters replaced, 1 without summary "
+    told = "articles: 17 read, 7 written (2 cut to max_prompt_tokens, 1 with summary sentences left out that have no source, "
     assert out.startswith(f"{tmp_path / 'out'}: 7 all\n{told}") and "10 dropped (1 with a first piece" in out
     replaced = [x for x in stored if "\ufffd" in x.prompt + " ".join(x.story.summary)]
     assert len(replaced) == 2 and not any("\ufeff" in example.prompt for example in stored)
