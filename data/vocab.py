@@ -308,7 +308,10 @@ def read_vocab(path: Path, num_labels: int) -> TokenizerVocab:
         content = file.read_bytes()
         fields = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
         if file.name.startswith("vocab.json"):
-            fields = json.loads(fields["vocab"]["tokenizer_json"])
+            vocab = fields.get("vocab") if isinstance(fields, dict) else None
+            if not isinstance(vocab, dict) or "tokenizer_json" not in vocab:
+                raise UserError("it has no text tokenizer; models of language of this project have one there")
+            fields = json.loads(vocab["tokenizer_json"])
             # What it was given for another number of labels.
             fields["added_tokens"] = [token for token in fields["added_tokens"] if not _STRUCTURAL.fullmatch(token["content"])]
         tokenizer_json = json.dumps(fields)

@@ -262,7 +262,9 @@ def begin_with(model: Decoder, directory: Path) -> dict[str, str]:
     _check_adapted(model)
     stored, tensors, _, name, expected, config = _open(directory)
     if config != model.adapters:
-        raise UserError(f"{directory}: its adapters are {config}, those to train {model.adapters}")
+        differ = {name: value for name, value in dataclasses.asdict(config).items() if value != getattr(model.adapters, name)}
+        options = (f"--{name} {' '.join(value) if isinstance(value, tuple) else f'{value:g}'}" for name, value in differ.items())
+        raise UserError(f"{directory}: its adapters are not like those to train: give {' '.join(options)}")
     if stored.vocab != model.vocab or fingerprint(model) != expected:
         raise UserError(f"{directory}: an adapter of {name} with {stored.vocab.num_labels} labels, not of the model that is trained")
     _read(model, tensors, stored.config.compute_dtype)

@@ -606,6 +606,8 @@ def test_a_tokenizer_may_be_given(corpora, sources, tmp_path, call):
         data_main, "stories", "--source", sources["stories"], "--tokenizer", sources["stories"], "--out", tmp_path / "new"
     )
     assert status == 2 and "expected a tokenizer.json" in err
+    with pytest.raises(UserError, match=r"arithmetic-tiny/vocab\.json is not .*: it has no text tokenizer; models of language"):
+        read_vocab(Path("checkpoints/arithmetic-tiny"), 32)
 
 
 def test_documents_are_not_drawn(corpora):

@@ -109,7 +109,11 @@ def test_training_goes_on_from_an_adapter_of_the_same_base(tmp_path):
     assert lora.begin_with(other, directory) == {"name": "first", "sha256": digest}
     for own, expected in zip(*(jax.tree.leaves(nnx.state(each, nnx.Param)) for each in (other, model)), strict=True):
         np.testing.assert_array_equal(own, expected)
-    refused = {"its adapters are": lora.adapt(random_model(), LoraConfig(rank=2)), "has no adapters": random_model()}
+    refused = {
+        "like those to train: give --rank 3$": LoraConfig(2, 6.0),
+        "give --alpha 6 --targets qkv_proj o_proj gate": LoraConfig(3, 7, ("o_proj",)),
+    }
+    refused = {message: lora.adapt(random_model(), config) for message, config in refused.items()} | {"has no adapters": random_model()}
     refused["not of the model that is trained"] = lora.adapt(random_model(hidden_size=64), LORA)
     for message, model in refused.items():
         with pytest.raises(UserError, match=message):
