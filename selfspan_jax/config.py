@@ -412,30 +412,41 @@ class ServerConfig:
     """What requests to /v1 must bear; by default what SELFSPAN_API_KEY says, which other users of the machine do not see."""
     model_name: str | None = None
     """What clients call the model; by default the name of the checkpoint."""
-    slots: int = ServingConfig.num_sequences
-    """Sequences that decode at the same time; more wait."""
+    slots: int | None = None
+    """Sequences that decode at the same time; more wait. Default: 64, on a CPU 2."""
     context_tokens: int | None = None
     """Of each sequence, prompt and response; by default the model's context."""
     num_pages: int | None = None
     """Pages of the cache, of 64 tokens, with rows in host memory an eighth of --prefill-tokens; by default as many as fit into memory."""
-    chunk_tokens: int = ServingConfig.chunk_tokens
-    """Decode steps between two looks of the host: text comes so many tokens at a time. Fewer for a large model, whose steps are long."""
-    prefill_tokens: int = ServingConfig.prefill_tokens
-    """Most prompt tokens that are read between two chunks of decode steps, which is how long a new prompt holds up the others."""
+    chunk_tokens: int | None = None
+    """Decode steps between two looks of the host: text comes so many tokens at a time. Default: 32, for long steps, as on a CPU, 4."""
+    prefill_tokens: int | None = None
+    """Most prompt tokens that are read between two chunks of steps: so long it holds up the others. Default: 1024, on a CPU 256."""
     max_queue: int = ServingConfig.max_queue
     """Requests that wait, beside those that have a slot; more are refused with status 429."""
 
     def __post_init__(self):
         _require_within(self, 0, 65535, "port")
         _require(self.api_key is None or bool(self.api_key.strip()), self, "api_key", "text that is not blank")
-        _require_positive(self, "slots")
+        if self.slots is not None:
+            _require_positive(self, "slots")
         self.serving  # noqa: B018  # raises for what is wrong with it
 
     @property
     def serving(self) -> ServingConfig:
         """What the scheduler needs."""
+        return self._on(ServingConfig())
+
+    @property
+    def serving_on_cpu(self) -> ServingConfig:
+        """The same for a CPU: it computes prompts that are read together one after the other, so one number of tokens is compiled."""
+        config = self._on(ServingConfig(num_sequences=2, chunk_tokens=4, prefill_tokens=256))
+        return dataclasses.replace(config, min_read_tokens=config.prefill_tokens)
+
+    def _on(self, defaults: ServingConfig) -> ServingConfig:
         names = ("context_tokens", "num_pages", "chunk_tokens", "prefill_tokens", "max_queue")
-        return ServingConfig(num_sequences=self.slots, **{name: getattr(self, name) for name in names})
+        given = {"num_sequences": self.slots, **{name: getattr(self, name) for name in names}}
+        return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
 def from_json(config_type: type[T], values: dict) -> T:

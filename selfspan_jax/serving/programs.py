@@ -149,6 +149,8 @@ class Programs:
         loads one meanwhile. Arguments as for `lowering` and `compile_all`.
         """
         compile_all(self.lowering(*num_steps, draws=draws), on_progress)
+        if jax.default_backend() == "cpu":  # which records nothing, and takes as long for the first time as for each
+            return
         for steps in num_steps:
             for level in LEVELS if draws else LEVELS[:1]:
                 self.decode(level, steps, *self._nothing())

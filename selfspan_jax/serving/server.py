@@ -139,7 +139,7 @@ def _compiling() -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
             if done == of and not loading:
                 loading = True
-                bar.write("loading: each program is run once before the server listens", file=sys.stdout)
+                bar.write("loading: a GPU runs each program once before the server listens", file=sys.stdout)
                 sys.stdout.flush()
 
         yield on_progress
@@ -176,7 +176,8 @@ def serve(
     Raises: UserError for an address that cannot be listened on, and as `Workers`; DoesNotFit.
     """
     jax.config.update("jax_platforms", "cpu")  # devices are the workers'
-    with listening(config.host, config.port) as bound, Workers(load, config.serving, mesh=mesh, attention=attention) as workers:
+    options: dict[str, Any] = {"on_cpu": config.serving_on_cpu, "mesh": mesh, "attention": attention}
+    with listening(config.host, config.port) as bound, Workers(load, config.serving, **options) as workers:
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone away
         if (room := workers.num_pages * workers.config.page_tokens) < workers.context_tokens:
             print(f"--num-pages {workers.num_pages} have room for {room} of the {workers.context_tokens} tokens of a sequence", flush=True)
@@ -185,7 +186,7 @@ def serve(
         gc.collect()
         gc.freeze()  # what stays is not looked at again
         key = os.environ.get("SELFSPAN_API_KEY", "").strip() or None if config.api_key is None else config.api_key
-        options: dict[str, Any] = {"attention": attention, "api_key": key, "examples": _examples(workers.reader.task)}
+        options = {"attention": attention, "api_key": key, "examples": _examples(workers.reader.task)}
         options["device"] = workers.device
         with _switching():
             Uvicorn(Server(workers.reader, workers, config.model_name or name, **options)).run([bound])

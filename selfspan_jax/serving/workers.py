@@ -49,7 +49,7 @@ class Loaded(NamedTuple):
     device: str
     keeps_programs: bool
     """Whether what it compiles is there for others."""
-    page_tokens: int
+    config: ServingConfig
 
 
 class Compiled(NamedTuple):
@@ -97,6 +97,7 @@ def work(
     devices: str | None,
     num_workers: int,
     config: ServingConfig,
+    on_cpu: ServingConfig | None,
     attention: str | Policy | None,
 ) -> None:
     """Load a model, say so; compile when told, say so; run a scheduler until the other end says to close. If that is gone, end at once."""
@@ -138,12 +139,13 @@ def work(
     try:
         with memory.catch_out_of_memory():
             lm = load(mesh=mesh)
-            unbounded = dataclasses.replace(config, max_queue=_NO_QUEUE)
+            chosen = on_cpu if on_cpu and jax.default_backend() == "cpu" else config
+            unbounded = dataclasses.replace(chosen, max_queue=_NO_QUEUE)
             scheduler = Scheduler(lm.engine, unbounded, attention=attention, stop_ids=lm.end_ids[1:])
             kind, reader = jax.devices()[0].device_kind, Reader(lm.task, lm.config, lm.vocab)
             kept = bool(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
             sizes = lm.engine.vocab_size, scheduler.context_tokens, scheduler.num_pages
-            connection.send(Loaded(reader, *sizes, kind, kept, scheduler.config.page_tokens))
+            connection.send(Loaded(reader, *sizes, kind, kept, dataclasses.replace(chosen, page_tokens=scheduler.config.page_tokens)))
             may_compile.wait()
             scheduler.warm_up(on_progress=lambda *numbers: connection.send(Compiled(*numbers)))
     except (UserError, NotImplementedError, OSError) as error:
@@ -215,15 +217,21 @@ class Workers:
 
     Args:
       load: makes the model, given its `mesh`; it travels to the workers, so it is a function of a module, a method, or a partial of these.
+      on_cpu: in place of `config` where the devices are CPUs.
       mesh: as in data=2,tensor=2: how many workers, and how many devices each has.
 
     Raises: UserError for a mesh that there are no devices for, and what `load` and `Scheduler` raise.
     """
 
     def __init__(
-        self, load: Callable[..., SpanLM], config: ServingConfig, *, mesh: str | None = None, attention: str | Policy | None = None
+        self,
+        load: Callable[..., SpanLM],
+        config: ServingConfig,
+        *,
+        on_cpu: ServingConfig | None = None,
+        mesh: str | None = None,
+        attention: str | Policy | None = None,
     ):
-        self.config = config
         self._lock = threading.Lock()
         self._closing = False
         self._numbers = itertools.count()
@@ -233,7 +241,7 @@ class Workers:
             each = shares(mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
             for own_mesh, devices in each:
                 ours, theirs = context.Pipe()
-                arguments = (theirs, load, own_mesh, devices, len(each), config, attention)
+                arguments = (theirs, load, own_mesh, devices, len(each), config, on_cpu, attention)
                 process = context.Process(target=work, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
@@ -247,7 +255,7 @@ class Workers:
         self.reader, self.vocab_size, self.context_tokens = loaded[0][:3]
         self.device = f"{math.prod(axis_sizes(mesh).values())} x {loaded[0].device} ({mesh})" if mesh else loaded[0].device
         self.num_pages = min(own.num_pages for own in loaded)
-        self.config = dataclasses.replace(self.config, page_tokens=loaded[0].page_tokens)  # of pages in host memory it is more
+        self.config = loaded[0].config
         self._keeps_programs = loaded[0].keeps_programs
 
     def __enter__(self) -> Workers:

@@ -5,6 +5,7 @@ They have a scheduler that deals out a script, so that they decide when tokens c
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -653,6 +654,14 @@ def test_the_live_page_shows_steps_and_what_they_read_and_asks_nobody_else(tmp_p
 
 
 # --------------------------------------------------------------------------------------------------------- the end
+
+
+def test_on_a_cpu_fewer_run_together_and_prompts_are_read_one_by_one():
+    default, own = ServerConfig(), ServerConfig(slots=3, prefill_tokens=64)
+    on_cpu = ServingConfig(num_sequences=2, chunk_tokens=4, prefill_tokens=256, min_read_tokens=256)
+    assert (default.serving, default.serving_on_cpu) == (ServingConfig(), on_cpu)
+    assert own.serving == ServingConfig(num_sequences=3, prefill_tokens=64)
+    assert own.serving_on_cpu == dataclasses.replace(on_cpu, num_sequences=3, prefill_tokens=64, min_read_tokens=64)
 
 
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):

@@ -59,7 +59,8 @@ def test_a_worker_behind_a_server_gives_each_what_it_would_get_alone_and_where_i
         async with httpx2.AsyncClient(base_url=address, timeout=100, trust_env=False, limits=limits) as client:
             return await asyncio.gather(*(ask(client, rng.choice(prompts), rng.choice((-1, -1, 0, 0, 1, 2))) for _ in range(CALLS)))
 
-    with Workers(load, CONFIG) as workers:
+    with Workers(load, dataclasses.replace(CONFIG, num_sequences=40), on_cpu=CONFIG) as workers:
+        assert workers.config == CONFIG
         told: list[tuple[int, int]] = []
         workers.warm_up(lambda *numbers: told.append(numbers))
         assert told[-1] == (told[0][1], told[0][1]) and told == sorted(told) and workers.device == "cpu"
@@ -200,7 +201,7 @@ def test_a_worker_tells_why_there_is_no_model_and_ends_with_the_process_that_ser
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    work(theirs, refuse, "tensor=2", None, 1, CONFIG, None)
+    work(theirs, refuse, "tensor=2", None, 1, CONFIG, None, None)
     with pytest.raises(UserError, match="there is no such model, tensor=2"):
         _Worker(None, ours).receive("its model was loaded")
     (listener,) = (thread for thread in threading.enumerate() if thread.name == "listener")
