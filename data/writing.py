@@ -1,6 +1,7 @@
 """Corpus directories as they are written: whole or not at all. What reads them is `data.dataset`."""
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -36,12 +37,13 @@ def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[
       UserError: it cannot be written, or of several splits none is "train".
     """
     only = description["split"]
-    with _new_directory(path) as directory:
-        parts: dict[str, _Part] = {} if only is None else {only: _Part(task)}
-        for split, example in examples if only is None else ((only, example) for example in examples):
-            if split not in parts:
-                parts[split] = _Part(task)
-            parts[split].add(example)
+    check_new(path)
+    parts: dict[str, _Part] = {} if only is None else {only: _Part(task)}
+    for split, example in examples if only is None else ((only, example) for example in examples):
+        if split not in parts:
+            parts[split] = _Part(task)
+        parts[split].add(example)
+    with new_directory(path) as directory:
         if only is not None:
             parts[only].save(directory, description)
         else:
@@ -133,12 +135,18 @@ def check_new(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    """Make a temporary directory beside `path` that takes its place when the body ends well, and vanishes when it does not."""
+def new_directory(path: Path) -> Iterator[Path]:
+    """Make a temporary directory beside `path` that takes its place when the body ends well, and vanishes when it does not.
+
+    A process that is killed leaves it as `.NAME.PID.partial`, and the next call for that path removes it. Raises as `check_new`.
+    """
     check_new(path)
     absolute, is_written = path.absolute(), False
     missing = list(itertools.takewhile(lambda parent: not parent.exists(), absolute.parents))
     temporary = absolute.with_name(f".{absolute.name}.{os.getpid()}.partial")
+    for left in absolute.parent.glob(f".{glob.escape(absolute.name)}.*.partial"):
+        if not _is_running(left.suffixes[-2].removeprefix(".")):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -149,6 +157,17 @@ def _new_directory(path: Path) -> Iterator[Path]:
         for parent in () if is_written else missing:
             with contextlib.suppress(OSError):  # there is something of others in it by now
                 parent.rmdir()
+
+
+def _is_running(pid: str) -> bool:
+    """Tell whether there is a process of a number on this machine; True where it cannot be told."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, OSError):  # no number, or another user's
+        return True
+    return True
 
 
 def features(task: Task | type[Task]) -> datasets.Features:

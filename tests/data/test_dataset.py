@@ -4,8 +4,10 @@ import collections
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
 
 import datasets
 import numpy as np
@@ -214,6 +216,7 @@ def test_rows_are_checked_when_read(directory, tmp_path):
 def test_a_write_that_fails_leaves_nothing(tmp_path, expected):
     def failing():
         yield from expected[:10]
+        assert list(tmp_path.iterdir()) == []  # so a process that is killed here leaves nothing either
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -222,9 +225,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, expected):
 
 
 def test_an_empty_directory_may_be_written_to(tmp_path):
-    (tmp_path / "empty").mkdir()
+    """What a process left that was killed goes, not what one writes that goes on, and nothing of other names."""
+    with subprocess.Popen("true") as ended:
+        pass
+    left = [f".empty.{ended.pid}.partial", f".empty.{os.getppid()}.partial", f".other.{ended.pid}.partial", "empty"]
+    for name in left:
+        (tmp_path / name).mkdir()
     main(["arithmetic", "--num-examples", "5", "--out", str(tmp_path / "empty")])
-    assert len(corpus.load(tmp_path / "empty", TASKS)) == 5
+    assert len(corpus.load(tmp_path / "empty", TASKS)) == 5 and {path.name for path in tmp_path.iterdir()} == {*left[1:]}
 
 
 # --- what a run asks of a directory
