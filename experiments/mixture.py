@@ -25,14 +25,13 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from data import dataset
+from data import dataset, writing
 from data.alignment import split_sentences
 from data.documents.corpus import QUESTION, Document, Step, sink
 from data.documents.task import DocumentTask
 from data.errors import UserError, check_range
 from data.tasks import TASKS
 from experiments import pages
-from selfspan_jax import files
 
 INSTRUCTION = "Complete the sentences:"
 _SPLITS = ("train", "validation")
@@ -49,7 +48,7 @@ class Mixture:
     corpora: Positional[tuple[Path, ...]]
     """Directories that python -m data wrote, of papers, verdicts, stories or documents."""
     out: Path
-    """Directory of the files; made if need be."""
+    """New directory of the files."""
     texts: float = 0.25
     """Share of the texts that questions are made about."""
     questions: int = 24
@@ -75,11 +74,16 @@ class Mixture:
                 raise UserError(f"{name} is {value}; allowed: 0 to 1")
 
     def run(self) -> None:
-        for split in _SPLITS:
-            if found := list(rows(self, split)):
-                files.write_text(self.out / f"{split}.jsonl", "".join(f"{json.dumps(fields)}\n" for _, fields in found))
-                counts = collections.Counter(name for name, _ in found)
-                print(f"{split}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+        for path in self.corpora:
+            if {*_SPLITS}.isdisjoint(there := dataset.splits(path)):
+                raise UserError(f"{path} has no {' and no '.join(_SPLITS)} split, only {', '.join(there)}")
+        with writing.new_directory(self.out) as directory:
+            for split in _SPLITS:
+                if found := list(rows(self, split)):
+                    text = "".join(f"{json.dumps(fields)}\n" for _, fields in found)
+                    (directory / f"{split}.jsonl").write_text(text, encoding="utf-8")
+                    counts = collections.Counter(name for name, _ in found)
+                    print(f"{split}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
 
 
 def row(task: DocumentTask, document: Document) -> dict[str, Any]:

@@ -104,9 +104,14 @@ def test_a_step_names_first_what_is_new_and_rests_on_something_new(corpus):
     assert [(step["text"], step["sources"]) for step in found] == [("0", [0, 1]), ("1", [2, 1]), ("4", [3, 0, 2])]
 
 
-def test_what_is_no_corpus_of_documents_is_refused(tmp_path, capsys):
-    data_main(["arithmetic", "--num-examples", "2", "--out", str(tmp_path / "sums")])
-    with pytest.raises(SystemExit):
-        mixture.main([str(tmp_path / "sums"), "--out", str(tmp_path / "rows")])
-    assert "is a corpus of arithmetic; allowed: corpora of documents" in capsys.readouterr().err
-    assert not (tmp_path / "rows").exists()
+def test_what_is_no_corpus_of_documents_is_refused_and_nothing_is_overwritten(corpus, tmp_path, call):
+    call(data_main, "arithmetic", "--num-examples", "2", "--out", tmp_path / "sums")
+    call(data_main, "documents", "--source", corpus.parent / "train.jsonl", "--split", "all", "--out", tmp_path / "all")
+    for path, message in {"sums": "is a corpus of arithmetic; allowed: corpora of", "all": "has no train and no validation split"}.items():
+        status, _, err = call(mixture.main, corpus, tmp_path / path, "--out", tmp_path / "rows")
+        assert status == 2 and message in err and not (tmp_path / "rows").exists()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "own.txt").write_text("mine")
+    status, _, err = call(mixture.main, corpus, "--out", tmp_path / "rows")
+    assert status == 2 and f"{tmp_path / 'rows'} exists and is not an empty directory: choose another" in err
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["own.txt"]
