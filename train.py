@@ -26,7 +26,18 @@ from data.streams import GeneratedCorpus
 from data.tasks import TASKS
 from data.vocab import TokenizerVocab
 from selfspan_jax import evaluation, training
-from selfspan_jax.config import COMPUTE_DTYPES, PRESETS, LoraConfig, ModelConfig, TrainConfig, TunedAttention, TuningPreset, tuning_preset
+from selfspan_jax.config import (
+    COMPUTE_DTYPES,
+    PRESETS,
+    TUNING_PRESETS,
+    AttentionViews,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+    TunedAttention,
+    TuningPreset,
+    tuning_preset,
+)
 from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.model import Decoder
@@ -148,12 +159,37 @@ def parse() -> NewModel | FineTuning:
     corpus = stored.corpus if stored and stored.task.name == task else TASKS[task].Corpus(**settings)
     run: dict[str, Any] = {"name": name, "task": task, "run_dir": tyro.MISSING, "corpus": corpus, "training": preset.training}
     if isinstance(preset, TuningPreset):
-        adapters = LoraConfig() if name == "finetune-lora" else None
-        defaults: Any = FineTuning(corpus_name=task, init=tyro.MISSING, attention=preset.attention, adapters=adapters, **run)
+        adapters, attention = LoraConfig() if name == "finetune-lora" else None, preset.attention
+        if attention.header_view == "labels" and not getattr(corpus, "closed_pieces", True):
+            attention = dataclasses.replace(attention, header_view="all")
+        defaults: Any = FineTuning(corpus_name=task, init=tyro.MISSING, attention=attention, adapters=adapters, **run)
+        kinds[name] += f" {help_on_defaults(task)}"
     else:
         custom: dict[str, Any] = {"corpus_name": task, "like": like} if name == "custom" else {}
         defaults = (CustomModel if custom else NewModel)(model=preset.model, **custom, **run)
     return commandline.parse(defaults, name, words, description=kinds[name], user_error=UserError)
+
+
+def help_on_defaults(task: str) -> str:
+    """Say which corpus the defaults of fine-tuning are for, and what they are for documents."""
+
+    def said(name: str) -> str:
+        config, view = (preset := tuning_preset(name, adapters=True)).training, preset.attention.header_view
+        return f"{config.batch_size} rows of {config.sequence_tokens:,} tokens, --header-view {view}"
+
+    long = [name for name, preset in TUNING_PRESETS.items() if preset is TUNING_PRESETS["documents"]]
+    others = f" For {', '.join(long)}: {said('documents')}; --corpus NAME --help and --data DIR --help have all of them."
+    return f"Defaults are those of the corpus, here {task}: {said(task)}.{'' if task in long else others}"
+
+
+def open_pieces(corpus: Any, model: AttentionViews) -> str | None:
+    """Say what span tokens know of pieces that are not closed, in a line; None where these are closed, or open by default."""
+    if getattr(corpus, "closed_pieces", True) or model.mask != "span":
+        return None
+    if model.header_view == "labels":
+        return "warning: pieces are open (--no-closed-pieces): --header-view labels knows nothing of their text, --header-view all does"
+    chosen = model.header_view == "all" and type(corpus).closed_pieces
+    return "pieces are open (--no-closed-pieces): span tokens see all of the prompt (--header-view all)" if chosen else None
 
 
 def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
@@ -173,7 +209,7 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     if runs.is_finished(run.run_dir, identity):
         return distributed.log_once(f"this run is finished, more --steps go on with it: {run.run_dir / 'model'}")
     often = examples.warning(config.steps * config.batch_size * config.sequence_tokens)
-    distributed.log_once(runs.schedule_note(identity), examples.left_out, left_out, often)
+    distributed.log_once(open_pieces(run.corpus, model.config), runs.schedule_note(identity), examples.left_out, left_out, often)
 
     def evaluate(model: Decoder) -> dict[str, float]:
         lm = SpanLM(lora.plain(model), examples.task)

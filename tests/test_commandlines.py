@@ -1,5 +1,6 @@
 """What holds of every command line: options say what they are, wrong ones are one line, any encoding and reader of the output will do."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import decode
 import train
 from data import __main__ as data_command
 from data.tasks import TASKS
-from selfspan_jax.config import PRESETS
+from selfspan_jax.config import PRESETS, TunedAttention
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoints/arithmetic-tiny"
@@ -58,6 +59,25 @@ def test_every_option_says_what_it_is(call, program, name):
     form = r"\S.{3,} \((default: .+|required|optional|repeatable)\)"
     assert [option for option, words in found.items() if not re.fullmatch(form, words)] == []
     assert "whatever the model was trained with" in found.get("--rebalance FLOAT", "whatever the model was trained with")
+
+
+def test_fine_tuning_has_the_defaults_of_its_corpus_and_says_so(call, tmp_path, monkeypatch):
+    """Open pieces have no table of contents, which headers that see labels alone would look at."""
+    long = "8 rows of 8,192 tokens, --header-view "
+    said = " ".join(call("train.py", "finetune-full", "--help")[1].split())
+    short = "64 rows of 512 tokens, --header-view span"
+    assert f"here arithmetic: {short}. For documents, papers, verdicts, stories, tools: {long}labels; --corpus NAME" in said
+    (tmp_path / "own.jsonl").write_text('{"document": "Snow fell. It was deep.", "steps": [{"text": "deep snow"}]}\n')
+    words = ["--split", "all", "--vocab-tokens", "300", "--no-closed-pieces", "--out", str(tmp_path / "open")]
+    assert call("data", "documents", "--source", str(tmp_path / "own.jsonl"), *words)[0] == 0
+    for more, view, line in (([], "all", "span tokens see all"), (["--header-view", "labels"], "labels", "warning: pieces are open")):
+        tune = ["train.py", "finetune-lora", "--init", "x", "--run-dir", "y", "--data", str(tmp_path / "open"), *more]
+        monkeypatch.setattr(sys, "argv", tune)
+        run = train.parse()
+        model = run.attention
+        assert model.header_view == view and line in train.open_pieces(run.corpus, model) and run.training.sequence_tokens == 8192
+        assert train.open_pieces(dataclasses.replace(run.corpus, closed_pieces=True), model) is None
+    assert train.open_pieces(TASKS["news"].Corpus(), TunedAttention(header_view="all")) is None
 
 
 def test_the_check_of_help_finds_what_is_missing():
