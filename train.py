@@ -199,8 +199,7 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     training.check_mesh(model, config, mesh)
     sizes: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "batch_size", "sequence_tokens", "gap_scales")}
     shards: dict[str, Any] = {"num_shards": config.data_parts, "shards": process_parts(config.data_parts, mesh)}
-    with commandline.status("reading the examples ..."):
-        batches_from = examples.batches_from(**sizes, **shards)
+    batches_from = examples.batches_from(**sizes, **shards)
     held_out, left_out = examples.held_out(config.eval_examples, seed=config.seed) if config.eval_examples else ([], None)
     identity = runs.claim(run.run_dir, json.loads(json.dumps(identity | {"training": dataclasses.asdict(config)} | examples.identity())))
     distributed.log_once(f"{run.name}: {training.describe(model)}, {config.steps:,} steps on {describe(mesh)}; data: {examples.trained_on}")

@@ -27,11 +27,13 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute
+from tqdm import tqdm
 
 from data import streams, workers
 from data.errors import UserError, check_json
 from data.streams import SPLITS
 from data.task import Task
+from data.vocab import translation
 from data.writing import FIXED, features
 
 _READ_EXAMPLES = 256
@@ -86,15 +88,19 @@ class StoredCorpus:
     def lengths(self, task: Task | None = None, num_workers: int = 0) -> npt.NDArray[np.int32]:
         """Count the tokens of each example, int32 [n]; of a task in another vocabulary, as `stream` writes them, 0 where it has no room.
 
-        For another vocabulary all examples are written once, by `num_workers` processes where there are many.
+        Where that writes text otherwise, or has fewer labels, all are written once, by `num_workers` processes if they are many.
         """
-        if task is None:
+        own, other = self.task.vocab, self.task.vocab if task is None else task.vocab
+        if task is None or (translation(own, other) is not None and other.num_labels >= own.num_labels):
             return self._lengths
         num_chunks = -(-len(self) // _READ_EXAMPLES)
-        count = functools.partial(self._rewritten_lengths, task)
-        chunks = workers.ordered(count, 0, num_workers if num_chunks > 2 else 0)
-        with contextlib.closing(chunks):
-            return np.concatenate([*itertools.islice(chunks, num_chunks)])
+        chunks = workers.ordered(functools.partial(self._rewritten_lengths, task), 0, num_workers if num_chunks > 2 else 0)
+        with contextlib.closing(chunks), tqdm(total=len(self), desc="count tokens", unit="example", leave=False, disable=None) as bar:
+            found: list[npt.NDArray[np.int32]] = []
+            for lengths in itertools.islice(chunks, num_chunks):
+                found.append(lengths)
+                bar.update(len(lengths))
+            return np.concatenate(found)
 
     def _rewritten_lengths(self, task: Task, chunk: int) -> npt.NDArray[np.int32]:
         numbers = range(chunk * _READ_EXAMPLES, min((chunk + 1) * _READ_EXAMPLES, len(self)))

@@ -156,6 +156,16 @@ def test_rows_that_are_too_short_are_refused_before_training(directories, vocab)
         examples.batches_from(seed=0, **ROWS | {"sequence_tokens": longest - 1})
 
 
+def test_examples_are_not_written_again_for_their_lengths_where_text_is_written_alike(directories, monkeypatch):
+    """Other ids of the structural tokens do not matter; fewer labels may have no room."""
+    own = examples_of(directories / "towns")
+    pad, bos, *others = own.task.vocab.structural_ids
+    monkeypatch.setattr(dataset.StoredCorpus, "_rewritten_lengths", lambda *_: [7])
+    for vocab, is_alike in (({"structural_ids": (bos, pad, *others)}, True), ({"num_labels": 47}, False)):
+        other = examples_of(directories / "towns", dataclasses.replace(own.task.vocab, **vocab))
+        assert (other.lengths.tolist() == own.lengths.tolist()) == is_alike and (is_alike or other.lengths.tolist() == [7])
+
+
 def test_a_verdict_quotes_text_as_the_tokenizer_writes_it():
     """Not its tokens, in which bytes have letters of their own."""
     stray = VOCAB.plain_text_ids(" Town 1") + [VOCAB.eos_id]
