@@ -40,6 +40,15 @@ class StoryTask(DocumentTask):
     def lacks(self, about: str, pieces: Sequence[str]) -> str | None:
         return None if any(piece.startswith(QUESTION) for piece in pieces) else QUESTION
 
+    def warnings(self, text: str) -> list[str]:
+        """Say, beside what holds of all documents, that questions do not stand after a story."""
+        found, asked = super().warnings(text), [piece.startswith(QUESTION) for piece in self.split_prompt(text)[1]]
+        if all(asked):
+            found.append("The text has a question and no story before it: do not trust the answer.")
+        elif asked != sorted(asked):
+            found.append("A question stands before a section of the story: questions stand after all of it, do not trust the answer.")
+        return found
+
     def pools(self, document: Document, number: int) -> list[Sequence[int]]:
         """Return the sections; questions are no sources."""
         return [tuple(piece for piece, text in enumerate(document.pieces) if not text.startswith(QUESTION))]

@@ -122,7 +122,7 @@ def _row(reading: Reading, step: Step, tokens: list[str], *, tab_stop: bool) -> 
     reads = " ".join(f"{name}:{_ranges(indices)}" for name, indices in _groups(reading, step).items())
     attended, share = step.attended_tokens, step.attended_fraction
     what = f"label {step.label}" if step.opened else "before the first step"
-    said = f"{what}: its tokens read {attended:.1f} tokens on average ({share:.1%}), each of those before it"
+    said = f"{what}: each of its tokens reads on average {attended:.{1 if attended < 100 else 0}f} ({share:.1%}) of the tokens up to it"
     return (
         f'<li class="step{"" if step.opened else " odd"}" role="option" aria-selected="false" tabindex="{0 if tab_stop else -1}" '
         f'data-said="{said}" data-reads="{reads}"><span class="share"><span>{attended:.1f}</span>'

@@ -215,6 +215,10 @@ class Reading:
             found.append("The response opens no step.")
         elif self.steps and not self.parts[0].opened and (before := len(self.parts[0].indices) - len(self.parts[0].refs)):
             found.append(f"Tokens before the first step: {before}.")  # what `<solve>` names is no mistake
+        if getattr(self.task, "view", "steps") == "sources":
+            carried = {*self.roles.labels[: self.prompt_tokens].tolist()}
+            if count := sum(step.label in carried for step in self.steps):
+                found.append(f"Steps that open a label of the prompt in place of one of their own: {count}.")
         if count := int(np.isin(self.response_ids, (vocab.pad_id, vocab.bos_id, vocab.solve_id)).sum()):
             found.append(f"Tokens in the response that only prompts have (padding, beginning of text, <solve>): {count}.")
         return found

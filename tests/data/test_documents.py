@@ -285,6 +285,14 @@ def test_a_prompt_that_asks_for_nothing_is_warned_of(corpora, case):
     assert task.warnings(text) == []
     begins = re.match(r"\w+:?", asking)[0]
     assert task.warnings(text.replace(asking, "")) == [f'The text has no paragraph that begins with "{begins}": do not trust the answer.']
+    if name == "stories":
+        more = "\n\nQuestion: Did it?"
+        for prompt, begin in (
+            (asking, "The text has a question and no story"),
+            (f"{asking}\n\n{text}", "A question stands before a section"),
+        ):
+            (line,) = task.warnings(prompt + more)
+            assert line.startswith(begin) and task.warnings(text + more) == []
 
 
 def test_long_prompts_are_cut_with_a_warning_and_long_documents_dropped_or_cut(sources, tmp_path, call):

@@ -173,6 +173,9 @@ def test_a_source_may_be_a_sentence_of_the_response_or_nothing(gold):
     at = lines.index("<5> It rained.")
     assert lines[at + 1] == "    from <4> its own sentence: Ada won on Monday."
     assert lines[at + 3] == "    from <60> (nothing so far carries that label)"
+    opened = [line for line in lines if "open a label of the prompt" in line]
+    ids[np.flatnonzero(ids == vocab.seg_id(6))] = vocab.seg_id(2)
+    assert not opened and "Steps that open a label of the prompt in place of one of their own: 1." in dataclasses.replace(changed).warnings
 
 
 def test_a_response_of_sources_without_a_step_is_shown(gold):
