@@ -145,7 +145,7 @@ class WriteCommand(task.WriteCommand, abc.ABC):
             return {}
         if own := rows.own_splits(self.source, suffixes):
             return {"absent_splits": [split for split in SPLITS if split not in own]}
-        return {"splits": f"by a hash of each {record} (80%, 10%, 10%), as the names in the source say none"}
+        return {"splits": f"by a hash of each {record} (80%, 10%, 10%), as nothing in the source is named after validation or test"}
 
     def vocabulary(self) -> TokenizerVocab:
         """Return the vocabulary that the corpus is written in."""

@@ -22,11 +22,12 @@ _STEP = {"text", "sources"}
 
 
 class Draft(NamedTuple):
-    """A document before it is written, its number and its split."""
+    """A document before it is written, its number and its split, and where it stands, of one's own."""
 
     number: int | str
     split: str
     document: Document
+    where: str = ""
 
     @property
     def texts(self) -> list[str]:
@@ -89,7 +90,7 @@ def read(source: str, split: str | None, piece_sentences: int) -> Iterator[Draft
         document = _document(where, row, piece_sentences)
         found = own or divided_split_of(squeezed("".join(document.pieces)))
         if split in (None, "all", found):
-            yield Draft(number, found, document)
+            yield Draft(number, found, document, where)
 
 
 def _document(where: str, row: dict[str, Any], piece_sentences: int) -> Document:
@@ -149,8 +150,8 @@ class WriteCommand(sources.WriteCommand):
 
     Attributes:
       source: A .jsonl file, or a directory of some: a "document" a line, and "steps" with a "text" each and, where known, "sources".
-      split: train, validation or test: that part alone, by a hash of the document (80%, 10%, 10%) where names of files do not say the
-        splits (train, validation, val, dev, test, ...); all: everything, undivided. Default: the three beside each other.
+      split: train, validation or test: that part alone, by a hash of the document (80%, 10%, 10%) where no file is named after
+        validation (val, valid, dev) or test; all: everything, undivided. Default: the three beside each other.
       alignment: Which pieces a step without sources was written from.
     """
 

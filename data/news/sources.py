@@ -112,8 +112,8 @@ class WriteCommand(sources.WriteCommand):
       source: "synthetic", a file (.jsonl, .csv, .parquet), a directory of some, or a Hugging Face data set (NAME or
         NAME:CONFIGURATION).
       num_examples: How many examples, at most. Default: 1000 of synthetic news, otherwise all.
-      split: train, validation or test: that part alone, by a hash of the article (80%, 10%, 10%) where names do not say the splits
-        (train, validation, val, dev, test, ...); all: everything, undivided. Default: of synthetic news train, otherwise the three beside
+      split: train, validation or test: that part alone, by a hash of the article (80%, 10%, 10%) where no file or split is named after
+        validation (val, valid, dev) or test; all: everything, undivided. Default: of synthetic news train, otherwise the three beside
         each other.
       article_column: Column of the articles; by default article, document, text, content or body.
       summary_column: Column of the summaries; by default summary, highlights, abstract or headline.

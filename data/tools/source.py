@@ -365,9 +365,7 @@ class WriteCommand(own.WriteCommand):
             for number, step in enumerate(record.document.steps if isinstance(record, Draft) else ()):
                 if read_call(step.text) is None:
                     wanted = Call("...", "...", {}).write()
-                    raise UserError(
-                        f"{self.source}: row {record.number + 1}, step {number}: {step.text[:40]!r} is no call: expected {wanted}"
-                    )
+                    raise UserError(f"{record.where}, step {number}: {step.text[:40]!r} is no call: expected {wanted}")
             yield record
 
     @functools.cached_property

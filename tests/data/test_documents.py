@@ -521,7 +521,7 @@ def test_a_test_file_of_ones_own_is_never_trained_on(tmp_path, call):
     assert status == 0 and f": 8 test\ndocuments: 8 read, 8 written\nno train and no validation part in {file}" in out
     file.rename(source / "rows.jsonl")
     status, out, _ = call(data_main, "documents", "--source", source / "rows.jsonl", *OPTIONS, "--out", tmp_path / "divided")
-    said = "by a hash of each document (80%, 10%, 10%), as the names in the source say none"
+    said = "by a hash of each document (80%, 10%, 10%), as nothing in the source is named after validation or test"
     card = load(tmp_path, "divided").card
     assert status == 0 and out.endswith(f"splits: {said}\n") and card["splits"] == said
     assert f"The splits are {said}." in (tmp_path / "divided" / "train" / "README.md").read_text()
