@@ -37,13 +37,12 @@ def write(path: Path, examples: Iterable[Any], task: Task, description: Mapping[
       UserError: it cannot be written, or of several splits none is "train".
     """
     only = description["split"]
-    check_new(path)
-    parts: dict[str, _Part] = {} if only is None else {only: _Part(task)}
-    for split, example in examples if only is None else ((only, example) for example in examples):
-        if split not in parts:
-            parts[split] = _Part(task)
-        parts[split].add(example)
     with new_directory(path) as directory:
+        parts: dict[str, _Part] = {} if only is None else {only: _Part(task)}
+        for split, example in examples if only is None else ((only, example) for example in examples):
+            if split not in parts:
+                parts[split] = _Part(task)
+            parts[split].add(example)
         if only is not None:
             parts[only].save(directory, description)
         else:
