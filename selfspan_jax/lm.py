@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["Output", "SpanLM", "Step", "Task", "installed_tasks"]
 
 _FIRST_ROOM = 1024  # new tokens that memory is taken for at first, where no limit is given
+_CPU_PREFILL_TOKENS = 1024
 _STOP_CHUNK_TOKENS = 32  # between two looks for stop strings
 _SHOWN_CHARACTERS = 40
 _OPTIONS = ("attention", "max_new_tokens", "chat", "seed", "stop", "prefill", "implementation")
@@ -118,6 +119,12 @@ class Reader:
     def _check_length(self, prompt_tokens: int) -> None:
         if prompt_tokens >= (context := self.config.max_context_tokens):
             raise UserError(f"the prompt is {prompt_tokens} tokens long, but the model's context is {context}, response included")
+
+
+def prefill_tokens(longest: int) -> int:
+    """Choose how many prompt tokens go through a model at once: few of long prompts on a CPU, which keeps each pair's score."""
+    few = jax.default_backend() == "cpu" and longest > _CPU_PREFILL_TOKENS
+    return _CPU_PREFILL_TOKENS if few else DecodeConfig.prefill_tokens
 
 
 class SpanLM(Reader):
@@ -352,7 +359,8 @@ class SpanLM(Reader):
         else:
             limit = room = _count("max_new_tokens", max_new_tokens)
         policy = self._policy(attention)
-        config = DecodeConfig(policy, room, Sampling(**sampling), prefill=prefill, implementation=implementation, stop_ids=self.end_ids[1:])
+        options: dict[str, Any] = {"prefill": prefill, "implementation": implementation, "stop_ids": self.end_ids[1:]}
+        config = DecodeConfig(policy, room, Sampling(**sampling), prefill_tokens=prefill_tokens(int(lengths.max())), **options)
         keys = sequence_keys(_key(seed), len(lengths) * num_samples, first_sequence)
         return _Call((token_ids, lengths, config, keys), limit, policy, check_stop_strings(stop), seed)
 

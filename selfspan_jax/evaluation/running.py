@@ -19,7 +19,7 @@ from selfspan_jax.config import DecodeConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation.forcing import Order, generate_under
 from selfspan_jax.evaluation.results import Evaluation, NotRun
-from selfspan_jax.lm import SpanLM
+from selfspan_jax.lm import SpanLM, prefill_tokens
 from selfspan_jax.parallel.compiling import compile_all
 from selfspan_jax.parallel.memory import DoesNotFit, attempt
 from selfspan_jax.parallel.mesh import check_batch, num_data_shards
@@ -222,7 +222,7 @@ def _config(
         longest = max(len(example.response_ids) for example in examples)
         left = lm.model.config.max_context_tokens - max(map(len, ids))
         max_new_tokens = max(longest, min(longest + MARGIN_TOKENS, left))
-    return DecodeConfig(policy, max_new_tokens, prefill=prefill)
+    return DecodeConfig(policy, max_new_tokens, prefill_tokens=prefill_tokens(max(map(len, ids))), prefill=prefill)
 
 
 def _batch_size(lm: SpanLM, wanted: int, num_prompts: int) -> int:

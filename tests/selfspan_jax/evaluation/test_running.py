@@ -15,6 +15,7 @@ import pytest
 from data import arithmetic
 from selfspan_jax import SpanLM, evaluation
 from selfspan_jax.config import DecodeConfig
+from selfspan_jax.decoding.state import prefill_chunk_tokens
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel import memory
 from selfspan_jax.serving.requests import Tokens
@@ -252,6 +253,20 @@ def test_examples_that_exceed_the_context_are_left_out_and_counted(model):
     assert lines[-2] == "some: left out, because they exceed the model's context: 3 examples" and lines[-1].startswith(
         "none: not run at batch 2: "
     )
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_scores_of_a_long_prompt_on_a_cpu_take_little_memory(monkeypatch, size):
+    """A CPU's attention keeps those of all queries that are read at once: of 8,192 tokens 2.4 GB for nine heads, read whole."""
+    seen, lm = [], SpanLM(random_model(max_context_tokens=8192), Summaries())
+    monkeypatch.setattr(lm.engine, "compile", lambda *arguments: seen.append(arguments) or 1 / 0)
+    monkeypatch.setattr(lm.engine, "prefill", lambda ids, lengths, config, *_, **__: seen.append((len(ids), 0, config)) or 1 / 0)
+    for call in (lambda: evaluation.evaluate(lm, [Example("4" * 8000)] * size), lambda: lm.generate(["4" * 8000] * size, batch_size=size)):
+        with pytest.raises(ZeroDivisionError):
+            call()
+    assert len(seen) == 2 and all(batch == size for batch, *_ in seen)
+    queries = [size * prefill_chunk_tokens(size, 8192, config) for *_, config in seen]
+    assert max(queries) * 8192 * 9 * 4 <= 2**30 and jax.default_backend() == "cpu"
 
 
 def test_a_report_of_verified_answers(lm, evaluations):
