@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import glob
 import gzip
@@ -206,8 +207,9 @@ def outputs(**files: Path | None) -> Iterator[None]:
 def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
     """Create a directory atomically; with `replace`, in place of an older one, which stays until the new one is whole.
 
-    The older one is renamed first: a process that is killed between the two renames leaves it as `.NAME.PID.old`, and the next call
-    puts it back. A link stays, the directory that it points to is replaced.
+    On Linux the two change places in one step (renameat2), so that there is a whole one under the name at every moment. Elsewhere,
+    and on file systems without that step, the older one is renamed first: a process that is killed between the two renames leaves it
+    as `.NAME.PID.old`, and the next call puts it back. A link stays, the directory that it points to is replaced.
 
     Yields: a directory to write to, which takes its name at the end of the block, and is removed if the block fails.
     Raises: FileExistsError if the directory exists and is not to be replaced.
@@ -225,11 +227,13 @@ def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-        if directory.exists():
+        if not directory.exists():
+            os.rename(partial, directory)
+        elif not _exchange(partial, directory):
+            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             os.rename(directory, old)
-        os.rename(partial, directory)
-        shutil.rmtree(old, ignore_errors=True)
+            os.rename(partial, directory)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -277,6 +281,13 @@ def _remove_oldest(directory: Path) -> None:
                 break
             os.unlink(path)
             total -= status.st_size
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _status(file: Path) -> os.stat_result | None:

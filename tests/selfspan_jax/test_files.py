@@ -293,16 +293,21 @@ def test_standard_output_has_the_file_alone(command, expected, tmp_path):
     assert ran.returncode == 0 and {name: found[name] for name in expected} == expected, ran.stderr
 
 
-@pytest.mark.parametrize("name", ["by two renames", "after a kill between the two renames", "through a link"])
-def test_a_directory_is_replaced_whole(tmp_path, name):
+@pytest.mark.parametrize("name", ["in one step", "by two renames", "after a kill between the two renames", "through a link"])
+def test_a_directory_is_replaced_whole(tmp_path, monkeypatch, name):
+    """In one step: no rename of our own is made, between which there would be none."""
     model = tmp_path / "model[1]"
     model.mkdir()
     (model / "weights").write_text("old")
     target = model
-    if name == "through a link":
+    if name == "in one step":
+        monkeypatch.setattr(os, "rename", None)
+    elif name == "through a link":
         target = tmp_path / "elsewhere"
         model.rename(target)
         model.symlink_to(target)
+    else:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     if name.startswith("after a kill"):
         model.rename(tmp_path / ".model[1].999.old")
     with contextlib.suppress(ZeroDivisionError), files.new_directory(model, replace=True) as partial:
