@@ -92,11 +92,14 @@ class Experiment:
 
     @functools.cached_property
     def panels(self) -> dict[str, dict[str, Variant]]:
-        """The variants in each panel of a plot, by the panel's title: those of NAME.toml."""
-        with Path(__file__).with_name(f"{self.name}.toml").open("rb") as file:
-            panels = tomllib.load(file)
-        chosen = {title: panels[title] for title in self.tables or panels}
-        return {title: {name: Variant(**own) for name, own in variants.items()} for title, variants in chosen.items()}
+        """The variants in each panel of a plot, by the panel's title: tables of NAME.toml; "a | b" is two alike, {table} their name."""
+        panels: dict[str, dict[str, Variant]] = {}
+        text = Path(__file__).with_name(f"{self.name}.toml").read_text(encoding="utf-8")
+        for titles in tomllib.loads(text):
+            for title in titles.split(" | "):
+                variants = tomllib.loads(text.replace("{table}", title))[titles]
+                panels[title] = {name: Variant(**own) for name, own in variants.items()}
+        return {title: panels[title] for title in self.tables or panels}
 
     @functools.cached_property
     def variants(self) -> dict[str, Variant]:
