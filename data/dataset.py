@@ -126,7 +126,7 @@ class StoredCorpus:
         elif self.task.is_generated:
             examples = self.corpus.stream(seed=seed, split="test", vocab=self.task.vocab)
         else:
-            raise UserError(f"{self.path} has no {split} split, only {', '.join(found)}: --split all leaves nothing to be held out")
+            raise UserError(f"{self.path} has no {split} split, only {', '.join(found)}: nothing is held out")
         return with_room(examples, self.task, num_examples)
 
     def __len__(self) -> int:

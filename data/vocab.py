@@ -317,7 +317,8 @@ def read_vocab(path: Path, num_labels: int) -> TokenizerVocab:
         tokenizer_json = json.dumps(fields)
         first = 1 + max(tokenizer_from(tokenizer_json).get_vocab(with_added_tokens=True).values())
     except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file} is not a tokenizer of the kind of tokenizer.json: {' '.join(str(error).split())}") from None
+        instead = "a GGUF is none" if file.suffix == ".gguf" else " ".join(str(error).split())
+        raise UserError(f"{file} is not a tokenizer of the kind of tokenizer.json: {instead}; a checkpoint's directory has one") from None
     return _with_structural(tokenizer_json, first, num_labels)
 
 

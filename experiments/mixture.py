@@ -67,6 +67,8 @@ class Mixture:
     """Seed of what is asked."""
 
     def __post_init__(self) -> None:
+        if not self.corpora:
+            raise UserError("no corpora are given: name directories that python -m data wrote")
         check_range(self, "questions", "rows", low=1)
         check_range(self, "seed", "windows", "words", "asked", low=0)
         for name in ("texts", "kept"):

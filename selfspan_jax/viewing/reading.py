@@ -179,7 +179,8 @@ class Reading:
             hint = "" if loop else " A higher limit gives more."
             found.append(f"The response was stopped before it had ended; tokens written: {written}.{hint}")
         if loop:
-            told = f'"{clipped(" ".join(loop[0].split()), 60)}" is written {loop[1]} times at its end'
+            text = clipped(" ".join(loop[0].split()), 60)
+            told = f'"{text}" is written {loop[1]} times at its end' if text else "control tokens alone stand at its end"
             found.append(f"The response is a loop: {told}. More tokens would go on like that; a repetition penalty may help.")
         elif getattr(self.task, "view", "steps") == "sources":  # in other tasks two steps may well write the same
             begins = collections.Counter(" ".join(step.text.split()[:6]) for step in self.steps if step.text.strip())

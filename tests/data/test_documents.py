@@ -616,6 +616,9 @@ def test_a_tokenizer_may_be_given(corpora, sources, tmp_path, call):
     assert status == 2 and "expected a tokenizer.json" in err
     with pytest.raises(UserError, match=r"arithmetic-tiny/vocab\.json is not .*: it has no text tokenizer; models of language"):
         read_vocab(Path("checkpoints/arithmetic-tiny"), 32)
+    (tmp_path / "base.gguf").write_bytes(b"GGUF\xc3")
+    with pytest.raises(UserError, match=r"base\.gguf is not .*: a GGUF is none; a checkpoint's directory has one"):
+        read_vocab(tmp_path / "base.gguf", 32)
 
 
 def test_documents_are_not_drawn(corpora):

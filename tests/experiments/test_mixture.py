@@ -110,6 +110,8 @@ def test_what_is_no_corpus_of_documents_is_refused_and_nothing_is_overwritten(co
     for path, message in {"sums": "is a corpus of arithmetic; allowed: corpora of", "all": "has no train and no validation split"}.items():
         status, _, err = call(mixture.main, corpus, tmp_path / path, "--out", tmp_path / "rows")
         assert status == 2 and message in err and not (tmp_path / "rows").exists()
+    status, _, err = call(mixture.main, "--out", tmp_path / "rows")
+    assert status == 2 and "no corpora are given" in err and not (tmp_path / "rows").exists()
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "own.txt").write_text("mine")
     status, _, err = call(mixture.main, corpus, "--out", tmp_path / "rows")

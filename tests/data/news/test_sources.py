@@ -366,7 +366,7 @@ def test_one_split_alone_is_the_one_of_the_whole_and_all_is_undivided(divided, t
     assert call(data_main, "news", *options, "--split", "all", "--num-examples", 5, "--out", tmp_path / "all")[0] == 0
     everything = corpus.load(tmp_path / "all", TASKS)
     assert [x.prompt for x in everything] == ["\n\n".join(story.article) for story in STORIES[:5]]
-    with pytest.raises(UserError, match="has no validation split, only all: --split all leaves nothing to be held out"):
+    with pytest.raises(UserError, match="has no validation split, only all: nothing is held out"):
         everything.held_out(3, seed=0)
     with pytest.raises(UserError, match="has no test split: there is all"):
         corpus.load(tmp_path / "all", TASKS, split="test")

@@ -160,6 +160,14 @@ def test_a_response_that_repeats_itself_is_warned_of(gold, name):
         assert not any("--max-new-tokens" in line for line in found)
 
 
+def test_a_loop_of_names_alone_quotes_no_text(gold):
+    out, example = gold
+    response = np.full(20, out.vocab.ref_id(1), np.int32)
+    ids = np.array([*example.token_ids[: example.prompt_tokens], *response], np.int32)
+    found = dataclasses.replace(out, token_ids=ids, num_attended=np.ones(len(response), np.int32)).warnings
+    assert any("is a loop: control tokens alone stand at its end." in line for line in found)
+
+
 def test_a_source_may_be_a_sentence_of_the_response_or_nothing(gold):
     """The second sentence names the first, and a label that nobody carries."""
     out, example = gold
