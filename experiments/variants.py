@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +93,19 @@ class Experiment:
     @functools.cached_property
     def panels(self) -> dict[str, dict[str, Variant]]:
         """The variants in each panel of a plot, by the panel's title: tables of NAME.toml; "a | b" is two alike, {table} their name."""
-        panels: dict[str, dict[str, Variant]] = {}
-        text = Path(__file__).with_name(f"{self.name}.toml").read_text(encoding="utf-8")
-        for titles in tomllib.loads(text):
-            for title in titles.split(" | "):
-                variants = tomllib.loads(text.replace("{table}", title))[titles]
-                panels[title] = {name: Variant(**own) for name, own in variants.items()}
-        return {title: panels[title] for title in self.tables or panels}
+        with Path(__file__).with_name(f"{self.name}.toml").open("rb") as file:
+            tables = {title: own for titles, own in tomllib.load(file).items() for title in titles.split(" | ")}
+        return {title: dict(_variants(title, tables[title])) for title in self.tables or tables}
 
     @functools.cached_property
     def variants(self) -> dict[str, Variant]:
         return {name: own for variants in self.panels.values() for name, own in variants.items()}
+
+
+def _variants(title: str, table: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, Variant]]:
+    """Yield the variants of a table by name, with its title for {table}."""
+    for name, fields in table.items():
+        yield name.replace("{table}", title), Variant(**{key: text.replace("{table}", title) for key, text in fields.items()})
 
 
 def as_option(value: Any) -> str:
