@@ -291,6 +291,10 @@ def train_vocab(texts: Iterable[str], *, vocab_tokens: int, num_labels: int) -> 
     return _with_structural(tokenizer.to_str(), tokenizer.get_vocab_size(), num_labels)
 
 
+def _not_a_tokenizer(file: Path, why: str) -> UserError:
+    return UserError(f"{file} is not a tokenizer of the kind of tokenizer.json: {why}")
+
+
 def read_vocab(path: Path, num_labels: int) -> TokenizerVocab:
     """Read a tokenizer, and add the structural tokens after its own, so that no text can contain one.
 
@@ -304,6 +308,8 @@ def read_vocab(path: Path, num_labels: int) -> TokenizerVocab:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise UserError(f"{path}: expected a tokenizer.json, or a directory with one or with a vocab.json.gz of this project")
+    if file.suffix == ".gguf":
+        raise _not_a_tokenizer(file, "a GGUF is none; a checkpoint's directory has one")
     try:
         content = file.read_bytes()
         fields = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
@@ -317,8 +323,7 @@ def read_vocab(path: Path, num_labels: int) -> TokenizerVocab:
         tokenizer_json = json.dumps(fields)
         first = 1 + max(tokenizer_from(tokenizer_json).get_vocab(with_added_tokens=True).values())
     except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        instead = "a GGUF is none" if file.suffix == ".gguf" else " ".join(str(error).split())
-        raise UserError(f"{file} is not a tokenizer of the kind of tokenizer.json: {instead}; a checkpoint's directory has one") from None
+        raise _not_a_tokenizer(file, " ".join(str(error).split())) from None
     return _with_structural(tokenizer_json, first, num_labels)
 
 
