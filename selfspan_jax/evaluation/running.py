@@ -218,11 +218,12 @@ def _config(
     max_new_tokens: int | None = None,
 ) -> DecodeConfig:
     """Give the responses room for the longest gold one and a margin, as far as the context has it."""
+    prompt_tokens = max(map(len, ids))
     if max_new_tokens is None:
         longest = max(len(example.response_ids) for example in examples)
-        left = lm.model.config.max_context_tokens - max(map(len, ids))
+        left = lm.model.config.max_context_tokens - prompt_tokens
         max_new_tokens = max(longest, min(longest + MARGIN_TOKENS, left))
-    return DecodeConfig(policy, max_new_tokens, prefill_tokens=prefill_tokens(max(map(len, ids))), prefill=prefill)
+    return DecodeConfig(policy, max_new_tokens, prefill_tokens=prefill_tokens(prompt_tokens), prefill=prefill)
 
 
 def _batch_size(lm: SpanLM, wanted: int, num_prompts: int) -> int:
