@@ -230,7 +230,7 @@ def fingerprint(path: Path | str) -> str:
     digest = hashlib.sha256()
     for split in splits(path):
         directory = _directory(path, split)
-        digest.update(f"{split} {_card(directory).get('fingerprint')}\n".encode())
+        digest.update(f"{split} {_card(directory)['fingerprint']}\n".encode())
         for file in sorted(directory.glob("*.arrow")):
             with file.open("rb") as examples:
                 digest.update(hashlib.file_digest(examples, "sha256").digest())
@@ -244,6 +244,8 @@ def _card(directory: Path) -> dict[str, Any]:
         if not isinstance(fields, dict):
             raise UserError("expected a JSON object")
         check_json({key: fields.get(key) for key in FIXED}, "card", FIXED, ())
+        if "fingerprint" not in fields:
+            raise UserError("it has no fingerprint")
     except (ValueError, OSError, RecursionError) as error:
         raise _damaged(directory, error) from error
     return fields
