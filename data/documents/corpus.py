@@ -257,10 +257,15 @@ def align(document: Document, alignment: Alignment) -> Document:
 
 def split_pieces(text: str, piece_sentences: int) -> list[str]:
     """Cut a text into pieces of so many sentences each, within its paragraphs; 0: its paragraphs, each in one line."""
+    return [" ".join(sentences) for sentences in group_sentences(text, piece_sentences)]
+
+
+def group_sentences(text: str, piece_sentences: int) -> list[list[str]]:
+    """Cut a text into pieces, see `split_pieces`, each a list of its sentences; with 0 of its one paragraph."""
     if not piece_sentences:
-        return [piece for paragraph in _BLANK_LINES.split(readable(text)) if (piece := " ".join(paragraph.split()))]
+        return [[piece] for paragraph in _BLANK_LINES.split(readable(text)) if (piece := " ".join(paragraph.split()))]
     paragraphs = map(split_sentences, _BLANK_LINES.split(text))
-    return [" ".join(own[i : i + piece_sentences]) for own in paragraphs for i in range(0, len(own), piece_sentences)]
+    return [own[i : i + piece_sentences] for own in paragraphs for i in range(0, len(own), piece_sentences)]
 
 
 def squeezed(text: str) -> str:
@@ -268,13 +273,18 @@ def squeezed(text: str) -> str:
     return "".join(readable(text).split())
 
 
-def places(text: str, pieces: Iterable[str]) -> list[tuple[int, int]]:
-    """Find where the pieces of a text stand in it: (start, end) of each, in characters of `squeezed(text)`."""
+def places(text: str, pieces: Iterable[Sequence[str]]) -> list[tuple[int, int]]:
+    """Find where the pieces of a text, lists of sentences, stand in it: (start, end) of each, in characters of `squeezed(text)`.
+
+    Between two sentences may stand what is no sentence, see `split_sentences`.
+    """
     whole, end, found = squeezed(text), 0, []
-    for piece in map(squeezed, pieces):
-        start = whole.index(piece, end)
-        end = start + len(piece)
-        found.append((start, end))
+    for piece in pieces:
+        starts = []
+        for sentence in map(squeezed, piece):
+            starts.append(whole.index(sentence, end))
+            end = starts[-1] + len(sentence)
+        found.append((starts[0], end))
     return found
 
 

@@ -111,7 +111,7 @@ def _document(where: str, row: dict[str, Any], piece_sentences: int) -> Document
         raise UserError(f"{where}: the document is empty")
     if is_list and not all(pieces):
         raise UserError(f"{where}: piece {pieces.index('')} of the document is empty")
-    ranges = places("\n".join(pieces), pieces)
+    ranges = places("\n".join(pieces), [[piece] for piece in pieces])
     whole = squeezed("".join(pieces))
 
     def step(number: int, fields: Any) -> Step:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from data import rows
 from data.alignment import readable
-from data.documents.corpus import places, split_pieces, squeezed
+from data.documents.corpus import group_sentences, places, squeezed
 from data.errors import UserError
 
 REPOSITORY = "jayded/evidence-inference"
@@ -148,11 +148,11 @@ def pieces(report: Report, passages: Iterable[Passage], piece_sentences: int, *,
     texts: list[str] = []
     ranges: list[tuple[int, int]] = []
     for passage in passages:
-        own = split_pieces(passage.text, piece_sentences)
+        own = group_sentences(passage.text, piece_sentences)
         before = len(squeezed(report.text[: passage.start]))
         ranges += [(before + start, before + end) for start, end in places(passage.text, own)]
         heads = [f"{passage.heading.capitalize()}: " if headings and passage.heading else "", *[""] * len(own)]
-        texts += [head + piece for head, piece in zip(heads, own)]
+        texts += [head + " ".join(sentences) for head, sentences in zip(heads, own)]
     return Pieces(tuple(texts), tuple(ranges))
 
 

@@ -18,7 +18,7 @@ from data import dataset
 from data.__main__ import main as data_main
 from data.alignment import Alignment
 from data.documents import DocumentTask
-from data.documents.corpus import QUESTION, overlapping, places, split_pieces, squeezed
+from data.documents.corpus import QUESTION, group_sentences, overlapping, places, split_pieces, squeezed
 from data.errors import UserError
 from data.papers.reports import parse
 from data.retrieval import BM25
@@ -320,9 +320,16 @@ def test_pieces_are_sentences_within_paragraphs_or_paragraphs():
     assert split_pieces(text, 0) == ["One. Two. Three.", "Four. Five."]
 
 
+def test_a_piece_of_two_sentences_is_found_where_no_sentence_stands_between_them():
+    text = "It was seen by Stanski.[11]. The pain was less. It rained."  # the point after the bracket is left out
+    pieces = group_sentences(text, 2)
+    assert pieces == [["It was seen by Stanski.[11]", "The pain was less."], ["It rained."]]
+    assert [squeezed(text)[a:b] for a, b in places(text, pieces)] == ["ItwasseenbyStanski.[11].Thepainwasless.", "Itrained."]
+
+
 def test_places_are_found_whatever_the_white_space():
     text = "  One\n two. \u00a0Two  three.\n\n***\n\nOne two."
-    found = places(text, ["One two.", "Two three.", "One two."])
+    found = places(text, [["One two."], ["Two three."], ["One two."]])
     assert [squeezed(text)[a:b] for a, b in found] == ["Onetwo.", "Twothree.", "Onetwo."]
     assert overlapping(found, 3, found[1][1]) == (1,)  # four characters of the first are a slip
     assert overlapping(found, 0, found[1][1]) == (0, 1) and overlapping(found, 8, 8) == ()
