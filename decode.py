@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.extras import literal_type_from_choices
 
 from benchmarks.sweep import Bench
-from data import commandline, examples
+from data import commandline, examples, rows
 from data.errors import check_range
 from data.tasks import TASKS
 from selfspan_jax import evaluation, files
@@ -109,7 +109,7 @@ class Generate(Model):
             raise UserError("num_samples is for a temperature above 0: at 0 all samples are the same")
 
     def run(self) -> None:
-        prompts = files.read_prompts(self.prompts) if self.prompts else files.read_text(self.article) if self.article else str(self.prompt)
+        prompts = rows.read_prompts(self.prompts) if self.prompts else files.read_text(self.article) if self.article else str(self.prompt)
         lm = self.load()
         options = {k: getattr(self, k) for k in ("prefill", "max_new_tokens", "chat", "seed", "stop")} | vars(self.sampling)
         options["attention"] = rebalanced(self.attention, self.rebalance)

@@ -27,7 +27,7 @@ from tyro.conf import Positional, arg
 
 from benchmarks.arrivals import Sent, arrivals, summary, table
 from benchmarks.timing import run_command
-from data import arithmetic, commandline
+from data import arithmetic, commandline, rows
 from data.errors import UserError, check_range
 from selfspan_jax import files
 
@@ -97,7 +97,7 @@ class Load:
     def texts(self) -> list[str]:
         """Return as many prompts as there are requests at a rate at most."""
         if self.prompts:
-            return list(itertools.islice(itertools.cycle(files.read_prompts(self.prompts)), max(self.num_requests)))
+            return list(itertools.islice(itertools.cycle(rows.read_prompts(self.prompts)), max(self.num_requests)))
         task = arithmetic.ArithmeticTask()
         drawn = task.corpus(min_ops=self.min_ops, max_ops=self.max_ops).stream(seed=self.seed, split="test", vocab=task.vocab)
         return [example.prompt for example in itertools.islice(drawn, max(self.num_requests))]

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +58,36 @@ def read_objects(source: str, *, split: str | None = None) -> Iterator[tuple[str
     """
     files = _files(Path(source), (".jsonl",), split)
     return _some(source, ((own, ((f"{file}: line {number}", row) for number, row in _json_objects(file))) for own, file in files))
+
+
+class FilePrompts(list[str]):
+    """The prompts of a file, and the `places` at which they stand in it, for messages on one of them."""
+
+    def __init__(self, file: Path, by_line: Mapping[int, str]):
+        super().__init__(by_line.values())
+        self.places = [f"{file}: line {number}" for number in by_line]
+
+
+def read_prompts(file: Path) -> FilePrompts:
+    """Read prompts, one a line, without empty lines; of a .jsonl file the "prompt" of each object. `-` is standard input, one a line.
+
+    Raises: UserError for a file without prompts, and for a line that is no text or no such object; FileNotFoundError.
+    """
+    if file.suffix == ".jsonl":
+        found = {number: _prompt(file, number, row) for number, row in _json_objects(file)}
+    else:
+        is_file = str(file) != "-"
+        with open(file if is_file else 0, encoding="utf-8-sig", errors="surrogateescape", closefd=is_file) as lines:
+            found = {number: line.removesuffix("\n") for number, line in enumerate(_text_lines(file, lines), 1) if line.strip()}
+    if not found:
+        raise UserError(f"{file}: no prompts")
+    return FilePrompts(file, found)
+
+
+def _prompt(file: Path, number: int, row: Mapping[str, Any]) -> str:
+    if not isinstance(prompt := row.get("prompt"), str):
+        raise UserError(f'{file}: line {number}: expected an object with a "prompt", which is text')
+    return prompt
 
 
 def own_splits(source: str, suffixes: Collection[str] | None = None) -> tuple[str, ...]:

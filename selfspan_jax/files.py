@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,36 +80,6 @@ def well_formed(text: str) -> str:
     paired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     decoded = _UNDECODED.sub(lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), paired)
     return _SURROGATES.sub("\ufffd", decoded)
-
-
-class FilePrompts(list[str]):
-    """The prompts of a file, and where each of them stands in it."""
-
-    def __init__(self, file: Path, by_line: Mapping[int, str]):
-        super().__init__(by_line.values())
-        self.places = [f"{file}: line {number}" for number in by_line]
-
-
-def read_prompts(file: Path) -> FilePrompts:
-    """Read prompts, one a line, without empty lines; of a .jsonl file the "prompt" of each object.
-
-    Raises: UserError for a file without prompts, and for a line that is no such object; FileNotFoundError.
-    """
-    lines = [(number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{file}: no prompts")
-    is_json = file.suffix == ".jsonl"
-    return FilePrompts(file, {number: _json_prompt(file, number, line) if is_json else line.removesuffix("\r") for number, line in lines})
-
-
-def _json_prompt(file: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f'{file}: line {number}: expected an object with a "prompt", which is text')
-    return row["prompt"]
 
 
 def shown_path(path: str | Path) -> str:

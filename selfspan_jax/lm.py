@@ -34,7 +34,7 @@ from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.decoding.state import DecodeState
 from selfspan_jax.errors import UserError
-from selfspan_jax.files import FilePrompts, well_formed
+from selfspan_jax.files import well_formed
 from selfspan_jax.model import Decoder
 from selfspan_jax.neighbours.memory import check_policy, with_memory
 from selfspan_jax.parallel.engine import make_engine
@@ -95,7 +95,7 @@ class Reader:
                 if isinstance(prompts, str):
                     raise
                 shown = f"{text[:_SHOWN_CHARACTERS]}..." if isinstance(text, str) and len(text) > _SHOWN_CHARACTERS else text
-                place = prompts.places[number - 1] if isinstance(prompts, FilePrompts) else f"prompt {number}"
+                place = prompts.places[number - 1] if hasattr(prompts, "places") else f"prompt {number}"
                 raise UserError(f"{place}, {shown!r}: {error}") from error
             found.append(ids)
         return texts, found
