@@ -273,10 +273,7 @@ READERS: dict[str, Reader] = {".jsonl": _json_lines, ".csv": csv_rows, ".parquet
 
 def _hub_splits(source: str, split: str | None) -> list[tuple[str | None, str]]:
     """Return the own splits of a data set that are to be read, each after what it says; see `own_splits`."""
-    import datasets
-
-    with _hub_errors(source):
-        names = datasets.get_dataset_split_names(*_hub_path(source))
+    names = _hub_split_names(source)
     if split not in (None, "all", *SPLITS):
         if split not in names:
             raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
@@ -287,6 +284,14 @@ def _hub_splits(source: str, split: str | None) -> list[tuple[str | None, str]]:
     if not (wanted := [(found, name) for found, name in own if split in (None, "all", found)]):
         raise UserError(f"{source}: there is no split {split}, only {', '.join(names)}")
     return wanted
+
+
+@functools.cache  # asked for its card, its vocabulary and its examples
+def _hub_split_names(source: str) -> list[str]:
+    import datasets
+
+    with _hub_errors(source):
+        return datasets.get_dataset_split_names(*_hub_path(source))
 
 
 def _hub_path(source: str) -> list[str | None]:

@@ -493,15 +493,18 @@ HUB = {
 @pytest.mark.parametrize("case", HUB)
 def test_a_data_set_keeps_its_splits_and_its_only_one_is_divided(case, monkeypatch):
     own, split, expected = HUB[case]
+    name, asked = f"sets/{case}", []
     texts = [next(t for t in map(str, itertools.count()) if streams.divided_split_of(t) == part) for part in ("train", "test")]
     rows = datasets.Dataset.from_list([{"article": text, "summary": "b", "other": 1} for text in texts])
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *path: list(own))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *path: asked.append(path) or list(own))
     monkeypatch.setattr(datasets, "load_dataset", lambda *path, split, streaming: rows.to_iterable_dataset())
-    found = list(sources.read_pairs("some/set", split))
-    assert list(dict.fromkeys(pair.split for pair in found)) == expected
+    for _ in range(2):
+        found = list(sources.read_pairs(name, split))
+        assert list(dict.fromkeys(pair.split for pair in found)) == expected
     if case == "one of them":
-        with pytest.raises(UserError, match="some/set: there is no split dev, only train, validation, test"):
-            next(sources.read_pairs("some/set", "dev"))
+        with pytest.raises(UserError, match=f"{name}: there is no split dev, only train, validation, test"):
+            next(sources.read_pairs(name, "dev"))
+    assert asked == [(name,)]  # over the network: once
 
 
 def test_a_data_set_that_fails_on_the_way_is_one_line(monkeypatch):
