@@ -1,5 +1,6 @@
 """Documents of anybody's JSONL: `{"document": ..., "steps": [{"text": ..., "sources": [...]}]}` a line."""
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -199,7 +200,19 @@ class WriteCommand(sources.WriteCommand):
             raise UserError(f"{self.part(SPLITS[0])}: there is no such file: expected a clone of {self.repository}, or a .jsonl file")
         if split in SPLITS and split not in present:
             raise UserError(f"{self.part(split)}: there is no such file, so no {split} part; there is {', '.join(present)}")
-        return itertools.chain.from_iterable(map(self.read_part, present if split in (None, "all") else [split]))
+        return self._read_parts(present if split in (None, "all") else [split])
+
+    def _read_parts(self, splits: Iterable[str]) -> Iterator[Any]:
+        with self.complete():
+            yield from itertools.chain.from_iterable(map(self.read_part, splits))
+
+    @contextlib.contextmanager
+    def complete(self) -> Iterator[None]:
+        """Raise UserError, which names the repository, where one of its files is not there."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename}: there is no such file: this clone of {self.repository} is incomplete") from error
 
     def drafts(self) -> Callable[[Any], Iterable[Draft | Made]]:
         """Return the function, which pickles, from a record of a repository to drafts."""

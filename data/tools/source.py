@@ -372,7 +372,8 @@ class WriteCommand(own.WriteCommand):
     def known(self) -> dict[str, Wordings]:
         """The services of each split that there is, in all wordings; those of training say which services are seen."""
         there = [split for split in SPLITS if split == "train" or self.part(split).exists()]
-        return {split: catalogue.read(self.source, split) for split in there}
+        with self.complete():
+            return {split: catalogue.read(self.source, split) for split in there}
 
     def texts(self, record: Any) -> Iterable[str]:
         if isinstance(record, Draft):

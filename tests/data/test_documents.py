@@ -581,14 +581,15 @@ def test_parts_that_are_missing_are_said(name, tmp_path, call):
     assert status == 2 and f"expected a clone of {TASKS[name].WriteCommand.repository}" in err and not (tmp_path / "new").exists()
 
 
+INCOMPLETE = "there is no such file: this clone of"
 DAMAGED = {
-    "a paper without its text": ("papers", "annotations/txt_files/PMC102.txt", None, "PMC102.txt: No such file or directory"),
-    "no annotations": ("verdicts", "annotations/v2_annotations.csv", None, "v2_annotations.csv: No such file or directory"),
+    "a paper without its text": ("papers", "annotations/txt_files/PMC102.txt", None, f"PMC102.txt: {INCOMPLETE} jayded/evidence-inference is"),
+    "no annotations": ("verdicts", "annotations/v2_annotations.csv", None, f"v2_annotations.csv: {INCOMPLETE} jayded/evidence-inference is"),
     "another column": ("papers", "annotations/prompts_merged.csv", "PromptID,PMCID\n1,2\n", "no column Outcome; there are PromptID, PMCID"),
     "offsets of words": ("papers", "annotations/v2_annotations.csv", ",".join(["PromptID", "Valid Label", "Valid Reasoning", "Label Code",
         "Evidence Start", "Evidence End"]) + "\n1,True,True,0,a,b\n", "row 1: expected whole numbers, not 1, 0, a, b"),
     "a list of names": ("papers", "annotations/splits/train_article_ids.txt", "PMC1\n", "'PMC1' is no number of a paper"),
-    "a story without questions": ("stories", "data-by-train-split/questions/train/the-owl-questions.csv", None, "No such file or directory"),
+    "a story without questions": ("stories", "data-by-train-split/questions/train/the-owl-questions.csv", None, f"{INCOMPLETE} uci-soe/FairytaleQAData is"),
     "a section that there is not": ("stories", "data-by-train-split/questions/train/the-owl-questions.csv",
         "question,cor_section,ex-or-im1,answer1,answer4\nWho?,9,explicit,me,\n", "row 1: the story has no section '9', only 1, 2, 3"),
 }  # fmt: skip

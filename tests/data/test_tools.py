@@ -401,7 +401,10 @@ DAMAGED = {  # what is done to the clone -> what is said
         "train: expected files dialogues_*.json",
     ),
     "no schema": (lambda root: (root / "train/schema.json").unlink(), "train/schema.json: there is no such file, so no train part"),
-    "no paraphrase": (lambda root: (root / "sgd_x/data/v3/train/schema.json").unlink(), "v3/train/schema.json: No such file"),
+    "no paraphrase": (
+        lambda root: (root / "sgd_x/data/v3/train/schema.json").unlink(),
+        "v3/train/schema.json: there is no such file: this",
+    ),
     "no JSON": (lambda root: (root / "train/dialogues_001.json").write_text("[{"), "dialogues_001.json is not JSON"),
     "an object": (edited("train/dialogues_001.json", lambda own: {"a": own}), "dialogues_001.json: expected a list of dialogues"),
     "a dialogue without turns": (
@@ -463,7 +466,7 @@ def test_parts_that_are_missing_are_said(tmp_path, call):
     assert status == 0 and f"no validation part in {source}" in out and dataset.splits(tmp_path / "out") == ("train", "test")
     shutil.rmtree(source / "train")
     status, _, err = call(data_main, "tools", "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
-    assert status == 2 and "train/schema.json: No such file or directory" in err
+    assert status == 2 and "train/schema.json: there is no such file: this clone of google" in err
 
 
 SETTINGS = {
