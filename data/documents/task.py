@@ -93,7 +93,8 @@ class DocumentTask(corpus.Style, PiecesTask):
     def _prompt(self, text: str) -> tuple[list[int], int, Sequence[str]]:
         about, pieces = self.split_prompt(text)
         if not pieces:
-            raise UserError("the text has no sentence" if self.piece_sentences else "the text has no paragraph")
+            after = f' after its first paragraph, "{self.about}: ..."' if about else ""
+            raise UserError(f"the text has no {'sentence' if self.piece_sentences else 'paragraph'}{after}")
         return *encode_prompt(
             corpus.sink(self.instruction, about), pieces, self.vocab, **style(self, "closed_sentences", "late_instruction")
         ), pieces
@@ -105,8 +106,10 @@ class DocumentTask(corpus.Style, PiecesTask):
         """
         _, kept, pieces = self._prompt(text)
         absent = self.lacks(self.split_prompt(text)[0], pieces)
-        found = [f'The text has no paragraph that begins with "{absent}": do not trust the answer.'] if absent else []
-        return [*self.foreign(), *found, *self.cut_warning(kept, pieces, piece="pieces", whole="text")]
+        is_first = absent == f"{self.about}:"
+        where, place = ("The text does not begin", "after") if is_first else ("No paragraph of the text begins", "before")
+        said = f'{where} with "{absent}" (capitals as here, a blank line {place} the paragraph): do not trust the answer.'
+        return [*self.foreign(), *([said] if absent else []), *self.cut_warning(kept, pieces, piece="pieces", whole="text")]
 
     def foreign(self) -> list[str]:
         if not self.trained_tasks or self.name in self.trained_tasks.split(", "):

@@ -7,6 +7,7 @@ from typing import ClassVar
 from data import scoring
 from data.alignment import Alignment
 from data.documents import DocumentTask, Example
+from data.errors import UserError
 from data.papers import card, reports, source
 
 
@@ -18,7 +19,10 @@ class ReportTask(DocumentTask):
 
     def cut(self, text: str) -> Sequence[str]:
         report = reports.parse(text)
-        return reports.pieces(report, report.body, self.piece_sentences).texts
+        found = reports.pieces(report, report.body, self.piece_sentences).texts
+        if report.abstract and not found:
+            raise UserError('the report has an abstract, which is not read, and no body: text below a line "BODY:"')
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -269,6 +269,23 @@ def test_a_story_is_asked_by_paragraphs(corpora):
     assert text == "<bos> Answer the questions:<seg:1> A fox. It ran far.<seg:1><seg:2> Question: Who ran?<seg:2><solve>"
 
 
+EMPTY = {  # a prompt of papers or verdicts that has nothing to read -> what is said
+    "an abstract alone": ("TITLE: Tea\n\nABSTRACT:\nTea works.", 'an abstract, which is not read, and no body: text below a line "BODY:"'),
+    "an empty body": ("QUESTION: Tea?\n\nABSTRACT:\nTea works.\n\nBODY:\n", "an abstract, which is not read, and no body"),
+    "a title alone": ("TITLE: Tea", 'the text has no sentence after its first paragraph, "TITLE: ..."'),
+    "a question alone": ("QUESTION: Tea?", 'the text has no sentence after its first paragraph, "QUESTION: ..."'),
+    "nothing": (" \n", "the text has no sentence$"),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_a_prompt_without_text_to_read_says_what_is_missing(corpora, case):
+    text, message = EMPTY[case]
+    task = load(corpora, "verdicts" if "QUESTION" in text else "papers").task
+    with pytest.raises(UserError, match=message):
+        task.encode_prompt(text)
+
+
 ASKED = {  # a prompt, and what asks in it
     "stories": ("A fox. It ran.\n\nQuestion: Who ran?", "Question: Who ran?"),
     "verdicts": ("QUESTION: Sleep?\n\nBODY:\nThey slept.", "QUESTION: Sleep?"),
@@ -284,8 +301,12 @@ def test_a_prompt_that_asks_for_nothing_is_warned_of(corpora, case):
     task = TASKS[name](vocab=load(corpora, "stories").task.vocab)
     assert task.warnings(text) == []
     begins = re.match(r"\w+:?", asking)[0]
-    assert task.warnings(text.replace(asking, "")) == [f'The text has no paragraph that begins with "{begins}": do not trust the answer.']
+    how = "(capitals as here, a blank line {} the paragraph): do not trust the answer."
+    said = {"verdicts": f'The text does not begin with "{begins}" {how.format("after")}'}
+    expected = [said.get(name, f'No paragraph of the text begins with "{begins}" {how.format("before")}')]
+    assert task.warnings(text.replace(asking, "")) == expected
     if name == "stories":
+        assert task.warnings(text.replace("\n\n", "\n")) == task.warnings(text.replace("Q", "q")) == expected
         more = "\n\nQuestion: Did it?"
         for prompt, begin in (
             (asking, "The text has a question and no story"),
