@@ -127,7 +127,9 @@ class WriteCommand(task.WriteCommand, abc.ABC):
         found = self.found()
         there = [split for split in SPLITS if split not in found.get("absent_splits", ())]
         if self.split is None and there and SPLITS[0] not in there:
-            raise UserError(f"{self.source} has no train part, only {', '.join(there)}: give --split {there[0]}, or all")
+            why, other = (", as its name says", "; under another name it is divided") if Path(self.source).is_file() else ("", "")
+            how = f"--split {there[0]} writes that alone, --split all everything undivided{other}"
+            raise UserError(f"{self.source} has no train part, only {', '.join(there)}{why}: {how}")
         vocab, counts = self.vocabulary(), collections.Counter(read=0, written=0)
         return vocab, self._counted(self.made(vocab), counts), {self.unit: counts, **found}
 
