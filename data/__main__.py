@@ -6,6 +6,7 @@ import itertools
 import tqdm
 
 from data import card, commandline, writing
+from data.streams import SPLITS
 from data.task import Task, WriteCommand
 from data.tasks import TASKS
 
@@ -26,6 +27,10 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
             print(f"{what}: {counts if isinstance(counts, str) else card.listed(counts)}")
         elif counts:
             print(f"no {' and no '.join(counts)} part in {description['source']}")
+    there = {*written, *found.get("absent_splits", ())}
+    if empty := [split for split in SPLITS if command.split is None and split not in there]:
+        what = "; train.py takes --eval-examples 0 then" if "validation" in empty else ""
+        print(f"no {' and no '.join(empty)} part: none of the {sum(written.values()):,} examples fell into it{what}")
 
 
 def main(argv: list[str] | None = None) -> None:

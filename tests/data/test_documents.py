@@ -553,7 +553,9 @@ def test_a_test_file_of_ones_own_is_never_trained_on(tmp_path, call):
     status, out, _ = call(data_main, "documents", "--source", source / "rows.jsonl", *OPTIONS, "--out", tmp_path / "divided")
     said = "by a hash of each document (80%, 10%, 10%), as nothing in the source is named after validation or test"
     card = load(tmp_path, "divided").card
-    assert status == 0 and out.endswith(f"splits: {said}\n") and card["splits"] == said
+    empty = [split for split in dataset.SPLITS if split not in dataset.splits(tmp_path / "divided")]
+    told = f"no {' and no '.join(empty)} part: none of the 8 examples fell into it; train.py takes --eval-examples 0 then\n"
+    assert status == 0 and out.endswith(f"splits: {said}\n{told}") and "validation" in empty and card["splits"] == said
     assert f"The splits are {said}." in (tmp_path / "divided" / "train" / "README.md").read_text()
 
 
