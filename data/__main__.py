@@ -2,10 +2,13 @@
 
 import contextlib
 import itertools
+import sys
+from collections.abc import Mapping
 
 import tqdm
 
 from data import card, commandline, writing
+from data.sources import REPEATED
 from data.streams import SPLITS
 from data.task import Task, WriteCommand
 from data.tasks import TASKS
@@ -27,6 +30,9 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
             print(f"{what}: {counts if isinstance(counts, str) else card.listed(counts)}")
         elif counts:
             print(f"no {' and no '.join(counts)} part in {description['source']}")
+        if repeated := isinstance(counts, Mapping) and counts.get(REPEATED):
+            told = f"examples {REPEATED.removeprefix('written, ')}: {repeated:,}"
+            print(f"warning: {told}; scores on them say little", file=sys.stderr)
     there = {*written, *found.get("absent_splits", ())}
     if empty := [split for split in SPLITS if command.split is None and split not in there]:
         what = "; train.py takes --eval-examples 0 then" if "validation" in empty else ""

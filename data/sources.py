@@ -22,6 +22,7 @@ from data.workers import check_workers
 _CHUNK_RECORDS = 64
 _CHUNKS_AHEAD = 4  # of each worker
 _VOCAB_CHARACTERS = 8_000_000
+REPEATED = "written, of a text that stands in an earlier split too"
 
 
 class Unusable(UserError):
@@ -167,10 +168,13 @@ class WriteCommand(task.WriteCommand, abc.ABC):
 
     def _counted(self, made: Iterator[Made], counts: collections.Counter[str]) -> Generator[Any, None, None]:
         """Yield the examples, with their splits where there are several; count what became of records. UserError where none comes."""
+        first: dict[int, str] = {}  # the split that a text came in first
         for split, example, counted in made:
             counts["read"] += 1
             counts.update(counted)
             if example is not None:
+                if not self.split and first.setdefault(hash("".join(example.text.split())), split) != split:
+                    counts[REPEATED] += 1
                 yield example if self.split else (split, example)
         if not counts["read"]:
             where = "" if self.split in (None, "all") else f" in the {self.split} split"

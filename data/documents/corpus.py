@@ -79,6 +79,11 @@ class Example(streams.Example):
     def prompt(self) -> str:
         return self.document.prompt
 
+    @property
+    def text(self) -> str:
+        """What it is known by in another split: the pieces, whatever is asked of them."""
+        return "".join(self.document.pieces)
+
 
 @dataclasses.dataclass(frozen=True)
 class Style:

@@ -32,6 +32,8 @@ class Example(streams.Example):
         """The text that `NewsTask.encode_prompt` takes."""
         return "\n\n".join(self.story.article)
 
+    text = prompt  # what it is known by in another split
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus(GeneratedCorpus[Example]):

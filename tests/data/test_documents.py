@@ -538,10 +538,21 @@ def test_a_test_file_of_ones_own_is_never_trained_on(tmp_path, call):
     for name in ("train", "val", "test"):
         rows = ({"document": f"Snow fell in {name} on town {i}.", "steps": [{"text": "Snow fell."}]} for i in range(8))
         (source / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    status, out, _ = call(data_main, "documents", "--source", source, *OPTIONS, "--out", tmp_path / "out")
-    assert status == 0 and out.startswith(f"{tmp_path / 'out'}: 8 train, 8 validation, 8 test\n") and "hash" not in out
+    status, out, err = call(data_main, "documents", "--source", source, *OPTIONS, "--out", tmp_path / "out")
+    assert status == 0 and out.startswith(f"{tmp_path / 'out'}: 8 train, 8 validation, 8 test\n") and "hash" not in out and not err
     for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
         assert all(f" in {name} on" in example.document.pieces[0] for example in load(tmp_path, "out", split))
+    again = {"document": ["Snow fell in train", "on town 3."], "instruction": "Say it.", "steps": [{"text": "Snow.", "sources": [0]}]}
+    with (source / "val.jsonl").open("a") as file:  # the same text for another instruction, and one of its own, each twice
+        file.write("".join(f"{json.dumps(again | {'document': text})}\n" for text in (again["document"], ["It rained."]) * 2))
+    status, out, err = call(data_main, "documents", "--source", source, *OPTIONS, "--out", tmp_path / "twice")
+    told = "of a text that stands in an earlier split too"
+    assert (
+        status == 0
+        and f"documents: 28 read, 28 written (2 {told})\n" in out
+        and err == f"warning: examples {told}: 2; scores on them say little\n"
+    )
+    assert f"| written, {told} | 2 |" in (tmp_path / "twice" / "test" / "README.md").read_text()
     file = source / "test.jsonl"
     status, _, err = call(data_main, "documents", "--source", file, *OPTIONS, "--out", tmp_path / "new")
     assert status == 2 and not (tmp_path / "new").exists()
