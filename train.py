@@ -197,16 +197,17 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     config, mesh = run.training, training_mesh(run.mesh)
     model, examples, identity = run.prepare()
     training.check_mesh(model, config, mesh)
+    identity = json.loads(json.dumps(identity | {"training": dataclasses.asdict(config)} | examples.identity()))
+    if not run.time_steps and runs.is_finished(run.run_dir, identity):
+        return distributed.log_once(f"this run is finished, more --steps go on with it: {run.run_dir / 'model'}")
     sizes: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "batch_size", "sequence_tokens", "gap_scales")}
     shards: dict[str, Any] = {"num_shards": config.data_parts, "shards": process_parts(config.data_parts, mesh)}
     batches_from = examples.batches_from(**sizes, **shards)
     held_out, left_out = examples.held_out(config.eval_examples, seed=config.seed) if config.eval_examples else ([], None)
-    identity = runs.claim(run.run_dir, json.loads(json.dumps(identity | {"training": dataclasses.asdict(config)} | examples.identity())))
+    identity = runs.claim(run.run_dir, identity)
     distributed.log_once(f"{run.name}: {training.describe(model)}, {config.steps:,} steps on {describe(mesh)}; data: {examples.trained_on}")
     if run.time_steps:
         return training_benchmark.run(model, config, batches_from(0), run.run_dir / "throughput.json", steps=run.time_steps, mesh=mesh)
-    if runs.is_finished(run.run_dir, identity):
-        return distributed.log_once(f"this run is finished, more --steps go on with it: {run.run_dir / 'model'}")
     often = examples.warning(config.steps * config.batch_size * config.sequence_tokens)
     distributed.log_once(open_pieces(run.corpus, model.config), runs.schedule_note(identity), examples.left_out, left_out, often)
 
@@ -226,7 +227,8 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
             return
         card = models.card(run.name, model, identity, training.read_scores(run.run_dir, config.steps), **examples.texts())
         adapters = run.adapters if isinstance(run, FineTuning) else None
-        runs.finish(run.run_dir, identity, model, examples.task.to_json(), card, adapters)
+        counted = {"left_out_examples": count} if (count := examples.num_left_out) else {}
+        runs.finish(run.run_dir, identity | counted, model, examples.task.to_json(), card, adapters)
     distributed.log_once(f"finished: {run.run_dir / 'model'}")
 
 

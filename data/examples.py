@@ -123,11 +123,14 @@ class TrainingExamples:
         return fitting
 
     @property
+    def num_left_out(self) -> int:
+        """How many training examples the vocabulary has no room for."""
+        return len(self.stored) - len(self.lengths) if self.stored else 0
+
+    @property
     def left_out(self) -> str | None:
         """A line on training examples that the vocabulary has no room for, None without any."""
-        if self.stored is None:
-            return None
-        left_out = _left_out(len(self.lengths), len(self.stored) - len(self.lengths), self.stored)
+        left_out = _left_out(len(self.lengths), self.num_left_out, self.stored) if self.stored else None
         return left_out and f"warning: of those to train on {left_out}"
 
     @property
@@ -135,7 +138,7 @@ class TrainingExamples:
         """The training examples in a few words, in the plural."""
         if self.stored is None:
             return self.corpus.description
-        every = "" if len(self.lengths) == len(self.stored) else f"{len(self.lengths):,} of "
+        every = "" if not self.num_left_out else f"{len(self.lengths):,} of "
         return f"{every}the {len(self.stored):,} examples of {self.stored.path.absolute().name} (split {self.stored.split})"
 
     def texts(self) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 The identity is everything that decides the result of a run, as JSON: sections by name, most of them objects of settings. It is
 in `run.json` of the run directory, with what may change when the run goes on: `TrainConfig.CHANGEABLE`, and the path of a corpus,
-which is known by its content ("data_fingerprint"). Two more keys say how the run went: "schedules", where its number of steps was
-changed, are pairs (step, steps of the schedule from there on), and "finished_steps" is the length of the run whose model is in
-`model`.
+which is known by its content ("data_fingerprint"). More keys say how the run went: "schedules", where its number of steps was changed,
+are pairs (step, steps of the schedule from there on), "finished_steps" is the length of the run whose model is in `model`, and
+"left_out_examples", where there are some, how many examples of the corpus the vocabulary had no room for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from selfspan_jax.parallel import collectives, distributed
 from selfspan_jax.weights import lora, models
 from selfspan_jax.weights.checkpoints import latest_step
 
-_HISTORY = ("schedules", "finished_steps")
 _WORDS = {  # for settings that have no option of their name
     ("base", "name"): "--init",
     ("base", "sha256"): "the content of --init",
@@ -101,9 +100,10 @@ def finish(
         write_json(run_dir / "run.json", {**identity, "finished_steps": identity["training"]["steps"]})
 
 
-def is_finished(run_dir: Path, identity: Mapping[str, Any]) -> bool:
-    """Return whether `model` is that of the run that `claim` returned, and not of a shorter one."""
-    return (run_dir / "model").exists() and identity.get("finished_steps") == identity["training"]["steps"]
+def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
+    """Return whether `model` is that of this very run, and not of a shorter one; writes nothing. Raises as `claim`."""
+    steps = identity["training"]["steps"]
+    return (run_dir / "model").exists() and _continued(run_dir / "run.json", identity).get("finished_steps") == steps
 
 
 def schedule_note(identity: Mapping[str, Any]) -> str | None:
@@ -117,9 +117,9 @@ def schedule_note(identity: Mapping[str, Any]) -> str | None:
 def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     """Check what a run goes on with against its `run.json`, and return the new one."""
     there: dict[str, Any] = {}
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, FileNotFoundError):
         there = read_json(file)
-    history = {name: there.pop(name) for name in _HISTORY if name in there}
+    history = {name: there.pop(name) for name in models.HISTORY if name in there}
     if there.get("data_fingerprint") is not None and there["data_fingerprint"] == here.get("data_fingerprint"):
         there["data"] = here["data"]
     if there.keys() != here.keys() or any(isinstance(here[name], dict) and not isinstance(there[name], dict) for name in here):

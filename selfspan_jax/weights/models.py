@@ -35,6 +35,9 @@ from selfspan_jax.files import new_directory, read_json, shown_path, write_json,
 from selfspan_jax.model import Decoder
 from selfspan_jax.spans import SpanVocab
 
+HISTORY = ("schedules", "finished_steps", "left_out_examples")
+"""The keys of a run.json that say how the run went, see `training.runs`: the others decide its result."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
@@ -228,7 +231,7 @@ def card(
     config, schedules = identity["training"], identity.get("schedules", [])[1:]
     changes = "".join(f" From step {step:,} on the learning rate follows the schedule of {steps:,} steps." for step, steps in schedules)
     scored = f"Scores on {scored_on}, decoded greedily by the model itself (attention: {model.config.mask}):\n\n" + "\n".join(lines)
-    shown = {name: value for name, value in identity.items() if name not in ("schedules", "finished_steps")}
+    shown = {name: value for name, value in identity.items() if name not in HISTORY}
     shown |= {"data": shown_path(identity["data"])} if identity.get("data") else {}
     origin = f", fine-tuned from `{identity['base']['name']}`" if "base" in identity else ", trained"
     return (

@@ -69,10 +69,12 @@ def test_changes_of_the_number_of_steps_are_kept_with_where_they_were(tmp_path):
     checkpoint(tmp_path, 30)
     (tmp_path / "model").mkdir()
     identity = runs.claim(tmp_path, with_steps(40))
-    assert identity["schedules"] == [[0, 10], [8, 30], [30, 40]] and not runs.is_finished(tmp_path, identity)
+    assert identity["schedules"] == [[0, 10], [8, 30], [30, 40]] and not runs.is_finished(tmp_path, with_steps(40))
     assert "was 30 up to step 30: from there on the learning rate follows the schedule of 40" in runs.schedule_note(identity)
     assert identity["finished_steps"] == 30 and runs.claim(tmp_path, with_steps(40)) == identity
-    assert runs.is_finished(tmp_path, identity | {"finished_steps": 40})
+    write(tmp_path, identity | {"finished_steps": 40, "left_out_examples": 3})
+    assert runs.is_finished(tmp_path, with_steps(40)) and not runs.is_finished(tmp_path, with_steps(50))
+    assert runs.claim(tmp_path, with_steps(50))["left_out_examples"] == 3
     with pytest.raises(UserError, match=r"--steps is 29, but .* has taken 30: allowed are 30 and above"):
         runs.claim(tmp_path, with_steps(29))
 

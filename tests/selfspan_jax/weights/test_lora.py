@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import decode
 import train
 from benchmarks import sweep
-from data import arithmetic
+from data import arithmetic, dataset
 from data.__main__ import main as data_main
 from data.vocab import CHARACTERS, TokenizerVocab, Vocab
 from selfspan_jax import SpanLM, files, training
@@ -273,8 +273,6 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     assert small < large
     report, ids, _ = bench(model, "--context", 96)
     assert report["workload"] == "arithmetic" and ids.shape == (2, 100)  # in its own words
-    status, out, _ = fine_tune(call, tmp_path / "run", base, "--rank", 4)
-    assert status == 0 and "this run is finished" in out
     # into a Hugging Face directory and out of it again: nothing is lost but what the tokens mean
     huggingface.export(tmp_path / "exported", whole.model, whole.task)
     text = SpanLM.load(tmp_path / "exported")
@@ -300,19 +298,28 @@ def test_fine_tuning_writes_an_adapter_and_a_model_that_decode_alike(call, base,
     assert status == 2 and "is an adapter: expected a whole model" in err
 
 
-def test_a_directory_is_tuned_on_and_the_model_of_that_tuned_again(call, base, tmp_path):
-    """In the words of the model's own tokenizer; the second stage keeps the span tokens and labels of the first."""
+def test_a_directory_is_tuned_on_and_the_model_of_that_tuned_again(call, base, tmp_path, monkeypatch):
+    """In the words of the model's own tokenizer; the second stage keeps the span tokens and labels of the first.
+
+    Examples without room are counted, in run.json too; not where no step is left.
+    """
     corpus = ["arithmetic", "--num-examples", 20, "--max-ops", 3, "--num-labels", 8, "--label-jumps", 0, "--out", tmp_path / "corpus"]
     assert call(data_main, *corpus)[0] == 0
     options = ["--data", tmp_path / "corpus", *TOY, "--steps", 2]
     assert call(train.main, "finetune-full", "--init", base, *options, "--run-dir", tmp_path / "first")[0] == 0
-    options += ["--init", tmp_path / "first" / "model", "--run-dir", tmp_path / "second", "--eval-examples", 1]
-    status, _, err = call(train.main, "finetune-full", *options)
-    assert status == 0, err
+    lengths = dataset.StoredCorpus.lengths
+    monkeypatch.setattr(dataset.StoredCorpus, "lengths", lambda *of: lengths(*of) * (np.arange(20) > 2))
+    again = ["--init", tmp_path / "first" / "model", "--run-dir", tmp_path / "second", "--eval-examples", 1]
+    status, out, err = call(train.main, "finetune-full", *options, *again)
+    assert status == 0 and "without room for them: 3 of 20 examples" in out, err
+    assert [files.read_json(tmp_path / name / "run.json").get("left_out_examples") for name in ("first", "second")] == [None, 3]
+    monkeypatch.delattr(dataset.StoredCorpus, "lengths")
+    status, out, _ = call(train.main, "finetune-full", *options, *again)
+    assert status == 0 and out == f"this run is finished, more --steps go on with it: {tmp_path / 'second' / 'model'}\n"
     first, second = (files.read_json(tmp_path / name / "model" / "vocab.json.gz") for name in ("first", "second"))
     assert first == second and first["vocab"]["structural_ids"] == list(tokenizer_vocab().structural_ids)
     readme = (tmp_path / "second" / "model" / "README.md").read_text()
-    assert "fine-tuned from `first/model` by `train.py` of selfspan on the 20 examples of corpus" in readme
+    assert "fine-tuned from `first/model` by `train.py` of selfspan on 17 of the 20 examples of corpus" in readme
 
 
 def test_an_imported_model_is_timed_on_segments_with_its_own_ids(base, bench):
