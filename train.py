@@ -152,11 +152,14 @@ def parse() -> NewModel | FineTuning:
     stored = stored_corpus(Path(data)) if data else None
     if name == "custom":
         like = commandline.look_ahead(words, "--like", PRESETS) or "arithmetic-tiny"
-    task = PRESETS[name].task if name in PRESETS else commandline.look_ahead(words, "--corpus", TASKS)
-    task = task or (stored.task.name if stored else "arithmetic")
+    chosen = PRESETS[name].task if name in PRESETS else commandline.look_ahead(words, "--corpus", TASKS)
+    task = chosen or (stored.task.name if stored else "arithmetic")
+    if stored and stored.task.name != task:
+        how = "`custom --data` trains on any" if name in PRESETS else f"leave --corpus {task} out"
+        commandline.fail(f"--data: {stored.path} is a corpus of {stored.task.name}, not of {task}: {how}")
     preset = PRESETS.get(like) or tuning_preset(task, adapters=name == "finetune-lora")
     settings = preset.corpus if isinstance(preset, TuningPreset) or preset.task == task else {}
-    corpus = stored.corpus if stored and stored.task.name == task else TASKS[task].Corpus(**settings)
+    corpus = stored.corpus if stored else TASKS[task].Corpus(**settings)
     run: dict[str, Any] = {"name": name, "task": task, "run_dir": tyro.MISSING, "corpus": corpus, "training": preset.training}
     if isinstance(preset, TuningPreset):
         adapters, attention = LoraConfig() if name == "finetune-lora" else None, preset.attention

@@ -55,12 +55,10 @@ class TrainingExamples:
     ) -> TrainingExamples:
         """Generate examples, or take those of a directory, written again where `vocab` is another than theirs.
 
-        Raises: UserError if the directory is of another task, or of other settings than `corpus`.
+        Raises: UserError if the directory, which is of that task, is of other settings than `corpus`.
         """
         if stored is None:
             return cls(task.of(corpus, vocab), corpus, num_workers=num_workers)
-        if stored.task.name != task.name:
-            raise UserError(f"{stored.path} is a corpus of {stored.task.name}; allowed: {task.name}; `custom --data` trains on any")
         for name, value in vars(corpus).items():
             if value != (there := getattr(stored.corpus, name)):
                 option = name.replace("_", "-")

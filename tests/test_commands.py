@@ -507,6 +507,13 @@ def test_training_on_a_corpus_directory(call, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 15))
 
+    for words, how in (
+        (["news-small"], "`custom --data` trains on any"),
+        (["finetune-lora", "--corpus", "news"], "leave --corpus news out"),
+    ):
+        status, _, err = call(train.main, *words, "--run-dir", tmp_path / "new", "--data", tmp_path / "corpus")
+        assert status == 2 and err == f"error: --data: {tmp_path / 'corpus'} is a corpus of arithmetic, not of news: {how}\n"
+
     shutil.rmtree(tmp_path / "corpus")
     assert call(data_main, *corpus, 1)[0] == 0
     status, _, err = call(*command, "--steps", 14)

@@ -49,8 +49,6 @@ def test_a_directory_has_its_own_settings(directories):
     assert identity["data_fingerprint"] == dataset.fingerprint(directories / "expressions")
     with pytest.raises(UserError, match=r"--label-jumps is 0, but 3 in .*expressions, whose examples stay as they are"):
         examples_of(directories / "expressions", label_jumps=0)
-    with pytest.raises(UserError, match="is a corpus of arithmetic; allowed: news; `custom --data` trains on any"):
-        TrainingExamples.of(TASKS["news"], TASKS["news"].Corpus(), open_stored(directories / "expressions", TASKS))
 
 
 def test_examples_that_are_seen_more_than_ten_times_are_warned_of(directories):
