@@ -298,10 +298,16 @@ class Scheduler:
         return Forecast(np.array(there, np.int64).reshape(-1, 2), *sizes)
 
     def _read(self) -> None:
-        """Have the next part of prompts read: of the first one, and of others that are as far."""
-        head = self._reading[0]
+        """Have the next part of prompts read: of the first one, and of others that are as far.
+
+        Where all are read before a chunk begins, the least advanced are first, of these the longest: so the last parts of prompts,
+        which are shorter, are read together.
+        """
+        everything = self.config.reads_per_chunk is None
+        head = min(self._reading, key=lambda ticket: ticket.num_read) if everything else self._reading[0]
+        alike = [ticket for ticket in self._reading if ticket.num_read == head.num_read and ticket.goes_on == head.goes_on]
+        head = max(alike, key=self._part_tokens) if everything else head
         first, queries = head.num_read, self._part_tokens(head)
-        alike = [ticket for ticket in self._reading if ticket.num_read == first and ticket.goes_on == head.goes_on]
         alike.sort(key=lambda ticket: abs(self._part_tokens(ticket) - queries))  # the head stays first: it is among the nearest
         group = alike[: self.programs.prompts_at_once(queries, responses=head.goes_on)]
         self.programs.read(group, first, queries, responses=head.goes_on)

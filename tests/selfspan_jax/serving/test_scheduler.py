@@ -198,8 +198,10 @@ class Device:
         monkeypatch.setattr("selfspan_jax.serving.programs.read_prompts", self.read_prompts)
         monkeypatch.setattr("selfspan_jax.serving.programs.decode_chunk", self.decode_chunk)
         self.ends, self.num_new, self.done = (np.zeros(CONFIG.num_sequences, kind) for kind in (np.int32, np.int32, bool))
+        self.num_readings = 0
 
     def read_prompts(self, graph, params, state, prompts, config, page_tokens, num_queries, responses):
+        self.num_readings += 1
         for lengths, pages in zip(prompts.lengths, prompts.pages):
             self.may_write(pages, range(int(prompts.first), int(lengths)))
         for place, row in enumerate(prompts.sources):
@@ -257,6 +259,16 @@ def test_where_lengths_are_known_no_sequence_loses_its_pages_and_the_longest_do_
     assert (scheduler.stats.preemptions == 0) == known and len(ends) == len(sizes)
     if known:  # one long one at a time has room, beside it short ones
         assert set(ends[:8]) == {*range(4, 12)} and ends[8:] == [0, 1, 2, 3]
+
+
+def test_the_last_parts_of_prompts_are_read_together_where_all_are_read_before_a_chunk(monkeypatch):
+    """A reading takes as long for one prompt as for those that fill it: four times 128 tokens, then twice 50 and 40 of two of them."""
+    sizes = {"context_tokens": 192, "num_pages": 4 * 24, "reads_per_chunk": None}
+    scheduler, rng = Scheduler(ENGINE, dataclasses.replace(CONFIG, **sizes)), np.random.default_rng(5)
+    device = Device(scheduler, rng, monkeypatch, stops=0.0)
+    found = scheduler.generate([Request(prompt(rng, size), 3) for size in (178, 168, 178, 168)])
+    assert [len(tokens.token_ids) for tokens in found] == [3] * 4
+    assert device.num_readings == 4 + 2
 
 
 # ------------------------------------------------------------------------------------------------ one thing at a time
