@@ -317,6 +317,10 @@ def _eval_options(evaluation: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------------ plots
 
 
+_AVERAGED_POINTS = 5  # of a curve of losses, each the loss of a batch or two
+_ENTRIES_INSIDE = 8  # of a legend that stands in the plot; a longer one hides its curves
+
+
 @dataclasses.dataclass(frozen=True)
 class Plot:
     """A plot of the runs that have some part, see `Run.part`; `draw` draws those of one panel."""
@@ -327,9 +331,10 @@ class Plot:
 
 
 def color(experiment: Experiment, variant: str) -> Any:
-    """Return a variant's colour, the same in all plots."""
-    names = list(experiment.variants)
-    return matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"](names.index(variant))
+    """Return a variant's colour, the same in all plots and of its own in its panel."""
+    place = next(list(variants).index(variant) for variants in experiment.panels.values() if variant in variants)
+    maps = [matplotlib.colormaps[name] for name in ("tab10", "Dark2", "Set2")]
+    return [shade(number) for shade in maps for number in range(shade.N)][place]
 
 
 def _loss_plot(experiment: Experiment) -> Plot:
@@ -337,10 +342,11 @@ def _loss_plot(experiment: Experiment) -> Plot:
         for variant, own in itertools.groupby(runs, key=lambda run: run.variant):
             for number, curve in enumerate(run.curve for run in own if run.curve):
                 label = None if number else variant
-                axes.plot(curve["step"], curve["loss"], color=color(experiment, variant), linewidth=1, label=label)
+                loss = pd.Series(curve["loss"]).rolling(_AVERAGED_POINTS, center=True, min_periods=1).mean()
+                axes.plot(curve["step"], loss, color=color(experiment, variant), linewidth=1, label=label)
         axes.set(xlabel="step", ylabel="loss of a response token, nats", yscale="log")
 
-    return Plot("loss against steps", "curve", draw)
+    return Plot(f"loss against steps, means of {_AVERAGED_POINTS} points", "curve", draw)
 
 
 def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence[Run], results: Path) -> dict[str, str]:
@@ -356,13 +362,18 @@ def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence
         if not panels:
             file.unlink(missing_ok=True)
             continue
-        figure = Figure(figsize=(6.4 if len(panels) == 1 else 10, 3.6), layout="constrained")
+        entries = len({run.variant for own in panels.values() for run in own})
+        inside, wide = entries <= _ENTRIES_INSIDE * len(panels), len(panels) > 1
+        figure = Figure(figsize=(10 if wide else 6.4, 3.6 if inside else 3.6 + 0.16 * entries / len(panels) / 2), layout="constrained")
         for axes, (title, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             plot.draw(axes, own)
-            axes.legend(fontsize=7)
             axes.grid(alpha=0.3)
-            if len(panels) > 1:
+            if inside:
+                axes.legend(fontsize=7)
+            if wide:
                 axes.set_title(title, fontsize=9)
+        if not inside:
+            figure.legend(loc="outside lower center", fontsize=7, ncols=2 * len(panels))
         _save(figure, file, digest(results))
         lines[name] = f"\n\n![{plot.title}]({results.name}/{name}.png)"
     return lines

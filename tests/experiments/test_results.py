@@ -150,7 +150,8 @@ def test_seeds_of_different_settings_are_not_pooled(kept, changes):
         results.load(arithmetic.EXPERIMENT, path)
 
 
-def test_every_variant_has_one_colour_and_one_panel():
+def test_every_variant_has_one_panel_and_a_colour_of_its_own_there():
     for experiment in EXPERIMENTS.values():
-        assert len({pages.color(experiment, variant) for variant in experiment.variants}) == len(experiment.variants)
+        for variants in experiment.panels.values():
+            assert len({pages.color(experiment, variant) for variant in variants}) == len(variants)
         assert sorted(variant for variants in experiment.panels.values() for variant in variants) == sorted(experiment.variants)
