@@ -29,7 +29,7 @@ check: .venv/development
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/compiled $(BIN)/python -m pytest --exitfirst $(FILES)
 
 test-next: .venv-next/development
-	.venv-next/bin/python -m pytest -k "lowers or reference_on_named or greedy and not labels or streams_decode and (prompt or labels) or the_loop_copies or launches or no_array" \
+	.venv-next/bin/python -m pytest -k "lowers or reference_on_named or greedy and not labels or streams_decode and prompt or the_loop_copies and span or launches or no_array" \
 		tests/selfspan_jax/decoding tests/selfspan_jax/test_spans.py tests/pallas_kernels
 
 lint: .venv/development

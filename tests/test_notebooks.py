@@ -27,6 +27,7 @@ def shown(notebook, mime):
 SMALLER = {
     "(6, 6), (12, 12)": "(3, 3), (4, 4)",
     "steps=300": "steps=30",
+    '("llama2-7b", "llama3-8b", "smollm2-135m")': '("smollm2-135m",)',
     "Decoder(preset.model,": "Decoder(dataclasses.replace(preset.model, num_layers=1),",
 }
 

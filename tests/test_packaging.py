@@ -128,24 +128,24 @@ try:
 except ValueError as error:
     print(error)
 """
-# A file beside a user's script, and whether models can be loaded then.
+# Files beside a user's script, and whether models can be loaded then.
 BESIDE = {
-    "a directory of files": ("installed", "data/train.csv", True),
-    "a directory of files, editable": ("editable", "data/train.csv", True),
-    "names of our modules": ("installed", "spans.py", True),
-    "a module": ("installed", "data.py", False),
-    "a package": ("editable", "data/__init__.py", False),
+    "a directory of files, names of our modules": ("installed", ["data/train.csv", "spans.py"], True),
+    "a directory of files, editable": ("editable", ["data/train.csv"], True),
+    "a module": ("installed", ["data.py"], False),
+    "a package": ("editable", ["data/__init__.py"], False),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "file", "loads"), [pytest.param(*case, id=name) for name, case in BESIDE.items()])
-def test_a_file_of_the_users_beside_a_script(where, file, loads, request, tmp_path):
+@pytest.mark.parametrize(("where", "beside", "loads"), [pytest.param(*case, id=name) for name, case in BESIDE.items()])
+def test_a_file_of_the_users_beside_a_script(where, beside, loads, request, tmp_path):
     """It does not keep the library from being imported; where it takes the name of `data`, loading says so in one line."""
     python = request.getfixturevalue(where) / "python"
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("raise RuntimeError('imported')", encoding="utf-8")
+    for file in beside:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("raise RuntimeError('imported')", encoding="utf-8")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     status, out, err = run(python, "script.py", cwd=tmp_path)
-    own = f"{tmp_path / file} takes the name of selfspan's package 'data': rename it, or keep its directory off Python's path"
+    own = f"{tmp_path / beside[0]} takes the name of selfspan's package 'data': rename it, or keep its directory off Python's path"
     assert (status, out, err) == (0, f"{' '.join(TASKS) if loads else own}\n", "")

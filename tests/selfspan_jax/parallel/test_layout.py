@@ -365,13 +365,9 @@ def test_adapters_train_on_several_devices_as_on_one():
 ALL_AXES = "data=2,fsdp=2,tensor=2"
 
 
-def test_several_devices_train_as_one(one_device, tmp_path):
-    """The same metrics, scores and parameters but for the order in which float32 numbers are added up. All axes, and fsdp=4: below."""
-    assert_same_run(trained(tmp_path, "tensor=4"), one_device)
-
-
-@pytest.mark.parametrize("first, second", [("tensor=4", None), (None, ALL_AXES), (ALL_AXES, "fsdp=4")])
-def test_a_run_goes_on_on_another_mesh(one_device, tmp_path, first, second):
+@pytest.mark.parametrize("first, second", [(None, ALL_AXES), (ALL_AXES, "fsdp=4"), ("fsdp=4", "tensor=4")])
+def test_several_devices_train_as_one_and_go_on_where_others_stopped(one_device, tmp_path, first, second):
+    """The same metrics, scores and parameters but for the order in which float32 numbers are added up. To no mesh: test_commands.py."""
     with pytest.raises(training.Stopped, match="step 1"):
         trained(tmp_path, first, stop_after_seconds=0)
     assert_same_run(trained(tmp_path, second), one_device)
