@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 import hypothesis
 import jax
@@ -46,13 +45,11 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs_of_some_files():
-    """They go when there are many: each holds several memory maps, and a process that has kept 65,530 of them crashes in XLA."""
+def compiled_programs_of_one_file():
+    """They go when a file is done: each holds several memory maps, and a process that has kept 65,530 of them crashes in XLA."""
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 15_000:  # about a gigabyte of them
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
