@@ -362,9 +362,9 @@ def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence
         if not panels:
             file.unlink(missing_ok=True)
             continue
-        entries = len({run.variant for own in panels.values() for run in own})
-        inside, wide = entries <= _ENTRIES_INSIDE * len(panels), len(panels) > 1
-        figure = Figure(figsize=(10 if wide else 6.4, 3.6 if inside else 3.6 + 0.16 * entries / len(panels) / 2), layout="constrained")
+        entries, columns, wide = len({run.variant for run in shown}), 2 * len(panels), len(panels) > 1
+        inside = entries <= _ENTRIES_INSIDE * len(panels)
+        figure = Figure(figsize=(10 if wide else 6.4, 3.6 if inside else 3.6 + 0.16 * entries / columns), layout="constrained")
         for axes, (title, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             plot.draw(axes, own)
             axes.grid(alpha=0.3)
@@ -373,7 +373,7 @@ def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence
             if wide:
                 axes.set_title(title, fontsize=9)
         if not inside:
-            figure.legend(loc="outside lower center", fontsize=7, ncols=2 * len(panels))
+            figure.legend(loc="outside lower center", fontsize=7, ncols=columns)
         _save(figure, file, digest(results))
         lines[name] = f"\n\n![{plot.title}]({results.name}/{name}.png)"
     return lines

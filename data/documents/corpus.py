@@ -266,7 +266,7 @@ def split_pieces(text: str, piece_sentences: int) -> list[str]:
 
 
 def group_sentences(text: str, piece_sentences: int) -> list[list[str]]:
-    """Cut a text into pieces, see `split_pieces`, each a list of its sentences; with 0 of its one paragraph."""
+    """Cut a text into the pieces of `split_pieces`, each as the list of its sentences; 0: as a list of its paragraph alone."""
     if not piece_sentences:
         return [[piece] for paragraph in _BLANK_LINES.split(readable(text)) if (piece := " ".join(paragraph.split()))]
     paragraphs = map(split_sentences, _BLANK_LINES.split(text))
@@ -281,7 +281,7 @@ def squeezed(text: str) -> str:
 def places(text: str, pieces: Iterable[Sequence[str]]) -> list[tuple[int, int]]:
     """Find where the pieces of a text, lists of sentences, stand in it: (start, end) of each, in characters of `squeezed(text)`.
 
-    Between two sentences may stand what is no sentence, see `split_sentences`.
+    A piece ends with its last sentence, and holds what stands between two of them and belongs to none, see `split_sentences`.
     """
     whole, end, found = squeezed(text), 0, []
     for piece in pieces:

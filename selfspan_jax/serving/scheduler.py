@@ -300,14 +300,14 @@ class Scheduler:
     def _read(self) -> None:
         """Have the next part of prompts read: of the first one, and of others that are as far.
 
-        Where all are read before a chunk begins, the least advanced are first, of these the longest: so the last parts of prompts,
+        Where all are read before a chunk begins, the least advanced come first, and of these the longest: so the last parts of prompts,
         which are shorter, are read together.
         """
-        everything = self.config.reads_per_chunk is None
-        head = min(self._reading, key=lambda ticket: ticket.num_read) if everything else self._reading[0]
-        alike = [ticket for ticket in self._reading if ticket.num_read == head.num_read and ticket.goes_on == head.goes_on]
-        head = max(alike, key=self._part_tokens) if everything else head
+        head = self._reading[0]
+        if self.config.reads_per_chunk is None:
+            head = min(self._reading, key=lambda ticket: (ticket.num_read, -self._part_tokens(ticket)))
         first, queries = head.num_read, self._part_tokens(head)
+        alike = [ticket for ticket in self._reading if ticket.num_read == first and ticket.goes_on == head.goes_on]
         alike.sort(key=lambda ticket: abs(self._part_tokens(ticket) - queries))  # the head stays first: it is among the nearest
         group = alike[: self.programs.prompts_at_once(queries, responses=head.goes_on)]
         self.programs.read(group, first, queries, responses=head.goes_on)
