@@ -102,8 +102,8 @@ def finish(
 
 def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
     """Return whether `model` is that of this very run, and not of a shorter one; writes nothing. Raises as `claim`."""
-    steps = identity["training"]["steps"]
-    return (run_dir / "model").exists() and _continued(run_dir / "run.json", identity).get("finished_steps") == steps
+    file, steps = run_dir / "run.json", identity["training"]["steps"]
+    return (run_dir / "model").exists() and file.exists() and _continued(file, identity).get("finished_steps") == steps
 
 
 def schedule_note(identity: Mapping[str, Any]) -> str | None:
@@ -117,7 +117,7 @@ def schedule_note(identity: Mapping[str, Any]) -> str | None:
 def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     """Check what a run goes on with against its `run.json`, and return the new one."""
     there: dict[str, Any] = {}
-    with contextlib.suppress(UserError, FileNotFoundError):
+    with contextlib.suppress(UserError):
         there = read_json(file)
     history = {name: there.pop(name) for name in models.HISTORY if name in there}
     if there.get("data_fingerprint") is not None and there["data_fingerprint"] == here.get("data_fingerprint"):

@@ -112,6 +112,7 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path):
 
 
 def test_a_directory_that_holds_something_else_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model").mkdir()
+    assert not runs.is_finished(tmp_path, IDENTITY)
     with pytest.raises(UserError, match="not empty and not a run directory"):
         runs.claim(tmp_path, IDENTITY)
