@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from tyro.conf import Positional, arg
 
-from benchmarks.arrivals import summary, table
-from benchmarks.systems import Work, run_scheduler
+from benchmarks.arrivals import table
+from benchmarks.systems import Work, run_at_once
 from benchmarks.timing import header_line, report_header, run_command
 from data import examples
 from data.documents import Document
@@ -127,7 +126,7 @@ def measure(settings: Conversations) -> dict[str, Any]:
         for system, work in zip(("apart", "shared", "kept"), (apart, *both), strict=True):
             if system != "kept":
                 scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
-            rows[system].append({"system": system, **run(scheduler, work)})
+            rows[system].append({"system": system, **run_at_once(scheduler, work)})
     return {
         **report_header(),
         "checkpoint": settings.checkpoint.name,
@@ -137,18 +136,6 @@ def measure(settings: Conversations) -> dict[str, Any]:
         "num_parameters": lm.model.num_parameters,
         "rows": [sorted(own, key=lambda row: row["seconds"])[len(own) // 2] for own in rows.values()],
     }
-
-
-def run(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:
-    """Run requests that are all there at once, and say what they took and read."""
-    before = scheduler.stats
-    sent = run_scheduler(scheduler, work, np.zeros(len(work)))
-    after = scheduler.stats
-    names = ("prompt_tokens", "prefix_hit_tokens", "generated_tokens", "attended_tokens", "context_tokens")
-    counts = {name: getattr(after, name) - getattr(before, name) for name in names}
-    share = counts["attended_tokens"] / counts["context_tokens"]
-    rows = (after.pages_used + after.pages_cached) * scheduler.config.page_tokens
-    return {**summary(None, sent), **counts, "attended_fraction": share, "rows_kept": rows}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from benchmarks.arrivals import Sent
+from benchmarks.arrivals import Sent, summary
 from benchmarks.shapes import Shape, named_shape
 from data import arithmetic
 from data.tasks import TASKS
@@ -174,6 +174,19 @@ def run_scheduler(scheduler: Scheduler, work: Sequence[Work], times: Float[np.nd
         own.failed = found[-1].error
         _judge(own, item, np.concatenate([tokens.token_ids for tokens in found]))
     return sent
+
+
+def run_at_once(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:
+    """Run requests that are all there at once; count what they took, read and how they ended."""
+    before = scheduler.stats
+    sent = run_scheduler(scheduler, work, np.zeros(len(work)))
+    after = scheduler.stats
+    ended = after.finished - before.finished
+    names = ("prompt_tokens", "prefix_hit_tokens", "generated_tokens", "attended_tokens", "context_tokens", "preemptions", "waited_seconds")
+    counts = {name: getattr(after, name) - getattr(before, name) for name in names}
+    share = counts["attended_tokens"] / counts["context_tokens"]
+    rows = (after.pages_used + after.pages_cached) * scheduler.config.page_tokens
+    return {**summary(None, sent), **counts, "finished": dict(ended), "attended_fraction": share, "rows_kept": rows}
 
 
 def run_static(model: Model, work: Sequence[Work], times: Float[np.ndarray, "R"]) -> list[Sent]:

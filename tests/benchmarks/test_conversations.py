@@ -1,10 +1,11 @@
 """Which conversations share a catalogue, and what of them is reported."""
 
 import types
+from collections import Counter
 
 import pytest
 
-from benchmarks import conversations
+from benchmarks import systems
 from benchmarks.conversations import over_one_catalogue
 from data.documents import Document, Step
 from selfspan_jax.errors import UserError
@@ -39,12 +40,13 @@ def test_too_few_conversations_are_refused():
 
 def test_counts_are_of_one_run(monkeypatch):
     """What was read before it, as by those that shared the catalogue, is not its own; what is kept is all that there is."""
-    counts = dict.fromkeys(("prompt_tokens", "prefix_hit_tokens", "generated_tokens"), 0)
+    counts = dict.fromkeys(("prompt_tokens", "prefix_hit_tokens", "generated_tokens", "preemptions", "waited_seconds"), 0)
     before, after = (
-        types.SimpleNamespace(**counts, attended_tokens=a, context_tokens=c, pages_used=1, pages_cached=4) for a, c in ((5, 10), (8, 40))
+        types.SimpleNamespace(**counts, attended_tokens=a, context_tokens=c, pages_used=1, pages_cached=4, finished=Counter(stop=n))
+        for a, c, n in ((5, 10, 2), (8, 40, 5))
     )
-    monkeypatch.setattr(conversations, "run_scheduler", lambda scheduler, work, times: setattr(scheduler, "stats", after) or [])
-    monkeypatch.setattr(conversations, "summary", lambda rate, sent: {"seconds": 1.0})
+    monkeypatch.setattr(systems, "run_scheduler", lambda scheduler, work, times: setattr(scheduler, "stats", after) or [])
+    monkeypatch.setattr(systems, "summary", lambda rate, sent: {"seconds": 1.0})
     scheduler = types.SimpleNamespace(stats=before, config=types.SimpleNamespace(page_tokens=64))
-    found = conversations.run(scheduler, [])
-    assert (found["attended_fraction"], found["rows_kept"], found["attended_tokens"]) == (0.1, 320, 3)
+    found = systems.run_at_once(scheduler, [])
+    assert (found["attended_fraction"], found["rows_kept"], found["attended_tokens"], found["finished"]) == (0.1, 320, 3, {"stop": 3})

@@ -1,0 +1,140 @@
+"""Answer a long queue of a corpus' prompts by a scheduler, at several numbers of places: responses a second, and what they read.
+
+    python -m benchmarks.throughput runs/labels-0/model --data corpora/papers --split validation,train --min-prompt-tokens 4096 --json FILE
+
+All prompts are there at once, in random order, and all that have places are read before a chunk of tokens is decoded. A response ends by
+itself, or with as many tokens as the longest gold one of the first part has, and 16 more. Programs are compiled and have run before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from tyro.conf import Positional, arg
+
+from benchmarks.systems import Work, run_at_once
+from benchmarks.timing import header_line, report_header, run_command
+from data import commandline, examples
+from data.errors import check_range
+from data.tasks import TASKS
+from selfspan_jax import files
+from selfspan_jax.config import ServingConfig
+from selfspan_jax.errors import UserError
+from selfspan_jax.evaluation import MARGIN_TOKENS
+from selfspan_jax.lm import SpanLM
+from selfspan_jax.serving.pages import Pages
+from selfspan_jax.serving.scheduler import Scheduler
+from selfspan_jax.serving.throughput import THROUGHPUT_PREFILL_TOKENS
+
+_ALL = 10**9  # examples of a corpus
+_WARM_UPS = 12  # requests of the queue
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Answer a long queue of a corpus' prompts, and print how many a second at each number of places."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
+    """Directory of a finished model, or of its adapter."""
+    base: Path | None = None
+    """For an adapter, the pretrained model that it was trained on."""
+    attention: Literal["span", "dense"] | None = None
+    """What responses attend to; by default as the model was trained."""
+    data: Path
+    """A corpus directory that python -m data wrote."""
+    split: Annotated[tuple[str, ...], commandline.commas("train", "validation", "test")] = ("validation",)
+    """Its parts, the first ones first; several with commas."""
+    num_requests: int = 1000
+    """Most prompts of the queue."""
+    min_prompt_tokens: int = 1
+    """Fewest tokens of a prompt."""
+    places: Annotated[tuple[int, ...], commandline.commas(int)] = (64, 128, 256)
+    """Sequences that are decoded at the same time, one measurement each; several with commas."""
+    chunk_tokens: int = ServingConfig.chunk_tokens
+    """Decode steps between two looks of the host."""
+    prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
+    """Most prompt tokens that are read at once."""
+    min_read_tokens: int = 1024
+    """Fewest prompt tokens that are read of one prompt at once; more need fewer programs, and so does their compiling."""
+    seed: int = 0
+    """Of the order."""
+    json: Path | None = None
+    """Write the figures into this file, after each of them; - is standard output."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_requests", "min_prompt_tokens", low=1)
+        if min(self.places, default=0) < 1:
+            raise UserError(f"--places is {self.places}; allowed: numbers from 1 on")
+
+    def run(self) -> None:
+        lm = SpanLM.load(self.checkpoint, TASKS, base=self.base)
+        work, drawn = queue(self, lm)
+        prompts = [len(item.prompt_ids) for item in work]
+        report: dict[str, Any] = {
+            **report_header(),
+            "checkpoint": self.checkpoint.name,
+            **{name: value for name, value in dataclasses.asdict(self).items() if name not in ("json", "checkpoint", "base", "places")},
+            **drawn,
+            "attention": self.attention or lm.model.config.mask,
+            "num_parameters": lm.model.num_parameters,
+            "num_requests": len(work),
+            "mean_prompt_tokens": float(np.mean(prompts)),
+            "most_prompt_tokens": max(prompts),
+            "max_new_tokens": work[0].new_tokens,
+            "rows": [],
+        }
+        print(header_line(report), f"{len(work):,} prompts of {np.mean(prompts):,.0f} tokens", sep="\n", flush=True)
+        for number in self.places:
+            report["rows"].append(measure(self, lm, work, number))
+            files.write_rows(self.json, report, complete=number == self.places[-1])
+
+
+def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]:
+    """Draw the requests of a queue, in random order; say of which corpus, and how many each of its parts gave.
+
+    Raises: UserError where no prompt is long enough, or none leaves room for the longest gold response.
+    """
+    found: list[tuple[str, Any, int]] = []
+    for split in settings.split:
+        task, sets, _ = examples.stored(settings.data, lm.task, TASKS, _ALL, split)
+        encoded = [(split, task.encode_prompt(example.prompt), len(example.response_ids)) for own in sets.values() for example in own]
+        found += [own for own in encoded if len(own[1]) >= settings.min_prompt_tokens]
+    found = found[: settings.num_requests]
+    new_tokens = MARGIN_TOKENS + max((length for split, _, length in found if split == found[0][0]), default=0)
+    found = [own for own in found if len(own[1]) + new_tokens <= lm.model.config.max_context_tokens]
+    if not found:
+        raise UserError(f"{settings.data}: no prompt of {settings.min_prompt_tokens} tokens or more that leaves room for a response")
+    order = np.random.default_rng(settings.seed).permutation(len(found)).tolist()
+    drawn = {"data": settings.data.resolve().name} | {f"of_{split}": sum(own[0] == split for own in found) for split in settings.split}
+    return [Work(found[i][1], new_tokens) for i in order], drawn
+
+
+def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> dict[str, Any]:
+    """Answer the queue with so many places, after a few of its requests."""
+    sizes: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_tokens", "prefill_tokens", "min_read_tokens")}
+    context = max(len(item.prompt_ids) for item in work) + work[0].new_tokens
+    config = ServingConfig(places, context, max_queue=len(work), reads_per_chunk=None, **sizes)
+    attention = settings.attention or lm.model.config.mask
+    scheduler = Scheduler(lm.engine, config, attention=attention, stop_ids=lm.end_ids[1:])
+    scheduler.warm_up(draws=False)
+    run_at_once(scheduler, work[:_WARM_UPS])
+    scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
+    gc.collect()
+    row = run_at_once(scheduler, work)
+    per_second, tokens = len(work) / row["seconds"], row["generated_tokens"] / len(work)
+    ended = row["finished"].get("stop", 0) / len(work)
+    print(f"{places:5} places: {per_second:7.1f} responses/s of {tokens:.0f} tokens, {ended:.1%} ended", flush=True)
+    more = {"cache_tokens": scheduler.num_pages * config.page_tokens, "responses_per_second": per_second}
+    return {"places": places, **more, "mean_response_tokens": tokens, "ended_fraction": ended, **row}
+
+
+def main() -> None:
+    run_command(Throughput, description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

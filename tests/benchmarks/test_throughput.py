@@ -1,0 +1,88 @@
+"""Which prompts a queue has, and what is reported of it at each number of places."""
+
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import throughput
+from selfspan_jax.errors import UserError
+from selfspan_jax.evaluation import MARGIN_TOKENS
+from tests.selfspan_jax.models import Digits
+
+PARTS = {"validation": [(8, 5), (3, 4), (9, 2)], "train": [(7, 90), (8, 1), (30, 1)]}  # digits of each prompt, tokens of its gold response
+LM = types.SimpleNamespace(
+    task=Digits(), model=types.SimpleNamespace(config=types.SimpleNamespace(max_context_tokens=40, mask="span"), num_parameters=7)
+)
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    def stored(directory, task, tasks, number, split):
+        own = [types.SimpleNamespace(prompt="4" * digits, response_ids=[0] * new) for digits, new in PARTS[split]]
+        return task, {directory.name: own[:number]}, {}
+
+    monkeypatch.setattr(throughput.examples, "stored", stored)
+    monkeypatch.setattr(throughput.SpanLM, "load", lambda *_, **__: LM)
+    return lambda **options: throughput.Throughput(checkpoint=Path("model"), data=Path("corpora/digits"), **options)
+
+
+CASES = {  # options -> digits of the prompts, in order of size, and how many each part gave
+    "one part": (dict(split=("validation",)), [3, 8, 9], {"of_validation": 3}),
+    "the train part after it, whose gold responses set no limit; one prompt leaves no room": (
+        dict(split=("validation", "train")),
+        [3, 7, 8, 8, 9],
+        {"of_validation": 3, "of_train": 2},
+    ),
+    "long ones alone": (dict(split=("validation", "train"), min_prompt_tokens=11), [9], {"of_validation": 1, "of_train": 0}),
+    "as many as are wanted, those of the first part first": (
+        dict(split=("validation", "train"), num_requests=4),
+        [3, 7, 8, 9],
+        {"of_validation": 3, "of_train": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_queue_has_the_prompts_of_its_parts_that_leave_room(case, queue):
+    options, digits, numbers = CASES[case]
+    work, drawn = throughput.queue(queue(**options), LM)
+    assert sorted(len(item.prompt_ids) - 2 for item in work) == digits and drawn == {"data": "digits"} | numbers
+    longest = max(new for digits, new in PARTS["validation"] if digits + 2 >= options.get("min_prompt_tokens", 1))
+    assert {item.new_tokens for item in work} == {longest + MARGIN_TOKENS}
+
+
+@pytest.mark.parametrize("min_prompt_tokens, reason", [(100, "of 100 tokens or more"), (30, "that leaves room for a response")])
+def test_a_queue_without_prompts_is_refused(min_prompt_tokens, reason, queue):
+    with pytest.raises(UserError, match=reason):
+        throughput.queue(queue(split=("train",), min_prompt_tokens=min_prompt_tokens), LM)
+
+
+def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_path, capsys):
+    sizes = []
+
+    def run_at_once(scheduler, work):
+        sizes.append((scheduler.config.num_sequences, len(work)))
+        assert len({id(item) for item in work}) == len(work) and scheduler.config.reads_per_chunk is None
+        return {"seconds": 2.0 * scheduler.config.num_sequences, "generated_tokens": 10 * len(work), "finished": {"stop": 2, "length": 1}}
+
+    def scheduler(engine, config, **_):
+        assert config.context_tokens == 11 + 5 + MARGIN_TOKENS
+        return types.SimpleNamespace(config=config, num_pages=6, warm_up=lambda **options: sizes.append("compiled"))
+
+    monkeypatch.setattr(throughput, "Scheduler", scheduler)
+    monkeypatch.setattr(throughput, "run_at_once", run_at_once)
+    monkeypatch.setattr(throughput, "report_header", lambda: {"device": "cpu", "jax": "0"})
+    monkeypatch.setattr(throughput, "header_line", lambda report: report["device"])
+    monkeypatch.setattr(throughput, "_WARM_UPS", 2)
+    monkeypatch.setattr(LM, "engine", None, raising=False)
+    monkeypatch.setattr(LM, "end_ids", (2,), raising=False)
+    queue(places=(2, 4), json=tmp_path / "found.json").run()
+    assert sizes == ["compiled", (2, 2), (2, 3), "compiled", (4, 2), (4, 3)]
+    report = json.loads((tmp_path / "found.json").read_text())
+    found = [(row["places"], row["responses_per_second"], row["mean_response_tokens"], row["ended_fraction"]) for row in report["rows"]]
+    np.testing.assert_allclose(found, [(2, 3 / 4, 10, 2 / 3), (4, 3 / 8, 10, 2 / 3)])
+    assert (report["data"], report["num_requests"], report["mean_prompt_tokens"], report["most_prompt_tokens"]) == ("digits", 3, 26 / 3, 11)
+    assert "2 places:     0.8 responses/s of 10 tokens, 66.7% ended" in capsys.readouterr().out
