@@ -118,15 +118,16 @@ class StoredCorpus:
         drawn with its settings from the task's test split.
 
         Raises:
-          UserError: a corpus of a file without that split.
+          UserError: a corpus of a file without that split, or of nothing else, which is trained on then.
         """
         found = splits(self.path)
-        if split in found:
+        if split in found and split != self.split:
             examples = iter(load(self.path, self.tasks, split=split))
         elif self.task.is_generated:
             examples = self.corpus.stream(seed=seed, split="test", vocab=self.task.vocab)
         else:
-            raise UserError(f"{self.path} has no {split} split, only {', '.join(found)}: nothing is held out")
+            what = f"has a {split} split alone, which is trained on" if split in found else f"has no {split} split, only {', '.join(found)}"
+            raise UserError(f"{self.path} {what}: nothing is held out")
         return with_room(examples, self.task, num_examples)
 
     def __len__(self) -> int:

@@ -79,6 +79,15 @@ def test_a_file_is_scored_on_what_was_held_out_of_it(directories):
         examples_of(directories / "whole").held_out(2, seed=0)
 
 
+def test_a_validation_split_alone_is_trained_on_and_holds_nothing_out(directories, tmp_path):
+    """Scores on it would be those of examples that were learnt."""
+    (tmp_path / "towns").symlink_to(directories / "towns" / "validation")
+    examples = examples_of(tmp_path / "towns")
+    assert examples.stored.split == "validation"
+    with pytest.raises(UserError, match="towns has a validation split alone, which is trained on: nothing is held out; --eval-examples 0"):
+        examples.held_out(2, seed=0)
+
+
 @pytest.mark.parametrize(
     ("name", "split", "expected"),
     [
