@@ -15,6 +15,7 @@ from data.errors import UserError
 
 REPOSITORY = "jayded/evidence-inference"
 _HEADING = re.compile(r"^[ \t]*(ABSTRACT|BODY)(?:[.:](.*))?$", re.MULTILINE)
+_SENTENCE = re.compile(r"\s|.*(?::\s+\S|\s.*[.!?]\s*$)")  # after a space, after a colon and a space, or ends as one
 _TITLE = re.compile(r"\s*TITLE:\s*(?!\s*(?:ABSTRACT|BODY))(.*)")  # in the same line, or in the next one
 _PROMPT_COLUMNS = ("PromptID", "PMCID", "Outcome", "Intervention", "Comparator")
 _ANNOTATION_COLUMNS = ("PromptID", "Valid Label", "Valid Reasoning", "Label Code", "Evidence Start", "Evidence End")
@@ -133,10 +134,19 @@ def parse(text: str) -> Report:
     ends = [heading.start() for heading in headings[1:]] + [len(text)]
     passages: dict[str, list[Passage]] = {"ABSTRACT": [], "BODY": []}
     for heading, end in zip(headings, ends, strict=True):
-        passages[heading[1]].append(
-            Passage(_line((heading[2] or "").strip(" .:").replace(".", ", ")), text[heading.end() : end], heading.end())
-        )
+        own = _heading(heading[2] or "")
+        start = heading.start(2) + len(own) if heading[2] else heading.end()
+        passages[heading[1]].append(Passage(_line(own.strip(" .:").replace(".", ", ")), text[start:end], start))
     return Report(text, _line(title[1]) if title else "", tuple(passages["ABSTRACT"]), tuple(passages["BODY"]))
+
+
+def _heading(line: str) -> str:
+    """Return what of a heading's line is the heading: it is in capitals, as far as its last colon at least, and no sentence follows."""
+    other = next((i for i, char in enumerate(line) if char.isalpha() and not char.isupper()), len(line))
+    colon = line.rfind(":", 0, other) + 1
+    rest = line[colon:]
+    is_text = other < len(line) and (_SENTENCE.match(rest) or (not colon and ". " in rest))
+    return line[:colon] if is_text else line
 
 
 def _line(text: str) -> str:

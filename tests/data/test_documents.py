@@ -20,6 +20,7 @@ from data.alignment import Alignment
 from data.documents import DocumentTask
 from data.documents.corpus import QUESTION, group_sentences, overlapping, places, split_pieces, squeezed
 from data.errors import UserError
+from data.papers import reports
 from data.papers.reports import parse
 from data.retrieval import BM25
 from data.scoring import numbers
@@ -261,6 +262,28 @@ TITLES = {"TITLE: One title": "One title", "TITLE: \nOne title": "One title", "T
 def test_a_title_is_in_its_line_or_in_the_next(head):
     report = parse(f"{head}\n\n  ABSTRACT:\nA.\n\nBODY.X.:\nB.\n")
     assert (report.title, [p.text.strip() for p in report.abstract], [p.heading for p in report.body]) == (TITLES[head], ["A."], ["X"])
+
+
+IN_LINE = {  # a body whose text stands in its heading's line, or a heading in small letters -> its pieces
+    "BODY: Introduction: IL-6 is high.\nIt may fall.": ["Introduction: IL-6 is high.", "It may fall."],
+    "BODY.Introduction: IL-6 is": ["Introduction: IL-6 is"],
+    "BODY.IL-6 is high. It\nfell": ["IL-6 is high.", "It fell"],
+    "BODY. IL-6 is": ["IL-6 is"],
+    "BODY:IL-6 is.": ["IL-6 is."],
+    "BODY.METHODS.IL-6: We gave IL-6 to": ["Methods, il-6: We gave IL-6 to"],
+    "BODY.METHODS:We gave IL-6.": ["Methods: We gave IL-6."],
+    "BODY.IL:6 and IL. 7\nIt fell.": ["Il:6 and il, 7: It fell."],
+    "BODY.Methods.Patients: \nIt fell.": ["Methods, patients: It fell."],
+    "BODY: METHODS\nIt fell.": ["Methods: It fell."],
+}
+
+
+@pytest.mark.parametrize("body", IN_LINE)
+def test_text_in_the_line_of_a_heading_is_text(body):
+    report = parse(f"ABSTRACT: A b.\n\n{body}")
+    found = reports.pieces(report, report.body, 1)
+    assert list(found.texts) == IN_LINE[body] and [p.text.strip() for p in report.abstract] == ["A b."]
+    assert all(squeezed(text).endswith(squeezed(report.text)[a:b]) for text, (a, b) in zip(found.texts, found.ranges, strict=True))
 
 
 def test_a_story_is_asked_by_paragraphs(corpora):
