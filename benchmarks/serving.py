@@ -29,6 +29,7 @@ from benchmarks.arrivals import Sent, arrivals, summary, table
 from benchmarks.timing import run_command
 from data import arithmetic, commandline, rows
 from data.errors import UserError, check_range
+from data.workers import end_with_parent
 from selfspan_jax import files
 
 MAX_EVENTS = 8  # that a client has read when it goes away
@@ -185,7 +186,7 @@ def measure(load: Load) -> None:
         run_share: Callable[..., Iterable[tuple[list[Sent], float]]] = map
         if load.processes > 1:
             context = multiprocessing.get_context("spawn")
-            run_share = stack.enter_context(concurrent.futures.ProcessPoolExecutor(load.processes, context)).map
+            run_share = stack.enter_context(concurrent.futures.ProcessPoolExecutor(load.processes, context, end_with_parent)).map
             list(run_share(time.sleep, [1.0] * load.processes))  # all have begun
         for rate, number in zip(load.rates, itertools.cycle(load.num_requests)):
             times, begin = arrivals(rate, number, load.seed).tolist(), time.perf_counter() + 0.1  # this clock is that of all processes

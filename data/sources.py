@@ -17,7 +17,7 @@ from data import card, rows, task
 from data.errors import UserError
 from data.streams import SPLITS
 from data.vocab import TokenizerVocab, read_vocab, train_vocab
-from data.workers import check_workers
+from data.workers import check_workers, end_with_parent
 
 _CHUNK_RECORDS = 64
 _CHUNKS_AHEAD = 4  # of each worker
@@ -56,14 +56,19 @@ def make_all(make: Make, records: Iterator[Any], num_workers: int) -> Iterator[M
         for record in records:
             yield from make(record)
         return
-    # Fresh interpreters: nothing of this process (threads of libraries) is copied. Ctrl-C is for this process alone.
-    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    # Fresh interpreters: nothing of this process (threads of libraries) is copied.
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _begin_worker) as pool:
         try:
             while ahead := list(itertools.islice(records, num_workers * _CHUNKS_AHEAD * _CHUNK_RECORDS)):
                 for made in pool.map(functools.partial(_listed, make), ahead, chunksize=_CHUNK_RECORDS):
                     yield from made
         except BrokenProcessPool:
             raise UserError(f"one of {num_workers} workers was ended from outside, for want of memory perhaps: try fewer") from None
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
+    end_with_parent()
 
 
 def _listed(make: Make, record: Any) -> list[Made]:

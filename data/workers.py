@@ -8,10 +8,12 @@ once the parent is gone, however it died, which ends the worker.
 
 import functools
 import itertools
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,6 +90,21 @@ def remote(*iterables: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
         for process in processes:
             with process:  # closes the pipes and waits
                 pass
+
+
+def end_with_parent() -> None:
+    """Let this process, of a pool of `multiprocessing`, end when the one that started it has ended, however it did; for its initializer.
+
+    Workers of a pool wait for ever otherwise: each holds the other end of the queue that it reads.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main() -> None:

@@ -342,11 +342,13 @@ def spied_processes(monkeypatch):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_signal_leaves_no_orphans(sent):
     program = """if True:
-        import signal, time
+        import itertools, signal, time
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background deaf to it
-        from data import arithmetic
+        from data import arithmetic, sources
         examples = arithmetic.stream(arithmetic.Corpus(), seed=0, num_workers=2)
         next(examples)
+        made = sources.make_all(str, itertools.count(), 2)
+        next(made)
         print("ready", flush=True)
         time.sleep(60)
     """
