@@ -138,7 +138,9 @@ def _pieces(where: str, source: Any, is_list: bool, whole: str, ranges: Sequence
         start = whole.find(quote)
         if start < 0:
             raise UserError(f"{where}: the source {source[:40]!r} does not stand in the document")
-        return overlapping(ranges, start, start + len(quote))
+        end = start + len(quote)
+        shared = [min(end, own_end) - max(start, own_start) for own_start, own_end in ranges]
+        return overlapping(ranges, start, end) or [i for i, own in enumerate(shared) if own == max(shared)]
     if type(source) is int and is_list and 0 <= source < len(ranges):
         return [source]
     allowed = f"a quote, or an index from 0 to {len(ranges) - 1}" if is_list else "a quote: indices are of a document that is a list"

@@ -18,6 +18,7 @@ from data import dataset
 from data.__main__ import main as data_main
 from data.alignment import Alignment
 from data.documents import DocumentTask
+from data.documents import own as own_documents
 from data.documents.corpus import QUESTION, group_sentences, overlapping, places, split_pieces, squeezed
 from data.errors import UserError
 from data.papers import reports
@@ -591,6 +592,14 @@ def test_a_test_file_of_ones_own_is_never_trained_on(tmp_path, call):
     told = f"no {' and no '.join(empty)} part: none of the 8 examples fell into it; train.py takes --eval-examples 0 then\n"
     assert status == 0 and out.endswith(f"splits: {said}\n{told}") and "validation" in empty and card["splits"] == said
     assert f"The splits are {said}." in (tmp_path / "divided" / "train" / "README.md").read_text()
+
+
+def test_a_short_quote_across_pieces_means_those_that_have_most_of_it(tmp_path):
+    quotes = {"lake. It": [0], "a lake. It rains": [1], "s. We slept": [2], "lake. It rai": [0, 1], "saw a lake. It": [0]}
+    told = [{"text": "x", "sources": [quote]} for quote in quotes]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"document": "Elk saw a lake. It rains. We slept on.", "steps": told}))
+    (draft,) = own_documents.read(str(tmp_path / "own.jsonl"), "all", 1)
+    assert [[*step.sources] for step in draft.document.steps] == [*quotes.values()]
 
 
 def row(**changes):
