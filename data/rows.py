@@ -170,11 +170,12 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=_with_each_key_once)
+                row = json.loads(line.rstrip("\r\n"), object_pairs_hook=_with_each_key_once)
             except UserError as error:
                 raise UserError(f"{path}: line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
-                why = "expected an object a line, not an array" if line.lstrip().startswith("[") else error
+                why = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+                why = "expected an object a line, not an array" if line.lstrip().startswith("[") else why
                 raise UserError(f"{path}: line {number} is not JSON: {why}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number}: expected a JSON object")

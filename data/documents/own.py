@@ -117,8 +117,10 @@ def _document(where: str, row: dict[str, Any], piece_sentences: int) -> Document
 
     def step(number: int, fields: Any) -> Step:
         here = f"{where}, step {number}"
-        if not isinstance(fields, dict) or not isinstance(fields.get("text"), str) or not fields["text"].strip():
+        if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
             raise UserError(f'{here}: expected {{"text": "...", "sources": [...]}}')
+        if not readable(fields["text"]).strip():
+            raise UserError(f"{here}: the text is empty")
         if unknown := sorted(fields.keys() - _STEP):
             raise UserError(f"{here}: unknown {unknown[0]}; a step has text and sources")
         told = fields.get("sources")
@@ -129,7 +131,8 @@ def _document(where: str, row: dict[str, Any], piece_sentences: int) -> Document
         named = tuple(i for source in told for i in _pieces(here, source, is_list, whole, ranges))
         return Step(" ".join(readable(fields["text"]).split()), named)
 
-    return Document(" ".join(readable(instruction or "").split()), tuple(pieces), tuple(step(i, fields) for i, fields in enumerate(steps)))
+    found = tuple(step(i, fields) for i, fields in enumerate(steps, 1))
+    return Document(" ".join(readable(instruction or "").split()), tuple(pieces), found)
 
 
 def _pieces(where: str, source: Any, is_list: bool, whole: str, ranges: Sequence[tuple[int, int]]) -> Iterable[int]:

@@ -362,7 +362,7 @@ class WriteCommand(own.WriteCommand):
 
     def read(self, split: str | None) -> Iterator[Any]:
         for record in super().read(split):
-            for number, step in enumerate(record.document.steps if isinstance(record, Draft) else ()):
+            for number, step in enumerate(record.document.steps if isinstance(record, Draft) else (), 1):
                 if read_call(step.text) is None:
                     wanted = Call("...", "...", {}).write()
                     raise UserError(f"{record.where}, step {number}: {step.text[:40]!r} is no call: expected {wanted}")

@@ -14,7 +14,7 @@ PROMPTS = {  # what a file is -> (name, content, prompts or what is said)
     "a line separator within a line": ("p.txt", "a\u2028b\x0cc\n".encode(), ["a\u2028b\x0cc"]),
     "objects": ("p.jsonl", b'{"prompt": "1+2"}\n\n{"prompt": "a\\nb", "id": 3}\n', ["1+2", "a\nb"]),
     "nothing": ("p.txt", b"\n \n", "p.txt: no prompts"),
-    "no JSON": ("p.jsonl", b'{"prompt": "1"}\n{"prompt"\n', "p.jsonl: line 2 is not JSON"),
+    "no JSON": ("p.jsonl", b'{"prompt": "1"}\n{"prompt"\n', "p.jsonl: line 2 is not JSON: Expecting ':' delimiter at column 10$"),
     "no object": ("p.jsonl", b'"1+2"\n', "p.jsonl: line 1: expected a JSON object"),
     "a key twice": ("p.jsonl", b'{"prompt": "1"}\n{"prompt": "2", "prompt": "3"}\n', "line 2: the key prompt stands twice in an object"),
     "no prompt": ("p.jsonl", b'{"text": "1+2"}\n', 'line 1: expected an object with a "prompt"'),

@@ -492,7 +492,7 @@ def test_own_documents_are_catalogues_and_calls(tmp_path, call):
         "document": ["Service A: f(x)", "User: Do it with 3."],
         "steps": [{"text": '{"service": "A", "method": "f", "parameters": {"x": 3}}', "sources": [0, 1]}],
     }
-    for steps, message in ((row["steps"], None), ([{"text": "f(3)", "sources": [0]}], "line 2, step 0: 'f(3)' is no call: expected {")):
+    for steps, message in ((row["steps"], None), ([{"text": "f(3)", "sources": [0]}], "line 2, step 1: 'f(3)' is no call: expected {")):
         (tmp_path / "own.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'steps': steps})}\n")
         status, out, err = call(
             data_main, "tools", "--source", tmp_path / "own.jsonl", "--split", "all", *OPTIONS, "--out", tmp_path / f"out{message is None}"
