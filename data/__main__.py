@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import tqdm
 
@@ -28,15 +29,27 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
     for what, counts in found.items():
         if what != "absent_splits":
             print(f"{what}: {counts if isinstance(counts, str) else card.listed(counts)}")
-        elif counts:
-            print(f"no {' and no '.join(counts)} part in {description['source']}")
         if repeated := isinstance(counts, Mapping) and counts.get(REPEATED):
             told = f"examples {REPEATED.removeprefix('written, ')}: {repeated:,}"
             print(f"warning: {told}; scores on them say little", file=sys.stderr)
-    there = {*written, *found.get("absent_splits", ())}
-    if empty := [split for split in SPLITS if command.split is None and split not in there]:
-        what = "; train.py takes --eval-examples 0 then" if "validation" in empty else ""
-        print(f"no {' and no '.join(empty)} part: none of the {sum(written.values()):,} examples fell into it{what}")
+    if command.split is None:
+        for line in _missing(description, written):
+            print(line)
+
+
+def _missing(description: Mapping[str, Any], written: Mapping[str, int]) -> Iterator[str]:
+    """Say which of the parts that are written beside each other are missing, and why."""
+    source, count, absent = description["source"], sum(written.values()), description.get("absent_splits", ())
+    if count == description["num_examples"]:
+        why = f": the first {count:,} examples are of {' and '.join(written)}"
+    elif "splits" in description:
+        why = f": none of the {count:,} examples fell into it"
+    else:
+        why = f": {source} has nothing for it that can be used"
+    for reason, missing in ((f" in {source}", absent), (why, [split for split in SPLITS if split not in (*written, *absent)])):
+        if missing:
+            hint = "; train.py takes --eval-examples 0 then" if "validation" in missing else ""
+            yield f"no {' and no '.join(missing)} part{reason}{hint}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -45,10 +45,10 @@ def read(source: str, choose: Choose, *, split: str | None = None) -> Iterator[t
     """
     path = Path(source)
     if _is_local(source):
-        found = ((own, READERS[file.suffix.lower()](file, choose)) for own, file in _files(path, READERS, split))
+        found = ((own, str(file), READERS[file.suffix.lower()](file, choose)) for own, file in _files(path, READERS, split))
     else:
-        found = ((own, _hub_rows(source, name, choose)) for own, name in _hub_splits(source, split))
-    return _some(source, found)
+        found = ((own, f"{source}, split {name}", _hub_rows(source, name, choose)) for own, name in _hub_splits(source, split))
+    return _some(source, split, found)
 
 
 def read_objects(source: str, *, split: str | None = None) -> Iterator[tuple[str | None, tuple[str, dict[str, Any]]]]:
@@ -57,7 +57,8 @@ def read_objects(source: str, *, split: str | None = None) -> Iterator[tuple[str
     Raises: as `read`.
     """
     files = _files(Path(source), (".jsonl",), split)
-    return _some(source, ((own, ((f"{file}: line {number}", row) for number, row in _json_objects(file))) for own, file in files))
+    found = ((own, str(file), ((f"{file}: line {number}", row) for number, row in _json_objects(file))) for own, file in files)
+    return _some(source, split, found)
 
 
 class FilePrompts(list[str]):
@@ -114,15 +115,23 @@ def _is_local(source: str) -> bool:
     return path.exists() or path.suffix.lower() in READERS
 
 
-def _some(source: str, parts: Iterable[tuple[str | None, Iterable[T]]]) -> Iterator[tuple[str | None, T]]:
-    """Yield what is in the parts, each with its part's split. UserError: nothing is."""
-    is_empty = True
-    for own, rows in parts:
+def _some(source: str, split: str | None, parts: Iterable[tuple[str | None, str, Iterable[T]]]) -> Iterator[tuple[str | None, T]]:
+    """Yield what is in the parts (split, name, rows), each row with its part's split. UserError: nothing is.
+
+    Warns of those of the split that is asked for that have no rows, beside others that do.
+    """
+    is_empty, without = True, list[str]()
+    for own, name, rows in parts:
+        has_rows = False
         for row in rows:
-            is_empty = False
+            is_empty, has_rows = False, True
             yield own, row
+        if not has_rows and (own is None or split in (None, "all", own)):
+            without.append(name)
     if is_empty:
         raise UserError(f"{source}: no rows")
+    for name in without:
+        _warn(f"{name}: no rows")
 
 
 def _files(path: Path, suffixes: Collection[str], split: str | None) -> list[tuple[str | None, Path]]:

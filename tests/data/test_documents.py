@@ -583,7 +583,7 @@ def test_a_test_file_of_ones_own_is_never_trained_on(tmp_path, call):
     how = "--split test writes that alone, --split all everything undivided; under another name it is divided"
     assert err == f"error: {file} has no train part, only test, as its name says: {how}\n"
     status, out, _ = call(data_main, "documents", "--source", file, "--split", "test", *OPTIONS, "--out", tmp_path / "test")
-    assert status == 0 and f": 8 test\ndocuments: 8 read, 8 written\nno train and no validation part in {file}" in out
+    assert status == 0 and out.endswith(": 8 test\ndocuments: 8 read, 8 written\n")
     file.rename(source / "rows.jsonl")
     status, out, _ = call(data_main, "documents", "--source", source / "rows.jsonl", *OPTIONS, "--out", tmp_path / "divided")
     said = "by a hash of each document (80%, 10%, 10%), as nothing in the source is named after validation or test"
@@ -600,6 +600,30 @@ def test_a_short_quote_across_pieces_means_those_that_have_most_of_it(tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps({"document": "Elk saw a lake. It rains. We slept on.", "steps": told}))
     (draft,) = own_documents.read(str(tmp_path / "own.jsonl"), "all", 1)
     assert [[*step.sources] for step in draft.document.steps] == [*quotes.values()]
+
+
+MISSING = {  # words -> what is written, what is said of parts, and what on stderr: validation is written, test is an empty file
+    ("--split", "validation"): ("2 validation", "", ""),
+    ("--num-examples", "3"): ("3 train", "no validation and no test part: the first 3 examples are of train{hint}", ""),
+    (): (
+        "4 train, 2 validation",
+        "no test part: {source} has nothing for it that can be used\n",
+        "warning: {source}/test.jsonl: no rows\n",
+    ),
+}
+
+
+def test_parts_that_came_out_empty_say_why(tmp_path, call):
+    source, hint = tmp_path / "rows", "; train.py takes --eval-examples 0 then\n"
+    source.mkdir()
+    for name, number in {"train": 4, "validation": 2, "test": 0}.items():
+        rows = (json.dumps({"document": f"Snow fell in {name} on town {i}.", "steps": [{"text": "Snow fell."}]}) for i in range(number))
+        (source / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    for words, (written, said, warned) in MISSING.items():
+        out = tmp_path / "-".join(["out", *words])
+        expected = f"{out}: {written}\ndocuments: {written[0] if words else 6} read, {written[0] if words else 6} written\n"
+        told = expected + said.format(source=source, hint=hint), warned.format(source=source)
+        assert call(data_main, "documents", "--source", source, *words, *OPTIONS, "--out", out) == (0, *told)
 
 
 def row(**changes):
@@ -643,7 +667,9 @@ def test_parts_that_are_missing_are_said(name, tmp_path, call):
     parts = ("train", "val" if name == "stories" else "validation")
     source = WRITE[name](tmp_path / "source", parts)
     status, out, _ = call(data_main, name, "--source", source, *OPTIONS, "--out", tmp_path / "out")
-    assert status == 0 and f"no test part in {source}" in out and dataset.splits(tmp_path / "out") == ("train", "validation")
+    assert status == 0 and out.endswith(f"no test part in {source}\n") and dataset.splits(tmp_path / "out") == ("train", "validation")
+    status, out, _ = call(data_main, name, "--source", source, "--split", "validation", *OPTIONS, "--out", tmp_path / "alone")
+    assert status == 0 and "part" not in out.replace(str(tmp_path), "")
     status, _, err = call(data_main, name, "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
     assert status == 2 and "there is no such file, so no test part; there is train, validation" in err
     status, _, err = call(data_main, name, "--source", tmp_path, *OPTIONS, "--out", tmp_path / "new")
