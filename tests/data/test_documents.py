@@ -577,6 +577,8 @@ def test_a_test_file_of_ones_own_is_never_trained_on(tmp_path, call):
         and err == f"warning: examples {told}: 2; scores on them say little\n"
     )
     assert f"| written, {told} | 2 |" in (tmp_path / "twice" / "test" / "README.md").read_text()
+    warned = [f"{tmp_path / 'twice'}: 2 examples, of all splits, {told}: scores on them say little."]
+    assert load(tmp_path, "twice", "test").warnings == warned and load(tmp_path, "out", "test").warnings == []
     file = source / "test.jsonl"
     status, _, err = call(data_main, "documents", "--source", file, *OPTIONS, "--out", tmp_path / "new")
     assert status == 2 and not (tmp_path / "new").exists()
