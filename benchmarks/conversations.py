@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from benchmarks.arrivals import table
-from benchmarks.systems import Work, run_at_once
+from benchmarks.systems import Work, run_at_once, scheduler_of
 from benchmarks.timing import header_line, report_header, run_command
 from data import examples
 from data.documents import Document
@@ -34,7 +34,6 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
-from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.throughput import THROUGHPUT_PREFILL_TOKENS
 
 _CANDIDATES = 8  # examples that are looked at for each conversation over one catalogue
@@ -115,12 +114,7 @@ def measure(settings: Conversations) -> dict[str, Any]:
     apart, *both = (
         [Work(task.encode_prompt(document.prompt), room) for document in part] for part in (own, shared[:count], shared[count:])
     )
-    context = room + max(len(work.prompt_ids) for part in (apart, *both) for work in part)
-    sizes: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_tokens", "prefill_tokens", "min_read_tokens")}
-    config = ServingConfig(count, min(context, lm.model.config.max_context_tokens), max_queue=count, reads_per_chunk=None, **sizes)
-    attention = settings.attention or lm.model.config.mask
-    scheduler = Scheduler(lm.engine, config, stop_ids=lm.end_ids[1:], attention=attention)
-    scheduler.warm_up(draws=False)
+    scheduler = scheduler_of(lm, [*apart, *both[0], *both[1]], count, settings)
     rows = collections.defaultdict[str, list[dict[str, Any]]](list)
     for _ in range(settings.passes):
         for system, work in zip(("apart", "shared", "kept"), (apart, *both), strict=True):
@@ -132,7 +126,7 @@ def measure(settings: Conversations) -> dict[str, Any]:
         "checkpoint": settings.checkpoint.name,
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in ("json", "checkpoint", "base")},
         **drawn,
-        "attention": attention,
+        "attention": settings.attention or lm.model.config.mask,
         "num_parameters": lm.model.num_parameters,
         "rows": [sorted(own, key=lambda row: row["seconds"])[len(own) // 2] for own in rows.values()],
     }

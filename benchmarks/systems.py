@@ -176,6 +176,19 @@ def run_scheduler(scheduler: Scheduler, work: Sequence[Work], times: Float[np.nd
     return sent
 
 
+def scheduler_of(lm: SpanLM, work: Sequence[Work], places: int, settings: Any) -> Scheduler:
+    """Make a scheduler of requests that are all there at once, its programs ready; it reads all prompts that have places before a chunk.
+
+    `settings` are those of `benchmarks.throughput` or `benchmarks.conversations`.
+    """
+    sizes: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_tokens", "prefill_tokens", "min_read_tokens")}
+    context = min(max(len(item.prompt_ids) + item.new_tokens for item in work), lm.model.config.max_context_tokens)
+    config = ServingConfig(places, context, max_queue=len(work), reads_per_chunk=None, **sizes)
+    scheduler = Scheduler(lm.engine, config, attention=settings.attention or lm.model.config.mask, stop_ids=lm.end_ids[1:])
+    scheduler.warm_up(draws=False)
+    return scheduler
+
+
 def run_at_once(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:
     """Run requests that are all there at once; count what they took, read and how they ended."""
     before = scheduler.stats

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tyro.conf import Positional, arg
 
-from benchmarks.systems import Work, run_at_once
+from benchmarks.systems import Work, run_at_once, scheduler_of
 from benchmarks.timing import header_line, report_header, run_command
 from data import commandline, examples
 from data.errors import check_range
@@ -27,7 +27,6 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
-from selfspan_jax.serving.scheduler import Scheduler
 from selfspan_jax.serving.throughput import THROUGHPUT_PREFILL_TOKENS
 
 _ALL = 10**9  # examples of a corpus
@@ -115,12 +114,7 @@ def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]
 
 def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> dict[str, Any]:
     """Answer the queue with so many places, after a few of its requests."""
-    sizes: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_tokens", "prefill_tokens", "min_read_tokens")}
-    context = max(len(item.prompt_ids) for item in work) + work[0].new_tokens
-    config = ServingConfig(places, context, max_queue=len(work), reads_per_chunk=None, **sizes)
-    attention = settings.attention or lm.model.config.mask
-    scheduler = Scheduler(lm.engine, config, attention=attention, stop_ids=lm.end_ids[1:])
-    scheduler.warm_up(draws=False)
+    scheduler = scheduler_of(lm, work, places, settings)
     run_at_once(scheduler, work[:_WARM_UPS])
     scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
     gc.collect()
@@ -128,7 +122,7 @@ def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> 
     per_second, tokens = len(work) / row["seconds"], row["generated_tokens"] / len(work)
     ended = row["finished"].get("stop", 0) / len(work)
     print(f"{places:5} places: {per_second:7.1f} responses/s of {tokens:.0f} tokens, {ended:.1%} ended", flush=True)
-    more = {"cache_tokens": scheduler.num_pages * config.page_tokens, "responses_per_second": per_second}
+    more = {"cache_tokens": scheduler.num_pages * scheduler.config.page_tokens, "responses_per_second": per_second}
     return {"places": places, **more, "mean_response_tokens": tokens, "ended_fraction": ended, **row}
 
 

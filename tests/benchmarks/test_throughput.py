@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import throughput
+from benchmarks import systems, throughput
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
 from tests.selfspan_jax.models import Digits
@@ -72,7 +72,7 @@ def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_p
         assert config.context_tokens == 11 + 5 + MARGIN_TOKENS
         return types.SimpleNamespace(config=config, num_pages=6, warm_up=lambda **options: sizes.append("compiled"))
 
-    monkeypatch.setattr(throughput, "Scheduler", scheduler)
+    monkeypatch.setattr(systems, "Scheduler", scheduler)
     monkeypatch.setattr(throughput, "run_at_once", run_at_once)
     monkeypatch.setattr(throughput, "report_header", lambda: {"device": "cpu", "jax": "0"})
     monkeypatch.setattr(throughput, "header_line", lambda report: report["device"])
