@@ -9,7 +9,7 @@ from typing import Any
 import tqdm
 
 from data import card, commandline, writing
-from data.sources import REPEATED
+from data.sources import REPEATED, num_repeated
 from data.streams import SPLITS
 from data.task import Task, WriteCommand
 from data.tasks import TASKS
@@ -29,9 +29,8 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
     for what, counts in found.items():
         if what != "absent_splits":
             print(f"{what}: {counts if isinstance(counts, str) else card.listed(counts)}")
-        if repeated := isinstance(counts, Mapping) and counts.get(REPEATED):
-            told = f"examples {REPEATED.removeprefix('written, ')}: {repeated:,}"
-            print(f"warning: {told}; scores on them say little", file=sys.stderr)
+    if repeated := num_repeated(found):
+        print(f"warning: examples {REPEATED}: {repeated:,}; scores on them say little", file=sys.stderr)
     if command.split is None:
         for line in _missing(description, written):
             print(line)

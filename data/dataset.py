@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import streams, workers
 from data.errors import UserError, check_json
-from data.sources import REPEATED
+from data.sources import REPEATED, num_repeated
 from data.streams import SPLITS
 from data.task import Task
 from data.vocab import translation
@@ -65,9 +65,8 @@ class StoredCorpus:
     def warnings(self) -> list[str]:
         """Say where a model may have been trained on these examples, so that scores on them say little; a line each."""
         if self.split in ("test", "validation"):
-            repeated = sum(counts.get(REPEATED, 0) for counts in self.card.values() if isinstance(counts, Mapping))
-            told = f"{self.path}: {repeated:,} examples, of all splits, {REPEATED.removeprefix('written, ')}: scores on them say little."
-            return [told] if repeated else []
+            repeated = num_repeated(self.card)
+            return [f"{self.path}: {repeated:,} examples, of all splits, {REPEATED}: scores on them say little."] if repeated else []
         what = "is not divided" if self.split == "all" else f"is the {self.split} split"
         return [f"{self.path} {what}: the model may have been trained on these examples, and know them by heart."]
 

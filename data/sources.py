@@ -7,7 +7,7 @@ import functools
 import itertools
 import multiprocessing
 import signal
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -22,7 +22,8 @@ from data.workers import check_workers, end_with_parent
 _CHUNK_RECORDS = 64
 _CHUNKS_AHEAD = 4  # of each worker
 _VOCAB_CHARACTERS = 8_000_000
-REPEATED = "written, of a text that stands in an earlier split too"
+REPEATED = "of a text that stands in an earlier split too"
+_NUM_REPEATED = f"written, {REPEATED}"
 
 
 class Unusable(UserError):
@@ -64,6 +65,11 @@ def make_all(make: Make, records: Iterator[Any], num_workers: int) -> Iterator[M
                     yield from made
         except BrokenProcessPool:
             raise UserError(f"one of {num_workers} workers was ended from outside, for want of memory perhaps: try fewer") from None
+
+
+def num_repeated(found: Mapping[str, Any]) -> int:
+    """Count the examples that are REPEATED, by what a command tells of its sources, or by a card, which has it."""
+    return sum(counts.get(_NUM_REPEATED, 0) for counts in found.values() if isinstance(counts, Mapping))
 
 
 def _begin_worker() -> None:
@@ -179,7 +185,7 @@ class WriteCommand(task.WriteCommand, abc.ABC):
             counts.update(counted)
             if example is not None:
                 if not self.split and first.setdefault(hash("".join(example.text.split())), split) != split:
-                    counts[REPEATED] += 1
+                    counts[_NUM_REPEATED] += 1
                 yield example if self.split else (split, example)
         if not counts["read"]:
             where = "" if self.split in (None, "all") else f" in the {self.split} split"
