@@ -293,7 +293,12 @@ def places(text: str, pieces: Iterable[Sequence[str]]) -> list[tuple[int, int]]:
     return found
 
 
+def shared_characters(ranges: Iterable[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Count the characters of each range that lie in [start, end); 0 and below: none."""
+    return [min(end, own_end) - max(start, own_start) for own_start, own_end in ranges]
+
+
 def overlapping(ranges: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
     """Return the indices of the ranges of which more than a few characters lie in [start, end)."""
-    shared = (min(end, own_end) - max(start, own_start) for own_start, own_end in ranges)
+    shared = shared_characters(ranges, start, end)
     return tuple(i for i, (own, (a, b)) in enumerate(zip(shared, ranges)) if own >= min(_MIN_OVERLAP, b - a, end - start) > 0)

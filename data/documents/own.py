@@ -10,7 +10,19 @@ from typing import Any, ClassVar, NamedTuple
 
 from data import rows, sources
 from data.alignment import Alignment, readable
-from data.documents.corpus import STYLE, UNKNOWN, Corpus, Document, Step, encode, overlapping, places, split_pieces, squeezed
+from data.documents.corpus import (
+    STYLE,
+    UNKNOWN,
+    Corpus,
+    Document,
+    Step,
+    encode,
+    overlapping,
+    places,
+    shared_characters,
+    split_pieces,
+    squeezed,
+)
 from data.errors import UserError
 from data.pieces import style
 from data.sources import Made, Unusable, written
@@ -142,7 +154,7 @@ def _pieces(where: str, source: Any, is_list: bool, whole: str, ranges: Sequence
         if start < 0:
             raise UserError(f"{where}: the source {source[:40]!r} does not stand in the document")
         end = start + len(quote)
-        shared = [min(end, own_end) - max(start, own_start) for own_start, own_end in ranges]
+        shared = shared_characters(ranges, start, end)
         return overlapping(ranges, start, end) or [i for i, own in enumerate(shared) if own == max(shared)]
     if type(source) is int and is_list and 0 <= source < len(ranges):
         return [source]
