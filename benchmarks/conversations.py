@@ -15,13 +15,11 @@ import collections
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from tyro.conf import Positional, arg
+from typing import Any, Literal
 
 from benchmarks.arrivals import table
-from benchmarks.systems import Work, run_at_once, scheduler_of
-from benchmarks.timing import header_line, report_header, run_command
+from benchmarks.systems import AtOnce, Work, run_at_once
+from benchmarks.timing import header_line, run_command
 from data import examples
 from data.documents import Document
 from data.errors import check_range
@@ -29,26 +27,17 @@ from data.tasks import TASKS
 from data.tools import ToolTask
 from data.tools.task import services_of
 from selfspan_jax import files
-from selfspan_jax.config import ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
-from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
-from selfspan_jax.serving.throughput import THROUGHPUT_PREFILL_TOKENS
 
 _CANDIDATES = 8  # examples that are looked at for each conversation over one catalogue
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Conversations:
+class Conversations(AtOnce):
     """Answer many conversations at once, with a catalogue of tools each and with one for all, and print what that takes."""
 
-    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
-    """Directory of a finished model of tools, or of its adapter."""
-    base: Path | None = None
-    """For an adapter, the pretrained model that it was trained on."""
-    attention: Literal["span", "dense"] | None = None
-    """What responses attend to; by default as the model was trained."""
     data: Path
     """A corpus directory that `python -m data tools` wrote."""
     split: Literal["train", "validation", "test"] = "validation"
@@ -57,12 +46,6 @@ class Conversations:
     """That are there at once."""
     services: int = 26
     """In the catalogue that they share."""
-    chunk_tokens: int = ServingConfig.chunk_tokens
-    """Decode steps between two looks of the host."""
-    prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
-    """Most prompt tokens that are read at once; all prompts are read before a chunk begins."""
-    min_read_tokens: int = ServingConfig.min_read_tokens
-    """Fewest prompt tokens that are read of one conversation at once; more need fewer programs, and so does their compiling."""
     passes: int = 3
     """Times that each is measured; the one whose time is the median counts."""
     json: Path | None = None
@@ -102,7 +85,7 @@ def over_one_catalogue(documents: Iterable[Document], size: int, number: int) ->
 
 def measure(settings: Conversations) -> dict[str, Any]:
     """Measure all systems; return the report."""
-    lm = SpanLM.load(settings.checkpoint, TASKS, base=settings.base)
+    lm = settings.load()
     if not isinstance(lm.task, ToolTask):
         raise UserError(f"{settings.checkpoint} is no model of tools")
     count = settings.conversations
@@ -114,7 +97,7 @@ def measure(settings: Conversations) -> dict[str, Any]:
     apart, *both = (
         [Work(task.encode_prompt(document.prompt), room) for document in part] for part in (own, shared[:count], shared[count:])
     )
-    scheduler = scheduler_of(lm, [*apart, *both[0], *both[1]], count, settings)
+    scheduler = settings.scheduler(lm, [*apart, *both[0], *both[1]], count)
     rows = collections.defaultdict[str, list[dict[str, Any]]](list)
     for _ in range(settings.passes):
         for system, work in zip(("apart", "shared", "kept"), (apart, *both), strict=True):
@@ -122,12 +105,8 @@ def measure(settings: Conversations) -> dict[str, Any]:
                 scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
             rows[system].append({"system": system, **run_at_once(scheduler, work)})
     return {
-        **report_header(),
-        "checkpoint": settings.checkpoint.name,
-        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in ("json", "checkpoint", "base")},
+        **settings.described(lm),
         **drawn,
-        "attention": settings.attention or lm.model.config.mask,
-        "num_parameters": lm.model.num_parameters,
         "rows": [sorted(own, key=lambda row: row["seconds"])[len(own) // 2] for own in rows.values()],
     }
 

@@ -8,14 +8,17 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+from tyro.conf import Positional, arg
 
 from benchmarks.arrivals import Sent, summary
 from benchmarks.shapes import Shape, named_shape
+from benchmarks.timing import report_header
 from data import arithmetic
 from data.tasks import TASKS
 from selfspan_jax.config import DecodeConfig, ServingConfig
@@ -26,7 +29,7 @@ from selfspan_jax.lm import SpanLM
 from selfspan_jax.parallel.compiling import compile_all
 from selfspan_jax.serving.requests import Request, Tokens
 from selfspan_jax.serving.scheduler import Scheduler
-from selfspan_jax.serving.throughput import throughput_scheduler
+from selfspan_jax.serving.throughput import THROUGHPUT_PREFILL_TOKENS, throughput_scheduler
 
 EQUAL_PROMPT_TOKENS, EQUAL_NEW_TOKENS = 256, 512
 MIN_PROMPT_TOKENS, LONG_PROMPT_TOKENS = 32, 2000
@@ -40,6 +43,43 @@ class Work:
     prompt_ids: Int[np.ndarray, "T"]
     new_tokens: int
     is_right: Callable[[Int[np.ndarray, "T"]], bool] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtOnce:
+    """What benchmarks of requests that are all there at once are told: the model, and how a scheduler runs them."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
+    """Directory of a finished model, or of its adapter."""
+    base: Path | None = None
+    """For an adapter, the pretrained model that it was trained on."""
+    attention: Literal["span", "dense"] | None = None
+    """What responses attend to; by default as the model was trained."""
+    chunk_tokens: int = ServingConfig.chunk_tokens
+    """Decode steps between two looks of the host."""
+    prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
+    """Most prompt tokens that are read at once; all prompts that have places are read before a chunk begins."""
+    min_read_tokens: int = ServingConfig.min_read_tokens
+    """Fewest prompt tokens that are read of one prompt at once; more need fewer programs, and so does their compiling."""
+
+    def load(self) -> SpanLM:
+        """Load the model."""
+        return SpanLM.load(self.checkpoint, TASKS, base=self.base)
+
+    def scheduler(self, lm: SpanLM, work: Sequence[Work], places: int) -> Scheduler:
+        """Make a scheduler of the requests, its programs ready."""
+        context = min(max(len(item.prompt_ids) + item.new_tokens for item in work), lm.model.config.max_context_tokens)
+        sizes = {"chunk_tokens": self.chunk_tokens, "prefill_tokens": self.prefill_tokens, "min_read_tokens": self.min_read_tokens}
+        config = ServingConfig(places, context, max_queue=len(work), reads_per_chunk=None, **sizes)
+        scheduler = Scheduler(lm.engine, config, attention=self.attention or lm.model.config.mask, stop_ids=lm.end_ids[1:])
+        scheduler.warm_up(draws=False)
+        return scheduler
+
+    def described(self, lm: SpanLM) -> dict[str, Any]:
+        """Describe the device, the settings and the model, for a report."""
+        own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("json", "checkpoint", "base")}
+        model = {"attention": self.attention or lm.model.config.mask, "num_parameters": lm.model.num_parameters}
+        return {**report_header(), "checkpoint": self.checkpoint.name, **own, **model}
 
 
 class Model:
@@ -174,19 +214,6 @@ def run_scheduler(scheduler: Scheduler, work: Sequence[Work], times: Float[np.nd
         own.failed = found[-1].error
         _judge(own, item, np.concatenate([tokens.token_ids for tokens in found]))
     return sent
-
-
-def scheduler_of(lm: SpanLM, work: Sequence[Work], places: int, settings: Any) -> Scheduler:
-    """Make a scheduler of requests that are all there at once, its programs ready; it reads all prompts that have places before a chunk.
-
-    `settings` are those of `benchmarks.throughput` or `benchmarks.conversations`.
-    """
-    sizes: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_tokens", "prefill_tokens", "min_read_tokens")}
-    context = min(max(len(item.prompt_ids) + item.new_tokens for item in work), lm.model.config.max_context_tokens)
-    config = ServingConfig(places, context, max_queue=len(work), reads_per_chunk=None, **sizes)
-    scheduler = Scheduler(lm.engine, config, attention=settings.attention or lm.model.config.mask, stop_ids=lm.end_ids[1:])
-    scheduler.warm_up(draws=False)
-    return scheduler
 
 
 def run_at_once(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:

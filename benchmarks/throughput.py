@@ -10,39 +10,32 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
-from tyro.conf import Positional, arg
 
-from benchmarks.systems import Work, run_at_once, scheduler_of
-from benchmarks.timing import header_line, report_header, run_command
+from benchmarks.systems import AtOnce, Work, run_at_once
+from benchmarks.timing import header_line, run_command
 from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
 from selfspan_jax import files
-from selfspan_jax.config import ServingConfig
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
-from selfspan_jax.serving.throughput import THROUGHPUT_PREFILL_TOKENS
 
 _ALL = 10**9  # examples of a corpus
 _WARM_UPS = 12  # requests of the queue
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Throughput:
+class Throughput(AtOnce):
     """Answer a long queue of a corpus' prompts, and print how many a second at each number of places."""
 
-    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
-    """Directory of a finished model, or of its adapter."""
-    base: Path | None = None
-    """For an adapter, the pretrained model that it was trained on."""
-    attention: Literal["span", "dense"] | None = None
-    """What responses attend to; by default as the model was trained."""
     data: Path
     """A corpus directory that python -m data wrote."""
     split: Annotated[tuple[str, ...], commandline.commas("train", "validation", "test")] = ("validation",)
@@ -53,10 +46,6 @@ class Throughput:
     """Fewest tokens of a prompt."""
     places: Annotated[tuple[int, ...], commandline.commas(int)] = (64, 128, 256)
     """Sequences that are decoded at the same time, one measurement each; several with commas."""
-    chunk_tokens: int = ServingConfig.chunk_tokens
-    """Decode steps between two looks of the host."""
-    prefill_tokens: int = THROUGHPUT_PREFILL_TOKENS
-    """Most prompt tokens that are read at once."""
     min_read_tokens: int = 1024
     """Fewest prompt tokens that are read of one prompt at once; more need fewer programs, and so does their compiling."""
     seed: int = 0
@@ -70,16 +59,14 @@ class Throughput:
             raise UserError(f"--places is {self.places}; allowed: numbers from 1 on")
 
     def run(self) -> None:
-        lm = SpanLM.load(self.checkpoint, TASKS, base=self.base)
+        lm = self.load()
         work, drawn = queue(self, lm)
         prompts = [len(item.prompt_ids) for item in work]
+        described = self.described(lm)
+        del described["places"]  # rows have theirs
         report: dict[str, Any] = {
-            **report_header(),
-            "checkpoint": self.checkpoint.name,
-            **{name: value for name, value in dataclasses.asdict(self).items() if name not in ("json", "checkpoint", "base", "places")},
+            **described,
             **drawn,
-            "attention": self.attention or lm.model.config.mask,
-            "num_parameters": lm.model.num_parameters,
             "num_requests": len(work),
             "mean_prompt_tokens": float(np.mean(prompts)),
             "most_prompt_tokens": max(prompts),
@@ -97,12 +84,16 @@ def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]
 
     Raises: UserError where no prompt is long enough, or none leaves room for the longest gold response.
     """
-    found: list[tuple[str, Any, int]] = []
-    for split in settings.split:
-        task, sets, _ = examples.stored(settings.data, lm.task, TASKS, _ALL, split)
-        encoded = [(split, task.encode_prompt(example.prompt), len(example.response_ids)) for own in sets.values() for example in own]
-        found += [own for own in encoded if len(own[1]) >= settings.min_prompt_tokens]
-    found = found[: settings.num_requests]
+
+    def long_enough() -> Iterator[tuple[str, Any, int]]:
+        for split in settings.split:
+            task, sets, _ = examples.stored(settings.data, lm.task, TASKS, _ALL, split)
+            for example in itertools.chain.from_iterable(sets.values()):
+                ids = task.encode_prompt(example.prompt)
+                if len(ids) >= settings.min_prompt_tokens:
+                    yield split, ids, len(example.response_ids)
+
+    found = list(itertools.islice(long_enough(), settings.num_requests))
     new_tokens = MARGIN_TOKENS + max((length for split, _, length in found if split == found[0][0]), default=0)
     found = [own for own in found if len(own[1]) + new_tokens <= lm.model.config.max_context_tokens]
     if not found:
@@ -114,10 +105,10 @@ def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]
 
 def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> dict[str, Any]:
     """Answer the queue with so many places, after a few of its requests."""
-    scheduler = scheduler_of(lm, work, places, settings)
+    gc.collect()  # the memory of the one before
+    scheduler = settings.scheduler(lm, work, places)
     run_at_once(scheduler, work[:_WARM_UPS])
     scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
-    gc.collect()
     row = run_at_once(scheduler, work)
     per_second, tokens = len(work) / row["seconds"], row["generated_tokens"] / len(work)
     ended = row["finished"].get("stop", 0) / len(work)

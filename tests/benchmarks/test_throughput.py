@@ -25,7 +25,7 @@ def queue(monkeypatch):
         return task, {directory.name: own[:number]}, {}
 
     monkeypatch.setattr(throughput.examples, "stored", stored)
-    monkeypatch.setattr(throughput.SpanLM, "load", lambda *_, **__: LM)
+    monkeypatch.setattr(systems.SpanLM, "load", lambda *_, **__: LM)
     return lambda **options: throughput.Throughput(checkpoint=Path("model"), data=Path("corpora/digits"), **options)
 
 
@@ -74,7 +74,7 @@ def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_p
 
     monkeypatch.setattr(systems, "Scheduler", scheduler)
     monkeypatch.setattr(throughput, "run_at_once", run_at_once)
-    monkeypatch.setattr(throughput, "report_header", lambda: {"device": "cpu", "jax": "0"})
+    monkeypatch.setattr(systems, "report_header", lambda: {"device": "cpu", "jax": "0"})
     monkeypatch.setattr(throughput, "header_line", lambda report: report["device"])
     monkeypatch.setattr(throughput, "_WARM_UPS", 2)
     monkeypatch.setattr(LM, "engine", None, raising=False)
