@@ -72,15 +72,10 @@ def finish(*processes, seconds=SECONDS):
 
 
 def losses(run_dir):
+    """What a run has logged so far, of each step: a line is whole when it ends, since a reader, or a kill, may see half of one."""
     file = run_dir / "metrics.jsonl"
     lines = [line for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
     return [[json.loads(line)[name] for name in ("step", "loss", "gradient_norm")] for line in lines if '"loss"' in line]
-
-
-def num_logged(run_dir):
-    """How many steps a run has logged so far."""
-    file = run_dir / "metrics.jsonl"
-    return file.read_bytes().count(b'"loss"') if file.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,7 @@ def alone(tmp_path_factory):
 def lost(tmp_path_factory):
     """Pairs of which one process or its data worker is killed in mid-run, all at once because their ends are mostly waiting.
 
-    Named by what is killed: (run directory, steps logged when it was killed, what `finish` returns).
+    Named by what is killed: (run directory, what `finish` returns).
     """
     run_dirs = {name: tmp_path_factory.mktemp("lost") / "run" for name in ("second process", "first process", "worker of the second")}
     pairs = {
@@ -106,7 +101,7 @@ def lost(tmp_path_factory):
         waiting = dict(pairs)
         while waiting:
             for name, processes in list(waiting.items()):
-                if num_logged(run_dirs[name]) >= 11:  # the checkpoint of step 10 has waited for that of step 5
+                if len(losses(run_dirs[name])) >= 11:  # the checkpoint of step 10 has waited for that of step 5
                     pid = processes[name != "first process"].pid
                     if "worker" in name:
                         (pid, *_) = (int(c) for file in Path(f"/proc/{pid}/task").glob("*/children") for c in file.read_text().split())
@@ -114,7 +109,7 @@ def lost(tmp_path_factory):
                     del waiting[name]
                 elif any(process.returncode is not None for process in processes):
                     del waiting[name]
-            time.sleep(0.002 if any(map(num_logged, run_dirs.values())) else 0.1)  # processes take seconds to begin
+            time.sleep(0.002 if any(map(losses, run_dirs.values())) else 0.1)  # processes take seconds to begin
         return {name: (run_dirs[name], finish(*processes)) for name, processes in pairs.items()}
 
 
