@@ -362,18 +362,21 @@ def draw_plots(experiment: Experiment, plots: Mapping[str, Plot], runs: Sequence
         if not panels:
             file.unlink(missing_ok=True)
             continue
-        entries, columns, wide = len({run.variant for run in shown}), 2 * len(panels), len(panels) > 1
-        inside = entries <= _ENTRIES_INSIDE * len(panels)
-        figure = Figure(figsize=(10 if wide else 6.4, 3.6 if inside else 3.6 + 0.16 * entries / columns), layout="constrained")
+        most, columns, wide = max(len({run.variant for run in own}) for own in panels.values()), 2 * len(panels), len(panels) > 1
+        inside, entries = most <= _ENTRIES_INSIDE, dict[str, Any]()
+        figure = Figure(figsize=(10 if wide else 6.4, 3.6 if inside else 3.6 + 0.16 * most / columns), layout="constrained")
         for axes, (title, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             plot.draw(axes, own)
             axes.grid(alpha=0.3)
+            for curve, label in zip(*axes.get_legend_handles_labels()):
+                curve.set_label(label.removeprefix(f"{title}_"))
+                entries.setdefault(curve.get_label(), curve)  # what panels have in common stands in a legend once
             if inside:
                 axes.legend(fontsize=7)
             if wide:
                 axes.set_title(title, fontsize=9)
         if not inside:
-            figure.legend(loc="outside lower center", fontsize=7, ncols=columns)
+            figure.legend(handles=[*entries.values()], loc="outside lower center", fontsize=7, ncols=columns)
         _save(figure, file, digest(results))
         lines[name] = f"\n\n![{plot.title}]({results.name}/{name}.png)"
     return lines
