@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from data import card, rows, task
+from data.alignment import Alignment
 from data.errors import UserError
 from data.streams import SPLITS
 from data.vocab import TokenizerVocab, read_vocab, train_vocab
@@ -91,12 +92,14 @@ class WriteCommand(task.WriteCommand, abc.ABC):
       split: train, validation or test: that part alone; all: everything, undivided. Default: all parts, beside each other.
       tokenizer: Write and count in the words of this tokenizer: a tokenizer.json, a directory with one, or a model of this project.
         Default: of a byte-pair vocabulary trained on the train part.
+      alignment: Where sources are not known: which they are.
     """
 
     source: str
     num_examples: int | None = None
     split: str | None = None
     tokenizer: Path | None = None
+    alignment: Alignment = dataclasses.field(default_factory=Alignment)
     corpus: Any
 
     unit: ClassVar[str]
@@ -106,6 +109,14 @@ class WriteCommand(task.WriteCommand, abc.ABC):
         super().__post_init__()
         if self.is_divided_here and self.split not in (None, "all", *SPLITS):
             raise UserError(f"split is {self.split!r}; allowed: {', '.join(SPLITS)}, all")
+        settings, usual = self.settings(), vars(type(self.corpus)()) | vars(Alignment())
+        for name, why in self.unused().items():
+            if (value := settings.get(name)) != usual.get(name):
+                raise UserError(f"{name} is {value}, but {why}: leave it out")
+
+    def unused(self) -> dict[str, str]:
+        """Return the settings that change nothing here, and why."""
+        return {} if self.tokenizer is None else {"vocab_tokens": "--tokenizer has a vocabulary"}
 
     @property
     def is_divided_here(self) -> bool:
@@ -128,7 +139,11 @@ class WriteCommand(task.WriteCommand, abc.ABC):
         return {"source": self.source, **super().drawn()}
 
     def settings(self) -> dict[str, Any]:
-        return super().settings() | ({} if self.tokenizer is None else {"tokenizer": str(self.tokenizer)})
+        named = {} if self.tokenizer is None else {"tokenizer": str(self.tokenizer)}
+        return super().settings() | named | dataclasses.asdict(self.alignment)
+
+    def words(self, *left_out: str) -> str:
+        return super().words(*left_out, *self.unused())
 
     def make_task(self, kind: type[task.Task], vocab: Any) -> Any:
         made: Any = kind.of(self.corpus, vocab)

@@ -31,6 +31,7 @@ from data.vocab import TokenizerVocab
 
 COLUMNS = ("document", "steps")
 OPTIONAL = ("instruction",)
+ALIGNING = tuple(field.name for field in dataclasses.fields(Alignment))
 _STEP = {"text", "sources"}
 
 
@@ -170,12 +171,11 @@ class WriteCommand(sources.WriteCommand):
       source: A .jsonl file, or a directory of some: a "document" a line, and "steps" with a "text" each and, where known, "sources".
       split: train, validation or test: that part alone, by a hash of the document (80%, 10%, 10%) where no file is named after
         validation (val, valid, dev) or test; all: everything, undivided. Default: the three beside each other.
-      alignment: Which pieces a step without sources was written from.
+      alignment: Of steps without sources: which pieces they were written from.
     """
 
     source: str
     split: str | None = None
-    alignment: Alignment = dataclasses.field(default_factory=Alignment)
     corpus: Corpus = dataclasses.field(default_factory=Corpus)
 
     unit: ClassVar[str] = "documents"
@@ -185,6 +185,10 @@ class WriteCommand(sources.WriteCommand):
     """Of a task that reads one: its name."""
     licence: ClassVar[str] = ""
     """Of what it has."""
+    of_repository: ClassVar[tuple[str, ...]] = ()
+    """Settings of what it has alone: documents of one's own have nothing of it."""
+    of_own: ClassVar[tuple[str, ...]] = ()
+    """Settings of documents of one's own alone."""
 
     @property
     def is_own(self) -> bool:
@@ -192,8 +196,9 @@ class WriteCommand(sources.WriteCommand):
         path = Path(self.source)
         return not self.repository or path.suffix == ".jsonl" or (path.is_dir() and any(file.suffix == ".jsonl" for file in path.iterdir()))
 
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | dataclasses.asdict(self.alignment)
+    def unused(self) -> dict[str, str]:
+        names, use = (self.of_repository, f"a clone of {self.repository}") if self.is_own else (self.of_own, "documents of your own")
+        return super().unused() | dict.fromkeys(names, f"it is for {use}")
 
     def part(self, split: str) -> Path:
         """Return the file or directory without which a repository has no such split."""

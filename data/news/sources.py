@@ -123,7 +123,6 @@ class WriteCommand(sources.WriteCommand):
     source: str = "synthetic"
     article_column: str | None = None
     summary_column: str | None = None
-    alignment: Alignment = dataclasses.field(default_factory=Alignment)
     corpus: Corpus = dataclasses.field(default_factory=Corpus)
 
     unit: ClassVar[str] = "articles"
@@ -142,10 +141,12 @@ class WriteCommand(sources.WriteCommand):
     def settings(self) -> dict[str, Any]:
         columns = {"article_column": self.article_column, "summary_column": self.summary_column}
         named = {name: value for name, value in columns.items() if value is not None}
-        return {**named, **super().settings(), **dataclasses.asdict(self.alignment)}
+        return named | super().settings()
 
-    def words(self, *left_out: str) -> str:
-        return super().words(*left_out, *(() if self.is_synthetic else SYNTHETIC_SETTINGS))
+    def unused(self) -> dict[str, str]:
+        of_files = ("article_column", "summary_column", *(field.name for field in dataclasses.fields(Alignment)))
+        names, use = (of_files, "files and data sets") if self.is_synthetic else (SYNTHETIC_SETTINGS, "synthetic news")
+        return super().unused() | dict.fromkeys(names, f"it is for {use}")
 
     def make_task(self, kind: type[task.Task], vocab: Any) -> Any:
         made = super().make_task(kind, vocab)

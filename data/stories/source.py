@@ -111,7 +111,7 @@ class Corpus(corpus.Corpus):
 
     Attributes:
       num_labels: Labels of the vocabulary; each section, question and answer of an example takes one.
-      piece_sentences: Of prompts that are not of a corpus: sentences to a piece (label); 0: whole paragraphs.
+      piece_sentences: Of documents of your own: sentences to a piece (label); 0: whole paragraphs.
       orders: Orders in which the questions of a story to train on are asked, each a shuffle of its own.
       questions: Most questions of an example; a story with more gives several. 0: all in one.
     """
@@ -142,6 +142,8 @@ class WriteCommand(own.WriteCommand):
     instruction: ClassVar[str] = "Answer the questions:"
     repository: ClassVar[str] = "uci-soe/FairytaleQAData"
     licence: ClassVar[str] = "Apache-2.0 (Xu et al. 2022)"
+    of_repository: ClassVar[tuple[str, ...]] = ("orders", "questions")
+    of_own: ClassVar[tuple[str, ...]] = ("piece_sentences", *own.ALIGNING)
 
     def part(self, split: str) -> Path:
         return part(self.source, split)

@@ -155,7 +155,7 @@ class Corpus(corpus.Corpus):
 
     Attributes:
       num_labels: Labels of the vocabulary; each service, turn, result row and call of an example takes one.
-      piece_sentences: Of prompts that are not of a corpus: sentences to a piece (label); 0: whole paragraphs.
+      piece_sentences: Of documents of your own: sentences to a piece (label); 0: whole paragraphs.
       services: Services in a catalogue, those that the dialogue uses among them; several wordings of distractors where there are fewer.
       min_services: Fewest services, where catalogues are of different sizes: log-uniform up to services. 0: all are of one size.
       original: Share of services in their original wording; the others are in one of SGD-X's five.
@@ -346,6 +346,12 @@ class WriteCommand(own.WriteCommand):
     instruction: ClassVar[str] = "Call the services:"
     repository: ClassVar[str] = "google-research-datasets/dstc8-schema-guided-dialogue"
     licence: ClassVar[str] = "CC BY-SA 4.0 (Rastogi et al. 2020; wordings: Lee et al. 2022)"
+    of_repository: ClassVar[tuple[str, ...]] = ("services", "min_services", "original", "described", "example", "bare", "bare_services")
+    of_own: ClassVar[tuple[str, ...]] = ("piece_sentences", *own.ALIGNING)
+
+    def unused(self) -> dict[str, str]:
+        bare = {} if self.corpus.described else {"bare": "all services are bare with --no-described"}
+        return super().unused() | bare | ({} if self.corpus.bare else {"bare_services": "--bare is 0"})
 
     def part(self, split: str) -> Path:
         return catalogue.schema_file(self.source, split)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from data.alignment import readable
-from data.documents import corpus
+from data.documents import corpus, own
 from data.documents.corpus import Document, Evidence, Step, overlapping
 from data.documents.own import Draft
 from data.papers import reports
@@ -77,6 +77,8 @@ class WriteCommand(ReportCommand):
 
     unit: ClassVar[str] = "questions"
     instruction: ClassVar[str] = "Which way did it go?"
+    of_repository: ClassVar[tuple[str, ...]] = ("abstract",)
+    of_own: ClassVar[tuple[str, ...]] = own.ALIGNING
 
     def drafts(self) -> Callable[[Any], Iterable[Draft | Made]]:
         return functools.partial(drafts, self.corpus.piece_sentences, self.corpus.abstract)

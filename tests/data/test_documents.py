@@ -678,6 +678,42 @@ def test_parts_that_are_missing_are_said(name, tmp_path, call):
     assert status == 2 and f"expected a clone of {TASKS[name].WriteCommand.repository}" in err and not (tmp_path / "new").exists()
 
 
+IDLE = {
+    "sections are pieces": ("stories", "clone", ("--piece-sentences", "2"), "documents of your own"),
+    "sections that people marked": ("stories", "clone", ("--min-gain", "0.3"), "documents of your own"),
+    "evidence that doctors marked": ("verdicts", "clone", ("--max-sources", "2"), "documents of your own"),
+    "services are pieces": ("tools", "clone", ("--piece-sentences", "1"), "documents of your own"),
+    "orders of no questions": ("stories", "own.jsonl", ("--orders", "2"), "a clone of uci-soe/FairytaleQAData"),
+    "no abstract": ("verdicts", "own.jsonl", ("--abstract",), "a clone of jayded/evidence-inference"),
+    "no catalogue": ("tools", "own.jsonl", ("--services", "5"), "a clone of google-research-datasets/"),
+    "sizes of bare catalogues": ("tools", "clone", ("--bare-services", "5"), "--bare is 0: leave it out"),
+    "bare among bare ones": ("tools", "clone", ("--bare", "0.5", "--no-described"), "all services are bare"),
+    "a vocabulary of its own": ("papers", "clone", ("--vocab-tokens", "300", "--tokenizer", "words"), "--tokenizer has a vocabulary"),
+    "columns of none": ("news", "synthetic", ("--article-column", "text"), "files and data sets"),
+    "alignment of what is aligned": ("news", "synthetic", ("--min-gain", "0.3"), "files and data sets"),
+    "events of articles": ("news", "rows.csv", ("--max-events", "3"), "synthetic news"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_an_option_that_changes_nothing_is_refused(case, tmp_path, call):
+    name, source, option, message = IDLE[case]
+    status, _, err = call(data_main, name, "--source", source, *option, "--out", tmp_path / "out")
+    assert status == 2 and err.startswith(f"error: {option[0]} is ") and message in err and err.endswith(": leave it out\n")
+
+
+@pytest.mark.parametrize("name", ["stories", "tools"])
+def test_an_option_of_documents_of_ones_own_changes_these(name, tmp_path, call):
+    call_text = '{"service": "A", "method": "f", "parameters": {}}'
+    row = {"document": "Service A: f(). User: Do it. It is late.", "steps": [{"text": call_text, "sources": ["Do it."]}]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    for sentences, pieces in ((0, 1), (2, 2)):
+        options = ["--source", tmp_path / "own.jsonl", "--split", "all", "--vocab-tokens", "300", "--piece-sentences", sentences]
+        status, *_ = call(data_main, name, *options, "--out", tmp_path / f"out{sentences}")
+        (example,) = dataset.load(tmp_path / f"out{sentences}", TASKS)
+        assert status == 0 and len(example.document.pieces) == pieces
+
+
 INCOMPLETE = "there is no such file: this clone of"
 DAMAGED = {
     "a paper without its text": ("papers", "annotations/txt_files/PMC102.txt", None, f"PMC102.txt: {INCOMPLETE} jayded/evidence-inference is"),
