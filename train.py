@@ -21,7 +21,7 @@ from flax import nnx
 from benchmarks import training as training_benchmark
 from data import commandline
 from data.errors import check_range
-from data.examples import TrainingExamples, open_stored
+from data.examples import TrainingExamples, open_stored, unread
 from data.streams import GeneratedCorpus
 from data.tasks import TASKS
 from data.vocab import TokenizerVocab
@@ -30,7 +30,6 @@ from selfspan_jax.config import (
     COMPUTE_DTYPES,
     PRESETS,
     TUNING_PRESETS,
-    AttentionViews,
     LoraConfig,
     ModelConfig,
     TrainConfig,
@@ -185,16 +184,6 @@ def help_on_defaults(task: str) -> str:
     return f"Defaults are those of the corpus, here {task}: {said(task)}.{'' if task in long else others}"
 
 
-def open_pieces(corpus: Any, model: AttentionViews) -> str | None:
-    """Say what span tokens know of pieces that are not closed, in a line; None where these are closed, or open by default."""
-    if getattr(corpus, "closed_pieces", True) or model.mask != "span":
-        return None
-    if model.header_view == "labels":
-        return "warning: pieces are open (--no-closed-pieces): --header-view labels knows nothing of their text, --header-view all does"
-    chosen = model.header_view == "all" and type(corpus).closed_pieces
-    return "pieces are open (--no-closed-pieces): span tokens see all of the prompt (--header-view all)" if chosen else None
-
-
 def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     """Train the model of a run, or go on with it, and write what there is at its end."""
     config, mesh = run.training, training_mesh(run.mesh)
@@ -212,7 +201,7 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     if run.time_steps:
         return training_benchmark.run(model, config, batches_from(0), run.run_dir / "throughput.json", steps=run.time_steps, mesh=mesh)
     often = examples.warning(config.steps * config.batch_size * config.sequence_tokens)
-    distributed.log_once(open_pieces(run.corpus, model.config), runs.schedule_note(identity), examples.left_out, left_out, often)
+    distributed.log_once(*unread(run.corpus, model.config), runs.schedule_note(identity), examples.left_out, left_out, often)
 
     def evaluate(model: Decoder) -> dict[str, float]:
         lm = SpanLM(lora.plain(model), examples.task)

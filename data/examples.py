@@ -164,6 +164,26 @@ class TrainingExamples:
         return self.stored is not None and self.stored.task.vocab != self.task.vocab
 
 
+def unread(corpus: Any, views: Any) -> Iterator[str]:
+    """Say what a corpus asks of tokens that do not read enough for it, a line each.
+
+    Args:
+      views: what tokens of the model attend to: `mask`, `header_view`, `prompt_view`, `prompt_window_tokens`.
+    """
+    if views.mask != "span":
+        return
+    if not getattr(corpus, "closed_pieces", True):
+        if views.header_view == "labels":
+            yield "warning: pieces are open (--no-closed-pieces): --header-view labels knows nothing of their text, --header-view all does"
+        elif views.header_view == "all" and type(corpus).closed_pieces:
+            yield "pieces are open (--no-closed-pieces): span tokens see all of the prompt (--header-view all)"
+    names = [name for name in ("solve_names", "late_instruction") if getattr(corpus, name, False)]
+    if names and views.prompt_view == "local" and (window := views.prompt_window_tokens) < corpus.max_prompt_tokens:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        end = f"the end of a prompt sees the last {window} tokens alone (--prompt-view local)"
+        yield f"warning: {end}, but has to have read all of it for {options}: --prompt-view causal, or write the corpus without"
+
+
 def held_out(
     task: Any, num_examples: int, *, seed: int = 1, ops: Sequence[int] = (), min_ops: int | None = None, max_ops: int | None = None
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:

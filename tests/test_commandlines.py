@@ -12,6 +12,7 @@ import pytest
 import decode
 import train
 from data import __main__ as data_command
+from data.examples import unread
 from data.tasks import TASKS
 from selfspan_jax.config import PRESETS, TunedAttention
 
@@ -75,9 +76,20 @@ def test_fine_tuning_has_the_defaults_of_its_corpus_and_says_so(call, tmp_path, 
         monkeypatch.setattr(sys, "argv", tune)
         run = train.parse()
         model = run.attention
-        assert model.header_view == view and line in train.open_pieces(run.corpus, model) and run.training.sequence_tokens == 8192
-        assert train.open_pieces(dataclasses.replace(run.corpus, closed_pieces=True), model) is None
-    assert train.open_pieces(TASKS["news"].Corpus(), TunedAttention(header_view="all")) is None
+        (found,) = unread(run.corpus, model)
+        assert model.header_view == view and line in found and run.training.sequence_tokens == 8192
+        assert [*unread(dataclasses.replace(run.corpus, closed_pieces=True), model)] == []
+    assert [*unread(TASKS["news"].Corpus(), TunedAttention(header_view="all"))] == []
+
+
+@pytest.mark.parametrize("option", ["solve_names", "late_instruction"])
+def test_what_a_prompts_end_is_to_know_is_warned_of_where_prompts_are_read_locally(option):
+    corpus, local = TASKS["documents"].Corpus(**{option: True}), TunedAttention(header_view="labels", prompt_view="local")
+    (found,) = unread(corpus, local)
+    assert found.startswith("warning: ") and "last 16 tokens" in found and f"--{option.replace('_', '-')}: --prompt-view causal" in found
+    reading = [{"prompt_view": "causal"}, {"mask": "dense"}, {"prompt_window_tokens": corpus.max_prompt_tokens}]
+    assert [[*unread(corpus, dataclasses.replace(local, **views))] for views in reading] == [[], [], []]
+    assert [*unread(TASKS["documents"].Corpus(), local)] == []
 
 
 def test_the_check_of_help_finds_what_is_missing():
