@@ -70,7 +70,7 @@ def with_direct_writes(app: Any) -> Any:
 
 
 class Uvicorn(uvicorn.Server):
-    """A signal lets running requests finish, and the program end as if asked to; a second one ends it at once.
+    """A signal lets running requests finish, and the program end as if asked to; a second one drops their clients, which cancels them.
 
     No client keeps it from ending: one that does not read its stream, or has sent half a body, is dropped `LINGER_SECONDS` after the last
     request has finished.
@@ -96,22 +96,25 @@ class Uvicorn(uvicorn.Server):
         print(f"{self._server.model_name} is served at {url} (a page), {url}/v1 (OpenAI's API), {url}/metrics", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        dropping = asyncio.ensure_future(self._drop_connections())
+        lingering = asyncio.ensure_future(self._linger())
         await super().shutdown(sockets)
-        dropping.cancel()
+        lingering.cancel()
 
-    async def _drop_connections(self) -> None:
+    async def _linger(self) -> None:
         while self._server.decodes:
             await asyncio.sleep(0.1)
         await asyncio.sleep(LINGER_SECONDS)
+        self._drop_connections()
+
+    def _drop_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.should_exit:
-            self.force_exit = True
+        # Not `force_exit`: uvicorn then leaves what runs to be cancelled, each with a traceback.
+        then = self._drop_connections if self.should_exit else lambda: asyncio.ensure_future(self._server.drain())
         self.should_exit = True
-        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._server.drain()))
+        self._loop.call_soon_threadsafe(then)
 
 
 @contextlib.contextmanager

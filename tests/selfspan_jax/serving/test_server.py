@@ -665,28 +665,46 @@ def test_on_a_cpu_fewer_run_together_and_prompts_are_read_one_by_one():
     assert own.serving_on_cpu == dataclasses.replace(on_cpu, num_sequences=3, prefill_tokens=64, min_read_tokens=64)
 
 
-def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
-    """`serve` as the command calls it, in this process: signals are the main thread's."""
+def serve_here(monkeypatch, capsys, scripted, client):
+    """Call `serve` as the command does, in this process: signals are the main thread's. What it said; `client` gets the address."""
     from selfspan_jax.serving import server as module
 
-    scripted = Scripted()
     scripted.warm_up, scripted.reader = lambda on_progress: [on_progress(done, 9) for done in range(10)], SpanLM(random_model(), Named())
     monkeypatch.setattr(module, "Workers", lambda *arguments, **options: contextlib.nullcontext(scripted))
-    release, found = threading.Event(), {}
+    said = []
+
+    def announced():
+        said.append(capsys.readouterr().out)
+        return "served at http" in "".join(said)
+
+    def run_client():
+        try:
+            until(announced)
+            client("".join(said).split("served at ")[1].split()[0])
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # ends the server where the client failed; after its end nothing is left to do
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    thread = threading.Thread(target=run_client)
+    thread.start()
+    module.serve(None, "words", ServerConfig(port=0, slots=2))
+    thread.join()
+    signal.signal(signal.SIGTERM, before)
+    return "".join(said)
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
+    scripted, release, found = Scripted(), threading.Event(), {}
     advance = scripted._advance
     monkeypatch.setattr(scripted, "_advance", lambda ticket: advance(ticket) if ticket[2] == 0 or release.is_set() else None)
 
-    def announced():
-        found["said"] = found.get("said", "") + capsys.readouterr().out
-        return "served at http" in found["said"]
-
-    def client():
-        until(announced)
-        address = found["said"].split("served at ")[1].split()[0]
+    def client(address):
         with (
+            contextlib.ExitStack() as stack,
             httpx2.Client(base_url=address, trust_env=False, timeout=20) as http,
             http.stream("POST", "/v1/completions", json={"prompt": "45", "stream": True}) as response,
         ):
+            stack.callback(release.set)
             lines = response.iter_lines()
             first = next(lines)
             waiting = threading.Thread(target=lambda: found.update(waiting=post(address, {"prompt": "7"})))
@@ -700,26 +718,44 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(monkeypatch, capsys):
             pieces = [line for line in (first, *lines) if line.startswith("data: {")]
             found["text"] = "".join(json.loads(line[6:])["choices"][0]["text"] for line in pieces)
 
-    def run_client():
-        try:
-            client()
-        finally:
-            release.set()
-            os.kill(os.getpid(), signal.SIGTERM)  # ends the server where the client failed; after its end nothing is left to do
-
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    thread = threading.Thread(target=run_client)
-    thread.start()
-    module.serve(None, "words", ServerConfig(port=0, slots=2))
-    thread.join()
-    signal.signal(signal.SIGTERM, before)
+    said = serve_here(monkeypatch, capsys, scripted, client)
     assert found["text"] == TEXT
-    assert re.findall(r"compiling: (\d+) of 9", found["said"]) == ["0", "3", "5", "7", "9"]  # where a quarter is through
-    assert found["said"].count("loading: ") == 1 and found["said"].index("9 of 9") < found["said"].index("loading") < found["said"].index(
-        "served"
-    )
+    assert re.findall(r"compiling: (\d+) of 9", said) == ["0", "3", "5", "7", "9"]  # where a quarter is through
+    assert said.count("loading: ") == 1 and said.index("9 of 9") < said.index("loading") < said.index("served")
     assert (found["waiting"].status_code, found["waiting"].headers["Retry-After"]) == (503, "1")
     assert found.get("late", 503) == 503
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_drops_clients_without_a_traceback(monkeypatch, capsys, caplog, signals):
+    """A stream that has no end, a whole response that may have been refused before it began, and half a body."""
+    scripted, dropped = Scripted(), []
+    monkeypatch.setattr(scripted, "_advance", lambda ticket: ticket[1](Tokens(np.array([4]), np.array([2]))))
+
+    def ask(address):
+        with contextlib.suppress(httpx2.TransportError):
+            post(address, {"prompt": "8"})
+
+    def client(address):
+        asking = threading.Thread(target=ask, args=(address,))
+        asking.start()
+        with (
+            socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as half,
+            httpx2.stream("POST", f"{address}/v1/completions", json={"prompt": "8", "stream": True}, trust_env=False) as response,
+        ):
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n{")
+            lines = response.iter_lines()
+            until(lambda: next(lines).startswith("data: {") and len(scripted.requests) == 2)
+            for number in signals:
+                os.kill(os.getpid(), number)
+                until(scripted._closing.is_set)  # two at once may be one: the kernel keeps no count
+            with pytest.raises(httpx2.TransportError):
+                dropped.extend(lines)
+        asking.join()
+
+    serve_here(monkeypatch, capsys, scripted, client)
+    assert dropped and scripted.cancelled and not scripted._active
+    assert caplog.records == [] and capsys.readouterr().err == ""
 
 
 def test_a_client_that_sends_half_a_body_or_does_not_read_keeps_no_server_from_ending(monkeypatch):
