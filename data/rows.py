@@ -61,17 +61,10 @@ def read_objects(source: str, *, split: str | None = None) -> Iterator[tuple[str
     return _some(source, split, found)
 
 
-class FilePrompts(list[str]):
-    """The prompts of a file, and the `places` at which they stand in it, for messages on one of them."""
-
-    def __init__(self, file: Path, by_line: Mapping[int, str]):
-        super().__init__(by_line.values())
-        self.places = [f"{file}: line {number}" for number in by_line]
-
-
-def read_prompts(file: Path) -> FilePrompts:
+def read_prompts(file: Path) -> dict[str, str]:
     """Read prompts, one a line, without empty lines; of a .jsonl file the "prompt" of each object. `-` is standard input, one a line.
 
+    Returns: them by the places at which they stand, for messages on one of them.
     Raises: UserError for a file without prompts, and for a line that is no text or no such object; FileNotFoundError.
     """
     if file.suffix == ".jsonl":
@@ -82,7 +75,7 @@ def read_prompts(file: Path) -> FilePrompts:
             found = {number: line.removesuffix("\n") for number, line in enumerate(_text_lines(file, lines), 1) if line.strip()}
     if not found:
         raise UserError(f"{file}: no prompts")
-    return FilePrompts(file, found)
+    return {f"{file}: line {number}": prompt for number, prompt in found.items()}
 
 
 def _prompt(file: Path, number: int, row: Mapping[str, Any]) -> str:

@@ -75,8 +75,10 @@ class Reader:
         """The ids that end a response, the vocabulary's `<eos>` first."""
         return end_ids(self.task, self.vocab)
 
-    def encode(self, prompts: str | Sequence[str], chat: bool = False) -> tuple[list[str], list[Int[np.ndarray, "T"]]]:
-        """Return prompts as a list, and the ids of each. Raises UserError, which of several prompts names the one."""
+    def encode(
+        self, prompts: str | Sequence[str], chat: bool = False, places: Sequence[str] = ()
+    ) -> tuple[list[str], list[Int[np.ndarray, "T"]]]:
+        """Return prompts as a list, and the ids of each. Raises UserError, which of several prompts names the one, by its place."""
         if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
             raise UserError(f"prompts are {prompts!r}: expected text, or a list of texts")
         encode = getattr(self.task, "encode_chat", None) if chat else self.task.encode_prompt
@@ -95,7 +97,7 @@ class Reader:
                 if isinstance(prompts, str):
                     raise
                 shown = f"{text[:_SHOWN_CHARACTERS]}..." if isinstance(text, str) and len(text) > _SHOWN_CHARACTERS else text
-                place = prompts.places[number - 1] if hasattr(prompts, "places") else f"prompt {number}"
+                place = places[number - 1] if places else f"prompt {number}"
                 raise UserError(f"{place}, {shown!r}: {error}") from error
             found.append(ids)
         return texts, found
@@ -232,6 +234,7 @@ class SpanLM(Reader):
         num_samples: int | None = None,
         batch_size: int | None = None,
         chat: bool = False,
+        places: Sequence[str] = (),
         **options: Any,
     ) -> Output | list[Output] | list[list[Output]]:
         """Decode a response to a prompt, or to each of several in one batch.
@@ -245,6 +248,7 @@ class SpanLM(Reader):
             everything, "window" the first and the most recent tokens; by default what the model was trained with.
           max_new_tokens: at most as many as the model's context leaves; by default that.
           chat: write each prompt as a user's message, by the chat template of a pretrained model's tokenizer.
+          places: of several prompts, what an error calls each of them, as in "prompts.txt: line 3"; by default "prompt 3".
           seed: of what is drawn at a temperature above 0: 0 to 2**63 - 1.
           stop: a text or several, before the first of which a response ends; span tokens are text too, as written: "<seg:3>".
           prefill: how causal prompts are read: "dense"; "sample" or "blocks", of whose tiles each head reads some; or a selector of
@@ -258,7 +262,7 @@ class SpanLM(Reader):
         Raises: UserError for a prompt that the task cannot read, or that is too long for the model's context; of several prompts
           it names which. UserError for options that there are not, or that cannot be.
         """
-        texts, ids = self.encode(prompts, chat)
+        texts, ids = self.encode(prompts, chat, places)
         if not texts:
             return []
         samples = 1 if num_samples is None else _count("num_samples", num_samples)

@@ -28,7 +28,7 @@ def test_prompts_of_a_file(tmp_path, name):
     file, content, expected = PROMPTS[name]
     (tmp_path / file).write_bytes(content)
     if isinstance(expected, list):
-        assert rows.read_prompts(tmp_path / file) == expected
+        assert [*rows.read_prompts(tmp_path / file).values()] == expected
     else:
         with pytest.raises(UserError, match=expected):
             rows.read_prompts(tmp_path / file)
@@ -40,7 +40,7 @@ def test_prompts_come_from_standard_input(tmp_path):
     try:
         with open(tmp_path / "p.txt") as given:
             os.dup2(given.fileno(), 0)
-        assert rows.read_prompts(Path("-")) == ["1+2", "3*4"]
+        assert rows.read_prompts(Path("-")) == {"-: line 1": "1+2", "-: line 3": "3*4"}
     finally:
         os.dup2(kept, 0)
         os.close(kept)

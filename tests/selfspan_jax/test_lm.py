@@ -200,6 +200,7 @@ WRONG_CALLS = {  # what is wrong -> (prompts, options, what is said)
     "a mapping": ({"prompt": "45"}, {}, "prompts are"),
     "no text in a list": (["45", 3], {}, "prompt 2, 3: expected text, found int"),
     "no prompt in a list": (["45", "4x5"], {}, "prompt 2, '4x5': invalid literal"),
+    "no prompt in a file": (["45", "4x5"], dict(places=["a.txt: line 1", "a.txt: line 3"]), "^a.txt: line 3, '4x5': invalid literal"),
     "a long one that is none": (["45", "x" * 100], {}, f"prompt 2, '{'x' * 40}...': invalid"),
     "too long in a list": (["45", "4" * 300], {}, "prompt 2, '4+...': the prompt is 302 tokens long, but the model's context is 256"),
     "no such option": ("45", dict(nonsense=1), "no option 'nonsense'; there are attention, .*top_k.*num_samples and batch_size"),
