@@ -190,13 +190,14 @@ def train(run: NewModel | FineTuning, interrupts: training.Interrupts) -> None:
     model, examples, identity = run.prepare()
     training.check_mesh(model, config, mesh)
     identity = json.loads(json.dumps(identity | {"training": dataclasses.asdict(config)} | examples.identity()))
-    if not run.time_steps and runs.is_finished(run.run_dir, identity):
+    identity = runs.check(run.run_dir, identity)
+    if not run.time_steps and identity.get("finished_steps") == config.steps:
         return distributed.log_once(f"this run is finished, more --steps go on with it: {run.run_dir / 'model'}")
     sizes: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "batch_size", "sequence_tokens", "gap_scales")}
     shards: dict[str, Any] = {"num_shards": config.data_parts, "shards": process_parts(config.data_parts, mesh)}
     batches_from = examples.batches_from(**sizes, **shards)
     held_out, left_out = examples.held_out(config.eval_examples, seed=config.seed) if config.eval_examples else ([], None)
-    identity = runs.claim(run.run_dir, identity)
+    runs.claim(run.run_dir, identity)
     distributed.log_once(f"{run.name}: {training.describe(model)}, {config.steps:,} steps on {describe(mesh)}; data: {examples.trained_on}")
     if run.time_steps:
         return training_benchmark.run(model, config, batches_from(0), run.run_dir / "throughput.json", steps=run.time_steps, mesh=mesh)

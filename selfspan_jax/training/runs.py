@@ -64,23 +64,24 @@ def hold(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def claim(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Write `run.json` of a new run, or check that the directory belongs to this very run and write what may change.
+def check(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Check that a directory is new, or belongs to this very run; writes nothing.
 
-    With several processes, the first one writes.
-
-    Returns: the content of `run.json`.
+    Returns: the content of its `run.json`, of which some may have changed. Where that has "finished_steps", they are those of `model`.
     Raises: UserError that names the differences, for fewer steps than were taken, or for a directory that holds something else.
     """
-    file = run_dir / "run.json"
     names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    if file.name in names:
-        identity = _continued(file, identity)
-    elif any(name != _LOCK and not name.endswith(".partial") for name in names):  # what a killed process left is no matter
+    if "run.json" in names:
+        return _continued(run_dir / "run.json", identity)
+    if any(name != _LOCK and not name.endswith(".partial") for name in names):  # what a killed process left is no matter
         raise UserError(f"{run_dir} is not empty and not a run directory (no run.json): choose another --run-dir")
-    if distributed.is_first_process():
-        write_json(file, identity)
     return identity
+
+
+def claim(run_dir: Path, identity: dict[str, Any]) -> None:
+    """Write what `check` returned as `run.json`; with several processes the first one does."""
+    if distributed.is_first_process():
+        write_json(run_dir / "run.json", identity)
 
 
 def finish(
@@ -89,7 +90,7 @@ def finish(
     """Write the finished model, and its adapter, in place of those of a shorter run; with several processes the first one does.
 
     Args:
-      identity: what `claim` returned.
+      identity: what `check` returned.
       task: see `models.save_model`.
       adapters: of an adapted model, whose adapter is written too.
     """
@@ -100,14 +101,8 @@ def finish(
         write_json(run_dir / "run.json", {**identity, "finished_steps": identity["training"]["steps"]})
 
 
-def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
-    """Return whether `model` is that of this very run, and not of a shorter one; writes nothing. Raises as `claim`."""
-    file, steps = run_dir / "run.json", identity["training"]["steps"]
-    return (run_dir / "model").exists() and file.exists() and _continued(file, identity).get("finished_steps") == steps
-
-
 def schedule_note(identity: Mapping[str, Any]) -> str | None:
-    """Say what another number of steps does to the learning rate of the run that `claim` returned; None if it was never changed."""
+    """Say what another number of steps does to the learning rate of the run that `check` returned; None if it was never changed."""
     if not (schedules := identity.get("schedules")):
         return None
     (_, before), (step, steps) = schedules[-2:]
@@ -132,7 +127,9 @@ def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     before, steps, taken = there["training"]["steps"], here["training"]["steps"], latest_step(file.parent) or 0
     if steps < taken:
         raise UserError(f"--steps is {steps}, but {file.parent} has taken {taken}: allowed are {taken} and above")
-    if (file.parent / "model").exists():
+    if not (file.parent / "model").exists():
+        history.pop("finished_steps", None)
+    else:
         history.setdefault("finished_steps", before)
     schedules = [pair for pair in history.get("schedules", [[0, before]]) if pair[0] < taken]
     if taken and schedules[-1][1] != steps:

@@ -222,7 +222,7 @@ def card(
     """Write the README of a finished model, with the command line of this process.
 
     Args:
-      identity: what `training.runs.claim` returned.
+      identity: what `training.runs.check` returned.
       trained_on, scored_on: the examples, in a few words.
       limits: a sentence or more on what the model does not know.
     """

@@ -14,14 +14,21 @@ from selfspan_jax.training import runs
 IDENTITY = {"training": {"steps": 12, "seed": 0}, "data": None}
 
 
+def claim(run_dir, identity):
+    """Do what train.py does: what `check` returned is written."""
+    runs.claim(run_dir, found := runs.check(run_dir, identity))
+    return found
+
+
 def write(directory, identity):
     directory.mkdir(exist_ok=True)
     (directory / "run.json").write_text(identity if isinstance(identity, str) else json.dumps(identity))
 
 
 def test_a_run_directory_is_claimed_once_and_again_by_the_same_run(tmp_path):
+    assert runs.check(tmp_path / "run", IDENTITY) == IDENTITY and not (tmp_path / "run").exists()
     for _ in range(2):
-        runs.claim(tmp_path / "run", IDENTITY)
+        claim(tmp_path / "run", IDENTITY)
         assert [file.name for file in (tmp_path / "run").iterdir()] == ["run.json"]
         assert json.loads((tmp_path / "run" / "run.json").read_text()) == IDENTITY
 
@@ -38,15 +45,15 @@ def test_a_run_directory_is_claimed_once_and_again_by_the_same_run(tmp_path):
 def test_another_run_is_refused(tmp_path, there, message):
     write(tmp_path, there)
     with pytest.raises(UserError, match=message):
-        runs.claim(tmp_path, IDENTITY)
+        claim(tmp_path, IDENTITY)
 
 
 @pytest.mark.parametrize("name", TrainConfig.CHANGEABLE)
 def test_what_decides_no_result_may_change(tmp_path, name):
     """The list of what may change is that of the page; the new value is in run.json."""
-    runs.claim(tmp_path, IDENTITY | {"training": {name: 12, "steps": 12, "seed": 0}})
+    claim(tmp_path, IDENTITY | {"training": {name: 12, "steps": 12, "seed": 0}})
     changed = IDENTITY | {"training": {"steps": 12, "seed": 0, name: 20}}
-    assert runs.claim(tmp_path, changed) == changed == json.loads((tmp_path / "run.json").read_text())
+    assert claim(tmp_path, changed) == changed == json.loads((tmp_path / "run.json").read_text())
     page = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
     assert f"`--{name.replace('_', '-')}`" in page
 
@@ -61,31 +68,33 @@ def with_steps(steps):
 
 
 def test_changes_of_the_number_of_steps_are_kept_with_where_they_were(tmp_path):
-    runs.claim(tmp_path, with_steps(12))
-    assert "schedules" not in runs.claim(tmp_path, with_steps(10))  # nothing was trained yet
+    claim(tmp_path, with_steps(12))
+    assert "schedules" not in claim(tmp_path, with_steps(10))  # nothing was trained yet
     checkpoint(tmp_path, 8)
-    assert runs.claim(tmp_path, with_steps(20))["schedules"] == [[0, 10], [8, 20]]
-    assert runs.claim(tmp_path, with_steps(30))["schedules"] == [[0, 10], [8, 30]]
+    assert claim(tmp_path, with_steps(20))["schedules"] == [[0, 10], [8, 20]]
+    assert claim(tmp_path, with_steps(30))["schedules"] == [[0, 10], [8, 30]]
     checkpoint(tmp_path, 30)
     (tmp_path / "model").mkdir()
-    identity = runs.claim(tmp_path, with_steps(40))
-    assert identity["schedules"] == [[0, 10], [8, 30], [30, 40]] and not runs.is_finished(tmp_path, with_steps(40))
+    identity = claim(tmp_path, with_steps(40))
+    assert identity["schedules"] == [[0, 10], [8, 30], [30, 40]]
     assert "was 30 up to step 30: from there on the learning rate follows the schedule of 40" in runs.schedule_note(identity)
-    assert identity["finished_steps"] == 30 and runs.claim(tmp_path, with_steps(40)) == identity
+    assert identity["finished_steps"] == 30 and claim(tmp_path, with_steps(40)) == identity
     write(tmp_path, identity | {"finished_steps": 40, "left_out_examples": 3})
-    assert runs.is_finished(tmp_path, with_steps(40)) and not runs.is_finished(tmp_path, with_steps(50))
-    assert runs.claim(tmp_path, with_steps(50))["left_out_examples"] == 3
+    assert runs.check(tmp_path, with_steps(40))["finished_steps"] == runs.check(tmp_path, with_steps(50))["finished_steps"] == 40
+    assert claim(tmp_path, with_steps(50))["left_out_examples"] == 3
+    (tmp_path / "model").rmdir()
+    assert "finished_steps" not in runs.check(tmp_path, with_steps(50))
     with pytest.raises(UserError, match=r"--steps is 29, but .* has taken 30: allowed are 30 and above"):
-        runs.claim(tmp_path, with_steps(29))
+        claim(tmp_path, with_steps(29))
 
 
 def test_a_corpus_is_known_by_its_content(tmp_path):
     first = IDENTITY | {"data": "/a/corpus", "data_fingerprint": "ab" * 32}
-    runs.claim(tmp_path, first)
+    claim(tmp_path, first)
     moved = first | {"data": "/b/corpus"}
-    assert runs.claim(tmp_path, moved) == moved
+    assert claim(tmp_path, moved) == moved
     with pytest.raises(UserError, match=r"the content of --data is abababababab\.\.\. there, cdcdcdcdcdcd\.\.\. here$"):
-        runs.claim(tmp_path, moved | {"data_fingerprint": "cd" * 32})
+        claim(tmp_path, moved | {"data_fingerprint": "cd" * 32})
 
 
 def test_a_directory_is_held_by_one_run_at_a_time(tmp_path):
@@ -95,7 +104,7 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path):
     with runs.hold(tmp_path / "run"), pytest.raises(UserError, match=message), runs.hold(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()  # was made for the lock alone
-    runs.claim(tmp_path, IDENTITY)
+    claim(tmp_path, IDENTITY)
     with subprocess.Popen([sys.executable, "-c", command, tmp_path / "run.lock"], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "held\n"
@@ -104,7 +113,7 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path):
         finally:
             other.kill()
     with runs.hold(tmp_path):
-        runs.claim(tmp_path, IDENTITY)
+        claim(tmp_path, IDENTITY)
     (tmp_path / "file").touch()
     for path, message in (("file", "is a file: expected a directory"), ("file/below", "cannot be written to: Not a directory")):
         with pytest.raises(UserError, match=f"--run-dir .* {message}"), runs.hold(tmp_path / path):
@@ -113,6 +122,5 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path):
 
 def test_a_directory_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
-    assert not runs.is_finished(tmp_path, IDENTITY)
     with pytest.raises(UserError, match="not empty and not a run directory"):
-        runs.claim(tmp_path, IDENTITY)
+        claim(tmp_path, IDENTITY)
