@@ -170,7 +170,8 @@ class Task(abc.ABC):
     def from_json(cls: type[T], fields: Any) -> T:
         """Read what `to_json` returned. UserError: unknown or missing keys, another task or version."""
         names = [field.name for field in dataclasses.fields(cls)]
-        values = check_json(fields, "task", {"task": cls.name, "version": cls.version}, names)
+        found = check_json(fields, "task", {"task": cls.name, "version": cls.version}, names)
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
         return cls(**{**values, "vocab": Vocab.from_json(values["vocab"])})
 
     @abc.abstractmethod

@@ -27,11 +27,11 @@ class DocumentTask(corpus.Style, PiecesTask):
 
     Attributes:
       source: the file or directory that the corpus was read from.
-      trained_tasks: The tasks whose prompts the model was trained on, with commas; "": those of this task, or it is not known.
+      trained_tasks: The tasks whose prompts the model was trained on; none: those of this task, or it is not known.
     """
 
     source: str = ""
-    trained_tasks: str = ""
+    trained_tasks: tuple[str, ...] = ()
 
     name: ClassVar[str] = "documents"
     version: ClassVar[int] = 1
@@ -60,8 +60,8 @@ class DocumentTask(corpus.Style, PiecesTask):
         for name in ("max_example_tokens", "piece_sentences"):
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"{name} is {value!r}; allowed: whole numbers")
-        if not isinstance(self.trained_tasks, str):
-            raise UserError(f"trained_tasks is {self.trained_tasks!r}; allowed: names of tasks, with commas between them")
+        if not isinstance(self.trained_tasks, tuple) or not all(isinstance(name, str) for name in self.trained_tasks):
+            raise UserError(f"trained_tasks is {self.trained_tasks!r}; allowed: a list of names of tasks")
         self.check_style()
 
     @property
@@ -112,9 +112,9 @@ class DocumentTask(corpus.Style, PiecesTask):
         return [*self.foreign(), *([said] if absent else []), *self.cut_warning(kept, pieces, piece="pieces", whole="text")]
 
     def foreign(self) -> list[str]:
-        if not self.trained_tasks or self.name in self.trained_tasks.split(", "):
+        if not self.trained_tasks or self.name in self.trained_tasks:
             return []
-        return [f"The model was trained on {self.trained_tasks}, not on {self.name}: do not trust its answers."]
+        return [f"The model was trained on {', '.join(self.trained_tasks)}, not on {self.name}: do not trust its answers."]
 
     def lacks(self, about: str, pieces: Sequence[str]) -> str | None:
         """Return what the paragraph begins with that asks for a response, where a prompt needs one and has none."""
@@ -209,7 +209,7 @@ class DocumentTask(corpus.Style, PiecesTask):
         """Return the task of other documents as a model of this task reads it: by their instruction, in its own words and style."""
         if other.name == self.name or not isinstance(other, DocumentTask):
             return super().on(other)
-        trained = self.trained_tasks or ("" if type(self) is DocumentTask else self.name)
+        trained = self.trained_tasks or (() if type(self) is DocumentTask else (self.name,))
         own = {name: getattr(self, name) for name in ("vocab", "closed_pieces", *corpus.STYLE)}
         return dataclasses.replace(other, trained_tasks=trained, **own)
 

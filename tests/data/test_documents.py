@@ -796,7 +796,10 @@ def test_an_evaluation_takes_the_test_part(corpora, name):
     strange = f"The model was trained on {other}, not on {name}: do not trust its answers."
     assert drawn["warnings"] == [f"{corpora / name}: {strange}"] and read_by(model, name, TASKS).warnings(prompt) == [strange]
     assert stored.task.warnings(prompt) == []
-    both = dataclasses.replace(model, trained_tasks=f"{other}, {name}")
+    both = dataclasses.replace(model, trained_tasks=(other, name))
+    assert type(both).from_json(json.loads(json.dumps(both.to_json()))) == both
+    with pytest.raises(UserError, match=r"trained_tasks is 'a, b'; allowed: a list"):
+        dataclasses.replace(model, trained_tasks="a, b")
     assert evaluation.examples(both)[2] == {"data": name, "split": "test", "warnings": []} and both.warnings(prompt) == []
     assert [example.document for example in examples] == [example.document for example in load(corpora, name, "test")]
     assert {example.first_label for example in examples} == {1}
