@@ -98,7 +98,7 @@ class Load:
     def texts(self) -> list[str]:
         """Return as many prompts as there are requests at a rate at most."""
         if self.prompts:
-            return list(itertools.islice(itertools.cycle(rows.read_prompts(self.prompts)), max(self.num_requests)))
+            return list(itertools.islice(itertools.cycle(rows.read_prompts(self.prompts).values()), max(self.num_requests)))
         task = arithmetic.ArithmeticTask()
         drawn = task.corpus(min_ops=self.min_ops, max_ops=self.max_ops).stream(seed=self.seed, split="test", vocab=task.vocab)
         return [example.prompt for example in itertools.islice(drawn, max(self.num_requests))]
