@@ -168,7 +168,7 @@ class Eval(Model):
     data: Path | None = None
     """A corpus directory that python -m data wrote; by default fresh examples."""
     split: Literal["train", "validation", "test"] | None = None
-    """Of a corpus directory that was divided; by default its test split. What is no test or validation split may have been trained on."""
+    """Of a corpus directory that was divided; by default test, else validation. What is neither may have been trained on."""
     sources: Literal["model", "order", "gold", "bm25", "random", "recent"] = "model"
     """What steps name: what the model chooses (order: but labels and questions); the gold sources, or as many of BM25's, drawn or last."""
     constrained: bool = False

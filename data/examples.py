@@ -210,14 +210,15 @@ def held_out(
 def stored(
     directory: Path, task: Any, tasks: Mapping[str, type[Task]], num_examples: int, split: str | None = None
 ) -> tuple[Any, dict[str, list[Any]], dict[str, Any]]:
-    """Take examples for a model of a task from a corpus directory, of its test split by default.
+    """Take examples for a model of a task from a corpus directory, by default of its test split, of validation where it has none.
 
     Returns: the task that scores them, `Task.on` the corpus's, and the examples and how they were drawn, as `held_out`.
     Raises: UserError for a corpus of another task, and for one that the model has no room for.
     """
     from data import dataset  # which imports Hugging Face's datasets
 
-    corpus = dataset.load(directory, tasks, split or ("test" if "test" in dataset.splits(directory) else None))
+    unseen = [own for own in ("test", "validation") if own in dataset.splits(directory)]
+    corpus = dataset.load(directory, tasks, split or next(iter(unseen), None))
     try:
         scored_by = task.on(corpus.task)
     except UserError as error:

@@ -11,7 +11,7 @@ from data import dataset
 from data.__main__ import main as data_main
 from data.arithmetic import verify
 from data.errors import UserError
-from data.examples import TrainingExamples, open_stored
+from data.examples import TrainingExamples, open_stored, stored
 from data.tasks import TASKS
 from data.vocab import train_vocab
 
@@ -101,6 +101,19 @@ def test_a_validation_split_alone_is_trained_on_and_holds_nothing_out(directorie
 def test_scores_on_what_may_have_been_trained_on_are_warned_of(directories, name, split, expected):
     found = dataset.load(directories / name, TASKS, split).warnings
     assert [f"{directories / name} {expected}: the model may" in line for line in found] == [True] * (expected is not None)
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"), [(("train", "validation", "test"), "test"), (("train", "validation"), "validation"), (("train",), "train")]
+)
+def test_an_evaluation_takes_a_split_that_was_not_trained_on_where_there_is_one(directories, tmp_path, there, taken):
+    for split in there:
+        (tmp_path / split).symlink_to(directories / "towns" / split)
+    _, sets, drawn = stored(tmp_path, open_stored(tmp_path, TASKS).task, TASKS, 2)
+    assert drawn["split"] == taken and bool(drawn["warnings"]) == (taken == "train")
+    (found,) = sets.values()
+    gold = [example.prompt for example in dataset.load(directories / "towns", TASKS, taken)]
+    assert {example.prompt for example in found} <= {*gold}
 
 
 def test_cards_say_what_generated_examples_do_not_have():
