@@ -132,7 +132,8 @@ def _files(path: Path, suffixes: Collection[str], split: str | None) -> list[tup
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in files if file.suffix.lower() in suffixes]
     if not files:
-        raise UserError(f"{path}: expected a file that ends in {', '.join(suffixes)}, or a directory of some")
+        absent = "" if path.exists() else "there is no such file or directory; "
+        raise UserError(f"{path}: {absent}expected a file that ends in {', '.join(suffixes)}, or a directory of some")
     named = {file: split_named(file.stem) for file in files}
     others = [file for file, own in named.items() if own is None]
     if split == "all" or len(others) == len(files) or {*named.values()} == {"train"}:

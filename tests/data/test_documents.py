@@ -661,6 +661,14 @@ def test_bad_own_documents_are_one_line(tmp_path, call, case):
     assert status == 2 and message in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("made", "said"), [(False, "there is no such file or directory; expected a file"), (True, "expected a file")])
+def test_a_directory_that_there_is_not_is_told_from_one_without_files(made, said, tmp_path, call):
+    if made:
+        (tmp_path / "reports").mkdir()
+    status, _, err = call(data_main, "documents", "--source", tmp_path / "reports", *OPTIONS, "--out", tmp_path / "out")
+    assert (status, err) == (2, f"error: {tmp_path / 'reports'}: {said} that ends in .jsonl, or a directory of some\n")
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
