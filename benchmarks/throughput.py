@@ -3,7 +3,9 @@
     python -m benchmarks.throughput runs/labels-0/model --data corpora/papers --split validation,train --min-prompt-tokens 4096 --json FILE
 
 All prompts are there at once, in random order, and all that have places are read before a chunk of tokens is decoded. A response ends by
-itself, or with as many tokens as the longest gold one of the first part has, and 16 more. Programs are compiled and have run before.
+itself, or with as many tokens as the longest gold one of the first part has, and 16 more; prompts without room for these are left out.
+Programs are compiled and have run before. At the end places are empty while the last responses are written: of a short queue at many places
+that is most of the time. The second rate is of what ended while others waited.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
+from selfspan_jax.viewing.text import warning_lines
 
 _ALL = 10**9  # examples of a corpus
 _WARM_UPS = 12  # requests of the queue
+# Of a row, what is said elsewhere or is of no use here.
+_LEFT_OUT = ("num_requests", "requests_per_second", "right_answers_per_second", "tokens", "num_left", "num_failed", "failures")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class Throughput(AtOnce):
     """Most prompts of the queue."""
     min_prompt_tokens: int = 1
     """Fewest tokens of a prompt."""
+    max_new_tokens: int | None = None
+    """Most tokens of a response, 1 to read prompts alone. Default: 16 more than the longest gold one of the first part."""
     places: Annotated[tuple[int, ...], commandline.commas(int)] = (64, 128, 256)
     """Sequences that are decoded at the same time, one measurement each; several with commas."""
     min_read_tokens: int = 1024
@@ -55,6 +62,8 @@ class Throughput(AtOnce):
 
     def __post_init__(self) -> None:
         check_range(self, "num_requests", "min_prompt_tokens", low=1)
+        if self.max_new_tokens is not None:
+            check_range(self, "max_new_tokens", low=1)
         if min(self.places, default=0) < 1:
             raise UserError(f"--places is {self.places}; allowed: numbers from 1 on")
 
@@ -73,10 +82,12 @@ class Throughput(AtOnce):
             "max_new_tokens": work[0].new_tokens,
             "rows": [],
         }
-        print(header_line(report), f"{len(work):,} prompts of {np.mean(prompts):,.0f} tokens", sep="\n", flush=True)
+        told = warning_lines(drawn["warnings"])
+        print(header_line(report), *told, f"{len(work):,} prompts of {np.mean(prompts):,.0f} tokens", sep="\n", flush=True)
         for number in self.places:
             report["rows"].append(measure(self, lm, work, number))
-            files.write_rows(self.json, report, complete=number == self.places[-1])
+            files.write_rows(self.json, report, complete=False)
+        files.write_rows(self.json, report, complete=True)
 
 
 def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]:
@@ -84,22 +95,27 @@ def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]
 
     Raises: UserError where no prompt is long enough, or none leaves room for the longest gold response.
     """
+    warnings: list[str] = []
 
-    def long_enough() -> Iterator[tuple[str, Any, int]]:
-        for split in settings.split:
-            task, sets, _ = examples.stored(settings.data, lm.task, TASKS, _ALL, split)
-            for example in itertools.chain.from_iterable(sets.values()):
-                ids = task.encode_prompt(example.prompt)
-                if len(ids) >= settings.min_prompt_tokens:
-                    yield split, ids, len(example.response_ids)
+    def long_enough(split: str) -> Iterator[tuple[str, Any, int]]:
+        task, sets, drawn = examples.stored(settings.data, lm.task, TASKS, _ALL, split)
+        warnings.extend(drawn["warnings"])
+        for example in itertools.chain.from_iterable(sets.values()):
+            ids = task.encode_prompt(example.prompt)
+            if len(ids) >= settings.min_prompt_tokens:
+                yield split, ids, len(example.response_ids)
 
-    found = list(itertools.islice(long_enough(), settings.num_requests))
-    new_tokens = MARGIN_TOKENS + max((length for split, _, length in found if split == found[0][0]), default=0)
-    found = [own for own in found if len(own[1]) + new_tokens <= lm.model.config.max_context_tokens]
+    first, *others = settings.split
+    own = list(long_enough(first))
+    new_tokens = settings.max_new_tokens or MARGIN_TOKENS + max((length for _, _, length in own), default=0)
+    every = itertools.chain(own, itertools.chain.from_iterable(map(long_enough, others)))
+    with_room = (prompt for prompt in every if len(prompt[1]) + new_tokens <= lm.model.config.max_context_tokens)
+    found = list(itertools.islice(with_room, settings.num_requests))
     if not found:
-        raise UserError(f"{settings.data}: no prompt of {settings.min_prompt_tokens} tokens or more that leaves room for a response")
+        raise UserError(f"{settings.data}: no prompt of {settings.min_prompt_tokens} tokens or more leaves room for {new_tokens} new ones")
     order = np.random.default_rng(settings.seed).permutation(len(found)).tolist()
-    drawn = {"data": settings.data.resolve().name} | {f"of_{split}": sum(own[0] == split for own in found) for split in settings.split}
+    counts = {f"of_{split}": sum(own[0] == split for own in found) for split in settings.split}
+    drawn = {"data": settings.data.resolve().name, "warnings": warnings, **counts}
     return [Work(found[i][1], new_tokens) for i in order], drawn
 
 
@@ -110,11 +126,17 @@ def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> 
     run_at_once(scheduler, work[:_WARM_UPS])
     scheduler.pages = Pages(scheduler.num_pages)  # forgets what it has read
     row = run_at_once(scheduler, work)
-    per_second, tokens = len(work) / row["seconds"], row["generated_tokens"] / len(work)
-    ended = row["finished"].get("stop", 0) / len(work)
-    print(f"{places:5} places: {per_second:7.1f} responses/s of {tokens:.0f} tokens, {ended:.1%} ended", flush=True)
-    more = {"cache_tokens": scheduler.num_pages * scheduler.config.page_tokens, "responses_per_second": per_second}
-    return {"places": places, **more, "mean_response_tokens": tokens, "ended_fraction": ended, **row}
+    rates = {
+        "responses_per_second": len(work) / row["seconds"],
+        "responses_per_second_while_full": row["ended_while_full"] / row["seconds_while_full"],
+        "mean_response_tokens": row["generated_tokens"] / len(work),
+        "mean_attended_tokens": row["attended_tokens"] / row["generated_tokens"],
+        "ended_fraction": row["finished"].get("stop", 0) / len(work),
+    }
+    told = "{:7.1f} responses/s, {:.1f} while others wait, of {:.0f} tokens that read {:,.0f} each, {:.1%} ended"
+    print(f"{places:5} places:", told.format(*rates.values()), flush=True)
+    size = {"places": places, "cache_tokens": scheduler.num_pages * scheduler.config.page_tokens}
+    return {**size, **rates, **{name: value for name, value in row.items() if name not in _LEFT_OUT}}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from benchmarks import systems
+from benchmarks.arrivals import Sent
 from benchmarks.conversations import over_one_catalogue
 from data.documents import Document, Step
 from selfspan_jax.errors import UserError
@@ -45,7 +46,7 @@ def test_counts_are_of_one_run(monkeypatch):
         types.SimpleNamespace(**counts, attended_tokens=a, context_tokens=c, pages_used=1, pages_cached=4, finished=Counter(stop=n))
         for a, c, n in ((5, 10, 2), (8, 40, 5))
     )
-    monkeypatch.setattr(systems, "run_scheduler", lambda scheduler, work, times: setattr(scheduler, "stats", after) or [])
+    monkeypatch.setattr(systems, "run_scheduler", lambda scheduler, work, times: setattr(scheduler, "stats", after) or [Sent(0.0, [0.5])])
     monkeypatch.setattr(systems, "summary", lambda rate, sent: {"seconds": 1.0})
     scheduler = types.SimpleNamespace(stats=before, config=types.SimpleNamespace(page_tokens=64))
     found = systems.run_at_once(scheduler, [])

@@ -4,12 +4,14 @@ import json
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import systems, throughput
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
+from selfspan_jax.serving.requests import Stats, Tokens
 from tests.selfspan_jax.models import Digits
 
 PARTS = {"validation": [(8, 5), (3, 4), (9, 2)], "train": [(7, 90), (8, 1), (30, 1)]}  # digits of each prompt, tokens of its gold response
@@ -22,7 +24,7 @@ LM = types.SimpleNamespace(
 def queue(monkeypatch):
     def stored(directory, task, tasks, number, split):
         own = [types.SimpleNamespace(prompt="4" * digits, response_ids=[0] * new) for digits, new in PARTS[split]]
-        return task, {directory.name: own[:number]}, {}
+        return task, {directory.name: own[:number]}, {"warnings": [f"{split} is known by heart"]}
 
     monkeypatch.setattr(throughput.examples, "stored", stored)
     monkeypatch.setattr(systems.SpanLM, "load", lambda *_, **__: LM)
@@ -37,6 +39,11 @@ CASES = {  # options -> digits of the prompts, in order of size, and how many ea
         {"of_validation": 3, "of_train": 2},
     ),
     "long ones alone": (dict(split=("validation", "train"), min_prompt_tokens=11), [9], {"of_validation": 1, "of_train": 0}),
+    "those without room take no other's place": (
+        dict(split=("train", "validation"), num_requests=3, max_new_tokens=20),
+        [7, 8, 8],
+        {"of_train": 2, "of_validation": 1},
+    ),
     "as many as are wanted, those of the first part first": (
         dict(split=("validation", "train"), num_requests=4),
         [3, 7, 8, 9],
@@ -49,15 +56,51 @@ CASES = {  # options -> digits of the prompts, in order of size, and how many ea
 def test_a_queue_has_the_prompts_of_its_parts_that_leave_room(case, queue):
     options, digits, numbers = CASES[case]
     work, drawn = throughput.queue(queue(**options), LM)
-    assert sorted(len(item.prompt_ids) - 2 for item in work) == digits and drawn == {"data": "digits"} | numbers
+    assert sorted(len(item.prompt_ids) - 2 for item in work) == digits
+    assert {name: value for name, value in drawn.items() if name.startswith("of_")} == numbers and drawn["data"] == "digits"
+    assert set(drawn["warnings"]) >= {f"{part} is known by heart" for part in PARTS if numbers.get(f"of_{part}")}
     longest = max(new for digits, new in PARTS["validation"] if digits + 2 >= options.get("min_prompt_tokens", 1))
-    assert {item.new_tokens for item in work} == {longest + MARGIN_TOKENS}
+    assert {item.new_tokens for item in work} == {options.get("max_new_tokens", longest + MARGIN_TOKENS)}
 
 
-@pytest.mark.parametrize("min_prompt_tokens, reason", [(100, "of 100 tokens or more"), (30, "that leaves room for a response")])
+@pytest.mark.parametrize("min_prompt_tokens, reason", [(100, "of 100 tokens or more"), (30, "leaves room for 17 new ones")])
 def test_a_queue_without_prompts_is_refused(min_prompt_tokens, reason, queue):
     with pytest.raises(UserError, match=reason):
         throughput.queue(queue(split=("train",), min_prompt_tokens=min_prompt_tokens), LM)
+
+
+class Sequence:
+    """A scheduler of two places that gives each request its tokens, one in each round; `broken`: the device fails with the last one."""
+
+    def __init__(self, broken=False):
+        self.config, self.broken, self.waiting, self.running, self.written = types.SimpleNamespace(page_tokens=8), broken, [], [], 0
+
+    @property
+    def stats(self):
+        return Stats(generated_tokens=self.written, context_tokens=1 + self.written)
+
+    def submit(self, request, deliver):
+        self.waiting.append([request.max_new_tokens, deliver])
+
+    def run_once(self):
+        while self.waiting and len(self.running) < 2:
+            self.running.append(self.waiting.pop(0))
+        failed = self.broken and not self.waiting
+        for own in list(self.running):
+            own[0], self.written = own[0] - 1, self.written + 1
+            ends = None if own[0] else "length"
+            own[1](Tokens.none("error", "out of memory") if failed else Tokens(np.array([4]), np.array([1]), ends))
+            if failed or ends:
+                self.running.remove(own)
+        return bool(self.waiting or self.running)
+
+
+def test_places_are_full_until_the_last_request_has_one():
+    work = [systems.Work(np.array([4]), new) for new in (1, 3, 4, 2, 5)]  # rounds: 1, 1-3, 2-5, 4-5, 6-10
+    row = systems.run_at_once(Sequence(), work)
+    assert row["ended_while_full"] == 4 and 0 < row["seconds_while_full"] < row["seconds"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        systems.run_at_once(Sequence(broken=True), work)
 
 
 def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_path, capsys):
@@ -66,7 +109,8 @@ def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_p
     def run_at_once(scheduler, work):
         sizes.append((scheduler.config.num_sequences, len(work)))
         assert len({id(item) for item in work}) == len(work) and scheduler.config.reads_per_chunk is None
-        return {"seconds": 2.0 * scheduler.config.num_sequences, "generated_tokens": 10 * len(work), "finished": {"stop": 2, "length": 1}}
+        of_all = {"generated_tokens": 10 * len(work), "attended_tokens": 70 * len(work), "finished": {"stop": 2, "length": 1}}
+        return {"seconds": 2.0 * scheduler.config.num_sequences, "seconds_while_full": 0.5, "ended_while_full": 1, "tokens": 1} | of_all
 
     def scheduler(engine, config, **_):
         assert config.context_tokens == 11 + 5 + MARGIN_TOKENS
@@ -82,7 +126,11 @@ def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_p
     queue(places=(2, 4), json=tmp_path / "found.json").run()
     assert sizes == ["compiled", (2, 2), (2, 3), "compiled", (4, 2), (4, 3)]
     report = json.loads((tmp_path / "found.json").read_text())
-    found = [(row["places"], row["responses_per_second"], row["mean_response_tokens"], row["ended_fraction"]) for row in report["rows"]]
-    np.testing.assert_allclose(found, [(2, 3 / 4, 10, 2 / 3), (4, 3 / 8, 10, 2 / 3)])
+    names = ("places", "cache_tokens", "responses_per_second", "responses_per_second_while_full")
+    names += ("mean_response_tokens", "mean_attended_tokens", "ended_fraction")
+    found = [[row[name] for name in names] for row in report["rows"]]
+    np.testing.assert_allclose(found, [(2, 384, 3 / 4, 2, 10, 7, 2 / 3), (4, 384, 3 / 8, 2, 10, 7, 2 / 3)])
     assert (report["data"], report["num_requests"], report["mean_prompt_tokens"], report["most_prompt_tokens"]) == ("digits", 3, 26 / 3, 11)
-    assert "2 places:     0.8 responses/s of 10 tokens, 66.7% ended" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "warning: validation is known by heart" in told
+    assert "2 places:     0.8 responses/s, 2.0 while others wait, of 10 tokens that read 7 each, 66.7% ended" in told
