@@ -16,6 +16,7 @@ from selfspan_jax.decoding.sampling import sequence_keys
 from selfspan_jax.errors import UserError
 from selfspan_jax.parallel.mesh import make_mesh
 from selfspan_jax.serving.pages import Pages
+from selfspan_jax.serving.programs import Programs
 from selfspan_jax.serving.requests import Closed, QueueFull, Request, joined
 from selfspan_jax.serving.running import Decoded, read_prompts
 from selfspan_jax.serving.scheduler import Scheduler
@@ -32,6 +33,7 @@ CONFIG = ServingConfig(num_sequences=4, context_tokens=96, page_tokens=8, prefil
 GREEDY, FILTERED = Sampling(), Sampling(0.8, top_k=6, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
 NEW = 24  # tokens at most
 LONGEST = 64  # prompt
+ALL_READ = {"context_tokens": 192, "num_pages": 44, "reads_per_chunk": None}  # prompts of several parts, all read before a chunk
 
 
 def prompt(rng, length, document=()):
@@ -41,13 +43,13 @@ def prompt(rng, length, document=()):
     return np.concatenate([np.array(document, np.int32), ids])
 
 
-def alone(requests):
+def alone(requests, longest=LONGEST):
     """What `Engine.generate` writes for each request, its tokens and how many each attended to: batches of independent sequences."""
     found = {}
     for sampling in {request.sampling for request in requests}:
         chosen = [i for i, request in enumerate(requests) if request.sampling == sampling]
         for some in (chosen[start : start + 64] for start in range(0, len(chosen), 64)):
-            token_ids, lengths, keys = np.full((64, LONGEST), VOCAB.solve_id, np.int32), np.full(64, 2, np.int32), []  # one program
+            token_ids, lengths, keys = np.full((64, longest), VOCAB.solve_id, np.int32), np.full(64, 2, np.int32), []  # one program
             for row, i in enumerate(some):
                 ids, (high, low) = requests[i].prompt_ids, divmod(requests[i].seed, 2**32)
                 token_ids[row, : len(ids)], lengths[row] = ids, len(ids)
@@ -130,14 +132,14 @@ def poison_what_nobody_holds(scheduler):
     scheduler.programs.state = dataclasses.replace(state, cache=cache)
 
 
-def hostile(scheduler, rng, num, requests, received, samplings=(GREEDY,)):
+def hostile(scheduler, rng, num, requests, received, samplings=(GREEDY,), longest=LONGEST, short_share=0.7):
     """Submit requests and cancel some, at random, a round at a time until all have ended. Lengths from 1 to the limit, documents that are
     shared, prompts that go on in a response; cancelled before, while and after they run. Yields after each round."""
     documents, tickets, busy = [rng.integers(4, VOCAB_SIZE, n).astype(np.int32) for n in (16, 33, 50)], [], True
     while busy or len(requests) < num:
         for _ in range(rng.integers(0, 12) if len(requests) < num else 0):
-            document, short = documents[rng.integers(3)] if rng.random() < 0.4 else (), rng.random() < 0.7
-            ids = prompt(rng, rng.integers(1, 12 if short else LONGEST - len(document)), document)
+            document, short = documents[rng.integers(3)] if rng.random() < 0.4 else (), rng.random() < short_share
+            ids = prompt(rng, rng.integers(1, 12 if short else longest - len(document)), document)
             if rng.random() < 0.1:
                 ids[len(ids) // 2] = VOCAB.solve_id
             new, seed = int(rng.integers(1, 6) if short else NEW), int(rng.integers(0, 2**63)) if rng.random() < 0.5 else len(requests)
@@ -153,18 +155,26 @@ def hostile(scheduler, rng, num, requests, received, samplings=(GREEDY,)):
     assert all([tokens.finished is not None for tokens in parts] == [False] * (len(parts) - 1) + [True] for parts in received)
 
 
-def test_whatever_comes_and_goes_each_request_is_as_alone(idle):
+@pytest.mark.parametrize(
+    "seed, changes, lengths",
+    [(11, {}, {}), (14, ALL_READ, {"longest": 168, "short_share": 0.2})],
+    ids=["a part between two chunks", "all read before a chunk"],
+)
+def test_whatever_comes_and_goes_each_request_is_as_alone(seed, changes, lengths, idle, monkeypatch):
     """What is not cancelled is as alone, and so is what came before a cancellation; there are fewer pages than the sequences want."""
-    before, requests, received = idle.stats, [], []
-    for _ in hostile(idle, np.random.default_rng(11), 100, requests, received, (GREEDY, GREEDY, FILTERED)):
-        assert_read_rows_belong_to_the_reader(idle)
-        poison_what_nobody_holds(idle)
-    stats, found = idle.stats, list(map(joined, received))
+    scheduler, read, parts = Scheduler(ENGINE, dataclasses.replace(CONFIG, **changes)) if changes else idle, Programs.read, []
+    monkeypatch.setattr(Programs, "read", lambda own, group, *to, **of: [parts.append((to[0], len(group))), read(own, group, *to, **of)])
+    before, requests, received = scheduler.stats, [], []
+    for _ in hostile(scheduler, np.random.default_rng(seed), 100, requests, received, (GREEDY, GREEDY, FILTERED), **lengths):
+        assert_read_rows_belong_to_the_reader(scheduler)
+        poison_what_nobody_holds(scheduler)
+    stats, found = scheduler.stats, list(map(joined, received))
+    assert stats.pages_used == 0 and (not changes or any(first >= CONFIG.prefill_tokens and together > 1 for first, together in parts))
     assert stats.finished["cancelled"] > 20 and stats.preemptions > before.preemptions
     assert stats.prefix_hit_tokens - before.prefix_hit_tokens > 500
     assert stats.generated_tokens - before.generated_tokens == sum(len(tokens.token_ids) for tokens in found)
     assert stats.attended_tokens - before.attended_tokens == sum(tokens.num_attended.sum() for tokens in found)
-    for request, tokens, (ids, attended) in zip(requests, found, alone(requests), strict=True):
+    for request, tokens, (ids, attended) in zip(requests, found, alone(requests, lengths.get("longest", LONGEST)), strict=True):
         count = len(tokens.token_ids)
         np.testing.assert_array_equal(tokens.token_ids, ids[:count], err_msg=str(request))
         np.testing.assert_array_equal(tokens.num_attended, attended[:count], err_msg=str(request))
