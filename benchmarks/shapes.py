@@ -195,5 +195,6 @@ ATTENTION_SHAPES = (
     AttentionShape("b32-gqa4-8k", "Llama-3-8B heads, a full batch", (8192,) * 32, 32, 8, 128),
     AttentionShape("b32-mha-2k", "Llama-2-7B heads: the most KV bytes per token", (2048,) * 32, 32, 32, 128),
     AttentionShape("b128-mha-4k", "a small model at a large batch, head size 64", (4096,) * 128, 12, 12, 64),
+    AttentionShape("b192-gqa3-5k", "SmolLM2-135M heads, papers in many places of a scheduler", (5000,) * 192, 9, 3, 64),
     AttentionShape("ragged", "one long sequence must not hold up 31 short ones", (32768, *(1024,) * 31), 32, 8, 128),
 )

@@ -2,6 +2,7 @@
 
     python -m benchmarks.span_decode --json docs/kernel_results.json      the table of docs/kernel.md
     python -m benchmarks.span_decode --tune --json FILE                   re-derive heuristics.py
+    python -m benchmarks.span_decode --tune --shapes b192-gqa3-5k --batch-size 128,192,256,384 --tile-rows 16,64,128 --json FILE
     python -m benchmarks.span_decode --plot docs/kernel_density.svg --json docs/kernel_results.json
 
 What is timed: chains of dependent calls inside one compiled program (the output of a call is the
@@ -32,6 +33,7 @@ from benchmarks import timing
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 from benchmarks.timing import CACHE_BYTES, KernelReport, torch_ms
 from data import commandline
+from data.errors import check_range
 from pallas_kernels import quantize_pool, span_decode_attention
 from pallas_kernels.span_decode import expected_bytes, unsupported_reason
 from pallas_kernels.span_decode.heuristics import TritonConfig, triton_config
@@ -266,8 +268,8 @@ def run_peers(workload: Workload, peers: Sequence[str], report: KernelReport, se
         run_torch(workload, report, seed)
 
 
-def tune_shape(shape: AttentionShape, seed: int, report: KernelReport) -> None:
-    """Time every setting of the Triton kernel on one shape: the measurements behind heuristics.py."""
+def tune_shape(shape: AttentionShape, seed: int, report: KernelReport, tile_rows: Sequence[int] = ()) -> None:
+    """Time settings of the Triton kernel on one shape, the measurements behind heuristics.py: all, or the chosen one and given tiles."""
     workload = Workload.make(shape, seed)
     chosen = triton_config(len(shape.lengths), shape.num_kv_heads, shape.head_size, 2, shape.capacity)
     tiles = ((64, 2, 3), (64, 4, 3), (64, 2, 4), (32, 2, 3), (32, 2, 4), (32, 1, 4), (16, 1, 4), (16, 2, 5))  # rows, warps, stages
@@ -276,6 +278,8 @@ def tune_shape(shape: AttentionShape, seed: int, report: KernelReport) -> None:
         tiles_of_heads = (((16, 1, 4), 2), ((16, 2, 4), 2), ((32, 2, 3), 2), ((16, 2, 3), 4))
         configs += [TritonConfig(*tile, chosen.splits, kv_heads) for tile, kv_heads in tiles_of_heads]
     configs += [chosen._replace(splits=max(1, round(chosen.splits * factor))) for factor in (0.5, 2)]
+    if tile_rows:  # few enough for several batches
+        configs = [chosen, *(TritonConfig(rows, max(1, rows // 32), 3, splits) for rows in tile_rows for splits in (0, 2))]
     inputs = {case: workload.draw(seed, *case) for case in ((1.0, "all"), (0.1, "tokens"), (0.02, "tokens"))}
     for config in dict.fromkeys(configs):
         attend = functools.partial(triton_attention, scale=shape.head_size**-0.5, config=config)
@@ -285,9 +289,10 @@ def tune_shape(shape: AttentionShape, seed: int, report: KernelReport) -> None:
             report.not_run(f"{shape.name:12} {config}", error)
             continue
         for (density, _), us in zip(inputs, times, strict=True):
-            report.content["cases"].append({"shape": shape.name, "config": config._asdict(), "density": density, "microseconds": us})
+            case = {"shape": shape.name, "batch_size": len(shape.lengths), "config": config._asdict(), "density": density}
+            report.content["cases"].append(case | {"microseconds": us})
         mark = "  <- heuristics.py" if config == chosen else ""
-        print(f"{shape.name:12} {config} " + " ".join(f"{us:9.1f}" for us in times) + f" us{mark}", flush=True)
+        print(f"{shape.name:12} {len(shape.lengths):4} {config} " + " ".join(f"{us:9.1f}" for us in times) + f" us{mark}", flush=True)
 
 
 def plot(report: dict) -> Figure:
@@ -332,22 +337,33 @@ class SpanDecode(timing.KernelCommand):
     """Other implementations: of jax (XLA, cuDNN) and of torch; may be empty."""
     tune: bool = False
     """Time every setting of the Triton kernel instead."""
+    tile_rows: Annotated[tuple[int, ...], commandline.commas(int)] = ()
+    """With --tune: only tiles of so many rows, powers of 2 from 16, a warp for each 32, undivided and in two, and what is chosen."""
+    batch_size: Annotated[tuple[int, ...], commandline.commas(int)] = ()
+    """With --tune: sequences of each shape, all of its longest length, in place of its own."""
     plot: Path | None = None
     """Only draw the results in --json, of an earlier run, to this file."""
 
     def __post_init__(self):
         if self.plot and not (self.json and self.json.exists()):
             raise UserError("--plot needs --json FILE with the results of an earlier run")
+        if (self.tile_rows or self.batch_size) and not self.tune:
+            raise UserError("--tile-rows and --batch-size are for --tune")
+        check_range(self, "batch_size", low=1)
+        if wrong := [rows for rows in self.tile_rows if rows < 16 or rows & (rows - 1)]:
+            raise UserError(f"tile_rows is {wrong[0]}; allowed: powers of 2 from 16")
 
     def run(self) -> None:
         if self.plot and self.json:
             with files.outputs(plot=self.plot):
                 return files.write_picture(self.plot, plot(files.read_json(self.json)))
         shapes = [BY_NAME[name] for name in self.shapes]
+        if self.batch_size:
+            shapes = [dataclasses.replace(shape, lengths=(shape.capacity,) * number) for shape in shapes for number in self.batch_size]
         with self.report(shapes=list(map(dataclasses.asdict, shapes))) as report:
             for shape in shapes:
                 if self.tune:
-                    tune_shape(shape, self.seed, report)
+                    tune_shape(shape, self.seed, report, self.tile_rows)
                 else:
                     workload = Workload.make(shape, self.seed)
                     run_implementations(workload, self.implementations, report, self.seed)

@@ -1,10 +1,18 @@
 """The benchmark's own parts that need no GPU: which slots it draws, and what it tells a user."""
 
+import contextlib
+import dataclasses
+import functools
+import types
+
 import numpy as np
 import pytest
 
 from benchmarks import span_decode as bench
 from benchmarks.shapes import AttentionShape
+from data.errors import UserError
+from pallas_kernels import span_decode_attention
+from selfspan_jax import errors
 
 SHAPE = AttentionShape("tiny", "", (640, 64, 1), 4, 2, 32)
 
@@ -32,3 +40,43 @@ def test_sequences_have_slots_of_their_own():
     for b, (first, last) in enumerate([(1000, 1640), (1640, 1704), (1704, 1705)]):
         used = slots[b, : counts[b]]
         assert np.all((used >= first) & (used < last)) and np.all(slots[b, counts[b] :] == -1)
+
+
+def test_given_tiles_are_timed_beside_what_is_chosen(monkeypatch):
+    """Of shapes with as many sequences as asked for; each setting computes attention."""
+    shape = AttentionShape("few", "", (90, 40), 9, 3, 64)
+    monkeypatch.setattr(bench, "CACHE_BYTES", 0)
+    monkeypatch.setattr(bench, "triton_attention", functools.partial(bench.triton_attention, interpret=True))
+
+    def chain_us(attend, q, pools, inputs):
+        expected = span_decode_attention(q, *pools, *inputs[0], implementation="reference")
+        np.testing.assert_allclose(*(np.asarray(out, np.float32) for out in (attend(q, *pools, *inputs[0]), expected)), atol=0.02)
+        return 1.0 * len(q), 0.0
+
+    monkeypatch.setattr(bench, "chain_us", chain_us)
+    report = types.SimpleNamespace(content={"cases": []}, save=lambda: None)
+    settings = bench.SpanDecode(tune=True, batch_size=(1, 3), tile_rows=(16, 64))
+    monkeypatch.setattr(bench, "BY_NAME", dict.fromkeys(settings.shapes, shape))
+    monkeypatch.setattr(bench.SpanDecode, "report", lambda self, **_: contextlib.nullcontext(report))
+    dataclasses.replace(settings, shapes=settings.shapes[:1]).run()
+    chosen = [tuple(bench.triton_config(number, 3, 64, 2, 90)) for number in (1, 3)]
+    given = [(rows, max(1, rows // 32), 3, splits, 1, 0, 0) for rows in (16, 64) for splits in (0, 2)]
+    timed = [(row["batch_size"], tuple(row["config"].values()), row["density"]) for row in report.content["cases"]]
+    every = [
+        (n, config, density) for n, own in zip((1, 3), chosen) for config in dict.fromkeys([own, *given]) for density in (1.0, 0.1, 0.02)
+    ]
+    assert timed == every
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tile_rows": (16,)}, "are for --tune"),
+        ({"batch_size": (3,)}, "are for --tune"),
+        ({"tune": True, "tile_rows": (48,)}, "tile_rows is 48; allowed: powers of 2 from 16"),
+        ({"tune": True, "batch_size": (0,)}, "batch_size is 0"),
+    ],
+)
+def test_settings_that_cannot_be_timed_are_refused(options, message):
+    with pytest.raises((UserError, errors.UserError), match=message):
+        bench.SpanDecode(**options)
