@@ -1,5 +1,6 @@
 """Command lines whose errors are one plain line and exit status 2, without boxes and tracebacks."""
 
+import _thread
 import argparse
 import contextlib
 import dataclasses
@@ -12,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -284,7 +286,8 @@ def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            yield
+            with _signals_again():
+                yield
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -330,6 +333,25 @@ def run_command(
             _, command = parse_one_of(commands, description, words, user_error=user_error)
         with naming(command, user_error), within(command):
             command.run()
+
+
+@contextlib.contextmanager
+def _signals_again() -> Iterator[None]:
+    """Send a signal again whose exception Python drops, as it does where one arrives in a callback of the garbage collector, say JAX's."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, (KeyboardInterrupt, SystemExit)):
+            number = signal.SIGINT if issubclass(dropped.exc_type, KeyboardInterrupt) else signal.SIGTERM
+            threading.Timer(0.05, _thread.interrupt_main, [number]).start()  # when the callback has ended
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _drop_broken_output() -> bool:

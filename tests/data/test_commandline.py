@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import io
 import logging
 import os
@@ -167,6 +168,22 @@ def test_an_interrupt_is_status_130(capsys):
     with pytest.raises(SystemExit, match="130"), commandline.exit_on_user_error():
         raise KeyboardInterrupt
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_callback_of_the_garbage_collector_ends_the_command_too(sent, status):
+    """Python drops what such a callback raises."""
+
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(sent)
+
+    with pytest.raises(SystemExit, match=str(status)), commandline.exit_on_user_error(), commandline.exit_on_termination():
+        gc.callbacks.append(callback)
+        gc.collect()
+        for _ in range(2000):
+            time.sleep(0.01)
+        raise AssertionError("the signal was lost")
 
 
 @pytest.mark.slow
