@@ -132,7 +132,8 @@ class Generate(Model):
         if self.prefill != "dense":
             some = prompts if isinstance(prompts, str) else prompts[: self.batch_size]
             kept = {"selector": self.prefill, **lm.measure_prefill(some, self.prefill, attention=self.attention, chat=self.chat)}
-        written = {"checkpoint": self.checkpoint.name, **({"responses": [out.to_json() for out in outs]} if several else outs[0].to_json())}
+        responses = {"responses": [out.to_json() for out in outs]} if several else outs[0].to_json()
+        written = {"checkpoint": files.model_name(self.checkpoint), **responses}
         written |= {"prefill": kept} if kept else {}
         with contextlib.ExitStack() as results:  # each of them, whatever becomes of the others
             if self.plot:
@@ -192,7 +193,7 @@ class Eval(Model):
         options: dict[str, Any] = {name: getattr(self, name) for name in ("prefill", "passes", "sources", "constrained")}
         attention = rebalanced(self.attention, self.rebalance)
         found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, attention=attention, **options)
-        settings = {"checkpoint": self.checkpoint.name, "mesh": self.mesh, "passes": self.passes, **drawn}
+        settings = {"checkpoint": files.model_name(self.checkpoint), "mesh": self.mesh, "passes": self.passes, **drawn}
         settings |= {k: v for k in ("dtype", "kv_memory", "rebalance", *options) if (v := getattr(self, k)) not in _USUAL}
         settings |= {"working_set_tokens": self.working_set_tokens} if self.kv_memory == "host" else {}
         results = evaluation.report(lm, found, settings)
@@ -225,7 +226,7 @@ class Serve(Model):
     def run(self) -> None:
         from selfspan_jax.serving import server  # the packages that speak HTTP are imported where they are needed
 
-        server.serve(self.load, self.checkpoint.name, self.server, self.mesh, rebalanced(self.attention, self.rebalance))
+        server.serve(self.load, files.model_name(self.checkpoint), self.server, self.mesh, rebalanced(self.attention, self.rebalance))
 
 
 _LOADED = ("base", "task", "dtype", "weights", "mesh", "kv_memory", "working_set_tokens")

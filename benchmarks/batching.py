@@ -319,7 +319,7 @@ def measure(settings: Batching) -> dict[str, Any]:
     sizes = {"prompt_tokens": [len(item.prompt_ids) for item in model.work], "new_tokens": [item.new_tokens for item in model.work]}
     report: dict[str, Any] = {
         **header,
-        "checkpoint": settings.checkpoint and settings.checkpoint.name,
+        "checkpoint": settings.checkpoint and files.model_name(settings.checkpoint),
         **own,
         "attention": model.attention,
         "rows_of_cache": model.rows,

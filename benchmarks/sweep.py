@@ -222,7 +222,7 @@ class Bench:
             name: value for name, value in dataclasses.asdict(bench).items() if name not in ("checkpoint", "base", "shape", "json", "plot")
         }
         results = {
-            "shape": self.checkpoint.name if self.checkpoint else self.shape,
+            "shape": files.model_name(self.checkpoint) if self.checkpoint else self.shape,
             **report_header(),
             "bf16_peak_flops_per_second": bf16_peak(jax.devices()[0].device_kind),
             "workload": workload,

@@ -21,6 +21,7 @@ from benchmarks.shapes import Shape, named_shape
 from benchmarks.timing import report_header
 from data import arithmetic
 from data.tasks import TASKS
+from selfspan_jax import files
 from selfspan_jax.config import DecodeConfig, ServingConfig
 from selfspan_jax.decoding.engine import Engine
 from selfspan_jax.decoding.state import bucket
@@ -79,7 +80,7 @@ class AtOnce:
         """Describe the device, the settings and the model, for a report."""
         own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("json", "checkpoint", "base")}
         model = {"attention": self.attention or lm.model.config.mask, "num_parameters": lm.model.num_parameters}
-        return {**report_header(), "checkpoint": self.checkpoint.name, **own, **model}
+        return {**report_header(), "checkpoint": files.model_name(self.checkpoint), **own, **model}
 
 
 class Model:

@@ -28,7 +28,7 @@ from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
 from experiments import neighbours_tables, pages, recall
-from experiments.prefill import ModelAndTexts, check_texts, concatenated, device_header, losses_of, name_of, summary
+from experiments.prefill import ModelAndTexts, check_texts, concatenated, device_header, losses_of, summary
 from experiments.presses import ModelAndCorpus, Presses, chosen
 from experiments.rebalancing import Rebalancing
 from selfspan_jax import files
@@ -209,7 +209,7 @@ class Arithmetic(Decoding):
         for name, lm in models.items():
             if lm.model.config.mask != name:
                 raise UserError(f"{getattr(self, name)} was trained under the mask {lm.model.config.mask!r}; expected {name!r}")
-        names = {name: name_of(getattr(self, name)) for name in models}
+        names = {name: files.model_name(getattr(self, name)) for name in models}
         report: dict[str, Any] = {**device_header(), **names, "seed": self.seed, "arithmetic": []}
         for ops in self.ops:
             (some,) = examples.held_out(models["span"].task, self.num_examples, seed=self.seed, ops=(ops,))[0].values()
@@ -278,7 +278,8 @@ class Documents(ModelAndCorpus, Decoding):
         lm.task, some = chosen(lm, self)
         context = float(np.mean([len(lm.task.encode_prompt(example.prompt)) + len(example.response_ids) for example in some]))
         sizes = {"num_examples": len(some), "context_tokens": context}
-        report: dict[str, Any] = {**device_header(), "model": name_of(self.model), "data": self.data.name, **sizes, "documents": []}
+        report: dict[str, Any] = {**device_header(), "model": files.model_name(self.model), "data": self.data.name}
+        report |= {**sizes, "documents": []}
         kinds = ("span",) if lm.model.config.mask == "span" else ("dense", *self.neighbours)
         counts = [0] if kinds == ("span",) else self.counts(context)
         if self.timed_tokens:
@@ -339,7 +340,7 @@ class Text(ModelAndTexts, Sweep):
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)
         texts = concatenated(lm, self.texts, self.tokens, self.num_texts)
         settings = {"tokens": self.tokens, "continuation_tokens": self.continuation, "num_texts": self.num_texts}
-        report: dict[str, Any] = {**device_header(), "model": name_of(self.model), "dtype": lm.model.config.compute_dtype}
+        report: dict[str, Any] = {**device_header(), "model": files.model_name(self.model), "dtype": lm.model.config.compute_dtype}
         report |= {**settings, "text": []}
         counts, dense = self.counts(self.tokens), None
         for kind, own in losses(lm, texts, self.continuation, ("dense", *self.neighbours), counts):

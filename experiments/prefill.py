@@ -147,13 +147,8 @@ def device_header() -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
 
-def name_of(model: Path) -> str:
-    """Return what a report calls a model: its directory, or that of its run."""
-    return model.name if model.name not in ("model", "adapter") else model.absolute().parent.name  # RUN_DIR/model
-
-
 def _header(model: Path) -> dict[str, Any]:
-    return device_header() | {"model": name_of(model)}
+    return device_header() | {"model": files.model_name(model)}
 
 
 def _summed(kept: list[Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from tyro.conf import Positional
 from data import commandline, examples
 from data.errors import check_range
 from data.tasks import TASKS
-from experiments.prefill import name_of
 from selfspan_jax import files
 from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
@@ -110,7 +109,7 @@ class Presses(ModelAndCorpus):
         peer = Peer(loaded.to(device).eval(), lm.end_ids)
         name = torch.cuda.get_device_name() if device == "cuda" else device
         report: dict[str, Any] = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
-        report |= {"model": name_of(self.model), "data": self.data.name, "num_examples": len(some), "presses": []}
+        report |= {"model": files.model_name(self.model), "data": self.data.name, "num_examples": len(some), "presses": []}
         ids = [lm.task.encode_prompt(example.prompt) for example in some]
         limit = self.max_new_tokens or max(len(example.response_ids) for example in some) + MARGIN_TOKENS
         settings = [(name, share) for share in self.shares for name in self.presses]

@@ -23,7 +23,7 @@ from data.papers import reports
 from data.stories import source as stories
 from data.tasks import TASKS
 from data.verdicts.source import VERDICTS, ask
-from experiments.prefill import check_texts, concatenated, continued, device_header, name_of, summary
+from experiments.prefill import check_texts, concatenated, continued, device_header, summary
 from selfspan_jax import files
 from selfspan_jax.attention.policies import Policy, get_policy
 from selfspan_jax.config import DecodeConfig, Dtype
@@ -71,7 +71,7 @@ class Rebalancing:
 
     def run(self) -> None:
         lm = SpanLM.load(self.model, TASKS, dtype=self.dtype)
-        report: dict[str, Any] = {**device_header(), "model": name_of(self.model), "dtype": lm.model.config.compute_dtype}
+        report: dict[str, Any] = {**device_header(), "model": files.model_name(self.model), "dtype": lm.model.config.compute_dtype}
         report |= {"tokens": self.tokens, "continuation_tokens": self.continuation, "num_texts": self.num_texts, "rebalancing": []}
         policies: list[Policy] = [get_policy("dense"), *(Rebalanced(alpha) for alpha in self.alphas)]
         for make, given in ((self.answers, self.stories), (self.verdicts, self.reports), (self.losses, self.reports)):

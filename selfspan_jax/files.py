@@ -90,6 +90,12 @@ def shown_path(path: str | Path) -> str:
     return f".../{Path(path).name}" if below.split(os.sep)[0] == os.pardir else below
 
 
+def model_name(directory: Path) -> str:
+    """Name a model for reports: by its directory, or by that of its run, which has it as `model` and `adapter`."""
+    directory = directory.absolute()
+    return directory.parent.name if directory.name in ("model", "adapter") else directory.name
+
+
 def write_bytes(file: Path, content: bytes) -> None:
     """Write a file in place of an older one, and the directories that it lies in.
 

@@ -142,7 +142,7 @@ def _compiling() -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
             if done == of and not loading:
                 loading = True
-                bar.write("loading: a GPU runs each program once before the server listens", file=sys.stdout)
+                bar.write("loading: on a GPU each program runs once before the server listens", file=sys.stdout)
                 sys.stdout.flush()
 
         yield on_progress

@@ -367,3 +367,20 @@ def test_of_too_many_the_oldest_are_removed(tmp_path, settings):
     settings.setattr(files, "MAX_PROGRAM_BYTES", 799)
     assert files.keep_programs(tmp_path) == tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["5", "6", "7"]
+
+
+MODELS = {
+    "checkpoints/arithmetic-tiny": "arithmetic-tiny",
+    "runs/mine/model": "mine",  # the same model twice
+    "runs/mine/adapter": "mine",
+    "organisation/model-1b": "model-1b",  # of the Hub
+    "model": "here",
+    ".": "here",
+}
+
+
+@pytest.mark.parametrize("directory", MODELS)
+def test_a_report_names_a_model_by_its_directory_or_its_run(directory, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert files.model_name(Path(directory)) == MODELS[directory]
