@@ -194,7 +194,8 @@ class WriteCommand(sources.WriteCommand):
     def is_own(self) -> bool:
         """Whether the source is JSONL rather than a repository that the task knows."""
         path = Path(self.source)
-        return not self.repository or path.suffix == ".jsonl" or (path.is_dir() and any(file.suffix == ".jsonl" for file in path.iterdir()))
+        files = rows.listed(path) if path.is_dir() else [path]
+        return not self.repository or any(file.suffix == ".jsonl" for file in files)
 
     def unused(self) -> dict[str, str]:
         names, use = (self.of_repository, f"a clone of {self.repository}") if self.is_own else (self.of_own, "documents of your own")

@@ -59,7 +59,7 @@ def read(source: str, split: str) -> Iterator[Tale]:
       UserError: a file is not what it should be; names the row.
     """
     ending = "-story.csv"
-    files = sorted(file for file in part(source, split).iterdir() if file.name.endswith(ending))
+    files = [file for file in rows.listed(part(source, split)) if file.name.endswith(ending)]
     if not files:
         raise UserError(f"{part(source, split)}: expected files that end in {ending}")
     for file in files:

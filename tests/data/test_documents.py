@@ -669,6 +669,18 @@ def test_a_directory_that_there_is_not_is_told_from_one_without_files(made, said
     assert (status, err) == (2, f"error: {tmp_path / 'reports'}: {said} that ends in .jsonl, or a directory of some\n")
 
 
+@pytest.mark.parametrize("name", ["documents", "stories"])
+def test_hidden_files_are_no_data(name, tmp_path, call):
+    """As those that macOS leaves beside others."""
+    (source := tmp_path / "source").mkdir()
+    write = WRITE.get(name, lambda directory: layouts.write_own(directory / "own.jsonl"))
+    write(source)
+    for file in [*source.rglob("*.jsonl"), *source.rglob("*.csv")]:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7")
+    status, _, err = call(data_main, name, "--source", source, "--split", "train", *OPTIONS, "--out", tmp_path / "out")
+    assert status == 0, err
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
