@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput runs/labels-0/model --data corpora/papers --split validation,train --min-prompt-tokens 4096 --json FILE
 
-All prompts are there at once, in random order, and all that have places are read before a chunk of tokens is decoded. A response ends by
+All prompts are there at once, and all that have places are read before a chunk of tokens is decoded. A response ends by
 itself, or with as many tokens as the longest gold one of the first part has, and 16 more; prompts without room for these are left out.
 Programs are compiled and have run before. At the end places are empty while the last responses are written: of a short queue at many places
 that is most of the time. The second rate is of what ended while others waited.
@@ -15,7 +15,7 @@ import gc
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.evaluation import MARGIN_TOKENS
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.serving.pages import Pages
+from selfspan_jax.serving.throughput import longest_first
 from selfspan_jax.viewing.text import warning_lines
 
 _ALL = 10**9  # examples of a corpus
@@ -55,8 +56,10 @@ class Throughput(AtOnce):
     """Sequences that are decoded at the same time, one measurement each; several with commas."""
     min_read_tokens: int = 1024
     """Fewest prompt tokens that are read of one prompt at once; more need fewer programs, and so does their compiling."""
+    order: Literal["random", "longest"] = "random"
+    """Of the queue: random, or the longest prompts first, as decode.py eval and SpanLM.generate have them."""
     seed: int = 0
-    """Of the order."""
+    """Of a random order."""
     json: Path | None = None
     """Write the figures into this file, after each of them; - is standard output."""
 
@@ -91,7 +94,7 @@ class Throughput(AtOnce):
 
 
 def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]:
-    """Draw the requests of a queue, in random order; say of which corpus, and how many each of its parts gave.
+    """Draw the requests of a queue, in their order; say of which corpus, and how many each of its parts gave.
 
     Raises: UserError where no prompt is long enough, or none leaves room for the longest gold response.
     """
@@ -113,7 +116,8 @@ def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]
     found = list(itertools.islice(with_room, settings.num_requests))
     if not found:
         raise UserError(f"{settings.data}: no prompt of {settings.min_prompt_tokens} tokens or more leaves room for {new_tokens} new ones")
-    order = np.random.default_rng(settings.seed).permutation(len(found)).tolist()
+    random = settings.order == "random"
+    order = np.random.default_rng(settings.seed).permutation(len(found)).tolist() if random else longest_first([own[1] for own in found])
     counts = {f"of_{split}": sum(own[0] == split for own in found) for split in settings.split}
     drawn = {"data": settings.data.resolve().name, "warnings": warnings, **counts}
     return [Work(found[i][1], new_tokens) for i in order], drawn

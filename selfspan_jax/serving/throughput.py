@@ -72,12 +72,22 @@ def throughput_scheduler(
     return Scheduler(engine, dataclasses.replace(serving, **changes), **options)
 
 
+def longest_first(prompts: Sequence[Int[np.ndarray, "T"]]) -> list[int]:
+    """Order prompts that are all there by their length: the responses to the longest are likely to be the longest.
+
+    Prompts about one document have about the same length. So what follows it, which begins at the same token, is read together.
+
+    Returns: the numbers of the prompts.
+    """
+    return sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+
+
 def run_together(scheduler: Scheduler, requests: Sequence[Request]) -> list[Tokens]:
-    """Run requests to their ends, those with the longest prompts first: their responses are likely to be the longest.
+    """Run requests to their ends, those with the longest prompts first.
 
     Raises: JaxRuntimeError where the device fails.
     """
-    order = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt_ids))
+    order = longest_first([request.prompt_ids for request in requests])
     found = dict(zip(order, scheduler.generate([requests[number] for number in order])))
     if failed := next((tokens.error for tokens in found.values() if tokens.error), None):
         raise jax.errors.JaxRuntimeError(failed)

@@ -63,6 +63,15 @@ def test_a_queue_has_the_prompts_of_its_parts_that_leave_room(case, queue):
     assert {item.new_tokens for item in work} == {options.get("max_new_tokens", longest + MARGIN_TOKENS)}
 
 
+def test_a_queue_is_in_random_order_or_has_its_longest_prompts_first(queue):
+    found = {}
+    for order, seed in (("random", 0), ("random", 3), ("longest", 0)):
+        work, _ = throughput.queue(queue(split=("validation", "train"), order=order, seed=seed), LM)
+        found[order, seed] = [len(item.prompt_ids) - 2 for item in work]
+    assert found["longest", 0] == [9, 8, 8, 7, 3] and sorted(found["random", 0]) == sorted(found["random", 3]) == [3, 7, 8, 8, 9]
+    assert found["random", 0] != found["random", 3]
+
+
 @pytest.mark.parametrize("min_prompt_tokens, reason", [(100, "of 100 tokens or more"), (30, "leaves room for 17 new ones")])
 def test_a_queue_without_prompts_is_refused(min_prompt_tokens, reason, queue):
     with pytest.raises(UserError, match=reason):
