@@ -52,6 +52,7 @@ class Conversations(AtOnce):
     """Write the figures into this file; - is standard output."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "conversations", "services", "passes", low=1)
 
     def run(self) -> None:

@@ -63,6 +63,9 @@ class AtOnce:
     min_read_tokens: int = ServingConfig.min_read_tokens
     """Fewest prompt tokens that are read of one prompt at once; more need fewer programs, and so does their compiling."""
 
+    def __post_init__(self) -> None:
+        self._serving()  # refuses sizes that cannot be
+
     def load(self) -> SpanLM:
         """Load the model."""
         return SpanLM.load(self.checkpoint, TASKS, base=self.base)
@@ -70,11 +73,14 @@ class AtOnce:
     def scheduler(self, lm: SpanLM, work: Sequence[Work], places: int) -> Scheduler:
         """Make a scheduler of the requests, its programs ready."""
         context = min(max(len(item.prompt_ids) + item.new_tokens for item in work), lm.model.config.max_context_tokens)
-        sizes = {"chunk_tokens": self.chunk_tokens, "prefill_tokens": self.prefill_tokens, "min_read_tokens": self.min_read_tokens}
-        config = ServingConfig(places, context, max_queue=len(work), reads_per_chunk=None, **sizes)
+        config = self._serving(num_sequences=places, context_tokens=context, max_queue=len(work))
         scheduler = Scheduler(lm.engine, config, attention=self.attention or lm.model.config.mask, stop_ids=lm.end_ids[1:])
         scheduler.warm_up(draws=False)
         return scheduler
+
+    def _serving(self, **more: int) -> ServingConfig:
+        sizes = {"chunk_tokens": self.chunk_tokens, "prefill_tokens": self.prefill_tokens, "min_read_tokens": self.min_read_tokens}
+        return ServingConfig(reads_per_chunk=None, **sizes, **more)
 
     def described(self, lm: SpanLM) -> dict[str, Any]:
         """Describe the device, the settings and the model, for a report."""

@@ -64,6 +64,7 @@ class Throughput(AtOnce):
     """Write the figures into this file, after each of them; - is standard output."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "num_requests", "min_prompt_tokens", low=1)
         if self.max_new_tokens is not None:
             check_range(self, "max_new_tokens", low=1)

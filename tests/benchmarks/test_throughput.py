@@ -78,6 +78,12 @@ def test_a_queue_without_prompts_is_refused(min_prompt_tokens, reason, queue):
         throughput.queue(queue(split=("train",), min_prompt_tokens=min_prompt_tokens), LM)
 
 
+@pytest.mark.parametrize("size", ["prefill_tokens", "min_read_tokens", "chunk_tokens"])
+def test_sizes_that_cannot_be_are_refused_before_a_model_is_loaded(size):
+    with pytest.raises(ValueError, match=f"{size} is 0"):
+        throughput.Throughput(checkpoint=Path("none"), data=Path("none"), **{size: 0})
+
+
 class Sequence:
     """A scheduler of two places that gives each request its tokens, one in each round; `broken`: the device fails with the last one."""
 
