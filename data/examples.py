@@ -217,8 +217,9 @@ def stored(
     """
     from data import dataset  # which imports Hugging Face's datasets
 
-    unseen = [own for own in ("test", "validation") if own in dataset.splits(directory)]
-    corpus = dataset.load(directory, tasks, split or next(iter(unseen), None))
+    there = dataset.splits(directory)
+    unseen = next((own for own in ("test", "validation") if own in there), None)
+    corpus = dataset.load(directory, tasks, split or unseen)
     try:
         scored_by = task.on(corpus.task)
     except UserError as error:
