@@ -97,7 +97,7 @@ def own_splits(source: str, suffixes: Collection[str] | None = None) -> tuple[st
     return tuple(dict.fromkeys(own for own, _ in found if own))
 
 
-def listed(directory: Path) -> list[Path]:
+def entries(directory: Path) -> list[Path]:
     """List what a directory has, in order, without what is hidden, as are the files that macOS leaves beside others."""
     return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
 
@@ -134,7 +134,7 @@ def _some(source: str, split: str | None, parts: Iterable[tuple[str | None, str,
 
 def _files(path: Path, suffixes: Collection[str], split: str | None) -> list[tuple[str | None, Path]]:
     """Return a file, or those of a directory, with the splits that they say, in the order of these. UserError: only some say one."""
-    files = [file for file in (listed(path) if path.is_dir() else [path]) if file.suffix.lower() in suffixes]
+    files = [file for file in (entries(path) if path.is_dir() else [path]) if file.suffix.lower() in suffixes]
     if not files:
         absent = "" if path.exists() else "there is no such file or directory; "
         raise UserError(f"{path}: {absent}expected a file that ends in {', '.join(suffixes)}, or a directory of some")

@@ -25,6 +25,7 @@ _CHUNKS_AHEAD = 4  # of each worker
 _VOCAB_CHARACTERS = 8_000_000
 REPEATED = "of a text that stands in an earlier split too"
 _NUM_REPEATED = f"written, {REPEATED}"
+ALIGNING = tuple(field.name for field in dataclasses.fields(Alignment))  # settings
 
 
 class Unusable(UserError):

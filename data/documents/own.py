@@ -31,7 +31,6 @@ from data.vocab import TokenizerVocab
 
 COLUMNS = ("document", "steps")
 OPTIONAL = ("instruction",)
-ALIGNING = tuple(field.name for field in dataclasses.fields(Alignment))
 _STEP = {"text", "sources"}
 
 
@@ -194,7 +193,7 @@ class WriteCommand(sources.WriteCommand):
     def is_own(self) -> bool:
         """Whether the source is JSONL rather than a repository that the task knows."""
         path = Path(self.source)
-        files = rows.listed(path) if path.is_dir() else [path]
+        files = rows.entries(path) if path.is_dir() else [path]
         return not self.repository or any(file.suffix == ".jsonl" for file in files)
 
     def unused(self) -> dict[str, str]:

@@ -144,7 +144,7 @@ class WriteCommand(sources.WriteCommand):
         return named | super().settings()
 
     def unused(self) -> dict[str, str]:
-        of_files = ("article_column", "summary_column", *(field.name for field in dataclasses.fields(Alignment)))
+        of_files = ("article_column", "summary_column", *sources.ALIGNING)
         names, use = (of_files, "files and data sets") if self.is_synthetic else (SYNTHETIC_SETTINGS, "synthetic news")
         return super().unused() | dict.fromkeys(names, f"it is for {use}")
 

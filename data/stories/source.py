@@ -16,7 +16,7 @@ from data.documents import corpus, own
 from data.documents.corpus import QUESTION, Document, Step
 from data.documents.own import Draft
 from data.errors import UserError, check_range
-from data.sources import Made
+from data.sources import ALIGNING, Made
 
 _FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 _STORY_COLUMNS = ("section", "text")
@@ -59,7 +59,7 @@ def read(source: str, split: str) -> Iterator[Tale]:
       UserError: a file is not what it should be; names the row.
     """
     ending = "-story.csv"
-    files = [file for file in rows.listed(part(source, split)) if file.name.endswith(ending)]
+    files = [file for file in rows.entries(part(source, split)) if file.name.endswith(ending)]
     if not files:
         raise UserError(f"{part(source, split)}: expected files that end in {ending}")
     for file in files:
@@ -143,7 +143,7 @@ class WriteCommand(own.WriteCommand):
     repository: ClassVar[str] = "uci-soe/FairytaleQAData"
     licence: ClassVar[str] = "Apache-2.0 (Xu et al. 2022)"
     of_repository: ClassVar[tuple[str, ...]] = ("orders", "questions")
-    of_own: ClassVar[tuple[str, ...]] = ("piece_sentences", *own.ALIGNING)
+    of_own: ClassVar[tuple[str, ...]] = ("piece_sentences", *ALIGNING)
 
     def part(self, split: str) -> Path:
         return part(self.source, split)

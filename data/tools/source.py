@@ -16,7 +16,7 @@ from data.documents.corpus import Document, Step
 from data.documents.own import Draft
 from data.errors import UserError, check_choice, check_range
 from data.pieces import Part
-from data.sources import Made
+from data.sources import ALIGNING, Made
 from data.streams import SPLITS
 from data.tools import catalogue
 from data.tools.catalogue import Drawing, Service, Wordings, field, line
@@ -347,7 +347,7 @@ class WriteCommand(own.WriteCommand):
     repository: ClassVar[str] = "google-research-datasets/dstc8-schema-guided-dialogue"
     licence: ClassVar[str] = "CC BY-SA 4.0 (Rastogi et al. 2020; wordings: Lee et al. 2022)"
     of_repository: ClassVar[tuple[str, ...]] = ("services", "min_services", "original", "described", "example", "bare", "bare_services")
-    of_own: ClassVar[tuple[str, ...]] = ("piece_sentences", *own.ALIGNING)
+    of_own: ClassVar[tuple[str, ...]] = ("piece_sentences", *ALIGNING)
 
     def unused(self) -> dict[str, str]:
         bare = {} if self.corpus.described else {"bare": "all services are bare with --no-described"}

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from data.alignment import readable
-from data.documents import corpus, own
+from data.documents import corpus
 from data.documents.corpus import Document, Evidence, Step, overlapping
 from data.documents.own import Draft
 from data.papers import reports
 from data.papers.source import ReportCommand
-from data.sources import Made
+from data.sources import ALIGNING, Made
 
 VERDICTS = {-1: "decreased", 0: "no difference", 1: "increased"}
 VERDICT = "Verdict:"
@@ -78,7 +78,7 @@ class WriteCommand(ReportCommand):
     unit: ClassVar[str] = "questions"
     instruction: ClassVar[str] = "Which way did it go?"
     of_repository: ClassVar[tuple[str, ...]] = ("abstract",)
-    of_own: ClassVar[tuple[str, ...]] = own.ALIGNING
+    of_own: ClassVar[tuple[str, ...]] = ALIGNING
 
     def drafts(self) -> Callable[[Any], Iterable[Draft | Made]]:
         return functools.partial(drafts, self.corpus.piece_sentences, self.corpus.abstract)
