@@ -109,8 +109,8 @@ class Generate(Model):
             raise UserError("num_samples is for a temperature above 0: at 0 all samples are the same")
 
     def run(self) -> None:
-        placed = rows.read_prompts(self.prompts) if self.prompts else {}
-        prompts: Any = [*placed.values()] or (files.read_text(self.article) if self.article else str(self.prompt))
+        named = rows.read_prompts(self.prompts) if self.prompts else {}
+        prompts: Any = [*named.values()] or (files.read_text(self.article) if self.article else str(self.prompt))
         lm = self.load()
         options = {k: getattr(self, k) for k in ("prefill", "max_new_tokens", "chat", "seed", "stop")} | vars(self.sampling)
         options["attention"] = rebalanced(self.attention, self.rebalance)
@@ -127,7 +127,7 @@ class Generate(Model):
             outs = [stream.output]
         else:
             with commandline.status("compiling and decoding ..."):
-                found = lm.generate(prompts, num_samples=self.num_samples, batch_size=self.batch_size, places=[*placed], **options)
+                found = lm.generate(prompts, num_samples=self.num_samples, batch_size=self.batch_size, prompt_names=[*named], **options)
             outs = [found] if isinstance(found, Output) else [out for own in found for out in ([own] if isinstance(own, Output) else own)]
         if self.prefill != "dense":
             some = prompts if isinstance(prompts, str) else prompts[: self.batch_size]

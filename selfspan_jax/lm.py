@@ -76,15 +76,17 @@ class Reader:
         return end_ids(self.task, self.vocab)
 
     def encode(
-        self, prompts: str | Sequence[str], chat: bool = False, places: Sequence[str] = ()
+        self, prompts: str | Sequence[str], chat: bool = False, prompt_names: Sequence[str] = ()
     ) -> tuple[list[str], list[Int[np.ndarray, "T"]]]:
-        """Return prompts as a list, and the ids of each. Raises UserError, which of several prompts names the one, by its place."""
+        """Return prompts as a list, and the ids of each. Raises UserError, which of several prompts names the one."""
         if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
             raise UserError(f"prompts are {prompts!r}: expected text, or a list of texts")
         encode = getattr(self.task, "encode_chat", None) if chat else self.task.encode_prompt
         if encode is None:
             raise UserError("chat is for pretrained models: this model's task writes its prompts itself")
         texts, found = [prompts] if isinstance(prompts, str) else list(prompts), []
+        if prompt_names and len(prompt_names) != len(texts):
+            raise UserError(f"prompt_names has {len(prompt_names)} names; expected one for each of {len(texts)} prompts")
         for number, text in enumerate(texts, 1):
             try:
                 if not isinstance(text, str):
@@ -97,8 +99,8 @@ class Reader:
                 if isinstance(prompts, str):
                     raise
                 shown = f"{text[:_SHOWN_CHARACTERS]}..." if isinstance(text, str) and len(text) > _SHOWN_CHARACTERS else text
-                place = places[number - 1] if places else f"prompt {number}"
-                raise UserError(f"{place}, {shown!r}: {error}") from error
+                name = prompt_names[number - 1] if prompt_names else f"prompt {number}"
+                raise UserError(f"{name}, {shown!r}: {error}") from error
             found.append(ids)
         return texts, found
 
@@ -234,7 +236,7 @@ class SpanLM(Reader):
         num_samples: int | None = None,
         batch_size: int | None = None,
         chat: bool = False,
-        places: Sequence[str] = (),
+        prompt_names: Sequence[str] = (),
         **options: Any,
     ) -> Output | list[Output] | list[list[Output]]:
         """Decode a response to a prompt, or to each of several in one batch.
@@ -248,7 +250,7 @@ class SpanLM(Reader):
             everything, "window" the first and the most recent tokens; by default what the model was trained with.
           max_new_tokens: at most as many as the model's context leaves; by default that.
           chat: write each prompt as a user's message, by the chat template of a pretrained model's tokenizer.
-          places: of several prompts, what an error calls each of them, as in "prompts.txt: line 3"; by default "prompt 3".
+          prompt_names: of several prompts, what an error calls each of them, as in "prompts.txt: line 3"; by default "prompt 3".
           seed: of what is drawn at a temperature above 0: 0 to 2**63 - 1.
           stop: a text or several, before the first of which a response ends; span tokens are text too, as written: "<seg:3>".
           prefill: how causal prompts are read: "dense"; "sample" or "blocks", of whose tiles each head reads some; or a selector of
@@ -262,7 +264,7 @@ class SpanLM(Reader):
         Raises: UserError for a prompt that the task cannot read, or that is too long for the model's context; of several prompts
           it names which. UserError for options that there are not, or that cannot be.
         """
-        texts, ids = self.encode(prompts, chat, places)
+        texts, ids = self.encode(prompts, chat, prompt_names)
         if not texts:
             return []
         samples = 1 if num_samples is None else _count("num_samples", num_samples)
