@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
 DENSITIES = (1.0, 0.1, 0.02)
 PATTERNS = ("tokens", "spans", "blocks")
+UNEQUAL = 0.4  # sigma of the logarithm of how many tokens each sequence has in use, where they are unequal
 CASES = tuple((density, pattern) for density in DENSITIES for pattern in (PATTERNS if density < 1.0 else ("all",)))
+TUNED = ((1.0, "all"), (0.1, "tokens"), (0.02, "tokens"), (0.04, "unequal"))  # what settings are chosen by
 IMPLEMENTATIONS = ("triton", "triton+int8", "mosaic", "jax_triton")
 KNOWN = tuple(name + pools for name in ("triton", "mosaic", "jax_triton", "xla", "reference") for pools in ("", "+int8"))
 PEERS = ("jax", "torch")
@@ -57,7 +59,7 @@ ROUNDS = 8  # through all slot lists of a chain
 def draw_positions(rng: np.random.Generator, length: int, density: float, pattern: str) -> np.ndarray:
     """Draw ascending positions, `density` of a sequence: single tokens, spans of 8-30, or blocks of 64."""
     wanted = max(1, round(density * length))
-    if pattern == "tokens" or density == 1.0:
+    if pattern in ("tokens", "unequal") or density == 1.0:
         return np.sort(rng.choice(length, wanted, replace=False)) if density < 1.0 else np.arange(length)
     chosen = np.zeros(length, bool)
     while (missing := wanted - int(chosen.sum())) > 0:
@@ -69,12 +71,16 @@ def draw_positions(rng: np.random.Generator, length: int, density: float, patter
 
 
 def draw_slots(seed: int, shape: AttentionShape, density: float, pattern: str, first_row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `slots [B, A]` and `counts [B]`; the pool holds the sequences one after the other from `first_row` on."""
+    """Draw `slots [B, A]` and `counts [B]`; the pool holds the sequences one after the other from `first_row` on.
+
+    Where they are "unequal", sequences have log-normal numbers of single tokens in use, `density` in the mean.
+    """
     rng = np.random.default_rng(seed)
     slots = np.full((len(shape.lengths), shape.capacity), -1, np.int32)
     counts = np.zeros(len(shape.lengths), np.int32)
     for b, length in enumerate(shape.lengths):
-        positions = draw_positions(rng, length, density, pattern)
+        own = min(1.0, density * rng.lognormal(-(UNEQUAL**2) / 2, UNEQUAL)) if pattern == "unequal" else density
+        positions = draw_positions(rng, length, own, pattern)
         counts[b] = len(positions)
         slots[b, : counts[b]] = first_row + positions
         first_row += length
@@ -280,7 +286,7 @@ def tune_shape(shape: AttentionShape, seed: int, report: KernelReport, tile_rows
     configs += [chosen._replace(splits=max(1, round(chosen.splits * factor))) for factor in (0.5, 2)]
     if tile_rows:  # few enough for several batches
         configs = [chosen, *(TritonConfig(rows, max(1, rows // 32), 3, splits) for rows in tile_rows for splits in (0, 2))]
-    inputs = {case: workload.draw(seed, *case) for case in ((1.0, "all"), (0.1, "tokens"), (0.02, "tokens"))}
+    inputs = {case: workload.draw(seed, *case) for case in TUNED}
     for config in dict.fromkeys(configs):
         attend = functools.partial(triton_attention, scale=shape.head_size**-0.5, config=config)
         try:
@@ -288,9 +294,9 @@ def tune_shape(shape: AttentionShape, seed: int, report: KernelReport, tile_rows
         except RuntimeError as error:  # a setting that asks for more shared memory than there is
             report.not_run(f"{shape.name:12} {config}", error)
             continue
-        for (density, _), us in zip(inputs, times, strict=True):
-            case = {"shape": shape.name, "batch_size": len(shape.lengths), "config": config._asdict(), "density": density}
-            report.content["cases"].append(case | {"microseconds": us})
+        for (density, pattern), us in zip(inputs, times, strict=True):
+            case = {"shape": shape.name, "batch_size": len(shape.lengths), "config": config._asdict()}
+            report.content["cases"].append(case | {"density": density, "pattern": pattern, "microseconds": us})
         mark = "  <- heuristics.py" if config == chosen else ""
         print(f"{shape.name:12} {len(shape.lengths):4} {config} " + " ".join(f"{us:9.1f}" for us in times) + f" us{mark}", flush=True)
 

@@ -42,6 +42,12 @@ def test_sequences_have_slots_of_their_own():
         assert np.all((used >= first) & (used < last)) and np.all(slots[b, counts[b] :] == -1)
 
 
+def test_unequal_sequences_have_the_density_in_the_mean():
+    shape = dataclasses.replace(SHAPE, lengths=(1000,) * 2000)
+    _, counts = bench.draw_slots(0, shape, 0.04, "unequal", first_row=0)
+    assert abs(counts.mean() - 40) < 2 and abs(np.log(counts).std() - 0.4) < 0.03 and counts.max() > 100
+
+
 def test_given_tiles_are_timed_beside_what_is_chosen(monkeypatch):
     """Of shapes with as many sequences as asked for; each setting computes attention."""
     shape = AttentionShape("few", "", (90, 40), 9, 3, 64)
@@ -61,10 +67,9 @@ def test_given_tiles_are_timed_beside_what_is_chosen(monkeypatch):
     dataclasses.replace(settings, shapes=settings.shapes[:1]).run()
     chosen = [tuple(bench.triton_config(number, 3, 64, 2, 90)) for number in (1, 3)]
     given = [(rows, max(1, rows // 32), 3, splits, 1, 0, 0) for rows in (16, 64) for splits in (0, 2)]
-    timed = [(row["batch_size"], tuple(row["config"].values()), row["density"]) for row in report.content["cases"]]
-    every = [
-        (n, config, density) for n, own in zip((1, 3), chosen) for config in dict.fromkeys([own, *given]) for density in (1.0, 0.1, 0.02)
-    ]
+    timed = [(row["batch_size"], tuple(row["config"].values()), row["density"], row["pattern"]) for row in report.content["cases"]]
+    cases = [(1.0, "all"), (0.1, "tokens"), (0.02, "tokens"), (0.04, "unequal")]
+    every = [(n, config, *case) for n, own in zip((1, 3), chosen) for config in dict.fromkeys([own, *given]) for case in cases]
     assert timed == every
 
 

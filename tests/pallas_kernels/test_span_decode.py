@@ -460,7 +460,7 @@ SETTINGS = [TritonConfig(16, 4, 2, 5), TritonConfig(128, 8, 2, 0), TritonConfig(
 @pytest.mark.parametrize(
     "config, interpret",
     [(config, True) for config in SETTINGS]
-    + [pytest.param(config, False, marks=pytest.mark.gpu) for config in (*SETTINGS, TritonConfig(32, 1, 4, 1))],
+    + [pytest.param(config, False, marks=pytest.mark.gpu) for config in (*SETTINGS, TritonConfig(32, 1, 4, 1), TritonConfig(64, 2, 3, 0))],
     ids=str,
 )
 def test_triton_settings_do_not_change_the_answer(config, interpret):
@@ -508,6 +508,14 @@ def test_large_heads_that_name_few_rows_are_not_divided(batch, capacity, divided
     """Eight heads of 128, as in Llama 3 8B. Where everything is named, or rows are int8, settings are as without the hint."""
     assert (triton_config(batch, 8, 128, 2, capacity, sparse=True).splits > 0) == divided
     assert triton_config(batch, 8, 128, 2, capacity).splits > 0 and triton_config(batch, 8, 128, 1, capacity, sparse=True).splits > 0
+
+
+def test_many_sequences_of_long_contexts_have_wide_tiles():
+    """Three heads of 64, as in SmolLM2-135M: where some sequences read many more rows than others, one warp is late with theirs."""
+    tiles = {
+        (batch, capacity): triton_config(batch, 3, 64, 2, capacity, sparse=True)[:2] for batch in (200, 400) for capacity in (900, 5000)
+    }
+    assert tiles[200, 900] == tiles[200, 5000] == tiles[400, 5000] == (64, 2) and tiles[400, 900] == (16, 1)
 
 
 def test_settings_divide_the_heads_and_lower_for_cuda():
