@@ -224,7 +224,7 @@ def run_scheduler(scheduler: Scheduler, work: Sequence[Work], times: Float[np.nd
 
 
 def run_at_once(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:
-    """Run requests that are all there at once; count what they took, read and how they ended, and how many while others waited.
+    """Run requests that are all there at once; count what they took, read and how they ended.
 
     Raises: JaxRuntimeError where the device fails.
     """
@@ -233,14 +233,12 @@ def run_at_once(scheduler: Scheduler, work: Sequence[Work]) -> dict[str, Any]:
     after = scheduler.stats
     if failed := next((own.failed for own in sent if own.failed), None):
         raise jax.errors.JaxRuntimeError(failed)
-    full = max(own.events[0] for own in sent)  # then the last one has a place
-    while_full = {"seconds_while_full": full, "ended_while_full": sum(own.events[-1] <= full for own in sent)}
     ended = after.finished - before.finished
     names = ("prompt_tokens", "prefix_hit_tokens", "generated_tokens", "attended_tokens", "context_tokens", "preemptions", "waited_seconds")
     counts = {name: getattr(after, name) - getattr(before, name) for name in names}
     share = counts["attended_tokens"] / counts["context_tokens"]
     rows = (after.pages_used + after.pages_cached) * scheduler.config.page_tokens
-    return {**summary(None, sent), **while_full, **counts, "finished": dict(ended), "attended_fraction": share, "rows_kept": rows}
+    return {**summary(None, sent), **counts, "finished": dict(ended), "attended_fraction": share, "rows_kept": rows}
 
 
 def run_static(model: Model, work: Sequence[Work], times: Float[np.ndarray, "R"]) -> list[Sent]:

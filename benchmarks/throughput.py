@@ -4,8 +4,8 @@
 
 All prompts are there at once, and all that have places are read before a chunk of tokens is decoded. A response ends by
 itself, or with as many tokens as the longest gold one of the first part has, and 16 more; prompts without room for these are left out.
-Programs are compiled and have run before. At the end places are empty while the last responses are written: of a short queue at many places
-that is most of the time. The second rate is of what ended while others waited.
+Programs are compiled and have run before. At the end places are empty while the last responses are written, which costs the more the
+shorter a queue is and the more places there are.
 """
 
 from __future__ import annotations
@@ -133,12 +133,11 @@ def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> 
     row = run_at_once(scheduler, work)
     rates = {
         "responses_per_second": len(work) / row["seconds"],
-        "responses_per_second_while_full": row["ended_while_full"] / row["seconds_while_full"],
         "mean_response_tokens": row["generated_tokens"] / len(work),
         "mean_attended_tokens": row["attended_tokens"] / row["generated_tokens"],
         "ended_fraction": row["finished"].get("stop", 0) / len(work),
     }
-    told = "{:7.1f} responses/s, {:.1f} while others wait, of {:.0f} tokens that read {:,.0f} each, {:.1%} ended"
+    told = "{:7.1f} responses/s, of {:.0f} tokens that read {:,.0f} each, {:.1%} ended"
     print(f"{places:5} places:", told.format(*rates.values()), flush=True)
     size = {"places": places, "cache_tokens": scheduler.num_pages * scheduler.config.page_tokens}
     return {**size, **rates, **{name: value for name, value in row.items() if name not in _LEFT_OUT}}
