@@ -274,20 +274,24 @@ def run_peers(workload: Workload, peers: Sequence[str], report: KernelReport, se
         run_torch(workload, report, seed)
 
 
-def tune_shape(shape: AttentionShape, seed: int, report: KernelReport, tile_rows: Sequence[int] = ()) -> None:
-    """Time settings of the Triton kernel on one shape, the measurements behind heuristics.py: all, or the chosen one and given tiles."""
-    workload = Workload.make(shape, seed)
-    chosen = triton_config(len(shape.lengths), shape.num_kv_heads, shape.head_size, 2, shape.capacity)
+def settings(shape: AttentionShape, chosen: TritonConfig, tile_rows: Sequence[int]) -> list[TritonConfig]:
+    """List settings of the Triton kernel worth a measurement: the chosen one, and with `tile_rows` only tiles of so many rows beside it."""
+    if tile_rows:  # few enough for several batches
+        return [chosen, *(TritonConfig(rows, max(1, rows // 32), 3, splits) for rows in tile_rows for splits in (0, 2))]
     tiles = ((64, 2, 3), (64, 4, 3), (64, 2, 4), (32, 2, 3), (32, 2, 4), (32, 1, 4), (16, 1, 4), (16, 2, 5))  # rows, warps, stages
     configs = [chosen, *(TritonConfig(*tile, chosen.splits) for tile in tiles), TritonConfig(32, 1, 4, 2 * chosen.splits)]
     if shape.num_kv_heads % 4 == 0:
         tiles_of_heads = (((16, 1, 4), 2), ((16, 2, 4), 2), ((32, 2, 3), 2), ((16, 2, 3), 4))
         configs += [TritonConfig(*tile, chosen.splits, kv_heads) for tile, kv_heads in tiles_of_heads]
-    configs += [chosen._replace(splits=max(1, round(chosen.splits * factor))) for factor in (0.5, 2)]
-    if tile_rows:  # few enough for several batches
-        configs = [chosen, *(TritonConfig(rows, max(1, rows // 32), 3, splits) for rows in tile_rows for splits in (0, 2))]
+    return [*configs, *(chosen._replace(splits=max(1, round(chosen.splits * factor))) for factor in (0.5, 2))]
+
+
+def tune_shape(shape: AttentionShape, seed: int, report: KernelReport, tile_rows: Sequence[int] = ()) -> None:
+    """Time settings of the Triton kernel on one shape, the measurements behind heuristics.py."""
+    workload = Workload.make(shape, seed)
+    chosen = triton_config(len(shape.lengths), shape.num_kv_heads, shape.head_size, 2, shape.capacity)
     inputs = {case: workload.draw(seed, *case) for case in TUNED}
-    for config in dict.fromkeys(configs):
+    for config in dict.fromkeys(settings(shape, chosen, tile_rows)):
         attend = functools.partial(triton_attention, scale=shape.head_size**-0.5, config=config)
         try:
             times = [chain_us(attend, workload.q, (workload.k_pool, workload.v_pool), arrays)[0] for arrays in inputs.values()]
