@@ -80,8 +80,9 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         B 384    16 rows, 1 warp, 3 stages    357 / 42.9 / 12.4 / 38.6
                  64 rows, 2 warps, 3 stages   354 / 42.2 / 14.8 / 24.5
                  128 rows, 4 warps, 3 stages  337 / 43.4 / 14.9 / 26.6
-        B 768    16 rows, 1 warp, 3 stages      -                 53.4    37 rows in the mean, the longest 90: 11.9
-                 64 rows, 2 warps, 3 stages     -                 39.9                                         14.0
+        B 768    16 rows, 1 warp, 3 stages     -  /  -   /   -  / 53.4
+                 64 rows, 2 warps, 3 stages    -  /  -   /   -  / 39.9
+    The same with 37 rows in the mean and 90 for the longest, 16 rows / 64 rows: B 256 7.4 / 6.5, B 384 8.2 / 9.0, B 768 11.9 / 14.0.
     Few sequences, each with few of its rows (`sparse`): whole steps of SmolLM2-135M on an H200, 205 of 2,304 slots, ms; maps as chosen:
         B 8    divided and combined 0.634, undivided 0.592, and weights fetched ahead 0.569;  all rows 0.736 / 1.277 /  -
         B 32   divided and combined 0.763, undivided, 2 stages 0.689, 3 stages 0.679;         all rows 1.247 / 1.508 /  -
