@@ -14,7 +14,7 @@ MAX_SPARSE_CAPACITY = 4_096  # slots of a sequence that names few of them (a ten
 MAX_PARTS_BATCH = 2  # sequences whose parts a product combines, row by row
 MAX_AHEAD_BYTES = 1 << 24  # weights that are fetched ahead: of 7 MB it was measured to gain
 MAX_PARTS_CAPACITY = 12_288  # slots; with more, all of them named, more programs than a product can combine are faster
-MIN_UNEQUAL_CAPACITY = 4_097  # slots; of so many, sequences name some hundreds, and some of them many more than others
+MAX_EQUAL_CAPACITY = 4_096  # slots; of more, sequences name some hundreds, and some of them many more than others
 
 
 class TritonConfig(NamedTuple):
@@ -70,8 +70,8 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
                                         128 rows, 4 warps, 3 stages   37.4 / 11.2
                                         256 rows, 4 warps, 2 stages   38.4 / 12.5    8 warps 43.5 / -
         B 256, K 4, 36 of 900 rows      16 rows, 1 warp, 4 stages        - / 13.2    3 stages 12.2
-    Many sequences of 5,000 slots, K 3, H 64, on an H200, undivided; the last column: sequences name unequal numbers of rows, 4% in the
-    mean, the longest of a step 600. One warp alone takes twice as long for that one:
+    Many sequences of 5,000 slots, K 3, H 64, on an H200, undivided; the last column: 5,376 slots, of which sequences name unequal numbers,
+    4% in the mean, the longest of a step 600. One warp alone takes twice as long for that one:
         B 192    16 rows, 1 warp, 3 stages    272 / 33.3 /  9.5 /   -
                  64 rows, 2 warps, 3 stages   169 / 22.7 /  8.3 /   -
         B 256    16 rows, 1 warp, 3 stages    291 / 35.9 / 10.4 / 36.1
@@ -117,7 +117,7 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
         return TritonConfig(16, num_warps=1, num_stages=4, splits=splits, kv_heads=2)
     if head_size == 64 and item_bytes == 2:
         # Where most programs wait for others to end, less memory for each lets more of them run.
-        small = programs >= 7 * MULTIPROCESSORS and capacity < MIN_UNEQUAL_CAPACITY
+        small = programs >= 7 * MULTIPROCESSORS and capacity <= MAX_EQUAL_CAPACITY
         return TritonConfig(*((16, 1) if small else (64, 2)), num_stages=3, splits=splits)
     return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=splits)
 
