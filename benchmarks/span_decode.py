@@ -59,7 +59,7 @@ ROUNDS = 8  # through all slot lists of a chain
 def draw_positions(rng: np.random.Generator, length: int, density: float, pattern: str) -> np.ndarray:
     """Draw ascending positions, `density` of a sequence: single tokens, spans of 8-30, or blocks of 64."""
     wanted = max(1, round(density * length))
-    if pattern in ("tokens", "unequal") or density == 1.0:
+    if pattern == "tokens" or density == 1.0:
         return np.sort(rng.choice(length, wanted, replace=False)) if density < 1.0 else np.arange(length)
     chosen = np.zeros(length, bool)
     while (missing := wanted - int(chosen.sum())) > 0:
@@ -79,8 +79,11 @@ def draw_slots(seed: int, shape: AttentionShape, density: float, pattern: str, f
     slots = np.full((len(shape.lengths), shape.capacity), -1, np.int32)
     counts = np.zeros(len(shape.lengths), np.int32)
     for b, length in enumerate(shape.lengths):
-        own = min(1.0, density * rng.lognormal(-(UNEQUAL**2) / 2, UNEQUAL)) if pattern == "unequal" else density
-        positions = draw_positions(rng, length, own, pattern)
+        if pattern == "unequal":
+            own = min(1.0, density * rng.lognormal(-(UNEQUAL**2) / 2, UNEQUAL))
+            positions = draw_positions(rng, length, own, "tokens")
+        else:
+            positions = draw_positions(rng, length, density, pattern)
         counts[b] = len(positions)
         slots[b, : counts[b]] = first_row + positions
         first_row += length

@@ -84,37 +84,33 @@ def test_sizes_that_cannot_be_are_refused_before_a_model_is_loaded(size):
         throughput.Throughput(checkpoint=Path("none"), data=Path("none"), **{size: 0})
 
 
-class Sequence:
-    """A scheduler of two places that gives each request its tokens, one in each round; `broken`: the device fails with the last one."""
+class Rounds:
+    """A scheduler that gives each request a token in each round; `broken`: the device fails at the first."""
 
     def __init__(self, broken=False):
-        self.config, self.broken, self.waiting, self.running, self.written = types.SimpleNamespace(page_tokens=8), broken, [], [], 0
+        self.config, self.broken, self.running, self.written = types.SimpleNamespace(page_tokens=8), broken, [], 0
 
     @property
     def stats(self):
         return Stats(generated_tokens=self.written, context_tokens=1 + self.written)
 
     def submit(self, request, deliver):
-        self.waiting.append([request.max_new_tokens, deliver])
+        self.running.append((request.max_new_tokens, deliver))
 
     def run_once(self):
-        while self.waiting and len(self.running) < 2:
-            self.running.append(self.waiting.pop(0))
-        failed = self.broken and not self.waiting
-        for own in list(self.running):
-            own[0], self.written = own[0] - 1, self.written + 1
-            ends = None if own[0] else "length"
-            own[1](Tokens.none("error", "out of memory") if failed else Tokens(np.array([4]), np.array([1]), ends))
-            if failed or ends:
-                self.running.remove(own)
-        return bool(self.waiting or self.running)
+        for left, deliver in self.running:
+            self.written += 1
+            ends = "length" if left == 1 else None
+            deliver(Tokens.none("error", "out of memory") if self.broken else Tokens(np.array([4]), np.array([1]), ends))
+        self.running = [] if self.broken else [(left - 1, deliver) for left, deliver in self.running if left > 1]
+        return bool(self.running)
 
 
 def test_a_device_that_fails_is_an_error_and_no_rate():
     work = [systems.Work(np.array([4]), new) for new in (1, 3, 4, 2, 5)]
-    assert systems.run_at_once(Sequence(), work)["generated_tokens"] == 15
+    assert systems.run_at_once(Rounds(), work)["generated_tokens"] == 15
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
-        systems.run_at_once(Sequence(broken=True), work)
+        systems.run_at_once(Rounds(broken=True), work)
 
 
 def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_path, capsys):
