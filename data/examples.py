@@ -217,9 +217,10 @@ def stored(
     """
     from data import dataset  # which imports Hugging Face's datasets
 
-    there = dataset.splits(directory)
-    unseen = next((own for own in ("test", "validation") if own in there), None)
-    corpus = dataset.load(directory, tasks, split or unseen)
+    if split is None:
+        there = dataset.splits(directory)
+        split = next((unseen for unseen in ("test", "validation") if unseen in there), None)
+    corpus = dataset.load(directory, tasks, split)
     try:
         scored_by = task.on(corpus.task)
     except UserError as error:

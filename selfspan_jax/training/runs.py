@@ -127,10 +127,10 @@ def _continued(file: Path, here: dict[str, Any]) -> dict[str, Any]:
     before, steps, taken = there["training"]["steps"], here["training"]["steps"], latest_step(file.parent) or 0
     if steps < taken:
         raise UserError(f"--steps is {steps}, but {file.parent} has taken {taken}: allowed are {taken} and above")
-    if not (file.parent / "model").exists():
-        history.pop("finished_steps", None)
-    else:
+    if (file.parent / "model").exists():
         history.setdefault("finished_steps", before)
+    else:
+        history.pop("finished_steps", None)
     schedules = [pair for pair in history.get("schedules", [[0, before]]) if pair[0] < taken]
     if taken and schedules[-1][1] != steps:
         history["schedules"] = [*schedules, [taken, steps]]
