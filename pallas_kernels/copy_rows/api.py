@@ -18,7 +18,7 @@ Pools = tuple[jax.Array, ...]
 class Copies(NamedTuple):
     """What `copy_rows` is to copy: its arguments."""
 
-    host_pools: Pools
+    source_pools: Pools
     pools: Pools
     sources: jax.Array
     targets: jax.Array
@@ -27,7 +27,7 @@ class Copies(NamedTuple):
 
 
 def copy_rows(
-    host_pools: Pools,
+    source_pools: Pools,
     pools: Pools,
     sources: jax.Array,
     targets: jax.Array,
@@ -37,23 +37,23 @@ def copy_rows(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Pools:
-    """Copy rows of pools in host memory to rows of pools on the device: `pools[i][targets[b, j]] = host_pools[i][sources[b, j]]`.
+    """Copy rows of pools to rows of others, on the device: `pools[i][targets[b, j]] = source_pools[i][sources[b, j]]`.
 
     Args:
-      host_pools: `[P', K, H]` each, put with `memory_kind="pinned_host"` on a GPU.
+      source_pools: `[P', K, H]` each, on the device or in host memory (put with `memory_kind="pinned_host"` on a GPU).
       pools: `[P, K, H]` each, in the same dtypes; the kernel writes them in place.
       sources, targets: int32 `[B, F]`. No target is named twice.
       counts: int32 `[B]`: the first `counts[b]` of each row are copied; what stands beyond is arbitrary. Rows outside a pool are left out.
       share: int32 `[2]`, where the part that this call copies begins and ends, in fractions of SHARES; by default it is everything.
         Calls whose parts follow each other, from 0 to SHARES, copy everything: the kernel its part in each, "xla" all in the last one.
-      implementation, interpret: as `pallas_kernels` says. "xla" moves the whole host pools to the device first.
+      implementation, interpret: as `pallas_kernels` says. "xla" moves whole pools from host memory to the device first.
 
     Returns: the pools afterwards.
     """
-    require(len(host_pools) == len(pools) > 0, "expected as many pools as host pools", len(host_pools), len(pools))
-    for host, pool in zip(host_pools, pools):
-        fits = host.ndim == pool.ndim == 3 and host.shape[1:] == pool.shape[1:] == pools[0].shape[1:]
-        require(fits and host.dtype == pool.dtype, "expected pools [P, K, H] and host pools [P', K, H] of one dtype", host, pool)
+    require(len(source_pools) == len(pools) > 0, "expected as many pools as source pools", len(source_pools), len(pools))
+    for source_pool, pool in zip(source_pools, pools):
+        fits = source_pool.ndim == pool.ndim == 3 and source_pool.shape[1:] == pool.shape[1:] == pools[0].shape[1:]
+        require(fits and source_pool.dtype == pool.dtype, "expected pools [P, K, H] and source pools [P', K, H] of one dtype", source_pool, pool)
     fits = sources.ndim == 2 and sources.shape == targets.shape and counts.shape == sources.shape[:1]
     fits &= sources.dtype == targets.dtype == counts.dtype == jnp.int32
     require(fits, "expected sources and targets int32 [B, F] and counts int32 [B]", sources, targets, counts)
@@ -63,8 +63,8 @@ def copy_rows(
     if not sources.size:
         return pools
     if chosen == "xla":
-        return xla_copy_rows(host_pools, pools, sources, targets, counts, share)
-    return launch(chosen, functools.partial(triton_copy_rows, interpret=interpret), host_pools, pools, sources, targets, counts, share)
+        return xla_copy_rows(source_pools, pools, sources, targets, counts, share)
+    return launch(chosen, functools.partial(triton_copy_rows, interpret=interpret), source_pools, pools, sources, targets, counts, share)
 
 
 def unsupported_reason(implementation: str, pool: jax.Array, *, interpret: bool = False) -> str | None:

@@ -11,13 +11,15 @@ def everything() -> jax.Array:
     return jnp.array([0, SHARES], jnp.int32)
 
 
-def xla_copy_rows(host_pools, pools, sources, targets, counts, share):
-    """Gather and scatter, after the host pools were moved to the device."""
+def xla_copy_rows(source_pools, pools, sources, targets, counts, share):
+    """Gather and scatter, after pools in host memory were moved to the device."""
     wanted = jnp.arange(sources.shape[1], dtype=jnp.int32)[None, :] < jnp.where(share[1] == SHARES, counts, 0)[:, None]
 
-    def copy(host, pool):
-        valid = wanted & (sources >= 0) & (sources < host.shape[0]) & (targets >= 0)
-        rows = jax.device_put(host, jax.memory.Space.Device).at[sources].get(mode="clip")
+    def copy(source_pool, pool):
+        valid = wanted & (sources >= 0) & (sources < source_pool.shape[0]) & (targets >= 0)
+        if jax.typeof(source_pool).memory_space != jax.memory.Space.Device:
+            source_pool = jax.device_put(source_pool, jax.memory.Space.Device)
+        rows = source_pool.at[sources].get(mode="clip")
         return pool.at[jnp.where(valid, targets, pool.shape[0])].set(rows, mode="drop")
 
-    return tuple(map(copy, host_pools, pools))
+    return tuple(map(copy, source_pools, pools))

@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels import copy_rows
 from selfspan_jax.decoding.cache import KVCache, LayerPools
 from selfspan_jax.model import Attend
 
@@ -38,15 +40,13 @@ class PagedCache(KVCache):
           prompts: the `running.Prompts`.
           attend: the attention over R * S rows, where token s of prompt r is row r * S + s.
         """
+        (batch, num_keys), num_queries = earlier.shape, own.shape[1]
+        rows = jnp.arange(batch * num_keys, dtype=jnp.int32).reshape(earlier.shape)
+        before, new = jnp.broadcast_to(prompts.first, (batch,)), jnp.clip(prompts.lengths - prompts.first, 0, num_queries)
 
         def paged(qkv, norms, angles, pools):
-            buffers = tuple(pool.at[earlier.reshape(-1)].get(mode="fill", fill_value=0) for pool in pools)
-            out, buffers = attend(qkv, norms, angles, buffers)
-
-            def written(pool, buffer):
-                buffer = buffer.reshape(*earlier.shape, *buffer.shape[1:])
-                return pool.at[own].set(jax.lax.dynamic_slice_in_dim(buffer, prompts.first, own.shape[1], axis=1), mode="drop")
-
-            return out, tuple(map(written, pools, buffers))
+            empty = tuple(jnp.zeros((batch * num_keys, *pool.shape[1:]), pool.dtype) for pool in pools)
+            out, buffers = attend(qkv, norms, angles, copy_rows(pools, empty, earlier, rows, before))
+            return out, copy_rows(buffers, pools, rows[:, :num_queries] + prompts.first, own, new)
 
         return paged

@@ -23,8 +23,8 @@ RUNS = [("xla", False), ("triton", True), pytest.param("triton", False, marks=py
 RUNS += [pytest.param("jax_triton", False, marks=JAX_TRITON)]
 
 
-def make_pools(num_heads, head_size):
-    """Host pools in host memory, pools, and these as they are to be afterwards."""
+def make_pools(num_heads, head_size, memory_kind="pinned_host"):
+    """Source pools in a kind of memory, pools, and these as they are to be afterwards."""
     rng = np.random.default_rng(0)
     host, pools = ([rng.normal(size=(rows, num_heads, head_size)).astype(np.float32) for _ in range(2)] for rows in (50, 30))
     expected = [pool.copy() for pool in pools]
@@ -34,14 +34,15 @@ def make_pools(num_heads, head_size):
                 for pool, rows in zip(expected, host):
                     pool[target] = rows[source]
     assert not np.array_equal(expected[0], pools[0])
-    pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
-    return tuple(jax.device_put(host, pinned)), tuple(map(jnp.asarray, pools)), expected
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
+    return tuple(jax.device_put(host, place)), tuple(map(jnp.asarray, pools)), expected
 
 
 @pytest.mark.parametrize("implementation, interpret", RUNS)
 @pytest.mark.parametrize("num_heads, head_size", [(8, 128), (3, 64)], ids=["whole rows", "heads that are no power of two"])
-def test_rows_are_copied(num_heads, head_size, implementation, interpret):
-    host, pools, expected = make_pools(num_heads, head_size)
+@pytest.mark.parametrize("memory_kind", ["pinned_host", "device"])
+def test_rows_are_copied(memory_kind, num_heads, head_size, implementation, interpret):
+    host, pools, expected = make_pools(num_heads, head_size, memory_kind)
     copy = jax.jit(functools.partial(copy_rows, implementation=implementation, interpret=interpret))
     found = copy(host, pools, SOURCES, TARGETS, COUNTS)
     assert all(map(np.array_equal, found, expected))
