@@ -5,7 +5,8 @@
 All prompts are there at once, and all that have places are read before a chunk of tokens is decoded. A response ends by
 itself, or with as many tokens as the longest gold one of the first part has, and 16 more; prompts without room for these are left out.
 Programs are compiled and have run before. At the end places are empty while the last responses are written, which costs the more the
-shorter a queue is and the more places there are.
+shorter a queue is and the more places there are: `--rounds` makes it longer than the corpus is. A round has the order of the first one,
+so that a prompt returns once its rows have been evicted; each figure says how many tokens were found in the cache after all.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Throughput(AtOnce):
     split: Annotated[tuple[str, ...], commandline.commas("train", "validation", "test")] = ("validation",)
     """Its parts, the first ones first; several with commas."""
     num_requests: int = 1000
-    """Most prompts of the queue."""
+    """Most prompts of a round of the queue."""
+    rounds: int = 1
+    """How often they are all asked, one round after the other."""
     min_prompt_tokens: int = 1
     """Fewest tokens of a prompt."""
     max_new_tokens: int | None = None
@@ -65,7 +68,7 @@ class Throughput(AtOnce):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "num_requests", "min_prompt_tokens", low=1)
+        check_range(self, "num_requests", "rounds", "min_prompt_tokens", low=1)
         if self.max_new_tokens is not None:
             check_range(self, "max_new_tokens", low=1)
         if min(self.places, default=0) < 1:
@@ -121,7 +124,7 @@ def queue(settings: Throughput, lm: SpanLM) -> tuple[list[Work], dict[str, Any]]
     order = np.random.default_rng(settings.seed).permutation(len(found)).tolist() if random else longest_first([own[1] for own in found])
     counts = {f"of_{split}": sum(own[0] == split for own in found) for split in settings.split}
     drawn = {"data": settings.data.resolve().name, "warnings": warnings, **counts}
-    return [Work(found[i][1], new_tokens) for i in order], drawn
+    return [Work(found[i][1], new_tokens) for i in order] * settings.rounds, drawn
 
 
 def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> dict[str, Any]:
@@ -136,8 +139,9 @@ def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> 
         "mean_response_tokens": row["generated_tokens"] / len(work),
         "mean_attended_tokens": row["attended_tokens"] / row["generated_tokens"],
         "ended_fraction": row["finished"].get("stop", 0) / len(work),
+        "prefix_hit_fraction": row["prefix_hit_tokens"] / (row["prompt_tokens"] + row["prefix_hit_tokens"]),
     }
-    told = "{:7.1f} responses/s, of {:.0f} tokens that read {:,.0f} each, {:.1%} ended"
+    told = "{:7.1f} responses/s, of {:.0f} tokens that read {:,.0f} each, {:.1%} ended, {:.1%} of the prompts' tokens in the cache"
     print(f"{places:5} places:", told.format(*rates.values()), flush=True)
     size = {"places": places, "cache_tokens": scheduler.num_pages * scheduler.config.page_tokens}
     return {**size, **rates, **{name: value for name, value in row.items() if name not in _LEFT_OUT}}

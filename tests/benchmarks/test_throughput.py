@@ -72,6 +72,13 @@ def test_a_queue_is_in_random_order_or_has_its_longest_prompts_first(queue):
     assert found["random", 0] != found["random", 3]
 
 
+def test_rounds_of_a_queue_have_the_same_order(queue):
+    once, _ = throughput.queue(queue(split=("validation", "train")), LM)
+    thrice, drawn = throughput.queue(queue(split=("validation", "train"), rounds=3), LM)
+    assert [len(item.prompt_ids) for item in thrice] == 3 * [len(item.prompt_ids) for item in once]
+    assert (drawn["of_validation"], drawn["of_train"]) == (3, 2)
+
+
 @pytest.mark.parametrize("min_prompt_tokens, reason", [(100, "of 100 tokens or more"), (30, "leaves room for 17 new ones")])
 def test_a_queue_without_prompts_is_refused(min_prompt_tokens, reason, queue):
     with pytest.raises(UserError, match=reason):
@@ -120,6 +127,7 @@ def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_p
         sizes.append((scheduler.config.num_sequences, len(work)))
         assert len({id(item) for item in work}) == len(work) and scheduler.config.reads_per_chunk is None
         of_all = {"generated_tokens": 10 * len(work), "attended_tokens": 70 * len(work), "finished": {"stop": 2, "length": 1}}
+        of_all |= {"prompt_tokens": 30, "prefix_hit_tokens": 10}
         return {"seconds": 2.0 * scheduler.config.num_sequences, "tokens": 1} | of_all
 
     def scheduler(engine, config, **_):
@@ -137,9 +145,10 @@ def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_p
     assert sizes == ["compiled", (2, 2), (2, 3), "compiled", (4, 2), (4, 3)]
     report = json.loads((tmp_path / "found.json").read_text())
     names = ("places", "cache_tokens", "responses_per_second", "mean_response_tokens", "mean_attended_tokens", "ended_fraction")
+    names += ("prefix_hit_fraction",)
     found = [[row[name] for name in names] for row in report["rows"]]
-    np.testing.assert_allclose(found, [(2, 384, 3 / 4, 10, 7, 2 / 3), (4, 384, 3 / 8, 10, 7, 2 / 3)])
+    np.testing.assert_allclose(found, [(2, 384, 3 / 4, 10, 7, 2 / 3, 1 / 4), (4, 384, 3 / 8, 10, 7, 2 / 3, 1 / 4)])
     assert (report["data"], report["num_requests"], report["mean_prompt_tokens"], report["most_prompt_tokens"]) == ("digits", 3, 26 / 3, 11)
     told = capsys.readouterr().out
     assert "warning: validation is known by heart" in told
-    assert "2 places:     0.8 responses/s, of 10 tokens that read 7 each, 66.7% ended" in told
+    assert "2 places:     0.8 responses/s, of 10 tokens that read 7 each, 66.7% ended, 25.0% of the prompts' tokens in the cache" in told
