@@ -166,6 +166,16 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
     Whole steps on an H200 (SmolLM2-135M, ms; attention as it was): 8 rows 0.634, before with tiles of 16 rows and 32 outputs 0.727.
     2 rows are multiplied as one is, each by itself: 0.537 where tiles of 8 rows take 0.571. 16 rows: tiles of 16 outputs take 0.667,
     with outputs first 0.672. 32 rows: as 64. arithmetic-small, 256 rows: 0.222 with the tiles of down above, six stages; 0.234 before.
+    `ScaledRows` of 576 inputs in whole steps on an H200, the kernel alone by the profiler, weights in memory (arithmetic-small in brackets):
+        256 rows:  64 rows, 32 outputs; 64 pairs             3.9 (3.6)      3.7 (3.1)      6.2 (5.8)      6.1 (5.5)
+                   32 rows, 64 outputs first; 128, 32 pairs  4.1 (3.6)      3.7 (3.1)      6.6 (6.3)         -
+                   64 rows, 16 outputs, chunks of 128                                                    8.5 (4.4)
+                   128 rows, 32 outputs; 64 pairs, 8 warps   5.3            4.0            7.6            8.2
+        512 rows:  64 rows, 32 outputs; 64 pairs             4.9 (3.8)      5.0 (4.0)      8.4 (7.8)      7.7 (5.7)
+                   32 rows, 64 outputs first; 128, 32 pairs  5.4 (3.7)      5.1 (4.3)     11.2 (10.7)        -
+                   64 rows, 16 outputs, chunks of 128                                                   12.4 (7.9)
+                   128 rows, 32 outputs; 64 pairs, 8 warps   5.3            4.1            7.8            7.7
+    Steps of arithmetic-small with 512 rows 0.280 ms, 0.321 before. Narrow tiles of down are faster where all its programs run at once.
     """
     most = largest_power_of_2_below(num_results)
     if batch <= MAX_NORM_ROWS and num_inputs <= MAX_INPUTS:
@@ -186,9 +196,9 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
         rows, outputs, warps, stages = (wide, 16, 4, 640 // chunk) if few and gated else (16, 32, 4, min(10, 640 // chunk))
         rows_first = True
     elif batch <= 512:
-        rows, outputs, warps, stages, rows_first = (128, 32, 4, 6, True) if gated else (32, 64, 4, 6, False)
-        if num_inputs > 1024 and not gated:
-            rows, outputs, rows_first, chunk = 64, 16, True, largest_power_of_2_in(num_inputs, 128)
+        rows, outputs, warps, stages, rows_first = (64, 64, 4, 4, True) if gated else (64, 32, 4, 5, True)
+        if num_inputs > 1024 and not gated and pl.cdiv(batch, rows) * pl.cdiv(num_results, 16) <= MULTIPROCESSORS:
+            outputs, stages, chunk = 16, 6, largest_power_of_2_in(num_inputs, 128)
     elif gated:
         rows, outputs, warps, stages, rows_first = 128, 128, 8, 4, True
     else:
