@@ -5,8 +5,8 @@
 All prompts are there at once, and all that have places are read before a chunk of tokens is decoded. A response ends by
 itself, or with as many tokens as the longest gold one of the first part has, and 16 more; prompts without room for these are left out.
 Programs are compiled and have run before. At the end places are empty while the last responses are written, which costs the more the
-shorter a queue is and the more places there are: `--rounds` makes it longer than the corpus is. A round has the order of the first one,
-so that a prompt returns once its rows have been evicted; each figure says how many tokens were found in the cache after all.
+shorter a queue is and the more places there are: `--rounds` makes it longer than the corpus is. All rounds have one order, so that in a
+cache with room for fewer prompts than a round has, most have been evicted before they return; each figure says what was found in it.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def measure(settings: Throughput, lm: SpanLM, work: list[Work], places: int) -> 
         "ended_fraction": row["finished"].get("stop", 0) / len(work),
         "prefix_hit_fraction": row["prefix_hit_tokens"] / (row["prompt_tokens"] + row["prefix_hit_tokens"]),
     }
-    told = "{:7.1f} responses/s, of {:.0f} tokens that read {:,.0f} each, {:.1%} ended, {:.1%} of the prompts' tokens in the cache"
+    told = "{:7.1f} responses/s, of {:.0f} tokens that read {:,.0f} each, {:.1%} ended, {:.1%} of the prompts' tokens found in the cache"
     print(f"{places:5} places:", told.format(*rates.values()), flush=True)
     size = {"places": places, "cache_tokens": scheduler.num_pages * scheduler.config.page_tokens}
     return {**size, **rates, **{name: value for name, value in row.items() if name not in _LEFT_OUT}}

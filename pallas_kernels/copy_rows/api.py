@@ -40,7 +40,8 @@ def copy_rows(
     """Copy rows of pools to rows of others, on the device: `pools[i][targets[b, j]] = source_pools[i][sources[b, j]]`.
 
     Args:
-      source_pools: `[P', K, H]` each, on the device or in host memory (put with `memory_kind="pinned_host"` on a GPU).
+      source_pools: `[P', K, H]` each, none of them among `pools`, on the device or in host memory (put with
+        `memory_kind="pinned_host"` on a GPU).
       pools: `[P, K, H]` each, in the same dtypes; the kernel writes them in place.
       sources, targets: int32 `[B, F]`. No target is named twice.
       counts: int32 `[B]`: the first `counts[b]` of each row are copied; what stands beyond is arbitrary. Rows outside a pool are left out.
@@ -51,9 +52,9 @@ def copy_rows(
     Returns: the pools afterwards.
     """
     require(len(source_pools) == len(pools) > 0, "expected as many pools as source pools", len(source_pools), len(pools))
-    for source_pool, pool in zip(source_pools, pools):
-        fits = source_pool.ndim == pool.ndim == 3 and source_pool.shape[1:] == pool.shape[1:] == pools[0].shape[1:]
-        require(fits and source_pool.dtype == pool.dtype, "expected pools [P, K, H] and source pools [P', K, H] of one dtype", source_pool, pool)
+    for source, pool in zip(source_pools, pools):
+        fits = source.ndim == pool.ndim == 3 and source.shape[1:] == pool.shape[1:] == pools[0].shape[1:]
+        require(fits and source.dtype == pool.dtype, "expected pools [P, K, H] and source pools [P', K, H] of one dtype", source, pool)
     fits = sources.ndim == 2 and sources.shape == targets.shape and counts.shape == sources.shape[:1]
     fits &= sources.dtype == targets.dtype == counts.dtype == jnp.int32
     require(fits, "expected sources and targets int32 [B, F] and counts int32 [B]", sources, targets, counts)

@@ -17,7 +17,7 @@ def xla_copy_rows(source_pools, pools, sources, targets, counts, share):
 
     def copy(source_pool, pool):
         valid = wanted & (sources >= 0) & (sources < source_pool.shape[0]) & (targets >= 0)
-        if jax.typeof(source_pool).memory_space != jax.memory.Space.Device:
+        if jax.typeof(source_pool).memory_space != jax.memory.Space.Device:  # else a program after this one would be compiled again
             source_pool = jax.device_put(source_pool, jax.memory.Space.Device)
         rows = source_pool.at[sources].get(mode="clip")
         return pool.at[jnp.where(valid, targets, pool.shape[0])].set(rows, mode="drop")

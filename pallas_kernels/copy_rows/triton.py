@@ -4,7 +4,8 @@
 
 Why it exists: which rows are wanted is known on the device only, inside of a compiled loop. XLA moves slices of host memory, whose number
 and sizes a program fixes, or whole arrays. A kernel reads pinned host memory where it lies: over the link come the rows that are
-wanted, and nothing where none is. Between pools of the device XLA gathers and scatters all rows of the lists, wanted or not.
+wanted, and nothing where none is. Between pools of the device XLA gathers and scatters all rows of the lists, wanted or not: 76 us for
+16,100 of 19,968 rows (12.4 MB) written to two pools and none read, where this kernel takes 28 (one H200, JAX 0.11.2).
 
 How: a program takes tiles in turns, of all sequences one after the other. A tile is some rows of some heads; all pools' loads are
 issued before the first store, so that many are on their way at once: the link's latency is that of microseconds. The programs stand
@@ -58,8 +59,8 @@ def flat_operands(copies: Sequence[Any], interpret: bool) -> tuple[jax.Array, ..
 def copy_share(refs, out_refs, program, num_programs):
     """Copy what is one program's of a share.
 
-    `refs`: source pools [P', S, C], pools [P, S, C], sources, targets int32 [B, F], counts int32 [B], share int32 [2]; `out_refs`: the pools
-    as outputs.
+    `refs`: source pools [P', S, C], pools [P, S, C], sources, targets int32 [B, F], counts int32 [B], share int32 [2]; `out_refs`: the
+    pools as outputs.
     """
     number = len(out_refs)
     source_refs, (sources_ref, targets_ref, counts_ref, share_ref) = refs[:number], refs[2 * number :]

@@ -166,16 +166,19 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
     Whole steps on an H200 (SmolLM2-135M, ms; attention as it was): 8 rows 0.634, before with tiles of 16 rows and 32 outputs 0.727.
     2 rows are multiplied as one is, each by itself: 0.537 where tiles of 8 rows take 0.571. 16 rows: tiles of 16 outputs take 0.667,
     with outputs first 0.672. 32 rows: as 64. arithmetic-small, 256 rows: 0.222 with the tiles of down above, six stages; 0.234 before.
-    `ScaledRows` of 576 inputs in whole steps on an H200, the kernel alone by the profiler, weights in memory (arithmetic-small in brackets):
-        256 rows:  64 rows, 32 outputs; 64 pairs             3.9 (3.6)      3.7 (3.1)      6.2 (5.8)      6.1 (5.5)
-                   32 rows, 64 outputs first; 128, 32 pairs  4.1 (3.6)      3.7 (3.1)      6.6 (6.3)         -
-                   64 rows, 16 outputs, chunks of 128                                                    8.5 (4.4)
-                   128 rows, 32 outputs; 64 pairs, 8 warps   5.3            4.0            7.6            8.2
-        512 rows:  64 rows, 32 outputs; 64 pairs             4.9 (3.8)      5.0 (4.0)      8.4 (7.8)      7.7 (5.7)
-                   32 rows, 64 outputs first; 128, 32 pairs  5.4 (3.7)      5.1 (4.3)     11.2 (10.7)        -
-                   64 rows, 16 outputs, chunks of 128                                                   12.4 (7.9)
-                   128 rows, 32 outputs; 64 pairs, 8 warps   5.3            4.1            7.8            7.7
-    Steps of arithmetic-small with 512 rows 0.280 ms, 0.321 before. Narrow tiles of down are faster where all its programs run at once.
+    In whole steps on an H200, the kernel alone by the profiler, weights in memory, 576 inputs (512); down in chunks of 64 unless said:
+        256 rows:  64 rows, 32 outputs; 64 pairs             4.0 (4.1)      3.7 (3.1)      6.2 (5.8)      6.3 (6.3)
+                   32 rows, 64 outputs first; 128, 32 pairs  4.3 (4.1)      3.7 (3.1)      6.6 (6.3)         -
+                   64 rows, 16 outputs, chunks of 128, 6 stages                                           8.8 (5.0)
+                   the same, 5 stages                                                                     6.9 /  -
+                   128 rows, 32 outputs; 64 pairs, 8 warps   5.5 /  -       4.0 /  -       7.6 /  -       8.5 /  -
+        512 rows:  64 rows, 32 outputs; 64 pairs             5.1 (4.3)      5.0 (4.0)      8.4 (7.8)      8.0 (6.5)
+                   32 rows, 64 outputs first; 128, 32 pairs  5.6 (4.2)      5.1 (4.3)     11.2 (10.7)        -
+                   64 rows, 16 outputs, chunks of 128, 6 stages                                          12.9 (9.1)
+                   the same, 5 stages                                                                    10.9 /  -
+                   128 rows, 32 outputs; 64 pairs, 8 warps   5.5 /  -       4.1 /  -       7.8 /  -       8.0 /  -
+    Steps of arithmetic-small with 512 rows 0.280 ms, 0.321 before. Six stages of those narrow tiles leave room for one program on a
+    multiprocessor, so that they are chosen where all run at once. Pairs were 64 by 64 with fewer stages on the H100 above.
     """
     most = largest_power_of_2_below(num_results)
     if batch <= MAX_NORM_ROWS and num_inputs <= MAX_INPUTS:
@@ -197,7 +200,7 @@ def tile_config(batch: int, num_results: int, num_inputs: int, item_bytes: int, 
         rows_first = True
     elif batch <= 512:
         rows, outputs, warps, stages, rows_first = (64, 64, 4, 4, True) if gated else (64, 32, 4, 5, True)
-        if num_inputs > 1024 and not gated and pl.cdiv(batch, rows) * pl.cdiv(num_results, 16) <= MULTIPROCESSORS:
+        if num_inputs > 1024 and not gated and pl.cdiv(batch, rows) * pl.cdiv(num_results, 16) <= MULTIPROCESSORS:  # at once
             outputs, stages, chunk = 16, 6, largest_power_of_2_in(num_inputs, 128)
     elif gated:
         rows, outputs, warps, stages, rows_first = 128, 128, 8, 4, True

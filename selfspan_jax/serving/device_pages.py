@@ -35,18 +35,36 @@ class PagedCache(KVCache):
         """Make the attention of prompts whose rows lie in pages from one of prompts whose rows lie next to each other.
 
         Args:
-          earlier: the pool row of each token before `prompts.first`. One outside the pool reads as zeros: it is of no token yet.
-          own: those of the Q tokens from there on. One outside writes nothing.
+          earlier: as in `rows_before`.
+          own: the pool rows of the Q tokens from `prompts.first` on, none of them twice. One outside the pool is not written.
           prompts: the `running.Prompts`.
           attend: the attention over R * S rows, where token s of prompt r is row r * S + s.
         """
-        (batch, num_keys), num_queries = earlier.shape, own.shape[1]
-        rows = jnp.arange(batch * num_keys, dtype=jnp.int32).reshape(earlier.shape)
-        before, new = jnp.broadcast_to(prompts.first, (batch,)), jnp.clip(prompts.lengths - prompts.first, 0, num_queries)
+        num_queries = own.shape[1]
+        new = buffer_rows(*earlier.shape)[:, :num_queries] + prompts.first
 
         def paged(qkv, norms, angles, pools):
-            empty = tuple(jnp.zeros((batch * num_keys, *pool.shape[1:]), pool.dtype) for pool in pools)
-            out, buffers = attend(qkv, norms, angles, copy_rows(pools, empty, earlier, rows, before))
-            return out, copy_rows(buffers, pools, rows[:, :num_queries] + prompts.first, own, new)
+            out, buffers = attend(qkv, norms, angles, rows_before(pools, earlier, prompts.first, num_queries))
+            return out, copy_rows(buffers, pools, new, own, jnp.full(len(own), num_queries, jnp.int32))
 
         return paged
+
+
+def buffer_rows(num_prompts: int, num_tokens: int) -> Int[Array, "R S"]:
+    """Number the rows of a buffer that has those of prompts one after the other."""
+    return jnp.arange(num_prompts * num_tokens, dtype=jnp.int32).reshape(num_prompts, num_tokens)
+
+
+def rows_before(pools: LayerPools, earlier: Int[Array, "R S"], first: Int[Array, ""], num_queries: int) -> LayerPools:
+    """Copy the rows of prompts before a part of them from pages to buffers `[R * S, K, H]`, with zeros for all other tokens.
+
+    Args:
+      pools: of the pages, on the device or in host memory.
+      earlier: the pool row of each token before `first`; what stands from there on is arbitrary. One outside the pool is not read.
+      first: of the tokens of the part.
+      num_queries: of the part. Where S is no more, it is the first one.
+    """
+    empty = tuple(jnp.zeros((earlier.size, *pool.shape[1:]), pool.dtype) for pool in pools)
+    if earlier.shape[1] == num_queries:
+        return empty
+    return copy_rows(pools, empty, earlier, buffer_rows(*earlier.shape), jnp.broadcast_to(first, earlier.shape[:1]))

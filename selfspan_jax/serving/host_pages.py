@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels import copy_rows
 from selfspan_jax.config import ModelConfig
 from selfspan_jax.decoding.cache import LayerPools
 from selfspan_jax.model import Attend
+from selfspan_jax.serving.device_pages import rows_before
 from selfspan_jax.spans import SpanState, SpanVocab
 from selfspan_jax.tiers.prefill import empty_host_pools
 from selfspan_jax.tiers.working_sets import WorkingSets, always_read
@@ -101,9 +101,7 @@ class PagedWorkingSets(WorkingSets):
         """Make the attention of prompts whose rows lie in pages, as `PagedCache`'s; write full pages, and the rest to the ring."""
         (batch, num_keys), (_, num_queries) = earlier.shape, own.shape
         positions = prompts.first + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
-        token = jnp.arange(batch * num_keys, dtype=jnp.int32).reshape(earlier.shape)
         first, lengths = prompts.first, prompts.lengths[:, None]
-        counts = jnp.broadcast_to(first, (batch,))
         takes = prompts.sources[None, :] == jnp.arange(batch, dtype=jnp.int32)[:, None]  # [R, B]
         place = jnp.argmax(takes, axis=1).astype(jnp.int32)[:, None]
         in_ring = jnp.any(takes, axis=1)[:, None] & (positions >= lengths // self.page_tokens * self.page_tokens) & (positions < lengths)
@@ -111,8 +109,7 @@ class PagedWorkingSets(WorkingSets):
 
         def paged(qkv, norms, angles, layer):
             device, host = layer[:2], layer[2:]
-            empty = jnp.zeros((batch * num_keys, *device[0].shape[1:]), device[0].dtype)
-            out, buffers = attend(qkv, norms, angles, copy_rows(host, (empty, empty), earlier, token, counts))
+            out, buffers = attend(qkv, norms, angles, rows_before(host, earlier, first, num_queries))
             new = [
                 jax.lax.dynamic_slice_in_dim(buffer.reshape(batch, num_keys, *buffer.shape[1:]), first, num_queries, axis=1)
                 for buffer in buffers

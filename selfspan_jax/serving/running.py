@@ -97,7 +97,7 @@ def read_prompts(
 ) -> DecodeState:
     """Read Q = `num_queries` tokens of each of R prompts; those that end there take their places in the state.
 
-    Keys and values of the tokens before are gathered from the pages, so that a part needs nothing of the part before but these.
+    Keys and values of the tokens before are copied from the pages, so that a part needs nothing of the part before but these.
 
     Args:
       responses: some of them go on after `<solve>`.
@@ -113,11 +113,10 @@ def read_prompts(
         positions = jnp.broadcast_to(first + jnp.arange(num_queries, dtype=jnp.int32), (batch, num_queries))
         tokens, own = (jax.lax.dynamic_slice_in_dim(x, first, num_queries, axis=1) for x in (prompts.token_ids, slots))
         own = jnp.where(positions < prompts.lengths[:, None], own, num_rows)
-        earlier = jnp.where(jnp.arange(num_keys, dtype=jnp.int32)[None, :] < first, slots, num_rows)
         masks = masks_of_prompts(policy, prompts.token_ids, prompts.lengths, model.vocab, model.config, responses=responses)
         mask = masks(first, num_queries)
         buffer_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_keys + positions
-        attend = cache.attend_prompts(earlier, own, prompts, attend_prompts(buffer_slots, lambda *_: mask))
+        attend = cache.attend_prompts(slots, own, prompts, attend_prompts(buffer_slots, lambda *_: mask))
         hidden, pools = model(tokens, positions, attend, state.cache.pools)
         at = jnp.clip(prompts.lengths - 1 - first, 0, num_queries - 1)
         last = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]

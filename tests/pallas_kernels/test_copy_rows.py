@@ -26,36 +26,36 @@ RUNS += [pytest.param("jax_triton", False, marks=JAX_TRITON)]
 def make_pools(num_heads, head_size, memory_kind="pinned_host"):
     """Source pools in a kind of memory, pools, and these as they are to be afterwards."""
     rng = np.random.default_rng(0)
-    host, pools = ([rng.normal(size=(rows, num_heads, head_size)).astype(np.float32) for _ in range(2)] for rows in (50, 30))
+    sources, pools = ([rng.normal(size=(rows, num_heads, head_size)).astype(np.float32) for _ in range(2)] for rows in (50, 30))
     expected = [pool.copy() for pool in pools]
     for b, count in enumerate(COUNTS):
         for source, target in zip(SOURCES[b, :count], TARGETS[b, :count]):
             if 0 <= source < 50 and 0 <= target < 30:
-                for pool, rows in zip(expected, host):
+                for pool, rows in zip(expected, sources):
                     pool[target] = rows[source]
     assert not np.array_equal(expected[0], pools[0])
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
-    return tuple(jax.device_put(host, place)), tuple(map(jnp.asarray, pools)), expected
+    return tuple(jax.device_put(sources, place)), tuple(map(jnp.asarray, pools)), expected
 
 
 @pytest.mark.parametrize("implementation, interpret", RUNS)
 @pytest.mark.parametrize("num_heads, head_size", [(8, 128), (3, 64)], ids=["whole rows", "heads that are no power of two"])
 @pytest.mark.parametrize("memory_kind", ["pinned_host", "device"])
 def test_rows_are_copied(memory_kind, num_heads, head_size, implementation, interpret):
-    host, pools, expected = make_pools(num_heads, head_size, memory_kind)
+    sources, pools, expected = make_pools(num_heads, head_size, memory_kind)
     copy = jax.jit(functools.partial(copy_rows, implementation=implementation, interpret=interpret))
-    found = copy(host, pools, SOURCES, TARGETS, COUNTS)
+    found = copy(sources, pools, SOURCES, TARGETS, COUNTS)
     assert all(map(np.array_equal, found, expected))
     assert {pool.sharding.memory_kind for pool in found} == {"device"}
 
 
 @pytest.mark.parametrize("implementation, interpret", RUNS)
 def test_shares_that_join_are_all_copies(implementation, interpret):
-    host, pools, expected = make_pools(3, 64)
+    sources, pools, expected = make_pools(3, 64)
     copy = jax.jit(functools.partial(copy_rows, implementation=implementation, interpret=interpret))
     for begin, end in ((0, 1), (1, 500), (500, 500), (500, 900), (900, SHARES)):
         assert not all(map(np.array_equal, pools, expected))
-        pools = copy(host, pools, SOURCES, TARGETS, COUNTS, np.array([begin, end], np.int32))
+        pools = copy(sources, pools, SOURCES, TARGETS, COUNTS, np.array([begin, end], np.int32))
     assert all(map(np.array_equal, pools, expected))
 
 

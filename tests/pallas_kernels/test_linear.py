@@ -504,6 +504,14 @@ def test_tiles_fit_every_shape(batch, item_bytes):
         assert config.num_stages * step_bytes < 227 * 1024
 
 
+@pytest.mark.parametrize("batch, num_results, tile_outputs", [(129, 576, 16), (256, 512, 16), (256, 576, 32), (512, 512, 32)])
+def test_tiles_of_long_sums_are_narrow_where_all_programs_run_at_once(batch, num_results, tile_outputs):
+    config = tile_config(batch, num_results, 1536, 2, gated=False)
+    assert config.tile_outputs == tile_outputs
+    programs = -(-batch // config.tile_rows) * (num_results // 16)
+    assert (programs <= 132) == (tile_outputs == 16)  # a Hopper's multiprocessors
+
+
 @pytest.mark.parametrize(
     "batch, num_outputs, item_bytes, gated, fastest",
     [
@@ -531,7 +539,9 @@ def test_none_takes_tiles_for_small_matrices(batch, gated, fastest):
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize(
-    "name, batch", [("7b-qkv", 1), ("7b-gate-up", 8), ("7b-down", 1), ("7b-head", 64), ("8b-head", 8), ("768-qkv", 64), ("576-gate-up", 1)]
+    "name, batch",
+    [("7b-qkv", 1), ("7b-gate-up", 8), ("7b-down", 1), ("7b-head", 64), ("8b-head", 8), ("768-qkv", 64), ("576-gate-up", 1)]
+    + [("576-gate-up", 256), ("576-down", 512), ("512-down", 256)],
 )
 def test_lowers_for_cuda(name, batch, quantized):
     (matrix,) = (matrix for matrix in MATRICES if matrix.name == name)
