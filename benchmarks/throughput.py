@@ -57,8 +57,6 @@ class Throughput(AtOnce):
     """Most tokens of a response, 1 to read prompts alone. Default: 16 more than the longest gold one of the first part."""
     places: Annotated[tuple[int, ...], commandline.commas(int)] = (64, 128, 256)
     """Sequences that are decoded at the same time, one measurement each; several with commas."""
-    min_read_tokens: int = 1024
-    """Fewest prompt tokens that are read of one prompt at once; more need fewer programs, and so does their compiling."""
     order: Literal["random", "longest"] = "random"
     """Of the queue: random, or the longest prompts first, as decode.py eval and SpanLM.generate have them."""
     seed: int = 0

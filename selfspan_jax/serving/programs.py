@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ NEUTRAL = SamplingFields(0.0, 0.0, 0, 0.0, 1.0)
 # What a chunk computes: the first so many fields of sampling, and so many log-probabilities. Each costs more than the one before.
 LEVELS = ((0, 0), (1, 0), (len(NEUTRAL), 0), (len(NEUTRAL), MAX_LOGPROBS))
 _KEY_TOKENS = 64  # what numbers of queries and of keys are multiples of
+_LARGE_TOKENS = 1024  # of one prompt at once: from here on sizes lie closer to each other
 _CACHE_SHARE = 0.8  # of free memory; the rest is for what programs need meanwhile
 _UNKNOWN_MEMORY_BYTES = 2**30  # taken for the cache where the device does not say what it has
 
@@ -42,9 +44,8 @@ class Prompt(Protocol):
 class Programs:
     """Read prompts into a running state, and decode chunks of it. Nothing here waits for the device.
 
-    There are few shapes, so that few are compiled. A reading has `prefill_tokens` in all: one long prompt, or several short ones of a half
-    of these each, a third, a quarter, a sixth and so on. The first part of a prompt has itself as keys; those that follow have one of few
-    numbers of them.
+    There are few shapes, so that few are compiled. A reading has up to `prefill_tokens` in all: one long prompt, or several shorter ones
+    (`sizes_of_readings`). The first part of a prompt has itself as keys; those that follow have one of few numbers of them.
 
     Args:
       context_tokens: of each sequence.
@@ -71,8 +72,7 @@ class Programs:
         if self._ring:
             rows = (self.num_pages + 1) * config.page_tokens
             memory.take_host_memory(rows * engine.config.row_bytes, f"{self.num_pages} pages of {config.page_tokens} tokens")
-        shares = {config.prefill_tokens // (n << i) // _KEY_TOKENS * _KEY_TOKENS for i in range(24) for n in (2, 3)}
-        self._query_sizes = [config.prefill_tokens, *sorted((size for size in shares if size >= config.min_read_tokens), reverse=True)]
+        self._query_sizes = sizes_of_readings(config.prefill_tokens, config.min_read_tokens)
         self._key_sizes = [-(-(self._capacity + config.prefill_tokens) // _KEY_TOKENS) * _KEY_TOKENS]
         while self._key_sizes[0] > 4 * config.prefill_tokens:
             self._key_sizes.insert(0, -(-self._key_sizes[0] // (4 * _KEY_TOKENS)) * _KEY_TOKENS)
@@ -234,6 +234,18 @@ class Programs:
         if left < page_bytes:
             raise memory.DoesNotFit(f"does not fit: {beside} no room for the cache")
         return min(config.num_sequences * self.pages_each, left // page_bytes)
+
+
+def sizes_of_readings(prefill_tokens: int, min_read_tokens: int) -> list[int]:
+    """List how many tokens may be read of one prompt at once, the most first.
+
+    They are all of a reading's, a half, a third, a quarter, a sixth and so on. Between two large ones stands their mean, because a prompt
+    is read as if it had as many tokens as the next size.
+    """
+    shares = {prefill_tokens // (n << i) // _KEY_TOKENS * _KEY_TOKENS for i in range(24) for n in (2, 3)}
+    sizes = [prefill_tokens, *sorted((size for size in shares if size >= min_read_tokens), reverse=True)]
+    means = {(more + less) // 2 // _KEY_TOKENS * _KEY_TOKENS for more, less in itertools.pairwise(sizes) if less >= _LARGE_TOKENS}
+    return sorted({*sizes, *means}, reverse=True)
 
 
 def neutral_sampling(num_sequences: int) -> SamplingFields:
