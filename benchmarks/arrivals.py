@@ -39,7 +39,7 @@ def summary(rate: float | None, requests: list[Sent]) -> dict[str, Any]:
     done = [sent for sent in requests if sent.failed is None and sent.events and not sent.left]
     seconds = max((sent.events[-1] for sent in done), default=0.0) - min(sent.arrival for sent in requests)
     gaps = [later - earlier for sent in done for earlier, later in itertools.pairwise(sent.events)]
-    each = [(sent.events[-1] - sent.events[0]) / (sent.tokens - 1) for sent in done if sent.tokens > 1]
+    each = [(sent.events[-1] - sent.events[0]) / (sent.tokens - 1) for sent in done if sent.tokens > 1 and len(sent.events) > 1]
     row: dict[str, Any] = {
         "requests_per_second": rate,
         "num_requests": len(requests),

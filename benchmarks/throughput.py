@@ -66,22 +66,23 @@ class Throughput(AtOnce):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "num_requests", "rounds", "min_prompt_tokens", low=1)
+        check_range(self, "num_requests", "rounds", "min_prompt_tokens", "places", low=1)
         if self.max_new_tokens is not None:
             check_range(self, "max_new_tokens", low=1)
-        if min(self.places, default=0) < 1:
-            raise UserError(f"--places is {self.places}; allowed: numbers from 1 on")
+        check_range(self, "seed", low=0)
 
     def run(self) -> None:
         lm = self.load()
         work, drawn = queue(self, lm)
+        if (most := max(self.places)) > len(work):
+            raise UserError(f"--places has {most}; allowed: up to the {len(work)} prompts of the queue")
         prompts = [len(item.prompt_ids) for item in work]
         described = self.described(lm)
         del described["places"]  # rows have theirs
         report: dict[str, Any] = {
             **described,
             **drawn,
-            "num_requests": len(work),
+            "num_requests": len(work) // self.rounds,
             "mean_prompt_tokens": float(np.mean(prompts)),
             "most_prompt_tokens": max(prompts),
             "max_new_tokens": work[0].new_tokens,

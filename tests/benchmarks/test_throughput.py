@@ -79,16 +79,23 @@ def test_rounds_of_a_queue_have_the_same_order(queue):
     assert (drawn["of_validation"], drawn["of_train"]) == (3, 2)
 
 
+def test_places_that_no_prompt_fills_are_refused_before_anything_is_compiled(queue, monkeypatch):
+    monkeypatch.setattr(LM, "engine", None, raising=False)
+    with pytest.raises(UserError, match="--places has 9; allowed: up to the 6 prompts of the queue"):
+        queue(places=(2, 9), rounds=2).run()
+
+
 @pytest.mark.parametrize("min_prompt_tokens, reason", [(100, "of 100 tokens or more"), (30, "leaves room for 17 new ones")])
 def test_a_queue_without_prompts_is_refused(min_prompt_tokens, reason, queue):
     with pytest.raises(UserError, match=reason):
         throughput.queue(queue(split=("train",), min_prompt_tokens=min_prompt_tokens), LM)
 
 
-@pytest.mark.parametrize("size", ["prefill_tokens", "min_read_tokens", "chunk_tokens"])
-def test_sizes_that_cannot_be_are_refused_before_a_model_is_loaded(size):
-    with pytest.raises(ValueError, match=f"{size} is 0"):
-        throughput.Throughput(checkpoint=Path("none"), data=Path("none"), **{size: 0})
+@pytest.mark.parametrize("name", ["prefill_tokens", "min_read_tokens", "chunk_tokens", "places", "rounds", "seed"])
+def test_sizes_that_cannot_be_are_refused_before_a_model_is_loaded(name):
+    value = {"places": (2, 0), "seed": -1}.get(name, 0)
+    with pytest.raises(ValueError, match=f"{name} is"):
+        throughput.Throughput(checkpoint=Path("none"), data=Path("none"), **{name: value})
 
 
 class Rounds:
@@ -141,13 +148,13 @@ def test_rates_are_of_the_queue_and_not_of_the_warm_up(queue, monkeypatch, tmp_p
     monkeypatch.setattr(throughput, "_WARM_UPS", 2)
     monkeypatch.setattr(LM, "engine", None, raising=False)
     monkeypatch.setattr(LM, "end_ids", (2,), raising=False)
-    queue(places=(2, 4), json=tmp_path / "found.json").run()
-    assert sizes == ["compiled", (2, 2), (2, 3), "compiled", (4, 2), (4, 3)]
+    queue(places=(2, 3), json=tmp_path / "found.json").run()
+    assert sizes == ["compiled", (2, 2), (2, 3), "compiled", (3, 2), (3, 3)]
     report = json.loads((tmp_path / "found.json").read_text())
     names = ("places", "cache_tokens", "responses_per_second", "mean_response_tokens", "mean_attended_tokens", "ended_fraction")
     names += ("prefix_hit_fraction",)
     found = [[row[name] for name in names] for row in report["rows"]]
-    np.testing.assert_allclose(found, [(2, 384, 3 / 4, 10, 7, 2 / 3, 1 / 4), (4, 384, 3 / 8, 10, 7, 2 / 3, 1 / 4)])
+    np.testing.assert_allclose(found, [(2, 384, 3 / 4, 10, 7, 2 / 3, 1 / 4), (3, 384, 3 / 6, 10, 7, 2 / 3, 1 / 4)])
     assert (report["data"], report["num_requests"], report["mean_prompt_tokens"], report["most_prompt_tokens"]) == ("digits", 3, 26 / 3, 11)
     told = capsys.readouterr().out
     assert "warning: validation is known by heart" in told
