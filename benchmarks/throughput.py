@@ -70,6 +70,8 @@ class Throughput(AtOnce):
         if self.max_new_tokens is not None:
             check_range(self, "max_new_tokens", low=1)
         check_range(self, "seed", low=0)
+        if len(set(self.split)) < len(self.split):
+            raise UserError(f"--split is {','.join(self.split)}; allowed: each part once")
 
     def run(self) -> None:
         lm = self.load()

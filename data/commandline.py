@@ -257,8 +257,6 @@ def commas(*kinds: Any) -> Any:
             return tuple(read_number(number, value) for value in values)
         if wrong := sorted(set(values) - set(kinds)):
             raise ValueError(f"{wrong[0]!r} is none of {', '.join(filter(None, kinds))}")
-        if twice := sorted({value for value in values if values.count(value) > 1}):
-            raise ValueError(f"{twice[0]!r} stands there twice")
         return tuple(filter(None, values))
 
     return tyro.constructors.PrimitiveConstructorSpec(

@@ -91,9 +91,9 @@ def test_a_queue_without_prompts_is_refused(min_prompt_tokens, reason, queue):
         throughput.queue(queue(split=("train",), min_prompt_tokens=min_prompt_tokens), LM)
 
 
-@pytest.mark.parametrize("name", ["prefill_tokens", "min_read_tokens", "chunk_tokens", "places", "rounds", "seed"])
+@pytest.mark.parametrize("name", ["prefill_tokens", "min_read_tokens", "chunk_tokens", "places", "rounds", "seed", "split"])
 def test_sizes_that_cannot_be_are_refused_before_a_model_is_loaded(name):
-    value = {"places": (2, 0), "seed": -1}.get(name, 0)
+    value = {"places": (2, 0), "seed": -1, "split": ("train", "train")}.get(name, 0)
     with pytest.raises(ValueError, match=f"{name} is"):
         throughput.Throughput(checkpoint=Path("none"), data=Path("none"), **{name: value})
 

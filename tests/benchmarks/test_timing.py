@@ -102,7 +102,6 @@ WRONG = {  # arguments of a benchmark, and what is said of them
     "--layers x": (linear, "'x' is none of llama2-7b"),
     "--rows 129": (many_rows, "--rows is 129; allowed: multiples of 8"),
     "--shapes b1-1k,b2": (span_decode, "'b2' is none of b1-1k"),
-    "--shapes b1-1k,b1-1k": (span_decode, "'b1-1k' stands there twice"),
     "--plot out.png": (span_decode, "--plot needs --json FILE"),
     "--shapes b1": (prompt_attention, "'b1' is none of b1-8k"),
     "--implementations xla": (prompt_attention, "'xla' is none of mosaic"),
