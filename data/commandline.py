@@ -130,6 +130,8 @@ def parse(command: Any, name: str, words: list[str], *, user_error: type[Excepti
 
 def _without_box(text: str) -> str:
     """Write what tyro prints about wrong arguments, a title and sections between rules, as clauses of one line, without help."""
+    if absent := re.findall(r"^\W? {5}(--[\w-]+|[A-Z_]+)\b", text, re.MULTILINE) if "Missing from " in text else []:
+        return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} required; --help says what for"
     _, *lines = text.splitlines()
     sections: list[list[str]] = [[]]
     for line in lines:
@@ -366,9 +368,14 @@ def _drop_broken_output() -> bool:
 
 @contextlib.contextmanager
 def exit_on_termination() -> Iterator[None]:
-    """Let SIGTERM end the program as an exit does, with status 143, so that what is half written is removed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Let SIGTERM end the program as an exit does, with status 143 and one line, so that what is half written is removed."""
+    status = 128 + signal.SIGTERM
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
     try:
         yield
+    except SystemExit as end:
+        if end.code == status:
+            print("interrupted", file=sys.stderr)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

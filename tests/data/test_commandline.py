@@ -39,7 +39,8 @@ def assert_one_line(capsys, *expected):
     [
         ([], ["arithmetic"]),
         (["geometry"], ["geometry", "allowed: arithmetic, news"]),
-        (["arithmetic"], ["--out"]),
+        (["arithmetic"], ["error: --out is required; --help says what for\n"]),
+        (["documents"], ["error: --out and --source are required; --help says what for\n"]),
         (["arithmetic", "--out", "{tmp}/x", "--num-examples", "many"], ["--num-examples", "'many'"]),
         (["arithmetic", "--out", "{tmp}/x", "--num-example", "3"], ["--num-example", "perhaps --num-examples"]),
         (["arithmetic", "--out", "{tmp}/x", "--split", "dev"], ["'dev'", "train", "test"]),
@@ -207,7 +208,7 @@ def test_an_interrupted_command_leaves_nothing(tmp_path, sent, status):
         _, errors = process.communicate(timeout=120)
     assert process.returncode == status
     assert os.listdir(tmp_path) == []
-    assert b"Traceback" not in errors
+    assert b"Traceback" not in errors and errors.endswith(b"interrupted\n")
 
 
 def test_what_libraries_log_reads_as_other_warnings(monkeypatch):
