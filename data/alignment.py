@@ -34,15 +34,15 @@ WORD_LISTS = {
 }
 FUNCTION_WORDS = WORD_LISTS["function"]
 
-_UNREADABLE = re.compile("[\ud800-\udfff\0]")
+UNREADABLE = re.compile("[\ud800-\udfff\0]")  # what no tokenizer takes: halves of surrogate pairs, NUL
 _BLANK_LINES = re.compile(r"\n *\n")
 _OTHER_SPACES = re.compile(r"[^\S\n]")
 _ENUMERATOR = re.compile(r"\W*(?:[0-9]{1,3}|[ivxlc]{1,5}|[A-Za-z])[.)]\W*")
 
 
 def readable(text: str) -> str:
-    """Take byte-order marks out, and put U+FFFD for what no tokenizer takes: halves of surrogate pairs, NUL."""
-    return _UNREADABLE.sub("\ufffd", text.replace("\ufeff", ""))
+    """Take byte-order marks out, and put U+FFFD for what is UNREADABLE."""
+    return UNREADABLE.sub("\ufffd", text.replace("\ufeff", ""))
 
 
 def split_sentences(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.alignment import UNREADABLE
 from data.errors import UserError
 from data.streams import SPLITS
 
@@ -54,11 +56,17 @@ def read(source: str, choose: Choose, *, split: str | None = None) -> Iterator[t
 def read_objects(source: str, *, split: str | None = None) -> Iterator[tuple[str | None, tuple[str, dict[str, Any]]]]:
     """Yield the objects of a .jsonl file, or of a directory of some, with their splits as `read` does, each after words on where it stands.
 
-    Raises: as `read`.
+    Raises: as `read`; UserError also for text with NUL or half of a surrogate pair.
     """
     files = _files(Path(source), (".jsonl",), split)
-    found = ((own, str(file), ((f"{file}: line {number}", row) for number, row in _json_objects(file))) for own, file in files)
-    return _some(source, split, found)
+    return _some(source, split, ((own, str(file), _placed_objects(file)) for own, file in files))
+
+
+def _placed_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in _json_objects(file):
+        if found := next(filter(None, map(UNREADABLE.search, _strings(row))), None):
+            raise UserError(f"{file}: line {number}: \\u{ord(found[0]):04x} is no character: expected text without NUL and lone surrogates")
+        yield f"{file}: line {number}", row
 
 
 def read_prompts(file: Path) -> dict[str, str]:
@@ -138,6 +146,8 @@ def _files(path: Path, suffixes: Collection[str], split: str | None) -> list[tup
     if not files:
         absent = "" if path.exists() else "there is no such file or directory; "
         raise UserError(f"{path}: {absent}expected a file that ends in {', '.join(suffixes)}, or a directory of some")
+    if special := [file for file in files if file.exists() and not file.is_file()]:
+        raise UserError(f"{special[0]} is no regular file: expected one, as a source is read twice")
     named = {file: split_named(file.stem) for file in files}
     others = [file for file, own in named.items() if own is None]
     if split == "all" or len(others) == len(files) or {*named.values()} == {"train"}:
@@ -181,12 +191,30 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except UserError as error:
                 raise UserError(f"{path}: line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
-                why = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
-                why = "expected an object a line, not an array" if line.lstrip().startswith("[") else why
-                raise UserError(f"{path}: line {number} is not JSON: {why}") from None
+                if not line.lstrip().startswith("["):
+                    why = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+                    raise UserError(f"{path}: line {number} {not_read(error, why)}") from None
+                row = None
             if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number}: expected a JSON object")
+                what = "object a line, not an array" if line.lstrip().startswith("[") else "object"
+                raise UserError(f"{path}: line {number}: expected a JSON {what}")
             yield number, row
+
+
+def not_read(error: ValueError | RecursionError, why: str) -> str:
+    """Say, after what was read, that it is not JSON, and `why`; or that it is JSON that Python does not take."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return f"has a number of more than {sys.get_int_max_str_digits():,} digits" if type(error) is ValueError else f"is not JSON: {why}"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the texts of a JSON value, names of fields among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        parts = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
+        yield from itertools.chain.from_iterable(map(_strings, parts))
 
 
 def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

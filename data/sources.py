@@ -108,6 +108,8 @@ class WriteCommand(task.WriteCommand, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "://" in self.source:
+            raise UserError(f"{self.source} is an address, which is not read: download what it has, and name the file or directory")
         if self.is_divided_here and self.split not in (None, "all", *SPLITS):
             raise UserError(f"split is {self.split!r}; allowed: {', '.join(SPLITS)}, all")
         settings, usual = self.settings(), vars(type(self.corpus)()) | vars(Alignment())

@@ -189,6 +189,11 @@ class WriteCommand(sources.WriteCommand):
     of_own: ClassVar[tuple[str, ...]] = ()
     """Settings of documents of one's own alone."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (prompt := self.corpus.max_prompt_tokens) > (example := self.corpus.max_example_tokens):
+            raise UserError(f"max_prompt_tokens is {prompt}; allowed: up to max_example_tokens, {example}, which count the response too")
+
     @property
     def is_own(self) -> bool:
         """Whether the source is JSONL rather than a repository that the task knows."""
@@ -219,7 +224,8 @@ class WriteCommand(sources.WriteCommand):
             return read(self.source, split, self.corpus.piece_sentences)
         present = [own for own in SPLITS if self.part(own).exists()]
         if not present:
-            raise UserError(f"{self.part(SPLITS[0])}: there is no such file: expected a clone of {self.repository}, or a .jsonl file")
+            absent = f"{self.part(SPLITS[0])}: there is no such file" if Path(self.source).exists() else f"{self.source}: no such directory"
+            raise UserError(f"{absent}: expected a clone of {self.repository}, or a .jsonl file")
         if split in SPLITS and split not in present:
             raise UserError(f"{self.part(split)}: there is no such file, so no {split} part; there is {', '.join(present)}")
         return self._read_parts(present if split in (None, "all") else [split])

@@ -66,6 +66,8 @@ def read(source: str, split: str) -> Iterator[Tale]:
         name = file.name.removesuffix(ending)
         questions = file.parents[2] / "questions" / file.parent.name / f"{name}-questions.csv"
         sections = {number.strip(): _line(text) for number, text in rows.csv_rows(file, rows.named(file, *_STORY_COLUMNS))}
+        if not sections:
+            raise UserError(f"{file}: the story has no sections")
         places = {number: place for place, number in enumerate(sections)}
         yield Tale(name, split, tuple(sections.values()), tuple(_questions(questions, places)))
 

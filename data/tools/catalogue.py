@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from data import rows
 from data.alignment import readable
 from data.errors import UserError
 
@@ -87,7 +88,7 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
+        raise UserError(f"{file} {rows.not_read(error, str(error))}") from None
 
 
 def field(where: object, fields: Any, name: str, kind: type[T], default: T | None = None) -> T:

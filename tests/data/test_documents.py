@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import gzip
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -634,6 +635,8 @@ def row(**changes):
 
 BAD_OWN = {  # the second of two rows -> what is said
     "no document": ({"steps": []}, "line 2: no document, only steps; a row has document, steps"),
+    "half of a surrogate pair": (row(instruction="Say \ud800it."), "own.jsonl: line 2: \\ud800 is no character: expected text without NUL and"),
+    "NUL in a step": (row(steps=[{"text": "It \0rained."}]), "own.jsonl: line 2: \\u0000 is no character"),
     "a number in a list": (row(document=["a", 1]), "line 2: document is neither a text nor a list of texts"),
     "an empty document": (row(document=" \n"), "line 2: the document is empty"),
     "no pieces": (row(document=[]), "line 2: the document is empty"),
@@ -669,6 +672,20 @@ def test_a_directory_that_there_is_not_is_told_from_one_without_files(made, said
     assert (status, err) == (2, f"error: {tmp_path / 'reports'}: {said} that ends in .jsonl, or a directory of some\n")
 
 
+@pytest.mark.parametrize("name", ["documents", "papers", "news"])
+def test_a_pipe_is_no_source(name, tmp_path, call):
+    """It would wait for who writes to it, and has nothing left for the second reading."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for source in (tmp_path / "rows.jsonl", tmp_path):
+        status, _, err = call(data_main, name, "--source", source, "--out", tmp_path / "out")
+        assert (status, err) == (2, f"error: {tmp_path / 'rows.jsonl'} is no regular file: expected one, as a source is read twice\n")
+
+
+def test_prompts_are_no_longer_than_examples(tmp_path, call):
+    status, _, err = call(data_main, "documents", "--source", "x.jsonl", "--max-prompt-tokens", 9000, "--out", tmp_path / "out")
+    assert status == 2 and err.startswith("error: --max-prompt-tokens is 9000; allowed: up to --max-example-tokens, 8192, which")
+
+
 @pytest.mark.parametrize("name", ["documents", "stories"])
 def test_hidden_files_are_no_data(name, tmp_path, call):
     """As those that macOS leaves beside others."""
@@ -695,7 +712,10 @@ def test_parts_that_are_missing_are_said(name, tmp_path, call):
     status, _, err = call(data_main, name, "--source", source, "--split", "test", *OPTIONS, "--out", tmp_path / "new")
     assert status == 2 and "there is no such file, so no test part; there is train, validation" in err
     status, _, err = call(data_main, name, "--source", tmp_path, *OPTIONS, "--out", tmp_path / "new")
-    assert status == 2 and f"expected a clone of {TASKS[name].WriteCommand.repository}" in err and not (tmp_path / "new").exists()
+    expected = f"expected a clone of {TASKS[name].WriteCommand.repository}, or a .jsonl file\n"
+    assert status == 2 and err.endswith(f": there is no such file: {expected}") and not (tmp_path / "new").exists()
+    status, _, err = call(data_main, name, "--source", tmp_path / "nowhere", *OPTIONS, "--out", tmp_path / "new")
+    assert (status, err) == (2, f"error: {tmp_path / 'nowhere'}: no such directory: {expected}")
 
 
 IDLE = {
@@ -743,6 +763,9 @@ DAMAGED = {
         "Evidence Start", "Evidence End"]) + "\n1,True,True,0,a,b\n", "row 1: expected whole numbers, not 1, 0, a, b"),
     "a list of names": ("papers", "annotations/splits/train_article_ids.txt", "PMC1\n", "'PMC1' is no number of a paper"),
     "a story without questions": ("stories", "data-by-train-split/questions/train/the-owl-questions.csv", None, f"{INCOMPLETE} uci-soe/FairytaleQAData is"),
+    "a story without sections": ("stories", "data-by-train-split/section-stories/train/the-owl-story.csv", "section,text\n",
+        "section-stories/train/the-owl-story.csv: the story has no sections\n"),
+    "an empty story": ("stories", "data-by-train-split/section-stories/val/the-mole-story.csv", "", "the-mole-story.csv: the story has no sections\n"),
     "a section that there is not": ("stories", "data-by-train-split/questions/train/the-owl-questions.csv",
         "question,cor_section,ex-or-im1,answer1,answer4\nWho?,9,explicit,me,\n", "row 1: the story has no section '9', only 1, 2, 3"),
 }  # fmt: skip

@@ -406,6 +406,10 @@ DAMAGED = {  # what is done to the clone -> what is said
         "v3/train/schema.json: there is no such file: this",
     ),
     "no JSON": (lambda root: (root / "train/dialogues_001.json").write_text("[{"), "dialogues_001.json is not JSON"),
+    "a number of many digits": (
+        lambda root: (root / "train/dialogues_001.json").write_text("9" * 5000),
+        "dialogues_001.json has a number of more than 4,300 digits\n",
+    ),
     "an object": (edited("train/dialogues_001.json", lambda own: {"a": own}), "dialogues_001.json: expected a list of dialogues"),
     "a dialogue without turns": (
         edited("train/dialogues_001.json", lambda own: own[0].pop("turns") and None),
