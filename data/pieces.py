@@ -40,7 +40,7 @@ def encode_prompt(
       late_instruction: the instruction stands once more at the end, in label 0: there it has read all pieces, and all steps see it.
 
     Raises:
-      Unusable: a first piece that does not fit, or more pieces than labels.
+      Unusable: a first piece that does not fit, or more pieces and steps than labels.
     """
     told = vocab.plain_text_ids(" " + instruction) if instruction else []
     token_ids, end = [vocab.bos_id, *told], [*([vocab.seg_base, *told] if late_instruction else []), vocab.solve_id]
@@ -59,7 +59,7 @@ def encode_prompt(
         raise Unusable(message, "with a first piece longer than max_prompt_tokens")
     if (last := kept + num_steps) >= vocab.num_labels:
         message = f"{kept} pieces and {num_steps} steps need labels up to {last}, but the last one is {vocab.num_labels - 1}"
-        raise Unusable(f"{message}: more num_labels, or fewer max_prompt_tokens", "with more pieces than num_labels")
+        raise Unusable(f"{message}: more num_labels, or fewer max_prompt_tokens", "with more pieces and steps than num_labels")
     return [*token_ids, *end], kept
 
 

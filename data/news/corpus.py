@@ -113,7 +113,7 @@ def encode(story: Story, vocab: TokenizerVocab, *, uniform: float | None = None,
       style: `max_prompt_tokens` and `closed_pieces`.
 
     Raises:
-      Unusable: a first sentence that does not fit, or more sentences than labels.
+      Unusable: a first sentence that does not fit, or more sentences, the summary's among them, than labels.
     """
     prompt, kept = encode_prompt(INSTRUCTION, story.article, vocab, num_steps=len(story.summary), **style)
     steps = [(text, [i for i in sources if i < kept]) for text, sources in zip(story.summary, story.sources, strict=True)]

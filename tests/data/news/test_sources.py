@@ -141,7 +141,7 @@ BAD = {
     "another kind of file": ("rows.txt", "text", [], "expected a file that ends in .jsonl, .csv, .parquet"),
     "too many sentences": (
         "rows.jsonl", json.dumps({"article": "A won. B won. C won. D won.", "summary": "A won."}) + "\n",
-        ["--num-labels", "4"], UNUSABLE + "(1 with more pieces than num_labels",
+        ["--num-labels", "4"], UNUSABLE + "(1 with more pieces and steps than num_labels",
     ),
     "a gain of nothing": ("rows.csv", "", ["--min-gain", "0"], "-gain is 0.0; allowed: above 0"),
 }  # fmt: skip
