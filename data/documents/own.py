@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import random
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -32,6 +33,7 @@ from data.vocab import TokenizerVocab
 COLUMNS = ("document", "steps")
 OPTIONAL = ("instruction",)
 _STEP = {"text", "sources"}
+_MIN_QUOTE = 3  # characters: fewer stand in many places
 
 
 class Draft(NamedTuple):
@@ -148,11 +150,15 @@ def _document(where: str, row: dict[str, Any], piece_sentences: int) -> Document
 
 
 def _pieces(where: str, source: Any, is_list: bool, whole: str, ranges: Sequence[tuple[int, int]]) -> Iterable[int]:
-    """Return the pieces that a source means: an index of a list of pieces, or a quote."""
+    """Return the pieces that a source means: an index of a list of pieces, or a quote, of which its first place in the document counts."""
     if isinstance(source, str) and (quote := squeezed(source)):
+        if len(quote) < _MIN_QUOTE:
+            raise UserError(f"{where}: the source {source!r} is too short; allowed: quotes of {_MIN_QUOTE} characters and more beside spaces")
         start = whole.find(quote)
         if start < 0:
-            raise UserError(f"{where}: the source {source[:40]!r} does not stand in the document")
+            composed = (unicodedata.normalize("NFC", text) for text in (quote, whole))
+            but = ", but does after Unicode normalisation (NFC): write both in one form" if next(composed) in next(composed) else ""
+            raise UserError(f"{where}: the source {source[:40]!r} does not stand in the document{but}")
         end = start + len(quote)
         shared = shared_characters(ranges, start, end)
         return overlapping(ranges, start, end) or [i for i, own in enumerate(shared) if own == max(shared)]

@@ -650,7 +650,11 @@ BAD_OWN = {  # the second of two rows -> what is said
     "an unknown key": (row(steps=[{"text": "x", "source": []}]), "line 2, step 1: unknown source; a step has text and sources"),
     "an index of a text": (row(steps=[{"text": "x", "sources": [0]}]), "the source 0; allowed: a quote: indices are of a document that is a list"),
     "an index beyond": (row(document=["a b"], steps=[{"text": "x", "sources": [1]}]), "the source 1; allowed: a quote, or an index from 0 to 0"),
-    "a quote of nothing": (row(steps=[{"text": "x", "sources": ["It snowed."]}]), "the source 'It snowed.' does not stand in the document"),
+    "a quote of nothing": (row(steps=[{"text": "x", "sources": ["It snowed."]}]), "the source 'It snowed.' does not stand in the document\n"),
+    "a short quote": (row(steps=[{"text": "x", "sources": [" I \nt"]}]), "step 1: the source ' I \\nt' is too short; allowed: quotes of 3 characters and"),
+    "a composed letter": (row(document="Zoe\u0308 left.", steps=[{"text": "x", "sources": ["Zo\xeb"]}]),
+        "the source 'Zo\xeb' does not stand in the document, but does after Unicode normalisation (NFC): write both in one form\n"),
+    "a decomposed letter": (row(document="Zo\xeb left.", steps=[{"text": "x", "sources": ["Zoe\u0308"]}]), "does not stand in the document, but does"),
     "an instruction of numbers": (row(instruction=3), "line 2: instruction is no text"),
 }  # fmt: skip
 
