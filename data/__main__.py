@@ -9,7 +9,7 @@ from typing import Any
 import tqdm
 
 from data import card, commandline, writing
-from data.sources import REPEATED, num_repeated
+from data.sources import PLACES, REPEATED, TWICE, num_written, places_listed
 from data.streams import SPLITS
 from data.task import Task, WriteCommand
 from data.tasks import TASKS
@@ -26,11 +26,14 @@ def write(command: WriteCommand, kind: type[Task]) -> None:
         shown = tqdm.tqdm(chosen, "examples", command.num_examples, unit="", disable=None)
         written = writing.write(command.out, shown, command.make_task(kind, vocab), description)
     print(f"{command.out}: " + ", ".join(f"{count:,} {split}" for split, count in written.items()))
-    for what, counts in found.items():
-        if what != "absent_splits":
-            print(f"{what}: {counts if isinstance(counts, str) else card.listed(counts)}")
-    if repeated := num_repeated(found):
-        print(f"warning: examples {REPEATED}: {repeated:,}; scores on them say little", file=sys.stderr)
+    for what, own in found.items():
+        if what == PLACES:
+            print("".join(f"{line}\n" for line in places_listed(own)), end="")
+        elif what != "absent_splits":
+            print(f"{what}: {own if isinstance(own, str) else card.listed(own)}")
+    for what, why in ((REPEATED, "scores on them say little"), (TWICE, "each counts as an example of its own")):
+        if number := num_written(found, what):
+            print(f"warning: examples {what}: {number:,}; {why}", file=sys.stderr)
     if command.split is None:
         for line in _missing(description, written):
             print(line)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import streams, workers
 from data.errors import UserError, check_json
-from data.sources import REPEATED, num_repeated
+from data.sources import REPEATED, num_written
 from data.streams import SPLITS
 from data.task import Task
 from data.vocab import translation
@@ -65,7 +65,7 @@ class StoredCorpus:
     def warnings(self) -> list[str]:
         """Say where a model may have been trained on these examples, so that scores on them say little; a line each."""
         if self.split in ("test", "validation"):
-            repeated = num_repeated(self.card)
+            repeated = num_written(self.card, REPEATED)
             return [f"{self.path}: {repeated:,} examples, of all splits, {REPEATED}: scores on them say little."] if repeated else []
         what = "is not divided" if self.split == "all" else f"is the {self.split} split"
         return [f"{self.path} {what}: the model may have been trained on these examples, and know them by heart."]

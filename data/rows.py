@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -251,15 +251,25 @@ def csv_rows(path: Path, choose: Choose) -> Iterator[Values]:
                     yield tuple(fields[i] for i in columns)
                 begin = reader.line_num + 1
             if like_rows and 2 * len(like_rows) >= several_lines:
-                more = f" and {len(like_rows) - 3} more" if len(like_rows) > 3 else ""
+                lines = first_places([f"line {number}" for number in like_rows])
                 _warn(
-                    f"{path}: a text in the row that begins in line {', '.join(map(str, like_rows[:3]))}{more} is of several lines that "
+                    f"{path}: a text in the row that begins in {lines} is of several lines that "
                     "look like rows of their own: a quote too many or too few?"
                 )
         except csv.Error as error:
             is_open = "unexpected end" in str(error)
             why = "a quote is opened there and never closed" if is_open else f"{error} (a quote inside a text is written twice)"
             raise UserError(f"{path}: the row that begins in line {begin}: {why}") from None
+
+
+def first_places(places: Sequence[str]) -> str:
+    """Name the first three of some places and count the others: "own.jsonl: line 7, 12, 30 and 4 more"."""
+    numbers: dict[str, list[str]] = {}
+    for place in places[:3]:
+        before, space, number = place.rpartition(" ")
+        numbers.setdefault(before + space, []).append(number)
+    more = f" and {len(places) - 3:,} more" if len(places) > 3 else ""
+    return "; ".join(before + ", ".join(own) for before, own in numbers.items()) + more
 
 
 def _has_rows(text: str, column: int, num_columns: int) -> bool:

@@ -24,7 +24,9 @@ _CHUNK_RECORDS = 64
 _CHUNKS_AHEAD = 4  # of each worker
 _VOCAB_CHARACTERS = 8_000_000
 REPEATED = "of a text that stands in an earlier split too"
-_NUM_REPEATED = f"written, {REPEATED}"
+TWICE = "of a prompt that stands earlier in the same split"
+PLACES = "places"
+"""What a card calls the places of the first records of each kind that were dropped, or not written as they are."""
 ALIGNING = tuple(field.name for field in dataclasses.fields(Alignment))  # settings
 
 
@@ -37,11 +39,12 @@ class Unusable(UserError):
 
 
 class Made(NamedTuple):
-    """What became of a record, or of a part of it: an example of a split, or none; and what a card counts of it."""
+    """What became of a record, or of a part of it: an example of a split, or none; what a card counts of it; where the record stands."""
 
     split: str
     example: Any | None
     counted: tuple[str, ...]
+    where: str = ""
 
 
 def written(split: str, example: Any, **also: bool) -> Made:
@@ -69,9 +72,18 @@ def make_all(make: Make, records: Iterator[Any], num_workers: int) -> Iterator[M
             raise UserError(f"one of {num_workers} workers was ended from outside, for want of memory perhaps: try fewer") from None
 
 
-def num_repeated(found: Mapping[str, Any]) -> int:
-    """Count the examples that are REPEATED, by what a command tells of its sources, or by a card, which has it."""
-    return sum(counts.get(_NUM_REPEATED, 0) for counts in found.values() if isinstance(counts, Mapping))
+def num_written(found: Mapping[str, Any], what: str) -> int:
+    """Count the examples that are REPEATED, say, by what a command tells of its sources, or by a card, which has it."""
+    return sum(own.get(f"written, {what}", 0) for own in found.values() if isinstance(own, Mapping) and "read" in own)
+
+
+def places_listed(places: Mapping[str, str]) -> list[str]:
+    """Write PLACES, a line each."""
+    return [f"{kind}: {where}" for kind, where in places.items()]
+
+
+def _hash(text: str) -> int:
+    return hash("".join(text.split()))
 
 
 def _begin_worker() -> None:
@@ -160,8 +172,8 @@ class WriteCommand(task.WriteCommand, abc.ABC):
             why, other = (", as its name says", "; under another name it is divided") if Path(self.source).is_file() else ("", "")
             how = f"--split {there[0]} writes that alone, --split all everything undivided{other}"
             raise UserError(f"{self.source} has no train part, only {', '.join(there)}{why}: {how}")
-        vocab, counts = self.vocabulary(), collections.Counter(read=0, written=0)
-        return vocab, self._counted(self.made(vocab), counts), {self.unit: counts, **found}
+        vocab, counts, places = self.vocabulary(), collections.Counter(read=0, written=0), dict[str, str]()
+        return vocab, self._counted(self.made(vocab), counts, places), {self.unit: counts, PLACES: places, **found}
 
     def made(self, vocab: TokenizerVocab) -> Iterator[Made]:
         """Make the examples."""
@@ -195,18 +207,27 @@ class WriteCommand(task.WriteCommand, abc.ABC):
             if (left := left - len(text)) < 0:
                 return
 
-    def _counted(self, made: Iterator[Made], counts: collections.Counter[str]) -> Generator[Any, None, None]:
+    def _counted(self, made: Iterator[Made], counts: collections.Counter[str], places: dict[str, str]) -> Generator[Any, None, None]:
         """Yield the examples, with their splits where there are several; count what became of records. UserError where none comes."""
         first: dict[int, str] = {}  # the split that a text came in first
-        for split, example, counted in made:
-            counts["read"] += 1
-            counts.update(counted)
+        asked: dict[tuple[str, int], str] = {}  # where a prompt of a split came first
+        every: dict[str, list[str]] = collections.defaultdict(list)  # the records of each kind
+        for split, example, counted, where in made:
+            kinds = [*counted]
+            if example is not None and not self.split and first.setdefault(_hash(example.text), split) != split:
+                kinds.append(f"written, {REPEATED}")
+            elif example is not None and where and asked.setdefault((split, _hash(example.prompt)), where) != where:
+                kinds.append(f"written, {TWICE}")
+            counts.update(["read", *kinds])
+            for kind in kinds if where else ():
+                if kind != "written" and where not in every[kind][-1:]:
+                    every[kind].append(where)
+                    places[kind.removeprefix("written, ")] = rows.first_places(every[kind])
             if example is not None:
-                if not self.split and first.setdefault(hash("".join(example.text.split())), split) != split:
-                    counts[_NUM_REPEATED] += 1
                 yield example if self.split else (split, example)
         if not counts["read"]:
             where = "" if self.split in (None, "all") else f" in the {self.split} split"
             raise UserError(f"{self.source}: there are no {self.unit}{where}")
         if not counts["written"]:
-            raise UserError(f"{self.source}: none of its {self.unit} can be used: {card.listed(counts)}")
+            why = "; ".join([card.listed(counts), *places_listed(places)])
+            raise UserError(f"{self.source}: none of its {self.unit} can be used: {why}")

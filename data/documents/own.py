@@ -60,7 +60,7 @@ class Maker:
     """Makes the examples of a record, or says why they are dropped; pickles.
 
     Attributes:
-      drafts: the drafts of a record, and what of it is dropped before.
+      drafts: the drafts of a record, and what of it is dropped before; a record has `where`, what people find it by.
     """
 
     drafts: Callable[[Any], Iterable[Draft | Made]]
@@ -73,7 +73,8 @@ class Maker:
 
     def __call__(self, record: Any) -> Iterable[Made]:
         drafts = as_they_are(record) if isinstance(record, Draft) else self.drafts(record)
-        return [found if isinstance(found, Made) else self._made(found) for found in drafts]
+        made = (found if isinstance(found, Made) else self._made(found) for found in drafts)
+        return [own._replace(where=record.where) for own in made]
 
     def _made(self, draft: Draft) -> Made:
         uniform = random.Random(f"{self.name}/{self.seed}/labels/{draft.number}").random()
@@ -153,7 +154,7 @@ def _pieces(where: str, source: Any, is_list: bool, whole: str, ranges: Sequence
     """Return the pieces that a source means: an index of a list of pieces, or a quote, of which its first place in the document counts."""
     if isinstance(source, str) and (quote := squeezed(source)):
         if len(quote) < _MIN_QUOTE:
-            raise UserError(f"{where}: the source {source!r} is too short; allowed: quotes of {_MIN_QUOTE} characters and more beside spaces")
+            raise UserError(f"{where}: the source {source!r} is too short; allowed: {_MIN_QUOTE} characters and more, without spaces")
         start = whole.find(quote)
         if start < 0:
             composed = (unicodedata.normalize("NFC", text) for text in (quote, whole))

@@ -77,6 +77,10 @@ class Paper(NamedTuple):
     questions: tuple[Question, ...]
 
     @property
+    def where(self) -> str:
+        return f"PMC{self.number}"
+
+    @property
     def texts(self) -> list[str]:
         """What a vocabulary is trained on."""
         return [readable(self.text)]

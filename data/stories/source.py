@@ -41,6 +41,10 @@ class Tale(NamedTuple):
     questions: tuple[Question, ...]
 
     @property
+    def where(self) -> str:
+        return self.name
+
+    @property
     def texts(self) -> list[str]:
         """What a vocabulary is trained on."""
         return [*self.sections, *(text for question in self.questions for text in (question.text, *question.answers))]

@@ -110,6 +110,10 @@ class Dialogue(NamedTuple):
     services: tuple[str, ...]
     turns: tuple[Turn, ...]
 
+    @property
+    def where(self) -> str:
+        return self.name
+
 
 def read(source: str, split: str) -> Iterator[Dialogue]:
     """Yield the dialogues of a split, file by file. UserError: a file is not what it should be."""

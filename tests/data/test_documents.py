@@ -346,7 +346,10 @@ def test_long_prompts_are_cut_with_a_warning_and_long_documents_dropped_or_cut(s
     for too_long in ("drop", "cut"):
         options = ["--source", sources["papers"], "--split", "train", *OPTIONS[:4], "--max-prompt-tokens", 130, "--too-long", too_long]
         said.append(call(data_main, "papers", *options, "--out", tmp_path / too_long))
-    assert said[0][0] == 2 and "3 dropped (3 longer than max_prompt_tokens)" in said[0][2]
+    assert (
+        said[0][0] == 2
+        and "3 dropped (3 longer than max_prompt_tokens); longer than max_prompt_tokens: PMC101, PMC102, PMC103" in said[0][2]
+    )
     stored = load(tmp_path, "cut")
     counts = stored.card["papers"]
     assert counts["written, cut to max_prompt_tokens"] == 3 and counts["written, with steps left out that have no source"] == 3
@@ -550,6 +553,44 @@ def test_own_documents_are_aligned_where_they_have_no_sources(corpora):
     )
 
 
+DROPPED = {  # rows of a document's text and its steps' sources -> what is said of those that are not written as they are
+    "Snow fell on town 1.": [["Snow fell"]],
+    "Snow fell on town 2.": [["Snow fell"], []],
+    "Rain.": [[]],
+    "Hail.": [["Hail."]] * 70,
+}
+
+
+def test_what_is_dropped_or_repeated_is_said_with_its_lines(tmp_path, call):
+    (tmp_path / "rows").mkdir()
+    rows = [{"document": text, "steps": [{"text": "x", "sources": own} for own in steps]} for text, steps in DROPPED.items()]
+    rows = [json.dumps(row) for row in [rows[0], *rows, *rows[2:3] * 4, *rows[:1]]]
+    (tmp_path / "rows" / "a.jsonl").write_text("\n".join(rows))
+    (tmp_path / "rows" / "b.jsonl").write_text("\n\n".join(rows[:2]))
+    options = ["--vocab-tokens", "300", "--num-labels", "64"]
+    for workers in (0, 1):
+        out = tmp_path / f"out{workers}"
+        status, said, err = call(
+            data_main, "documents", "--source", tmp_path / "rows", "--split", "all", "--workers", workers, *options, "--out", out
+        )
+        a, b, twice = tmp_path / "rows" / "a.jsonl", tmp_path / "rows" / "b.jsonl", "of a prompt that stands earlier in the same split"
+        assert status == 0 and said.splitlines()[1:] == [
+            f"documents: 12 read, 6 written (4 {twice}, 1 with steps left out that have no source), "
+            "6 dropped (1 with more pieces and steps than num_labels, 5 without a step that rests on a piece)",
+            f"{twice}: {a}: line 2, 10; {b}: line 1 and 1 more",
+            f"with steps left out that have no source: {a}: line 3",
+            f"without a step that rests on a piece: {a}: line 4, 6, 7 and 2 more",
+            f"with more pieces and steps than num_labels: {a}: line 5",
+        ]
+        assert err == f"warning: examples {twice}: 4; each counts as an example of its own\n"
+    (tmp_path / "own.jsonl").write_text(f"{rows[3]}\n{rows[4]}")
+    status, _, err = call(
+        data_main, "documents", "--source", tmp_path / "own.jsonl", "--split", "all", *options, "--out", tmp_path / "none"
+    )
+    lines = (f"without a step that rests on a piece: {tmp_path}/own.jsonl: line 1", f"than num_labels: {tmp_path}/own.jsonl: line 2")
+    assert status == 2 and all(line in err for line in lines)
+
+
 @pytest.mark.parametrize("name", WRITE)
 def test_every_task_reads_own_documents(name, sources, tmp_path, call):
     status, *_ = call(data_main, name, "--source", sources["documents"], "--split", "all", *OPTIONS, "--out", tmp_path / "out")
@@ -572,11 +613,11 @@ def test_a_test_file_of_ones_own_is_never_trained_on(tmp_path, call):
         file.write("".join(f"{json.dumps(again | {'document': text})}\n" for text in (again["document"], ["It rained."]) * 2))
     status, out, err = call(data_main, "documents", "--source", source, *OPTIONS, "--out", tmp_path / "twice")
     told = "of a text that stands in an earlier split too"
-    assert (
-        status == 0
-        and f"documents: 28 read, 28 written (2 {told})\n" in out
-        and err == f"warning: examples {told}: 2; scores on them say little\n"
-    )
+    twice = "of a prompt that stands earlier in the same split"
+    places = f"{told}: {source}/val.jsonl: line 9, 11\n{twice}: {source}/val.jsonl: line 12\n"
+    assert status == 0 and f"documents: 28 read, 28 written (1 {twice}, 2 {told})\n{places}" in out
+    warned = [f"{told}: 2; scores on them say little", f"{twice}: 1; each counts as an example of its own"]
+    assert err == "".join(f"warning: examples {line}\n" for line in warned)
     assert f"| written, {told} | 2 |" in (tmp_path / "twice" / "test" / "README.md").read_text()
     warned = [f"{tmp_path / 'twice'}: 2 examples, of all splits, {told}: scores on them say little."]
     assert load(tmp_path, "twice", "test").warnings == warned and load(tmp_path, "out", "test").warnings == []
@@ -651,7 +692,7 @@ BAD_OWN = {  # the second of two rows -> what is said
     "an index of a text": (row(steps=[{"text": "x", "sources": [0]}]), "the source 0; allowed: a quote: indices are of a document that is a list"),
     "an index beyond": (row(document=["a b"], steps=[{"text": "x", "sources": [1]}]), "the source 1; allowed: a quote, or an index from 0 to 0"),
     "a quote of nothing": (row(steps=[{"text": "x", "sources": ["It snowed."]}]), "the source 'It snowed.' does not stand in the document\n"),
-    "a short quote": (row(steps=[{"text": "x", "sources": [" I \nt"]}]), "step 1: the source ' I \\nt' is too short; allowed: quotes of 3 characters and"),
+    "a short quote": (row(steps=[{"text": "x", "sources": [" I \nt"]}]), "step 1: the source ' I \\nt' is too short; allowed: 3 characters and more, without spaces"),
     "a composed letter": (row(document="Zoe\u0308 left.", steps=[{"text": "x", "sources": ["Zo\xeb"]}]),
         "the source 'Zo\xeb' does not stand in the document, but does after Unicode normalisation (NFC): write both in one form\n"),
     "a decomposed letter": (row(document="Zo\xeb left.", steps=[{"text": "x", "sources": ["Zoe\u0308"]}]), "does not stand in the document, but does"),

@@ -220,12 +220,13 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import
     ]
     (tmp_path / "rows.jsonl").write_text(json_lines(rows))
     options = ["--split", "all", "--max-prompt-tokens", 300, "--num-labels", 100, "--vocab-tokens", 300]
-    status, out, _ = call(data_main, "news", "--source", tmp_path / "rows.jsonl", *options, "--out", tmp_path / "out")
+    status, out, err = call(data_main, "news", "--source", tmp_path / "rows.jsonl", *options, "--out", tmp_path / "out")
     counts = {
         "read": 17,
         "written": 7,
         "written, with unreadable characters replaced": 3,
         "written, cut to max_prompt_tokens": 2,
+        "written, of a prompt that stands earlier in the same split": 3,
         "written, with summary sentences left out that have no source": 1,
         "without a sentence": 3,
         "without a summary": 2,
@@ -236,7 +237,21 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_never_end_the_import
     }
     stored = corpus.load(tmp_path / "out", TASKS)
     assert status == 0 and stored.card["articles"] == counts
-    told = "articles: 17 read, 7 written (2 cut to max_prompt_tokens, 1 with summary sentences left out that have no source, "
+    places = {
+        "with unreadable characters replaced": "row 2, 3, 4",
+        "of a prompt that stands earlier in the same split": "row 3, 4, 8",
+        "cut to max_prompt_tokens": "row 5, 6",
+        "with a first piece longer than max_prompt_tokens": "row 7",
+        "with summary sentences left out that have no source": "row 8",
+        "without a sentence": "row 9, 10, 11",
+        "without a summary": "row 12, 13",
+        "with something other than text": "row 14, 15",
+        "without a usable alignment": "row 16",
+        "with all sources beyond the cut": "row 17",
+    }
+    assert stored.card["places"] == places and out.endswith("".join(f"{kind}: {where}\n" for kind, where in places.items()))
+    assert err.endswith("warning: examples of a prompt that stands earlier in the same split: 3; each counts as an example of its own\n")
+    told = "articles: 17 read, 7 written (2 cut to max_prompt_tokens, 3 of a prompt that stands earlier in the same split, 1 with summary sentences left out that have no source, "
     assert out.startswith(f"{tmp_path / 'out'}: 7 all\n{told}") and "10 dropped (1 with a first piece" in out
     replaced = [x for x in stored if "\ufffd" in x.prompt + " ".join(x.story.summary)]
     assert len(replaced) == 2 and not any("\ufeff" in example.prompt for example in stored)
@@ -281,7 +296,7 @@ def assert_stable(task, text):
     sentences = split_sentences(text)
     assert split_sentences("\n\n".join(sentences)) == sentences
     pair = sources.Pair(0, "train", text, text)
-    ((_, example, _),) = sources.example(task.vocab, {"max_prompt_tokens": 4096, "closed_pieces": False}, Alignment(), 0, pair)
+    ((_, example, _, _),) = sources.example(task.vocab, {"max_prompt_tokens": 4096, "closed_pieces": False}, Alignment(), 0, pair)
     if example is not None and not example.cut_sentences:
         first = task.renumber(example)
         wide = news.NewsTask(task.vocab, max_prompt_tokens=4096)
@@ -332,7 +347,8 @@ def test_a_file_is_divided_and_an_article_that_occurs_twice_is_in_one_split(divi
     assert {split: len(rows) for split, rows in read.items()} == {split: len(texts) for split, texts in found.items()}
     for split in found:
         card = corpus.load(divided / "corpus", TASKS, split=split).card
-        assert card["split"] == split and card["articles"] == {"read": 70, "written": 70} and "--split" not in card["command"]
+        twice = {"written, of a prompt that stands earlier in the same split": 10}
+        assert card["split"] == split and card["articles"] == {"read": 70, "written": 70} | twice and "--split" not in card["command"]
     assert corpus.load(divided / "corpus", TASKS).split == "train"
 
 
@@ -352,7 +368,7 @@ def test_splits_depend_on_neither_the_order_of_rows_nor_workers_nor_the_locale(d
     words = ["--source", "rows é.jsonl", "--vocab-tokens", "600", "--workers", "2", "--out", "corpus é"]
     command = [sys.executable, "-m", "data", "news", *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
-    assert done.stderr == b"" and b"corpus " in done.stdout
+    assert done.stderr.startswith(b"warning: examples of a prompt that") and done.stderr.count(b"\n") == 1 and b"corpus " in done.stdout
     assert "--source 'rows é.jsonl'" in (tmp_path / "corpus é" / "train" / "README.md").read_text(encoding="utf-8")
     ours, theirs = articles(divided / "corpus"), articles(tmp_path / "corpus é")
     assert {split: sorted(texts) for split, texts in ours.items()} == {split: sorted(texts) for split, texts in theirs.items()}
