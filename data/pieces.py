@@ -32,12 +32,14 @@ def encode_prompt(
     closed_sentences: bool = False,
     late_instruction: bool = False,
     num_steps: int = 1,
+    divided_into: str = "pieces",
 ) -> tuple[list[int], int]:
     """Write a prompt, labels from 1 on, cut at the end of a piece: (ids, pieces that were kept).
 
     Args:
       closed_sentences: open a piece's label again between its sentences, so that each of them has a row of the table of contents.
       late_instruction: the instruction stands once more at the end, in label 0: there it has read all pieces, and all steps see it.
+      divided_into: what errors call the pieces.
 
     Raises:
       Unusable: a first piece that does not fit, or more pieces and steps than labels.
@@ -55,11 +57,11 @@ def encode_prompt(
         token_ids += ids
         kept += 1
     if not kept:
-        message = f"the first piece does not fit into {max_prompt_tokens} tokens of prompt"
-        raise Unusable(message, "with a first piece longer than max_prompt_tokens")
-    if (last := kept + num_steps) >= vocab.num_labels:
-        message = f"{kept} pieces and {num_steps} steps need labels up to {last}, but the last one is {vocab.num_labels - 1}"
-        raise Unusable(f"{message}: more num_labels, or fewer max_prompt_tokens", "with more pieces and steps than num_labels")
+        message = f"the first of the text's {divided_into} does not fit into {max_prompt_tokens:,} tokens of prompt"
+        raise Unusable(f"{message}; blank lines divide them", "with a first piece longer than max_prompt_tokens")
+    if kept > (room := vocab.num_labels - 1 - num_steps):
+        message = f"the text has {len(pieces):,} {divided_into}, but the model has room for {room:,}"
+        raise Unusable(f"{message}: each takes a label, as a step of the response does", "with more pieces and steps than num_labels")
     return [*token_ids, *end], kept
 
 
@@ -179,10 +181,15 @@ class PiecesTask(task.Task):
         is_whole = moved.min() >= 0  # no text of it is structural here
         return dataclasses.replace(example, token_ids=moved, first_label=first) if is_whole else self.renumber(example, uniform)
 
-    def cut_warning(self, kept: int, pieces: Sequence[str], *, piece: str, whole: str) -> list[str]:
+    @property
+    def divided_into(self) -> str:
+        """What the pieces of a prompt's text are, in the plural; blank lines divide them too."""
+        return "sentences"
+
+    def cut_warning(self, kept: int, pieces: Sequence[str], *, whole: str) -> list[str]:
         """Say how many pieces of a text a prompt has, where that is not all."""
         if kept == len(pieces):
             return []
         share = sum(map(len, pieces[:kept])) / sum(map(len, pieces))
         limit = f"its prompts have at most {self.max_prompt_tokens} tokens"
-        return [f"The model reads the first {kept} of {len(pieces)} {piece}, {share:.0%} of the {whole}: {limit}."]
+        return [f"The model reads the first {kept} of {len(pieces)} {self.divided_into}, {share:.0%} of the {whole}: {limit}."]

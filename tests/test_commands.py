@@ -637,7 +637,7 @@ def test_a_model_of_news_is_trained_scored_and_asked(call, tmp_path):
         (tmp_path / name).write_bytes(text)
     for arguments, message in (
         (["generate", run / "model", "--article", tmp_path / "bad.txt"], "is not text in UTF-8"),
-        (["generate", run / "model", "--article", tmp_path / "long.txt"], "need labels up to 61, but the last one is 47"),
+        (["generate", run / "model", "--article", tmp_path / "long.txt"], "the text has 60 sentences, but the model has room for 46: "),
         (["generate", run / "model", "--article", tmp_path / "empty.txt"], "the article has no sentence"),
         (["generate", run / "model", "--article", tmp_path / "none.txt"], "No such file"),
         (["generate", run / "model"], "give exactly one of these: a prompt, --article, --prompts"),

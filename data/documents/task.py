@@ -73,6 +73,10 @@ class DocumentTask(corpus.Style, PiecesTask):
         """What all prompts begin with."""
         return self.WriteCommand.instruction
 
+    @property
+    def divided_into(self) -> str:
+        return {0: "paragraphs", 1: "sentences"}.get(self.piece_sentences, f"pieces of {self.piece_sentences} sentences")
+
     def split_prompt(self, text: str) -> tuple[str, Sequence[str]]:
         """Cut a prompt's text into what it is about and pieces; those of a corpus are marked and stay as they are."""
         if MARK in text:
@@ -95,9 +99,8 @@ class DocumentTask(corpus.Style, PiecesTask):
         if not pieces:
             after = f' after its first paragraph, "{self.about}: ..."' if about else ""
             raise UserError(f"the text has no {'sentence' if self.piece_sentences else 'paragraph'}{after}")
-        return *encode_prompt(
-            corpus.sink(self.instruction, about), pieces, self.vocab, **style(self, "closed_sentences", "late_instruction")
-        ), pieces
+        options = style(self, "closed_sentences", "late_instruction", "divided_into")
+        return *encode_prompt(corpus.sink(self.instruction, about), pieces, self.vocab, **options), pieces
 
     def warnings(self, text: str) -> list[str]:
         """Say that a text does not ask for anything, or for what the model was not trained on, and how much of it is cut.
@@ -109,7 +112,7 @@ class DocumentTask(corpus.Style, PiecesTask):
         is_first = absent == f"{self.about}:"
         where, place = ("The text does not begin", "after") if is_first else ("No paragraph of the text begins", "before")
         said = f'{where} with "{absent}" (capitals as here, a blank line {place} the paragraph): do not trust the answer.'
-        return [*self.foreign(), *([said] if absent else []), *self.cut_warning(kept, pieces, piece="pieces", whole="text")]
+        return [*self.foreign(), *([said] if absent else []), *self.cut_warning(kept, pieces, whole="text")]
 
     def foreign(self) -> list[str]:
         if not self.trained_tasks or self.name in self.trained_tasks:

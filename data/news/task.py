@@ -67,7 +67,7 @@ class NewsTask(PiecesTask):
         sentences = split_sentences(text)
         if not sentences:
             raise UserError("the article has no sentence")
-        return np.array(encode_prompt(corpus.INSTRUCTION, sentences, self.vocab, **style(self))[0], np.int32)
+        return np.array(encode_prompt(corpus.INSTRUCTION, sentences, self.vocab, **style(self, "divided_into"))[0], np.int32)
 
     def warnings(self, text: str) -> list[str]:
         """Say how much of an article is cut, and whether its words are those of the stories that models of this task know.
@@ -82,8 +82,8 @@ class NewsTask(PiecesTask):
                 f"{strange:.0%} of the article's words are beyond what the model was trained on, synthetic news from templates: "
                 "do not trust its summary."
             )
-        _, kept = encode_prompt(corpus.INSTRUCTION, sentences, self.vocab, **style(self))
-        return found + self.cut_warning(kept, sentences, piece="sentences", whole="article")
+        _, kept = encode_prompt(corpus.INSTRUCTION, sentences, self.vocab, **style(self, "divided_into"))
+        return found + self.cut_warning(kept, sentences, whole="article")
 
     def scores(self, examples: Sequence[Example], responses: Sequence[Iterable[int]]) -> dict[str, float]:
         """Score responses to the examples' prompts, labels from 1 on: ROUGE, right facts and right spans."""

@@ -52,6 +52,10 @@ class ToolTask(DocumentTask):
     value_sources: bool = False
     recent_turns: int = 0
 
+    @property
+    def divided_into(self) -> str:
+        return f"{super().divided_into} (services and turns)"
+
     def group(self, prompt: str) -> str:
         """Return how many services a prompt has: "5" for up to 5, "26", "100"."""
         count = len(services_of(self.split_prompt(prompt)[1]))

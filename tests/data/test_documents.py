@@ -360,7 +360,30 @@ def test_long_prompts_are_cut_with_a_warning_and_long_documents_dropped_or_cut(s
         assert all(set(own.pieces) <= set(range(kept)) and set(own.steps) <= set(range(kept)) for own in example.document.evidence)
     text = layouts.REPORT.format(drug="Tee", people="men", n=2)
     (line,) = stored.task.warnings(text)
-    assert "of 6 pieces" in line and len(stored.task.encode_prompt(text)) <= 130
+    assert "of 6 sentences" in line and len(stored.task.encode_prompt(text)) <= 130
+
+
+@pytest.mark.parametrize(
+    ("name", "piece_sentences", "between", "divided_into"),
+    [
+        ("papers", 1, " ", "sentences"),
+        ("verdicts", 1, " ", "sentences"),
+        ("documents", 2, " ", "pieces of 2 sentences"),
+        ("stories", 0, "\n\n", "paragraphs"),
+    ],
+)
+def test_a_text_without_room_is_told_in_its_own_parts(corpora, name, piece_sentences, between, divided_into):
+    """All that the text has, also where the prompt would be cut before: a label is left for a step."""
+    task = dataclasses.replace(load(corpora, name).task, piece_sentences=piece_sentences, max_prompt_tokens=1000)
+    room, each = task.vocab.num_labels - 2, max(piece_sentences, 1)
+    tags = [i for i in task.encode_prompt(between.join(["Go."] * each * room)).tolist() if i in task.step_ids]
+    assert max(tags) == task.vocab.seg_base + room
+    for read in (task.encode_prompt, task.warnings):
+        with pytest.raises(UserError, match=rf"^the text has 1,000 {divided_into}, but the model has room for {room}: each takes a label"):
+            read(between.join(["Go."] * each * 1000))
+        with pytest.raises(UserError, match=rf"^the first of the text's {divided_into} does not fit into 1,000 tokens of prompt; blank"):
+            read("go and " * 1000)
+        read("go and\n\n" * 60)
 
 
 def test_pieces_are_sentences_within_paragraphs_or_paragraphs():

@@ -265,8 +265,12 @@ def test_an_article_that_is_cut_is_told_with_what_is_left(task):
 
 def test_too_many_sentences_for_the_labels_are_said(task):
     few = news.NewsTask(news.train_vocab(["Ada won."], vocab_tokens=300, num_labels=4))
-    with pytest.raises(ValueError, match=r"4 pieces and 1 steps need labels up to 5, but the last one is 3"):
+    with pytest.raises(ValueError, match=r"^the text has 4 sentences, but the model has room for 2: each takes a label"):
         few.encode_prompt("One won. Two won. Three won. Four won.")
+    assert len(few.encode_prompt("One won. Two won.")) > 0
+    with pytest.raises(ValueError, match=r"^the first of the text's sentences does not fit into 896 tokens of prompt; blank"):
+        task.encode_prompt("on and " * 1000)
+    assert len(task.encode_prompt("on and \n\n" * 100)) < 896
     with pytest.raises(ValueError, match="the article has no sentence"):
         few.encode_prompt(" \n")
 

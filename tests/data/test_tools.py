@@ -355,6 +355,8 @@ def test_prompts_are_told_apart_by_their_number_of_services(corpus):
         task.decode(task.encode_prompt("Service A:\n f(x)\n\nUser: Hi."))
         == "<bos> Call the services:<seg:1> Service A: f(x)<seg:1><seg:2> User: Hi.<seg:2><solve>"
     )
+    with pytest.raises(UserError, match=r"^the text has 2,000 paragraphs \(services and turns\), but the model has room for \d+: "):
+        task.encode_prompt("\n\n".join(["User: Hi."] * 2000))
 
 
 def test_the_card_counts_what_prompts_have(corpus):
