@@ -35,8 +35,9 @@ def fail(message: str) -> NoReturn:
 
 
 def similar(word: str, known: Iterable[str]) -> str:
-    """Write which known words a misspelt one may stand for, as in "; perhaps --steps"; "" where none is near."""
-    near = difflib.get_close_matches(word, sorted(set(known)), n=3)
+    """Write which known words a misspelt one may stand for, as in "; perhaps --steps"; "" where none is near, whatever dashes it has."""
+    names = {name.lstrip("-"): name for name in sorted(known)}
+    near = [names[name] for name in difflib.get_close_matches(word.lstrip("-"), names, n=3, cutoff=0.75)]
     return f"; perhaps {' or '.join(near)}" if near else ""
 
 

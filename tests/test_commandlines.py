@@ -132,7 +132,12 @@ WRONG = {
         ["eval", CHECKPOINT, "--zzz"],
         "--zzz is no option of decode.py eval; see decode.py eval --help",
     ),
-    "one of another command": ("decode.py", ["bench", "--ops", "3"], "--ops is no option of decode.py bench"),
+    "one of another command": ("decode.py", ["bench", "--ops", "3"], "--ops is no option of decode.py bench; see"),
+    "one that begins as others": (
+        "decode.py",
+        ["eval", CHECKPOINT, "--max-new-tokens", "16"],
+        "--max-new-tokens is no option of decode.py eval; see decode.py eval --help",
+    ),
     "a seed beyond the range": (
         "decode.py",
         ["generate", CHECKPOINT, "1", "--seed", "9223372036854775808"],

@@ -103,7 +103,8 @@ def test_a_module_is_named_as_it_is_started(monkeypatch, capsys, module):
 def test_similar_names_are_few():
     assert commandline.similar("stps", ["steps", "seed", "zzz"]) == "; perhaps steps"
     assert commandline.similar("num", ["num-a", "num-b", "num-c", "num-d"]).count(" or ") == 2
-    assert commandline.similar("qqqq", ["steps"]) == ""
+    assert commandline.similar("qqqq", ["steps"]) == commandline.similar("--host", ["--ops", "--split"]) == ""
+    assert commandline.similar("--batch_size", ["--base", "--batch-size"]) == "; perhaps --batch-size"
 
 
 def test_fail_is_one_line(capsys):
