@@ -133,8 +133,7 @@ class Generate(Model):
             some = prompts if isinstance(prompts, str) else prompts[: self.batch_size]
             kept = {"selector": self.prefill, **lm.measure_prefill(some, self.prefill, attention=self.attention, chat=self.chat)}
         responses = {"responses": [out.to_json() for out in outs]} if several else outs[0].to_json()
-        written = {"checkpoint": files.model_name(self.checkpoint), **responses}
-        written |= {"prefill": kept} if kept else {}
+        written = {"checkpoint": files.model_name(self.checkpoint), **responses, **({"prefill": kept} if kept else {})}
         with contextlib.ExitStack() as results:  # each of them, whatever becomes of the others
             if self.plot:
                 results.callback(lambda file: files.write_picture(file, outs[0].plot()), self.plot)
@@ -190,6 +189,7 @@ class Eval(Model):
     def run(self) -> None:
         lm = self.load()
         lm.task, sets, drawn = self.examples(lm.task)
+        text.warn(drawn.get("warnings", ()))  # and again above the table
         options: dict[str, Any] = {name: getattr(self, name) for name in ("prefill", "passes", "sources", "constrained")}
         attention = rebalanced(self.attention, self.rebalance)
         found = evaluation.evaluate_all(lm, sets, batch_sizes=self.batch_size, progress=True, attention=attention, **options)
@@ -197,11 +197,10 @@ class Eval(Model):
         settings |= {k: v for k in ("dtype", "kv_memory", "rebalance", *options) if (v := getattr(self, k)) not in _USUAL}
         settings |= {"working_set_tokens": self.working_set_tokens} if self.kv_memory == "host" else {}
         results = evaluation.report(lm, found, settings)
-        try:
-            print(text.evaluation_table(results, lm.task), flush=True)
-        finally:  # also where nobody reads the table any more
+        with contextlib.ExitStack() as also:  # where nobody reads the table any more, too
             if self.json:
-                files.write_json(self.json, results)
+                also.callback(files.write_json, self.json, results)
+            print(text.evaluation_table(results, lm.task), flush=True)
 
     def examples(self, task: Any) -> tuple[Any, dict[str, list[Any]], dict[str, Any]]:
         """Return the task that scores examples, fresh ones or a corpus directory's, these as sets by name, and how they were drawn."""
@@ -209,8 +208,6 @@ class Eval(Model):
             raise UserError(f"{self.checkpoint}: its task has no examples, so there is nothing to score")
         if self.data:
             return examples.stored(self.data, task, TASKS, self.num_examples, self.split)
-        if not getattr(task, "is_generated", True):
-            raise UserError(f"{self.checkpoint} was trained on a file, like which nothing can be drawn: give its test split with --data")
         given = {name: value for name in _FRESH if (value := getattr(self, name)) not in (None, ())}
         return task, *examples.held_out(task, self.num_examples, **given)
 

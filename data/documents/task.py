@@ -194,7 +194,7 @@ class DocumentTask(corpus.Style, PiecesTask):
 
     def held_out(self, num_examples: int, *, seed: int) -> dict[str, list[Example]]:
         """Raise UserError: nothing like the documents of a file can be drawn."""
-        raise UserError(f"trained on {self.source}, like which nothing can be drawn: give a corpus directory (--data DIR --split test)")
+        raise UserError(f"trained on {self.source or 'a file'}, like which nothing can be drawn: give a corpus (--data DIR --split test)")
 
     def renumber(self, example: Example, uniform: float | None = None) -> Example | None:
         """Write an example again, labels from 1 on, or from where `uniform` says; None where the vocabulary has no room for it."""

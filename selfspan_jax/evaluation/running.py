@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from selfspan_jax.viewing.output import Output
 
 MODEL, ORDER = "model", "order"  # the model chooses what steps name, or what the order of the steps does not say of it
 MARGIN_TOKENS = 16  # that a response may be longer than the longest gold one
+_LINE_SECONDS = 30  # from a line of progress to the next, where there is no terminal
 
 
 def evaluate(
@@ -57,6 +59,7 @@ def evaluate(
         gives each token, so that the times say nothing.
       constrained: let the text of each step begin with one of the task's `beginnings`, such as the methods of a catalogue; by the host
         as well.
+      progress: show a bar on a terminal, elsewhere print a line at times, of static batches.
 
     Raises: UserError for no examples, prompts that are too long, a batch size that the mesh does not divide, and sources or
     beginnings that the task does not give.
@@ -73,6 +76,7 @@ def evaluate(
         return _evaluate_served(lm, examples, ids, config, batch_size)
     compile_seconds, read_seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
     seconds = np.zeros(2)  # of prefill, and of all
+    told = 0.0
     state: Any = None
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
     outputs: dict[int, Output] = {}
@@ -102,6 +106,9 @@ def evaluate(
             read_seconds += time.perf_counter() - began
             outputs |= dict(zip(chosen, found, strict=True))
             bar.update(len(chosen))
+            if progress and bar.disable and len(outputs) < len(ids) and time.perf_counter() > told + _LINE_SECONDS:
+                _tell(f"decoded {len(outputs):,} of {len(ids):,} prompts")
+                told = time.perf_counter()
     in_order = tuple(outputs[i] for i in range(len(ids)))
     first, both = seconds.tolist()
     own: dict[str, Any] = {"prefill_seconds": first if given is None else None, "read_seconds": read_seconds}
@@ -158,10 +165,13 @@ def evaluate_all(
     batch_sizes: Sequence[int],
     attention: str | Policy | None = None,
     prefill: str | Selector = "dense",
+    max_new_tokens: int | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> dict[str, list[Evaluation | NotRun]]:
     """Call `evaluate` for sets of examples at each batch size, all of them compiled first, several at once.
 
+    With `progress` it says at once, before anything is compiled, how much there is to decode.
     Examples that exceed the model's context are left out and counted. A batch that the device has no memory for is `NotRun`,
     as is a set that has no example left; the others go on.
 
@@ -173,25 +183,33 @@ def evaluate_all(
         raise UserError("no examples to evaluate")
     ids = {name: [lm.task.encode_prompt(example.prompt) for example in examples] for name, examples in sets.items()}
     fitting = {name: _fitting(lm, examples, ids[name]) for name, examples in sets.items()}
+    chosen = {name: [sets[name][i] for i in own] for name, own in fitting.items()}
+    ids = {name: [ids[name][i] for i in own] for name, own in fitting.items()}
+    configs = {name: _config(lm, own, ids[name], policy, prefill, max_new_tokens) for name, own in chosen.items() if own}
+    sizes = {(name, size): _batch_size(lm, size, len(chosen[name])) for name, size in cases}
+    if progress:
+        lengths, new_tokens = [len(prompt) for own in ids.values() for prompt in own], [own.max_new_tokens for own in configs.values()]
+        prompts = f"prompts of {sum(lengths):,} tokens in all, the longest of {max(lengths, default=0):,}"
+        _tell(f"decoding {len(lengths):,} examples: {prompts}; responses of at most {max(new_tokens, default=0):,}")
 
     def compile_case(case: tuple[str, int]) -> float | DoesNotFit:
-        name, size = case
-        examples, prompts = [sets[name][i] for i in fitting[name]], [ids[name][i] for i in fitting[name]]
+        examples, prompts, size = chosen[case[0]], ids[case[0]], sizes[case]
         if not examples:
             context = lm.model.config.max_context_tokens
             return DoesNotFit(f"does not fit: prompt and response of each example exceed the model's context of {context} tokens")
-        config = _config(lm, examples, prompts, policy, prefill)
-        if _is_served(lm, examples, prompts, config, _batch_size(lm, size, len(examples)), **options):
+        config = configs[case[0]]
+        if _is_served(lm, examples, prompts, config, size, **options):
             return 0.0  # the scheduler compiles its programs itself
-        return attempt(lambda: _compile(lm, _batch_size(lm, size, len(examples)), max(map(len, prompts)), config))
+        return attempt(lambda: _compile(lm, size, max(map(len, prompts)), config))
 
     # An engine's programs are made ready in the thread that compiles them.
     programs = [functools.partial(functools.partial, compile_case, case) for case in cases]
     compiled = dict(zip(cases, compile_all(programs), strict=True))
     found: dict[str, list[Evaluation | NotRun]] = {name: [] for name in sets}
     for name, size in cases:
-        seconds, examples = compiled[name, size], [sets[name][i] for i in fitting[name]]
-        run = functools.partial(evaluate, lm, examples, batch_size=size, attention=policy, prefill=prefill, **options)
+        seconds, examples = compiled[name, size], chosen[name]
+        given: dict[str, Any] = {"prefill": prefill, "max_new_tokens": max_new_tokens, "progress": progress, **options}
+        run = functools.partial(evaluate, lm, examples, batch_size=size, attention=policy, **given)
         evaluation = seconds if isinstance(seconds, DoesNotFit) else attempt(run)
         if isinstance(seconds, DoesNotFit) or isinstance(evaluation, DoesNotFit):
             found[name].append(NotRun(size, str(evaluation)))
@@ -199,6 +217,10 @@ def evaluate_all(
             left_out, seconds = len(sets[name]) - len(examples), max(seconds, evaluation.compile_seconds)
             found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds, num_too_long=left_out))
     return found
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _fitting(lm: SpanLM, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]]) -> list[int]:

@@ -35,6 +35,12 @@ def warning_lines(warnings: Iterable[str]) -> list[str]:
     return [f"warning: {warning}" for warning in warnings]
 
 
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings of a work to standard error before it begins."""
+    for line in warning_lines(warnings):
+        print(line, file=sys.stderr, flush=True)
+
+
 def answer_line(out: Output) -> str:
     """Write the answer beside what the verifier says of it; what is not right begins with WRONG, FLAWED or STOPPED, see `judgement`."""
     assert out.verdict is not None

@@ -166,6 +166,26 @@ def test_steps_name_what_the_task_gives_and_examples_are_kept_apart(model):
         evaluation.evaluate(SpanLM(model, Problems()), examples, constrained=True)
 
 
+def test_an_evaluation_says_what_it_decodes_and_how_far_it_is(lm, monkeypatch, capsys):
+    """At once, and now and then where there is no bar; what exceeds the context is not counted."""
+    sets = {"short": [Example("4")] * 3, "long": [Example("456"), Example("4" * 80)]}
+    evaluate_all(lm, sets)
+    assert capsys.readouterr().err == ""
+    longest = len(Example("4").response_ids) + evaluation.running.MARGIN_TOKENS
+    head = f"decoding 4 examples: prompts of {3 * 3 + 5} tokens in all, the longest of 5; responses of at most {longest}\n"
+    for seconds, expected in ((-1, "decoded 2 of 3 prompts\n"), (10**9, "")):
+        monkeypatch.setattr(evaluation.running, "_LINE_SECONDS", seconds)
+        evaluate_all(lm, sets, progress=True)
+        assert capsys.readouterr().err == head + expected
+
+    def compile_all(programs):
+        raise RuntimeError(capsys.readouterr().err)
+
+    monkeypatch.setattr(evaluation.running, "compile_all", compile_all)
+    with pytest.raises(RuntimeError, match=r"^decoding 4 examples: "):
+        evaluate_all(lm, sets, progress=True)
+
+
 def live_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
 
