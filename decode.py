@@ -6,6 +6,9 @@ python decode.py bench --shape llama2-7b --batch-size 1,32 --context 2048
 python decode.py serve checkpoints/arithmetic-tiny --port 8000
 """
 
+if __name__ == "__main__":
+    import data.interrupts  # noqa: F401  # before what takes seconds
+
 import contextlib
 import dataclasses
 import itertools

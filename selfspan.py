@@ -32,6 +32,7 @@ def put_first_on_path() -> None:
 def main() -> None:
     """Run the command that the command line names; its module parses the options."""
     put_first_on_path()
+    import data.interrupts  # noqa: F401  # before what takes seconds
     from data import commandline
 
     sys.argv[0] = "selfspan"

@@ -8,6 +8,9 @@ A run directory that holds a checkpoint is resumed; a run that was killed ends b
 is in RUN_DIR/model, an adapter in RUN_DIR/adapter, metrics in RUN_DIR/metrics.jsonl and RUN_DIR/tensorboard.
 """
 
+if __name__ == "__main__":
+    import data.interrupts  # noqa: F401  # before what takes seconds
+
 import dataclasses
 import functools
 import json

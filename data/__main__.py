@@ -1,5 +1,8 @@
 """Write a corpus to a directory, with a card of its statistics."""
 
+if __name__ == "__main__":
+    import data.interrupts  # noqa: F401  # before what takes seconds
+
 import contextlib
 import itertools
 import sys

@@ -289,7 +289,7 @@ def exit_on_user_error(*errors: type[Exception]) -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            with _signals_again():
+            with _interrupts(), _signals_again():
                 yield
         finally:
             sys.stdout.flush()
@@ -336,6 +336,19 @@ def run_command(
             _, command = parse_one_of(commands, description, words, user_error=user_error)
         with naming(command, user_error), within(command):
             command.run()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt where `data.interrupts` has let it end the program, as it does again afterwards."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,32 @@ def test_a_reader_that_leaves_is_no_error(words, tmp_path):
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "imported"),
+    [
+        ("decode.py generate x 1+2", "tyro"),
+        ("train.py arithmetic-tiny", "tyro"),
+        ("-m data arithmetic", "tyro"),
+        ("selfspan.py eval x", "tyro"),
+        ("selfspan.py eval x", "jax"),
+    ],
+)
+def test_an_interrupt_while_modules_are_imported_has_no_traceback(words, imported, tmp_path):
+    """A shell calls that status 130. Where it lets programs ignore Ctrl-C, as in the background, they do."""
+    (tmp_path / f"{imported}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(7)\n")
+    for handler, expected in ((signal.SIG_DFL, -signal.SIGINT), (signal.SIG_IGN, 7)):
+        before = signal.signal(signal.SIGINT, handler)  # which a child inherits
+        try:
+            environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+            process = subprocess.Popen([sys.executable, *words.split()], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        with process:
+            _, errors = process.communicate(timeout=300)
+        assert (process.returncode, errors) == (expected, b"")
 
 
 @pytest.mark.slow
