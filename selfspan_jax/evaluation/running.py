@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ def evaluate(
         gives each token, so that the times say nothing.
       constrained: let the text of each step begin with one of the task's `beginnings`, such as the methods of a catalogue; by the host
         as well.
-      progress: show a bar on a terminal, elsewhere print a line at times, of static batches.
+      progress: show a bar on a terminal, elsewhere print a line at times.
 
     Raises: UserError for no examples, prompts that are too long, a batch size that the mesh does not divide, and sources or
     beginnings that the task does not give.
@@ -73,14 +74,13 @@ def evaluate(
     policy = get_policy(attention or lm.model.config.mask)
     config = _config(lm, examples, ids, policy, prefill, max_new_tokens)
     if _is_served(lm, examples, ids, config, batch_size, passes=passes, sources=sources, constrained=constrained):
-        return _evaluate_served(lm, examples, ids, config, batch_size)
+        return _evaluate_served(lm, examples, ids, config, batch_size, progress)
     compile_seconds, read_seconds = _compile(lm, batch_size, int(lengths.max()), config), 0.0
     seconds = np.zeros(2)  # of prefill, and of all
-    told = 0.0
     state: Any = None
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")  # similar lengths end at about the same step
     outputs: dict[int, Output] = {}
-    with tqdm(total=len(ids), desc=f"decode ({policy.name})", unit="prompt", leave=False, disable=None if progress else True) as bar:
+    with _counted(f"decode ({policy.name})", len(ids), progress) as count:
         for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]
             filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]  # the last batch repeats a prompt, for one shape
@@ -105,10 +105,7 @@ def evaluate(
                 _ = out.text, out.roles, out.verdict  # computed when they are first asked for
             read_seconds += time.perf_counter() - began
             outputs |= dict(zip(chosen, found, strict=True))
-            bar.update(len(chosen))
-            if progress and bar.disable and len(outputs) < len(ids) and time.perf_counter() > told + _LINE_SECONDS:
-                _tell(f"decoded {len(outputs):,} of {len(ids):,} prompts")
-                told = time.perf_counter()
+            count(len(chosen))
     in_order = tuple(outputs[i] for i in range(len(ids)))
     first, both = seconds.tolist()
     own: dict[str, Any] = {"prefill_seconds": first if given is None else None, "read_seconds": read_seconds}
@@ -124,13 +121,16 @@ def _is_served(lm: SpanLM, examples, ids, config: DecodeConfig, batch_size: int,
     return plain and is_faster(lm.engine, config, prompt_tokens, new_tokens, batch_size, shared_beginning(ids))
 
 
-def _evaluate_served(lm: SpanLM, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]], config, batch_size: int) -> Evaluation:
+def _evaluate_served(
+    lm: SpanLM, examples: Sequence[Example], ids: Sequence[Int[np.ndarray, "T"]], config: DecodeConfig, batch_size: int, progress: bool
+) -> Evaluation:
     longest, policy, stamps = max(map(len, ids)), get_policy(config.attention), [time.perf_counter()]
     scheduler = throughput_scheduler(lm.engine, config, batch_size, longest, longest + config.max_new_tokens)
     scheduler.warm_up(draws=False)
     stamps.append(time.perf_counter())
     requests = [Request(prompt, config.max_new_tokens, expected_tokens=len(example.response_ids)) for prompt, example in zip(ids, examples)]
-    found = run_together(scheduler, requests)
+    with _counted(f"decode ({policy.name})", len(ids), progress) as count:
+        found = run_together(scheduler, requests, lambda: count(1))
     stamps.append(time.perf_counter())
     decoded = zip(examples, ids, found, strict=True)
     outputs = tuple(lm.read_tokens(own.prompt, prompt, tokens[0], tokens[1], policy) for own, prompt, tokens in decoded)
@@ -217,6 +217,23 @@ def evaluate_all(
             left_out, seconds = len(sets[name]) - len(examples), max(seconds, evaluation.compile_seconds)
             found[name].append(dataclasses.replace(evaluation, compile_seconds=seconds, num_too_long=left_out))
     return found
+
+
+@contextlib.contextmanager
+def _counted(what: str, number: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Give a function that counts prompts as done, and shows how many are."""
+    done, told = 0, time.perf_counter() if shown else 0.0
+    with tqdm(total=number, desc=what, unit="prompt", leave=False, disable=None if shown else True) as bar:
+
+        def count(more: int) -> None:
+            nonlocal done, told
+            done += more
+            bar.update(more)
+            if shown and bar.disable and done < number and time.perf_counter() > told + _LINE_SECONDS:
+                _tell(f"decoded {done:,} of {number:,} prompts")
+                told = time.perf_counter()
+
+        yield count
 
 
 def _tell(line: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -225,10 +226,16 @@ class Scheduler:
             self._fail(str(error))
         return bool(self._waiting or self._reading or self._running or self._in_flight)
 
-    def generate(self, requests: Sequence[Request]) -> list[Tokens]:
-        """Run requests to their ends and return all tokens of each. Not beside `run`."""
+    def generate(self, requests: Sequence[Request], on_end: Callable[[], None] = lambda: None) -> list[Tokens]:
+        """Run requests to their ends, call `on_end` at each, and return all tokens of each. Not beside `run`."""
         parts: list[list[Tokens]] = [[] for _ in requests]
-        tickets = [self._submit(request, part.append, None) for request, part in zip(requests, parts)]
+
+        def deliver(part: list[Tokens], tokens: Tokens) -> None:
+            part.append(tokens)
+            if tokens.finished:
+                on_end()
+
+        tickets = [self._submit(request, functools.partial(deliver, part), None) for request, part in zip(requests, parts)]
         try:
             while self.run_once():
                 pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,13 +82,13 @@ def longest_first(prompts: Sequence[Int[np.ndarray, "T"]]) -> list[int]:
     return sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
 
 
-def run_together(scheduler: Scheduler, requests: Sequence[Request]) -> list[Tokens]:
-    """Run requests to their ends, those with the longest prompts first.
+def run_together(scheduler: Scheduler, requests: Sequence[Request], on_end: Callable[[], None] = lambda: None) -> list[Tokens]:
+    """Run requests to their ends, those with the longest prompts first; call `on_end` at each.
 
     Raises: JaxRuntimeError where the device fails.
     """
     order = longest_first([request.prompt_ids for request in requests])
-    found = dict(zip(order, scheduler.generate([requests[number] for number in order])))
+    found = dict(zip(order, scheduler.generate([requests[number] for number in order], on_end)))
     if failed := next((tokens.error for tokens in found.values() if tokens.error), None):
         raise jax.errors.JaxRuntimeError(failed)
     return [found[number] for number in range(len(requests))]

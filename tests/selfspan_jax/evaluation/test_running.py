@@ -114,12 +114,14 @@ def test_scores_order_and_seconds(lm, monkeypatch):
         evaluation.evaluate(lm, [])
 
 
-def test_what_a_scheduler_decodes_is_read_in_the_order_of_the_examples(lm, monkeypatch):
-    """Each response up to its end; that the tokens are those of static batches is tested in test_lm.py."""
+def test_what_a_scheduler_decodes_is_read_in_the_order_of_the_examples(lm, monkeypatch, capsys):
+    """Each response up to its end, which is counted; that the tokens are those of static batches is tested in test_lm.py."""
     examples = [Example(prompt, np.full(count, 2)) for count, prompt in enumerate(("45", "456", "4", "45", "4"), 1)]
     config = SimpleNamespace(num_sequences=4)
 
-    def run_together(scheduler, requests):
+    def run_together(scheduler, requests, on_end):
+        for _ in requests:
+            on_end()
         assert [request.max_new_tokens for request in requests] == [6] * 5
         assert [len(request.prompt_ids) for request in requests] == [4, 5, 3, 4, 3]
         assert [request.expected_tokens for request in requests] == [1, 2, 3, 4, 5]
@@ -128,7 +130,9 @@ def test_what_a_scheduler_decodes_is_read_in_the_order_of_the_examples(lm, monke
     monkeypatch.setattr(evaluation.running, "is_faster", lambda *_: True)
     monkeypatch.setattr(evaluation.running, "throughput_scheduler", lambda *_: SimpleNamespace(config=config, warm_up=lambda draws: None))
     monkeypatch.setattr(evaluation.running, "run_together", run_together)
-    found = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2)
+    monkeypatch.setattr(evaluation.running, "_LINE_SECONDS", -1)
+    found = evaluation.evaluate(lm, examples, max_new_tokens=6, batch_size=2, progress=True)
+    assert capsys.readouterr().err.splitlines() == [f"decoded {done} of 5 prompts" for done in range(1, 5)]
     assert [out.response_ids.tolist() for out in found.outputs] == [[4, 2], [5, 2], [3, 2], [4, 2], [3, 2]]
     assert found.scores["answer_accuracy"] == 4 / 5 and found.scores["attended_tokens"] == 3.5
     assert found.speed()["num_places"] == 4 and found.decode_seconds > 0

@@ -276,8 +276,9 @@ def test_the_last_parts_of_prompts_are_read_together_where_all_are_read_before_a
     sizes = {"context_tokens": 192, "num_pages": 4 * 24, "reads_per_chunk": None}
     scheduler, rng = Scheduler(ENGINE, dataclasses.replace(CONFIG, **sizes)), np.random.default_rng(5)
     device = Device(scheduler, rng, monkeypatch, stops=0.0)
-    found = scheduler.generate([Request(prompt(rng, size), 3) for size in (178, 168, 178, 168)])
-    assert [len(tokens.token_ids) for tokens in found] == [3] * 4
+    ended = []
+    found = scheduler.generate([Request(prompt(rng, size), 3) for size in (178, 168, 178, 168)], lambda: ended.append(1))
+    assert [len(tokens.token_ids) for tokens in found] == [3] * 4 and ended == [1] * 4
     assert device.num_readings == 4 + 2
 
 
