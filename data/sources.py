@@ -74,7 +74,7 @@ def make_all(make: Make, records: Iterator[Any], num_workers: int) -> Iterator[M
 
 def num_written(found: Mapping[str, Any], what: str) -> int:
     """Count the examples that are REPEATED, say, by what a command tells of its sources, or by a card, which has it."""
-    return sum(own.get(f"written, {what}", 0) for own in found.values() if isinstance(own, Mapping) and "read" in own)
+    return sum(own.get(f"written, {what}", 0) for own in found.values() if isinstance(own, Mapping))
 
 
 def places_listed(places: Mapping[str, str]) -> list[str]:
@@ -93,6 +93,10 @@ def _begin_worker() -> None:
 
 def _listed(make: Make, record: Any) -> list[Made]:
     return list(make(record))
+
+
+def _placed(make: Make, record: Any) -> list[Made]:
+    return [made._replace(where=record.where) for made in make(record)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,8 +180,8 @@ class WriteCommand(task.WriteCommand, abc.ABC):
         return vocab, self._counted(self.made(vocab), counts, places), {self.unit: counts, PLACES: places, **found}
 
     def made(self, vocab: TokenizerVocab) -> Iterator[Made]:
-        """Make the examples."""
-        return make_all(self.maker(vocab), self.read(self.split), self.workers)
+        """Make the examples; a record has `where`, what people find it by."""
+        return make_all(functools.partial(_placed, self.maker(vocab)), self.read(self.split), self.workers)
 
     def found(self) -> dict[str, Any]:
         """Return what else a card says of the source."""

@@ -60,7 +60,7 @@ class Maker:
     """Makes the examples of a record, or says why they are dropped; pickles.
 
     Attributes:
-      drafts: the drafts of a record, and what of it is dropped before; a record has `where`, what people find it by.
+      drafts: the drafts of a record, and what of it is dropped before.
     """
 
     drafts: Callable[[Any], Iterable[Draft | Made]]
@@ -73,8 +73,7 @@ class Maker:
 
     def __call__(self, record: Any) -> Iterable[Made]:
         drafts = as_they_are(record) if isinstance(record, Draft) else self.drafts(record)
-        made = (found if isinstance(found, Made) else self._made(found) for found in drafts)
-        return [own._replace(where=record.where) for own in made]
+        return [found if isinstance(found, Made) else self._made(found) for found in drafts]
 
     def _made(self, draft: Draft) -> Made:
         uniform = random.Random(f"{self.name}/{self.seed}/labels/{draft.number}").random()

@@ -30,6 +30,10 @@ class Pair(NamedTuple):
     article: str | None
     summary: str | None
 
+    @property
+    def where(self) -> str:
+        return f"row {self.number + 1}"
+
 
 def read_pairs(
     source: str, split: str | None = None, article_column: str | None = None, summary_column: str | None = None
@@ -75,37 +79,33 @@ def example(vocab: TokenizerVocab, style: Mapping[str, Any], alignment: Alignmen
 
     Lines of the summary may be sentences without a full stop; summary sentences without sources are left out.
     """
-    return [_made(vocab, style, alignment, seed, pair)._replace(where=f"row {pair.number + 1}")]
-
-
-def _made(vocab: TokenizerVocab, style: Mapping[str, Any], alignment: Alignment, seed: int, pair: Pair) -> Made:
     number, split, text, lines = pair
     if text is None or lines is None:
-        return Made(split, None, ("with something other than text",))
+        return [Made(split, None, ("with something other than text",))]
     article = split_sentences(text)
     summary = [sentence for line in lines.splitlines() for sentence in split_sentences(line)]
     if not article:
-        return Made(split, None, ("without a sentence",))
+        return [Made(split, None, ("without a sentence",))]
     if not summary:
-        return Made(split, None, ("without a summary",))
+        return [Made(split, None, ("without a summary",))]
     found = [(sentence, own) for sentence, own in zip(summary, alignment.align(article, summary), strict=True) if own]
     if not found:
-        return Made(split, None, ("without a usable alignment",))
+        return [Made(split, None, ("without a usable alignment",))]
     uniform = random.Random(f"news/{seed}/labels/{number}").random()
     sentences, owns = zip(*found)
     story = Story(tuple(article), sentences, owns, ())
     try:
         made = encode(story, vocab, uniform=uniform, **style)
     except Unusable as error:
-        return Made(split, None, (error.kind,))
+        return [Made(split, None, (error.kind,))]
     if made is None:
-        return Made(split, None, ("with all sources beyond the cut",))
+        return [Made(split, None, ("with all sources beyond the cut",))]
     also = {
         "cut to max_prompt_tokens": made.cut_sentences > 0,
         "with summary sentences left out that have no source": len(made.story.summary) < len(summary),
         "with unreadable characters replaced": readable(text + lines) != text + lines,
     }
-    return written(split, made, **also)
+    return [written(split, made, **also)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
