@@ -186,18 +186,17 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(_text_lines(path, file), 1):
             if not line.strip():
                 continue
+            if line.lstrip().startswith("["):
+                raise UserError(f"{path}: line {number}: expected a JSON object a line, not an array")
             try:
                 row = json.loads(line.rstrip("\r\n"), object_pairs_hook=_with_each_key_once)
             except UserError as error:
                 raise UserError(f"{path}: line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
-                if not line.lstrip().startswith("["):
-                    why = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-                    raise UserError(f"{path}: line {number} {not_read(error, why)}") from None
-                row = None
+                why = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+                raise UserError(f"{path}: line {number} {not_read(error, why)}") from None
             if not isinstance(row, dict):
-                what = "object a line, not an array" if line.lstrip().startswith("[") else "object"
-                raise UserError(f"{path}: line {number}: expected a JSON {what}")
+                raise UserError(f"{path}: line {number}: expected a JSON object")
             yield number, row
 
 
