@@ -21,7 +21,7 @@ from selfspan_jax.decoding.cache import KVCache, attend_prompts
 from selfspan_jax.decoding.sampling import mark_occurring
 from selfspan_jax.decoding.state import DecodeState, sample_step
 from selfspan_jax.parallel import layout
-from selfspan_jax.serving.device_pages import PagedCache
+from selfspan_jax.serving.device_pages import PagedCache, buffer_rows
 from selfspan_jax.serving.host_pages import PagedWorkingSets
 from selfspan_jax.spans import SpanState
 
@@ -115,7 +115,7 @@ def read_prompts(
         own = jnp.where(positions < prompts.lengths[:, None], own, num_rows)
         masks = masks_of_prompts(policy, prompts.token_ids, prompts.lengths, model.vocab, model.config, responses=responses)
         mask = masks(first, num_queries)
-        buffer_slots = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_keys + positions
+        buffer_slots = buffer_rows(batch, num_keys)[:, :num_queries] + first
         attend = cache.attend_prompts(slots, own, prompts, attend_prompts(buffer_slots, lambda *_: mask))
         hidden, pools = model(tokens, positions, attend, state.cache.pools)
         at = jnp.clip(prompts.lengths - 1 - first, 0, num_queries - 1)
