@@ -27,6 +27,7 @@ class TritonConfig(NamedTuple):
     kv_heads: int = 1  # that a program owns; divides the number there is
     ahead: int = 0  # programs for each of those of a part, which fetch what is read next into the L2 cache
     parts: int = 0  # that each sequence is divided into instead, for the product that follows to combine (`SplitRows`); 0: none
+    most_rows: int = 0  # with more a sequence is divided into up to `MAX_DIVIDED` parts, whatever the others have; in place of `splits`
 
 
 class MosaicConfig(NamedTuple):

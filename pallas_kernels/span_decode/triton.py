@@ -44,6 +44,7 @@ from pallas_kernels.linear.reference import SplitRows
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.span_decode.heuristics import MosaicConfig, TritonConfig
 
+MAX_DIVIDED = 4  # parts of a sequence that has more than `most_rows`
 SECTOR_BYTES = 32  # that the L2 cache fetches at once
 COPIES = ("copy_k_host", "copy_v_host", "copy_k", "copy_v", "copy_sources", "copy_targets", "copy_counts", "copy_share")
 
@@ -119,7 +120,7 @@ def _attend(
     Where it is divided into parts, or `partial`, the output is `SplitRows`.
     """
     batch, num_kv_heads = q.shape[0], arrays["k_pool"].shape[1] // q.shape[2]
-    num_splits = batch * config.parts or max_splits(batch, config.splits)
+    num_splits = batch * (config.parts or MAX_DIVIDED * bool(config.most_rows)) or max_splits(batch, config.splits)
     results = dict(zip(("out", "split_out", "split_max", "split_sum"), split_results(q, num_splits), strict=True))
     if config.parts:
         shapes = ((*q.shape, q.dtype), (*q.shape[:2], jnp.float32))
@@ -166,12 +167,13 @@ def combine(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Fill in `out`, and `lse` [1, B, N] where it is wanted, the sequences that were split, from the results of their splits."""
     batch, num_heads, head_size = out.shape
-    if max_splits(batch, config.splits) == batch:  # one split each: nothing to combine
+    most_rows = config.most_rows if isinstance(config, TritonConfig) else 0
+    if not most_rows and max_splits(batch, config.splits) == batch:  # one split each: nothing to combine
         return out, lse
     columns, read_splits = combine_tile(batch, num_heads, head_size)
     filled = [out] if lse is None else [out, lse]
     out, *logs = pl.pallas_call(
-        functools.partial(_combine_kernel, config=config, capacity=capacity, columns=columns, read_splits=read_splits),
+        functools.partial(_combine_kernel, config=config, capacity=capacity, columns=columns, read_splits=read_splits, most_rows=most_rows),
         grid=(num_heads, batch, head_size // columns),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in filled),
         input_output_aliases={i: i for i in range(len(filled))},
@@ -214,6 +216,10 @@ def split_sequences(counts_ref, batch: int, capacity: int, config: TritonConfig 
     split_rows = jnp.maximum(pl.cdiv(jnp.sum(counts), batch * config.splits), config.tile_rows)
     splits = jnp.where(sequences < batch, _num_splits(counts, split_rows), 0)
     return split_rows, sequences, splits
+
+
+def _num_divided(count, most_rows: int):
+    return jnp.clip(pl.cdiv(count, most_rows), 1, MAX_DIVIDED)
 
 
 def _num_splits(count, split_rows):
@@ -275,18 +281,22 @@ def _attend_kernel(
     b = split
     if config.parts:
         b, part = jax.lax.div(split, config.parts), jax.lax.rem(split, config.parts)
+    elif config.most_rows:
+        b, part = jax.lax.div(split, MAX_DIVIDED), jax.lax.rem(split, MAX_DIVIDED)
+        num_divided = _num_divided(jnp.clip(counts_ref[jnp.clip(b, 0, batch - 1)], 0, capacity), config.most_rows)
+        b = jnp.where(part < num_divided, b, batch)  # nothing to do
     elif divided:
         split_rows, _, splits = split_sequences(counts_ref, batch, capacity, config)
         ends = jnp.cumsum(splits)
         b = jnp.sum((ends <= split).astype(jnp.int32))
 
     if "ahead_0" in ref_of:
-        num_splits = pl.num_programs(1) - config.ahead - (first if COPIES[0] in ref_of else 0)
+        own_programs = pl.num_programs(1) - config.ahead - (first if COPIES[0] in ref_of else 0)
 
-        @pl.when(split >= num_splits)
+        @pl.when(split >= own_programs)
         def fetch():
             number = config.ahead * (num_heads // group // config.kv_heads)
-            index = head_program * config.ahead + split - num_splits
+            index = head_program * config.ahead + split - own_programs
             read = []
             for ref in (ref for name, ref in ref_of.items() if name.startswith("ahead_")):
                 share = pl.cdiv(ref.shape[0], number)
@@ -304,6 +314,9 @@ def _attend_kernel(
         start, stop, stride = jnp.int32(0), count, config.tile_rows
         if config.parts:  # in turns, so that the first slots need not wait for `counts`
             start, stride = part * config.tile_rows, config.parts * config.tile_rows
+        elif config.most_rows:
+            num_splits = num_divided
+            start, stop = rows_of_split(count, num_splits, part)
         elif divided:
             num_splits = _num_splits(count, split_rows)
             index = split - jnp.max(jnp.where(ends <= split, ends, 0))  # of this split among those of its sequence
@@ -452,19 +465,22 @@ def _combine_kernel(
     capacity: int,
     columns: int,
     read_splits: int,
+    most_rows: int,
 ):
     """Compute out = sum_i e^(m_i - m) acc_i / sum_i e^(m_i - m) l_i over the splits i of a sequence."""
     split_out_ref, split_max_ref, split_sum_ref, counts_ref, out_ref, *lse_refs = refs[(len(refs) - 4) // 2 :]
     head, b = pl.program_id(0), pl.program_id(1)
     own = pl.ds(pl.program_id(2) * columns, columns)
     batch = out_ref.shape[0]
-    split_rows, sequences, splits = split_sequences(counts_ref, batch, capacity, config)
-    num_splits = _num_splits(jnp.clip(counts_ref[b], 0, capacity), split_rows)
+    count = jnp.clip(counts_ref[b], 0, capacity)
+    if most_rows:
+        first, num_splits = b * MAX_DIVIDED, _num_divided(count, most_rows)
+    else:
+        split_rows, sequences, splits = split_sequences(counts_ref, batch, capacity, config)
+        first, num_splits = jnp.sum(jnp.where(sequences < b, splits, 0)), _num_splits(count, split_rows)
 
     @pl.when(num_splits > 1)
     def combine():
-        first = jnp.sum(jnp.where(sequences < b, splits, 0))
-
         def step(i, carry):
             running_max, running_sum, acc = carry
             index = i * read_splits + jnp.arange(read_splits, dtype=jnp.int32)

@@ -455,6 +455,7 @@ def test_triton_splits_sequences_fairly(counts, splits):
 
 
 SETTINGS = [TritonConfig(16, 4, 2, 5), TritonConfig(128, 8, 2, 0), TritonConfig(16, 1, 4, 2, kv_heads=2)]
+SETTINGS += [TritonConfig(16, 1, 3, 0, most_rows=20)]
 
 
 @pytest.mark.parametrize(
@@ -475,6 +476,12 @@ def test_splits_of_many_sequences_are_combined(interpret, monkeypatch):
     assert triton.combine_tile(2, 8, 128)[0] == 128
     problem = round_to(make_problem(CASE["gqa_8_head_128"]), np.float32)
     np.testing.assert_allclose(triton_attend(problem, TritonConfig(16, 2, 2, 3), interpret), oracle(problem), atol=2e-6, rtol=2e-5)
+
+
+def test_longest_sequences_are_divided_and_lower_for_cuda():
+    case = Case("gqa_3_many", "", (40,) * 40, 9, 3, 64)
+    attend = functools.partial(triton.triton_attention, scale=0.1, config=TritonConfig(64, 2, 3, 0, most_rows=16))
+    assert cuda_lowering(attend, *shapes(case, jnp.bfloat16, jnp.bfloat16)).count("__gpu$xla.gpu.triton") == 2
 
 
 def shapes(case: Case, dtype, pool_dtype):
