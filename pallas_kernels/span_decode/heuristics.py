@@ -14,6 +14,7 @@ MAX_SPARSE_CAPACITY = 4_096  # slots of a sequence that names few of them (a ten
 MAX_PARTS_BATCH = 2  # sequences whose parts a product combines, row by row
 MAX_AHEAD_BYTES = 1 << 24  # weights that are fetched ahead: of 7 MB it was measured to gain
 MAX_PARTS_CAPACITY = 12_288  # slots; with more, all of them named, more programs than a product can combine are faster
+MOST_ROWS = 512  # of a sequence, with more of which it is divided, where sequences name unequal numbers
 MAX_EQUAL_CAPACITY = 4_096  # slots; of more, sequences name some hundreds, and some of them many more than others
 
 
@@ -121,7 +122,8 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
     if head_size == 64 and item_bytes == 2:
         # Where most programs wait for others to end, less memory for each lets more of them run.
         small = programs >= 7 * MULTIPROCESSORS and capacity <= MAX_EQUAL_CAPACITY
-        return TritonConfig(*((16, 1) if small else (64, 2)), num_stages=3, splits=splits)
+        unequal = sparse and not splits and capacity > MAX_EQUAL_CAPACITY
+        return TritonConfig(*((16, 1) if small else (64, 2)), num_stages=3, splits=splits, most_rows=MOST_ROWS if unequal else 0)
     return TritonConfig(32 if head_size == 128 else 16, num_warps=1 if head_size <= 128 else 2, num_stages=4, splits=splits)
 
 
