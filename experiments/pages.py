@@ -303,7 +303,8 @@ def _eval_options(evaluation: Mapping[str, Any]) -> str:
         num_examples = sum(row["num_examples"] for row in evaluation["by_ops"].values()) // len(sets)
         speeds = next(iter(sets.values()))["by_batch_size"]
     else:
-        num_examples, speeds, which = evaluation["num_examples"], evaluation["by_batch_size"], ""
+        # Asked for were those that were left out, too.
+        num_examples, speeds, which = evaluation["num_examples"] + evaluation.get("num_too_long", 0), evaluation["by_batch_size"], ""
     passes = f" --passes {evaluation['passes']}" if evaluation.get("passes", 1) > 1 else ""
     batches = f" --batch-size {','.join(str(speed['batch_size']) for speed in speeds)}" if speeds else ""
     rest = f"--num-examples {num_examples}{which}{batches}{passes}"

@@ -162,7 +162,7 @@ def _reduced(experiment: Experiment, file: Path) -> tuple[str, int, str, dict[st
     if not kind:
         return name, int(seed), "curve", _reduced_metrics(values, where)
     schemas: dict[str, Any] = {"run": {section: _RUN.get(section, {"*": None}) for section in variant.defaults}, "curve": _CURVE}
-    fields = schemas.get(kind, experiment.evaluation_fields | {"passes?": None})
+    fields = schemas.get(kind, experiment.evaluation_fields | dict.fromkeys(("num_too_long?", "passes?")))
     kept = pick(values, fields | {"commit?": None}, where)
     if kind == "run":
         if kept["training"]["seed"] != int(seed):

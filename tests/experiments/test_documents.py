@@ -98,7 +98,7 @@ def test_an_evaluation_is_taken_as_it_was_written(stored, place, call):
     precision, since they name nothing.
     """
     gold, nothing = (written(stored, responses) for responses in (gold_responses, lambda examples: [[2]] * len(examples)))
-    place("labels", eval=gold, bm25=gold | {"sources": "bm25"})
+    place("labels", eval=gold, bm25=gold | {"sources": "bm25", "num_too_long": 3})
     page = take(STORIES, place("dense", eval=nothing), call)
     names = [name.replace("_", " ") for names in TASKS["stories"].score_kinds.values() for name in names]
     assert [row[1] for row in rows_of(page, "stories differences")] == [name for name in names if name != "section precision"]
@@ -107,8 +107,8 @@ def test_an_evaluation_is_taken_as_it_was_written(stored, place, call):
         ["`stories_labels`", "1", *["100.0"] * 8],
         ["`stories_dense`", "1", *["0.0"] * 6, "-", "0.0"],
     ]
-    line = "python decode.py eval runs/stories_labels-0/model --data corpora/stories --split validation --num-examples 1 --batch-size 16"
-    assert f"{line}\n" in page and f"{line} --sources bm25\n" in page
+    line = "decode.py eval runs/stories_labels-0/model --data corpora/stories --split validation --num-examples {} --batch-size 16{}\n"
+    assert line.format(1, "") in page and line.format(4, " --sources bm25") in page  # three more were drawn, and left out
     train = "python train.py finetune-lora --run-dir runs/stories_labels-0 --init SmolLM2-135M-Instruct.Q4_1.gguf"
     options = "--rank 20 --alpha 40.0 --header-view labels --source-weight 3.0 --end-weight 3.0"
     assert f"{train} --corpus documents --data corpora/mixture {options}\n" in page
