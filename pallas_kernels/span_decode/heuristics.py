@@ -86,6 +86,7 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
                  64 rows, 2 warps, 3 stages    -  /  -   /   -  / 39.9
     With the rows that 512 places had in a queue of papers, 206 in the mean, the longest 1,156, 1,435 and 1,536 of 256, 384 and 512:
         64 rows, 2 warps, 3 stages 25.4, 34.7, 39.0; 4 stages 25.5, 36.1, 39.7; 128 rows, 4 warps, 3 stages 22.2, 30.8, 36.2.
+        The first with 512 places, ms of the 30 layers of a step: 0.86; with more than 512 rows divided 0.65, 0.11 of it to combine.
     The same with 37 rows in the mean and 90 for the longest, 16 rows / 64 rows: B 256 7.4 / 6.5, B 384 8.2 / 9.0, B 768 11.9 / 14.0.
     Few sequences, each with few of its rows (`sparse`): whole steps of SmolLM2-135M on an H200, 205 of 2,304 slots, ms; maps as chosen:
         B 8    divided and combined 0.634, undivided 0.592, and weights fetched ahead 0.569;  all rows 0.736 / 1.277 /  -
