@@ -231,8 +231,7 @@ def card(
     config, schedules = identity["training"], identity.get("schedules", [])[1:]
     changes = "".join(f" From step {step:,} on the learning rate follows the schedule of {steps:,} steps." for step, steps in schedules)
     scored = f"Scores on {scored_on}, decoded greedily by the model itself (attention: {model.config.mask}):\n\n" + "\n".join(lines)
-    shown = {name: value for name, value in identity.items() if name not in HISTORY}
-    shown |= {"data": shown_path(identity["data"])} if identity.get("data") else {}
+    shown = _with_shown_paths({name: value for name, value in identity.items() if name not in HISTORY})
     origin = f", fine-tuned from `{identity['base']['name']}`" if "base" in identity else ", trained"
     return (
         f"# {title}\n\nA span model of {model.num_parameters:,} parameters{origin} by `train.py` of selfspan on {trained_on}.\n\n"
@@ -241,9 +240,16 @@ def card(
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}.{changes}\n\n"
         f"{scored if scores else 'Not scored.'}\n\n"
         f"## Limits\n\n{limits}\n\n"
-        f"`config.json` has the architecture, `{_VOCAB}{'.gz' if 'base' in identity else ''}` the task.\n\n"
+        f"`config.json`{' (of an adapter `adapter.json`)' if 'lora' in identity else ''} has the architecture, "
+        f"`{_VOCAB}{'.gz' if 'base' in identity else ''}` the task.\n\n"
         f"```json\n{json.dumps(shown, indent=2)}\n```\n"
     )
+
+
+def _with_shown_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_shown_paths(own) for name, own in value.items()}
+    return shown_path(value) if isinstance(value, str) else value
 
 
 def is_model(directory: Path) -> bool:

@@ -149,6 +149,22 @@ def test_a_checkpoint_that_does_not_fit_itself_is_refused(saved, tmp_path, damag
     assert "\n" not in str(error.value)
 
 
+def test_a_card_of_an_adapter_says_what_it_is_of_and_names_no_directory_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "finetune-lora", f"--run-dir={tmp_path}/run"])
+    identity = {
+        "training": {"steps": 2, "batch_size": 1, "sequence_tokens": 64},
+        "base": {"name": "base.gguf", "sha256": "0"},
+        "lora": {"rank": 2, "targets": ["down_proj"]},
+        "data": str(tmp_path / "corpus"),
+        "corpus": {"tokenizer": str(tmp_path / "tokenizer"), "num_labels": 4},
+    }
+    found = models.card("mine", random_model(), identity, {}, trained_on="papers", scored_on="", limits="")
+    assert str(tmp_path) not in found
+    stored = json.loads(found.partition("```json\n")[2].partition("```")[0])
+    assert stored == identity | {"data": ".../corpus", "corpus": {"tokenizer": ".../tokenizer", "num_labels": 4}}
+    assert "(of an adapter `adapter.json`) has the architecture, `vocab.json.gz` the task" in found
+
+
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
         models.load_model(tmp_path / "nothing")
