@@ -24,7 +24,7 @@ class TritonConfig(NamedTuple):
     tile_rows: int  # K and V rows that a program gathers at once
     num_warps: int
     num_stages: int  # of the software pipeline: tiles in flight plus one
-    splits: int  # of the rows of a sequence of mean length (split-KV); 0: no sequence is divided, however long
+    splits: int  # of the rows of a sequence of mean length (split-KV); 0: no sequence is divided so
     kv_heads: int = 1  # that a program owns; divides the number there is
     ahead: int = 0  # programs for each of those of a part, which fetch what is read next into the L2 cache
     parts: int = 0  # that each sequence is divided into instead, for the product that follows to combine (`SplitRows`); 0: none
@@ -86,7 +86,8 @@ def triton_config(batch: int, num_kv_heads: int, head_size: int, item_bytes: int
                  64 rows, 2 warps, 3 stages    -  /  -   /   -  / 39.9
     With the rows that 512 places had in a queue of papers, 206 in the mean, the longest 1,156, 1,435 and 1,536 of 256, 384 and 512:
         64 rows, 2 warps, 3 stages 25.4, 34.7, 39.0; 4 stages 25.5, 36.1, 39.7; 128 rows, 4 warps, 3 stages 22.2, 30.8, 36.2.
-        The first with 512 places, ms of the 30 layers of a step: 0.86; with more than 512 rows divided 0.65, 0.11 of it to combine.
+        The first with 512 places in whole steps (30 layers, the numbers of another chunk), ms: 0.86; with more than 512 rows divided
+        0.65, 0.11 of it to combine. Where no sequence has so many, the four times as many programs were not timed.
     The same with 37 rows in the mean and 90 for the longest, 16 rows / 64 rows: B 256 7.4 / 6.5, B 384 8.2 / 9.0, B 768 11.9 / 14.0.
     Few sequences, each with few of its rows (`sparse`): whole steps of SmolLM2-135M on an H200, 205 of 2,304 slots, ms; maps as chosen:
         B 8    divided and combined 0.634, undivided 0.592, and weights fetched ahead 0.569;  all rows 0.736 / 1.277 /  -

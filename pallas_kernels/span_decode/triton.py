@@ -19,7 +19,8 @@ programs as its share of the batch's slots, at least one, so a long sequence bes
 spread over the machine. `counts` is read again by every program, which is cheaper than a kernel
 that plans for them. The splits of a sequence are combined by a second kernel, by log-sum-exp; a
 sequence of one split is finished by its only program. One or two sequences are divided into a fixed number of parts
-instead, tile by tile in turns, which the output map combines as it reads them (`SplitRows`): a launch less.
+instead, tile by tile in turns, which the output map combines as it reads them (`SplitRows`): a launch less. Many sequences have
+`MAX_DIVIDED` programs each, which only those with more than `most_rows` share; no program looks at the others' `counts`.
 
 Rows in host memory, where there are some (`HostRows`), are read in a second pass over the slots: of the tiles of the first what lies
 on the device, of those of the second the rest, over the link. A sequence that has none there makes one pass.

@@ -12,6 +12,7 @@ from benchmarks import span_decode as bench
 from benchmarks.shapes import AttentionShape
 from data.errors import UserError
 from pallas_kernels import span_decode_attention
+from pallas_kernels.span_decode.heuristics import TritonConfig
 from selfspan_jax import errors
 
 SHAPE = AttentionShape("tiny", "", (640, 64, 1), 4, 2, 32)
@@ -66,7 +67,7 @@ def test_given_tiles_are_timed_beside_what_is_chosen(monkeypatch):
     monkeypatch.setattr(bench.SpanDecode, "report", lambda self, **_: contextlib.nullcontext(report))
     dataclasses.replace(settings, shapes=settings.shapes[:1]).run()
     chosen = [tuple(bench.triton_config(number, 3, 64, 2, 90)) for number in (1, 3)]
-    given = [(rows, max(1, rows // 32), 3, splits, 1, 0, 0) for rows in (16, 64) for splits in (0, 2)]
+    given = [tuple(TritonConfig(rows, max(1, rows // 32), 3, splits)) for rows in (16, 64) for splits in (0, 2)]
     timed = [(row["batch_size"], tuple(row["config"].values()), row["density"], row["pattern"]) for row in report.content["cases"]]
     cases = [(1.0, "all"), (0.1, "tokens"), (0.02, "tokens"), (0.04, "unequal")]
     every = [(n, config, *case) for n, own in zip((1, 3), chosen) for config in dict.fromkeys([own, *given]) for case in cases]

@@ -261,6 +261,7 @@ STEPS = [  # case, with norms or not, settings, partial or not
     ("ragged", True, TritonConfig(16, 1, 2, 2, kv_heads=2), True),
     ("gqa_3", True, TritonConfig(16, 1, 2, 0, parts=4, ahead=2), False),  # 33 rows: the last part is empty
     ("kv_8", False, TritonConfig(16, 2, 2, 0, kv_heads=4, ahead=1), True),
+    ("ragged", True, TritonConfig(16, 1, 2, 0, ahead=3, most_rows=20), True),
     ("mqa_16_head_32", False, None, False),
 ]
 
@@ -519,10 +520,18 @@ def test_large_heads_that_name_few_rows_are_not_divided(batch, capacity, divided
 
 def test_many_sequences_of_long_contexts_have_wide_tiles():
     """Three heads of 64, as in SmolLM2-135M: where some sequences read many more rows than others, one warp is late with theirs."""
-    tiles = {
-        (batch, capacity): triton_config(batch, 3, 64, 2, capacity, sparse=True)[:2] for batch in (200, 400) for capacity in (900, 5000)
-    }
+    own = {(batch, capacity): triton_config(batch, 3, 64, 2, capacity, sparse=True) for batch in (200, 400) for capacity in (900, 5000)}
+    tiles = {case: config[:2] for case, config in own.items()}
     assert tiles[200, 900] == tiles[200, 5000] == tiles[400, 5000] == (64, 2) and tiles[400, 900] == (16, 1)
+    assert {case for case, config in own.items() if config.most_rows} == {(200, 5000), (400, 5000)}
+    assert not triton_config(400, 3, 64, 2, 5000).most_rows  # densely all sequences have the same share of long rows
+
+
+def test_sequences_that_are_divided_for_their_length_are_not_divided_for_their_share():
+    config = triton_config(400, 3, 64, 2, 20_480, sparse=True)
+    assert config.most_rows and not config.splits
+    config = triton_config(400, 3, 64, 2, 20_481, sparse=True)  # a sequence alone would hold up the others
+    assert config.splits and not config.most_rows
 
 
 def test_settings_divide_the_heads_and_lower_for_cuda():
