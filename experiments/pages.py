@@ -300,11 +300,11 @@ def _eval_options(evaluation: Mapping[str, Any]) -> str:
     if sets := evaluation.get("sets"):  # of expressions, by number of operators or a range of them
         low, _, high = next(iter(sets)).partition("-")
         which = f" --min-ops {low} --max-ops {high}" if high else f" --ops {','.join(sets)}"
-        num_examples = sum(row["num_examples"] for row in evaluation["by_ops"].values()) // len(sets)
+        scored, num_sets = sum(row["num_examples"] for row in evaluation["by_ops"].values()), len(sets)
         speeds = next(iter(sets.values()))["by_batch_size"]
     else:
-        # Asked for were those that were left out, too.
-        num_examples, speeds, which = evaluation["num_examples"] + evaluation.get("num_too_long", 0), evaluation["by_batch_size"], ""
+        scored, num_sets, speeds, which = evaluation["num_examples"], 1, evaluation["by_batch_size"], ""
+    num_examples = (scored + evaluation.get("num_too_long", 0)) // num_sets  # those without room were drawn, too
     passes = f" --passes {evaluation['passes']}" if evaluation.get("passes", 1) > 1 else ""
     batches = f" --batch-size {','.join(str(speed['batch_size']) for speed in speeds)}" if speeds else ""
     rest = f"--num-examples {num_examples}{which}{batches}{passes}"

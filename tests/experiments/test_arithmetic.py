@@ -97,7 +97,7 @@ def test_right_examples_are_counted_from_their_share():
 
 
 def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, call):
-    place("span", 0, speed={**evaluation({20: 10, 200: 10}, [(8, 50.0), (16, 70.0)]), "passes": 3})
+    place("span", 0, speed={**evaluation({20: 10, 200: 10}, [(8, 50.0), (16, 70.0)]), "passes": 3, "num_too_long": 4})
     path = place("long", 0, speed=evaluation({20: 10, 200: 8}, [(8, 20.0), (16, 10.0)]))
     assert call(report.main, path / "out", "--take", path / "raw", "--commit", "abc")[0] == 0
     page = (path / "out.md").read_text()
@@ -105,7 +105,8 @@ def test_speed_is_compared_at_the_batch_that_is_best_for_each(place, call):
     assert re.search(r"`span` \| 200 \| .* \| 70.0 \| 70.0 \| 16 \| 3.50 \| 2.80 \|", page)
     assert re.search(r"`long` \| 200 \| 100 \| 10 \| 8 \| 20.0 \| 25.0 \| 8 \| - \| - \|", page)
     assert "at 200 operators, over `long` | 3.00 | 3.50 | yes |" in page
-    assert "--ops 20,200 --batch-size 8,16 --passes 3\n" in page and "--ops 20,200 --batch-size 8,16\n" in page
+    assert "--num-examples 12 --ops 20,200 --batch-size 8,16 --passes 3\n" in page  # four were left out
+    assert "--ops 20,200 --batch-size 8,16\n" in page
     assert "(out/speed.png)" in page
     assert (path / "out" / "speed.png").exists()
 
