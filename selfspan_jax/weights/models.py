@@ -240,7 +240,7 @@ def card(
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}.{changes}\n\n"
         f"{scored if scores else 'Not scored.'}\n\n"
         f"## Limits\n\n{limits}\n\n"
-        f"`config.json`{' (of an adapter `adapter.json`)' if 'lora' in identity else ''} has the architecture, "
+        f"`config.json`{', or `adapter.json` of an adapter,' if 'lora' in identity else ''} has the architecture, "
         f"`{_VOCAB}{'.gz' if 'base' in identity else ''}` the task.\n\n"
         f"```json\n{json.dumps(shown, indent=2)}\n```\n"
     )

@@ -162,7 +162,7 @@ def test_a_card_of_an_adapter_says_what_it_is_of_and_names_no_directory_of_this_
     assert str(tmp_path) not in found
     stored = json.loads(found.partition("```json\n")[2].partition("```")[0])
     assert stored == identity | {"data": ".../corpus", "corpus": {"tokenizer": ".../tokenizer", "num_labels": 4}}
-    assert "(of an adapter `adapter.json`) has the architecture, `vocab.json.gz` the task" in found
+    assert ", or `adapter.json` of an adapter, has the architecture, `vocab.json.gz` the task" in found
 
 
 def test_a_directory_that_is_not_there(tmp_path):
