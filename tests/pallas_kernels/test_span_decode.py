@@ -524,10 +524,10 @@ def test_many_sequences_of_long_contexts_have_wide_tiles():
     tiles = {case: config[:2] for case, config in own.items()}
     assert tiles[200, 900] == tiles[200, 5000] == tiles[400, 5000] == (64, 2) and tiles[400, 900] == (16, 1)
     assert {case for case, config in own.items() if config.most_rows} == {(200, 5000), (400, 5000)}
-    assert not triton_config(400, 3, 64, 2, 5000).most_rows  # densely all sequences have the same share of long rows
+    assert not triton_config(400, 3, 64, 2, 5000).most_rows  # densely they read all their rows, some hundreds more or less
 
 
-def test_sequences_that_are_divided_for_their_length_are_not_divided_for_their_share():
+def test_sequences_are_divided_by_their_share_or_by_their_length_never_by_both():
     config = triton_config(400, 3, 64, 2, 20_480, sparse=True)
     assert config.most_rows and not config.splits
     config = triton_config(400, 3, 64, 2, 20_481, sparse=True)  # a sequence alone would hold up the others
