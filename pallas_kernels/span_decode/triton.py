@@ -172,6 +172,7 @@ def combine(
     if not most_rows and max_splits(batch, config.splits) == batch:  # one split each: nothing to combine
         return out, lse
     columns, read_splits = combine_tile(batch, num_heads, head_size)
+    read_splits = min(read_splits, MAX_DIVIDED) if most_rows else read_splits
     filled = [out] if lse is None else [out, lse]
     out, *logs = pl.pallas_call(
         functools.partial(_combine_kernel, config=config, capacity=capacity, columns=columns, read_splits=read_splits, most_rows=most_rows),
@@ -220,7 +221,7 @@ def split_sequences(counts_ref, batch: int, capacity: int, config: TritonConfig 
 
 
 def _num_divided(count, most_rows: int):
-    return jnp.clip(pl.cdiv(count, most_rows), 1, MAX_DIVIDED)
+    return jnp.minimum(_num_splits(count, most_rows), MAX_DIVIDED)
 
 
 def _num_splits(count, split_rows):
