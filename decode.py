@@ -31,7 +31,7 @@ from selfspan_jax.errors import UserError
 from selfspan_jax.lm import SpanLM
 from selfspan_jax.neighbours.rebalanced import rebalanced
 from selfspan_jax.viewing import text
-from selfspan_jax.viewing.output import Output, prompt_warnings
+from selfspan_jax.viewing.output import Output
 
 PolicyName = literal_type_from_choices(tuple(POLICIES))
 PrefillName = literal_type_from_choices(tuple(SELECTORS))
@@ -117,11 +117,11 @@ class Generate(Model):
         lm = self.load()
         options = {k: getattr(self, k) for k in ("prefill", "max_new_tokens", "chat", "seed", "stop")} | vars(self.sampling)
         options["attention"] = rebalanced(self.attention, self.rebalance)
-        several, told, kept = self.prompts or self.num_samples, list[str](), dict[str, Any]()
+        several, kept = self.prompts or self.num_samples, dict[str, Any]()
+        told = lm.early_warnings(prompts, options["attention"], self.chat, [*named])
+        print(text.for_terminal("".join(f"{line}\n" for line in text.warning_lines(told))), end="", flush=True)
         if self.stream and isinstance(prompts, str):
             stream = lm.stream(prompts, **options)
-            told = prompt_warnings(lm.task, files.well_formed(prompts))
-            print(*(f"{line}\n" for line in text.warning_lines(told)), sep="", end="")
             with commandline.status("compiling and decoding ..."):
                 first = next(stream, "")
             for piece in itertools.chain([first], stream):
@@ -144,7 +144,7 @@ class Generate(Model):
                 results.callback(lambda file: files.write_text(file, outs[0].to_html()), self.html)
             if self.json:
                 results.callback(files.write_json, self.json, written)
-            table = text.response_tables(outs) if several else text.response_table(outs[0], told=told)
+            table = text.response_tables(outs, told=told) if several else text.response_table(outs[0], told=told)
             print(text.for_terminal(f"{table}\n{text.prefill_line(kept)}" if kept else table), flush=True)
 
 

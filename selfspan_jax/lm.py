@@ -48,7 +48,7 @@ from selfspan_jax.tiers.engine import HostEngine
 from selfspan_jax.viewing import retention
 from selfspan_jax.viewing.detokenize import Response, check_stop_strings
 from selfspan_jax.viewing.output import Output, prompt_warnings
-from selfspan_jax.viewing.reading import Reading, Step, attention_mask
+from selfspan_jax.viewing.reading import Reading, Step, attention_mask, attention_warning
 from selfspan_jax.weights import hub, importing, lora, models
 
 if TYPE_CHECKING:
@@ -103,6 +103,19 @@ class Reader:
                 raise UserError(f"{name}, {shown!r}: {error}") from error
             found.append(ids)
         return texts, found
+
+    def early_warnings(
+        self, prompts: str | Sequence[str], attention: str | Policy | None, chat: bool = False, prompt_names: Sequence[str] = ()
+    ) -> list[str]:
+        """Return what can be said before decoding: that spans were trained and are not decoded, and, of one prompt, what its task says.
+
+        Raises what `encode` raises.
+        """
+        texts, _ = self.encode(prompts, chat, prompt_names)
+        of_prompt = prompt_warnings(self.task, texts[0]) if isinstance(prompts, str) else []
+        mask = self.config.mask
+        name = get_policy(mask if attention is None else attention).name
+        return of_prompt + ([attention_warning(name, mask)] if mask == "span" and name != mask else [])
 
     def read_tokens(self, prompt: str, ids, tokens: Int[np.ndarray, "M"], attended: Int[np.ndarray, "M"], policy: Policy) -> Output:
         """Read back the tokens of one response up to its end, if it has one, and what they attended to, decoded under a policy."""

@@ -110,10 +110,17 @@ def read_by(own: Any, name: str, tasks: Mapping[str, Any]) -> Task:
     """Return the task of this name as a model of another one reads its prompts. UserError: there is none, or none for such a model."""
     if name not in tasks or not hasattr(own, "on"):
         raise UserError(f"task is {name!r}; allowed: {', '.join(sorted(tasks))}")
+    if (found := _read_by(own, tasks[name])) is None:
+        others = [other for other in sorted(tasks) if _read_by(own, tasks[other])]
+        raise UserError(f"task is {name!r}, but the model is of {own.name}; allowed: {', '.join(others)}")
+    return found
+
+
+def _read_by(own: Any, other: Any) -> Task | None:
     try:
-        found: Task = own.on(tasks[name](vocab=own.vocab))
-    except ValueError:
-        raise UserError(f"task is {name!r}, but the model is of {own.name}") from None
+        found: Task = own.on(other(vocab=own.vocab))
+    except ValueError:  # not for such a model
+        return None
     return found
 
 

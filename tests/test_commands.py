@@ -99,6 +99,23 @@ def test_generate_shows_the_steps_and_what_each_one_read(call, tmp_path):
     assert page.startswith("<!doctype html>") and "126-285=-159" in re.sub(r"<[^>]+>", "", page)
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "a file of prompts"])
+def test_generate_warns_before_it_decodes_and_only_once(call, tmp_path, monkeypatch, several):
+    """A long prompt takes minutes on a CPU: who asked for another attention than the model learned is told before."""
+    (tmp_path / "prompts.txt").write_text("1+2\n3+4\n")
+    prompts = ["--prompts", tmp_path / "prompts.txt"] if several else ["1+2"]
+    command = ["generate", CHECKPOINT, *prompts, "--attention", "dense", "--max-new-tokens", 32]
+    warning = "warning: Decoded with dense attention, trained with span: another computation than it learned.\n"
+    status, out, err = call(decode.main, *command)
+    assert (status, err, out.count("warning: Decoded")) == (0, "", 1) and out.startswith(warning)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SpanLM, "generate", interrupted)
+    assert call(decode.main, *command)[1] == warning
+
+
 def test_a_model_of_others_continues_text(call, tmp_path):
     """A Hugging Face directory goes through the same commands; what only makes sense for expressions says so."""
     shutil.copytree(ROOT / "tests/selfspan_jax/recorded/llama", tmp_path / "model")

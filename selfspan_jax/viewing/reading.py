@@ -208,7 +208,7 @@ class Reading:
         """What to know before one believes the response, a line each: how it was decoded, how it ended, what is wrong with its form."""
         vocab, config, written, found = self.vocab, self.config, len(self.response_ids), []
         if self.attention != config.mask and (self.roles.labels.any() or (self.fractions < 1).any()):
-            found.append(f"Decoded with {self.attention} attention, trained with {config.mask}: another computation than it learned.")
+            found.append(attention_warning(self.attention, config.mask))
         found += self._end_warnings()
         if self.unresolved_refs:
             found.append(f"References to a label that no token carries, for which nothing was read: {self.unresolved_refs}.")
@@ -223,6 +223,11 @@ class Reading:
         if count := int(np.isin(self.response_ids, (vocab.pad_id, vocab.bos_id, vocab.solve_id)).sum()):
             found.append(f"Tokens in the response that only prompts have (padding, beginning of text, <solve>): {count}.")
         return found
+
+
+def attention_warning(attention: str, mask: str) -> str:
+    """Say what to know of a response with another attention than the mask that its model was trained with."""
+    return f"Decoded with {attention} attention, trained with {mask}: another computation than it learned."
 
 
 def clipped(text: str, length: int) -> str:

@@ -18,10 +18,10 @@ def response_table(out: Output, *, told: Collection[str] = ()) -> str:
     return "\n".join([*warning_lines(warning for warning in out.warnings if warning not in told), *lines])
 
 
-def response_tables(outs: Sequence[Output]) -> str:
-    """Lay out several responses, one below the other, each with its number and the beginning of its prompt."""
+def response_tables(outs: Sequence[Output], *, told: Collection[str] = ()) -> str:
+    """Lay out several responses, one below the other, each with its number and the beginning of its prompt, but for warnings `told`."""
     heads = (f"[{number}/{len(outs)}] {_beginning(out.prompt)}" for number, out in enumerate(outs, 1))
-    return "\n\n".join(f"{head}\n{response_table(out)}" for head, out in zip(heads, outs))
+    return "\n\n".join(f"{head}\n{response_table(out, told=told)}" for head, out in zip(heads, outs))
 
 
 def _beginning(prompt: str, width: int = 100) -> str:

@@ -306,7 +306,9 @@ def test_an_unknown_task_is_refused():
         SpanLM.load(CHECKPOINT, {"chess": arithmetic.ArithmeticTask})
 
 
-@pytest.mark.parametrize(("name", "words"), [("papers", "but the model is of arithmetic"), ("chess", "allowed: arithmetic, d")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("papers", "but the model is of arithmetic; allowed: arithmetic$"), ("chess", "allowed: arithmetic, d")]
+)
 def test_prompts_of_a_task_that_is_not_for_the_model_are_refused(name, words):
     with pytest.raises(ValueError, match=f"task is {name!r}[,;] {words}"):
         SpanLM.load(CHECKPOINT, tasks.TASKS, task=name)
