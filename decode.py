@@ -118,7 +118,7 @@ class Generate(Model):
         options = {k: getattr(self, k) for k in ("prefill", "max_new_tokens", "chat", "seed", "stop")} | vars(self.sampling)
         options["attention"] = rebalanced(self.attention, self.rebalance)
         several, kept = self.prompts or self.num_samples, dict[str, Any]()
-        told = lm.early_warnings(prompts, options["attention"], self.chat, [*named])
+        told = lm.early_warnings(prompts, prompt_names=[*named], **options)
         print(text.for_terminal("".join(f"{line}\n" for line in text.warning_lines(told))), end="", flush=True)
         if self.stream and isinstance(prompts, str):
             stream = lm.stream(prompts, **options)

@@ -104,19 +104,6 @@ class Reader:
             found.append(ids)
         return texts, found
 
-    def early_warnings(
-        self, prompts: str | Sequence[str], attention: str | Policy | None, chat: bool = False, prompt_names: Sequence[str] = ()
-    ) -> list[str]:
-        """Return what can be said before decoding: that spans were trained and are not decoded, and, of one prompt, what its task says.
-
-        Raises what `encode` raises.
-        """
-        texts, _ = self.encode(prompts, chat, prompt_names)
-        of_prompt = prompt_warnings(self.task, texts[0]) if isinstance(prompts, str) else []
-        mask = self.config.mask
-        name = get_policy(mask if attention is None else attention).name
-        return of_prompt + ([attention_warning(name, mask)] if mask == "span" and name != mask else [])
-
     def read_tokens(self, prompt: str, ids, tokens: Int[np.ndarray, "M"], attended: Int[np.ndarray, "M"], policy: Policy) -> Output:
         """Read back the tokens of one response up to its end, if it has one, and what they attended to, decoded under a policy."""
         ends = np.flatnonzero(np.isin(tokens, self.end_ids))
@@ -325,6 +312,18 @@ class SpanLM(Reader):
             return [self.read_response(texts[i], ids[i], response, read, call.policy) for i, response, read in ended]
         state = self.engine.generate(*call.arguments, num_samples=samples, limit_tokens=call.limit_tokens)
         return self.outputs([texts[i] for i in order], [ids[i] for i in order], state, call.policy)
+
+    def early_warnings(
+        self, prompts: str | Sequence[str], *, chat: bool = False, prompt_names: Sequence[str] = (), **options: Any
+    ) -> list[str]:
+        """Return what can be said before decoding: of one prompt, what its task says; that spans were trained and are not decoded.
+
+        Options and errors are those of `generate`.
+        """
+        texts, ids = self.encode(prompts, chat, prompt_names)
+        found = prompt_warnings(self.task, texts[0]) if isinstance(prompts, str) else []
+        attention, mask = self._call(ids[:1], **options).policy.name, self.config.mask
+        return found + ([attention_warning(attention, mask)] if mask == "span" and attention != mask else [])
 
     def stream(self, prompt: str, *, chunk_tokens: int = 8, chat: bool = False, **options: Any) -> Stream:
         """Decode one response and give its text meanwhile, `chunk_tokens` tokens at a time; options and errors as for `generate`.

@@ -331,6 +331,7 @@ DECODE_ERRORS = {
     "no expression": (["generate", CHECKPOINT, "(1+2"], 'column 1: found "(" that is never closed'),
     "stray character": (["generate", CHECKPOINT, "1+x"], "column 3"),
     "too many operators": (["generate", CHECKPOINT, "+".join("1" * 600)], "labels"),
+    "before what is warned of": (["generate", CHECKPOINT, "1+200", "--attention", "memory"], "--attention is 'memory', the model was"),
     "too long": (["generate", CHECKPOINT, "+".join(["11111"] * 300)], "the model's context is 2048"),
     "too many new tokens": (["generate", CHECKPOINT, "1+2", "--max-new-tokens", "5000"], "context of 2048 tokens"),
     "unknown checkpoint": (["generate", "checkpoints/none", "1+2"], "checkpoints/none: no such checkpoint directory"),

@@ -86,7 +86,7 @@ def _sources_lines(out: Output) -> list[str]:
     """Lay out the steps, each with the pieces of the prompt that it named below it, and how much of the context was read."""
     ids, labels = (x[: out.prompt_tokens] for x in (out.token_ids, out.roles.labels))
     opens = (ids >= out.vocab.seg_base) & (ids < out.vocab.seg_base + out.vocab.num_labels)
-    lines = [out.answer, ""] if out.answer else ["(no step was opened)", f"response: {out.text}"]
+    lines = [out.answer, ""] if out.answer else [f"(no step was {'written' if out.steps else 'opened'})", f"response: {out.text}"]
     written: dict[int, str] = {}
     for step in out.steps:
         lines.append(f"<{step.label}> {step.text.strip()}")

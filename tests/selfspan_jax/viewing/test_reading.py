@@ -191,6 +191,10 @@ def test_a_response_of_sources_without_a_step_is_shown(gold):
     ids = np.append(out.token_ids[: out.prompt_tokens], out.vocab.ref_id(2))
     bare = dataclasses.replace(out, token_ids=ids, num_attended=out.num_attended[:1])
     assert text.response_table(bare).splitlines()[2:4] == ["(no step was opened)", "response: <ref:2>"]
+    ids = np.append(out.token_ids[: out.prompt_tokens], [out.vocab.seg_id(60), out.vocab.ref_id(2)])
+    opened = dataclasses.replace(out, token_ids=ids, num_attended=out.num_attended[:2])  # and stopped before its text
+    lines = text.response_table(opened).splitlines()
+    assert lines[lines.index("(no step was written)") + 1 :][:2] == ["response: <seg:60><ref:2>", "<60> "]
 
 
 def test_a_response_with_steps_has_a_row_for_each():
