@@ -318,11 +318,13 @@ class SpanLM(Reader):
     ) -> list[str]:
         """Return what can be said before decoding: of one prompt, what its task says; that spans were trained and are not decoded.
 
-        Options and errors are those of `generate`.
+        Options and errors are those of `generate`. Of several prompts the first alone is encoded, as `generate` encodes them all.
         """
-        texts, ids = self.encode(prompts, chat, prompt_names)
+        texts, ids = self.encode(prompts if isinstance(prompts, str) else prompts[:1], chat, prompt_names[:1])
+        if not texts:
+            return []
         found = prompt_warnings(self.task, texts[0]) if isinstance(prompts, str) else []
-        attention, mask = self._call(ids[:1], **options).policy.name, self.config.mask
+        attention, mask = self._call(ids, **options).policy.name, self.config.mask
         return found + ([attention_warning(attention, mask)] if mask == "span" and attention != mask else [])
 
     def stream(self, prompt: str, *, chunk_tokens: int = 8, chat: bool = False, **options: Any) -> Stream:
